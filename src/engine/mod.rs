@@ -1,0 +1,386 @@
+//! The engine: starts invalidations, joins their passes, ends them, and lets whoever waits help (C3).
+//!
+//! Everything that changes is in [`State`], under one lock; what must happen outside of it (wakers, drops, driver code) is
+//! noted in [`After`] and done when the lock is free (C8). The parts:
+//!
+//! - `scratch`: the working memory of an invalidation, reused, and the join of its passes;
+//! - `pending`: an invalidation whose guard is not handed out yet and whose passes therefore belong to the space;
+//! - `invalidate`: the futures and the guard that a caller sees;
+//! - `wait`: the futures that wait for others' invalidations: readers, removers, `drain`.
+
+pub(crate) mod calls;
+pub(crate) mod first_pass;
+pub(crate) mod invalidate;
+pub(crate) mod pending;
+pub(crate) mod scratch;
+pub(crate) mod wait;
+
+use crate::entry::{EntryRef, NO_WAITER};
+use crate::event::Event;
+use crate::index::{Indexed, IntervalIndex};
+use crate::protocol::{Id, Protocol};
+use crate::range::AddressRange;
+use crate::sync::{Arc, AtomicUsize, Lock, Ordering, Panic, catch, resume};
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use calls::CallTable;
+use core::task::Waker;
+use core::time::Duration;
+use pending::Pending;
+use scratch::{PassWaker, Scratch};
+use slab::Slab;
+
+/// Spare working memories that are kept; as many invalidations can be active at once without allocating.
+const SPARES: usize = 16;
+
+/// What all handles of one address space share.
+pub(crate) struct Shared {
+    state: Lock<State>,
+    /// Which active invalidations are in their first passes.
+    pub(crate) calls: CallTable,
+    pub(crate) budget: Option<Budget>,
+    pub(crate) reporter: Option<Reporter>,
+    pub(crate) clock: Option<Clock>,
+}
+
+/// Is told what has no caller to be returned to.
+pub(crate) type Reporter = Box<dyn Fn(&Report<'_>) + Send + Sync>;
+/// The time since some fixed moment.
+pub(crate) type Clock = Box<dyn Fn() -> Duration + Send + Sync>;
+
+/// Something that went wrong in a driver and has no caller to be returned to.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Report<'a> {
+    /// A first pass answered `WouldBlock` in a blockable invalidation (B1). The others went on; this driver's device may still
+    /// use the old mapping.
+    RefusedBlockable {
+        /// [`IntervalNotifier::name`](crate::IntervalNotifier::name) of the driver at fault.
+        notifier: &'a str,
+        /// What was invalidated.
+        range: AddressRange,
+        /// Why.
+        event: Event,
+    },
+}
+
+pub(crate) struct State {
+    pub(crate) protocol: Protocol<EntryRef, Extra>,
+    /// Active invalidations whose guard is not handed out, by range, so that those who wait find what they can help with.
+    pub(crate) unclaimed: IntervalIndex<Unclaimed>,
+    pub(crate) waiters: Slab<Waiter>,
+    #[expect(clippy::vec_box, reason = "a guard holds the box: moving the memory itself in and out would copy it")]
+    pub(crate) spare: Vec<Box<Scratch>>,
+    pub(crate) next_order: u64,
+    pub(crate) released: bool,
+    pub(crate) counts: Counts,
+}
+
+/// What the engine keeps beside each active invalidation.
+pub(crate) struct Extra {
+    pub(crate) event: Event,
+    pub(crate) blockable: bool,
+    /// While the guard is not handed out and passes were pending.
+    pub(crate) pending: Option<Box<Pending>>,
+    /// When it was first seen to last: its passes became pending, or somebody listed it.
+    pub(crate) since: Option<Duration>,
+}
+
+/// What happened in a space, under its lock.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Counts {
+    pub(crate) lapses: u64,
+    pub(crate) abandoned: u64,
+    pub(crate) refused_blockable: u64,
+    pub(crate) lost_panics: u64,
+}
+
+/// An entry of [`State::unclaimed`].
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) struct Unclaimed {
+    pub(crate) id: Id,
+    pub(crate) serial: u64,
+}
+
+impl Indexed for Unclaimed {
+    fn order(self) -> u64 {
+        self.serial
+    }
+}
+
+/// What a future waits for.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum WaitFor {
+    /// A moment at which no active invalidation covers the notifier (R1).
+    Uncovered,
+    /// That no call of the notifier and no pass of it is under way (L1).
+    Quiet,
+}
+
+/// A future in the list of those that wait for one notifier.
+pub(crate) struct Waiter {
+    pub(crate) waker: Option<Waker>,
+    wait_for: WaitFor,
+    /// The moment has come; the waiter is in no list any more.
+    pub(crate) fired: bool,
+    entry: EntryRef,
+    prev: u32,
+    next: u32,
+}
+
+/// What remains to be done once the lock is free.
+#[derive(Default)]
+pub(crate) struct After {
+    pub(crate) wakers: Vec<Waker>,
+    /// Wakers that nobody needs any more.
+    pub(crate) unused: Vec<Waker>,
+    /// Everybody who waits for the passes of some invalidation.
+    pub(crate) wakes: Vec<Arc<PassWaker>>,
+    pub(crate) dead: Vec<EntryRef>,
+    pub(crate) panics: Vec<Panic>,
+}
+
+impl After {
+    /// Wakes and frees. Driver code may run and may panic: all of it is done first, then the first panic goes on.
+    #[inline]
+    pub(crate) fn run(self) {
+        let nothing = self.wakers.is_empty()
+            && self.wakes.is_empty()
+            && self.dead.is_empty()
+            && self.unused.is_empty()
+            && self.panics.is_empty();
+        if !nothing {
+            self.run_slow();
+        }
+    }
+
+    #[cold]
+    fn run_slow(self) {
+        let mut first = None;
+        for waker in self.wakers {
+            first = first.or(catch(|| waker.wake()).err());
+        }
+        for wakes in self.wakes {
+            first = first.or(catch(|| wakes.wake_all()).err());
+        }
+        for entry in self.dead {
+            first = first.or(catch(|| entry.free()).err());
+        }
+        for waker in self.unused {
+            first = first.or(catch(|| drop(waker)).err());
+        }
+        for panic in self.panics {
+            first = first.or(catch(|| drop(panic)).err());
+        }
+        if let Some(panic) = first {
+            resume(panic);
+        }
+    }
+}
+
+/// B4: how many passes may be pending at once.
+pub(crate) struct Budget {
+    limit: usize,
+    used: AtomicUsize,
+}
+
+impl Budget {
+    pub(crate) fn new(limit: usize) -> Self {
+        Self { limit, used: AtomicUsize::new(0) }
+    }
+
+    fn reserve(&self) -> bool {
+        let take = |used| (used < self.limit).then_some(used + 1);
+        self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+    }
+
+    fn give_back(&self) {
+        self.used.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+impl Shared {
+    pub(crate) fn new(sequence: u64, budget: Option<Budget>, reporter: Option<Reporter>, clock: Option<Clock>) -> Self {
+        let state = State {
+            protocol: Protocol::new(sequence),
+            unclaimed: IntervalIndex::new(),
+            waiters: Slab::new(),
+            spare: Vec::new(),
+            next_order: 0,
+            released: false,
+            counts: Counts::default(),
+        };
+        Self { state: Lock::new(state), calls: CallTable::new(), budget, reporter, clock }
+    }
+
+    /// The only way to the state: under the lock, and with somewhere to put what must wait until it is free.
+    #[inline]
+    pub(crate) fn with<R>(&self, work: impl FnOnce(&mut State, &mut After) -> R) -> R {
+        let mut after = After::default();
+        let result = work(&mut self.state.lock(), &mut after);
+        after.run();
+        result
+    }
+
+    /// A pass may stay pending: always without a budget.
+    #[inline]
+    pub(crate) fn reserve_pass(&self) -> bool {
+        self.budget.as_ref().is_none_or(Budget::reserve)
+    }
+
+    #[inline]
+    pub(crate) fn give_pass_back(&self) {
+        if let Some(budget) = &self.budget {
+            budget.give_back();
+        }
+    }
+
+    /// Time since some fixed moment; `None` where there is no clock.
+    pub(crate) fn now(&self) -> Option<Duration> {
+        if let Some(clock) = &self.clock {
+            return Some(clock());
+        }
+        #[cfg(feature = "std")]
+        {
+            static EPOCH: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
+            Some(EPOCH.get_or_init(std::time::Instant::now).elapsed())
+        }
+        #[cfg(not(feature = "std"))]
+        None
+    }
+
+    pub(crate) fn report(&self, report: &Report<'_>) {
+        if let Some(reporter) = &self.reporter {
+            // A panicking reporter must not stop the other notifiers; it has no caller of its own.
+            let _ = catch(|| reporter(report));
+        }
+    }
+}
+
+impl State {
+    /// Ends an active invalidation (S3, C2) and wakes whoever waited for that.
+    #[inline]
+    pub(crate) fn end(&mut self, id: Id, scratch: Option<Box<Scratch>>, after: &mut After) {
+        let Self { protocol, waiters, .. } = self;
+        let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
+        protocol.end(id, hits, |entry| {
+            if entry.wants_attention() {
+                uncovered(waiters, entry, after);
+            }
+        });
+        if let Some(scratch) = scratch {
+            self.recycle(scratch);
+        }
+    }
+
+    #[inline]
+    pub(crate) fn recycle(&mut self, mut scratch: Box<Scratch>) {
+        scratch.hits.clear();
+        if self.spare.len() < SPARES {
+            self.spare.push(scratch);
+        }
+    }
+
+    /// Puts a future in the list of those that wait for `entry`.
+    pub(crate) fn add_waiter(&mut self, entry: EntryRef, wait_for: WaitFor, waker: Waker) -> usize {
+        let next = entry.first_waiter.load(Ordering::Relaxed);
+        let waiter = Waiter { waker: Some(waker), wait_for, fired: false, entry, prev: NO_WAITER, next };
+        let key = self.waiters.insert(waiter);
+        let link = u32::try_from(key).expect("fewer than 2^32 futures wait");
+        if next != NO_WAITER {
+            self.waiters[next as usize].prev = link;
+        }
+        entry.first_waiter.store(link, Ordering::Relaxed);
+        key
+    }
+
+    /// Takes a future out again, whether its moment has come or not.
+    pub(crate) fn remove_waiter(&mut self, key: usize, after: &mut After) {
+        if !self.waiters[key].fired {
+            unlink(&mut self.waiters, key);
+        }
+        after.unused.extend(self.waiters.remove(key).waker);
+    }
+
+    /// Wakes those that wait for `entry` without their moment having come: there is something for them to help with.
+    pub(crate) fn nudge(&mut self, entry: EntryRef, after: &mut After) {
+        let mut at = entry.first_waiter.load(Ordering::Relaxed);
+        while at != NO_WAITER {
+            let waiter = &mut self.waiters[at as usize];
+            after.wakers.extend(waiter.waker.take());
+            at = waiter.next;
+        }
+    }
+
+    /// Notes that `entry` may have nothing that keeps it alive any more.
+    pub(crate) fn reap(&mut self, entry: EntryRef, after: &mut After) {
+        if entry.unused() {
+            after.dead.push(entry);
+        }
+    }
+
+    /// Keeps a panic that nobody can be told of from being dropped under the lock.
+    pub(crate) fn lose_panic(&mut self, panic: Option<Panic>, after: &mut After) {
+        if let Some(panic) = panic {
+            self.counts.lost_panics += 1;
+            after.panics.push(panic);
+        }
+    }
+}
+
+/// R1: the moment that the readers of `entry` wait for. Also the one at which a removed entry may go.
+#[cold]
+fn uncovered(waiters: &mut Slab<Waiter>, entry: EntryRef, after: &mut After) {
+    let mut at = entry.first_waiter.load(Ordering::Relaxed);
+    while at != NO_WAITER {
+        let key = at as usize;
+        let waiter = &mut waiters[key];
+        at = waiter.next;
+        after.wakers.extend(waiter.waker.take());
+        if waiter.wait_for == WaitFor::Uncovered {
+            waiter.fired = true;
+            unlink(waiters, key);
+        }
+    }
+    if entry.unused() {
+        after.dead.push(entry);
+    }
+}
+
+fn unlink(waiters: &mut Slab<Waiter>, key: usize) {
+    let Waiter { entry, prev, next, .. } = waiters[key];
+    if next != NO_WAITER {
+        waiters[next as usize].prev = prev;
+    }
+    if prev == NO_WAITER {
+        entry.first_waiter.store(next, Ordering::Relaxed);
+    } else {
+        waiters[prev as usize].next = next;
+    }
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        // No handle, subscription, guard or future is left. What was abandoned and never drained goes with the space.
+        let mut after = After::default();
+        let state = self.state.get_mut();
+        let ids: Vec<Id> = state.protocol.active().iter().map(|(id, _)| id as Id).collect();
+        let mut scratches = Vec::new();
+        for id in ids {
+            let active = &mut state.protocol.active_mut()[id as usize];
+            let scratch = active.extra.pending.take().and_then(|mut pending| pending.scratch.take());
+            let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
+            state.protocol.end(id, hits, |entry| {
+                if entry.unused() {
+                    after.dead.push(entry);
+                }
+            });
+            scratches.push(scratch);
+        }
+        let panic = catch(|| drop(scratches)).err();
+        after.run();
+        if let Some(panic) = panic {
+            resume(panic);
+        }
+    }
+}

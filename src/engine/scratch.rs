@@ -1,0 +1,368 @@
+//! The working memory of an invalidation, used again by later ones, and the join of its passes.
+
+use crate::engine::Shared;
+use crate::entry::EntryRef;
+use crate::pass::PassFuture;
+use crate::sync::{Arc, Lock, Panic, catch};
+use alloc::boxed::Box;
+use alloc::task::Wake;
+use alloc::vec::Vec;
+use core::pin::Pin;
+use core::task::{Context, Poll, Waker};
+use futures::future::FutureExt;
+use futures::stream::{FuturesUnordered, StreamExt};
+use slab::Slab;
+
+/// How often passes that wake themselves are polled before the executor gets its turn again.
+const ROUNDS: usize = 4;
+/// Passes that may finish in one poll before the executor gets its turn again.
+const FINISHED_AT_ONCE: usize = 256;
+
+/// Where a pass future lies from its first poll to its end. Boxed so that it need not move when it goes from the first poll to the
+/// join, and used again, so that a pass that is ready at its first poll allocates nothing.
+type Place = Pin<Box<Option<PassFuture>>>;
+
+/// Key of a pass among those that its invalidation lists as pending.
+pub(crate) const UNLISTED: usize = usize::MAX;
+
+#[derive(Default)]
+pub(crate) struct Scratch {
+    /// The notifiers that the invalidation hit, in order of their first passes.
+    pub(crate) hits: Vec<EntryRef>,
+    /// Passes that no one has polled yet, in order of their first passes.
+    pub(crate) started: Vec<Pass>,
+    /// What the last [`Scratch::drive`] finished.
+    pub(crate) finished: Vec<Finished>,
+    /// The first panic of a first pass or of a pass (C5).
+    pub(crate) panic: Option<Panic>,
+    places: Vec<Place>,
+    join: Option<Join>,
+    /// Spare record of a pending invalidation.
+    pub(crate) pending: Option<Box<super::pending::Pending>>,
+}
+
+/// The passes that stayed pending at their first poll.
+struct Join {
+    running: FuturesUnordered<Pass>,
+    wakes: Arc<PassWaker>,
+    /// `wakes` as a waker.
+    waker: Waker,
+}
+
+/// A pass, its notifier, and what is given back when it is done.
+pub(crate) struct Pass {
+    future: Option<Place>,
+    pub(crate) entry: EntryRef,
+    pub(crate) listed: usize,
+    /// It counts against the pass budget (B4).
+    budgeted: bool,
+}
+
+/// A pass that is done.
+pub(crate) struct Finished {
+    pub(crate) entry: EntryRef,
+    pub(crate) listed: usize,
+    pub(crate) budgeted: bool,
+    pub(crate) panic: Option<Panic>,
+}
+
+/// Whether passes remain.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Progress {
+    AllFinished,
+    /// None of the rest is ready to go on.
+    Waiting,
+    /// Some of the rest are ready to go on; the caller stopped to let others run.
+    Yielded,
+}
+
+impl Future for Pass {
+    type Output = (Finished, Option<Place>);
+
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let this = &mut *self;
+        let Some(place) = &mut this.future else {
+            panic!("a pass is not polled after it is done");
+        };
+        let polled = catch(|| match place.as_mut().as_pin_mut() {
+            Some(future) => future.poll(cx),
+            None => Poll::Ready(()),
+        });
+        let mut panic = match polled {
+            Ok(Poll::Pending) => return Poll::Pending,
+            Ok(Poll::Ready(())) => None,
+            Err(panic) => Some(panic),
+        };
+        if let Err(in_drop) = catch(|| place.as_mut().set(None)) {
+            panic = panic.or(Some(in_drop));
+        }
+        // A drop that panicked has left the place empty all the same, or may have not: it is not used again.
+        let place = this.future.take().filter(|_| panic.is_none());
+        Poll::Ready((Finished { entry: this.entry, listed: this.listed, budgeted: this.budgeted, panic }, place))
+    }
+}
+
+impl Scratch {
+    /// Keeps what a first pass returned, until all first passes have been called (O2).
+    #[inline]
+    pub(crate) fn start_pass(&mut self, future: PassFuture, entry: EntryRef, budgeted: bool) {
+        let mut place = self.places.pop().unwrap_or_else(|| Box::pin(None));
+        place.set(Some(future));
+        self.started.push(Pass { future: Some(place), entry, listed: UNLISTED, budgeted });
+    }
+
+    fn join(&mut self) -> &mut Join {
+        self.join.get_or_insert_with(|| {
+            let wakes = Arc::new(PassWaker::default());
+            Join { running: FuturesUnordered::new(), waker: Waker::from(wakes.clone()), wakes }
+        })
+    }
+
+    /// Who is woken when a pass can go on.
+    pub(crate) fn wakes(&mut self) -> &Arc<PassWaker> {
+        &self.join().wakes
+    }
+
+    /// Passes that were polled and are not done.
+    pub(crate) fn running(&self) -> usize {
+        self.join.as_ref().map_or(0, |join| join.running.len())
+    }
+
+    /// Keeps the first panic (C5). Runs the drop of any further one.
+    #[cold]
+    pub(crate) fn keep_panic(&mut self, panic: Panic) {
+        let _ = catch(|| self.panic.get_or_insert(panic));
+    }
+
+    /// Polls each started pass from `from` on once, in order (O3). What stays pending goes into the join; most passes of
+    /// fast devices never get there.
+    pub(crate) fn first_polls(&mut self, space: &Shared, from: usize) {
+        if self.started.len() == from {
+            return;
+        }
+        self.join();
+        let Some(join) = &mut self.join else { return };
+        join.wakes.begin();
+        let mut cx = Context::from_waker(&join.waker);
+        for mut pass in self.started.drain(from..) {
+            match pass.poll_unpin(&mut cx) {
+                Poll::Pending => join.running.push(pass),
+                Poll::Ready((finished, place)) => {
+                    if finished.budgeted {
+                        space.give_pass_back();
+                    }
+                    self.places.extend(place);
+                    if let Some(panic) = finished.panic {
+                        self.panic.get_or_insert(panic);
+                    }
+                }
+            }
+        }
+        // A wake-up meanwhile is not lost: the join polls what it has just been given in any case.
+        join.wakes.end();
+    }
+
+    /// Puts all passes that wait for their first poll into the join: nobody will call further first passes.
+    pub(crate) fn join_started(&mut self) {
+        self.join();
+        if let Some(join) = &mut self.join {
+            join.running.extend(self.started.drain(..));
+        }
+    }
+
+    /// Gives each pass in the join a key among those that are listed as pending, and each one that is not polled yet.
+    pub(crate) fn list(&mut self, pending: &mut Slab<EntryRef>) {
+        let running = self.join.iter_mut().flat_map(|join| join.running.iter_mut());
+        for pass in self.started.iter_mut().chain(running) {
+            if pass.listed == UNLISTED {
+                pass.listed = pending.insert(pass.entry);
+            }
+        }
+    }
+
+    /// Polls the joined passes of an invalidation that was not handed over, as long as one of them is ready to go on, but
+    /// no more than `idle` times without one that finishes.
+    pub(crate) fn drive_alone(&mut self, space: &Shared, idle: usize) {
+        let mut left = idle;
+        loop {
+            let progress = self.drive();
+            if !self.finished.is_empty() {
+                left = idle;
+            }
+            let mut finished = core::mem::take(&mut self.finished);
+            for done in finished.drain(..) {
+                if done.budgeted {
+                    space.give_pass_back();
+                }
+                if let Some(panic) = done.panic {
+                    self.keep_panic(panic);
+                }
+            }
+            self.finished = finished;
+            left -= 1;
+            if progress != Progress::Yielded || left == 0 {
+                return;
+            }
+        }
+    }
+
+    /// Polls the joined passes as far as they go, within bounds; `self.finished` says which are done.
+    pub(crate) fn drive(&mut self) -> Progress {
+        let Some(join) = &mut self.join else {
+            return Progress::AllFinished;
+        };
+        let mut cx = Context::from_waker(&join.waker);
+        let mut rounds = 0;
+        let mut finished = 0;
+        join.wakes.begin();
+        loop {
+            match join.running.poll_next_unpin(&mut cx) {
+                Poll::Ready(Some((done, place))) => {
+                    self.places.extend(place);
+                    self.finished.push(done);
+                    finished += 1;
+                    if finished < FINISHED_AT_ONCE {
+                        continue;
+                    }
+                    join.wakes.end();
+                    return if join.running.is_empty() { Progress::AllFinished } else { Progress::Yielded };
+                }
+                Poll::Ready(None) => {
+                    join.wakes.end();
+                    return Progress::AllFinished;
+                }
+                Poll::Pending => {
+                    rounds += 1;
+                    if rounds < ROUNDS {
+                        if join.wakes.woken_again() {
+                            continue;
+                        }
+                        return Progress::Waiting;
+                    }
+                    return if join.wakes.end() { Progress::Yielded } else { Progress::Waiting };
+                }
+            }
+        }
+    }
+}
+
+/// The waker of an invalidation's passes: wakes everybody who waits for them, whoever started the invalidation (C3).
+///
+/// Why everybody, and not one of them: one may be a future that is alive and never polled again, and then nobody
+/// would poll the passes (C4).
+#[derive(Default)]
+pub(crate) struct PassWaker(Lock<Wakes>);
+
+#[derive(Default)]
+struct Wakes {
+    /// Somebody polls the passes at this moment, and will look at `woken` afterwards.
+    polling: bool,
+    woken: bool,
+    /// Rises each time all are woken: registrations from before are void.
+    epoch: u64,
+    wakers: Slab<Waker>,
+}
+
+impl PassWaker {
+    fn begin(&self) {
+        let mut wakes = self.0.lock();
+        wakes.polling = true;
+        wakes.woken = false;
+    }
+
+    /// Ends the poll. Says whether a pass was woken during it.
+    fn end(&self) -> bool {
+        let mut wakes = self.0.lock();
+        wakes.polling = false;
+        wakes.woken
+    }
+
+    /// Whether a pass was woken during the poll, which then goes on; otherwise it has ended.
+    fn woken_again(&self) -> bool {
+        let mut wakes = self.0.lock();
+        wakes.polling = wakes.woken;
+        core::mem::take(&mut wakes.woken)
+    }
+
+    /// Wakes all that are registered.
+    pub(crate) fn wake_all(&self) {
+        let mut woken = {
+            let mut wakes = self.0.lock();
+            wakes.epoch += 1;
+            core::mem::take(&mut wakes.wakers)
+        };
+        if woken.capacity() == 0 {
+            return;
+        }
+        let mut first = None;
+        for waker in woken.drain() {
+            first = first.or(catch(|| waker.wake()).err());
+        }
+        let mut wakes = self.0.lock();
+        if wakes.wakers.capacity() == 0 {
+            wakes.wakers = woken;
+        }
+        drop(wakes);
+        if let Some(panic) = first {
+            crate::sync::resume(panic);
+        }
+    }
+}
+
+impl Wake for PassWaker {
+    fn wake(self: Arc<Self>) {
+        Wake::wake_by_ref(&self);
+    }
+
+    fn wake_by_ref(self: &Arc<Self>) {
+        {
+            let mut wakes = self.0.lock();
+            wakes.woken = true;
+            if wakes.polling {
+                return;
+            }
+        }
+        self.wake_all();
+    }
+}
+
+/// One future's registration with the waker of an invalidation's passes; taken back when dropped.
+#[derive(Default)]
+pub(crate) struct Watch(Option<(Arc<PassWaker>, usize, u64)>);
+
+impl Watch {
+    /// Registers `waker`, in place of what was registered before. Returns a waker that is to be dropped outside of all locks.
+    ///
+    /// To be called under the space's lock, where the passes were seen to be pending: whoever finishes them takes that
+    /// lock before it wakes.
+    #[must_use]
+    pub(crate) fn register(&mut self, with: &Arc<PassWaker>, waker: Waker) -> Option<Waker> {
+        if let Some((set, key, epoch)) = &self.0
+            && Arc::ptr_eq(set, with)
+        {
+            let mut wakes = set.0.lock();
+            if wakes.epoch == *epoch {
+                return Some(core::mem::replace(&mut wakes.wakers[*key], waker));
+            }
+        }
+        let old = self.clear();
+        let mut wakes = with.0.lock();
+        let (key, epoch) = (wakes.wakers.insert(waker), wakes.epoch);
+        drop(wakes);
+        self.0 = Some((with.clone(), key, epoch));
+        old
+    }
+
+    fn clear(&mut self) -> Option<Waker> {
+        let (set, key, epoch) = self.0.take()?;
+        let mut wakes = set.0.lock();
+        (wakes.epoch == epoch).then(|| wakes.wakers.remove(key))
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        drop(self.clear());
+    }
+}

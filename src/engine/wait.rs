@@ -1,0 +1,418 @@
+//! The futures that wait for invalidations that others started: readers, removers, `drain`.
+//!
+//! All of them help: they drive the passes that they wait for (C3), and let an invalidation lapse whose future is not polled (C4).
+
+use crate::engine::first_pass::forbid_waiting;
+use crate::engine::pending::{Help, Pending, TaskWaker};
+use crate::engine::{After, Shared, State, Unclaimed, WaitFor};
+use crate::entry::{EntryBox, EntryRef};
+use crate::notifier::{IntervalNotifier, Sequence};
+use crate::range::AddressRange;
+use crate::sync::{Arc, Ordering};
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::fmt;
+use core::future::Future;
+use core::marker::PhantomData;
+use core::pin::Pin;
+use core::task::{Context, Poll, Waker};
+
+/// A wait that could not be answered at once.
+#[derive(Default)]
+struct Wait {
+    /// Our place among those that wait for the notifier.
+    waiter: Option<usize>,
+    help: Help,
+    /// Unclaimed invalidations that hold us up, and how often we have yielded to each.
+    patience: Vec<(Unclaimed, u32)>,
+}
+
+/// What one look at the state says to a waiting future.
+enum Look {
+    Ready,
+    /// Something runs on another thread at this moment and will not wake us.
+    Soon,
+    Wait,
+}
+
+impl Wait {
+    /// Looks, helps, and looks again until there is nothing left to help with.
+    ///
+    /// `queue` is the notifier among whose waiters we queue, and for what; without it the whole space is looked at. `look` decides under the lock whether the wait is over; `wanted` says whose passes hold it up.
+    fn poll(
+        &mut self,
+        space: &Shared,
+        queue: Option<(EntryRef, WaitFor)>,
+        cx: &mut Context<'_>,
+        mut look: impl FnMut(&mut State, bool) -> Look,
+        wanted: impl Fn(&Pending, u64) -> bool,
+    ) -> Poll<()> {
+        let waker = Arc::new(TaskWaker(cx.waker().clone()));
+        loop {
+            let seen = space.with(|state, after| {
+                let fired = self.waiter.is_some_and(|key| state.waiters[key].fired);
+                let seen = look(state, fired);
+                if let Look::Ready = seen {
+                    self.leave(state, after);
+                    return seen;
+                }
+                let ours = Waker::from(waker.clone());
+                match (self.waiter, queue) {
+                    (Some(key), _) => after.unused.extend(state.waiters[key].waker.replace(ours)),
+                    (None, Some((entry, wait_for))) => self.waiter = Some(state.add_waiter(entry, wait_for, ours)),
+                    (None, None) => {}
+                }
+                let range = queue.map_or(AddressRange::ALL, |(entry, _)| entry.range);
+                state.jobs(range, &waker, &mut self.help, &wanted, after);
+                seen
+            });
+            if let Look::Ready = seen {
+                return Poll::Ready(());
+            }
+            let mut progress = false;
+            for job in self.help.jobs.drain(..) {
+                progress |= space.work(job);
+            }
+            if progress || self.lose_patience(space) {
+                continue;
+            }
+            if !self.help.idle.is_empty() || matches!(seen, Look::Soon) {
+                cx.waker().wake_by_ref();
+            }
+            return Poll::Pending;
+        }
+    }
+
+    /// Counts one more yield to each invalidation that is done and not claimed; lets those lapse to which we have yielded enough (C4).
+    fn lose_patience(&mut self, space: &Shared) -> bool {
+        let Self { help, patience, .. } = self;
+        patience.retain(|(unclaimed, _)| help.idle.contains(unclaimed));
+        if help.idle.is_empty() {
+            return false;
+        }
+        for &unclaimed in &help.idle {
+            match patience.iter_mut().find(|(known, _)| *known == unclaimed) {
+                Some((_, yields)) => *yields += 1,
+                None => patience.push((unclaimed, 1)),
+            }
+        }
+        space.with(|state, after| {
+            let mut lapsed = false;
+            patience.retain(|&(unclaimed, yields)| {
+                let Some(pending) = state.pending_mut(unclaimed) else {
+                    // It was claimed or ended meanwhile: look again.
+                    lapsed = true;
+                    return false;
+                };
+                let over = pending.done && !pending.abandoned && yields > pending.patience;
+                if over {
+                    state.lapse(unclaimed, after);
+                    lapsed = true;
+                }
+                !over
+            });
+            lapsed
+        })
+    }
+
+    fn leave(&mut self, state: &mut State, after: &mut After) {
+        if let Some(key) = self.waiter.take() {
+            state.remove_waiter(key, after);
+        }
+    }
+}
+
+/// The future of [`Subscription::read_begin`](crate::Subscription::read_begin); resolves to the notifier's own sequence.
+///
+/// # Cancel safety
+/// May be dropped at any moment; nothing is lost. While it waits it drives the passes that it waits for (C3).
+///
+/// # Panics
+/// In debug builds when it would have to wait inside a first pass of the same space (C7).
+#[must_use = "the wait begins when the future is polled"]
+pub struct ReadBegin<'a> {
+    space: &'a Shared,
+    entry: EntryRef,
+    slow: Option<Box<SlowRead>>,
+    /// Borrows the subscription, which keeps the entry alive.
+    subscription: PhantomData<&'a ()>,
+}
+
+struct SlowRead {
+    wait: Wait,
+    /// The own sequence on entry (R1).
+    sequence: u64,
+}
+
+impl<'a> ReadBegin<'a> {
+    #[inline]
+    pub(crate) fn new(space: &'a Shared, entry: EntryRef) -> Self {
+        Self { space, entry, slow: None, subscription: PhantomData }
+    }
+
+    #[cold]
+    fn poll_slow(&mut self, cx: &mut Context<'_>) -> Poll<Sequence> {
+        let entry = self.entry;
+        let first = self.slow.is_none();
+        let slow = self.slow.get_or_insert_with(|| Box::new(SlowRead { wait: Wait::default(), sequence: 0 }));
+        let SlowRead { wait, sequence } = &mut **slow;
+        if first {
+            *sequence = entry.own.sequence();
+        }
+        let look = |_: &mut State, fired: bool| {
+            if fired || !entry.own.is_covered() { Look::Ready } else { Look::Wait }
+        };
+        let polled = wait.poll(self.space, Some((entry, WaitFor::Uncovered)), cx, look, |_, _| true);
+        if polled.is_pending() {
+            forbid_waiting(self.space, "read_begin");
+        }
+        polled.map(|()| Sequence(*sequence))
+    }
+}
+
+impl Future for ReadBegin<'_> {
+    type Output = Sequence;
+
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Sequence> {
+        if self.slow.is_none()
+            && let Some(sequence) = self.entry.own.stable_sequence()
+        {
+            return Poll::Ready(Sequence(sequence));
+        }
+        self.poll_slow(cx)
+    }
+}
+
+impl Drop for ReadBegin<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some(slow) = &mut self.slow {
+            self.space.with(|state, after| slow.wait.leave(state, after));
+        }
+    }
+}
+
+impl fmt::Debug for ReadBegin<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReadBegin").field("range", &self.entry.range).finish_non_exhaustive()
+    }
+}
+
+/// A registered notifier and the space that it is registered with. Dropping it ends the registration without waiting.
+pub(crate) struct Registered<N: IntervalNotifier> {
+    pub(crate) space: Arc<Shared>,
+    pub(crate) entry: EntryBox<N>,
+}
+
+impl<N: IntervalNotifier> Registered<N> {
+    /// Ends the registration and returns the notifier, which nothing may be able to call any more.
+    fn into_notifier(self) -> N {
+        self.entry.take()
+    }
+}
+
+impl<N: IntervalNotifier> Drop for Registered<N> {
+    fn drop(&mut self) {
+        let entry = self.entry.erase();
+        self.space.with(|state, after| {
+            state.close(entry);
+            entry.detach();
+            state.reap(entry, after);
+        });
+    }
+}
+
+impl State {
+    /// Takes a notifier out of the index and keeps calls that have not begun from beginning (L1). May be called again.
+    pub(crate) fn close(&mut self, entry: EntryRef) {
+        if !entry.is_removed() {
+            entry.set_removed();
+            self.protocol.remove(entry.range, entry);
+        }
+    }
+
+    /// L1: whether no call of the notifier and no pass of it is under way. The guards that others hold do not matter.
+    fn is_quiet(&self, space: &Shared, entry: EntryRef) -> Look {
+        if entry.pending.load(Ordering::Relaxed) != 0 || entry.is_held() {
+            return Look::Wait;
+        }
+        if !entry.own.is_covered() {
+            return Look::Ready;
+        }
+        let calls = |(id, active): (usize, &crate::protocol::Active<EntryRef, _>)| {
+            active.range.overlaps(entry.range) && space.calls.under_way(id as u32)
+        };
+        if self.protocol.active().iter().any(calls) { Look::Soon } else { Look::Ready }
+    }
+}
+
+/// A wait until a notifier that was closed is quiet.
+#[derive(Default)]
+struct QuietWait(Wait);
+
+impl QuietWait {
+    fn poll(&mut self, space: &Shared, entry: EntryRef, cx: &mut Context<'_>) -> Poll<()> {
+        let look = |state: &mut State, _| state.is_quiet(space, entry);
+        let ours = |pending: &Pending, _| pending.waiting.iter().any(|(_, of)| *of == entry);
+        let polled = self.0.poll(space, Some((entry, WaitFor::Quiet)), cx, look, ours);
+        if polled.is_pending() {
+            forbid_waiting(space, "remove");
+        }
+        polled
+    }
+
+    fn leave(&mut self, space: &Shared) {
+        if self.0.waiter.is_some() {
+            space.with(|state, after| self.0.leave(state, after));
+        }
+    }
+}
+
+/// The future of [`Subscription::close`](crate::Subscription::close).
+///
+/// # Cancel safety
+/// May be dropped at any moment, or never be polled: the notifier is out of the space since the call of `close`.
+///
+/// # Panics
+/// In debug builds when it would have to wait inside a first pass of the same space (C7).
+#[must_use = "the notifier may still be called, and its passes run, until the future has resolved"]
+pub struct Close<'a> {
+    space: &'a Shared,
+    entry: EntryRef,
+    wait: QuietWait,
+    /// Borrows the subscription, which keeps the entry alive.
+    subscription: PhantomData<&'a ()>,
+}
+
+impl<'a> Close<'a> {
+    pub(crate) fn new(space: &'a Shared, entry: EntryRef) -> Self {
+        space.with(|state, _| state.close(entry));
+        Self { space, entry, wait: QuietWait::default(), subscription: PhantomData }
+    }
+}
+
+impl Future for Close<'_> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let Self { space, entry, wait, .. } = &mut *self;
+        wait.poll(space, *entry, cx)
+    }
+}
+
+impl Drop for Close<'_> {
+    fn drop(&mut self) {
+        self.wait.leave(self.space);
+    }
+}
+
+impl fmt::Debug for Close<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Close").field("range", &self.entry.range).finish_non_exhaustive()
+    }
+}
+
+/// The future of [`Subscription::remove`](crate::Subscription::remove); resolves to the notifier.
+///
+/// The removal begins with the call, not with the first poll: new invalidations do not call the notifier any more.
+///
+/// # Cancel safety
+/// When it is dropped early the notifier stays removed, and is dropped as soon as no call and no invalidation needs it any more.
+///
+/// # Panics
+/// In debug builds when it would have to wait inside a first pass of the same space (C7).
+#[must_use = "the notifier may still be called, and its passes run, until the future has resolved"]
+pub struct Remove<N: IntervalNotifier> {
+    wait: QuietWait,
+    registered: Option<Registered<N>>,
+}
+
+impl<N: IntervalNotifier> Remove<N> {
+    pub(crate) fn new(registered: Registered<N>) -> Self {
+        Self { wait: QuietWait::default(), registered: Some(registered) }
+    }
+}
+
+impl<N: IntervalNotifier> Future for Remove<N> {
+    type Output = N;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<N> {
+        let Self { wait, registered } = &mut *self;
+        let of = registered.as_ref().expect("`Remove` polled after it has resolved");
+        if wait.poll(&of.space, of.entry.erase(), cx).is_pending() {
+            return Poll::Pending;
+        }
+        // Quiet and closed: nothing will call it again, also if an invalidation still covers it.
+        registered.take().map_or(Poll::Pending, |registered| Poll::Ready(registered.into_notifier()))
+    }
+}
+
+// The notifier is never pinned by its subscription.
+impl<N: IntervalNotifier> Unpin for Remove<N> {}
+
+impl<N: IntervalNotifier> Drop for Remove<N> {
+    fn drop(&mut self) {
+        if let Some(registered) = &self.registered {
+            self.wait.leave(&registered.space);
+        }
+    }
+}
+
+impl<N: IntervalNotifier> fmt::Debug for Remove<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let range = self.registered.as_ref().map(|registered| registered.entry.range);
+        f.debug_struct("Remove").field("range", &range).finish_non_exhaustive()
+    }
+}
+
+/// The future of [`AddressSpace::drain`](crate::AddressSpace::drain).
+///
+/// # Cancel safety
+/// May be dropped at any moment; what it has driven so far stays done.
+///
+/// # Panics
+/// In debug builds when it would have to wait inside a first pass of the same space (C7).
+#[must_use = "nothing is driven before the future is polled"]
+pub struct Drain<'a> {
+    space: &'a Shared,
+    wait: Wait,
+    /// Invalidations that started later are not waited for.
+    until: Option<u64>,
+}
+
+impl<'a> Drain<'a> {
+    pub(crate) fn new(space: &'a Shared) -> Self {
+        Self { space, wait: Wait::default(), until: None }
+    }
+}
+
+impl Future for Drain<'_> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let Self { space, wait, until } = &mut *self;
+        let until = *until.get_or_insert_with(|| space.with(|state, _| state.protocol.last_serial()));
+        let ours = |pending: &Pending, serial| serial <= until && (pending.abandoned || !pending.done);
+        let look = |state: &mut State, _| {
+            let mut any = false;
+            state.unclaimed.overlapping(AddressRange::ALL, |unclaimed| {
+                let active = state.protocol.get(unclaimed.id, unclaimed.serial);
+                let pending = active.and_then(|active| active.extra.pending.as_deref());
+                any |= pending.is_some_and(|pending| ours(pending, unclaimed.serial));
+            });
+            if any { Look::Wait } else { Look::Ready }
+        };
+        let polled = wait.poll(space, None, cx, look, ours);
+        if polled.is_pending() {
+            forbid_waiting(space, "drain");
+        }
+        polled
+    }
+}
+
+impl fmt::Debug for Drain<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Drain").finish_non_exhaustive()
+    }
+}

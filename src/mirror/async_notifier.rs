@@ -1,0 +1,103 @@
+//! Notifiers whose invalidation is one `async fn`.
+
+use crate::notifier::{IntervalNotifier, Invalidation, InvalidationInfo, WouldBlock};
+use crate::pass::PassFuture;
+use crate::sync::Arc;
+use alloc::borrow::Cow;
+use alloc::boxed::Box;
+use async_trait::async_trait;
+use core::fmt;
+use core::ops::Deref;
+use core::task::{Context, Waker};
+
+/// A driver whose invalidation is one `async fn`: its first poll is the first pass, the rest is the pass future. Register it as
+/// [`AsyncNotifier`].
+///
+/// Costs an allocation a call, for the future. Choose [`IntervalNotifier`] where that matters, [`Inbox`](crate::Inbox) where a task handles
+/// invalidations one after the other.
+///
+/// ```
+/// # use shootdown::*;
+/// # use std::sync::Arc;
+/// # #[derive(Default)]
+/// # struct Gpu { page_table: DriverLock<Vec<u64>> }
+/// # impl Gpu { async fn flush(&self, _: AddressRange) {} }
+/// #[async_trait::async_trait]
+/// impl AsyncIntervalNotifier for Gpu {
+///     async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo) {
+///         self.page_table.lock().retain(|page| !invalidation.range.contains(*page)); // first pass: do not wait before this
+///         self.flush(invalidation.range).await;
+///     }
+/// }
+/// # futures::executor::block_on(async {
+/// let space = AddressSpace::new();
+/// let range = AddressRange::new(0x10000, 0x4000)?;
+/// let gpu = space.insert(range, AsyncNotifier::new(Gpu::default()))?;
+/// drop(space.invalidate(range, Event::Unmap).await);
+/// # drop(gpu);
+/// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+/// ```
+#[async_trait]
+pub trait AsyncIntervalNotifier: Send + Sync + 'static {
+    /// Decides, without waiting, whether the invalidation concerns the device, before `invalidate` is called.
+    ///
+    /// Returns `Ok(true)` after [`set_seq`](Invalidation::set_seq), which is what it does unless it is written otherwise. To leave the
+    /// device alone (S4) return `Ok(false)` without it; then `invalidate` is not called. That the sequence is set here, before the
+    /// driver's lock is taken, is safe: it makes readers collide a little earlier, never later.
+    ///
+    /// # Errors
+    /// [`WouldBlock`] to refuse a non-blockable invalidation.
+    fn begin(&self, invalidation: &Invalidation<'_>) -> Result<bool, WouldBlock> {
+        invalidation.set_seq();
+        Ok(true)
+    }
+
+    /// Stops the device from using the range. Up to the first await that is not ready it runs as the first pass: take the driver lock and
+    /// zap the mappings before that.
+    async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo);
+
+    /// As [`IntervalNotifier::name`].
+    fn name(&self) -> Cow<'static, str> {
+        Cow::Borrowed(core::any::type_name::<Self>())
+    }
+}
+
+/// Makes an [`AsyncIntervalNotifier`] an [`IntervalNotifier`]; dereferences to it.
+pub struct AsyncNotifier<A: ?Sized>(Arc<A>);
+
+impl<A: AsyncIntervalNotifier> AsyncNotifier<A> {
+    /// Wraps a driver, or an `Arc` of one.
+    pub fn new(driver: impl Into<Arc<A>>) -> Self {
+        Self(driver.into())
+    }
+}
+
+impl<A: AsyncIntervalNotifier> IntervalNotifier for AsyncNotifier<A> {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        if !self.0.begin(invalidation)? {
+            return Ok(None);
+        }
+        let mut pass = self.0.clone().invalidate(invalidation.info());
+        // The engine polls it again with a waker of its own, so that nothing that happens in between is lost.
+        let first = pass.as_mut().poll(&mut Context::from_waker(Waker::noop()));
+        Ok(first.is_pending().then(|| PassFuture::from(pass)))
+    }
+
+    fn name(&self) -> Cow<'static, str> {
+        self.0.name()
+    }
+}
+
+impl<A: ?Sized> Deref for AsyncNotifier<A> {
+    type Target = Arc<A>;
+
+    fn deref(&self) -> &Arc<A> {
+        &self.0
+    }
+}
+
+impl<A: ?Sized> fmt::Debug for AsyncNotifier<A> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("AsyncNotifier").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,275 @@
+//! The lock under which a driver's first pass zaps its mappings and its readers install them.
+
+use crate::notifier::{IntervalNotifier, Invalidation, Sequence};
+use crate::subscription::Subscription;
+use core::fmt;
+use core::future::Future;
+use core::ops::{Deref, DerefMut};
+use core::time::Duration;
+
+#[cfg(feature = "std")]
+mod raw {
+    pub(super) type Mutex<T> = std::sync::Mutex<T>;
+    pub(super) type Guard<'a, T> = std::sync::MutexGuard<'a, T>;
+
+    pub(super) fn lock<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
+        // A panic in a first pass is resumed in the caller of the invalidation (C5): the lock need not tell of it again.
+        mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+
+    pub(super) fn into_inner<T>(mutex: Mutex<T>) -> T {
+        mutex.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+#[cfg(not(feature = "std"))]
+mod raw {
+    pub(super) type Mutex<T> = spin::mutex::SpinMutex<T>;
+    pub(super) type Guard<'a, T> = spin::mutex::SpinMutexGuard<'a, T>;
+
+    pub(super) fn lock<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
+        mutex.lock()
+    }
+
+    pub(super) fn into_inner<T>(mutex: Mutex<T>) -> T {
+        mutex.into_inner()
+    }
+}
+
+/// The kernel's `user_lock` around the driver's device mappings `T`, with the discipline built in.
+///
+/// In a first pass [`lock_for`](Self::lock_for) locks *and* sets the sequence; a reader gets at `T` to install a mapping only through
+/// [`install`](Self::install), which locks, checks `read_retry`, and refuses if the mapping would be stale. One lock may serve several
+/// subscriptions, such as all mirrored ranges of one GPU. Drivers with a lock of their own call
+/// [`Invalidation::set_seq`] and [`Subscription::read_retry`] under it instead.
+///
+/// It blocks the thread, so hold it for short; with `std` it is a [`std::sync::Mutex`] that ignores poisoning, without it a spin lock.
+#[derive(Default)]
+pub struct DriverLock<T> {
+    mutex: raw::Mutex<T>,
+}
+
+/// Access to what a [`DriverLock`] protects. Not `Send` with `std`: do not hold it across an await.
+pub struct DriverGuard<'a, T> {
+    guard: raw::Guard<'a, T>,
+}
+
+/// A mapping could not be installed: the notifier was invalidated since `read_begin` (R2). Start over with `read_begin`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Collision;
+
+impl fmt::Display for Collision {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the range was invalidated since read_begin: what was read may be stale, start over with read_begin")
+    }
+}
+
+impl core::error::Error for Collision {}
+
+/// How long [`DriverLock::mirror`] goes on after collisions. A step that is under way is never interrupted: the budget is
+/// looked at only when an invalidation has made an installation fail.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct RetryBudget {
+    /// How often to start over.
+    pub retries: u32,
+    /// How long after the first `read_begin` to start over, at most; no bound without a clock (`std` or [`Builder::clock`](crate::Builder::clock)).
+    pub time: Option<Duration>,
+}
+
+impl RetryBudget {
+    /// A bound on the number of retries only.
+    pub const fn retries(retries: u32) -> Self {
+        Self { retries, time: None }
+    }
+}
+
+impl Default for RetryBudget {
+    /// 1,000 retries within one second, the kernel's `HMM_RANGE_DEFAULT_TIMEOUT`.
+    fn default() -> Self {
+        Self { retries: 1000, time: Some(Duration::from_secs(1)) }
+    }
+}
+
+/// Why [`DriverLock::mirror`] gave up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum MirrorError<E> {
+    /// Every attempt collided with an invalidation until the [`RetryBudget`] was used up.
+    RetriesExhausted {
+        /// How often it started over.
+        retries: u32,
+        /// How long it took in all, where there is a clock.
+        elapsed: Option<Duration>,
+    },
+    /// The prepare step failed.
+    Prepare(E),
+}
+
+impl<E: fmt::Display> fmt::Display for MirrorError<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::RetriesExhausted { retries, elapsed } => {
+                write!(f, "the range was invalidated during each of {} attempts to mirror it", retries + 1)?;
+                if let Some(elapsed) = elapsed {
+                    write!(f, " in {elapsed:?}")?;
+                }
+                f.write_str(": mirror a smaller range, or allow more retries")
+            }
+            Self::Prepare(error) => write!(f, "the mapping could not be prepared: {error}"),
+        }
+    }
+}
+
+impl<E: core::error::Error + 'static> core::error::Error for MirrorError<E> {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        match self {
+            Self::Prepare(error) => Some(error),
+            Self::RetriesExhausted { .. } => None,
+        }
+    }
+}
+
+impl<T> DriverLock<T> {
+    /// A lock around the driver's mappings.
+    pub const fn new(mappings: T) -> Self {
+        Self { mutex: raw::Mutex::new(mappings) }
+    }
+
+    /// The mappings, without the lock.
+    pub fn into_inner(self) -> T {
+        raw::into_inner(self.mutex)
+    }
+
+    /// Locks to look at the mappings or to remove some. To install one, use [`install`](Self::install); in a first pass,
+    /// [`lock_for`](Self::lock_for).
+    pub fn lock(&self) -> DriverGuard<'_, T> {
+        DriverGuard { guard: raw::lock(&self.mutex) }
+    }
+
+    /// In a first pass: locks, and sets the notifier's own sequence, so that readers that began before will collide (S4, R2).
+    #[inline]
+    pub fn lock_for(&self, invalidation: &Invalidation<'_>) -> DriverGuard<'_, T> {
+        let guard = self.lock();
+        invalidation.own.note_driver_lock(self.address());
+        invalidation.set_seq();
+        guard
+    }
+
+    /// Locks, checks that the notifier was not invalidated since `read_begin` returned `sequence`, and runs `install`, all in one.
+    ///
+    /// # Errors
+    /// [`Collision`] when it was; then nothing ran.
+    ///
+    /// # Panics
+    /// In debug builds when the notifier's first pass takes another [`DriverLock`] than this: such a check could miss an invalidation.
+    pub fn install<N: IntervalNotifier, R>(
+        &self,
+        subscription: &Subscription<N>,
+        sequence: Sequence,
+        install: impl FnOnce(&mut T) -> R,
+    ) -> Result<R, Collision> {
+        let mut guard = self.lock();
+        assert!(
+            subscription.entry().own.is_driver_lock(self.address()),
+            "mapping installed for {} under another lock than its first pass takes: use that one",
+            subscription.name()
+        );
+        if subscription.read_retry(sequence) { Err(Collision) } else { Ok(install(&mut guard)) }
+    }
+
+    /// The whole collision-retry loop of a mirroring driver: `read_begin`; `prepare`, which looks at the memory and may wait for it; then lock, check and
+    /// `install`, or start over when an invalidation came in between.
+    ///
+    /// ```
+    /// # use shootdown::*;
+    /// # #[derive(Default)]
+    /// # struct Gpu { page_table: DriverLock<Vec<u64>> }
+    /// # impl IntervalNotifier for Gpu {
+    /// #     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    /// #         self.page_table.lock_for(invalidation).clear();
+    /// #         Ok(None)
+    /// #     }
+    /// # }
+    /// # async fn fault_in(address: u64) -> Result<u64, std::io::Error> { Ok(address) }
+    /// # futures::executor::block_on(async {
+    /// # let gpu = AddressSpace::new().insert(AddressRange::new(0x1000, 0x1000)?, Gpu::default())?;
+    /// gpu.page_table
+    ///     .mirror(
+    ///         &gpu,
+    ///         RetryBudget::default(),
+    ///         |_sequence| fault_in(0x1000),
+    ///         |page_table, page| page_table.push(page),
+    ///     )
+    ///     .await?;
+    /// assert_eq!(*gpu.page_table.lock(), [0x1000]);
+    /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+    /// ```
+    ///
+    /// # Errors
+    /// [`MirrorError::Prepare`] with the first error of `prepare`; [`MirrorError::RetriesExhausted`] when the budget is used up.
+    ///
+    /// # Cancel safety
+    /// May be dropped at any moment: nothing is installed then unless it has resolved.
+    pub async fn mirror<N, P, E, F, R>(
+        &self,
+        subscription: &Subscription<N>,
+        budget: RetryBudget,
+        mut prepare: impl FnMut(Sequence) -> F,
+        mut install: impl FnMut(&mut T, P) -> R,
+    ) -> Result<R, MirrorError<E>>
+    where
+        N: IntervalNotifier,
+        F: Future<Output = Result<P, E>>,
+    {
+        let space = subscription.shared();
+        // The clock is asked only when there is a bound on the time and a collision.
+        let began = budget.time.and_then(|_| space.now());
+        let mut retries = 0;
+        loop {
+            let sequence = subscription.read_begin().await;
+            let prepared = prepare(sequence).await.map_err(MirrorError::Prepare)?;
+            if let Ok(installed) = self.install(subscription, sequence, |mappings| install(mappings, prepared)) {
+                return Ok(installed);
+            }
+            let elapsed = began.and_then(|began| Some(space.now()?.saturating_sub(began)));
+            let too_late = matches!((budget.time, elapsed), (Some(most), Some(elapsed)) if elapsed > most);
+            if retries == budget.retries || too_late {
+                return Err(MirrorError::RetriesExhausted { retries, elapsed });
+            }
+            retries += 1;
+        }
+    }
+
+    /// What tells this lock from others.
+    fn address(&self) -> usize {
+        core::ptr::from_ref(self).addr()
+    }
+}
+
+impl<T> Deref for DriverGuard<'_, T> {
+    type Target = T;
+
+    #[inline]
+    fn deref(&self) -> &T {
+        &self.guard
+    }
+}
+
+impl<T> DerefMut for DriverGuard<'_, T> {
+    #[inline]
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.guard
+    }
+}
+
+impl<T: fmt::Debug> fmt::Debug for DriverGuard<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(&**self, f)
+    }
+}
+
+impl<T> fmt::Debug for DriverLock<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("DriverLock").finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,173 @@
+//! What a driver implements, and what it is told.
+
+use crate::event::{Event, Owner};
+use crate::pass::PassFuture;
+use crate::protocol::Own;
+use crate::range::AddressRange;
+use alloc::borrow::Cow;
+use core::fmt;
+
+/// A driver's side of a mirrored range: the kernel's `mmu_interval_notifier_ops`.
+///
+/// ```
+/// use shootdown::{DriverLock, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+///
+/// #[derive(Default)]
+/// struct Gpu {
+///     page_table: DriverLock<Vec<u64>>,
+/// }
+///
+/// impl IntervalNotifier for Gpu {
+///     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+///         // Locking through the invalidation sets the sequence: readers that began before it will retry.
+///         self.page_table.lock_for(invalidation).clear();
+///         let flushed = submit_tlb_flush();
+///         Ok(Some(PassFuture::new(flushed))) // waited for together with those of all other devices
+///     }
+/// }
+/// # fn submit_tlb_flush() -> impl Future<Output = ()> { async {} }
+/// ```
+pub trait IntervalNotifier: Send + Sync + 'static {
+    /// First pass: start the work on the device, do not wait for it.
+    ///
+    /// Runs on whatever thread polls the invalidation. The library holds no lock meanwhile (C8), so almost everything
+    /// may be called from here; *waiting* for `read_begin`, `remove` or an invalidation of the same space may not (C7),
+    /// and panics in debug builds.
+    ///
+    /// The driver takes its lock, calls [`set_seq`](Invalidation::set_seq) (or does both with
+    /// [`DriverLock::lock_for`](crate::DriverLock::lock_for)), zaps its mappings of
+    /// [`range`](Invalidation::range) and returns what remains to be waited for. A first pass that leaves the device alone
+    /// sets no sequence (S4) and returns `Ok(None)`.
+    ///
+    /// # Errors
+    /// [`WouldBlock`] when the invalidation is not [`blockable`](Invalidation::blockable) and the driver cannot start
+    /// without waiting; it must have changed nothing then. To refuse a blockable invalidation is a driver's bug (B1): it is
+    /// reported and counted, and the invalidation goes on.
+    ///
+    /// # Panics
+    /// A panic stops neither the other notifiers nor the space; it is resumed in the caller of the invalidation (C5).
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock>;
+
+    /// What to call this notifier in lists of what is pending (C6) and in messages. Called outside of all locks, when asked for.
+    fn name(&self) -> Cow<'static, str> {
+        Cow::Borrowed(core::any::type_name::<Self>())
+    }
+}
+
+/// A first pass cannot start, or an invalidation cannot end, without waiting: the kernel's `-EAGAIN`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WouldBlock;
+
+impl fmt::Display for WouldBlock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(
+            "a non-blockable invalidation would have to wait for a device: use the blockable `invalidate`, or try again later",
+        )
+    }
+}
+
+impl core::error::Error for WouldBlock {}
+
+/// The value of a notifier's own sequence at some moment; what `read_begin` returns and `read_retry` checks.
+///
+/// Good for that notifier alone. It does not name an invalidation: two that overlap may share one (O6).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Sequence(pub(crate) u64);
+
+impl Sequence {
+    /// The number behind it, for logs and tests. Odd for a notifier's own sequence.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
+/// One call of a first pass: what is invalidated, why, and how the driver may answer.
+#[derive(Clone, Copy)]
+pub struct Invalidation<'a> {
+    pub(crate) range: AddressRange,
+    pub(crate) event: Event,
+    pub(crate) sequence: u64,
+    pub(crate) blockable: bool,
+    pub(crate) may_defer: bool,
+    pub(crate) own: &'a Own,
+}
+
+impl Invalidation<'_> {
+    /// What is invalidated: all of it, not only the part that the notifier watches.
+    #[inline]
+    pub fn range(&self) -> AddressRange {
+        self.range
+    }
+
+    /// Why.
+    #[inline]
+    pub fn event(&self) -> Event {
+        self.event
+    }
+
+    /// On whose behalf, for [`Event::Migrate`] and [`Event::Exclusive`].
+    #[inline]
+    pub fn owner(&self) -> Option<Owner> {
+        self.event.owner()
+    }
+
+    /// Whether the driver may leave work to a further pass that takes time. In a non-blockable invalidation it may
+    /// answer [`WouldBlock`] instead.
+    #[inline]
+    pub fn blockable(&self) -> bool {
+        self.blockable
+    }
+
+    /// The odd sequence that every pass of this invalidation gets (S2).
+    #[inline]
+    pub fn sequence(&self) -> Sequence {
+        Sequence(self.sequence)
+    }
+
+    /// Whether a pass of this call may stay pending while other notifiers are called. `false` when the space's pass budget
+    /// is used up: the pass is then awaited at once (B4), and a driver that has a cheaper way to wait may choose it.
+    #[inline]
+    pub fn may_defer(&self) -> bool {
+        self.may_defer
+    }
+
+    /// The same without what can be done in the first pass only.
+    pub fn info(&self) -> InvalidationInfo {
+        InvalidationInfo { range: self.range, event: self.event, sequence: Sequence(self.sequence), blockable: self.blockable }
+    }
+
+    /// Sets the notifier's own sequence, so that readers that began before this invalidation retry (S4, R2).
+    ///
+    /// To be called in the first pass, under the lock under which readers check and install. Drivers that use
+    /// [`DriverLock`](crate::DriverLock) need not call it.
+    #[inline]
+    pub fn set_seq(&self) {
+        self.own.set(self.sequence);
+    }
+}
+
+/// What an [`Invalidation`] says, to be kept beyond the first pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct InvalidationInfo {
+    /// What is invalidated: all of it, not only the part that the notifier watches.
+    pub range: AddressRange,
+    /// Why.
+    pub event: Event,
+    /// The odd sequence that every pass of it gets (S2).
+    pub sequence: Sequence,
+    /// Whether it may wait.
+    pub blockable: bool,
+}
+
+impl fmt::Debug for Invalidation<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Invalidation")
+            .field("range", &self.range)
+            .field("event", &self.event)
+            .field("sequence", &self.sequence)
+            .field("blockable", &self.blockable)
+            .field("may_defer", &self.may_defer)
+            .finish()
+    }
+}

@@ -1,0 +1,259 @@
+//! The sequence protocol: the space's sequence, each notifier's own, and the set of active invalidations.
+//!
+//! A plain state machine: `&mut self` in, decisions out. It holds no lock, wakes nobody and never calls a driver; whoever
+//! owns a [`Protocol`] does that. Rules S1 to S6, O1, O5 and the counting behind R1 and L2 live here and nowhere else.
+
+use crate::index::{Indexed, IntervalIndex};
+use crate::range::AddressRange;
+#[cfg(debug_assertions)]
+use crate::sync::AtomicUsize;
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use alloc::vec::Vec;
+use slab::Slab;
+
+/// A notifier's own sequence, and how many active invalidations cover it.
+///
+/// Own sequences are always odd (S5, S2), so the lowest bit is free to say whether the notifier is covered: a reader learns
+/// in one load what its sequence is and whether it has to wait (R3). These are atomics because readers look at them without a lock;
+/// they are *written* only by the owner of the protocol (`&mut Protocol`) and by `set_seq` in a first pass, during which
+/// the notifier is covered and the protocol leaves the word alone. So no read-modify-write is needed.
+#[derive(Debug)]
+pub(crate) struct Own {
+    /// The sequence while no active invalidation covers the notifier, the sequence less one while one does.
+    word: AtomicU64,
+    /// Active invalidations that cover the notifier. Only the owner of the protocol touches it.
+    covering: AtomicU32,
+    /// Address of the driver lock under which the sequence was set last; 0 before. For the check that readers take the same one.
+    #[cfg(debug_assertions)]
+    driver_lock: AtomicUsize,
+}
+
+const UNCOVERED: u64 = 1;
+
+impl Own {
+    pub(crate) fn new() -> Self {
+        Self {
+            word: AtomicU64::new(UNCOVERED),
+            covering: AtomicU32::new(0),
+            #[cfg(debug_assertions)]
+            driver_lock: AtomicUsize::new(0),
+        }
+    }
+
+    /// Notes under which lock the first pass set the sequence (debug builds).
+    #[inline]
+    pub(crate) fn note_driver_lock(&self, _address: usize) {
+        #[cfg(debug_assertions)]
+        self.driver_lock.store(_address, Ordering::Relaxed);
+    }
+
+    /// Whether a reader that holds the lock at `_address` is safe from the first pass; always `true` in release builds.
+    #[inline]
+    pub(crate) fn is_driver_lock(&self, _address: usize) -> bool {
+        #[cfg(debug_assertions)]
+        {
+            let noted = self.driver_lock.load(Ordering::Relaxed);
+            noted == 0 || noted == _address
+        }
+        #[cfg(not(debug_assertions))]
+        true
+    }
+
+    /// The notifier's own sequence (R2).
+    #[inline]
+    pub(crate) fn sequence(&self) -> u64 {
+        self.word.load(Ordering::Acquire) | UNCOVERED
+    }
+
+    /// The own sequence if no active invalidation covers the notifier at this moment (R1, R3).
+    #[inline]
+    pub(crate) fn stable_sequence(&self) -> Option<u64> {
+        let word = self.word.load(Ordering::Acquire);
+        (word & UNCOVERED != 0).then_some(word)
+    }
+
+    /// S4: called in a first pass, under the driver's lock.
+    ///
+    /// Never goes back: of two invalidations whose first passes reach a notifier in the other order than they
+    /// started, the later sequence stays. Otherwise a third invalidation could give the later one out again (S6).
+    #[inline]
+    pub(crate) fn set(&self, sequence: u64) {
+        let word = self.word.load(Ordering::Relaxed);
+        if (sequence.wrapping_sub(word | UNCOVERED)).cast_signed() > 0 {
+            self.word.store(sequence & !UNCOVERED, Ordering::Release);
+        }
+    }
+
+    pub(crate) fn is_covered(&self) -> bool {
+        self.covering.load(Ordering::Relaxed) != 0
+    }
+
+    /// One more invalidation covers the notifier. Returns the own sequence if it is the first.
+    #[inline]
+    fn cover(&self) -> Option<u64> {
+        let covering = self.covering.load(Ordering::Relaxed);
+        self.covering.store(covering + 1, Ordering::Relaxed);
+        (covering == 0).then(|| {
+            let word = self.word.load(Ordering::Relaxed);
+            self.word.store(word & !UNCOVERED, Ordering::Release);
+            word | UNCOVERED
+        })
+    }
+
+    /// One less covers it. Returns whether it was the last: a moment at which nothing covers the notifier (R1).
+    #[inline]
+    fn uncover(&self) -> bool {
+        let covering = self.covering.load(Ordering::Relaxed) - 1;
+        self.covering.store(covering, Ordering::Relaxed);
+        if covering == 0 {
+            let word = self.word.load(Ordering::Relaxed);
+            self.word.store(word | UNCOVERED, Ordering::Release);
+        }
+        covering == 0
+    }
+}
+
+/// A notifier as the protocol sees it.
+pub(crate) trait Member: Indexed {
+    fn own(&self) -> &Own;
+}
+
+/// An active invalidation, with whatever its owner keeps beside it.
+pub(crate) struct Active<M, X> {
+    pub(crate) range: AddressRange,
+    /// The sequence that all its passes get; odd if it hit a notifier, meaningless otherwise.
+    pub(crate) sequence: u64,
+    /// Tells this invalidation from an earlier one with the same id; rises with each start.
+    pub(crate) serial: u64,
+    /// Notifiers inserted since it started, which it covers but does not call (S5).
+    late: Vec<M>,
+    pub(crate) extra: X,
+}
+
+impl<M: Copy, X> Active<M, X> {
+    pub(crate) fn late(&self) -> impl Iterator<Item = M> {
+        self.late.iter().copied()
+    }
+}
+
+/// Names an active invalidation; used again once it has ended.
+pub(crate) type Id = u32;
+
+pub(crate) struct Protocol<M, X> {
+    /// S1.
+    sequence: u64,
+    index: IntervalIndex<M>,
+    active: Slab<Active<M, X>>,
+    started: u64,
+}
+
+/// What the start of an invalidation decided.
+pub(crate) struct Started {
+    pub(crate) id: Id,
+    pub(crate) sequence: u64,
+}
+
+impl<M: Member, X> Protocol<M, X> {
+    /// A space whose sequence starts at `sequence`, which must be even (S1: 2).
+    pub(crate) fn new(sequence: u64) -> Self {
+        debug_assert!(sequence.is_multiple_of(2), "the sequence of an idle space is even");
+        Self { sequence, index: IntervalIndex::new(), active: Slab::new(), started: 0 }
+    }
+
+    /// The space's sequence (S1 to S3).
+    pub(crate) fn sequence(&self) -> u64 {
+        self.sequence
+    }
+
+    /// Notifiers that new invalidations are checked against.
+    pub(crate) fn registered(&self) -> usize {
+        self.index.len()
+    }
+
+    pub(crate) fn active(&self) -> &Slab<Active<M, X>> {
+        &self.active
+    }
+
+    pub(crate) fn active_mut(&mut self) -> &mut Slab<Active<M, X>> {
+        &mut self.active
+    }
+
+    pub(crate) fn get(&self, id: Id, serial: u64) -> Option<&Active<M, X>> {
+        self.active.get(id as usize).filter(|active| active.serial == serial)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: Id, serial: u64) -> Option<&mut Active<M, X>> {
+        self.active.get_mut(id as usize).filter(|active| active.serial == serial)
+    }
+
+    /// S5, L3: `member` takes part from now on. Its [`Own`] must be new.
+    pub(crate) fn insert(&mut self, range: AddressRange, member: M) {
+        let own = member.own();
+        // Linear in the active invalidations, and only here: start and end are not (`DESIGN.md`, "Insert under invalidation").
+        for (_, active) in &mut self.active {
+            if active.range.overlaps(range) {
+                active.late.push(member);
+                own.cover();
+            }
+        }
+        if own.is_covered() {
+            self.sequence |= 1;
+            own.word.store(self.sequence & !UNCOVERED, Ordering::Release);
+        } else {
+            // Odd, and not the current one, so that its readers do not wait.
+            let other = if self.sequence.is_multiple_of(2) { 1 } else { 2 };
+            own.word.store(self.sequence.wrapping_sub(other), Ordering::Release);
+        }
+        self.index.insert(range, member);
+    }
+
+    /// O5, L1: no invalidation that starts from now on hits `member`.
+    pub(crate) fn remove(&mut self, range: AddressRange, member: M) -> bool {
+        self.index.remove(range, member)
+    }
+
+    /// S2, S6: starts an invalidation. `hit` gets every notifier that overlaps `range`, in the order of their first passes (O1).
+    #[inline]
+    pub(crate) fn start(&mut self, range: AddressRange, extra: X, mut hit: impl FnMut(M)) -> Started {
+        let current = self.sequence;
+        let (mut any, mut clash) = (false, false);
+        self.index.overlapping(range, |member| {
+            any = true;
+            // An own sequence is odd, so it can equal the space's only while that is odd.
+            clash |= member.own().cover() == Some(current);
+            hit(member);
+        });
+        if any {
+            self.sequence = if clash { current.wrapping_add(2) } else { current | 1 };
+        }
+        self.started += 1;
+        let sequence = self.sequence;
+        let active = Active { range, sequence, serial: self.started, late: Vec::new(), extra };
+        let id = Id::try_from(self.active.insert(active)).expect("fewer than 2^32 invalidations are active");
+        Started { id, sequence }
+    }
+
+    /// The serial of the invalidation that started last.
+    pub(crate) fn last_serial(&self) -> u64 {
+        self.started
+    }
+
+    /// S3: ends an invalidation. `hits` are the notifiers that its start named; `uncovered` gets each one that no active
+    /// invalidation covers any more.
+    #[inline]
+    pub(crate) fn end(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) -> Active<M, X> {
+        let active = self.active.remove(id as usize);
+        for &member in hits.iter().chain(&active.late) {
+            if member.own().uncover() {
+                uncovered(member);
+            }
+        }
+        if self.active.is_empty() && self.sequence % 2 == 1 {
+            self.sequence = self.sequence.wrapping_add(1);
+        }
+        active
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,203 @@
+//! Ranges of addresses, with both ends inclusive so that the last byte of the address space can be named.
+
+use core::fmt;
+use core::ops::{Range, RangeInclusive};
+
+/// A non-empty range of addresses `[start, last]` in bytes, **both ends inclusive**.
+///
+/// The kernel's interval tree has the same form. Adjacent ranges do not overlap.
+///
+/// ```
+/// use shootdown::{AddressRange, RangeError};
+///
+/// let pages = AddressRange::new(0x1000, 0x2000)?; // start, length in bytes
+/// assert_eq!(pages, AddressRange::try_from(0x1000..0x3000)?); // end exclusive
+/// assert_eq!(pages, AddressRange::try_from(0x1000..=0x2fff)?); // end inclusive
+/// assert_eq!(AddressRange::new(0x1000, 0), Err(RangeError::Empty { start: 0x1000 }));
+/// # Ok::<(), RangeError>(())
+/// ```
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+pub struct AddressRange {
+    start: u64,
+    last: u64,
+}
+
+/// Why two numbers do not make an [`AddressRange`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum RangeError {
+    /// The range holds no byte. Skip the call: there is nothing to watch or to invalidate.
+    Empty {
+        /// The start that was given.
+        start: u64,
+    },
+    /// `start + len` lies beyond the last address. Shorten the range; to reach the last byte of the
+    /// address space use `start..=u64::MAX`.
+    Overflow {
+        /// The start that was given.
+        start: u64,
+        /// The length in bytes that was given.
+        len: u64,
+    },
+}
+
+impl fmt::Display for RangeError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match *self {
+            Self::Empty { start } => {
+                write!(f, "the range at {start:#x} is empty: it must hold at least one byte")
+            }
+            Self::Overflow { start, len } => write!(
+                f,
+                "the range of {len:#x} bytes at {start:#x} goes beyond the last address: shorten it, or write start..=u64::MAX"
+            ),
+        }
+    }
+}
+
+impl core::error::Error for RangeError {}
+
+impl AddressRange {
+    /// The whole address space, `0..=u64::MAX`.
+    pub const ALL: Self = Self { start: 0, last: u64::MAX };
+
+    /// The `len` bytes from `start` on.
+    ///
+    /// # Errors
+    /// [`RangeError::Empty`] when `len` is 0, [`RangeError::Overflow`] when a byte of it would lie beyond `u64::MAX`.
+    pub const fn new(start: u64, len: u64) -> Result<Self, RangeError> {
+        let Some(more) = len.checked_sub(1) else {
+            return Err(RangeError::Empty { start });
+        };
+        match start.checked_add(more) {
+            Some(last) => Ok(Self { start, last }),
+            None => Err(RangeError::Overflow { start, len }),
+        }
+    }
+
+    /// The memory that a slice occupies.
+    ///
+    /// # Errors
+    /// [`RangeError::Empty`] when the slice, or its element type, has no size.
+    pub fn of_slice<T>(slice: &[T]) -> Result<Self, RangeError> {
+        Self::new(slice.as_ptr() as usize as u64, size_of_val(slice) as u64)
+    }
+
+    /// First address, inclusive.
+    #[inline]
+    pub const fn start(self) -> u64 {
+        self.start
+    }
+
+    /// Last address, **inclusive**.
+    #[inline]
+    pub const fn last(self) -> u64 {
+        self.last
+    }
+
+    /// Length in bytes; `None` for [`AddressRange::ALL`], whose length does not fit in a `u64`.
+    pub const fn len(self) -> Option<u64> {
+        (self.last - self.start).checked_add(1)
+    }
+
+    /// Always `false`: a range holds at least one byte.
+    pub const fn is_empty(self) -> bool {
+        false
+    }
+
+    /// Whether the two ranges share a byte. Adjacent ranges do not.
+    #[inline]
+    pub const fn overlaps(self, other: Self) -> bool {
+        self.start <= other.last && other.start <= self.last
+    }
+
+    /// Whether `address` lies in the range.
+    #[inline]
+    pub const fn contains(self, address: u64) -> bool {
+        self.start <= address && address <= self.last
+    }
+
+    /// Whether all of `other` lies in the range.
+    #[inline]
+    pub const fn covers(self, other: Self) -> bool {
+        self.start <= other.start && other.last <= self.last
+    }
+
+    /// The bytes that both ranges hold.
+    pub fn intersection(self, other: Self) -> Option<Self> {
+        self.overlaps(other).then(|| Self { start: self.start.max(other.start), last: self.last.min(other.last) })
+    }
+}
+
+impl TryFrom<Range<u64>> for AddressRange {
+    type Error = RangeError;
+
+    fn try_from(range: Range<u64>) -> Result<Self, RangeError> {
+        Self::new(range.start, range.end.saturating_sub(range.start))
+    }
+}
+
+impl TryFrom<RangeInclusive<u64>> for AddressRange {
+    type Error = RangeError;
+
+    fn try_from(range: RangeInclusive<u64>) -> Result<Self, RangeError> {
+        let (start, last) = range.into_inner();
+        if last < start { Err(RangeError::Empty { start }) } else { Ok(Self { start, last }) }
+    }
+}
+
+impl<T> TryFrom<&[T]> for AddressRange {
+    type Error = RangeError;
+
+    fn try_from(slice: &[T]) -> Result<Self, RangeError> {
+        Self::of_slice(slice)
+    }
+}
+
+impl fmt::Debug for AddressRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:#x}..={:#x}", self.start, self.last)
+    }
+}
+
+impl fmt::Display for AddressRange {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Debug::fmt(self, f)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_last_byte_of_the_address_space_can_be_named() {
+        let top = AddressRange::try_from(u64::MAX - 4095..=u64::MAX).unwrap();
+        assert_eq!(top, AddressRange::new(u64::MAX - 4095, 4096).unwrap());
+        assert_eq!(AddressRange::ALL.len(), None);
+        assert_eq!(top.len(), Some(4096));
+    }
+
+    #[test]
+    fn empty_and_overflowing_ranges_are_told_apart() {
+        assert_eq!(AddressRange::new(7, 0), Err(RangeError::Empty { start: 7 }));
+        assert_eq!(AddressRange::new(u64::MAX, 2), Err(RangeError::Overflow { start: u64::MAX, len: 2 }));
+        #[expect(clippy::reversed_empty_ranges, reason = "that is the case under test")]
+        let reversed = AddressRange::try_from(9..3);
+        assert_eq!(reversed, Err(RangeError::Empty { start: 9 }));
+        #[expect(clippy::reversed_empty_ranges, reason = "that is the case under test")]
+        let reversed = AddressRange::try_from(9..=3);
+        assert_eq!(reversed, Err(RangeError::Empty { start: 9 }));
+        let none: &[u8] = &[];
+        assert!(matches!(AddressRange::of_slice(none), Err(RangeError::Empty { .. })));
+    }
+
+    #[test]
+    fn adjacency_is_no_overlap() {
+        let low = AddressRange::new(0, 4096).unwrap();
+        let high = AddressRange::new(4096, 4096).unwrap();
+        assert!(!low.overlaps(high) && !high.overlaps(low));
+        assert!(low.overlaps(AddressRange::new(4095, 2).unwrap()));
+        assert_eq!(low.intersection(high), None);
+    }
+}

@@ -1,0 +1,98 @@
+//! A registered notifier, as its driver holds it.
+
+use crate::engine::Shared;
+use crate::engine::wait::{Close, ReadBegin, Registered, Remove};
+use crate::entry::EntryBox;
+use crate::notifier::{IntervalNotifier, Sequence};
+use crate::range::AddressRange;
+use crate::sync::Arc;
+use core::fmt;
+use core::ops::Deref;
+
+/// A notifier that watches a range of an address space: the kernel's `struct mmu_interval_notifier`.
+///
+/// Made by [`AddressSpace::insert`](crate::AddressSpace::insert); dereferences to the notifier. Dropping it ends the subscription without waiting: no
+/// call begins any more, but one that runs on another thread may still be running, and passes that are pending still complete. To wait
+/// for both, and to get the notifier back, use [`remove`](Self::remove).
+pub struct Subscription<N: IntervalNotifier> {
+    registered: Registered<N>,
+}
+
+impl<N: IntervalNotifier> Subscription<N> {
+    pub(crate) fn new(space: Arc<Shared>, entry: EntryBox<N>) -> Self {
+        Self { registered: Registered { space, entry } }
+    }
+
+    /// What the notifier watches.
+    pub fn range(&self) -> AddressRange {
+        self.registered.entry.range
+    }
+
+    /// The notifier's own sequence at this moment, without waiting. For diagnostics: readers use [`read_begin`](Self::read_begin).
+    pub fn sequence(&self) -> Sequence {
+        Sequence(self.registered.entry.own.sequence())
+    }
+
+    /// Begins a read-side section: returns the notifier's own sequence as it was on entry, once there has been a moment since then
+    /// at which no active invalidation covered the notifier (R1). Takes no lock unless it has to wait (R3).
+    ///
+    /// Look at the memory, prepare the mapping, then check the sequence with [`read_retry`](Self::read_retry) *under the driver's lock* and install:
+    /// [`DriverLock::install`](crate::DriverLock::install) does the second half, [`DriverLock::mirror`](crate::DriverLock::mirror) the whole loop.
+    ///
+    /// It waits for invalidations that cover this notifier only (L2), and back-to-back invalidations of its range do not hold
+    /// it up for ever.
+    #[inline]
+    pub fn read_begin(&self) -> ReadBegin<'_> {
+        ReadBegin::new(&self.registered.space, self.registered.entry.erase())
+    }
+
+    /// Whether the notifier was invalidated since `read_begin` returned `sequence` (R2): then what was read may be stale, and the
+    /// reader starts over. Call it under the lock that the first pass takes, together with installing the mapping.
+    #[inline]
+    pub fn read_retry(&self, sequence: Sequence) -> bool {
+        self.registered.entry.own.sequence() != sequence.0
+    }
+
+    /// Takes the notifier out of the space, in the call: invalidations that start from now on do not call it, and calls that have
+    /// not begun do not begin. The returned future waits until no call and no pass of it is under way (L1), as [`remove`](Self::remove)
+    /// does, but leaves the subscription in place: for drivers that share it with readers. May be called again.
+    pub fn close(&self) -> Close<'_> {
+        Close::new(&self.registered.space, self.registered.entry.erase())
+    }
+
+    /// Ends the subscription and waits until the notifier is neither called nor has a pass pending; returns it (L1).
+    ///
+    /// The removal itself happens in the call: invalidations that start afterwards do not call the notifier. The future
+    /// waits for this notifier's own calls and passes, and drives the latter; guards that somebody holds do not keep it waiting.
+    pub fn remove(self) -> Remove<N> {
+        drop(self.close());
+        Remove::new(self.registered)
+    }
+
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.registered.space
+    }
+
+    pub(crate) fn entry(&self) -> &EntryBox<N> {
+        &self.registered.entry
+    }
+}
+
+impl<N: IntervalNotifier> Deref for Subscription<N> {
+    type Target = N;
+
+    #[inline]
+    fn deref(&self) -> &N {
+        self.registered.entry.notifier()
+    }
+}
+
+impl<N: IntervalNotifier> fmt::Debug for Subscription<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Subscription")
+            .field("range", &self.range())
+            .field("sequence", &self.sequence())
+            .field("notifier", &self.name())
+            .finish()
+    }
+}

@@ -1,0 +1,81 @@
+//! The one place that says where atomics and locks come from.
+//!
+//! [`Lock`] is held for a bounded number of steps of the library's own code and never while driver code runs (rule C8).
+//! That is why it spins: its release is a plain store, where a parking mutex needs a read-modify-write, and two locks are
+//! most of what a short invalidation costs (`DESIGN.md`, "The lock").
+
+#[cfg(not(loom))]
+mod real {
+    pub(crate) use alloc::sync::Arc;
+    use core::ops::DerefMut;
+    pub(crate) use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+    /// Spins; where there is an operating system, gives it the processor now and then.
+    struct Relax;
+
+    impl spin::RelaxStrategy for Relax {
+        #[inline]
+        fn relax() {
+            #[cfg(feature = "std")]
+            {
+                std::thread_local!(static SPINS: core::cell::Cell<u32> = const { core::cell::Cell::new(0) });
+                // The holder may have been preempted: after some 64 looks it is more useful to let it run.
+                let spins = SPINS.with(|spins| spins.replace(spins.get().wrapping_add(1)));
+                if spins % 64 == 63 {
+                    std::thread::yield_now();
+                }
+            }
+            core::hint::spin_loop();
+        }
+    }
+
+    /// A lock around the library's own state.
+    #[derive(Default)]
+    pub(crate) struct Lock<T>(spin::mutex::SpinMutex<T, Relax>);
+
+    impl<T> Lock<T> {
+        pub(crate) const fn new(value: T) -> Self {
+            Self(spin::mutex::SpinMutex::new(value))
+        }
+
+        #[inline]
+        pub(crate) fn lock(&self) -> impl DerefMut<Target = T> {
+            self.0.lock()
+        }
+
+        pub(crate) fn get_mut(&mut self) -> &mut T {
+            self.0.get_mut()
+        }
+    }
+}
+
+#[cfg(not(loom))]
+pub(crate) use real::*;
+
+/// Runs driver code and keeps a panic for later.
+///
+/// Without `std` there is nothing to catch it with: it goes through, and the drop of what was under way puts the space right.
+#[inline]
+pub(crate) fn catch<R>(code: impl FnOnce() -> R) -> Result<R, Panic> {
+    #[cfg(feature = "std")]
+    {
+        std::panic::catch_unwind(core::panic::AssertUnwindSafe(code))
+    }
+    #[cfg(not(feature = "std"))]
+    {
+        Ok(code())
+    }
+}
+
+/// Continues a panic that [`catch`] kept, unless this thread is unwinding already.
+pub(crate) fn resume(panic: Panic) {
+    #[cfg(feature = "std")]
+    if !std::thread::panicking() {
+        std::panic::resume_unwind(panic)
+    }
+    #[cfg(not(feature = "std"))]
+    drop(panic);
+}
+
+/// What a panic carried.
+pub(crate) type Panic = alloc::boxed::Box<dyn core::any::Any + Send>;
