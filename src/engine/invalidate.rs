@@ -8,7 +8,7 @@ use crate::event::Event;
 use crate::notifier::{Invalidation, Sequence, WouldBlock};
 use crate::protocol::Id;
 use crate::range::AddressRange;
-use crate::sync::{Arc, catch, resume};
+use crate::sync::{Arc, Lock, catch, resume};
 use alloc::boxed::Box;
 use core::fmt;
 use core::future::Future;
@@ -155,8 +155,14 @@ impl Running {
             panic = scratch.panic.take();
             space.calls.end(self.id);
         }
-        let guard =
-            InvalidationGuard { space, id: self.id, range: request.range, sequence: self.sequence, scratch: self.scratch };
+        let guard = InvalidationGuard {
+            space,
+            id: self.id,
+            range: request.range,
+            sequence: self.sequence,
+            hits: self.scratch.as_ref().map_or(0, |scratch| scratch.hits.len()),
+            scratch: Lock::new(self.scratch),
+        };
         if let Some(panic) = panic {
             drop(guard);
             resume(panic);
@@ -427,7 +433,9 @@ pub struct InvalidationGuard<'a> {
     id: Id,
     range: AddressRange,
     sequence: u64,
-    scratch: Option<Box<Scratch>>,
+    hits: usize,
+    /// Never locked, only reached through `&mut`: a pass need not be `Sync`, and the guard is.
+    scratch: Lock<Option<Box<Scratch>>>,
 }
 
 impl InvalidationGuard<'_> {
@@ -443,7 +451,7 @@ impl InvalidationGuard<'_> {
 
     /// How many notifiers the invalidation hit.
     pub fn hits(&self) -> usize {
-        self.scratch.as_ref().map_or(0, |scratch| scratch.hits.len())
+        self.hits
     }
 
     /// The same guard with a handle of the space of its own, to be kept in a structure or sent to a task.
@@ -458,7 +466,8 @@ impl InvalidationGuard<'_> {
             id: this.id,
             range: this.range,
             sequence: this.sequence,
-            scratch: this.scratch.take(),
+            hits: this.hits,
+            scratch: Lock::new(this.scratch.get_mut().take()),
         };
         this.id = MOVED;
         owned
@@ -472,7 +481,7 @@ impl Drop for InvalidationGuard<'_> {
     #[inline]
     fn drop(&mut self) {
         if self.id != MOVED {
-            let scratch = self.scratch.take();
+            let scratch = self.scratch.get_mut().take();
             self.space.with(|state, after| state.end(self.id, scratch, after));
         }
     }

@@ -169,7 +169,8 @@ impl State {
         help: &mut Help,
         wanted: impl Fn(&Pending, u64) -> bool,
         after: &mut After,
-    ) {
+    ) -> Vec<Job> {
+        let mut jobs = Vec::new();
         help.idle.clear();
         help.overlapping.clear();
         self.unclaimed.overlapping(range, |unclaimed| help.overlapping.push(unclaimed));
@@ -191,16 +192,16 @@ impl State {
             after.unused.extend(help.watches[watched].register(&pending.wakes, Waker::from(waker.clone())));
             watched += 1;
             if let Some(scratch) = pending.scratch.take() {
-                help.jobs.push(Job { unclaimed, scratch });
+                jobs.push(Job { unclaimed, scratch });
             }
         }
+        jobs
     }
 }
 
 /// What a waiting future needs to help with the invalidations that it waits for.
 #[derive(Default)]
 pub(crate) struct Help {
-    pub(crate) jobs: Vec<Job>,
     /// Invalidations whose passes are done and which nobody has claimed.
     pub(crate) idle: Vec<Unclaimed>,
     overlapping: Vec<Unclaimed>,

@@ -49,12 +49,12 @@ impl Wait {
     ) -> Poll<()> {
         let waker = Arc::new(TaskWaker(cx.waker().clone()));
         loop {
-            let seen = space.with(|state, after| {
+            let (seen, jobs) = space.with(|state, after| {
                 let fired = self.waiter.is_some_and(|key| state.waiters[key].fired);
                 let seen = look(state, fired);
                 if let Look::Ready = seen {
                     self.leave(state, after);
-                    return seen;
+                    return (seen, Vec::new());
                 }
                 let ours = Waker::from(waker.clone());
                 match (self.waiter, queue) {
@@ -63,14 +63,14 @@ impl Wait {
                     (None, None) => {}
                 }
                 let range = queue.map_or(AddressRange::ALL, |(entry, _)| entry.range);
-                state.jobs(range, &waker, &mut self.help, &wanted, after);
-                seen
+                let jobs = state.jobs(range, &waker, &mut self.help, &wanted, after);
+                (seen, jobs)
             });
             if let Look::Ready = seen {
                 return Poll::Ready(());
             }
             let mut progress = false;
-            for job in self.help.jobs.drain(..) {
+            for job in jobs {
                 progress |= space.work(job);
             }
             if progress || self.lose_patience(space) {

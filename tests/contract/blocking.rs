@@ -1,0 +1,169 @@
+use crate::support::*;
+use shootdown::{AddressSpace, Event, Report, WouldBlock};
+use std::sync::{Arc, Mutex};
+
+#[test]
+fn b1_a_refusal_in_a_blockable_invalidation_is_reported_and_the_others_go_on() {
+    let (reports, log) = (Arc::new(Mutex::new(Vec::new())), Log::default());
+    let reported = reports.clone();
+    let space = AddressSpace::builder()
+        .on_report(move |report| match report {
+            Report::RefusedBlockable { notifier, range, event } => {
+                reported.lock().unwrap().push((String::from(*notifier), *range, *event));
+            }
+            _ => panic!("no such report is expected"),
+        })
+        .build();
+    let _bad = space.insert(pages(0, 1), Device::new("bad", &log).then(Act::Refuse)).unwrap();
+    let _good = space.insert(pages(0, 1), Device::new("good", &log)).unwrap();
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert_eq!(called(&log), ["bad", "good"]);
+    assert_eq!(*reports.lock().unwrap(), [("bad".into(), pages(0, 1), Event::Unmap)]);
+    assert_eq!(space.stats().refused_blockable, 1);
+}
+
+#[test]
+fn b2_a_refusal_stops_further_first_passes_and_what_was_started_runs_to_its_end() {
+    let (space, log) = (AddressSpace::new(), Log::default());
+    let polls = Arc::new(Mutex::new(0));
+    let counted = polls.clone();
+    let pass = async move {
+        Yields(3).await;
+        *counted.lock().unwrap() += 1;
+    };
+    let first = space.insert(pages(0, 1), Device::new("first", &log).then(Act::pass(pass))).unwrap();
+    let second = space.insert(pages(0, 1), Device::new("second", &log).then(Act::Refuse)).unwrap();
+    let third = space.insert(pages(0, 1), Device::new("third", &log)).unwrap();
+    let before = now(second.read_begin());
+    assert_eq!(space.try_invalidate(pages(0, 1), Event::Unmap).map(drop), Err(WouldBlock));
+    assert_eq!(called(&log), ["first", "second"]);
+    assert_eq!((*polls.lock().unwrap(), space.active().len(), space.sequence().get()), (1, 0, 4));
+    assert!(!second.read_retry(before), "the one that refused was left alone");
+    assert_eq!(numbers([first.sequence(), third.sequence()]), [3, 1]);
+    drop(space.try_invalidate(pages(0, 1), Event::Unmap).unwrap());
+}
+
+#[test]
+fn b3_a_pass_that_stays_pending_goes_to_the_space_and_the_range_stays_under_invalidation() {
+    let (space, device, _log) = one_device();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    assert_eq!(space.try_invalidate(pages(0, 1), Event::Unmap).map(drop), Err(WouldBlock));
+    let active = space.active();
+    assert!(active.len() == 1 && active[0].abandoned && !active[0].blockable);
+    let mut reader = Task::new(device.read_begin());
+    reader.expect_pending();
+    gate.open();
+    reader.finish();
+    assert_eq!(space.active().len(), 0);
+}
+
+#[test]
+fn b3_a_pass_that_wakes_itself_for_ever_does_not_hold_the_caller() {
+    let (space, device, _log) = one_device();
+    device.next(Act::pass(Yields(u32::MAX)));
+    assert_eq!(space.try_invalidate(pages(0, 1), Event::Unmap).map(drop), Err(WouldBlock));
+    device.next(Act::pass(Yields(20)));
+    assert!(space.try_invalidate(pages(0, 1), Event::Unmap).is_ok(), "one that needs 20 turns gets them");
+}
+
+#[test]
+fn b4_a_budget_of_zero_is_the_kernel_before_the_patch() {
+    let log = Log::default();
+    let space = AddressSpace::builder().pass_budget(0).build();
+    let gates = [Gate::default(), Gate::default(), Gate::default()];
+    let names = ["0", "1", "2"];
+    let device = |id: usize| Device::new(names[id], &log).then(Act::pass(gates[id].clone()));
+    let devices: Vec<_> = (0..3).map(|id| space.insert(pages(0, 1), device(id)).unwrap()).collect();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    for (id, gate) in gates.iter().enumerate() {
+        invalidate.expect_pending();
+        assert_eq!(called(&log), [names[id]], "one after the other");
+        gate.open();
+    }
+    let guard = invalidate.finish();
+    assert_eq!(guard.sequence().get(), 3);
+    assert!(devices.iter().all(|device| device.sequence().get() == 3), "the same values as with many passes");
+}
+
+#[test]
+fn b4_a_budget_of_two_lets_two_passes_be_pending_and_says_so_beforehand() {
+    let log = Log::default();
+    let space = AddressSpace::builder().pass_budget(2).build();
+    let may_defer = Arc::new(Mutex::new(Vec::new()));
+    let gates = [Gate::default(), Gate::default(), Gate::default(), Gate::default()];
+    let devices: Vec<_> = gates
+        .iter()
+        .map(|gate| {
+            let (may_defer, gate) = (may_defer.clone(), gate.clone());
+            space.insert(pages(0, 1), Ask { may_defer, gate, log: log.clone() }).unwrap()
+        })
+        .collect();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    assert_eq!(*may_defer.lock().unwrap(), [true, true, false]);
+    assert!(!gates[0].is_waited_for() && gates[2].is_waited_for(), "O2: only the third is awaited before the fourth is called");
+    gates[2].open();
+    invalidate.expect_pending();
+    assert_eq!(*may_defer.lock().unwrap(), [true, true, false, false]);
+    gates[3].open();
+    invalidate.expect_pending();
+    gates[0].open();
+    gates[1].open();
+    drop(invalidate.finish());
+    may_defer.lock().unwrap().clear();
+    gates.iter().for_each(Gate::open);
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert_eq!(*may_defer.lock().unwrap(), [true, true, false, false], "the budget was given back");
+    drop(devices);
+}
+
+struct Ask {
+    may_defer: Arc<Mutex<Vec<bool>>>,
+    gate: Gate,
+    log: Log,
+}
+
+impl shootdown::IntervalNotifier for Ask {
+    fn invalidate(&self, invalidation: &shootdown::Invalidation<'_>) -> Result<Option<shootdown::PassFuture>, WouldBlock> {
+        self.log.lock().unwrap().push(("ask", invalidation.info()));
+        self.may_defer.lock().unwrap().push(invalidation.may_defer());
+        invalidation.set_seq();
+        Ok(Some(shootdown::PassFuture::new(self.gate.clone())))
+    }
+}
+
+#[test]
+fn b4_dropped_between_two_first_passes_the_started_passes_still_complete() {
+    let log = Log::default();
+    let space = AddressSpace::builder().pass_budget(1).build();
+    let gates = [Gate::default(), Gate::default()];
+    let deferred = space.insert(pages(0, 1), Device::new("deferred", &log).then(Act::pass(gates[0].clone()))).unwrap();
+    let awaited = space.insert(pages(0, 1), Device::new("awaited", &log).then(Act::pass(gates[1].clone()))).unwrap();
+    let never = space.insert(pages(0, 1), Device::new("never", &log)).unwrap();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    drop(invalidate);
+    let mut reader = Task::new(never.read_begin());
+    reader.expect_pending();
+    gates[1].open();
+    reader.expect_pending();
+    assert!(gates[0].is_waited_for(), "no further first pass comes, so it is polled now");
+    gates[0].open();
+    reader.finish();
+    assert_eq!((deferred.calls(), awaited.calls(), never.calls()), (1, 1, 0));
+}
+
+#[test]
+fn b3_b4_a_non_blockable_invalidation_without_budget_does_not_wait_between_first_passes() {
+    let log = Log::default();
+    let space = AddressSpace::builder().pass_budget(0).build();
+    let gate = Gate::default();
+    let first = space.insert(pages(0, 1), Device::new("first", &log).then(Act::pass(gate.clone()))).unwrap();
+    let second = space.insert(pages(0, 1), Device::new("second", &log)).unwrap();
+    assert_eq!(space.try_invalidate(pages(0, 1), Event::Unmap).map(drop), Err(WouldBlock));
+    assert_eq!((first.calls(), second.calls()), (1, 0));
+    gate.open();
+    now(space.drain());
+    assert_eq!(space.active().len(), 0);
+}

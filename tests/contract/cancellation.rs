@@ -1,0 +1,278 @@
+use crate::support::*;
+use shootdown::{AddressSpace, Event, Phase};
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+#[test]
+fn c1_a_future_that_is_dropped_before_its_first_poll_did_nothing() {
+    let (space, device, _log) = one_device();
+    drop(space.invalidate(pages(0, 1), Event::Unmap));
+    drop(space.release());
+    assert_eq!((device.calls(), space.active().len(), space.sequence().get()), (0, 0, 2));
+    assert!(!space.is_released());
+}
+
+#[test]
+fn c2_dropped_after_its_first_passes_the_passes_complete_and_only_then_the_range_ends() {
+    let (space, device, _log) = one_device();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    drop(invalidate);
+    let mut reader = Task::new(device.read_begin());
+    reader.expect_pending();
+    assert_eq!((space.active().len(), space.stats().abandoned), (1, 1));
+    gate.open();
+    let sequence = reader.finish();
+    assert_eq!((sequence.get(), space.sequence().get()), (3, 4));
+}
+
+#[test]
+fn c2_drain_finishes_what_was_abandoned() {
+    let (space, device, _log) = one_device();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    drop(invalidate);
+    let mut drain = Task::new(space.drain());
+    drain.expect_pending();
+    gate.open();
+    drain.finish();
+    assert_eq!(space.active().len(), 0);
+    now(space.drain());
+}
+
+#[test]
+fn c3_whoever_waits_drives_the_passes() {
+    let (space, device, _log) = one_device();
+    device.next(Act::pass(Yields(100)));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    assert!(invalidate.poll().is_pending());
+    // From here on the invalidation's own future is never polled again.
+    let mut remove = Task::new(device.remove());
+    assert!(remove.run().is_ready());
+    invalidate.forget();
+}
+
+#[test]
+fn c3_a_reader_that_slept_before_the_passes_were_pending_is_woken_to_help() {
+    // The reader begins to wait inside the first pass, as one on another thread would.
+    let (space, log) = (AddressSpace::new(), Log::default());
+    let device = Arc::new(space.insert(pages(0, 1), Device::new("device", &log)).unwrap());
+    let held = now(space.invalidate(pages(0, 1), Event::Clear));
+    let mut reader = Task::new(device.read_begin());
+    reader.expect_pending();
+    device.next(Act::pass(Yields(50)));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    assert!(invalidate.poll().is_pending());
+    assert!(reader.is_woken(), "there is something to help with");
+    drop(held);
+    invalidate.forget();
+    reader.finish();
+}
+
+#[test]
+fn c4_a_future_that_is_alive_but_not_polled_lapses_and_starts_over() {
+    let (space, device, _log) = one_device();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    gate.open();
+    let mut reader = Task::new(device.read_begin());
+    let mut polls = 0;
+    while reader.poll().is_pending() {
+        assert!(reader.is_woken(), "the reader yields, it does not sleep");
+        polls += 1;
+        assert!(polls < 10_000);
+    }
+    assert!((64..1100).contains(&polls), "bounded, and long enough to let a healthy future have its turn: {polls}");
+    assert_eq!((space.stats().lapses, space.active().len(), device.calls()), (1, 0, 1));
+    let guard = invalidate.poll();
+    assert!(guard.is_ready() && device.calls() == 2, "it starts over with new first passes");
+}
+
+#[test]
+fn c4_a_leaked_future_wedges_nobody() {
+    let (space, device, log) = one_device();
+    device.next(Act::pass(Yields(100)));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    assert!(invalidate.poll().is_pending());
+    invalidate.forget();
+    now(device.read_begin());
+    device.next(Act::pass(Yields(100)));
+    let mut second = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    assert!(second.poll().is_pending());
+    second.forget();
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    drop(now(device.remove()));
+    assert_eq!(called(&log).len(), 3);
+}
+
+#[test]
+fn c4_patience_grows_with_each_lapse_of_the_same_future_up_to_a_cap() {
+    let (space, device, _log) = one_device();
+    let mut polls = Vec::new();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    for _ in 0..7 {
+        let gate = Gate::default();
+        device.next(Act::pass(gate.clone()));
+        invalidate.expect_pending();
+        gate.open();
+        let mut reader = Task::new(device.read_begin());
+        let mut count = 0;
+        while reader.poll().is_pending() {
+            count += 1;
+        }
+        polls.push(count);
+    }
+    assert!(polls.is_sorted() && polls[0] < polls[3] && polls[5] == polls[6], "{polls:?}");
+    assert!(polls.iter().all(|count| (64..=1030).contains(count)), "{polls:?}");
+}
+
+#[test]
+fn c4_only_a_held_guard_keeps_its_range_under_invalidation() {
+    let (space, device, _log) = one_device();
+    let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
+    let mut reader = Task::new(device.read_begin());
+    for _ in 0..10_000 {
+        assert!(reader.poll().is_pending());
+    }
+    assert!(!reader.is_woken());
+    drop(guard);
+    reader.finish();
+}
+
+#[test]
+fn c6_stalls_can_be_seen() {
+    let log = Log::default();
+    let time = Arc::new(Mutex::new(Duration::ZERO));
+    let clock = time.clone();
+    let space = AddressSpace::builder().clock(move || *clock.lock().unwrap()).build();
+    let gate = Gate::default();
+    let _stuck = space.insert(pages(0, 1), Device::new("stuck GPU", &log).then(Act::pass(gate.clone()))).unwrap();
+    let _fine = space.insert(pages(0, 1), Device::new("fine GPU", &log)).unwrap();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 2), Event::Unmap));
+    invalidate.expect_pending();
+    *time.lock().unwrap() += Duration::from_secs(3);
+    let held = now(space.invalidate(pages(7, 1), Event::Clear));
+    let active = space.active();
+    assert_eq!(active.len(), 2);
+    assert_eq!((active[0].range, active[0].event, active[0].sequence.get()), (pages(0, 2), Event::Unmap, 3));
+    assert_eq!(
+        (active[0].phase, active[0].age, &active[0].pending[..]),
+        (Phase::Passes, Some(Duration::from_secs(3)), &["stuck GPU".into()][..])
+    );
+    assert_eq!((active[1].phase, active[1].age, active[1].pending.len()), (Phase::Held, Some(Duration::ZERO), 0));
+    let debug = format!("{space:?}");
+    for part in ["stuck GPU", "Unmap", "0x0..=0x1fff", "sequence", "3s"] {
+        assert!(debug.contains(part), "{part} is missing in {debug}");
+    }
+    gate.open();
+    drop((invalidate.finish(), held));
+}
+
+#[test]
+fn c6_without_a_clock_a_pending_invalidation_has_an_age_too() {
+    let (space, device, _log) = one_device();
+    device.next(Act::pass(Gate::default()));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    let age = |space: &AddressSpace| space.active()[0].age;
+    let first = age(&space);
+    let later = std::iter::repeat_with(|| age(&space)).find(|later| *later > first);
+    assert!(cfg!(not(feature = "std")) || later.is_some());
+}
+
+#[test]
+#[cfg(debug_assertions)]
+fn c7_waiting_inside_a_first_pass_fails_with_the_notifiers_name() {
+    let (space, device, log) = one_device();
+    let reader = Arc::new(space.insert(pages(0, 1), Device::new("reader", &log)).unwrap());
+    let inside = reader.clone();
+    device.next(Act::Run(Box::new(move |_| assert!(Task::new(inside.read_begin()).poll().is_ready()))));
+    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(now(space.invalidate(pages(0, 1), Event::Unmap)))));
+    let message = *panic.unwrap_err().downcast::<String>().unwrap();
+    assert!(message.contains("read_begin waits inside the first pass of device"), "{message}");
+    assert_eq!(space.active().len(), 0, "and the space is as usable as before");
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+}
+
+#[test]
+fn c7_c8_driver_code_may_call_back_in_a_first_pass() {
+    let (space, device, log) = one_device();
+    let (inner, log_of) = (space.clone(), log.clone());
+    let own = space.insert(pages(0, 1), Device::new("own", &log)).unwrap();
+    let drops = own.drops();
+    let guard = now(space.invalidate(pages(5, 1), Event::Clear)).into_owned();
+    device.next(Act::Run(Box::new(move |_| {
+        let added = inner.insert(pages(0, 1), Device::new("added", &log_of)).unwrap();
+        let sequence = added.sequence();
+        assert!(!added.read_retry(sequence));
+        assert_eq!(inner.active().len(), 2);
+        drop(added.remove()); // not awaited
+        drop(own); // a subscription
+        drop(guard); // a guard
+        let nested = Task::new(inner.invalidate(pages(30, 1), Event::Clear)).finish(); // needs no wait
+        drop(nested);
+        drop(inner); // and a handle
+    })));
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert_eq!((drops.load(Ordering::SeqCst), space.len(), space.active().len()), (1, 1, 0));
+}
+
+#[test]
+fn c8_a_waker_may_call_back() {
+    struct CallsBack(AddressSpace, Mutex<Option<shootdown::Subscription<Device>>>);
+    impl futures::task::ArcWake for CallsBack {
+        fn wake_by_ref(this: &Arc<Self>) {
+            drop(this.1.lock().unwrap().take());
+            assert!(this.0.active().len() < 10);
+            drop(Task::new(this.0.invalidate(pages(3, 1), Event::Clear)).poll());
+        }
+    }
+    let (space, device, log) = one_device();
+    let victim = space.insert(pages(0, 1), Device::new("victim", &log)).unwrap();
+    let drops = victim.drops();
+    let waker = futures::task::waker(Arc::new(CallsBack(space.clone(), Mutex::new(Some(victim)))));
+    let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
+    let mut reader = Box::pin(device.read_begin());
+    assert!(reader.as_mut().poll(&mut std::task::Context::from_waker(&waker)).is_pending());
+    drop(guard);
+    assert!(reader.as_mut().poll(&mut std::task::Context::from_waker(&waker)).is_ready());
+    assert_eq!(drops.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn c8_the_right_to_poll_is_tried_for_and_never_waited_for() {
+    // The pass itself polls a reader of its range: it must register and return, not deadlock.
+    let (space, log) = (AddressSpace::new(), Log::default());
+    let device = Arc::new(space.insert(pages(0, 1), Device::new("device", &log)).unwrap());
+    let inside = device.clone();
+    let mut polls = 0;
+    let pass = std::future::poll_fn(move |cx| {
+        polls += 1;
+        assert!(Task::new(inside.read_begin()).poll().is_pending());
+        cx.waker().wake_by_ref();
+        if polls < 5 { std::task::Poll::Pending } else { std::task::Poll::Ready(()) }
+    });
+    device.next(Act::pass(pass));
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    now(device.read_begin());
+}
+
+#[test]
+fn the_last_handles_may_go_in_any_order() {
+    let (space, device, _log) = one_device();
+    let (gate, drops) = (Gate::default(), device.drops());
+    device.next(Act::pass(gate.clone()));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap).into_owned());
+    invalidate.expect_pending();
+    drop((space, device));
+    assert_eq!(drops.load(Ordering::SeqCst), 0);
+    drop(invalidate);
+    assert_eq!(drops.load(Ordering::SeqCst), 1, "abandoned passes go with the space");
+}

@@ -1,0 +1,158 @@
+use crate::support::*;
+use futures::StreamExt;
+use shootdown::{AddressSpace, Collision, Delivery, Event, Inbox, WouldBlock};
+use std::sync::Arc;
+
+type Pages = Vec<u64>;
+
+fn inbox() -> (AddressSpace, Inbox<Pages>) {
+    let space = AddressSpace::new();
+    let inbox = space.inbox(pages(0, 1), Pages::new()).unwrap();
+    (space, inbox)
+}
+
+#[track_caller]
+fn take(inbox: &Inbox<Pages>) -> Delivery<Pages> {
+    let mut stream = inbox;
+    now(stream.next()).expect("the stream goes on")
+}
+
+#[test]
+fn a1_the_pass_is_done_when_the_task_says_so_and_installs_in_between_collide() {
+    let (space, inbox) = inbox();
+    let sequence = now(inbox.read_begin());
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    assert_eq!(inbox.install(sequence, |pages| pages.push(1)), Err(Collision), "queued, not taken yet");
+    let delivery = take(&inbox);
+    assert_eq!((delivery.range(), delivery.event(), delivery.deliveries()), (pages(0, 1), Event::Unmap, 1));
+    assert_eq!(inbox.install(sequence, |pages| pages.push(1)), Err(Collision));
+    invalidate.expect_pending();
+    delivery.done();
+    drop(invalidate.finish());
+    let sequence = now(inbox.read_begin());
+    assert_eq!(inbox.install(sequence, |pages| pages.push(1)), Ok(()));
+}
+
+#[test]
+fn a1_several_may_be_pending_and_be_completed_in_any_order() {
+    let (space, inbox) = inbox();
+    let mut first = Task::new(space.invalidate(pages(0, 1), Event::Clear));
+    let mut second = Task::new(space.invalidate(pages(0, 2), Event::Unmap));
+    first.expect_pending();
+    second.expect_pending();
+    let (one, two) = (take(&inbox), take(&inbox));
+    assert_eq!((one.range(), two.range()), (pages(0, 1), pages(0, 2)));
+    two.done();
+    drop(second.finish());
+    first.expect_pending();
+    one.done();
+    drop(first.finish());
+}
+
+#[test]
+fn a2_what_was_taken_and_dropped_is_delivered_again_first() {
+    let (space, inbox) = inbox();
+    let mut first = Task::new(space.invalidate(pages(0, 1), Event::Clear));
+    let mut second = Task::new(space.invalidate(pages(0, 2), Event::Unmap));
+    first.expect_pending();
+    second.expect_pending();
+    drop(take(&inbox)); // the task was cancelled
+    let again = take(&inbox);
+    assert_eq!((again.range(), again.deliveries()), (pages(0, 1), 2));
+    let panicked = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let _taken = again;
+        panic!("the handler fails");
+    }));
+    assert!(panicked.is_err());
+    assert_eq!(take(&inbox).deliveries(), 3);
+    take(&inbox).done();
+    drop(first.finish());
+    second.expect_pending();
+}
+
+#[test]
+fn a2_a_redelivery_wakes_a_task_that_waits_for_the_stream() {
+    let (space, inbox) = inbox();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Clear));
+    invalidate.expect_pending();
+    let taken = take(&inbox);
+    let mut stream = &inbox;
+    let mut other = Task::new(stream.next());
+    other.expect_pending();
+    drop(taken);
+    other.finish().unwrap().done();
+    drop(invalidate.finish());
+}
+
+#[test]
+fn a3_nothing_is_queued_twice_and_a_non_blockable_invalidation_does_not_wait_for_the_task() {
+    let (space, inbox) = inbox();
+    assert_eq!(space.try_invalidate(pages(0, 1), Event::Unmap).map(drop), Err(WouldBlock));
+    assert_eq!(inbox.queued(), 1);
+    drop(take(&inbox));
+    drop(take(&inbox));
+    assert_eq!(inbox.queued(), 1);
+    take(&inbox).done();
+    now(space.drain());
+    assert_eq!((inbox.queued(), space.active().len()), (0, 0));
+}
+
+#[test]
+fn a4_dropping_the_inbox_completes_what_is_pending() {
+    let (space, inbox) = inbox();
+    let mut queued = Task::new(space.invalidate(pages(0, 1), Event::Clear));
+    let mut taken = Task::new(space.invalidate(pages(0, 1), Event::Clear));
+    queued.expect_pending();
+    taken.expect_pending();
+    let delivery = take(&inbox);
+    drop(inbox);
+    drop((queued.finish(), taken.finish()));
+    delivery.done(); // too late, and harmless
+    assert_eq!((space.len(), space.active().len()), (0, 0));
+}
+
+#[test]
+fn a4_remove_handles_first_what_is_pending_and_then_the_stream_ends() {
+    let (space, inbox) = inbox();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Clear));
+    invalidate.expect_pending();
+    let mut remove = Task::new(inbox.remove());
+    remove.expect_pending();
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert_eq!(inbox.queued(), 1, "the second was not queued any more");
+    take(&inbox).done();
+    remove.finish();
+    drop(invalidate.finish());
+    let mut stream = &inbox;
+    assert!(now(stream.next()).is_none());
+}
+
+#[test]
+fn a4_the_stream_ends_after_release_once_all_has_been_handled() {
+    let (space, inbox) = inbox();
+    let inbox = Arc::new(inbox);
+    let of_task = inbox.clone();
+    let mut driver = Task::new(async move {
+        let mut stream = &*of_task;
+        let mut handled = 0;
+        while let Some(delivery) = stream.next().await {
+            delivery.done();
+            handled += 1;
+        }
+        handled
+    });
+    driver.expect_pending();
+    let mut release = Task::new(space.release());
+    release.expect_pending();
+    assert_eq!(driver.finish(), 1);
+    release.finish();
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+}
+
+#[test]
+fn an_inbox_of_a_released_space_gives_its_mappings_back() {
+    let space = AddressSpace::new();
+    now(space.release());
+    assert_eq!(space.inbox(pages(0, 1), vec![7]).unwrap_err().into_notifier(), [7]);
+}

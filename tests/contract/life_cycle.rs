@@ -1,0 +1,113 @@
+use crate::support::*;
+use shootdown::{AddressRange, AddressSpace, Event};
+use std::sync::atomic::Ordering;
+
+#[test]
+fn l1_remove_waits_for_the_notifiers_own_pass_drives_it_and_returns_the_notifier() {
+    let (space, device, log) = one_device();
+    let other = Gate::default();
+    let _other = space.insert(pages(0, 1), Device::new("other", &log).then(Act::pass(other.clone()))).unwrap();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let drops = device.drops();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    let mut remove = Task::new(device.remove());
+    remove.expect_pending();
+    gate.open();
+    let device = remove.finish();
+    assert_eq!((device.name, drops.load(Ordering::SeqCst)), ("device", 0));
+    invalidate.expect_pending();
+    other.open();
+    drop(invalidate.finish());
+}
+
+#[test]
+fn l1_a_guard_that_somebody_holds_does_not_keep_remove_waiting() {
+    let (space, device, _log) = one_device();
+    let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
+    let drops = device.drops();
+    drop(now(device.remove()));
+    assert_eq!(drops.load(Ordering::SeqCst), 1, "and the notifier is free while the range is under invalidation");
+    drop(guard);
+    assert_eq!((space.active().len(), space.len()), (0, 0));
+}
+
+#[test]
+fn l1_after_the_drop_of_the_subscription_calls_that_had_not_begun_do_not_begin() {
+    let (space, log) = (AddressSpace::new(), Log::default());
+    let victim = std::sync::Arc::new(std::sync::Mutex::new(None));
+    let inside = victim.clone();
+    let killer = Device::new("killer", &log).then(Act::Run(Box::new(move |_| drop(inside.lock().unwrap().take()))));
+    let _killer = space.insert(pages(0, 1), killer).unwrap();
+    let subscription = space.insert(pages(0, 1), Device::new("victim", &log)).unwrap();
+    let drops = subscription.drops();
+    *victim.lock().unwrap() = Some(subscription);
+    let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
+    assert_eq!(called(&log), ["killer"]);
+    drop(guard);
+    assert_eq!(drops.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn l1_a_dropped_remove_leaves_the_notifier_removed_and_drops_it_once() {
+    let (space, device, _log) = one_device();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let drops = device.drops();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    let mut remove = Task::new(device.remove());
+    remove.expect_pending();
+    drop(remove);
+    assert_eq!((space.len(), drops.load(Ordering::SeqCst)), (0, 0));
+    gate.open();
+    drop(invalidate.finish());
+    assert_eq!(drops.load(Ordering::SeqCst), 1);
+}
+
+#[test]
+fn l2_reader_and_remover_wait_only_for_overlapping_invalidations() {
+    let (space, device, log) = one_device();
+    let busy = Gate::default();
+    let _busy = space.insert(pages(9, 1), Device::new("busy", &log).then(Act::pass(busy.clone()))).unwrap();
+    let mut elsewhere = Task::new(space.invalidate(pages(9, 1), Event::Unmap));
+    elsewhere.expect_pending();
+    now(device.read_begin());
+    drop(now(device.remove()));
+    busy.open();
+    drop(elsewhere.finish());
+}
+
+#[test]
+fn l3_insert_never_waits_and_the_next_invalidation_may_call() {
+    let (space, device, log) = one_device();
+    device.next(Act::pass(Gate::default()));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    let late = space.insert(pages(0, 1), Device::new("late", &log)).unwrap();
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert_eq!((late.calls(), device.calls()), (1, 2));
+}
+
+#[test]
+fn l4_release_calls_every_notifier_waits_for_passes_and_then_insert_fails() {
+    let (space, device, log) = one_device();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let top = AddressRange::try_from(u64::MAX - 5..=u64::MAX).unwrap();
+    let _top = space.insert(top, Device::new("top", &log)).unwrap();
+    let release = space.release();
+    assert!(space.insert(pages(1, 1), Device::new("before", &log)).is_ok(), "C1: nothing happens before the first poll");
+    let mut release = Task::new(release);
+    release.expect_pending();
+    let refused = space.insert(pages(1, 1), Device::new("after", &log)).unwrap_err();
+    assert!(refused.to_string().contains("has been released"));
+    assert_eq!(refused.into_notifier().name, "after", "nothing is lost");
+    gate.open();
+    release.finish();
+    let events: Vec<_> = log.lock().unwrap().iter().map(|(name, info)| (*name, info.event, info.range)).collect();
+    assert_eq!(events, ["device", "top"].map(|name| (name, Event::Release, AddressRange::ALL)));
+    assert_eq!((space.is_released(), space.active().len()), (true, 0));
+    drop(now(device.remove()));
+}

@@ -1,0 +1,15 @@
+//! The contract, rule by rule: each test is named after what it says and begins with the rule's number.
+#![allow(missing_docs)]
+
+#[path = "../support/mod.rs"]
+mod support;
+
+mod blocking;
+mod cancellation;
+mod driver_tasks;
+mod executors;
+mod life_cycle;
+mod order;
+mod panics;
+mod readers;
+mod sequences;

@@ -1,0 +1,115 @@
+use crate::support::*;
+use shootdown::Event;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::Arc;
+
+/// Runs `code`, expects the panic that says `what`.
+#[track_caller]
+fn panics_with(what: &str, code: impl FnOnce()) {
+    let panic = catch_unwind(AssertUnwindSafe(code)).expect_err("it should have panicked");
+    let message = panic.downcast_ref::<&str>().map(|message| (*message).to_owned()).or(panic.downcast_ref::<String>().cloned());
+    assert!(message.as_deref().unwrap_or_default().contains(what), "{message:?}");
+}
+
+struct PanicsOnDrop;
+
+impl Drop for PanicsOnDrop {
+    fn drop(&mut self) {
+        panic!("the drop of a pass fails");
+    }
+}
+
+#[test]
+fn c5_a_panic_in_a_first_pass_is_resumed_after_everything_has_been_completed_and_ended() {
+    let (space, device, log) = one_device();
+    let gate = Gate::default();
+    let other = space.insert(pages(0, 1), Device::new("other", &log).then(Act::pass(gate.clone()))).unwrap();
+    device.next(Act::Panic);
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    gate.open();
+    panics_with("device fails in its first pass", || drop(invalidate.run()));
+    assert_eq!((other.calls(), space.active().len(), space.sequence().get()), (1, 0, 4));
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert_eq!(numbers([device.sequence(), other.sequence()]), [5, 5]);
+}
+
+#[test]
+fn c5_a_panic_in_a_pass_at_its_first_poll_or_later_or_in_its_drop() {
+    let (space, device, log) = one_device();
+    let other = space.insert(pages(0, 1), Device::new("other", &log)).unwrap();
+    let passes: [(&str, fn() -> Act); 3] = [
+        ("at the first poll", || Act::pass(async { panic!("a pass fails at the first poll") })),
+        ("at a later poll", || {
+            Act::pass(async {
+                Yields(3).await;
+                panic!("a pass fails at a later poll")
+            })
+        }),
+        ("the drop of a pass fails", || {
+            let bomb = PanicsOnDrop;
+            Act::pass(std::future::poll_fn(move |_| {
+                let _ = &bomb;
+                std::task::Poll::Ready(())
+            }))
+        }),
+    ];
+    for (what, pass) in passes {
+        device.next(pass());
+        other.next(Act::pass(Yields(5)));
+        panics_with(what, || drop(now(space.invalidate(pages(0, 1), Event::Unmap))));
+        assert_eq!((space.active().len(), space.sequence().get() % 2), (0, 0), "{what}");
+        now(device.read_begin());
+        drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    }
+    assert_eq!(device.calls(), 6);
+}
+
+#[test]
+fn c5_a_panic_in_a_non_blockable_invalidation_is_resumed_too() {
+    let (space, device, _log) = one_device();
+    device.next(Act::Panic);
+    panics_with("first pass", || drop(space.try_invalidate(pages(0, 1), Event::Unmap)));
+    assert_eq!(space.active().len(), 0);
+}
+
+#[test]
+fn c5_a_panic_of_an_abandoned_pass_is_counted() {
+    let (space, device, _log) = one_device();
+    let gate = Gate::default();
+    let fence = gate.clone();
+    device.next(Act::pass(async move {
+        fence.await;
+        panic!("nobody is left to hear of it");
+    }));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    drop(invalidate);
+    gate.open();
+    now(space.drain());
+    assert_eq!((space.stats().lost_panics, space.active().len()), (1, 0));
+}
+
+#[test]
+fn c5_a_panic_in_a_waker_does_not_keep_the_others_asleep() {
+    struct Bomb;
+    impl futures::task::ArcWake for Bomb {
+        fn wake_by_ref(_: &Arc<Self>) {
+            panic!("a waker fails");
+        }
+    }
+    let (space, device, _log) = one_device();
+    let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
+    let mut before = Task::new(device.read_begin());
+    before.expect_pending();
+    let bomb = futures::task::waker(Arc::new(Bomb));
+    let mut bombed = Box::pin(device.read_begin());
+    assert!(bombed.as_mut().poll(&mut std::task::Context::from_waker(&bomb)).is_pending());
+    let mut after = Task::new(device.read_begin());
+    after.expect_pending();
+    panics_with("a waker fails", || drop(guard));
+    assert!(before.is_woken() && after.is_woken());
+    before.finish();
+    after.finish();
+    assert_eq!((space.active().len(), space.sequence().get()), (0, 4));
+}
