@@ -1,1 +1,194 @@
+//! The state machine against the rules, written down as naively as the contract says them.
 
+use super::*;
+use proptest::prelude::*;
+use std::boxed::Box;
+use std::vec;
+use std::vec::Vec;
+
+/// A notifier of the tests: leaked, so that it is `Copy`.
+#[derive(Clone, Copy)]
+struct Test(&'static (Own, u64));
+
+impl PartialEq for Test {
+    fn eq(&self, other: &Self) -> bool {
+        core::ptr::eq(self.0, other.0)
+    }
+}
+
+impl Indexed for Test {
+    fn order(self) -> u64 {
+        self.0.1
+    }
+}
+
+impl Member for Test {
+    fn own(&self) -> &Own {
+        &self.0.0
+    }
+}
+
+/// One notifier as the contract speaks of it.
+struct Model {
+    range: AddressRange,
+    member: Test,
+    own: u64,
+    /// Serials of the active invalidations that cover it.
+    covered_by: Vec<u64>,
+    registered: bool,
+}
+
+struct Running {
+    id: Id,
+    serial: u64,
+    hits: Vec<Test>,
+}
+
+#[derive(Clone, Debug)]
+enum Op {
+    Insert(u64, u64),
+    Remove(prop::sample::Index),
+    /// Start; the bits say which hits set their sequence (S4).
+    Start(u64, u64, u8),
+    End(prop::sample::Index),
+}
+
+fn op() -> impl Strategy<Value = Op> {
+    prop_oneof![
+        3 => (0..30u64, 1..12u64).prop_map(|(start, len)| Op::Insert(start, len)),
+        1 => any::<prop::sample::Index>().prop_map(Op::Remove),
+        4 => (0..40u64, 1..12u64, any::<u8>()).prop_map(|(start, len, sets)| Op::Start(start, len, sets | 0x33)),
+        4 => any::<prop::sample::Index>().prop_map(Op::End),
+    ]
+}
+
+/// What the protocol and the model say of one notifier, side by side.
+fn compare(model: &[Model], protocol: &Protocol<Test, ()>, sequence: u64) -> Result<(), TestCaseError> {
+    prop_assert_eq!(protocol.sequence(), sequence);
+    for notifier in model {
+        let own = notifier.member.own();
+        prop_assert_eq!(own.sequence(), notifier.own);
+        prop_assert_eq!(own.is_covered(), !notifier.covered_by.is_empty());
+        let stable = notifier.covered_by.is_empty().then_some(notifier.own);
+        prop_assert_eq!(own.stable_sequence(), stable);
+    }
+    Ok(())
+}
+
+fn cases(default: u32) -> ProptestConfig {
+    let cases = std::env::var("SHOOTDOWN_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default);
+    ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
+}
+
+fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
+    let mut protocol = Protocol::<Test, ()>::new(first);
+    let mut sequence = first;
+    let mut model: Vec<Model> = vec![];
+    let mut running: Vec<Running> = vec![];
+    let mut ranges: Vec<(u64, AddressRange)> = vec![];
+    for (order, op) in (1u64..).zip(ops) {
+        match op {
+            Op::Insert(start, len) => {
+                let range = AddressRange::new(start, len).unwrap();
+                let member = Test(Box::leak(Box::new((Own::new(), order))));
+                protocol.insert(range, member);
+                let covering = ranges.iter().filter(|(_, active)| active.overlaps(range));
+                let covered_by: Vec<u64> = covering.map(|(serial, _)| *serial).collect();
+                // S5.
+                let own = if covered_by.is_empty() {
+                    sequence.wrapping_sub(if sequence.is_multiple_of(2) { 1 } else { 2 })
+                } else {
+                    sequence |= 1;
+                    sequence
+                };
+                model.push(Model { range, member, own, covered_by, registered: true });
+            }
+            Op::Remove(at) => {
+                let mut registered: Vec<_> = model.iter_mut().filter(|notifier| notifier.registered).collect();
+                if !registered.is_empty() {
+                    let at = at.index(registered.len());
+                    registered[at].registered = false;
+                    prop_assert!(protocol.remove(registered[at].range, registered[at].member));
+                }
+            }
+            Op::Start(start, len, sets) => {
+                let range = AddressRange::new(start, len).unwrap();
+                let mut hits = vec![];
+                let started = protocol.start(range, (), |hit| hits.push(hit));
+                let serial = protocol.last_serial();
+                let mut expected: Vec<_> =
+                    model.iter_mut().filter(|notifier| notifier.registered && notifier.range.overlaps(range)).collect();
+                // O1.
+                expected.sort_by_key(|notifier| (notifier.range.start(), notifier.member.order()));
+                let same = expected.iter().map(|notifier| notifier.member).eq(hits.iter().copied());
+                prop_assert!(same, "hits out of order");
+                if !expected.is_empty() {
+                    // S6, then S2.
+                    let separate = |notifier: &&mut Model| notifier.own == sequence && notifier.covered_by.is_empty();
+                    if sequence % 2 == 1 && expected.iter().any(separate) {
+                        sequence = sequence.wrapping_add(2);
+                    }
+                    sequence |= 1;
+                    prop_assert_eq!(started.sequence, sequence);
+                }
+                for (at, notifier) in expected.iter_mut().enumerate() {
+                    notifier.covered_by.push(serial);
+                    // S4.
+                    if sets >> (at % 8) & 1 == 1 {
+                        notifier.member.own().set(sequence);
+                        notifier.own = sequence;
+                    }
+                }
+                ranges.push((serial, range));
+                running.push(Running { id: started.id, serial, hits });
+            }
+            Op::End(at) => {
+                if !running.is_empty() {
+                    let ended = running.swap_remove(at.index(running.len()));
+                    let mut uncovered = vec![];
+                    protocol.end(ended.id, &ended.hits, |member| uncovered.push(member));
+                    ranges.retain(|(serial, _)| *serial != ended.serial);
+                    let mut expected = 0;
+                    for notifier in &mut model {
+                        let before = notifier.covered_by.len();
+                        notifier.covered_by.retain(|serial| *serial != ended.serial);
+                        if before == 1 && notifier.covered_by.is_empty() {
+                            expected += 1;
+                            prop_assert!(uncovered.contains(&notifier.member), "R1: the moment was not told of");
+                        }
+                    }
+                    prop_assert_eq!(uncovered.len(), expected);
+                    // S3.
+                    if running.is_empty() && sequence % 2 == 1 {
+                        sequence = sequence.wrapping_add(1);
+                    }
+                }
+            }
+        }
+        compare(&model, &protocol, sequence)?;
+    }
+    Ok(())
+}
+
+proptest! {
+    #![proptest_config(cases(512))]
+    #[test]
+    fn does_what_the_contract_says(ops in prop::collection::vec(op(), 1..200)) {
+        run(2, ops)?;
+    }
+
+    #[test]
+    fn does_it_around_the_end_of_the_numbers(ops in prop::collection::vec(op(), 1..120)) {
+        run(u64::MAX - 11, ops)?;
+    }
+}
+
+#[test]
+fn a_later_sequence_is_not_set_back_by_an_earlier_invalidation() {
+    let own = Own::new();
+    own.set(7);
+    own.set(5);
+    assert_eq!(own.sequence(), 7);
+    own.set(u64::MAX);
+    assert_eq!(own.sequence(), 7, "that is before 7, around the end of the numbers");
+}
