@@ -38,7 +38,8 @@ fn c5_a_panic_in_a_first_pass_is_resumed_after_everything_has_been_completed_and
 fn c5_a_panic_in_a_pass_at_its_first_poll_or_later_or_in_its_drop() {
     let (space, device, log) = one_device();
     let other = space.insert(pages(0, 1), Device::new("other", &log)).unwrap();
-    let passes: [(&str, fn() -> Act); 3] = [
+    type Pass = fn() -> Act;
+    let passes: [(&str, Pass); 3] = [
         ("at the first poll", || Act::pass(async { panic!("a pass fails at the first poll") })),
         ("at a later poll", || {
             Act::pass(async {
