@@ -1,23 +1,25 @@
 //! Why memory is invalidated, and on whose behalf.
 
+use core::num::NonZeroU64;
 use core::sync::atomic::{AtomicU64, Ordering};
 
 /// Who causes a migration or an exclusive mapping, so that its own notifier can recognise the event and ignore it.
 ///
 /// The kernel compares a `void *` that the driver chooses; so does this type, by value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct Owner(u64);
+pub struct Owner(NonZeroU64);
 
 impl Owner {
     /// An owner that differs from every other made by this function in the process.
     #[expect(clippy::new_without_default, reason = "every call gives another value, which a default must not")]
     pub fn new() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        Self(NEXT.fetch_add(1, Ordering::Relaxed))
+        // 2^64 owners are not made in a process's life; if they were, the first would be given out again.
+        Self(NonZeroU64::new(NEXT.fetch_add(1, Ordering::Relaxed)).unwrap_or(NonZeroU64::MIN))
     }
 
     /// An owner from a number of the caller's choice, such as the address of its device.
-    pub const fn from_raw(raw: u64) -> Self {
+    pub const fn from_raw(raw: NonZeroU64) -> Self {
         Self(raw)
     }
 }

@@ -243,7 +243,12 @@ impl<M: Member, X> Protocol<M, X> {
     #[inline]
     pub(crate) fn end(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) -> Active<M, X> {
         let active = self.active.remove(id as usize);
-        for &member in hits.iter().chain(&active.late) {
+        for &member in hits {
+            if member.own().uncover() {
+                uncovered(member);
+            }
+        }
+        for &member in &active.late {
             if member.own().uncover() {
                 uncovered(member);
             }

@@ -149,20 +149,13 @@ impl Running {
 
     /// The first passes and all passes are done: a guard, or the first panic after the end (C5).
     #[inline]
-    fn finish<'a>(mut self, space: Handle<'a>, request: &Request) -> InvalidationGuard<'a> {
+    fn finish<'a>(mut self, space: Handle<'a>) -> InvalidationGuard<'a> {
         let mut panic = None;
         if let Some(scratch) = &mut self.scratch {
             panic = scratch.panic.take();
             space.calls.end(self.id);
         }
-        let guard = InvalidationGuard {
-            space,
-            id: self.id,
-            range: request.range,
-            sequence: self.sequence,
-            hits: self.scratch.as_ref().map_or(0, |scratch| scratch.hits.len()),
-            scratch: Lock::new(self.scratch),
-        };
+        let guard = InvalidationGuard { space, id: self.id, scratch: Lock::new(self.scratch) };
         if let Some(panic) = panic {
             drop(guard);
             resume(panic);
@@ -217,7 +210,7 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: &Request) -> Result
         }
     }
     let refused = running.refused;
-    let guard = running.finish(space, request);
+    let guard = running.finish(space);
     if refused { Err(WouldBlock) } else { Ok(guard) }
 }
 
@@ -289,7 +282,7 @@ impl<'a> Invalidate<'a> {
                 running.scratch = scratch;
                 self.step = Step::Done;
                 let space = self.space.take()?;
-                Some(running.finish(space, &self.request))
+                Some(running.finish(space))
             }
         }
     }
@@ -306,9 +299,9 @@ impl<'a> Invalidate<'a> {
                 let found = state.look(space, *unclaimed);
                 match (&found, state.pending_mut(*unclaimed)) {
                     (Found::Job(_) | Found::Busy, Some(pending)) => {
-                        after.unused.extend(watch.register(&pending.wakes, waker));
+                        after.work().unused.extend(watch.register(&pending.wakes, waker));
                     }
-                    _ => after.unused.push(waker),
+                    _ => after.work().unused.push(waker),
                 }
                 found
             });
@@ -431,27 +424,24 @@ impl fmt::Debug for Invalidate<'_> {
 pub struct InvalidationGuard<'a> {
     space: Handle<'a>,
     id: Id,
-    range: AddressRange,
-    sequence: u64,
-    hits: usize,
-    /// Never locked, only reached through `&mut`: a pass need not be `Sync`, and the guard is.
+    /// A lock because a pass need not be `Sync`, and the guard is.
     scratch: Lock<Option<Box<Scratch>>>,
 }
 
 impl InvalidationGuard<'_> {
     /// What is under invalidation.
     pub fn range(&self) -> AddressRange {
-        self.range
+        self.space.with(|state, _| state.protocol.active()[self.id as usize].range)
     }
 
     /// The sequence that the passes got; odd if a notifier was hit.
     pub fn sequence(&self) -> Sequence {
-        Sequence(self.sequence)
+        self.space.with(|state, _| Sequence(state.protocol.active()[self.id as usize].sequence))
     }
 
     /// How many notifiers the invalidation hit.
     pub fn hits(&self) -> usize {
-        self.hits
+        self.scratch.lock().as_ref().map_or(0, |scratch| scratch.hits.len())
     }
 
     /// The same guard with a handle of the space of its own, to be kept in a structure or sent to a task.
@@ -461,14 +451,8 @@ impl InvalidationGuard<'_> {
             Handle::Borrowed(space) => Arc::clone(space),
             Handle::Owned(space) => space.clone(),
         };
-        let owned = InvalidationGuard {
-            space: Handle::Owned(space),
-            id: this.id,
-            range: this.range,
-            sequence: this.sequence,
-            hits: this.hits,
-            scratch: Lock::new(this.scratch.get_mut().take()),
-        };
+        let owned =
+            InvalidationGuard { space: Handle::Owned(space), id: this.id, scratch: Lock::new(this.scratch.get_mut().take()) };
         this.id = MOVED;
         owned
     }
@@ -490,8 +474,8 @@ impl Drop for InvalidationGuard<'_> {
 impl fmt::Debug for InvalidationGuard<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("InvalidationGuard")
-            .field("range", &self.range)
-            .field("sequence", &self.sequence)
+            .field("range", &self.range())
+            .field("sequence", &self.sequence())
             .field("hits", &self.hits())
             .finish()
     }

@@ -128,34 +128,39 @@ pub(crate) struct Waiter {
     next: u32,
 }
 
-/// What remains to be done once the lock is free.
+/// What remains to be done once the lock is free. Mostly nothing, which costs one comparison.
 #[derive(Default)]
-pub(crate) struct After {
+pub(crate) struct After(Option<Box<Work>>);
+
+#[derive(Default)]
+pub(crate) struct Work {
     pub(crate) wakers: Vec<Waker>,
     /// Wakers that nobody needs any more.
     pub(crate) unused: Vec<Waker>,
     /// Everybody who waits for the passes of some invalidation.
     pub(crate) wakes: Vec<Arc<PassWaker>>,
-    pub(crate) dead: Vec<EntryRef>,
+    dead: Vec<EntryRef>,
     pub(crate) panics: Vec<Panic>,
 }
 
 impl After {
+    #[cold]
+    pub(crate) fn work(&mut self) -> &mut Work {
+        self.0.get_or_insert_default()
+    }
+
     /// Wakes and frees. Driver code may run and may panic: all of it is done first, then the first panic goes on.
     #[inline]
     pub(crate) fn run(self) {
-        let nothing = self.wakers.is_empty()
-            && self.wakes.is_empty()
-            && self.dead.is_empty()
-            && self.unused.is_empty()
-            && self.panics.is_empty();
-        if !nothing {
-            self.run_slow();
+        if let Some(work) = self.0 {
+            work.run();
         }
     }
+}
 
+impl Work {
     #[cold]
-    fn run_slow(self) {
+    fn run(self: Box<Self>) {
         let mut first = None;
         for waker in self.wakers {
             first = first.or(catch(|| waker.wake()).err());
@@ -299,7 +304,7 @@ impl State {
         if !self.waiters[key].fired {
             unlink(&mut self.waiters, key);
         }
-        after.unused.extend(self.waiters.remove(key).waker);
+        after.work().unused.extend(self.waiters.remove(key).waker);
     }
 
     /// Wakes those that wait for `entry` without their moment having come: there is something for them to help with.
@@ -307,7 +312,7 @@ impl State {
         let mut at = entry.first_waiter.load(Ordering::Relaxed);
         while at != NO_WAITER {
             let waiter = &mut self.waiters[at as usize];
-            after.wakers.extend(waiter.waker.take());
+            after.work().wakers.extend(waiter.waker.take());
             at = waiter.next;
         }
     }
@@ -315,7 +320,7 @@ impl State {
     /// Notes that `entry` may have nothing that keeps it alive any more.
     pub(crate) fn reap(&mut self, entry: EntryRef, after: &mut After) {
         if entry.unused() {
-            after.dead.push(entry);
+            after.work().dead.push(entry);
         }
     }
 
@@ -323,7 +328,7 @@ impl State {
     pub(crate) fn lose_panic(&mut self, panic: Option<Panic>, after: &mut After) {
         if let Some(panic) = panic {
             self.counts.lost_panics += 1;
-            after.panics.push(panic);
+            after.work().panics.push(panic);
         }
     }
 }
@@ -336,14 +341,14 @@ fn uncovered(waiters: &mut Slab<Waiter>, entry: EntryRef, after: &mut After) {
         let key = at as usize;
         let waiter = &mut waiters[key];
         at = waiter.next;
-        after.wakers.extend(waiter.waker.take());
+        after.work().wakers.extend(waiter.waker.take());
         if waiter.wait_for == WaitFor::Uncovered {
             waiter.fired = true;
             unlink(waiters, key);
         }
     }
     if entry.unused() {
-        after.dead.push(entry);
+        after.work().dead.push(entry);
     }
 }
 
@@ -372,7 +377,7 @@ impl Drop for Shared {
             let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
             state.protocol.end(id, hits, |entry| {
                 if entry.unused() {
-                    after.dead.push(entry);
+                    after.work().dead.push(entry);
                 }
             });
             scratches.push(scratch);

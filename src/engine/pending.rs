@@ -150,7 +150,7 @@ impl State {
             // Further first passes will not be called, so the passes that waited for that can be polled.
             scratch.join_started();
             pending.done = false;
-            after.wakes.push(pending.wakes.clone());
+            after.work().wakes.push(pending.wakes.clone());
         }
     }
 
@@ -189,7 +189,7 @@ impl State {
             if watched == help.watches.len() {
                 help.watches.push(Watch::default());
             }
-            after.unused.extend(help.watches[watched].register(&pending.wakes, Waker::from(waker.clone())));
+            after.work().unused.extend(help.watches[watched].register(&pending.wakes, Waker::from(waker.clone())));
             watched += 1;
             if let Some(scratch) = pending.scratch.take() {
                 jobs.push(Job { unclaimed, scratch });
@@ -260,7 +260,7 @@ impl State {
             if scratch.panic.is_none() {
                 scratch.panic = done.panic;
             } else if done.panic.is_some() {
-                after.panics.extend(done.panic);
+                after.work().panics.extend(done.panic);
             }
         }
         // Its memory is used again.
@@ -272,7 +272,7 @@ impl State {
         pending.done = done;
         if progress != Progress::Waiting {
             // Something is to be done for those who wait: to claim, to poll on, or to wait for something else.
-            after.wakes.push(pending.wakes.clone());
+            after.work().wakes.push(pending.wakes.clone());
         }
         pending.scratch = Some(scratch);
         let abandoned = pending.abandoned;

@@ -58,7 +58,7 @@ impl Wait {
                 }
                 let ours = Waker::from(waker.clone());
                 match (self.waiter, queue) {
-                    (Some(key), _) => after.unused.extend(state.waiters[key].waker.replace(ours)),
+                    (Some(key), _) => after.work().unused.extend(state.waiters[key].waker.replace(ours)),
                     (None, Some((entry, wait_for))) => self.waiter = Some(state.add_waiter(entry, wait_for, ours)),
                     (None, None) => {}
                 }
