@@ -1,4 +1,5 @@
 //! Why memory is invalidated, and on whose behalf.
+#![forbid(unsafe_code)]
 
 use core::num::NonZeroU64;
 use core::sync::atomic::{AtomicU64, Ordering};

@@ -6,6 +6,7 @@
 //! `2 log2 n` levels. What was measured against it, and why leaves have the size they have, is in `DESIGN.md`.
 //!
 //! Nothing here knows of sequences, locks or notifiers.
+#![forbid(unsafe_code)]
 
 use crate::range::AddressRange;
 use alloc::vec::Vec;

@@ -1,6 +1,69 @@
 //! Asynchronous, multi-pass memory invalidation for drivers in user space.
+//!
+//! When a process's memory is unmapped, discarded or moved, every device that mapped it (a GPU, an RDMA or NVMe engine, io_uring, a
+//! virtual IOMMU) must stop using it before the memory is reused. Each device needs time for that: a TLB flush takes microseconds, the
+//! preemption of a context milliseconds. Who waits for one device after the other waits for the *sum*, and with eight GPUs that is eight
+//! times too long. This crate starts the work on all of them first and then waits for all at once, so that an invalidation
+//! takes as long as its slowest device. It is Linux's `mmu_interval_notifier` with the multi-pass patch, as an async library without
+//! a runtime of its own; the sequence semantics are the kernel's.
+//!
+//! ```text
+//!              first passes                    passes, joined                  guard held
+//!         ┌──────────────────────┐  ┌───────────────────────────────────┐  ┌──────────────┐
+//! gpu 0   │ zap, submit ─┐       │  │░░░░░░ TLB flush                   │  │              │
+//! gpu 1   │              └ zap ─┐│  │░░░░░░░░░░░░░░░░░░░░░░ preemption  │  │  the memory  │
+//! gpu 2   │                     └│  │░░░░ TLB flush                     │  │   changes    │
+//!         └──────────────────────┘  └───────────────────────────────────┘  └──────────────┘
+//! readers ─── collide ───────────── wait in read_begin ──────────────────────────────────── go on
+//! ```
+//!
+//! # A driver
+//! ```
+//! use shootdown::{AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+//!
+//! #[derive(Default)]
+//! struct Gpu { page_table: DriverLock<Vec<u64>> }
+//!
+//! impl IntervalNotifier for Gpu {
+//!     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+//!         self.page_table.lock_for(invalidation).clear();  // first pass: zap, and make readers retry
+//!         Ok(Some(PassFuture::new(flush_tlb())))           // waited for together with all other devices
+//!     }
+//! }
+//! # async fn flush_tlb() {}
+//!
+//! # futures::executor::block_on(async {
+//! let space = AddressSpace::new();
+//! let range = AddressRange::new(0x7f00_0000_0000, 0x20_0000)?;
+//! let gpu = space.insert(range, Gpu::default())?;
+//!
+//! let guard = space.invalidate(range, Event::Unmap).await;  // no device uses the range now
+//! drop(guard);                                              // the memory has changed: readers go on
+//! # drop(gpu);
+//! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+//! ```
+//!
+//! # Map
+//! Each module uses only those below it.
+//!
+//! | what | where |
+//! | --- | --- |
+//! | drivers: [`DriverLock`] with the collision-retry loop, [`Inbox`] for drivers that are tasks, [`AsyncIntervalNotifier`] | `mirror` |
+//! | [`AddressSpace`], [`Subscription`] | `space`, `subscription` |
+//! | start, join, end; whoever waits helps: [`Invalidate`], [`InvalidationGuard`], [`ReadBegin`], [`Remove`] | `engine` |
+//! | a registered notifier in memory (all the `unsafe` there is) | `entry` |
+//! | what a driver implements and is told: [`IntervalNotifier`], [`Invalidation`], [`PassFuture`] | `notifier`, `pass` |
+//! | the sequence protocol, a plain state machine | `protocol` |
+//! | which intervals overlap a range, in order | `index` |
+//! | [`AddressRange`], [`Event`] | `range`, `event` |
+//!
+//! The rules that comments and tests name (`S6`, `L2`, `C4`, …) are those of `CONTRACT.md`.
+//!
+//! # Features
+//! `std` (default): contending threads yield to the operating system, panics of driver code are caught and resumed in the caller, and
+//! invalidations have an age. Without it the crate is `no_std` + `alloc`; a panic of driver code then leaves its range
+//! under invalidation, because there is nothing to catch it with.
 #![cfg_attr(not(feature = "std"), no_std)]
-#![warn(missing_docs)]
 
 extern crate alloc;
 #[cfg(all(test, not(feature = "std")))]

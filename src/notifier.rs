@@ -1,4 +1,5 @@
 //! What a driver implements, and what it is told.
+#![forbid(unsafe_code)]
 
 use crate::event::{Event, Owner};
 use crate::pass::PassFuture;

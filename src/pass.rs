@@ -1,4 +1,5 @@
 //! The further passes of an invalidation: the future that a first pass returns.
+#![forbid(unsafe_code)]
 
 use alloc::boxed::Box;
 use core::fmt;

@@ -2,6 +2,7 @@
 //!
 //! A plain state machine: `&mut self` in, decisions out. It holds no lock, wakes nobody and never calls a driver; whoever
 //! owns a [`Protocol`] does that. Rules S1 to S6, O1, O5 and the counting behind R1 and L2 live here and nowhere else.
+#![forbid(unsafe_code)]
 
 use crate::index::{Indexed, IntervalIndex};
 use crate::range::AddressRange;

@@ -1,4 +1,5 @@
 //! Ranges of addresses, with both ends inclusive so that the last byte of the address space can be named.
+#![forbid(unsafe_code)]
 
 use core::fmt;
 use core::ops::{Range, RangeInclusive};

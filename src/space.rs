@@ -1,4 +1,5 @@
 //! The address space: where invalidations start and notifiers register.
+#![forbid(unsafe_code)]
 
 use crate::engine::invalidate::{Handle, Invalidate, InvalidationGuard, Request, try_invalidate};
 use crate::engine::wait::Drain;

@@ -1,4 +1,5 @@
 //! A registered notifier, as its driver holds it.
+#![forbid(unsafe_code)]
 
 use crate::engine::Shared;
 use crate::engine::wait::{Close, ReadBegin, Registered, Remove};

@@ -1,4 +1,5 @@
 //! What a caller of `invalidate` holds: the future, and then the guard.
+#![forbid(unsafe_code)]
 
 use crate::engine::first_pass::{InFirstPass, forbid_waiting};
 use crate::engine::pending::Job;

@@ -7,6 +7,7 @@
 //! - `pending`: an invalidation whose guard is not handed out yet and whose passes therefore belong to the space;
 //! - `invalidate`: the futures and the guard that a caller sees;
 //! - `wait`: the futures that wait for others' invalidations: readers, removers, `drain`.
+#![forbid(unsafe_code)]
 
 pub(crate) mod calls;
 pub(crate) mod first_pass;
@@ -153,14 +154,14 @@ impl After {
     #[inline]
     pub(crate) fn run(self) {
         if let Some(work) = self.0 {
-            work.run();
+            (*work).run();
         }
     }
 }
 
 impl Work {
     #[cold]
-    fn run(self: Box<Self>) {
+    fn run(self) {
         let mut first = None;
         for waker in self.wakers {
             first = first.or(catch(|| waker.wake()).err());

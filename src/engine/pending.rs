@@ -3,6 +3,7 @@
 //! From here on the future that started it is one of several who may drive the passes. It can come back and claim the result,
 //! be dropped (the invalidation is *abandoned*: it ends by itself when its passes are done), or never be polled again (it
 //! *lapses* when somebody needs its range, C4).
+#![forbid(unsafe_code)]
 
 use crate::engine::scratch::{PassWaker, Progress, Scratch, UNLISTED};
 use crate::engine::{After, Shared, State, Unclaimed};

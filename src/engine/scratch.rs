@@ -1,4 +1,5 @@
 //! The working memory of an invalidation, used again by later ones, and the join of its passes.
+#![forbid(unsafe_code)]
 
 use crate::engine::Shared;
 use crate::entry::EntryRef;

@@ -1,6 +1,7 @@
 //! The futures that wait for invalidations that others started: readers, removers, `drain`.
 //!
 //! All of them help: they drive the passes that they wait for (C3), and let an invalidation lapse whose future is not polled (C4).
+#![forbid(unsafe_code)]
 
 use crate::engine::first_pass::forbid_waiting;
 use crate::engine::pending::{Help, Pending, TaskWaker};

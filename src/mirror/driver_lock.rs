@@ -43,7 +43,7 @@ mod raw {
 /// subscriptions, such as all mirrored ranges of one GPU. Drivers with a lock of their own call
 /// [`Invalidation::set_seq`] and [`Subscription::read_retry`] under it instead.
 ///
-/// It blocks the thread, so hold it for short; with `std` it is a [`std::sync::Mutex`] that ignores poisoning, without it a spin lock.
+/// It blocks the thread, so hold it for short; with `std` it is the standard library's `Mutex` that ignores poisoning, without it a spin lock.
 #[derive(Default)]
 pub struct DriverLock<T> {
     mutex: raw::Mutex<T>,

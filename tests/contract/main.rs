@@ -10,6 +10,8 @@ mod driver_tasks;
 mod executors;
 mod life_cycle;
 mod order;
+// Without `std` there is nothing to catch a panic with.
+#[cfg(feature = "std")]
 mod panics;
 mod readers;
 mod sequences;
