@@ -40,6 +40,9 @@ pub trait IntervalNotifier: Send + Sync + 'static {
     /// [`range`](Invalidation::range) and returns what remains to be waited for. A first pass that leaves the device alone
     /// sets no sequence (S4) and returns `Ok(None)`.
     ///
+    /// A notifier may be called again for another invalidation while a pass of it is pending (O6). Each call has to answer for itself:
+    /// one that finds nothing left to zap, because an earlier call zapped it, still has to wait for the device to be done with it.
+    ///
     /// # Errors
     /// [`WouldBlock`] when the invalidation is not [`blockable`](Invalidation::blockable) and the driver cannot start
     /// without waiting; it must have changed nothing then. To refuse a blockable invalidation is a driver's bug (B1): it is

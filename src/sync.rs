@@ -4,9 +4,8 @@
 //! That is why it spins: its release is a plain store, where a parking mutex needs a read-modify-write, and two locks are
 //! most of what a short invalidation costs (`DESIGN.md`, "The lock").
 
-#[cfg(not(loom))]
+#[cfg(not(any(loom, shuttle)))]
 mod real {
-    pub(crate) use alloc::sync::Arc;
     use core::ops::DerefMut;
     pub(crate) use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
@@ -49,8 +48,50 @@ mod real {
     }
 }
 
-#[cfg(not(loom))]
+/// The same on the types of a model checker: `loom` explores every interleaving of small models, `shuttle` many random ones
+/// of larger ones. Both switch threads only at these types; what is inside a dependency (`FuturesUnordered`, `slab`) is one step to them.
+#[cfg(any(loom, shuttle))]
+mod checked {
+    use core::ops::DerefMut;
+    #[cfg(loom)]
+    use loom::sync as of;
+    #[cfg(shuttle)]
+    use shuttle::sync as of;
+
+    pub(crate) use of::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+
+    #[derive(Default)]
+    pub(crate) struct Lock<T>(of::Mutex<T>);
+
+    impl<T> Lock<T> {
+        pub(crate) fn new(value: T) -> Self {
+            Self(of::Mutex::new(value))
+        }
+
+        pub(crate) fn lock(&self) -> impl DerefMut<Target = T> {
+            self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        }
+
+        pub(crate) fn get_mut(&mut self) -> &mut T {
+            self.0.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner)
+        }
+    }
+}
+
+pub(crate) use alloc::sync::Arc;
+#[cfg(any(loom, shuttle))]
+pub(crate) use checked::*;
+#[cfg(not(any(loom, shuttle)))]
 pub(crate) use real::*;
+
+/// Tells a model checker that this thread can do nothing useful until another one has gone on.
+#[inline]
+pub(crate) fn spin_hint() {
+    #[cfg(loom)]
+    loom::thread::yield_now();
+    #[cfg(shuttle)]
+    shuttle::thread::yield_now();
+}
 
 /// Runs driver code and keeps a panic for later.
 ///

@@ -20,9 +20,9 @@ use slab::Slab;
 use super::scratch::Watch;
 
 /// A waiting reader yields this often to its executor before it lets an unclaimed invalidation lapse for the first time …
-const FIRST_YIELDS: u32 = 64;
-/// … and twice as often after each lapse of the same future, up to this.
-const MOST_YIELDS: u32 = 1024;
+const FIRST_YIELDS: u32 = if cfg!(loom) { 1 } else { 64 };
+/// … and twice as often after each lapse of the same future, up to this. A model checker tries every length of the wait anyway.
+const MOST_YIELDS: u32 = if cfg!(loom) { 2 } else { 1024 };
 
 pub(crate) struct Pending {
     /// Gone while somebody polls the passes: to have it is the right to poll (C8).
@@ -271,11 +271,13 @@ impl State {
         }
         let done = scratch.running() == 0;
         pending.done = done;
-        if progress != Progress::Waiting {
+        pending.scratch = Some(scratch);
+        // Only now, when others can take the passes again: see `Scratch::drive`.
+        let woken = pending.wakes.end();
+        if woken || progress != Progress::Waiting {
             // Something is to be done for those who wait: to claim, to poll on, or to wait for something else.
             after.work().wakes.push(pending.wakes.clone());
         }
-        pending.scratch = Some(scratch);
         let abandoned = pending.abandoned;
         for entry in quiet {
             self.nudge(entry, after);

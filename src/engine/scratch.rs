@@ -188,6 +188,7 @@ impl Scratch {
         let mut left = idle;
         loop {
             let progress = self.drive();
+            let woken = self.wakes().end();
             if !self.finished.is_empty() {
                 left = idle;
             }
@@ -202,13 +203,17 @@ impl Scratch {
             }
             self.finished = finished;
             left -= 1;
-            if progress != Progress::Yielded || left == 0 {
+            let goes_on = progress == Progress::Yielded || (woken && progress == Progress::Waiting);
+            if !goes_on || left == 0 {
                 return;
             }
         }
     }
 
     /// Polls the joined passes as far as they go, within bounds; `self.finished` says which are done.
+    ///
+    /// A wake-up from now on is only noted, until [`PassWaker::end`] is called, which must not be before others can take the passes
+    /// again: one that they heard of earlier would find nothing to poll and be lost.
     pub(crate) fn drive(&mut self) -> Progress {
         let Some(join) = &mut self.join else {
             return Progress::AllFinished;
@@ -226,22 +231,14 @@ impl Scratch {
                     if finished < FINISHED_AT_ONCE {
                         continue;
                     }
-                    join.wakes.end();
                     return if join.running.is_empty() { Progress::AllFinished } else { Progress::Yielded };
                 }
-                Poll::Ready(None) => {
-                    join.wakes.end();
-                    return Progress::AllFinished;
-                }
+                Poll::Ready(None) => return Progress::AllFinished,
                 Poll::Pending => {
                     rounds += 1;
-                    if rounds < ROUNDS {
-                        if join.wakes.woken_again() {
-                            continue;
-                        }
+                    if rounds == ROUNDS || !join.wakes.take_woken() {
                         return Progress::Waiting;
                     }
-                    return if join.wakes.end() { Progress::Yielded } else { Progress::Waiting };
                 }
             }
         }
@@ -273,17 +270,15 @@ impl PassWaker {
     }
 
     /// Ends the poll. Says whether a pass was woken during it.
-    fn end(&self) -> bool {
+    pub(crate) fn end(&self) -> bool {
         let mut wakes = self.0.lock();
         wakes.polling = false;
         wakes.woken
     }
 
-    /// Whether a pass was woken during the poll, which then goes on; otherwise it has ended.
-    fn woken_again(&self) -> bool {
-        let mut wakes = self.0.lock();
-        wakes.polling = wakes.woken;
-        core::mem::take(&mut wakes.woken)
+    /// Whether a pass was woken since the last look, during a poll that goes on.
+    fn take_woken(&self) -> bool {
+        core::mem::take(&mut self.0.lock().woken)
     }
 
     /// Wakes all that are registered.

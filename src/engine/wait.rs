@@ -9,7 +9,7 @@ use crate::engine::{After, Shared, State, Unclaimed, WaitFor};
 use crate::entry::{EntryBox, EntryRef};
 use crate::notifier::{IntervalNotifier, Sequence};
 use crate::range::AddressRange;
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, Ordering, spin_hint};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::fmt;
@@ -79,6 +79,7 @@ impl Wait {
             }
             if !self.help.idle.is_empty() || matches!(seen, Look::Soon) {
                 cx.waker().wake_by_ref();
+                spin_hint();
             }
             return Poll::Pending;
         }

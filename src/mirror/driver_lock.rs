@@ -9,8 +9,15 @@ use core::time::Duration;
 
 #[cfg(feature = "std")]
 mod raw {
-    pub(super) type Mutex<T> = std::sync::Mutex<T>;
-    pub(super) type Guard<'a, T> = std::sync::MutexGuard<'a, T>;
+    #[cfg(loom)]
+    use loom::sync as of;
+    #[cfg(shuttle)]
+    use shuttle::sync as of;
+    #[cfg(not(any(loom, shuttle)))]
+    use std::sync as of;
+
+    pub(super) type Mutex<T> = of::Mutex<T>;
+    pub(super) type Guard<'a, T> = of::MutexGuard<'a, T>;
 
     pub(super) fn lock<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
         // A panic in a first pass is resumed in the caller of the invalidation (C5): the lock need not tell of it again.
@@ -131,7 +138,14 @@ impl<E: core::error::Error + 'static> core::error::Error for MirrorError<E> {
 
 impl<T> DriverLock<T> {
     /// A lock around the driver's mappings.
+    #[cfg(not(any(loom, shuttle)))]
     pub const fn new(mappings: T) -> Self {
+        Self { mutex: raw::Mutex::new(mappings) }
+    }
+
+    #[cfg(any(loom, shuttle))]
+    #[allow(missing_docs, reason = "as above; the types of model checkers have no `const fn new`")]
+    pub fn new(mappings: T) -> Self {
         Self { mutex: raw::Mutex::new(mappings) }
     }
 
