@@ -51,6 +51,9 @@ pub(crate) struct Entry {
     pub(crate) pending: AtomicU32,
     order: u64,
     pub(crate) range: AddressRange,
+    /// Checks until one is forced to fail; 0 when none is.
+    #[cfg(feature = "test-util")]
+    pub(crate) collide_on: AtomicU32,
 }
 
 impl Entry {
@@ -129,6 +132,8 @@ impl<N: IntervalNotifier> EntryBox<N> {
             pending: AtomicU32::new(0),
             order: 0,
             range,
+            #[cfg(feature = "test-util")]
+            collide_on: AtomicU32::new(0),
         };
         let allocation = Box::new(Allocation { entry, notifier: ManuallyDrop::new(notifier) });
         Self(NonNull::from(Box::leak(allocation)))

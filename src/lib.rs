@@ -63,6 +63,8 @@
 //! `std` (default): contending threads yield to the operating system, panics of driver code are caught and resumed in the caller, and
 //! invalidations have an age. Without it the crate is `no_std` + `alloc`; a panic of driver code then leaves its range
 //! under invalidation, because there is nothing to catch it with.
+//!
+//! `test-util`: faults on demand for the tests of drivers, in `test_util`.
 #![cfg_attr(not(feature = "std"), no_std)]
 
 extern crate alloc;
@@ -81,6 +83,8 @@ mod range;
 mod space;
 mod subscription;
 mod sync;
+#[cfg(feature = "test-util")]
+pub mod test_util;
 
 pub use engine::Report;
 pub use engine::invalidate::{Invalidate, InvalidationGuard};

@@ -7,6 +7,8 @@ use crate::entry::EntryBox;
 use crate::notifier::{IntervalNotifier, Sequence};
 use crate::range::AddressRange;
 use crate::sync::Arc;
+#[cfg(feature = "test-util")]
+use crate::sync::Ordering;
 use core::fmt;
 use core::ops::Deref;
 
@@ -51,7 +53,25 @@ impl<N: IntervalNotifier> Subscription<N> {
     /// reader starts over. Call it under the lock that the first pass takes, together with installing the mapping.
     #[inline]
     pub fn read_retry(&self, sequence: Sequence) -> bool {
+        #[cfg(feature = "test-util")]
+        if self.forced_collision() {
+            return true;
+        }
         self.registered.entry.own.sequence() != sequence.0
+    }
+
+    /// Makes the `n`-th check from now on, counted from 1, say that the notifier was invalidated, whether it was or not; 0 takes
+    /// that back. It is an answer that every reader must expect, so it needs no lock.
+    #[cfg(feature = "test-util")]
+    pub fn collide_on(&self, n: u32) {
+        self.registered.entry.collide_on.store(n, Ordering::Relaxed);
+    }
+
+    #[cfg(feature = "test-util")]
+    fn forced_collision(&self) -> bool {
+        let count_down = |left: u32| left.checked_sub(1);
+        let left = &self.registered.entry.collide_on;
+        left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count_down) == Ok(1)
     }
 
     /// Takes the notifier out of the space, in the call: invalidations that start from now on do not call it, and calls that have

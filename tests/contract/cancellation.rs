@@ -277,3 +277,107 @@ fn the_last_handles_may_go_in_any_order() {
     drop(invalidate);
     assert_eq!(drops.load(Ordering::SeqCst), 1, "abandoned passes go with the space");
 }
+
+/// Calls everything that needs no wait, as driver code may from anywhere (C8).
+struct CallsBack {
+    space: AddressSpace,
+    log: Log,
+    subscription: Mutex<Option<shootdown::Subscription<Device>>>,
+    guard: Mutex<Option<shootdown::InvalidationGuard<'static>>>,
+}
+
+impl CallsBack {
+    fn new(space: &AddressSpace, log: &Log) -> (Arc<Self>, Arc<std::sync::atomic::AtomicUsize>) {
+        let subscription = space.insert(pages(0, 1), Device::new("goes away", log)).unwrap();
+        let drops = subscription.drops();
+        let guard = now(space.invalidate(pages(50, 1), Event::Clear)).into_owned();
+        let (subscription, guard) = (Mutex::new(Some(subscription)), Mutex::new(Some(guard)));
+        (Arc::new(Self { space: space.clone(), log: log.clone(), subscription, guard }), drops)
+    }
+
+    fn call(&self) {
+        let added = self.space.insert(pages(0, 1), Device::new("added", &self.log)).unwrap();
+        assert!(!added.read_retry(added.sequence()));
+        drop(added.remove());
+        assert!(!format!("{:?}", self.space).is_empty());
+        drop(self.subscription.lock().unwrap().take());
+        drop(self.guard.lock().unwrap().take());
+        drop(now(self.space.invalidate(pages(60, 1), Event::Clear)));
+        drop(self.space.try_invalidate(pages(61, 1), Event::Clear));
+    }
+}
+
+impl Drop for CallsBack {
+    fn drop(&mut self) {
+        self.call();
+    }
+}
+
+#[test]
+fn c8_a_pass_may_call_back_when_it_is_polled_and_when_it_is_dropped() {
+    for polls in [0, 3] {
+        let (space, device, log) = one_device();
+        let (calls_back, drops) = CallsBack::new(&space, &log);
+        device.next(Act::pass(async move {
+            calls_back.call();
+            Yields(polls).await;
+            calls_back.call();
+            // And once more in its drop.
+        }));
+        drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+        assert_eq!((drops.load(Ordering::SeqCst), space.len(), space.active().len()), (1, 1, 0));
+    }
+}
+
+#[test]
+fn c8_a_notifier_may_call_back_when_it_is_dropped() {
+    struct Last(Arc<CallsBack>);
+    impl shootdown::IntervalNotifier for Last {
+        fn invalidate(
+            &self,
+            invalidation: &shootdown::Invalidation<'_>,
+        ) -> Result<Option<shootdown::PassFuture>, shootdown::WouldBlock> {
+            invalidation.set_seq();
+            Ok(None)
+        }
+    }
+    impl Drop for Last {
+        fn drop(&mut self) {
+            self.0.call();
+        }
+    }
+    let (space, _device, log) = one_device();
+    let (calls_back, drops) = CallsBack::new(&space, &log);
+    let subscription = space.insert(pages(0, 1), Last(calls_back)).unwrap();
+    let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
+    drop(subscription);
+    assert_eq!(drops.load(Ordering::SeqCst), 0, "the invalidation still covers it");
+    drop(guard);
+    assert_eq!((drops.load(Ordering::SeqCst), space.len(), space.active().len()), (1, 1, 0));
+}
+
+#[test]
+fn c8_the_last_handle_of_a_space_may_go_inside_a_callback() {
+    // In a first pass, in a pass, and in the drop of a pass; of another space, since the caller's future borrows its own.
+    for place in 0..3 {
+        let (space, device, _log) = one_device();
+        let (other, others_device, _log) = one_device();
+        let mut abandoned = Task::new(other.invalidate(pages(0, 1), Event::Unmap).into_owned());
+        others_device.next(Act::pass(Gate::default()));
+        abandoned.expect_pending();
+        let last = (abandoned, others_device, other);
+        match place {
+            0 => device.next(Act::Run(Box::new(move |_| drop(last)))),
+            1 => device.next(Act::pass(async move {
+                Yields(2).await;
+                drop(last);
+            })),
+            _ => device.next(Act::pass(async move {
+                let _last = last;
+                Yields(2).await;
+            })),
+        }
+        drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+        assert_eq!(space.active().len(), 0);
+    }
+}

@@ -156,3 +156,62 @@ fn an_inbox_of_a_released_space_gives_its_mappings_back() {
     now(space.release());
     assert_eq!(space.inbox(pages(0, 1), vec![7]).unwrap_err().into_notifier(), [7]);
 }
+
+#[test]
+fn a2_a_handler_that_is_cancelled_at_any_await_loses_no_invalidation_and_completes_none_early() {
+    // The handler has five awaits; it is dropped after each number of polls, and another one takes over.
+    for polls in 0..8 {
+        let (space, inbox) = inbox();
+        let handled = Arc::new(std::sync::Mutex::new(Vec::new()));
+        let handler = || {
+            let (inbox, handled) = (&inbox, handled.clone());
+            async move {
+                let mut stream = inbox;
+                while let Some(delivery) = stream.next().await {
+                    Yields(1).await;
+                    inbox.with(|mappings| mappings.clear());
+                    Yields(2).await;
+                    handled.lock().unwrap().push(delivery.range());
+                    delivery.done();
+                    Yields(1).await;
+                }
+            }
+        };
+        let mut first = Task::new(space.invalidate(pages(0, 1), Event::Clear));
+        let mut second = Task::new(space.invalidate(pages(0, 2), Event::Unmap));
+        first.expect_pending();
+        second.expect_pending();
+        let mut cancelled = Task::new(handler());
+        for _ in 0..polls {
+            assert!(cancelled.poll().is_pending());
+            let done = handled.lock().unwrap().clone();
+            assert_eq!(first.run().is_ready(), done.contains(&pages(0, 1)), "completed early, or late");
+            if done.contains(&pages(0, 1)) {
+                break;
+            }
+        }
+        drop(cancelled);
+        let mut next = Task::new(handler());
+        next.expect_pending();
+        drop(second.finish());
+        assert_eq!(*handled.lock().unwrap(), [pages(0, 1), pages(0, 2)], "after {polls} polls");
+        drop(first.run());
+        assert!(space.active().is_empty());
+    }
+}
+
+#[test]
+fn a4_an_inbox_that_is_dropped_with_its_task_wedges_nobody() {
+    let (space, inbox) = inbox();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Clear));
+    invalidate.expect_pending();
+    let mut task = Task::new(async move {
+        let mut inbox = inbox;
+        let _taken = inbox.next().await;
+        std::future::pending::<()>().await;
+    });
+    assert!(task.poll().is_pending());
+    invalidate.expect_pending();
+    drop(task);
+    drop(invalidate.finish());
+}

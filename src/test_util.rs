@@ -1,0 +1,183 @@
+//! Faults on demand, for the tests of drivers (feature `test-util`).
+//!
+//! The rare paths of a driver (a collision just before it installs, a device that takes its time, a refusal, a pass that panics) are where
+//! its bugs are. [`Faulty`] wraps any notifier and makes its first passes and passes misbehave;
+//! [`Subscription::collide_on`](crate::Subscription::collide_on) makes the check of the collision-retry loop fail. Neither takes a lock
+//! of the driver nor touches what it protects: a forced collision is an answer of the check itself, which the driver makes under
+//! whichever lock it uses. So injection cannot be used with the wrong lock, and every fault is one that can really happen.
+//!
+//! ```
+//! # use shootdown::*;
+//! # #[derive(Default)]
+//! # struct Gpu { page_table: DriverLock<Vec<u64>> }
+//! # impl IntervalNotifier for Gpu {
+//! #     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+//! #         self.page_table.lock_for(invalidation).clear();
+//! #         Ok(None)
+//! #     }
+//! # }
+//! use shootdown::test_util::Faulty;
+//!
+//! # futures::executor::block_on(async {
+//! let space = AddressSpace::new();
+//! let range = AddressRange::new(0x1000, 0x1000)?;
+//! let gpu = space.insert(range, Faulty::new(Gpu::default()))?;
+//!
+//! gpu.collide_on(1);
+//! let sequence = gpu.read_begin().await;
+//! assert_eq!(gpu.page_table.install(&gpu, sequence, |_| ()), Err(Collision));
+//!
+//! gpu.refuse_next();
+//! assert!(space.try_invalidate(range, Event::Clear).is_err());
+//!
+//! let delay = gpu.delay_next();
+//! let mut invalidate = space.invalidate(range, Event::Unmap);
+//! assert!(futures::future::poll_immediate(&mut invalidate).await.is_none());
+//! delay.end();
+//! drop(invalidate.await);
+//! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+//! ```
+#![forbid(unsafe_code)]
+
+use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
+use crate::pass::PassFuture;
+use crate::sync::{Arc, AtomicBool, Lock, Ordering};
+use alloc::borrow::Cow;
+use alloc::collections::VecDeque;
+use core::fmt;
+use core::future::poll_fn;
+use core::ops::Deref;
+use core::task::Poll;
+use futures::task::AtomicWaker;
+
+/// A notifier with faults on demand; dereferences to the notifier.
+///
+/// Each fault is for one call of the first pass, in the order in which they were asked for. A refusal waits for the next non-blockable
+/// invalidation, the others for the next call that is not refused.
+pub struct Faulty<N> {
+    notifier: N,
+    faults: Lock<VecDeque<Fault>>,
+}
+
+enum Fault {
+    Refuse,
+    Delay(Arc<Gate>),
+    PanicInFirstPass,
+    PanicInPass,
+}
+
+#[derive(Default)]
+struct Gate {
+    open: AtomicBool,
+    waker: AtomicWaker,
+}
+
+/// A pass that is held up; [`end`](Self::end) it, or drop this, to let it go on.
+#[must_use = "dropped, it holds nothing up"]
+pub struct Delay(Arc<Gate>);
+
+impl Delay {
+    /// Lets the pass go on.
+    pub fn end(self) {}
+}
+
+impl Drop for Delay {
+    fn drop(&mut self) {
+        self.0.open.store(true, Ordering::Release);
+        self.0.waker.wake();
+    }
+}
+
+impl fmt::Debug for Delay {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Delay").finish_non_exhaustive()
+    }
+}
+
+impl<N> Faulty<N> {
+    /// A notifier without faults so far.
+    pub fn new(notifier: N) -> Self {
+        Self { notifier, faults: Lock::new(VecDeque::new()) }
+    }
+
+    /// The notifier.
+    pub fn into_inner(self) -> N {
+        self.notifier
+    }
+
+    /// Refuses the next non-blockable first pass: the notifier is not called (B2).
+    pub fn refuse_next(&self) {
+        self.faults.lock().push_back(Fault::Refuse);
+    }
+
+    /// Calls the notifier, then holds its pass up until the [`Delay`] is ended. One that has no pass gets one.
+    pub fn delay_next(&self) -> Delay {
+        let gate = Arc::new(Gate::default());
+        self.faults.lock().push_back(Fault::Delay(gate.clone()));
+        Delay(gate)
+    }
+
+    /// Calls the notifier, then panics in the first pass (C5).
+    pub fn panic_next_first_pass(&self) {
+        self.faults.lock().push_back(Fault::PanicInFirstPass);
+    }
+
+    /// Calls the notifier, then panics when its pass is polled (C5).
+    pub fn panic_next_pass(&self) {
+        self.faults.lock().push_back(Fault::PanicInPass);
+    }
+
+    /// The fault that this call is for.
+    fn fault(&self, blockable: bool) -> Option<Fault> {
+        let mut faults = self.faults.lock();
+        let fits = |fault: &Fault| !(blockable && matches!(fault, Fault::Refuse));
+        let at = faults.iter().position(fits)?;
+        faults.remove(at)
+    }
+}
+
+impl<N: IntervalNotifier> IntervalNotifier for Faulty<N> {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        let fault = self.fault(invalidation.blockable());
+        if let Some(Fault::Refuse) = fault {
+            return Err(WouldBlock);
+        }
+        let pass = self.notifier.invalidate(invalidation)?;
+        match fault {
+            Some(Fault::PanicInFirstPass) => panic!("injected into the first pass of {}", self.name()),
+            Some(Fault::PanicInPass) => {
+                let name = self.name();
+                Ok(Some(PassFuture::new(poll_fn(move |_| -> Poll<()> { panic!("injected into a pass of {name}") }))))
+            }
+            Some(Fault::Delay(gate)) => Ok(Some(PassFuture::new(async move {
+                poll_fn(|cx| {
+                    gate.waker.register(cx.waker());
+                    if gate.open.load(Ordering::Acquire) { Poll::Ready(()) } else { Poll::Pending }
+                })
+                .await;
+                if let Some(pass) = pass {
+                    pass.await;
+                }
+            }))),
+            Some(Fault::Refuse) | None => Ok(pass),
+        }
+    }
+
+    fn name(&self) -> Cow<'static, str> {
+        self.notifier.name()
+    }
+}
+
+impl<N> Deref for Faulty<N> {
+    type Target = N;
+
+    fn deref(&self) -> &N {
+        &self.notifier
+    }
+}
+
+impl<N> fmt::Debug for Faulty<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Faulty").field("faults", &self.faults.lock().len()).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,275 @@
+//! Sequences of operations, written as bytes, on the library and on the contract's rules side by side.
+//!
+//! `SHOOTDOWN_CASES=100000 cargo test --release --test fuzz` is the long form.
+#![cfg(not(any(loom, shuttle)))]
+#![allow(missing_docs)]
+
+mod support;
+
+use proptest::prelude::*;
+use shootdown::{AddressRange, AddressSpace, Event, Invalidate, InvalidationGuard, Subscription, WouldBlock};
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::Poll;
+use support::{Act, Device, Gate, Log, Task, pages};
+
+/// What the rules say of one notifier.
+struct Notifier {
+    /// `None` once it was removed.
+    subscription: Option<Arc<Subscription<Device>>>,
+    range: AddressRange,
+    own: u64,
+    covered_by: Vec<usize>,
+}
+
+/// What the rules say of one invalidation.
+struct Running {
+    name: usize,
+    range: AddressRange,
+    /// Fences of the devices that have to complete.
+    gates: Vec<Gate>,
+    /// Dropped by its caller: ends by itself.
+    abandoned: bool,
+    future: Option<Task<Pin<Box<Invalidate<'static>>>>>,
+    guard: Option<InvalidationGuard<'static>>,
+}
+
+struct Reader {
+    notifier: usize,
+    /// The own sequence on entry.
+    sequence: u64,
+    /// There has been a moment without a covering invalidation.
+    moment: bool,
+    task: Task<Pin<Box<dyn Future<Output = u64>>>>,
+}
+
+struct Machine {
+    space: AddressSpace,
+    log: Log,
+    sequence: u64,
+    notifiers: Vec<Notifier>,
+    running: Vec<Running>,
+    readers: Vec<Reader>,
+    names: usize,
+}
+
+impl Machine {
+    fn new() -> Self {
+        Self {
+            space: AddressSpace::new(),
+            log: Log::default(),
+            sequence: 2,
+            notifiers: vec![],
+            running: vec![],
+            readers: vec![],
+            names: 0,
+        }
+    }
+
+    fn insert(&mut self, range: AddressRange) {
+        let subscription = self.space.insert(range, Device::new("device", &self.log)).unwrap();
+        let covering = self.running.iter().filter(|running| running.range.overlaps(range));
+        let covered_by: Vec<usize> = covering.map(|running| running.name).collect();
+        let own = if covered_by.is_empty() {
+            self.sequence - if self.sequence.is_multiple_of(2) { 1 } else { 2 }
+        } else {
+            self.sequence |= 1;
+            self.sequence
+        };
+        self.notifiers.push(Notifier { subscription: Some(Arc::new(subscription)), range, own, covered_by });
+    }
+
+    /// Starts an invalidation; bit n of `pending` says whether the n-th device that it hits has something to wait for.
+    fn start(&mut self, range: AddressRange, pending: u8, blockable: bool) -> Result<(), TestCaseError> {
+        let name = self.names;
+        self.names += 1;
+        let mut hits: Vec<usize> = (0..self.notifiers.len())
+            .filter(|at| self.notifiers[*at].subscription.is_some() && self.notifiers[*at].range.overlaps(range))
+            .collect();
+        hits.sort_by_key(|at| self.notifiers[*at].range.start());
+        let separate = |at: &usize| self.notifiers[*at].own == self.sequence && self.notifiers[*at].covered_by.is_empty();
+        if !hits.is_empty() {
+            if self.sequence % 2 == 1 && hits.iter().any(separate) {
+                self.sequence += 2;
+            }
+            self.sequence |= 1;
+        }
+        let mut gates = Vec::new();
+        for (bit, at) in hits.iter().enumerate() {
+            let notifier = &mut self.notifiers[*at];
+            notifier.covered_by.push(name);
+            notifier.own = self.sequence;
+            if pending >> (bit % 8) & 1 == 1 {
+                let gate = Gate::default();
+                notifier.subscription.as_ref().unwrap().next(Act::pass(gate.clone()));
+                gates.push(gate);
+            } else {
+                notifier.subscription.as_ref().unwrap().next(Act::Finish);
+            }
+        }
+        let mut running = Running { name, range, gates, abandoned: false, future: None, guard: None };
+        if blockable {
+            running.future = Some(Task::new(Box::pin(self.space.invalidate(range, Event::Clear).into_owned())));
+        } else {
+            match self.space.try_invalidate(range, Event::Clear) {
+                Ok(guard) => running.guard = Some(guard.into_owned()),
+                Err(WouldBlock) => running.abandoned = true,
+            }
+            prop_assert_eq!(running.abandoned, !running.gates.is_empty(), "B3");
+        }
+        self.running.push(running);
+        Ok(())
+    }
+
+    /// S3, R1: what follows when an invalidation is over.
+    fn ended(&mut self, name: usize) {
+        for (at, notifier) in self.notifiers.iter_mut().enumerate() {
+            let before = notifier.covered_by.len();
+            notifier.covered_by.retain(|covering| *covering != name);
+            if before == 1 && notifier.covered_by.is_empty() {
+                self.readers.iter_mut().filter(|reader| reader.notifier == at).for_each(|reader| reader.moment = true);
+            }
+        }
+        self.running.retain(|running| running.name != name);
+        if self.running.is_empty() && self.sequence % 2 == 1 {
+            self.sequence += 1;
+        }
+    }
+
+    /// Lets everybody do what they can, and compares.
+    fn settle(&mut self) -> Result<(), TestCaseError> {
+        for running in &mut self.running {
+            if let Some(future) = &mut running.future
+                && let Poll::Ready(guard) = future.run()
+            {
+                running.future = None;
+                running.guard = Some(guard);
+                prop_assert!(running.gates.iter().all(Gate::is_open), "a guard although a device is at work");
+            }
+        }
+        let _ = Task::new(self.space.drain()).run();
+        let over = |running: &Running| running.abandoned && running.gates.iter().all(Gate::is_open);
+        for name in self.running.iter().filter(|running| over(running)).map(|running| running.name).collect::<Vec<_>>() {
+            self.ended(name);
+        }
+        for running in self.running.iter().filter(|running| running.gates.iter().all(Gate::is_open)) {
+            prop_assert!(running.guard.is_some(), "all devices are done and there is no guard");
+        }
+        let mut left = Vec::new();
+        for mut reader in std::mem::take(&mut self.readers) {
+            match reader.task.run() {
+                Poll::Ready(sequence) => {
+                    prop_assert!(reader.moment, "R1: before its moment");
+                    prop_assert_eq!(sequence, reader.sequence, "R1: the sequence on entry");
+                }
+                Poll::Pending => {
+                    prop_assert!(!reader.moment, "R1: it waits on after its moment");
+                    left.push(reader);
+                }
+            }
+        }
+        self.readers = left;
+        prop_assert_eq!(self.space.sequence().get(), self.sequence);
+        prop_assert_eq!(self.space.active().len(), self.running.len());
+        for notifier in &self.notifiers {
+            if let Some(subscription) = &notifier.subscription {
+                prop_assert_eq!(subscription.sequence().get(), notifier.own);
+            }
+        }
+        Ok(())
+    }
+
+    fn step(&mut self, bytes: [u8; 4]) -> Result<(), TestCaseError> {
+        let [op, a, b, c] = bytes;
+        let range = pages(u64::from(a % 12), 1 + u64::from(b % 5));
+        let pick = |len: usize| (len > 0).then(|| usize::from(a) % len);
+        match op % 10 {
+            0 | 1 => self.insert(range),
+            2 | 3 => self.start(range, c, true)?,
+            4 => self.start(range, if c < 128 { 0 } else { c }, false)?,
+            5 => {
+                if let Some(at) = pick(self.running.len()) {
+                    self.running[at].gates.iter().for_each(Gate::open);
+                }
+            }
+            6 => {
+                // The end, or the drop of a future whose passes are pending.
+                if let Some(at) = pick(self.running.len()) {
+                    let running = &mut self.running[at];
+                    let name = running.name;
+                    if running.guard.take().is_some() {
+                        self.ended(name);
+                    } else if running.future.take().is_some() {
+                        running.abandoned = true;
+                    }
+                }
+            }
+            7 | 8 => {
+                let live: Vec<usize> =
+                    (0..self.notifiers.len()).filter(|at| self.notifiers[*at].subscription.is_some()).collect();
+                if let Some(at) = pick(live.len()) {
+                    let notifier = live[at];
+                    let of = &self.notifiers[notifier];
+                    let subscription = of.subscription.clone().unwrap();
+                    let mut task: Task<Pin<Box<dyn Future<Output = u64>>>> =
+                        Task::new(Box::pin(async move { subscription.read_begin().await.get() }));
+                    let moment = of.covered_by.is_empty();
+                    let sequence = of.own;
+                    // On entry: its first poll.
+                    match task.poll() {
+                        Poll::Ready(now) => prop_assert!(moment && now == sequence, "R1: it should have waited"),
+                        Poll::Pending => self.readers.push(Reader { notifier, sequence, moment, task }),
+                    }
+                }
+            }
+            _ => {
+                let removable = |at: &usize| {
+                    let subscription = self.notifiers[*at].subscription.as_ref();
+                    subscription.is_some_and(|subscription| Arc::strong_count(subscription) == 1)
+                };
+                let live: Vec<usize> = (0..self.notifiers.len()).filter(removable).collect();
+                if let Some(at) = pick(live.len()) {
+                    let subscription = self.notifiers[live[at]].subscription.take().and_then(Arc::into_inner).unwrap();
+                    let calls = subscription.calls();
+                    let mut remove = Task::new(subscription.remove());
+                    if let Poll::Ready(device) = remove.run() {
+                        prop_assert_eq!(device.calls(), calls);
+                    }
+                }
+            }
+        }
+        self.settle()
+    }
+}
+
+fn run(bytes: &[u8]) -> Result<(), TestCaseError> {
+    let mut machine = Machine::new();
+    for step in bytes.as_chunks::<4>().0 {
+        machine.step(*step)?;
+    }
+    // Everything comes to an end.
+    machine.running.iter().for_each(|running| running.gates.iter().for_each(Gate::open));
+    machine.settle()?;
+    while let Some(running) = machine.running.first_mut() {
+        let name = running.name;
+        prop_assert!(running.guard.take().is_some());
+        machine.ended(name);
+        machine.settle()?;
+    }
+    prop_assert!(machine.readers.is_empty(), "a reader waits although nothing is active");
+    prop_assert_eq!(machine.space.stats().lapses, 0);
+    Ok(())
+}
+
+fn cases() -> ProptestConfig {
+    let cases = std::env::var("SHOOTDOWN_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(400);
+    ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
+}
+
+proptest! {
+    #![proptest_config(cases())]
+    #[test]
+    fn bytes_against_the_rules(bytes in prop::collection::vec(any::<u8>(), 4..600)) {
+        run(&bytes)?;
+    }
+}
