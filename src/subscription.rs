@@ -57,7 +57,13 @@ impl<N: IntervalNotifier> Subscription<N> {
         if self.forced_collision() {
             return true;
         }
-        self.registered.entry.own.sequence() != sequence.0
+        self.registered.entry.own.sequence() != sequence.0 || self.is_closed()
+    }
+
+    /// Whether [`close`](Self::close) was called: nothing tells the driver of invalidations any more, so no check succeeds.
+    #[inline]
+    pub fn is_closed(&self) -> bool {
+        self.registered.entry.is_removed()
     }
 
     /// Makes the `n`-th check from now on, counted from 1, say that the notifier was invalidated, whether it was or not; 0 takes
@@ -74,14 +80,17 @@ impl<N: IntervalNotifier> Subscription<N> {
         left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count_down) == Ok(1)
     }
 
-    /// Takes the notifier out of the space, in the call: invalidations that start from now on do not call it, and calls that have
+    /// Takes the notifier out of the space, in the call. Stop the device before: from now on nobody tells it that memory goes away, and
+    /// nobody waits for it. No mapping can be installed any more, because every [`read_retry`](Self::read_retry) is true.
+    ///
+    /// In detail: invalidations that start from now on do not call it, and calls that have
     /// not begun do not begin. The returned future waits until no call and no pass of it is under way (L1), as [`remove`](Self::remove)
     /// does, but leaves the subscription in place: for drivers that share it with readers. May be called again.
     pub fn close(&self) -> Close<'_> {
         Close::new(&self.registered.space, self.registered.entry.erase())
     }
 
-    /// Ends the subscription and waits until the notifier is neither called nor has a pass pending; returns it (L1).
+    /// Ends the subscription (stop the device before) and waits until the notifier is neither called nor has a pass pending; returns it (L1).
     ///
     /// The removal itself happens in the call: invalidations that start afterwards do not call the notifier. The future
     /// waits for this notifier's own calls and passes, and drives the latter; guards that somebody holds do not keep it waiting.

@@ -108,6 +108,8 @@ pub enum MirrorError<E> {
         /// How long it took in all, where there is a clock.
         elapsed: Option<Duration>,
     },
+    /// The subscription was closed: no mapping can be installed for it any more.
+    Closed,
     /// The prepare step failed.
     Prepare(E),
 }
@@ -122,6 +124,7 @@ impl<E: fmt::Display> fmt::Display for MirrorError<E> {
                 }
                 f.write_str(": mirror a smaller range, or allow more retries")
             }
+            Self::Closed => f.write_str("the subscription was closed: insert the notifier again to mirror memory"),
             Self::Prepare(error) => write!(f, "the mapping could not be prepared: {error}"),
         }
     }
@@ -131,7 +134,7 @@ impl<E: core::error::Error + 'static> core::error::Error for MirrorError<E> {
     fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
         match self {
             Self::Prepare(error) => Some(error),
-            Self::RetriesExhausted { .. } => None,
+            Self::Closed | Self::RetriesExhausted { .. } => None,
         }
     }
 }
@@ -220,7 +223,8 @@ impl<T> DriverLock<T> {
     /// ```
     ///
     /// # Errors
-    /// [`MirrorError::Prepare`] with the first error of `prepare`; [`MirrorError::RetriesExhausted`] when the budget is used up.
+    /// [`MirrorError::Prepare`] with the first error of `prepare`; [`MirrorError::RetriesExhausted`] when the budget is used up;
+    /// [`MirrorError::Closed`] when the subscription was closed.
     ///
     /// # Cancel safety
     /// May be dropped at any moment: nothing is installed then unless it has resolved.
@@ -244,6 +248,9 @@ impl<T> DriverLock<T> {
             let prepared = prepare(sequence).await.map_err(MirrorError::Prepare)?;
             if let Ok(installed) = self.install(subscription, sequence, |mappings| install(mappings, prepared)) {
                 return Ok(installed);
+            }
+            if subscription.is_closed() {
+                return Err(MirrorError::Closed);
             }
             let elapsed = began.and_then(|began| Some(space.now()?.saturating_sub(began)));
             let too_late = matches!((budget.time, elapsed), (Some(most), Some(elapsed)) if elapsed > most);

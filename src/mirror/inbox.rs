@@ -204,7 +204,8 @@ impl<T: Send + 'static> Inbox<T> {
     /// The whole collision-retry loop, as [`DriverLock::mirror`] does it.
     ///
     /// # Errors
-    /// [`MirrorError::Prepare`] with the first error of `prepare`; [`MirrorError::RetriesExhausted`] when the budget is used up.
+    /// [`MirrorError::Prepare`] with the first error of `prepare`; [`MirrorError::RetriesExhausted`] when the budget is used up;
+    /// [`MirrorError::Closed`] after [`remove`](Self::remove).
     ///
     /// # Cancel safety
     /// May be dropped at any moment: nothing is installed then unless it has resolved.

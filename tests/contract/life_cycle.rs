@@ -111,3 +111,16 @@ fn l4_release_calls_every_notifier_waits_for_passes_and_then_insert_fails() {
     assert_eq!((space.is_released(), space.active().len()), (true, 0));
     drop(now(device.remove()));
 }
+
+#[test]
+fn after_close_nothing_can_be_installed_any_more() {
+    let (_space, device, _log) = one_device();
+    let table = shootdown::DriverLock::new(0);
+    let sequence = now(device.read_begin());
+    drop(device.close());
+    assert_eq!(table.install(&device, sequence, |table| *table = 1), Err(shootdown::Collision));
+    let look = |_| std::future::ready(Ok::<(), std::fmt::Error>(()));
+    let mirrored = now(table.mirror(&device, shootdown::RetryBudget::default(), look, |table, ()| *table = 1));
+    assert_eq!(mirrored, Err(shootdown::MirrorError::Closed));
+    assert_eq!(*table.lock(), 0);
+}

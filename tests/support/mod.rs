@@ -201,7 +201,7 @@ impl<F: Future> Task<F> {
 
     /// Polls as an executor would: as long as it is woken.
     pub fn run(&mut self) -> Poll<F::Output> {
-        while self.flag.0.load(Ordering::SeqCst) {
+        while self.future.is_some() && self.flag.0.load(Ordering::SeqCst) {
             if let Poll::Ready(output) = self.poll() {
                 return Poll::Ready(output);
             }
