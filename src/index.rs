@@ -118,6 +118,10 @@ impl<T> Arena<T> {
             return at;
         }
         let at = Node::try_from(self.nodes.len()).expect("an index holds fewer than 2^32 nodes");
+        if self.nodes.len() == self.nodes.capacity() {
+            // By an eighth, not twofold: memory per notifier is promised, and a large block is moved by its page table.
+            self.nodes.reserve_exact(self.nodes.len() / 8 + 1);
+        }
         self.nodes.push(node);
         at
     }

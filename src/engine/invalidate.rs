@@ -296,16 +296,15 @@ impl<'a> Invalidate<'a> {
         };
         loop {
             let waker = cx.waker().clone();
-            let found = space.with(|state, after| {
+            let (found, unused) = space.with(|state, _| {
                 let found = state.look(space, *unclaimed);
-                match (&found, state.pending_mut(*unclaimed)) {
-                    (Found::Job(_) | Found::Busy, Some(pending)) => {
-                        after.work().unused.extend(watch.register(&pending.wakes, waker));
-                    }
-                    _ => after.work().unused.push(waker),
-                }
-                found
+                let unused = match (&found, state.pending_mut(*unclaimed)) {
+                    (Found::Job(_) | Found::Busy, Some(pending)) => watch.register(&pending.wakes, waker),
+                    _ => Some(waker),
+                };
+                (found, unused)
             });
+            drop(unused);
             match found {
                 Found::Claimed(scratch, resume_at) => {
                     let running = Running { id: unclaimed.id, sequence: *sequence, refused: false, scratch: Some(scratch) };

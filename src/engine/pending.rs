@@ -10,7 +10,7 @@ use crate::engine::{After, Shared, State, Unclaimed};
 use crate::entry::{EntryRef, NO_WAITER};
 use crate::protocol::Id;
 use crate::range::AddressRange;
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, Ordering, catch, resume};
 use alloc::boxed::Box;
 use alloc::task::Wake;
 use alloc::vec::Vec;
@@ -222,13 +222,31 @@ impl Wake for TaskWaker {
     }
 }
 
+/// Wakes everybody when it goes out of scope, also when something before that panics.
+struct WakeAfterwards(Option<Arc<PassWaker>>);
+
+impl Drop for WakeAfterwards {
+    fn drop(&mut self) {
+        if let Some(wakes) = self.0.take()
+            && let Err(panic) = catch(|| wakes.wake_all())
+        {
+            resume(panic);
+        }
+    }
+}
+
 impl Shared {
     /// Polls the passes of one invalidation and gives them back. Says whether the joined ones are all done, and then wakes everyone who waits for that.
     pub(crate) fn work(&self, job: Job) -> bool {
         let Job { unclaimed, mut scratch } = job;
         let progress = scratch.drive();
         let finished = core::mem::take(&mut scratch.finished);
-        self.with(|state, after| state.put_back(self, unclaimed, scratch, finished, progress, after))
+        let mut wake = WakeAfterwards(None);
+        self.with(|state, after| {
+            let (done, wakes) = state.put_back(self, unclaimed, scratch, finished, progress, after);
+            wake.0 = wakes;
+            done
+        })
     }
 }
 
@@ -241,7 +259,7 @@ impl State {
         mut finished: Vec<super::scratch::Finished>,
         progress: Progress,
         after: &mut After,
-    ) -> bool {
+    ) -> (bool, Option<Arc<PassWaker>>) {
         let mut quiet = Vec::new();
         let Some(pending) = self.pending_mut(unclaimed) else {
             unreachable!("an invalidation whose passes are being polled is neither claimed nor ended");
@@ -274,10 +292,8 @@ impl State {
         pending.scratch = Some(scratch);
         // Only now, when others can take the passes again: see `Scratch::drive`.
         let woken = pending.wakes.end();
-        if woken || progress != Progress::Waiting {
-            // Something is to be done for those who wait: to claim, to poll on, or to wait for something else.
-            after.work().wakes.push(pending.wakes.clone());
-        }
+        // Then something is to be done for those who wait: to claim, to poll on, or to wait for something else.
+        let wakes = (woken || progress != Progress::Waiting).then(|| pending.wakes.clone());
         let abandoned = pending.abandoned;
         for entry in quiet {
             self.nudge(entry, after);
@@ -285,6 +301,6 @@ impl State {
         if done && abandoned {
             self.end_unclaimed(unclaimed, after);
         }
-        done
+        (done, wakes)
     }
 }

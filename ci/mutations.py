@@ -1,0 +1,113 @@
+#!/usr/bin/env python3
+"""Breaks the library on purpose, one line at a time, and says which check notices.
+
+Each mutation removes what some rule asks for. `ci/mutations.py` tries all of them on a copy of the tree (about half a minute each),
+`ci/mutations.py NAME ...` some; it exits with 1 if one survives. tests/README.md has the table of the last run.
+"""
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+
+# Name, file, the code as it is, the code as it is not to be.
+MUTATIONS = [
+    ("leave out S6", "src/protocol.rs", "if clash { current.wrapping_add(2) } else { current | 1 }", "current | 1"),
+    ("never mark a covered notifier", "src/protocol.rs", "self.word.store(word & !UNCOVERED, Ordering::Release);\n            word | UNCOVERED", "word | UNCOVERED"),
+    ("mark uncovered while another covers", "src/protocol.rs", "if covering == 0 {\n            let word", "{\n            let word"),
+    ("a sequence goes back", "src/protocol.rs", "(sequence.wrapping_sub(word | UNCOVERED)).cast_signed() > 0", "sequence != word"),
+    ("insert forgets the active invalidations", "src/protocol.rs", "if active.range.overlaps(range) {", "if false {"),
+    ("the last end leaves the sequence odd", "src/protocol.rs", "if self.active.is_empty() && self.sequence % 2 == 1 {", "if false {"),
+    ("end before the passes are done", "src/engine/invalidate.rs", "        scratch.first_polls(space, 0);\n        if scratch.running() > 0 { Reached::Pending(None) } else { Reached::End }", "        scratch.first_polls(space, 0);\n        Reached::End"),
+    ("claim before the passes are done", "src/engine/invalidate.rs", "if !pending.done {\n            return pending.scratch.take()", "if false {\n            return pending.scratch.take()"),
+    ("an abandoned invalidation ends at once", "src/engine/pending.rs", "        if !pending.done {\n            return;\n        }", ""),
+    ("drop the wake-up of a pass that was woken while it was polled", "src/engine/pending.rs", "(woken || progress != Progress::Waiting).then", "(progress != Progress::Waiting).then"),
+    ("drop the wake-up when the passes are done", "src/engine/pending.rs", "(woken || progress != Progress::Waiting).then", "(woken && progress == Progress::Waiting).then"),
+    ("end the poll before others can take the passes", "src/engine/pending.rs", "let progress = scratch.drive();", "let progress = scratch.drive();\n        scratch.wakes().end();"),
+    ("do not wake sleepers when there is something to help with", "src/engine/pending.rs", "        for entry in asleep {\n            self.nudge(entry, after);\n        }", "        drop(asleep);"),
+    ("do not wake readers at their moment", "src/engine/mod.rs", "        after.work().wakers.extend(waiter.waker.take());\n        if waiter.wait_for", "        drop(waiter.waker.take());\n        if waiter.wait_for"),
+    ("a reader does not take its moment", "src/engine/mod.rs", "            waiter.fired = true;\n", ""),
+    ("readers wait for others to drive", "src/engine/wait.rs", "for job in jobs {\n                progress |= space.work(job);\n            }", "space.with(|state, _| {\n                for job in jobs {\n                    let scratch = job.scratch;\n                    if let Some(pending) = state.pending_mut(job.unclaimed) {\n                        pending.scratch = Some(scratch);\n                    }\n                }\n            });\n            progress |= false;"),
+    ("nothing ever lapses", "src/engine/wait.rs", "yields > pending.patience", "yields == u32::MAX"),
+    ("remove does not wait for a call under way", "src/engine/wait.rs", "if self.protocol.active().iter().any(calls) { Look::Soon } else { Look::Ready }", "if self.protocol.active().iter().any(calls) { Look::Ready } else { Look::Ready }"),
+    ("remove does not wait for a pass", "src/engine/wait.rs", "entry.pending.load(Ordering::Relaxed) != 0 ||", "false ||"),
+    ("remove waits for guards", "src/engine/wait.rs", "if self.protocol.active().iter().any(calls) { Look::Soon } else { Look::Ready }", "if self.protocol.active().iter().any(calls) { Look::Soon } else { Look::Wait }"),
+    ("a removed notifier is called", "src/engine/invalidate.rs", "if entry.is_removed() {\n                continue;\n            }", ""),
+    ("a closed notifier can be installed for", "src/subscription.rs", " || self.is_closed()", ""),
+    ("a refusal does not stop the first passes", "src/engine/invalidate.rs", "                    at = usize::MAX;\n", ""),
+    ("the budget is not given back", "src/engine/mod.rs", "self.used.fetch_sub(1, Ordering::Relaxed);", ""),
+    ("the budget is not looked at", "src/engine/mod.rs", "(used < self.limit).then_some(used + 1)", "Some(used + 1)"),
+    ("a panic stops the other notifiers", "src/engine/invalidate.rs", "Err(panic) => scratch.keep_panic(panic),", "Err(panic) => {\n                    scratch.keep_panic(panic);\n                    at = usize::MAX;\n                }"),
+    ("a panic is lost", "src/engine/invalidate.rs", "panic = scratch.panic.take();", "drop(scratch.panic.take());"),
+    ("release lets notifiers in", "src/engine/invalidate.rs", "state.released |= request.release;", ""),
+    ("the first pass does not set the sequence", "src/mirror/driver_lock.rs", "        invalidation.set_seq();\n        guard", "        guard"),
+    ("a mapping is installed without the check", "src/mirror/driver_lock.rs", "if subscription.read_retry(sequence) { Err(Collision) }", "if false { Err(Collision) }"),
+    ("a cancelled delivery goes to the end of the queue", "src/mirror/inbox.rs", "desk.queue.push_front(self.letter);", "desk.queue.push_back(self.letter);"),
+    ("a cancelled delivery is lost", "src/mirror/inbox.rs", "desk.queue.push_front(self.letter);", ""),
+    ("a dropped inbox leaves its passes pending", "src/mirror/inbox.rs", "            letter.done = true;\n            wakers.extend", "            wakers.extend"),
+    ("equal starts in reverse order", "src/index.rs", "let at = count_at_most(&leaf.starts[..leaf.len], range.start());\n        if leaf.len < CAP", "let at = leaf.starts[..leaf.len].partition_point(|start| *start < range.start());\n        if leaf.len < CAP"),
+    ("a query leaves out an interval that ends where it begins", "src/index.rs", "if leaf.lasts[at] >= range.start()", "if leaf.lasts[at] > range.start()"),
+    ("free an entry that an invalidation covers", "src/entry.rs", "            && !self.own.is_covered()\n", ""),
+]
+
+# Cheap ones first; the first that fails is named.
+CHECKS = [
+    ("unit and property tests", "cargo test --release --lib"),
+    ("contract", "cargo test --release --test contract"),
+    ("conformance", "cargo test --release --test conformance"),
+    ("fuzz", "cargo test --release --test fuzz"),
+    ("loom", "ci/loom.sh"),
+    ("shuttle", "ci/shuttle.sh"),
+    ("futurelock", "cargo test --release --test futurelock"),
+    ("soak", "cargo test --release --test soak"),
+]
+
+
+def run(command, tree):
+    """Whether the check passed, and the name of the test that failed."""
+    try:
+        done = subprocess.run(["timeout", "120", *command.split()], cwd=tree, capture_output=True, text=True)
+    except OSError as error:
+        sys.exit(f"{command}: {error}")
+    if done.returncode == 0:
+        return True, ""
+    if done.returncode == 124:
+        return False, "hangs"
+    failed = [line.split()[1] for line in done.stdout.splitlines() if line.startswith("test ") and "FAILED" in line]
+    if not failed and "error: could not compile" in done.stderr:
+        sys.exit(f"does not compile:\n{done.stderr[-2000:]}")
+    return False, failed[0] if failed else "aborts"
+
+
+def main():
+    wanted = sys.argv[1:]
+    survivors = []
+    with tempfile.TemporaryDirectory() as temporary:
+        tree = pathlib.Path(temporary) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("target", ".git"))
+        print("| mutation | caught by | test |\n| --- | --- | --- |", flush=True)
+        for name, file, code, mutant in MUTATIONS:
+            if wanted and name not in wanted:
+                continue
+            path = tree / file
+            original = path.read_text()
+            if original.count(code) != 1:
+                sys.exit(f"{name}: its code stands {original.count(code)} times in {file}; bring ci/mutations.py up to date")
+            path.write_text(original.replace(code, mutant))
+            for check, command in CHECKS:
+                passed, failed = run(command, tree)
+                if not passed:
+                    print(f"| {name} | {check} | `{failed}` |", flush=True)
+                    break
+            else:
+                survivors.append(name)
+                print(f"| {name} | **nothing** | |", flush=True)
+            path.write_text(original)
+    if survivors:
+        sys.exit(f"{len(survivors)} mutations survived")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,131 @@
+//! What the library allocates: counted, not timed. One test, because the count is the process's.
+#![cfg(all(feature = "std", not(any(loom, shuttle))))]
+#![allow(missing_docs, clippy::print_stdout)]
+
+use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
+use std::task::{Context, Poll};
+
+struct Counting;
+
+static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+static BYTES: AtomicI64 = AtomicI64::new(0);
+
+// SAFETY: every call goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
+        BYTES.fetch_add(layout.size() as i64, Ordering::Relaxed);
+        // SAFETY: the caller's obligations are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        BYTES.fetch_sub(layout.size() as i64, Ordering::Relaxed);
+        // SAFETY: the caller's obligations are passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
+
+#[derive(Clone, Copy)]
+enum Kind {
+    Single,
+    Ready,
+    PendOnce,
+}
+
+struct Device(Kind);
+
+struct PendOnce(bool);
+
+impl Future for PendOnce {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if std::mem::replace(&mut self.0, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+}
+
+impl IntervalNotifier for Device {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        Ok(match self.0 {
+            Kind::Single => None,
+            Kind::Ready => Some(PassFuture::new(async {})),
+            Kind::PendOnce => Some(PassFuture::new(PendOnce(false))),
+        })
+    }
+}
+
+/// Allocations of one invalidation of `devices` notifiers, once the space has its working memory.
+fn allocations(kind: Kind, devices: usize) -> u64 {
+    let space = AddressSpace::new();
+    let range = AddressRange::new(0x1000, 0x1000).unwrap();
+    let _devices: Vec<Subscription<Device>> = (0..devices).map(|_| space.insert(range, Device(kind)).unwrap()).collect();
+    let invalidate = || {
+        futures::executor::block_on(async {
+            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            drop(space.invalidate(range, Event::Unmap).await);
+            ALLOCATIONS.load(Ordering::Relaxed) - before
+        })
+    };
+    invalidate();
+    let counts = [invalidate(), invalidate(), invalidate()];
+    *counts.iter().max().unwrap()
+}
+
+/// Bytes for each of `n` registered notifiers, beside what the driver itself needs.
+fn bytes(n: u64, ascending: bool) -> f64 {
+    let space = AddressSpace::new();
+    let mut starts: Vec<u64> = (0..n).collect();
+    if !ascending {
+        let mut random = 0x9e37_79b9_7f4a_7c15u64;
+        for at in (1..starts.len()).rev() {
+            random ^= random << 13;
+            random ^= random >> 7;
+            random ^= random << 17;
+            starts.swap(at, random as usize % (at + 1));
+        }
+    }
+    let mut subscriptions = Vec::with_capacity(n as usize);
+    let before = BYTES.load(Ordering::Relaxed);
+    for start in starts {
+        let range = AddressRange::new(start * 0x2000, 0x1000).unwrap();
+        // The driver is of size zero: all bytes are the library's.
+        subscriptions.push(space.insert(range, Empty).unwrap());
+    }
+    (BYTES.load(Ordering::Relaxed) - before) as f64 / n as f64
+}
+
+struct Empty;
+
+impl IntervalNotifier for Empty {
+    fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        Ok(None)
+    }
+}
+
+#[test]
+fn allocations_and_bytes_are_within_their_bounds() {
+    for devices in [1, 16, 256] {
+        assert_eq!(allocations(Kind::Single, devices), 0, "single-pass, {devices} notifiers");
+        assert_eq!(allocations(Kind::Ready, devices), 0, "passes ready at their first poll, {devices} notifiers");
+        let pending = allocations(Kind::PendOnce, devices);
+        println!("{devices} passes that pend: {pending} allocations");
+        assert!(pending <= devices as u64 + 2, "{pending} allocations for {devices} passes that pend");
+    }
+    for (n, ascending) in [(100_000, true), (100_000, false), (1 << 20, false)] {
+        let bytes = bytes(n, ascending);
+        println!("{n} notifiers, ascending {ascending}: {bytes:.1} bytes each");
+        assert!(bytes <= 128.0, "{bytes} bytes for each of {n} notifiers, ascending: {ascending}");
+    }
+}
