@@ -68,7 +68,7 @@ CHECKS = [
 def run(command, tree):
     """Whether the check passed, and the name of the test that failed."""
     try:
-        done = subprocess.run(["timeout", "120", *command.split()], cwd=tree, capture_output=True, text=True)
+        done = subprocess.run(["timeout", "75", *command.split()], cwd=tree, capture_output=True, text=True)
     except OSError as error:
         sys.exit(f"{command}: {error}")
     if done.returncode == 0:
