@@ -2,7 +2,8 @@
 //! oracle that knows for each page which generation a device may use.
 //!
 //! `SOAK_SECONDS=60 cargo test --release --test soak -- --nocapture` is the long form; its last line is one JSON object. `SOAK_SEED` and
-//! `SOAK_THREADS=1` repeat a run on one thread, where the same seed gives the same operations in the same order.
+//! `SOAK_THREADS=1` run it on one thread in virtual time, where the same seed gives the same run (20,000 operations a second that was asked
+//! for, or `SOAK_OPERATIONS`).
 #![allow(missing_docs, clippy::print_stdout)]
 
 #[cfg(all(feature = "std", not(any(loom, shuttle))))]

@@ -173,7 +173,8 @@ struct Soak {
     space: AddressSpace,
     oracle: Arc<Oracle>,
     devices: Mutex<Vec<Arc<Subscription<Device>>>>,
-    until: Instant,
+    /// `None` on one thread, where the number of operations ends it, so that a run can be repeated.
+    until: Option<Instant>,
     most: u64,
 }
 
@@ -182,6 +183,20 @@ impl Soak {
         let first = random.random_range(0..PAGES);
         let count = random.random_range(1..=(PAGES - first).min(12));
         AddressRange::new(first * PAGE, count * PAGE).unwrap()
+    }
+
+    fn event(random: &mut StdRng) -> Event {
+        let owner = None;
+        let events = [
+            Event::Unmap,
+            Event::Clear,
+            Event::ProtectionVma,
+            Event::ProtectionPage,
+            Event::SoftDirty,
+            Event::Migrate { owner },
+            Event::Exclusive { owner },
+        ];
+        events[random.random_range(0..events.len())]
     }
 
     fn insert(&self, random: &mut StdRng) {
@@ -204,12 +219,12 @@ impl Soak {
 
     async fn invalidate(&self, random: &mut StdRng) {
         let counts = &self.oracle.counts;
-        let range = Self::range(random);
+        let (range, event) = (Self::range(random), Self::event(random));
         counts.invalidations.fetch_add(1, Ordering::Relaxed);
         match random.random_range(0..10) {
             0 | 1 => {
                 // A driver's panic comes out here; the range was completed and ended before.
-                match std::panic::catch_unwind(AssertUnwindSafe(|| self.space.try_invalidate(range, Event::Clear))) {
+                match std::panic::catch_unwind(AssertUnwindSafe(|| self.space.try_invalidate(range, event))) {
                     Ok(Ok(guard)) => {
                         self.oracle.handed_out(range);
                         drop(guard);
@@ -219,7 +234,7 @@ impl Soak {
                 }
             }
             2 => {
-                let mut invalidate = Box::pin(AssertUnwindSafe(self.space.invalidate(range, Event::Clear)).catch_unwind());
+                let mut invalidate = Box::pin(AssertUnwindSafe(self.space.invalidate(range, event)).catch_unwind());
                 let polls = random.random_range(1..4);
                 for _ in 0..polls {
                     if futures::future::poll_immediate(&mut invalidate).await.is_some() {
@@ -234,7 +249,7 @@ impl Soak {
             }
             3 => {
                 // Alive, and not polled while this task reads.
-                let mut invalidate = AssertUnwindSafe(self.space.invalidate(range, Event::Clear)).catch_unwind();
+                let mut invalidate = AssertUnwindSafe(self.space.invalidate(range, event)).catch_unwind();
                 let first = futures::future::poll_immediate(&mut invalidate).await;
                 if let Some(outcome) = first {
                     drop(outcome.map_err(|_| counts.panics_survived.fetch_add(1, Ordering::Relaxed)));
@@ -251,7 +266,7 @@ impl Soak {
                     Err(_) => drop(counts.panics_survived.fetch_add(1, Ordering::Relaxed)),
                 }
             }
-            _ => match AssertUnwindSafe(self.space.invalidate(range, Event::Unmap)).catch_unwind().await {
+            _ => match AssertUnwindSafe(self.space.invalidate(range, event)).catch_unwind().await {
                 Ok(guard) => {
                     self.oracle.handed_out(range);
                     if random.random_bool(0.3) {
@@ -318,7 +333,9 @@ impl Soak {
 
     async fn task(self: Arc<Self>, seed: u64) {
         let mut random = StdRng::seed_from_u64(seed);
-        while Instant::now() < self.until && self.oracle.counts.operations.load(Ordering::Relaxed) < self.most {
+        while self.until.is_none_or(|until| Instant::now() < until)
+            && self.oracle.counts.operations.load(Ordering::Relaxed) < self.most
+        {
             self.oracle.counts.operations.fetch_add(1, Ordering::Relaxed);
             match random.random_range(0..20) {
                 0 => self.insert(&mut random),
@@ -342,7 +359,7 @@ pub fn soak() {
     let threads: usize = setting("SOAK_THREADS", 4);
     let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
     let seed: u64 = setting("SOAK_SEED", clock);
-    println!("seed {seed}: SOAK_SEED={seed} SOAK_THREADS=1 repeats its operations on one thread");
+    println!("seed {seed}: SOAK_SEED={seed} SOAK_THREADS=1 runs its operations on one thread, the same way each time");
     // The panics of the drivers are part of the plan.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
@@ -352,7 +369,8 @@ pub fn soak() {
         }
     }));
     let tokio = if threads == 1 {
-        tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
+        // Time that does not pass by itself: timers fire in their order as soon as nothing else can be done.
+        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap()
     } else {
         tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_time().build().unwrap()
     };
@@ -362,8 +380,8 @@ pub fn soak() {
         space: AddressSpace::new(),
         oracle: oracle.clone(),
         devices: Mutex::default(),
-        until: began + Duration::from_secs_f64(seconds),
-        most: setting("SOAK_OPERATIONS", u64::MAX),
+        until: (threads > 1).then(|| began + Duration::from_secs_f64(seconds)),
+        most: setting("SOAK_OPERATIONS", if threads > 1 { u64::MAX } else { (seconds * 20_000.0) as u64 }),
     });
     let lost_wakeups = tokio.block_on(async {
         let mut random = StdRng::seed_from_u64(seed);
@@ -371,7 +389,7 @@ pub fn soak() {
         let tasks: Vec<_> = (0..24).map(|_| tokio::spawn(soak.clone().task(random.random()))).collect();
         // Whoever still waits half a minute after the end waits for something that has happened.
         let mut lost = 0;
-        let limit = tokio::time::Instant::from_std(soak.until + Duration::from_secs(30));
+        let limit = tokio::time::Instant::now() + Duration::from_secs_f64(seconds + 30.0);
         for task in tasks {
             match tokio::time::timeout_at(limit, task).await {
                 Ok(finished) => finished.unwrap(),

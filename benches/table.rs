@@ -1,0 +1,326 @@
+//! The figures of the library beside their goals: `cargo bench --bench table`.
+//!
+//! Prints calibration rows, then a row for each goal, then the curves. A goal was set on another machine, beside calibration rows of its own; here it
+//! is scaled by how the same rows come out on this machine in the same run, so that ratios are compared and not machines. `MISS` marks what is over
+//! its scaled goal. `--json FILE` writes everything as JSON, `--plot FILE` the curves as SVG (`target/table.svg` by default).
+#![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
+
+#[path = "table/curves.rs"]
+mod curves;
+#[path = "table/devices.rs"]
+mod devices;
+#[path = "table/plot.rs"]
+mod plot;
+
+use criterion::Criterion;
+use devices::{Kind, Population, hitting, random};
+use futures::executor::block_on;
+use serde::Serialize;
+use shootdown::{AddressSpace, Event};
+use std::collections::BTreeMap;
+use std::hint::black_box;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+/// Takes the samples with criterion and keeps their median.
+pub struct Harness {
+    criterion: Criterion,
+}
+
+impl Harness {
+    fn new() -> Self {
+        let criterion = Criterion::default()
+            .sample_size(15)
+            .warm_up_time(Duration::from_millis(120))
+            .measurement_time(Duration::from_millis(450))
+            .nresamples(1001);
+        Self { criterion }
+    }
+
+    /// Nanoseconds for one of the `n` operations that `work` does when it is asked for `n`; the median of 15 samples.
+    pub fn median(&mut self, name: &str, mut work: impl FnMut(u64)) -> f64 {
+        let samples = std::cell::RefCell::new(Vec::new());
+        self.criterion.bench_function(name, |bencher| {
+            bencher.iter_custom(|n| {
+                let began = Instant::now();
+                work(n);
+                let took = began.elapsed();
+                samples.borrow_mut().push(took.as_nanos() as f64 / n as f64);
+                took
+            });
+        });
+        // The first ones are criterion's warm-up.
+        let mut samples = samples.into_inner();
+        let mut samples = samples.split_off(samples.len().saturating_sub(15));
+        samples.sort_by(f64::total_cmp);
+        samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
+    }
+}
+
+#[derive(Clone, Serialize)]
+struct Calibration {
+    name: &'static str,
+    /// On the machine on which the goals were set.
+    there_ns: f64,
+    here_ns: f64,
+}
+
+/// A line of the table.
+#[derive(Clone, Serialize)]
+pub struct Row {
+    name: String,
+    /// The kernel's code in user space, on the machine on which the goals were set.
+    kernel_ns: Option<f64>,
+    goal_ns: f64,
+    /// The goal, scaled to this machine.
+    scaled_goal_ns: f64,
+    measured_ns: f64,
+    miss: bool,
+}
+
+#[derive(Serialize)]
+struct Report<'a> {
+    calibration: &'a [Calibration],
+    rows: &'a [Row],
+    curves: &'a [curves::Curve],
+}
+
+/// How goals are scaled: work under locks by the mutex row, look-ups among many by the map rows.
+struct Scale {
+    mutex: f64,
+    loads: f64,
+    map_10_000: f64,
+    map_1_000_000: f64,
+    join: f64,
+}
+
+struct Table {
+    rows: Vec<Row>,
+    scale: Scale,
+}
+
+impl Table {
+    fn add(&mut self, name: impl Into<String>, kernel_ns: Option<f64>, goal_ns: f64, scaled_goal_ns: f64, measured_ns: f64) {
+        let miss = measured_ns.partial_cmp(&scaled_goal_ns) != Some(std::cmp::Ordering::Less);
+        self.rows.push(Row { name: name.into(), kernel_ns, goal_ns, scaled_goal_ns, measured_ns, miss });
+    }
+
+    /// A goal of work under locks that looks something up among `n`: the part beyond `fixed` is the look-up.
+    fn scaled(&self, goal: f64, fixed: f64, n: u64) -> f64 {
+        let map = match n {
+            0..=100 => self.scale.mutex.min(self.scale.map_10_000),
+            101..=10_000 => self.scale.map_10_000,
+            _ => self.scale.map_1_000_000,
+        };
+        fixed.min(goal) * self.scale.mutex + (goal - fixed).max(0.0) * map
+    }
+}
+
+fn calibrate(harness: &mut Harness) -> Vec<Calibration> {
+    let mutex = Mutex::new(0u64);
+    let lock = harness.median("calibration/mutex", |n| (0..n).for_each(|_| *black_box(&mutex).lock().unwrap() += 1));
+    let words = [AtomicU64::new(1), AtomicU64::new(2)];
+    let loads = harness.median("calibration/loads", |n| {
+        for _ in 0..n {
+            let words = black_box(&words);
+            black_box(words[0].load(Ordering::Acquire) == words[1].load(Ordering::Acquire));
+        }
+    });
+    let mut rows = vec![
+        Calibration { name: "uncontended Mutex lock + unlock", there_ns: 5.4, here_ns: lock },
+        Calibration { name: "two atomic loads and a compare", there_ns: 1.0, here_ns: loads },
+    ];
+    let mut map = BTreeMap::new();
+    let mut next = random(1);
+    for (keys, there_ns, name) in
+        [(10_000, 86.0, "BTreeMap look-up among 10,000"), (1_000_000, 473.0, "BTreeMap look-up among 1,000,000")]
+    {
+        while map.len() < keys {
+            map.insert(next(), [0u64; 2]);
+        }
+        let here_ns = harness.median(&format!("calibration/map {keys}"), |n| {
+            for _ in 0..n {
+                black_box(map.range(next()..).next());
+            }
+        });
+        rows.push(Calibration { name, there_ns, here_ns });
+    }
+    let join = harness.median("calibration/join", |n| {
+        block_on(async {
+            // In joins of 64, as many invalidations have.
+            for _ in 0..n.div_ceil(64) {
+                let mut join = futures::stream::FuturesUnordered::new();
+                (0..64).for_each(|_| join.push(Box::pin(devices::PendOnce::default())));
+                while futures::StreamExt::next(&mut join).await.is_some() {}
+            }
+        });
+    });
+    rows.push(Calibration { name: "FuturesUnordered, boxed, pend once, per future", there_ns: 131.0, here_ns: join });
+    rows
+}
+
+/// `invalidate` and its end, `n` times, as a user writes it.
+fn invalidate(space: &AddressSpace, n: u64, mut address: impl FnMut() -> u64) {
+    block_on(async {
+        for _ in 0..n {
+            drop(space.invalidate(devices::page(address()), Event::Unmap).await);
+        }
+    });
+}
+
+/// The rows whose cost depends on how many notifiers are registered.
+fn by_population(harness: &mut Harness, table: &mut Table) {
+    let goals = [
+        (1, 15.0, 15.0, 25.0, 25.0, None),
+        (100, 43.0, 39.0, 55.0, 50.0, Some((52.0, 50.0))),
+        (10_000, 134.0, 94.0, 164.0, 120.0, Some((154.0, 120.0))),
+        (1_000_000, 1260.0, 500.0, 1290.0, 560.0, Some((1135.0, 700.0))),
+    ];
+    for (n, kernel_miss, goal_miss, kernel_hit, goal_hit, change) in goals {
+        let population = Population::new(n);
+        let mut next = random(n + 7);
+        // What drawing an address costs is not the library's.
+        let draw = harness.median(&format!("draw {n}"), |times| {
+            (0..times).for_each(|_| {
+                black_box(next() % n);
+            })
+        });
+        let space = &population.space;
+        let miss = harness.median(&format!("miss {n}"), |times| invalidate(space, times, || population.gap(next() % n)));
+        table.add(
+            format!("invalidate + end, no hit, N = {n}"),
+            Some(kernel_miss),
+            goal_miss,
+            table.scaled(goal_miss, 15.0, n),
+            miss - draw,
+        );
+        let hit = harness.median(&format!("hit {n}"), |times| invalidate(space, times, || population.page(next() % n)));
+        table.add(
+            format!("invalidate + end, 1 hit, N = {n}"),
+            Some(kernel_hit),
+            goal_hit,
+            table.scaled(goal_hit, 25.0, n),
+            hit - draw,
+        );
+        if let Some((kernel, goal)) = change {
+            let both = harness.median(&format!("insert {n}"), |times| {
+                for _ in 0..times {
+                    black_box(block_on(population.insert(next() % n).remove()));
+                }
+            });
+            table.add(format!("insert + remove, N = {n}"), Some(kernel), goal, table.scaled(goal, 40.0, n), both - draw);
+        }
+        if n == 1 {
+            let device = population.device(0);
+            let read = harness.median("read", |times| {
+                block_on(async {
+                    for _ in 0..times {
+                        let sequence = black_box(device).read_begin().await;
+                        black_box(black_box(device).read_retry(sequence));
+                    }
+                });
+            });
+            table.add("read_begin + read_retry", Some(5.9), 1.5, 1.5 * table.scale.loads.max(1.0), read);
+        }
+    }
+}
+
+/// The rows whose cost depends on how many notifiers an invalidation hits.
+fn by_hits(harness: &mut Harness, table: &mut Table) {
+    let hit = |harness: &mut Harness, kind, k: u64| {
+        let (space, _devices) = hitting(kind, k);
+        harness.median(&format!("{kind:?} {k}"), |times| invalidate(&space, times, || 0))
+    };
+    let mut single = BTreeMap::new();
+    for (k, kernel, factor) in [(1, 25.0, 1.0), (4, 59.0, 1.0), (16, 194.0, 0.9), (64, 752.0, 0.9), (256, 3039.0, 0.9)] {
+        let measured = hit(harness, Kind::Single, k);
+        single.insert(k, measured);
+        if k > 1 {
+            table.add(
+                format!("invalidate + end, {k} hits"),
+                Some(kernel),
+                kernel * factor,
+                kernel * factor * table.scale.mutex,
+                measured,
+            );
+        }
+    }
+    for (k, kernel) in [(1, 27.0), (16, 220.0), (256, 3724.0)] {
+        let measured = hit(harness, Kind::Ready, k);
+        let goal = kernel * 1.2;
+        table.add(format!("… each with a pass ready at once, {k} hits"), Some(kernel), goal, goal * table.scale.mutex, measured);
+    }
+    for k in [16, 256] {
+        let per_pass = (hit(harness, Kind::PendOnce, k) - single[&k]) / k as f64;
+        table.add(
+            format!("… with a pass that pends once, {k} hits, per pass more"),
+            None,
+            150.0,
+            150.0 * table.scale.join,
+            per_pass,
+        );
+    }
+}
+
+fn main() {
+    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
+    let option = |name: &str| {
+        let at = arguments.iter().position(|argument| argument == name)?;
+        Some(arguments.get(at + 1).cloned().unwrap_or_else(|| fail(&format!("{name} needs a file"))))
+    };
+    for (at, argument) in arguments.iter().enumerate() {
+        let is_value = at > 0 && ["--json", "--plot"].contains(&arguments[at - 1].as_str());
+        if !is_value && !["--json", "--plot", "--test"].contains(&argument.as_str()) {
+            fail(&format!("unknown option {argument}: --json FILE and --plot FILE are known"));
+        }
+    }
+    if arguments.iter().any(|argument| argument == "--test") {
+        return; // `cargo test --benches` only wants to know whether it runs.
+    }
+    let (json, picture) = (option("--json"), option("--plot").unwrap_or_else(|| "target/table.svg".into()));
+    let mut harness = Harness::new();
+    let calibration = calibrate(&mut harness);
+    let ratio = |at: usize| calibration[at].here_ns / calibration[at].there_ns;
+    let scale = Scale { mutex: ratio(0), loads: ratio(1), map_10_000: ratio(2), map_1_000_000: ratio(3), join: ratio(4) };
+    let mut table = Table { rows: Vec::new(), scale };
+    by_population(&mut harness, &mut table);
+    by_hits(&mut harness, &mut table);
+    let curves = curves::measure(&mut harness);
+    for row in curves::bounds(&curves) {
+        table.rows.push(row);
+    }
+
+    println!("\n{:<58} {:>9} {:>9} {:>9}", "calibration, ns", "there", "here", "ratio");
+    for row in &calibration {
+        println!("{:<58} {:>9.1} {:>9.1} {:>9.2}", row.name, row.there_ns, row.here_ns, row.here_ns / row.there_ns);
+    }
+    println!("\n{:<58} {:>9} {:>9} {:>9} {:>9}", "work, ns", "kernel", "goal", "scaled", "measured");
+    for row in &table.rows {
+        let kernel = row.kernel_ns.map_or_else(|| "-".into(), |ns| format!("{ns:.0}"));
+        let mark = if row.miss { "  MISS" } else { "" };
+        println!("{:<58} {kernel:>9} {:>9.1} {:>9.1} {:>9.1}{mark}", row.name, row.goal_ns, row.scaled_goal_ns, row.measured_ns);
+    }
+    for curve in &curves {
+        println!("\n{}", curve.name);
+        for (x, y) in &curve.points {
+            println!("{x:>12.0} {y:>12.1}");
+        }
+    }
+    if let Err(error) = plot::write(picture.as_ref(), &curves) {
+        fail(&format!("{picture} cannot be written: {error}"));
+    }
+    println!("\nthe curves are in {picture}");
+    if let Some(file) = json {
+        let report = Report { calibration: &calibration, rows: &table.rows, curves: &curves };
+        let text = serde_json::to_string_pretty(&report).unwrap_or_else(|error| fail(&error.to_string()));
+        std::fs::write(&file, text).unwrap_or_else(|error| fail(&format!("{file} cannot be written: {error}")));
+    }
+    let misses = table.rows.iter().filter(|row| row.miss).count();
+    println!("{} rows, {misses} miss", table.rows.len());
+}
+
+fn fail(message: &str) -> ! {
+    eprintln!("error: {message}");
+    std::process::exit(2)
+}

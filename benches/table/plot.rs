@@ -1,0 +1,30 @@
+//! The curves as a picture.
+
+use crate::curves::Curve;
+use plotters::prelude::*;
+use std::error::Error;
+use std::path::Path;
+
+/// Those with more than four points are curves; the others are comparisons that the table shows better.
+pub fn write(path: &Path, curves: &[Curve]) -> Result<(), Box<dyn Error>> {
+    let curves: Vec<&Curve> = curves.iter().filter(|curve| curve.points.len() > 4).collect();
+    let root = SVGBackend::new(path, (1000, 760)).into_drawing_area();
+    root.fill(&WHITE)?;
+    for (area, curve) in root.split_evenly((2, 2)).iter().zip(curves) {
+        let most_x = curve.points.iter().map(|point| point.0).fold(1.0, f64::max);
+        let most_y = curve.points.iter().map(|point| point.1).fold(1.0, f64::max);
+        let mut chart = ChartBuilder::on(area)
+            .caption(curve.name, ("sans-serif", 13))
+            .margin(12)
+            .x_label_area_size(38)
+            .y_label_area_size(58)
+            .build_cartesian_2d((0.8..most_x * 1.4).log_scale(), 0.0..most_y * 1.15)?;
+        chart.configure_mesh().x_desc(curve.x).y_desc(curve.y).light_line_style(WHITE).draw()?;
+        // Zero others are drawn where one would be, on a logarithmic axis.
+        let points: Vec<(f64, f64)> = curve.points.iter().map(|(x, y)| (x.max(1.0), *y)).collect();
+        chart.draw_series(LineSeries::new(points.iter().copied(), BLUE.stroke_width(2)))?;
+        chart.draw_series(points.into_iter().map(|point| Circle::new(point, 3, BLUE.filled())))?;
+    }
+    root.present()?;
+    Ok(())
+}
