@@ -40,7 +40,7 @@ MUTATIONS = [
     ("the budget is not given back", "src/engine/mod.rs", "self.used.fetch_sub(1, Ordering::Relaxed);", ""),
     ("the budget is not looked at", "src/engine/mod.rs", "(used < self.limit).then_some(used + 1)", "Some(used + 1)"),
     ("a panic stops the other notifiers", "src/engine/invalidate.rs", "Err(panic) => scratch.keep_panic(panic),", "Err(panic) => {\n                    scratch.keep_panic(panic);\n                    at = usize::MAX;\n                }"),
-    ("a panic is lost", "src/engine/invalidate.rs", "panic = scratch.panic.take();", "drop(scratch.panic.take());"),
+    ("a panic is lost", "src/engine/invalidate.rs", "            panic = scratch.panic.take();\n            space.calls.end", "            drop(scratch.panic.take());\n            space.calls.end"),
     ("release lets notifiers in", "src/engine/invalidate.rs", "state.released |= request.release;", ""),
     ("the first pass does not set the sequence", "src/mirror/driver_lock.rs", "        invalidation.set_seq();\n        guard", "        guard"),
     ("a mapping is installed without the check", "src/mirror/driver_lock.rs", "if subscription.read_retry(sequence) { Err(Collision) }", "if false { Err(Collision) }"),

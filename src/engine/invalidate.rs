@@ -13,6 +13,7 @@ use crate::sync::{Arc, Lock, catch, resume};
 use alloc::boxed::Box;
 use core::fmt;
 use core::future::Future;
+use core::mem::ManuallyDrop;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
@@ -156,7 +157,11 @@ impl Running {
             panic = scratch.panic.take();
             space.calls.end(self.id);
         }
-        let guard = InvalidationGuard { space, id: self.id, scratch: Lock::new(self.scratch) };
+        let guard = InvalidationGuard {
+            space: ManuallyDrop::new(Some(space)),
+            id: self.id,
+            scratch: ManuallyDrop::new(Lock::new(self.scratch)),
+        };
         if let Some(panic) = panic {
             drop(guard);
             resume(panic);
@@ -230,10 +235,10 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: &Request) -> Result
 /// builds when it would have to wait inside a first pass of the same space (C7), and always when polled after it has resolved.
 #[must_use = "nothing is invalidated before the future is awaited"]
 pub struct Invalidate<'a> {
-    /// Moves into the guard.
-    space: Option<Handle<'a>>,
+    /// Moves into the guard. This and `step` are dropped by hand, so that the drop of a future that has resolved is one comparison.
+    space: ManuallyDrop<Option<Handle<'a>>>,
     request: Request,
-    step: Step,
+    step: ManuallyDrop<Step>,
     lapses: u32,
 }
 
@@ -251,15 +256,15 @@ enum Step {
 impl<'a> Invalidate<'a> {
     #[inline]
     pub(crate) fn new(space: Handle<'a>, request: Request) -> Self {
-        Self { space: Some(space), request, step: Step::Start, lapses: 0 }
+        Self { space: ManuallyDrop::new(Some(space)), request, step: ManuallyDrop::new(Step::Start), lapses: 0 }
     }
 
     /// The same future with a handle of the space of its own, to be spawned or kept in a structure.
     pub fn into_owned(mut self) -> Invalidate<'static> {
         Invalidate {
-            space: self.space.take().map(Handle::into_owned),
+            space: ManuallyDrop::new(self.space.take().map(Handle::into_owned)),
             request: self.request,
-            step: core::mem::replace(&mut self.step, Step::Done),
+            step: ManuallyDrop::new(core::mem::replace(&mut *self.step, Step::Done)),
             lapses: self.lapses,
         }
     }
@@ -276,12 +281,12 @@ impl<'a> Invalidate<'a> {
         match (running.advance(space, &self.request, at), running.scratch.take()) {
             (Reached::Pending(resume_at), Some(scratch)) => {
                 let unclaimed = hand_over(space, running.id, scratch, resume_at, self.lapses);
-                self.step = Step::Joining { unclaimed, sequence: running.sequence, watch: Watch::default() };
+                *self.step = Step::Joining { unclaimed, sequence: running.sequence, watch: Watch::default() };
                 None
             }
             (_, scratch) => {
                 running.scratch = scratch;
-                self.step = Step::Done;
+                drop(core::mem::replace(&mut *self.step, Step::Done));
                 let space = self.space.take()?;
                 Some(running.finish(space))
             }
@@ -291,7 +296,7 @@ impl<'a> Invalidate<'a> {
     /// Joins the passes: drives them if nobody else does, waits otherwise.
     #[cold]
     fn join(&mut self, cx: &mut Context<'_>) -> Poll<Option<InvalidationGuard<'a>>> {
-        let (Some(space), Step::Joining { unclaimed, sequence, watch }) = (&self.space, &mut self.step) else {
+        let (Some(space), Step::Joining { unclaimed, sequence, watch }) = (&*self.space, &mut *self.step) else {
             unreachable!("called in this step, which has a handle");
         };
         loop {
@@ -312,7 +317,7 @@ impl<'a> Invalidate<'a> {
                 }
                 Found::Lapsed => {
                     self.lapses += 1;
-                    self.step = Step::Start;
+                    drop(core::mem::replace(&mut *self.step, Step::Start));
                     return Poll::Ready(None);
                 }
                 Found::Job(job) => {
@@ -366,7 +371,7 @@ impl<'a> Future for Invalidate<'a> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         loop {
-            match this.step {
+            match *this.step {
                 Step::Start => {
                     let space = this.space.as_ref().expect("an invalidation is not polled after it was moved");
                     let running = Running::start(space, &this.request);
@@ -388,20 +393,29 @@ impl<'a> Future for Invalidate<'a> {
 impl Drop for Invalidate<'_> {
     #[inline]
     fn drop(&mut self) {
-        if let (Some(space), Step::Joining { unclaimed, .. }) = (&self.space, &self.step) {
-            space.with(|state, after| {
-                if state.pending_mut(*unclaimed).is_some_and(|pending| !pending.abandoned) {
-                    state.counts.abandoned += 1;
-                    state.abandon(*unclaimed, after);
-                }
-            });
+        // With `Step::Done` the handle is gone and nothing is left.
+        if let Some(space) = self.space.take() {
+            leave(space, core::mem::replace(&mut *self.step, Step::Done));
         }
+    }
+}
+
+/// C1, C2: the future is dropped before it has resolved.
+#[cold]
+fn leave(space: Handle<'_>, step: Step) {
+    if let Step::Joining { unclaimed, .. } = step {
+        space.with(|state, after| {
+            if state.pending_mut(unclaimed).is_some_and(|pending| !pending.abandoned) {
+                state.counts.abandoned += 1;
+                state.abandon(unclaimed, after);
+            }
+        });
     }
 }
 
 impl fmt::Debug for Invalidate<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let step = match self.step {
+        let step = match *self.step {
             Step::Start => "not started",
             Step::Joining { .. } => "passes pending",
             Step::Done => "resolved",
@@ -422,21 +436,22 @@ impl fmt::Debug for Invalidate<'_> {
 /// awaits, moved to another thread, and leaked: then the range stays under invalidation for ever.
 #[must_use = "dropping the guard ends the invalidation: keep it until the memory has changed"]
 pub struct InvalidationGuard<'a> {
-    space: Handle<'a>,
+    /// `None` once another guard has taken over. Dropped by hand, as is `scratch`, so that the end of a short invalidation is short.
+    space: ManuallyDrop<Option<Handle<'a>>>,
     id: Id,
     /// A lock because a pass need not be `Sync`, and the guard is.
-    scratch: Lock<Option<Box<Scratch>>>,
+    scratch: ManuallyDrop<Lock<Option<Box<Scratch>>>>,
 }
 
 impl InvalidationGuard<'_> {
     /// What is under invalidation.
     pub fn range(&self) -> AddressRange {
-        self.space.with(|state, _| state.protocol.active()[self.id as usize].range)
+        self.space().with(|state, _| state.protocol.active()[self.id as usize].range)
     }
 
     /// The sequence that the passes got; odd if a notifier was hit.
     pub fn sequence(&self) -> Sequence {
-        self.space.with(|state, _| Sequence(state.protocol.active()[self.id as usize].sequence))
+        self.space().with(|state, _| Sequence(state.protocol.active()[self.id as usize].sequence))
     }
 
     /// How many notifiers the invalidation hit.
@@ -445,28 +460,28 @@ impl InvalidationGuard<'_> {
     }
 
     /// The same guard with a handle of the space of its own, to be kept in a structure or sent to a task.
-    pub fn into_owned(self) -> InvalidationGuard<'static> {
-        let mut this = self;
-        let space = match &this.space {
-            Handle::Borrowed(space) => Arc::clone(space),
-            Handle::Owned(space) => space.clone(),
-        };
-        let owned =
-            InvalidationGuard { space: Handle::Owned(space), id: this.id, scratch: Lock::new(this.scratch.get_mut().take()) };
-        this.id = MOVED;
-        owned
+    pub fn into_owned(mut self) -> InvalidationGuard<'static> {
+        InvalidationGuard {
+            space: ManuallyDrop::new(self.space.take().map(Handle::into_owned)),
+            id: self.id,
+            scratch: ManuallyDrop::new(Lock::new(self.scratch.get_mut().take())),
+        }
+    }
+
+    fn space(&self) -> &Shared {
+        match &*self.space {
+            Some(space) => space,
+            None => unreachable!("the handle goes only in `into_owned` and in the drop"),
+        }
     }
 }
-
-/// The id of a guard whose invalidation another guard ends.
-const MOVED: Id = Id::MAX;
 
 impl Drop for InvalidationGuard<'_> {
     #[inline]
     fn drop(&mut self) {
-        if self.id != MOVED {
+        if let Some(space) = self.space.take() {
             let scratch = self.scratch.get_mut().take();
-            self.space.with(|state, after| state.end(self.id, scratch, after));
+            space.with(|state, after| state.end(self.id, scratch, after));
         }
     }
 }

@@ -15,6 +15,7 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::future::Future;
 use core::marker::PhantomData;
+use core::mem::ManuallyDrop;
 use core::pin::Pin;
 use core::task::{Context, Poll, Waker};
 
@@ -135,7 +136,8 @@ impl Wait {
 pub struct ReadBegin<'a> {
     space: &'a Shared,
     entry: EntryRef,
-    slow: Option<Box<SlowRead>>,
+    /// Dropped by hand, so that the drop of a reader that never waited is one comparison.
+    slow: ManuallyDrop<Option<Box<SlowRead>>>,
     /// Borrows the subscription, which keeps the entry alive.
     subscription: PhantomData<&'a ()>,
 }
@@ -146,10 +148,17 @@ struct SlowRead {
     sequence: u64,
 }
 
+impl SlowRead {
+    #[cold]
+    fn leave(mut self, space: &Shared) {
+        space.with(|state, after| self.wait.leave(state, after));
+    }
+}
+
 impl<'a> ReadBegin<'a> {
     #[inline]
     pub(crate) fn new(space: &'a Shared, entry: EntryRef) -> Self {
-        Self { space, entry, slow: None, subscription: PhantomData }
+        Self { space, entry, slow: ManuallyDrop::new(None), subscription: PhantomData }
     }
 
     #[cold]
@@ -189,8 +198,8 @@ impl Future for ReadBegin<'_> {
 impl Drop for ReadBegin<'_> {
     #[inline]
     fn drop(&mut self) {
-        if let Some(slow) = &mut self.slow {
-            self.space.with(|state, after| slow.wait.leave(state, after));
+        if let Some(slow) = self.slow.take() {
+            (*slow).leave(self.space);
         }
     }
 }
