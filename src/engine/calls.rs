@@ -16,6 +16,8 @@ const CHUNKS: usize = 28;
 
 /// A flag for each id, at an address that does not change, so that it is reached without the lock.
 pub(crate) struct CallTable {
+    /// Those of the first ids, which are used most, in place.
+    first: [AtomicBool; FIRST],
     chunks: [Once<Box<[AtomicBool]>>; CHUNKS],
 }
 
@@ -29,30 +31,41 @@ fn place(id: Id) -> (usize, usize) {
 
 impl CallTable {
     pub(crate) fn new() -> Self {
-        Self { chunks: [const { Once::new() }; CHUNKS] }
+        Self { first: core::array::from_fn(|_| AtomicBool::new(false)), chunks: [const { Once::new() }; CHUNKS] }
     }
 
     /// The invalidation begins to call notifiers. Under the space's lock.
     #[inline]
     pub(crate) fn begin(&self, id: Id) {
-        let (chunk, at) = place(id);
-        let flags = self.chunks[chunk].call_once(|| (0..FIRST << chunk).map(|_| AtomicBool::new(false)).collect());
-        flags[at].store(true, Ordering::Relaxed);
+        match self.first.get(id as usize) {
+            Some(flag) => flag.store(true, Ordering::Relaxed),
+            None => {
+                let (chunk, at) = place(id);
+                let flags = self.chunks[chunk].call_once(|| (0..FIRST << chunk).map(|_| AtomicBool::new(false)).collect());
+                flags[at].store(true, Ordering::Relaxed);
+            }
+        }
     }
 
     /// It will call none any more: what its first passes did happened before whoever learns of it.
     #[inline]
     pub(crate) fn end(&self, id: Id) {
-        let (chunk, at) = place(id);
-        if let Some(flags) = self.chunks[chunk].get() {
-            flags[at].store(false, Ordering::Release);
+        if let Some(flag) = self.flag(id) {
+            flag.store(false, Ordering::Release);
         }
     }
 
     /// Whether it may still call notifiers. Under the space's lock.
     pub(crate) fn under_way(&self, id: Id) -> bool {
-        let (chunk, at) = place(id);
-        self.chunks[chunk].get().is_some_and(|flags| flags[at].load(Ordering::Acquire))
+        self.flag(id).is_some_and(|flag| flag.load(Ordering::Acquire))
+    }
+
+    #[inline]
+    fn flag(&self, id: Id) -> Option<&AtomicBool> {
+        self.first.get(id as usize).or_else(|| {
+            let (chunk, at) = place(id);
+            Some(&self.chunks[chunk].get()?[at])
+        })
     }
 }
 

@@ -145,7 +145,9 @@ impl Running {
                 space.give_pass_back();
             }
         }
-        scratch.first_polls(space, 0);
+        if !scratch.started.is_empty() {
+            scratch.first_polls(space, 0);
+        }
         if scratch.running() > 0 { Reached::Pending(None) } else { Reached::End }
     }
 
