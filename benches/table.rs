@@ -205,9 +205,11 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
         );
         if let Some((kernel, goal)) = change {
             let both = harness.median(&format!("insert {n}"), |times| {
-                for _ in 0..times {
-                    black_box(block_on(population.insert(next() % n).remove()));
-                }
+                block_on(async {
+                    for _ in 0..times {
+                        black_box(population.insert(next() % n).remove().await);
+                    }
+                });
             });
             table.add(format!("insert + remove, N = {n}"), Some(kernel), goal, table.scaled(goal, 40.0, n), both - draw);
         }

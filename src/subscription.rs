@@ -23,7 +23,7 @@ pub struct Subscription<N: IntervalNotifier> {
 
 impl<N: IntervalNotifier> Subscription<N> {
     pub(crate) fn new(space: Arc<Shared>, entry: EntryBox<N>) -> Self {
-        Self { registered: Registered { space, entry } }
+        Self { registered: Registered::new(space, entry) }
     }
 
     /// What the notifier watches.
@@ -95,7 +95,6 @@ impl<N: IntervalNotifier> Subscription<N> {
     /// The removal itself happens in the call: invalidations that start afterwards do not call the notifier. The future
     /// waits for this notifier's own calls and passes, and drives the latter; guards that somebody holds do not keep it waiting.
     pub fn remove(self) -> Remove<N> {
-        drop(self.close());
         Remove::new(self.registered)
     }
 

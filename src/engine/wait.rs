@@ -214,17 +214,37 @@ impl fmt::Debug for ReadBegin<'_> {
 pub(crate) struct Registered<N: IntervalNotifier> {
     pub(crate) space: Arc<Shared>,
     pub(crate) entry: EntryBox<N>,
+    /// The notifier has been moved out and the entry may be gone.
+    taken: bool,
 }
 
 impl<N: IntervalNotifier> Registered<N> {
-    /// Ends the registration and returns the notifier, which nothing may be able to call any more.
-    fn into_notifier(self) -> N {
-        self.entry.take()
+    pub(crate) fn new(space: Arc<Shared>, entry: EntryBox<N>) -> Self {
+        Self { space, entry, taken: false }
+    }
+
+    /// Closes the notifier; moves it out and ends the registration if nothing can call it any more (L1).
+    fn try_take(&mut self) -> Option<N> {
+        let Self { space, entry, taken } = self;
+        let erased = entry.erase();
+        space.with(|state, after| {
+            state.close(erased);
+            let Look::Ready = state.is_quiet(space, erased) else { return None };
+            // Quiet and closed: nothing will call it again, also if an invalidation still covers it.
+            let notifier = entry.take();
+            *taken = true;
+            erased.detach();
+            state.reap(erased, after);
+            Some(notifier)
+        })
     }
 }
 
 impl<N: IntervalNotifier> Drop for Registered<N> {
     fn drop(&mut self) {
+        if self.taken {
+            return;
+        }
         let entry = self.entry.erase();
         self.space.with(|state, after| {
             state.close(entry);
@@ -335,13 +355,23 @@ impl fmt::Debug for Close<'_> {
 /// In debug builds when it would have to wait inside a first pass of the same space (C7).
 #[must_use = "the notifier may still be called, and its passes run, until the future has resolved"]
 pub struct Remove<N: IntervalNotifier> {
-    wait: QuietWait,
-    registered: Option<Registered<N>>,
+    step: RemoveStep<N>,
+}
+
+enum RemoveStep<N: IntervalNotifier> {
+    /// It was quiet already.
+    Removed(N),
+    Wait(Box<(QuietWait, Registered<N>)>),
+    Done,
 }
 
 impl<N: IntervalNotifier> Remove<N> {
-    pub(crate) fn new(registered: Registered<N>) -> Self {
-        Self { wait: QuietWait::default(), registered: Some(registered) }
+    pub(crate) fn new(mut registered: Registered<N>) -> Self {
+        let step = match registered.try_take() {
+            Some(notifier) => RemoveStep::Removed(notifier),
+            None => RemoveStep::Wait(Box::new((QuietWait::default(), registered))),
+        };
+        Self { step }
     }
 }
 
@@ -349,13 +379,22 @@ impl<N: IntervalNotifier> Future for Remove<N> {
     type Output = N;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<N> {
-        let Self { wait, registered } = &mut *self;
-        let of = registered.as_ref().expect("`Remove` polled after it has resolved");
-        if wait.poll(&of.space, of.entry.erase(), cx).is_pending() {
-            return Poll::Pending;
+        if let RemoveStep::Wait(waiting) = &mut self.step {
+            let (wait, registered) = &mut **waiting;
+            if wait.poll(&registered.space, registered.entry.erase(), cx).is_pending() {
+                return Poll::Pending;
+            }
+            let Some(notifier) = registered.try_take() else {
+                // Somebody asks for its name at this moment (C6), and wakes whoever waits afterwards; look again.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            };
+            self.step = RemoveStep::Removed(notifier);
         }
-        // Quiet and closed: nothing will call it again, also if an invalidation still covers it.
-        registered.take().map_or(Poll::Pending, |registered| Poll::Ready(registered.into_notifier()))
+        match core::mem::replace(&mut self.step, RemoveStep::Done) {
+            RemoveStep::Removed(notifier) => Poll::Ready(notifier),
+            RemoveStep::Wait(_) | RemoveStep::Done => panic!("`Remove` polled after it has resolved"),
+        }
     }
 }
 
@@ -364,16 +403,21 @@ impl<N: IntervalNotifier> Unpin for Remove<N> {}
 
 impl<N: IntervalNotifier> Drop for Remove<N> {
     fn drop(&mut self) {
-        if let Some(registered) = &self.registered {
-            self.wait.leave(&registered.space);
+        if let RemoveStep::Wait(waiting) = &mut self.step {
+            let (wait, registered) = &mut **waiting;
+            wait.leave(&registered.space);
         }
     }
 }
 
 impl<N: IntervalNotifier> fmt::Debug for Remove<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let range = self.registered.as_ref().map(|registered| registered.entry.range);
-        f.debug_struct("Remove").field("range", &range).finish_non_exhaustive()
+        let step = match self.step {
+            RemoveStep::Removed(_) => "removed",
+            RemoveStep::Wait(_) => "waiting",
+            RemoveStep::Done => "resolved",
+        };
+        f.debug_struct("Remove").field("step", &step).finish_non_exhaustive()
     }
 }
 
