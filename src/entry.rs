@@ -17,7 +17,7 @@
 //! reason why it is alive, and the last reason to go frees it, once.
 //!
 //! The notifier is moved out by [`EntryRef::take`] (`remove`), or dropped with the entry. It is called only by an invalidation in
-//! its first passes, and `remove` takes it after there is none of those left that could (`engine::wait`).
+//! its first passes, and `remove` takes it after there is none of those left that could (`engine::remove`).
 
 use crate::index::Indexed;
 use crate::notifier::IntervalNotifier;

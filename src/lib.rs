@@ -87,8 +87,10 @@ mod sync;
 pub mod test_util;
 
 pub use engine::Report;
-pub use engine::invalidate::{Invalidate, InvalidationGuard};
-pub use engine::wait::{Close, Drain, ReadBegin, Remove};
+pub use engine::guard::InvalidationGuard;
+pub use engine::invalidate::Invalidate;
+pub use engine::remove::{Close, Remove};
+pub use engine::wait::{Drain, ReadBegin};
 pub use event::{Event, Owner};
 pub use mirror::async_notifier::{AsyncIntervalNotifier, AsyncNotifier};
 pub use mirror::driver_lock::{Collision, DriverGuard, DriverLock, MirrorError, RetryBudget};

@@ -1,7 +1,8 @@
 //! The address space: where invalidations start and notifiers register.
 #![forbid(unsafe_code)]
 
-use crate::engine::invalidate::{Handle, Invalidate, InvalidationGuard, Request, try_invalidate};
+use crate::engine::guard::{Handle, InvalidationGuard};
+use crate::engine::invalidate::{Invalidate, Request, try_invalidate};
 use crate::engine::wait::Drain;
 use crate::engine::{Budget, Clock, Report, Reporter, Shared};
 use crate::entry::{EntryBox, EntryRef};

@@ -2,7 +2,8 @@
 #![forbid(unsafe_code)]
 
 use crate::engine::Shared;
-use crate::engine::wait::{Close, ReadBegin, Registered, Remove};
+use crate::engine::remove::{Close, Registered, Remove};
+use crate::engine::wait::ReadBegin;
 use crate::entry::EntryBox;
 use crate::notifier::{IntervalNotifier, Sequence};
 use crate::range::AddressRange;

@@ -5,14 +5,17 @@
 //!
 //! - `scratch`: the working memory of an invalidation, reused, and the join of its passes;
 //! - `pending`: an invalidation whose guard is not handed out yet and whose passes therefore belong to the space;
-//! - `invalidate`: the futures and the guard that a caller sees;
-//! - `wait`: the futures that wait for others' invalidations: readers, removers, `drain`.
+//! - `invalidate`, `guard`: the future and the guard that a caller of an invalidation sees;
+//! - `wait`, `remove`: the futures that wait for others' invalidations: readers and `drain`, removers;
+//! - `calls`, `first_pass`: which first passes run at this moment, for removers and for checks.
 #![forbid(unsafe_code)]
 
 pub(crate) mod calls;
 pub(crate) mod first_pass;
+pub(crate) mod guard;
 pub(crate) mod invalidate;
 pub(crate) mod pending;
+pub(crate) mod remove;
 pub(crate) mod scratch;
 pub(crate) mod wait;
 

@@ -1,0 +1,112 @@
+//! The guard of an invalidation, and the handle of the space that it and its future hold.
+#![forbid(unsafe_code)]
+
+use crate::engine::Shared;
+use crate::engine::scratch::Scratch;
+use crate::notifier::Sequence;
+use crate::protocol::Id;
+use crate::range::AddressRange;
+use crate::sync::{Arc, Lock};
+use alloc::boxed::Box;
+use core::fmt;
+use core::mem::ManuallyDrop;
+
+/// A handle of the space, borrowed or owned. Borrowing costs nothing, where a reference count would be a third of a short invalidation.
+pub(crate) enum Handle<'a> {
+    Borrowed(&'a Arc<Shared>),
+    Owned(Arc<Shared>),
+}
+
+impl core::ops::Deref for Handle<'_> {
+    type Target = Shared;
+
+    #[inline]
+    fn deref(&self) -> &Shared {
+        match self {
+            Self::Borrowed(space) => space,
+            Self::Owned(space) => space,
+        }
+    }
+}
+
+impl Handle<'_> {
+    pub(super) fn into_owned(self) -> Handle<'static> {
+        Handle::Owned(match self {
+            Self::Borrowed(space) => space.clone(),
+            Self::Owned(space) => space,
+        })
+    }
+}
+
+/// An invalidation whose passes are all done: no device uses the old mapping. The range stays under invalidation, and its readers
+/// wait, until the guard is dropped: change the memory in between.
+///
+/// Dropping it is the end of the invalidation (`mmu_notifier_invalidate_range_end`); it never waits. It may be held across
+/// awaits, moved to another thread, and leaked: then the range stays under invalidation for ever.
+#[must_use = "dropping the guard ends the invalidation: keep it until the memory has changed"]
+pub struct InvalidationGuard<'a> {
+    /// `None` once another guard has taken over. Dropped by hand, as is `scratch`, so that the end of a short invalidation is short.
+    space: ManuallyDrop<Option<Handle<'a>>>,
+    id: Id,
+    /// A lock because a pass need not be `Sync`, and the guard is.
+    scratch: ManuallyDrop<Lock<Option<Box<Scratch>>>>,
+}
+
+impl<'a> InvalidationGuard<'a> {
+    #[inline]
+    pub(super) fn new(space: Handle<'a>, id: Id, scratch: Option<Box<Scratch>>) -> Self {
+        let (space, scratch) = (ManuallyDrop::new(Some(space)), ManuallyDrop::new(Lock::new(scratch)));
+        Self { space, id, scratch }
+    }
+
+    /// What is under invalidation.
+    pub fn range(&self) -> AddressRange {
+        self.space().with(|state, _| state.protocol.active()[self.id as usize].range)
+    }
+
+    /// The sequence that the passes got; odd if a notifier was hit.
+    pub fn sequence(&self) -> Sequence {
+        self.space().with(|state, _| Sequence(state.protocol.active()[self.id as usize].sequence))
+    }
+
+    /// How many notifiers the invalidation hit.
+    pub fn hits(&self) -> usize {
+        self.scratch.lock().as_ref().map_or(0, |scratch| scratch.hits.len())
+    }
+
+    /// The same guard with a handle of the space of its own, to be kept in a structure or sent to a task.
+    pub fn into_owned(mut self) -> InvalidationGuard<'static> {
+        InvalidationGuard {
+            space: ManuallyDrop::new(self.space.take().map(Handle::into_owned)),
+            id: self.id,
+            scratch: ManuallyDrop::new(Lock::new(self.scratch.get_mut().take())),
+        }
+    }
+
+    fn space(&self) -> &Shared {
+        match &*self.space {
+            Some(space) => space,
+            None => unreachable!("the handle goes only in `into_owned` and in the drop"),
+        }
+    }
+}
+
+impl Drop for InvalidationGuard<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if let Some(space) = self.space.take() {
+            let scratch = self.scratch.get_mut().take();
+            space.with(|state, after| state.end(self.id, scratch, after));
+        }
+    }
+}
+
+impl fmt::Debug for InvalidationGuard<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("InvalidationGuard")
+            .field("range", &self.range())
+            .field("sequence", &self.sequence())
+            .field("hits", &self.hits())
+            .finish()
+    }
+}

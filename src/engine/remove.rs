@@ -1,0 +1,227 @@
+//! How a notifier leaves the space: the registration, `close` and `remove` (L1).
+#![forbid(unsafe_code)]
+
+use crate::engine::first_pass::forbid_waiting;
+use crate::engine::pending::Pending;
+use crate::engine::wait::{Look, Wait};
+use crate::engine::{Shared, State, WaitFor};
+use crate::entry::{EntryBox, EntryRef};
+use crate::notifier::IntervalNotifier;
+use crate::sync::{Arc, Ordering};
+use alloc::boxed::Box;
+use core::fmt;
+use core::future::Future;
+use core::marker::PhantomData;
+use core::pin::Pin;
+use core::task::{Context, Poll};
+
+/// A registered notifier and the space that it is registered with. Dropping it ends the registration without waiting.
+pub(crate) struct Registered<N: IntervalNotifier> {
+    pub(crate) space: Arc<Shared>,
+    pub(crate) entry: EntryBox<N>,
+    /// The notifier has been moved out and the entry may be gone.
+    taken: bool,
+}
+
+impl<N: IntervalNotifier> Registered<N> {
+    pub(crate) fn new(space: Arc<Shared>, entry: EntryBox<N>) -> Self {
+        Self { space, entry, taken: false }
+    }
+
+    /// Closes the notifier; moves it out and ends the registration if nothing can call it any more (L1).
+    fn try_take(&mut self) -> Option<N> {
+        let Self { space, entry, taken } = self;
+        let erased = entry.erase();
+        space.with(|state, after| {
+            state.close(erased);
+            let Look::Ready = state.is_quiet(space, erased) else { return None };
+            // Quiet and closed: nothing will call it again, also if an invalidation still covers it.
+            let notifier = entry.take();
+            *taken = true;
+            erased.detach();
+            state.reap(erased, after);
+            Some(notifier)
+        })
+    }
+}
+
+impl<N: IntervalNotifier> Drop for Registered<N> {
+    fn drop(&mut self) {
+        if self.taken {
+            return;
+        }
+        let entry = self.entry.erase();
+        self.space.with(|state, after| {
+            state.close(entry);
+            entry.detach();
+            state.reap(entry, after);
+        });
+    }
+}
+
+impl State {
+    /// Takes a notifier out of the index and keeps calls that have not begun from beginning (L1). May be called again.
+    pub(crate) fn close(&mut self, entry: EntryRef) {
+        if !entry.is_removed() {
+            entry.set_removed();
+            self.protocol.remove(entry.range, entry);
+        }
+    }
+
+    /// L1: whether no call of the notifier and no pass of it is under way. The guards that others hold do not matter.
+    fn is_quiet(&self, space: &Shared, entry: EntryRef) -> Look {
+        if entry.pending.load(Ordering::Relaxed) != 0 || entry.is_held() {
+            return Look::Wait;
+        }
+        if !entry.own.is_covered() {
+            return Look::Ready;
+        }
+        let calls = |(id, active): (usize, &crate::protocol::Active<EntryRef, _>)| {
+            active.range.overlaps(entry.range) && space.calls.under_way(id as u32)
+        };
+        if self.protocol.active().iter().any(calls) { Look::Soon } else { Look::Ready }
+    }
+}
+
+/// A wait until a notifier that was closed is quiet.
+#[derive(Default)]
+struct QuietWait(Wait);
+
+impl QuietWait {
+    fn poll(&mut self, space: &Shared, entry: EntryRef, cx: &mut Context<'_>) -> Poll<()> {
+        let look = |state: &mut State, _| state.is_quiet(space, entry);
+        let ours = |pending: &Pending, _| pending.waiting.iter().any(|(_, of)| *of == entry);
+        let polled = self.0.poll(space, Some((entry, WaitFor::Quiet)), cx, look, ours);
+        if polled.is_pending() {
+            forbid_waiting(space, "remove");
+        }
+        polled
+    }
+
+    fn leave(&mut self, space: &Shared) {
+        if self.0.waiter.is_some() {
+            space.with(|state, after| self.0.leave(state, after));
+        }
+    }
+}
+
+/// The future of [`Subscription::close`](crate::Subscription::close).
+///
+/// # Cancel safety
+/// May be dropped at any moment, or never be polled: the notifier is out of the space since the call of `close`.
+///
+/// # Panics
+/// In debug builds when it would have to wait inside a first pass of the same space (C7).
+#[must_use = "the notifier may still be called, and its passes run, until the future has resolved"]
+pub struct Close<'a> {
+    space: &'a Shared,
+    entry: EntryRef,
+    wait: QuietWait,
+    /// Borrows the subscription, which keeps the entry alive.
+    subscription: PhantomData<&'a ()>,
+}
+
+impl<'a> Close<'a> {
+    pub(crate) fn new(space: &'a Shared, entry: EntryRef) -> Self {
+        space.with(|state, _| state.close(entry));
+        Self { space, entry, wait: QuietWait::default(), subscription: PhantomData }
+    }
+}
+
+impl Future for Close<'_> {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let Self { space, entry, wait, .. } = &mut *self;
+        wait.poll(space, *entry, cx)
+    }
+}
+
+impl Drop for Close<'_> {
+    fn drop(&mut self) {
+        self.wait.leave(self.space);
+    }
+}
+
+impl fmt::Debug for Close<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Close").field("range", &self.entry.range).finish_non_exhaustive()
+    }
+}
+
+/// The future of [`Subscription::remove`](crate::Subscription::remove); resolves to the notifier.
+///
+/// The removal begins with the call, not with the first poll: new invalidations do not call the notifier any more.
+///
+/// # Cancel safety
+/// When it is dropped early the notifier stays removed, and is dropped as soon as no call and no invalidation needs it any more.
+///
+/// # Panics
+/// In debug builds when it would have to wait inside a first pass of the same space (C7).
+#[must_use = "the notifier may still be called, and its passes run, until the future has resolved"]
+pub struct Remove<N: IntervalNotifier> {
+    step: RemoveStep<N>,
+}
+
+enum RemoveStep<N: IntervalNotifier> {
+    /// It was quiet already.
+    Removed(N),
+    Wait(Box<(QuietWait, Registered<N>)>),
+    Done,
+}
+
+impl<N: IntervalNotifier> Remove<N> {
+    pub(crate) fn new(mut registered: Registered<N>) -> Self {
+        let step = match registered.try_take() {
+            Some(notifier) => RemoveStep::Removed(notifier),
+            None => RemoveStep::Wait(Box::new((QuietWait::default(), registered))),
+        };
+        Self { step }
+    }
+}
+
+impl<N: IntervalNotifier> Future for Remove<N> {
+    type Output = N;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<N> {
+        if let RemoveStep::Wait(waiting) = &mut self.step {
+            let (wait, registered) = &mut **waiting;
+            if wait.poll(&registered.space, registered.entry.erase(), cx).is_pending() {
+                return Poll::Pending;
+            }
+            let Some(notifier) = registered.try_take() else {
+                // Somebody asks for its name at this moment (C6), and wakes whoever waits afterwards; look again.
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            };
+            self.step = RemoveStep::Removed(notifier);
+        }
+        match core::mem::replace(&mut self.step, RemoveStep::Done) {
+            RemoveStep::Removed(notifier) => Poll::Ready(notifier),
+            RemoveStep::Wait(_) | RemoveStep::Done => panic!("`Remove` polled after it has resolved"),
+        }
+    }
+}
+
+// The notifier is never pinned by its subscription.
+impl<N: IntervalNotifier> Unpin for Remove<N> {}
+
+impl<N: IntervalNotifier> Drop for Remove<N> {
+    fn drop(&mut self) {
+        if let RemoveStep::Wait(waiting) = &mut self.step {
+            let (wait, registered) = &mut **waiting;
+            wait.leave(&registered.space);
+        }
+    }
+}
+
+impl<N: IntervalNotifier> fmt::Debug for Remove<N> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let step = match self.step {
+            RemoveStep::Removed(_) => "removed",
+            RemoveStep::Wait(_) => "waiting",
+            RemoveStep::Done => "resolved",
+        };
+        f.debug_struct("Remove").field("step", &step).finish_non_exhaustive()
+    }
+}
