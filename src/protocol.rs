@@ -10,7 +10,6 @@ use crate::range::AddressRange;
 use crate::sync::AtomicUsize;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use alloc::vec::Vec;
-use slab::Slab;
 
 /// A notifier's own sequence, and how many active invalidations cover it.
 ///
@@ -144,8 +143,67 @@ pub(crate) struct Protocol<M, X> {
     /// S1.
     sequence: u64,
     index: IntervalIndex<M>,
-    active: Slab<Active<M, X>>,
+    active: ActiveSet<M, X>,
     started: u64,
+}
+
+/// The active invalidations, each in a place that is filled and used again where it lies.
+///
+/// `slab` would move each one in and out; those copies stall on the stores just made and took a quarter of a short invalidation.
+pub(crate) struct ActiveSet<M, X> {
+    places: Vec<Place<M, X>>,
+    free: Vec<Id>,
+}
+
+struct Place<M, X> {
+    live: bool,
+    active: Active<M, X>,
+}
+
+impl<M, X> ActiveSet<M, X> {
+    pub(crate) fn len(&self) -> usize {
+        self.places.len() - self.free.len()
+    }
+
+    fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
+        self.places.get(id as usize).filter(|place| place.live).map(|place| &place.active)
+    }
+
+    pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut Active<M, X>> {
+        self.places.get_mut(id as usize).filter(|place| place.live).map(|place| &mut place.active)
+    }
+
+    pub(crate) fn iter(&self) -> impl Iterator<Item = (Id, &Active<M, X>)> {
+        (0..).zip(&self.places).filter(|(_, place)| place.live).map(|(id, place)| (id, &place.active))
+    }
+
+    pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Id, &mut Active<M, X>)> {
+        (0..).zip(&mut self.places).filter(|(_, place)| place.live).map(|(id, place)| (id, &mut place.active))
+    }
+
+    /// A place that is free, made if there is none.
+    #[inline]
+    fn take(&mut self) -> Id
+    where
+        X: Default,
+    {
+        self.free.pop().unwrap_or_else(|| self.grow())
+    }
+
+    #[cold]
+    fn grow(&mut self) -> Id
+    where
+        X: Default,
+    {
+        let id = Id::try_from(self.places.len()).expect("fewer than 2^32 invalidations are active");
+        let active = Active { range: AddressRange::ALL, sequence: 0, serial: 0, late: Vec::new(), extra: X::default() };
+        self.places.push(Place { live: false, active });
+        id
+    }
 }
 
 /// What the start of an invalidation decided.
@@ -154,11 +212,11 @@ pub(crate) struct Started {
     pub(crate) sequence: u64,
 }
 
-impl<M: Member, X> Protocol<M, X> {
+impl<M: Member, X: Default> Protocol<M, X> {
     /// A space whose sequence starts at `sequence`, which must be even (S1: 2).
     pub(crate) fn new(sequence: u64) -> Self {
         debug_assert!(sequence.is_multiple_of(2), "the sequence of an idle space is even");
-        Self { sequence, index: IntervalIndex::new(), active: Slab::new(), started: 0 }
+        Self { sequence, index: IntervalIndex::new(), active: ActiveSet { places: Vec::new(), free: Vec::new() }, started: 0 }
     }
 
     /// The space's sequence (S1 to S3).
@@ -171,27 +229,27 @@ impl<M: Member, X> Protocol<M, X> {
         self.index.len()
     }
 
-    pub(crate) fn active(&self) -> &Slab<Active<M, X>> {
+    pub(crate) fn active(&self) -> &ActiveSet<M, X> {
         &self.active
     }
 
-    pub(crate) fn active_mut(&mut self) -> &mut Slab<Active<M, X>> {
+    pub(crate) fn active_mut(&mut self) -> &mut ActiveSet<M, X> {
         &mut self.active
     }
 
     pub(crate) fn get(&self, id: Id, serial: u64) -> Option<&Active<M, X>> {
-        self.active.get(id as usize).filter(|active| active.serial == serial)
+        self.active.get(id).filter(|active| active.serial == serial)
     }
 
     pub(crate) fn get_mut(&mut self, id: Id, serial: u64) -> Option<&mut Active<M, X>> {
-        self.active.get_mut(id as usize).filter(|active| active.serial == serial)
+        self.active.get_mut(id).filter(|active| active.serial == serial)
     }
 
     /// S5, L3: `member` takes part from now on. Its [`Own`] must be new.
     pub(crate) fn insert(&mut self, range: AddressRange, member: M) {
         let own = member.own();
         // Linear in the active invalidations, and only here: start and end are not (`DESIGN.md`, "Insert under invalidation").
-        for (_, active) in &mut self.active {
+        for (_, active) in self.active.iter_mut() {
             if active.range.overlaps(range) {
                 active.late.push(member);
                 own.cover();
@@ -214,8 +272,10 @@ impl<M: Member, X> Protocol<M, X> {
     }
 
     /// S2, S6: starts an invalidation. `hit` gets every notifier that overlaps `range`, in the order of their first passes (O1).
+    ///
+    /// `fill` gets what its owner keeps beside it, as the last invalidation in this place left it.
     #[inline]
-    pub(crate) fn start(&mut self, range: AddressRange, extra: X, mut hit: impl FnMut(M)) -> Started {
+    pub(crate) fn start(&mut self, range: AddressRange, fill: impl FnOnce(&mut X), mut hit: impl FnMut(M)) -> Started {
         let current = self.sequence;
         let (mut any, mut clash) = (false, false);
         self.index.overlapping(range, |member| {
@@ -229,8 +289,13 @@ impl<M: Member, X> Protocol<M, X> {
         }
         self.started += 1;
         let sequence = self.sequence;
-        let active = Active { range, sequence, serial: self.started, late: Vec::new(), extra };
-        let id = Id::try_from(self.active.insert(active)).expect("fewer than 2^32 invalidations are active");
+        let id = self.active.take();
+        let place = &mut self.active.places[id as usize];
+        place.live = true;
+        place.active.range = range;
+        place.active.sequence = sequence;
+        place.active.serial = self.started;
+        fill(&mut place.active.extra);
         Started { id, sequence }
     }
 
@@ -242,22 +307,24 @@ impl<M: Member, X> Protocol<M, X> {
     /// S3: ends an invalidation. `hits` are the notifiers that its start named; `uncovered` gets each one that no active
     /// invalidation covers any more.
     #[inline]
-    pub(crate) fn end(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) -> Active<M, X> {
-        let active = self.active.remove(id as usize);
+    pub(crate) fn end(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) {
+        let place = &mut self.active.places[id as usize];
+        debug_assert!(place.live, "an invalidation ends once");
+        place.live = false;
         for &member in hits {
             if member.own().uncover() {
                 uncovered(member);
             }
         }
-        for &member in &active.late {
+        for member in place.active.late.drain(..) {
             if member.own().uncover() {
                 uncovered(member);
             }
         }
+        self.active.free.push(id);
         if self.active.is_empty() && self.sequence % 2 == 1 {
             self.sequence = self.sequence.wrapping_add(1);
         }
-        active
     }
 }
 

@@ -293,7 +293,7 @@ impl AddressSpace {
         let mut held: Vec<EntryRef> = Vec::new();
         let mut listed = self.shared.with(|state, _| {
             let mut listed = Vec::with_capacity(state.protocol.active().len());
-            for (id, active) in state.protocol.active_mut() {
+            for (id, active) in state.protocol.active_mut().iter_mut() {
                 let since = match (active.extra.since, now) {
                     (None, Some(now)) => *active.extra.since.insert(now),
                     (since, _) => since.unwrap_or_default(),
@@ -304,12 +304,12 @@ impl AddressSpace {
                         held.extend(pending.waiting.iter().map(|(_, entry)| *entry));
                         if pending.done { Phase::Unclaimed } else { Phase::Passes }
                     }
-                    None if self.shared.calls.under_way(id as u32) => Phase::FirstPasses,
+                    None if self.shared.calls.under_way(id) => Phase::FirstPasses,
                     None => Phase::Held,
                 };
                 let invalidation = ActiveInvalidation {
                     range: active.range,
-                    event: active.extra.event,
+                    event: active.extra.event.unwrap_or(Event::Unmap),
                     blockable: active.extra.blockable,
                     sequence: Sequence(active.sequence),
                     phase,

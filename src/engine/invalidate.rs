@@ -58,8 +58,12 @@ impl Running {
         let started = space.with(|state, _| {
             state.released |= request.release;
             let spare = &mut state.spare;
-            let extra = Extra { event: request.event, blockable: request.blockable, pending: None, since };
-            let started = state.protocol.start(request.range, extra, |entry| {
+            let fill = |extra: &mut Extra| {
+                extra.event = Some(request.event);
+                extra.blockable = request.blockable;
+                extra.since = since;
+            };
+            let started = state.protocol.start(request.range, fill, |entry| {
                 scratch.get_or_insert_with(|| spare.pop().unwrap_or_default()).hits.push(entry);
             });
             if scratch.is_some() {

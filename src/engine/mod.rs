@@ -81,8 +81,10 @@ pub(crate) struct State {
 }
 
 /// What the engine keeps beside each active invalidation.
+#[derive(Default)]
 pub(crate) struct Extra {
-    pub(crate) event: Event,
+    /// `None` only before the first invalidation in this place.
+    pub(crate) event: Option<Event>,
     pub(crate) blockable: bool,
     /// While the guard is not handed out and passes were pending.
     pub(crate) pending: Option<Box<Pending>>,
@@ -373,11 +375,11 @@ impl Drop for Shared {
         // No handle, subscription, guard or future is left. What was abandoned and never drained goes with the space.
         let mut after = After::default();
         let state = self.state.get_mut();
-        let ids: Vec<Id> = state.protocol.active().iter().map(|(id, _)| id as Id).collect();
+        let ids: Vec<Id> = state.protocol.active().iter().map(|(id, _)| id).collect();
         let mut scratches = Vec::new();
         for id in ids {
-            let active = &mut state.protocol.active_mut()[id as usize];
-            let scratch = active.extra.pending.take().and_then(|mut pending| pending.scratch.take());
+            let pending = state.protocol.active_mut().get_mut(id).and_then(|active| active.extra.pending.take());
+            let scratch = pending.and_then(|mut pending| pending.scratch.take());
             let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
             state.protocol.end(id, hits, |entry| {
                 if entry.unused() {

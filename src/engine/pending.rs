@@ -82,7 +82,9 @@ impl State {
         for (_, entry) in &pending.waiting {
             entry.pending.store(entry.pending.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         }
-        let active = &mut self.protocol.active_mut()[id as usize];
+        let Some(active) = self.protocol.active_mut().get_mut(id) else {
+            unreachable!("an invalidation in its first passes is active");
+        };
         active.extra.since = active.extra.since.or(now);
         let (range, unclaimed) = (active.range, Unclaimed { id, serial: active.serial });
         // Whoever sleeps because of this invalidation can now help with it (C3).

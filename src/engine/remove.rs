@@ -7,6 +7,7 @@ use crate::engine::wait::{Look, Wait};
 use crate::engine::{Shared, State, WaitFor};
 use crate::entry::{EntryBox, EntryRef};
 use crate::notifier::IntervalNotifier;
+use crate::protocol::{Active, Id};
 use crate::sync::{Arc, Ordering};
 use alloc::boxed::Box;
 use core::fmt;
@@ -76,9 +77,7 @@ impl State {
         if !entry.own.is_covered() {
             return Look::Ready;
         }
-        let calls = |(id, active): (usize, &crate::protocol::Active<EntryRef, _>)| {
-            active.range.overlaps(entry.range) && space.calls.under_way(id as u32)
-        };
+        let calls = |(id, active): (Id, &Active<EntryRef, _>)| active.range.overlaps(entry.range) && space.calls.under_way(id);
         if self.protocol.active().iter().any(calls) { Look::Soon } else { Look::Ready }
     }
 }

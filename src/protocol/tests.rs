@@ -114,7 +114,7 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
             Op::Start(start, len, sets) => {
                 let range = AddressRange::new(start, len).unwrap();
                 let mut hits = vec![];
-                let started = protocol.start(range, (), |hit| hits.push(hit));
+                let started = protocol.start(range, |()| (), |hit| hits.push(hit));
                 let serial = protocol.last_serial();
                 let mut expected: Vec<_> =
                     model.iter_mut().filter(|notifier| notifier.registered && notifier.range.overlaps(range)).collect();
