@@ -46,9 +46,9 @@ pub(crate) struct Job {
     pub(crate) scratch: Box<Scratch>,
 }
 
-/// Passes of this many lapses of one future are waited for.
+/// How often a reader yields to a future that has lapsed `lapses` times (C4): never less than before.
 pub(crate) fn patience(lapses: u32) -> u32 {
-    FIRST_YIELDS.checked_shl(lapses).unwrap_or(MOST_YIELDS).clamp(FIRST_YIELDS, MOST_YIELDS)
+    FIRST_YIELDS.saturating_mul(2u32.saturating_pow(lapses)).min(MOST_YIELDS)
 }
 
 impl State {
@@ -304,5 +304,17 @@ impl State {
             self.end_unclaimed(unclaimed, after);
         }
         (done, wakes)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn c4_patience_never_falls_however_often_a_future_lapses() {
+        let patience: std::vec::Vec<u32> = (0..100).chain([u32::MAX]).map(patience).collect();
+        assert!(patience.is_sorted(), "{patience:?}");
+        assert_eq!((patience[0], patience[1], patience[100]), (FIRST_YIELDS, 2 * FIRST_YIELDS, MOST_YIELDS));
     }
 }

@@ -23,7 +23,7 @@ const FINISHED_AT_ONCE: usize = 256;
 /// join, and used again, so that a pass that is ready at its first poll allocates nothing.
 type Place = Pin<Box<Option<PassFuture>>>;
 
-/// Key of a pass among those that its invalidation lists as pending.
+/// The key of a pass that its invalidation does not list as pending.
 pub(crate) const UNLISTED: usize = usize::MAX;
 
 #[derive(Default)]
