@@ -207,7 +207,7 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
             let both = harness.median(&format!("insert {n}"), |times| {
                 block_on(async {
                     for _ in 0..times {
-                        black_box(population.insert(next() % n).remove().await);
+                        black_box(population.insert_at(population.gap(next() % n)).remove().await);
                     }
                 });
             });

@@ -10,6 +10,7 @@
 
 use crate::range::AddressRange;
 use alloc::vec::Vec;
+use core::ops::Range;
 
 /// Children of an inner node, or intervals of a leaf, at most.
 const CAP: usize = 32;
@@ -17,6 +18,8 @@ const CAP: usize = 32;
 const LOW: usize = CAP / 4;
 /// A merged node holds no more than this, so that the next insertion does not split it again.
 const MERGED: usize = CAP * 3 / 4;
+/// A start that is not in use: sorts behind all others. (An interval may start there, too; a node knows its `len`.)
+const UNUSED: u64 = u64::MAX;
 /// Height of the tallest tree: `LOW`-full nodes over `u32::MAX` leaves.
 const HEIGHT: usize = 12;
 
@@ -31,6 +34,8 @@ type Node = u32;
 #[derive(Clone)]
 struct Leaf<V> {
     len: usize,
+    /// No interval but the last one ends further than this beyond the start of the next one.
+    slack: u64,
     starts: [u64; CAP],
     lasts: [u64; CAP],
     values: [Option<V>; CAP],
@@ -39,6 +44,8 @@ struct Leaf<V> {
 #[derive(Clone)]
 struct Inner {
     len: usize,
+    /// As in a leaf: no child but the last one reaches further than this beyond the lower bound of the next one.
+    slack: u64,
     /// Lower bounds: every key in `children[i]` is `>= (starts[i], orders[i])` and below the next bound. The first is not looked at.
     starts: [u64; CAP],
     orders: [u64; CAP],
@@ -150,31 +157,78 @@ fn close<T: Copy, const N: usize>(array: &mut [T; N], len: usize, at: usize) {
     array.copy_within(at + 1..len, at);
 }
 
-/// How many of the sorted `starts` are at most `start`.
-///
-/// Looks at all of them: the loads do not depend on each other, so the cache lines of a node are fetched at the same time, which a
-/// search by halves does not allow.
+/// How far part `at` of a node reaches beyond the start of the next one, or the one before it beyond its own, if that is further.
 #[inline]
-fn count_at_most(starts: &[u64], start: u64) -> usize {
-    starts.iter().map(|candidate| usize::from(*candidate <= start)).sum()
+fn overhang(starts: &[u64; CAP], lasts: &[u64; CAP], len: usize, at: usize) -> u64 {
+    let own = if at + 1 < len { lasts[at].saturating_sub(starts[at + 1]) } else { 0 };
+    let before = if at > 0 { lasts[at - 1].saturating_sub(starts[at]) } else { 0 };
+    own.max(before)
+}
+
+/// How many of the sorted `starts` are at most `start`; places that are not in use hold [`UNUSED`].
+///
+/// Looks at three of them at a time: no step has a branch, and the loads of the first do not depend on each other, so that the cache lines of a
+/// node are fetched at the same time, which a search by halves does not allow.
+#[inline]
+fn count_at_most(starts: &[u64; CAP], start: u64) -> usize {
+    let below = |candidate: u64| usize::from(candidate <= start);
+    let (eights, _) = starts.as_chunks::<{ CAP / 4 }>();
+    let eight = below(eights[0][7]) + below(eights[1][7]) + below(eights[2][7]);
+    let (twos, _) = eights[eight].as_chunks::<2>();
+    let two = below(twos[0][1]) + below(twos[1][1]) + below(twos[2][1]);
+    8 * eight + 2 * two + below(twos[two][0]) + below(twos[two][1])
+}
+
+/// Which of the first `len` parts of a node may overlap `range`: the one that starts last among those that start at or before its end, and
+/// those before it that may reach so far.
+#[inline]
+fn candidates(starts: &[u64; CAP], len: usize, slack: u64, range: AddressRange) -> Range<usize> {
+    let end = count_at_most(starts, range.last()).min(len);
+    let bound = range.start().saturating_sub(slack);
+    let mut from = end;
+    while from > 0 && (from == end || starts[from] >= bound) {
+        from -= 1;
+    }
+    from..end
+}
+
+/// The smallest slack of a node whose parts start and end there.
+fn slack(starts: &[u64], lasts: &[u64]) -> u64 {
+    lasts.iter().zip(starts.iter().skip(1)).map(|(last, next)| last.saturating_sub(*next)).max().unwrap_or(0)
 }
 
 impl<V: Indexed> Leaf<V> {
-    const EMPTY: Self = Self { len: 0, starts: [0; CAP], lasts: [0; CAP], values: [None; CAP] };
+    const EMPTY: Self = Self { len: 0, slack: 0, starts: [UNUSED; CAP], lasts: [0; CAP], values: [None; CAP] };
 
     fn add(&mut self, at: usize, range: AddressRange, value: V) {
         open(&mut self.starts, self.len, at, range.start());
         open(&mut self.lasts, self.len, at, range.last());
         open(&mut self.values, self.len, at, Some(value));
         self.len += 1;
+        self.stretch(at);
+    }
+
+    /// Interval `at` is new: it may reach beyond the start of the next, and the one before beyond its own.
+    #[inline]
+    fn stretch(&mut self, at: usize) {
+        self.slack = self.slack.max(overhang(&self.starts, &self.lasts, self.len, at));
     }
 
     fn take(&mut self, at: usize) {
+        let tighter = self.slack != 0 && overhang(&self.starts, &self.lasts, self.len, at) == self.slack;
         close(&mut self.starts, self.len, at);
         close(&mut self.lasts, self.len, at);
         close(&mut self.values, self.len, at);
         self.len -= 1;
+        self.starts[self.len] = UNUSED;
         self.values[self.len] = None;
+        if tighter {
+            self.tighten();
+        }
+    }
+
+    fn tighten(&mut self) {
+        self.slack = slack(&self.starts[..self.len], &self.lasts[..self.len]);
     }
 
     fn max_last(&self) -> u64 {
@@ -195,8 +249,11 @@ impl<V: Indexed> Part for Leaf<V> {
         upper.starts[..upper.len].copy_from_slice(&self.starts[at..self.len]);
         upper.lasts[..upper.len].copy_from_slice(&self.lasts[at..self.len]);
         upper.values[..upper.len].copy_from_slice(&self.values[at..self.len]);
+        self.starts[at..self.len].fill(UNUSED);
         self.values[at..self.len].fill(None);
         self.len = at;
+        self.tighten();
+        upper.tighten();
         upper
     }
 
@@ -206,7 +263,8 @@ impl<V: Indexed> Part for Leaf<V> {
         self.lasts[at..end].copy_from_slice(&upper.lasts[..upper.len]);
         self.values[at..end].copy_from_slice(&upper.values[..upper.len]);
         self.len = end;
-        upper.len = 0;
+        self.tighten();
+        *upper = Self::EMPTY;
     }
 
     fn child(&self, node: Node) -> Child {
@@ -216,7 +274,8 @@ impl<V: Indexed> Part for Leaf<V> {
 }
 
 impl Inner {
-    const EMPTY: Self = Self { len: 0, starts: [0; CAP], orders: [0; CAP], max_lasts: [0; CAP], children: [0; CAP] };
+    const EMPTY: Self =
+        Self { len: 0, slack: 0, starts: [UNUSED; CAP], orders: [0; CAP], max_lasts: [0; CAP], children: [0; CAP] };
 
     fn add(&mut self, at: usize, child: Child) {
         open(&mut self.starts, self.len, at, child.start);
@@ -224,6 +283,17 @@ impl Inner {
         open(&mut self.max_lasts, self.len, at, child.max_last);
         open(&mut self.children, self.len, at, child.node);
         self.len += 1;
+        self.stretch(at);
+    }
+
+    /// The greatest `last` below child `at` has risen, or the child is new.
+    #[inline]
+    fn stretch(&mut self, at: usize) {
+        self.slack = self.slack.max(overhang(&self.starts, &self.max_lasts, self.len, at));
+    }
+
+    fn tighten(&mut self) {
+        self.slack = slack(&self.starts[..self.len], &self.max_lasts[..self.len]);
     }
 
     fn take(&mut self, at: usize) {
@@ -232,6 +302,7 @@ impl Inner {
         close(&mut self.max_lasts, self.len, at);
         close(&mut self.children, self.len, at);
         self.len -= 1;
+        self.starts[self.len] = UNUSED;
     }
 
     fn get(&self, at: usize) -> Child {
@@ -245,7 +316,7 @@ impl Inner {
     /// The child in whose part of the order `(start, order)` lies.
     #[inline]
     fn place(&self, start: u64, order: u64) -> usize {
-        let mut at = count_at_most(&self.starts[1..self.len], start);
+        let mut at = count_at_most(&self.starts, start).clamp(1, self.len) - 1;
         // Only bounds with this very start can still be above the key.
         while at > 0 && self.starts[at] == start && self.orders[at] > order {
             at -= 1;
@@ -268,7 +339,9 @@ impl Part for Inner {
         for from in at..self.len {
             upper.add(from - at, self.get(from));
         }
+        self.starts[at..self.len].fill(UNUSED);
         self.len = at;
+        self.tighten();
         upper
     }
 
@@ -276,7 +349,7 @@ impl Part for Inner {
         for from in 0..upper.len {
             self.add(self.len, upper.get(from));
         }
-        upper.len = 0;
+        *upper = Self::EMPTY;
     }
 
     fn child(&self, node: Node) -> Child {
@@ -302,38 +375,34 @@ impl<V: Indexed> IntervalIndex<V> {
     /// Calls `hit` with each value whose interval overlaps `range`, in order of start, then of insertion.
     #[inline]
     pub(crate) fn overlapping(&self, range: AddressRange, mut hit: impl FnMut(V)) {
-        if self.len == 0 {
-            return;
-        }
-        if self.height == 0 {
-            Self::scan(self.leaves.at(self.root), range, &mut hit);
-        } else {
+        if self.len != 0 {
             self.descend(self.root, self.height, range, &mut hit);
         }
     }
 
-    #[inline]
-    fn scan(leaf: &Leaf<V>, range: AddressRange, hit: &mut impl FnMut(V)) {
-        let upper = count_at_most(&leaf.starts[..leaf.len], range.last());
-        for at in 0..upper {
+    fn descend(&self, mut node: Node, mut height: usize, range: AddressRange, hit: &mut impl FnMut(V)) {
+        while height > 0 {
+            let inner = self.inners.at(node);
+            height -= 1;
+            // What starts before the first bound is in the first child, too.
+            let candidates = candidates(&inner.starts, inner.len, inner.slack, range);
+            let last = candidates.end.saturating_sub(1);
+            for at in candidates.start..last {
+                if inner.max_lasts[at] >= range.start() {
+                    self.descend(inner.children[at], height, range, hit);
+                }
+            }
+            if inner.max_lasts[last] < range.start() {
+                return;
+            }
+            node = inner.children[last];
+        }
+        let leaf = self.leaves.at(node);
+        for at in candidates(&leaf.starts, leaf.len, leaf.slack, range) {
             if leaf.lasts[at] >= range.start()
                 && let Some(value) = leaf.values[at]
             {
                 hit(value);
-            }
-        }
-    }
-
-    fn descend(&self, node: Node, height: usize, range: AddressRange, hit: &mut impl FnMut(V)) {
-        let inner = self.inners.at(node);
-        let upper = 1 + count_at_most(&inner.starts[1..inner.len], range.last());
-        for at in 0..upper {
-            if inner.max_lasts[at] >= range.start() {
-                if height == 1 {
-                    Self::scan(self.leaves.at(inner.children[at]), range, hit);
-                } else {
-                    self.descend(inner.children[at], height - 1, range, hit);
-                }
             }
         }
     }
@@ -353,12 +422,13 @@ impl<V: Indexed> IntervalIndex<V> {
             let inner = self.inners.at_mut(node);
             let at = inner.place(range.start(), u64::MAX);
             inner.max_lasts[at] = inner.max_lasts[at].max(range.last());
+            inner.stretch(at);
             rightmost &= at + 1 == inner.len;
             path[level] = (node, at);
             node = inner.children[at];
         }
         let leaf = self.leaves.at_mut(node);
-        let at = count_at_most(&leaf.starts[..leaf.len], range.start());
+        let at = count_at_most(&leaf.starts, range.start()).min(leaf.len);
         if leaf.len < CAP {
             leaf.add(at, range, value);
             return;
@@ -418,7 +488,7 @@ impl<V: Indexed> IntervalIndex<V> {
             node = inner.children[at];
         }
         let leaf = self.leaves.at_mut(node);
-        let end = count_at_most(&leaf.starts[..leaf.len], range.start());
+        let end = count_at_most(&leaf.starts, range.start()).min(leaf.len);
         let found = leaf.values[..end].iter().rposition(|candidate| *candidate == Some(value));
         let Some(at) = found else {
             return false;
@@ -440,7 +510,11 @@ impl<V: Indexed> IntervalIndex<V> {
                 self.merge(level, parent, at);
             } else if was_greatest {
                 let max_last = self.max_last(level, child);
-                self.inners.at_mut(parent).max_lasts[at] = max_last;
+                let inner = self.inners.at_mut(parent);
+                inner.max_lasts[at] = max_last;
+                if inner.slack != 0 {
+                    inner.tighten();
+                }
             } else {
                 // Neither size nor greatest `last` of this child changed: nothing changes above.
                 return;
@@ -475,6 +549,7 @@ impl<V: Indexed> IntervalIndex<V> {
         if let Some(upper) = upper {
             inner.add(left + 1, upper);
         }
+        inner.tighten();
     }
 
     /// Bytes of heap that the index occupies.

@@ -102,8 +102,9 @@ impl Population {
         self.page(at) + PAGE
     }
 
-    pub fn insert(&self, at: u64) -> Subscription<Device> {
-        self.space.insert(page(self.gap(at)), Device::new(Kind::Single)).unwrap()
+    /// One more, at `address`.
+    pub fn insert_at(&self, address: u64) -> Subscription<Device> {
+        self.space.insert(page(address), Device::new(Kind::Single)).unwrap()
     }
 
     pub fn device(&self, at: usize) -> &Subscription<Device> {
