@@ -26,7 +26,13 @@ use std::time::{Duration, Instant};
 /// Takes the samples with criterion and keeps their median.
 pub struct Harness {
     criterion: Criterion,
+    mutex: Mutex<u64>,
+    /// What locking and unlocking took when the first row was measured.
+    first_look: Option<f64>,
 }
+
+/// Locks and unlocks in one look at how fast the machine is at this moment: 50 µs or so.
+const LOOK: u32 = 10_000;
 
 impl Harness {
     fn new() -> Self {
@@ -35,27 +41,41 @@ impl Harness {
             .warm_up_time(Duration::from_millis(120))
             .measurement_time(Duration::from_millis(450))
             .nresamples(1001);
-        Self { criterion }
+        Self { criterion, mutex: Mutex::new(0), first_look: None }
     }
 
     /// Nanoseconds for one of the `n` operations that `work` does when it is asked for `n`; the median of 15 samples.
+    ///
+    /// Beside each sample a mutex is timed. A shared machine is now fast, now slow: the result is what it would have been at the speed at which the first
+    /// row, the calibration of the mutex, was measured.
     pub fn median(&mut self, name: &str, mut work: impl FnMut(u64)) -> f64 {
         let samples = std::cell::RefCell::new(Vec::new());
+        let mutex = &self.mutex;
         self.criterion.bench_function(name, |bencher| {
             bencher.iter_custom(|n| {
                 let began = Instant::now();
+                (0..LOOK).for_each(|_| *black_box(mutex).lock().unwrap() += 1);
+                let look = began.elapsed().as_nanos() as f64 / f64::from(LOOK);
+                let began = Instant::now();
                 work(n);
                 let took = began.elapsed();
-                samples.borrow_mut().push(took.as_nanos() as f64 / n as f64);
+                samples.borrow_mut().push((took.as_nanos() as f64 / n as f64, look));
                 took
             });
         });
         // The first ones are criterion's warm-up.
         let mut samples = samples.into_inner();
-        let mut samples = samples.split_off(samples.len().saturating_sub(15));
-        samples.sort_by(f64::total_cmp);
-        samples.get(samples.len() / 2).copied().unwrap_or(f64::NAN)
+        let samples = samples.split_off(samples.len().saturating_sub(15));
+        let (times, looks): (Vec<f64>, Vec<f64>) = samples.into_iter().unzip();
+        let look = middle(looks);
+        middle(times) / (look / *self.first_look.get_or_insert(look))
     }
+}
+
+/// The median.
+fn middle(mut values: Vec<f64>) -> f64 {
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
 }
 
 #[derive(Clone, Serialize)]
@@ -160,11 +180,15 @@ fn calibrate(harness: &mut Harness) -> Vec<Calibration> {
     rows
 }
 
+/// Addresses that a measurement goes through round and round; drawn before, because drawing one takes as long as a short invalidation.
+const DRAWN: usize = 1 << 16;
+
 /// `invalidate` and its end, `n` times, as a user writes it.
-fn invalidate(space: &AddressSpace, n: u64, mut address: impl FnMut() -> u64) {
+#[inline(never)]
+fn invalidate(space: &AddressSpace, n: u64, addresses: &[u64]) {
     block_on(async {
-        for _ in 0..n {
-            drop(space.invalidate(devices::page(address()), Event::Unmap).await);
+        for &address in addresses.iter().cycle().take(n as usize) {
+            drop(black_box(space.invalidate(devices::page(address), Event::Unmap).await));
         }
     });
 }
@@ -180,38 +204,29 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
     for (n, kernel_miss, goal_miss, kernel_hit, goal_hit, change) in goals {
         let population = Population::new(n);
         let mut next = random(n + 7);
-        // What drawing an address costs is not the library's.
-        let draw = harness.median(&format!("draw {n}"), |times| {
-            (0..times).for_each(|_| {
-                black_box(next() % n);
-            })
-        });
+        let drawn: Vec<u64> = (0..DRAWN).map(|_| next() % n).collect();
+        let gaps: Vec<u64> = drawn.iter().map(|at| population.gap(*at)).collect();
+        let pages: Vec<u64> = drawn.iter().map(|at| population.page(*at)).collect();
         let space = &population.space;
-        let miss = harness.median(&format!("miss {n}"), |times| invalidate(space, times, || population.gap(next() % n)));
+        let miss = harness.median(&format!("miss {n}"), |times| invalidate(space, times, &gaps));
         table.add(
             format!("invalidate + end, no hit, N = {n}"),
             Some(kernel_miss),
             goal_miss,
             table.scaled(goal_miss, 15.0, n),
-            miss - draw,
+            miss,
         );
-        let hit = harness.median(&format!("hit {n}"), |times| invalidate(space, times, || population.page(next() % n)));
-        table.add(
-            format!("invalidate + end, 1 hit, N = {n}"),
-            Some(kernel_hit),
-            goal_hit,
-            table.scaled(goal_hit, 25.0, n),
-            hit - draw,
-        );
+        let hit = harness.median(&format!("hit {n}"), |times| invalidate(space, times, &pages));
+        table.add(format!("invalidate + end, 1 hit, N = {n}"), Some(kernel_hit), goal_hit, table.scaled(goal_hit, 25.0, n), hit);
         if let Some((kernel, goal)) = change {
             let both = harness.median(&format!("insert {n}"), |times| {
                 block_on(async {
-                    for _ in 0..times {
-                        black_box(population.insert_at(population.gap(next() % n)).remove().await);
+                    for &gap in gaps.iter().cycle().take(times as usize) {
+                        black_box(population.insert_at(gap).remove().await);
                     }
                 });
             });
-            table.add(format!("insert + remove, N = {n}"), Some(kernel), goal, table.scaled(goal, 40.0, n), both - draw);
+            table.add(format!("insert + remove, N = {n}"), Some(kernel), goal, table.scaled(goal, 40.0, n), both);
         }
         if n == 1 {
             let device = population.device(0);
@@ -232,7 +247,7 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
 fn by_hits(harness: &mut Harness, table: &mut Table) {
     let hit = |harness: &mut Harness, kind, k: u64| {
         let (space, _devices) = hitting(kind, k);
-        harness.median(&format!("{kind:?} {k}"), |times| invalidate(&space, times, || 0))
+        harness.median(&format!("{kind:?} {k}"), |times| invalidate(&space, times, &[0]))
     };
     let mut single = BTreeMap::new();
     for (k, kernel, factor) in [(1, 25.0, 1.0), (4, 59.0, 1.0), (16, 194.0, 0.9), (64, 752.0, 0.9), (256, 3039.0, 0.9)] {

@@ -57,6 +57,7 @@ pub enum Event {
 
 impl Event {
     /// The owner that `Migrate` and `Exclusive` carry.
+    #[inline]
     pub const fn owner(self) -> Option<Owner> {
         match self {
             Self::Migrate { owner } | Self::Exclusive { owner } => owner,
@@ -75,6 +76,61 @@ impl Event {
             Self::Release => "release",
             Self::Migrate { .. } => "migrate",
             Self::Exclusive { .. } => "exclusive",
+        }
+    }
+}
+
+/// An [`Event`] in two words that are copied each for itself: a copy of the whole, right after it was made, would wait for two stores at
+/// once, and that wait is a tenth of a short invalidation.
+#[derive(Clone, Copy)]
+pub(crate) struct Reason {
+    pub(crate) kind: Kind,
+    pub(crate) owner: Option<Owner>,
+}
+
+/// What happened, without an owner.
+#[derive(Clone, Copy, Default)]
+pub(crate) enum Kind {
+    #[default]
+    Unmap,
+    Clear,
+    ProtectionVma,
+    ProtectionPage,
+    SoftDirty,
+    Release,
+    Migrate,
+    Exclusive,
+}
+
+impl From<Event> for Reason {
+    #[inline]
+    fn from(event: Event) -> Self {
+        let kind = match event {
+            Event::Unmap => Kind::Unmap,
+            Event::Clear => Kind::Clear,
+            Event::ProtectionVma => Kind::ProtectionVma,
+            Event::ProtectionPage => Kind::ProtectionPage,
+            Event::SoftDirty => Kind::SoftDirty,
+            Event::Release => Kind::Release,
+            Event::Migrate { .. } => Kind::Migrate,
+            Event::Exclusive { .. } => Kind::Exclusive,
+        };
+        Self { kind, owner: event.owner() }
+    }
+}
+
+impl From<Reason> for Event {
+    #[inline]
+    fn from(Reason { kind, owner }: Reason) -> Self {
+        match kind {
+            Kind::Unmap => Self::Unmap,
+            Kind::Clear => Self::Clear,
+            Kind::ProtectionVma => Self::ProtectionVma,
+            Kind::ProtectionPage => Self::ProtectionPage,
+            Kind::SoftDirty => Self::SoftDirty,
+            Kind::Release => Self::Release,
+            Kind::Migrate => Self::Migrate { owner },
+            Kind::Exclusive => Self::Exclusive { owner },
         }
     }
 }

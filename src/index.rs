@@ -18,6 +18,8 @@ const CAP: usize = 32;
 const LOW: usize = CAP / 4;
 /// A merged node holds no more than this, so that the next insertion does not split it again.
 const MERGED: usize = CAP * 3 / 4;
+/// The span of an index without intervals.
+const NOWHERE: (u64, u64) = (u64::MAX, 0);
 /// A start that is not in use: sorts behind all others. (An interval may start there, too; a node knows its `len`.)
 const UNUSED: u64 = u64::MAX;
 /// Height of the tallest tree: `LOW`-full nodes over `u32::MAX` leaves.
@@ -77,6 +79,9 @@ pub(crate) struct IntervalIndex<V> {
     /// 0 when the root is a leaf.
     height: usize,
     len: usize,
+    /// From the least start to the greatest `last` that any interval had since the index was empty: most invalidations of a process
+    /// are of memory that no device has mapped, and end here.
+    span: (u64, u64),
 }
 
 /// What merging and balancing need of either kind of node.
@@ -170,20 +175,21 @@ fn overhang(starts: &[u64; CAP], lasts: &[u64; CAP], len: usize, at: usize) -> u
 /// Looks at three of them at a time: no step has a branch, and the loads of the first do not depend on each other, so that the cache lines of a
 /// node are fetched at the same time, which a search by halves does not allow.
 #[inline]
-fn count_at_most(starts: &[u64; CAP], start: u64) -> usize {
+fn count_at_most(starts: &[u64; CAP], len: usize, start: u64) -> usize {
     let below = |candidate: u64| usize::from(candidate <= start);
     let (eights, _) = starts.as_chunks::<{ CAP / 4 }>();
-    let eight = below(eights[0][7]) + below(eights[1][7]) + below(eights[2][7]);
-    let (twos, _) = eights[eight].as_chunks::<2>();
-    let two = below(twos[0][1]) + below(twos[1][1]) + below(twos[2][1]);
-    8 * eight + 2 * two + below(twos[two][0]) + below(twos[two][1])
+    let eight = if len <= 8 { 0 } else { below(eights[0][7]) + below(eights[1][7]) + below(eights[2][7]) };
+    let [a, b, c, d, e, f, g, h] = eights[eight];
+    let lower = (below(a) + below(b)) + (below(c) + below(d));
+    let upper = (below(e) + below(f)) + (below(g) + below(h));
+    (8 * eight + lower + upper).min(len)
 }
 
 /// Which of the first `len` parts of a node may overlap `range`: the one that starts last among those that start at or before its end, and
 /// those before it that may reach so far.
 #[inline]
 fn candidates(starts: &[u64; CAP], len: usize, slack: u64, range: AddressRange) -> Range<usize> {
-    let end = count_at_most(starts, range.last()).min(len);
+    let end = count_at_most(starts, len, range.last());
     let bound = range.start().saturating_sub(slack);
     let mut from = end;
     while from > 0 && (from == end || starts[from] >= bound) {
@@ -316,7 +322,7 @@ impl Inner {
     /// The child in whose part of the order `(start, order)` lies.
     #[inline]
     fn place(&self, start: u64, order: u64) -> usize {
-        let mut at = count_at_most(&self.starts, start).clamp(1, self.len) - 1;
+        let mut at = count_at_most(&self.starts, self.len, start).max(1) - 1;
         // Only bounds with this very start can still be above the key.
         while at > 0 && self.starts[at] == start && self.orders[at] > order {
             at -= 1;
@@ -365,6 +371,7 @@ impl<V: Indexed> IntervalIndex<V> {
             root: 0,
             height: 0,
             len: 0,
+            span: NOWHERE,
         }
     }
 
@@ -375,22 +382,23 @@ impl<V: Indexed> IntervalIndex<V> {
     /// Calls `hit` with each value whose interval overlaps `range`, in order of start, then of insertion.
     #[inline]
     pub(crate) fn overlapping(&self, range: AddressRange, mut hit: impl FnMut(V)) {
-        if self.len != 0 {
+        let (first, last) = self.span;
+        if range.start() <= last && range.last() >= first && self.len != 0 {
             self.descend(self.root, self.height, range, &mut hit);
         }
     }
 
+    /// Mostly one child of a node can overlap: the way down to it is a loop, to be built into the caller.
+    #[inline]
     fn descend(&self, mut node: Node, mut height: usize, range: AddressRange, hit: &mut impl FnMut(V)) {
         while height > 0 {
             let inner = self.inners.at(node);
             height -= 1;
-            // What starts before the first bound is in the first child, too.
             let candidates = candidates(&inner.starts, inner.len, inner.slack, range);
+            // What starts before the first bound is in the first child, too.
             let last = candidates.end.saturating_sub(1);
-            for at in candidates.start..last {
-                if inner.max_lasts[at] >= range.start() {
-                    self.descend(inner.children[at], height, range, hit);
-                }
+            if candidates.start < last {
+                self.branch(inner, candidates.start..last, height, range, hit);
             }
             if inner.max_lasts[last] < range.start() {
                 return;
@@ -407,9 +415,20 @@ impl<V: Indexed> IntervalIndex<V> {
         }
     }
 
+    /// Several children may overlap.
+    #[inline(never)]
+    fn branch(&self, inner: &Inner, children: Range<usize>, height: usize, range: AddressRange, hit: &mut impl FnMut(V)) {
+        for at in children {
+            if inner.max_lasts[at] >= range.start() {
+                self.descend(inner.children[at], height, range, hit);
+            }
+        }
+    }
+
     /// Adds an interval. `value.order()` must be greater than that of every interval with the same start.
     pub(crate) fn insert(&mut self, range: AddressRange, value: V) {
         self.len += 1;
+        self.span = (self.span.0.min(range.start()), self.span.1.max(range.last()));
         if self.len == 1 {
             self.height = 0;
             self.root = self.leaves.add(Leaf::EMPTY);
@@ -428,7 +447,7 @@ impl<V: Indexed> IntervalIndex<V> {
             node = inner.children[at];
         }
         let leaf = self.leaves.at_mut(node);
-        let at = count_at_most(&leaf.starts, range.start()).min(leaf.len);
+        let at = count_at_most(&leaf.starts, leaf.len, range.start());
         if leaf.len < CAP {
             leaf.add(at, range, value);
             return;
@@ -488,7 +507,7 @@ impl<V: Indexed> IntervalIndex<V> {
             node = inner.children[at];
         }
         let leaf = self.leaves.at_mut(node);
-        let end = count_at_most(&leaf.starts, range.start()).min(leaf.len);
+        let end = count_at_most(&leaf.starts, leaf.len, range.start());
         let found = leaf.values[..end].iter().rposition(|candidate| *candidate == Some(value));
         let Some(at) = found else {
             return false;
@@ -528,6 +547,7 @@ impl<V: Indexed> IntervalIndex<V> {
         }
         if self.len == 0 {
             self.leaves.free.push(self.root);
+            self.span = NOWHERE;
         }
     }
 

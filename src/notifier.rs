@@ -1,7 +1,7 @@
 //! What a driver implements, and what it is told.
 #![forbid(unsafe_code)]
 
-use crate::event::{Event, Owner};
+use crate::event::{Event, Owner, Reason};
 use crate::pass::PassFuture;
 use crate::protocol::Own;
 use crate::range::AddressRange;
@@ -85,13 +85,21 @@ impl Sequence {
     }
 }
 
+/// What to invalidate and how.
+#[derive(Clone, Copy)]
+pub(crate) struct Request {
+    pub(crate) range: AddressRange,
+    pub(crate) reason: Reason,
+    pub(crate) blockable: bool,
+    /// No notifier may be inserted from now on (L4).
+    pub(crate) release: bool,
+}
+
 /// One call of a first pass: what is invalidated, why, and how the driver may answer.
 #[derive(Clone, Copy)]
 pub struct Invalidation<'a> {
-    pub(crate) range: AddressRange,
-    pub(crate) event: Event,
+    pub(crate) request: &'a Request,
     pub(crate) sequence: u64,
-    pub(crate) blockable: bool,
     pub(crate) may_defer: bool,
     pub(crate) own: &'a Own,
 }
@@ -100,26 +108,26 @@ impl Invalidation<'_> {
     /// What is invalidated: all of it, not only the part that the notifier watches.
     #[inline]
     pub fn range(&self) -> AddressRange {
-        self.range
+        self.request.range
     }
 
     /// Why.
     #[inline]
     pub fn event(&self) -> Event {
-        self.event
+        self.request.reason.into()
     }
 
     /// On whose behalf, for [`Event::Migrate`] and [`Event::Exclusive`].
     #[inline]
     pub fn owner(&self) -> Option<Owner> {
-        self.event.owner()
+        self.request.reason.owner
     }
 
     /// Whether the driver may leave work to a further pass that takes time. In a non-blockable invalidation it may
     /// answer [`WouldBlock`] instead.
     #[inline]
     pub fn blockable(&self) -> bool {
-        self.blockable
+        self.request.blockable
     }
 
     /// The odd sequence that every pass of this invalidation gets (S2).
@@ -137,7 +145,7 @@ impl Invalidation<'_> {
 
     /// The same without what can be done in the first pass only.
     pub fn info(&self) -> InvalidationInfo {
-        InvalidationInfo { range: self.range, event: self.event, sequence: Sequence(self.sequence), blockable: self.blockable }
+        InvalidationInfo { range: self.range(), event: self.event(), sequence: self.sequence(), blockable: self.blockable() }
     }
 
     /// Sets the notifier's own sequence, so that readers that began before this invalidation retry (S4, R2).
@@ -167,10 +175,10 @@ pub struct InvalidationInfo {
 impl fmt::Debug for Invalidation<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Invalidation")
-            .field("range", &self.range)
-            .field("event", &self.event)
+            .field("range", &self.range())
+            .field("event", &self.event())
             .field("sequence", &self.sequence)
-            .field("blockable", &self.blockable)
+            .field("blockable", &self.blockable())
             .field("may_defer", &self.may_defer)
             .finish()
     }

@@ -152,17 +152,25 @@ pub(crate) struct Protocol<M, X> {
 /// `slab` would move each one in and out; those copies stall on the stores just made and took a quarter of a short invalidation.
 pub(crate) struct ActiveSet<M, X> {
     places: Vec<Place<M, X>>,
-    free: Vec<Id>,
+    /// The place to be used next; each free one names the one after it.
+    free: Id,
+    live: usize,
 }
 
 struct Place<M, X> {
-    live: bool,
+    /// The next free place, or [`LIVE`].
+    next: Id,
     active: Active<M, X>,
 }
 
+/// In a place: it is not free.
+const LIVE: Id = Id::MAX;
+/// There is no free place.
+const NONE: Id = Id::MAX - 1;
+
 impl<M, X> ActiveSet<M, X> {
     pub(crate) fn len(&self) -> usize {
-        self.places.len() - self.free.len()
+        self.live
     }
 
     fn is_empty(&self) -> bool {
@@ -170,39 +178,58 @@ impl<M, X> ActiveSet<M, X> {
     }
 
     pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
-        self.places.get(id as usize).filter(|place| place.live).map(|place| &place.active)
+        self.places.get(id as usize).filter(|place| place.next == LIVE).map(|place| &place.active)
     }
 
     pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut Active<M, X>> {
-        self.places.get_mut(id as usize).filter(|place| place.live).map(|place| &mut place.active)
+        self.places.get_mut(id as usize).filter(|place| place.next == LIVE).map(|place| &mut place.active)
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Id, &Active<M, X>)> {
-        (0..).zip(&self.places).filter(|(_, place)| place.live).map(|(id, place)| (id, &place.active))
+        (0..).zip(&self.places).filter(|(_, place)| place.next == LIVE).map(|(id, place)| (id, &place.active))
     }
 
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Id, &mut Active<M, X>)> {
-        (0..).zip(&mut self.places).filter(|(_, place)| place.live).map(|(id, place)| (id, &mut place.active))
+        (0..).zip(&mut self.places).filter(|(_, place)| place.next == LIVE).map(|(id, place)| (id, &mut place.active))
     }
 
-    /// A place that is free, made if there is none.
+    /// A place that was free and is live now, made if there was none.
     #[inline]
-    fn take(&mut self) -> Id
+    fn take(&mut self) -> (Id, &mut Active<M, X>)
     where
         X: Default,
     {
-        self.free.pop().unwrap_or_else(|| self.grow())
+        if self.free == NONE {
+            self.grow();
+        }
+        let id = self.free;
+        let place = &mut self.places[id as usize];
+        self.free = core::mem::replace(&mut place.next, LIVE);
+        self.live += 1;
+        (id, &mut place.active)
     }
 
     #[cold]
-    fn grow(&mut self) -> Id
+    fn grow(&mut self)
     where
         X: Default,
     {
-        let id = Id::try_from(self.places.len()).expect("fewer than 2^32 invalidations are active");
+        let id =
+            Id::try_from(self.places.len()).ok().filter(|id| *id < NONE).expect("fewer than 2^32 - 2 invalidations are active");
         let active = Active { range: AddressRange::ALL, sequence: 0, serial: 0, late: Vec::new(), extra: X::default() };
-        self.places.push(Place { live: false, active });
-        id
+        self.places.push(Place { next: NONE, active });
+        self.free = id;
+    }
+
+    /// The place is free again; what is in it stays for now.
+    #[inline]
+    fn release(&mut self, id: Id) -> &mut Active<M, X> {
+        let place = &mut self.places[id as usize];
+        debug_assert!(place.next == LIVE, "an invalidation ends once");
+        place.next = self.free;
+        self.free = id;
+        self.live -= 1;
+        &mut place.active
     }
 }
 
@@ -216,7 +243,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
     /// A space whose sequence starts at `sequence`, which must be even (S1: 2).
     pub(crate) fn new(sequence: u64) -> Self {
         debug_assert!(sequence.is_multiple_of(2), "the sequence of an idle space is even");
-        Self { sequence, index: IntervalIndex::new(), active: ActiveSet { places: Vec::new(), free: Vec::new() }, started: 0 }
+        Self { sequence, index: IntervalIndex::new(), active: ActiveSet { places: Vec::new(), free: NONE, live: 0 }, started: 0 }
     }
 
     /// The space's sequence (S1 to S3).
@@ -289,13 +316,11 @@ impl<M: Member, X: Default> Protocol<M, X> {
         }
         self.started += 1;
         let sequence = self.sequence;
-        let id = self.active.take();
-        let place = &mut self.active.places[id as usize];
-        place.live = true;
-        place.active.range = range;
-        place.active.sequence = sequence;
-        place.active.serial = self.started;
-        fill(&mut place.active.extra);
+        let (id, active) = self.active.take();
+        active.range = range;
+        active.sequence = sequence;
+        active.serial = self.started;
+        fill(&mut active.extra);
         Started { id, sequence }
     }
 
@@ -308,20 +333,15 @@ impl<M: Member, X: Default> Protocol<M, X> {
     /// invalidation covers any more.
     #[inline]
     pub(crate) fn end(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) {
-        let place = &mut self.active.places[id as usize];
-        debug_assert!(place.live, "an invalidation ends once");
-        place.live = false;
+        let active = self.active.release(id);
         for &member in hits {
             if member.own().uncover() {
                 uncovered(member);
             }
         }
-        for member in place.active.late.drain(..) {
-            if member.own().uncover() {
-                uncovered(member);
-            }
+        if !active.late.is_empty() {
+            active.late.drain(..).filter(|member| member.own().uncover()).for_each(&mut uncovered);
         }
-        self.active.free.push(id);
         if self.active.is_empty() && self.sequence % 2 == 1 {
             self.sequence = self.sequence.wrapping_add(1);
         }

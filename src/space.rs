@@ -2,12 +2,12 @@
 #![forbid(unsafe_code)]
 
 use crate::engine::guard::{Handle, InvalidationGuard};
-use crate::engine::invalidate::{Invalidate, Request, try_invalidate};
+use crate::engine::invalidate::{Invalidate, try_invalidate};
 use crate::engine::wait::Drain;
 use crate::engine::{Budget, Clock, Report, Reporter, Shared};
 use crate::entry::{EntryBox, EntryRef};
 use crate::event::Event;
-use crate::notifier::{IntervalNotifier, Sequence, WouldBlock};
+use crate::notifier::{IntervalNotifier, Request, Sequence, WouldBlock};
 use crate::range::AddressRange;
 use crate::subscription::Subscription;
 use crate::sync::Arc;
@@ -223,7 +223,7 @@ impl AddressSpace {
     /// you hold the guard.
     #[inline]
     pub fn invalidate(&self, range: AddressRange, event: Event) -> Invalidate<'_> {
-        Invalidate::new(Handle::Borrowed(&self.shared), Request { range, event, blockable: true, release: false })
+        Invalidate::new(Handle::Borrowed(&self.shared), Request { range, reason: event.into(), blockable: true, release: false })
     }
 
     /// Invalidates `range` without waiting (B2, B3): the kernel's non-blockable form.
@@ -238,14 +238,14 @@ impl AddressSpace {
     /// # Panics
     /// Resumes a panic of a first pass or pass (C5).
     pub fn try_invalidate(&self, range: AddressRange, event: Event) -> Result<InvalidationGuard<'_>, WouldBlock> {
-        let request = Request { range, event, blockable: false, release: false };
+        let request = Request { range, reason: event.into(), blockable: false, release: false };
         try_invalidate(Handle::Borrowed(&self.shared), &request)
     }
 
     /// The end of the address space: calls every notifier with [`Event::Release`] and waits for all passes. From the first poll on
     /// `insert` fails; `remove` still works (L4).
     pub fn release(&self) -> Release<'_> {
-        let request = Request { range: AddressRange::ALL, event: Event::Release, blockable: true, release: true };
+        let request = Request { range: AddressRange::ALL, reason: Event::Release.into(), blockable: true, release: true };
         Release { invalidate: Invalidate::new(Handle::Borrowed(&self.shared), request) }
     }
 
@@ -309,7 +309,7 @@ impl AddressSpace {
                 };
                 let invalidation = ActiveInvalidation {
                     range: active.range,
-                    event: active.extra.event.unwrap_or(Event::Unmap),
+                    event: active.extra.event(),
                     blockable: active.extra.blockable,
                     sequence: Sequence(active.sequence),
                     phase,

@@ -33,12 +33,9 @@ pub fn measure(harness: &mut Harness) -> Vec<Curve> {
             .into_iter()
             .map(|n| {
                 let (population, mut next) = (Population::new(n), random(n));
-                let ns = harness.median(&format!("{name} {n}"), |times| {
-                    crate::invalidate(&population.space, times, || {
-                        let at = next() % n;
-                        if hit { population.page(at) } else { population.gap(at) }
-                    });
-                });
+                let mut draw = || if hit { population.page(next() % n) } else { population.gap(next() % n) };
+                let addresses: Vec<u64> = (0..crate::DRAWN).map(|_| draw()).collect();
+                let ns = harness.median(&format!("{name} {n}"), |times| crate::invalidate(&population.space, times, &addresses));
                 (n as f64, ns)
             })
             .collect(),
@@ -59,7 +56,7 @@ fn active(harness: &mut Harness) -> Curve {
         let population = Population::new(others + 1);
         let guards: Vec<_> =
             (1..=others).map(|at| block_on(population.space.invalidate(page(population.page(at)), Event::Clear))).collect();
-        let ns = harness.median(&format!("{ACTIVE} {others}"), |times| crate::invalidate(&population.space, times, || 0));
+        let ns = harness.median(&format!("{ACTIVE} {others}"), |times| crate::invalidate(&population.space, times, &[0]));
         drop(guards);
         (others as f64, ns)
     });

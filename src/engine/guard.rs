@@ -95,10 +95,15 @@ impl Drop for InvalidationGuard<'_> {
     #[inline]
     fn drop(&mut self) {
         if let Some(space) = self.space.take() {
-            let scratch = self.scratch.get_mut().take();
-            space.with(|state, after| state.end(self.id, scratch, after));
+            end(&space, self.id, self.scratch.get_mut().take());
         }
     }
+}
+
+/// Ends an invalidation (S3, C2).
+#[inline(never)]
+pub(super) fn end(space: &Shared, id: Id, scratch: Option<Box<Scratch>>) {
+    space.with(|state, after| state.end(id, scratch, after));
 }
 
 impl fmt::Debug for InvalidationGuard<'_> {

@@ -2,14 +2,14 @@
 #![forbid(unsafe_code)]
 
 use crate::engine::first_pass::{InFirstPass, forbid_waiting};
-use crate::engine::guard::{Handle, InvalidationGuard};
+use crate::engine::guard::{Handle, InvalidationGuard, end};
 use crate::engine::pending::Job;
-use crate::engine::scratch::{Scratch, Watch};
-use crate::engine::{Extra, Report, Shared, State, Unclaimed};
+use crate::engine::scratch::{Passes, Scratch, Watch};
+use crate::engine::{Budget, Extra, Report, Shared, State, Unclaimed};
+use crate::entry::EntryRef;
 use crate::event::Event;
-use crate::notifier::{Invalidation, WouldBlock};
-use crate::protocol::Id;
-use crate::range::AddressRange;
+use crate::notifier::{Invalidation, Request, WouldBlock};
+use crate::protocol::{Id, Started};
 use crate::sync::{catch, resume};
 use alloc::boxed::Box;
 use core::fmt;
@@ -22,26 +22,6 @@ use core::task::{Context, Poll};
 /// for ever, as one does whose task has used up its cooperative budget, must not hold the caller for ever.
 const IDLE_ROUNDS: usize = 32;
 
-/// What to invalidate and how.
-#[derive(Clone, Copy)]
-pub(crate) struct Request {
-    pub(crate) range: AddressRange,
-    pub(crate) event: Event,
-    pub(crate) blockable: bool,
-    /// No notifier may be inserted from now on (L4).
-    pub(crate) release: bool,
-}
-
-/// An active invalidation that is ours alone: in its first passes, or about to be behind a guard.
-struct Running {
-    id: Id,
-    sequence: u64,
-    /// A first pass refused (B2).
-    refused: bool,
-    /// `None` when no notifier was hit.
-    scratch: Option<Box<Scratch>>,
-}
-
 /// How far the first passes and the first polls of their passes got.
 enum Reached {
     /// Nothing is pending.
@@ -50,107 +30,156 @@ enum Reached {
     Pending(Option<usize>),
 }
 
-impl Running {
-    #[inline]
-    fn start(space: &Shared, request: &Request) -> Self {
-        let since = space.clock.as_ref().map(|clock| clock());
-        let mut scratch: Option<Box<Scratch>> = None;
-        let started = space.with(|state, _| {
-            state.released |= request.release;
-            let spare = &mut state.spare;
-            let fill = |extra: &mut Extra| {
-                extra.event = Some(request.event);
-                extra.blockable = request.blockable;
-                extra.since = since;
-            };
-            let started = state.protocol.start(request.range, fill, |entry| {
-                scratch.get_or_insert_with(|| spare.pop().unwrap_or_default()).hits.push(entry);
-            });
-            if scratch.is_some() {
-                space.calls.begin(started.id);
-            }
-            started
-        });
-        Self { id: started.id, sequence: started.sequence, refused: false, scratch }
-    }
+/// Why the calls of first passes stopped.
+enum Called {
+    All,
+    /// A pass beyond the budget is pending: it is awaited alone, before the next first pass (B4).
+    Deferred,
+    /// A first pass refused in an invalidation that is not blockable (B2).
+    Refused,
+}
 
-    /// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3).
-    #[inline]
-    fn advance(&mut self, space: &Shared, request: &Request, mut at: usize) -> Reached {
-        let Some(scratch) = &mut self.scratch else {
-            return Reached::End;
+/// Calls the first passes of `hits` from `at` on; `at` moves behind a notifier before it is called.
+#[inline]
+fn call_from(space: &Shared, request: &Request, sequence: u64, hits: &[EntryRef], passes: &mut Passes, at: &mut usize) -> Called {
+    let Some(first) = hits.first() else { return Called::All };
+    // Made once: most of it is the same for all notifiers.
+    let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &first.own };
+    while let Some(entry) = hits.get(*at) {
+        *at += 1;
+        if entry.is_removed() {
+            continue;
+        }
+        let reserved = Reserved::new(space);
+        invalidation.may_defer = reserved.may_defer();
+        invalidation.own = &entry.own;
+        let answer = {
+            let _here = InFirstPass::enter(space, *entry);
+            entry.notifier().invalidate(&invalidation)
         };
-        while let Some(&entry) = scratch.hits.get(at) {
-            at += 1;
-            if entry.is_removed() {
-                continue;
-            }
-            let may_defer = space.reserve_pass();
-            let invalidation = Invalidation {
-                range: request.range,
-                event: request.event,
-                sequence: self.sequence,
-                blockable: request.blockable,
-                may_defer,
-                own: &entry.own,
-            };
-            let answer = {
-                let _here = InFirstPass::enter(space, entry);
-                catch(|| entry.notifier().invalidate(&invalidation))
-            };
-            match answer {
-                Ok(Ok(Some(pass))) => {
-                    scratch.start_pass(pass, entry, may_defer);
-                    if !may_defer {
-                        // B4: awaited alone, before the next first pass; those before it wait until all have been called (O2).
-                        let last = scratch.started.len() - 1;
-                        scratch.first_polls(space, last);
-                        if scratch.running() > 0 {
-                            return Reached::Pending(Some(at));
-                        }
+        match answer {
+            Ok(Some(pass)) => {
+                let may_defer = reserved.keep();
+                passes.start_pass(pass, *entry, may_defer);
+                if !may_defer {
+                    // Those before it wait until all have been called (O2).
+                    let last = passes.started.len() - 1;
+                    passes.first_polls(space, last);
+                    if passes.running() > 0 {
+                        return Called::Deferred;
                     }
-                    continue;
                 }
-                Ok(Ok(None)) => {}
-                Ok(Err(WouldBlock)) if !request.blockable => {
-                    self.refused = true;
-                    at = usize::MAX;
-                }
-                Ok(Err(WouldBlock)) => refused_blockable(space, request, &entry.notifier().name()),
-                Err(panic) => scratch.keep_panic(panic),
             }
-            if may_defer {
-                space.give_pass_back();
-            }
+            Ok(None) => {}
+            Err(WouldBlock) if !request.blockable => return Called::Refused,
+            Err(WouldBlock) => refused_blockable(space, request, &entry.notifier().name()),
         }
-        if !scratch.started.is_empty() {
-            scratch.first_polls(space, 0);
-        }
-        if scratch.running() > 0 { Reached::Pending(None) } else { Reached::End }
+    }
+    Called::All
+}
+
+/// A place in the pass budget (B4), given back unless a pass keeps it.
+struct Reserved<'a>(Option<&'a Budget>, bool);
+
+impl<'a> Reserved<'a> {
+    #[inline]
+    fn new(space: &'a Shared) -> Self {
+        let budget = space.budget.as_ref();
+        Self(budget, budget.is_none_or(Budget::reserve))
     }
 
-    /// The first passes and all passes are done: a guard, or the first panic after the end (C5).
     #[inline]
-    fn finish<'a>(mut self, space: Handle<'a>) -> InvalidationGuard<'a> {
-        let mut panic = None;
-        if let Some(scratch) = &mut self.scratch {
-            panic = scratch.panic.take();
-            space.calls.end(self.id);
-        }
-        let guard = InvalidationGuard::new(space, self.id, self.scratch);
-        if let Some(panic) = panic {
-            drop(guard);
-            resume(panic);
-            unreachable!("only a thread that panics already does not resume, and it polls no future");
-        }
-        guard
+    fn may_defer(&self) -> bool {
+        self.1
+    }
+
+    /// Whether there is a place, which the pass now keeps.
+    #[inline]
+    fn keep(mut self) -> bool {
+        self.0 = None;
+        self.1
     }
 }
+
+impl Drop for Reserved<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        if let (Some(budget), true) = (self.0, self.1) {
+            budget.give_back();
+        }
+    }
+}
+
+/// Starts an invalidation: its id, its sequence, and its working memory if it hit a notifier.
+#[inline]
+fn start(space: &Shared, request: &Request) -> (Id, u64, Option<Box<Scratch>>) {
+    let since = space.clock.as_ref().map(|clock| clock());
+    space.with(|state, _| {
+        state.released |= request.release;
+        let hits = &mut state.next.hits;
+        let fill = |extra: &mut Extra| {
+            extra.kind = request.reason.kind;
+            extra.owner = request.reason.owner;
+            extra.blockable = request.blockable;
+            extra.since = since;
+        };
+        let Started { id, sequence } = state.protocol.start(request.range, fill, |entry| hits.push(entry));
+        if hits.is_empty() {
+            return (id, sequence, None);
+        }
+        space.calls.begin(id);
+        let spare = state.spare.pop().unwrap_or_default();
+        (id, sequence, Some(core::mem::replace(&mut state.next, spare)))
+    })
+}
+
+/// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3).
+#[inline]
+fn advance(space: &Shared, request: &Request, sequence: u64, scratch: &mut Scratch, mut at: usize) -> Reached {
+    let Scratch { hits, passes, .. } = scratch;
+    // One landing for all first passes: after a panic the loop goes on behind the notifier that panicked (C5).
+    let deferred = loop {
+        match catch(|| call_from(space, request, sequence, hits, passes, &mut at)) {
+            Ok(Called::All) => break None,
+            Ok(Called::Deferred) => break Some(at),
+            Ok(Called::Refused) => {
+                passes.refused = true;
+                break None;
+            }
+            Err(panic) => passes.keep_panic(panic),
+        }
+    };
+    if deferred.is_none() && !passes.started.is_empty() {
+        passes.first_polls(space, 0);
+    }
+    if passes.running() > 0 { Reached::Pending(deferred) } else { Reached::End }
+}
+
+/// The first passes and all passes are done: what a guard takes over, or the first panic after the end (C5).
+#[inline]
+fn finish(space: &Shared, id: Id, mut scratch: Box<Scratch>) -> Finished {
+    space.calls.end(id);
+    if let Some(panic) = scratch.passes.panic.take() {
+        end(space, id, Some(scratch));
+        resume(panic);
+        unreachable!("only a thread that panics already does not resume, and it polls no future");
+    }
+    (id, Some(scratch))
+}
+
+/// What a guard takes over; [`HANDED_OVER`] and `None` when the invalidation is not ours alone any more.
+///
+/// Two words and no `Option` around them, so that they are returned in registers: a guard that is put together behind a call and then moved
+/// stalls on its own stores, and that was a third of a short invalidation.
+type Finished = (Id, Option<Box<Scratch>>);
+
+/// No invalidation has this id.
+const HANDED_OVER: Id = Id::MAX;
 
 #[cold]
 fn refused_blockable(space: &Shared, request: &Request, notifier: &str) {
     space.with(|state, _| state.counts.refused_blockable += 1);
-    space.report(&Report::RefusedBlockable { notifier, range: request.range, event: request.event });
+    space.report(&Report::RefusedBlockable { notifier, range: request.range, event: request.reason.into() });
 }
 
 /// Hands the pending passes of `scratch` to the space: from now on others may drive them.
@@ -165,22 +194,21 @@ fn hand_over(space: &Shared, id: Id, scratch: Box<Scratch>, resume_at: Option<us
 
 /// A non-blockable invalidation (B2, B3).
 pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: &Request) -> Result<InvalidationGuard<'a>, WouldBlock> {
-    let mut running = Running::start(&space, request);
+    let (id, sequence, scratch) = start(&space, request);
+    let Some(mut scratch) = scratch else {
+        return Ok(InvalidationGuard::new(space, id, None));
+    };
     let mut at = 0;
-    while let Reached::Pending(resume_at) = running.advance(&space, request, at) {
-        let Some(scratch) = &mut running.scratch else {
-            break;
-        };
-        scratch.drive_alone(&space, IDLE_ROUNDS);
-        if scratch.running() > 0 {
-            let panic = scratch.panic.take();
-            if let Some(scratch) = running.scratch.take() {
-                let unclaimed = hand_over(&space, running.id, scratch, None, 0);
-                space.with(|state, after| {
-                    state.counts.abandoned += 1;
-                    state.abandon(unclaimed, after);
-                });
-            }
+    while let Reached::Pending(resume_at) = advance(&space, request, sequence, &mut scratch, at) {
+        scratch.passes.drive_alone(&space, IDLE_ROUNDS);
+        if scratch.passes.running() > 0 {
+            let panic = scratch.passes.panic.take();
+            scratch.passes.refused = false;
+            let unclaimed = hand_over(&space, id, scratch, None, 0);
+            space.with(|state, after| {
+                state.counts.abandoned += 1;
+                state.abandon(unclaimed, after);
+            });
             if let Some(panic) = panic {
                 resume(panic);
             }
@@ -191,8 +219,9 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: &Request) -> Result
             None => break,
         }
     }
-    let refused = running.refused;
-    let guard = running.finish(space);
+    let refused = core::mem::take(&mut scratch.passes.refused);
+    let (id, scratch) = finish(&space, id, scratch);
+    let guard = InvalidationGuard::new(space, id, scratch);
     if refused { Err(WouldBlock) } else { Ok(guard) }
 }
 
@@ -250,28 +279,44 @@ impl<'a> Invalidate<'a> {
         self.lapses
     }
 
+    /// The first poll. Not built into the caller, which has its hands full with the guard.
+    #[inline(never)]
+    fn begin(&mut self) -> Finished {
+        let (id, sequence, scratch) = start(self.space(), &self.request);
+        if let Some(scratch) = scratch {
+            return self.run(id, sequence, scratch, 0);
+        }
+        // No notifier in the range: no call, no pass, nothing to hand over.
+        self.step = ManuallyDrop::new(Step::Done);
+        (id, None)
+    }
+
     /// Runs what is ours alone; either it is finished, or it goes to the space.
+    fn run(&mut self, id: Id, sequence: u64, mut scratch: Box<Scratch>, at: usize) -> Finished {
+        if let Reached::Pending(resume_at) = advance(self.space(), &self.request, sequence, &mut scratch, at) {
+            let unclaimed = hand_over(self.space(), id, scratch, resume_at, self.lapses);
+            *self.step = Step::Joining { unclaimed, sequence, watch: Watch::default() };
+            return (HANDED_OVER, None);
+        }
+        if let Step::Joining { watch, .. } = &mut *self.step {
+            drop(core::mem::take(watch));
+        }
+        // Nothing else in a step is to be dropped: a plain store, where a replacement would read what was just written.
+        self.step = ManuallyDrop::new(Step::Done);
+        finish(self.space(), id, scratch)
+    }
+
     #[inline]
-    fn run(&mut self, mut running: Running, at: usize) -> Option<InvalidationGuard<'a>> {
-        let space = self.space.as_ref().expect("invalidation polled after it has resolved");
-        match (running.advance(space, &self.request, at), running.scratch.take()) {
-            (Reached::Pending(resume_at), Some(scratch)) => {
-                let unclaimed = hand_over(space, running.id, scratch, resume_at, self.lapses);
-                *self.step = Step::Joining { unclaimed, sequence: running.sequence, watch: Watch::default() };
-                None
-            }
-            (_, scratch) => {
-                running.scratch = scratch;
-                drop(core::mem::replace(&mut *self.step, Step::Done));
-                let space = self.space.take()?;
-                Some(running.finish(space))
-            }
+    fn space(&self) -> &Shared {
+        match &*self.space {
+            Some(space) => space,
+            None => unreachable!("the handle goes only when the future has resolved or was moved"),
         }
     }
 
     /// Joins the passes: drives them if nobody else does, waits otherwise.
     #[cold]
-    fn join(&mut self, cx: &mut Context<'_>) -> Poll<Option<InvalidationGuard<'a>>> {
+    fn join(&mut self, cx: &mut Context<'_>) -> Poll<Finished> {
         let (Some(space), Step::Joining { unclaimed, sequence, watch }) = (&*self.space, &mut *self.step) else {
             unreachable!("called in this step, which has a handle");
         };
@@ -288,13 +333,13 @@ impl<'a> Invalidate<'a> {
             drop(unused);
             match found {
                 Found::Claimed(scratch, resume_at) => {
-                    let running = Running { id: unclaimed.id, sequence: *sequence, refused: false, scratch: Some(scratch) };
-                    return Poll::Ready(self.run(running, resume_at.unwrap_or(usize::MAX)));
+                    let (id, sequence) = (unclaimed.id, *sequence);
+                    return Poll::Ready(self.run(id, sequence, scratch, resume_at.unwrap_or(usize::MAX)));
                 }
                 Found::Lapsed => {
                     self.lapses += 1;
                     drop(core::mem::replace(&mut *self.step, Step::Start));
-                    return Poll::Ready(None);
+                    return Poll::Ready((HANDED_OVER, None));
                 }
                 Found::Job(job) => {
                     if !space.work(job) {
@@ -347,20 +392,18 @@ impl<'a> Future for Invalidate<'a> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         loop {
-            match *this.step {
-                Step::Start => {
-                    let space = this.space.as_ref().expect("an invalidation is not polled after it was moved");
-                    let running = Running::start(space, &this.request);
-                    if let Some(guard) = this.run(running, 0) {
-                        return Poll::Ready(guard);
-                    }
-                }
+            let (id, scratch) = match *this.step {
+                Step::Start => this.begin(),
                 Step::Joining { .. } => match this.join(cx) {
-                    Poll::Ready(Some(guard)) => return Poll::Ready(guard),
-                    Poll::Ready(None) => {}
+                    Poll::Ready(finished) => finished,
                     Poll::Pending => return Poll::Pending,
                 },
                 Step::Done => panic!("`Invalidate` polled after it has resolved"),
+            };
+            if id != HANDED_OVER
+                && let Some(space) = this.space.take()
+            {
+                return Poll::Ready(InvalidationGuard::new(space, id, scratch));
             }
         }
     }
@@ -398,7 +441,7 @@ impl fmt::Debug for Invalidate<'_> {
         };
         f.debug_struct("Invalidate")
             .field("range", &self.request.range)
-            .field("event", &self.request.event)
+            .field("event", &Event::from(self.request.reason))
             .field("step", &step)
             .field("lapses", &self.lapses)
             .finish()

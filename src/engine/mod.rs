@@ -20,7 +20,7 @@ pub(crate) mod scratch;
 pub(crate) mod wait;
 
 use crate::entry::{EntryRef, NO_WAITER};
-use crate::event::Event;
+use crate::event::{Event, Kind, Owner, Reason};
 use crate::index::{Indexed, IntervalIndex};
 use crate::protocol::{Id, Protocol};
 use crate::range::AddressRange;
@@ -73,6 +73,8 @@ pub(crate) struct State {
     /// Active invalidations whose guard is not handed out, by range, so that those who wait find what they can help with.
     pub(crate) unclaimed: IntervalIndex<Unclaimed>,
     pub(crate) waiters: Slab<Waiter>,
+    /// For the next invalidation that hits something: where the start of one collects its hits.
+    pub(crate) next: Box<Scratch>,
     #[expect(clippy::vec_box, reason = "a guard holds the box: moving the memory itself in and out would copy it")]
     pub(crate) spare: Vec<Box<Scratch>>,
     pub(crate) next_order: u64,
@@ -83,13 +85,20 @@ pub(crate) struct State {
 /// What the engine keeps beside each active invalidation.
 #[derive(Default)]
 pub(crate) struct Extra {
-    /// `None` only before the first invalidation in this place.
-    pub(crate) event: Option<Event>,
+    pub(crate) kind: Kind,
+    pub(crate) owner: Option<Owner>,
     pub(crate) blockable: bool,
     /// While the guard is not handed out and passes were pending.
     pub(crate) pending: Option<Box<Pending>>,
     /// When it was first seen to last: its passes became pending, or somebody listed it.
     pub(crate) since: Option<Duration>,
+}
+
+impl Extra {
+    /// Why the range is under invalidation.
+    pub(crate) fn event(&self) -> Event {
+        Reason { kind: self.kind, owner: self.owner }.into()
+    }
 }
 
 /// What happened in a space, under its lock.
@@ -216,6 +225,7 @@ impl Shared {
             protocol: Protocol::new(sequence),
             unclaimed: IntervalIndex::new(),
             waiters: Slab::new(),
+            next: Box::default(),
             spare: Vec::new(),
             next_order: 0,
             released: false,
@@ -231,12 +241,6 @@ impl Shared {
         let result = work(&mut self.state.lock(), &mut after);
         after.run();
         result
-    }
-
-    /// A pass may stay pending: always without a budget.
-    #[inline]
-    pub(crate) fn reserve_pass(&self) -> bool {
-        self.budget.as_ref().is_none_or(Budget::reserve)
     }
 
     #[inline]
@@ -270,7 +274,7 @@ impl Shared {
 
 impl State {
     /// Ends an active invalidation (S3, C2) and wakes whoever waited for that.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn end(&mut self, id: Id, scratch: Option<Box<Scratch>>, after: &mut After) {
         let Self { protocol, waiters, .. } = self;
         let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
@@ -287,8 +291,10 @@ impl State {
     #[inline]
     pub(crate) fn recycle(&mut self, mut scratch: Box<Scratch>) {
         scratch.hits.clear();
+        // The one used last is used next: it is in the caches, and has its memory.
+        let other = core::mem::replace(&mut self.next, scratch);
         if self.spare.len() < SPARES {
-            self.spare.push(scratch);
+            self.spare.push(other);
         }
     }
 

@@ -62,7 +62,7 @@ impl State {
         now: Option<core::time::Duration>,
         after: &mut After,
     ) -> Unclaimed {
-        let wakes = scratch.wakes().clone();
+        let wakes = scratch.passes.wakes().clone();
         let mut pending = match scratch.pending.take() {
             Some(mut pending) => {
                 pending.wakes = wakes;
@@ -78,7 +78,7 @@ impl State {
                 patience: 0,
             }),
         };
-        scratch.list(&mut pending.waiting);
+        scratch.passes.list(&mut pending.waiting);
         for (_, entry) in &pending.waiting {
             entry.pending.store(entry.pending.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         }
@@ -91,7 +91,7 @@ impl State {
         let mut asleep: Vec<EntryRef> = Vec::new();
         let sleeps = |entry: &EntryRef| entry.first_waiter.load(Ordering::Relaxed) != NO_WAITER;
         asleep.extend(scratch.hits.iter().copied().chain(active.late()).filter(sleeps));
-        pending.done = scratch.running() == 0;
+        pending.done = scratch.passes.running() == 0;
         pending.abandoned = false;
         pending.resume_at = resume_at;
         pending.patience = patience(lapses);
@@ -115,7 +115,7 @@ impl State {
         self.unclaimed.remove(active.range, unclaimed);
         let mut scratch = pending.scratch.take()?;
         // Passes that wait for their first poll are no longer the space's.
-        for pass in &mut scratch.started {
+        for pass in &mut scratch.passes.started {
             pass.listed = UNLISTED;
         }
         for entry in pending.waiting.drain() {
@@ -129,7 +129,7 @@ impl State {
     /// Ends an unclaimed invalidation all of whose passes are done.
     fn end_unclaimed(&mut self, unclaimed: Unclaimed, after: &mut After) {
         if let Some((mut scratch, _)) = self.claim(unclaimed) {
-            self.lose_panic(scratch.panic.take(), after);
+            self.lose_panic(scratch.passes.panic.take(), after);
             self.end(unclaimed.id, Some(scratch), after);
         }
     }
@@ -147,11 +147,11 @@ impl State {
         let Some(scratch) = &mut pending.scratch else {
             return;
         };
-        if scratch.started.is_empty() {
+        if scratch.passes.started.is_empty() {
             self.end_unclaimed(unclaimed, after);
         } else {
             // Further first passes will not be called, so the passes that waited for that can be polled.
-            scratch.join_started();
+            scratch.passes.join_started();
             pending.done = false;
             after.work().wakes.push(pending.wakes.clone());
         }
@@ -241,8 +241,8 @@ impl Shared {
     /// Polls the passes of one invalidation and gives them back. Says whether the joined ones are all done, and then wakes everyone who waits for that.
     pub(crate) fn work(&self, job: Job) -> bool {
         let Job { unclaimed, mut scratch } = job;
-        let progress = scratch.drive();
-        let finished = core::mem::take(&mut scratch.finished);
+        let progress = scratch.passes.drive();
+        let finished = core::mem::take(&mut scratch.passes.finished);
         let mut wake = WakeAfterwards(None);
         self.with(|state, after| {
             let (done, wakes) = state.put_back(self, unclaimed, scratch, finished, progress, after);
@@ -278,18 +278,18 @@ impl State {
             if done.budgeted {
                 space.give_pass_back();
             }
-            if scratch.panic.is_none() {
-                scratch.panic = done.panic;
+            if scratch.passes.panic.is_none() {
+                scratch.passes.panic = done.panic;
             } else if done.panic.is_some() {
                 after.work().panics.extend(done.panic);
             }
         }
         // Its memory is used again.
-        scratch.finished = finished;
-        if progress == Progress::AllFinished && pending.abandoned && !scratch.started.is_empty() {
-            scratch.join_started();
+        scratch.passes.finished = finished;
+        if progress == Progress::AllFinished && pending.abandoned && !scratch.passes.started.is_empty() {
+            scratch.passes.join_started();
         }
-        let done = scratch.running() == 0;
+        let done = scratch.passes.running() == 0;
         pending.done = done;
         pending.scratch = Some(scratch);
         // Only now, when others can take the passes again: see `Scratch::drive`.

@@ -33,16 +33,19 @@ impl<N: IntervalNotifier> Registered<N> {
     fn try_take(&mut self) -> Option<N> {
         let Self { space, entry, taken } = self;
         let erased = entry.erase();
-        space.with(|state, after| {
+        let (notifier, unused) = space.with(|state, _| {
             state.close(erased);
             let Look::Ready = state.is_quiet(space, erased) else { return None };
             // Quiet and closed: nothing will call it again, also if an invalidation still covers it.
             let notifier = entry.take();
             *taken = true;
             erased.detach();
-            state.reap(erased, after);
-            Some(notifier)
-        })
+            Some((notifier, erased.unused()))
+        })?;
+        if unused {
+            erased.free();
+        }
+        Some(notifier)
     }
 }
 

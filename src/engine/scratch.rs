@@ -10,7 +10,6 @@ use alloc::task::Wake;
 use alloc::vec::Vec;
 use core::pin::Pin;
 use core::task::{Context, Poll, Waker};
-use futures::future::FutureExt;
 use futures::stream::{FuturesUnordered, StreamExt};
 use slab::Slab;
 
@@ -30,16 +29,24 @@ pub(crate) const UNLISTED: usize = usize::MAX;
 pub(crate) struct Scratch {
     /// The notifiers that the invalidation hit, in order of their first passes.
     pub(crate) hits: Vec<EntryRef>,
+    pub(crate) passes: Passes,
+    /// Spare record of a pending invalidation.
+    pub(crate) pending: Option<Box<super::pending::Pending>>,
+}
+
+/// What the first passes left to be waited for.
+#[derive(Default)]
+pub(crate) struct Passes {
     /// Passes that no one has polled yet, in order of their first passes.
     pub(crate) started: Vec<Pass>,
-    /// What the last [`Scratch::drive`] finished.
+    /// What the last [`Passes::drive`] finished.
     pub(crate) finished: Vec<Finished>,
     /// The first panic of a first pass or of a pass (C5).
     pub(crate) panic: Option<Panic>,
+    /// A first pass refused (B2).
+    pub(crate) refused: bool,
     places: Vec<Place>,
     join: Option<Join>,
-    /// Spare record of a pending invalidation.
-    pub(crate) pending: Option<Box<super::pending::Pending>>,
 }
 
 /// The passes that stayed pending at their first poll.
@@ -104,7 +111,21 @@ impl Future for Pass {
     }
 }
 
-impl Scratch {
+/// Polls passes from `at` on, once each, and empties the places of those that are done; `at` moves behind a pass before it is polled.
+#[inline]
+fn poll_from(started: &mut [Pass], at: &mut usize, cx: &mut Context<'_>) {
+    while let Some(pass) = started.get_mut(*at) {
+        *at += 1;
+        if let Some(place) = &mut pass.future
+            && let Some(future) = place.as_mut().as_pin_mut()
+            && future.poll(cx).is_ready()
+        {
+            place.as_mut().set(None);
+        }
+    }
+}
+
+impl Passes {
     /// Keeps what a first pass returned, until all first passes have been called (O2).
     #[inline]
     pub(crate) fn start_pass(&mut self, future: PassFuture, entry: EntryRef, budgeted: bool) {
@@ -138,30 +159,38 @@ impl Scratch {
 
     /// Polls each started pass from `from` on once, in order (O3). What stays pending goes into the join; most passes of
     /// fast devices never get there.
+    #[inline(never)]
     pub(crate) fn first_polls(&mut self, space: &Shared, from: usize) {
         if self.started.len() == from {
             return;
         }
         self.join();
         let Some(join) = &mut self.join else { return };
-        join.wakes.begin();
         let mut cx = Context::from_waker(&join.waker);
-        for mut pass in self.started.drain(from..) {
-            match pass.poll_unpin(&mut cx) {
-                Poll::Pending => join.running.push(pass),
-                Poll::Ready((finished, place)) => {
-                    if finished.budgeted {
-                        space.give_pass_back();
-                    }
-                    self.places.extend(place);
-                    if let Some(panic) = finished.panic {
-                        self.panic.get_or_insert(panic);
-                    }
-                }
+        let mut at = from;
+        // One landing for all polls; after a panic they go on behind the pass that panicked (C5).
+        while let Err(panic) = catch(|| poll_from(&mut self.started, &mut at, &mut cx)) {
+            self.panic.get_or_insert(panic);
+            // It need not be empty if its drop panicked, too: it is not used again.
+            let mut place = self.started.get_mut(at - 1).and_then(|pass| pass.future.take());
+            if let Err(in_drop) = catch(|| drop(place.take())) {
+                self.panic.get_or_insert(in_drop);
             }
         }
         // A wake-up meanwhile is not lost: the join polls what it has just been given in any case.
-        join.wakes.end();
+        for mut pass in self.started.drain(from..) {
+            match pass.future.take() {
+                Some(place) if place.is_some() => {
+                    pass.future = Some(place);
+                    join.running.push(pass);
+                    continue;
+                }
+                done => self.places.extend(done),
+            }
+            if pass.budgeted {
+                space.give_pass_back();
+            }
+        }
     }
 
     /// Puts all passes that wait for their first poll into the join: nobody will call further first passes.
@@ -315,7 +344,7 @@ impl Wake for PassWaker {
         {
             let mut wakes = self.0.lock();
             wakes.woken = true;
-            if wakes.polling {
+            if wakes.polling || wakes.wakers.is_empty() {
                 return;
             }
         }

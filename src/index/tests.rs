@@ -36,7 +36,10 @@ impl IntervalIndex<Id> {
         }
         let inner = self.inners.at(node);
         assert!(inner.len >= 2, "an inner node with one child was left");
-        assert!(inner.slack >= slack(&inner.starts[..inner.len], &inner.max_lasts[..inner.len]), "an inner node's slack is too small");
+        assert!(
+            inner.slack >= slack(&inner.starts[..inner.len], &inner.max_lasts[..inner.len]),
+            "an inner node's slack is too small"
+        );
         assert!(inner.starts[inner.len..].iter().all(|start| *start == UNUSED));
         for at in 0..inner.len {
             let from = all.len();
