@@ -80,6 +80,8 @@ mod notifier;
 mod pass;
 mod protocol;
 mod range;
+#[cfg(all(feature = "mapping", unix))]
+pub mod source;
 mod space;
 mod subscription;
 mod sync;
@@ -98,5 +100,7 @@ pub use mirror::inbox::{Delivery, Inbox};
 pub use notifier::{IntervalNotifier, Invalidation, InvalidationInfo, Sequence, WouldBlock};
 pub use pass::PassFuture;
 pub use range::{AddressRange, RangeError};
+#[cfg(any(feature = "userfaultfd", loom))]
+pub use space::Pause;
 pub use space::{ActiveInvalidation, AddressSpace, Builder, InsertError, Phase, Release, Stats};
 pub use subscription::Subscription;

@@ -189,6 +189,11 @@ pub struct Stats {
 }
 
 impl AddressSpace {
+    #[cfg(feature = "userfaultfd")]
+    pub(crate) fn shared(&self) -> &Arc<Shared> {
+        &self.shared
+    }
+
     /// A new space with no notifier.
     pub fn new() -> Self {
         Self::builder().build()
@@ -247,6 +252,18 @@ impl AddressSpace {
     pub fn release(&self) -> Release<'_> {
         let request = Request { range: AddressRange::ALL, reason: Event::Release.into(), blockable: true, release: true };
         Release { invalidate: Invalidate::new(Handle::Borrowed(&self.shared), request) }
+    }
+
+    /// Closes the space's gate: `read_begin` of every notifier waits from now on, and no driver is called. It takes no lock and no memory, so that it may
+    /// be called wherever somebody else waits for the caller.
+    ///
+    /// For sources of invalidations that hear of a change *after* it has happened: close the gate, let whoever changed the memory go
+    /// on, [start the invalidation](Self::invalidate) (poll it once), and drop the pause. Keep it short: it holds up readers of ranges that have nothing to do with the
+    /// change, which L2 allows nobody else to do.
+    #[cfg(any(feature = "userfaultfd", loom))]
+    pub fn pause(&self) -> Pause<'_> {
+        self.shared.close_gate();
+        Pause { shared: &self.shared }
     }
 
     /// Drives what was abandoned to its end: passes of invalidations whose future was dropped, or that could not wait. Invalidations that
@@ -330,6 +347,27 @@ impl AddressSpace {
         drop(names);
         listed.sort_by_key(|(serial, ..)| *serial);
         listed.into_iter().map(|(_, _, invalidation)| invalidation).collect()
+    }
+}
+
+/// No reader of the space begins while this exists: see [`AddressSpace::pause`].
+#[cfg(any(feature = "userfaultfd", loom))]
+#[must_use = "dropping it lets the readers go on"]
+pub struct Pause<'a> {
+    shared: &'a Shared,
+}
+
+#[cfg(any(feature = "userfaultfd", loom))]
+impl fmt::Debug for Pause<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Pause").finish_non_exhaustive()
+    }
+}
+
+#[cfg(any(feature = "userfaultfd", loom))]
+impl Drop for Pause<'_> {
+    fn drop(&mut self) {
+        self.shared.open_gate(1);
     }
 }
 

@@ -408,3 +408,31 @@ fn release_against_insert() {
         assert!(space.is_released());
     });
 }
+
+/// What userfaultfd does: the memory changes first, and who changed it goes on as soon as the monitor has heard of it.
+#[test]
+fn no_reader_that_begins_after_the_change_was_heard_of_gets_an_answer_from_before_it() {
+    explore("a pause, a reader", 4, || {
+        let (space, device, memory) = model(None);
+        let heard = Arc::new(AtomicU64::new(0));
+        let monitor = {
+            let (space, memory, heard) = (space.clone(), memory.clone(), heard.clone());
+            thread::spawn(move || {
+                memory.0.fetch_add(1, Ordering::Relaxed);
+                let pause = space.pause();
+                // Whoever unmapped the memory goes on from here.
+                heard.store(1, Ordering::Release);
+                let guard = block_on(space.invalidate(range(), Event::Unmap));
+                drop(pause);
+                drop(guard);
+            })
+        };
+        if heard.load(Ordering::Acquire) == 1 {
+            let began = block_on(device.read_begin());
+            assert!(!device.read_retry(began), "the reader began before the invalidation that it should have waited for");
+            assert!(began.get() >= 3, "the first pass has not run");
+        }
+        monitor.join().unwrap();
+        memory.check(&device);
+    });
+}

@@ -7,11 +7,13 @@
 //! - `pending`: an invalidation whose guard is not handed out yet and whose passes therefore belong to the space;
 //! - `invalidate`, `guard`: the future and the guard that a caller of an invalidation sees;
 //! - `wait`, `remove`: the futures that wait for others' invalidations: readers and `drain`, removers;
+//! - `gate`: holds the readers of the whole space back for a moment;
 //! - `calls`, `first_pass`: which first passes run at this moment, for removers and for checks.
 #![forbid(unsafe_code)]
 
 pub(crate) mod calls;
 pub(crate) mod first_pass;
+pub(crate) mod gate;
 pub(crate) mod guard;
 pub(crate) mod invalidate;
 pub(crate) mod pending;
@@ -30,6 +32,7 @@ use alloc::vec::Vec;
 use calls::CallTable;
 use core::task::Waker;
 use core::time::Duration;
+use gate::Gate;
 use pending::Pending;
 use scratch::{PassWaker, Scratch};
 use slab::Slab;
@@ -40,6 +43,8 @@ const SPARES: usize = 16;
 /// What all handles of one address space share.
 pub(crate) struct Shared {
     state: Lock<State>,
+    /// Before all readers of the space.
+    pub(crate) gate: Gate,
     /// Which active invalidations are in their first passes.
     pub(crate) calls: CallTable,
     pub(crate) budget: Option<Budget>,
@@ -73,6 +78,9 @@ pub(crate) struct State {
     /// Active invalidations whose guard is not handed out, by range, so that those who wait find what they can help with.
     pub(crate) unclaimed: IntervalIndex<Unclaimed>,
     pub(crate) waiters: Slab<Waiter>,
+    /// Readers that wait for the gate.
+    #[cfg(any(feature = "userfaultfd", loom))]
+    pub(crate) gated: Vec<Waker>,
     /// For the next invalidation that hits something: where the start of one collects its hits.
     pub(crate) next: Box<Scratch>,
     #[expect(clippy::vec_box, reason = "a guard holds the box: moving the memory itself in and out would copy it")]
@@ -225,13 +233,15 @@ impl Shared {
             protocol: Protocol::new(sequence),
             unclaimed: IntervalIndex::new(),
             waiters: Slab::new(),
+            #[cfg(any(feature = "userfaultfd", loom))]
+            gated: Vec::new(),
             next: Box::default(),
             spare: Vec::new(),
             next_order: 0,
             released: false,
             counts: Counts::default(),
         };
-        Self { state: Lock::new(state), calls: CallTable::new(), budget, reporter, clock }
+        Self { state: Lock::new(state), gate: Gate::new(), calls: CallTable::new(), budget, reporter, clock }
     }
 
     /// The only way to the state: under the lock, and with somewhere to put what must wait until it is free.

@@ -165,6 +165,15 @@ impl<'a> ReadBegin<'a> {
     fn poll_slow(&mut self, cx: &mut Context<'_>) -> Poll<Sequence> {
         let entry = self.entry;
         let first = self.slow.is_none();
+        if first {
+            if self.space.poll_gate(cx).is_pending() {
+                forbid_waiting(self.space, "read_begin");
+                return Poll::Pending;
+            }
+            if let Some(sequence) = entry.own.stable_sequence() {
+                return Poll::Ready(Sequence(sequence));
+            }
+        }
         let slow = self.slow.get_or_insert_with(|| Box::new(SlowRead { wait: Wait::default(), sequence: 0 }));
         let SlowRead { wait, sequence } = &mut **slow;
         if first {
@@ -186,7 +195,9 @@ impl Future for ReadBegin<'_> {
 
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Sequence> {
+        // The gate first, then the word: whoever finds the gate open sees what was covered while it was closed.
         if self.slow.is_none()
+            && !self.space.gate.is_closed()
             && let Some(sequence) = self.entry.own.stable_sequence()
         {
             return Poll::Ready(Sequence(sequence));

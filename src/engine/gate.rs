@@ -1,0 +1,92 @@
+//! A gate before the readers of a whole space, which is closed without a lock and without memory.
+//!
+//! For sources of invalidations that hear of a change while somebody waits for them to have heard: they close the gate, let the other
+//! one go on, start the invalidation, and open the gate. Meanwhile no reader begins, so none gets an answer from before the change.
+#![forbid(unsafe_code)]
+
+#[cfg(any(feature = "userfaultfd", loom))]
+mod real {
+    use crate::engine::Shared;
+    use crate::sync::{AtomicUsize, Ordering};
+    use core::task::{Context, Poll};
+
+    /// How often it was closed and not yet opened. On cache lines of its own: every reader looks at it.
+    #[repr(align(128))]
+    pub(crate) struct Gate(AtomicUsize);
+
+    impl Gate {
+        pub(crate) fn new() -> Self {
+            Self(AtomicUsize::new(0))
+        }
+
+        /// To be asked *before* the notifier's word: whoever finds the gate open again sees what was invalidated meanwhile.
+        #[inline]
+        pub(crate) fn is_closed(&self) -> bool {
+            self.0.load(Ordering::Acquire) != 0
+        }
+    }
+
+    impl Shared {
+        /// Readers that begin from now on wait. Takes no lock and no memory.
+        pub(crate) fn close_gate(&self) {
+            self.gate.0.fetch_add(1, Ordering::AcqRel);
+        }
+
+        /// Undoes `times` closings, and wakes the readers once there is none left.
+        pub(crate) fn open_gate(&self, times: usize) {
+            if times != 0 && self.gate.0.fetch_sub(times, Ordering::AcqRel) == times {
+                self.with(|state, after| {
+                    if !state.gated.is_empty() {
+                        after.work().wakers.append(&mut state.gated);
+                    }
+                });
+            }
+        }
+
+        /// Waits for the gate; `open_gate` takes the lock after it has opened it, so a reader either sees it open or is woken.
+        #[cold]
+        pub(crate) fn poll_gate(&self, cx: &mut Context<'_>) -> Poll<()> {
+            let waker = cx.waker().clone();
+            let (polled, unused) = self.with(|state, _| {
+                if !self.gate.is_closed() {
+                    return (Poll::Ready(()), Some(waker));
+                }
+                if state.gated.iter().any(|known| known.will_wake(&waker)) {
+                    return (Poll::Pending, Some(waker));
+                }
+                state.gated.push(waker);
+                (Poll::Pending, None)
+            });
+            drop(unused);
+            polled
+        }
+    }
+}
+
+#[cfg(not(any(feature = "userfaultfd", loom)))]
+mod real {
+    use crate::engine::Shared;
+    use core::task::{Context, Poll};
+
+    /// Nobody can close it.
+    pub(crate) struct Gate;
+
+    impl Gate {
+        pub(crate) fn new() -> Self {
+            Self
+        }
+
+        #[inline]
+        pub(crate) fn is_closed(&self) -> bool {
+            false
+        }
+    }
+
+    impl Shared {
+        pub(crate) fn poll_gate(&self, _cx: &mut Context<'_>) -> Poll<()> {
+            Poll::Ready(())
+        }
+    }
+}
+
+pub(crate) use real::Gate;

@@ -1,0 +1,194 @@
+//! The system calls that the compiler cannot check, each behind a function that can be called safely.
+//!
+//! Mapping memory is safe; unmapping or moving it is safe only for who owns it, because a reference into it would dangle. So
+//! [`Memory`] owns what it maps and never lends it: it hands out addresses, and copies in and out between two system calls, for which it is borrowed.
+//! Nobody else can unmap it through this module.
+
+use crate::range::AddressRange;
+use core::ffi::c_void;
+use core::ptr::{self, NonNull};
+use rustix::io;
+use rustix::mm::{self, MapFlags, MprotectFlags, ProtFlags};
+
+/// Anonymous private memory of this process, unmapped when dropped.
+pub(super) struct Memory {
+    at: NonNull<u8>,
+    len: usize,
+}
+
+// SAFETY: the memory belongs to this value alone, and an address means the same on every thread.
+unsafe impl Send for Memory {}
+// SAFETY: shared access is to the address, the length, and copies out; copies in need `&mut self`.
+unsafe impl Sync for Memory {}
+
+pub(super) fn page_size() -> usize {
+    rustix::param::page_size()
+}
+
+impl Memory {
+    /// Maps `len` bytes, a positive multiple of the page size.
+    pub(super) fn map(len: usize) -> io::Result<Self> {
+        // SAFETY: a new mapping where the kernel chooses, so it replaces none.
+        let at = unsafe { mm::mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)? };
+        let at = NonNull::new(at.cast()).ok_or(io::Errno::NOMEM)?;
+        Ok(Self { at, len })
+    }
+
+    pub(super) fn as_ptr(&self) -> *mut u8 {
+        self.at.as_ptr()
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.len
+    }
+
+    fn inside(&self, offset: usize, len: usize) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.len)
+    }
+
+    /// Copies out of it; it must be readable.
+    pub(super) fn read(&self, offset: usize, into: &mut [u8]) {
+        assert!(self.inside(offset, into.len()), "the copy is outside of the mapping");
+        // SAFETY: inside the mapping, which nobody unmaps while it is borrowed; `into` is another object.
+        unsafe { ptr::copy_nonoverlapping(self.at.as_ptr().add(offset), into.as_mut_ptr(), into.len()) }
+    }
+
+    /// Copies into it; it must be writable.
+    pub(super) fn write(&mut self, offset: usize, from: &[u8]) {
+        assert!(self.inside(offset, from.len()), "the copy is outside of the mapping");
+        // SAFETY: as above.
+        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.at.as_ptr().add(offset), from.len()) }
+    }
+
+    /// Discards its pages (`MADV_DONTNEED`): they read as zeros afterwards.
+    pub(super) fn discard(&mut self, offset: usize, len: usize) -> io::Result<()> {
+        assert!(self.inside(offset, len), "what is discarded is outside of the mapping");
+        // SAFETY: inside the mapping, into which there are no references.
+        unsafe { mm::madvise(self.at.as_ptr().add(offset).cast::<c_void>(), len, mm::Advice::LinuxDontNeed) }
+    }
+
+    pub(super) fn protect(&mut self, offset: usize, len: usize, flags: MprotectFlags) -> io::Result<()> {
+        assert!(self.inside(offset, len), "what is protected is outside of the mapping");
+        // SAFETY: as above.
+        unsafe { mm::mprotect(self.at.as_ptr().add(offset).cast::<c_void>(), len, flags) }
+    }
+
+    /// Moves it to another address, with another length.
+    #[cfg(target_os = "linux")]
+    pub(super) fn remap(&mut self, len: usize, elsewhere: bool) -> io::Result<()> {
+        let old = self.at.as_ptr().cast::<c_void>();
+        let at = if elsewhere {
+            // Somewhere else is where nothing is: reserved first, then replaced in one step.
+            let mut place = Self::map(len)?;
+            // SAFETY: both mappings are ours, and there are no references into either.
+            let at = unsafe { mm::mremap_fixed(old, self.len, len, mm::MremapFlags::MAYMOVE, place.at.as_ptr().cast())? };
+            // The reserved mapping is gone: the moved one is in its place.
+            place.len = 0;
+            at
+        } else {
+            // SAFETY: the mapping is ours, and there are no references into it.
+            unsafe { mm::mremap(old, self.len, len, mm::MremapFlags::MAYMOVE)? }
+        };
+        self.at = NonNull::new(at.cast()).ok_or(io::Errno::NOMEM)?;
+        self.len = len;
+        Ok(())
+    }
+
+    /// Without `mremap`: a new mapping and a copy of what fits.
+    #[cfg(not(target_os = "linux"))]
+    pub(super) fn remap(&mut self, len: usize, _elsewhere: bool) -> io::Result<()> {
+        let new = Self::map(len)?;
+        // SAFETY: both mappings are ours, different, and long enough.
+        unsafe { ptr::copy_nonoverlapping(self.at.as_ptr(), new.at.as_ptr(), self.len.min(len)) };
+        *self = new;
+        Ok(())
+    }
+
+    /// Unmaps it. On failure it is still mapped.
+    pub(super) fn unmap(mut self) -> Result<(), (Self, io::Errno)> {
+        // SAFETY: the mapping is ours, and there are no references into it.
+        match unsafe { mm::munmap(self.at.as_ptr().cast(), self.len) } {
+            Ok(()) => {
+                self.len = 0;
+                Ok(())
+            }
+            Err(error) => Err((self, error)),
+        }
+    }
+
+    /// Leaves it mapped for ever.
+    pub(super) fn leak(mut self) {
+        self.len = 0;
+    }
+
+    pub(super) fn range(&self) -> AddressRange {
+        AddressRange::new(self.at.as_ptr().addr() as u64, self.len as u64).expect("the kernel maps no empty range at 0")
+    }
+}
+
+impl Drop for Memory {
+    fn drop(&mut self) {
+        if self.len != 0 {
+            // SAFETY: as in `unmap`. It cannot fail for a mapping that is there, but for want of kernel memory; then it stays.
+            let _ = unsafe { mm::munmap(self.at.as_ptr().cast(), self.len) };
+        }
+    }
+}
+
+#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+pub(super) mod uffd {
+    use linux_raw_sys::general as raw;
+    use linux_raw_sys::ioctl as codes;
+    use rustix::fd::{AsFd, OwnedFd};
+    use rustix::io;
+    use rustix::ioctl::{Setter, Updater, ioctl};
+    use rustix::mm::UserfaultfdFlags;
+
+    /// Bytes of one message.
+    pub(crate) const MESSAGE: usize = size_of::<raw::uffd_msg>();
+
+    /// A new descriptor. It does not block.
+    pub(crate) fn open(flags: UserfaultfdFlags) -> io::Result<OwnedFd> {
+        // SAFETY: what the descriptor can do to the process's memory is done by `register`, which changes nothing that can be read.
+        unsafe { rustix::mm::userfaultfd(flags | UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK) }
+    }
+
+    /// The handshake; returns the features that the kernel knows. To be done once for a descriptor.
+    pub(crate) fn api(fd: impl AsFd, features: u64) -> io::Result<u64> {
+        let mut api = raw::uffdio_api { api: u64::from(raw::UFFD_API), features, ioctls: 0 };
+        // SAFETY: `UFFDIO_API` reads and writes one `uffdio_api`.
+        unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_API }, _>::new(&mut api))? };
+        Ok(api.features)
+    }
+
+    /// Watches pages for events. Write-protect mode, and nothing is ever write-protected: so no access of them faults.
+    pub(crate) fn register(fd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
+        let range = raw::uffdio_range { start, len };
+        let mut register = raw::uffdio_register { range, mode: u64::from(raw::UFFDIO_REGISTER_MODE_WP), ioctls: 0 };
+        // SAFETY: `UFFDIO_REGISTER` reads and writes one `uffdio_register`; see above for what it does to the memory.
+        unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_REGISTER }, _>::new(&mut register)) }
+    }
+
+    /// Watches them no more.
+    pub(crate) fn unregister(fd: impl AsFd, start: u64, len: u64) -> io::Result<()> {
+        let range = raw::uffdio_range { start, len };
+        // SAFETY: `UFFDIO_UNREGISTER` reads one `uffdio_range`.
+        unsafe { ioctl(fd, Setter::<{ codes::UFFDIO_UNREGISTER }, _>::new(range)) }
+    }
+
+    /// Whether a change is under way whose event may still be to come. The kernel asks itself that before it fills a page, so it is asked to fill
+    /// none.
+    pub(crate) fn changing(fd: impl AsFd) -> bool {
+        let mut nothing = raw::uffdio_zeropage { range: raw::uffdio_range { start: 0, len: 0 }, mode: 0, zeropage: 0 };
+        // SAFETY: `UFFDIO_ZEROPAGE` reads and writes one `uffdio_zeropage`; it fills no page of an empty range.
+        let answer = unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_ZEROPAGE }, _>::new(&mut nothing)) };
+        answer == Err(io::Errno::AGAIN)
+    }
+
+    /// Takes over a descriptor that a message carries.
+    pub(crate) fn adopt(number: u32) -> OwnedFd {
+        use rustix::fd::FromRawFd;
+        // SAFETY: called for the descriptor in a fork event, which the kernel has just made for its reader.
+        unsafe { OwnedFd::from_raw_fd(number as i32) }
+    }
+}

@@ -1,0 +1,45 @@
+//! `source` on real memory. Where userfaultfd is not permitted, the tests that need it count as ignored, and say why.
+#![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
+
+mod mapping;
+mod memory;
+mod uffd;
+
+use libtest_mimic::{Arguments, Trial};
+use shootdown::AddressSpace;
+use shootdown::source::Uffd;
+
+fn main() {
+    // Called again by the test without permission, as another user.
+    if std::env::var_os("SHOOTDOWN_AS_NOBODY").is_some() {
+        match Uffd::open(&AddressSpace::new()) {
+            Ok(_) => println!("permitted"),
+            Err(error) => println!("{error}"),
+        }
+        return;
+    }
+    let refused = Uffd::open(&AddressSpace::new()).err().map(|error| error.to_string());
+    let needs = |trials: Vec<(&'static str, fn())>| {
+        let refused = refused.clone();
+        trials.into_iter().map(move |(name, test)| {
+            let trial = Trial::test(name, move || Ok(test()));
+            match &refused {
+                None => trial,
+                Some(why) => trial.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
+            }
+        })
+    };
+    let plain = mapping::tests().into_iter().map(|(name, test)| Trial::test(name, move || Ok(test())));
+    let trials = plain.chain(needs(uffd::tests())).collect();
+    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+/// The name of each function and the function.
+macro_rules! list {
+    ($($test:ident),* $(,)?) => {
+        pub fn tests() -> Vec<(&'static str, fn())> {
+            vec![$((stringify!($test), $test as fn())),*]
+        }
+    };
+}
+pub(crate) use list;

@@ -1,0 +1,66 @@
+//! Memory that the library knows nothing of: mapped and unmapped behind its back, as programs do.
+
+use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mremap, munmap};
+use shootdown::AddressRange;
+use std::ffi::c_void;
+use std::ptr;
+
+pub const PAGE: usize = 4096;
+
+/// An address as a number, so that threads may share it. Unmapped by whoever is to unmap it, or at the end of the process.
+#[derive(Clone, Copy, Debug)]
+pub struct Raw {
+    pub at: usize,
+    pub len: usize,
+}
+
+impl Raw {
+    pub fn map(pages: usize) -> Self {
+        let len = pages * PAGE;
+        // SAFETY: a new mapping where the kernel chooses.
+        let at = unsafe { mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE).unwrap() };
+        Self { at: at.addr(), len }
+    }
+
+    fn ptr(self) -> *mut c_void {
+        ptr::with_exposed_provenance_mut(self.at)
+    }
+
+    pub fn range(self) -> AddressRange {
+        AddressRange::new(self.at as u64, self.len as u64).unwrap()
+    }
+
+    pub fn part(self, from: usize, pages: usize) -> Self {
+        Self { at: self.at + from * PAGE, len: pages * PAGE }
+    }
+
+    pub fn unmap(self) {
+        // SAFETY: the tests hold no reference into it.
+        unsafe { munmap(self.ptr(), self.len).unwrap() };
+    }
+
+    /// Maps new memory at the same address, over what is there.
+    pub fn map_over(self) {
+        // SAFETY: the tests hold no reference into what it replaces.
+        unsafe {
+            mmap_anonymous(self.ptr(), self.len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED).unwrap()
+        };
+    }
+
+    pub fn discard(self, advice: Advice) {
+        // SAFETY: as above.
+        unsafe { madvise(self.ptr(), self.len, advice).unwrap() };
+    }
+
+    pub fn remap(self, pages: usize) -> Self {
+        let len = pages * PAGE;
+        // SAFETY: as above.
+        let at = unsafe { mremap(self.ptr(), self.len, len, MremapFlags::MAYMOVE).unwrap() };
+        Self { at: at.addr(), len }
+    }
+
+    pub fn write(self, value: u8) {
+        // SAFETY: mapped and writable; nobody else accesses it at this moment.
+        unsafe { self.ptr().cast::<u8>().write_bytes(value, self.len) };
+    }
+}

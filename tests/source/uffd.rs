@@ -1,0 +1,350 @@
+//! `Uffd`: who unmaps memory behind the library's back goes on only when readers wait.
+
+use crate::memory::Raw;
+use futures::executor::block_on;
+use rustix::mm::Advice;
+use shootdown::source::{Uffd, UffdError};
+use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
+use std::os::unix::process::CommandExt;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::thread;
+use std::time::{Duration, Instant};
+
+crate::list![
+    every_kind_of_change_is_an_invalidation_of_exactly_its_range,
+    after_munmap_no_reader_gets_an_answer_from_before_it,
+    a_lock_that_is_held_across_munmap_does_not_stop_the_reader,
+    a_change_is_read_while_an_earlier_one_waits_for_a_device,
+    fork_invalidates_what_is_watched,
+    a_handle_that_is_dropped_does_not_unwatch_a_new_one_at_the_same_address,
+    a_second_userfaultfd_in_the_process_is_an_error_that_names_the_range,
+    without_permission_the_error_names_the_sysctl_and_the_capability,
+    when_the_reader_is_dropped_nobody_hangs,
+    when_the_deliveries_are_dropped_nobody_hangs,
+    more_changes_than_there_is_room_for_invalidate_everything_watched,
+];
+
+/// A thread inside `fork` holds the allocator's locks and waits for *every* reader of the process: those of tests that read by hand, on threads that
+/// allocate, would never come. So whoever forks is alone.
+static FORK: RwLock<()> = RwLock::new(());
+
+fn no_fork() -> RwLockReadGuard<'static, ()> {
+    FORK.read().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn alone() -> RwLockWriteGuard<'static, ()> {
+    FORK.write().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// A source with its two threads, ended when dropped.
+struct Running {
+    space: AddressSpace,
+    uffd: Uffd,
+    threads: Vec<thread::JoinHandle<()>>,
+}
+
+impl Running {
+    fn new() -> Self {
+        let space = AddressSpace::new();
+        let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
+        let threads = vec![thread::spawn(move || reader.run().unwrap()), thread::spawn(move || deliveries.run().unwrap())];
+        Self { space, uffd, threads }
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.uffd.stop();
+        for thread in self.threads.drain(..) {
+            let ended = thread.join();
+            assert!(thread::panicking() || ended.is_ok());
+        }
+    }
+}
+
+type Told = Arc<Mutex<Vec<(Event, AddressRange)>>>;
+
+struct Log(Told);
+
+impl IntervalNotifier for Log {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        self.0.lock().unwrap().push((invalidation.event(), invalidation.range()));
+        invalidation.set_seq();
+        Ok(None)
+    }
+}
+
+fn log(space: &AddressSpace, range: AddressRange) -> (Subscription<Log>, Told) {
+    let told = Told::default();
+    (space.insert(range, Log(told.clone())).unwrap(), told)
+}
+
+/// Waits until `done`: the change returns before its delivery has ended.
+fn eventually(what: &str, mut done: impl FnMut() -> bool) {
+    let began = Instant::now();
+    while !done() {
+        assert!(began.elapsed() < Duration::from_secs(20), "{what}");
+        thread::yield_now();
+    }
+}
+
+fn every_kind_of_change_is_an_invalidation_of_exactly_its_range() {
+    let _fork = no_fork();
+    let source = Running::new();
+    let memory = Raw::map(16);
+    memory.write(1);
+    let _watch = source.uffd.watch(memory.range()).unwrap();
+    let (subscription, told) = log(&source.space, AddressRange::ALL);
+    let expect = |event, range: AddressRange| {
+        // The reader's promise makes the wait for the delivery short: `read_begin` waits for it.
+        block_on(subscription.read_begin());
+        assert!(told.lock().unwrap().contains(&(event, range)), "{event:?} {range}: {:?}", told.lock().unwrap());
+        told.lock().unwrap().clear();
+    };
+    memory.part(0, 1).unmap();
+    expect(Event::Unmap, memory.part(0, 1).range());
+    memory.part(2, 2).discard(Advice::LinuxDontNeed);
+    expect(Event::Clear, memory.part(2, 2).range());
+    memory.part(4, 1).discard(Advice::LinuxFree);
+    expect(Event::Clear, memory.part(4, 1).range());
+    memory.part(6, 1).map_over();
+    expect(Event::Unmap, memory.part(6, 1).range());
+    let moved = memory.part(8, 2).remap(20);
+    assert_ne!(moved.at, memory.part(8, 2).at);
+    expect(Event::Unmap, memory.part(8, 2).range());
+    // What nobody watches raises nothing, where the memory came to lie included. (The kernel does not say how much was added to it there.)
+    moved.part(0, 2).unmap();
+    let other = Raw::map(4);
+    other.unmap();
+    block_on(subscription.read_begin());
+    assert_eq!(*told.lock().unwrap(), []);
+}
+
+/// A driver that has mapped the memory until it is told.
+struct Mapped(AtomicBool);
+
+impl IntervalNotifier for Mapped {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        self.0.store(false, Ordering::Release);
+        Ok(None)
+    }
+}
+
+fn after_munmap_no_reader_gets_an_answer_from_before_it() {
+    let _fork = no_fork();
+    let source = Running::new();
+    let stale = AtomicU64::new(0);
+    for _ in 0..2000 {
+        let memory = Raw::map(2);
+        let _watch = source.uffd.watch(memory.range()).unwrap();
+        let device = source.space.insert(memory.range(), Mapped(AtomicBool::new(true))).unwrap();
+        let unmapped = AtomicBool::new(false);
+        thread::scope(|scope| {
+            scope.spawn(|| {
+                memory.unmap();
+                unmapped.store(true, Ordering::Release);
+            });
+            scope.spawn(|| {
+                while !unmapped.load(Ordering::Acquire) {
+                    std::hint::spin_loop();
+                }
+                let began = block_on(device.read_begin());
+                // The device has let go, and nothing more is to come: the answer is from after the change.
+                stale.fetch_add(u64::from(device.0.load(Ordering::Acquire) || device.read_retry(began)), Ordering::Relaxed);
+            });
+        });
+    }
+    assert_eq!(stale.into_inner(), 0, "answers from before the change");
+}
+
+/// A driver whose first pass takes a lock of the program.
+struct Locks(Arc<Mutex<u64>>);
+
+impl IntervalNotifier for Locks {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        *self.0.lock().unwrap() += 1;
+        invalidation.set_seq();
+        Ok(None)
+    }
+}
+
+/// ofiwg/libfabric#5554, #5580: memory is given back inside the allocator's lock, and the monitor needs that lock.
+fn a_lock_that_is_held_across_munmap_does_not_stop_the_reader() {
+    let _fork = no_fork();
+    let source = Running::new();
+    let allocator = Arc::new(Mutex::new(0));
+    let (first, second) = (Raw::map(1), Raw::map(1));
+    let _watches = [source.uffd.watch(first.range()).unwrap(), source.uffd.watch(second.range()).unwrap()];
+    let _device = source.space.insert(AddressRange::ALL, Locks(allocator.clone())).unwrap();
+    {
+        let held = allocator.lock().unwrap();
+        // The delivery of the first waits for the lock that this thread holds; the second has to be read all the same.
+        first.unmap();
+        second.unmap();
+        assert_eq!(*held, 0);
+    }
+    eventually("both are delivered", || *allocator.lock().unwrap() == 2);
+}
+
+/// A driver whose device takes until it is let go.
+struct Slow(Arc<Mutex<Vec<futures::channel::oneshot::Sender<()>>>>);
+
+impl IntervalNotifier for Slow {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        let (send, receive) = futures::channel::oneshot::channel();
+        self.0.lock().unwrap().push(send);
+        Ok(Some(PassFuture::new(async move { receive.await.unwrap_or(()) })))
+    }
+}
+
+fn a_change_is_read_while_an_earlier_one_waits_for_a_device() {
+    let _fork = no_fork();
+    let source = Running::new();
+    let memory = Raw::map(8);
+    let _watch = source.uffd.watch(memory.range()).unwrap();
+    let calls = Arc::new(Mutex::new(Vec::new()));
+    let device = source.space.insert(memory.range(), Slow(calls.clone())).unwrap();
+    for page in 0..8 {
+        memory.part(page, 1).unmap();
+    }
+    eventually("all are started while none is done", || calls.lock().unwrap().len() == 8);
+    assert_eq!(source.space.active().len(), 8);
+    assert!(futures::FutureExt::now_or_never(device.read_begin()).is_none(), "a reader waits for the device");
+    calls.lock().unwrap().clear();
+    eventually("all end", || source.space.active().is_empty());
+    block_on(device.read_begin());
+}
+
+fn fork_invalidates_what_is_watched() {
+    let _fork = alone();
+    let source = Running::new();
+    let memory = Raw::map(3);
+    let _watch = source.uffd.watch(memory.range()).unwrap();
+    let (subscription, told) = log(&source.space, memory.range());
+    let mut child = std::process::Command::new("true");
+    // SAFETY: does nothing; with a hook the standard library forks instead of spawning without a copy of the memory.
+    unsafe { child.pre_exec(|| Ok(())) };
+    assert!(child.status().unwrap().success());
+    block_on(subscription.read_begin());
+    assert_eq!(*told.lock().unwrap(), [(Event::ProtectionPage, memory.range())]);
+    // The parent's memory is still watched.
+    memory.unmap();
+    block_on(subscription.read_begin());
+    assert_eq!(told.lock().unwrap().last(), Some(&(Event::Unmap, memory.range())));
+}
+
+/// ofiwg/libfabric#5361.
+fn a_handle_that_is_dropped_does_not_unwatch_a_new_one_at_the_same_address() {
+    let _fork = no_fork();
+    let source = Running::new();
+    let memory = Raw::map(2);
+    let old = source.uffd.watch(memory.range()).unwrap();
+    let (subscription, told) = log(&source.space, memory.range());
+    memory.map_over();
+    block_on(subscription.read_begin());
+    let new = source.uffd.watch(memory.range()).unwrap();
+    drop(old);
+    told.lock().unwrap().clear();
+    memory.unmap();
+    block_on(subscription.read_begin());
+    assert_eq!(*told.lock().unwrap(), [(Event::Unmap, memory.range())]);
+    drop(new);
+}
+
+/// ofiwg/libfabric#6474: two monitors of one process.
+fn a_second_userfaultfd_in_the_process_is_an_error_that_names_the_range() {
+    let _fork = no_fork();
+    let (one, two) = (Running::new(), Running::new());
+    let memory = Raw::map(2);
+    let watch = one.uffd.watch(memory.range()).unwrap();
+    let refused = two.uffd.watch(memory.range()).unwrap_err();
+    assert!(matches!(refused, UffdError::Watch { range, .. } if range == memory.range()), "{refused:?}");
+    assert!(refused.to_string().contains("another userfaultfd"), "{refused}");
+    // The first one's watch was not touched.
+    let (subscription, told) = log(&one.space, memory.range());
+    memory.part(0, 1).unmap();
+    block_on(subscription.read_begin());
+    assert_eq!(told.lock().unwrap().len(), 1);
+    drop(watch);
+    let _free_now = two.uffd.watch(memory.part(1, 1).range()).unwrap();
+    let gone = one.uffd.watch(memory.part(0, 1).range()).unwrap_err();
+    assert!(matches!(gone, UffdError::Watch { .. }), "not mapped: {gone:?}");
+    memory.part(1, 1).unmap();
+}
+
+fn without_permission_the_error_names_the_sysctl_and_the_capability() {
+    let _fork = alone();
+    if !rustix::process::geteuid().is_root() {
+        return; // Run by somebody who is permitted and is not root: there is nobody to become.
+    }
+    // As a copy where nobody may read it.
+    let directory = std::env::temp_dir().join(format!("shootdown-nobody-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let program = directory.join("source");
+    std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    let output = std::process::Command::new(&program).env("SHOOTDOWN_AS_NOBODY", "1").uid(65534).gid(65534).output().unwrap();
+    std::fs::remove_dir_all(&directory).unwrap();
+    let said = String::from_utf8_lossy(&output.stdout);
+    assert!(said.contains("vm.unprivileged_userfaultfd") && said.contains("CAP_SYS_PTRACE"), "{said}");
+}
+
+fn when_the_reader_is_dropped_nobody_hangs() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, reader, mut deliveries) = Uffd::open(&space).unwrap();
+    let memory = Raw::map(2);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    let unmapping = thread::spawn(move || memory.unmap());
+    // Nobody reads: the thread waits in the kernel, for as long as we look.
+    thread::sleep(Duration::from_millis(50));
+    assert!(!unmapping.is_finished());
+    drop(reader);
+    unmapping.join().unwrap();
+    assert_eq!(uffd.watch(Raw::map(1).range()).unwrap_err(), UffdError::Closed);
+    block_on(deliveries.deliver());
+}
+
+fn when_the_deliveries_are_dropped_nobody_hangs() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, deliveries) = Uffd::open(&space).unwrap();
+    let memory = Raw::map(2);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    let (subscription, told) = log(&space, memory.range());
+    let unmapping = thread::spawn(move || memory.part(0, 1).unmap());
+    eventually("the event is read", || reader.read().unwrap() > 0 || unmapping.is_finished());
+    unmapping.join().unwrap();
+    assert!(futures::FutureExt::now_or_never(subscription.read_begin()).is_none(), "read and not delivered: readers wait");
+    drop(deliveries);
+    block_on(subscription.read_begin());
+    assert_eq!(*told.lock().unwrap(), [(Event::Unmap, memory.part(0, 1).range())]);
+    memory.part(1, 1).unmap();
+    reader.read().unwrap();
+    block_on(subscription.read_begin());
+    assert_eq!(uffd.watch(Raw::map(1).range()).unwrap_err(), UffdError::Closed);
+}
+
+fn more_changes_than_there_is_room_for_invalidate_everything_watched() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
+    let (memory, other) = (Raw::map(1500), Raw::map(1));
+    let _watches = [uffd.watch(memory.range()).unwrap(), uffd.watch(other.range()).unwrap()];
+    let (subscription, told) = log(&space, other.range());
+    let unmapping =
+        thread::spawn(move || (0..1500).step_by(2).chain((1..1500).step_by(2)).for_each(|page| memory.part(page, 1).unmap()));
+    let mut read = 0;
+    eventually("all are read, and none is delivered", || {
+        read += reader.read().unwrap();
+        // A fork of another test's is an event, too.
+        read >= 1500
+    });
+    unmapping.join().unwrap();
+    assert!(block_on(deliveries.deliver()) > 1024);
+    block_on(subscription.read_begin());
+    assert_eq!(*told.lock().unwrap(), [(Event::Unmap, other.range())], "what was lost may have been here");
+}
