@@ -47,6 +47,10 @@ const FEATURES: u32 =
 /// Run the two on different threads (or the reader on a thread and the delivery as a task); on one thread, a delivery that
 /// waits for a lock which a thread inside `munmap` holds, if only the allocator's, waits for ever.
 ///
+/// A thread inside `fork` holds *all* locks of the allocator and waits for the reader, so the reader's thread must be in [`run`](Reader::run) before the program
+/// forks: a thread allocates while it starts. An executor's thread may be about to allocate at any moment; a program that forks gives the reader a
+/// thread of its own.
+///
 /// # What remains
 /// - For `munmap` and `mremap` the pages are gone before the event is raised. A thread that maps the same address between the two gets memory to
 ///   which a device may still have the old mapping, until the invalidation has been delivered. [`OwnedMapping`](super::OwnedMapping)

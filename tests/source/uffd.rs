@@ -49,6 +49,11 @@ impl Running {
         let space = AddressSpace::new();
         let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
         let threads = vec![thread::spawn(move || reader.run().unwrap()), thread::spawn(move || deliveries.run().unwrap())];
+        // A thread allocates while it starts, and a thread inside `fork` holds the allocator's locks: the reader must be there before.
+        let page = Raw::map(1);
+        let watch = uffd.watch(page.range()).unwrap();
+        page.unmap();
+        drop(watch);
         Self { space, uffd, threads }
     }
 }
