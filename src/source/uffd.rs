@@ -217,10 +217,19 @@ fn pages(range: AddressRange) -> AddressRange {
     AddressRange::new(start, last.wrapping_sub(start).wrapping_add(1)).unwrap_or(AddressRange::ALL)
 }
 
-/// The kernel refuses for memory that is gone, which is as good.
+/// Ends the kernel's watch of all pages of `range` that are still ours.
+///
+/// It refuses for a range in which there is somebody else's memory by now, as a whole; so what it refuses is tried again in halves.
 fn unregister(fd: &OwnedFd, range: AddressRange) {
-    if let Some(len) = range.len() {
-        let _ = uffd::unregister(fd, range.start(), len);
+    let Some(len) = range.len() else { return };
+    if uffd::unregister(fd, range.start(), len).is_ok() || len <= page_size() as u64 {
+        return;
+    }
+    let half = (len / 2).next_multiple_of(page_size() as u64);
+    for part in [AddressRange::new(range.start(), half), AddressRange::new(range.start() + half, len - half)] {
+        if let Ok(part) = part {
+            unregister(fd, part);
+        }
     }
 }
 

@@ -52,7 +52,9 @@ impl Running {
         // A thread allocates while it starts, and a thread inside `fork` holds the allocator's locks: the reader must be there before.
         let page = Raw::map(1);
         let watch = uffd.watch(page.range()).unwrap();
+        let probe = log(&space, page.range()).0;
         page.unmap();
+        block_on(probe.read_begin());
         drop(watch);
         Self { space, uffd, threads }
     }
@@ -141,7 +143,7 @@ fn after_munmap_no_reader_gets_an_answer_from_before_it() {
     let _fork = no_fork();
     let source = Running::new();
     let stale = AtomicU64::new(0);
-    for _ in 0..2000 {
+    for _ in 0..500 {
         let memory = Raw::map(2);
         let _watch = source.uffd.watch(memory.range()).unwrap();
         let device = source.space.insert(memory.range(), Mapped(AtomicBool::new(true))).unwrap();
@@ -153,7 +155,7 @@ fn after_munmap_no_reader_gets_an_answer_from_before_it() {
             });
             scope.spawn(|| {
                 while !unmapped.load(Ordering::Acquire) {
-                    std::hint::spin_loop();
+                    thread::yield_now();
                 }
                 let began = block_on(device.read_begin());
                 // The device has let go, and nothing more is to come: the answer is from after the change.
