@@ -71,6 +71,8 @@ extern crate alloc;
 #[cfg(all(test, not(feature = "std")))]
 extern crate std;
 
+#[cfg(all(feature = "cache", not(any(loom, shuttle))))]
+pub mod cache;
 mod engine;
 mod entry;
 mod event;

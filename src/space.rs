@@ -189,7 +189,7 @@ pub struct Stats {
 }
 
 impl AddressSpace {
-    #[cfg(feature = "userfaultfd")]
+    #[cfg(any(feature = "cache", feature = "userfaultfd"))]
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }

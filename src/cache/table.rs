@@ -1,0 +1,431 @@
+//! What is registered: look-up, stages of a registration, limits.
+#![forbid(unsafe_code)]
+
+use super::attempt::{Attempt, Guardian, Teardown};
+use super::{Builder, CacheStats, Device, GetError, Merge};
+use crate::index::{Indexed, IntervalIndex};
+use crate::range::AddressRange;
+use crate::space::AddressSpace;
+use crate::subscription::Subscription;
+use crate::sync::Arc;
+use alloc::collections::VecDeque;
+use alloc::string::ToString;
+use alloc::sync::Weak;
+use alloc::vec::Vec;
+use core::any::Any;
+use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crossbeam_utils::CachePadded;
+use crossbeam_utils::sync::ShardedLock;
+use futures::channel::oneshot;
+use slab::Slab;
+use std::sync::{Mutex, PoisonError};
+
+/// Counters of hits, so that threads do not share one.
+const COUNTERS: usize = 16;
+
+/// Where a registration is in the table; used again, so `serial` tells it from an earlier one.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct Key {
+    slot: usize,
+    serial: u64,
+}
+
+impl Indexed for Key {
+    fn order(self) -> u64 {
+        self.serial
+    }
+}
+
+/// A registration that the device has. The table has one reference while look-ups find it, each user one; the last to go hands the handle to the
+/// teardown.
+pub(super) struct Live<D: Device> {
+    pub(super) range: AddressRange,
+    handle: Option<D::Handle>,
+    gone: Option<oneshot::Sender<D::Handle>>,
+}
+
+impl<D: Device> Live<D> {
+    pub(super) fn new(range: AddressRange, handle: D::Handle, gone: oneshot::Sender<D::Handle>) -> Self {
+        Self { range, handle: Some(handle), gone: Some(gone) }
+    }
+
+    #[inline]
+    pub(super) fn handle(&self) -> &D::Handle {
+        self.handle.as_ref().expect("the handle goes with the registration")
+    }
+}
+
+impl<D: Device> Drop for Live<D> {
+    fn drop(&mut self) {
+        if let (Some(gone), Some(handle)) = (self.gone.take(), self.handle.take()) {
+            // Nobody is there to take it only when the whole cache is gone, and the device with it.
+            let _ = gone.send(handle);
+        }
+    }
+}
+
+/// How far a registration is. An invalidation waits for what each stage has to wait for.
+pub(super) enum Stage<D: Device> {
+    /// The device was not asked yet.
+    Fresh,
+    /// The device is registering it.
+    Attempt,
+    /// Look-ups find it.
+    Live(Arc<Live<D>>, Leaving<D>),
+    /// Look-ups do not find it any more; somebody may use it.
+    Leaving(Leaving<D>),
+}
+
+/// A registration on its way out.
+pub(super) struct Leaving<D: Device> {
+    pub(super) teardown: Teardown,
+    pub(super) users: Weak<Live<D>>,
+    /// The device refuses to deregister it.
+    pub(super) stuck: Arc<AtomicBool>,
+}
+
+impl<D: Device> Leaving<D> {
+    pub(super) fn is_idle(&self) -> bool {
+        self.users.strong_count() == 0
+    }
+
+    pub(super) fn is_stuck(&self) -> bool {
+        self.stuck.load(Ordering::Acquire)
+    }
+}
+
+impl<D: Device> Clone for Leaving<D> {
+    fn clone(&self) -> Self {
+        Self { teardown: self.teardown.clone(), users: self.users.clone(), stuck: self.stuck.clone() }
+    }
+}
+
+pub(super) struct Slot<D: Device> {
+    serial: u64,
+    pub(super) range: AddressRange,
+    pub(super) stage: Stage<D>,
+    pub(super) attempt: Option<Attempt<D>>,
+    /// When it was used last, in misses.
+    used: AtomicU64,
+    subscription: Option<Arc<Subscription<Guardian<D>>>>,
+    _watch: Option<alloc::boxed::Box<dyn Any + Send + Sync>>,
+}
+
+pub(super) struct Table<D: Device> {
+    /// Live registrations.
+    index: IntervalIndex<Key>,
+    slots: Slab<Slot<D>>,
+    /// Live registrations, in order of when they were used last, as far as that is known: a look-up only notes the time.
+    oldest: VecDeque<(Key, u64)>,
+    serial: u64,
+    live_bytes: u64,
+    live: usize,
+}
+
+pub(super) struct Inner<D: Device> {
+    pub(super) space: AddressSpace,
+    pub(super) device: D,
+    pub(super) settings: Builder,
+    /// Look-ups take one shard of it, changes all.
+    table: ShardedLock<Table<D>>,
+    hits: [CachePadded<AtomicU64>; COUNTERS],
+    /// Rises with each miss.
+    clock: AtomicU64,
+    stats: Mutex<CacheStats>,
+}
+
+pub(super) enum Outcome<E> {
+    Live,
+    /// The memory was invalidated meanwhile.
+    Collided,
+    Failed(Arc<E>),
+}
+
+impl<E> Clone for Outcome<E> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Live => Self::Live,
+            Self::Collided => Self::Collided,
+            Self::Failed(error) => Self::Failed(error.clone()),
+        }
+    }
+}
+
+pub(super) enum Found<D: Device> {
+    Live(Arc<Live<D>>),
+    Attempt(Attempt<D>),
+}
+
+/// Which counter this thread counts in.
+fn counter() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    std::thread_local!(static OURS: usize = NEXT.fetch_add(1, Ordering::Relaxed) % COUNTERS);
+    OURS.with(|ours| *ours)
+}
+
+impl<D: Device> Inner<D> {
+    pub(super) fn new(space: &AddressSpace, device: D, settings: Builder) -> Self {
+        let table =
+            Table { index: IntervalIndex::new(), slots: Slab::new(), oldest: VecDeque::new(), serial: 0, live_bytes: 0, live: 0 };
+        Self {
+            space: space.clone(),
+            device,
+            settings,
+            table: ShardedLock::new(table),
+            hits: core::array::from_fn(|_| CachePadded::new(AtomicU64::new(0))),
+            clock: AtomicU64::new(0),
+            stats: Mutex::new(CacheStats::default()),
+        }
+    }
+
+    pub(super) fn write<R>(&self, work: impl FnOnce(&mut Table<D>) -> R) -> R {
+        work(&mut self.table.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    pub(super) fn count(&self, change: impl FnOnce(&mut CacheStats)) {
+        change(&mut self.stats.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(super) fn stats(&self) -> CacheStats {
+        let mut stats = *self.stats.lock().unwrap_or_else(PoisonError::into_inner);
+        stats.hits = self.hits.iter().map(|hits| hits.load(Ordering::Relaxed)).sum();
+        stats.registrations = self.write(|table| table.live) as u64;
+        stats
+    }
+
+    /// A look-up, counted.
+    #[inline]
+    pub(super) fn hit(&self, range: AddressRange) -> Option<Arc<Live<D>>> {
+        let live = self.hit_again(range)?;
+        self.hits[counter()].fetch_add(1, Ordering::Relaxed);
+        Some(live)
+    }
+
+    /// A look-up. The gate first: whoever finds it open sees what was invalidated while it was closed.
+    #[inline]
+    pub(super) fn hit_again(&self, range: AddressRange) -> Option<Arc<Live<D>>> {
+        if self.space.shared().gate.is_closed() {
+            return None;
+        }
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        table.covering(range, self.clock.load(Ordering::Relaxed))
+    }
+
+    /// What covers `range`, or an attempt to register that will.
+    pub(super) fn find_or_begin(self: &Arc<Self>, range: AddressRange) -> Result<Found<D>, GetError<D::Error>> {
+        let now = self.clock.fetch_add(1, Ordering::Relaxed) + 1;
+        let mask = self.settings.page - 1;
+        let pages = |range: AddressRange| {
+            let (start, last) = (range.start() & !mask, range.last() | mask);
+            AddressRange::new(start, last.wrapping_sub(start).wrapping_add(1)).unwrap_or(AddressRange::ALL)
+        };
+        let wanted = pages(range);
+        let found = |table: &Table<D>| {
+            if let Some(live) = table.covering(range, now) {
+                return Some(Found::Live(live));
+            }
+            let under_way = table.slots.iter().find_map(|(_, slot)| slot.attempt.clone().filter(|_| slot.range.covers(range)));
+            under_way.map(Found::Attempt)
+        };
+        let (known, target) = self.write(|table| (found(table), table.merged(wanted, self.settings.merge)));
+        if let Some(found) = known {
+            return Ok(found);
+        }
+        // Outside of the lock: to watch and to subscribe takes locks of their own.
+        let _watch = self.watch(target)?;
+        let key = self.write(|table| {
+            table.serial += 1;
+            let serial = table.serial;
+            let slot = Slot {
+                serial,
+                range: target,
+                stage: Stage::Fresh,
+                attempt: None,
+                used: AtomicU64::new(now),
+                subscription: None,
+                _watch,
+            };
+            Key { slot: table.slots.insert(slot), serial }
+        });
+        let guardian = Guardian { inner: Arc::downgrade(self), key };
+        let subscription = match self.space.insert(target, guardian) {
+            Ok(subscription) => Arc::new(subscription),
+            Err(error) => {
+                let why = error.to_string();
+                self.forget(key);
+                return Err(GetError::Unwatched(why));
+            }
+        };
+        let attempt = Attempt::new(self.clone(), key, target, subscription.clone());
+        let (found, unused) = self.write(|table| match found(table) {
+            // Another caller was quicker.
+            Some(found) => (found, true),
+            None => {
+                if let Some(slot) = table.get(key) {
+                    slot.subscription = Some(subscription);
+                    slot.attempt = Some(attempt.clone());
+                }
+                (Found::Attempt(attempt), false)
+            }
+        });
+        if unused {
+            self.forget(key);
+        }
+        Ok(found)
+    }
+
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    fn watch(&self, range: AddressRange) -> Result<Option<alloc::boxed::Box<dyn Any + Send + Sync>>, GetError<D::Error>> {
+        let Some(uffd) = &self.settings.uffd else { return Ok(None) };
+        match uffd.watch(range) {
+            Ok(watch) => Ok(Some(alloc::boxed::Box::new(watch))),
+            Err(error) => Err(GetError::Unwatched(error.to_string())),
+        }
+    }
+
+    #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
+    fn watch(&self, _range: AddressRange) -> Result<Option<alloc::boxed::Box<dyn Any + Send + Sync>>, GetError<D::Error>> {
+        Ok(None)
+    }
+
+    /// A registration is over. What it held is dropped outside of the lock.
+    pub(super) fn forget(&self, key: Key) {
+        let slot = self.write(|table| table.get(key).is_some().then(|| table.slots.remove(key.slot)));
+        drop(slot);
+    }
+
+    /// Gives up idle registrations while there are more than the limits allow.
+    pub(super) fn evict_over_limits(&self) -> Vec<Teardown> {
+        let Builder { max_bytes, max_registrations, .. } = self.settings;
+        self.evict(|table| table.live_bytes > max_bytes || table.live > max_registrations)
+    }
+
+    pub(super) fn evict_all_idle(&self) -> Vec<Teardown> {
+        self.evict(|_| true)
+    }
+
+    fn evict(&self, mut over: impl FnMut(&Table<D>) -> bool) -> Vec<Teardown> {
+        let (teardowns, live) = self.write(|table| {
+            let (mut teardowns, mut dropped) = (Vec::new(), Vec::new());
+            // Each once: those used since they were queued go to the end, and so do those in use.
+            for _ in 0..table.oldest.len() {
+                if !over(table) {
+                    break;
+                }
+                let Some((key, queued)) = table.oldest.pop_front() else { break };
+                let Some(slot) = table.get(key) else { continue };
+                let used = slot.used.load(Ordering::Relaxed);
+                let Stage::Live(live, _) = &slot.stage else { continue };
+                let idle = Arc::strong_count(live) == 1;
+                if !idle || used > queued {
+                    table.oldest.push_back((key, used));
+                    continue;
+                }
+                if let Some((live, teardown)) = table.leave(key) {
+                    dropped.push(live);
+                    teardowns.push(teardown);
+                }
+            }
+            (teardowns, dropped)
+        });
+        self.count(|stats| stats.evictions += teardowns.len() as u64);
+        drop(live);
+        teardowns
+    }
+
+    pub(super) fn leaving(&self) -> Vec<Leaving<D>> {
+        let leaving = |slot: &Slot<D>| match &slot.stage {
+            Stage::Leaving(leaving) => Some(leaving.clone()),
+            _ => None,
+        };
+        self.table.read().unwrap_or_else(PoisonError::into_inner).slots.iter().filter_map(|(_, slot)| leaving(slot)).collect()
+    }
+}
+
+impl<D: Device> Table<D> {
+    pub(super) fn get(&mut self, key: Key) -> Option<&mut Slot<D>> {
+        self.slots.get_mut(key.slot).filter(|slot| slot.serial == key.serial)
+    }
+
+    #[inline]
+    fn covering(&self, range: AddressRange, now: u64) -> Option<Arc<Live<D>>> {
+        let mut found = None;
+        self.index.overlapping(range, |key| {
+            if found.is_none()
+                && let Some(slot) = self.slots.get(key.slot)
+                && slot.range.covers(range)
+                && let Stage::Live(live, _) = &slot.stage
+            {
+                if slot.used.load(Ordering::Relaxed) != now {
+                    slot.used.store(now, Ordering::Relaxed);
+                }
+                found = Some(live.clone());
+            }
+        });
+        found
+    }
+
+    /// What a miss of `wanted` registers.
+    fn merged(&self, wanted: AddressRange, merge: Merge) -> AddressRange {
+        let mut target = wanted;
+        if merge == Merge::Touching {
+            loop {
+                let (mut start, mut last) = (target.start(), target.last());
+                self.index.overlapping(touching(target), |key| {
+                    if let Some(slot) = self.slots.get(key.slot) {
+                        (start, last) = (start.min(slot.range.start()), last.max(slot.range.last()));
+                    }
+                });
+                if (start, last) == (target.start(), target.last()) {
+                    break;
+                }
+                target = AddressRange::new(start, (last - start).saturating_add(1)).unwrap_or(AddressRange::ALL);
+            }
+        }
+        target
+    }
+
+    /// Look-ups find it from now on.
+    pub(super) fn publish(&mut self, key: Key, live: Arc<Live<D>>, leaving: Leaving<D>) {
+        let Some(slot) = self.get(key) else { return };
+        slot.stage = Stage::Live(live, leaving);
+        slot.attempt = None;
+        let (range, used) = (slot.range, slot.used.load(Ordering::Relaxed));
+        self.index.insert(range, key);
+        self.oldest.push_back((key, used));
+        self.live += 1;
+        self.live_bytes += range.len().unwrap_or(u64::MAX);
+    }
+
+    /// Look-ups find it no more. Returns the table's reference, to be dropped outside of the lock, and what ends the registration.
+    pub(super) fn leave(&mut self, key: Key) -> Option<(Arc<Live<D>>, Teardown)> {
+        let slot = self.get(key)?;
+        let Stage::Live(live, leaving) = &slot.stage else { return None };
+        let (live, leaving, range) = (live.clone(), leaving.clone(), slot.range);
+        let teardown = leaving.teardown.clone();
+        slot.stage = Stage::Leaving(leaving);
+        self.index.remove(range, key);
+        self.live -= 1;
+        self.live_bytes -= range.len().unwrap_or(u64::MAX);
+        Some((live, teardown))
+    }
+
+    /// Live registrations that a new one of `range` replaces.
+    pub(super) fn replaced(&self, range: AddressRange, merge: Merge) -> Vec<Key> {
+        let mut replaced = Vec::new();
+        if merge == Merge::Touching {
+            self.index.overlapping(range, |key| {
+                if self.slots.get(key.slot).is_some_and(|slot| range.covers(slot.range)) {
+                    replaced.push(key);
+                }
+            });
+        }
+        replaced
+    }
+}
+
+/// The range and one byte on either side.
+fn touching(range: AddressRange) -> AddressRange {
+    let (start, last) = (range.start().saturating_sub(1), range.last().saturating_add(1));
+    AddressRange::new(start, (last - start).saturating_add(1)).unwrap_or(AddressRange::ALL)
+}
