@@ -1,6 +1,7 @@
 //! `source` on real memory. Where userfaultfd is not permitted, the tests that need it count as ignored, and say why.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
+mod cache;
 mod mapping;
 mod memory;
 mod uffd;
@@ -29,8 +30,14 @@ fn main() {
             }
         })
     };
+    let no_ring = io_uring::IoUring::new(2).err().map(|error| format!("io_uring is not permitted: {error}"));
+    let proof = Trial::test("the_proof_on_io_uring", || Ok(cache::the_proof_on_io_uring()));
+    let proof = match refused.clone().or(no_ring) {
+        None => proof,
+        Some(why) => proof.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
+    };
     let plain = mapping::tests().into_iter().map(|(name, test)| Trial::test(name, move || Ok(test())));
-    let trials = plain.chain(needs(uffd::tests())).collect();
+    let trials = plain.chain(needs(uffd::tests())).chain(needs(cache::tests())).chain([proof]).collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
 

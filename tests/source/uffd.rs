@@ -29,23 +29,23 @@ crate::list![
 /// allocate, would never come. So whoever forks is alone.
 static FORK: RwLock<()> = RwLock::new(());
 
-fn no_fork() -> RwLockReadGuard<'static, ()> {
+pub fn no_fork() -> RwLockReadGuard<'static, ()> {
     FORK.read().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn alone() -> RwLockWriteGuard<'static, ()> {
+pub fn alone() -> RwLockWriteGuard<'static, ()> {
     FORK.write().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// A source with its two threads, ended when dropped.
-struct Running {
-    space: AddressSpace,
-    uffd: Uffd,
+pub struct Running {
+    pub space: AddressSpace,
+    pub uffd: Uffd,
     threads: Vec<thread::JoinHandle<()>>,
 }
 
 impl Running {
-    fn new() -> Self {
+    pub fn new() -> Self {
         let space = AddressSpace::new();
         let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
         let threads = vec![thread::spawn(move || reader.run().unwrap()), thread::spawn(move || deliveries.run().unwrap())];

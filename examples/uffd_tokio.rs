@@ -1,0 +1,64 @@
+//! Userfaultfd's events on tokio: `cargo run --release --features userfaultfd --example uffd_tokio`.
+//!
+//! The reader has a thread of its own, as a program that forks needs it (a thread inside `fork` holds the allocator's locks and waits for the reader);
+//! the delivery is a task that waits for its descriptor with `AsyncFd`.
+#![allow(missing_docs, clippy::print_stdout, clippy::print_stderr)]
+
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use shootdown::source::Uffd;
+use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use std::error::Error;
+use std::os::fd::AsFd;
+use tokio::io::unix::AsyncFd;
+
+const LEN: usize = 1 << 20;
+
+/// Says what it is told; its device needs a millisecond.
+struct Device;
+
+impl IntervalNotifier for Device {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        println!("first pass: {} of {}", invalidation.event().name(), invalidation.range());
+        invalidation.set_seq();
+        Ok(Some(PassFuture::new(async {
+            tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            println!("the device has let go");
+        })))
+    }
+}
+
+#[tokio::main]
+async fn main() -> Result<(), Box<dyn Error>> {
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space)?;
+    let reading = std::thread::spawn(move || reader.run());
+    tokio::spawn(async move {
+        // A copy of the descriptor to wait for, so that the handle stays free to be used.
+        // SAFETY: the copy is open as long as the `AsyncFd` that owns it.
+        let bell = unsafe { AsyncFd::register(deliveries.as_fd().try_clone_to_owned()?)? };
+        loop {
+            bell.readable().await?.clear_ready();
+            deliveries.clear();
+            // A task of its own, so that what is read meanwhile is delivered while this one waits for the device.
+            tokio::spawn(deliveries.deliver());
+        }
+        #[expect(unreachable_code, reason = "says of what type errors are")]
+        Ok::<_, std::io::Error>(())
+    });
+
+    // SAFETY: a new mapping where the kernel chooses.
+    let memory = unsafe { mmap_anonymous(std::ptr::null_mut(), LEN, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)? };
+    let range = AddressRange::new(memory.addr() as u64, LEN as u64)?;
+    let _watch = uffd.watch(range)?;
+    let device = space.insert(range, Device)?;
+
+    // SAFETY: nothing refers to the memory.
+    unsafe { munmap(memory, LEN)? };
+    println!("munmap has returned");
+    device.read_begin().await;
+    println!("a reader that began after it has waited for the device");
+
+    uffd.stop();
+    reading.join().expect("the reader does not panic")?;
+    Ok(())
+}
