@@ -5,6 +5,9 @@
 //! its scaled goal. `--json FILE` writes everything as JSON, `--plot FILE` the curves as SVG (`target/table.svg` by default).
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
+#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+#[path = "table/cache.rs"]
+mod cache;
 #[path = "table/curves.rs"]
 mod curves;
 #[path = "table/devices.rs"]
@@ -303,6 +306,10 @@ fn main() {
     let mut table = Table { rows: Vec::new(), scale };
     by_population(&mut harness, &mut table);
     by_hits(&mut harness, &mut table);
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    cache::measure(&mut harness, &mut table);
+    #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
+    println!("left out: the rows of the registration cache, which need --features userfaultfd");
     let curves = curves::measure(&mut harness);
     for row in curves::bounds(&curves) {
         table.rows.push(row);

@@ -48,10 +48,12 @@
 //!
 //! | what | where |
 //! | --- | --- |
+//! | registrations of memory with a device, kept and never stale (feature `cache`) | `cache` |
+//! | where invalidations come from: owned mappings, userfaultfd (features `mapping`, `userfaultfd`) | `source` |
 //! | drivers: [`DriverLock`] with the collision-retry loop, [`Inbox`] for drivers that are tasks, [`AsyncIntervalNotifier`] | `mirror` |
 //! | [`AddressSpace`], [`Subscription`] | `space`, `subscription` |
 //! | start, join, end; whoever waits helps: [`Invalidate`], [`InvalidationGuard`], [`ReadBegin`], [`Remove`] | `engine` |
-//! | a registered notifier in memory (all the `unsafe` there is) | `entry` |
+//! | a registered notifier in memory (all the `unsafe` there is, but for the system calls of `source`) | `entry` |
 //! | what a driver implements and is told: [`IntervalNotifier`], [`Invalidation`], [`PassFuture`] | `notifier`, `pass` |
 //! | the sequence protocol, a plain state machine | `protocol` |
 //! | which intervals overlap a range, in order | `index` |
@@ -63,6 +65,9 @@
 //! `std` (default): contending threads yield to the operating system, panics of driver code are caught and resumed in the caller, and
 //! invalidations have an age. Without it the crate is `no_std` + `alloc`; a panic of driver code then leaves its range
 //! under invalidation, because there is nothing to catch it with.
+//!
+//! `cache`: the registration cache. `mapping` (Unix): memory that invalidates before it changes. `userfaultfd` (Linux): memory that somebody else
+//! unmaps; includes the other two.
 //!
 //! `test-util`: faults on demand for the tests of drivers, in `test_util`.
 #![cfg_attr(not(feature = "std"), no_std)]

@@ -345,7 +345,7 @@ fn in_a_released_space_nothing_is_registered() {
 #[test]
 fn under_load_no_transfer_is_stale_and_nothing_is_left() {
     let (space, nic) = (AddressSpace::new(), Nic::default());
-    let cache = RegistrationCache::<Nic>::builder().max_registrations(6).merge(Merge::Touching).build(&space, nic.clone());
+    let cache = RegistrationCache::<Nic>::builder().max_registrations(2).merge(Merge::Touching).build(&space, nic.clone());
     // A generation for each page, which changes only under the guard.
     let memory: Vec<AtomicU64> = (0..64).map(|_| AtomicU64::new(0)).collect();
     let random = |seed: u64| {

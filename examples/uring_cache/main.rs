@@ -134,7 +134,10 @@ fn cached(options: &Options, file: &File) -> Result<Run, Box<dyn Error>> {
     let buffers = Buffers::map(1)?;
     let range = buffers.range(0);
     drop(block_on(cache.get(range))?);
-    let hit_ns = nanoseconds(100_000, || Ok(drop(block_on(cache.get(range))?)))?;
+    let hit_ns = nanoseconds(100_000, || {
+        drop(block_on(cache.get(range))?);
+        Ok(())
+    })?;
     let registrations = cache.stats().misses;
     block_on(cache.flush());
     uffd.stop();

@@ -88,10 +88,7 @@ async fn attempt<D: Device>(
     let mut published = Some(live);
     let replaced = inner.write(|table| {
         if subscription.read_retry(sequence) {
-            if let Some(slot) = table.get(key) {
-                slot.stage = Stage::Leaving(leaving);
-                slot.attempt = None;
-            }
+            table.reject(key, leaving);
             return None;
         }
         let replaced = table.replaced(range, inner.settings.merge);
@@ -165,7 +162,7 @@ impl<D: Device> IntervalNotifier for Guardian<D> {
             match &slot.stage {
                 Stage::Fresh => None,
                 Stage::Attempt => slot.attempt.clone().map(|attempt| PassFuture::new(attempt.map(drop))),
-                Stage::Live(_, leaving) | Stage::Leaving(leaving) => Some(PassFuture::new(leaving.teardown.clone())),
+                Stage::Live(leaving) | Stage::Leaving(leaving) => Some(PassFuture::new(leaving.teardown.clone())),
             }
         });
         if left.is_some() {

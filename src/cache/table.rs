@@ -40,13 +40,15 @@ impl Indexed for Key {
 /// teardown.
 pub(super) struct Live<D: Device> {
     pub(super) range: AddressRange,
+    /// When it was used last, in misses.
+    used: AtomicU64,
     handle: Option<D::Handle>,
     gone: Option<oneshot::Sender<D::Handle>>,
 }
 
 impl<D: Device> Live<D> {
     pub(super) fn new(range: AddressRange, handle: D::Handle, gone: oneshot::Sender<D::Handle>) -> Self {
-        Self { range, handle: Some(handle), gone: Some(gone) }
+        Self { range, used: AtomicU64::new(0), handle: Some(handle), gone: Some(gone) }
     }
 
     #[inline]
@@ -71,7 +73,7 @@ pub(super) enum Stage<D: Device> {
     /// The device is registering it.
     Attempt,
     /// Look-ups find it.
-    Live(Arc<Live<D>>, Leaving<D>),
+    Live(Leaving<D>),
     /// Look-ups do not find it any more; somebody may use it.
     Leaving(Leaving<D>),
 }
@@ -105,8 +107,8 @@ pub(super) struct Slot<D: Device> {
     pub(super) range: AddressRange,
     pub(super) stage: Stage<D>,
     pub(super) attempt: Option<Attempt<D>>,
-    /// When it was used last, in misses.
-    used: AtomicU64,
+    /// When it was asked for.
+    began: u64,
     subscription: Option<Arc<Subscription<Guardian<D>>>>,
     _watch: Option<alloc::boxed::Box<dyn Any + Send + Sync>>,
 }
@@ -115,6 +117,12 @@ pub(super) struct Table<D: Device> {
     /// Live registrations.
     index: IntervalIndex<Key>,
     slots: Slab<Slot<D>>,
+    /// The live ones again, by slot: all that a look-up needs, close together.
+    lives: Vec<Option<Arc<Live<D>>>>,
+    /// Attempts that have begun and not ended.
+    under_way: Vec<Key>,
+    /// Registrations on their way out.
+    leaving: Vec<Key>,
     /// Live registrations, in order of when they were used last, as far as that is known: a look-up only notes the time.
     oldest: VecDeque<(Key, u64)>,
     serial: u64,
@@ -165,8 +173,17 @@ fn counter() -> usize {
 
 impl<D: Device> Inner<D> {
     pub(super) fn new(space: &AddressSpace, device: D, settings: Builder) -> Self {
-        let table =
-            Table { index: IntervalIndex::new(), slots: Slab::new(), oldest: VecDeque::new(), serial: 0, live_bytes: 0, live: 0 };
+        let table = Table {
+            index: IntervalIndex::new(),
+            slots: Slab::new(),
+            lives: Vec::new(),
+            under_way: Vec::new(),
+            leaving: Vec::new(),
+            oldest: VecDeque::new(),
+            serial: 0,
+            live_bytes: 0,
+            live: 0,
+        };
         Self {
             space: space.clone(),
             device,
@@ -224,10 +241,15 @@ impl<D: Device> Inner<D> {
             if let Some(live) = table.covering(range, now) {
                 return Some(Found::Live(live));
             }
-            let under_way = table.slots.iter().find_map(|(_, slot)| slot.attempt.clone().filter(|_| slot.range.covers(range)));
+            let slots =
+                table.under_way.iter().filter_map(|key| table.slots.get(key.slot).filter(|slot| slot.serial == key.serial));
+            let under_way = slots.filter(|slot| slot.range.covers(range)).find_map(|slot| slot.attempt.clone());
             under_way.map(Found::Attempt)
         };
-        let (known, target) = self.write(|table| (found(table), table.merged(wanted, self.settings.merge)));
+        let (known, target) = {
+            let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+            (found(&table), table.merged(wanted, self.settings.merge))
+        };
         if let Some(found) = known {
             return Ok(found);
         }
@@ -236,15 +258,7 @@ impl<D: Device> Inner<D> {
         let key = self.write(|table| {
             table.serial += 1;
             let serial = table.serial;
-            let slot = Slot {
-                serial,
-                range: target,
-                stage: Stage::Fresh,
-                attempt: None,
-                used: AtomicU64::new(now),
-                subscription: None,
-                _watch,
-            };
+            let slot = Slot { serial, range: target, stage: Stage::Fresh, attempt: None, began: now, subscription: None, _watch };
             Key { slot: table.slots.insert(slot), serial }
         });
         let guardian = Guardian { inner: Arc::downgrade(self), key };
@@ -264,6 +278,7 @@ impl<D: Device> Inner<D> {
                 if let Some(slot) = table.get(key) {
                     slot.subscription = Some(subscription);
                     slot.attempt = Some(attempt.clone());
+                    table.under_way.push(key);
                 }
                 (Found::Attempt(attempt), false)
             }
@@ -290,13 +305,20 @@ impl<D: Device> Inner<D> {
 
     /// A registration is over. What it held is dropped outside of the lock.
     pub(super) fn forget(&self, key: Key) {
-        let slot = self.write(|table| table.get(key).is_some().then(|| table.slots.remove(key.slot)));
+        let slot = self.write(|table| {
+            table.end_attempt(key);
+            table.leaving.retain(|other| *other != key);
+            table.get(key).is_some().then(|| table.slots.remove(key.slot))
+        });
         drop(slot);
     }
 
     /// Gives up idle registrations while there are more than the limits allow.
     pub(super) fn evict_over_limits(&self) -> Vec<Teardown> {
         let Builder { max_bytes, max_registrations, .. } = self.settings;
+        if max_bytes == u64::MAX && max_registrations == usize::MAX {
+            return Vec::new();
+        }
         self.evict(|table| table.live_bytes > max_bytes || table.live > max_registrations)
     }
 
@@ -314,9 +336,10 @@ impl<D: Device> Inner<D> {
                 }
                 let Some((key, queued)) = table.oldest.pop_front() else { break };
                 let Some(slot) = table.get(key) else { continue };
-                let used = slot.used.load(Ordering::Relaxed);
-                let Stage::Live(live, _) = &slot.stage else { continue };
-                let idle = Arc::strong_count(live) == 1;
+                let Stage::Live(leaving) = &slot.stage else { continue };
+                // The table's own reference is one.
+                let idle = leaving.users.strong_count() == 1;
+                let Some(used) = leaving.users.upgrade().map(|live| live.used.load(Ordering::Relaxed)) else { continue };
                 if !idle || used > queued {
                     table.oldest.push_back((key, used));
                     continue;
@@ -334,11 +357,13 @@ impl<D: Device> Inner<D> {
     }
 
     pub(super) fn leaving(&self) -> Vec<Leaving<D>> {
+        let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
+        let slots = table.leaving.iter().filter_map(|key| table.slots.get(key.slot));
         let leaving = |slot: &Slot<D>| match &slot.stage {
             Stage::Leaving(leaving) => Some(leaving.clone()),
             _ => None,
         };
-        self.table.read().unwrap_or_else(PoisonError::into_inner).slots.iter().filter_map(|(_, slot)| leaving(slot)).collect()
+        slots.filter_map(leaving).collect()
     }
 }
 
@@ -352,12 +377,11 @@ impl<D: Device> Table<D> {
         let mut found = None;
         self.index.overlapping(range, |key| {
             if found.is_none()
-                && let Some(slot) = self.slots.get(key.slot)
-                && slot.range.covers(range)
-                && let Stage::Live(live, _) = &slot.stage
+                && let Some(Some(live)) = self.lives.get(key.slot)
+                && live.range.covers(range)
             {
-                if slot.used.load(Ordering::Relaxed) != now {
-                    slot.used.store(now, Ordering::Relaxed);
+                if live.used.load(Ordering::Relaxed) != now {
+                    live.used.store(now, Ordering::Relaxed);
                 }
                 found = Some(live.clone());
             }
@@ -385,12 +409,33 @@ impl<D: Device> Table<D> {
         target
     }
 
+    /// The device has what nobody may use.
+    pub(super) fn reject(&mut self, key: Key, leaving: Leaving<D>) {
+        self.end_attempt(key);
+        if let Some(slot) = self.get(key) {
+            slot.stage = Stage::Leaving(leaving);
+            slot.attempt = None;
+            self.leaving.push(key);
+        }
+    }
+
+    /// Nobody can join the attempt any more.
+    pub(super) fn end_attempt(&mut self, key: Key) {
+        self.under_way.retain(|other| *other != key);
+    }
+
     /// Look-ups find it from now on.
     pub(super) fn publish(&mut self, key: Key, live: Arc<Live<D>>, leaving: Leaving<D>) {
         let Some(slot) = self.get(key) else { return };
-        slot.stage = Stage::Live(live, leaving);
+        slot.stage = Stage::Live(leaving);
         slot.attempt = None;
-        let (range, used) = (slot.range, slot.used.load(Ordering::Relaxed));
+        let (range, used) = (slot.range, slot.began);
+        live.used.store(used, Ordering::Relaxed);
+        self.end_attempt(key);
+        if self.lives.len() <= key.slot {
+            self.lives.resize_with(key.slot + 1, || None);
+        }
+        self.lives[key.slot] = Some(live);
         self.index.insert(range, key);
         self.oldest.push_back((key, used));
         self.live += 1;
@@ -400,10 +445,12 @@ impl<D: Device> Table<D> {
     /// Look-ups find it no more. Returns the table's reference, to be dropped outside of the lock, and what ends the registration.
     pub(super) fn leave(&mut self, key: Key) -> Option<(Arc<Live<D>>, Teardown)> {
         let slot = self.get(key)?;
-        let Stage::Live(live, leaving) = &slot.stage else { return None };
-        let (live, leaving, range) = (live.clone(), leaving.clone(), slot.range);
+        let Stage::Live(leaving) = &slot.stage else { return None };
+        let (leaving, range) = (leaving.clone(), slot.range);
         let teardown = leaving.teardown.clone();
         slot.stage = Stage::Leaving(leaving);
+        self.leaving.push(key);
+        let live = self.lives.get_mut(key.slot)?.take()?;
         self.index.remove(range, key);
         self.live -= 1;
         self.live_bytes -= range.len().unwrap_or(u64::MAX);

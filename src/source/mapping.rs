@@ -202,7 +202,7 @@ impl OwnedMapping {
 
     fn part(&self, part: &Range<usize>) -> Result<AddressRange, MapError> {
         let (len, page) = (self.len(), page_size());
-        let whole = part.start < part.end && part.end <= len && part.start % page == 0 && part.end % page == 0;
+        let whole = part.start < part.end && part.end <= len && part.start.is_multiple_of(page) && part.end.is_multiple_of(page);
         let range = AddressRange::new(self.range().start() + part.start as u64, part.len() as u64);
         range.ok().filter(|_| whole).ok_or(MapError::NotPages { part: part.clone(), len, page })
     }

@@ -226,11 +226,8 @@ fn unregister(fd: &OwnedFd, range: AddressRange) {
         return;
     }
     let half = (len / 2).next_multiple_of(page_size() as u64);
-    for part in [AddressRange::new(range.start(), half), AddressRange::new(range.start() + half, len - half)] {
-        if let Ok(part) = part {
-            unregister(fd, part);
-        }
-    }
+    let halves = [AddressRange::new(range.start(), half), AddressRange::new(range.start() + half, len - half)];
+    halves.into_iter().flatten().for_each(|part| unregister(fd, part));
 }
 
 /// Makes an eventfd readable. It can only fail when it is readable already (the counter is full).

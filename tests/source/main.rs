@@ -1,5 +1,5 @@
 //! `source` on real memory. Where userfaultfd is not permitted, the tests that need it count as ignored, and say why.
-#![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
+#![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr, clippy::unit_arg)]
 
 mod cache;
 mod mapping;

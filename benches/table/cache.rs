@@ -1,0 +1,126 @@
+//! The rows of the registration cache and of userfaultfd.
+
+use crate::devices::random;
+use crate::{Harness, Table, middle};
+use futures::executor::block_on;
+use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use shootdown::cache::{Device, RegistrationCache};
+use shootdown::source::Uffd;
+use shootdown::{AddressRange, AddressSpace};
+use std::hint::black_box;
+use std::time::{Duration, Instant};
+
+const PAGE: u64 = 4096;
+const ENTRIES: u64 = 10_000;
+
+/// Registers at once.
+struct Nic;
+
+impl Device for Nic {
+    type Handle = u64;
+    type Error = std::io::Error;
+
+    async fn register(&self, range: AddressRange) -> std::io::Result<u64> {
+        Ok(range.start())
+    }
+
+    async fn deregister(&self, _range: AddressRange, _handle: &u64) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn page(at: u64) -> AddressRange {
+    AddressRange::new((at * 2 + 1) * PAGE, PAGE).unwrap()
+}
+
+fn look_up(cache: &RegistrationCache<Nic>, times: u64, pages: &[AddressRange]) {
+    block_on(async {
+        for &page in pages.iter().cycle().take(times as usize) {
+            drop(black_box(cache.get(page).await.unwrap()));
+        }
+    });
+}
+
+pub fn measure(harness: &mut Harness, table: &mut Table) {
+    let space = AddressSpace::new();
+    let cache = RegistrationCache::new(&space, Nic);
+    let mut next = random(3);
+    let pages: Vec<_> = (0..crate::DRAWN).map(|_| page(next() % ENTRIES)).collect();
+    block_on(async {
+        for at in 0..ENTRIES {
+            drop(cache.get(page(at)).await.unwrap());
+        }
+    });
+    let hit = harness.median("cache hit", |times| look_up(&cache, times, &pages));
+    table.add("cache: a hit among 10,000", None, 60.0, table.scaled(60.0, 25.0, ENTRIES), hit);
+
+    // Both threads at once, each as often as one alone: what one look-up takes then.
+    let beside = |threads: u64| {
+        let times = 300_000;
+        let samples = (0..7).map(|_| {
+            let began = Instant::now();
+            std::thread::scope(|scope| {
+                for thread in 0..threads {
+                    let (cache, pages) = (&cache, &pages[thread as usize * 1000..]);
+                    scope.spawn(move || look_up(cache, times, pages));
+                }
+            });
+            began.elapsed().as_nanos() as f64 / times as f64
+        });
+        middle(samples.collect())
+    };
+    let (one, two) = (beside(1), beside(2));
+    table.add("cache: a hit beside a second thread (1.5 times as long)", None, one * 1.5, one * 1.5, two);
+
+    let mut caches = Vec::new();
+    let miss = harness.median("cache miss", |times| {
+        let cache = RegistrationCache::new(&AddressSpace::new(), Nic);
+        block_on(async {
+            for at in 0..times {
+                drop(cache.get(page(at)).await.unwrap());
+            }
+        });
+        caches.push(cache);
+    });
+    table.add("cache: a miss, beside the device's own registration", None, 1000.0, 1000.0 * table.scale.mutex, miss);
+
+    match unmap() {
+        Ok((watched, not)) => {
+            table.add("munmap of a watched page, over one that is not", None, 15_000.0, 15_000.0, watched - not)
+        }
+        Err(error) => println!("left out: munmap of a watched page, because {error}"),
+    }
+}
+
+/// Nanoseconds until `munmap` has returned, watched and not.
+fn unmap() -> Result<(f64, f64), Box<dyn std::error::Error>> {
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space)?;
+    let threads = [std::thread::spawn(move || reader.run()), std::thread::spawn(move || deliveries.run())];
+    let time = |watch: bool| -> Result<f64, Box<dyn std::error::Error>> {
+        let mut times = Vec::new();
+        for _ in 0..2000 {
+            // SAFETY: a new mapping where the kernel chooses.
+            let at = unsafe {
+                mmap_anonymous(std::ptr::null_mut(), PAGE as usize, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)?
+            };
+            let range = AddressRange::new(at.addr() as u64, PAGE)?;
+            let _watch = watch.then(|| uffd.watch(range)).transpose()?;
+            let device = space.insert(range, crate::devices::Device::new(crate::devices::Kind::Single))?;
+            let began = Instant::now();
+            // SAFETY: nothing refers to the memory.
+            unsafe { munmap(at, PAGE as usize)? };
+            times.push(began.elapsed().as_nanos() as f64);
+            block_on(device.read_begin());
+            // The threads of the source come to rest.
+            std::thread::sleep(Duration::from_micros(20));
+        }
+        Ok(middle(times))
+    };
+    let result = (time(true)?, time(false)?);
+    uffd.stop();
+    for thread in threads {
+        thread.join().map_err(|_| "a thread of the source has panicked")??;
+    }
+    Ok(result)
+}
