@@ -3,7 +3,7 @@
 
 use super::Device;
 use super::table::{Inner, Key, Leaving, Live, Outcome, Stage};
-use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
+use crate::notifier::{IntervalNotifier, Invalidation, Sequence, WouldBlock};
 use crate::pass::PassFuture;
 use crate::range::AddressRange;
 use crate::subscription::Subscription;
@@ -16,6 +16,7 @@ use core::sync::atomic::{AtomicBool, Ordering};
 use core::task::{Context, Poll};
 use futures::channel::oneshot;
 use futures::future::{BoxFuture, FutureExt, Shared};
+use std::sync::OnceLock;
 
 /// Deregistrations that are tried at once before the cache waits to be used again.
 const AT_ONCE: u32 = 3;
@@ -41,8 +42,15 @@ impl<D: Device> Future for Attempt<D> {
 }
 
 impl<D: Device> Attempt<D> {
-    pub(super) fn new(inner: Arc<Inner<D>>, key: Key, range: AddressRange, subscription: Arc<Subscription<Guardian<D>>>) -> Self {
-        Self(attempt(inner, key, range, subscription).boxed().shared())
+    /// `sequence` is what `read_begin` returned if the slot is in [`Stage::Attempt`] already.
+    pub(super) fn new(
+        inner: Arc<Inner<D>>,
+        key: Key,
+        range: AddressRange,
+        subscription: Arc<Subscription<Guardian<D>>>,
+        sequence: Option<Sequence>,
+    ) -> Self {
+        Self(attempt(inner, key, range, subscription, sequence).boxed().shared())
     }
 }
 
@@ -51,9 +59,13 @@ async fn attempt<D: Device>(
     key: Key,
     range: AddressRange,
     subscription: Arc<Subscription<Guardian<D>>>,
+    mut begun: Option<Sequence>,
 ) -> Outcome<D::Error> {
     // While this waits the stage is `Fresh`, for which no invalidation waits.
     let sequence = loop {
+        if let Some(sequence) = begun.take() {
+            break sequence;
+        }
         let sequence = subscription.read_begin().await;
         let entered = inner.write(|table| {
             let valid = !subscription.read_retry(sequence);
@@ -148,7 +160,8 @@ async fn teardown<D: Device>(
 /// The notifier of one registration.
 pub(super) struct Guardian<D: Device> {
     pub(super) inner: Weak<Inner<D>>,
-    pub(super) key: Key,
+    /// Set when the slot exists; before, there is nothing to do.
+    pub(super) key: OnceLock<Key>,
 }
 
 impl<D: Device> IntervalNotifier for Guardian<D> {
@@ -157,8 +170,9 @@ impl<D: Device> IntervalNotifier for Guardian<D> {
         let mut left = None;
         let pass = inner.write(|table| {
             invalidation.set_seq();
-            left = table.leave(self.key);
-            let slot = table.get(self.key)?;
+            let key = *self.key.get()?;
+            left = table.leave(key);
+            let slot = table.get(key)?;
             match &slot.stage {
                 Stage::Fresh => None,
                 Stage::Attempt => slot.attempt.clone().map(|attempt| PassFuture::new(attempt.map(drop))),

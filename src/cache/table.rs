@@ -16,9 +16,10 @@ use core::any::Any;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crossbeam_utils::CachePadded;
 use crossbeam_utils::sync::ShardedLock;
+use futures::FutureExt;
 use futures::channel::oneshot;
 use slab::Slab;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, OnceLock, PoisonError};
 
 /// Counters of hits, so that threads do not share one.
 const COUNTERS: usize = 16;
@@ -109,6 +110,7 @@ pub(super) struct Slot<D: Device> {
     pub(super) attempt: Option<Attempt<D>>,
     /// When it was asked for.
     began: u64,
+    #[expect(dead_code, reason = "the range is under the notifier's eyes as long as the slot exists")]
     subscription: Option<Arc<Subscription<Guardian<D>>>>,
     _watch: Option<alloc::boxed::Box<dyn Any + Send + Sync>>,
 }
@@ -254,39 +256,37 @@ impl<D: Device> Inner<D> {
             return Ok(found);
         }
         // Outside of the lock: to watch and to subscribe takes locks of their own.
-        let _watch = self.watch(target)?;
-        let key = self.write(|table| {
-            table.serial += 1;
-            let serial = table.serial;
-            let slot = Slot { serial, range: target, stage: Stage::Fresh, attempt: None, began: now, subscription: None, _watch };
-            Key { slot: table.slots.insert(slot), serial }
-        });
-        let guardian = Guardian { inner: Arc::downgrade(self), key };
+        let mut watch = self.watch(target)?;
+        let guardian = Guardian { inner: Arc::downgrade(self), key: OnceLock::new() };
         let subscription = match self.space.insert(target, guardian) {
             Ok(subscription) => Arc::new(subscription),
-            Err(error) => {
-                let why = error.to_string();
-                self.forget(key);
-                return Err(GetError::Unwatched(why));
-            }
+            Err(error) => return Err(GetError::Unwatched(error.to_string())),
         };
-        let attempt = Attempt::new(self.clone(), key, target, subscription.clone());
-        let (found, unused) = self.write(|table| match found(table) {
-            // Another caller was quicker.
-            Some(found) => (found, true),
-            None => {
-                if let Some(slot) = table.get(key) {
-                    slot.subscription = Some(subscription);
-                    slot.attempt = Some(attempt.clone());
-                    table.under_way.push(key);
-                }
-                (Found::Attempt(attempt), false)
+        // Mostly nothing is being invalidated, and the attempt can begin at once.
+        let stable = subscription.read_begin().now_or_never();
+        Ok(self.write(|table| {
+            if let Some(found) = found(table) {
+                // Another caller was quicker.
+                return found;
             }
-        });
-        if unused {
-            self.forget(key);
-        }
-        Ok(found)
+            table.serial += 1;
+            let sequence = stable.filter(|sequence| !subscription.read_retry(*sequence));
+            let key = Key { slot: table.slots.vacant_key(), serial: table.serial };
+            let attempt = Attempt::new(self.clone(), key, target, subscription.clone(), sequence);
+            // Set once, before anybody else can know of the slot.
+            let _ = subscription.key.set(key);
+            table.slots.insert(Slot {
+                serial: key.serial,
+                range: target,
+                stage: if sequence.is_some() { Stage::Attempt } else { Stage::Fresh },
+                attempt: Some(attempt.clone()),
+                began: now,
+                subscription: Some(subscription.clone()),
+                _watch: watch.take(),
+            });
+            table.under_way.push(key);
+            Found::Attempt(attempt)
+        }))
     }
 
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
