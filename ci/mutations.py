@@ -51,6 +51,7 @@ MUTATIONS = [
     ("a query leaves out an interval that ends where it begins", "src/index.rs", "if leaf.lasts[at] >= range.start()", "if leaf.lasts[at] > range.start()"),
     ("a node's slack does not grow", "src/index.rs", "self.slack = self.slack.max(overhang(&self.starts, &self.lasts, self.len, at));", ""),
     ("the span does not grow", "src/index.rs", "self.span = (self.span.0.min(range.start()), self.span.1.max(range.last()));", "if self.len == 1 {\n            self.span = (range.start(), range.last());\n        }"),
+    ("read_begin does not ask the gate", "src/engine/wait.rs", "            && !self.space.gate.is_closed()\n", ""),
     ("free an entry that an invalidation covers", "src/entry.rs", " && !self.own.is_covered()", ""),
 ]
 
