@@ -256,10 +256,15 @@ impl<D: Device> RegistrationCache<D> {
     /// # Cancel safety
     /// May be dropped at any moment. A registration that has begun belongs to the cache and is finished by whoever needs it next.
     pub async fn get(&self, range: AddressRange) -> Result<Registration<D>, GetError<D::Error>> {
-        let inner = &self.inner;
-        if let Some(live) = inner.hit(range) {
+        if let Some(live) = self.inner.hit(range) {
             return Ok(Registration { live });
         }
+        // Boxed, so that the future of a hit is small.
+        alloc::boxed::Box::pin(self.miss(range)).await
+    }
+
+    async fn miss(&self, range: AddressRange) -> Result<Registration<D>, GetError<D::Error>> {
+        let inner = &self.inner;
         inner.count(|stats| stats.misses += 1);
         let (mut tries, mut made_room) = (0, false);
         loop {

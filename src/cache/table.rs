@@ -169,8 +169,14 @@ pub(super) enum Found<D: Device> {
 /// Which counter this thread counts in.
 fn counter() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
-    std::thread_local!(static OURS: usize = NEXT.fetch_add(1, Ordering::Relaxed) % COUNTERS);
-    OURS.with(|ours| *ours)
+    std::thread_local!(static OURS: core::cell::Cell<usize> = const { core::cell::Cell::new(usize::MAX) });
+    let ours = OURS.get();
+    if ours < COUNTERS {
+        return ours;
+    }
+    let ours = NEXT.fetch_add(1, Ordering::Relaxed) % COUNTERS;
+    OURS.set(ours);
+    ours
 }
 
 impl<D: Device> Inner<D> {
