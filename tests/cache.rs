@@ -3,7 +3,7 @@
 
 use futures::FutureExt;
 use futures::executor::block_on;
-use shootdown::cache::{CacheStats, Device, GetError, Merge, RegistrationCache};
+use shootdown::cache::{CacheStats, Device, Failure, GetError, Merge, Operation, RegistrationCache};
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -328,6 +328,40 @@ fn a_deregistration_that_fails_is_tried_again_and_the_unmap_waits() {
         assert_eq!(nic.mapped(), 0);
         assert!(cache.stats().deregister_failures == 32);
     });
+}
+
+#[test]
+fn each_failure_of_the_device_is_reported_also_when_no_caller_is_told() {
+    let (space, nic, reports) = (AddressSpace::new(), Nic::default(), Arc::new(Mutex::new(Vec::new())));
+    let log = reports.clone();
+    let on_failure = move |failure: &Failure<'_>| {
+        log.lock().unwrap().push((failure.operation, failure.range, failure.error.to_string()));
+    };
+    let cache = RegistrationCache::<Nic>::builder().on_failure(on_failure).build(&space, nic.clone());
+    block_on(async {
+        nic.state.lock().unwrap().fail_register = 1;
+        assert!(cache.get(pages(1, 1)).await.is_err());
+        drop(cache.get(pages(1, 2)).await.unwrap());
+        nic.state.lock().unwrap().fail_deregister = 1;
+        remap(&space, &nic, pages(1, 1)).await;
+    });
+    let reports = reports.lock().unwrap();
+    let expected = [(Operation::Register, pages(1, 1), "no".into()), (Operation::Deregister, pages(1, 2), "busy".into())];
+    assert_eq!(*reports, expected);
+}
+
+#[test]
+fn a_cache_that_is_dropped_while_it_registers_leaves_nothing_behind() {
+    let (space, nic) = (AddressSpace::new(), Nic { slow: Some(Arc::default()), ..Nic::default() });
+    let cache = RegistrationCache::new(&space, nic.clone());
+    let again = cache.clone();
+    assert!(cache.get(pages(1, 1)).now_or_never().is_none());
+    assert!(again.get(pages(5, 1)).now_or_never().is_none());
+    assert_eq!(space.len(), 2);
+    drop(cache);
+    assert_eq!(space.len(), 2, "another handle goes on");
+    drop(again);
+    assert_eq!((space.len(), Arc::strong_count(&nic.state)), (0, 1), "its notifiers and its device are gone");
 }
 
 #[test]

@@ -1,8 +1,8 @@
 //! How a registration comes and goes: the attempt to make it, its notifier, and its end.
 #![forbid(unsafe_code)]
 
-use super::Device;
 use super::table::{Inner, Key, Leaving, Live, Outcome, Stage};
+use super::{Device, Operation};
 use crate::notifier::{IntervalNotifier, Invalidation, Sequence, WouldBlock};
 use crate::pass::PassFuture;
 use crate::range::AddressRange;
@@ -88,6 +88,7 @@ async fn attempt<D: Device>(
                 stats.pinned_bytes -= bytes;
                 stats.register_failures += 1;
             });
+            inner.report(range, Operation::Register, &error);
             inner.forget(key);
             return Outcome::Failed(Arc::new(error));
         }
@@ -134,8 +135,9 @@ async fn teardown<D: Device>(
     let Ok(handle) = handed_back.await else { return };
     let Some(inner) = inner.upgrade() else { return };
     let mut failures = 0;
-    while inner.device.deregister(range, &handle).await.is_err() {
+    while let Err(error) = inner.device.deregister(range, &handle).await {
         inner.count(|stats| stats.deregister_failures += 1);
+        inner.report(range, Operation::Deregister, &error);
         failures += 1;
         if failures % AT_ONCE == 0 {
             // Whoever polls next tries again; it is never given up, because the device may still use the memory.

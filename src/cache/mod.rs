@@ -39,6 +39,7 @@ mod table;
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
 use crate::sync::Arc;
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::fmt;
 use core::future::Future;
@@ -64,6 +65,29 @@ pub trait Device: Send + Sync + 'static {
     fn deregister(&self, range: AddressRange, handle: &Self::Handle) -> impl Future<Output = Result<(), Self::Error>> + Send;
 }
 
+/// A device that failed, as [`Builder::on_failure`] is told of it.
+#[derive(Debug)]
+#[non_exhaustive]
+pub struct Failure<'a> {
+    /// What was to be registered or deregistered.
+    pub range: AddressRange,
+    /// Which of the two.
+    pub operation: Operation,
+    /// What the device answered.
+    pub error: &'a (dyn core::error::Error + 'static),
+}
+
+/// What a [`Device`] was asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Operation {
+    /// [`Device::register`]: the caller is told, unless giving up idle registrations helps.
+    Register,
+    /// [`Device::deregister`]: it is tried again, and an invalidation of the memory waits.
+    Deregister,
+}
+
+pub(crate) type Reporter = Box<dyn Fn(&Failure<'_>) + Send + Sync>;
+
 /// Which registrations become one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Merge {
@@ -82,6 +106,7 @@ pub struct Builder {
     pub(crate) page: u64,
     pub(crate) merge: Merge,
     pub(crate) tries: u32,
+    pub(crate) on_failure: Option<Reporter>,
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(crate) uffd: Option<crate::source::Uffd>,
 }
@@ -94,6 +119,7 @@ impl Default for Builder {
             page: 4096,
             merge: Merge::Never,
             tries: 64,
+            on_failure: None,
             #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
             uffd: None,
         }
@@ -135,6 +161,13 @@ impl Builder {
         self
     }
 
+    /// Calls `reporter` each time the device fails, also where no caller is told: a deregistration that an invalidation or a limit began. Outside of all
+    /// locks; like the device it must not call the cache.
+    pub fn on_failure(mut self, reporter: impl Fn(&Failure<'_>) + Send + Sync + 'static) -> Self {
+        self.on_failure = Some(Box::new(reporter));
+        self
+    }
+
     /// Watches what is registered, for memory that somebody else unmaps. Its space should be the cache's.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub fn watch(mut self, uffd: crate::source::Uffd) -> Self {
@@ -144,7 +177,8 @@ impl Builder {
 
     /// Makes the cache.
     pub fn build<D: Device>(self, space: &AddressSpace, device: D) -> RegistrationCache<D> {
-        RegistrationCache { inner: Arc::new(Inner::new(space, device, self)) }
+        let inner = Arc::new(Inner::new(space, device, self));
+        RegistrationCache { handles: Arc::new(Handles(inner.clone())), inner }
     }
 }
 
@@ -224,13 +258,26 @@ pub struct CacheStats {
 }
 
 /// Registrations of one device, by address. A handle: cheap to clone.
+///
+/// Dropping the last one gives up what is being registered at that moment. It does not wait for the device: to have it deregister what is cached, await
+/// [`flush`](Self::flush) before.
 pub struct RegistrationCache<D: Device> {
     inner: Arc<Inner<D>>,
+    handles: Arc<Handles<D>>,
+}
+
+/// What all handles of a cache share and nothing in the cache does: attempts own the table that they are in.
+struct Handles<D: Device>(Arc<Inner<D>>);
+
+impl<D: Device> Drop for Handles<D> {
+    fn drop(&mut self) {
+        self.0.abandon_attempts();
+    }
 }
 
 impl<D: Device> Clone for RegistrationCache<D> {
     fn clone(&self) -> Self {
-        Self { inner: self.inner.clone() }
+        Self { inner: self.inner.clone(), handles: self.handles.clone() }
     }
 }
 
@@ -260,7 +307,7 @@ impl<D: Device> RegistrationCache<D> {
             return Ok(Registration { live });
         }
         // Boxed, so that the future of a hit is small.
-        alloc::boxed::Box::pin(self.miss(range)).await
+        Box::pin(self.miss(range)).await
     }
 
     async fn miss(&self, range: AddressRange) -> Result<Registration<D>, GetError<D::Error>> {

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::attempt::{Attempt, Guardian, Teardown};
-use super::{Builder, CacheStats, Device, GetError, Merge};
+use super::{Builder, CacheStats, Device, Failure, GetError, Merge, Operation};
 use crate::index::{Indexed, IntervalIndex};
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
@@ -209,6 +209,18 @@ impl<D: Device> Inner<D> {
 
     pub(super) fn count(&self, change: impl FnOnce(&mut CacheStats)) {
         change(&mut self.stats.lock().unwrap_or_else(PoisonError::into_inner));
+    }
+
+    pub(super) fn report(&self, range: AddressRange, operation: Operation, error: &D::Error) {
+        if let Some(reporter) = &self.settings.on_failure {
+            reporter(&Failure { range, operation, error });
+        }
+    }
+
+    /// Nobody can ask for what they register any more. They own the table, which owns them.
+    pub(super) fn abandon_attempts(&self) {
+        let attempts: Vec<_> = self.write(|table| table.slots.iter_mut().filter_map(|(_, slot)| slot.attempt.take()).collect());
+        drop(attempts);
     }
 
     pub(super) fn stats(&self) -> CacheStats {
@@ -445,6 +457,12 @@ impl<D: Device> Table<D> {
         self.index.insert(range, key);
         self.oldest.push_back((key, used));
         self.live += 1;
+        // Those that invalidations ended are still in the queue: it must not grow with them.
+        if self.oldest.len() > 2 * self.live + 64 {
+            let Self { oldest, slots, .. } = self;
+            let is_live = |slot: &Slot<D>, key: Key| slot.serial == key.serial && matches!(slot.stage, Stage::Live(_));
+            oldest.retain(|(key, _)| slots.get(key.slot).is_some_and(|slot| is_live(slot, *key)));
+        }
         self.live_bytes += range.len().unwrap_or(u64::MAX);
     }
 
@@ -481,4 +499,42 @@ impl<D: Device> Table<D> {
 fn touching(range: AddressRange) -> AddressRange {
     let (start, last) = (range.start().saturating_sub(1), range.last().saturating_add(1));
     AddressRange::new(start, (last - start).saturating_add(1)).unwrap_or(AddressRange::ALL)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::RegistrationCache;
+    use super::*;
+    use crate::event::Event;
+    use futures::executor::block_on;
+
+    struct Null;
+
+    impl Device for Null {
+        type Handle = ();
+        type Error = core::convert::Infallible;
+
+        async fn register(&self, _: AddressRange) -> Result<(), Self::Error> {
+            Ok(())
+        }
+
+        async fn deregister(&self, _: AddressRange, (): &()) -> Result<(), Self::Error> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn what_invalidations_end_does_not_stay_queued_for_eviction() {
+        let space = AddressSpace::new();
+        let cache = RegistrationCache::new(&space, Null);
+        for page in 0..1000 {
+            let range = AddressRange::new(page * 4096, 4096).unwrap();
+            drop(block_on(cache.get(range)).unwrap());
+            drop(block_on(space.invalidate(range, Event::Unmap)));
+        }
+        cache.inner.write(|table| {
+            assert!(table.oldest.len() <= 65, "{} are queued, none is live", table.oldest.len());
+            assert!(table.slots.is_empty() && table.leaving.is_empty() && table.under_way.is_empty());
+        });
+    }
 }

@@ -219,15 +219,25 @@ fn pages(range: AddressRange) -> AddressRange {
 
 /// Ends the kernel's watch of all pages of `range` that are still ours.
 ///
-/// It refuses for a range in which there is somebody else's memory by now, as a whole; so what it refuses is tried again in halves.
+/// It refuses for a range in which there is somebody else's memory by now, or none, as a whole; so what it refuses is tried again in halves, down to a
+/// page if it has at most [`HALVED`] bytes, else to some 64 pieces: memory that is gone must not be asked for page by page.
+/// What stays watched for that raises events that name nobody's range.
 fn unregister(fd: &OwnedFd, range: AddressRange) {
     let Some(len) = range.len() else { return };
-    if uffd::unregister(fd, range.start(), len).is_ok() || len <= page_size() as u64 {
+    unregister_to(fd, range, if len <= HALVED { page_size() as u64 } else { (len / 64).max(HALVED) });
+}
+
+/// A range of so many bytes is unwatched page by page if it must be.
+const HALVED: u64 = 1 << 20;
+
+fn unregister_to(fd: &OwnedFd, range: AddressRange, least: u64) {
+    let Some(len) = range.len() else { return };
+    if uffd::unregister(fd, range.start(), len).is_ok() || len <= least {
         return;
     }
     let half = (len / 2).next_multiple_of(page_size() as u64);
     let halves = [AddressRange::new(range.start(), half), AddressRange::new(range.start() + half, len - half)];
-    halves.into_iter().flatten().for_each(|part| unregister(fd, part));
+    halves.into_iter().flatten().for_each(|part| unregister_to(fd, part, least));
 }
 
 /// Makes an eventfd readable. It can only fail when it is readable already (the counter is full).

@@ -15,12 +15,12 @@ use std::sync::atomic::{AtomicBool, AtomicI64, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
-const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 const PAGES: u64 = 64;
 
 /// The counts of the last line.
 #[derive(Default)]
-struct Counts {
+pub(crate) struct Counts {
     operations: AtomicU64,
     invalidations: AtomicU64,
     would_block: AtomicU64,
@@ -33,6 +33,9 @@ struct Counts {
     accesses: AtomicU64,
     stale_uses: AtomicU64,
     calls_after_remove: AtomicU64,
+    /// Through the registration cache, and refused by its device.
+    pub(crate) transfers: AtomicU64,
+    pub(crate) registrations_refused: AtomicU64,
     /// Notifiers that exist.
     alive: AtomicI64,
 }
@@ -51,6 +54,9 @@ struct Report {
     removes: u64,
     mirrored: u64,
     collisions_given_up: u64,
+    transfers: u64,
+    registrations_refused: u64,
+    registrations_left: i64,
     lapses: u64,
     accesses: u64,
     stale_uses: u64,
@@ -60,9 +66,9 @@ struct Report {
 }
 
 /// A page's generation rises when the guard of an invalidation that covers it is handed out, or when one was lost with a panic.
-struct Oracle {
+pub(crate) struct Oracle {
     generations: Vec<AtomicU64>,
-    counts: Counts,
+    pub(crate) counts: Counts,
 }
 
 impl Oracle {
@@ -72,12 +78,12 @@ impl Oracle {
         }
     }
 
-    fn generation(&self, page: u64) -> u64 {
+    pub(crate) fn generation(&self, page: u64) -> u64 {
         self.generations[page as usize].load(Ordering::SeqCst)
     }
 
     /// A device uses a page through a mapping of `generation`; `still` says afterwards whether it was allowed to all the while.
-    fn access(&self, page: u64, generation: u64) {
+    pub(crate) fn access(&self, page: u64, generation: u64) {
         self.counts.accesses.fetch_add(1, Ordering::Relaxed);
         if self.generation(page) != generation {
             self.counts.stale_uses.fetch_add(1, Ordering::Relaxed);
@@ -169,9 +175,11 @@ fn complete(table: &DriverLock<Table>, pages: &std::ops::RangeInclusive<u64>, co
     table.lock().in_flight.retain(|(page, _, of)| !pages.contains(page) || *of > command);
 }
 
-struct Soak {
+pub(crate) struct Soak {
     space: AddressSpace,
-    oracle: Arc<Oracle>,
+    #[cfg(feature = "cache")]
+    pub(crate) cache: shootdown::cache::RegistrationCache<crate::cache::Nic>,
+    pub(crate) oracle: Arc<Oracle>,
     devices: Mutex<Vec<Arc<Subscription<Device>>>>,
     /// `None` on one thread, where the number of operations ends it, so that a run can be repeated.
     until: Option<Instant>,
@@ -179,7 +187,7 @@ struct Soak {
 }
 
 impl Soak {
-    fn range(random: &mut StdRng) -> AddressRange {
+    pub(crate) fn range(random: &mut StdRng) -> AddressRange {
         let first = random.random_range(0..PAGES);
         let count = random.random_range(1..=(PAGES - first).min(12));
         AddressRange::new(first * PAGE, count * PAGE).unwrap()
@@ -340,6 +348,8 @@ impl Soak {
             match random.random_range(0..20) {
                 0 => self.insert(&mut random),
                 1 => self.remove(&mut random).await,
+                #[cfg(feature = "cache")]
+                2..=5 => self.transfer(&mut random).await,
                 2..=11 => self.mirror(&mut random).await,
                 _ => self.invalidate(&mut random).await,
             }
@@ -376,14 +386,17 @@ pub fn soak() {
     };
     let began = Instant::now();
     let oracle = Arc::new(Oracle { generations: (0..PAGES).map(|_| AtomicU64::new(0)).collect(), counts: Counts::default() });
+    let space = AddressSpace::new();
     let soak = Arc::new(Soak {
-        space: AddressSpace::new(),
+        #[cfg(feature = "cache")]
+        cache: crate::cache::cache(&space, &oracle, seed),
+        space,
         oracle: oracle.clone(),
         devices: Mutex::default(),
         until: (threads > 1).then(|| began + Duration::from_secs_f64(seconds)),
         most: setting("SOAK_OPERATIONS", if threads > 1 { u64::MAX } else { (seconds * 20_000.0) as u64 }),
     });
-    let lost_wakeups = tokio.block_on(async {
+    let (lost_wakeups, registrations_left) = tokio.block_on(async {
         let mut random = StdRng::seed_from_u64(seed);
         (0..16).for_each(|_| soak.insert(&mut random));
         let tasks: Vec<_> = (0..24).map(|_| tokio::spawn(soak.clone().task(random.random()))).collect();
@@ -402,8 +415,12 @@ pub fn soak() {
         for device in devices {
             lost += u64::from(tokio::time::timeout(Duration::from_secs(30), device.read_begin()).await.is_err());
         }
+        #[cfg(feature = "cache")]
+        let registrations_left = soak.registrations_left().await;
+        #[cfg(not(feature = "cache"))]
+        let registrations_left = 0;
         let everything = tokio::time::timeout(Duration::from_secs(30), soak.space.release()).await;
-        lost + u64::from(everything.is_err())
+        (lost + u64::from(everything.is_err()), registrations_left)
     });
     // Leaked invalidations that no reader needed still hold what they hit.
     let lapses = {
@@ -429,6 +446,9 @@ pub fn soak() {
         removes: get(&counts.removes),
         mirrored: get(&counts.mirrored),
         collisions_given_up: get(&counts.collisions_given_up),
+        transfers: get(&counts.transfers),
+        registrations_refused: get(&counts.registrations_refused),
+        registrations_left,
         lapses,
         accesses: get(&counts.accesses),
         stale_uses: get(&counts.stale_uses),
@@ -438,6 +458,8 @@ pub fn soak() {
     };
     println!("{}", serde_json::to_string(&report).unwrap());
     assert_eq!((report.stale_uses, report.calls_after_remove, report.lost_wakeups, report.leaked_notifiers), (0, 0, 0, 0));
+    assert_eq!(report.registrations_left, 0);
+    assert!(cfg!(not(feature = "cache")) || report.transfers > 100);
     assert!(report.invalidations > 100 && report.mirrored > 100 && report.accesses > 100 && report.cancellations > 0);
     assert!(report.panics_survived > 0 || report.operations < 5_000, "the plan has panics in it");
 }
