@@ -21,7 +21,7 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::mm::UserfaultfdFlags;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, PoisonError, TryLockError};
 
 /// Messages that are read at once.
 const AT_ONCE: usize = 16;
@@ -206,7 +206,8 @@ impl Uffd {
 
 impl fmt::Debug for Uffd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Uffd").field("watched", &self.inner.table().watches.all()).finish()
+        let watched: Vec<_> = self.inner.table().watches.all().collect();
+        f.debug_struct("Uffd").field("watched", &watched).finish()
     }
 }
 
@@ -254,13 +255,21 @@ impl Inner {
         self.space.shared()
     }
 
-    /// No watch is made any more, and what is watched is given up: changes go on without anybody being told.
-    fn close(&self) {
-        let mut table = self.table();
-        if let Some(fd) = table.fd.take() {
-            for range in table.watches.all() {
-                unregister(&fd, range);
-            }
+    /// The same unless somebody has it.
+    fn try_table(&self) -> Option<std::sync::MutexGuard<'_, Table>> {
+        match self.table.try_lock() {
+            Ok(table) => Some(table),
+            Err(TryLockError::Poisoned(table)) => Some(table.into_inner()),
+            Err(TryLockError::WouldBlock) => None,
+        }
+    }
+}
+
+impl Table {
+    /// No watch is made any more, and what is watched is given up: changes go on without anybody being told. Allocates nothing.
+    fn close(&mut self) {
+        if let Some(fd) = self.fd.take() {
+            self.watches.all().for_each(|range| unregister(&fd, range));
         }
     }
 }
@@ -415,7 +424,14 @@ impl std::os::fd::AsRawFd for Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
-        self.inner.close();
+        // Who has the table allocates, and so may be inside `munmap` and wait for this reader.
+        loop {
+            if let Some(mut table) = self.inner.try_table() {
+                break table.close();
+            }
+            let _ = self.read();
+            std::thread::yield_now();
+        }
         // Nothing is watched any more, but a change may be under way whose event has to be read. To close the descriptor would not be enough: a thread
         // inside `fork` waits for us, and its child, half made, has a copy of the descriptor.
         while self.read().is_ok() && uffd::changing(&self.fd) {
@@ -507,7 +523,7 @@ impl std::os::fd::AsRawFd for Deliveries {
 
 impl Drop for Deliveries {
     fn drop(&mut self) {
-        self.inner.close();
+        self.inner.table().close();
         self.inner.orphaned.store(true, Ordering::Release);
         self.inner.open();
     }
@@ -557,8 +573,7 @@ impl Inner {
     fn changes(&self) -> Vec<(AddressRange, Event)> {
         let mut changes = Vec::new();
         let whole = |changes: &mut Vec<_>, event| {
-            let watched = self.table().watches.all();
-            changes.extend(watched.into_iter().map(|range| (range, event)));
+            changes.extend(self.table().watches.all().map(|range| (range, event)));
         };
         if self.ring.take_overflow() {
             whole(&mut changes, Event::Unmap);

@@ -9,6 +9,36 @@ mod uffd;
 use libtest_mimic::{Arguments, Trial};
 use shootdown::AddressSpace;
 use shootdown::source::Uffd;
+use std::alloc::{GlobalAlloc, Layout, System};
+use std::cell::Cell;
+
+/// Counts what each thread asks of the allocator, frees included: those take its locks as well.
+struct Counting;
+
+thread_local!(static ALLOCATOR_CALLS: Cell<u64> = const { Cell::new(0) });
+
+/// How often this thread has called the allocator.
+pub fn allocator_calls() -> u64 {
+    ALLOCATOR_CALLS.get()
+}
+
+// SAFETY: every call goes to the system's allocator unchanged.
+unsafe impl GlobalAlloc for Counting {
+    unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
+        ALLOCATOR_CALLS.set(ALLOCATOR_CALLS.get() + 1);
+        // SAFETY: the caller's obligations are passed on.
+        unsafe { System.alloc(layout) }
+    }
+
+    unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
+        ALLOCATOR_CALLS.set(ALLOCATOR_CALLS.get() + 1);
+        // SAFETY: the caller's obligations are passed on.
+        unsafe { System.dealloc(pointer, layout) }
+    }
+}
+
+#[global_allocator]
+static ALLOCATOR: Counting = Counting;
 
 fn main() {
     // Called again by the test without permission, as another user.

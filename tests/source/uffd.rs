@@ -15,6 +15,7 @@ crate::list![
     every_kind_of_change_is_an_invalidation_of_exactly_its_range,
     after_munmap_no_reader_gets_an_answer_from_before_it,
     a_lock_that_is_held_across_munmap_does_not_stop_the_reader,
+    the_reading_step_asks_nothing_of_the_allocator,
     a_change_is_read_while_an_earlier_one_waits_for_a_device,
     fork_invalidates_what_is_watched,
     a_handle_that_is_dropped_does_not_unwatch_a_new_one_at_the_same_address,
@@ -193,6 +194,38 @@ fn a_lock_that_is_held_across_munmap_does_not_stop_the_reader() {
         assert_eq!(*held, 0);
     }
     eventually("both are delivered", || *allocator.lock().unwrap() == 2);
+}
+
+fn the_reading_step_asks_nothing_of_the_allocator() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
+    let memory = Raw::map(64);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    let (_device, told) = log(&space, memory.range());
+    let gone = AtomicBool::new(false);
+    let (mut events, mut calls) = (0, 0);
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            (0..16).for_each(|page| memory.part(page, 1).discard(Advice::LinuxDontNeed));
+            memory.part(0, 32).unmap();
+            let moved = memory.part(32, 32).remap(64);
+            moved.unmap();
+            gone.store(true, Ordering::Release);
+        });
+        while !gone.load(Ordering::Acquire) || events == 0 {
+            let before = crate::allocator_calls();
+            events += reader.read().unwrap();
+            calls += crate::allocator_calls() - before;
+            thread::yield_now();
+        }
+    });
+    assert!(events >= 18, "{events} events");
+    assert_eq!(calls, 0, "calls of the allocator while {events} events were read");
+    let before = crate::allocator_calls();
+    block_on(deliveries.deliver());
+    assert!(crate::allocator_calls() > before, "the delivery allocates, so the count counts");
+    assert!(told.lock().unwrap().len() >= 17);
 }
 
 /// A driver whose device takes until it is let go.
