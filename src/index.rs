@@ -382,6 +382,12 @@ impl<V: Indexed> IntervalIndex<V> {
     /// Calls `hit` with each value whose interval overlaps `range`, in order of start, then of insertion.
     #[inline]
     pub(crate) fn overlapping(&self, range: AddressRange, mut hit: impl FnMut(V)) {
+        self.overlapping_or_covering(range, |value, _| hit(value));
+    }
+
+    /// The same; `hit` is also told whether the interval covers all of `range`.
+    #[inline]
+    pub(crate) fn overlapping_or_covering(&self, range: AddressRange, mut hit: impl FnMut(V, bool)) {
         let (first, last) = self.span;
         if range.start() <= last && range.last() >= first && self.len != 0 {
             self.descend(self.root, self.height, range, &mut hit);
@@ -390,7 +396,7 @@ impl<V: Indexed> IntervalIndex<V> {
 
     /// Mostly one child of a node can overlap: the way down to it is a loop, to be built into the caller.
     #[inline]
-    fn descend(&self, mut node: Node, mut height: usize, range: AddressRange, hit: &mut impl FnMut(V)) {
+    fn descend(&self, mut node: Node, mut height: usize, range: AddressRange, hit: &mut impl FnMut(V, bool)) {
         while height > 0 {
             let inner = self.inners.at(node);
             height -= 1;
@@ -410,14 +416,14 @@ impl<V: Indexed> IntervalIndex<V> {
             if leaf.lasts[at] >= range.start()
                 && let Some(value) = leaf.values[at]
             {
-                hit(value);
+                hit(value, leaf.starts[at] <= range.start() && range.last() <= leaf.lasts[at]);
             }
         }
     }
 
     /// Several children may overlap.
     #[inline(never)]
-    fn branch(&self, inner: &Inner, children: Range<usize>, height: usize, range: AddressRange, hit: &mut impl FnMut(V)) {
+    fn branch(&self, inner: &Inner, children: Range<usize>, height: usize, range: AddressRange, hit: &mut impl FnMut(V, bool)) {
         for at in children {
             if inner.max_lasts[at] >= range.start() {
                 self.descend(inner.children[at], height, range, hit);

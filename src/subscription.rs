@@ -58,7 +58,8 @@ impl<N: IntervalNotifier> Subscription<N> {
         if self.forced_collision() {
             return true;
         }
-        self.registered.entry.own.sequence() != sequence.0 || self.is_closed()
+        // The gate first: whoever finds it open sees what was invalidated while it was closed.
+        self.registered.space.gate.is_closed_now() || self.registered.entry.own.sequence() != sequence.0 || self.is_closed()
     }
 
     /// Whether [`close`](Self::close) was called: nothing tells the driver of invalidations any more, so no check succeeds.

@@ -7,6 +7,8 @@
 #[cfg(not(any(loom, shuttle)))]
 mod real {
     use core::ops::DerefMut;
+    #[cfg(feature = "userfaultfd")]
+    pub(crate) use core::sync::atomic::fence;
     pub(crate) use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
     /// Spins; where there is an operating system, gives it the processor now and then.
@@ -58,6 +60,8 @@ mod checked {
     #[cfg(shuttle)]
     use shuttle::sync as of;
 
+    #[cfg(any(feature = "userfaultfd", loom))]
+    pub(crate) use of::atomic::fence;
     pub(crate) use of::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
     #[derive(Default)]

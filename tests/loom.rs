@@ -436,3 +436,28 @@ fn no_reader_that_begins_after_the_change_was_heard_of_gets_an_answer_from_befor
         memory.check(&device);
     });
 }
+
+/// The other half: a reader that began before looks at the memory when somebody else is using it already.
+#[test]
+fn nothing_that_was_seen_after_the_change_is_accepted_with_a_sequence_from_before_it() {
+    explore("a pause, a look, a check", 4, || {
+        let (space, device, _memory) = model(None);
+        let content = Arc::new(AtomicU64::new(0));
+        let monitor = {
+            let (space, content) = (space.clone(), content.clone());
+            thread::spawn(move || {
+                let pause = space.pause();
+                // Whoever unmapped the memory goes on from here, and maps something else.
+                content.store(1, Ordering::Release);
+                let guard = block_on(space.invalidate(range(), Event::Unmap));
+                drop(pause);
+                drop(guard);
+            })
+        };
+        let began = block_on(device.read_begin());
+        let seen = content.load(Ordering::Relaxed);
+        let accepted = !device.read_retry(began);
+        assert!(!accepted || seen == 0 || began.get() >= 3, "accepted what belongs to somebody else");
+        monitor.join().unwrap();
+    });
+}

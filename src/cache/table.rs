@@ -13,6 +13,7 @@ use alloc::string::ToString;
 use alloc::sync::Weak;
 use alloc::vec::Vec;
 use core::any::Any;
+use core::num::NonZeroU64;
 use core::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use crossbeam_utils::CachePadded;
 use crossbeam_utils::sync::ShardedLock;
@@ -27,23 +28,31 @@ const COUNTERS: usize = 16;
 /// Where a registration is in the table; used again, so `serial` tells it from an earlier one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) struct Key {
-    slot: usize,
-    serial: u64,
+    slot: u32,
+    /// Never 0, so that a place in the index takes no more than the key itself.
+    serial: NonZeroU64,
+}
+
+impl Key {
+    fn slot(self) -> usize {
+        self.slot as usize
+    }
 }
 
 impl Indexed for Key {
     fn order(self) -> u64 {
-        self.serial
+        self.serial.get()
     }
 }
 
 /// A registration that the device has. The table has one reference while look-ups find it, each user one; the last to go hands the handle to the
-/// teardown.
+/// teardown. What a look-up touches comes first, mostly on the cache line of the counts.
+#[repr(C)]
 pub(super) struct Live<D: Device> {
-    pub(super) range: AddressRange,
     /// When it was used last, in misses.
     used: AtomicU64,
     handle: Option<D::Handle>,
+    pub(super) range: AddressRange,
     gone: Option<oneshot::Sender<D::Handle>>,
 }
 
@@ -104,7 +113,7 @@ impl<D: Device> Clone for Leaving<D> {
 }
 
 pub(super) struct Slot<D: Device> {
-    serial: u64,
+    serial: NonZeroU64,
     pub(super) range: AddressRange,
     pub(super) stage: Stage<D>,
     pub(super) attempt: Option<Attempt<D>>,
@@ -127,7 +136,8 @@ pub(super) struct Table<D: Device> {
     leaving: Vec<Key>,
     /// Live registrations, in order of when they were used last, as far as that is known: a look-up only notes the time.
     oldest: VecDeque<(Key, u64)>,
-    serial: u64,
+    /// Of the next registration.
+    serial: NonZeroU64,
     live_bytes: u64,
     live: usize,
 }
@@ -166,7 +176,7 @@ pub(super) enum Found<D: Device> {
     Attempt(Attempt<D>),
 }
 
-/// Which counter this thread counts in.
+/// Which counter this thread counts in: one of its own, or the last, which is everybody's once there have been many threads.
 fn counter() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     std::thread_local!(static OURS: core::cell::Cell<usize> = const { core::cell::Cell::new(usize::MAX) });
@@ -174,7 +184,7 @@ fn counter() -> usize {
     if ours < COUNTERS {
         return ours;
     }
-    let ours = NEXT.fetch_add(1, Ordering::Relaxed) % COUNTERS;
+    let ours = NEXT.fetch_add(1, Ordering::Relaxed).min(COUNTERS - 1);
     OURS.set(ours);
     ours
 }
@@ -188,7 +198,7 @@ impl<D: Device> Inner<D> {
             under_way: Vec::new(),
             leaving: Vec::new(),
             oldest: VecDeque::new(),
-            serial: 0,
+            serial: NonZeroU64::MIN,
             live_bytes: 0,
             live: 0,
         };
@@ -234,7 +244,14 @@ impl<D: Device> Inner<D> {
     #[inline]
     pub(super) fn hit(&self, range: AddressRange) -> Option<Arc<Live<D>>> {
         let live = self.hit_again(range)?;
-        self.hits[counter()].fetch_add(1, Ordering::Relaxed);
+        let ours = counter();
+        let hits = &self.hits[ours];
+        if ours < COUNTERS - 1 {
+            // Nobody else counts in it.
+            hits.store(hits.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        } else {
+            hits.fetch_add(1, Ordering::Relaxed);
+        }
         Some(live)
     }
 
@@ -262,7 +279,7 @@ impl<D: Device> Inner<D> {
                 return Some(Found::Live(live));
             }
             let slots =
-                table.under_way.iter().filter_map(|key| table.slots.get(key.slot).filter(|slot| slot.serial == key.serial));
+                table.under_way.iter().filter_map(|key| table.slots.get(key.slot()).filter(|slot| slot.serial == key.serial));
             let under_way = slots.filter(|slot| slot.range.covers(range)).find_map(|slot| slot.attempt.clone());
             under_way.map(Found::Attempt)
         };
@@ -287,9 +304,10 @@ impl<D: Device> Inner<D> {
                 // Another caller was quicker.
                 return found;
             }
-            table.serial += 1;
             let sequence = stable.filter(|sequence| !subscription.read_retry(*sequence));
-            let key = Key { slot: table.slots.vacant_key(), serial: table.serial };
+            let slot = u32::try_from(table.slots.vacant_key()).expect("fewer than 2^32 registrations exist at once");
+            let key = Key { slot, serial: table.serial };
+            table.serial = table.serial.checked_add(1).expect("2^64 registrations are not made in a process's life");
             let attempt = Attempt::new(self.clone(), key, target, subscription.clone(), sequence);
             // Set once, before anybody else can know of the slot.
             let _ = subscription.key.set(key);
@@ -326,7 +344,7 @@ impl<D: Device> Inner<D> {
         let slot = self.write(|table| {
             table.end_attempt(key);
             table.leaving.retain(|other| *other != key);
-            table.get(key).is_some().then(|| table.slots.remove(key.slot))
+            table.get(key).is_some().then(|| table.slots.remove(key.slot()))
         });
         drop(slot);
     }
@@ -376,7 +394,7 @@ impl<D: Device> Inner<D> {
 
     pub(super) fn leaving(&self) -> Vec<Leaving<D>> {
         let table = self.table.read().unwrap_or_else(PoisonError::into_inner);
-        let slots = table.leaving.iter().filter_map(|key| table.slots.get(key.slot));
+        let slots = table.leaving.iter().filter_map(|key| table.slots.get(key.slot()));
         let leaving = |slot: &Slot<D>| match &slot.stage {
             Stage::Leaving(leaving) => Some(leaving.clone()),
             _ => None,
@@ -387,16 +405,16 @@ impl<D: Device> Inner<D> {
 
 impl<D: Device> Table<D> {
     pub(super) fn get(&mut self, key: Key) -> Option<&mut Slot<D>> {
-        self.slots.get_mut(key.slot).filter(|slot| slot.serial == key.serial)
+        self.slots.get_mut(key.slot()).filter(|slot| slot.serial == key.serial)
     }
 
     #[inline]
     fn covering(&self, range: AddressRange, now: u64) -> Option<Arc<Live<D>>> {
         let mut found = None;
-        self.index.overlapping(range, |key| {
-            if found.is_none()
-                && let Some(Some(live)) = self.lives.get(key.slot)
-                && live.range.covers(range)
+        self.index.overlapping_or_covering(range, |key, covers| {
+            if covers
+                && found.is_none()
+                && let Some(Some(live)) = self.lives.get(key.slot())
             {
                 if live.used.load(Ordering::Relaxed) != now {
                     live.used.store(now, Ordering::Relaxed);
@@ -414,7 +432,7 @@ impl<D: Device> Table<D> {
             loop {
                 let (mut start, mut last) = (target.start(), target.last());
                 self.index.overlapping(touching(target), |key| {
-                    if let Some(slot) = self.slots.get(key.slot) {
+                    if let Some(slot) = self.slots.get(key.slot()) {
                         (start, last) = (start.min(slot.range.start()), last.max(slot.range.last()));
                     }
                 });
@@ -450,10 +468,10 @@ impl<D: Device> Table<D> {
         let (range, used) = (slot.range, slot.began);
         live.used.store(used, Ordering::Relaxed);
         self.end_attempt(key);
-        if self.lives.len() <= key.slot {
-            self.lives.resize_with(key.slot + 1, || None);
+        if self.lives.len() <= key.slot() {
+            self.lives.resize_with(key.slot() + 1, || None);
         }
-        self.lives[key.slot] = Some(live);
+        self.lives[key.slot()] = Some(live);
         self.index.insert(range, key);
         self.oldest.push_back((key, used));
         self.live += 1;
@@ -461,7 +479,7 @@ impl<D: Device> Table<D> {
         if self.oldest.len() > 2 * self.live + 64 {
             let Self { oldest, slots, .. } = self;
             let is_live = |slot: &Slot<D>, key: Key| slot.serial == key.serial && matches!(slot.stage, Stage::Live(_));
-            oldest.retain(|(key, _)| slots.get(key.slot).is_some_and(|slot| is_live(slot, *key)));
+            oldest.retain(|(key, _)| slots.get(key.slot()).is_some_and(|slot| is_live(slot, *key)));
         }
         self.live_bytes += range.len().unwrap_or(u64::MAX);
     }
@@ -474,7 +492,7 @@ impl<D: Device> Table<D> {
         let teardown = leaving.teardown.clone();
         slot.stage = Stage::Leaving(leaving);
         self.leaving.push(key);
-        let live = self.lives.get_mut(key.slot)?.take()?;
+        let live = self.lives.get_mut(key.slot())?.take()?;
         self.index.remove(range, key);
         self.live -= 1;
         self.live_bytes -= range.len().unwrap_or(u64::MAX);
@@ -486,7 +504,7 @@ impl<D: Device> Table<D> {
         let mut replaced = Vec::new();
         if merge == Merge::Touching {
             self.index.overlapping(range, |key| {
-                if self.slots.get(key.slot).is_some_and(|slot| range.covers(slot.range)) {
+                if self.slots.get(key.slot()).is_some_and(|slot| range.covers(slot.range)) {
                     replaced.push(key);
                 }
             });

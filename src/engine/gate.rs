@@ -7,7 +7,7 @@
 #[cfg(any(feature = "userfaultfd", loom))]
 mod real {
     use crate::engine::Shared;
-    use crate::sync::{AtomicUsize, Ordering};
+    use crate::sync::{AtomicUsize, Ordering, fence};
     use core::task::{Context, Poll};
 
     /// How often it was closed and not yet opened. On cache lines of its own: every reader looks at it.
@@ -23,6 +23,14 @@ mod real {
         #[inline]
         pub(crate) fn is_closed(&self) -> bool {
             self.0.load(Ordering::Acquire) != 0
+        }
+
+        /// The same, and not looked at before anything that this thread has read until now: whoever has seen memory as it is after a change finds the
+        /// gate closed, or what was invalidated.
+        #[inline]
+        pub(crate) fn is_closed_now(&self) -> bool {
+            fence(Ordering::Acquire);
+            self.is_closed()
         }
     }
 
@@ -78,6 +86,11 @@ mod real {
 
         #[inline]
         pub(crate) fn is_closed(&self) -> bool {
+            false
+        }
+
+        #[inline]
+        pub(crate) fn is_closed_now(&self) -> bool {
             false
         }
     }

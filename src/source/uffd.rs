@@ -36,7 +36,8 @@ const FEATURES: u32 =
 ///
 /// # The promise
 /// Once `munmap`, `mmap(MAP_FIXED)` over, `mremap` or `madvise(DONTNEED)` of a watched range has returned, no
-/// [`read_begin`](crate::Subscription::read_begin) and no look-up in a cache of that range answers from before it.
+/// [`read_begin`](crate::Subscription::read_begin) and no look-up in a cache of that range answers from before it, and no
+/// [check](crate::Subscription::read_retry) of a reader that began before succeeds.
 ///
 /// The kernel lets the caller of `munmap` go on when the event has been *read*, not when it has been handled. So the reader first closes the
 /// [gate of the space](AddressSpace::pause), then reads; the delivery starts the invalidation of exactly what the events name, and opens the gate.
