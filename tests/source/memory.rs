@@ -63,4 +63,14 @@ impl Raw {
         // SAFETY: mapped and writable; nobody else accesses it at this moment.
         unsafe { self.ptr().cast::<u8>().write_bytes(value, self.len) };
     }
+
+    /// What is there, read as another process would: `None` if not all of it is mapped.
+    pub fn look(self) -> Option<Vec<u8>> {
+        let mut copy = vec![0_u8; self.len];
+        let local = libc::iovec { iov_base: copy.as_mut_ptr().cast(), iov_len: self.len };
+        let remote = libc::iovec { iov_base: self.ptr(), iov_len: self.len };
+        // SAFETY: `local` names memory that is ours alone; the kernel checks `remote`.
+        let read = unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+        (read == self.len as isize).then_some(copy)
+    }
 }

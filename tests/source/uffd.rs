@@ -4,7 +4,10 @@ use crate::memory::Raw;
 use futures::executor::block_on;
 use rustix::mm::Advice;
 use shootdown::source::{Uffd, UffdError};
-use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError, PassFuture, RetryBudget,
+    Subscription, WouldBlock,
+};
 use std::os::unix::process::CommandExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
@@ -14,6 +17,7 @@ use std::time::{Duration, Instant};
 crate::list![
     every_kind_of_change_is_an_invalidation_of_exactly_its_range,
     after_munmap_no_reader_gets_an_answer_from_before_it,
+    anon_teardown,
     a_lock_that_is_held_across_munmap_does_not_stop_the_reader,
     the_reading_step_asks_nothing_of_the_allocator,
     a_change_is_read_while_an_earlier_one_waits_for_a_device,
@@ -165,6 +169,86 @@ fn after_munmap_no_reader_gets_an_answer_from_before_it() {
         });
     }
     assert_eq!(stale.into_inner(), 0, "answers from before the change");
+}
+
+/// A device that reads through what it has looked at; its mirror is a copy of the memory.
+#[derive(Default)]
+struct Mirror(DriverLock<Option<Vec<u8>>>);
+
+impl IntervalNotifier for Mirror {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        *self.0.lock_for(invalidation) = None;
+        Ok(None)
+    }
+}
+
+/// The kernel's case (`tests/hmm.rs`) on real memory: the device reads while another thread unmaps and maps something else at the same address. All of the old
+/// data or an error, never a mixture and nothing of what belongs to somebody else.
+fn anon_teardown() {
+    let _fork = no_fork();
+    let source = Running::new();
+    let (pages, executor) = (64, futures::executor::ThreadPool::builder().pool_size(1).create().unwrap());
+    let (mut complete, mut refused, mut retried) = (0, 0, 0);
+    for time in 0..500_u32 {
+        let memory = Raw::map(pages);
+        memory.write(1);
+        let _watch = source.uffd.watch(memory.range()).unwrap();
+        let device = Arc::new(source.space.insert(memory.range(), Mirror::default()).unwrap());
+        let (started, starts) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
+        let unmap = {
+            let started = started.clone();
+            thread::spawn(move || {
+                while !started.load(Ordering::Acquire) {
+                    std::hint::spin_loop();
+                }
+                // From before the device has looked at the first page to when it has finished.
+                (0..time % 50 * 40).for_each(|_| std::hint::spin_loop());
+                memory.part(pages / 2, pages / 2).unmap();
+                // Somebody else's from now on.
+                memory.part(pages / 2, pages / 2).map_over();
+                memory.part(pages / 2, pages / 2).write(2);
+            })
+        };
+        let unchanged = device.sequence();
+        let look = {
+            let starts = starts.clone();
+            move |sequence| {
+                starts.fetch_add(1, Ordering::Relaxed);
+                // Whatever is there; once the driver knows that the memory has changed, it is an error.
+                let looked = if sequence == unchanged { memory.look().ok_or(()) } else { Err(()) };
+                async move { looked }
+            }
+        };
+        let read = {
+            let device = device.clone();
+            async move {
+                started.store(true, Ordering::Release);
+                let install = |mirror: &mut Option<Vec<u8>>, looked: Vec<u8>| *mirror = Some(looked);
+                device.0.mirror(&device, RetryBudget::default(), look, install).await.map(|()| device.0.lock().clone())
+            }
+        };
+        // On an executor's thread and on this one, in turns.
+        let outcome = match time % 2 {
+            0 => block_on(futures::task::SpawnExt::spawn_with_handle(&executor, read).unwrap()),
+            _ => block_on(read),
+        };
+        match outcome {
+            // `None`: zapped since, which is right as well.
+            Ok(mirrored) => {
+                complete += 1;
+                let wrong = mirrored.iter().flatten().position(|byte| *byte != 1);
+                assert_eq!(wrong, None, "byte {wrong:?} is somebody else's");
+            }
+            Err(error) => {
+                assert!(matches!(error, MirrorError::Prepare(())), "{error:?}");
+                refused += 1;
+            }
+        }
+        retried += starts.load(Ordering::Relaxed) - 1;
+        unmap.join().unwrap();
+        memory.unmap();
+    }
+    assert!(complete > 0 && refused > 0, "{complete} complete, {refused} refused, {retried} retries: they did not meet");
 }
 
 /// A driver whose first pass takes a lock of the program.
