@@ -140,7 +140,7 @@ impl OwnedMapping {
         })
     }
 
-    /// Moves it to another address; what is in it stays.
+    /// Moves it to another address; what is in it stays. Without `mremap` (on systems other than Linux) it is copied, and readable and writable afterwards.
     ///
     /// # Errors
     /// [`MapError::Os`].
@@ -182,7 +182,8 @@ impl OwnedMapping {
         changed.map_err(|error| MapError::Os(error.into()))
     }
 
-    /// Discards the pages of a part: offsets, end exclusive, whole pages. They read as zeros afterwards.
+    /// Discards the pages of a part: offsets, end exclusive, whole pages. They read as zeros afterwards; on systems other than Linux they are readable and
+    /// writable, too.
     ///
     /// # Errors
     /// [`MapError`].

@@ -61,10 +61,20 @@ impl Memory {
     }
 
     /// Discards its pages (`MADV_DONTNEED`): they read as zeros afterwards.
+    #[cfg(target_os = "linux")]
     pub(super) fn discard(&mut self, offset: usize, len: usize) -> io::Result<()> {
         assert!(self.inside(offset, len), "what is discarded is outside of the mapping");
         // SAFETY: inside the mapping, into which there are no references.
         unsafe { mm::madvise(self.at.as_ptr().add(offset).cast::<c_void>(), len, mm::Advice::LinuxDontNeed) }
+    }
+
+    /// Elsewhere that call is a hint: new pages take their place, readable and writable.
+    #[cfg(not(target_os = "linux"))]
+    pub(super) fn discard(&mut self, offset: usize, len: usize) -> io::Result<()> {
+        assert!(self.inside(offset, len), "what is discarded is outside of the mapping");
+        let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED);
+        // SAFETY: inside the mapping, which is ours and into which there are no references: the new pages replace only those.
+        unsafe { mm::mmap_anonymous(self.at.as_ptr().add(offset).cast::<c_void>(), len, rights, flags).map(drop) }
     }
 
     pub(super) fn protect(&mut self, offset: usize, len: usize, flags: MprotectFlags) -> io::Result<()> {
@@ -94,10 +104,11 @@ impl Memory {
         Ok(())
     }
 
-    /// Without `mremap`: a new mapping and a copy of what fits.
+    /// Without `mremap`: a new mapping, readable and writable, and a copy of what fits.
     #[cfg(not(target_os = "linux"))]
     pub(super) fn remap(&mut self, len: usize, _elsewhere: bool) -> io::Result<()> {
         let new = Self::map(len)?;
+        self.protect(0, self.len, MprotectFlags::READ)?;
         // SAFETY: both mappings are ours, different, and long enough.
         unsafe { ptr::copy_nonoverlapping(self.at.as_ptr(), new.at.as_ptr(), self.len.min(len)) };
         *self = new;
