@@ -24,6 +24,7 @@ use crate::notifier::IntervalNotifier;
 use crate::protocol::{Member, Own};
 use crate::range::AddressRange;
 use crate::sync::{AtomicU32, Ordering};
+use crate::tally::Tally;
 use alloc::boxed::Box;
 use core::mem::ManuallyDrop;
 use core::ops::Deref;
@@ -49,6 +50,7 @@ pub(crate) struct Entry {
     pub(crate) first_waiter: AtomicU32,
     /// Passes of this notifier that are pending.
     pub(crate) pending: AtomicU32,
+    pub(crate) tally: Tally,
     order: u64,
     pub(crate) range: AddressRange,
     /// Checks until one is forced to fail; 0 when none is.
@@ -130,6 +132,7 @@ impl<N: IntervalNotifier> EntryBox<N> {
             holds: AtomicU32::new(0),
             first_waiter: AtomicU32::new(NO_WAITER),
             pending: AtomicU32::new(0),
+            tally: Tally::new(),
             order: 0,
             range,
             #[cfg(feature = "test-util")]

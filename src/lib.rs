@@ -84,6 +84,7 @@ mod event;
 mod index;
 mod mirror;
 mod notifier;
+mod observe;
 mod pass;
 mod protocol;
 mod range;
@@ -92,6 +93,7 @@ pub mod source;
 mod space;
 mod subscription;
 mod sync;
+mod tally;
 #[cfg(feature = "test-util")]
 pub mod test_util;
 
@@ -111,3 +113,4 @@ pub use range::{AddressRange, RangeError};
 pub use space::Pause;
 pub use space::{ActiveInvalidation, AddressSpace, Builder, InsertError, Phase, Release, Stats};
 pub use subscription::Subscription;
+pub use tally::NotifierStats;

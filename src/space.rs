@@ -10,7 +10,7 @@ use crate::event::Event;
 use crate::notifier::{IntervalNotifier, Request, Sequence, WouldBlock};
 use crate::range::AddressRange;
 use crate::subscription::Subscription;
-use crate::sync::Arc;
+use crate::sync::{Arc, Ordering};
 use alloc::borrow::Cow;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -178,6 +178,17 @@ pub struct ActiveInvalidation {
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
+    /// Invalidations that were started.
+    pub invalidations: u64,
+    /// Times that a reader's check said that its notifier was invalidated.
+    pub collisions: u64,
+    /// Times that [`DriverLock::mirror`](crate::DriverLock::mirror) started over.
+    pub retries: u64,
+    /// Times that a reader had to wait for an invalidation (a pause is not counted).
+    pub waits: u64,
+    /// The longest that an invalidation was active, of those that were timed: all in a space with a [clock](Builder::clock); otherwise those
+    /// whose passes were pending, from then on, and those that [`AddressSpace::active`] listed. `None` before the first.
+    pub longest: Option<Duration>,
     /// Invalidations that were ended on behalf of a future that was not polled, and started over if it was polled again (C4).
     pub lapses: u64,
     /// Invalidations whose future was dropped, or that could not wait, while passes were pending (C2, B3).
@@ -294,8 +305,14 @@ impl AddressSpace {
 
     /// What happened so far.
     pub fn stats(&self) -> Stats {
-        let counts = self.shared.with(|state, _| state.counts);
+        let (counts, invalidations) = self.shared.with(|state, _| (state.counts, state.protocol.last_serial()));
+        let reads = &self.shared.reads;
         Stats {
+            invalidations,
+            collisions: reads.collisions.load(Ordering::Relaxed),
+            retries: reads.retries.load(Ordering::Relaxed),
+            waits: reads.waits.load(Ordering::Relaxed),
+            longest: counts.longest,
             lapses: counts.lapses,
             abandoned: counts.abandoned,
             refused_blockable: counts.refused_blockable,
@@ -310,11 +327,15 @@ impl AddressSpace {
         let mut held: Vec<EntryRef> = Vec::new();
         let mut listed = self.shared.with(|state, _| {
             let mut listed = Vec::with_capacity(state.protocol.active().len());
+            let mut longest = state.counts.longest;
             for (id, active) in state.protocol.active_mut().iter_mut() {
                 let since = match (active.extra.since, now) {
                     (None, Some(now)) => *active.extra.since.insert(now),
                     (since, _) => since.unwrap_or_default(),
                 };
+                if let Some(now) = now {
+                    longest = longest.max(Some(now.saturating_sub(since)));
+                }
                 let from = held.len();
                 let phase = match active.extra.pending.as_deref() {
                     Some(pending) => {
@@ -336,6 +357,7 @@ impl AddressSpace {
                 };
                 listed.push((active.serial, from..held.len(), invalidation));
             }
+            state.counts.longest = longest;
             held.iter().for_each(|entry| entry.hold());
             listed
         });

@@ -10,6 +10,7 @@ use crate::range::AddressRange;
 use crate::sync::Arc;
 #[cfg(feature = "test-util")]
 use crate::sync::Ordering;
+use crate::tally::NotifierStats;
 use core::fmt;
 use core::ops::Deref;
 
@@ -56,16 +57,27 @@ impl<N: IntervalNotifier> Subscription<N> {
     pub fn read_retry(&self, sequence: Sequence) -> bool {
         #[cfg(feature = "test-util")]
         if self.forced_collision() {
+            self.registered.space.collided(&self.registered.entry);
             return true;
         }
         // The gate first: whoever finds it open sees what was invalidated while it was closed.
-        self.registered.space.gate.is_closed_now() || self.registered.entry.own.sequence() != sequence.0 || self.is_closed()
+        let space = &self.registered.space;
+        let retry = space.gate.is_closed_now() || self.registered.entry.own.sequence() != sequence.0 || self.is_closed();
+        if retry {
+            space.collided(&self.registered.entry);
+        }
+        retry
     }
 
     /// Whether [`close`](Self::close) was called: nothing tells the driver of invalidations any more, so no check succeeds.
     #[inline]
     pub fn is_closed(&self) -> bool {
         self.registered.entry.is_removed()
+    }
+
+    /// What happened to the notifier so far. Only what waits or fails is counted, so a reader that does neither pays nothing for it.
+    pub fn stats(&self) -> NotifierStats {
+        self.registered.entry.tally.stats()
     }
 
     /// Makes the `n`-th check from now on, counted from 1, say that the notifier was invalidated, whether it was or not; 0 takes

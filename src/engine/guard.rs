@@ -4,6 +4,7 @@
 use crate::engine::Shared;
 use crate::engine::scratch::Scratch;
 use crate::notifier::Sequence;
+use crate::observe;
 use crate::protocol::Id;
 use crate::range::AddressRange;
 use crate::sync::{Arc, Lock};
@@ -103,7 +104,20 @@ impl Drop for InvalidationGuard<'_> {
 /// Ends an invalidation (S3, C2).
 #[inline(never)]
 pub(super) fn end(space: &Shared, id: Id, scratch: Option<Box<Scratch>>) {
-    space.with(|state, after| state.end(id, scratch, after));
+    if observe::ON || space.clock.is_some() || scratch.as_ref().is_some_and(|scratch| scratch.timed) {
+        return end_seen(space, id, scratch);
+    }
+    space.with(|state, after| state.end(id, scratch, None, after));
+}
+
+/// The same for one that is timed or traced.
+#[cold]
+fn end_seen(space: &Shared, id: Id, mut scratch: Option<Box<Scratch>>) {
+    let timed = space.clock.is_some() || scratch.as_ref().is_some_and(|scratch| scratch.timed);
+    let now = if timed { space.now() } else { None };
+    // Closed when the lock is free.
+    let _trace = scratch.as_mut().map(|scratch| core::mem::take(&mut scratch.passes.trace));
+    space.with(|state, after| state.end(id, scratch, now, after));
 }
 
 impl fmt::Debug for InvalidationGuard<'_> {

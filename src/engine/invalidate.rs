@@ -9,6 +9,7 @@ use crate::engine::{Budget, Extra, Report, Shared, State, Unclaimed};
 use crate::entry::EntryRef;
 use crate::event::Event;
 use crate::notifier::{Invalidation, Request, WouldBlock};
+use crate::observe::{self, Moment, Trace};
 use crate::protocol::{Id, Started};
 use crate::sync::{catch, resume};
 use alloc::boxed::Box;
@@ -53,14 +54,16 @@ fn call_from(space: &Shared, request: &Request, sequence: u64, hits: &[EntryRef]
         let reserved = Reserved::new(space);
         invalidation.may_defer = reserved.may_defer();
         invalidation.own = &entry.own;
+        let began = Moment::now();
         let answer = {
-            let _here = InFirstPass::enter(space, *entry);
+            let (_here, _entered) = (InFirstPass::enter(space, *entry), passes.trace.enter());
             entry.notifier().invalidate(&invalidation)
         };
+        passes.trace.first_pass(*entry, &answer, began);
         match answer {
             Ok(Some(pass)) => {
                 let may_defer = reserved.keep();
-                passes.start_pass(pass, *entry, may_defer);
+                passes.start_pass(pass, *entry, may_defer, began);
                 if !may_defer {
                     // Those before it wait until all have been called (O2).
                     let last = passes.started.len() - 1;
@@ -114,7 +117,7 @@ impl Drop for Reserved<'_> {
 #[inline]
 fn start(space: &Shared, request: &Request) -> (Id, u64, Option<Box<Scratch>>) {
     let since = space.clock.as_ref().map(|clock| clock());
-    space.with(|state, _| {
+    let mut started = space.with(|state, _| {
         state.released |= request.release;
         let hits = &mut state.next.hits;
         let fill = |extra: &mut Extra| {
@@ -130,7 +133,15 @@ fn start(space: &Shared, request: &Request) -> (Id, u64, Option<Box<Scratch>>) {
         space.calls.begin(id);
         let spare = state.spare.pop().unwrap_or_default();
         (id, sequence, Some(core::mem::replace(&mut state.next, spare)))
-    })
+    });
+    if observe::ON {
+        let (_, sequence, scratch) = &mut started;
+        let trace = Trace::start(request, *sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
+        if let Some(scratch) = scratch {
+            scratch.passes.trace = trace;
+        }
+    }
+    started
 }
 
 /// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3).
@@ -205,9 +216,10 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: &Request) -> Result
             let panic = scratch.passes.panic.take();
             scratch.passes.refused = false;
             let unclaimed = hand_over(&space, id, scratch, None, 0);
+            let now = space.now();
             space.with(|state, after| {
                 state.counts.abandoned += 1;
-                state.abandon(unclaimed, after);
+                state.abandon(unclaimed, now, after);
             });
             if let Some(panic) = panic {
                 resume(panic);
@@ -423,10 +435,11 @@ impl Drop for Invalidate<'_> {
 #[cold]
 fn leave(space: Handle<'_>, step: Step) {
     if let Step::Joining { unclaimed, .. } = step {
+        let now = space.now();
         space.with(|state, after| {
             if state.pending_mut(unclaimed).is_some_and(|pending| !pending.abandoned) {
                 state.counts.abandoned += 1;
-                state.abandon(unclaimed, after);
+                state.abandon(unclaimed, now, after);
             }
         });
     }

@@ -21,12 +21,13 @@ pub(crate) mod remove;
 pub(crate) mod scratch;
 pub(crate) mod wait;
 
-use crate::entry::{EntryRef, NO_WAITER};
+use crate::entry::{Entry, EntryRef, NO_WAITER};
 use crate::event::{Event, Kind, Owner, Reason};
 use crate::index::{Indexed, IntervalIndex};
+use crate::observe::{self, Trace};
 use crate::protocol::{Id, Protocol};
 use crate::range::AddressRange;
-use crate::sync::{Arc, AtomicUsize, Lock, Ordering, Panic, catch, resume};
+use crate::sync::{Arc, AtomicU64, AtomicUsize, Lock, Ordering, Panic, catch, resume};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use calls::CallTable;
@@ -50,6 +51,15 @@ pub(crate) struct Shared {
     pub(crate) budget: Option<Budget>,
     pub(crate) reporter: Option<Reporter>,
     pub(crate) clock: Option<Clock>,
+    pub(crate) reads: Reads,
+}
+
+/// What happened to readers of the space; only their slow paths count.
+#[derive(Default)]
+pub(crate) struct Reads {
+    pub(crate) collisions: AtomicU64,
+    pub(crate) retries: AtomicU64,
+    pub(crate) waits: AtomicU64,
 }
 
 /// Is told what has no caller to be returned to.
@@ -113,6 +123,8 @@ impl Extra {
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Counts {
     pub(crate) lapses: u64,
+    /// The longest that an invalidation was active, of those that were timed.
+    pub(crate) longest: Option<Duration>,
     pub(crate) abandoned: u64,
     pub(crate) refused_blockable: u64,
     pub(crate) lost_panics: u64,
@@ -164,6 +176,8 @@ pub(crate) struct Work {
     pub(crate) wakes: Vec<Arc<PassWaker>>,
     dead: Vec<EntryRef>,
     pub(crate) panics: Vec<Panic>,
+    /// Spans to be closed.
+    pub(crate) traces: Vec<Trace>,
 }
 
 impl After {
@@ -241,7 +255,15 @@ impl Shared {
             released: false,
             counts: Counts::default(),
         };
-        Self { state: Lock::new(state), gate: Gate::new(), calls: CallTable::new(), budget, reporter, clock }
+        Self {
+            state: Lock::new(state),
+            gate: Gate::new(),
+            calls: CallTable::new(),
+            budget,
+            reporter,
+            clock,
+            reads: Reads::default(),
+        }
     }
 
     /// The only way to the state: under the lock, and with somewhere to put what must wait until it is free.
@@ -274,6 +296,30 @@ impl Shared {
         None
     }
 
+    /// A check of a reader said that it has to start over.
+    #[cold]
+    pub(crate) fn collided(&self, entry: &Entry) {
+        self.reads.collisions.fetch_add(1, Ordering::Relaxed);
+        entry.tally.collided();
+        observe::collided();
+    }
+
+    /// The library's collision-retry loop starts over.
+    #[cold]
+    pub(crate) fn retried(&self, entry: &Entry) {
+        self.reads.retries.fetch_add(1, Ordering::Relaxed);
+        entry.tally.retried();
+        observe::retried();
+    }
+
+    /// A reader has to wait.
+    #[cold]
+    fn waited(&self, entry: &Entry) {
+        self.reads.waits.fetch_add(1, Ordering::Relaxed);
+        entry.tally.waited();
+        observe::waited();
+    }
+
     pub(crate) fn report(&self, report: &Report<'_>) {
         if let Some(reporter) = &self.reporter {
             // A panicking reporter must not stop the other notifiers; it has no caller of its own.
@@ -283,11 +329,14 @@ impl Shared {
 }
 
 impl State {
-    /// Ends an active invalidation (S3, C2) and wakes whoever waited for that.
+    /// Ends an active invalidation (S3, C2) and wakes whoever waited for that. `now` if it was timed.
     #[inline(always)]
-    pub(crate) fn end(&mut self, id: Id, scratch: Option<Box<Scratch>>, after: &mut After) {
-        let Self { protocol, waiters, .. } = self;
+    pub(crate) fn end(&mut self, id: Id, scratch: Option<Box<Scratch>>, now: Option<Duration>, after: &mut After) {
         let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
+        if now.is_some() {
+            self.lasted(id, hits, now);
+        }
+        let Self { protocol, waiters, .. } = self;
         protocol.end(id, hits, |entry| {
             if entry.wants_attention() {
                 uncovered(waiters, entry, after);
@@ -298,9 +347,21 @@ impl State {
         }
     }
 
+    /// Notes how long an invalidation has been active.
+    #[cold]
+    pub(crate) fn lasted(&mut self, id: Id, hits: &[EntryRef], now: Option<Duration>) {
+        let since = self.protocol.active().get(id).and_then(|active| active.extra.since);
+        if let (Some(since), Some(now)) = (since, now) {
+            let age = now.saturating_sub(since);
+            self.counts.longest = self.counts.longest.max(Some(age));
+            hits.iter().for_each(|entry| entry.tally.lasted(age));
+        }
+    }
+
     #[inline]
     pub(crate) fn recycle(&mut self, mut scratch: Box<Scratch>) {
         scratch.hits.clear();
+        scratch.timed = false;
         // The one used last is used next: it is in the caches, and has its memory.
         let other = core::mem::replace(&mut self.next, scratch);
         if self.spare.len() < SPARES {

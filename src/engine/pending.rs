@@ -15,6 +15,7 @@ use alloc::boxed::Box;
 use alloc::task::Wake;
 use alloc::vec::Vec;
 use core::task::Waker;
+use core::time::Duration;
 use slab::Slab;
 
 use super::scratch::Watch;
@@ -59,7 +60,7 @@ impl State {
         mut scratch: Box<Scratch>,
         resume_at: Option<usize>,
         lapses: u32,
-        now: Option<core::time::Duration>,
+        now: Option<Duration>,
         after: &mut After,
     ) -> Unclaimed {
         let wakes = scratch.passes.wakes().clone();
@@ -86,6 +87,7 @@ impl State {
             unreachable!("an invalidation in its first passes is active");
         };
         active.extra.since = active.extra.since.or(now);
+        scratch.timed = true;
         let (range, unclaimed) = (active.range, Unclaimed { id, serial: active.serial });
         // Whoever sleeps because of this invalidation can now help with it (C3).
         let mut asleep: Vec<EntryRef> = Vec::new();
@@ -127,15 +129,16 @@ impl State {
     }
 
     /// Ends an unclaimed invalidation all of whose passes are done.
-    fn end_unclaimed(&mut self, unclaimed: Unclaimed, after: &mut After) {
+    fn end_unclaimed(&mut self, unclaimed: Unclaimed, now: Option<Duration>, after: &mut After) {
         if let Some((mut scratch, _)) = self.claim(unclaimed) {
             self.lose_panic(scratch.passes.panic.take(), after);
-            self.end(unclaimed.id, Some(scratch), after);
+            after.work().traces.push(core::mem::take(&mut scratch.passes.trace));
+            self.end(unclaimed.id, Some(scratch), now, after);
         }
     }
 
     /// Nobody will claim this invalidation: it ends as soon as its passes are done, now if they are.
-    pub(crate) fn abandon(&mut self, unclaimed: Unclaimed, after: &mut After) {
+    pub(crate) fn abandon(&mut self, unclaimed: Unclaimed, now: Option<Duration>, after: &mut After) {
         let Some(pending) = self.pending_mut(unclaimed) else {
             return;
         };
@@ -148,7 +151,7 @@ impl State {
             return;
         };
         if scratch.passes.started.is_empty() {
-            self.end_unclaimed(unclaimed, after);
+            self.end_unclaimed(unclaimed, now, after);
         } else {
             // Further first passes will not be called, so the passes that waited for that can be polled.
             scratch.passes.join_started();
@@ -158,9 +161,12 @@ impl State {
     }
 
     /// C4: ends the range on behalf of a future that is not polled; it starts over if it ever is.
-    pub(crate) fn lapse(&mut self, unclaimed: Unclaimed, after: &mut After) {
+    pub(crate) fn lapse(&mut self, unclaimed: Unclaimed, now: Option<Duration>, after: &mut After) {
         self.counts.lapses += 1;
-        self.abandon(unclaimed, after);
+        if let Some(scratch) = self.pending_mut(unclaimed).and_then(|pending| pending.scratch.as_deref()) {
+            scratch.hits.iter().for_each(|entry| entry.tally.lapsed());
+        }
+        self.abandon(unclaimed, now, after);
     }
 
     /// Takes the passes of the unclaimed invalidations that overlap `range` and are `wanted`, to be polled, as far as nobody polls them
@@ -243,9 +249,9 @@ impl Shared {
         let Job { unclaimed, mut scratch } = job;
         let progress = scratch.passes.drive();
         let finished = core::mem::take(&mut scratch.passes.finished);
-        let mut wake = WakeAfterwards(None);
+        let (mut wake, now) = (WakeAfterwards(None), self.now());
         self.with(|state, after| {
-            let (done, wakes) = state.put_back(self, unclaimed, scratch, finished, progress, after);
+            let (done, wakes) = state.put_back(self, unclaimed, (scratch, finished), progress, now, after);
             wake.0 = wakes;
             done
         })
@@ -257,9 +263,9 @@ impl State {
         &mut self,
         space: &Shared,
         unclaimed: Unclaimed,
-        mut scratch: Box<Scratch>,
-        mut finished: Vec<super::scratch::Finished>,
+        (mut scratch, mut finished): (Box<Scratch>, Vec<super::scratch::Finished>),
         progress: Progress,
+        now: Option<Duration>,
         after: &mut After,
     ) -> (bool, Option<Arc<PassWaker>>) {
         let mut quiet = Vec::new();
@@ -301,7 +307,7 @@ impl State {
             self.nudge(entry, after);
         }
         if done && abandoned {
-            self.end_unclaimed(unclaimed, after);
+            self.end_unclaimed(unclaimed, now, after);
         }
         (done, wakes)
     }

@@ -3,6 +3,7 @@
 
 use crate::engine::Shared;
 use crate::entry::EntryRef;
+use crate::observe::{self, Moment, Trace};
 use crate::pass::PassFuture;
 use crate::sync::{Arc, Lock, Panic, catch};
 use alloc::boxed::Box;
@@ -30,6 +31,8 @@ pub(crate) struct Scratch {
     /// The notifiers that the invalidation hit, in order of their first passes.
     pub(crate) hits: Vec<EntryRef>,
     pub(crate) passes: Passes,
+    /// It has a time stamp: its passes were pending.
+    pub(crate) timed: bool,
     /// Spare record of a pending invalidation.
     pub(crate) pending: Option<Box<super::pending::Pending>>,
 }
@@ -45,6 +48,7 @@ pub(crate) struct Passes {
     pub(crate) panic: Option<Panic>,
     /// A first pass refused (B2).
     pub(crate) refused: bool,
+    pub(crate) trace: Trace,
     places: Vec<Place>,
     join: Option<Join>,
 }
@@ -64,6 +68,8 @@ pub(crate) struct Pass {
     pub(crate) listed: usize,
     /// It counts against the pass budget (B4).
     budgeted: bool,
+    /// Its first pass was called then.
+    began: Moment,
 }
 
 /// A pass that is done.
@@ -71,6 +77,7 @@ pub(crate) struct Finished {
     pub(crate) entry: EntryRef,
     pub(crate) listed: usize,
     pub(crate) budgeted: bool,
+    began: Moment,
     pub(crate) panic: Option<Panic>,
 }
 
@@ -107,13 +114,14 @@ impl Future for Pass {
         }
         // A drop that panicked has left the place empty all the same, or may have not: it is not used again.
         let place = this.future.take().filter(|_| panic.is_none());
-        Poll::Ready((Finished { entry: this.entry, listed: this.listed, budgeted: this.budgeted, panic }, place))
+        let done = Finished { entry: this.entry, listed: this.listed, budgeted: this.budgeted, began: this.began, panic };
+        Poll::Ready((done, place))
     }
 }
 
 /// Polls passes from `at` on, once each, and empties the places of those that are done; `at` moves behind a pass before it is polled.
 #[inline]
-fn poll_from(started: &mut [Pass], at: &mut usize, cx: &mut Context<'_>) {
+fn poll_from(started: &mut [Pass], at: &mut usize, trace: &Trace, cx: &mut Context<'_>) {
     while let Some(pass) = started.get_mut(*at) {
         *at += 1;
         if let Some(place) = &mut pass.future
@@ -121,6 +129,7 @@ fn poll_from(started: &mut [Pass], at: &mut usize, cx: &mut Context<'_>) {
             && future.poll(cx).is_ready()
         {
             place.as_mut().set(None);
+            trace.pass(pass.entry, pass.began, false);
         }
     }
 }
@@ -128,10 +137,10 @@ fn poll_from(started: &mut [Pass], at: &mut usize, cx: &mut Context<'_>) {
 impl Passes {
     /// Keeps what a first pass returned, until all first passes have been called (O2).
     #[inline]
-    pub(crate) fn start_pass(&mut self, future: PassFuture, entry: EntryRef, budgeted: bool) {
+    pub(crate) fn start_pass(&mut self, future: PassFuture, entry: EntryRef, budgeted: bool, began: Moment) {
         let mut place = self.places.pop().unwrap_or_else(|| Box::pin(None));
         place.set(Some(future));
-        self.started.push(Pass { future: Some(place), entry, listed: UNLISTED, budgeted });
+        self.started.push(Pass { future: Some(place), entry, listed: UNLISTED, budgeted, began });
     }
 
     fn join(&mut self) -> &mut Join {
@@ -168,8 +177,9 @@ impl Passes {
         let Some(join) = &mut self.join else { return };
         let mut cx = Context::from_waker(&join.waker);
         let mut at = from;
+        let _entered = self.trace.enter();
         // One landing for all polls; after a panic they go on behind the pass that panicked (C5).
-        while let Err(panic) = catch(|| poll_from(&mut self.started, &mut at, &mut cx)) {
+        while let Err(panic) = catch(|| poll_from(&mut self.started, &mut at, &self.trace, &mut cx)) {
             self.panic.get_or_insert(panic);
             // It need not be empty if its drop panicked, too: it is not used again.
             let mut place = self.started.get_mut(at - 1).and_then(|pass| pass.future.take());
@@ -182,6 +192,7 @@ impl Passes {
             match pass.future.take() {
                 Some(place) if place.is_some() => {
                     pass.future = Some(place);
+                    observe::pass_pends();
                     join.running.push(pass);
                     continue;
                 }
@@ -197,6 +208,7 @@ impl Passes {
     pub(crate) fn join_started(&mut self) {
         self.join();
         if let Some(join) = &mut self.join {
+            self.started.iter().for_each(|_| observe::pass_pends());
             join.running.extend(self.started.drain(..));
         }
     }
@@ -251,10 +263,13 @@ impl Passes {
         let mut rounds = 0;
         let mut finished = 0;
         join.wakes.begin();
+        let _entered = self.trace.enter();
         loop {
             match join.running.poll_next_unpin(&mut cx) {
                 Poll::Ready(Some((done, place))) => {
                     self.places.extend(place);
+                    observe::pass_pends_no_more();
+                    self.trace.pass(done.entry, done.began, done.panic.is_some());
                     self.finished.push(done);
                     finished += 1;
                     if finished < FINISHED_AT_ONCE {

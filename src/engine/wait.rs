@@ -8,6 +8,7 @@ use crate::engine::pending::{Help, Pending, TaskWaker};
 use crate::engine::{After, Shared, State, Unclaimed, WaitFor};
 use crate::entry::EntryRef;
 use crate::notifier::Sequence;
+use crate::observe;
 use crate::range::AddressRange;
 use crate::sync::{Arc, spin_hint};
 use alloc::boxed::Box;
@@ -99,7 +100,8 @@ impl Wait {
                 None => patience.push((unclaimed, 1)),
             }
         }
-        space.with(|state, after| {
+        let (now, mut lapses) = (space.now(), 0);
+        let look_again = space.with(|state, after| {
             let mut lapsed = false;
             patience.retain(|&(unclaimed, yields)| {
                 let Some(pending) = state.pending_mut(unclaimed) else {
@@ -109,13 +111,16 @@ impl Wait {
                 };
                 let over = pending.done && !pending.abandoned && yields > pending.patience;
                 if over {
-                    state.lapse(unclaimed, after);
+                    state.lapse(unclaimed, now, after);
+                    lapses += 1;
                     lapsed = true;
                 }
                 !over
             });
             lapsed
-        })
+        });
+        (0..lapses).for_each(|_| observe::lapsed());
+        look_again
     }
 
     pub(super) fn leave(&mut self, state: &mut State, after: &mut After) {
@@ -184,6 +189,9 @@ impl<'a> ReadBegin<'a> {
         };
         let polled = wait.poll(self.space, Some((entry, WaitFor::Uncovered)), cx, look, |_, _| true);
         if polled.is_pending() {
+            if first {
+                self.space.waited(&entry);
+            }
             forbid_waiting(self.space, "read_begin");
         }
         polled.map(|()| Sequence(*sequence))

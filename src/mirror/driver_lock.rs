@@ -257,6 +257,7 @@ impl<T> DriverLock<T> {
             if retries == budget.retries || too_late {
                 return Err(MirrorError::RetriesExhausted { retries, elapsed });
             }
+            space.retried(subscription.entry());
             retries += 1;
         }
     }
