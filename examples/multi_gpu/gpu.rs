@@ -16,6 +16,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Poll, Waker};
 use std::time::Duration;
+use tracing::Instrument;
 
 pub const PAGE: u64 = 4096;
 
@@ -210,7 +211,7 @@ pub struct Gpu {
     /// When the command queue has worked off what is in it.
     busy_until: Mutex<Duration>,
     /// The last command, what it covers, and its fence.
-    last: Mutex<Option<(std::ops::RangeInclusive<Page>, Fence)>>,
+    last: Mutex<Option<(std::ops::RangeInclusive<Page>, Command, Fence)>>,
     /// Mappings that the DMA engine works on.
     mirrors: Mutex<Vec<Arc<Subscription<Mirror>>>>,
     /// This driver forgets to wait for its device.
@@ -241,14 +242,20 @@ impl IntervalNotifier for Mirror {
         };
         // A command under way for the same pages does for this notifier too; so it is when one GPU mirrors several mappings in the range.
         // If none is and nothing was mapped, no translation can be cached either, and the device is left alone.
-        let under_way = gpu.last.lock().unwrap().clone().filter(|(of, fence)| !fence.is_signalled() && covers(of, &pages));
-        let fence = match under_way {
-            Some((_, fence)) => fence,
+        let under_way = gpu.last.lock().unwrap().clone().filter(|(of, _, fence)| !fence.is_signalled() && covers(of, &pages));
+        let (command, fence) = match under_way {
+            Some((_, command, fence)) => (command, fence),
             None if zapped.is_empty() => return Ok(None),
             None => gpu.submit(pages),
         };
-        // Dropping the fence here is the bug that `--fault skip-wait` plants.
-        Ok((!gpu.skips_wait).then(|| PassFuture::new(std::future::poll_fn(move |cx| fence.poll(cx)))))
+        // For who looks at the run through `tracing`, as the example `trace` does.
+        let span = match command {
+            Command::TlbFlush => tracing::info_span!("TLB flush", gpu = gpu.id),
+            Command::Preempt => tracing::info_span!("preemption", gpu = gpu.id),
+        };
+        let wait = std::future::poll_fn(move |cx| fence.poll(cx)).instrument(span);
+        // Dropping the wait here is the bug that `--fault skip-wait` plants.
+        Ok((!gpu.skips_wait).then(|| PassFuture::new(wait)))
     }
 
     fn name(&self) -> Cow<'static, str> {
@@ -316,7 +323,7 @@ impl Gpu {
     }
 
     /// Puts a command into the device's queue; it works on one after the other.
-    fn submit(self: &Arc<Self>, pages: std::ops::RangeInclusive<Page>) -> Fence {
+    fn submit(self: &Arc<Self>, pages: std::ops::RangeInclusive<Page>) -> (Command, Fence) {
         let (now, covered) = (self.runtime.now(), pages.clone());
         let (command, latency, mut random) = self.model.draw(self.id, self.current.number.load(Ordering::SeqCst));
         let (began, done) = {
@@ -349,8 +356,8 @@ impl Gpu {
             gpu.complete(lane);
             signal.signal();
         });
-        *self.last.lock().unwrap() = Some((covered, fence.clone()));
-        fence
+        *self.last.lock().unwrap() = Some((covered, command, fence.clone()));
+        (command, fence)
     }
 
     /// Notes when the device was really done, which in real time is later than planned.

@@ -2,7 +2,9 @@
 //! any is worth. See `--help`.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
+mod compare;
 mod gpu;
+mod html;
 mod memory;
 mod plot;
 mod report;
@@ -17,7 +19,7 @@ use report::{Report, Workload};
 use simulation::{Mode, Outcome, Settings, Timeline};
 use std::collections::BTreeMap;
 use std::io::IsTerminal;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -48,6 +50,14 @@ struct Options {
     /// Write a picture (SVG): latency against GPUs, and one invalidation GPU by GPU
     #[arg(long, value_name = "FILE.svg")]
     plot: Option<PathBuf>,
+
+    /// Write a report (HTML, one file that needs no other): latency against GPUs, its distribution, one invalidation GPU by GPU, the figures
+    #[arg(long, value_name = "FILE.html")]
+    report: Option<PathBuf>,
+
+    /// Compare two files that --json printed, instead of running anything
+    #[arg(long, value_names = ["A.json", "B.json"], num_args = 2, conflicts_with_all = ["workload", "json", "plot", "report", "fault", "real_time"])]
+    compare: Option<Vec<PathBuf>>,
 
     /// Count lines of the recording that cannot be parsed, instead of ending with an error
     #[arg(long)]
@@ -92,6 +102,8 @@ const EXAMPLES: &str = "\
 Examples:
   multi_gpu                                   the table for 1 to 64 GPUs
   multi_gpu --plot out.svg                    and a picture
+  multi_gpu --report out.html                 and a report for the browser
+  multi_gpu --compare a.json b.json           what changed between two runs with --json
   multi_gpu --gpus 1,4,16 --seed 7 --json     for scripts
   multi_gpu --workload cargo-build.strace     another program's memory
   multi_gpu --fault skip-wait --gpus 4        a driver that does not wait: exit code 1
@@ -111,7 +123,12 @@ fn share(text: &str) -> Result<f64, String> {
 }
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
+    let options = Options::parse();
+    let outcome = match options.compare.as_deref() {
+        Some([a, b]) => compare_reports(a, b).map(|()| 0),
+        _ => run(&options),
+    };
+    match outcome {
         Ok(0) => ExitCode::SUCCESS,
         Ok(stale) => {
             eprintln!("error: {stale} DMA accesses used a mapping after its invalidation's guard had been handed out");
@@ -122,6 +139,12 @@ fn main() -> ExitCode {
             ExitCode::from(2)
         }
     }
+}
+
+fn compare_reports(a: &Path, b: &Path) -> Result<(), String> {
+    let (of_a, of_b) = (compare::read(a)?, compare::read(b)?);
+    print!("{}", compare::table([&a.display().to_string(), &b.display().to_string()], [&of_a, &of_b])?);
+    Ok(())
 }
 
 /// Runs it all; returns the number of stale accesses.
@@ -196,9 +219,14 @@ fn run(options: &Options) -> Result<u64, String> {
     bar.finish_and_clear();
 
     let report = Report { workload, seed: options.seed, real_time: options.real_time, rows };
+    let example = example(&timelines);
     if let Some(path) = &options.plot {
-        plot::write(path, &report, example(&timelines))
+        plot::write(path, &report, &example)
             .map_err(|error| format!("the picture {} cannot be written: {error}", path.display()))?;
+    }
+    if let Some(path) = &options.report {
+        html::write(path, &report, &example)
+            .map_err(|error| format!("the report {} cannot be written: {error}", path.display()))?;
     }
     if options.json {
         println!("{}", serde_json::to_string(&report).map_err(|error| error.to_string())?);

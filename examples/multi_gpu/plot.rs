@@ -14,20 +14,68 @@ const PREEMPT: RGBColor = RGBColor(0xe0, 0x8e, 0x2b);
 const FIRST_PASS: RGBColor = RGBColor(0x10, 0x10, 0x10);
 const INK: RGBColor = RGBColor(0x33, 0x33, 0x33);
 
-type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+pub type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
 /// Writes the picture as SVG. The timelines are of the same invalidation in both modes, single-pass first.
-pub fn write(path: &Path, report: &Report, timelines: [Timeline; 2]) -> Result<(), Box<dyn Error>> {
-    let root = SVGBackend::new(path, (1120, 560)).into_drawing_area();
-    root.fill(&WHITE)?;
-    let (left, right) = root.split_horizontally(470);
-    latencies(&left, report)?;
-    lanes(&right, &timelines)?;
-    root.present()?;
+pub fn write(path: &Path, report: &Report, timelines: &[Timeline; 2]) -> Result<(), Box<dyn Error>> {
+    let draw = |root: &Canvas<'_>| {
+        let (left, right) = root.split_horizontally(470);
+        latencies(&left, report)?;
+        lanes(&right, timelines)
+    };
+    Ok(std::fs::write(path, svg((1120, 560), draw)?)?)
+}
+
+/// A picture of this size, as the text of an SVG file.
+pub fn svg(size: (u32, u32), draw: impl FnOnce(&Canvas<'_>) -> Result<(), Box<dyn Error>>) -> Result<String, Box<dyn Error>> {
+    let mut text = String::new();
+    {
+        let root = SVGBackend::with_string(&mut text, size).into_drawing_area();
+        root.fill(&WHITE)?;
+        draw(&root)?;
+        root.present()?;
+    }
+    Ok(text)
+}
+
+/// Which part of the invalidations of the most GPUs took no longer than that.
+pub fn distribution(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error>> {
+    let Some((single, multi)) = pairs(&report.rows).max_by_key(|(single, _)| single.gpus) else { return Ok(()) };
+    let values = || single.percentiles_ns.iter().chain(&multi.percentiles_ns).copied().filter(|ns| *ns > 0);
+    let (least, most) = (values().min().unwrap_or(1) as f64, values().max().unwrap_or(1) as f64);
+    let mut chart = ChartBuilder::on(area)
+        .caption(format!("Distribution with {} GPUs", single.gpus), ("sans-serif", 19).into_font().color(&INK))
+        .margin(14)
+        .x_label_area_size(44)
+        .y_label_area_size(66)
+        .build_cartesian_2d((least / 1.3..most * 1.3).log_scale(), 0.0..100.0)?;
+    chart
+        .configure_mesh()
+        .x_desc("latency of an invalidation")
+        .y_desc("% that took no longer")
+        .x_label_formatter(&|ns| time(*ns as u64))
+        .y_label_formatter(&|percent| format!("{percent:.0}"))
+        .light_line_style(WHITE)
+        .label_style(("sans-serif", 14).into_font().color(&INK))
+        .draw()?;
+    for (name, row, color) in [("single-pass", single, SINGLE), ("multi-pass", multi, MULTI)] {
+        let points = row.percentiles_ns.iter().zip(0..).map(|(ns, percent)| ((*ns).max(1) as f64, f64::from(percent)));
+        chart
+            .draw_series(LineSeries::new(points, color.stroke_width(3)))?
+            .label(name)
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
+    }
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::LowerRight)
+        .label_font(("sans-serif", 14).into_font().color(&INK))
+        .background_style(WHITE.mix(0.9))
+        .border_style(INK.mix(0.3))
+        .draw()?;
     Ok(())
 }
 
-fn latencies(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error>> {
+pub fn latencies(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error>> {
     let rows: Vec<(&Row, &Row)> = pairs(&report.rows).collect();
     let most_gpus = rows.iter().map(|(single, _)| single.gpus).max().unwrap_or(1) as f64;
     let values = || rows.iter().flat_map(|(single, multi)| [single.p50_ns, single.p99_ns, multi.p50_ns, multi.p99_ns]);
@@ -67,7 +115,7 @@ fn latencies(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error>> {
     }
     chart
         .configure_series_labels()
-        .position(SeriesLabelPosition::UpperLeft)
+        .position(SeriesLabelPosition::LowerRight)
         .label_font(("sans-serif", 14).into_font().color(&INK))
         .background_style(WHITE.mix(0.9))
         .border_style(INK.mix(0.3))
@@ -75,7 +123,7 @@ fn latencies(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error>> {
     Ok(())
 }
 
-fn lanes(area: &Canvas<'_>, timelines: &[Timeline; 2]) -> Result<(), Box<dyn Error>> {
+pub fn lanes(area: &Canvas<'_>, timelines: &[Timeline; 2]) -> Result<(), Box<dyn Error>> {
     let most = timelines.iter().map(|timeline| (timeline.ended - timeline.began).as_nanos()).max().unwrap_or(1).max(1) as f64;
     let halves = area.split_evenly((2, 1));
     for ((area, timeline), (name, color, corner)) in halves

@@ -52,6 +52,9 @@ pub struct Row {
     /// `total_ns` over the time that the slowest GPU of each invalidation took, in all.
     pub ideal_ratio: f64,
     pub stale_accesses: u64,
+    /// Latencies in ns at each percent of the invalidations, from 0 to 100.
+    #[serde(default)]
+    pub percentiles_ns: Vec<u64>,
 }
 
 /// One invalidation, GPU by GPU; times are since it began.
@@ -260,6 +263,7 @@ impl Simulation {
             total_ns: nanos(self.total),
             ideal_ratio,
             stale_accesses: self.oracle.stale(),
+            percentiles_ns: (0..=100).map(|percent| self.latencies.value_at_percentile(f64::from(percent))).collect(),
         };
         Outcome { row, timelines: self.timelines }
     }
