@@ -103,10 +103,13 @@ struct Bar {
     to: f64,
 }
 
+/// The spans of one invalidation, and those that have not ended: their names and places.
+type Spans = (Vec<Bar>, Vec<(String, usize)>);
+
 /// Draws an invalidation of one mapping in which all GPUs took part and some preempted.
 fn draw(json: &str, svg: &str) -> Result<(), Box<dyn Error>> {
     let events: Vec<TraceEvent> = serde_json::from_str(&std::fs::read_to_string(json)?)?;
-    let mut invalidations: BTreeMap<u64, (Vec<Bar>, Vec<(String, usize)>)> = BTreeMap::new();
+    let mut invalidations: BTreeMap<u64, Spans> = BTreeMap::new();
     for event in events.iter().filter(|event| event.ph == "b" || event.ph == "e") {
         let Some(id) = event.id else { continue };
         let (bars, open) = invalidations.entry(id).or_default();
