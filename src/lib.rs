@@ -43,6 +43,9 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 //! ```
 //!
+//! The guide is in `docs`: writing a driver, the collision-retry loop, choosing between the notifier traits, executors and `no_std`, cancellation, coming from
+//! the kernel, coming from libfabric or UCX.
+//!
 //! # Map
 //! Each module uses only those below it.
 //!
@@ -53,6 +56,7 @@
 //! | drivers: [`DriverLock`] with the collision-retry loop, [`Inbox`] for drivers that are tasks, [`AsyncIntervalNotifier`] | `mirror` |
 //! | [`AddressSpace`], [`Subscription`] | `space`, `subscription` |
 //! | start, join, end; whoever waits helps: [`Invalidate`], [`InvalidationGuard`], [`ReadBegin`], [`Remove`] | `engine` |
+//! | what is counted and told: [`NotifierStats`], the features `tracing` and `metrics` | `tally`, `observe` |
 //! | a registered notifier in memory (all the `unsafe` there is, but for the system calls of `source`) | `entry` |
 //! | what a driver implements and is told: [`IntervalNotifier`], [`Invalidation`], [`PassFuture`] | `notifier`, `pass` |
 //! | the sequence protocol, a plain state machine | `protocol` |
@@ -66,6 +70,13 @@
 //! invalidations have an age. Without it the crate is `no_std` + `alloc`; a panic of driver code then leaves its range
 //! under invalidation, because there is nothing to catch it with.
 //!
+//! `tracing`: a span (`DEBUG`, target `shootdown`) for each invalidation, with its range, event, sequence and hits; inside it an event (`TRACE`) for each first pass and for
+//! each pass that is done, with its latency since the first pass was called. Driver code runs inside the span.
+//!
+//! `metrics`: through the `metrics` facade the counters `shootdown_invalidations_total` (by event), `shootdown_hits_total`, `shootdown_collisions_total`,
+//! `shootdown_retries_total`, `shootdown_waits_total`, `shootdown_lapses_total`, the gauge `shootdown_passes_pending`, and the histogram
+//! `shootdown_pass_latency_seconds`. Without either feature, [`AddressSpace::stats`] and [`Subscription::stats`] have the counts.
+//!
 //! `cache`: the registration cache. `mapping` (Unix): memory that invalidates before it changes. `userfaultfd` (Linux): memory that somebody else
 //! unmaps; includes the other two.
 //!
@@ -78,6 +89,8 @@ extern crate std;
 
 #[cfg(all(feature = "cache", not(any(loom, shuttle))))]
 pub mod cache;
+#[cfg(any(doc, doctest))]
+pub mod docs;
 mod engine;
 mod entry;
 mod event;

@@ -1,0 +1,33 @@
+//! The guide, as modules without code. Every block of code in it compiles.
+//!
+//! | page | for |
+//! | --- | --- |
+//! | [`driver`] | who writes a driver: what a first pass does, what its pass waits for, what may go wrong |
+//! | [`retry_loop`] | the read side: how a mapping is installed that is never stale |
+//! | [`notifiers`] | choosing between [`IntervalNotifier`](crate::IntervalNotifier), [`AsyncIntervalNotifier`](crate::AsyncIntervalNotifier) and [`Inbox`](crate::Inbox) |
+//! | [`executors`] | tokio, smol, an executor of one's own, `no_std` |
+//! | [`cancellation`] | dropped, leaked and forgotten futures, and why passes belong to the space |
+//! | [`from_the_kernel`] | each function of `mmu_notifier.h` and what it is here |
+//! | [`from_libfabric`] | users of libfabric's memory monitors and UCX's registration cache |
+
+#[doc = include_str!("driver.md")]
+pub mod driver {}
+
+#[doc = include_str!("retry_loop.md")]
+pub mod retry_loop {}
+
+#[doc = include_str!("notifiers.md")]
+pub mod notifiers {}
+
+#[doc = include_str!("executors.md")]
+pub mod executors {}
+
+#[doc = include_str!("cancellation.md")]
+pub mod cancellation {}
+
+#[doc = include_str!("from_the_kernel.md")]
+pub mod from_the_kernel {}
+
+#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+#[doc = include_str!("from_libfabric.md")]
+pub mod from_libfabric {}
