@@ -8,7 +8,7 @@
 //! | [`executors`] | tokio, smol, an executor of one's own, `no_std` |
 //! | [`cancellation`] | dropped, leaked and forgotten futures, and why passes belong to the space |
 //! | [`from_the_kernel`] | each function of `mmu_notifier.h` and what it is here |
-//! | [`from_libfabric`] | users of libfabric's memory monitors and UCX's registration cache |
+//! | `from_libfabric` (feature `userfaultfd`) | users of libfabric's memory monitors and UCX's registration cache |
 
 #[doc = include_str!("driver.md")]
 pub mod driver {}
