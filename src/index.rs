@@ -8,20 +8,15 @@
 //! Nothing here knows of sequences, locks or notifiers.
 #![forbid(unsafe_code)]
 
+mod node;
+
 use crate::range::AddressRange;
 use alloc::vec::Vec;
 use core::ops::Range;
+use node::{CAP, Child, Inner, LOW, Leaf, MERGED, Part, candidates, count_at_most};
 
-/// Children of an inner node, or intervals of a leaf, at most.
-const CAP: usize = 32;
-/// Below this a node looks for a neighbour to merge with.
-const LOW: usize = CAP / 4;
-/// A merged node holds no more than this, so that the next insertion does not split it again.
-const MERGED: usize = CAP * 3 / 4;
 /// The span of an index without intervals.
 const NOWHERE: (u64, u64) = (u64::MAX, 0);
-/// A start that is not in use: sorts behind all others. (An interval may start there, too; a node knows its `len`.)
-const UNUSED: u64 = u64::MAX;
 /// Height of the tallest tree: `LOW`-full nodes over `u32::MAX` leaves.
 const HEIGHT: usize = 12;
 
@@ -33,42 +28,10 @@ pub(crate) trait Indexed: Copy + PartialEq {
 
 type Node = u32;
 
-#[derive(Clone)]
-struct Leaf<V> {
-    len: usize,
-    /// No interval but the last one ends further than this beyond the start of the next one.
-    slack: u64,
-    starts: [u64; CAP],
-    lasts: [u64; CAP],
-    values: [Option<V>; CAP],
-}
-
-#[derive(Clone)]
-struct Inner {
-    len: usize,
-    /// As in a leaf: no child but the last one reaches further than this beyond the lower bound of the next one.
-    slack: u64,
-    /// Lower bounds: every key in `children[i]` is `>= (starts[i], orders[i])` and below the next bound. The first is not looked at.
-    starts: [u64; CAP],
-    orders: [u64; CAP],
-    /// The greatest `last` in `children[i]`.
-    max_lasts: [u64; CAP],
-    children: [Node; CAP],
-}
-
 /// Nodes of one kind, and those that are free.
 struct Arena<T> {
     nodes: Vec<T>,
     free: Vec<Node>,
-}
-
-/// What a split or a merge tells the parent of a child: its lower bound and greatest `last`.
-#[derive(Clone, Copy)]
-struct Child {
-    start: u64,
-    order: u64,
-    max_last: u64,
-    node: Node,
 }
 
 /// Intervals with values, ordered by `(start, order)`.
@@ -82,17 +45,6 @@ pub(crate) struct IntervalIndex<V> {
     /// From the least start to the greatest `last` that any interval had since the index was empty: most invalidations of a process
     /// are of memory that no device has mapped, and end here.
     span: (u64, u64),
-}
-
-/// What merging and balancing need of either kind of node.
-trait Part: Sized {
-    fn len(&self) -> usize;
-    /// Replaces the lower bound of the first child, which a node does not keep right itself.
-    fn set_bound(&mut self, start: u64, order: u64);
-    /// The upper part from `at` on, cut off into a node of its own.
-    fn split_off(&mut self, at: usize) -> Self;
-    fn append(&mut self, upper: &mut Self);
-    fn child(&self, node: Node) -> Child;
 }
 
 impl<T: Part> Arena<T> {
@@ -146,220 +98,6 @@ impl<T> Arena<T> {
     #[inline]
     fn at_mut(&mut self, node: Node) -> &mut T {
         &mut self.nodes[node as usize]
-    }
-}
-
-/// Moves `array[at..len]` up by one and puts `value` at `at`.
-#[inline]
-fn open<T: Copy, const N: usize>(array: &mut [T; N], len: usize, at: usize, value: T) {
-    array.copy_within(at..len, at + 1);
-    array[at] = value;
-}
-
-/// Moves `array[at + 1..len]` down by one.
-#[inline]
-fn close<T: Copy, const N: usize>(array: &mut [T; N], len: usize, at: usize) {
-    array.copy_within(at + 1..len, at);
-}
-
-/// How far part `at` of a node reaches beyond the start of the next one, or the one before it beyond its own, if that is further.
-#[inline]
-fn overhang(starts: &[u64; CAP], lasts: &[u64; CAP], len: usize, at: usize) -> u64 {
-    let own = if at + 1 < len { lasts[at].saturating_sub(starts[at + 1]) } else { 0 };
-    let before = if at > 0 { lasts[at - 1].saturating_sub(starts[at]) } else { 0 };
-    own.max(before)
-}
-
-/// How many of the sorted `starts` are at most `start`; places that are not in use hold [`UNUSED`].
-///
-/// Looks at three of them at a time: no step has a branch, and the loads of the first do not depend on each other, so that the cache lines of a
-/// node are fetched at the same time, which a search by halves does not allow.
-#[inline]
-fn count_at_most(starts: &[u64; CAP], len: usize, start: u64) -> usize {
-    let below = |candidate: u64| usize::from(candidate <= start);
-    let (eights, _) = starts.as_chunks::<{ CAP / 4 }>();
-    let eight = if len <= 8 { 0 } else { below(eights[0][7]) + below(eights[1][7]) + below(eights[2][7]) };
-    let [a, b, c, d, e, f, g, h] = eights[eight];
-    let lower = (below(a) + below(b)) + (below(c) + below(d));
-    let upper = (below(e) + below(f)) + (below(g) + below(h));
-    (8 * eight + lower + upper).min(len)
-}
-
-/// Which of the first `len` parts of a node may overlap `range`: the one that starts last among those that start at or before its end, and
-/// those before it that may reach so far.
-#[inline]
-fn candidates(starts: &[u64; CAP], len: usize, slack: u64, range: AddressRange) -> Range<usize> {
-    let end = count_at_most(starts, len, range.last());
-    let bound = range.start().saturating_sub(slack);
-    let mut from = end;
-    while from > 0 && (from == end || starts[from] >= bound) {
-        from -= 1;
-    }
-    from..end
-}
-
-/// The smallest slack of a node whose parts start and end there.
-fn slack(starts: &[u64], lasts: &[u64]) -> u64 {
-    lasts.iter().zip(starts.iter().skip(1)).map(|(last, next)| last.saturating_sub(*next)).max().unwrap_or(0)
-}
-
-impl<V: Indexed> Leaf<V> {
-    const EMPTY: Self = Self { len: 0, slack: 0, starts: [UNUSED; CAP], lasts: [0; CAP], values: [None; CAP] };
-
-    fn add(&mut self, at: usize, range: AddressRange, value: V) {
-        open(&mut self.starts, self.len, at, range.start());
-        open(&mut self.lasts, self.len, at, range.last());
-        open(&mut self.values, self.len, at, Some(value));
-        self.len += 1;
-        self.stretch(at);
-    }
-
-    /// Interval `at` is new: it may reach beyond the start of the next, and the one before beyond its own.
-    #[inline]
-    fn stretch(&mut self, at: usize) {
-        self.slack = self.slack.max(overhang(&self.starts, &self.lasts, self.len, at));
-    }
-
-    fn take(&mut self, at: usize) {
-        let tighter = self.slack != 0 && overhang(&self.starts, &self.lasts, self.len, at) == self.slack;
-        close(&mut self.starts, self.len, at);
-        close(&mut self.lasts, self.len, at);
-        close(&mut self.values, self.len, at);
-        self.len -= 1;
-        self.starts[self.len] = UNUSED;
-        self.values[self.len] = None;
-        if tighter {
-            self.tighten();
-        }
-    }
-
-    fn tighten(&mut self) {
-        self.slack = slack(&self.starts[..self.len], &self.lasts[..self.len]);
-    }
-
-    fn max_last(&self) -> u64 {
-        self.lasts[..self.len].iter().copied().max().unwrap_or(0)
-    }
-}
-
-impl<V: Indexed> Part for Leaf<V> {
-    fn len(&self) -> usize {
-        self.len
-    }
-
-    fn set_bound(&mut self, _start: u64, _order: u64) {}
-
-    fn split_off(&mut self, at: usize) -> Self {
-        let mut upper = Self::EMPTY;
-        upper.len = self.len - at;
-        upper.starts[..upper.len].copy_from_slice(&self.starts[at..self.len]);
-        upper.lasts[..upper.len].copy_from_slice(&self.lasts[at..self.len]);
-        upper.values[..upper.len].copy_from_slice(&self.values[at..self.len]);
-        self.starts[at..self.len].fill(UNUSED);
-        self.values[at..self.len].fill(None);
-        self.len = at;
-        self.tighten();
-        upper.tighten();
-        upper
-    }
-
-    fn append(&mut self, upper: &mut Self) {
-        let (at, end) = (self.len, self.len + upper.len);
-        self.starts[at..end].copy_from_slice(&upper.starts[..upper.len]);
-        self.lasts[at..end].copy_from_slice(&upper.lasts[..upper.len]);
-        self.values[at..end].copy_from_slice(&upper.values[..upper.len]);
-        self.len = end;
-        self.tighten();
-        *upper = Self::EMPTY;
-    }
-
-    fn child(&self, node: Node) -> Child {
-        let order = self.values[0].map_or(0, V::order);
-        Child { start: self.starts[0], order, max_last: self.max_last(), node }
-    }
-}
-
-impl Inner {
-    const EMPTY: Self =
-        Self { len: 0, slack: 0, starts: [UNUSED; CAP], orders: [0; CAP], max_lasts: [0; CAP], children: [0; CAP] };
-
-    fn add(&mut self, at: usize, child: Child) {
-        open(&mut self.starts, self.len, at, child.start);
-        open(&mut self.orders, self.len, at, child.order);
-        open(&mut self.max_lasts, self.len, at, child.max_last);
-        open(&mut self.children, self.len, at, child.node);
-        self.len += 1;
-        self.stretch(at);
-    }
-
-    /// The greatest `last` below child `at` has risen, or the child is new.
-    #[inline]
-    fn stretch(&mut self, at: usize) {
-        self.slack = self.slack.max(overhang(&self.starts, &self.max_lasts, self.len, at));
-    }
-
-    fn tighten(&mut self) {
-        self.slack = slack(&self.starts[..self.len], &self.max_lasts[..self.len]);
-    }
-
-    fn take(&mut self, at: usize) {
-        close(&mut self.starts, self.len, at);
-        close(&mut self.orders, self.len, at);
-        close(&mut self.max_lasts, self.len, at);
-        close(&mut self.children, self.len, at);
-        self.len -= 1;
-        self.starts[self.len] = UNUSED;
-    }
-
-    fn get(&self, at: usize) -> Child {
-        Child { start: self.starts[at], order: self.orders[at], max_last: self.max_lasts[at], node: self.children[at] }
-    }
-
-    fn max_last(&self) -> u64 {
-        self.max_lasts[..self.len].iter().copied().max().unwrap_or(0)
-    }
-
-    /// The child in whose part of the order `(start, order)` lies.
-    #[inline]
-    fn place(&self, start: u64, order: u64) -> usize {
-        let mut at = count_at_most(&self.starts, self.len, start).max(1) - 1;
-        // Only bounds with this very start can still be above the key.
-        while at > 0 && self.starts[at] == start && self.orders[at] > order {
-            at -= 1;
-        }
-        at
-    }
-}
-
-impl Part for Inner {
-    fn len(&self) -> usize {
-        self.len
-    }
-
-    fn set_bound(&mut self, start: u64, order: u64) {
-        (self.starts[0], self.orders[0]) = (start, order);
-    }
-
-    fn split_off(&mut self, at: usize) -> Self {
-        let mut upper = Self::EMPTY;
-        for from in at..self.len {
-            upper.add(from - at, self.get(from));
-        }
-        self.starts[at..self.len].fill(UNUSED);
-        self.len = at;
-        self.tighten();
-        upper
-    }
-
-    fn append(&mut self, upper: &mut Self) {
-        for from in 0..upper.len {
-            self.add(self.len, upper.get(from));
-        }
-        *upper = Self::EMPTY;
-    }
-
-    fn child(&self, node: Node) -> Child {
-        Child { start: self.starts[0], order: self.orders[0], max_last: self.max_last(), node }
     }
 }
 

@@ -6,8 +6,6 @@
 
 use crate::index::{Indexed, IntervalIndex};
 use crate::range::AddressRange;
-#[cfg(debug_assertions)]
-use crate::sync::AtomicUsize;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use alloc::vec::Vec;
 
@@ -23,12 +21,18 @@ pub(crate) struct Own {
     word: AtomicU64,
     /// Active invalidations that cover the notifier. Only the owner of the protocol touches it.
     covering: AtomicU32,
-    /// Address of the driver lock under which the sequence was set last; 0 before. For the check that readers take the same one.
+    /// Which driver lock the sequence was set under last; 0 before. For the check that readers take the same one. In the room that `covering` leaves.
     #[cfg(debug_assertions)]
-    driver_lock: AtomicUsize,
+    driver_lock: AtomicU32,
 }
 
 const UNCOVERED: u64 = 1;
+
+/// Enough of an address to tell two locks apart; never 0.
+#[cfg(debug_assertions)]
+fn short(address: usize) -> u32 {
+    (address >> 2) as u32 | 1 << 31
+}
 
 impl Own {
     pub(crate) fn new() -> Self {
@@ -36,7 +40,7 @@ impl Own {
             word: AtomicU64::new(UNCOVERED),
             covering: AtomicU32::new(0),
             #[cfg(debug_assertions)]
-            driver_lock: AtomicUsize::new(0),
+            driver_lock: AtomicU32::new(0),
         }
     }
 
@@ -44,7 +48,7 @@ impl Own {
     #[inline]
     pub(crate) fn note_driver_lock(&self, _address: usize) {
         #[cfg(debug_assertions)]
-        self.driver_lock.store(_address, Ordering::Relaxed);
+        self.driver_lock.store(short(_address), Ordering::Relaxed);
     }
 
     /// Whether a reader that holds the lock at `_address` is safe from the first pass; always `true` in release builds.
@@ -53,7 +57,7 @@ impl Own {
         #[cfg(debug_assertions)]
         {
             let noted = self.driver_lock.load(Ordering::Relaxed);
-            noted == 0 || noted == _address
+            noted == 0 || noted == short(_address)
         }
         #[cfg(not(debug_assertions))]
         true

@@ -1,7 +1,8 @@
 //! How a registration comes and goes: the attempt to make it, its notifier, and its end.
 #![forbid(unsafe_code)]
 
-use super::table::{Inner, Key, Leaving, Live, Outcome, Stage};
+use super::inner::Inner;
+use super::table::{Key, Leaving, Live, Outcome, Stage};
 use super::{Device, Operation};
 use crate::notifier::{IntervalNotifier, Invalidation, Sequence, WouldBlock};
 use crate::pass::PassFuture;

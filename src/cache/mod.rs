@@ -34,6 +34,7 @@
 #![forbid(unsafe_code)]
 
 mod attempt;
+mod inner;
 mod table;
 
 use crate::range::AddressRange;
@@ -45,7 +46,8 @@ use core::fmt;
 use core::future::Future;
 use core::task::Poll;
 use futures::future::join_all;
-use table::{Found, Inner, Live, Outcome};
+use inner::{Found, Inner};
+use table::{Live, Outcome};
 
 /// What memory is registered with.
 ///

@@ -1,17 +1,16 @@
 //! What a caller of `invalidate` holds: the future, and then the guard.
 #![forbid(unsafe_code)]
 
-use crate::engine::first_pass::{InFirstPass, forbid_waiting};
+use crate::engine::first_pass::forbid_waiting;
 use crate::engine::guard::{Handle, InvalidationGuard, end};
 use crate::engine::pending::Job;
-use crate::engine::scratch::{Passes, Scratch, Watch};
-use crate::engine::{Budget, Extra, Report, Shared, State, Unclaimed};
-use crate::entry::EntryRef;
+use crate::engine::scratch::{Scratch, Watch};
+use crate::engine::start::{Reached, advance, start};
+use crate::engine::{Shared, State, Unclaimed};
 use crate::event::Event;
-use crate::notifier::{Invalidation, Request, WouldBlock};
-use crate::observe::{self, Moment, Trace};
-use crate::protocol::{Id, Started};
-use crate::sync::{catch, resume};
+use crate::notifier::{Request, WouldBlock};
+use crate::protocol::Id;
+use crate::sync::resume;
 use alloc::boxed::Box;
 use core::fmt;
 use core::future::Future;
@@ -22,149 +21,6 @@ use core::task::{Context, Poll};
 /// How often a non-blockable invalidation polls passes none of which finishes (B3). The recordings need 4; a pass that wakes itself
 /// for ever, as one does whose task has used up its cooperative budget, must not hold the caller for ever.
 const IDLE_ROUNDS: usize = 32;
-
-/// How far the first passes and the first polls of their passes got.
-enum Reached {
-    /// Nothing is pending.
-    End,
-    /// Passes are pending; then the first passes go on from this hit if the pass budget interrupted them (B4).
-    Pending(Option<usize>),
-}
-
-/// Why the calls of first passes stopped.
-enum Called {
-    All,
-    /// A pass beyond the budget is pending: it is awaited alone, before the next first pass (B4).
-    Deferred,
-    /// A first pass refused in an invalidation that is not blockable (B2).
-    Refused,
-}
-
-/// Calls the first passes of `hits` from `at` on; `at` moves behind a notifier before it is called.
-#[inline]
-fn call_from(space: &Shared, request: &Request, sequence: u64, hits: &[EntryRef], passes: &mut Passes, at: &mut usize) -> Called {
-    let Some(first) = hits.first() else { return Called::All };
-    // Made once: most of it is the same for all notifiers.
-    let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &first.own };
-    while let Some(entry) = hits.get(*at) {
-        *at += 1;
-        if entry.is_removed() {
-            continue;
-        }
-        let reserved = Reserved::new(space);
-        invalidation.may_defer = reserved.may_defer();
-        invalidation.own = &entry.own;
-        let began = Moment::now();
-        let answer = {
-            let (_here, _entered) = (InFirstPass::enter(space, *entry), passes.trace.enter());
-            entry.notifier().invalidate(&invalidation)
-        };
-        passes.trace.first_pass(*entry, &answer, began);
-        match answer {
-            Ok(Some(pass)) => {
-                let may_defer = reserved.keep();
-                passes.start_pass(pass, *entry, may_defer, began);
-                if !may_defer {
-                    // Those before it wait until all have been called (O2).
-                    let last = passes.started.len() - 1;
-                    passes.first_polls(space, last);
-                    if passes.running() > 0 {
-                        return Called::Deferred;
-                    }
-                }
-            }
-            Ok(None) => {}
-            Err(WouldBlock) if !request.blockable => return Called::Refused,
-            Err(WouldBlock) => refused_blockable(space, request, &entry.notifier().name()),
-        }
-    }
-    Called::All
-}
-
-/// A place in the pass budget (B4), given back unless a pass keeps it.
-struct Reserved<'a>(Option<&'a Budget>, bool);
-
-impl<'a> Reserved<'a> {
-    #[inline]
-    fn new(space: &'a Shared) -> Self {
-        let budget = space.budget.as_ref();
-        Self(budget, budget.is_none_or(Budget::reserve))
-    }
-
-    #[inline]
-    fn may_defer(&self) -> bool {
-        self.1
-    }
-
-    /// Whether there is a place, which the pass now keeps.
-    #[inline]
-    fn keep(mut self) -> bool {
-        self.0 = None;
-        self.1
-    }
-}
-
-impl Drop for Reserved<'_> {
-    #[inline]
-    fn drop(&mut self) {
-        if let (Some(budget), true) = (self.0, self.1) {
-            budget.give_back();
-        }
-    }
-}
-
-/// Starts an invalidation: its id, its sequence, and its working memory if it hit a notifier.
-#[inline]
-fn start(space: &Shared, request: &Request) -> (Id, u64, Option<Box<Scratch>>) {
-    let since = space.clock.as_ref().map(|clock| clock());
-    let mut started = space.with(|state, _| {
-        state.released |= request.release;
-        let hits = &mut state.next.hits;
-        let fill = |extra: &mut Extra| {
-            extra.kind = request.reason.kind;
-            extra.owner = request.reason.owner;
-            extra.blockable = request.blockable;
-            extra.since = since;
-        };
-        let Started { id, sequence } = state.protocol.start(request.range, fill, |entry| hits.push(entry));
-        if hits.is_empty() {
-            return (id, sequence, None);
-        }
-        space.calls.begin(id);
-        let spare = state.spare.pop().unwrap_or_default();
-        (id, sequence, Some(core::mem::replace(&mut state.next, spare)))
-    });
-    if observe::ON {
-        let (_, sequence, scratch) = &mut started;
-        let trace = Trace::start(request, *sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
-        if let Some(scratch) = scratch {
-            scratch.passes.trace = trace;
-        }
-    }
-    started
-}
-
-/// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3).
-#[inline]
-fn advance(space: &Shared, request: &Request, sequence: u64, scratch: &mut Scratch, mut at: usize) -> Reached {
-    let Scratch { hits, passes, .. } = scratch;
-    // One landing for all first passes: after a panic the loop goes on behind the notifier that panicked (C5).
-    let deferred = loop {
-        match catch(|| call_from(space, request, sequence, hits, passes, &mut at)) {
-            Ok(Called::All) => break None,
-            Ok(Called::Deferred) => break Some(at),
-            Ok(Called::Refused) => {
-                passes.refused = true;
-                break None;
-            }
-            Err(panic) => passes.keep_panic(panic),
-        }
-    };
-    if deferred.is_none() && !passes.started.is_empty() {
-        passes.first_polls(space, 0);
-    }
-    if passes.running() > 0 { Reached::Pending(deferred) } else { Reached::End }
-}
 
 /// The first passes and all passes are done: what a guard takes over, or the first panic after the end (C5).
 #[inline]
@@ -186,12 +42,6 @@ type Finished = (Id, Option<Box<Scratch>>);
 
 /// No invalidation has this id.
 const HANDED_OVER: Id = Id::MAX;
-
-#[cold]
-fn refused_blockable(space: &Shared, request: &Request, notifier: &str) {
-    space.with(|state, _| state.counts.refused_blockable += 1);
-    space.report(&Report::RefusedBlockable { notifier, range: request.range, event: request.reason.into() });
-}
 
 /// Hands the pending passes of `scratch` to the space: from now on others may drive them.
 fn hand_over(space: &Shared, id: Id, scratch: Box<Scratch>, resume_at: Option<usize>, lapses: u32) -> Unclaimed {

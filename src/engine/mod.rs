@@ -5,12 +5,15 @@
 //!
 //! - `scratch`: the working memory of an invalidation, reused, and the join of its passes;
 //! - `pending`: an invalidation whose guard is not handed out yet and whose passes therefore belong to the space;
+//! - `start`: the hits of an invalidation, their first passes and first polls;
 //! - `invalidate`, `guard`: the future and the guard that a caller of an invalidation sees;
 //! - `wait`, `remove`: the futures that wait for others' invalidations: readers and `drain`, removers;
 //! - `gate`: holds the readers of the whole space back for a moment;
+//! - `waiters`, `after`: who is to be woken, and what is done when the lock is free;
 //! - `calls`, `first_pass`: which first passes run at this moment, for removers and for checks.
 #![forbid(unsafe_code)]
 
+mod after;
 pub(crate) mod calls;
 pub(crate) mod first_pass;
 pub(crate) mod gate;
@@ -19,15 +22,18 @@ pub(crate) mod invalidate;
 pub(crate) mod pending;
 pub(crate) mod remove;
 pub(crate) mod scratch;
+mod start;
 pub(crate) mod wait;
+mod waiters;
 
-use crate::entry::{Entry, EntryRef, NO_WAITER};
+use crate::entry::{Entry, EntryRef};
 use crate::event::{Event, Kind, Owner, Reason};
 use crate::index::{Indexed, IntervalIndex};
-use crate::observe::{self, Trace};
+use crate::observe::{self};
 use crate::protocol::{Id, Protocol};
 use crate::range::AddressRange;
-use crate::sync::{Arc, AtomicU64, AtomicUsize, Lock, Ordering, Panic, catch, resume};
+use crate::sync::{AtomicU64, AtomicUsize, Lock, Ordering, Panic, catch, resume};
+pub(crate) use after::After;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use calls::CallTable;
@@ -35,8 +41,10 @@ use core::task::Waker;
 use core::time::Duration;
 use gate::Gate;
 use pending::Pending;
-use scratch::{PassWaker, Scratch};
+use scratch::Scratch;
 use slab::Slab;
+use waiters::uncovered;
+pub(crate) use waiters::{WaitFor, Waiter};
 
 /// Spare working memories that are kept; as many invalidations can be active at once without allocating.
 const SPARES: usize = 16;
@@ -140,83 +148,6 @@ pub(crate) struct Unclaimed {
 impl Indexed for Unclaimed {
     fn order(self) -> u64 {
         self.serial
-    }
-}
-
-/// What a future waits for.
-#[derive(Clone, Copy, PartialEq)]
-pub(crate) enum WaitFor {
-    /// A moment at which no active invalidation covers the notifier (R1).
-    Uncovered,
-    /// That no call of the notifier and no pass of it is under way (L1).
-    Quiet,
-}
-
-/// A future in the list of those that wait for one notifier.
-pub(crate) struct Waiter {
-    pub(crate) waker: Option<Waker>,
-    wait_for: WaitFor,
-    /// The moment has come; the waiter is in no list any more.
-    pub(crate) fired: bool,
-    entry: EntryRef,
-    prev: u32,
-    next: u32,
-}
-
-/// What remains to be done once the lock is free. Mostly nothing, which costs one comparison.
-#[derive(Default)]
-pub(crate) struct After(Option<Box<Work>>);
-
-#[derive(Default)]
-pub(crate) struct Work {
-    pub(crate) wakers: Vec<Waker>,
-    /// Wakers that nobody needs any more.
-    pub(crate) unused: Vec<Waker>,
-    /// Everybody who waits for the passes of some invalidation.
-    pub(crate) wakes: Vec<Arc<PassWaker>>,
-    dead: Vec<EntryRef>,
-    pub(crate) panics: Vec<Panic>,
-    /// Spans to be closed.
-    pub(crate) traces: Vec<Trace>,
-}
-
-impl After {
-    #[cold]
-    pub(crate) fn work(&mut self) -> &mut Work {
-        self.0.get_or_insert_default()
-    }
-
-    /// Wakes and frees. Driver code may run and may panic: all of it is done first, then the first panic goes on.
-    #[inline]
-    pub(crate) fn run(self) {
-        if let Some(work) = self.0 {
-            (*work).run();
-        }
-    }
-}
-
-impl Work {
-    #[cold]
-    fn run(self) {
-        let mut first = None;
-        for waker in self.wakers {
-            first = first.or(catch(|| waker.wake()).err());
-        }
-        for wakes in self.wakes {
-            first = first.or(catch(|| wakes.wake_all()).err());
-        }
-        for entry in self.dead {
-            first = first.or(catch(|| entry.free()).err());
-        }
-        for waker in self.unused {
-            first = first.or(catch(|| drop(waker)).err());
-        }
-        for panic in self.panics {
-            first = first.or(catch(|| drop(panic)).err());
-        }
-        if let Some(panic) = first {
-            resume(panic);
-        }
     }
 }
 
@@ -369,37 +300,6 @@ impl State {
         }
     }
 
-    /// Puts a future in the list of those that wait for `entry`.
-    pub(crate) fn add_waiter(&mut self, entry: EntryRef, wait_for: WaitFor, waker: Waker) -> usize {
-        let next = entry.first_waiter.load(Ordering::Relaxed);
-        let waiter = Waiter { waker: Some(waker), wait_for, fired: false, entry, prev: NO_WAITER, next };
-        let key = self.waiters.insert(waiter);
-        let link = u32::try_from(key).expect("fewer than 2^32 futures wait");
-        if next != NO_WAITER {
-            self.waiters[next as usize].prev = link;
-        }
-        entry.first_waiter.store(link, Ordering::Relaxed);
-        key
-    }
-
-    /// Takes a future out again, whether its moment has come or not.
-    pub(crate) fn remove_waiter(&mut self, key: usize, after: &mut After) {
-        if !self.waiters[key].fired {
-            unlink(&mut self.waiters, key);
-        }
-        after.work().unused.extend(self.waiters.remove(key).waker);
-    }
-
-    /// Wakes those that wait for `entry` without their moment having come: there is something for them to help with.
-    pub(crate) fn nudge(&mut self, entry: EntryRef, after: &mut After) {
-        let mut at = entry.first_waiter.load(Ordering::Relaxed);
-        while at != NO_WAITER {
-            let waiter = &mut self.waiters[at as usize];
-            after.work().wakers.extend(waiter.waker.take());
-            at = waiter.next;
-        }
-    }
-
     /// Notes that `entry` may have nothing that keeps it alive any more.
     pub(crate) fn reap(&mut self, entry: EntryRef, after: &mut After) {
         if entry.unused() {
@@ -413,37 +313,6 @@ impl State {
             self.counts.lost_panics += 1;
             after.work().panics.push(panic);
         }
-    }
-}
-
-/// R1: the moment that the readers of `entry` wait for. Also the one at which a removed entry may go.
-#[cold]
-fn uncovered(waiters: &mut Slab<Waiter>, entry: EntryRef, after: &mut After) {
-    let mut at = entry.first_waiter.load(Ordering::Relaxed);
-    while at != NO_WAITER {
-        let key = at as usize;
-        let waiter = &mut waiters[key];
-        at = waiter.next;
-        after.work().wakers.extend(waiter.waker.take());
-        if waiter.wait_for == WaitFor::Uncovered {
-            waiter.fired = true;
-            unlink(waiters, key);
-        }
-    }
-    if entry.unused() {
-        after.work().dead.push(entry);
-    }
-}
-
-fn unlink(waiters: &mut Slab<Waiter>, key: usize) {
-    let Waiter { entry, prev, next, .. } = waiters[key];
-    if next != NO_WAITER {
-        waiters[next as usize].prev = prev;
-    }
-    if prev == NO_WAITER {
-        entry.first_waiter.store(next, Ordering::Relaxed);
-    } else {
-        waiters[prev as usize].next = next;
     }
 }
 

@@ -1,5 +1,6 @@
 //! The index against a plain list, step by step.
 
+use super::node::{UNUSED, slack};
 use super::*;
 use proptest::prelude::*;
 use std::vec::Vec;

@@ -1,30 +1,27 @@
 //! Memory that somebody else unmaps: userfaultfd's events as invalidations.
 #![forbid(unsafe_code)]
 
-use super::ring::{Change, Ring};
+mod deliveries;
+mod reader;
+
+pub use deliveries::Deliveries;
+pub use reader::Reader;
+
+use super::ring::Ring;
 use super::sys::{page_size, uffd};
 use super::watches::{WatchId, Watches};
 use crate::engine::Shared;
-use crate::engine::invalidate::Invalidate;
-use crate::event::Event;
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
-use crate::sync::{Arc, AtomicBool, AtomicUsize, Ordering};
+use crate::sync::{Arc, AtomicBool, AtomicUsize};
 use alloc::vec::Vec;
 use core::fmt;
-use core::future::Future;
-use core::pin::Pin;
-use core::task::{Context, Poll, Waker};
-use futures::stream::{FuturesUnordered, StreamExt};
 use linux_raw_sys::general as raw;
 use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
-use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::io::Errno;
 use rustix::mm::UserfaultfdFlags;
 use std::sync::{Mutex, PoisonError, TryLockError};
-
-/// Messages that are read at once.
-const AT_ONCE: usize = 16;
 
 const FEATURES: u32 =
     raw::UFFD_FEATURE_EVENT_FORK | raw::UFFD_FEATURE_EVENT_REMAP | raw::UFFD_FEATURE_EVENT_REMOVE | raw::UFFD_FEATURE_EVENT_UNMAP;
@@ -306,78 +303,9 @@ impl fmt::Debug for Watch {
     }
 }
 
-/// Reads the kernel's events. Threads that unmap watched memory wait for it, so it waits for nobody: no lock, no memory.
-///
-/// [`run`](Self::run) it on a thread of its own, or wait for its descriptor ([`AsFd`]) to be readable and [`read`](Self::read). While nobody does either,
-/// threads that unmap watched memory hang. Dropping it ends all watches and reads what is left, so they go on; that is still to be delivered.
-#[derive(Debug)]
-pub struct Reader {
-    inner: Arc<Inner>,
-    fd: Arc<OwnedFd>,
-}
-
 impl fmt::Debug for Inner {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Inner").finish_non_exhaustive()
-    }
-}
-
-impl Reader {
-    /// Reads what there is, without waiting; returns how many events that were. They are then to be [delivered](Deliveries::deliver); readers
-    /// of the space wait until that has begun.
-    ///
-    /// # Errors
-    /// What `read` returns. `WouldBlock` is not an error: 0 events.
-    pub fn read(&mut self) -> std::io::Result<usize> {
-        self.inner.shared().close_gate();
-        let read = self.read_all();
-        // The events before the turn: who takes the turn finds them all.
-        self.inner.turns.fetch_add(1, Ordering::AcqRel);
-        ring(&self.inner.bell);
-        if self.inner.orphaned.load(Ordering::Acquire) {
-            // Nobody will deliver them: what is left is that readers do not wait for ever.
-            self.inner.open();
-        }
-        read
-    }
-
-    fn read_all(&self) -> std::io::Result<usize> {
-        let mut buffer = [0; AT_ONCE * uffd::MESSAGE];
-        let mut events = 0;
-        loop {
-            let bytes = match rustix::io::read(&*self.fd, &mut buffer) {
-                Ok(bytes) => bytes,
-                Err(Errno::AGAIN) => return Ok(events),
-                Err(Errno::INTR) => continue,
-                Err(error) => return Err(error.into()),
-            };
-            let (messages, _) = buffer[..bytes].as_chunks::<{ uffd::MESSAGE }>();
-            for message in messages {
-                events += 1;
-                if let Some(change) = parse(message) {
-                    self.inner.ring.put(change);
-                }
-            }
-            if messages.len() < AT_ONCE {
-                return Ok(events);
-            }
-        }
-    }
-
-    /// Reads on this thread until [`Uffd::stop`].
-    ///
-    /// # Errors
-    /// What `poll` and `read` return.
-    pub fn run(&mut self) -> std::io::Result<()> {
-        loop {
-            let [readable, stopped] = wait([self.fd.as_fd(), self.inner.stop.as_fd()])?;
-            if readable {
-                self.read()?;
-            }
-            if stopped {
-                return Ok(());
-            }
-        }
     }
 }
 
@@ -391,213 +319,4 @@ fn wait<const N: usize>(fds: [BorrowedFd<'_>; N]) -> std::io::Result<[bool; N]> 
             Err(error) => return Err(error.into()),
         }
     }
-}
-
-/// One message of the kernel. A fork's descriptor, which would tell of the child's memory, is closed.
-fn parse(message: &[u8; uffd::MESSAGE]) -> Option<Change> {
-    let (words, _) = message.as_chunks::<8>();
-    let word = |at: usize| words.get(at).map_or(0, |word| u64::from_ne_bytes(*word));
-    match u32::from(message[0]) {
-        raw::UFFD_EVENT_UNMAP => Some(Change::Unmap(word(1), word(2))),
-        raw::UFFD_EVENT_REMOVE => Some(Change::Remove(word(1), word(2))),
-        raw::UFFD_EVENT_REMAP => Some(Change::Remap(word(1), word(2), word(3))),
-        raw::UFFD_EVENT_FORK => {
-            let [a, b, c, d, ..] = words[1];
-            drop(uffd::adopt(u32::from_ne_bytes([a, b, c, d])));
-            Some(Change::Fork)
-        }
-        // Page faults are not asked for.
-        _ => None,
-    }
-}
-
-impl AsFd for Reader {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.fd.as_fd()
-    }
-}
-
-impl std::os::fd::AsRawFd for Reader {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        std::os::fd::AsRawFd::as_raw_fd(&*self.fd)
-    }
-}
-
-impl Drop for Reader {
-    fn drop(&mut self) {
-        // Who has the table allocates, and so may be inside `munmap` and wait for this reader.
-        loop {
-            if let Some(mut table) = self.inner.try_table() {
-                break table.close();
-            }
-            let _ = self.read();
-            std::thread::yield_now();
-        }
-        // Nothing is watched any more, but a change may be under way whose event has to be read. To close the descriptor would not be enough: a thread
-        // inside `fork` waits for us, and its child, half made, has a copy of the descriptor.
-        while self.read().is_ok() && uffd::changing(&self.fd) {
-            std::thread::yield_now();
-        }
-    }
-}
-
-/// Turns what was read into invalidations.
-///
-/// [`run`](Self::run) it on a thread, or wait for its descriptor ([`AsFd`]) to be readable and await [`deliver`](Self::deliver). Dropping it starts what
-/// is left without waiting, and stops watching.
-#[derive(Debug)]
-pub struct Deliveries {
-    inner: Arc<Inner>,
-}
-
-impl Deliveries {
-    /// Invalidates what was read so far, and waits until no device uses it. The invalidations start in the first poll; then the readers of the space
-    /// go on. Resolves to how many there were.
-    ///
-    /// # Cancel safety
-    /// May be dropped at any moment: before the first poll nothing has happened, after it the passes belong to the space.
-    ///
-    /// # Panics
-    /// Resumes a panic of a driver's first pass or pass (C5), after all of them have been started.
-    pub fn deliver(&mut self) -> impl Future<Output = usize> + Send + use<> {
-        let inner = self.inner.clone();
-        async move {
-            let mut passes = FuturesUnordered::new();
-            let mut started = 0;
-            core::future::poll_fn(|cx| {
-                started = inner.start(cx, |invalidation| passes.push(invalidation));
-                Poll::Ready(())
-            })
-            .await;
-            while passes.next().await.is_some() {}
-            started
-        }
-    }
-
-    /// Delivers on this thread until [`Uffd::stop`]. Passes that are pending do not keep it from starting what is read meanwhile.
-    ///
-    /// # Errors
-    /// What `poll` returns.
-    ///
-    /// # Panics
-    /// As [`deliver`](Self::deliver).
-    pub fn run(&mut self) -> std::io::Result<()> {
-        struct Bell(Arc<Inner>);
-        impl alloc::task::Wake for Bell {
-            fn wake(self: Arc<Self>) {
-                ring(&self.0.bell);
-            }
-        }
-        let waker = Waker::from(Arc::new(Bell(self.inner.clone())));
-        let mut cx = Context::from_waker(&waker);
-        let mut running = FuturesUnordered::new();
-        loop {
-            let [rung, stopped] = wait([self.inner.bell.as_fd(), self.inner.stop.as_fd()])?;
-            if rung {
-                self.clear();
-                running.push(self.deliver());
-                while let Poll::Ready(Some(_)) = running.poll_next_unpin(&mut cx) {}
-            }
-            if stopped {
-                return Ok(());
-            }
-        }
-    }
-
-    /// Makes the descriptor unreadable until more is read. To be called before [`deliver`](Self::deliver) by who waits for the descriptor.
-    pub fn clear(&mut self) {
-        let _ = rustix::io::read(&self.inner.bell, &mut [0; 8]);
-    }
-}
-
-impl AsFd for Deliveries {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.inner.bell.as_fd()
-    }
-}
-
-impl std::os::fd::AsRawFd for Deliveries {
-    fn as_raw_fd(&self) -> std::os::fd::RawFd {
-        std::os::fd::AsRawFd::as_raw_fd(&self.inner.bell)
-    }
-}
-
-impl Drop for Deliveries {
-    fn drop(&mut self) {
-        self.inner.table().close();
-        self.inner.orphaned.store(true, Ordering::Release);
-        self.inner.open();
-    }
-}
-
-/// Opens the gate when the invalidations have been started, or a driver has panicked.
-struct Open<'a>(&'a Shared, usize);
-
-impl Drop for Open<'_> {
-    fn drop(&mut self) {
-        self.0.open_gate(self.1);
-    }
-}
-
-impl Inner {
-    /// Starts an invalidation of everything that the events name; `pending` gets those whose passes are pending.
-    fn start(&self, cx: &mut Context<'_>, mut pending: impl FnMut(Pin<alloc::boxed::Box<Invalidate<'static>>>)) -> usize {
-        let open = Open(self.shared(), self.turns.swap(0, Ordering::AcqRel));
-        let changes = self.changes();
-        let started = changes.len();
-        let mut panic = None;
-        for (range, event) in changes {
-            let mut invalidation = alloc::boxed::Box::pin(self.space.invalidate(range, event).into_owned());
-            match crate::sync::catch(|| invalidation.as_mut().poll(cx).map(drop)) {
-                Ok(Poll::Ready(())) => {}
-                Ok(Poll::Pending) => pending(invalidation),
-                Err(thrown) => panic = panic.or(Some(thrown)),
-            }
-        }
-        drop(open);
-        if let Some(panic) = panic {
-            crate::sync::resume(panic);
-        }
-        started
-    }
-
-    /// Without anybody who could wait: the passes are left to the space.
-    fn open(&self) {
-        let _open = Open(self.shared(), self.turns.swap(0, Ordering::AcqRel));
-        for (range, event) in self.changes() {
-            // What cannot be waited for is abandoned, and whoever needs the range drives it.
-            let _ = crate::sync::catch(|| self.space.try_invalidate(range, event).map(drop));
-        }
-    }
-
-    /// What the events that were read name.
-    fn changes(&self) -> Vec<(AddressRange, Event)> {
-        let mut changes = Vec::new();
-        let whole = |changes: &mut Vec<_>, event| {
-            changes.extend(self.table().watches.all().map(|range| (range, event)));
-        };
-        if self.ring.take_overflow() {
-            whole(&mut changes, Event::Unmap);
-        }
-        while let Some(change) = self.ring.take() {
-            match change {
-                Change::Unmap(start, end) => changes.extend(named(start, end.wrapping_sub(start), Event::Unmap)),
-                Change::Remove(start, end) => changes.extend(named(start, end.wrapping_sub(start), Event::Clear)),
-                Change::Remap(from, to, len) => {
-                    changes.extend(named(from, len, Event::Unmap));
-                    // The kernel goes on watching where the memory is now; nobody asked for that.
-                    let table = self.table();
-                    if let (Some(fd), Ok(moved)) = (&table.fd, AddressRange::new(to, len)) {
-                        table.watches.unwatched(moved).into_iter().for_each(|range| unregister(fd, range));
-                    }
-                }
-                Change::Fork => whole(&mut changes, Event::ProtectionPage),
-            }
-        }
-        changes
-    }
-}
-
-fn named(start: u64, len: u64, event: Event) -> Option<(AddressRange, Event)> {
-    AddressRange::new(start, len).ok().map(|range| (range, event))
 }

@@ -1,0 +1,169 @@
+//! What a space says of itself: what is active, and what has happened.
+#![forbid(unsafe_code)]
+
+use super::AddressSpace;
+use crate::engine::Shared;
+use crate::entry::EntryRef;
+use crate::event::Event;
+use crate::notifier::Sequence;
+use crate::range::AddressRange;
+use crate::sync::Ordering;
+use alloc::borrow::Cow;
+use alloc::vec::Vec;
+use core::time::Duration;
+
+/// How far an active invalidation is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Phase {
+    /// Its first passes run at this moment.
+    FirstPasses,
+    /// Passes are pending; see [`ActiveInvalidation::pending`].
+    Passes,
+    /// All its passes are done and its future has to be polled to take the guard.
+    Unclaimed,
+    /// Somebody holds its guard.
+    Held,
+}
+
+/// One active invalidation, as [`AddressSpace::active`] lists it (C6).
+#[derive(Clone, Debug)]
+#[non_exhaustive]
+pub struct ActiveInvalidation {
+    /// What is under invalidation.
+    pub range: AddressRange,
+    /// Why.
+    pub event: Event,
+    /// Whether it may wait.
+    pub blockable: bool,
+    /// The sequence of its passes.
+    pub sequence: Sequence,
+    /// How far it is.
+    pub phase: Phase,
+    /// The future that started it is gone; it ends by itself when its passes are done.
+    pub abandoned: bool,
+    /// How long it has been active. Exact in a space with a [clock](Builder::clock). Otherwise the time since its passes became pending, or for an
+    /// invalidation that never had to wait, since it was first listed here: a lower bound. `None` without `std` and clock.
+    pub age: Option<Duration>,
+    /// Names of the notifiers whose passes are pending.
+    pub pending: Vec<Cow<'static, str>>,
+}
+
+/// What happened in a space so far.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Stats {
+    /// Invalidations that were started.
+    pub invalidations: u64,
+    /// Times that a reader's check said that its notifier was invalidated.
+    pub collisions: u64,
+    /// Times that [`DriverLock::mirror`](crate::DriverLock::mirror) started over.
+    pub retries: u64,
+    /// Times that a reader had to wait for an invalidation (a pause is not counted).
+    pub waits: u64,
+    /// The longest that an invalidation was active, of those that were timed: all in a space with a [clock](Builder::clock); otherwise those
+    /// whose passes were pending, from then on, and those that [`AddressSpace::active`] listed. `None` before the first.
+    pub longest: Option<Duration>,
+    /// Invalidations that were ended on behalf of a future that was not polled, and started over if it was polled again (C4).
+    pub lapses: u64,
+    /// Invalidations whose future was dropped, or that could not wait, while passes were pending (C2, B3).
+    pub abandoned: u64,
+    /// First passes that answered `WouldBlock` in a blockable invalidation: a driver's bug (B1).
+    pub refused_blockable: u64,
+    /// Panics of passes that had no caller left to be resumed in.
+    pub lost_panics: u64,
+}
+
+impl AddressSpace {
+    /// What happened so far.
+    pub fn stats(&self) -> Stats {
+        let (counts, invalidations) = self.shared.with(|state, _| (state.counts, state.protocol.last_serial()));
+        let reads = &self.shared.reads;
+        Stats {
+            invalidations,
+            collisions: reads.collisions.load(Ordering::Relaxed),
+            retries: reads.retries.load(Ordering::Relaxed),
+            waits: reads.waits.load(Ordering::Relaxed),
+            longest: counts.longest,
+            lapses: counts.lapses,
+            abandoned: counts.abandoned,
+            refused_blockable: counts.refused_blockable,
+            lost_panics: counts.lost_panics,
+        }
+    }
+
+    /// The invalidations that are active at this moment, in the order in which they started (C6). Asks the notifiers with pending passes for
+    /// their [names](IntervalNotifier::name), so it allocates, and is meant for people and watchdogs.
+    pub fn active(&self) -> Vec<ActiveInvalidation> {
+        let now = self.shared.now();
+        let mut held: Vec<EntryRef> = Vec::new();
+        let mut listed = self.shared.with(|state, _| {
+            let mut listed = Vec::with_capacity(state.protocol.active().len());
+            let mut longest = state.counts.longest;
+            for (id, active) in state.protocol.active_mut().iter_mut() {
+                let since = match (active.extra.since, now) {
+                    (None, Some(now)) => *active.extra.since.insert(now),
+                    (since, _) => since.unwrap_or_default(),
+                };
+                if let Some(now) = now {
+                    longest = longest.max(Some(now.saturating_sub(since)));
+                }
+                let from = held.len();
+                let phase = match active.extra.pending.as_deref() {
+                    Some(pending) => {
+                        held.extend(pending.waiting.iter().map(|(_, entry)| *entry));
+                        if pending.done { Phase::Unclaimed } else { Phase::Passes }
+                    }
+                    None if self.shared.calls.under_way(id) => Phase::FirstPasses,
+                    None => Phase::Held,
+                };
+                let invalidation = ActiveInvalidation {
+                    range: active.range,
+                    event: active.extra.event(),
+                    blockable: active.extra.blockable,
+                    sequence: Sequence(active.sequence),
+                    phase,
+                    abandoned: active.extra.pending.as_deref().is_some_and(|pending| pending.abandoned),
+                    age: now.map(|now| now.saturating_sub(since)),
+                    pending: Vec::new(),
+                };
+                listed.push((active.serial, from..held.len(), invalidation));
+            }
+            state.counts.longest = longest;
+            held.iter().for_each(|entry| entry.hold());
+            listed
+        });
+        // Names are driver code: asked for without the lock, while the holds keep the notifiers alive.
+        let names = Names { shared: &self.shared, held };
+        for (_, of, invalidation) in &mut listed {
+            invalidation.pending = names.held[of.clone()].iter().map(|entry| entry.notifier().name()).collect();
+        }
+        drop(names);
+        listed.sort_by_key(|(serial, ..)| *serial);
+        listed.into_iter().map(|(_, _, invalidation)| invalidation).collect()
+    }
+}
+
+/// Notifiers that are kept alive to be asked for their names.
+struct Names<'a> {
+    shared: &'a Shared,
+    held: Vec<EntryRef>,
+}
+
+impl Drop for Names<'_> {
+    fn drop(&mut self) {
+        if self.held.is_empty() {
+            return;
+        }
+        self.shared.with(|state, after| {
+            for &entry in &self.held {
+                entry.unhold();
+                if !entry.is_held() {
+                    // Somebody may wait in `remove` for just that.
+                    state.nudge(entry, after);
+                    state.reap(entry, after);
+                }
+            }
+        });
+    }
+}
