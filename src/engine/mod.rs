@@ -37,6 +37,7 @@ pub(crate) use after::After;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use calls::CallTable;
+#[cfg(any(feature = "userfaultfd", loom))]
 use core::task::Waker;
 use core::time::Duration;
 use gate::Gate;
