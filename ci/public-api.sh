@@ -11,7 +11,7 @@ mkdir -p target
 export RUSTC_BOOTSTRAP=1 RUSTDOCFLAGS="-Z unstable-options --output-format json"
 cargo doc --quiet --no-deps --lib --all-features --target-dir target/public-api
 unset RUSTDOCFLAGS
-cargo public-api --rustdoc-json target/public-api/doc/shootdown.json -sss > target/public-api.txt
+cargo public-api --rustdoc-json target/public-api/doc/shootdown.json -sss | LC_ALL=C sort -u > target/public-api.txt
 if [ "${1-}" = --accept ]; then
     cp target/public-api.txt ci/public-api.txt
 elif ! diff -u ci/public-api.txt target/public-api.txt; then

@@ -54,7 +54,7 @@ const FEATURES: u32 =
 ///   which a device may still have the old mapping, until the invalidation has been delivered. [`OwnedMapping`](super::OwnedMapping)
 ///   has no such gap.
 /// - `mprotect` raises no event.
-/// - `fork` is reported when the child exists; all that is watched is then invalidated ([`Event::ProtectionPage`]: the next write of a page copies it).
+/// - `fork` is reported when the child exists; all that is watched is then invalidated ([`Event::ProtectionPage`](crate::Event::ProtectionPage): the next write of a page copies it).
 /// - Memory that the kernel cannot watch is refused: see [`UffdError::Watch`].
 #[derive(Clone)]
 pub struct Uffd {

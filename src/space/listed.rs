@@ -42,7 +42,7 @@ pub struct ActiveInvalidation {
     pub phase: Phase,
     /// The future that started it is gone; it ends by itself when its passes are done.
     pub abandoned: bool,
-    /// How long it has been active. Exact in a space with a [clock](Builder::clock). Otherwise the time since its passes became pending, or for an
+    /// How long it has been active. Exact in a space with a [clock](crate::Builder::clock). Otherwise the time since its passes became pending, or for an
     /// invalidation that never had to wait, since it was first listed here: a lower bound. `None` without `std` and clock.
     pub age: Option<Duration>,
     /// Names of the notifiers whose passes are pending.
@@ -61,7 +61,7 @@ pub struct Stats {
     pub retries: u64,
     /// Times that a reader had to wait for an invalidation (a pause is not counted).
     pub waits: u64,
-    /// The longest that an invalidation was active, of those that were timed: all in a space with a [clock](Builder::clock); otherwise those
+    /// The longest that an invalidation was active, of those that were timed: all in a space with a [clock](crate::Builder::clock); otherwise those
     /// whose passes were pending, from then on, and those that [`AddressSpace::active`] listed. `None` before the first.
     pub longest: Option<Duration>,
     /// Invalidations that were ended on behalf of a future that was not polled, and started over if it was polled again (C4).
@@ -93,7 +93,7 @@ impl AddressSpace {
     }
 
     /// The invalidations that are active at this moment, in the order in which they started (C6). Asks the notifiers with pending passes for
-    /// their [names](IntervalNotifier::name), so it allocates, and is meant for people and watchdogs.
+    /// their [names](crate::IntervalNotifier::name), so it allocates, and is meant for people and watchdogs.
     pub fn active(&self) -> Vec<ActiveInvalidation> {
         let now = self.shared.now();
         let mut held: Vec<EntryRef> = Vec::new();

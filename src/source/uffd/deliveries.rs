@@ -48,7 +48,7 @@ impl Deliveries {
         }
     }
 
-    /// Delivers on this thread until [`Uffd::stop`]. Passes that are pending do not keep it from starting what is read meanwhile.
+    /// Delivers on this thread until [`Uffd::stop`](crate::source::Uffd::stop). Passes that are pending do not keep it from starting what is read meanwhile.
     ///
     /// # Errors
     /// What `poll` returns.

@@ -23,7 +23,7 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Reads what there is, without waiting; returns how many events that were. They are then to be [delivered](Deliveries::deliver); readers
+    /// Reads what there is, without waiting; returns how many events that were. They are then to be [delivered](crate::source::Deliveries::deliver); readers
     /// of the space wait until that has begun.
     ///
     /// # Errors
@@ -64,7 +64,7 @@ impl Reader {
         }
     }
 
-    /// Reads on this thread until [`Uffd::stop`].
+    /// Reads on this thread until [`Uffd::stop`](crate::source::Uffd::stop).
     ///
     /// # Errors
     /// What `poll` and `read` return.
