@@ -36,8 +36,8 @@ impl Buffers {
         let at = self.page(buffer).cast();
         // SAFETY: ours; there are no references into it.
         unsafe { munmap(at, PAGE)? };
-        // SAFETY: as above; nothing else of this program maps memory at addresses of its choice, and no thread maps any meanwhile.
-        unsafe { mmap_anonymous(at, PAGE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED)? };
+        // SAFETY: a new mapping that replaces none: the kernel refuses if another thread was quicker.
+        unsafe { mmap_anonymous(at, PAGE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE)? };
         Ok(())
     }
 

@@ -47,6 +47,13 @@ impl Raw {
         };
     }
 
+    /// Maps new memory where it was, unless somebody has taken the address since, as the allocator of another thread may.
+    pub fn map_again(self) -> bool {
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
+        // SAFETY: it replaces nothing.
+        unsafe { mmap_anonymous(self.ptr(), self.len, ProtFlags::READ | ProtFlags::WRITE, flags).is_ok() }
+    }
+
     pub fn discard(self, advice: Advice) {
         // SAFETY: as above.
         unsafe { madvise(self.ptr(), self.len, advice).unwrap() };

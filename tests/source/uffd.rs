@@ -188,7 +188,7 @@ fn anon_teardown() {
     let _fork = no_fork();
     let source = Running::new();
     let (pages, executor) = (64, futures::executor::ThreadPool::builder().pool_size(1).create().unwrap());
-    let (mut complete, mut refused, mut retried) = (0, 0, 0);
+    let (mut complete, mut refused, mut retried, mut mapped_again) = (0, 0, 0, 0);
     for time in 0..500_u32 {
         let memory = Raw::map(pages);
         memory.write(1);
@@ -203,10 +203,14 @@ fn anon_teardown() {
                 }
                 // From before the device has looked at the first page to when it has finished.
                 (0..time % 50 * 40).for_each(|_| std::hint::spin_loop());
-                memory.part(pages / 2, pages / 2).unmap();
+                let half = memory.part(pages / 2, pages / 2);
+                half.unmap();
                 // Somebody else's from now on.
-                memory.part(pages / 2, pages / 2).map_over();
-                memory.part(pages / 2, pages / 2).write(2);
+                let again = half.map_again();
+                if again {
+                    half.write(2);
+                }
+                again
             })
         };
         let unchanged = device.sequence();
@@ -245,9 +249,11 @@ fn anon_teardown() {
             }
         }
         retried += starts.load(Ordering::Relaxed) - 1;
-        unmap.join().unwrap();
-        memory.unmap();
+        let again = unmap.join().unwrap();
+        mapped_again += u32::from(again);
+        memory.part(0, if again { pages } else { pages / 2 }).unmap();
     }
+    assert!(mapped_again > 100, "the address was free {mapped_again} times only");
     assert!(complete > 0 && refused > 0, "{complete} complete, {refused} refused, {retried} retries: they did not meet");
 }
 
