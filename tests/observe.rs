@@ -132,6 +132,37 @@ fn metrics_count_what_stats_count_and_time_the_passes() {
     assert_eq!(pending, [1.0, 0.0]);
 }
 
+#[test]
+fn each_event_is_counted_under_its_name() {
+    let recorder = DebuggingRecorder::new();
+    let (told, owner) = (recorder.snapshotter(), None);
+    let events = [
+        Event::Unmap,
+        Event::Clear,
+        Event::ProtectionVma,
+        Event::ProtectionPage,
+        Event::SoftDirty,
+        Event::Release,
+        Event::Migrate { owner },
+        Event::Exclusive { owner },
+    ];
+    metrics::with_local_recorder(&recorder, || {
+        let space = AddressSpace::new();
+        events.into_iter().for_each(|event| drop(now(space.invalidate(pages(0, 1), event))));
+    });
+    let mut counted: Vec<String> = Vec::new();
+    for (key, _, _, value) in told.snapshot().into_vec() {
+        if key.key().name() == "shootdown_invalidations_total" {
+            assert_eq!(value, DebugValue::Counter(1));
+            counted.extend(key.key().labels().map(|label| label.value().to_owned()));
+        }
+    }
+    counted.sort_unstable();
+    let mut names = events.map(Event::name);
+    names.sort_unstable();
+    assert_eq!(counted, names);
+}
+
 /// The value of each metric so far; of a histogram how many values it got.
 fn values(told: &metrics_util::debugging::Snapshotter) -> BTreeMap<String, f64> {
     static SUMS: Mutex<BTreeMap<String, f64>> = Mutex::new(BTreeMap::new());
