@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # The checks before a release whose tools take long to install. Without arguments it installs what is missing and runs all; with --present it runs
-# those whose tools are there and names the others, as `.ci/run` does; with --mutants it also runs cargo-mutants on the protocol and the index (half an hour).
+# those whose tools are there and names the others, as `.ci/run` does. cargo-mutants changes one small file; with --mutants the protocol and the index, too
+# (half an hour).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -50,7 +51,10 @@ if [ -n "$(cargo tree --edges normal,no-proc-macro --all-features --duplicates -
 fi
 # Builds what it packs.
 step cargo package --quiet --allow-dirty
-if [ "$mutants" = yes ] && tool cargo-mutants; then
-    step cargo mutants --file src/protocol.rs --file src/index.rs --no-shuffle -- --lib
+# Minutes at the least: not a part of `.ci/run`.
+if [ "$present" = no ] && tool cargo-mutants; then
+    files=(--file src/range.rs)
+    [ "$mutants" = no ] || files+=(--file src/protocol.rs --file src/index.rs)
+    step cargo mutants "${files[@]}" --no-shuffle --output target -- --lib
 fi
 echo "== release checks done"

@@ -170,6 +170,7 @@ impl fmt::Display for AddressRange {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::string::ToString;
 
     #[test]
     fn the_last_byte_of_the_address_space_can_be_named() {
@@ -191,6 +192,23 @@ mod tests {
         assert_eq!(reversed, Err(RangeError::Empty { start: 9 }));
         let none: &[u8] = &[];
         assert!(matches!(AddressRange::of_slice(none), Err(RangeError::Empty { .. })));
+    }
+
+    #[test]
+    fn both_ends_belong_to_a_range() {
+        let range = AddressRange::new(0x1000, 0x1000).unwrap();
+        let inside: std::vec::Vec<u64> = [0xfff, 0x1000, 0x1fff, 0x2000].into_iter().filter(|at| range.contains(*at)).collect();
+        assert_eq!(inside, [0x1000, 0x1fff]);
+        let part = |start, last| AddressRange::try_from(start..=last).unwrap();
+        assert!(range.covers(range) && range.covers(part(0x1000, 0x1000)) && range.covers(part(0x1fff, 0x1fff)));
+        assert!(!range.covers(part(0xfff, 0x1fff)) && !range.covers(part(0x1000, 0x2000)) && !range.covers(part(0x3000, 0x3000)));
+        assert_eq!(range.intersection(part(0x1800, 0x2800)), Some(part(0x1800, 0x1fff)));
+        assert_eq!(range.intersection(part(0, 0x1000)), Some(part(0x1000, 0x1000)));
+        assert_eq!(part(7, 7).len(), Some(1));
+        assert!(!range.is_empty());
+        let text = RangeError::Overflow { start: u64::MAX, len: 2 }.to_string();
+        assert!(text.contains("0xffffffffffffffff"), "{text}");
+        assert_eq!((std::format!("{range}"), std::format!("{range:?}")), ("0x1000..=0x1fff".into(), "0x1000..=0x1fff".into()));
     }
 
     #[test]
