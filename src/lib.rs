@@ -56,11 +56,12 @@
 //! | drivers: [`DriverLock`] with the collision-retry loop, [`Inbox`] for drivers that are tasks, [`AsyncIntervalNotifier`] | `mirror` |
 //! | [`AddressSpace`], [`Subscription`] | `space`, `subscription` |
 //! | start, join, end; whoever waits helps: [`Invalidate`], [`InvalidationGuard`], [`ReadBegin`], [`Remove`] | `engine` |
-//! | what is counted and told: [`NotifierStats`], the features `tracing` and `metrics` | `tally`, `observe` |
+//! | what the features `tracing` and `metrics` are told | `observe` |
 //! | a registered notifier in memory (all the `unsafe` there is, but for the system calls of `source`) | `entry` |
 //! | what a driver implements and is told: [`IntervalNotifier`], [`Invalidation`], [`PassFuture`] | `notifier`, `pass` |
 //! | the sequence protocol, a plain state machine | `protocol` |
 //! | which intervals overlap a range, in order | `index` |
+//! | what is counted: [`NotifierStats`] | `tally` |
 //! | [`AddressRange`], [`Event`] | `range`, `event` |
 //!
 //! The rules that comments and tests name (`S6`, `L2`, `C4`, …) are those of `CONTRACT.md`.
