@@ -8,7 +8,7 @@
 //! An entry is freed by [`EntryRef::free`] and nowhere else, by the one who finds, **under the space's lock**, that none of these
 //! holds any more ([`Entry::unused`]):
 //!
-//! 1. `ATTACHED`: the entry is in the index, or its [`EntryBox`] (the subscription) exists;
+//! 1. it is not `DETACHED`: the entry is in the index, or its [`EntryBox`] (the subscription) exists;
 //! 2. an active invalidation covers it (`own.is_covered()`);
 //! 3. somebody holds it (`holds > 0`), to call `name` outside the lock.
 //!
@@ -20,66 +20,73 @@
 //! its first passes, and `remove` takes it after there is none of those left that could (`engine::remove`).
 
 use crate::index::Indexed;
-use crate::notifier::IntervalNotifier;
-use crate::protocol::{Member, Own};
+use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
+use crate::pass::PassFuture;
+use crate::protocol::{MARKS, Member, Own, WATCHED};
 use crate::range::AddressRange;
 use crate::sync::{AtomicU32, Ordering};
 use crate::tally::Tally;
 use alloc::boxed::Box;
 use core::mem::ManuallyDrop;
 use core::ops::Deref;
+use core::pin::Pin;
 use core::ptr::{self, NonNull};
 
 /// No waiter: see [`Entry::first_waiter`].
-pub(crate) const NO_WAITER: u32 = u32::MAX;
+const NO_WAITER: u32 = u32::MAX;
 
-/// The subscription exists.
-const ATTACHED: u32 = 1;
+/// The subscription is gone.
+const DETACHED: u32 = MARKS[0];
 /// `remove` was called or the subscription dropped: new calls must not begin (L1).
-const REMOVED: u32 = 2;
+const REMOVED: u32 = MARKS[1];
 /// The notifier has been moved out.
-const TAKEN: u32 = 4;
+const TAKEN: u32 = MARKS[2];
 
-/// What the library keeps of one notifier. All of it but `own`'s word and `flags` is written only under the space's lock; these are
+/// What the library keeps of one notifier. All of it but `own`'s word is written only under the space's lock; these are
 /// atomics so that this need not be argued with `unsafe`, and cost what plain fields cost.
 pub(crate) struct Entry {
+    /// Marked as watched while a future waits for this notifier, or it is on its way out: then the end of an invalidation has more to do.
     pub(crate) own: Own,
-    flags: AtomicU32,
     holds: AtomicU32,
     /// Head of the list of futures that wait for this notifier, a key of the space's waiters.
-    pub(crate) first_waiter: AtomicU32,
+    first_waiter: AtomicU32,
     /// Passes of this notifier that are pending.
     pub(crate) pending: AtomicU32,
     pub(crate) tally: Tally,
     order: u64,
     pub(crate) range: AddressRange,
+    /// What can be done with the notifier.
+    calls: &'static Calls,
     /// Checks until one is forced to fail; 0 when none is.
     #[cfg(feature = "test-util")]
     pub(crate) collide_on: AtomicU32,
 }
 
 impl Entry {
-    /// Whether a future waits for this notifier, or it is on its way out: then the end of an invalidation has more to do.
-    #[inline]
-    pub(crate) fn wants_attention(&self) -> bool {
-        self.first_waiter.load(Ordering::Relaxed) != NO_WAITER || self.flags.load(Ordering::Relaxed) & ATTACHED == 0
+    /// The first of the futures that wait for this notifier.
+    pub(crate) fn first_waiter(&self) -> Option<u32> {
+        Some(self.first_waiter.load(Ordering::Relaxed)).filter(|waiter| *waiter != NO_WAITER)
+    }
+
+    pub(crate) fn set_first_waiter(&self, waiter: Option<u32>) {
+        self.first_waiter.store(waiter.unwrap_or(NO_WAITER), Ordering::Relaxed);
+        self.own.mark(WATCHED, waiter.is_some() || self.own.is_marked(DETACHED));
     }
 
     /// Whether calls of the notifier that have not begun must not begin (L1).
     #[inline]
     pub(crate) fn is_removed(&self) -> bool {
-        self.flags.load(Ordering::Relaxed) & REMOVED != 0
+        self.own.is_marked(REMOVED)
     }
 
     pub(crate) fn set_removed(&self) {
-        let flags = self.flags.load(Ordering::Relaxed);
-        self.flags.store(flags | REMOVED, Ordering::Relaxed);
+        self.own.mark(REMOVED, true);
     }
 
     /// The subscription is gone.
+    #[inline]
     pub(crate) fn detach(&self) {
-        let flags = self.flags.load(Ordering::Relaxed);
-        self.flags.store(flags & !ATTACHED, Ordering::Relaxed);
+        self.own.mark(DETACHED | WATCHED, true);
     }
 
     pub(crate) fn hold(&self) {
@@ -96,23 +103,84 @@ impl Entry {
 
     /// Whether nothing keeps the entry alive; under the lock.
     pub(crate) fn unused(&self) -> bool {
-        self.flags.load(Ordering::Relaxed) & ATTACHED == 0 && !self.own.is_covered() && !self.is_held()
+        self.own.is_marked(DETACHED) && !self.own.is_covered() && !self.is_held()
     }
 }
 
 #[repr(C)]
-struct Allocation<N: ?Sized> {
+struct Allocation<N> {
     entry: Entry,
     notifier: ManuallyDrop<N>,
 }
 
 /// A pointer to an entry whose notifier's type is not known. See the module for why it is valid.
+///
+/// It may reach the whole `Allocation`, and points to its first field. One word and not the two of a pointer to `dyn`: the index and
+/// the lists of hits hold little else.
 #[derive(Clone, Copy)]
-pub(crate) struct EntryRef(NonNull<Allocation<dyn IntervalNotifier>>);
+pub(crate) struct EntryRef(NonNull<Entry>);
 
 /// The subscription's pointer to an entry, which knows the notifier's type.
 pub(crate) struct EntryBox<N>(NonNull<Allocation<N>>);
 
+/// How a first pass answered.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Answer {
+    Done,
+    /// It left a pass, which lies where it was asked to be put.
+    Pass,
+    WouldBlock,
+}
+
+/// What can be done with a notifier whose type is not known, as functions that know it.
+struct Calls {
+    first_pass: unsafe fn(EntryRef, &Invalidation<'_>, Pin<&mut Option<PassFuture>>) -> Answer,
+    notifier: unsafe fn(EntryRef) -> NonNull<dyn IntervalNotifier>,
+    free: unsafe fn(EntryRef),
+}
+
+impl<N: IntervalNotifier> Allocation<N> {
+    const CALLS: &'static Calls = &Calls { first_pass: Self::first_pass, notifier: Self::notifier, free: Self::free };
+
+    /// Calls the notifier's first pass and puts what it leaves into `place`. Not a `dyn` call whose answer is moved from hand to hand: here the
+    /// compiler knows the driver, and where the answer belongs.
+    ///
+    /// # Safety
+    /// `entry` is alive, is the first field of an `Allocation<N>`, and its notifier was not taken.
+    unsafe fn first_pass(entry: EntryRef, invalidation: &Invalidation<'_>, mut place: Pin<&mut Option<PassFuture>>) -> Answer {
+        // SAFETY: by the contract of this function, and `EntryRef` may reach the whole allocation.
+        let notifier = unsafe { &(*entry.0.cast::<Self>().as_ptr()).notifier };
+        match notifier.invalidate(invalidation) {
+            Ok(None) => Answer::Done,
+            Ok(Some(pass)) => {
+                place.set(Some(pass));
+                Answer::Pass
+            }
+            Err(WouldBlock) => Answer::WouldBlock,
+        }
+    }
+
+    /// # Safety
+    /// `entry` is alive and is the first field of an `Allocation<N>`.
+    unsafe fn notifier(entry: EntryRef) -> NonNull<dyn IntervalNotifier> {
+        // SAFETY: by the contract of this function; no reference is made.
+        let notifier = unsafe { &raw mut (*entry.0.cast::<Self>().as_ptr()).notifier };
+        // SAFETY: a field is not at address 0. `ManuallyDrop<N>` has the layout of `N`.
+        unsafe { NonNull::new_unchecked(notifier.cast::<N>()) }
+    }
+
+    /// # Safety
+    /// `entry` was made by `EntryBox::<N>::new`, and nobody uses it any more.
+    unsafe fn free(entry: EntryRef) {
+        let taken = entry.own.is_marked(TAKEN);
+        // SAFETY: `EntryBox::new` made this box, and by the contract of this function nobody else points to it.
+        let mut allocation = unsafe { Box::from_raw(entry.0.cast::<Self>().as_ptr()) };
+        if !taken {
+            // SAFETY: dropped once: the allocation goes away with it, also when the drop panics.
+            unsafe { ManuallyDrop::drop(&mut allocation.notifier) };
+        }
+    }
+}
 // SAFETY: an `EntryRef` gives shared access to an `Entry`, which is `Sync`, and to the notifier, which is `Send + Sync` by
 // the bounds of `IntervalNotifier`; `free` may drop the notifier on another thread, which `Send` allows.
 unsafe impl Send for EntryRef {}
@@ -128,13 +196,13 @@ impl<N: IntervalNotifier> EntryBox<N> {
     pub(crate) fn new(range: AddressRange, notifier: N) -> Self {
         let entry = Entry {
             own: Own::new(),
-            flags: AtomicU32::new(ATTACHED),
             holds: AtomicU32::new(0),
             first_waiter: AtomicU32::new(NO_WAITER),
             pending: AtomicU32::new(0),
             tally: Tally::new(),
             order: 0,
             range,
+            calls: Allocation::<N>::CALLS,
             #[cfg(feature = "test-util")]
             collide_on: AtomicU32::new(0),
         };
@@ -151,7 +219,7 @@ impl<N: IntervalNotifier> EntryBox<N> {
     /// The same entry without its notifier's type.
     #[inline]
     pub(crate) fn erase(&self) -> EntryRef {
-        EntryRef(self.0 as NonNull<Allocation<dyn IntervalNotifier>>)
+        EntryRef(self.0.cast())
     }
 
     /// Undoes `new` for an entry that was never shared.
@@ -171,13 +239,10 @@ impl<N: IntervalNotifier> EntryBox<N> {
     /// Moves the notifier out. To be called once, when nothing can call it any more; then `notifier` must not be called again.
     pub(crate) fn take(&self) -> N {
         let allocation = self.0.as_ptr();
-        // SAFETY: alive by reason 1. Only fields are borrowed, so that the borrows of `entry` by others do not matter. The notifier
+        self.own.mark(TAKEN, true);
+        // SAFETY: alive by reason 1. Only the field is borrowed, so that the borrows of `entry` by others do not matter. The notifier
         // is not called any more, and `TAKEN` keeps `free` from dropping it again.
-        unsafe {
-            let flags = &(*allocation).entry.flags;
-            flags.store(flags.load(Ordering::Relaxed) | TAKEN, Ordering::Relaxed);
-            ptr::read(&*(*allocation).notifier)
-        }
+        unsafe { ptr::read(&*(*allocation).notifier) }
     }
 }
 
@@ -192,31 +257,28 @@ impl<N> Deref for EntryBox<N> {
 }
 
 impl EntryRef {
-    /// The notifier, to be called.
+    /// Calls the notifier's first pass; what it leaves to be waited for is put into `place`.
     #[inline]
-    pub(crate) fn notifier(&self) -> &dyn IntervalNotifier {
-        // SAFETY: alive (module documentation); not taken while an invalidation in its first passes, or a hold, may call it.
-        let notifier = unsafe { &(*self.0.as_ptr()).notifier };
-        &**notifier
+    pub(crate) fn first_pass(self, invalidation: &Invalidation<'_>, place: Pin<&mut Option<PassFuture>>) -> Answer {
+        // SAFETY: alive (module documentation), with the functions of its own type; not taken while an invalidation in its first passes may call it.
+        unsafe { (self.calls.first_pass)(self, invalidation, place) }
     }
 
-    /// Whether `take` has moved the notifier out.
-    pub(crate) fn is_taken(&self) -> bool {
-        self.flags.load(Ordering::Relaxed) & TAKEN != 0
+    /// The notifier, to be asked for its name.
+    pub(crate) fn notifier(&self) -> &dyn IntervalNotifier {
+        // SAFETY: alive (module documentation), with the functions of its own type.
+        let notifier = unsafe { (self.calls.notifier)(*self) };
+        // SAFETY: not taken while an invalidation in its first passes, a pending pass or a hold keeps it.
+        unsafe { notifier.as_ref() }
     }
 
     /// Frees the entry, and drops the notifier unless it was taken. Runs driver code, so not under the lock.
     ///
     /// To be called once, by the one who saw `unused()` under the lock.
+    #[inline]
     pub(crate) fn free(self) {
-        let taken = self.is_taken();
-        // SAFETY: `unused()` was seen under the lock: none of the three reasons holds, so no other `EntryRef` or `EntryBox` is used
-        // any more, and `EntryBox::new` made this box.
-        let mut allocation = unsafe { Box::from_raw(self.0.as_ptr()) };
-        if !taken {
-            // SAFETY: dropped once: the allocation goes away with it, also when the drop panics.
-            unsafe { ManuallyDrop::drop(&mut allocation.notifier) };
-        }
+        // SAFETY: `unused()` was seen under the lock: none of the three reasons holds, so no other `EntryRef` or `EntryBox` is used any more.
+        unsafe { (self.calls.free)(self) }
     }
 }
 
@@ -226,14 +288,14 @@ impl Deref for EntryRef {
     #[inline]
     fn deref(&self) -> &Entry {
         // SAFETY: alive (module documentation). Only the `entry` field is borrowed.
-        unsafe { &(*self.0.as_ptr()).entry }
+        unsafe { self.0.as_ref() }
     }
 }
 
 impl PartialEq for EntryRef {
     #[inline]
     fn eq(&self, other: &Self) -> bool {
-        ptr::addr_eq(self.0.as_ptr(), other.0.as_ptr())
+        self.0 == other.0
     }
 }
 

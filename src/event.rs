@@ -82,7 +82,7 @@ impl Event {
 
 /// An [`Event`] in two words that are copied each for itself: a copy of the whole, right after it was made, would wait for two stores at
 /// once, and that wait is a tenth of a short invalidation.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct Reason {
     pub(crate) kind: Kind,
     pub(crate) owner: Option<Owner>,

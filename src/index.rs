@@ -126,10 +126,22 @@ impl<V: Indexed> IntervalIndex<V> {
     /// The same; `hit` is also told whether the interval covers all of `range`.
     #[inline]
     pub(crate) fn overlapping_or_covering(&self, range: AddressRange, mut hit: impl FnMut(V, bool)) {
-        let (first, last) = self.span;
-        if range.start() <= last && range.last() >= first && self.len != 0 {
-            self.descend(self.root, self.height, range, &mut hit);
+        if self.may_overlap(range) {
+            self.search(range, &mut hit);
         }
+    }
+
+    /// Whether an interval can overlap `range` at all, as far as two comparisons say.
+    #[inline]
+    pub(crate) fn may_overlap(&self, range: AddressRange) -> bool {
+        let (first, last) = self.span;
+        range.start() <= last && range.last() >= first && self.len != 0
+    }
+
+    /// [`overlapping_or_covering`](Self::overlapping_or_covering) for an index that is not empty.
+    #[inline]
+    pub(crate) fn search(&self, range: AddressRange, mut hit: impl FnMut(V, bool)) {
+        self.descend(self.root, self.height, range, &mut hit);
     }
 
     /// Mostly one child of a node can overlap: the way down to it is a loop, to be built into the caller.

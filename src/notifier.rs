@@ -91,8 +91,6 @@ pub(crate) struct Request {
     pub(crate) range: AddressRange,
     pub(crate) reason: Reason,
     pub(crate) blockable: bool,
-    /// No notifier may be inserted from now on (L4).
-    pub(crate) release: bool,
 }
 
 /// One call of a first pass: what is invalidated, why, and how the driver may answer.

@@ -5,10 +5,9 @@
 
 #[cfg(any(feature = "tracing", feature = "metrics"))]
 mod told {
-    use crate::entry::EntryRef;
+    use crate::entry::{Answer, EntryRef};
     use crate::event::Event;
-    use crate::notifier::{Request, WouldBlock};
-    use crate::pass::PassFuture;
+    use crate::notifier::Request;
     use std::time::{Duration, Instant};
 
     /// Somebody may want to know.
@@ -97,15 +96,15 @@ mod told {
         }
 
         #[inline]
-        pub(crate) fn first_pass(&self, _entry: EntryRef, _answer: &Result<Option<PassFuture>, WouldBlock>, _began: Moment) {
+        pub(crate) fn first_pass(&self, _entry: EntryRef, _answer: Answer, _began: Moment) {
             #[cfg(feature = "tracing")]
             if let Some(span) = &self.span
                 && tracing::enabled!(target: "shootdown", tracing::Level::TRACE)
             {
                 let answer = match _answer {
-                    Ok(None) => "done",
-                    Ok(Some(_)) => "pass",
-                    Err(WouldBlock) => "would block",
+                    Answer::Done => "done",
+                    Answer::Pass => "pass",
+                    Answer::WouldBlock => "would block",
                 };
                 let (notifier, latency_ns) = (_entry.notifier().name(), _began.elapsed().as_nanos() as u64);
                 tracing::trace!(target: "shootdown", parent: span, notifier = &*notifier, answer, latency_ns, "first pass");
@@ -163,9 +162,8 @@ mod told {
 
 #[cfg(not(any(feature = "tracing", feature = "metrics")))]
 mod told {
-    use crate::entry::EntryRef;
-    use crate::notifier::{Request, WouldBlock};
-    use crate::pass::PassFuture;
+    use crate::entry::{Answer, EntryRef};
+    use crate::notifier::Request;
 
     pub(crate) const ON: bool = false;
 
@@ -196,7 +194,7 @@ mod told {
         }
 
         #[inline]
-        pub(crate) fn first_pass(&self, _entry: EntryRef, _answer: &Result<Option<PassFuture>, WouldBlock>, _began: Moment) {}
+        pub(crate) fn first_pass(&self, _entry: EntryRef, _answer: Answer, _began: Moment) {}
 
         #[inline]
         pub(crate) fn pass(&self, _entry: EntryRef, _began: Moment, _panicked: bool) {}

@@ -9,7 +9,7 @@ use crate::range::AddressRange;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use alloc::vec::Vec;
 
-/// A notifier's own sequence, and how many active invalidations cover it.
+/// A notifier's own sequence, how many active invalidations cover it, and what the owner of the protocol marks it with.
 ///
 /// Own sequences are always odd (S5, S2), so the lowest bit is free to say whether the notifier is covered: a reader learns
 /// in one load what its sequence is and whether it has to wait (R3). These are atomics because readers look at them without a lock;
@@ -19,7 +19,8 @@ use alloc::vec::Vec;
 pub(crate) struct Own {
     /// The sequence while no active invalidation covers the notifier, the sequence less one while one does.
     word: AtomicU64,
-    /// Active invalidations that cover the notifier. Only the owner of the protocol touches it.
+    /// How many active invalidations cover the notifier, in steps of [`COVER`], and below that the marks. In one word, so that the end of an
+    /// invalidation sees in one comparison that there is nothing to be told.
     covering: AtomicU32,
     /// Which driver lock the sequence was set under last; 0 before. For the check that readers take the same one. In the room that `covering` leaves.
     #[cfg(debug_assertions)]
@@ -27,6 +28,13 @@ pub(crate) struct Own {
 }
 
 const UNCOVERED: u64 = 1;
+
+/// One active invalidation in [`Own::covering`].
+const COVER: u32 = 16;
+/// A mark of a notifier: the end of an invalidation is to tell when nothing covers it any more.
+pub(crate) const WATCHED: u32 = 1;
+/// Three marks whose meaning is the owner's.
+pub(crate) const MARKS: [u32; 3] = [2, 4, 8];
 
 /// Enough of an address to tell two locks apart; never 0.
 #[cfg(debug_assertions)]
@@ -89,31 +97,45 @@ impl Own {
     }
 
     pub(crate) fn is_covered(&self) -> bool {
-        self.covering.load(Ordering::Relaxed) != 0
+        self.covering.load(Ordering::Relaxed) >= COVER
+    }
+
+    /// Whether any of `marks` is set.
+    #[inline]
+    pub(crate) fn is_marked(&self, marks: u32) -> bool {
+        self.covering.load(Ordering::Relaxed) & marks != 0
+    }
+
+    /// Sets or takes away `marks`; only the owner of the protocol.
+    #[inline]
+    pub(crate) fn mark(&self, marks: u32, set: bool) {
+        debug_assert!(marks < COVER);
+        let before = self.covering.load(Ordering::Relaxed);
+        self.covering.store(if set { before | marks } else { before & !marks }, Ordering::Relaxed);
     }
 
     /// One more invalidation covers the notifier. Returns the own sequence if it is the first.
     #[inline]
     fn cover(&self) -> Option<u64> {
         let covering = self.covering.load(Ordering::Relaxed);
-        self.covering.store(covering + 1, Ordering::Relaxed);
-        (covering == 0).then(|| {
+        self.covering.store(covering + COVER, Ordering::Relaxed);
+        (covering < COVER).then(|| {
             let word = self.word.load(Ordering::Relaxed);
             self.word.store(word & !UNCOVERED, Ordering::Release);
             word | UNCOVERED
         })
     }
 
-    /// One less covers it. Returns whether it was the last: a moment at which nothing covers the notifier (R1).
+    /// One less covers it. Returns whether somebody is to be told that it was the last: of a moment at which nothing covers the notifier (R1).
     #[inline]
     fn uncover(&self) -> bool {
-        let covering = self.covering.load(Ordering::Relaxed) - 1;
+        let covering = self.covering.load(Ordering::Relaxed) - COVER;
         self.covering.store(covering, Ordering::Relaxed);
-        if covering == 0 {
+        covering < COVER && {
             let word = self.word.load(Ordering::Relaxed);
             self.word.store(word | UNCOVERED, Ordering::Release);
+            covering & WATCHED != 0
         }
-        covering == 0
     }
 }
 
@@ -302,21 +324,13 @@ impl<M: Member, X: Default> Protocol<M, X> {
         self.index.remove(range, member)
     }
 
-    /// S2, S6: starts an invalidation. `hit` gets every notifier that overlaps `range`, in the order of their first passes (O1).
+    /// S2, S6: starts an invalidation. `hits`, which is empty, gets every notifier that overlaps `range`, in the order of their first passes (O1).
     ///
     /// `fill` gets what its owner keeps beside it, as the last invalidation in this place left it.
     #[inline]
-    pub(crate) fn start(&mut self, range: AddressRange, fill: impl FnOnce(&mut X), mut hit: impl FnMut(M)) -> Started {
-        let current = self.sequence;
-        let (mut any, mut clash) = (false, false);
-        self.index.overlapping(range, |member| {
-            any = true;
-            // An own sequence is odd, so it can equal the space's only while that is odd.
-            clash |= member.own().cover() == Some(current);
-            hit(member);
-        });
-        if any {
-            self.sequence = if clash { current.wrapping_add(2) } else { current | 1 };
+    pub(crate) fn start(&mut self, range: AddressRange, hits: &mut Vec<M>, fill: impl FnOnce(&mut X)) -> Started {
+        if self.index.may_overlap(range) {
+            self.cover(range, hits);
         }
         self.started += 1;
         let sequence = self.sequence;
@@ -328,12 +342,27 @@ impl<M: Member, X: Default> Protocol<M, X> {
         Started { id, sequence }
     }
 
+    /// The notifiers that overlap `range` are covered by one more invalidation, which gets its sequence.
+    #[inline(never)]
+    fn cover(&mut self, range: AddressRange, hits: &mut Vec<M>) {
+        let current = self.sequence;
+        let mut clash = false;
+        self.index.search(range, |member, _| {
+            // An own sequence is odd, so it can equal the space's only while that is odd.
+            clash |= member.own().cover() == Some(current);
+            hits.push(member);
+        });
+        if !hits.is_empty() {
+            self.sequence = if clash { current.wrapping_add(2) } else { current | 1 };
+        }
+    }
+
     /// The serial of the invalidation that started last.
     pub(crate) fn last_serial(&self) -> u64 {
         self.started
     }
 
-    /// S3: ends an invalidation. `hits` are the notifiers that its start named; `uncovered` gets each one that no active
+    /// S3: ends an invalidation. `hits` are the notifiers that its start named; `uncovered` gets each one that is [`WATCHED`] and that no active
     /// invalidation covers any more.
     #[inline]
     pub(crate) fn end(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) {
@@ -346,6 +375,23 @@ impl<M: Member, X: Default> Protocol<M, X> {
         if !active.late.is_empty() {
             active.late.drain(..).filter(|member| member.own().uncover()).for_each(&mut uncovered);
         }
+        self.settle();
+    }
+
+    /// The same for an invalidation that hit nothing. Says no, and does nothing, if notifiers were inserted under it: there may be somebody to be told.
+    #[inline]
+    pub(crate) fn end_without_hits(&mut self, id: Id) -> bool {
+        if self.active.places.get(id as usize).is_none_or(|place| !place.active.late.is_empty()) {
+            return false;
+        }
+        self.active.release(id);
+        self.settle();
+        true
+    }
+
+    /// S3: the sequence is even when no invalidation is active.
+    #[inline]
+    fn settle(&mut self) {
         if self.active.is_empty() && self.sequence % 2 == 1 {
             self.sequence = self.sequence.wrapping_add(1);
         }

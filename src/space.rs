@@ -179,7 +179,7 @@ impl AddressSpace {
     /// you hold the guard.
     #[inline]
     pub fn invalidate(&self, range: AddressRange, event: Event) -> Invalidate<'_> {
-        Invalidate::new(Handle::Borrowed(&self.shared), Request { range, reason: event.into(), blockable: true, release: false })
+        Invalidate::new(Handle::Borrowed(&self.shared), range, event.into())
     }
 
     /// Invalidates `range` without waiting (B2, B3): the kernel's non-blockable form.
@@ -194,15 +194,13 @@ impl AddressSpace {
     /// # Panics
     /// Resumes a panic of a first pass or pass (C5).
     pub fn try_invalidate(&self, range: AddressRange, event: Event) -> Result<InvalidationGuard<'_>, WouldBlock> {
-        let request = Request { range, reason: event.into(), blockable: false, release: false };
-        try_invalidate(Handle::Borrowed(&self.shared), &request)
+        try_invalidate(Handle::Borrowed(&self.shared), Request { range, reason: event.into(), blockable: false })
     }
 
     /// The end of the address space: calls every notifier with [`Event::Release`] and waits for all passes. From the first poll on
     /// `insert` fails; `remove` still works (L4).
     pub fn release(&self) -> Release<'_> {
-        let request = Request { range: AddressRange::ALL, reason: Event::Release.into(), blockable: true, release: true };
-        Release { invalidate: Invalidate::new(Handle::Borrowed(&self.shared), request) }
+        Release { invalidate: Invalidate::new(Handle::Borrowed(&self.shared), AddressRange::ALL, Event::Release.into()) }
     }
 
     /// Closes the space's gate: `read_begin` of every notifier waits from now on, and no driver is called. It takes no lock and no memory, so that it may
@@ -303,6 +301,8 @@ impl Future for Release<'_> {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        // Before it starts: what was inserted until then is hit.
+        self.invalidate.release();
         Pin::new(&mut self.invalidate).poll(cx).map(drop)
     }
 }

@@ -41,6 +41,16 @@ mod real {
 
         #[inline]
         pub(crate) fn lock(&self) -> impl DerefMut<Target = T> {
+            // The loop is not built into the caller: its registers would be saved on each call, and mostly for nothing.
+            match self.0.try_lock() {
+                Some(guard) => guard,
+                None => self.contended(),
+            }
+        }
+
+        #[cold]
+        #[inline(never)]
+        fn contended(&self) -> spin::mutex::SpinMutexGuard<'_, T> {
             self.0.lock()
         }
 

@@ -96,21 +96,33 @@ impl Drop for InvalidationGuard<'_> {
     #[inline]
     fn drop(&mut self) {
         if let Some(space) = self.space.take() {
-            end(&space, self.id, self.scratch.get_mut().take());
+            match self.scratch.get_mut().take() {
+                Some(scratch) => end(&space, self.id, scratch),
+                None => end_without_hits(&space, self.id),
+            }
         }
     }
 }
 
 /// Ends an invalidation (S3, C2).
 #[inline(never)]
-pub(super) fn end(space: &Shared, id: Id, scratch: Option<Box<Scratch>>) {
-    if observe::ON || space.clock.is_some() || scratch.as_ref().is_some_and(|scratch| scratch.timed) {
-        return end_seen(space, id, scratch);
+pub(super) fn end(space: &Shared, id: Id, scratch: Box<Scratch>) {
+    if observe::ON || scratch.timed || space.clock.is_some() {
+        return end_seen(space, id, Some(scratch));
     }
-    space.with(|state, after| state.end(id, scratch, None, after));
+    space.with(|state, after| state.end(id, Some(scratch), None, after));
 }
 
-/// The same for one that is timed or traced.
+/// The same for one that hit nothing.
+#[inline(never)]
+fn end_without_hits(space: &Shared, id: Id) {
+    let ended = space.clock.is_none() && space.state.lock().protocol.end_without_hits(id);
+    if !ended {
+        end_seen(space, id, None);
+    }
+}
+
+/// The same for one that is timed or traced, or under which notifiers were inserted.
 #[cold]
 fn end_seen(space: &Shared, id: Id, mut scratch: Option<Box<Scratch>>) {
     let timed = space.clock.is_some() || scratch.as_ref().is_some_and(|scratch| scratch.timed);

@@ -5,11 +5,12 @@ use crate::engine::first_pass::forbid_waiting;
 use crate::engine::guard::{Handle, InvalidationGuard, end};
 use crate::engine::pending::Job;
 use crate::engine::scratch::{Scratch, Watch};
-use crate::engine::start::{Reached, advance, start};
+use crate::engine::start::{advance, start};
 use crate::engine::{Shared, State, Unclaimed};
-use crate::event::Event;
+use crate::event::{Event, Reason};
 use crate::notifier::{Request, WouldBlock};
 use crate::protocol::Id;
+use crate::range::AddressRange;
 use crate::sync::resume;
 use alloc::boxed::Box;
 use core::fmt;
@@ -22,30 +23,43 @@ use core::task::{Context, Poll};
 /// for ever, as one does whose task has used up its cooperative budget, must not hold the caller for ever.
 const IDLE_ROUNDS: usize = 32;
 
+/// An invalidation that has begun, and its working memory if it hit a notifier. If passes are pending the memory says so; otherwise a guard can take over.
+///
+/// Two words, so that they are returned in registers: a guard that is put together behind a call and then moved
+/// stalls on its own stores, and that was a third of a short invalidation.
+type Begun = (Id, Option<Box<Scratch>>);
+
+/// The first poll, up to where it has to wait. Takes and returns what fits into registers, see [`Invalidate::poll`].
+#[inline(never)]
+fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
+    match start(space, Request { range, reason, blockable: true }) {
+        (id, Some(scratch)) => call(space, id, scratch, 0),
+        // No notifier in the range: no call, no pass, nothing to hand over.
+        without_hits => without_hits,
+    }
+}
+
+/// First passes from hit `at` on, and what follows.
+fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, at: usize) -> Begun {
+    advance(space, &mut scratch, at);
+    if scratch.pends.is_some() { (id, Some(scratch)) } else { (id, Some(finish(space, id, scratch))) }
+}
+
 /// The first passes and all passes are done: what a guard takes over, or the first panic after the end (C5).
 #[inline]
-fn finish(space: &Shared, id: Id, mut scratch: Box<Scratch>) -> Finished {
+fn finish(space: &Shared, id: Id, mut scratch: Box<Scratch>) -> Box<Scratch> {
     space.calls.end(id);
     if let Some(panic) = scratch.passes.panic.take() {
-        end(space, id, Some(scratch));
+        end(space, id, scratch);
         resume(panic);
         unreachable!("only a thread that panics already does not resume, and it polls no future");
     }
-    (id, Some(scratch))
+    scratch
 }
 
-/// What a guard takes over; [`HANDED_OVER`] and `None` when the invalidation is not ours alone any more.
-///
-/// Two words and no `Option` around them, so that they are returned in registers: a guard that is put together behind a call and then moved
-/// stalls on its own stores, and that was a third of a short invalidation.
-type Finished = (Id, Option<Box<Scratch>>);
-
-/// No invalidation has this id.
-const HANDED_OVER: Id = Id::MAX;
-
 /// Hands the pending passes of `scratch` to the space: from now on others may drive them.
-fn hand_over(space: &Shared, id: Id, scratch: Box<Scratch>, resume_at: Option<usize>, lapses: u32) -> Unclaimed {
-    let now = space.now();
+fn hand_over(space: &Shared, id: Id, mut scratch: Box<Scratch>, lapses: u32) -> Unclaimed {
+    let (now, resume_at) = (space.now(), scratch.pends.take().flatten());
     space.with(|state, after| {
         // The first passes are over, as far as others are concerned, as soon as the passes are listed.
         space.calls.end(id);
@@ -54,18 +68,18 @@ fn hand_over(space: &Shared, id: Id, scratch: Box<Scratch>, resume_at: Option<us
 }
 
 /// A non-blockable invalidation (B2, B3).
-pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: &Request) -> Result<InvalidationGuard<'a>, WouldBlock> {
-    let (id, sequence, scratch) = start(&space, request);
+pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<InvalidationGuard<'a>, WouldBlock> {
+    let (id, scratch) = start(&space, request);
     let Some(mut scratch) = scratch else {
         return Ok(InvalidationGuard::new(space, id, None));
     };
-    let mut at = 0;
-    while let Reached::Pending(resume_at) = advance(&space, request, sequence, &mut scratch, at) {
+    advance(&space, &mut scratch, 0);
+    while let Some(resume_at) = scratch.pends.take() {
         scratch.passes.drive_alone(&space, IDLE_ROUNDS);
         if scratch.passes.running() > 0 {
             let panic = scratch.passes.panic.take();
             scratch.passes.refused = false;
-            let unclaimed = hand_over(&space, id, scratch, None, 0);
+            let unclaimed = hand_over(&space, id, scratch, 0);
             let now = space.now();
             space.with(|state, after| {
                 state.counts.abandoned += 1;
@@ -76,14 +90,13 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: &Request) -> Result
             }
             return Err(WouldBlock);
         }
-        match resume_at {
-            Some(next) => at = next,
-            None => break,
+        if let Some(at) = resume_at {
+            advance(&space, &mut scratch, at);
         }
     }
     let refused = core::mem::take(&mut scratch.passes.refused);
-    let (id, scratch) = finish(&space, id, scratch);
-    let guard = InvalidationGuard::new(space, id, scratch);
+    let scratch = finish(&space, id, scratch);
+    let guard = InvalidationGuard::new(space, id, Some(scratch));
     if refused { Err(WouldBlock) } else { Ok(guard) }
 }
 
@@ -104,7 +117,8 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: &Request) -> Result
 pub struct Invalidate<'a> {
     /// Moves into the guard. This and `step` are dropped by hand, so that the drop of a future that has resolved is one comparison.
     space: ManuallyDrop<Option<Handle<'a>>>,
-    request: Request,
+    range: AddressRange,
+    reason: Reason,
     step: ManuallyDrop<Step>,
     lapses: u32,
 }
@@ -114,7 +128,6 @@ enum Step {
     /// The passes belong to the space.
     Joining {
         unclaimed: Unclaimed,
-        sequence: u64,
         watch: Watch,
     },
     Done,
@@ -122,15 +135,22 @@ enum Step {
 
 impl<'a> Invalidate<'a> {
     #[inline]
-    pub(crate) fn new(space: Handle<'a>, request: Request) -> Self {
-        Self { space: ManuallyDrop::new(Some(space)), request, step: ManuallyDrop::new(Step::Start), lapses: 0 }
+    pub(crate) fn new(space: Handle<'a>, range: AddressRange, reason: Reason) -> Self {
+        Self { space: ManuallyDrop::new(Some(space)), range, reason, step: ManuallyDrop::new(Step::Start), lapses: 0 }
+    }
+
+    /// What is left of a future that has resolved or was moved.
+    fn resolved() -> Self {
+        let (space, step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
+        Self { space, range: AddressRange::ALL, reason: Reason::default(), step, lapses: 0 }
     }
 
     /// The same future with a handle of the space of its own, to be spawned or kept in a structure.
     pub fn into_owned(mut self) -> Invalidate<'static> {
         Invalidate {
             space: ManuallyDrop::new(self.space.take().map(Handle::into_owned)),
-            request: self.request,
+            range: self.range,
+            reason: self.reason,
             step: ManuallyDrop::new(core::mem::replace(&mut *self.step, Step::Done)),
             lapses: self.lapses,
         }
@@ -141,78 +161,86 @@ impl<'a> Invalidate<'a> {
         self.lapses
     }
 
-    /// The first poll. Not built into the caller, which has its hands full with the guard.
-    #[inline(never)]
-    fn begin(&mut self) -> Finished {
-        let (id, sequence, scratch) = start(self.space(), &self.request);
-        if let Some(scratch) = scratch {
-            return self.run(id, sequence, scratch, 0);
-        }
-        // No notifier in the range: no call, no pass, nothing to hand over.
-        self.step = ManuallyDrop::new(Step::Done);
-        (id, None)
-    }
-
-    /// Runs what is ours alone; either it is finished, or it goes to the space.
-    fn run(&mut self, id: Id, sequence: u64, mut scratch: Box<Scratch>, at: usize) -> Finished {
-        if let Reached::Pending(resume_at) = advance(self.space(), &self.request, sequence, &mut scratch, at) {
-            let unclaimed = hand_over(self.space(), id, scratch, resume_at, self.lapses);
-            *self.step = Step::Joining { unclaimed, sequence, watch: Watch::default() };
-            return (HANDED_OVER, None);
-        }
-        if let Step::Joining { watch, .. } = &mut *self.step {
-            drop(core::mem::take(watch));
-        }
-        // Nothing else in a step is to be dropped: a plain store, where a replacement would read what was just written.
-        self.step = ManuallyDrop::new(Step::Done);
-        finish(self.space(), id, scratch)
-    }
-
-    #[inline]
-    fn space(&self) -> &Shared {
-        match &*self.space {
-            Some(space) => space,
-            None => unreachable!("the handle goes only when the future has resolved or was moved"),
+    /// Marks the space as released (L4), unless that was done in an earlier poll.
+    pub(crate) fn release(&self) {
+        if let (Some(space), Step::Start) = (&*self.space, &*self.step) {
+            space.with(|state, _| state.released = true);
         }
     }
 
-    /// Joins the passes: drives them if nobody else does, waits otherwise.
+    /// Every poll but a first one that resolves; goes on from what that one has `begun`.
+    ///
+    /// Takes and returns the future by value: the address of one that resolves at once is given to nobody.
     #[cold]
-    fn join(&mut self, cx: &mut Context<'_>) -> Poll<Finished> {
-        let (Some(space), Step::Joining { unclaimed, sequence, watch }) = (&*self.space, &mut *self.step) else {
-            unreachable!("called in this step, which has a handle");
-        };
+    #[inline(never)]
+    fn go_on(mut self, mut begun: Option<Begun>, cx: &mut Context<'_>) -> (Self, Poll<InvalidationGuard<'a>>) {
         loop {
-            let waker = cx.waker().clone();
-            let (found, unused) = space.with(|state, _| {
-                let found = state.look(space, *unclaimed);
-                let unused = match (&found, state.pending_mut(*unclaimed)) {
-                    (Found::Job(_) | Found::Busy, Some(pending)) => watch.register(&pending.wakes, waker),
-                    _ => Some(waker),
-                };
-                (found, unused)
-            });
-            drop(unused);
-            match found {
-                Found::Claimed(scratch, resume_at) => {
-                    let (id, sequence) = (unclaimed.id, *sequence);
-                    return Poll::Ready(self.run(id, sequence, scratch, resume_at.unwrap_or(usize::MAX)));
+            let Some(space) = &*self.space else {
+                panic!("`Invalidate` polled after it has resolved");
+            };
+            match begun.take() {
+                Some((id, Some(scratch))) if scratch.pends.is_some() => {
+                    let unclaimed = hand_over(space, id, scratch, self.lapses);
+                    *self.step = Step::Joining { unclaimed, watch: Watch::default() };
                 }
-                Found::Lapsed => {
+                Some((id, scratch)) => {
+                    *self.step = Step::Done;
+                    let Some(space) = self.space.take() else { unreachable!("it was there a moment ago") };
+                    return (self, Poll::Ready(InvalidationGuard::new(space, id, scratch)));
+                }
+                None => {}
+            }
+            let Step::Joining { unclaimed, watch } = &mut *self.step else {
+                begun = Some(begin(space, self.range, self.reason));
+                continue;
+            };
+            match join(space, *unclaimed, watch, cx) {
+                Joined::Pending => return (self, Poll::Pending),
+                Joined::Claimed(id, scratch, at) => begun = Some(call(space, id, scratch, at)),
+                Joined::Lapsed => {
                     self.lapses += 1;
-                    drop(core::mem::replace(&mut *self.step, Step::Start));
-                    return Poll::Ready((HANDED_OVER, None));
+                    *self.step = Step::Start;
                 }
-                Found::Job(job) => {
-                    if !space.work(job) {
-                        break;
-                    }
-                }
-                Found::Busy => break,
             }
         }
-        forbid_waiting(space, "an invalidation");
-        Poll::Pending
+    }
+}
+
+/// How far the passes of an invalidation have been joined.
+enum Joined {
+    Pending,
+    /// They are done; first passes go on from this hit.
+    Claimed(Id, Box<Scratch>, usize),
+    /// It was ended on behalf of the future, which starts over (C4).
+    Lapsed,
+}
+
+/// Joins the passes: drives them if nobody else does, waits otherwise.
+fn join(space: &Shared, unclaimed: Unclaimed, watch: &mut Watch, cx: &mut Context<'_>) -> Joined {
+    loop {
+        let waker = cx.waker().clone();
+        let (found, unused) = space.with(|state, _| {
+            let found = state.look(space, unclaimed);
+            let unused = match (&found, state.pending_mut(unclaimed)) {
+                (Found::Job(_) | Found::Busy, Some(pending)) => watch.register(&pending.wakes, waker),
+                _ => Some(waker),
+            };
+            (found, unused)
+        });
+        drop(unused);
+        match found {
+            Found::Claimed(scratch, resume_at) => {
+                drop(core::mem::take(watch));
+                return Joined::Claimed(unclaimed.id, scratch, resume_at.unwrap_or(usize::MAX));
+            }
+            Found::Lapsed => return Joined::Lapsed,
+            Found::Job(job) => {
+                if !space.work(job) {
+                    return Joined::Pending;
+                }
+            }
+            Found::Busy => return Joined::Pending,
+        }
     }
 }
 
@@ -250,24 +278,31 @@ impl State {
 impl<'a> Future for Invalidate<'a> {
     type Output = InvalidationGuard<'a>;
 
+    /// The first poll mostly resolves. Then nothing is called that gets the address of the future or of the guard, so that the compiler keeps both in
+    /// registers: their stores, of which the second lock has to wait for each, took longer than what is done between the locks.
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
-        loop {
-            let (id, scratch) = match *this.step {
-                Step::Start => this.begin(),
-                Step::Joining { .. } => match this.join(cx) {
-                    Poll::Ready(finished) => finished,
-                    Poll::Pending => return Poll::Pending,
-                },
-                Step::Done => panic!("`Invalidate` polled after it has resolved"),
-            };
-            if id != HANDED_OVER
+        let mut begun = None;
+        if let (Step::Start, Some(space)) = (&*this.step, &*this.space) {
+            let (id, scratch) = begin(space, this.range, this.reason);
+            if scratch.as_ref().is_none_or(|scratch| scratch.pends.is_none())
                 && let Some(space) = this.space.take()
             {
+                // Nothing in the step is to be dropped: a plain store.
+                this.step = ManuallyDrop::new(Step::Done);
                 return Poll::Ready(InvalidationGuard::new(space, id, scratch));
             }
+            begun = Some((id, scratch));
         }
+        let (future, polled) = core::mem::replace(this, Self::resolved()).go_on(begun, cx);
+        *this = future;
+        if polled.is_pending()
+            && let Some(space) = &*this.space
+        {
+            forbid_waiting(space, "an invalidation");
+        }
+        polled
     }
 }
 
@@ -303,8 +338,8 @@ impl fmt::Debug for Invalidate<'_> {
             Step::Done => "resolved",
         };
         f.debug_struct("Invalidate")
-            .field("range", &self.request.range)
-            .field("event", &Event::from(self.request.reason))
+            .field("range", &self.range)
+            .field("event", &Event::from(self.reason))
             .field("step", &step)
             .field("lapses", &self.lapses)
             .finish()

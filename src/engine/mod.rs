@@ -29,7 +29,7 @@ mod waiters;
 use crate::entry::{Entry, EntryRef};
 use crate::event::{Event, Kind, Owner, Reason};
 use crate::index::{Indexed, IntervalIndex};
-use crate::observe::{self};
+use crate::observe;
 use crate::protocol::{Id, Protocol};
 use crate::range::AddressRange;
 use crate::sync::{AtomicU64, AtomicUsize, Lock, Ordering, Panic, catch, resume};
@@ -47,7 +47,7 @@ use slab::Slab;
 use waiters::uncovered;
 pub(crate) use waiters::{WaitFor, Waiter};
 
-/// Spare working memories that are kept; as many invalidations can be active at once without allocating.
+/// Spare working memories that are kept at most; as many invalidations can be active at once without allocating.
 const SPARES: usize = 16;
 
 /// What all handles of one address space share.
@@ -100,8 +100,7 @@ pub(crate) struct State {
     /// Readers that wait for the gate.
     #[cfg(any(feature = "userfaultfd", loom))]
     pub(crate) gated: Vec<Waker>,
-    /// For the next invalidation that hits something: where the start of one collects its hits.
-    pub(crate) next: Box<Scratch>,
+    /// Working memory for invalidations to come; the start of one collects its hits in the last, the one that was used last.
     #[expect(clippy::vec_box, reason = "a guard holds the box: moving the memory itself in and out would copy it")]
     pub(crate) spare: Vec<Box<Scratch>>,
     pub(crate) next_order: u64,
@@ -181,7 +180,6 @@ impl Shared {
             waiters: Slab::new(),
             #[cfg(any(feature = "userfaultfd", loom))]
             gated: Vec::new(),
-            next: Box::default(),
             spare: Vec::new(),
             next_order: 0,
             released: false,
@@ -265,15 +263,11 @@ impl State {
     #[inline(always)]
     pub(crate) fn end(&mut self, id: Id, scratch: Option<Box<Scratch>>, now: Option<Duration>, after: &mut After) {
         let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
-        if now.is_some() {
+        if let Some(now) = now {
             self.lasted(id, hits, now);
         }
         let Self { protocol, waiters, .. } = self;
-        protocol.end(id, hits, |entry| {
-            if entry.wants_attention() {
-                uncovered(waiters, entry, after);
-            }
-        });
+        protocol.end(id, hits, |entry| uncovered(waiters, entry, after));
         if let Some(scratch) = scratch {
             self.recycle(scratch);
         }
@@ -281,9 +275,8 @@ impl State {
 
     /// Notes how long an invalidation has been active.
     #[cold]
-    pub(crate) fn lasted(&mut self, id: Id, hits: &[EntryRef], now: Option<Duration>) {
-        let since = self.protocol.active().get(id).and_then(|active| active.extra.since);
-        if let (Some(since), Some(now)) = (since, now) {
+    pub(crate) fn lasted(&mut self, id: Id, hits: &[EntryRef], now: Duration) {
+        if let Some(since) = self.protocol.active().get(id).and_then(|active| active.extra.since) {
             let age = now.saturating_sub(since);
             self.counts.longest = self.counts.longest.max(Some(age));
             hits.iter().for_each(|entry| entry.tally.lasted(age));
@@ -294,10 +287,8 @@ impl State {
     pub(crate) fn recycle(&mut self, mut scratch: Box<Scratch>) {
         scratch.hits.clear();
         scratch.timed = false;
-        // The one used last is used next: it is in the caches, and has its memory.
-        let other = core::mem::replace(&mut self.next, scratch);
         if self.spare.len() < SPARES {
-            self.spare.push(other);
+            self.spare.push(scratch);
         }
     }
 

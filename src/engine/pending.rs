@@ -7,7 +7,7 @@
 
 use crate::engine::scratch::{PassWaker, Progress, Scratch, UNLISTED};
 use crate::engine::{After, Shared, State, Unclaimed};
-use crate::entry::{EntryRef, NO_WAITER};
+use crate::entry::EntryRef;
 use crate::protocol::Id;
 use crate::range::AddressRange;
 use crate::sync::{Arc, Ordering, catch, resume};
@@ -91,7 +91,7 @@ impl State {
         let (range, unclaimed) = (active.range, Unclaimed { id, serial: active.serial });
         // Whoever sleeps because of this invalidation can now help with it (C3).
         let mut asleep: Vec<EntryRef> = Vec::new();
-        let sleeps = |entry: &EntryRef| entry.first_waiter.load(Ordering::Relaxed) != NO_WAITER;
+        let sleeps = |entry: &EntryRef| entry.first_waiter().is_some();
         asleep.extend(scratch.hits.iter().copied().chain(active.late()).filter(sleeps));
         pending.done = scratch.passes.running() == 0;
         pending.abandoned = false;
@@ -117,7 +117,7 @@ impl State {
         self.unclaimed.remove(active.range, unclaimed);
         let mut scratch = pending.scratch.take()?;
         // Passes that wait for their first poll are no longer the space's.
-        for pass in &mut scratch.passes.started {
+        for pass in scratch.passes.started_mut() {
             pass.listed = UNLISTED;
         }
         for entry in pending.waiting.drain() {
@@ -150,7 +150,7 @@ impl State {
         let Some(scratch) = &mut pending.scratch else {
             return;
         };
-        if scratch.passes.started.is_empty() {
+        if scratch.passes.started().is_empty() {
             self.end_unclaimed(unclaimed, now, after);
         } else {
             // Further first passes will not be called, so the passes that waited for that can be polled.
@@ -277,7 +277,7 @@ impl State {
                 pending.waiting.remove(done.listed);
                 let left = done.entry.pending.load(Ordering::Relaxed) - 1;
                 done.entry.pending.store(left, Ordering::Relaxed);
-                if left == 0 && done.entry.first_waiter.load(Ordering::Relaxed) != NO_WAITER {
+                if left == 0 && done.entry.first_waiter().is_some() {
                     quiet.push(done.entry);
                 }
             }
@@ -292,7 +292,7 @@ impl State {
         }
         // Its memory is used again.
         scratch.passes.finished = finished;
-        if progress == Progress::AllFinished && pending.abandoned && !scratch.passes.started.is_empty() {
+        if progress == Progress::AllFinished && pending.abandoned && !scratch.passes.started().is_empty() {
             scratch.passes.join_started();
         }
         let done = scratch.passes.running() == 0;

@@ -3,8 +3,11 @@
 
 use crate::engine::Shared;
 use crate::entry::EntryRef;
+use crate::event::Reason;
+use crate::notifier::Request;
 use crate::observe::{self, Moment, Trace};
 use crate::pass::PassFuture;
+use crate::range::AddressRange;
 use crate::sync::{Arc, Lock, Panic, catch};
 use alloc::boxed::Box;
 use alloc::task::Wake;
@@ -26,22 +29,37 @@ type Place = Pin<Box<Option<PassFuture>>>;
 /// The key of a pass that its invalidation does not list as pending.
 pub(crate) const UNLISTED: usize = usize::MAX;
 
-#[derive(Default)]
 pub(crate) struct Scratch {
+    /// What is invalidated and why.
+    pub(crate) request: Request,
+    /// The sequence that all its passes get.
+    pub(crate) sequence: u64,
     /// The notifiers that the invalidation hit, in order of their first passes.
     pub(crate) hits: Vec<EntryRef>,
     pub(crate) passes: Passes,
+    /// Passes are pending after the first polls; then the first passes go on from this hit if the pass budget interrupted them (B4).
+    pub(crate) pends: Option<Option<usize>>,
     /// It has a time stamp: its passes were pending.
     pub(crate) timed: bool,
     /// Spare record of a pending invalidation.
     pub(crate) pending: Option<Box<super::pending::Pending>>,
 }
 
+impl Default for Scratch {
+    fn default() -> Self {
+        let request = Request { range: AddressRange::ALL, reason: Reason::default(), blockable: true };
+        Self { request, sequence: 0, hits: Vec::new(), passes: Passes::default(), pends: None, timed: false, pending: None }
+    }
+}
+
 /// What the first passes left to be waited for.
-#[derive(Default)]
 pub(crate) struct Passes {
-    /// Passes that no one has polled yet, in order of their first passes.
-    pub(crate) started: Vec<Pass>,
+    /// Passes that no one has polled yet, in order of their first passes, and behind them records of earlier ones whose memory is used again.
+    slots: Vec<Pass>,
+    /// How many of them are not polled yet.
+    started: usize,
+    /// Where the next first pass puts what it leaves.
+    pub(crate) next: Place,
     /// What the last [`Passes::drive`] finished.
     pub(crate) finished: Vec<Finished>,
     /// The first panic of a first pass or of a pass (C5).
@@ -51,6 +69,22 @@ pub(crate) struct Passes {
     pub(crate) trace: Trace,
     places: Vec<Place>,
     join: Option<Join>,
+}
+
+impl Default for Passes {
+    fn default() -> Self {
+        Self {
+            slots: Vec::new(),
+            started: 0,
+            next: Box::pin(None),
+            finished: Vec::new(),
+            panic: None,
+            refused: false,
+            trace: Trace::default(),
+            places: Vec::new(),
+            join: None,
+        }
+    }
 }
 
 /// The passes that stayed pending at their first poll.
@@ -70,6 +104,13 @@ pub(crate) struct Pass {
     budgeted: bool,
     /// Its first pass was called then.
     began: Moment,
+}
+
+impl Pass {
+    /// The pass itself; what stays is a record without a place.
+    fn move_out(&mut self) -> Self {
+        Self { future: self.future.take(), ..*self }
+    }
 }
 
 /// A pass that is done.
@@ -119,28 +160,53 @@ impl Future for Pass {
     }
 }
 
-/// Polls passes from `at` on, once each, and empties the places of those that are done; `at` moves behind a pass before it is polled.
+/// Polls passes from `at` on, once each, and empties the places of those that are done; `at` moves behind a pass before it is polled. `pend` counts
+/// the others.
 #[inline]
-fn poll_from(started: &mut [Pass], at: &mut usize, trace: &Trace, cx: &mut Context<'_>) {
+fn poll_from(started: &mut [Pass], at: &mut usize, pend: &mut usize, trace: &Trace, cx: &mut Context<'_>) {
     while let Some(pass) = started.get_mut(*at) {
         *at += 1;
         if let Some(place) = &mut pass.future
             && let Some(future) = place.as_mut().as_pin_mut()
-            && future.poll(cx).is_ready()
         {
-            place.as_mut().set(None);
-            trace.pass(pass.entry, pass.began, false);
+            if future.poll(cx).is_ready() {
+                place.as_mut().set(None);
+                trace.pass(pass.entry, pass.began, false);
+            } else {
+                *pend += 1;
+            }
         }
     }
 }
 
+/// Keeps the first panic (C5). Runs the drop of any further one.
+#[cold]
+fn keep(first: &mut Option<Panic>, panic: Panic) {
+    let _ = catch(|| first.get_or_insert(panic));
+}
+
 impl Passes {
-    /// Keeps what a first pass returned, until all first passes have been called (O2).
+    /// Keeps what a first pass left in `next`, until all first passes have been called (O2).
     #[inline]
-    pub(crate) fn start_pass(&mut self, future: PassFuture, entry: EntryRef, budgeted: bool, began: Moment) {
-        let mut place = self.places.pop().unwrap_or_else(|| Box::pin(None));
-        place.set(Some(future));
-        self.started.push(Pass { future: Some(place), entry, listed: UNLISTED, budgeted, began });
+    pub(crate) fn start_pass(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
+        let spare = self.slots.get_mut(self.started).and_then(|slot| slot.future.take()).or_else(|| self.places.pop());
+        let place = core::mem::replace(&mut self.next, spare.unwrap_or_else(|| Box::pin(None)));
+        let pass = Pass { future: Some(place), entry, listed: UNLISTED, budgeted, began };
+        match self.slots.get_mut(self.started) {
+            Some(slot) => *slot = pass,
+            None => self.slots.push(pass),
+        }
+        self.started += 1;
+    }
+
+    /// Passes that no one has polled yet.
+    #[inline]
+    pub(crate) fn started(&self) -> &[Pass] {
+        &self.slots[..self.started]
+    }
+
+    pub(crate) fn started_mut(&mut self) -> &mut [Pass] {
+        &mut self.slots[..self.started]
     }
 
     fn join(&mut self) -> &mut Join {
@@ -160,45 +226,45 @@ impl Passes {
         self.join.as_ref().map_or(0, |join| join.running.len())
     }
 
-    /// Keeps the first panic (C5). Runs the drop of any further one.
-    #[cold]
+    /// Keeps the first panic (C5).
     pub(crate) fn keep_panic(&mut self, panic: Panic) {
-        let _ = catch(|| self.panic.get_or_insert(panic));
+        keep(&mut self.panic, panic);
     }
 
     /// Polls each started pass from `from` on once, in order (O3). What stays pending goes into the join; most passes of
     /// fast devices never get there.
     #[inline(never)]
     pub(crate) fn first_polls(&mut self, space: &Shared, from: usize) {
-        if self.started.len() == from {
-            return;
-        }
         self.join();
-        let Some(join) = &mut self.join else { return };
+        let Self { slots, started, join: Some(join), .. } = self else { return };
         let mut cx = Context::from_waker(&join.waker);
-        let mut at = from;
+        let (mut at, mut pend) = (from, 0);
+        let to_poll = &mut slots[..*started];
         let _entered = self.trace.enter();
         // One landing for all polls; after a panic they go on behind the pass that panicked (C5).
-        while let Err(panic) = catch(|| poll_from(&mut self.started, &mut at, &self.trace, &mut cx)) {
-            self.panic.get_or_insert(panic);
+        while let Err(panic) = catch(|| poll_from(to_poll, &mut at, &mut pend, &self.trace, &mut cx)) {
+            keep(&mut self.panic, panic);
             // It need not be empty if its drop panicked, too: it is not used again.
-            let mut place = self.started.get_mut(at - 1).and_then(|pass| pass.future.take());
+            let mut place = to_poll.get_mut(at - 1).and_then(|pass| pass.future.take());
             if let Err(in_drop) = catch(|| drop(place.take())) {
-                self.panic.get_or_insert(in_drop);
+                keep(&mut self.panic, in_drop);
             }
         }
+        if pend > 0 || space.budget.is_some() {
+            self.join_pending(space, from);
+        }
+        self.started = from;
+    }
+
+    /// Puts the passes from `from` on that have been polled and are not done into the join.
+    fn join_pending(&mut self, space: &Shared, from: usize) {
+        let Self { slots, started, join: Some(join), .. } = self else { return };
         // A wake-up meanwhile is not lost: the join polls what it has just been given in any case.
-        for mut pass in self.started.drain(from..) {
-            match pass.future.take() {
-                Some(place) if place.is_some() => {
-                    pass.future = Some(place);
-                    observe::pass_pends();
-                    join.running.push(pass);
-                    continue;
-                }
-                done => self.places.extend(done),
-            }
-            if pass.budgeted {
+        for slot in &mut slots[from..*started] {
+            if slot.future.as_ref().is_some_and(|place| place.is_some()) {
+                observe::pass_pends();
+                join.running.push(slot.move_out());
+            } else if slot.budgeted {
                 space.give_pass_back();
             }
         }
@@ -207,16 +273,17 @@ impl Passes {
     /// Puts all passes that wait for their first poll into the join: nobody will call further first passes.
     pub(crate) fn join_started(&mut self) {
         self.join();
-        if let Some(join) = &mut self.join {
-            self.started.iter().for_each(|_| observe::pass_pends());
-            join.running.extend(self.started.drain(..));
+        let Self { slots, started, join: Some(join), .. } = self else { return };
+        for slot in &mut slots[..core::mem::take(started)] {
+            observe::pass_pends();
+            join.running.push(slot.move_out());
         }
     }
 
     /// Gives each pass in the join a key among those that are listed as pending, and each one that is not polled yet.
     pub(crate) fn list(&mut self, pending: &mut Slab<EntryRef>) {
         let running = self.join.iter_mut().flat_map(|join| join.running.iter_mut());
-        for pass in self.started.iter_mut().chain(running) {
+        for pass in self.slots[..self.started].iter_mut().chain(running) {
             if pass.listed == UNLISTED {
                 pass.listed = pending.insert(pass.entry);
             }

@@ -3,21 +3,17 @@
 
 use crate::engine::first_pass::InFirstPass;
 use crate::engine::scratch::{Passes, Scratch};
-use crate::engine::{Budget, Extra, Report, Shared};
-use crate::entry::EntryRef;
-use crate::notifier::{Invalidation, Request, WouldBlock};
+use crate::engine::{Budget, Extra, Report, Shared, State};
+use crate::entry::{Answer, EntryRef};
+use crate::event::Reason;
+use crate::notifier::{Invalidation, Request};
 use crate::observe::{self, Moment, Trace};
 use crate::protocol::{Id, Started};
+use crate::range::AddressRange;
 use crate::sync::catch;
 use alloc::boxed::Box;
-
-/// How far the first passes and the first polls of their passes got.
-pub(super) enum Reached {
-    /// Nothing is pending.
-    End,
-    /// Passes are pending; then the first passes go on from this hit if the pass budget interrupted them (B4).
-    Pending(Option<usize>),
-}
+use alloc::vec::Vec;
+use core::time::Duration;
 
 /// Why the calls of first passes stopped.
 enum Called {
@@ -32,6 +28,7 @@ enum Called {
 #[inline]
 fn call_from(space: &Shared, request: &Request, sequence: u64, hits: &[EntryRef], passes: &mut Passes, at: &mut usize) -> Called {
     let Some(first) = hits.first() else { return Called::All };
+    let budget = space.budget.as_ref();
     // Made once: most of it is the same for all notifiers.
     let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &first.own };
     while let Some(entry) = hits.get(*at) {
@@ -39,106 +36,130 @@ fn call_from(space: &Shared, request: &Request, sequence: u64, hits: &[EntryRef]
         if entry.is_removed() {
             continue;
         }
-        let reserved = Reserved::new(space);
-        invalidation.may_defer = reserved.may_defer();
+        let reserved = budget.map(Reserved::new);
+        if let Some(reserved) = &reserved {
+            invalidation.may_defer = reserved.granted;
+        }
         invalidation.own = &entry.own;
         let began = Moment::now();
         let answer = {
             let (_here, _entered) = (InFirstPass::enter(space, *entry), passes.trace.enter());
-            entry.notifier().invalidate(&invalidation)
+            entry.first_pass(&invalidation, passes.next.as_mut())
         };
-        passes.trace.first_pass(*entry, &answer, began);
+        passes.trace.first_pass(*entry, answer, began);
         match answer {
-            Ok(Some(pass)) => {
-                let may_defer = reserved.keep();
-                passes.start_pass(pass, *entry, may_defer, began);
+            Answer::Done => {}
+            Answer::Pass => {
+                let may_defer = reserved.is_none_or(Reserved::keep);
+                passes.start_pass(*entry, may_defer, began);
                 if !may_defer {
                     // Those before it wait until all have been called (O2).
-                    let last = passes.started.len() - 1;
+                    let last = passes.started().len() - 1;
                     passes.first_polls(space, last);
                     if passes.running() > 0 {
                         return Called::Deferred;
                     }
                 }
             }
-            Ok(None) => {}
-            Err(WouldBlock) if !request.blockable => return Called::Refused,
-            Err(WouldBlock) => refused_blockable(space, request, &entry.notifier().name()),
+            Answer::WouldBlock if !request.blockable => return Called::Refused,
+            Answer::WouldBlock => refused_blockable(space, request, *entry),
         }
     }
     Called::All
 }
 
-/// A place in the pass budget (B4), given back unless a pass keeps it.
-struct Reserved<'a>(Option<&'a Budget>, bool);
+/// A place in the pass budget (B4), if one was left; given back unless a pass keeps it.
+struct Reserved<'a> {
+    budget: &'a Budget,
+    granted: bool,
+}
 
 impl<'a> Reserved<'a> {
-    #[inline]
-    fn new(space: &'a Shared) -> Self {
-        let budget = space.budget.as_ref();
-        Self(budget, budget.is_none_or(Budget::reserve))
-    }
-
-    #[inline]
-    fn may_defer(&self) -> bool {
-        self.1
+    fn new(budget: &'a Budget) -> Self {
+        Self { budget, granted: budget.reserve() }
     }
 
     /// Whether there is a place, which the pass now keeps.
-    #[inline]
     fn keep(mut self) -> bool {
-        self.0 = None;
-        self.1
+        core::mem::take(&mut self.granted)
     }
 }
 
 impl Drop for Reserved<'_> {
-    #[inline]
     fn drop(&mut self) {
-        if let (Some(budget), true) = (self.0, self.1) {
-            budget.give_back();
+        if self.granted {
+            self.budget.give_back();
         }
     }
 }
 
-/// Starts an invalidation: its id, its sequence, and its working memory if it hit a notifier.
-#[inline]
-pub(super) fn start(space: &Shared, request: &Request) -> (Id, u64, Option<Box<Scratch>>) {
+/// Starts an invalidation: its id, and its working memory if it hit a notifier.
+#[inline(always)]
+pub(super) fn start(space: &Shared, request: Request) -> (Id, Option<Box<Scratch>>) {
+    if space.clock.is_some() {
+        return start_timed(space, request.range, request.reason, request.blockable);
+    }
+    start_at(space, request, None)
+}
+
+/// The same where a clock says when. Takes the request in pieces, so that in the other case it need not lie in memory.
+#[cold]
+fn start_timed(space: &Shared, range: AddressRange, reason: Reason, blockable: bool) -> (Id, Option<Box<Scratch>>) {
     let since = space.clock.as_ref().map(|clock| clock());
-    let mut started = space.with(|state, _| {
-        state.released |= request.release;
-        let hits = &mut state.next.hits;
-        let fill = |extra: &mut Extra| {
-            extra.kind = request.reason.kind;
-            extra.owner = request.reason.owner;
-            extra.blockable = request.blockable;
-            extra.since = since;
-        };
-        let Started { id, sequence } = state.protocol.start(request.range, fill, |entry| hits.push(entry));
-        if hits.is_empty() {
-            return (id, sequence, None);
-        }
-        space.calls.begin(id);
-        let spare = state.spare.pop().unwrap_or_default();
-        (id, sequence, Some(core::mem::replace(&mut state.next, spare)))
-    });
+    start_at(space, Request { range, reason, blockable }, since)
+}
+
+#[inline(always)]
+fn start_at(space: &Shared, request: Request, since: Option<Duration>) -> (Id, Option<Box<Scratch>>) {
+    let (id, sequence, mut scratch) = begin(space, request, since);
+    if let Some(scratch) = &mut scratch {
+        (scratch.request, scratch.sequence) = (request, sequence);
+    }
     if observe::ON {
-        let (_, sequence, scratch) = &mut started;
-        let trace = Trace::start(request, *sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
-        if let Some(scratch) = scratch {
+        let trace = Trace::start(&request, sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
+        if let Some(scratch) = &mut scratch {
             scratch.passes.trace = trace;
         }
     }
-    started
+    (id, scratch)
+}
+
+/// What is done under the lock. No driver is called and nobody woken, so nothing remains for afterwards.
+#[inline(always)]
+fn begin(space: &Shared, request: Request, since: Option<Duration>) -> (Id, u64, Option<Box<Scratch>>) {
+    let mut state = space.state.lock();
+    let State { protocol, spare, .. } = &mut *state;
+    if spare.is_empty() {
+        first_spare(spare);
+    }
+    let Some(next) = spare.last_mut() else { unreachable!("there is one now") };
+    let fill = |extra: &mut Extra| {
+        extra.kind = request.reason.kind;
+        extra.owner = request.reason.owner;
+        extra.blockable = request.blockable;
+        extra.since = since;
+    };
+    let Started { id, sequence } = protocol.start(request.range, &mut next.hits, fill);
+    if next.hits.is_empty() {
+        return (id, sequence, None);
+    }
+    space.calls.begin(id);
+    (id, sequence, spare.pop())
+}
+
+#[cold]
+#[expect(clippy::vec_box, reason = "as `State::spare`")]
+fn first_spare(spare: &mut Vec<Box<Scratch>>) {
+    spare.push(Box::default());
 }
 
 /// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3).
 #[inline]
-pub(super) fn advance(space: &Shared, request: &Request, sequence: u64, scratch: &mut Scratch, mut at: usize) -> Reached {
-    let Scratch { hits, passes, .. } = scratch;
+pub(super) fn advance(space: &Shared, scratch: &mut Scratch, mut at: usize) {
+    let Scratch { request, sequence, hits, passes, pends, .. } = scratch;
     // One landing for all first passes: after a panic the loop goes on behind the notifier that panicked (C5).
     let deferred = loop {
-        match catch(|| call_from(space, request, sequence, hits, passes, &mut at)) {
+        match catch(|| call_from(space, request, *sequence, hits, passes, &mut at)) {
             Ok(Called::All) => break None,
             Ok(Called::Deferred) => break Some(at),
             Ok(Called::Refused) => {
@@ -148,14 +169,18 @@ pub(super) fn advance(space: &Shared, request: &Request, sequence: u64, scratch:
             Err(panic) => passes.keep_panic(panic),
         }
     };
-    if deferred.is_none() && !passes.started.is_empty() {
+    *pends = None;
+    if deferred.is_some() {
+        *pends = Some(deferred);
+    } else if !passes.started().is_empty() {
         passes.first_polls(space, 0);
+        *pends = (passes.running() > 0).then_some(None);
     }
-    if passes.running() > 0 { Reached::Pending(deferred) } else { Reached::End }
 }
 
 #[cold]
-fn refused_blockable(space: &Shared, request: &Request, notifier: &str) {
+fn refused_blockable(space: &Shared, request: &Request, entry: EntryRef) {
     space.with(|state, _| state.counts.refused_blockable += 1);
-    space.report(&Report::RefusedBlockable { notifier, range: request.range, event: request.reason.into() });
+    let name = entry.notifier().name();
+    space.report(&Report::RefusedBlockable { notifier: &name, range: request.range, event: request.reason.into() });
 }

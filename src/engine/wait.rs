@@ -16,7 +16,6 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::future::Future;
 use core::marker::PhantomData;
-use core::mem::ManuallyDrop;
 use core::pin::Pin;
 use core::task::{Context, Poll, Waker};
 
@@ -141,61 +140,65 @@ impl Wait {
 pub struct ReadBegin<'a> {
     space: &'a Shared,
     entry: EntryRef,
-    /// Dropped by hand, so that the drop of a reader that never waited is one comparison.
-    slow: ManuallyDrop<Option<Box<SlowRead>>>,
+    /// There is one when it has had to wait.
+    slow: Option<Box<SlowRead<'a>>>,
     /// Borrows the subscription, which keeps the entry alive.
     subscription: PhantomData<&'a ()>,
 }
 
-struct SlowRead {
+/// A reader that has to wait; leaves the list of those that do when it is dropped.
+struct SlowRead<'a> {
+    space: &'a Shared,
     wait: Wait,
     /// The own sequence on entry (R1).
     sequence: u64,
 }
 
-impl SlowRead {
+impl Drop for SlowRead<'_> {
     #[cold]
-    fn leave(mut self, space: &Shared) {
-        space.with(|state, after| self.wait.leave(state, after));
+    fn drop(&mut self) {
+        if self.wait.waiter.is_some() {
+            self.space.with(|state, after| self.wait.leave(state, after));
+        }
     }
 }
 
 impl<'a> ReadBegin<'a> {
     #[inline]
     pub(crate) fn new(space: &'a Shared, entry: EntryRef) -> Self {
-        Self { space, entry, slow: ManuallyDrop::new(None), subscription: PhantomData }
+        Self { space, entry, slow: None, subscription: PhantomData }
     }
+}
 
-    #[cold]
-    fn poll_slow(&mut self, cx: &mut Context<'_>) -> Poll<Sequence> {
-        let entry = self.entry;
-        let first = self.slow.is_none();
-        if first {
-            if self.space.poll_gate(cx).is_pending() {
-                forbid_waiting(self.space, "read_begin");
-                return Poll::Pending;
-            }
-            if let Some(sequence) = entry.own.stable_sequence() {
-                return Poll::Ready(Sequence(sequence));
-            }
+/// What is left to do for a reader that may have to wait, and whether it waits.
+///
+/// Takes and returns `slow` by value: the address of a future that need not wait is given to nobody, so it is never put into memory.
+#[cold]
+fn wait_for_sequence<'a>(
+    space: &'a Shared,
+    entry: EntryRef,
+    slow: Option<Box<SlowRead<'a>>>,
+    cx: &mut Context<'_>,
+) -> (Option<Box<SlowRead<'a>>>, Poll<Sequence>) {
+    let first = slow.is_none();
+    if first {
+        if space.poll_gate(cx).is_pending() {
+            return (None, Poll::Pending);
         }
-        let slow = self.slow.get_or_insert_with(|| Box::new(SlowRead { wait: Wait::default(), sequence: 0 }));
-        let SlowRead { wait, sequence } = &mut **slow;
-        if first {
-            *sequence = entry.own.sequence();
+        if let Some(sequence) = entry.own.stable_sequence() {
+            return (None, Poll::Ready(Sequence(sequence)));
         }
-        let look = |_: &mut State, fired: bool| {
-            if fired || !entry.own.is_covered() { Look::Ready } else { Look::Wait }
-        };
-        let polled = wait.poll(self.space, Some((entry, WaitFor::Uncovered)), cx, look, |_, _| true);
-        if polled.is_pending() {
-            if first {
-                self.space.waited(&entry);
-            }
-            forbid_waiting(self.space, "read_begin");
-        }
-        polled.map(|()| Sequence(*sequence))
     }
+    let mut slow = slow.unwrap_or_else(|| Box::new(SlowRead { space, wait: Wait::default(), sequence: entry.own.sequence() }));
+    let look = |_: &mut State, fired: bool| {
+        if fired || !entry.own.is_covered() { Look::Ready } else { Look::Wait }
+    };
+    let polled = slow.wait.poll(space, Some((entry, WaitFor::Uncovered)), cx, look, |_, _| true);
+    if polled.is_pending() && first {
+        space.waited(&entry);
+    }
+    let sequence = Sequence(slow.sequence);
+    (Some(slow), polled.map(|()| sequence))
 }
 
 impl Future for ReadBegin<'_> {
@@ -210,16 +213,12 @@ impl Future for ReadBegin<'_> {
         {
             return Poll::Ready(Sequence(sequence));
         }
-        self.poll_slow(cx)
-    }
-}
-
-impl Drop for ReadBegin<'_> {
-    #[inline]
-    fn drop(&mut self) {
-        if let Some(slow) = self.slow.take() {
-            (*slow).leave(self.space);
+        let (slow, polled) = wait_for_sequence(self.space, self.entry, self.slow.take(), cx);
+        self.slow = slow;
+        if polled.is_pending() {
+            forbid_waiting(self.space, "read_begin");
         }
+        polled
     }
 }
 

@@ -2,8 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::engine::{After, State};
-use crate::entry::{EntryRef, NO_WAITER};
-use crate::sync::Ordering;
+use crate::entry::EntryRef;
 use core::task::Waker;
 use slab::Slab;
 
@@ -23,21 +22,21 @@ pub(crate) struct Waiter {
     /// The moment has come; the waiter is in no list any more.
     pub(crate) fired: bool,
     entry: EntryRef,
-    prev: u32,
-    next: u32,
+    prev: Option<u32>,
+    next: Option<u32>,
 }
 
 impl State {
     /// Puts a future in the list of those that wait for `entry`.
     pub(crate) fn add_waiter(&mut self, entry: EntryRef, wait_for: WaitFor, waker: Waker) -> usize {
-        let next = entry.first_waiter.load(Ordering::Relaxed);
-        let waiter = Waiter { waker: Some(waker), wait_for, fired: false, entry, prev: NO_WAITER, next };
+        let next = entry.first_waiter();
+        let waiter = Waiter { waker: Some(waker), wait_for, fired: false, entry, prev: None, next };
         let key = self.waiters.insert(waiter);
         let link = u32::try_from(key).expect("fewer than 2^32 futures wait");
-        if next != NO_WAITER {
-            self.waiters[next as usize].prev = link;
+        if let Some(next) = next {
+            self.waiters[next as usize].prev = Some(link);
         }
-        entry.first_waiter.store(link, Ordering::Relaxed);
+        entry.set_first_waiter(Some(link));
         key
     }
 
@@ -51,9 +50,9 @@ impl State {
 
     /// Wakes those that wait for `entry` without their moment having come: there is something for them to help with.
     pub(crate) fn nudge(&mut self, entry: EntryRef, after: &mut After) {
-        let mut at = entry.first_waiter.load(Ordering::Relaxed);
-        while at != NO_WAITER {
-            let waiter = &mut self.waiters[at as usize];
+        let mut at = entry.first_waiter();
+        while let Some(key) = at {
+            let waiter = &mut self.waiters[key as usize];
             after.work().wakers.extend(waiter.waker.take());
             at = waiter.next;
         }
@@ -63,9 +62,9 @@ impl State {
 /// R1: the moment that the readers of `entry` wait for. Also the one at which a removed entry may go.
 #[cold]
 pub(super) fn uncovered(waiters: &mut Slab<Waiter>, entry: EntryRef, after: &mut After) {
-    let mut at = entry.first_waiter.load(Ordering::Relaxed);
-    while at != NO_WAITER {
-        let key = at as usize;
+    let mut at = entry.first_waiter();
+    while let Some(key) = at {
+        let key = key as usize;
         let waiter = &mut waiters[key];
         at = waiter.next;
         after.work().wakers.extend(waiter.waker.take());
@@ -81,12 +80,11 @@ pub(super) fn uncovered(waiters: &mut Slab<Waiter>, entry: EntryRef, after: &mut
 
 fn unlink(waiters: &mut Slab<Waiter>, key: usize) {
     let Waiter { entry, prev, next, .. } = waiters[key];
-    if next != NO_WAITER {
+    if let Some(next) = next {
         waiters[next as usize].prev = prev;
     }
-    if prev == NO_WAITER {
-        entry.first_waiter.store(next, Ordering::Relaxed);
-    } else {
-        waiters[prev as usize].next = next;
+    match prev {
+        Some(prev) => waiters[prev as usize].next = next,
+        None => entry.set_first_waiter(next),
     }
 }
