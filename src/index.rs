@@ -145,7 +145,7 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     /// Mostly one child of a node can overlap: the way down to it is a loop, to be built into the caller.
-    #[inline]
+    #[inline(always)]
     fn descend(&self, mut node: Node, mut height: usize, range: AddressRange, hit: &mut impl FnMut(V, bool)) {
         while height > 0 {
             let inner = self.inners.at(node);
@@ -162,11 +162,13 @@ impl<V: Indexed> IntervalIndex<V> {
             node = inner.children[last];
         }
         let leaf = self.leaves.at(node);
-        for at in candidates(&leaf.starts, leaf.len, leaf.slack, range) {
-            if leaf.lasts[at] >= range.start()
-                && let Some(value) = leaf.values[at]
+        let candidates = candidates(&leaf.starts, leaf.len, leaf.slack, range);
+        let (starts, lasts) = (&leaf.starts[candidates.clone()], &leaf.lasts[candidates.clone()]);
+        for ((start, last), value) in starts.iter().zip(lasts).zip(&leaf.values[candidates]) {
+            if *last >= range.start()
+                && let Some(value) = *value
             {
-                hit(value, leaf.starts[at] <= range.start() && range.last() <= leaf.lasts[at]);
+                hit(value, *start <= range.start() && range.last() <= *last);
             }
         }
     }

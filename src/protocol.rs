@@ -345,13 +345,14 @@ impl<M: Member, X: Default> Protocol<M, X> {
     /// The notifiers that overlap `range` are covered by one more invalidation, which gets its sequence.
     #[inline(never)]
     fn cover(&mut self, range: AddressRange, hits: &mut Vec<M>) {
+        // One after the other: the index is gone through as long as it is in the caches, and the members' own lines are fetched at the same time.
+        self.index.search(range, |member, _| hits.push(member));
         let current = self.sequence;
         let mut clash = false;
-        self.index.search(range, |member, _| {
+        for member in hits.iter() {
             // An own sequence is odd, so it can equal the space's only while that is odd.
             clash |= member.own().cover() == Some(current);
-            hits.push(member);
-        });
+        }
         if !hits.is_empty() {
             self.sequence = if clash { current.wrapping_add(2) } else { current | 1 };
         }
@@ -364,7 +365,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
 
     /// S3: ends an invalidation. `hits` are the notifiers that its start named; `uncovered` gets each one that is [`WATCHED`] and that no active
     /// invalidation covers any more.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn end(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) {
         let active = self.active.release(id);
         for &member in hits {

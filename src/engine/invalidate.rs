@@ -40,13 +40,14 @@ fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
 }
 
 /// First passes from hit `at` on, and what follows.
+#[inline(never)]
 fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, at: usize) -> Begun {
     advance(space, &mut scratch, at);
     if scratch.pends.is_some() { (id, Some(scratch)) } else { (id, Some(finish(space, id, scratch))) }
 }
 
 /// The first passes and all passes are done: what a guard takes over, or the first panic after the end (C5).
-#[inline]
+#[inline(always)]
 fn finish(space: &Shared, id: Id, mut scratch: Box<Scratch>) -> Box<Scratch> {
     space.calls.end(id);
     if let Some(panic) = scratch.passes.panic.take() {

@@ -283,7 +283,7 @@ impl State {
         }
     }
 
-    #[inline]
+    #[inline(always)]
     pub(crate) fn recycle(&mut self, mut scratch: Box<Scratch>) {
         scratch.hits.clear();
         scratch.timed = false;

@@ -189,8 +189,22 @@ impl Passes {
     /// Keeps what a first pass left in `next`, until all first passes have been called (O2).
     #[inline]
     pub(crate) fn start_pass(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
-        let spare = self.slots.get_mut(self.started).and_then(|slot| slot.future.take()).or_else(|| self.places.pop());
-        let place = core::mem::replace(&mut self.next, spare.unwrap_or_else(|| Box::pin(None)));
+        if let Some(slot) = self.slots.get_mut(self.started)
+            && let Some(spare) = &mut slot.future
+        {
+            core::mem::swap(spare, &mut self.next);
+            (slot.entry, slot.listed, slot.budgeted, slot.began) = (entry, UNLISTED, budgeted, began);
+            self.started += 1;
+        } else {
+            self.start_first_pass(entry, budgeted, began);
+        }
+    }
+
+    /// The same for one that finds no record with a place.
+    #[cold]
+    fn start_first_pass(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
+        let spare = self.places.pop().unwrap_or_else(|| Box::pin(None));
+        let place = core::mem::replace(&mut self.next, spare);
         let pass = Pass { future: Some(place), entry, listed: UNLISTED, budgeted, began };
         match self.slots.get_mut(self.started) {
             Some(slot) => *slot = pass,

@@ -154,7 +154,7 @@ fn first_spare(spare: &mut Vec<Box<Scratch>>) {
 }
 
 /// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3).
-#[inline]
+#[inline(always)]
 pub(super) fn advance(space: &Shared, scratch: &mut Scratch, mut at: usize) {
     let Scratch { request, sequence, hits, passes, pends, .. } = scratch;
     // One landing for all first passes: after a panic the loop goes on behind the notifier that panicked (C5).
