@@ -123,6 +123,9 @@ pub(crate) struct EntryRef(NonNull<Entry>);
 /// The subscription's pointer to an entry, which knows the notifier's type.
 pub(crate) struct EntryBox<N>(NonNull<Allocation<N>>);
 
+/// An entry that nobody else points to, with its notifier.
+pub(crate) struct Detached<N>(NonNull<Allocation<N>>);
+
 /// How a first pass answered.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Answer {
@@ -190,6 +193,10 @@ unsafe impl Sync for EntryRef {}
 unsafe impl<N: Send + Sync> Send for EntryBox<N> {}
 // SAFETY: as above.
 unsafe impl<N: Send + Sync> Sync for EntryBox<N> {}
+// SAFETY: a `Detached` owns the `N`, as a `Box<N>` does, and gives no access to it before it is moved out.
+unsafe impl<N: Send> Send for Detached<N> {}
+// SAFETY: as above: nothing can be done with a reference to it.
+unsafe impl<N: Send> Sync for Detached<N> {}
 
 impl<N: IntervalNotifier> EntryBox<N> {
     /// A new entry, attached, whose place among equals is `order`.
@@ -222,11 +229,11 @@ impl<N: IntervalNotifier> EntryBox<N> {
         EntryRef(self.0.cast())
     }
 
-    /// Undoes `new` for an entry that was never shared.
-    pub(crate) fn into_notifier(self) -> N {
-        // SAFETY: `new` leaked this box; it was never shared, so nothing else points to it.
-        let allocation = unsafe { Box::from_raw(self.0.as_ptr()) };
-        ManuallyDrop::into_inner(allocation.notifier)
+    /// Leaves the entry to the caller alone. To be called once, and only for an entry that was never shared or that its caller has just detached
+    /// and seen to be `unused()`, under the lock.
+    #[inline]
+    pub(crate) fn detached(&self) -> Detached<N> {
+        Detached(self.0)
     }
 
     /// The notifier.
@@ -243,6 +250,26 @@ impl<N: IntervalNotifier> EntryBox<N> {
         // SAFETY: alive by reason 1. Only the field is borrowed, so that the borrows of `entry` by others do not matter. The notifier
         // is not called any more, and `TAKEN` keeps `free` from dropping it again.
         unsafe { ptr::read(&*(*allocation).notifier) }
+    }
+}
+
+impl<N> Detached<N> {
+    /// The notifier; the entry goes.
+    #[inline]
+    pub(crate) fn into_notifier(self) -> N {
+        // SAFETY: `EntryBox::new` leaked this box, and nothing else points to it; `forget` keeps the drop from taking it again.
+        let allocation = unsafe { Box::from_raw(self.0.as_ptr()) };
+        core::mem::forget(self);
+        ManuallyDrop::into_inner(allocation.notifier)
+    }
+}
+
+impl<N> Drop for Detached<N> {
+    fn drop(&mut self) {
+        // SAFETY: as in `into_notifier`, which does not come here.
+        let mut allocation = unsafe { Box::from_raw(self.0.as_ptr()) };
+        // SAFETY: dropped once: the allocation goes away with it, also when the drop panics.
+        unsafe { ManuallyDrop::drop(&mut allocation.notifier) };
     }
 }
 

@@ -172,7 +172,11 @@ impl AddressSpace {
             state.protocol.insert(range, entry.erase());
             true
         });
-        if inserted { Ok(Subscription::new(self.shared.clone(), entry)) } else { Err(InsertError::new(entry.into_notifier())) }
+        if inserted {
+            Ok(Subscription::new(self.shared.clone(), entry))
+        } else {
+            Err(InsertError::new(entry.detached().into_notifier()))
+        }
     }
 
     /// Invalidates `range`: calls the first pass of every notifier that overlaps it, then joins all their passes. Change the memory while

@@ -5,7 +5,7 @@ use crate::engine::first_pass::forbid_waiting;
 use crate::engine::pending::Pending;
 use crate::engine::wait::{Look, Wait};
 use crate::engine::{Shared, State, WaitFor};
-use crate::entry::{EntryBox, EntryRef};
+use crate::entry::{Detached, EntryBox, EntryRef};
 use crate::notifier::IntervalNotifier;
 use crate::protocol::{Active, Id};
 use crate::sync::{Arc, Ordering};
@@ -46,6 +46,21 @@ impl<N: IntervalNotifier> Registered<N> {
             erased.free();
         }
         Some(notifier)
+    }
+
+    /// Closes the notifier; if nobody else has any business with its entry, which is mostly so, ends the registration and leaves the entry to the caller.
+    fn try_detach(mut self) -> Result<Detached<N>, Self> {
+        let erased = self.entry.erase();
+        self.taken = self.space.with(|state, _| {
+            state.close(erased);
+            // No call, no pass and no hold, and the subscription is ours.
+            let alone = !erased.own.is_covered() && matches!(state.is_quiet(&self.space, erased), Look::Ready);
+            if alone {
+                erased.detach();
+            }
+            alone
+        });
+        if self.taken { Ok(self.entry.detached()) } else { Err(self) }
     }
 }
 
@@ -166,17 +181,30 @@ pub struct Remove<N: IntervalNotifier> {
 }
 
 enum RemoveStep<N: IntervalNotifier> {
-    /// It was quiet already.
-    Removed(N),
-    Wait(Box<(QuietWait, Registered<N>)>),
+    /// It was quiet already. The notifier stays where it is until it is asked for: each move of one takes longer than the rest of a removal.
+    Removed(Detached<N>),
+    Wait(Box<Waiting<N>>),
     Done,
 }
 
+/// A removal that has to wait; leaves the list of those that do when it is dropped, and then ends the registration.
+struct Waiting<N: IntervalNotifier> {
+    wait: QuietWait,
+    registered: Registered<N>,
+}
+
+impl<N: IntervalNotifier> Drop for Waiting<N> {
+    fn drop(&mut self) {
+        self.wait.leave(&self.registered.space);
+    }
+}
+
 impl<N: IntervalNotifier> Remove<N> {
-    pub(crate) fn new(mut registered: Registered<N>) -> Self {
-        let step = match registered.try_take() {
-            Some(notifier) => RemoveStep::Removed(notifier),
-            None => RemoveStep::Wait(Box::new((QuietWait::default(), registered))),
+    #[inline]
+    pub(crate) fn new(registered: Registered<N>) -> Self {
+        let step = match registered.try_detach() {
+            Ok(detached) => RemoveStep::Removed(detached),
+            Err(registered) => RemoveStep::Wait(Box::new(Waiting { wait: QuietWait::default(), registered })),
         };
         Self { step }
     }
@@ -185,37 +213,43 @@ impl<N: IntervalNotifier> Remove<N> {
 impl<N: IntervalNotifier> Future for Remove<N> {
     type Output = N;
 
+    #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<N> {
-        if let RemoveStep::Wait(waiting) = &mut self.step {
-            let (wait, registered) = &mut **waiting;
-            if wait.poll(&registered.space, registered.entry.erase(), cx).is_pending() {
-                return Poll::Pending;
+        match core::mem::replace(&mut self.step, RemoveStep::Done) {
+            RemoveStep::Removed(detached) => Poll::Ready(detached.into_notifier()),
+            step => {
+                let (step, polled) = step.wait(cx);
+                self.step = step;
+                polled
             }
-            let Some(notifier) = registered.try_take() else {
+        }
+    }
+}
+
+impl<N: IntervalNotifier> RemoveStep<N> {
+    /// Takes and returns the step by value, so that one that need not wait is never put into memory.
+    #[cold]
+    fn wait(self, cx: &mut Context<'_>) -> (Self, Poll<N>) {
+        let Self::Wait(mut waiting) = self else {
+            panic!("`Remove` polled after it has resolved");
+        };
+        let Waiting { wait, registered } = &mut *waiting;
+        if wait.poll(&registered.space, registered.entry.erase(), cx).is_pending() {
+            return (Self::Wait(waiting), Poll::Pending);
+        }
+        match registered.try_take() {
+            Some(notifier) => (Self::Done, Poll::Ready(notifier)),
+            None => {
                 // Somebody asks for its name at this moment (C6), and wakes whoever waits afterwards; look again.
                 cx.waker().wake_by_ref();
-                return Poll::Pending;
-            };
-            self.step = RemoveStep::Removed(notifier);
-        }
-        match core::mem::replace(&mut self.step, RemoveStep::Done) {
-            RemoveStep::Removed(notifier) => Poll::Ready(notifier),
-            RemoveStep::Wait(_) | RemoveStep::Done => panic!("`Remove` polled after it has resolved"),
+                (Self::Wait(waiting), Poll::Pending)
+            }
         }
     }
 }
 
 // The notifier is never pinned by its subscription.
 impl<N: IntervalNotifier> Unpin for Remove<N> {}
-
-impl<N: IntervalNotifier> Drop for Remove<N> {
-    fn drop(&mut self) {
-        if let RemoveStep::Wait(waiting) = &mut self.step {
-            let (wait, registered) = &mut **waiting;
-            wait.leave(&registered.space);
-        }
-    }
-}
 
 impl<N: IntervalNotifier> fmt::Debug for Remove<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
