@@ -24,7 +24,7 @@ use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
 use crate::protocol::{MARKS, Member, Own, WATCHED};
 use crate::range::AddressRange;
-use crate::sync::{AtomicU32, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::tally::Tally;
 use alloc::boxed::Box;
 use core::mem::ManuallyDrop;
@@ -44,22 +44,26 @@ const TAKEN: u32 = MARKS[2];
 
 /// What the library keeps of one notifier. All of it but `own`'s word is written only under the space's lock; these are
 /// atomics so that this need not be argued with `unsafe`, and cost what plain fields cost.
+///
+/// What an invalidation looks at stands at the end, where the notifier follows: among many notifiers both miss the caches, and so together.
+#[repr(C)]
 pub(crate) struct Entry {
-    /// Marked as watched while a future waits for this notifier, or it is on its way out: then the end of an invalidation has more to do.
-    pub(crate) own: Own,
+    pub(crate) range: AddressRange,
+    /// The place among equals.
+    pub(crate) order: AtomicU64,
+    pub(crate) tally: Tally,
     holds: AtomicU32,
     /// Head of the list of futures that wait for this notifier, a key of the space's waiters.
     first_waiter: AtomicU32,
     /// Passes of this notifier that are pending.
     pub(crate) pending: AtomicU32,
-    pub(crate) tally: Tally,
-    order: u64,
-    pub(crate) range: AddressRange,
-    /// What can be done with the notifier.
-    calls: &'static Calls,
     /// Checks until one is forced to fail; 0 when none is.
     #[cfg(feature = "test-util")]
     pub(crate) collide_on: AtomicU32,
+    /// What can be done with the notifier.
+    calls: &'static Calls,
+    /// Marked as watched while a future waits for this notifier, or it is on its way out: then the end of an invalidation has more to do.
+    pub(crate) own: Own,
 }
 
 impl Entry {
@@ -199,28 +203,22 @@ unsafe impl<N: Send> Send for Detached<N> {}
 unsafe impl<N: Send> Sync for Detached<N> {}
 
 impl<N: IntervalNotifier> EntryBox<N> {
-    /// A new entry, attached, whose place among equals is `order`.
+    /// A new entry, attached, with no place among equals yet.
     pub(crate) fn new(range: AddressRange, notifier: N) -> Self {
         let entry = Entry {
-            own: Own::new(),
+            range,
+            order: AtomicU64::new(0),
+            tally: Tally::new(),
             holds: AtomicU32::new(0),
             first_waiter: AtomicU32::new(NO_WAITER),
             pending: AtomicU32::new(0),
-            tally: Tally::new(),
-            order: 0,
-            range,
-            calls: Allocation::<N>::CALLS,
             #[cfg(feature = "test-util")]
             collide_on: AtomicU32::new(0),
+            calls: Allocation::<N>::CALLS,
+            own: Own::new(),
         };
         let allocation = Box::new(Allocation { entry, notifier: ManuallyDrop::new(notifier) });
         Self(NonNull::from(Box::leak(allocation)))
-    }
-
-    /// Names the entry's place among equals; before it is shared.
-    pub(crate) fn set_order(&mut self, order: u64) {
-        // SAFETY: `&mut self` of an entry that was not shared yet: nothing else points to it.
-        unsafe { self.0.as_mut() }.entry.order = order;
     }
 
     /// The same entry without its notifier's type.
@@ -329,7 +327,7 @@ impl PartialEq for EntryRef {
 impl Indexed for EntryRef {
     #[inline]
     fn order(self) -> u64 {
-        self.order
+        self.order.load(Ordering::Relaxed)
     }
 }
 

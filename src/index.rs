@@ -163,12 +163,11 @@ impl<V: Indexed> IntervalIndex<V> {
         }
         let leaf = self.leaves.at(node);
         let candidates = candidates(&leaf.starts, leaf.len, leaf.slack, range);
-        let (starts, lasts) = (&leaf.starts[candidates.clone()], &leaf.lasts[candidates.clone()]);
-        for ((start, last), value) in starts.iter().zip(lasts).zip(&leaf.values[candidates]) {
-            if *last >= range.start()
-                && let Some(value) = *value
+        for (start, rest) in leaf.starts[candidates.clone()].iter().zip(&leaf.rests[candidates]) {
+            if rest.last >= range.start()
+                && let Some(value) = rest.value
             {
-                hit(value, *start <= range.start() && range.last() <= *last);
+                hit(value, *start <= range.start() && range.last() <= rest.last);
             }
         }
     }
@@ -266,7 +265,7 @@ impl<V: Indexed> IntervalIndex<V> {
         }
         let leaf = self.leaves.at_mut(node);
         let end = count_at_most(&leaf.starts, leaf.len, range.start());
-        let found = leaf.values[..end].iter().rposition(|candidate| *candidate == Some(value));
+        let found = leaf.rests[..end].iter().rposition(|candidate| candidate.value == Some(value));
         let Some(at) = found else {
             return false;
         };

@@ -161,22 +161,13 @@ impl AddressSpace {
     ///
     /// # Errors
     /// [`InsertError`], with the notifier in it, after [`release`](Self::release).
+    #[inline]
     pub fn insert<N: IntervalNotifier>(&self, range: AddressRange, notifier: N) -> Result<Subscription<N>, InsertError<N>> {
-        let mut entry = EntryBox::new(range, notifier);
-        let inserted = self.shared.with(|state, _| {
-            if state.released {
-                return false;
-            }
-            state.next_order += 1;
-            entry.set_order(state.next_order);
-            state.protocol.insert(range, entry.erase());
-            true
-        });
-        if inserted {
-            Ok(Subscription::new(self.shared.clone(), entry))
-        } else {
-            Err(InsertError::new(entry.detached().into_notifier()))
+        let entry = EntryBox::new(range, notifier);
+        if !self.shared.register(entry.erase()) {
+            return Err(InsertError::new(entry.detached().into_notifier()));
         }
+        Ok(Subscription::new(self.shared.clone(), entry))
     }
 
     /// Invalidates `range`: calls the first pass of every notifier that overlaps it, then joins all their passes. Change the memory while

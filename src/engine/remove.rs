@@ -1,4 +1,4 @@
-//! How a notifier leaves the space: the registration, `close` and `remove` (L1).
+//! How a notifier enters and leaves the space: the registration, `close` and `remove` (L1).
 #![forbid(unsafe_code)]
 
 use crate::engine::first_pass::forbid_waiting;
@@ -50,16 +50,7 @@ impl<N: IntervalNotifier> Registered<N> {
 
     /// Closes the notifier; if nobody else has any business with its entry, which is mostly so, ends the registration and leaves the entry to the caller.
     fn try_detach(mut self) -> Result<Detached<N>, Self> {
-        let erased = self.entry.erase();
-        self.taken = self.space.with(|state, _| {
-            state.close(erased);
-            // No call, no pass and no hold, and the subscription is ours.
-            let alone = !erased.own.is_covered() && matches!(state.is_quiet(&self.space, erased), Look::Ready);
-            if alone {
-                erased.detach();
-            }
-            alone
-        });
+        self.taken = self.space.detach(self.entry.erase());
         if self.taken { Ok(self.entry.detached()) } else { Err(self) }
     }
 }
@@ -75,6 +66,31 @@ impl<N: IntervalNotifier> Drop for Registered<N> {
             entry.detach();
             state.reap(entry, after);
         });
+    }
+}
+
+impl Shared {
+    /// Puts a new entry into the index, behind all others with its start; says no in a space that was released (L4).
+    pub(crate) fn register(&self, entry: EntryRef) -> bool {
+        let mut state = self.state.lock();
+        if !state.released {
+            state.next_order += 1;
+            entry.order.store(state.next_order, Ordering::Relaxed);
+            state.protocol.insert(entry.range, entry);
+        }
+        !state.released
+    }
+
+    /// Closes a notifier and, if nobody but its subscription has any business with it, leaves its entry to that.
+    fn detach(&self, entry: EntryRef) -> bool {
+        let mut state = self.state.lock();
+        state.close(entry);
+        // Without an invalidation that covers it there is no call.
+        let alone = !entry.own.is_covered() && entry.pending.load(Ordering::Relaxed) == 0 && !entry.is_held();
+        if alone {
+            entry.detach();
+        }
+        alone
     }
 }
 

@@ -80,7 +80,7 @@ impl Default for Passes {
             finished: Vec::new(),
             panic: None,
             refused: false,
-            trace: Trace::default(),
+            trace: Default::default(),
             places: Vec::new(),
             join: None,
         }
@@ -249,25 +249,31 @@ impl Passes {
     /// fast devices never get there.
     #[inline(never)]
     pub(crate) fn first_polls(&mut self, space: &Shared, from: usize) {
-        self.join();
-        let Self { slots, started, join: Some(join), .. } = self else { return };
-        let mut cx = Context::from_waker(&join.waker);
-        let (mut at, mut pend) = (from, 0);
-        let to_poll = &mut slots[..*started];
-        let _entered = self.trace.enter();
-        // One landing for all polls; after a panic they go on behind the pass that panicked (C5).
-        while let Err(panic) = catch(|| poll_from(to_poll, &mut at, &mut pend, &self.trace, &mut cx)) {
-            keep(&mut self.panic, panic);
-            // It need not be empty if its drop panicked, too: it is not used again.
-            let mut place = to_poll.get_mut(at - 1).and_then(|pass| pass.future.take());
-            if let Err(in_drop) = catch(|| drop(place.take())) {
-                keep(&mut self.panic, in_drop);
-            }
-        }
-        if pend > 0 || space.budget.is_some() {
+        if self.poll_started(from) > 0 || space.budget.is_some() {
             self.join_pending(space, from);
         }
         self.started = from;
+    }
+
+    /// Polls started passes and says how many of them are not done.
+    #[inline]
+    fn poll_started(&mut self, from: usize) -> usize {
+        self.join();
+        let Self { slots, started, join: Some(join), panic: first, trace, .. } = self else { return 0 };
+        let mut cx = Context::from_waker(&join.waker);
+        let (mut at, mut pend) = (from, 0);
+        let to_poll = &mut slots[..*started];
+        let _entered = trace.enter();
+        // One landing for all polls; after a panic they go on behind the pass that panicked (C5).
+        while let Err(panic) = catch(|| poll_from(to_poll, &mut at, &mut pend, trace, &mut cx)) {
+            keep(first, panic);
+            // It need not be empty if its drop panicked, too: it is not used again.
+            let mut place = to_poll.get_mut(at - 1).and_then(|pass| pass.future.take());
+            if let Err(in_drop) = catch(|| drop(place.take())) {
+                keep(first, in_drop);
+            }
+        }
+        pend
     }
 
     /// Puts the passes from `from` on that have been polled and are not done into the join.

@@ -19,8 +19,15 @@ pub(super) struct Leaf<V> {
     /// No interval but the last one ends further than this beyond the start of the next one.
     pub(super) slack: u64,
     pub(super) starts: [u64; CAP],
-    pub(super) lasts: [u64; CAP],
-    pub(super) values: [Option<V>; CAP],
+    /// The rest of each interval. Together, so that a hit touches one more cache line and not two, and a change moves two arrays and not three.
+    pub(super) rests: [Rest<V>; CAP],
+}
+
+/// What a leaf knows of an interval beside its start.
+#[derive(Clone, Copy)]
+pub(super) struct Rest<V> {
+    pub(super) last: u64,
+    pub(super) value: Option<V>,
 }
 
 #[derive(Clone)]
@@ -71,9 +78,9 @@ pub(super) fn close<T: Copy, const N: usize>(array: &mut [T; N], len: usize, at:
 
 /// How far part `at` of a node reaches beyond the start of the next one, or the one before it beyond its own, if that is further.
 #[inline]
-pub(super) fn overhang(starts: &[u64; CAP], lasts: &[u64; CAP], len: usize, at: usize) -> u64 {
-    let own = if at + 1 < len { lasts[at].saturating_sub(starts[at + 1]) } else { 0 };
-    let before = if at > 0 { lasts[at - 1].saturating_sub(starts[at]) } else { 0 };
+pub(super) fn overhang(starts: &[u64; CAP], last: impl Fn(usize) -> u64, len: usize, at: usize) -> u64 {
+    let own = if at + 1 < len { last(at).saturating_sub(starts[at + 1]) } else { 0 };
+    let before = if at > 0 { last(at - 1).saturating_sub(starts[at]) } else { 0 };
     own.max(before)
 }
 
@@ -106,46 +113,49 @@ pub(super) fn candidates(starts: &[u64; CAP], len: usize, slack: u64, range: Add
 }
 
 /// The smallest slack of a node whose parts start and end there.
-pub(super) fn slack(starts: &[u64], lasts: &[u64]) -> u64 {
-    lasts.iter().zip(starts.iter().skip(1)).map(|(last, next)| last.saturating_sub(*next)).max().unwrap_or(0)
+pub(super) fn slack(starts: &[u64], lasts: impl Iterator<Item = u64>) -> u64 {
+    lasts.zip(starts.iter().skip(1)).map(|(last, next)| last.saturating_sub(*next)).max().unwrap_or(0)
 }
 
 impl<V: Indexed> Leaf<V> {
-    pub(super) const EMPTY: Self = Self { len: 0, slack: 0, starts: [UNUSED; CAP], lasts: [0; CAP], values: [None; CAP] };
+    const NOTHING: Rest<V> = Rest { last: 0, value: None };
+    pub(super) const EMPTY: Self = Self { len: 0, slack: 0, starts: [UNUSED; CAP], rests: [Self::NOTHING; CAP] };
 
     pub(super) fn add(&mut self, at: usize, range: AddressRange, value: V) {
         open(&mut self.starts, self.len, at, range.start());
-        open(&mut self.lasts, self.len, at, range.last());
-        open(&mut self.values, self.len, at, Some(value));
+        open(&mut self.rests, self.len, at, Rest { last: range.last(), value: Some(value) });
         self.len += 1;
-        self.stretch(at);
+        // It may reach beyond the start of the next, and the one before beyond its own.
+        self.slack = self.slack.max(self.overhang(at));
     }
 
-    /// Interval `at` is new: it may reach beyond the start of the next, and the one before beyond its own.
     #[inline]
-    pub(super) fn stretch(&mut self, at: usize) {
-        self.slack = self.slack.max(overhang(&self.starts, &self.lasts, self.len, at));
+    fn overhang(&self, at: usize) -> u64 {
+        overhang(&self.starts, |at| self.rests[at].last, self.len, at)
     }
 
     pub(super) fn take(&mut self, at: usize) {
-        let tighter = self.slack != 0 && overhang(&self.starts, &self.lasts, self.len, at) == self.slack;
+        let tighter = self.slack != 0 && self.overhang(at) == self.slack;
         close(&mut self.starts, self.len, at);
-        close(&mut self.lasts, self.len, at);
-        close(&mut self.values, self.len, at);
+        close(&mut self.rests, self.len, at);
         self.len -= 1;
         self.starts[self.len] = UNUSED;
-        self.values[self.len] = None;
+        self.rests[self.len] = Self::NOTHING;
         if tighter {
             self.tighten();
         }
     }
 
     pub(super) fn tighten(&mut self) {
-        self.slack = slack(&self.starts[..self.len], &self.lasts[..self.len]);
+        self.slack = slack(&self.starts[..self.len], self.lasts());
+    }
+
+    fn lasts(&self) -> impl Iterator<Item = u64> {
+        self.rests[..self.len].iter().map(|rest| rest.last)
     }
 
     pub(super) fn max_last(&self) -> u64 {
-        self.lasts[..self.len].iter().copied().max().unwrap_or(0)
+        self.lasts().max().unwrap_or(0)
     }
 }
 
@@ -160,10 +170,9 @@ impl<V: Indexed> Part for Leaf<V> {
         let mut upper = Self::EMPTY;
         upper.len = self.len - at;
         upper.starts[..upper.len].copy_from_slice(&self.starts[at..self.len]);
-        upper.lasts[..upper.len].copy_from_slice(&self.lasts[at..self.len]);
-        upper.values[..upper.len].copy_from_slice(&self.values[at..self.len]);
+        upper.rests[..upper.len].copy_from_slice(&self.rests[at..self.len]);
         self.starts[at..self.len].fill(UNUSED);
-        self.values[at..self.len].fill(None);
+        self.rests[at..self.len].fill(Self::NOTHING);
         self.len = at;
         self.tighten();
         upper.tighten();
@@ -173,15 +182,14 @@ impl<V: Indexed> Part for Leaf<V> {
     fn append(&mut self, upper: &mut Self) {
         let (at, end) = (self.len, self.len + upper.len);
         self.starts[at..end].copy_from_slice(&upper.starts[..upper.len]);
-        self.lasts[at..end].copy_from_slice(&upper.lasts[..upper.len]);
-        self.values[at..end].copy_from_slice(&upper.values[..upper.len]);
+        self.rests[at..end].copy_from_slice(&upper.rests[..upper.len]);
         self.len = end;
         self.tighten();
         *upper = Self::EMPTY;
     }
 
     fn child(&self, node: Node) -> Child {
-        let order = self.values[0].map_or(0, V::order);
+        let order = self.rests[0].value.map_or(0, V::order);
         Child { start: self.starts[0], order, max_last: self.max_last(), node }
     }
 }
@@ -202,11 +210,11 @@ impl Inner {
     /// The greatest `last` below child `at` has risen, or the child is new.
     #[inline]
     pub(super) fn stretch(&mut self, at: usize) {
-        self.slack = self.slack.max(overhang(&self.starts, &self.max_lasts, self.len, at));
+        self.slack = self.slack.max(overhang(&self.starts, |at| self.max_lasts[at], self.len, at));
     }
 
     pub(super) fn tighten(&mut self) {
-        self.slack = slack(&self.starts[..self.len], &self.max_lasts[..self.len]);
+        self.slack = slack(&self.starts[..self.len], self.max_lasts[..self.len].iter().copied());
     }
 
     pub(super) fn take(&mut self, at: usize) {

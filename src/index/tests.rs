@@ -30,15 +30,16 @@ impl IntervalIndex<Id> {
         if height == 0 {
             let leaf = self.leaves.at(node);
             assert!(leaf.len >= 1, "an empty leaf was left");
-            assert!(leaf.slack >= slack(&leaf.starts[..leaf.len], &leaf.lasts[..leaf.len]), "a leaf's slack is too small");
+            let lasts = leaf.rests[..leaf.len].iter().map(|rest| rest.last);
+            assert!(leaf.slack >= slack(&leaf.starts[..leaf.len], lasts), "a leaf's slack is too small");
             assert!(leaf.starts[leaf.len..].iter().all(|start| *start == UNUSED));
-            all.extend((0..leaf.len).map(|at| (leaf.starts[at], leaf.values[at].unwrap().0)));
+            all.extend((0..leaf.len).map(|at| (leaf.starts[at], leaf.rests[at].value.unwrap().0)));
             return leaf.max_last();
         }
         let inner = self.inners.at(node);
         assert!(inner.len >= 2, "an inner node with one child was left");
         assert!(
-            inner.slack >= slack(&inner.starts[..inner.len], &inner.max_lasts[..inner.len]),
+            inner.slack >= slack(&inner.starts[..inner.len], inner.max_lasts[..inner.len].iter().copied()),
             "an inner node's slack is too small"
         );
         assert!(inner.starts[inner.len..].iter().all(|start| *start == UNUSED));
