@@ -26,6 +26,7 @@ use crate::protocol::{MARKS, Member, Own, WATCHED};
 use crate::range::AddressRange;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use crate::tally::Tally;
+use alloc::borrow::Cow;
 use alloc::boxed::Box;
 use core::mem::ManuallyDrop;
 use core::ops::Deref;
@@ -142,12 +143,12 @@ pub(crate) enum Answer {
 /// What can be done with a notifier whose type is not known, as functions that know it.
 struct Calls {
     first_pass: unsafe fn(EntryRef, &Invalidation<'_>, Pin<&mut Option<PassFuture>>) -> Answer,
-    notifier: unsafe fn(EntryRef) -> NonNull<dyn IntervalNotifier>,
+    name: unsafe fn(EntryRef) -> Cow<'static, str>,
     free: unsafe fn(EntryRef),
 }
 
 impl<N: IntervalNotifier> Allocation<N> {
-    const CALLS: &'static Calls = &Calls { first_pass: Self::first_pass, notifier: Self::notifier, free: Self::free };
+    const CALLS: &'static Calls = &Calls { first_pass: Self::first_pass, name: Self::name, free: Self::free };
 
     /// Calls the notifier's first pass and puts what it leaves into `place`. Not a `dyn` call whose answer is moved from hand to hand: here the
     /// compiler knows the driver, and where the answer belongs.
@@ -168,12 +169,10 @@ impl<N: IntervalNotifier> Allocation<N> {
     }
 
     /// # Safety
-    /// `entry` is alive and is the first field of an `Allocation<N>`.
-    unsafe fn notifier(entry: EntryRef) -> NonNull<dyn IntervalNotifier> {
-        // SAFETY: by the contract of this function; no reference is made.
-        let notifier = unsafe { &raw mut (*entry.0.cast::<Self>().as_ptr()).notifier };
-        // SAFETY: a field is not at address 0. `ManuallyDrop<N>` has the layout of `N`.
-        unsafe { NonNull::new_unchecked(notifier.cast::<N>()) }
+    /// As for `first_pass`.
+    unsafe fn name(entry: EntryRef) -> Cow<'static, str> {
+        // SAFETY: by the contract of this function, and `EntryRef` may reach the whole allocation.
+        unsafe { &(*entry.0.cast::<Self>().as_ptr()).notifier }.name()
     }
 
     /// # Safety
@@ -289,12 +288,11 @@ impl EntryRef {
         unsafe { (self.calls.first_pass)(self, invalidation, place) }
     }
 
-    /// The notifier, to be asked for its name.
-    pub(crate) fn notifier(&self) -> &dyn IntervalNotifier {
-        // SAFETY: alive (module documentation), with the functions of its own type.
-        let notifier = unsafe { (self.calls.notifier)(*self) };
-        // SAFETY: not taken while an invalidation in its first passes, a pending pass or a hold keeps it.
-        unsafe { notifier.as_ref() }
+    /// What the notifier is called. Runs driver code, so not under the lock.
+    pub(crate) fn name(self) -> Cow<'static, str> {
+        // SAFETY: alive (module documentation), with the functions of its own type; not taken while an invalidation in its first passes, a pending
+        // pass or a hold keeps it.
+        unsafe { (self.calls.name)(self) }
     }
 
     /// Frees the entry, and drops the notifier unless it was taken. Runs driver code, so not under the lock.

@@ -28,6 +28,9 @@ pub(crate) trait Indexed: Copy + PartialEq {
 
 type Node = u32;
 
+/// The way down to a leaf: for each level from the bottom the node and which of its children comes next. Small, because it is filled with zeros first.
+type Path = [(Node, u32); HEIGHT];
+
 /// Nodes of one kind, and those that are free.
 struct Arena<T> {
     nodes: Vec<T>,
@@ -200,15 +203,22 @@ impl<V: Indexed> IntervalIndex<V> {
             inner.max_lasts[at] = inner.max_lasts[at].max(range.last());
             inner.stretch(at);
             rightmost &= at + 1 == inner.len;
-            path[level] = (node, at);
+            path[level] = (node, at as u32);
             node = inner.children[at];
         }
         let leaf = self.leaves.at_mut(node);
         let at = count_at_most(&leaf.starts, leaf.len, range.start());
         if leaf.len < CAP {
             leaf.add(at, range, value);
-            return;
+        } else {
+            self.split(&path, node, at, rightmost, range, value);
         }
+    }
+
+    /// Adds an interval at `at` of the full leaf at the end of `path`.
+    #[inline(never)]
+    fn split(&mut self, path: &Path, node: Node, at: usize, rightmost: bool, range: AddressRange, value: V) {
+        let leaf = self.leaves.at_mut(node);
         // In ascending insertion the new leaf begins empty, so that the ones behind stay full.
         let cut = if rightmost && at == CAP { CAP } else { CAP / 2 };
         let mut upper = leaf.split_off(cut);
@@ -220,13 +230,13 @@ impl<V: Indexed> IntervalIndex<V> {
         let lower_max = leaf.max_last();
         let upper_node = self.leaves.add(upper);
         let upper = self.leaves.at(upper_node).child(upper_node);
-        self.grow(&path, node, lower_max, upper);
+        self.grow(path, node, lower_max, upper);
     }
 
     /// Puts `upper`, split off from `lower`, behind it in the parents along `path`.
-    fn grow(&mut self, path: &[(Node, usize); HEIGHT], mut lower: Node, mut lower_max: u64, mut upper: Child) {
+    fn grow(&mut self, path: &Path, mut lower: Node, mut lower_max: u64, mut upper: Child) {
         for &(parent, at) in &path[..self.height] {
-            let inner = self.inners.at_mut(parent);
+            let (inner, at) = (self.inners.at_mut(parent), at as usize);
             inner.max_lasts[at] = lower_max;
             if inner.len < CAP {
                 inner.add(at + 1, upper);
@@ -260,7 +270,7 @@ impl<V: Indexed> IntervalIndex<V> {
         for level in (0..self.height).rev() {
             let inner = self.inners.at(node);
             let at = inner.place(range.start(), value.order());
-            path[level] = (node, at);
+            path[level] = (node, at as u32);
             node = inner.children[at];
         }
         let leaf = self.leaves.at_mut(node);
@@ -276,9 +286,10 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     /// After an interval that ended at `last` left the leaf at the end of `path`: corrects the greatest `last`s and merges what has become small.
-    fn shrink(&mut self, path: &[(Node, usize); HEIGHT], last: u64) {
+    #[inline]
+    fn shrink(&mut self, path: &Path, last: u64) {
         for (level, &(parent, at)) in path[..self.height].iter().enumerate() {
-            let inner = self.inners.at(parent);
+            let (inner, at) = (self.inners.at(parent), at as usize);
             let child = inner.children[at];
             let len = if level == 0 { self.leaves.at(child).len } else { self.inners.at(child).len };
             let was_greatest = inner.max_lasts[at] == last;
@@ -313,6 +324,7 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     /// Joins child `at` of `parent`, which has become small, with a neighbour.
+    #[inline(never)]
     fn merge(&mut self, level: usize, parent: Node, at: usize) {
         let inner = self.inners.at(parent);
         // With the left neighbour where there is one, else with the right one; every inner node has two children at least.

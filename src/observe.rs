@@ -106,7 +106,7 @@ mod told {
                     Answer::Pass => "pass",
                     Answer::WouldBlock => "would block",
                 };
-                let (notifier, latency_ns) = (_entry.notifier().name(), _began.elapsed().as_nanos() as u64);
+                let (notifier, latency_ns) = (_entry.name(), _began.elapsed().as_nanos() as u64);
                 tracing::trace!(target: "shootdown", parent: span, notifier = &*notifier, answer, latency_ns, "first pass");
             }
         }
@@ -121,7 +121,7 @@ mod told {
             if let Some(span) = &self.span
                 && tracing::enabled!(target: "shootdown", tracing::Level::TRACE)
             {
-                let (notifier, latency_ns) = (_entry.notifier().name(), _latency.as_nanos() as u64);
+                let (notifier, latency_ns) = (_entry.name(), _latency.as_nanos() as u64);
                 tracing::trace!(target: "shootdown", parent: span, notifier = &*notifier, latency_ns, panicked = _panicked, "pass");
             }
         }

@@ -42,7 +42,7 @@ mod check {
             panic!(
                 "{what} waits inside the first pass of {}, which the invalidation under way waits for in its turn: \
                  start the work there and wait in the future that the first pass returns",
-                entry.notifier().name()
+                entry.name()
             );
         }
     }

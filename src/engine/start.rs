@@ -181,6 +181,6 @@ pub(super) fn advance(space: &Shared, scratch: &mut Scratch, mut at: usize) {
 #[cold]
 fn refused_blockable(space: &Shared, request: &Request, entry: EntryRef) {
     space.with(|state, _| state.counts.refused_blockable += 1);
-    let name = entry.notifier().name();
+    let name = entry.name();
     space.report(&Report::RefusedBlockable { notifier: &name, range: request.range, event: request.reason.into() });
 }

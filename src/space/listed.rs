@@ -136,7 +136,7 @@ impl AddressSpace {
         // Names are driver code: asked for without the lock, while the holds keep the notifiers alive.
         let names = Names { shared: &self.shared, held };
         for (_, of, invalidation) in &mut listed {
-            invalidation.pending = names.held[of.clone()].iter().map(|entry| entry.notifier().name()).collect();
+            invalidation.pending = names.held[of.clone()].iter().map(|entry| entry.name()).collect();
         }
         drop(names);
         listed.sort_by_key(|(serial, ..)| *serial);
