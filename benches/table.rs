@@ -16,10 +16,10 @@ mod devices;
 mod plot;
 
 use criterion::Criterion;
-use devices::{Kind, Population, hitting, random};
+use devices::{Device, Kind, Population, hitting, random};
 use futures::executor::block_on;
 use serde::Serialize;
-use shootdown::{AddressSpace, Event};
+use shootdown::{AddressSpace, Event, Subscription};
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::Mutex;
@@ -196,6 +196,17 @@ fn invalidate(space: &AddressSpace, n: u64, addresses: &[u64]) {
     });
 }
 
+/// `read_begin` and `read_retry`, `n` times, as a user writes it.
+#[inline(never)]
+fn read(device: &Subscription<Device>, n: u64) {
+    block_on(async {
+        for _ in 0..n {
+            let sequence = black_box(device).read_begin().await;
+            black_box(black_box(device).read_retry(sequence));
+        }
+    });
+}
+
 /// The rows whose cost depends on how many notifiers are registered.
 fn by_population(harness: &mut Harness, table: &mut Table) {
     let goals = [
@@ -233,14 +244,7 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
         }
         if n == 1 {
             let device = population.device(0);
-            let read = harness.median("read", |times| {
-                block_on(async {
-                    for _ in 0..times {
-                        let sequence = black_box(device).read_begin().await;
-                        black_box(black_box(device).read_retry(sequence));
-                    }
-                });
-            });
+            let read = harness.median("read", |times| read(device, times));
             table.add("read_begin + read_retry", Some(5.9), 1.5, 1.5 * table.scale.loads.max(1.0), read);
         }
     }
