@@ -327,11 +327,25 @@ impl<M: Member, X: Default> Protocol<M, X> {
     /// S2, S6: starts an invalidation. `hits`, which is empty, gets every notifier that overlaps `range`, in the order of their first passes (O1).
     ///
     /// `fill` gets what its owner keeps beside it, as the last invalidation in this place left it.
-    #[inline]
+    #[inline(always)]
     pub(crate) fn start(&mut self, range: AddressRange, hits: &mut Vec<M>, fill: impl FnOnce(&mut X)) -> Started {
         if self.index.may_overlap(range) {
             self.cover(range, hits);
         }
+        self.activate(range, fill)
+    }
+
+    /// The same for an invalidation that certainly hits nothing. Says no, and does nothing, if it might, or if there is no memory for it.
+    #[inline]
+    pub(crate) fn start_without_hits(&mut self, range: AddressRange, fill: impl FnOnce(&mut X)) -> Option<Id> {
+        if self.index.may_overlap(range) || self.active.free == NONE {
+            return None;
+        }
+        Some(self.activate(range, fill).id)
+    }
+
+    #[inline(always)]
+    fn activate(&mut self, range: AddressRange, fill: impl FnOnce(&mut X)) -> Started {
         self.started += 1;
         let sequence = self.sequence;
         let (id, active) = self.active.take();
@@ -343,7 +357,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
     }
 
     /// The notifiers that overlap `range` are covered by one more invalidation, which gets its sequence.
-    #[inline(never)]
+    #[inline(always)]
     fn cover(&mut self, range: AddressRange, hits: &mut Vec<M>) {
         // One after the other: the index is gone through as long as it is in the caches, and the members' own lines are fetched at the same time.
         self.index.search(range, |member, _| hits.push(member));

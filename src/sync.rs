@@ -48,6 +48,12 @@ mod real {
             }
         }
 
+        /// The lock if nobody has it.
+        #[inline]
+        pub(crate) fn try_lock(&self) -> Option<impl DerefMut<Target = T>> {
+            self.0.try_lock()
+        }
+
         #[cold]
         #[inline(never)]
         fn contended(&self) -> spin::mutex::SpinMutexGuard<'_, T> {
@@ -84,6 +90,11 @@ mod checked {
 
         pub(crate) fn lock(&self) -> impl DerefMut<Target = T> {
             self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        }
+
+        /// Waits: who finds it taken only waits elsewhere, which is nothing new to explore.
+        pub(crate) fn try_lock(&self) -> Option<impl DerefMut<Target = T>> {
+            Some(self.lock())
         }
 
         pub(crate) fn get_mut(&mut self) -> &mut T {

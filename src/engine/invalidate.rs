@@ -5,10 +5,11 @@ use crate::engine::first_pass::forbid_waiting;
 use crate::engine::guard::{Handle, InvalidationGuard, end};
 use crate::engine::pending::Job;
 use crate::engine::scratch::{Scratch, Watch};
-use crate::engine::start::{advance, start};
+use crate::engine::start::{advance, fill, start, start_locked};
 use crate::engine::{Shared, State, Unclaimed};
 use crate::event::{Event, Reason};
 use crate::notifier::{Request, WouldBlock};
+use crate::observe;
 use crate::protocol::Id;
 use crate::range::AddressRange;
 use crate::sync::resume;
@@ -16,6 +17,7 @@ use alloc::boxed::Box;
 use core::fmt;
 use core::future::Future;
 use core::mem::ManuallyDrop;
+use core::ops::DerefMut;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
@@ -30,11 +32,39 @@ const IDLE_ROUNDS: usize = 32;
 type Begun = (Id, Option<Box<Scratch>>);
 
 /// The first poll, up to where it has to wait. Takes and returns what fits into registers, see [`Invalidate::poll`].
+///
+/// Most invalidations of a process are of memory that no device has mapped. What those do stands here and calls nothing; everything else is
+/// somebody else's last word, so that no register has to be saved for it.
 #[inline(never)]
 fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
+    if observe::ON || space.clock.is_some() {
+        return begin_slowly(space, range, reason);
+    }
+    let Some(mut state) = space.state.try_lock() else {
+        return begin_slowly(space, range, reason);
+    };
+    let request = Request { range, reason, blockable: true };
+    match state.protocol.start_without_hits(range, |extra| fill(extra, request, None)) {
+        Some(id) => (id, None),
+        None => begin_locked(space, state, range, reason),
+    }
+}
+
+/// The same for a range in which there may be a notifier.
+#[inline(never)]
+fn begin_locked(space: &Shared, state: impl DerefMut<Target = State>, range: AddressRange, reason: Reason) -> Begun {
+    match start_locked(space, state, Request { range, reason, blockable: true }, None) {
+        (id, Some(scratch)) => call(space, id, scratch, 0),
+        without_hits => without_hits,
+    }
+}
+
+/// The same for an invalidation that is timed or traced, or finds the lock taken.
+#[cold]
+#[inline(never)]
+fn begin_slowly(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
     match start(space, Request { range, reason, blockable: true }) {
         (id, Some(scratch)) => call(space, id, scratch, 0),
-        // No notifier in the range: no call, no pass, nothing to hand over.
         without_hits => without_hits,
     }
 }

@@ -5,14 +5,13 @@ use crate::engine::first_pass::InFirstPass;
 use crate::engine::scratch::{Passes, Scratch};
 use crate::engine::{Budget, Extra, Report, Shared, State};
 use crate::entry::{Answer, EntryRef};
-use crate::event::Reason;
 use crate::notifier::{Invalidation, Request};
 use crate::observe::{self, Moment, Trace};
 use crate::protocol::{Id, Started};
-use crate::range::AddressRange;
 use crate::sync::catch;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::ops::DerefMut;
 use core::time::Duration;
 
 /// Why the calls of first passes stopped.
@@ -94,29 +93,37 @@ impl Drop for Reserved<'_> {
 }
 
 /// Starts an invalidation: its id, and its working memory if it hit a notifier.
-#[inline(always)]
 pub(super) fn start(space: &Shared, request: Request) -> (Id, Option<Box<Scratch>>) {
-    if space.clock.is_some() {
-        return start_timed(space, request.range, request.reason, request.blockable);
-    }
-    start_at(space, request, None)
-}
-
-/// The same where a clock says when. Takes the request in pieces, so that in the other case it need not lie in memory.
-#[cold]
-fn start_timed(space: &Shared, range: AddressRange, reason: Reason, blockable: bool) -> (Id, Option<Box<Scratch>>) {
     let since = space.clock.as_ref().map(|clock| clock());
-    start_at(space, Request { range, reason, blockable }, since)
+    start_locked(space, space.state.lock(), request, since)
 }
 
+/// The same when the lock is taken; it is free afterwards.
 #[inline(always)]
-fn start_at(space: &Shared, request: Request, since: Option<Duration>) -> (Id, Option<Box<Scratch>>) {
-    let (id, sequence, mut scratch) = begin(space, request, since);
+pub(super) fn start_locked(
+    space: &Shared,
+    mut state: impl DerefMut<Target = State>,
+    request: Request,
+    since: Option<Duration>,
+) -> (Id, Option<Box<Scratch>>) {
+    let State { protocol, spare, .. } = &mut *state;
+    if spare.is_empty() {
+        first_spare(spare);
+    }
+    let Some(next) = spare.last_mut() else { unreachable!("there is one now") };
+    let Started { id, sequence } = protocol.start(request.range, &mut next.hits, |extra| fill(extra, request, since));
+    let hits = next.hits.len();
+    let mut scratch = if hits == 0 { None } else { spare.pop() };
+    if scratch.is_some() {
+        space.calls.begin(id);
+    }
+    // No driver was called and nobody woken, so nothing remains for now.
+    drop(state);
     if let Some(scratch) = &mut scratch {
         (scratch.request, scratch.sequence) = (request, sequence);
     }
     if observe::ON {
-        let trace = Trace::start(&request, sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
+        let trace = Trace::start(&request, sequence, hits);
         if let Some(scratch) = &mut scratch {
             scratch.passes.trace = trace;
         }
@@ -124,27 +131,13 @@ fn start_at(space: &Shared, request: Request, since: Option<Duration>) -> (Id, O
     (id, scratch)
 }
 
-/// What is done under the lock. No driver is called and nobody woken, so nothing remains for afterwards.
+/// What the space keeps beside an active invalidation.
 #[inline(always)]
-fn begin(space: &Shared, request: Request, since: Option<Duration>) -> (Id, u64, Option<Box<Scratch>>) {
-    let mut state = space.state.lock();
-    let State { protocol, spare, .. } = &mut *state;
-    if spare.is_empty() {
-        first_spare(spare);
-    }
-    let Some(next) = spare.last_mut() else { unreachable!("there is one now") };
-    let fill = |extra: &mut Extra| {
-        extra.kind = request.reason.kind;
-        extra.owner = request.reason.owner;
-        extra.blockable = request.blockable;
-        extra.since = since;
-    };
-    let Started { id, sequence } = protocol.start(request.range, &mut next.hits, fill);
-    if next.hits.is_empty() {
-        return (id, sequence, None);
-    }
-    space.calls.begin(id);
-    (id, sequence, spare.pop())
+pub(super) fn fill(extra: &mut Extra, request: Request, since: Option<Duration>) {
+    extra.kind = request.reason.kind;
+    extra.owner = request.reason.owner;
+    extra.blockable = request.blockable;
+    extra.since = since;
 }
 
 #[cold]
