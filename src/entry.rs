@@ -16,8 +16,12 @@
 //! late members and passes of an active invalidation (2), and lists of names in the making (3). So whoever has one has a
 //! reason why it is alive, and the last reason to go frees it, once.
 //!
-//! The notifier is moved out by [`EntryRef::take`] (`remove`), or dropped with the entry. It is called only by an invalidation in
+//! The notifier is moved out by [`EntryBox::take`] (`remove` under an invalidation that somebody holds), moved out with the end of an entry that is nobody
+//! else's ([`Detached`], any other `remove`), or dropped with the entry. It is called only by an invalidation in
 //! its first passes, and `remove` takes it after there is none of those left that could (`engine::remove`).
+//!
+//! # Why its functions fit its type
+//! An entry is made by [`EntryBox::new`] and nowhere else, which stores [`Calls`] of the type `N` that it stores beside it. They never change.
 
 use crate::index::Indexed;
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};

@@ -81,7 +81,8 @@ impl Builder {
     /// Takes the time from `clock` (the time since some fixed moment) and notes it at the start of *every* invalidation.
     ///
     /// By default the library asks the operating system, and only once an invalidation turns out to last, because
-    /// asking takes longer than a short invalidation: see [`ActiveInvalidation::age`]. Virtual time and `no_std` need this.
+    /// asking takes longer than a short invalidation: see [`ActiveInvalidation::age`]. Virtual time and `no_std` need this. Called outside of all
+    /// locks; a panic of it is ignored, and what it was asked for has no time then.
     pub fn clock(mut self, clock: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
         self.clock = Some(Box::new(clock));
         self

@@ -3,7 +3,7 @@
 use crate::gpu::Command;
 use crate::report::{Report, pairs, time};
 use crate::simulation::{Row, Timeline};
-use plotters::coord::Shift;
+use plotters::coord::{CoordTranslate, Shift};
 use plotters::prelude::*;
 use std::error::Error;
 use std::path::Path;
@@ -65,14 +65,7 @@ pub fn distribution(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Er
             .label(name)
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
-        .label_font(("sans-serif", 14).into_font().color(&INK))
-        .background_style(WHITE.mix(0.9))
-        .border_style(INK.mix(0.3))
-        .draw()?;
-    Ok(())
+    name_series(&mut chart, SeriesLabelPosition::LowerRight, 14)
 }
 
 pub fn latencies(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error>> {
@@ -113,14 +106,7 @@ pub fn latencies(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
         chart.draw_series(points.iter().map(|point| Circle::new(*point, 3, color.filled())))?;
     }
-    chart
-        .configure_series_labels()
-        .position(SeriesLabelPosition::LowerRight)
-        .label_font(("sans-serif", 14).into_font().color(&INK))
-        .background_style(WHITE.mix(0.9))
-        .border_style(INK.mix(0.3))
-        .draw()?;
-    Ok(())
+    name_series(&mut chart, SeriesLabelPosition::LowerRight, 14)
 }
 
 pub fn lanes(area: &Canvas<'_>, timelines: &[Timeline; 2]) -> Result<(), Box<dyn Error>> {
@@ -172,13 +158,19 @@ pub fn lanes(area: &Canvas<'_>, timelines: &[Timeline; 2]) -> Result<(), Box<dyn
                 .label(text)
                 .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], color.filled()));
         }
-        chart
-            .configure_series_labels()
-            .position(corner)
-            .label_font(("sans-serif", 13).into_font().color(&INK))
-            .background_style(WHITE.mix(0.9))
-            .border_style(INK.mix(0.3))
-            .draw()?;
+        name_series(&mut chart, corner, 13)?;
     }
+    Ok(())
+}
+
+/// Names the series of a chart, in one of its corners.
+fn name_series<'a, 'b: 'a, C: CoordTranslate>(
+    chart: &mut ChartContext<'a, SVGBackend<'b>, C>,
+    corner: SeriesLabelPosition,
+    size: i32,
+) -> Result<(), Box<dyn Error>> {
+    let mut labels = chart.configure_series_labels();
+    labels.position(corner).label_font(("sans-serif", size).into_font().color(&INK));
+    labels.background_style(WHITE.mix(0.9)).border_style(INK.mix(0.3)).draw()?;
     Ok(())
 }

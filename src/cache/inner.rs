@@ -166,7 +166,7 @@ impl<D: Device> Inner<D> {
                 stage: if sequence.is_some() { Stage::Attempt } else { Stage::Fresh },
                 attempt: Some(attempt.clone()),
                 began: now,
-                subscription: Some(subscription.clone()),
+                _subscription: Some(subscription.clone()),
                 _watch: watch.take(),
             });
             table.under_way.push(key);
@@ -254,8 +254,8 @@ impl<D: Device> Inner<D> {
 
 #[cfg(test)]
 mod tests {
-    use super::super::RegistrationCache;
     use super::*;
+    use crate::cache::RegistrationCache;
     use crate::event::Event;
     use futures::executor::block_on;
 

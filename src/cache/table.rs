@@ -110,8 +110,8 @@ pub(super) struct Slot<D: Device> {
     pub(super) attempt: Option<Attempt<D>>,
     /// When it was asked for.
     pub(super) began: u64,
-    #[expect(dead_code, reason = "the range is under the notifier's eyes as long as the slot exists")]
-    pub(super) subscription: Option<Arc<Subscription<Guardian<D>>>>,
+    /// The range is under the notifier's eyes as long as the slot exists.
+    pub(super) _subscription: Option<Arc<Subscription<Guardian<D>>>>,
     pub(super) _watch: Option<alloc::boxed::Box<dyn Any + Send + Sync>>,
 }
 

@@ -78,14 +78,20 @@ fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, at: usize) -> Begun {
 
 /// The first passes and all passes are done: what a guard takes over, or the first panic after the end (C5).
 #[inline(always)]
-fn finish(space: &Shared, id: Id, mut scratch: Box<Scratch>) -> Box<Scratch> {
+fn finish(space: &Shared, id: Id, scratch: Box<Scratch>) -> Box<Scratch> {
     space.calls.end(id);
-    if let Some(panic) = scratch.passes.panic.take() {
-        end(space, id, scratch);
+    if scratch.passes.panic.is_some() { fail(space, id, scratch) } else { scratch }
+}
+
+/// Ends an invalidation and resumes the panic that was kept.
+#[cold]
+fn fail(space: &Shared, id: Id, mut scratch: Box<Scratch>) -> ! {
+    let panic = scratch.passes.panic.take();
+    end(space, id, scratch);
+    if let Some(panic) = panic {
         resume(panic);
-        unreachable!("only a thread that panics already does not resume, and it polls no future");
     }
-    scratch
+    unreachable!("there is a panic, and only a thread that panics already does not resume it: that one polls no future");
 }
 
 /// Hands the pending passes of `scratch` to the space: from now on others may drive them.

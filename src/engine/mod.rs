@@ -212,10 +212,10 @@ impl Shared {
         }
     }
 
-    /// Time since some fixed moment; `None` where there is no clock.
+    /// Time since some fixed moment; `None` where there is no clock, and when the user's panics: it is asked in the middle of things.
     pub(crate) fn now(&self) -> Option<Duration> {
         if let Some(clock) = &self.clock {
-            return Some(clock());
+            return catch(clock).ok();
         }
         #[cfg(feature = "std")]
         {

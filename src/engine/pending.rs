@@ -150,7 +150,7 @@ impl State {
         let Some(scratch) = &mut pending.scratch else {
             return;
         };
-        if scratch.passes.started().is_empty() {
+        if !scratch.passes.has_started() {
             self.end_unclaimed(unclaimed, now, after);
         } else {
             // Further first passes will not be called, so the passes that waited for that can be polled.
@@ -249,7 +249,9 @@ impl Shared {
         let Job { unclaimed, mut scratch } = job;
         let progress = scratch.passes.drive();
         let finished = core::mem::take(&mut scratch.passes.finished);
-        let (mut wake, now) = (WakeAfterwards(None), self.now());
+        // Asked for only where it may end here, if nobody is left to claim it.
+        let now = if progress == Progress::AllFinished { self.now() } else { None };
+        let mut wake = WakeAfterwards(None);
         self.with(|state, after| {
             let (done, wakes) = state.put_back(self, unclaimed, (scratch, finished), progress, now, after);
             wake.0 = wakes;
@@ -292,7 +294,7 @@ impl State {
         }
         // Its memory is used again.
         scratch.passes.finished = finished;
-        if progress == Progress::AllFinished && pending.abandoned && !scratch.passes.started().is_empty() {
+        if progress == Progress::AllFinished && pending.abandoned && scratch.passes.has_started() {
             scratch.passes.join_started();
         }
         let done = scratch.passes.running() == 0;

@@ -219,6 +219,12 @@ impl Passes {
         &self.slots[..self.started]
     }
 
+    /// Whether there is one.
+    #[inline]
+    pub(crate) fn has_started(&self) -> bool {
+        self.started > 0
+    }
+
     pub(crate) fn started_mut(&mut self) -> &mut [Pass] {
         &mut self.slots[..self.started]
     }

@@ -94,7 +94,7 @@ impl Drop for Reserved<'_> {
 
 /// Starts an invalidation: its id, and its working memory if it hit a notifier.
 pub(super) fn start(space: &Shared, request: Request) -> (Id, Option<Box<Scratch>>) {
-    let since = space.clock.as_ref().map(|clock| clock());
+    let since = if space.clock.is_some() { space.now() } else { None };
     start_locked(space, space.state.lock(), request, since)
 }
 
@@ -165,7 +165,7 @@ pub(super) fn advance(space: &Shared, scratch: &mut Scratch, mut at: usize) {
     *pends = None;
     if deferred.is_some() {
         *pends = Some(deferred);
-    } else if !passes.started().is_empty() {
+    } else if passes.has_started() {
         passes.first_polls(space, 0);
         *pends = (passes.running() > 0).then_some(None);
     }

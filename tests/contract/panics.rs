@@ -114,3 +114,29 @@ fn c5_a_panic_in_a_waker_does_not_keep_the_others_asleep() {
     after.finish();
     assert_eq!((space.active().len(), space.sequence().get()), (0, 4));
 }
+
+#[test]
+fn a_clock_that_panics_holds_nobody_up() {
+    let asked = Arc::new(std::sync::atomic::AtomicU32::new(0));
+    let count = asked.clone();
+    let clock = move || {
+        count.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+        panic!("the clock fails")
+    };
+    let space = shootdown::AddressSpace::builder().clock(clock).build();
+    let device = space.insert(pages(0, 1), Device::new("device", &Log::default())).unwrap();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    let mut reader = Task::new(device.read_begin());
+    reader.expect_pending();
+    assert_eq!(space.active()[0].age, None);
+    gate.open();
+    let guard = invalidate.run();
+    assert!(guard.is_ready());
+    drop(guard);
+    assert!(reader.run().is_ready());
+    assert_eq!((space.active().len(), space.stats().longest), (0, None));
+    assert!(asked.load(std::sync::atomic::Ordering::Relaxed) > 2);
+}
