@@ -377,20 +377,29 @@ impl<M: Member, X: Default> Protocol<M, X> {
         self.started
     }
 
-    /// S3: ends an invalidation. `hits` are the notifiers that its start named; `uncovered` gets each one that is [`WATCHED`] and that no active
-    /// invalidation covers any more.
+    /// S3: ends an invalidation. `hits` are the notifiers that its start named. Says whether somebody may have to be told, with [`tell`](Self::tell),
+    /// before anything else is done with the protocol.
     #[inline(always)]
-    pub(crate) fn end(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) {
+    pub(crate) fn end(&mut self, id: Id, hits: &[M]) -> bool {
         let active = self.active.release(id);
-        for &member in hits {
-            if member.own().uncover() {
-                uncovered(member);
-            }
-        }
-        if !active.late.is_empty() {
-            active.late.drain(..).filter(|member| member.own().uncover()).for_each(&mut uncovered);
+        let mut tell = !active.late.is_empty();
+        for member in hits {
+            tell |= member.own().uncover();
         }
         self.settle();
+        tell
+    }
+
+    /// Names the notifiers that are [`WATCHED`] and that no active invalidation covers any more since the one that has just ended.
+    pub(crate) fn tell(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) {
+        // A hit was covered until the end, so one that is not was uncovered by it.
+        hits.iter()
+            .copied()
+            .filter(|member| !member.own().is_covered() && member.own().is_marked(WATCHED))
+            .for_each(&mut uncovered);
+        if let Some(place) = self.active.places.get_mut(id as usize) {
+            place.active.late.drain(..).filter(|member| member.own().uncover()).for_each(uncovered);
+        }
     }
 
     /// The same for an invalidation that hit nothing. Says no, and does nothing, if notifiers were inserted under it: there may be somebody to be told.

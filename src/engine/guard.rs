@@ -1,8 +1,8 @@
 //! The guard of an invalidation, and the handle of the space that it and its future hold.
 #![forbid(unsafe_code)]
 
-use crate::engine::Shared;
 use crate::engine::scratch::Scratch;
+use crate::engine::{After, Shared, State};
 use crate::notifier::Sequence;
 use crate::observe;
 use crate::protocol::Id;
@@ -11,6 +11,7 @@ use crate::sync::{Arc, Lock};
 use alloc::boxed::Box;
 use core::fmt;
 use core::mem::ManuallyDrop;
+use core::ops::DerefMut;
 
 /// A handle of the space, borrowed or owned. Borrowing costs nothing, where a reference count would be a third of a short invalidation.
 pub(crate) enum Handle<'a> {
@@ -108,23 +109,43 @@ impl Drop for InvalidationGuard<'_> {
 #[inline(never)]
 pub(super) fn end(space: &Shared, id: Id, scratch: Box<Scratch>) {
     if observe::ON || scratch.timed || space.clock.is_some() {
-        return end_seen(space, id, Some(scratch));
+        return end_slowly(space, id, Some(scratch));
     }
-    space.with(|state, after| state.end(id, Some(scratch), None, after));
+    let Some(mut state) = space.state.try_lock() else {
+        return end_slowly(space, id, Some(scratch));
+    };
+    if state.protocol.end(id, &scratch.hits) {
+        return tell(state, id, scratch);
+    }
+    if let Some(superfluous) = state.recycle(scratch) {
+        drop(state);
+        drop(superfluous);
+    }
+}
+
+/// Wakes whoever waited for the end of an invalidation.
+#[cold]
+fn tell(mut state: impl DerefMut<Target = State>, id: Id, scratch: Box<Scratch>) {
+    let mut after = After::default();
+    state.tell(id, &scratch.hits, &mut after);
+    let superfluous = state.recycle(scratch);
+    drop(state);
+    drop(superfluous);
+    after.run();
 }
 
 /// The same for one that hit nothing.
 #[inline(never)]
 fn end_without_hits(space: &Shared, id: Id) {
-    let ended = space.clock.is_none() && space.state.lock().protocol.end_without_hits(id);
+    let ended = space.clock.is_none() && space.state.try_lock().is_some_and(|mut state| state.protocol.end_without_hits(id));
     if !ended {
-        end_seen(space, id, None);
+        end_slowly(space, id, None);
     }
 }
 
-/// The same for one that is timed or traced, or under which notifiers were inserted.
+/// The same for one that is timed or traced, under which notifiers were inserted, or that finds the lock taken.
 #[cold]
-fn end_seen(space: &Shared, id: Id, mut scratch: Option<Box<Scratch>>) {
+fn end_slowly(space: &Shared, id: Id, mut scratch: Option<Box<Scratch>>) {
     let timed = space.clock.is_some() || scratch.as_ref().is_some_and(|scratch| scratch.timed);
     let now = if timed { space.now() } else { None };
     // Closed when the lock is free.

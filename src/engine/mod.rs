@@ -180,7 +180,7 @@ impl Shared {
             waiters: Slab::new(),
             #[cfg(any(feature = "userfaultfd", loom))]
             gated: Vec::new(),
-            spare: Vec::new(),
+            spare: Vec::with_capacity(SPARES),
             next_order: 0,
             released: false,
             counts: Counts::default(),
@@ -266,11 +266,19 @@ impl State {
         if let Some(now) = now {
             self.lasted(id, hits, now);
         }
-        let Self { protocol, waiters, .. } = self;
-        protocol.end(id, hits, |entry| uncovered(waiters, entry, after));
-        if let Some(scratch) = scratch {
-            self.recycle(scratch);
+        if self.protocol.end(id, hits) {
+            self.tell(id, hits, after);
         }
+        if let Some(scratch) = scratch {
+            // What does not fit is a memory of passes that are done: nothing foreign is dropped.
+            drop(self.recycle(scratch));
+        }
+    }
+
+    /// Wakes whoever waited for the end of the invalidation `id`, which has just ended.
+    pub(crate) fn tell(&mut self, id: Id, hits: &[EntryRef], after: &mut After) {
+        let Self { protocol, waiters, .. } = self;
+        protocol.tell(id, hits, |entry| uncovered(waiters, entry, after));
     }
 
     /// Notes how long an invalidation has been active.
@@ -283,13 +291,17 @@ impl State {
         }
     }
 
+    /// Keeps a working memory for later, or returns it if there are enough.
     #[inline(always)]
-    pub(crate) fn recycle(&mut self, mut scratch: Box<Scratch>) {
+    pub(crate) fn recycle(&mut self, mut scratch: Box<Scratch>) -> Option<Box<Scratch>> {
+        // As many as there was room for from the start.
+        if self.spare.len() == self.spare.capacity() {
+            return Some(scratch);
+        }
         scratch.hits.clear();
         scratch.timed = false;
-        if self.spare.len() < SPARES {
-            self.spare.push(scratch);
-        }
+        self.spare.push(scratch);
+        None
     }
 
     /// Notes that `entry` may have nothing that keeps it alive any more.
@@ -319,11 +331,13 @@ impl Drop for Shared {
             let pending = state.protocol.active_mut().get_mut(id).and_then(|active| active.extra.pending.take());
             let scratch = pending.and_then(|mut pending| pending.scratch.take());
             let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
-            state.protocol.end(id, hits, |entry| {
-                if entry.unused() {
-                    after.work().dead.push(entry);
-                }
-            });
+            if state.protocol.end(id, hits) {
+                state.protocol.tell(id, hits, |entry| {
+                    if entry.unused() {
+                        after.work().dead.push(entry);
+                    }
+                });
+            }
             scratches.push(scratch);
         }
         let panic = catch(|| drop(scratches)).err();

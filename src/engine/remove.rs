@@ -85,8 +85,8 @@ impl Shared {
     fn detach(&self, entry: EntryRef) -> bool {
         let mut state = self.state.lock();
         state.close(entry);
-        // Without an invalidation that covers it there is no call.
-        let alone = !entry.own.is_covered() && entry.pending.load(Ordering::Relaxed) == 0 && !entry.is_held();
+        // Without an invalidation that covers it there is neither a call nor a pass.
+        let alone = !entry.own.is_covered() && !entry.is_held();
         if alone {
             entry.detach();
         }

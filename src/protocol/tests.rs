@@ -151,8 +151,8 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
                     let mut uncovered = vec![];
                     // An invalidation without hits has a shorter way, unless notifiers were inserted under it.
                     let short = ended.hits.is_empty() && protocol.end_without_hits(ended.id);
-                    if !short {
-                        protocol.end(ended.id, &ended.hits, |member| uncovered.push(member));
+                    if !short && protocol.end(ended.id, &ended.hits) {
+                        protocol.tell(ended.id, &ended.hits, |member| uncovered.push(member));
                     }
                     ranges.retain(|(serial, _)| *serial != ended.serial);
                     let mut expected = 0;
