@@ -1,6 +1,7 @@
 use crate::support::*;
-use shootdown::{AddressRange, AddressSpace, Event};
+use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex};
 
 #[test]
 fn l1_remove_waits_for_the_notifiers_own_pass_drives_it_and_returns_the_notifier() {
@@ -123,4 +124,51 @@ fn after_close_nothing_can_be_installed_any_more() {
     let mirrored = now(table.mirror(&device, shootdown::RetryBudget::default(), look, |table, ()| *table = 1));
     assert_eq!(mirrored, Err(shootdown::MirrorError::Closed));
     assert_eq!(*table.lock(), 0);
+}
+
+type Script = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
+
+/// Runs a script when it is asked for its name.
+struct Asked {
+    script: Script,
+    gate: Gate,
+}
+
+impl IntervalNotifier for Asked {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        Ok(Some(PassFuture::new(self.gate.clone())))
+    }
+
+    fn name(&self) -> std::borrow::Cow<'static, str> {
+        let script = self.script.lock().unwrap().take();
+        if let Some(script) = script {
+            script();
+        }
+        // Still there, whatever the script did.
+        assert!(self.script.lock().unwrap().is_none());
+        "asked".into()
+    }
+}
+
+#[test]
+fn l1_remove_waits_for_whoever_asks_for_the_name_even_when_no_invalidation_is_left() {
+    let space = AddressSpace::new();
+    let (script, gate) = (Script::default(), Gate::default());
+    let asked = space.insert(pages(0, 1), Asked { script: script.clone(), gate: gate.clone() }).unwrap();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap).into_owned());
+    invalidate.expect_pending();
+    let removal = Arc::new(Mutex::new(None));
+    let kept = removal.clone();
+    *script.lock().unwrap() = Some(Box::new(move || {
+        gate.open();
+        assert!(invalidate.run().is_ready());
+        let mut remove = Task::new(asked.remove());
+        remove.expect_pending();
+        *kept.lock().unwrap() = Some(remove);
+    }));
+    assert_eq!(space.active()[0].pending, ["asked"]);
+    let mut remove = removal.lock().unwrap().take().unwrap();
+    assert!(remove.run().is_ready());
+    assert_eq!(Arc::strong_count(&script), 1, "the notifier came back and was dropped");
 }
