@@ -15,9 +15,9 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 # Name, file, the code as it is, the code as it is not to be.
 MUTATIONS = [
     ("leave out S6", "src/protocol.rs", "if clash { current.wrapping_add(2) } else { current | 1 }", "current | 1"),
-    ("never mark a covered notifier", "src/protocol.rs", "self.word.store(word & !UNCOVERED, Ordering::Release);\n            word | UNCOVERED", "word | UNCOVERED"),
-    ("mark uncovered while another covers", "src/protocol.rs", "covering < COVER && {\n            let word", "{\n            let word"),
-    ("a sequence goes back", "src/protocol.rs", "(sequence.wrapping_sub(word | UNCOVERED)).cast_signed() > 0", "sequence != word"),
+    ("never mark a covered notifier", "src/protocol/own.rs", "self.word.store(word & !UNCOVERED, Ordering::Release);\n            word | UNCOVERED", "word | UNCOVERED"),
+    ("mark uncovered while another covers", "src/protocol/own.rs", "covering < COVER && {\n            let word", "{\n            let word"),
+    ("a sequence goes back", "src/protocol/own.rs", "(sequence.wrapping_sub(word | UNCOVERED)).cast_signed() > 0", "sequence != word"),
     ("insert forgets the active invalidations", "src/protocol.rs", "if active.range.overlaps(range) {", "if false {"),
     ("the last end leaves the sequence odd", "src/protocol.rs", "if self.active.is_empty() && self.sequence % 2 == 1 {", "if false {"),
     ("end before the passes are done", "src/engine/start.rs", "*pends = (passes.running() > 0).then_some(None);", "*pends = None;"),

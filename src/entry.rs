@@ -5,7 +5,7 @@
 //! else it does (`DESIGN.md`, "Entries without reference counts").
 //!
 //! # Why an `EntryRef` may be dereferenced
-//! An entry is freed by [`EntryRef::free`] and nowhere else, by the one who finds, **under the space's lock**, that none of these
+//! An entry is freed by [`EntryRef::free`] or by [`Detached`], and nowhere else: by the one who finds, **under the space's lock**, that none of these
 //! holds any more ([`Entry::unused`]):
 //!
 //! 1. it is not `DETACHED`: the entry is in the index, or its [`EntryBox`] (the subscription) exists;
@@ -191,6 +191,7 @@ impl<N: IntervalNotifier> Allocation<N> {
         }
     }
 }
+
 // SAFETY: an `EntryRef` gives shared access to an `Entry`, which is `Sync`, and to the notifier, which is `Send + Sync` by
 // the bounds of `IntervalNotifier`; `free` may drop the notifier on another thread, which `Send` allows.
 unsafe impl Send for EntryRef {}

@@ -4,140 +4,13 @@
 //! owns a [`Protocol`] does that. Rules S1 to S6, O1, O5 and the counting behind R1 and L2 live here and nowhere else.
 #![forbid(unsafe_code)]
 
+mod own;
+
+pub(crate) use own::{MARKS, Own, WATCHED};
+
 use crate::index::{Indexed, IntervalIndex};
 use crate::range::AddressRange;
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
 use alloc::vec::Vec;
-
-/// A notifier's own sequence, how many active invalidations cover it, and what the owner of the protocol marks it with.
-///
-/// Own sequences are always odd (S5, S2), so the lowest bit is free to say whether the notifier is covered: a reader learns
-/// in one load what its sequence is and whether it has to wait (R3). These are atomics because readers look at them without a lock;
-/// they are *written* only by the owner of the protocol (`&mut Protocol`) and by `set_seq` in a first pass, during which
-/// the notifier is covered and the protocol leaves the word alone. So no read-modify-write is needed.
-#[derive(Debug)]
-pub(crate) struct Own {
-    /// The sequence while no active invalidation covers the notifier, the sequence less one while one does.
-    word: AtomicU64,
-    /// How many active invalidations cover the notifier, in steps of [`COVER`], and below that the marks. In one word, so that the end of an
-    /// invalidation sees in one comparison that there is nothing to be told.
-    covering: AtomicU32,
-    /// Which driver lock the sequence was set under last; 0 before. For the check that readers take the same one. In the room that `covering` leaves.
-    #[cfg(debug_assertions)]
-    driver_lock: AtomicU32,
-}
-
-const UNCOVERED: u64 = 1;
-
-/// One active invalidation in [`Own::covering`].
-const COVER: u32 = 16;
-/// A mark of a notifier: the end of an invalidation is to tell when nothing covers it any more.
-pub(crate) const WATCHED: u32 = 1;
-/// Three marks whose meaning is the owner's.
-pub(crate) const MARKS: [u32; 3] = [2, 4, 8];
-
-/// Enough of an address to tell two locks apart; never 0.
-#[cfg(debug_assertions)]
-fn short(address: usize) -> u32 {
-    (address >> 2) as u32 | 1 << 31
-}
-
-impl Own {
-    pub(crate) fn new() -> Self {
-        Self {
-            word: AtomicU64::new(UNCOVERED),
-            covering: AtomicU32::new(0),
-            #[cfg(debug_assertions)]
-            driver_lock: AtomicU32::new(0),
-        }
-    }
-
-    /// Notes under which lock the first pass set the sequence (debug builds).
-    #[inline]
-    pub(crate) fn note_driver_lock(&self, _address: usize) {
-        #[cfg(debug_assertions)]
-        self.driver_lock.store(short(_address), Ordering::Relaxed);
-    }
-
-    /// Whether a reader that holds the lock at `_address` is safe from the first pass; always `true` in release builds.
-    #[inline]
-    pub(crate) fn is_driver_lock(&self, _address: usize) -> bool {
-        #[cfg(debug_assertions)]
-        {
-            let noted = self.driver_lock.load(Ordering::Relaxed);
-            noted == 0 || noted == short(_address)
-        }
-        #[cfg(not(debug_assertions))]
-        true
-    }
-
-    /// The notifier's own sequence (R2).
-    #[inline]
-    pub(crate) fn sequence(&self) -> u64 {
-        self.word.load(Ordering::Acquire) | UNCOVERED
-    }
-
-    /// The own sequence if no active invalidation covers the notifier at this moment (R1, R3).
-    #[inline]
-    pub(crate) fn stable_sequence(&self) -> Option<u64> {
-        let word = self.word.load(Ordering::Acquire);
-        (word & UNCOVERED != 0).then_some(word)
-    }
-
-    /// S4: called in a first pass, under the driver's lock.
-    ///
-    /// Never goes back: of two invalidations whose first passes reach a notifier in the other order than they
-    /// started, the later sequence stays. Otherwise a third invalidation could give the later one out again (S6).
-    #[inline]
-    pub(crate) fn set(&self, sequence: u64) {
-        let word = self.word.load(Ordering::Relaxed);
-        if (sequence.wrapping_sub(word | UNCOVERED)).cast_signed() > 0 {
-            self.word.store(sequence & !UNCOVERED, Ordering::Release);
-        }
-    }
-
-    pub(crate) fn is_covered(&self) -> bool {
-        self.covering.load(Ordering::Relaxed) >= COVER
-    }
-
-    /// Whether any of `marks` is set.
-    #[inline]
-    pub(crate) fn is_marked(&self, marks: u32) -> bool {
-        self.covering.load(Ordering::Relaxed) & marks != 0
-    }
-
-    /// Sets or takes away `marks`; only the owner of the protocol.
-    #[inline]
-    pub(crate) fn mark(&self, marks: u32, set: bool) {
-        debug_assert!(marks < COVER);
-        let before = self.covering.load(Ordering::Relaxed);
-        self.covering.store(if set { before | marks } else { before & !marks }, Ordering::Relaxed);
-    }
-
-    /// One more invalidation covers the notifier. Returns the own sequence if it is the first.
-    #[inline]
-    fn cover(&self) -> Option<u64> {
-        let covering = self.covering.load(Ordering::Relaxed);
-        self.covering.store(covering + COVER, Ordering::Relaxed);
-        (covering < COVER).then(|| {
-            let word = self.word.load(Ordering::Relaxed);
-            self.word.store(word & !UNCOVERED, Ordering::Release);
-            word | UNCOVERED
-        })
-    }
-
-    /// One less covers it. Returns whether somebody is to be told that it was the last: of a moment at which nothing covers the notifier (R1).
-    #[inline]
-    fn uncover(&self) -> bool {
-        let covering = self.covering.load(Ordering::Relaxed) - COVER;
-        self.covering.store(covering, Ordering::Relaxed);
-        covering < COVER && {
-            let word = self.word.load(Ordering::Relaxed);
-            self.word.store(word | UNCOVERED, Ordering::Release);
-            covering & WATCHED != 0
-        }
-    }
-}
 
 /// A notifier as the protocol sees it.
 pub(crate) trait Member: Indexed {
@@ -310,11 +183,11 @@ impl<M: Member, X: Default> Protocol<M, X> {
         }
         if own.is_covered() {
             self.sequence |= 1;
-            own.word.store(self.sequence & !UNCOVERED, Ordering::Release);
+            own.begin(self.sequence);
         } else {
             // Odd, and not the current one, so that its readers do not wait.
             let other = if self.sequence.is_multiple_of(2) { 1 } else { 2 };
-            own.word.store(self.sequence.wrapping_sub(other), Ordering::Release);
+            own.begin(self.sequence.wrapping_sub(other));
         }
         self.index.insert(range, member);
     }

@@ -92,9 +92,12 @@ mod checked {
             self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
         }
 
-        /// Waits: who finds it taken only waits elsewhere, which is nothing new to explore.
         pub(crate) fn try_lock(&self) -> Option<impl DerefMut<Target = T>> {
-            Some(self.lock())
+            match self.0.try_lock() {
+                Ok(guard) => Some(guard),
+                Err(std::sync::TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
+                Err(std::sync::TryLockError::WouldBlock) => None,
+            }
         }
 
         pub(crate) fn get_mut(&mut self) -> &mut T {

@@ -1,7 +1,7 @@
 //! What is noted under the lock and done when it is free (C8).
 #![forbid(unsafe_code)]
 
-use crate::engine::scratch::PassWaker;
+use crate::engine::wakes::PassWaker;
 use crate::entry::EntryRef;
 use crate::observe::Trace;
 use crate::sync::{Arc, Panic, catch, resume};

@@ -4,8 +4,9 @@
 use crate::engine::first_pass::forbid_waiting;
 use crate::engine::guard::{Handle, InvalidationGuard, end};
 use crate::engine::pending::Job;
-use crate::engine::scratch::{Scratch, Watch};
+use crate::engine::scratch::Scratch;
 use crate::engine::start::{advance, fill, start, start_locked};
+use crate::engine::wakes::Watch;
 use crate::engine::{Shared, State, Unclaimed};
 use crate::event::{Event, Reason};
 use crate::notifier::{Request, WouldBlock};

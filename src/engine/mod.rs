@@ -9,7 +9,7 @@
 //! - `invalidate`, `guard`: the future and the guard that a caller of an invalidation sees;
 //! - `wait`, `remove`: the futures that wait for others' invalidations: readers and `drain`, removers;
 //! - `gate`: holds the readers of the whole space back for a moment;
-//! - `waiters`, `after`: who is to be woken, and what is done when the lock is free;
+//! - `waiters`, `wakes`, `after`: who is to be woken, by an end or by a pass, and what is done when the lock is free;
 //! - `calls`, `first_pass`: which first passes run at this moment, for removers and for checks.
 #![forbid(unsafe_code)]
 
@@ -25,6 +25,7 @@ pub(crate) mod scratch;
 mod start;
 pub(crate) mod wait;
 mod waiters;
+mod wakes;
 
 use crate::entry::{Entry, EntryRef};
 use crate::event::{Event, Kind, Owner, Reason};

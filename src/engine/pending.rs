@@ -5,7 +5,8 @@
 //! *lapses* when somebody needs its range, C4).
 #![forbid(unsafe_code)]
 
-use crate::engine::scratch::{PassWaker, Progress, Scratch, UNLISTED};
+use crate::engine::scratch::{Progress, Scratch, UNLISTED};
+use crate::engine::wakes::{PassWaker, Watch};
 use crate::engine::{After, Shared, State, Unclaimed};
 use crate::entry::EntryRef;
 use crate::protocol::Id;
@@ -17,8 +18,6 @@ use alloc::vec::Vec;
 use core::task::Waker;
 use core::time::Duration;
 use slab::Slab;
-
-use super::scratch::Watch;
 
 /// A waiting reader yields this often to its executor before it lets an unclaimed invalidation lapse for the first time …
 const FIRST_YIELDS: u32 = if cfg!(loom) { 1 } else { 64 };
