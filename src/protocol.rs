@@ -275,7 +275,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
         }
     }
 
-    /// The same for an invalidation that hit nothing. Says no, and does nothing, if notifiers were inserted under it: there may be somebody to be told.
+    /// S3: ends an invalidation that hit nothing. Says no, and does nothing, if notifiers were inserted under it: there may be somebody to be told.
     #[inline]
     pub(crate) fn end_without_hits(&mut self, id: Id) -> bool {
         if self.active.places.get(id as usize).is_none_or(|place| !place.active.late.is_empty()) {

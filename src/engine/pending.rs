@@ -149,7 +149,7 @@ impl State {
         let Some(scratch) = &mut pending.scratch else {
             return;
         };
-        if !scratch.passes.has_started() {
+        if scratch.passes.started() == 0 {
             self.end_unclaimed(unclaimed, now, after);
         } else {
             // Further first passes will not be called, so the passes that waited for that can be polled.
@@ -293,7 +293,7 @@ impl State {
         }
         // Its memory is used again.
         scratch.passes.finished = finished;
-        if progress == Progress::AllFinished && pending.abandoned && scratch.passes.has_started() {
+        if progress == Progress::AllFinished && pending.abandoned && scratch.passes.started() > 0 {
             scratch.passes.join_started();
         }
         let done = scratch.passes.running() == 0;

@@ -213,16 +213,10 @@ impl Passes {
         self.started += 1;
     }
 
-    /// Passes that no one has polled yet.
+    /// How many passes no one has polled yet.
     #[inline]
-    pub(crate) fn started(&self) -> &[Pass] {
-        &self.slots[..self.started]
-    }
-
-    /// Whether there is one.
-    #[inline]
-    pub(crate) fn has_started(&self) -> bool {
-        self.started > 0
+    pub(crate) fn started(&self) -> usize {
+        self.started
     }
 
     pub(crate) fn started_mut(&mut self) -> &mut [Pass] {

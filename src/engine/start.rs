@@ -53,7 +53,7 @@ fn call_from(space: &Shared, request: &Request, sequence: u64, hits: &[EntryRef]
                 passes.start_pass(*entry, may_defer, began);
                 if !may_defer {
                     // Those before it wait until all have been called (O2).
-                    let last = passes.started().len() - 1;
+                    let last = passes.started() - 1;
                     passes.first_polls(space, last);
                     if passes.running() > 0 {
                         return Called::Deferred;
@@ -165,7 +165,7 @@ pub(super) fn advance(space: &Shared, scratch: &mut Scratch, mut at: usize) {
     *pends = None;
     if deferred.is_some() {
         *pends = Some(deferred);
-    } else if passes.has_started() {
+    } else if passes.started() > 0 {
         passes.first_polls(space, 0);
         *pends = (passes.running() > 0).then_some(None);
     }
