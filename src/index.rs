@@ -13,7 +13,7 @@ mod node;
 use crate::range::AddressRange;
 use alloc::vec::Vec;
 use core::ops::Range;
-use node::{CAP, Child, Inner, LOW, Leaf, MERGED, Part, candidates, count_at_most};
+use node::{CAP, Child, Inner, LOW, Leaf, MERGED, Part, count_at_most, first_candidate};
 
 /// The span of an index without intervals.
 const NOWHERE: (u64, u64) = (u64::MAX, 0);
@@ -153,11 +153,12 @@ impl<V: Indexed> IntervalIndex<V> {
         while height > 0 {
             let inner = self.inners.at(node);
             height -= 1;
-            let candidates = candidates(&inner.starts, inner.len, inner.slack, range);
+            let end = count_at_most(&inner.starts, inner.is_short(), range.last()).min(inner.len);
+            let from = first_candidate(&inner.starts, inner.slack, range.start(), end);
             // What starts before the first bound is in the first child, too.
-            let last = candidates.end.saturating_sub(1);
-            if candidates.start < last {
-                self.branch(inner, candidates.start..last, height, range, hit);
+            let last = end.saturating_sub(1);
+            if from < last {
+                self.branch(inner, from..last, height, range, hit);
             }
             if inner.max_lasts[last] < range.start() {
                 return;
@@ -165,13 +166,16 @@ impl<V: Indexed> IntervalIndex<V> {
             node = inner.children[last];
         }
         let leaf = self.leaves.at(node);
-        let candidates = candidates(&leaf.starts, leaf.len, leaf.slack, range);
-        for (start, rest) in leaf.starts[candidates.clone()].iter().zip(&leaf.rests[candidates]) {
+        let end = count_at_most(&leaf.starts, leaf.is_short(), range.last());
+        let mut at = first_candidate(&leaf.starts, leaf.slack, range.start(), end);
+        while at < end {
+            let rest = &leaf.rests[at % CAP];
             if rest.last >= range.start()
                 && let Some(value) = rest.value
             {
-                hit(value, *start <= range.start() && range.last() <= rest.last);
+                hit(value, leaf.starts[at % CAP] <= range.start() && range.last() <= rest.last);
             }
+            at += 1;
         }
     }
 
@@ -194,43 +198,52 @@ impl<V: Indexed> IntervalIndex<V> {
             self.root = self.leaves.add(Leaf::EMPTY);
         }
         // Down to the leaf; every node on the way learns of the new `last`.
-        let mut path = [(0, 0); HEIGHT];
         let mut node = self.root;
-        let mut rightmost = true;
-        for level in (0..self.height).rev() {
+        for _ in 0..self.height {
             let inner = self.inners.at_mut(node);
             let at = inner.place(range.start(), u64::MAX);
-            inner.max_lasts[at] = inner.max_lasts[at].max(range.last());
-            inner.stretch(at);
-            rightmost &= at + 1 == inner.len;
-            path[level] = (node, at as u32);
+            if inner.max_lasts[at] < range.last() {
+                inner.max_lasts[at] = range.last();
+                inner.stretch(at);
+            }
             node = inner.children[at];
         }
         let leaf = self.leaves.at_mut(node);
-        let at = count_at_most(&leaf.starts, leaf.len, range.start());
-        if leaf.len < CAP {
-            leaf.add(at, range, value);
-        } else {
-            self.split(&path, node, at, rightmost, range, value);
-        }
+        if leaf.is_full() { self.split(range, value) } else { leaf.add(range, value) }
     }
 
-    /// Adds an interval at `at` of the full leaf at the end of `path`.
+    /// The way down to the leaf for the key `(start, order)`, and that leaf.
+    fn path(&self, start: u64, order: u64) -> (Path, Node) {
+        let mut path = [(0, 0); HEIGHT];
+        let mut node = self.root;
+        for level in (0..self.height).rev() {
+            let inner = self.inners.at(node);
+            let at = inner.place(start, order);
+            path[level] = (node, at as u32);
+            node = inner.children[at];
+        }
+        (path, node)
+    }
+
+    /// Adds an interval to the leaf where it belongs, which is full.
     #[inline(never)]
-    fn split(&mut self, path: &Path, node: Node, at: usize, rightmost: bool, range: AddressRange, value: V) {
+    fn split(&mut self, range: AddressRange, value: V) {
+        let (path, node) = self.path(range.start(), u64::MAX);
+        let rightmost = path[..self.height].iter().all(|&(parent, at)| at as usize + 1 == self.inners.at(parent).len);
         let leaf = self.leaves.at_mut(node);
+        let at = count_at_most(&leaf.starts, false, range.start());
         // In ascending insertion the new leaf begins empty, so that the ones behind stay full.
         let cut = if rightmost && at == CAP { CAP } else { CAP / 2 };
         let mut upper = leaf.split_off(cut);
         if at > cut || cut == CAP {
-            upper.add(at - cut, range, value);
+            upper.add(range, value);
         } else {
-            leaf.add(at, range, value);
+            leaf.add(range, value);
         }
         let lower_max = leaf.max_last();
         let upper_node = self.leaves.add(upper);
         let upper = self.leaves.at(upper_node).child(upper_node);
-        self.grow(path, node, lower_max, upper);
+        self.grow(&path, node, lower_max, upper);
     }
 
     /// Puts `upper`, split off from `lower`, behind it in the parents along `path`.
@@ -265,33 +278,35 @@ impl<V: Indexed> IntervalIndex<V> {
         if self.len == 0 {
             return false;
         }
-        let mut path = [(0, 0); HEIGHT];
+        let (start, order) = (range.start(), value.order());
         let mut node = self.root;
-        for level in (0..self.height).rev() {
+        let mut greatest = u64::MAX;
+        for _ in 0..self.height {
             let inner = self.inners.at(node);
-            let at = inner.place(range.start(), value.order());
-            path[level] = (node, at as u32);
-            node = inner.children[at];
+            let at = inner.place(start, order);
+            (node, greatest) = (inner.children[at], inner.max_lasts[at]);
         }
         let leaf = self.leaves.at_mut(node);
-        let end = count_at_most(&leaf.starts, leaf.len, range.start());
-        let found = leaf.rests[..end].iter().rposition(|candidate| candidate.value == Some(value));
-        let Some(at) = found else {
+        let Some(at) = leaf.find(start, value) else {
             return false;
         };
         leaf.take(at);
         self.len -= 1;
-        self.shrink(&path, range.last());
+        // Neither too small nor with another greatest `last`: nothing changes above.
+        if (leaf.len as usize) < LOW || greatest == range.last() {
+            let (path, _) = self.path(start, order);
+            self.shrink(&path, range.last());
+        }
         true
     }
 
     /// After an interval that ended at `last` left the leaf at the end of `path`: corrects the greatest `last`s and merges what has become small.
-    #[inline]
+    #[inline(never)]
     fn shrink(&mut self, path: &Path, last: u64) {
         for (level, &(parent, at)) in path[..self.height].iter().enumerate() {
             let (inner, at) = (self.inners.at(parent), at as usize);
             let child = inner.children[at];
-            let len = if level == 0 { self.leaves.at(child).len } else { self.inners.at(child).len };
+            let len = if level == 0 { self.leaves.at(child).len as usize } else { self.inners.at(child).len };
             let was_greatest = inner.max_lasts[at] == last;
             if len < LOW {
                 self.merge(level, parent, at);

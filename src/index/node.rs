@@ -3,7 +3,6 @@
 
 use super::{Indexed, Node};
 use crate::range::AddressRange;
-use core::ops::Range;
 
 /// Children of an inner node, or intervals of a leaf, at most.
 pub(super) const CAP: usize = 32;
@@ -13,11 +12,19 @@ pub(super) const LOW: usize = CAP / 4;
 pub(super) const MERGED: usize = CAP * 3 / 4;
 /// A start that is not in use: sorts behind all others. (An interval may start there, too; a node knows its `len`.)
 pub(super) const UNUSED: u64 = u64::MAX;
+
+/// Intervals in order, with gaps between them.
+///
+/// A removal leaves a gap: a place that starts where the next one does, so that the starts remain sorted and a search passes it by, and whose `last` no
+/// range reaches. An insertion takes the nearest gap, so that it moves the few intervals up to there and not half of the leaf.
 #[derive(Clone)]
 pub(super) struct Leaf<V> {
-    pub(super) len: usize,
-    /// No interval but the last one ends further than this beyond the start of the next one.
+    /// No interval reaches further than this many bytes into the next place.
     pub(super) slack: u64,
+    /// Places that hold an interval, a bit each.
+    pub(super) live: u32,
+    /// How many they are.
+    pub(super) len: u32,
     pub(super) starts: [u64; CAP],
     /// The rest of each interval. Together, so that a hit touches one more cache line and not two, and a change moves two arrays and not three.
     pub(super) rests: [Rest<V>; CAP],
@@ -33,7 +40,7 @@ pub(super) struct Rest<V> {
 #[derive(Clone)]
 pub(super) struct Inner {
     pub(super) len: usize,
-    /// As in a leaf: no child but the last one reaches further than this beyond the lower bound of the next one.
+    /// As in a leaf: no child reaches further than this many bytes beyond the lower bound of the next one.
     pub(super) slack: u64,
     /// Lower bounds: every key in `children[i]` is `>= (starts[i], orders[i])` and below the next bound. The first is not looked at.
     pub(super) starts: [u64; CAP],
@@ -76,127 +83,207 @@ pub(super) fn close<T: Copy, const N: usize>(array: &mut [T; N], len: usize, at:
     array.copy_within(at + 1..len, at);
 }
 
-/// How far part `at` of a node reaches beyond the start of the next one, or the one before it beyond its own, if that is further.
+/// How far part `at` of a node reaches into the next one, or the one before it into it, if that is further.
 #[inline]
 pub(super) fn overhang(starts: &[u64; CAP], last: impl Fn(usize) -> u64, len: usize, at: usize) -> u64 {
-    let own = if at + 1 < len { last(at).saturating_sub(starts[at + 1]) } else { 0 };
-    let before = if at > 0 { last(at - 1).saturating_sub(starts[at]) } else { 0 };
+    let own = if at + 1 < len { into_next(last(at), starts[at + 1]) } else { 0 };
+    let before = if at > 0 { into_next(last(at - 1), starts[at]) } else { 0 };
     own.max(before)
 }
 
-/// How many of the sorted `starts` are at most `start`; places that are not in use hold [`UNUSED`].
+/// How many of the sorted `starts` are at most `start`.
 ///
 /// Looks at three of them at a time: no step has a branch, and the loads of the first do not depend on each other, so that the cache lines of a
-/// node are fetched at the same time, which a search by halves does not allow.
-#[inline]
-pub(super) fn count_at_most(starts: &[u64; CAP], len: usize, start: u64) -> usize {
+/// node are fetched at the same time, which a search by halves does not allow. The first step is left out where only `few` places matter, the first eight.
+#[inline(always)]
+pub(super) fn count_at_most(starts: &[u64; CAP], few: bool, start: u64) -> usize {
     let below = |candidate: u64| usize::from(candidate <= start);
     let (eights, _) = starts.as_chunks::<{ CAP / 4 }>();
-    let eight = if len <= 8 { 0 } else { below(eights[0][7]) + below(eights[1][7]) + below(eights[2][7]) };
+    let eight = if few { 0 } else { below(eights[0][7]) + below(eights[1][7]) + below(eights[2][7]) };
     let [a, b, c, d, e, f, g, h] = eights[eight];
     let lower = (below(a) + below(b)) + (below(c) + below(d));
     let upper = (below(e) + below(f)) + (below(g) + below(h));
-    (8 * eight + lower + upper).min(len)
+    8 * eight + lower + upper
 }
 
-/// Which of the first `len` parts of a node may overlap `range`: the one that starts last among those that start at or before its end, and
+/// The first part of a node that may reach as far as `start`, of those before `end`, the count of those that start early enough: the last of them, and
 /// those before it that may reach so far.
-#[inline]
-pub(super) fn candidates(starts: &[u64; CAP], len: usize, slack: u64, range: AddressRange) -> Range<usize> {
-    let end = count_at_most(starts, len, range.last());
-    let bound = range.start().saturating_sub(slack);
-    let mut from = end;
-    while from > 0 && (from == end || starts[from] >= bound) {
+#[inline(always)]
+pub(super) fn first_candidate(starts: &[u64; CAP], slack: u64, start: u64, end: usize) -> usize {
+    // Where the next part must start, at least. A slack that is too great for a number is one less, so is the start.
+    let bound = start.min(u64::MAX - 1).checked_sub(slack).map_or(0, |bound| bound + 1);
+    let mut from = end.saturating_sub(1);
+    while from > 0 && starts[from % CAP] >= bound {
         from -= 1;
     }
-    from..end
+    from
+}
+
+/// How far what ends at `last`, inclusive, reaches into what starts at `next`, in bytes.
+#[inline(always)]
+fn into_next(last: u64, next: u64) -> u64 {
+    last.checked_sub(next).map_or(0, |beyond| beyond.saturating_add(1))
 }
 
 /// The smallest slack of a node whose parts start and end there.
 pub(super) fn slack(starts: &[u64], lasts: impl Iterator<Item = u64>) -> u64 {
-    lasts.zip(starts.iter().skip(1)).map(|(last, next)| last.saturating_sub(*next)).max().unwrap_or(0)
+    lasts.zip(starts.iter().skip(1)).map(|(last, next)| into_next(last, *next)).max().unwrap_or(0)
 }
 
 impl<V: Indexed> Leaf<V> {
     const NOTHING: Rest<V> = Rest { last: 0, value: None };
-    pub(super) const EMPTY: Self = Self { len: 0, slack: 0, starts: [UNUSED; CAP], rests: [Self::NOTHING; CAP] };
+    pub(super) const EMPTY: Self = Self { slack: 0, live: 0, len: 0, starts: [UNUSED; CAP], rests: [Self::NOTHING; CAP] };
 
-    pub(super) fn add(&mut self, at: usize, range: AddressRange, value: V) {
-        open(&mut self.starts, self.len, at, range.start());
-        open(&mut self.rests, self.len, at, Rest { last: range.last(), value: Some(value) });
+    pub(super) fn is_full(&self) -> bool {
+        self.live == u32::MAX
+    }
+
+    /// Whether there are intervals in the first eight places only.
+    #[inline(always)]
+    pub(super) fn is_short(&self) -> bool {
+        self.live < 1 << 8
+    }
+
+    /// Adds an interval behind all that start at or before it, to a leaf that is not full.
+    #[inline(always)]
+    pub(super) fn add(&mut self, range: AddressRange, value: V) {
+        let at = self.gap_at(count_at_most(&self.starts, false, range.start()));
+        self.starts[at] = range.start();
+        self.rests[at] = Rest { last: range.last(), value: Some(value) };
         self.len += 1;
         // It may reach beyond the start of the next, and the one before beyond its own.
         self.slack = self.slack.max(self.overhang(at));
     }
 
-    #[inline]
-    fn overhang(&self, at: usize) -> u64 {
-        overhang(&self.starts, |at| self.rests[at].last, self.len, at)
+    /// Moves the nearest gap to between the first `rank` places and the others, and says where it is.
+    #[inline(always)]
+    fn gap_at(&mut self, rank: usize) -> usize {
+        let gaps = u64::from(!self.live);
+        // How many intervals are between here and there: in the places from `rank` on, and in those before it.
+        let above = (gaps >> rank).trailing_zeros() as usize;
+        let below = ((gaps << 1) << (63 - rank)).leading_zeros() as usize;
+        if above <= below {
+            let gap = rank + above;
+            for at in (rank..gap).rev() {
+                self.starts[(at + 1) % CAP] = self.starts[at % CAP];
+                self.rests[(at + 1) % CAP] = self.rests[at % CAP];
+            }
+            self.live |= 1 << gap;
+            rank % CAP
+        } else {
+            let gap = rank - 1 - below;
+            for at in gap..rank - 1 {
+                self.starts[at % CAP] = self.starts[(at + 1) % CAP];
+                self.rests[at % CAP] = self.rests[(at + 1) % CAP];
+            }
+            self.live |= 1 << gap;
+            (rank - 1) % CAP
+        }
     }
 
+    /// Where the interval is that starts at `start` and has this value.
+    #[inline(always)]
+    pub(super) fn find(&self, start: u64, value: V) -> Option<usize> {
+        let end = count_at_most(&self.starts, self.is_short(), start);
+        self.rests[..end].iter().rposition(|candidate| candidate.value == Some(value))
+    }
+
+    #[inline]
+    fn overhang(&self, at: usize) -> u64 {
+        overhang(&self.starts, |at| self.rests[at].last, CAP, at)
+    }
+
+    /// Makes a gap of the interval at `at`.
+    #[inline(always)]
     pub(super) fn take(&mut self, at: usize) {
         let tighter = self.slack != 0 && self.overhang(at) == self.slack;
-        close(&mut self.starts, self.len, at);
-        close(&mut self.rests, self.len, at);
+        self.starts[at] = self.starts.get(at + 1).copied().unwrap_or(UNUSED);
+        self.rests[at] = Self::NOTHING;
+        self.live &= !(1 << at);
         self.len -= 1;
-        self.starts[self.len] = UNUSED;
-        self.rests[self.len] = Self::NOTHING;
         if tighter {
             self.tighten();
         }
     }
 
-    pub(super) fn tighten(&mut self) {
-        self.slack = slack(&self.starts[..self.len], self.lasts());
+    fn tighten(&mut self) {
+        self.slack = slack(&self.starts, self.lasts());
     }
 
+    /// A gap has none that counts.
     fn lasts(&self) -> impl Iterator<Item = u64> {
-        self.rests[..self.len].iter().map(|rest| rest.last)
+        self.rests.iter().map(|rest| rest.last)
     }
 
     pub(super) fn max_last(&self) -> u64 {
         self.lasts().max().unwrap_or(0)
     }
+
+    /// Moves the intervals together, to the front.
+    fn close_gaps(&mut self) {
+        let mut to = 0;
+        for at in 0..CAP {
+            if self.live & (1 << at) != 0 {
+                (self.starts[to], self.rests[to]) = (self.starts[at], self.rests[at]);
+                to += 1;
+            }
+        }
+        self.truncate(to);
+    }
+
+    /// Leaves only the first `len` places, which have no gaps.
+    fn truncate(&mut self, len: usize) {
+        self.starts[len..].fill(UNUSED);
+        self.rests[len..].fill(Self::NOTHING);
+        self.len = len as u32;
+        self.live = ((1u64 << len) - 1) as u32;
+        self.tighten();
+    }
 }
 
 impl<V: Indexed> Part for Leaf<V> {
     fn len(&self) -> usize {
-        self.len
+        self.len as usize
     }
 
     fn set_bound(&mut self, _start: u64, _order: u64) {}
 
     fn split_off(&mut self, at: usize) -> Self {
-        let mut upper = Self::EMPTY;
-        upper.len = self.len - at;
-        upper.starts[..upper.len].copy_from_slice(&self.starts[at..self.len]);
-        upper.rests[..upper.len].copy_from_slice(&self.rests[at..self.len]);
-        self.starts[at..self.len].fill(UNUSED);
-        self.rests[at..self.len].fill(Self::NOTHING);
-        self.len = at;
-        self.tighten();
-        upper.tighten();
+        self.close_gaps();
+        let (mut upper, len) = (Self::EMPTY, self.len as usize - at);
+        upper.starts[..len].copy_from_slice(&self.starts[at..at + len]);
+        upper.rests[..len].copy_from_slice(&self.rests[at..at + len]);
+        upper.truncate(len);
+        self.truncate(at);
         upper
     }
 
     fn append(&mut self, upper: &mut Self) {
-        let (at, end) = (self.len, self.len + upper.len);
-        self.starts[at..end].copy_from_slice(&upper.starts[..upper.len]);
-        self.rests[at..end].copy_from_slice(&upper.rests[..upper.len]);
-        self.len = end;
-        self.tighten();
+        self.close_gaps();
+        upper.close_gaps();
+        let (at, end) = (self.len as usize, self.len as usize + upper.len as usize);
+        self.starts[at..end].copy_from_slice(&upper.starts[..end - at]);
+        self.rests[at..end].copy_from_slice(&upper.rests[..end - at]);
+        self.truncate(end);
         *upper = Self::EMPTY;
     }
 
     fn child(&self, node: Node) -> Child {
-        let order = self.rests[0].value.map_or(0, V::order);
-        Child { start: self.starts[0], order, max_last: self.max_last(), node }
+        let first = self.rests.iter().zip(&self.starts).find_map(|(rest, start)| Some((*start, rest.value?.order())));
+        let (start, order) = first.unwrap_or((UNUSED, 0));
+        Child { start, order, max_last: self.max_last(), node }
     }
 }
 
 impl Inner {
     pub(super) const EMPTY: Self =
         Self { len: 0, slack: 0, starts: [UNUSED; CAP], orders: [0; CAP], max_lasts: [0; CAP], children: [0; CAP] };
+
+    /// Whether there are no more than eight children.
+    #[inline(always)]
+    pub(super) fn is_short(&self) -> bool {
+        self.len <= 8
+    }
 
     pub(super) fn add(&mut self, at: usize, child: Child) {
         open(&mut self.starts, self.len, at, child.start);
@@ -237,7 +324,7 @@ impl Inner {
     /// The child in whose part of the order `(start, order)` lies.
     #[inline]
     pub(super) fn place(&self, start: u64, order: u64) -> usize {
-        let mut at = count_at_most(&self.starts, self.len, start).max(1) - 1;
+        let mut at = count_at_most(&self.starts, self.is_short(), start).clamp(1, self.len) - 1;
         // Only bounds with this very start can still be above the key.
         while at > 0 && self.starts[at] == start && self.orders[at] > order {
             at -= 1;

@@ -30,10 +30,14 @@ impl IntervalIndex<Id> {
         if height == 0 {
             let leaf = self.leaves.at(node);
             assert!(leaf.len >= 1, "an empty leaf was left");
-            let lasts = leaf.rests[..leaf.len].iter().map(|rest| rest.last);
-            assert!(leaf.slack >= slack(&leaf.starts[..leaf.len], lasts), "a leaf's slack is too small");
-            assert!(leaf.starts[leaf.len..].iter().all(|start| *start == UNUSED));
-            all.extend((0..leaf.len).map(|at| (leaf.starts[at], leaf.rests[at].value.unwrap().0)));
+            assert_eq!(leaf.live.count_ones(), leaf.len);
+            assert!(leaf.starts.is_sorted(), "a gap out of order");
+            assert!(leaf.slack >= slack(&leaf.starts, leaf.rests.iter().map(|rest| rest.last)), "a leaf's slack is too small");
+            for (at, rest) in leaf.rests.iter().enumerate() {
+                assert_eq!(rest.value.is_some(), leaf.live & (1 << at) != 0);
+                assert!(rest.value.is_some() || rest.last == 0, "a gap reaches somewhere");
+                all.extend(rest.value.map(|id| (leaf.starts[at], id.0)));
+            }
             return leaf.max_last();
         }
         let inner = self.inners.at(node);
