@@ -130,7 +130,7 @@ impl<V: Indexed> IntervalIndex<V> {
     #[inline]
     pub(crate) fn overlapping_or_covering(&self, range: AddressRange, mut hit: impl FnMut(V, bool)) {
         if self.may_overlap(range) {
-            self.search(range, &mut hit);
+            self.search(range, (), |(), value, covers| hit(value, covers));
         }
     }
 
@@ -141,15 +141,23 @@ impl<V: Indexed> IntervalIndex<V> {
         range.start() <= last && range.last() >= first && self.len != 0
     }
 
-    /// [`overlapping_or_covering`](Self::overlapping_or_covering) for an index that is not empty.
-    #[inline]
-    pub(crate) fn search(&self, range: AddressRange, mut hit: impl FnMut(V, bool)) {
-        self.descend(self.root, self.height, range, &mut hit);
+    /// [`overlapping_or_covering`](Self::overlapping_or_covering) for an index that is not empty, as a fold: what changes from hit to hit is handed on
+    /// by value, so that it stays in registers.
+    #[inline(always)]
+    pub(crate) fn search<A>(&self, range: AddressRange, first: A, mut hit: impl FnMut(A, V, bool) -> A) -> A {
+        self.descend(self.root, self.height, range, first, &mut hit)
     }
 
     /// Mostly one child of a node can overlap: the way down to it is a loop, to be built into the caller.
     #[inline(always)]
-    fn descend(&self, mut node: Node, mut height: usize, range: AddressRange, hit: &mut impl FnMut(V, bool)) {
+    fn descend<A>(
+        &self,
+        mut node: Node,
+        mut height: usize,
+        range: AddressRange,
+        mut so_far: A,
+        hit: &mut impl FnMut(A, V, bool) -> A,
+    ) -> A {
         while height > 0 {
             let inner = self.inners.at(node);
             height -= 1;
@@ -158,35 +166,44 @@ impl<V: Indexed> IntervalIndex<V> {
             // What starts before the first bound is in the first child, too.
             let last = end.saturating_sub(1);
             if from < last {
-                self.branch(inner, from..last, height, range, hit);
+                so_far = self.branch(inner, from..last, height, range, so_far, hit);
             }
             if inner.max_lasts[last] < range.start() {
-                return;
+                return so_far;
             }
             node = inner.children[last];
         }
         let leaf = self.leaves.at(node);
         let end = count_at_most(&leaf.starts, leaf.is_short(), range.last());
-        let mut at = first_candidate(&leaf.starts, leaf.slack, range.start(), end);
-        while at < end {
+        let from = first_candidate(&leaf.starts, leaf.slack, range.start(), end);
+        for at in from..end {
             let rest = &leaf.rests[at % CAP];
             if rest.last >= range.start()
                 && let Some(value) = rest.value
             {
-                hit(value, leaf.starts[at % CAP] <= range.start() && range.last() <= rest.last);
+                so_far = hit(so_far, value, leaf.starts[at % CAP] <= range.start() && range.last() <= rest.last);
             }
-            at += 1;
         }
+        so_far
     }
 
     /// Several children may overlap.
     #[inline(never)]
-    fn branch(&self, inner: &Inner, children: Range<usize>, height: usize, range: AddressRange, hit: &mut impl FnMut(V, bool)) {
+    fn branch<A>(
+        &self,
+        inner: &Inner,
+        children: Range<usize>,
+        height: usize,
+        range: AddressRange,
+        mut so_far: A,
+        hit: &mut impl FnMut(A, V, bool) -> A,
+    ) -> A {
         for at in children {
             if inner.max_lasts[at] >= range.start() {
-                self.descend(inner.children[at], height, range, hit);
+                so_far = self.descend(inner.children[at], height, range, so_far, hit);
             }
         }
+        so_far
     }
 
     /// Adds an interval. `value.order()` must be greater than that of every interval with the same start.

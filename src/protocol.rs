@@ -72,10 +72,6 @@ impl<M, X> ActiveSet<M, X> {
         self.live
     }
 
-    fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-
     pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
         self.places.get(id as usize).filter(|place| place.next == LIVE).map(|place| &place.active)
     }
@@ -133,9 +129,13 @@ impl<M, X> ActiveSet<M, X> {
 }
 
 /// What the start of an invalidation decided.
-pub(crate) struct Started {
+pub(crate) struct Started<'a, X> {
     pub(crate) id: Id,
     pub(crate) sequence: u64,
+    /// It hit a notifier.
+    pub(crate) hit: bool,
+    /// What its owner keeps beside it, as the last invalidation in this place left it.
+    pub(crate) extra: &'a mut X,
 }
 
 impl<M: Member, X: Default> Protocol<M, X> {
@@ -197,52 +197,23 @@ impl<M: Member, X: Default> Protocol<M, X> {
         self.index.remove(range, member)
     }
 
-    /// S2, S6: starts an invalidation. `hits`, which is empty, gets every notifier that overlaps `range`, in the order of their first passes (O1).
-    ///
-    /// `fill` gets what its owner keeps beside it, as the last invalidation in this place left it.
+    /// S2, S6: starts an invalidation. What `hits` finds beside it, which is empty, gets every notifier that overlaps `range`, in the order of their first
+    /// passes (O1); it is not asked for when there can be none.
     #[inline(always)]
-    pub(crate) fn start(&mut self, range: AddressRange, hits: &mut Vec<M>, fill: impl FnOnce(&mut X)) -> Started {
-        if self.index.may_overlap(range) {
-            self.cover(range, hits);
-        }
-        self.activate(range, fill)
-    }
-
-    /// The same for an invalidation that certainly hits nothing. Says no, and does nothing, if it might, or if there is no memory for it.
-    #[inline]
-    pub(crate) fn start_without_hits(&mut self, range: AddressRange, fill: impl FnOnce(&mut X)) -> Option<Id> {
-        if self.index.may_overlap(range) || self.active.free == NONE {
-            return None;
-        }
-        Some(self.activate(range, fill).id)
-    }
-
-    #[inline(always)]
-    fn activate(&mut self, range: AddressRange, fill: impl FnOnce(&mut X)) -> Started {
+    pub(crate) fn start(&mut self, range: AddressRange, hits: impl FnOnce(&mut X) -> &mut Vec<M>) -> Started<'_, X> {
         self.started += 1;
-        let sequence = self.sequence;
         let (id, active) = self.active.take();
         active.range = range;
-        active.sequence = sequence;
         active.serial = self.started;
-        fill(&mut active.extra);
-        Started { id, sequence }
-    }
-
-    /// The notifiers that overlap `range` are covered by one more invalidation, which gets its sequence.
-    #[inline(always)]
-    fn cover(&mut self, range: AddressRange, hits: &mut Vec<M>) {
-        // One after the other: the index is gone through as long as it is in the caches, and the members' own lines are fetched at the same time.
-        self.index.search(range, |member, _| hits.push(member));
-        let current = self.sequence;
-        let mut clash = false;
-        for member in hits.iter() {
-            // An own sequence is odd, so it can equal the space's only while that is odd.
-            clash |= member.own().cover() == Some(current);
+        let mut hit = false;
+        if self.index.may_overlap(range) {
+            let hits = hits(&mut active.extra);
+            debug_assert!(hits.is_empty(), "an invalidation that has ended left its hits");
+            self.sequence = cover(&self.index, self.sequence, range, hits);
+            hit = !hits.is_empty();
         }
-        if !hits.is_empty() {
-            self.sequence = if clash { current.wrapping_add(2) } else { current | 1 };
-        }
+        active.sequence = self.sequence;
+        Started { id, sequence: self.sequence, hit, extra: &mut active.extra }
     }
 
     /// The serial of the invalidation that started last.
@@ -251,28 +222,30 @@ impl<M: Member, X: Default> Protocol<M, X> {
     }
 
     /// S3: ends an invalidation. `hits` are the notifiers that its start named. Says whether somebody may have to be told, with [`tell`](Self::tell),
-    /// before anything else is done with the protocol.
+    /// before anything else is done with the protocol, and returns what its owner keeps beside it for the next one in this place.
     #[inline(always)]
-    pub(crate) fn end(&mut self, id: Id, hits: &[M]) -> bool {
+    pub(crate) fn end(&mut self, id: Id, hits: &[M]) -> (bool, &mut X) {
+        let live = self.active.live - 1;
         let active = self.active.release(id);
         let mut tell = !active.late.is_empty();
         for member in hits {
             tell |= member.own().uncover();
         }
-        self.settle();
-        tell
+        settle(&mut self.sequence, live);
+        (tell, &mut active.extra)
     }
 
-    /// Names the notifiers that are [`WATCHED`] and that no active invalidation covers any more since the one that has just ended.
-    pub(crate) fn tell(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) {
+    /// Names the notifiers that are [`WATCHED`] and that no active invalidation covers any more since the one that has just ended. Returns what
+    /// [`end`](Self::end) returned.
+    pub(crate) fn tell(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) -> &mut X {
         // A hit was covered until the end, so one that is not was uncovered by it.
         hits.iter()
             .copied()
             .filter(|member| !member.own().is_covered() && member.own().is_marked(WATCHED))
             .for_each(&mut uncovered);
-        if let Some(place) = self.active.places.get_mut(id as usize) {
-            place.active.late.drain(..).filter(|member| member.own().uncover()).for_each(uncovered);
-        }
+        let active = &mut self.active.places[id as usize].active;
+        active.late.drain(..).filter(|member| member.own().uncover()).for_each(uncovered);
+        &mut active.extra
     }
 
     /// S3: ends an invalidation that hit nothing. Says no, and does nothing, if notifiers were inserted under it: there may be somebody to be told.
@@ -282,16 +255,31 @@ impl<M: Member, X: Default> Protocol<M, X> {
             return false;
         }
         self.active.release(id);
-        self.settle();
+        settle(&mut self.sequence, self.active.live);
         true
     }
+}
 
-    /// S3: the sequence is even when no invalidation is active.
-    #[inline]
-    fn settle(&mut self) {
-        if self.active.is_empty() && self.sequence % 2 == 1 {
-            self.sequence = self.sequence.wrapping_add(1);
-        }
+/// S3: the sequence is even when no invalidation is active.
+#[inline(always)]
+fn settle(sequence: &mut u64, live: usize) {
+    if live == 0 && *sequence % 2 == 1 {
+        *sequence = sequence.wrapping_add(1);
+    }
+}
+
+/// The notifiers that overlap `range` are covered by one more invalidation, which gets the sequence that is returned.
+#[inline(always)]
+fn cover<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange, hits: &mut Vec<M>) -> u64 {
+    let clash = index.search(range, false, |clash, member, _| {
+        hits.push(member);
+        // An own sequence is odd, so it can equal the space's only while that is odd.
+        clash | (member.own().cover() == Some(current))
+    });
+    match hits.is_empty() {
+        true => current,
+        false if clash => current.wrapping_add(2),
+        false => current | 1,
     }
 }
 

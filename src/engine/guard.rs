@@ -108,29 +108,25 @@ impl Drop for InvalidationGuard<'_> {
 /// Ends an invalidation (S3, C2).
 #[inline(never)]
 pub(super) fn end(space: &Shared, id: Id, scratch: Box<Scratch>) {
-    if observe::ON || scratch.timed || space.clock.is_some() {
+    if observe::ON || scratch.timed {
         return end_slowly(space, id, Some(scratch));
     }
     let Some(mut state) = space.state.try_lock() else {
         return end_slowly(space, id, Some(scratch));
     };
-    if state.protocol.end(id, &scratch.hits) {
-        return tell(state, id, scratch);
-    }
-    if let Some(superfluous) = state.recycle(scratch) {
-        drop(state);
-        drop(superfluous);
+    match state.protocol.end(id, &scratch.hits) {
+        (false, extra) => extra.recycle(scratch),
+        (true, _) => tell(state, id, scratch),
     }
 }
 
 /// Wakes whoever waited for the end of an invalidation.
 #[cold]
+#[inline(never)]
 fn tell(mut state: impl DerefMut<Target = State>, id: Id, scratch: Box<Scratch>) {
     let mut after = After::default();
-    state.tell(id, &scratch.hits, &mut after);
-    let superfluous = state.recycle(scratch);
+    state.tell(id, Some(scratch), &mut after);
     drop(state);
-    drop(superfluous);
     after.run();
 }
 

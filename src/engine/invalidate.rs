@@ -5,7 +5,7 @@ use crate::engine::first_pass::forbid_waiting;
 use crate::engine::guard::{Handle, InvalidationGuard, end};
 use crate::engine::pending::Job;
 use crate::engine::scratch::Scratch;
-use crate::engine::start::{advance, fill, start, start_locked};
+use crate::engine::start::{advance, start, start_locked};
 use crate::engine::wakes::Watch;
 use crate::engine::{Shared, State, Unclaimed};
 use crate::event::{Event, Reason};
@@ -18,7 +18,6 @@ use alloc::boxed::Box;
 use core::fmt;
 use core::future::Future;
 use core::mem::ManuallyDrop;
-use core::ops::DerefMut;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
@@ -34,28 +33,18 @@ type Begun = (Id, Option<Box<Scratch>>);
 
 /// The first poll, up to where it has to wait. Takes and returns what fits into registers, see [`Invalidate::poll`].
 ///
-/// Most invalidations of a process are of memory that no device has mapped. What those do stands here and calls nothing; everything else is
-/// somebody else's last word, so that no register has to be saved for it.
+/// The ways of most invalidations stand here one behind the other: what lies in memory between two locks is not much more than what each of them needs.
 #[inline(never)]
 fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
     if observe::ON || space.clock.is_some() {
         return begin_slowly(space, range, reason);
     }
-    let Some(mut state) = space.state.try_lock() else {
+    let Some(state) = space.state.try_lock() else {
         return begin_slowly(space, range, reason);
     };
     let request = Request { range, reason, blockable: true };
-    match state.protocol.start_without_hits(range, |extra| fill(extra, request, None)) {
-        Some(id) => (id, None),
-        None => begin_locked(space, state, range, reason),
-    }
-}
-
-/// The same for a range in which there may be a notifier.
-#[inline(never)]
-fn begin_locked(space: &Shared, state: impl DerefMut<Target = State>, range: AddressRange, reason: Reason) -> Begun {
-    match start_locked(space, state, Request { range, reason, blockable: true }, None) {
-        (id, Some(scratch)) => call(space, id, scratch, 0),
+    match start_locked(space, state, &request, None) {
+        (id, Some(scratch)) => call::<0>(space, id, scratch, &request, 0),
         without_hits => without_hits,
     }
 }
@@ -64,17 +53,29 @@ fn begin_locked(space: &Shared, state: impl DerefMut<Target = State>, range: Add
 #[cold]
 #[inline(never)]
 fn begin_slowly(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
-    match start(space, Request { range, reason, blockable: true }) {
-        (id, Some(scratch)) => call(space, id, scratch, 0),
+    let request = Request { range, reason, blockable: true };
+    match start(space, &request) {
+        (id, Some(scratch)) => go_on_calling(space, id, scratch, &request, 0),
         without_hits => without_hits,
     }
 }
 
 /// First passes from hit `at` on, and what follows.
+#[inline(always)]
+fn call<const HERE: u8>(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: &Request, at: usize) -> Begun {
+    advance::<HERE>(space, &mut scratch, request, at);
+    if scratch.pends.is_some() {
+        scratch.request = *request;
+        return (id, Some(scratch));
+    }
+    (id, Some(finish(space, id, scratch)))
+}
+
+/// The same, not built in.
+#[cold]
 #[inline(never)]
-fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, at: usize) -> Begun {
-    advance(space, &mut scratch, at);
-    if scratch.pends.is_some() { (id, Some(scratch)) } else { (id, Some(finish(space, id, scratch))) }
+fn go_on_calling(space: &Shared, id: Id, scratch: Box<Scratch>, request: &Request, at: usize) -> Begun {
+    call::<1>(space, id, scratch, request, at)
 }
 
 /// The first passes and all passes are done: what a guard takes over, or the first panic after the end (C5).
@@ -107,11 +108,11 @@ fn hand_over(space: &Shared, id: Id, mut scratch: Box<Scratch>, lapses: u32) -> 
 
 /// A non-blockable invalidation (B2, B3).
 pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<InvalidationGuard<'a>, WouldBlock> {
-    let (id, scratch) = start(&space, request);
+    let (id, scratch) = start(&space, &request);
     let Some(mut scratch) = scratch else {
         return Ok(InvalidationGuard::new(space, id, None));
     };
-    advance(&space, &mut scratch, 0);
+    advance::<2>(&space, &mut scratch, &request, 0);
     while let Some(resume_at) = scratch.pends.take() {
         scratch.passes.drive_alone(&space, IDLE_ROUNDS);
         if scratch.passes.running() > 0 {
@@ -129,7 +130,7 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<
             return Err(WouldBlock);
         }
         if let Some(at) = resume_at {
-            advance(&space, &mut scratch, at);
+            advance::<3>(&space, &mut scratch, &request, at);
         }
     }
     let refused = core::mem::take(&mut scratch.passes.refused);
@@ -234,7 +235,10 @@ impl<'a> Invalidate<'a> {
             };
             match join(space, *unclaimed, watch, cx) {
                 Joined::Pending => return (self, Poll::Pending),
-                Joined::Claimed(id, scratch, at) => begun = Some(call(space, id, scratch, at)),
+                Joined::Claimed(id, scratch, at) => {
+                    let request = scratch.request;
+                    begun = Some(go_on_calling(space, id, scratch, &request, at));
+                }
                 Joined::Lapsed => {
                     self.lapses += 1;
                     *self.step = Step::Start;

@@ -30,6 +30,7 @@ mod wakes;
 use crate::entry::{Entry, EntryRef};
 use crate::event::{Event, Kind, Owner, Reason};
 use crate::index::{Indexed, IntervalIndex};
+use crate::notifier::Request;
 use crate::observe;
 use crate::protocol::{Id, Protocol};
 use crate::range::AddressRange;
@@ -47,9 +48,6 @@ use scratch::Scratch;
 use slab::Slab;
 use waiters::uncovered;
 pub(crate) use waiters::{WaitFor, Waiter};
-
-/// Spare working memories that are kept at most; as many invalidations can be active at once without allocating.
-const SPARES: usize = 16;
 
 /// What all handles of one address space share.
 pub(crate) struct Shared {
@@ -101,9 +99,6 @@ pub(crate) struct State {
     /// Readers that wait for the gate.
     #[cfg(any(feature = "userfaultfd", loom))]
     pub(crate) gated: Vec<Waker>,
-    /// Working memory for invalidations to come; the start of one collects its hits in the last, the one that was used last.
-    #[expect(clippy::vec_box, reason = "a guard holds the box: moving the memory itself in and out would copy it")]
-    pub(crate) spare: Vec<Box<Scratch>>,
     pub(crate) next_order: u64,
     pub(crate) released: bool,
     pub(crate) counts: Counts,
@@ -119,9 +114,44 @@ pub(crate) struct Extra {
     pub(crate) pending: Option<Box<Pending>>,
     /// When it was first seen to last: its passes became pending, or somebody listed it.
     pub(crate) since: Option<Duration>,
+    /// The working memory that the last invalidation in this place left, until one takes it that hits something.
+    pub(crate) spare: Option<Box<Scratch>>,
 }
 
 impl Extra {
+    /// Notes why the range is under invalidation, and when that began if it is timed.
+    #[inline(always)]
+    fn fill(&mut self, request: &Request, since: Option<Duration>) {
+        self.kind = request.reason.kind;
+        self.owner = request.reason.owner;
+        self.blockable = request.blockable;
+        self.since = since;
+    }
+
+    /// Where the start of an invalidation collects its hits.
+    #[inline(always)]
+    fn hits(&mut self) -> &mut Vec<EntryRef> {
+        if self.spare.is_none() {
+            self.make_spare();
+        }
+        let Some(scratch) = &mut self.spare else { unreachable!("there is one now") };
+        &mut scratch.hits
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn make_spare(&mut self) {
+        self.spare = Some(Box::default());
+    }
+
+    /// Keeps the working memory of an invalidation that has ended for the next one in this place.
+    #[inline(always)]
+    fn recycle(&mut self, mut scratch: Box<Scratch>) {
+        scratch.hits.clear();
+        scratch.timed = false;
+        self.spare = Some(scratch);
+    }
+
     /// Why the range is under invalidation.
     pub(crate) fn event(&self) -> Event {
         Reason { kind: self.kind, owner: self.owner }.into()
@@ -181,7 +211,6 @@ impl Shared {
             waiters: Slab::new(),
             #[cfg(any(feature = "userfaultfd", loom))]
             gated: Vec::new(),
-            spare: Vec::with_capacity(SPARES),
             next_order: 0,
             released: false,
             counts: Counts::default(),
@@ -261,25 +290,28 @@ impl Shared {
 
 impl State {
     /// Ends an active invalidation (S3, C2) and wakes whoever waited for that. `now` if it was timed.
-    #[inline(always)]
     pub(crate) fn end(&mut self, id: Id, scratch: Option<Box<Scratch>>, now: Option<Duration>, after: &mut After) {
         let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
         if let Some(now) = now {
             self.lasted(id, hits, now);
         }
-        if self.protocol.end(id, hits) {
-            self.tell(id, hits, after);
-        }
-        if let Some(scratch) = scratch {
-            // What does not fit is a memory of passes that are done: nothing foreign is dropped.
-            drop(self.recycle(scratch));
+        let (tell, extra) = self.protocol.end(id, hits);
+        if tell {
+            self.tell(id, scratch, after);
+        } else if let Some(scratch) = scratch {
+            extra.recycle(scratch);
         }
     }
 
-    /// Wakes whoever waited for the end of the invalidation `id`, which has just ended.
-    pub(crate) fn tell(&mut self, id: Id, hits: &[EntryRef], after: &mut After) {
+    /// Wakes whoever waited for the end of the invalidation `id`, which has just ended, and keeps its working memory.
+    #[cold]
+    pub(crate) fn tell(&mut self, id: Id, scratch: Option<Box<Scratch>>, after: &mut After) {
+        let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
         let Self { protocol, waiters, .. } = self;
-        protocol.tell(id, hits, |entry| uncovered(waiters, entry, after));
+        let extra = protocol.tell(id, hits, |entry| uncovered(waiters, entry, after));
+        if let Some(scratch) = scratch {
+            extra.recycle(scratch);
+        }
     }
 
     /// Notes how long an invalidation has been active.
@@ -290,19 +322,6 @@ impl State {
             self.counts.longest = self.counts.longest.max(Some(age));
             hits.iter().for_each(|entry| entry.tally.lasted(age));
         }
-    }
-
-    /// Keeps a working memory for later, or returns it if there are enough.
-    #[inline(always)]
-    pub(crate) fn recycle(&mut self, mut scratch: Box<Scratch>) -> Option<Box<Scratch>> {
-        // As many as there was room for from the start.
-        if self.spare.len() == self.spare.capacity() {
-            return Some(scratch);
-        }
-        scratch.hits.clear();
-        scratch.timed = false;
-        self.spare.push(scratch);
-        None
     }
 
     /// Notes that `entry` may have nothing that keeps it alive any more.
@@ -332,7 +351,7 @@ impl Drop for Shared {
             let pending = state.protocol.active_mut().get_mut(id).and_then(|active| active.extra.pending.take());
             let scratch = pending.and_then(|mut pending| pending.scratch.take());
             let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
-            if state.protocol.end(id, hits) {
+            if state.protocol.end(id, hits).0 {
                 state.protocol.tell(id, hits, |entry| {
                     if entry.unused() {
                         after.work().dead.push(entry);

@@ -30,7 +30,7 @@ type Place = Pin<Box<Option<PassFuture>>>;
 pub(crate) const UNLISTED: usize = usize::MAX;
 
 pub(crate) struct Scratch {
-    /// What is invalidated and why.
+    /// What is invalidated and why, once its passes are pending.
     pub(crate) request: Request,
     /// The sequence that all its passes get.
     pub(crate) sequence: u64,

@@ -10,7 +10,6 @@ use crate::observe::{self, Moment, Trace};
 use crate::protocol::{Id, Started};
 use crate::sync::catch;
 use alloc::boxed::Box;
-use alloc::vec::Vec;
 use core::ops::DerefMut;
 use core::time::Duration;
 
@@ -24,8 +23,15 @@ enum Called {
 }
 
 /// Calls the first passes of `hits` from `at` on; `at` moves behind a notifier before it is called.
-#[inline]
-fn call_from(space: &Shared, request: &Request, sequence: u64, hits: &[EntryRef], passes: &mut Passes, at: &mut usize) -> Called {
+#[inline(always)]
+fn call_from<const HERE: u8>(
+    space: &Shared,
+    request: &Request,
+    sequence: u64,
+    hits: &[EntryRef],
+    passes: &mut Passes,
+    at: &mut usize,
+) -> Called {
     let Some(first) = hits.first() else { return Called::All };
     let budget = space.budget.as_ref();
     // Made once: most of it is the same for all notifiers.
@@ -93,9 +99,20 @@ impl Drop for Reserved<'_> {
 }
 
 /// Starts an invalidation: its id, and its working memory if it hit a notifier.
-pub(super) fn start(space: &Shared, request: Request) -> (Id, Option<Box<Scratch>>) {
+pub(super) fn start(space: &Shared, request: &Request) -> (Id, Option<Box<Scratch>>) {
     let since = if space.clock.is_some() { space.now() } else { None };
-    start_locked(space, space.state.lock(), request, since)
+    let mut started = start_locked(space, space.state.lock(), request, since);
+    if observe::ON {
+        let (sequence, hits) = started.1.as_ref().map_or((0, 0), |scratch| (scratch.sequence, scratch.hits.len()));
+        let trace = Trace::start(request, sequence, hits);
+        if let Some(scratch) = &mut started.1 {
+            scratch.passes.trace = trace;
+        }
+    }
+    if let Some(scratch) = &mut started.1 {
+        scratch.timed = since.is_some();
+    }
+    started
 }
 
 /// The same when the lock is taken; it is free afterwards.
@@ -103,56 +120,33 @@ pub(super) fn start(space: &Shared, request: Request) -> (Id, Option<Box<Scratch
 pub(super) fn start_locked(
     space: &Shared,
     mut state: impl DerefMut<Target = State>,
-    request: Request,
+    request: &Request,
     since: Option<Duration>,
 ) -> (Id, Option<Box<Scratch>>) {
-    let State { protocol, spare, .. } = &mut *state;
-    if spare.is_empty() {
-        first_spare(spare);
+    let Started { id, sequence, hit, extra } = state.protocol.start(request.range, Extra::hits);
+    extra.fill(request, since);
+    if !hit {
+        return (id, None);
     }
-    let Some(next) = spare.last_mut() else { unreachable!("there is one now") };
-    let Started { id, sequence } = protocol.start(request.range, &mut next.hits, |extra| fill(extra, request, since));
-    let hits = next.hits.len();
-    let mut scratch = if hits == 0 { None } else { spare.pop() };
-    if scratch.is_some() {
-        space.calls.begin(id);
-    }
+    let mut scratch = extra.spare.take();
+    space.calls.begin(id);
     // No driver was called and nobody woken, so nothing remains for now.
     drop(state);
     if let Some(scratch) = &mut scratch {
-        (scratch.request, scratch.sequence) = (request, sequence);
-    }
-    if observe::ON {
-        let trace = Trace::start(&request, sequence, hits);
-        if let Some(scratch) = &mut scratch {
-            scratch.passes.trace = trace;
-        }
+        scratch.sequence = sequence;
     }
     (id, scratch)
 }
 
-/// What the space keeps beside an active invalidation.
+/// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3). Says in `scratch.pends` if passes are pending then.
+///
+/// `HERE` tells the places apart that this is built into: what is called from one place only, the compiler does not call.
 #[inline(always)]
-pub(super) fn fill(extra: &mut Extra, request: Request, since: Option<Duration>) {
-    extra.kind = request.reason.kind;
-    extra.owner = request.reason.owner;
-    extra.blockable = request.blockable;
-    extra.since = since;
-}
-
-#[cold]
-#[expect(clippy::vec_box, reason = "as `State::spare`")]
-fn first_spare(spare: &mut Vec<Box<Scratch>>) {
-    spare.push(Box::default());
-}
-
-/// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3).
-#[inline(always)]
-pub(super) fn advance(space: &Shared, scratch: &mut Scratch, mut at: usize) {
-    let Scratch { request, sequence, hits, passes, pends, .. } = scratch;
+pub(super) fn advance<const HERE: u8>(space: &Shared, scratch: &mut Scratch, request: &Request, mut at: usize) {
+    let Scratch { sequence, hits, passes, pends, .. } = scratch;
     // One landing for all first passes: after a panic the loop goes on behind the notifier that panicked (C5).
     let deferred = loop {
-        match catch(|| call_from(space, request, *sequence, hits, passes, &mut at)) {
+        match catch(|| call_from::<HERE>(space, request, *sequence, hits, passes, &mut at)) {
             Ok(Called::All) => break None,
             Ok(Called::Deferred) => break Some(at),
             Ok(Called::Refused) => {
@@ -162,7 +156,6 @@ pub(super) fn advance(space: &Shared, scratch: &mut Scratch, mut at: usize) {
             Err(panic) => passes.keep_panic(panic),
         }
     };
-    *pends = None;
     if deferred.is_some() {
         *pends = Some(deferred);
     } else if passes.started() > 0 {

@@ -63,7 +63,7 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 /// What the protocol and the model say of one notifier, side by side.
-fn compare(model: &[Model], protocol: &Protocol<Test, ()>, sequence: u64) -> Result<(), TestCaseError> {
+fn compare(model: &[Model], protocol: &Protocol<Test, Vec<Test>>, sequence: u64) -> Result<(), TestCaseError> {
     prop_assert_eq!(protocol.sequence(), sequence);
     for notifier in model {
         let own = notifier.member.own();
@@ -81,7 +81,7 @@ fn cases(default: u32) -> ProptestConfig {
 }
 
 fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
-    let mut protocol = Protocol::<Test, ()>::new(first);
+    let mut protocol = Protocol::<Test, Vec<Test>>::new(first);
     let mut sequence = first;
     let mut model: Vec<Model> = vec![];
     let mut running: Vec<Running> = vec![];
@@ -116,8 +116,10 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
             }
             Op::Start(start, len, sets) => {
                 let range = AddressRange::new(start, len).unwrap();
-                let mut hits = vec![];
-                let started = protocol.start(range, &mut hits, |()| ());
+                let started = protocol.start(range, |hits| hits);
+                let hits = core::mem::take(started.extra);
+                prop_assert_eq!(started.hit, !hits.is_empty());
+                let started = (started.id, started.sequence);
                 let serial = protocol.last_serial();
                 let mut expected: Vec<_> =
                     model.iter_mut().filter(|notifier| notifier.registered && notifier.range.overlaps(range)).collect();
@@ -132,7 +134,7 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
                         sequence = sequence.wrapping_add(2);
                     }
                     sequence |= 1;
-                    prop_assert_eq!(started.sequence, sequence);
+                    prop_assert_eq!(started.1, sequence);
                 }
                 for (at, notifier) in expected.iter_mut().enumerate() {
                     notifier.covered_by.push(serial);
@@ -143,7 +145,7 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
                     }
                 }
                 ranges.push((serial, range));
-                running.push(Running { id: started.id, serial, hits });
+                running.push(Running { id: started.0, serial, hits });
             }
             Op::End(at) => {
                 if !running.is_empty() {
@@ -151,7 +153,7 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
                     let mut uncovered = vec![];
                     // An invalidation without hits has a shorter way, unless notifiers were inserted under it.
                     let short = ended.hits.is_empty() && protocol.end_without_hits(ended.id);
-                    if !short && protocol.end(ended.id, &ended.hits) {
+                    if !short && protocol.end(ended.id, &ended.hits).0 {
                         protocol.tell(ended.id, &ended.hits, |member| uncovered.push(member));
                     }
                     ranges.retain(|(serial, _)| *serial != ended.serial);
