@@ -14,7 +14,7 @@ ROOT = pathlib.Path(__file__).resolve().parent.parent
 
 # Name, file, the code as it is, the code as it is not to be.
 MUTATIONS = [
-    ("leave out S6", "src/protocol.rs", "if clash { current.wrapping_add(2) } else { current | 1 }", "current | 1"),
+    ("leave out S6", "src/protocol.rs", "{ after_clash(current) }", "{ sequence }"),
     ("never mark a covered notifier", "src/protocol/own.rs", "self.word.store(word & !UNCOVERED, Ordering::Release);\n            word | UNCOVERED", "word | UNCOVERED"),
     ("mark uncovered while another covers", "src/protocol/own.rs", "covering < COVER && {\n            let word", "{\n            let word"),
     ("a sequence goes back", "src/protocol/own.rs", "(sequence.wrapping_sub(word | UNCOVERED)).cast_signed() > 0", "sequence != word"),

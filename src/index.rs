@@ -138,10 +138,10 @@ impl<V: Indexed> IntervalIndex<V> {
     #[inline]
     pub(crate) fn may_overlap(&self, range: AddressRange) -> bool {
         let (first, last) = self.span;
-        range.start() <= last && range.last() >= first && self.len != 0
+        range.start() <= last && range.last() >= first
     }
 
-    /// [`overlapping_or_covering`](Self::overlapping_or_covering) for an index that is not empty, as a fold: what changes from hit to hit is handed on
+    /// [`overlapping_or_covering`](Self::overlapping_or_covering) when [`may_overlap`](Self::may_overlap) is known, as a fold: what changes from hit to hit is handed on
     /// by value, so that it stays in registers.
     #[inline(always)]
     pub(crate) fn search<A>(&self, range: AddressRange, first: A, mut hit: impl FnMut(A, V, bool) -> A) -> A {
@@ -173,7 +173,8 @@ impl<V: Indexed> IntervalIndex<V> {
             }
             node = inner.children[last];
         }
-        let leaf = self.leaves.at(node);
+        // There is none before the first insertion; when all intervals were removed there are only gaps in it.
+        let Some(leaf) = self.leaves.nodes.get(node as usize) else { return so_far };
         let end = count_at_most(&leaf.starts, leaf.is_short(), range.last());
         let from = first_candidate(&leaf.starts, leaf.slack, range.start(), end);
         for at in from..end {

@@ -53,7 +53,7 @@ pub(crate) struct ActiveSet<M, X> {
     places: Vec<Place<M, X>>,
     /// The place to be used next; each free one names the one after it.
     free: Id,
-    live: usize,
+    live: u32,
 }
 
 struct Place<M, X> {
@@ -69,7 +69,7 @@ const NONE: Id = Id::MAX - 1;
 
 impl<M, X> ActiveSet<M, X> {
     pub(crate) fn len(&self) -> usize {
-        self.live
+        self.live as usize
     }
 
     pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
@@ -197,23 +197,33 @@ impl<M: Member, X: Default> Protocol<M, X> {
         self.index.remove(range, member)
     }
 
-    /// S2, S6: starts an invalidation. What `hits` finds beside it, which is empty, gets every notifier that overlaps `range`, in the order of their first
-    /// passes (O1); it is not asked for when there can be none.
+    /// S2, S6: starts an invalidation. `fill` gets what its owner keeps beside it, as the last invalidation in this place left it. What `hits` finds there,
+    /// which is empty, gets every notifier that overlaps `range`, in the order of their first passes (O1); it is not asked for when there can be none.
     #[inline(always)]
-    pub(crate) fn start(&mut self, range: AddressRange, hits: impl FnOnce(&mut X) -> &mut Vec<M>) -> Started<'_, X> {
+    pub(crate) fn start(
+        &mut self,
+        range: AddressRange,
+        fill: impl FnOnce(&mut X),
+        hits: impl FnOnce(&mut X) -> &mut Vec<M>,
+    ) -> Started<'_, X> {
         self.started += 1;
+        let serial = self.started;
         let (id, active) = self.active.take();
         active.range = range;
-        active.serial = self.started;
-        let mut hit = false;
+        active.serial = serial;
+        fill(&mut active.extra);
         if self.index.may_overlap(range) {
             let hits = hits(&mut active.extra);
             debug_assert!(hits.is_empty(), "an invalidation that has ended left its hits");
-            self.sequence = cover(&self.index, self.sequence, range, hits);
-            hit = !hits.is_empty();
+            let sequence = cover(&self.index, self.sequence, range, hits);
+            if !hits.is_empty() {
+                self.sequence = sequence;
+                active.sequence = sequence;
+                return Started { id, sequence, hit: true, extra: &mut active.extra };
+            }
         }
         active.sequence = self.sequence;
-        Started { id, sequence: self.sequence, hit, extra: &mut active.extra }
+        Started { id, sequence: self.sequence, hit: false, extra: &mut active.extra }
     }
 
     /// The serial of the invalidation that started last.
@@ -262,25 +272,29 @@ impl<M: Member, X: Default> Protocol<M, X> {
 
 /// S3: the sequence is even when no invalidation is active.
 #[inline(always)]
-fn settle(sequence: &mut u64, live: usize) {
+fn settle(sequence: &mut u64, live: u32) {
     if live == 0 && *sequence % 2 == 1 {
         *sequence = sequence.wrapping_add(1);
     }
 }
 
-/// The notifiers that overlap `range` are covered by one more invalidation, which gets the sequence that is returned.
+/// The notifiers that overlap `range` are covered by one more invalidation, which gets the sequence that is returned if there is one.
 #[inline(always)]
 fn cover<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange, hits: &mut Vec<M>) -> u64 {
-    let clash = index.search(range, false, |clash, member, _| {
+    let (_, _, sequence) = index.search(range, (hits, current, current | 1), |(hits, current, sequence), member, _| {
         hits.push(member);
         // An own sequence is odd, so it can equal the space's only while that is odd.
-        clash | (member.own().cover() == Some(current))
+        let sequence = if member.own().cover() == Some(current) { after_clash(current) } else { sequence };
+        (hits, current, sequence)
     });
-    match hits.is_empty() {
-        true => current,
-        false if clash => current.wrapping_add(2),
-        false => current | 1,
-    }
+    sequence
+}
+
+/// S6: the sequence that follows when a notifier has the current one already, without being covered.
+#[cold]
+#[inline(never)]
+fn after_clash(current: u64) -> u64 {
+    current.wrapping_add(2)
 }
 
 #[cfg(test)]

@@ -43,9 +43,9 @@ fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
         return begin_slowly(space, range, reason);
     };
     let request = Request { range, reason, blockable: true };
-    match start_locked(space, state, &request, None) {
-        (id, Some(scratch)) => call::<0>(space, id, scratch, &request, 0),
-        without_hits => without_hits,
+    match start_locked(space, state, request, None) {
+        (id, sequence, Some(scratch)) => call::<0>(space, id, scratch, request, sequence, 0),
+        (id, _, None) => (id, None),
     }
 }
 
@@ -54,28 +54,28 @@ fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
 #[inline(never)]
 fn begin_slowly(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
     let request = Request { range, reason, blockable: true };
-    match start(space, &request) {
-        (id, Some(scratch)) => go_on_calling(space, id, scratch, &request, 0),
-        without_hits => without_hits,
+    match start(space, request) {
+        (id, sequence, Some(scratch)) => call::<1>(space, id, scratch, request, sequence, 0),
+        (id, _, None) => (id, None),
     }
 }
 
 /// First passes from hit `at` on, and what follows.
 #[inline(always)]
-fn call<const HERE: u8>(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: &Request, at: usize) -> Begun {
-    advance::<HERE>(space, &mut scratch, request, at);
+fn call<const HERE: u8>(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: Request, sequence: u64, at: usize) -> Begun {
+    advance::<HERE>(space, &mut scratch, request, sequence, at);
     if scratch.pends.is_some() {
-        scratch.request = *request;
         return (id, Some(scratch));
     }
     (id, Some(finish(space, id, scratch)))
 }
 
-/// The same, not built in.
+/// First passes go on from hit `at`, which the pass budget had interrupted.
 #[cold]
 #[inline(never)]
-fn go_on_calling(space: &Shared, id: Id, scratch: Box<Scratch>, request: &Request, at: usize) -> Begun {
-    call::<1>(space, id, scratch, request, at)
+fn go_on_calling(space: &Shared, id: Id, scratch: Box<Scratch>, at: usize) -> Begun {
+    let (request, sequence) = (scratch.request, scratch.sequence);
+    call::<2>(space, id, scratch, request, sequence, at)
 }
 
 /// The first passes and all passes are done: what a guard takes over, or the first panic after the end (C5).
@@ -108,11 +108,11 @@ fn hand_over(space: &Shared, id: Id, mut scratch: Box<Scratch>, lapses: u32) -> 
 
 /// A non-blockable invalidation (B2, B3).
 pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<InvalidationGuard<'a>, WouldBlock> {
-    let (id, scratch) = start(&space, &request);
+    let (id, sequence, scratch) = start(&space, request);
     let Some(mut scratch) = scratch else {
         return Ok(InvalidationGuard::new(space, id, None));
     };
-    advance::<2>(&space, &mut scratch, &request, 0);
+    advance::<3>(&space, &mut scratch, request, sequence, 0);
     while let Some(resume_at) = scratch.pends.take() {
         scratch.passes.drive_alone(&space, IDLE_ROUNDS);
         if scratch.passes.running() > 0 {
@@ -130,7 +130,7 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<
             return Err(WouldBlock);
         }
         if let Some(at) = resume_at {
-            advance::<3>(&space, &mut scratch, &request, at);
+            advance::<4>(&space, &mut scratch, request, sequence, at);
         }
     }
     let refused = core::mem::take(&mut scratch.passes.refused);
@@ -235,10 +235,7 @@ impl<'a> Invalidate<'a> {
             };
             match join(space, *unclaimed, watch, cx) {
                 Joined::Pending => return (self, Poll::Pending),
-                Joined::Claimed(id, scratch, at) => {
-                    let request = scratch.request;
-                    begun = Some(go_on_calling(space, id, scratch, &request, at));
-                }
+                Joined::Claimed(id, scratch, at) => begun = Some(go_on_calling(space, id, scratch, at)),
                 Joined::Lapsed => {
                     self.lapses += 1;
                     *self.step = Step::Start;

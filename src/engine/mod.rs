@@ -121,7 +121,7 @@ pub(crate) struct Extra {
 impl Extra {
     /// Notes why the range is under invalidation, and when that began if it is timed.
     #[inline(always)]
-    fn fill(&mut self, request: &Request, since: Option<Duration>) {
+    fn fill(&mut self, request: Request, since: Option<Duration>) {
         self.kind = request.reason.kind;
         self.owner = request.reason.owner;
         self.blockable = request.blockable;
@@ -149,13 +149,22 @@ impl Extra {
     fn recycle(&mut self, mut scratch: Box<Scratch>) {
         scratch.hits.clear();
         scratch.timed = false;
-        self.spare = Some(scratch);
+        if let Some(superfluous) = self.spare.replace(scratch) {
+            drop_superfluous(superfluous);
+        }
     }
 
     /// Why the range is under invalidation.
     pub(crate) fn event(&self) -> Event {
         Reason { kind: self.kind, owner: self.owner }.into()
     }
+}
+
+/// Not built in, because it does not happen: the memory that an invalidation gives back is the one that it took from there.
+#[cold]
+#[inline(never)]
+fn drop_superfluous(scratch: Box<Scratch>) {
+    drop(scratch);
 }
 
 /// What happened in a space, under its lock.

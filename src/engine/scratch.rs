@@ -32,7 +32,7 @@ pub(crate) const UNLISTED: usize = usize::MAX;
 pub(crate) struct Scratch {
     /// What is invalidated and why, once its passes are pending.
     pub(crate) request: Request,
-    /// The sequence that all its passes get.
+    /// The sequence that all its passes get, likewise.
     pub(crate) sequence: u64,
     /// The notifiers that the invalidation hit, in order of their first passes.
     pub(crate) hits: Vec<EntryRef>,

@@ -24,18 +24,14 @@ enum Called {
 
 /// Calls the first passes of `hits` from `at` on; `at` moves behind a notifier before it is called.
 #[inline(always)]
-fn call_from<const HERE: u8>(
+fn call_from<'a, const HERE: u8>(
     space: &Shared,
-    request: &Request,
-    sequence: u64,
-    hits: &[EntryRef],
+    invalidation: &mut Invalidation<'a>,
+    hits: &'a [EntryRef],
     passes: &mut Passes,
     at: &mut usize,
 ) -> Called {
-    let Some(first) = hits.first() else { return Called::All };
     let budget = space.budget.as_ref();
-    // Made once: most of it is the same for all notifiers.
-    let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &first.own };
     while let Some(entry) = hits.get(*at) {
         *at += 1;
         if entry.is_removed() {
@@ -49,7 +45,7 @@ fn call_from<const HERE: u8>(
         let began = Moment::now();
         let answer = {
             let (_here, _entered) = (InFirstPass::enter(space, *entry), passes.trace.enter());
-            entry.first_pass(&invalidation, passes.next.as_mut())
+            entry.first_pass(invalidation, passes.next.as_mut())
         };
         passes.trace.first_pass(*entry, answer, began);
         match answer {
@@ -66,8 +62,8 @@ fn call_from<const HERE: u8>(
                     }
                 }
             }
-            Answer::WouldBlock if !request.blockable => return Called::Refused,
-            Answer::WouldBlock => refused_blockable(space, request, *entry),
+            Answer::WouldBlock if !invalidation.request.blockable => return Called::Refused,
+            Answer::WouldBlock => refused_blockable(space, &invalidation.request, *entry),
         }
     }
     Called::All
@@ -98,21 +94,23 @@ impl Drop for Reserved<'_> {
     }
 }
 
-/// Starts an invalidation: its id, and its working memory if it hit a notifier.
-pub(super) fn start(space: &Shared, request: &Request) -> (Id, Option<Box<Scratch>>) {
+/// What has started: the invalidation's id and sequence, and its working memory if it hit a notifier.
+pub(super) type Running = (Id, u64, Option<Box<Scratch>>);
+
+/// Starts an invalidation.
+pub(super) fn start(space: &Shared, request: Request) -> Running {
     let since = if space.clock.is_some() { space.now() } else { None };
-    let mut started = start_locked(space, space.state.lock(), request, since);
+    let (id, sequence, mut scratch) = start_locked(space, space.state.lock(), request, since);
     if observe::ON {
-        let (sequence, hits) = started.1.as_ref().map_or((0, 0), |scratch| (scratch.sequence, scratch.hits.len()));
-        let trace = Trace::start(request, sequence, hits);
-        if let Some(scratch) = &mut started.1 {
+        let trace = Trace::start(&request, sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
+        if let Some(scratch) = &mut scratch {
             scratch.passes.trace = trace;
         }
     }
-    if let Some(scratch) = &mut started.1 {
+    if let Some(scratch) = &mut scratch {
         scratch.timed = since.is_some();
     }
-    started
+    (id, sequence, scratch)
 }
 
 /// The same when the lock is taken; it is free afterwards.
@@ -120,33 +118,34 @@ pub(super) fn start(space: &Shared, request: &Request) -> (Id, Option<Box<Scratc
 pub(super) fn start_locked(
     space: &Shared,
     mut state: impl DerefMut<Target = State>,
-    request: &Request,
+    request: Request,
     since: Option<Duration>,
-) -> (Id, Option<Box<Scratch>>) {
-    let Started { id, sequence, hit, extra } = state.protocol.start(request.range, Extra::hits);
-    extra.fill(request, since);
+) -> Running {
+    let Started { id, sequence, hit, extra } =
+        state.protocol.start(request.range, |extra| extra.fill(request, since), Extra::hits);
     if !hit {
-        return (id, None);
+        return (id, sequence, None);
     }
-    let mut scratch = extra.spare.take();
+    let scratch = extra.spare.take();
     space.calls.begin(id);
     // No driver was called and nobody woken, so nothing remains for now.
     drop(state);
-    if let Some(scratch) = &mut scratch {
-        scratch.sequence = sequence;
-    }
-    (id, scratch)
+    (id, sequence, scratch)
 }
 
-/// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3). Says in `scratch.pends` if passes are pending then.
+/// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3). If passes are pending then, says so in
+/// `scratch.pends`, and notes in `scratch` what the rest has to know.
 ///
 /// `HERE` tells the places apart that this is built into: what is called from one place only, the compiler does not call.
 #[inline(always)]
-pub(super) fn advance<const HERE: u8>(space: &Shared, scratch: &mut Scratch, request: &Request, mut at: usize) {
-    let Scratch { sequence, hits, passes, pends, .. } = scratch;
+pub(super) fn advance<const HERE: u8>(space: &Shared, scratch: &mut Scratch, request: Request, sequence: u64, mut at: usize) {
+    let Scratch { hits, passes, pends, .. } = scratch;
+    let Some(first) = hits.first() else { return };
+    // Made once: most of it is the same for all notifiers.
+    let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &first.own };
     // One landing for all first passes: after a panic the loop goes on behind the notifier that panicked (C5).
     let deferred = loop {
-        match catch(|| call_from::<HERE>(space, request, *sequence, hits, passes, &mut at)) {
+        match catch(|| call_from::<HERE>(space, &mut invalidation, hits, passes, &mut at)) {
             Ok(Called::All) => break None,
             Ok(Called::Deferred) => break Some(at),
             Ok(Called::Refused) => {
@@ -161,6 +160,11 @@ pub(super) fn advance<const HERE: u8>(space: &Shared, scratch: &mut Scratch, req
     } else if passes.started() > 0 {
         passes.first_polls(space, 0);
         *pends = (passes.running() > 0).then_some(None);
+    } else {
+        return;
+    }
+    if pends.is_some() {
+        (scratch.request, scratch.sequence) = (invalidation.request, invalidation.sequence);
     }
 }
 

@@ -18,16 +18,17 @@ pub(super) const UNUSED: u64 = u64::MAX;
 /// A removal leaves a gap: a place that starts where the next one does, so that the starts remain sorted and a search passes it by, and whose `last` no
 /// range reaches. An insertion takes the nearest gap, so that it moves the few intervals up to there and not half of the leaf.
 #[derive(Clone)]
+#[repr(C)]
 pub(super) struct Leaf<V> {
+    pub(super) starts: [u64; CAP],
+    /// The rest of each interval. Together, so that a hit touches one more cache line and not two, and a change moves two arrays and not three.
+    pub(super) rests: [Rest<V>; CAP],
     /// No interval reaches further than this many bytes into the next place.
     pub(super) slack: u64,
     /// Places that hold an interval, a bit each.
     pub(super) live: u32,
     /// How many they are.
     pub(super) len: u32,
-    pub(super) starts: [u64; CAP],
-    /// The rest of each interval. Together, so that a hit touches one more cache line and not two, and a change moves two arrays and not three.
-    pub(super) rests: [Rest<V>; CAP],
 }
 
 /// What a leaf knows of an interval beside its start.
