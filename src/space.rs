@@ -97,7 +97,7 @@ impl Builder {
     /// Makes the space.
     pub fn build(self) -> AddressSpace {
         let shared = Shared::new(self.sequence.unwrap_or(2), self.budget.map(Budget::new), self.reporter, self.clock);
-        AddressSpace { shared: Arc::new(shared) }
+        AddressSpace { shared }
     }
 }
 

@@ -106,7 +106,7 @@ mod checked {
     }
 }
 
-pub(crate) use alloc::sync::Arc;
+pub(crate) use alloc::sync::{Arc, Weak};
 #[cfg(any(loom, shuttle))]
 pub(crate) use checked::*;
 #[cfg(not(any(loom, shuttle)))]

@@ -7,7 +7,7 @@ use crate::notifier::Sequence;
 use crate::observe;
 use crate::protocol::Id;
 use crate::range::AddressRange;
-use crate::sync::{Arc, Lock};
+use crate::sync::Arc;
 use alloc::boxed::Box;
 use core::fmt;
 use core::mem::ManuallyDrop;
@@ -15,14 +15,14 @@ use core::ops::DerefMut;
 
 /// A handle of the space, borrowed or owned. Borrowing costs nothing, where a reference count would be a third of a short invalidation.
 pub(crate) enum Handle<'a> {
-    Borrowed(&'a Arc<Shared>),
+    Borrowed(&'a Shared),
     Owned(Arc<Shared>),
 }
 
 impl core::ops::Deref for Handle<'_> {
     type Target = Shared;
 
-    #[inline]
+    #[inline(always)]
     fn deref(&self) -> &Shared {
         match self {
             Self::Borrowed(space) => space,
@@ -31,10 +31,20 @@ impl core::ops::Deref for Handle<'_> {
     }
 }
 
+impl Clone for Handle<'_> {
+    #[inline(always)]
+    fn clone(&self) -> Self {
+        match self {
+            Self::Borrowed(space) => Self::Borrowed(space),
+            Self::Owned(space) => Self::Owned(space.clone()),
+        }
+    }
+}
+
 impl Handle<'_> {
     pub(super) fn into_owned(self) -> Handle<'static> {
         Handle::Owned(match self {
-            Self::Borrowed(space) => space.clone(),
+            Self::Borrowed(space) => space.handle(),
             Self::Owned(space) => space,
         })
     }
@@ -46,19 +56,18 @@ impl Handle<'_> {
 /// Dropping it is the end of the invalidation (`mmu_notifier_invalidate_range_end`); it never waits. It may be held across
 /// awaits, moved to another thread, and leaked: then the range stays under invalidation for ever.
 #[must_use = "dropping the guard ends the invalidation: keep it until the memory has changed"]
+#[repr(C)]
 pub struct InvalidationGuard<'a> {
     /// `None` once another guard has taken over. Dropped by hand, as is `scratch`, so that the end of a short invalidation is short.
     space: ManuallyDrop<Option<Handle<'a>>>,
     id: Id,
-    /// A lock because a pass need not be `Sync`, and the guard is.
-    scratch: ManuallyDrop<Lock<Option<Box<Scratch>>>>,
+    scratch: ManuallyDrop<Option<Box<Scratch>>>,
 }
 
 impl<'a> InvalidationGuard<'a> {
-    #[inline]
+    #[inline(always)]
     pub(super) fn new(space: Handle<'a>, id: Id, scratch: Option<Box<Scratch>>) -> Self {
-        let (space, scratch) = (ManuallyDrop::new(Some(space)), ManuallyDrop::new(Lock::new(scratch)));
-        Self { space, id, scratch }
+        Self { space: ManuallyDrop::new(Some(space)), scratch: ManuallyDrop::new(scratch), id }
     }
 
     /// What is under invalidation.
@@ -73,15 +82,15 @@ impl<'a> InvalidationGuard<'a> {
 
     /// How many notifiers the invalidation hit.
     pub fn hits(&self) -> usize {
-        self.scratch.lock().as_ref().map_or(0, |scratch| scratch.hits.len())
+        self.scratch.as_ref().map_or(0, |scratch| scratch.hits.len())
     }
 
     /// The same guard with a handle of the space of its own, to be kept in a structure or sent to a task.
     pub fn into_owned(mut self) -> InvalidationGuard<'static> {
         InvalidationGuard {
             space: ManuallyDrop::new(self.space.take().map(Handle::into_owned)),
+            scratch: ManuallyDrop::new(self.scratch.take()),
             id: self.id,
-            scratch: ManuallyDrop::new(Lock::new(self.scratch.get_mut().take())),
         }
     }
 
@@ -96,12 +105,27 @@ impl<'a> InvalidationGuard<'a> {
 impl Drop for InvalidationGuard<'_> {
     #[inline]
     fn drop(&mut self) {
-        if let Some(space) = self.space.take() {
-            match self.scratch.get_mut().take() {
-                Some(scratch) => end(&space, self.id, scratch),
-                None => end_without_hits(&space, self.id),
-            }
+        match &*self.space {
+            // A borrowed handle is not dropped, so it stays where it is.
+            Some(Handle::Borrowed(space)) => finish(space, self.id, self.scratch.take()),
+            Some(Handle::Owned(_)) => finish_owned(self.space.take(), self.id, self.scratch.take()),
+            None => {}
         }
+    }
+}
+
+#[inline(never)]
+fn finish_owned(space: Option<Handle<'_>>, id: Id, scratch: Option<Box<Scratch>>) {
+    if let Some(space) = space {
+        finish(&space, id, scratch);
+    }
+}
+
+#[inline(always)]
+fn finish(space: &Shared, id: Id, scratch: Option<Box<Scratch>>) {
+    match scratch {
+        Some(scratch) => end(space, id, scratch),
+        None => end_without_hits(space, id),
     }
 }
 
@@ -145,7 +169,7 @@ fn end_slowly(space: &Shared, id: Id, mut scratch: Option<Box<Scratch>>) {
     let timed = space.clock.is_some() || scratch.as_ref().is_some_and(|scratch| scratch.timed);
     let now = if timed { space.now() } else { None };
     // Closed when the lock is free.
-    let _trace = scratch.as_mut().map(|scratch| core::mem::take(&mut scratch.passes.trace));
+    let _trace = scratch.as_mut().map(|scratch| core::mem::take(&mut scratch.passes().trace));
     space.with(|state, after| state.end(id, scratch, now, after));
 }
 

@@ -5,7 +5,7 @@ use crate::engine::first_pass::forbid_waiting;
 use crate::engine::guard::{Handle, InvalidationGuard, end};
 use crate::engine::pending::Job;
 use crate::engine::scratch::Scratch;
-use crate::engine::start::{advance, start, start_locked};
+use crate::engine::start::{Advanced, advance, start, start_locked};
 use crate::engine::wakes::Watch;
 use crate::engine::{Shared, State, Unclaimed};
 use crate::event::{Event, Reason};
@@ -25,11 +25,14 @@ use core::task::{Context, Poll};
 /// for ever, as one does whose task has used up its cooperative budget, must not hold the caller for ever.
 const IDLE_ROUNDS: usize = 32;
 
-/// An invalidation that has begun, and its working memory if it hit a notifier. If passes are pending the memory says so; otherwise a guard can take over.
+/// An invalidation that has begun, and its working memory if it hit a notifier: a guard can take over. Or [`PENDING`] and the memory.
 ///
 /// Two words, so that they are returned in registers: a guard that is put together behind a call and then moved
 /// stalls on its own stores, and that was a third of a short invalidation.
 type Begun = (Id, Option<Box<Scratch>>);
+
+/// In place of an id: passes are pending, and the memory has the id.
+const PENDING: Id = Id::MAX;
 
 /// The first poll, up to where it has to wait. Takes and returns what fits into registers, see [`Invalidate::poll`].
 ///
@@ -63,32 +66,39 @@ fn begin_slowly(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
 /// First passes from hit `at` on, and what follows.
 #[inline(always)]
 fn call<const HERE: u8>(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: Request, sequence: u64, at: usize) -> Begun {
-    advance::<HERE>(space, &mut scratch, request, sequence, at);
-    if scratch.pends.is_some() {
-        return (id, Some(scratch));
+    match advance::<HERE>(space, id, &mut scratch, request, sequence, at) {
+        Advanced::Plainly => {
+            space.calls.end(id);
+            (id, Some(scratch))
+        }
+        Advanced::Done => (id, Some(finish(space, id, scratch))),
+        Advanced::Pends => (PENDING, Some(scratch)),
     }
-    (id, Some(finish(space, id, scratch)))
 }
 
 /// First passes go on from hit `at`, which the pass budget had interrupted.
 #[cold]
 #[inline(never)]
-fn go_on_calling(space: &Shared, id: Id, scratch: Box<Scratch>, at: usize) -> Begun {
+fn go_on_calling(space: &Shared, id: Id, mut scratch: Box<Scratch>, at: usize) -> Begun {
     let (request, sequence) = (scratch.request, scratch.sequence);
-    call::<2>(space, id, scratch, request, sequence, at)
+    match advance::<2>(space, id, &mut scratch, request, sequence, at) {
+        Advanced::Pends => (PENDING, Some(scratch)),
+        // Something before the interruption may have panicked.
+        Advanced::Plainly | Advanced::Done => (id, Some(finish(space, id, scratch))),
+    }
 }
 
 /// The first passes and all passes are done: what a guard takes over, or the first panic after the end (C5).
-#[inline(always)]
-fn finish(space: &Shared, id: Id, scratch: Box<Scratch>) -> Box<Scratch> {
+#[inline]
+fn finish(space: &Shared, id: Id, mut scratch: Box<Scratch>) -> Box<Scratch> {
     space.calls.end(id);
-    if scratch.passes.panic.is_some() { fail(space, id, scratch) } else { scratch }
+    if scratch.passes().panic.is_some() { fail(space, id, scratch) } else { scratch }
 }
 
 /// Ends an invalidation and resumes the panic that was kept.
 #[cold]
 fn fail(space: &Shared, id: Id, mut scratch: Box<Scratch>) -> ! {
-    let panic = scratch.passes.panic.take();
+    let panic = scratch.passes().panic.take();
     end(space, id, scratch);
     if let Some(panic) = panic {
         resume(panic);
@@ -97,8 +107,8 @@ fn fail(space: &Shared, id: Id, mut scratch: Box<Scratch>) -> ! {
 }
 
 /// Hands the pending passes of `scratch` to the space: from now on others may drive them.
-fn hand_over(space: &Shared, id: Id, mut scratch: Box<Scratch>, lapses: u32) -> Unclaimed {
-    let (now, resume_at) = (space.now(), scratch.pends.take().flatten());
+fn hand_over(space: &Shared, mut scratch: Box<Scratch>, lapses: u32) -> Unclaimed {
+    let (now, id, resume_at) = (space.now(), scratch.id, scratch.resume_at.take());
     space.with(|state, after| {
         // The first passes are over, as far as others are concerned, as soon as the passes are listed.
         space.calls.end(id);
@@ -112,13 +122,13 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<
     let Some(mut scratch) = scratch else {
         return Ok(InvalidationGuard::new(space, id, None));
     };
-    advance::<3>(&space, &mut scratch, request, sequence, 0);
-    while let Some(resume_at) = scratch.pends.take() {
-        scratch.passes.drive_alone(&space, IDLE_ROUNDS);
-        if scratch.passes.running() > 0 {
-            let panic = scratch.passes.panic.take();
-            scratch.passes.refused = false;
-            let unclaimed = hand_over(&space, id, scratch, 0);
+    let mut advanced = advance::<3>(&space, id, &mut scratch, request, sequence, 0);
+    while advanced == Advanced::Pends {
+        scratch.passes().drive_alone(&space, IDLE_ROUNDS);
+        if scratch.passes().running() > 0 {
+            let panic = scratch.passes().panic.take();
+            scratch.passes().refused = false;
+            let unclaimed = hand_over(&space, scratch, 0);
             let now = space.now();
             space.with(|state, after| {
                 state.counts.abandoned += 1;
@@ -129,11 +139,12 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<
             }
             return Err(WouldBlock);
         }
-        if let Some(at) = resume_at {
-            advance::<4>(&space, &mut scratch, request, sequence, at);
-        }
+        advanced = match scratch.resume_at.take() {
+            Some(at) => advance::<4>(&space, id, &mut scratch, request, sequence, at),
+            None => Advanced::Done,
+        };
     }
-    let refused = core::mem::take(&mut scratch.passes.refused);
+    let refused = core::mem::take(&mut scratch.passes().refused);
     let scratch = finish(&space, id, scratch);
     let guard = InvalidationGuard::new(space, id, Some(scratch));
     if refused { Err(WouldBlock) } else { Ok(guard) }
@@ -173,7 +184,7 @@ enum Step {
 }
 
 impl<'a> Invalidate<'a> {
-    #[inline]
+    #[inline(always)]
     pub(crate) fn new(space: Handle<'a>, range: AddressRange, reason: Reason) -> Self {
         Self { space: ManuallyDrop::new(Some(space)), range, reason, step: ManuallyDrop::new(Step::Start), lapses: 0 }
     }
@@ -218,8 +229,8 @@ impl<'a> Invalidate<'a> {
                 panic!("`Invalidate` polled after it has resolved");
             };
             match begun.take() {
-                Some((id, Some(scratch))) if scratch.pends.is_some() => {
-                    let unclaimed = hand_over(space, id, scratch, self.lapses);
+                Some((PENDING, Some(scratch))) => {
+                    let unclaimed = hand_over(space, scratch, self.lapses);
                     *self.step = Step::Joining { unclaimed, watch: Watch::default() };
                 }
                 Some((id, scratch)) => {
@@ -325,7 +336,7 @@ impl<'a> Future for Invalidate<'a> {
         let mut begun = None;
         if let (Step::Start, Some(space)) = (&*this.step, &*this.space) {
             let (id, scratch) = begin(space, this.range, this.reason);
-            if scratch.as_ref().is_none_or(|scratch| scratch.pends.is_none())
+            if id != PENDING
                 && let Some(space) = this.space.take()
             {
                 // Nothing in the step is to be dropped: a plain store.

@@ -34,7 +34,7 @@ use crate::notifier::Request;
 use crate::observe;
 use crate::protocol::{Id, Protocol};
 use crate::range::AddressRange;
-use crate::sync::{AtomicU64, AtomicUsize, Lock, Ordering, Panic, catch, resume};
+use crate::sync::{Arc, AtomicU64, AtomicUsize, Lock, Ordering, Panic, Weak, catch, resume};
 pub(crate) use after::After;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -51,6 +51,8 @@ pub(crate) use waiters::{WaitFor, Waiter};
 
 /// What all handles of one address space share.
 pub(crate) struct Shared {
+    /// The handle that all others are counted with, for those who have a reference only.
+    this: Weak<Self>,
     state: Lock<State>,
     /// Before all readers of the space.
     pub(crate) gate: Gate,
@@ -185,6 +187,11 @@ pub(crate) struct Unclaimed {
     pub(crate) serial: u64,
 }
 
+impl Unclaimed {
+    /// No invalidation has this serial.
+    pub(crate) const NOBODY: Self = Self { id: 0, serial: 0 };
+}
+
 impl Indexed for Unclaimed {
     fn order(self) -> u64 {
         self.serial
@@ -213,7 +220,7 @@ impl Budget {
 }
 
 impl Shared {
-    pub(crate) fn new(sequence: u64, budget: Option<Budget>, reporter: Option<Reporter>, clock: Option<Clock>) -> Self {
+    pub(crate) fn new(sequence: u64, budget: Option<Budget>, reporter: Option<Reporter>, clock: Option<Clock>) -> Arc<Self> {
         let state = State {
             protocol: Protocol::new(sequence),
             unclaimed: IntervalIndex::new(),
@@ -224,7 +231,8 @@ impl Shared {
             released: false,
             counts: Counts::default(),
         };
-        Self {
+        Arc::new_cyclic(|this| Self {
+            this: this.clone(),
             state: Lock::new(state),
             gate: Gate::new(),
             calls: CallTable::new(),
@@ -232,7 +240,13 @@ impl Shared {
             reporter,
             clock,
             reads: Reads::default(),
-        }
+        })
+    }
+
+    /// One more handle.
+    pub(crate) fn handle(&self) -> Arc<Self> {
+        let Some(handle) = self.this.upgrade() else { unreachable!("whoever has a reference has it from a handle") };
+        handle
     }
 
     /// The only way to the state: under the lock, and with somewhere to put what must wait until it is free.

@@ -62,7 +62,7 @@ impl State {
         now: Option<Duration>,
         after: &mut After,
     ) -> Unclaimed {
-        let wakes = scratch.passes.wakes().clone();
+        let wakes = scratch.passes().wakes().clone();
         let mut pending = match scratch.pending.take() {
             Some(mut pending) => {
                 pending.wakes = wakes;
@@ -78,7 +78,7 @@ impl State {
                 patience: 0,
             }),
         };
-        scratch.passes.list(&mut pending.waiting);
+        scratch.passes().list(&mut pending.waiting);
         for (_, entry) in &pending.waiting {
             entry.pending.store(entry.pending.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         }
@@ -92,7 +92,7 @@ impl State {
         let mut asleep: Vec<EntryRef> = Vec::new();
         let sleeps = |entry: &EntryRef| entry.first_waiter().is_some();
         asleep.extend(scratch.hits.iter().copied().chain(active.late()).filter(sleeps));
-        pending.done = scratch.passes.running() == 0;
+        pending.done = scratch.passes().running() == 0;
         pending.abandoned = false;
         pending.resume_at = resume_at;
         pending.patience = patience(lapses);
@@ -116,7 +116,7 @@ impl State {
         self.unclaimed.remove(active.range, unclaimed);
         let mut scratch = pending.scratch.take()?;
         // Passes that wait for their first poll are no longer the space's.
-        for pass in scratch.passes.started_mut() {
+        for pass in scratch.passes().started_mut() {
             pass.listed = UNLISTED;
         }
         for entry in pending.waiting.drain() {
@@ -130,8 +130,8 @@ impl State {
     /// Ends an unclaimed invalidation all of whose passes are done.
     fn end_unclaimed(&mut self, unclaimed: Unclaimed, now: Option<Duration>, after: &mut After) {
         if let Some((mut scratch, _)) = self.claim(unclaimed) {
-            self.lose_panic(scratch.passes.panic.take(), after);
-            after.work().traces.push(core::mem::take(&mut scratch.passes.trace));
+            self.lose_panic(scratch.passes().panic.take(), after);
+            after.work().traces.push(core::mem::take(&mut scratch.passes().trace));
             self.end(unclaimed.id, Some(scratch), now, after);
         }
     }
@@ -149,11 +149,11 @@ impl State {
         let Some(scratch) = &mut pending.scratch else {
             return;
         };
-        if scratch.passes.started() == 0 {
+        if scratch.passes().started() == 0 {
             self.end_unclaimed(unclaimed, now, after);
         } else {
             // Further first passes will not be called, so the passes that waited for that can be polled.
-            scratch.passes.join_started();
+            scratch.passes().join_started();
             pending.done = false;
             after.work().wakes.push(pending.wakes.clone());
         }
@@ -246,8 +246,8 @@ impl Shared {
     /// Polls the passes of one invalidation and gives them back. Says whether the joined ones are all done, and then wakes everyone who waits for that.
     pub(crate) fn work(&self, job: Job) -> bool {
         let Job { unclaimed, mut scratch } = job;
-        let progress = scratch.passes.drive();
-        let finished = core::mem::take(&mut scratch.passes.finished);
+        let progress = scratch.passes().drive();
+        let finished = core::mem::take(&mut scratch.passes().finished);
         // Asked for only where it may end here, if nobody is left to claim it.
         let now = if progress == Progress::AllFinished { self.now() } else { None };
         let mut wake = WakeAfterwards(None);
@@ -285,18 +285,18 @@ impl State {
             if done.budgeted {
                 space.give_pass_back();
             }
-            if scratch.passes.panic.is_none() {
-                scratch.passes.panic = done.panic;
+            if scratch.passes().panic.is_none() {
+                scratch.passes().panic = done.panic;
             } else if done.panic.is_some() {
                 after.work().panics.extend(done.panic);
             }
         }
         // Its memory is used again.
-        scratch.passes.finished = finished;
-        if progress == Progress::AllFinished && pending.abandoned && scratch.passes.started() > 0 {
-            scratch.passes.join_started();
+        scratch.passes().finished = finished;
+        if progress == Progress::AllFinished && pending.abandoned && scratch.passes().started() > 0 {
+            scratch.passes().join_started();
         }
-        let done = scratch.passes.running() == 0;
+        let done = scratch.passes().running() == 0;
         pending.done = done;
         pending.scratch = Some(scratch);
         // Only now, when others can take the passes again: see `Scratch::drive`.

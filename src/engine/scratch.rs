@@ -8,6 +8,7 @@ use crate::event::Reason;
 use crate::notifier::Request;
 use crate::observe::{self, Moment, Trace};
 use crate::pass::PassFuture;
+use crate::protocol::Id;
 use crate::range::AddressRange;
 use crate::sync::{Arc, Panic, catch};
 use alloc::boxed::Box;
@@ -16,6 +17,7 @@ use core::pin::Pin;
 use core::task::{Context, Poll, Waker};
 use futures::stream::{FuturesUnordered, StreamExt};
 use slab::Slab;
+use sync_wrapper::SyncWrapper;
 
 /// How often passes that wake themselves are polled before the executor gets its turn again.
 const ROUNDS: usize = 4;
@@ -30,15 +32,18 @@ type Place = Pin<Box<Option<PassFuture>>>;
 pub(crate) const UNLISTED: usize = usize::MAX;
 
 pub(crate) struct Scratch {
-    /// What is invalidated and why, once its passes are pending.
+    /// Which invalidation it is, once its passes are pending.
+    pub(crate) id: Id,
+    /// What is invalidated and why, likewise.
     pub(crate) request: Request,
     /// The sequence that all its passes get, likewise.
     pub(crate) sequence: u64,
     /// The notifiers that the invalidation hit, in order of their first passes.
     pub(crate) hits: Vec<EntryRef>,
-    pub(crate) passes: Passes,
-    /// Passes are pending after the first polls; then the first passes go on from this hit if the pass budget interrupted them (B4).
-    pub(crate) pends: Option<Option<usize>>,
+    /// Passes need not be `Sync`, and guards are, which hold this: so nobody looks at them who could not also poll them.
+    passes: SyncWrapper<Passes>,
+    /// The first passes go on from this hit, if the pass budget interrupted them (B4); likewise.
+    pub(crate) resume_at: Option<usize>,
     /// It has a time stamp: its passes were pending.
     pub(crate) timed: bool,
     /// Spare record of a pending invalidation.
@@ -48,7 +53,29 @@ pub(crate) struct Scratch {
 impl Default for Scratch {
     fn default() -> Self {
         let request = Request { range: AddressRange::ALL, reason: Reason::default(), blockable: true };
-        Self { request, sequence: 0, hits: Vec::new(), passes: Passes::default(), pends: None, timed: false, pending: None }
+        Self {
+            id: 0,
+            request,
+            sequence: 0,
+            hits: Vec::new(),
+            passes: SyncWrapper::new(Passes::default()),
+            resume_at: None,
+            timed: false,
+            pending: None,
+        }
+    }
+}
+
+impl Scratch {
+    #[inline(always)]
+    pub(crate) fn passes(&mut self) -> &mut Passes {
+        self.passes.get_mut()
+    }
+
+    /// The hits, and where their passes go.
+    #[inline(always)]
+    pub(crate) fn split(&mut self) -> (&[EntryRef], &mut Passes) {
+        (&self.hits, self.passes.get_mut())
     }
 }
 

@@ -104,7 +104,7 @@ pub(super) fn start(space: &Shared, request: Request) -> Running {
     if observe::ON {
         let trace = Trace::start(&request, sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
         if let Some(scratch) = &mut scratch {
-            scratch.passes.trace = trace;
+            scratch.passes().trace = trace;
         }
     }
     if let Some(scratch) = &mut scratch {
@@ -133,39 +133,61 @@ pub(super) fn start_locked(
     (id, sequence, scratch)
 }
 
-/// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3). If passes are pending then, says so in
-/// `scratch.pends`, and notes in `scratch` what the rest has to know.
+/// How far an invalidation has come.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Advanced {
+    /// All first passes were called and left nothing to be waited for: none panicked, refused, or returned a pass.
+    Plainly,
+    /// All were called, and the passes are done.
+    Done,
+    /// Passes are pending; what the rest has to know is in the memory.
+    Pends,
+}
+
+/// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3).
 ///
 /// `HERE` tells the places apart that this is built into: what is called from one place only, the compiler does not call.
 #[inline(always)]
-pub(super) fn advance<const HERE: u8>(space: &Shared, scratch: &mut Scratch, request: Request, sequence: u64, mut at: usize) {
-    let Scratch { hits, passes, pends, .. } = scratch;
-    let Some(first) = hits.first() else { return };
+pub(super) fn advance<const HERE: u8>(
+    space: &Shared,
+    id: Id,
+    scratch: &mut Scratch,
+    request: Request,
+    sequence: u64,
+    mut at: usize,
+) -> Advanced {
+    let (hits, passes) = scratch.split();
+    let Some(first) = hits.first() else { return Advanced::Done };
     // Made once: most of it is the same for all notifiers.
     let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &first.own };
     // One landing for all first passes: after a panic the loop goes on behind the notifier that panicked (C5).
+    let mut plain = true;
     let deferred = loop {
         match catch(|| call_from::<HERE>(space, &mut invalidation, hits, passes, &mut at)) {
             Ok(Called::All) => break None,
             Ok(Called::Deferred) => break Some(at),
             Ok(Called::Refused) => {
+                plain = false;
                 passes.refused = true;
                 break None;
             }
-            Err(panic) => passes.keep_panic(panic),
+            Err(panic) => {
+                plain = false;
+                passes.keep_panic(panic);
+            }
         }
     };
-    if deferred.is_some() {
-        *pends = Some(deferred);
-    } else if passes.started() > 0 {
+    if deferred.is_none() {
+        if passes.started() == 0 {
+            return if plain { Advanced::Plainly } else { Advanced::Done };
+        }
         passes.first_polls(space, 0);
-        *pends = (passes.running() > 0).then_some(None);
-    } else {
-        return;
+        if passes.running() == 0 {
+            return Advanced::Done;
+        }
     }
-    if pends.is_some() {
-        (scratch.request, scratch.sequence) = (invalidation.request, invalidation.sequence);
-    }
+    (scratch.id, scratch.request, scratch.sequence, scratch.resume_at) = (id, invalidation.request, sequence, deferred);
+    Advanced::Pends
 }
 
 #[cold]
