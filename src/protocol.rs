@@ -116,15 +116,15 @@ impl<M, X> ActiveSet<M, X> {
         self.free = id;
     }
 
-    /// The place is free again; what is in it stays for now.
-    #[inline]
-    fn release(&mut self, id: Id) -> &mut Active<M, X> {
+    /// The place is free again; what is in it stays for now. Says, too, how many remain active.
+    #[inline(always)]
+    fn release(&mut self, id: Id) -> (&mut Active<M, X>, u32) {
         let place = &mut self.places[id as usize];
         debug_assert!(place.next == LIVE, "an invalidation ends once");
         place.next = self.free;
         self.free = id;
         self.live -= 1;
-        &mut place.active
+        (&mut place.active, self.live)
     }
 }
 
@@ -235,14 +235,10 @@ impl<M: Member, X: Default> Protocol<M, X> {
     /// before anything else is done with the protocol, and returns what its owner keeps beside it for the next one in this place.
     #[inline(always)]
     pub(crate) fn end(&mut self, id: Id, hits: &[M]) -> (bool, &mut X) {
-        let live = self.active.live - 1;
-        let active = self.active.release(id);
-        let mut tell = !active.late.is_empty();
-        for member in hits {
-            tell |= member.own().uncover();
-        }
+        let (active, live) = self.active.release(id);
+        let marks = hits.iter().fold(0, |marks, member| marks | member.own().uncover());
         settle(&mut self.sequence, live);
-        (tell, &mut active.extra)
+        (marks & WATCHED != 0 || !active.late.is_empty(), &mut active.extra)
     }
 
     /// Names the notifiers that are [`WATCHED`] and that no active invalidation covers any more since the one that has just ended. Returns what
@@ -254,7 +250,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
             .filter(|member| !member.own().is_covered() && member.own().is_marked(WATCHED))
             .for_each(&mut uncovered);
         let active = &mut self.active.places[id as usize].active;
-        active.late.drain(..).filter(|member| member.own().uncover()).for_each(uncovered);
+        active.late.drain(..).filter(|member| member.own().uncover() & WATCHED != 0).for_each(uncovered);
         &mut active.extra
     }
 
@@ -264,8 +260,8 @@ impl<M: Member, X: Default> Protocol<M, X> {
         if self.active.places.get(id as usize).is_none_or(|place| !place.active.late.is_empty()) {
             return false;
         }
-        self.active.release(id);
-        settle(&mut self.sequence, self.active.live);
+        let (_, live) = self.active.release(id);
+        settle(&mut self.sequence, live);
         true
     }
 }

@@ -138,6 +138,20 @@ pub(super) fn end(space: &Shared, id: Id, scratch: Box<Scratch>) {
     let Some(mut state) = space.state.try_lock() else {
         return end_slowly(space, id, Some(scratch));
     };
+    // One hit is what most have that have any: without a loop, and with nothing behind it that is not somebody else's last word, no register is saved.
+    if let [only] = scratch.hits[..] {
+        match state.protocol.end(id, &[only]) {
+            (false, extra) => extra.recycle(scratch),
+            (true, _) => tell(state, id, scratch),
+        }
+    } else {
+        end_locked(state, id, scratch);
+    }
+}
+
+/// The same for any number of hits, when the lock is taken.
+#[inline(never)]
+fn end_locked(mut state: impl DerefMut<Target = State>, id: Id, scratch: Box<Scratch>) {
     match state.protocol.end(id, &scratch.hits) {
         (false, extra) => extra.recycle(scratch),
         (true, _) => tell(state, id, scratch),

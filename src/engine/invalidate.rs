@@ -5,7 +5,7 @@ use crate::engine::first_pass::forbid_waiting;
 use crate::engine::guard::{Handle, InvalidationGuard, end};
 use crate::engine::pending::Job;
 use crate::engine::scratch::Scratch;
-use crate::engine::start::{Advanced, advance, start, start_locked};
+use crate::engine::start::{Advanced, advance, advance_from, start, start_locked};
 use crate::engine::wakes::Watch;
 use crate::engine::{Shared, State, Unclaimed};
 use crate::event::{Event, Reason};
@@ -47,7 +47,7 @@ fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
     };
     let request = Request { range, reason, blockable: true };
     match start_locked(space, state, request, None) {
-        (id, sequence, Some(scratch)) => call::<0>(space, id, scratch, request, sequence, 0),
+        (id, sequence, Some(scratch)) => call(space, id, scratch, request, sequence),
         (id, _, None) => (id, None),
     }
 }
@@ -58,41 +58,39 @@ fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
 fn begin_slowly(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
     let request = Request { range, reason, blockable: true };
     match start(space, request) {
-        (id, sequence, Some(scratch)) => call::<1>(space, id, scratch, request, sequence, 0),
+        (id, sequence, Some(scratch)) => call_from(space, id, scratch, request, sequence, 0),
         (id, _, None) => (id, None),
     }
 }
 
-/// First passes from hit `at` on, and what follows.
+/// First passes, and what follows.
 #[inline(always)]
-fn call<const HERE: u8>(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: Request, sequence: u64, at: usize) -> Begun {
-    match advance::<HERE>(space, id, &mut scratch, request, sequence, at) {
+fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: Request, sequence: u64) -> Begun {
+    match advance(space, id, &mut scratch, request, sequence) {
         Advanced::Plainly => {
             space.calls.end(id);
             (id, Some(scratch))
         }
-        Advanced::Done => (id, Some(finish(space, id, scratch))),
+        Advanced::Done => finish(space, id, scratch),
         Advanced::Pends => (PENDING, Some(scratch)),
     }
 }
 
-/// First passes go on from hit `at`, which the pass budget had interrupted.
+/// The same, not built in, from hit `at` on.
 #[cold]
 #[inline(never)]
-fn go_on_calling(space: &Shared, id: Id, mut scratch: Box<Scratch>, at: usize) -> Begun {
-    let (request, sequence) = (scratch.request, scratch.sequence);
-    match advance::<2>(space, id, &mut scratch, request, sequence, at) {
+fn call_from(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: Request, sequence: u64, at: usize) -> Begun {
+    match advance_from(space, id, &mut scratch, request, sequence, at) {
         Advanced::Pends => (PENDING, Some(scratch)),
-        // Something before the interruption may have panicked.
-        Advanced::Plainly | Advanced::Done => (id, Some(finish(space, id, scratch))),
+        // Something before hit `at` may have panicked.
+        Advanced::Plainly | Advanced::Done => finish(space, id, scratch),
     }
 }
 
 /// The first passes and all passes are done: what a guard takes over, or the first panic after the end (C5).
-#[inline]
-fn finish(space: &Shared, id: Id, mut scratch: Box<Scratch>) -> Box<Scratch> {
+fn finish(space: &Shared, id: Id, mut scratch: Box<Scratch>) -> Begun {
     space.calls.end(id);
-    if scratch.passes().panic.is_some() { fail(space, id, scratch) } else { scratch }
+    if scratch.passes().panic.is_some() { fail(space, id, scratch) } else { (id, Some(scratch)) }
 }
 
 /// Ends an invalidation and resumes the panic that was kept.
@@ -122,7 +120,7 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<
     let Some(mut scratch) = scratch else {
         return Ok(InvalidationGuard::new(space, id, None));
     };
-    let mut advanced = advance::<3>(&space, id, &mut scratch, request, sequence, 0);
+    let mut advanced = advance_from(&space, id, &mut scratch, request, sequence, 0);
     while advanced == Advanced::Pends {
         scratch.passes().drive_alone(&space, IDLE_ROUNDS);
         if scratch.passes().running() > 0 {
@@ -140,13 +138,13 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<
             return Err(WouldBlock);
         }
         advanced = match scratch.resume_at.take() {
-            Some(at) => advance::<4>(&space, id, &mut scratch, request, sequence, at),
+            Some(at) => advance_from(&space, id, &mut scratch, request, sequence, at),
             None => Advanced::Done,
         };
     }
     let refused = core::mem::take(&mut scratch.passes().refused);
-    let scratch = finish(&space, id, scratch);
-    let guard = InvalidationGuard::new(space, id, Some(scratch));
+    let (id, scratch) = finish(&space, id, scratch);
+    let guard = InvalidationGuard::new(space, id, scratch);
     if refused { Err(WouldBlock) } else { Ok(guard) }
 }
 
@@ -246,7 +244,10 @@ impl<'a> Invalidate<'a> {
             };
             match join(space, *unclaimed, watch, cx) {
                 Joined::Pending => return (self, Poll::Pending),
-                Joined::Claimed(id, scratch, at) => begun = Some(go_on_calling(space, id, scratch, at)),
+                Joined::Claimed(id, scratch, at) => {
+                    let (request, sequence) = (scratch.request, scratch.sequence);
+                    begun = Some(call_from(space, id, scratch, request, sequence, at));
+                }
                 Joined::Lapsed => {
                     self.lapses += 1;
                     *self.step = Step::Start;

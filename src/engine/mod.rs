@@ -151,22 +151,14 @@ impl Extra {
     fn recycle(&mut self, mut scratch: Box<Scratch>) {
         scratch.hits.clear();
         scratch.timed = false;
-        if let Some(superfluous) = self.spare.replace(scratch) {
-            drop_superfluous(superfluous);
-        }
+        debug_assert!(self.spare.is_none(), "an invalidation gives the memory back that it took from here");
+        core::mem::forget(self.spare.replace(scratch));
     }
 
     /// Why the range is under invalidation.
     pub(crate) fn event(&self) -> Event {
         Reason { kind: self.kind, owner: self.owner }.into()
     }
-}
-
-/// Not built in, because it does not happen: the memory that an invalidation gives back is the one that it took from there.
-#[cold]
-#[inline(never)]
-fn drop_superfluous(scratch: Box<Scratch>) {
-    drop(scratch);
 }
 
 /// What happened in a space, under its lock.
@@ -185,11 +177,6 @@ pub(crate) struct Counts {
 pub(crate) struct Unclaimed {
     pub(crate) id: Id,
     pub(crate) serial: u64,
-}
-
-impl Unclaimed {
-    /// No invalidation has this serial.
-    pub(crate) const NOBODY: Self = Self { id: 0, serial: 0 };
 }
 
 impl Indexed for Unclaimed {

@@ -8,7 +8,7 @@ use crate::entry::{Answer, EntryRef};
 use crate::notifier::{Invalidation, Request};
 use crate::observe::{self, Moment, Trace};
 use crate::protocol::{Id, Started};
-use crate::sync::catch;
+use crate::sync::{Panic, catch};
 use alloc::boxed::Box;
 use core::ops::DerefMut;
 use core::time::Duration;
@@ -16,57 +16,60 @@ use core::time::Duration;
 /// Why the calls of first passes stopped.
 enum Called {
     All,
+    /// Those before the next hit.
+    Some,
     /// A pass beyond the budget is pending: it is awaited alone, before the next first pass (B4).
     Deferred,
     /// A first pass refused in an invalidation that is not blockable (B2).
     Refused,
 }
 
-/// Calls the first passes of `hits` from `at` on; `at` moves behind a notifier before it is called.
+/// Calls the first passes of hit `at` and those behind it; `at` moves behind a notifier before it is called. `invalidation` is made for hit `at`; most of it
+/// is the same for all. `BUDGET`: there may be a pass budget.
 #[inline(always)]
-fn call_from<'a, const HERE: u8>(
+fn call_from<'a, const BUDGET: bool>(
     space: &Shared,
     invalidation: &mut Invalidation<'a>,
     hits: &'a [EntryRef],
     passes: &mut Passes,
     at: &mut usize,
 ) -> Called {
-    let budget = space.budget.as_ref();
-    while let Some(entry) = hits.get(*at) {
+    let budget = if BUDGET { space.budget.as_ref() } else { None };
+    let Some(mut entry) = hits.get(*at) else { return Called::All };
+    loop {
         *at += 1;
-        if entry.is_removed() {
-            continue;
-        }
-        let reserved = budget.map(Reserved::new);
-        if let Some(reserved) = &reserved {
-            invalidation.may_defer = reserved.granted;
-        }
-        invalidation.own = &entry.own;
-        let began = Moment::now();
-        let answer = {
-            let (_here, _entered) = (InFirstPass::enter(space, *entry), passes.trace.enter());
-            entry.first_pass(invalidation, passes.next.as_mut())
-        };
-        passes.trace.first_pass(*entry, answer, began);
-        match answer {
-            Answer::Done => {}
-            Answer::Pass => {
-                let may_defer = reserved.is_none_or(Reserved::keep);
-                passes.start_pass(*entry, may_defer, began);
-                if !may_defer {
-                    // Those before it wait until all have been called (O2).
-                    let last = passes.started() - 1;
-                    passes.first_polls(space, last);
-                    if passes.running() > 0 {
-                        return Called::Deferred;
+        if !entry.is_removed() {
+            let reserved = budget.map(Reserved::new);
+            if let Some(reserved) = &reserved {
+                invalidation.may_defer = reserved.granted;
+            }
+            let began = Moment::now();
+            let answer = {
+                let (_here, _entered) = (InFirstPass::enter(space, *entry), passes.trace.enter());
+                entry.first_pass(invalidation, passes.next.as_mut())
+            };
+            passes.trace.first_pass(*entry, answer, began);
+            match answer {
+                Answer::Done => {}
+                Answer::Pass => {
+                    let may_defer = reserved.is_none_or(Reserved::keep);
+                    passes.start_pass(*entry, may_defer, began);
+                    if !may_defer {
+                        // Those before it wait until all have been called (O2).
+                        let last = passes.started() - 1;
+                        passes.first_polls(space, last);
+                        if passes.running() > 0 {
+                            return Called::Deferred;
+                        }
                     }
                 }
+                Answer::WouldBlock if !invalidation.request.blockable => return Called::Refused,
+                Answer::WouldBlock => refused_blockable(space, &invalidation.request, *entry),
             }
-            Answer::WouldBlock if !invalidation.request.blockable => return Called::Refused,
-            Answer::WouldBlock => refused_blockable(space, &invalidation.request, *entry),
         }
+        let Some(next) = hits.get(*at) else { return Called::All };
+        (entry, invalidation.own) = (next, &next.own);
     }
-    Called::All
 }
 
 /// A place in the pass budget (B4), if one was left; given back unless a pass keeps it.
@@ -136,7 +139,7 @@ pub(super) fn start_locked(
 /// How far an invalidation has come.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Advanced {
-    /// All first passes were called and left nothing to be waited for: none panicked, refused, or returned a pass.
+    /// All first passes were called and left nothing to be waited for: of those called now none panicked, refused, or returned a pass.
     Plainly,
     /// All were called, and the passes are done.
     Done,
@@ -144,49 +147,76 @@ pub(super) enum Advanced {
     Pends,
 }
 
-/// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2, O3).
+/// Calls first passes in order (O1), then polls each pass once, in order (O2, O3).
 ///
-/// `HERE` tells the places apart that this is built into: what is called from one place only, the compiler does not call.
+/// To be built into one place, for most invalidations; all others call [`advance_from`].
 #[inline(always)]
-pub(super) fn advance<const HERE: u8>(
+pub(super) fn advance(space: &Shared, id: Id, scratch: &mut Scratch, request: Request, sequence: u64) -> Advanced {
+    if space.budget.is_some() {
+        return advance_from(space, id, scratch, request, sequence, 0);
+    }
+    let mut at = 0;
+    let (hits, passes) = scratch.split();
+    let Some(first) = hits.first() else { return Advanced::Plainly };
+    let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &first.own };
+    // One landing for all first passes.
+    let called = catch(|| call_from::<false>(space, &mut invalidation, hits, passes, &mut at));
+    if matches!(called, Ok(Called::All)) && passes.started() == 0 {
+        return Advanced::Plainly;
+    }
+    follow(space, id, scratch, request, sequence, at, called)
+}
+
+/// The same from hit `at` on, not built in.
+#[inline(never)]
+pub(super) fn advance_from(
+    space: &Shared,
+    id: Id,
+    scratch: &mut Scratch,
+    request: Request,
+    sequence: u64,
+    at: usize,
+) -> Advanced {
+    follow(space, id, scratch, request, sequence, at, Ok(Called::Some))
+}
+
+/// What follows when first passes, up to hit `at`, were `called` with something left to do.
+#[inline(never)]
+fn follow(
     space: &Shared,
     id: Id,
     scratch: &mut Scratch,
     request: Request,
     sequence: u64,
     mut at: usize,
+    mut called: Result<Called, Panic>,
 ) -> Advanced {
     let (hits, passes) = scratch.split();
-    let Some(first) = hits.first() else { return Advanced::Done };
-    // Made once: most of it is the same for all notifiers.
-    let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &first.own };
-    // One landing for all first passes: after a panic the loop goes on behind the notifier that panicked (C5).
-    let mut plain = true;
-    let deferred = loop {
-        match catch(|| call_from::<HERE>(space, &mut invalidation, hits, passes, &mut at)) {
+    let resume_at = loop {
+        match called {
             Ok(Called::All) => break None,
+            Ok(Called::Some) => {}
             Ok(Called::Deferred) => break Some(at),
             Ok(Called::Refused) => {
-                plain = false;
                 passes.refused = true;
                 break None;
             }
-            Err(panic) => {
-                plain = false;
-                passes.keep_panic(panic);
-            }
+            // The others are called all the same (C5).
+            Err(panic) => passes.keep_panic(panic),
         }
+        let Some(next) = hits.get(at) else { break None };
+        let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &next.own };
+        called = catch(|| call_from::<true>(space, &mut invalidation, hits, passes, &mut at));
     };
-    if deferred.is_none() {
-        if passes.started() == 0 {
-            return if plain { Advanced::Plainly } else { Advanced::Done };
+    if resume_at.is_none() {
+        if passes.started() > 0 {
+            passes.first_polls(space, 0);
         }
-        passes.first_polls(space, 0);
         if passes.running() == 0 {
             return Advanced::Done;
         }
     }
-    (scratch.id, scratch.request, scratch.sequence, scratch.resume_at) = (id, invalidation.request, sequence, deferred);
+    (scratch.id, scratch.request, scratch.sequence, scratch.resume_at) = (id, request, sequence, resume_at);
     Advanced::Pends
 }
 

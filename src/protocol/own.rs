@@ -126,15 +126,16 @@ impl Own {
         })
     }
 
-    /// One less covers it. Returns whether somebody is to be told that it was the last: of a moment at which nothing covers the notifier (R1).
-    #[inline]
-    pub(super) fn uncover(&self) -> bool {
+    /// One less covers it. If it was the last, returns the marks: somebody may have to be told of a moment at which nothing covers the notifier (R1).
+    #[inline(always)]
+    pub(super) fn uncover(&self) -> u32 {
         let covering = self.covering.load(Ordering::Relaxed) - COVER;
         self.covering.store(covering, Ordering::Relaxed);
-        covering < COVER && {
-            let word = self.word.load(Ordering::Relaxed);
-            self.word.store(word | UNCOVERED, Ordering::Release);
-            covering & WATCHED != 0
+        if covering >= COVER {
+            return 0;
         }
+        let word = self.word.load(Ordering::Relaxed);
+        self.word.store(word | UNCOVERED, Ordering::Release);
+        covering
     }
 }
