@@ -134,9 +134,10 @@ pub(crate) struct Pass {
 }
 
 impl Pass {
-    /// The pass itself; what stays is a record without a place.
+    /// The pass itself; what stays is a record without a place, that nobody lists.
     fn move_out(&mut self) -> Self {
-        Self { future: self.future.take(), ..*self }
+        let listed = core::mem::replace(&mut self.listed, UNLISTED);
+        Self { future: self.future.take(), listed, ..*self }
     }
 }
 
@@ -213,14 +214,17 @@ fn keep(first: &mut Option<Panic>, panic: Panic) {
 }
 
 impl Passes {
-    /// Keeps what a first pass left in `next`, until all first passes have been called (O2).
-    #[inline]
-    pub(crate) fn start_pass(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
+    /// Keeps what a first pass left in `next`, until all first passes have been called (O2). `BUDGET`: there may be a pass budget.
+    #[inline(always)]
+    pub(crate) fn start_pass<const BUDGET: bool>(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
         if let Some(slot) = self.slots.get_mut(self.started)
             && let Some(spare) = &mut slot.future
         {
             core::mem::swap(spare, &mut self.next);
-            (slot.entry, slot.listed, slot.budgeted, slot.began) = (entry, UNLISTED, budgeted, began);
+            (slot.entry, slot.began) = (entry, began);
+            if BUDGET {
+                slot.budgeted = budgeted;
+            }
             self.started += 1;
         } else {
             self.start_first_pass(entry, budgeted, began);
@@ -229,6 +233,7 @@ impl Passes {
 
     /// The same for one that finds no record with a place.
     #[cold]
+    #[inline(never)]
     fn start_first_pass(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
         let spare = self.places.pop().unwrap_or_else(|| Box::pin(None));
         let place = core::mem::replace(&mut self.next, spare);
@@ -250,11 +255,20 @@ impl Passes {
         &mut self.slots[..self.started]
     }
 
+    #[inline(always)]
     fn join(&mut self) -> &mut Join {
-        self.join.get_or_insert_with(|| {
-            let wakes = Arc::new(PassWaker::default());
-            Join { running: FuturesUnordered::new(), waker: Waker::from(wakes.clone()), wakes }
-        })
+        if self.join.is_none() {
+            self.make_join();
+        }
+        let Some(join) = &mut self.join else { unreachable!("there is one now") };
+        join
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn make_join(&mut self) {
+        let wakes = Arc::new(PassWaker::default());
+        self.join = Some(Join { running: FuturesUnordered::new(), waker: Waker::from(wakes.clone()), wakes });
     }
 
     /// Who is woken when a pass can go on.
@@ -273,39 +287,44 @@ impl Passes {
     }
 
     /// Polls each started pass from `from` on once, in order (O3). What stays pending goes into the join; most passes of
-    /// fast devices never get there.
+    /// fast devices never get there. Says whether none does, and none panicked.
     #[inline(never)]
-    pub(crate) fn first_polls(&mut self, space: &Shared, from: usize) {
-        if self.poll_started(from) > 0 || space.budget.is_some() {
-            self.join_pending(space, from);
-        }
-        self.started = from;
-    }
-
-    /// Polls started passes and says how many of them are not done.
-    #[inline]
-    fn poll_started(&mut self, from: usize) -> usize {
+    pub(crate) fn first_polls(&mut self, space: &Shared, from: usize) -> bool {
         self.join();
-        let Self { slots, started, join: Some(join), panic: first, trace, .. } = self else { return 0 };
+        let Self { slots, started, join: Some(join), trace, .. } = self else { return false };
         let mut cx = Context::from_waker(&join.waker);
         let (mut at, mut pend) = (from, 0);
         let to_poll = &mut slots[..*started];
-        let _entered = trace.enter();
-        // One landing for all polls; after a panic they go on behind the pass that panicked (C5).
-        while let Err(panic) = catch(|| poll_from(to_poll, &mut at, &mut pend, trace, &mut cx)) {
+        let polled = {
+            let _entered = trace.enter();
+            catch(|| poll_from(to_poll, &mut at, &mut pend, trace, &mut cx))
+        };
+        let plain = polled.is_ok() && pend == 0;
+        if !plain || space.budget.is_some() {
+            self.more_first_polls(space, from, at, polled);
+        }
+        self.started = from;
+        plain
+    }
+
+    /// The rest of the first polls, when those before `at` were `polled` and something is left to do.
+    #[cold]
+    #[inline(never)]
+    fn more_first_polls(&mut self, space: &Shared, from: usize, mut at: usize, mut polled: Result<(), Panic>) {
+        let Self { slots, started, join: Some(join), panic: first, trace, .. } = self else { return };
+        let mut cx = Context::from_waker(&join.waker);
+        let to_poll = &mut slots[..*started];
+        // After a panic the polls go on behind the pass that panicked (C5).
+        while let Err(panic) = polled {
             keep(first, panic);
             // It need not be empty if its drop panicked, too: it is not used again.
             let mut place = to_poll.get_mut(at - 1).and_then(|pass| pass.future.take());
             if let Err(in_drop) = catch(|| drop(place.take())) {
                 keep(first, in_drop);
             }
+            let _entered = trace.enter();
+            polled = catch(|| poll_from(to_poll, &mut at, &mut 0, trace, &mut cx));
         }
-        pend
-    }
-
-    /// Puts the passes from `from` on that have been polled and are not done into the join.
-    fn join_pending(&mut self, space: &Shared, from: usize) {
-        let Self { slots, started, join: Some(join), .. } = self else { return };
         // A wake-up meanwhile is not lost: the join polls what it has just been given in any case.
         for slot in &mut slots[from..*started] {
             if slot.future.as_ref().is_some_and(|place| place.is_some()) {

@@ -53,7 +53,7 @@ fn call_from<'a, const BUDGET: bool>(
                 Answer::Done => {}
                 Answer::Pass => {
                     let may_defer = reserved.is_none_or(Reserved::keep);
-                    passes.start_pass(*entry, may_defer, began);
+                    passes.start_pass::<BUDGET>(*entry, may_defer, began);
                     if !may_defer {
                         // Those before it wait until all have been called (O2).
                         let last = passes.started() - 1;
@@ -139,7 +139,7 @@ pub(super) fn start_locked(
 /// How far an invalidation has come.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Advanced {
-    /// All first passes were called and left nothing to be waited for: of those called now none panicked, refused, or returned a pass.
+    /// All first passes were called, of those called now none refused, and what passes they left were ready at once; nothing panicked.
     Plainly,
     /// All were called, and the passes are done.
     Done,
@@ -161,7 +161,7 @@ pub(super) fn advance(space: &Shared, id: Id, scratch: &mut Scratch, request: Re
     let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &first.own };
     // One landing for all first passes.
     let called = catch(|| call_from::<false>(space, &mut invalidation, hits, passes, &mut at));
-    if matches!(called, Ok(Called::All)) && passes.started() == 0 {
+    if matches!(called, Ok(Called::All)) && (passes.started() == 0 || passes.first_polls(space, 0)) {
         return Advanced::Plainly;
     }
     follow(space, id, scratch, request, sequence, at, called)
