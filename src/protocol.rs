@@ -172,24 +172,34 @@ impl<M: Member, X: Default> Protocol<M, X> {
     }
 
     /// S5, L3: `member` takes part from now on. Its [`Own`] must be new.
+    #[inline]
     pub(crate) fn insert(&mut self, range: AddressRange, member: M) {
-        let own = member.own();
-        // Linear in the active invalidations, and only here: start and end are not (`DESIGN.md`, "Insert under invalidation").
-        for (_, active) in self.active.iter_mut() {
-            if active.range.overlaps(range) {
-                active.late.push(member);
-                own.cover();
-            }
-        }
-        if own.is_covered() {
+        if self.active.live != 0 && self.insert_covered(range, member) {
             self.sequence |= 1;
-            own.begin(self.sequence);
+            member.own().begin(self.sequence & !1);
         } else {
             // Odd, and not the current one, so that its readers do not wait.
             let other = if self.sequence.is_multiple_of(2) { 1 } else { 2 };
-            own.begin(self.sequence.wrapping_sub(other));
+            member.own().begin(self.sequence.wrapping_sub(other));
         }
         self.index.insert(range, member);
+    }
+
+    /// Notes `member` with the active invalidations that cover `range`; says whether there are any.
+    ///
+    /// Linear in the active invalidations, and only here: start and end are not (`DESIGN.md`, "Insert under invalidation").
+    #[cold]
+    #[inline(never)]
+    fn insert_covered(&mut self, range: AddressRange, member: M) -> bool {
+        let mut covered = false;
+        for (_, active) in self.active.iter_mut() {
+            if active.range.overlaps(range) {
+                active.late.push(member);
+                member.own().cover();
+                covered = true;
+            }
+        }
+        covered
     }
 
     /// O5, L1: no invalidation that starts from now on hits `member`.

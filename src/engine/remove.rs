@@ -56,16 +56,11 @@ impl<N: IntervalNotifier> Registered<N> {
 }
 
 impl<N: IntervalNotifier> Drop for Registered<N> {
+    #[inline]
     fn drop(&mut self) {
-        if self.taken {
-            return;
+        if !self.taken {
+            self.space.leave(self.entry.erase());
         }
-        let entry = self.entry.erase();
-        self.space.with(|state, after| {
-            state.close(entry);
-            entry.detach();
-            state.reap(entry, after);
-        });
     }
 }
 
@@ -79,6 +74,16 @@ impl Shared {
             state.protocol.insert(entry.range, entry);
         }
         !state.released
+    }
+
+    /// Ends a registration without waiting.
+    #[inline(never)]
+    fn leave(&self, entry: EntryRef) {
+        self.with(|state, after| {
+            state.close(entry);
+            entry.detach();
+            state.reap(entry, after);
+        });
     }
 
     /// Closes a notifier and, if nobody but its subscription has any business with it, leaves its entry to that.

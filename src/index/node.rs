@@ -145,48 +145,75 @@ impl<V: Indexed> Leaf<V> {
         self.live < 1 << 8
     }
 
+    /// How many places start at or before `start`. Not built in: mixed with what uses it, its sum is computed several times over.
+    #[inline(never)]
+    fn rank(&self, start: u64) -> usize {
+        count_at_most(&self.starts, false, start)
+    }
+
     /// Adds an interval behind all that start at or before it, to a leaf that is not full.
     #[inline(always)]
     pub(super) fn add(&mut self, range: AddressRange, value: V) {
-        let at = self.gap_at(count_at_most(&self.starts, false, range.start()));
+        let rank = self.rank(range.start());
+        // Often there is a gap just here.
+        let at = if rank < CAP && self.live & (1 << rank) == 0 {
+            self.live |= 1 << rank;
+            rank
+        } else {
+            self.make_gap(rank)
+        };
+        let at = at % CAP;
         self.starts[at] = range.start();
         self.rests[at] = Rest { last: range.last(), value: Some(value) };
         self.len += 1;
-        // It may reach beyond the start of the next, and the one before beyond its own.
+        // It may reach into the next, and the one before into it.
+        let next = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
+        let last_before = if at > 0 { self.rests[at - 1].last } else { 0 };
+        if range.last() >= next || last_before >= range.start() {
+            self.stretch(at);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn stretch(&mut self, at: usize) {
         self.slack = self.slack.max(self.overhang(at));
     }
 
-    /// Moves the nearest gap to between the first `rank` places and the others, and says where it is.
-    #[inline(always)]
-    fn gap_at(&mut self, rank: usize) -> usize {
+    /// Moves the nearest gap to between the first `rank` places and the others, fills it, and says where it is.
+    #[inline(never)]
+    fn make_gap(&mut self, rank: usize) -> usize {
         let gaps = u64::from(!self.live);
         // How many intervals are between here and there: in the places from `rank` on, and in those before it.
         let above = (gaps >> rank).trailing_zeros() as usize;
         let below = ((gaps << 1) << (63 - rank)).leading_zeros() as usize;
-        if above <= below {
-            let gap = rank + above;
-            for at in (rank..gap).rev() {
+        let (gap, at) = if above <= below {
+            for at in (rank..rank + above).rev() {
                 self.starts[(at + 1) % CAP] = self.starts[at % CAP];
                 self.rests[(at + 1) % CAP] = self.rests[at % CAP];
             }
-            self.live |= 1 << gap;
-            rank % CAP
+            (rank + above, rank)
         } else {
-            let gap = rank - 1 - below;
-            for at in gap..rank - 1 {
+            for at in rank - 1 - below..rank - 1 {
                 self.starts[at % CAP] = self.starts[(at + 1) % CAP];
                 self.rests[at % CAP] = self.rests[(at + 1) % CAP];
             }
-            self.live |= 1 << gap;
-            (rank - 1) % CAP
-        }
+            (rank - 1 - below, rank - 1)
+        };
+        self.live |= 1 << gap;
+        at
     }
 
     /// Where the interval is that starts at `start` and has this value.
     #[inline(always)]
     pub(super) fn find(&self, start: u64, value: V) -> Option<usize> {
-        let end = count_at_most(&self.starts, self.is_short(), start);
-        self.rests[..end].iter().rposition(|candidate| candidate.value == Some(value))
+        let mut at = self.rank(start);
+        loop {
+            at = at.checked_sub(1)?;
+            if self.rests[at % CAP].value == Some(value) {
+                return Some(at % CAP);
+            }
+        }
     }
 
     #[inline]
@@ -198,7 +225,7 @@ impl<V: Indexed> Leaf<V> {
     #[inline(always)]
     pub(super) fn take(&mut self, at: usize) {
         let tighter = self.slack != 0 && self.overhang(at) == self.slack;
-        self.starts[at] = self.starts.get(at + 1).copied().unwrap_or(UNUSED);
+        self.starts[at] = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
         self.rests[at] = Self::NOTHING;
         self.live &= !(1 << at);
         self.len -= 1;
@@ -323,7 +350,7 @@ impl Inner {
     }
 
     /// The child in whose part of the order `(start, order)` lies.
-    #[inline]
+    #[inline(always)]
     pub(super) fn place(&self, start: u64, order: u64) -> usize {
         let mut at = count_at_most(&self.starts, self.is_short(), start).clamp(1, self.len) - 1;
         // Only bounds with this very start can still be above the key.

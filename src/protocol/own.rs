@@ -108,10 +108,11 @@ impl Own {
         self.covering.store(if set { before | marks } else { before & !marks }, Ordering::Relaxed);
     }
 
-    /// The first sequence of a notifier that has just been inserted, and perhaps is covered already (S5).
-    pub(super) fn begin(&self, sequence: u64) {
-        let covered = if self.is_covered() { sequence & !UNCOVERED } else { sequence };
-        self.word.store(covered, Ordering::Release);
+    /// The first word of a notifier that has just been inserted (S5): its sequence, less one if it is covered already.
+    #[inline]
+    pub(super) fn begin(&self, word: u64) {
+        debug_assert_eq!(word & UNCOVERED == 0, self.is_covered());
+        self.word.store(word, Ordering::Release);
     }
 
     /// One more invalidation covers the notifier. Returns the own sequence if it is the first.
