@@ -23,7 +23,7 @@
 //! # Why its functions fit its type
 //! An entry is made by [`EntryBox::new`] and nowhere else, which stores [`Calls`] of the type `N` that it stores beside it. They never change.
 
-use crate::index::Indexed;
+use crate::index::{Indexed, Place};
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
 use crate::protocol::{MARKS, Member, Own, WATCHED};
@@ -331,6 +331,16 @@ impl Indexed for EntryRef {
     #[inline]
     fn order(self) -> u64 {
         self.order.load(Ordering::Relaxed)
+    }
+
+    #[inline]
+    fn place(self) -> Place {
+        self.own.place()
+    }
+
+    #[inline]
+    fn set_place(self, place: Place) {
+        self.own.set_place(place);
     }
 }
 

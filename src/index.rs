@@ -24,6 +24,44 @@ const HEIGHT: usize = 12;
 pub(crate) trait Indexed: Copy + PartialEq {
     /// Rises with each insertion; the order of intervals with one start.
     fn order(self) -> u64;
+
+    /// Where the index put it, if it can remember that: a removal looks there first.
+    #[inline]
+    fn place(self) -> Place {
+        Place::UNKNOWN
+    }
+
+    /// The index has put it there. It may be moved later without being told.
+    #[inline]
+    fn set_place(self, _place: Place) {}
+}
+
+/// A leaf and a place in it.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) struct Place(u32);
+
+impl Place {
+    /// In no leaf that there is.
+    pub(crate) const UNKNOWN: Self = Self(u32::MAX);
+
+    /// A leaf whose number is too great for this is taken for another one, in which the interval is not found.
+    #[inline]
+    fn new(leaf: Node, at: usize) -> Self {
+        Self(leaf.wrapping_mul(CAP as u32) | at as u32)
+    }
+
+    #[inline]
+    fn get(self) -> (usize, usize) {
+        (self.0 as usize / CAP, self.0 as usize % CAP)
+    }
+
+    pub(crate) fn from_raw(raw: u32) -> Self {
+        Self(raw)
+    }
+
+    pub(crate) fn raw(self) -> u32 {
+        self.0
+    }
 }
 
 type Node = u32;
@@ -227,7 +265,11 @@ impl<V: Indexed> IntervalIndex<V> {
             node = inner.children[at];
         }
         let leaf = self.leaves.at_mut(node);
-        if leaf.is_full() { self.split(range, value) } else { leaf.add(range, value) }
+        if leaf.is_full() {
+            self.split(range, value);
+        } else {
+            value.set_place(Place::new(node, leaf.add(range, value)));
+        }
     }
 
     /// The way down to the leaf for the key `(start, order)`, and that leaf.
@@ -258,7 +300,7 @@ impl<V: Indexed> IntervalIndex<V> {
         } else {
             leaf.add(range, value);
         }
-        let lower_max = leaf.max_last();
+        let lower_max = leaf.max_last;
         let upper_node = self.leaves.add(upper);
         let upper = self.leaves.at(upper_node).child(upper_node);
         self.grow(&path, node, lower_max, upper);
@@ -292,40 +334,46 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     /// Removes the interval that was inserted with this range and value; says whether it was there.
+    #[inline]
     pub(crate) fn remove(&mut self, range: AddressRange, value: V) -> bool {
-        if self.len == 0 {
-            return false;
+        let (leaf, at) = value.place().get();
+        match self.leaves.nodes.get_mut(leaf) {
+            // It is still where it was put.
+            Some(leaf) if leaf.rests[at].value == Some(value) => {
+                let changes = leaf.take(at);
+                self.len -= 1;
+                if changes {
+                    self.shrink(range, value);
+                }
+                true
+            }
+            _ => self.find_and_remove(range, value),
         }
-        let (start, order) = (range.start(), value.order());
-        let mut node = self.root;
-        let mut greatest = u64::MAX;
-        for _ in 0..self.height {
-            let inner = self.inners.at(node);
-            let at = inner.place(start, order);
-            (node, greatest) = (inner.children[at], inner.max_lasts[at]);
-        }
-        let leaf = self.leaves.at_mut(node);
-        let Some(at) = leaf.find(start, value) else {
-            return false;
-        };
-        leaf.take(at);
+    }
+
+    #[inline(never)]
+    fn find_and_remove(&mut self, range: AddressRange, value: V) -> bool {
+        let (_, node) = self.path(range.start(), value.order());
+        let Some(leaf) = self.leaves.nodes.get_mut(node as usize) else { return false };
+        let Some(at) = leaf.find(range.start(), value) else { return false };
+        let changes = leaf.take(at);
         self.len -= 1;
-        // Neither too small nor with another greatest `last`: nothing changes above.
-        if (leaf.len as usize) < LOW || greatest == range.last() {
-            let (path, _) = self.path(start, order);
-            self.shrink(&path, range.last());
+        if changes {
+            self.shrink(range, value);
         }
         true
     }
 
-    /// After an interval that ended at `last` left the leaf at the end of `path`: corrects the greatest `last`s and merges what has become small.
+    /// After an interval left its leaf, which has another greatest `last` now or has become small: corrects the greatest `last`s above and
+    /// merges what has become small.
     #[inline(never)]
-    fn shrink(&mut self, path: &Path, last: u64) {
+    fn shrink(&mut self, range: AddressRange, value: V) {
+        let (path, _) = self.path(range.start(), value.order());
         for (level, &(parent, at)) in path[..self.height].iter().enumerate() {
             let (inner, at) = (self.inners.at(parent), at as usize);
             let child = inner.children[at];
             let len = if level == 0 { self.leaves.at(child).len as usize } else { self.inners.at(child).len };
-            let was_greatest = inner.max_lasts[at] == last;
+            let was_greatest = inner.max_lasts[at] == range.last();
             if len < LOW {
                 self.merge(level, parent, at);
             } else if was_greatest {
@@ -353,7 +401,7 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     fn max_last(&self, level: usize, child: Node) -> u64 {
-        if level == 0 { self.leaves.at(child).max_last() } else { self.inners.at(child).max_last() }
+        if level == 0 { self.leaves.at(child).max_last } else { self.inners.at(child).max_last() }
     }
 
     /// Joins child `at` of `parent`, which has become small, with a neighbour.

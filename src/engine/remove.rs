@@ -234,7 +234,7 @@ impl<N: IntervalNotifier> Remove<N> {
 impl<N: IntervalNotifier> Future for Remove<N> {
     type Output = N;
 
-    #[inline]
+    #[inline(never)]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<N> {
         match core::mem::replace(&mut self.step, RemoveStep::Done) {
             RemoveStep::Removed(detached) => Poll::Ready(detached.into_notifier()),

@@ -25,6 +25,8 @@ pub(super) struct Leaf<V> {
     pub(super) rests: [Rest<V>; CAP],
     /// No interval reaches further than this many bytes into the next place.
     pub(super) slack: u64,
+    /// The greatest `last`; 0 in an empty leaf.
+    pub(super) max_last: u64,
     /// Places that hold an interval, a bit each.
     pub(super) live: u32,
     /// How many they are.
@@ -133,7 +135,8 @@ pub(super) fn slack(starts: &[u64], lasts: impl Iterator<Item = u64>) -> u64 {
 
 impl<V: Indexed> Leaf<V> {
     const NOTHING: Rest<V> = Rest { last: 0, value: None };
-    pub(super) const EMPTY: Self = Self { slack: 0, live: 0, len: 0, starts: [UNUSED; CAP], rests: [Self::NOTHING; CAP] };
+    pub(super) const EMPTY: Self =
+        Self { slack: 0, max_last: 0, live: 0, len: 0, starts: [UNUSED; CAP], rests: [Self::NOTHING; CAP] };
 
     pub(super) fn is_full(&self) -> bool {
         self.live == u32::MAX
@@ -151,9 +154,9 @@ impl<V: Indexed> Leaf<V> {
         count_at_most(&self.starts, false, start)
     }
 
-    /// Adds an interval behind all that start at or before it, to a leaf that is not full.
+    /// Adds an interval behind all that start at or before it, to a leaf that is not full; says where.
     #[inline(always)]
-    pub(super) fn add(&mut self, range: AddressRange, value: V) {
+    pub(super) fn add(&mut self, range: AddressRange, value: V) -> usize {
         let rank = self.rank(range.start());
         // Often there is a gap just here.
         let at = if rank < CAP && self.live & (1 << rank) == 0 {
@@ -166,12 +169,14 @@ impl<V: Indexed> Leaf<V> {
         self.starts[at] = range.start();
         self.rests[at] = Rest { last: range.last(), value: Some(value) };
         self.len += 1;
+        self.max_last = self.max_last.max(range.last());
         // It may reach into the next, and the one before into it.
         let next = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
         let last_before = if at > 0 { self.rests[at - 1].last } else { 0 };
         if range.last() >= next || last_before >= range.start() {
             self.stretch(at);
         }
+        at
     }
 
     #[cold]
@@ -221,16 +226,32 @@ impl<V: Indexed> Leaf<V> {
         overhang(&self.starts, |at| self.rests[at].last, CAP, at)
     }
 
-    /// Makes a gap of the interval at `at`.
+    /// Makes a gap of the interval at `at`. Says whether those above have to know: the leaf has become small, or has another greatest `last`.
     #[inline(always)]
-    pub(super) fn take(&mut self, at: usize) {
-        let tighter = self.slack != 0 && self.overhang(at) == self.slack;
+    pub(super) fn take(&mut self, at: usize) -> bool {
+        let last = self.rests[at].last;
+        if self.slack != 0 {
+            self.loosen(at);
+        }
         self.starts[at] = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
         self.rests[at] = Self::NOTHING;
         self.live &= !(1 << at);
         self.len -= 1;
-        if tighter {
+        if last == self.max_last {
+            self.find_max_last();
+            return true;
+        }
+        (self.len as usize) < LOW
+    }
+
+    /// Before the interval at `at` goes: corrects the slack if it is the one with the greatest overhang.
+    #[cold]
+    #[inline(never)]
+    fn loosen(&mut self, at: usize) {
+        if self.overhang(at) == self.slack {
+            let rest = core::mem::replace(&mut self.rests[at], Self::NOTHING);
             self.tighten();
+            self.rests[at] = rest;
         }
     }
 
@@ -238,13 +259,14 @@ impl<V: Indexed> Leaf<V> {
         self.slack = slack(&self.starts, self.lasts());
     }
 
+    #[inline(never)]
+    fn find_max_last(&mut self) {
+        self.max_last = self.lasts().max().unwrap_or(0);
+    }
+
     /// A gap has none that counts.
     fn lasts(&self) -> impl Iterator<Item = u64> {
         self.rests.iter().map(|rest| rest.last)
-    }
-
-    pub(super) fn max_last(&self) -> u64 {
-        self.lasts().max().unwrap_or(0)
     }
 
     /// Moves the intervals together, to the front.
@@ -265,6 +287,7 @@ impl<V: Indexed> Leaf<V> {
         self.rests[len..].fill(Self::NOTHING);
         self.len = len as u32;
         self.live = ((1u64 << len) - 1) as u32;
+        self.find_max_last();
         self.tighten();
     }
 }
@@ -299,7 +322,7 @@ impl<V: Indexed> Part for Leaf<V> {
     fn child(&self, node: Node) -> Child {
         let first = self.rests.iter().zip(&self.starts).find_map(|(rest, start)| Some((*start, rest.value?.order())));
         let (start, order) = first.unwrap_or((UNUSED, 0));
-        Child { start, order, max_last: self.max_last(), node }
+        Child { start, order, max_last: self.max_last, node }
     }
 }
 

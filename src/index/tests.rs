@@ -38,7 +38,8 @@ impl IntervalIndex<Id> {
                 assert!(rest.value.is_some() || rest.last == 0, "a gap reaches somewhere");
                 all.extend(rest.value.map(|id| (leaf.starts[at], id.0)));
             }
-            return leaf.max_last();
+            assert_eq!(leaf.max_last, leaf.rests.iter().map(|rest| rest.last).max().unwrap());
+            return leaf.max_last;
         }
         let inner = self.inners.at(node);
         assert!(inner.len >= 2, "an inner node with one child was left");

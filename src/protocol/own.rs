@@ -1,6 +1,7 @@
 //! What the protocol keeps of each notifier: its own sequence and who covers it.
 #![forbid(unsafe_code)]
 
+use crate::index::Place;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// A notifier's own sequence, how many active invalidations cover it, and what the owner of the protocol marks it with.
@@ -16,7 +17,9 @@ pub(crate) struct Own {
     /// How many active invalidations cover the notifier, in steps of [`COVER`], and below that the marks. In one word, so that the end of an
     /// invalidation sees in one comparison that there is nothing to be told.
     covering: AtomicU32,
-    /// Which driver lock the sequence was set under last; 0 before. For the check that readers take the same one. In the room that `covering` leaves.
+    /// Where the index has put the notifier. Read and written by the owner of the protocol only.
+    place: AtomicU32,
+    /// Which driver lock the sequence was set under last; 0 before. For the check that readers take the same one.
     #[cfg(debug_assertions)]
     driver_lock: AtomicU32,
 }
@@ -41,9 +44,20 @@ impl Own {
         Self {
             word: AtomicU64::new(UNCOVERED),
             covering: AtomicU32::new(0),
+            place: AtomicU32::new(Place::UNKNOWN.raw()),
             #[cfg(debug_assertions)]
             driver_lock: AtomicU32::new(0),
         }
+    }
+
+    #[inline]
+    pub(crate) fn place(&self) -> Place {
+        Place::from_raw(self.place.load(Ordering::Relaxed))
+    }
+
+    #[inline]
+    pub(crate) fn set_place(&self, place: Place) {
+        self.place.store(place.raw(), Ordering::Relaxed);
     }
 
     /// Notes under which lock the first pass set the sequence (debug builds).

@@ -1,6 +1,7 @@
 //! The state machine against the rules, written down as naively as the contract says them.
 
 use super::*;
+use crate::index::Place;
 use proptest::prelude::*;
 use std::boxed::Box;
 use std::vec;
@@ -19,6 +20,14 @@ impl PartialEq for Test {
 impl Indexed for Test {
     fn order(self) -> u64 {
         self.0.1
+    }
+
+    fn place(self) -> Place {
+        self.own().place()
+    }
+
+    fn set_place(self, place: Place) {
+        self.own().set_place(place);
     }
 }
 
