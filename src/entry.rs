@@ -42,10 +42,8 @@ const NO_WAITER: u32 = u32::MAX;
 
 /// The subscription is gone.
 const DETACHED: u32 = MARKS[0];
-/// `remove` was called or the subscription dropped: new calls must not begin (L1).
-const REMOVED: u32 = MARKS[1];
 /// The notifier has been moved out.
-const TAKEN: u32 = MARKS[2];
+const TAKEN: u32 = MARKS[1];
 
 /// What the library keeps of one notifier. All of it but `own`'s word is written only under the space's lock; these are
 /// atomics so that this need not be argued with `unsafe`, and cost what plain fields cost.
@@ -80,16 +78,6 @@ impl Entry {
     pub(crate) fn set_first_waiter(&self, waiter: Option<u32>) {
         self.first_waiter.store(waiter.unwrap_or(NO_WAITER), Ordering::Relaxed);
         self.own.mark(WATCHED, waiter.is_some() || self.own.is_marked(DETACHED));
-    }
-
-    /// Whether calls of the notifier that have not begun must not begin (L1).
-    #[inline]
-    pub(crate) fn is_removed(&self) -> bool {
-        self.own.is_marked(REMOVED)
-    }
-
-    pub(crate) fn set_removed(&self) {
-        self.own.mark(REMOVED, true);
     }
 
     /// The subscription is gone.

@@ -62,7 +62,7 @@ impl<N: IntervalNotifier> Subscription<N> {
         }
         // The gate first: whoever finds it open sees what was invalidated while it was closed.
         let space = &self.registered.space;
-        let retry = space.gate.is_closed_now() || self.registered.entry.own.sequence() != sequence.0 || self.is_closed();
+        let retry = space.gate.is_closed_now() || self.registered.entry.own.is_past(sequence.0);
         if retry {
             space.collided(&self.registered.entry);
         }
@@ -72,7 +72,7 @@ impl<N: IntervalNotifier> Subscription<N> {
     /// Whether [`close`](Self::close) was called: nothing tells the driver of invalidations any more, so no check succeeds.
     #[inline]
     pub fn is_closed(&self) -> bool {
-        self.registered.entry.is_removed()
+        self.registered.entry.own.is_closed()
     }
 
     /// What happened to the notifier so far. Only what waits or fails is counted, so a reader that does neither pays nothing for it.

@@ -268,6 +268,7 @@ impl Shared {
 
     /// A check of a reader said that it has to start over.
     #[cold]
+    #[inline(never)]
     pub(crate) fn collided(&self, entry: &Entry) {
         self.reads.collisions.fetch_add(1, Ordering::Relaxed);
         entry.tally.collided();

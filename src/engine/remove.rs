@@ -102,8 +102,8 @@ impl Shared {
 impl State {
     /// Takes a notifier out of the index and keeps calls that have not begun from beginning (L1). May be called again.
     pub(crate) fn close(&mut self, entry: EntryRef) {
-        if !entry.is_removed() {
-            entry.set_removed();
+        if !entry.own.is_closed() {
+            entry.own.close();
             self.protocol.remove(entry.range, entry);
         }
     }

@@ -38,7 +38,7 @@ fn call_from<'a, const BUDGET: bool>(
     let Some(mut entry) = hits.get(*at) else { return Called::All };
     loop {
         *at += 1;
-        if !entry.is_removed() {
+        if !entry.own.is_closed() {
             let reserved = budget.map(Reserved::new);
             if let Some(reserved) = &reserved {
                 invalidation.may_defer = reserved.granted;

@@ -138,7 +138,8 @@ impl Wait {
 /// In debug builds when it would have to wait inside a first pass of the same space (C7).
 #[must_use = "the wait begins when the future is polled"]
 pub struct ReadBegin<'a> {
-    space: &'a Shared,
+    /// Followed only when it has to wait.
+    space: &'a Arc<Shared>,
     entry: EntryRef,
     /// There is one when it has had to wait.
     slow: Option<Box<SlowRead<'a>>>,
@@ -165,7 +166,7 @@ impl Drop for SlowRead<'_> {
 
 impl<'a> ReadBegin<'a> {
     #[inline]
-    pub(crate) fn new(space: &'a Shared, entry: EntryRef) -> Self {
+    pub(crate) fn new(space: &'a Arc<Shared>, entry: EntryRef) -> Self {
         Self { space, entry, slow: None, subscription: PhantomData }
     }
 }

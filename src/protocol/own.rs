@@ -12,7 +12,8 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering};
 /// the notifier is covered and the protocol leaves the word alone. So no read-modify-write is needed.
 #[derive(Debug)]
 pub(crate) struct Own {
-    /// The sequence while no active invalidation covers the notifier, the sequence less one while one does.
+    /// The sequence while no active invalidation covers the notifier; the sequence less one while one does, or when the notifier is [`CLOSED`]:
+    /// then a reader has to look more closely.
     word: AtomicU64,
     /// How many active invalidations cover the notifier, in steps of [`COVER`], and below that the marks. In one word, so that the end of an
     /// invalidation sees in one comparison that there is nothing to be told.
@@ -30,8 +31,10 @@ const UNCOVERED: u64 = 1;
 const COVER: u32 = 16;
 /// A mark of a notifier: the end of an invalidation is to tell when nothing covers it any more.
 pub(crate) const WATCHED: u32 = 1;
-/// Three marks whose meaning is the owner's.
-pub(crate) const MARKS: [u32; 3] = [2, 4, 8];
+/// A mark of a notifier: no sequence of it is good for anything any more.
+const CLOSED: u32 = 2;
+/// Two marks whose meaning is the owner's.
+pub(crate) const MARKS: [u32; 2] = [4, 8];
 
 /// Enough of an address to tell two locks apart; never 0.
 #[cfg(debug_assertions)]
@@ -85,11 +88,38 @@ impl Own {
         self.word.load(Ordering::Acquire) | UNCOVERED
     }
 
-    /// The own sequence if no active invalidation covers the notifier at this moment (R1, R3).
+    /// The own sequence if no active invalidation covers the notifier at this moment (R1, R3), and it is not closed.
     #[inline]
     pub(crate) fn stable_sequence(&self) -> Option<u64> {
         let word = self.word.load(Ordering::Acquire);
         (word & UNCOVERED != 0).then_some(word)
+    }
+
+    /// Whether a reader that began with `sequence` has to start over (R2): the notifier has another one by now, or is closed.
+    #[inline]
+    pub(crate) fn is_past(&self, sequence: u64) -> bool {
+        self.word.load(Ordering::Acquire) != sequence && self.is_past_indeed(sequence)
+    }
+
+    /// The word may only say that the notifier is covered.
+    #[cold]
+    #[inline(never)]
+    fn is_past_indeed(&self, sequence: u64) -> bool {
+        self.sequence() != sequence || self.is_closed()
+    }
+
+    /// From now on readers of the notifier start over whatever sequence they have. Only the owner of the protocol; may be called again.
+    pub(crate) fn close(&self) {
+        self.mark(CLOSED, true);
+        if !self.is_covered() {
+            // While it is covered a first pass may set the sequence, and the word says already what it is to say.
+            self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Release);
+        }
+    }
+
+    #[inline]
+    pub(crate) fn is_closed(&self) -> bool {
+        self.is_marked(CLOSED)
     }
 
     /// S4: called in a first pass, under the driver's lock.
@@ -146,11 +176,20 @@ impl Own {
     pub(super) fn uncover(&self) -> u32 {
         let covering = self.covering.load(Ordering::Relaxed) - COVER;
         self.covering.store(covering, Ordering::Relaxed);
-        if covering >= COVER {
-            return 0;
+        if covering == 0 {
+            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);
+        } else if covering < COVER {
+            return self.uncover_marked(covering);
         }
-        let word = self.word.load(Ordering::Relaxed);
-        self.word.store(word | UNCOVERED, Ordering::Release);
-        covering
+        0
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn uncover_marked(&self, marks: u32) -> u32 {
+        if marks & CLOSED == 0 {
+            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);
+        }
+        marks
     }
 }
