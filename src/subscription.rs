@@ -61,12 +61,12 @@ impl<N: IntervalNotifier> Subscription<N> {
             return true;
         }
         // The gate first: whoever finds it open sees what was invalidated while it was closed.
-        let space = &self.registered.space;
-        let retry = space.gate.is_closed_now() || self.registered.entry.own.is_past(sequence.0);
-        if retry {
-            space.collided(&self.registered.entry);
+        let Registered { space, entry, .. } = &self.registered;
+        let open = !space.gate.is_closed_now();
+        if open && entry.own.is_stable_at(sequence.0) {
+            return false;
         }
-        retry
+        space.collides(entry, sequence, open)
     }
 
     /// Whether [`close`](Self::close) was called: nothing tells the driver of invalidations any more, so no check succeeds.

@@ -30,7 +30,7 @@ mod wakes;
 use crate::entry::{Entry, EntryRef};
 use crate::event::{Event, Kind, Owner, Reason};
 use crate::index::{Indexed, IntervalIndex};
-use crate::notifier::Request;
+use crate::notifier::{Request, Sequence};
 use crate::observe;
 use crate::protocol::{Id, Protocol};
 use crate::range::AddressRange;
@@ -266,9 +266,18 @@ impl Shared {
         None
     }
 
-    /// A check of a reader said that it has to start over.
+    /// Whether a reader has to start over (R2) that finds its notifier not as it was, or the gate not `open`.
     #[cold]
     #[inline(never)]
+    pub(crate) fn collides(&self, entry: &Entry, sequence: Sequence, open: bool) -> bool {
+        let retry = !open || entry.own.is_past(sequence.0);
+        if retry {
+            self.collided(entry);
+        }
+        retry
+    }
+
+    /// A check of a reader said that it has to start over.
     pub(crate) fn collided(&self, entry: &Entry) {
         self.reads.collisions.fetch_add(1, Ordering::Relaxed);
         entry.tally.collided();

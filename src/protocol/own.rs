@@ -95,16 +95,14 @@ impl Own {
         (word & UNCOVERED != 0).then_some(word)
     }
 
-    /// Whether a reader that began with `sequence` has to start over (R2): the notifier has another one by now, or is closed.
+    /// Whether the notifier has this own sequence, is not closed, and no active invalidation covers it.
     #[inline]
-    pub(crate) fn is_past(&self, sequence: u64) -> bool {
-        self.word.load(Ordering::Acquire) != sequence && self.is_past_indeed(sequence)
+    pub(crate) fn is_stable_at(&self, sequence: u64) -> bool {
+        self.word.load(Ordering::Acquire) == sequence
     }
 
-    /// The word may only say that the notifier is covered.
-    #[cold]
-    #[inline(never)]
-    fn is_past_indeed(&self, sequence: u64) -> bool {
+    /// Whether a reader that began with `sequence` has to start over (R2): the notifier has another one by now, or is closed.
+    pub(crate) fn is_past(&self, sequence: u64) -> bool {
         self.sequence() != sequence || self.is_closed()
     }
 
