@@ -148,6 +148,12 @@ impl<V: Indexed> Leaf<V> {
         self.live < 1 << 8
     }
 
+    #[inline(never)]
+    pub(super) fn touch(&self) {
+        let sum = (0..CAP / 4).fold(0u64, |sum, at| sum.wrapping_add(self.rests[at * 4].last));
+        core::hint::black_box(sum);
+    }
+
     /// How many places start at or before `start`. Not built in: mixed with what uses it, its sum is computed several times over.
     #[inline(never)]
     fn rank(&self, start: u64) -> usize {
