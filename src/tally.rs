@@ -64,9 +64,12 @@ impl Tally {
         add_one(&self.lapses);
     }
 
-    #[cold]
-    pub(crate) fn lasted(&self, age: Duration) {
-        self.longest.fetch_max(u32::try_from(age.as_micros()).unwrap_or(u32::MAX), Ordering::Relaxed);
+    /// Only under the space's lock, so that no read-modify-write is needed.
+    #[inline]
+    pub(crate) fn lasted(&self, micros: u32) {
+        if self.longest.load(Ordering::Relaxed) < micros {
+            self.longest.store(micros, Ordering::Relaxed);
+        }
     }
 
     pub(crate) fn stats(&self) -> NotifierStats {

@@ -286,7 +286,7 @@ fn join(space: &Shared, unclaimed: Unclaimed, watch: &mut Watch, cx: &mut Contex
             }
             Found::Lapsed => return Joined::Lapsed,
             Found::Job(job) => {
-                if !space.work(job) {
+                if !space.work(job, false) {
                     return Joined::Pending;
                 }
             }

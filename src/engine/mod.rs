@@ -340,7 +340,8 @@ impl State {
         if let Some(since) = self.protocol.active().get(id).and_then(|active| active.extra.since) {
             let age = now.saturating_sub(since);
             self.counts.longest = self.counts.longest.max(Some(age));
-            hits.iter().for_each(|entry| entry.tally.lasted(age));
+            let micros = u32::try_from(age.as_micros()).unwrap_or(u32::MAX);
+            hits.iter().for_each(|entry| entry.tally.lasted(micros));
         }
     }
 

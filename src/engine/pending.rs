@@ -244,12 +244,14 @@ impl Drop for WakeAfterwards {
 
 impl Shared {
     /// Polls the passes of one invalidation and gives them back. Says whether the joined ones are all done, and then wakes everyone who waits for that.
-    pub(crate) fn work(&self, job: Job) -> bool {
+    ///
+    /// `may_end`: nobody may be left to claim it, so that it ends here. Not so when the future that started it is the one who polls: that cannot be dropped
+    /// meanwhile, nor lapse before its passes are done.
+    pub(crate) fn work(&self, job: Job, may_end: bool) -> bool {
         let Job { unclaimed, mut scratch } = job;
         let progress = scratch.passes().drive();
         let finished = core::mem::take(&mut scratch.passes().finished);
-        // Asked for only where it may end here, if nobody is left to claim it.
-        let now = if progress == Progress::AllFinished { self.now() } else { None };
+        let now = if may_end && progress == Progress::AllFinished { self.now() } else { None };
         let mut wake = WakeAfterwards(None);
         self.with(|state, after| {
             let (done, wakes) = state.put_back(self, unclaimed, (scratch, finished), progress, now, after);

@@ -73,7 +73,7 @@ impl Wait {
             }
             let mut progress = false;
             for job in jobs {
-                progress |= space.work(job);
+                progress |= space.work(job, true);
             }
             if progress || self.lose_patience(space) {
                 continue;
