@@ -252,8 +252,7 @@ impl<V: Indexed> IntervalIndex<V> {
     pub(crate) fn insert(&mut self, range: AddressRange, value: V) {
         self.len += 1;
         self.span = (self.span.0.min(range.start()), self.span.1.max(range.last()));
-        if self.len == 1 {
-            self.height = 0;
+        if self.leaves.nodes.is_empty() {
             self.root = self.leaves.add(Leaf::EMPTY);
         }
         // Down to the leaf; every node on the way learns of the new `last`.
@@ -340,31 +339,37 @@ impl<V: Indexed> IntervalIndex<V> {
     #[inline]
     pub(crate) fn remove(&mut self, range: AddressRange, value: V) -> bool {
         let (leaf, at) = value.place().get();
-        match self.leaves.nodes.get_mut(leaf) {
+        match self.leaves.nodes.get(leaf) {
             // It is still where it was put.
-            Some(leaf) if leaf.rests[at].value == Some(value) => {
-                let changes = leaf.take(at);
-                self.len -= 1;
-                if changes {
-                    self.shrink(range, value);
-                }
-                true
-            }
-            _ => self.find_and_remove(range, value),
+            Some(known) if known.rests[at].value == Some(value) => self.take(leaf, at, range, value),
+            _ => return self.find_and_remove(range, value),
         }
+        true
     }
 
     #[inline(never)]
     fn find_and_remove(&mut self, range: AddressRange, value: V) -> bool {
-        let (_, node) = self.path(range.start(), value.order());
-        let Some(leaf) = self.leaves.nodes.get_mut(node as usize) else { return false };
-        let Some(at) = leaf.find(range.start(), value) else { return false };
-        let changes = leaf.take(at);
+        let mut leaf = self.root;
+        for _ in 0..self.height {
+            let inner = self.inners.at(leaf);
+            leaf = inner.children[inner.place(range.start(), value.order())];
+        }
+        let leaf = leaf as usize;
+        let Some(at) = self.leaves.nodes.get(leaf).and_then(|leaf| leaf.find(range.start(), value)) else { return false };
+        self.take(leaf, at, range, value);
+        true
+    }
+
+    #[inline(always)]
+    fn take(&mut self, leaf: usize, at: usize, range: AddressRange, value: V) {
+        let changes = self.leaves.nodes[leaf].take(at);
         self.len -= 1;
-        if changes {
+        if self.len == 0 {
+            // The root is a leaf, which stays.
+            self.span = NOWHERE;
+        } else if changes && self.height > 0 {
             self.shrink(range, value);
         }
-        true
     }
 
     /// After an interval left its leaf, which has another greatest `last` now or has become small: corrects the greatest `last`s above and
@@ -396,10 +401,6 @@ impl<V: Indexed> IntervalIndex<V> {
             self.inners.free.push(self.root);
             self.root = child;
             self.height -= 1;
-        }
-        if self.len == 0 {
-            self.leaves.free.push(self.root);
-            self.span = NOWHERE;
         }
     }
 

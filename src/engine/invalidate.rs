@@ -268,13 +268,15 @@ enum Joined {
 
 /// Joins the passes: drives them if nobody else does, waits otherwise.
 fn join(space: &Shared, unclaimed: Unclaimed, watch: &mut Watch, cx: &mut Context<'_>) -> Joined {
+    // Only who has to wait leaves a waker; mostly the passes are done when they have been driven once.
+    let mut waits = false;
     loop {
-        let waker = cx.waker().clone();
+        let waker = waits.then(|| cx.waker().clone());
         let (found, unused) = space.with(|state, _| {
             let found = state.look(space, unclaimed);
-            let unused = match (&found, state.pending_mut(unclaimed)) {
-                (Found::Job(_) | Found::Busy, Some(pending)) => watch.register(&pending.wakes, waker),
-                _ => Some(waker),
+            let unused = match (&found, waker, state.pending_mut(unclaimed)) {
+                (Found::Job(_) | Found::Busy, Some(waker), Some(pending)) => watch.register(&pending.wakes, waker),
+                (_, waker, _) => waker,
             };
             (found, unused)
         });
@@ -286,12 +288,16 @@ fn join(space: &Shared, unclaimed: Unclaimed, watch: &mut Watch, cx: &mut Contex
             }
             Found::Lapsed => return Joined::Lapsed,
             Found::Job(job) => {
-                if !space.work(job, false) {
-                    return Joined::Pending;
+                if space.work(job, false) {
+                    continue;
                 }
             }
-            Found::Busy => return Joined::Pending,
+            Found::Busy => {}
         }
+        if waits {
+            return Joined::Pending;
+        }
+        waits = true;
     }
 }
 

@@ -267,6 +267,10 @@ impl<V: Indexed> Leaf<V> {
 
     #[inline(never)]
     fn find_max_last(&mut self) {
+        if self.len == 0 {
+            self.max_last = 0;
+            return;
+        }
         self.max_last = self.lasts().max().unwrap_or(0);
     }
 
