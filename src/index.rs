@@ -210,12 +210,12 @@ impl<V: Indexed> IntervalIndex<V> {
                 return so_far;
             }
             node = inner.children[last];
+            if height == 0 && self.height > 2 {
+                self.leaves.at(node).touch();
+            }
         }
         // There is none before the first insertion; when all intervals were removed there are only gaps in it.
         let Some(leaf) = self.leaves.nodes.get(node as usize) else { return so_far };
-        if self.height > 2 {
-            leaf.touch();
-        }
         let end = count_at_most(&leaf.starts, leaf.is_short(), range.last());
         let from = first_candidate(&leaf.starts, leaf.slack, range.start(), end);
         for at in from..end {
@@ -230,6 +230,7 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     /// Several children may overlap.
+    #[cold]
     #[inline(never)]
     fn branch<A>(
         &self,

@@ -96,7 +96,7 @@ pub(crate) struct Request {
 /// One call of a first pass: what is invalidated, why, and how the driver may answer.
 #[derive(Clone, Copy)]
 pub struct Invalidation<'a> {
-    pub(crate) request: Request,
+    pub(crate) request: &'a Request,
     pub(crate) sequence: u64,
     pub(crate) may_defer: bool,
     pub(crate) own: &'a Own,

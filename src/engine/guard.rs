@@ -150,6 +150,7 @@ pub(super) fn end(space: &Shared, id: Id, scratch: Box<Scratch>) {
 }
 
 /// The same for any number of hits, when the lock is taken.
+#[cold]
 #[inline(never)]
 fn end_locked(mut state: impl DerefMut<Target = State>, id: Id, scratch: Box<Scratch>) {
     match state.protocol.end(id, &scratch.hits) {

@@ -46,8 +46,8 @@ fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
         return begin_slowly(space, range, reason);
     };
     let request = Request { range, reason, blockable: true };
-    match start_locked(space, state, request, None) {
-        (id, sequence, Some(scratch)) => call(space, id, scratch, request, sequence),
+    match start_locked(space, state, &request, None) {
+        (id, sequence, Some(scratch)) => call(space, id, scratch, &request, sequence),
         (id, _, None) => (id, None),
     }
 }
@@ -57,15 +57,15 @@ fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
 #[inline(never)]
 fn begin_slowly(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
     let request = Request { range, reason, blockable: true };
-    match start(space, request) {
-        (id, sequence, Some(scratch)) => call_from(space, id, scratch, request, sequence, 0),
+    match start(space, &request) {
+        (id, sequence, Some(scratch)) => call_from(space, id, scratch, &request, sequence, 0),
         (id, _, None) => (id, None),
     }
 }
 
 /// First passes, and what follows.
 #[inline(always)]
-fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: Request, sequence: u64) -> Begun {
+fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: &Request, sequence: u64) -> Begun {
     match advance(space, id, &mut scratch, request, sequence) {
         Advanced::Plainly => {
             space.calls.end(id);
@@ -79,7 +79,7 @@ fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: Request, seq
 /// The same, not built in, from hit `at` on.
 #[cold]
 #[inline(never)]
-fn call_from(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: Request, sequence: u64, at: usize) -> Begun {
+fn call_from(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: &Request, sequence: u64, at: usize) -> Begun {
     match advance_from(space, id, &mut scratch, request, sequence, at) {
         Advanced::Pends => (PENDING, Some(scratch)),
         // Something before hit `at` may have panicked.
@@ -116,11 +116,11 @@ fn hand_over(space: &Shared, mut scratch: Box<Scratch>, lapses: u32) -> Unclaime
 
 /// A non-blockable invalidation (B2, B3).
 pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<InvalidationGuard<'a>, WouldBlock> {
-    let (id, sequence, scratch) = start(&space, request);
+    let (id, sequence, scratch) = start(&space, &request);
     let Some(mut scratch) = scratch else {
         return Ok(InvalidationGuard::new(space, id, None));
     };
-    let mut advanced = advance_from(&space, id, &mut scratch, request, sequence, 0);
+    let mut advanced = advance_from(&space, id, &mut scratch, &request, sequence, 0);
     while advanced == Advanced::Pends {
         scratch.passes().drive_alone(&space, IDLE_ROUNDS);
         if scratch.passes().running() > 0 {
@@ -138,7 +138,7 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<
             return Err(WouldBlock);
         }
         advanced = match scratch.resume_at.take() {
-            Some(at) => advance_from(&space, id, &mut scratch, request, sequence, at),
+            Some(at) => advance_from(&space, id, &mut scratch, &request, sequence, at),
             None => Advanced::Done,
         };
     }
@@ -246,7 +246,7 @@ impl<'a> Invalidate<'a> {
                 Joined::Pending => return (self, Poll::Pending),
                 Joined::Claimed(id, scratch, at) => {
                     let (request, sequence) = (scratch.request, scratch.sequence);
-                    begun = Some(call_from(space, id, scratch, request, sequence, at));
+                    begun = Some(call_from(space, id, scratch, &request, sequence, at));
                 }
                 Joined::Lapsed => {
                     self.lapses += 1;

@@ -123,7 +123,7 @@ pub(crate) struct Extra {
 impl Extra {
     /// Notes why the range is under invalidation, and when that began if it is timed.
     #[inline(always)]
-    fn fill(&mut self, request: Request, since: Option<Duration>) {
+    fn fill(&mut self, request: &Request, since: Option<Duration>) {
         self.kind = request.reason.kind;
         self.owner = request.reason.owner;
         self.blockable = request.blockable;

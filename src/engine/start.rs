@@ -64,7 +64,7 @@ fn call_from<'a, const BUDGET: bool>(
                     }
                 }
                 Answer::WouldBlock if !invalidation.request.blockable => return Called::Refused,
-                Answer::WouldBlock => refused_blockable(space, &invalidation.request, *entry),
+                Answer::WouldBlock => refused_blockable(space, invalidation.request, *entry),
             }
         }
         let Some(next) = hits.get(*at) else { return Called::All };
@@ -101,11 +101,11 @@ impl Drop for Reserved<'_> {
 pub(super) type Running = (Id, u64, Option<Box<Scratch>>);
 
 /// Starts an invalidation.
-pub(super) fn start(space: &Shared, request: Request) -> Running {
+pub(super) fn start(space: &Shared, request: &Request) -> Running {
     let since = if space.clock.is_some() { space.now() } else { None };
     let (id, sequence, mut scratch) = start_locked(space, space.state.lock(), request, since);
     if observe::ON {
-        let trace = Trace::start(&request, sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
+        let trace = Trace::start(request, sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
         if let Some(scratch) = &mut scratch {
             scratch.passes().trace = trace;
         }
@@ -121,7 +121,7 @@ pub(super) fn start(space: &Shared, request: Request) -> Running {
 pub(super) fn start_locked(
     space: &Shared,
     mut state: impl DerefMut<Target = State>,
-    request: Request,
+    request: &Request,
     since: Option<Duration>,
 ) -> Running {
     let Started { id, sequence, hit, extra } =
@@ -151,7 +151,7 @@ pub(super) enum Advanced {
 ///
 /// To be built into one place, for most invalidations; all others call [`advance_from`].
 #[inline(always)]
-pub(super) fn advance(space: &Shared, id: Id, scratch: &mut Scratch, request: Request, sequence: u64) -> Advanced {
+pub(super) fn advance(space: &Shared, id: Id, scratch: &mut Scratch, request: &Request, sequence: u64) -> Advanced {
     if space.budget.is_some() {
         return advance_from(space, id, scratch, request, sequence, 0);
     }
@@ -168,12 +168,13 @@ pub(super) fn advance(space: &Shared, id: Id, scratch: &mut Scratch, request: Re
 }
 
 /// The same from hit `at` on, not built in.
+#[cold]
 #[inline(never)]
 pub(super) fn advance_from(
     space: &Shared,
     id: Id,
     scratch: &mut Scratch,
-    request: Request,
+    request: &Request,
     sequence: u64,
     at: usize,
 ) -> Advanced {
@@ -181,12 +182,13 @@ pub(super) fn advance_from(
 }
 
 /// What follows when first passes, up to hit `at`, were `called` with something left to do.
+#[cold]
 #[inline(never)]
 fn follow(
     space: &Shared,
     id: Id,
     scratch: &mut Scratch,
-    request: Request,
+    request: &Request,
     sequence: u64,
     mut at: usize,
     mut called: Result<Called, Panic>,
@@ -216,7 +218,7 @@ fn follow(
             return Advanced::Done;
         }
     }
-    (scratch.id, scratch.request, scratch.sequence, scratch.resume_at) = (id, request, sequence, resume_at);
+    (scratch.id, scratch.request, scratch.sequence, scratch.resume_at) = (id, *request, sequence, resume_at);
     Advanced::Pends
 }
 

@@ -148,6 +148,7 @@ impl<V: Indexed> Leaf<V> {
         self.live < 1 << 8
     }
 
+    #[cold]
     #[inline(never)]
     pub(super) fn touch(&self) {
         let sum = (0..CAP / 4).fold(0u64, |sum, at| sum.wrapping_add(self.rests[at * 4].last));
