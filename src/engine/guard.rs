@@ -60,24 +60,25 @@ impl Handle<'_> {
 pub struct InvalidationGuard<'a> {
     /// `None` once another guard has taken over. Dropped by hand, as is `scratch`, so that the end of a short invalidation is short.
     space: ManuallyDrop<Option<Handle<'a>>>,
-    id: Id,
+    /// An [`Id`], in a whole word, so that no padding is copied.
+    id: u64,
     scratch: ManuallyDrop<Option<Box<Scratch>>>,
 }
 
 impl<'a> InvalidationGuard<'a> {
     #[inline(always)]
     pub(super) fn new(space: Handle<'a>, id: Id, scratch: Option<Box<Scratch>>) -> Self {
-        Self { space: ManuallyDrop::new(Some(space)), scratch: ManuallyDrop::new(scratch), id }
+        Self { space: ManuallyDrop::new(Some(space)), id: u64::from(id), scratch: ManuallyDrop::new(scratch) }
     }
 
     /// What is under invalidation.
     pub fn range(&self) -> AddressRange {
-        self.space().with(|state, _| state.protocol.active().get(self.id).map_or(AddressRange::ALL, |active| active.range))
+        self.space().with(|state, _| state.protocol.active().get(self.id()).map_or(AddressRange::ALL, |active| active.range))
     }
 
     /// The sequence that the passes got; odd if a notifier was hit.
     pub fn sequence(&self) -> Sequence {
-        self.space().with(|state, _| Sequence(state.protocol.active().get(self.id).map_or(0, |active| active.sequence)))
+        self.space().with(|state, _| Sequence(state.protocol.active().get(self.id()).map_or(0, |active| active.sequence)))
     }
 
     /// How many notifiers the invalidation hit.
@@ -94,6 +95,11 @@ impl<'a> InvalidationGuard<'a> {
         }
     }
 
+    #[inline(always)]
+    fn id(&self) -> Id {
+        self.id as Id
+    }
+
     fn space(&self) -> &Shared {
         match &*self.space {
             Some(space) => space,
@@ -107,8 +113,8 @@ impl Drop for InvalidationGuard<'_> {
     fn drop(&mut self) {
         match &*self.space {
             // A borrowed handle is not dropped, so it stays where it is.
-            Some(Handle::Borrowed(space)) => finish(space, self.id, self.scratch.take()),
-            Some(Handle::Owned(_)) => finish_owned(self.space.take(), self.id, self.scratch.take()),
+            Some(Handle::Borrowed(space)) => finish(space, self.id(), self.scratch.take()),
+            Some(Handle::Owned(_)) => finish_owned(self.space.take(), self.id(), self.scratch.take()),
             None => {}
         }
     }
