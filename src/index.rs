@@ -252,7 +252,11 @@ impl<V: Indexed> IntervalIndex<V> {
     /// Adds an interval. `value.order()` must be greater than that of every interval with the same start.
     pub(crate) fn insert(&mut self, range: AddressRange, value: V) {
         self.len += 1;
-        self.span = (self.span.0.min(range.start()), self.span.1.max(range.last()));
+        let (first, last) = self.span;
+        // Mostly it does not grow; what is not stored need not be waited for.
+        if range.start() < first || range.last() > last {
+            self.span = (first.min(range.start()), last.max(range.last()));
+        }
         if self.leaves.nodes.is_empty() {
             self.root = self.leaves.add(Leaf::EMPTY);
         }

@@ -68,12 +68,13 @@ impl Shared {
     /// Puts a new entry into the index, behind all others with its start; says no in a space that was released (L4).
     pub(crate) fn register(&self, entry: EntryRef) -> bool {
         let mut state = self.state.lock();
-        if !state.released {
-            state.next_order += 1;
-            entry.order.store(state.next_order, Ordering::Relaxed);
-            state.protocol.insert(entry.range, entry);
+        if state.released {
+            return false;
         }
-        !state.released
+        state.next_order += 1;
+        entry.order.store(state.next_order, Ordering::Relaxed);
+        state.protocol.insert(entry.range, entry);
+        true
     }
 
     /// Ends a registration without waiting.

@@ -176,7 +176,9 @@ impl<V: Indexed> Leaf<V> {
         self.starts[at] = range.start();
         self.rests[at] = Rest { last: range.last(), value: Some(value) };
         self.len += 1;
-        self.max_last = self.max_last.max(range.last());
+        if range.last() > self.max_last {
+            self.max_last = range.last();
+        }
         // It may reach into the next, and the one before into it.
         let next = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
         let last_before = if at > 0 { self.rests[at - 1].last } else { 0 };
