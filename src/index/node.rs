@@ -165,13 +165,7 @@ impl<V: Indexed> Leaf<V> {
     #[inline(always)]
     pub(super) fn add(&mut self, range: AddressRange, value: V) -> usize {
         let rank = self.rank(range.start());
-        // Often there is a gap just here.
-        let at = if rank < CAP && self.live & (1 << rank) == 0 {
-            self.live |= 1 << rank;
-            rank
-        } else {
-            self.make_gap(rank)
-        };
+        let at = self.make_gap(rank);
         let at = at % CAP;
         self.starts[at] = range.start();
         self.rests[at] = Rest { last: range.last(), value: Some(value) };
@@ -195,26 +189,23 @@ impl<V: Indexed> Leaf<V> {
     }
 
     /// Moves the nearest gap to between the first `rank` places and the others, fills it, and says where it is.
-    #[inline(never)]
+    #[inline(always)]
     fn make_gap(&mut self, rank: usize) -> usize {
         let gaps = u64::from(!self.live);
         // How many intervals are between here and there: in the places from `rank` on, and in those before it.
         let above = (gaps >> rank).trailing_zeros() as usize;
         let below = ((gaps << 1) << (63 - rank)).leading_zeros() as usize;
-        let (gap, at) = if above <= below {
-            for at in (rank..rank + above).rev() {
-                self.starts[(at + 1) % CAP] = self.starts[at % CAP];
-                self.rests[(at + 1) % CAP] = self.rests[at % CAP];
-            }
-            (rank + above, rank)
-        } else {
-            for at in rank - 1 - below..rank - 1 {
-                self.starts[at % CAP] = self.starts[(at + 1) % CAP];
-                self.rests[at % CAP] = self.rests[(at + 1) % CAP];
-            }
-            (rank - 1 - below, rank - 1)
-        };
-        self.live |= 1 << gap;
+        // One loop for both directions: a jump that nobody can predict takes longer than all of it.
+        let up = above <= below;
+        let (gap, step) = if up { (rank + above, CAP - 1) } else { (rank.wrapping_sub(1 + below), 1) };
+        let mut at = gap % CAP;
+        for _ in 0..above.min(below) {
+            let from = (at + step) % CAP;
+            self.starts[at] = self.starts[from];
+            self.rests[at] = self.rests[from];
+            at = from;
+        }
+        self.live |= 1 << (gap % CAP);
         at
     }
 
