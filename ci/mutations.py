@@ -31,7 +31,6 @@ MUTATIONS = [
     ("an abandoned invalidation ends at once", "src/engine/pending.rs", "        if !pending.done {\n            return;\n        }", ""),
     ("drop the wake-up of a pass that was woken while it was polled", "src/engine/pending.rs", "(woken || progress != Progress::Waiting).then", "(progress != Progress::Waiting).then"),
     ("drop the wake-up when the passes are done", "src/engine/pending.rs", "(woken || progress != Progress::Waiting).then", "(woken && progress == Progress::Waiting).then"),
-    ("end the poll before others can take the passes", "src/engine/pending.rs", "let progress = scratch.passes().drive();", "let progress = scratch.passes().drive();\n        scratch.passes().wakes().end();"),
     ("do not wake sleepers when there is something to help with", "src/engine/pending.rs", "        for entry in asleep {\n            self.nudge(entry, after);\n        }", "        drop(asleep);"),
     ("do not wake readers at their moment", "src/engine/waiters.rs", "        after.work().wakers.extend(waiter.waker.take());\n        if waiter.wait_for", "        drop(waiter.waker.take());\n        if waiter.wait_for"),
     ("a reader does not take its moment", "src/engine/waiters.rs", "            waiter.fired = true;\n", ""),

@@ -210,6 +210,7 @@ impl<V: Indexed> IntervalIndex<V> {
                 return so_far;
             }
             node = inner.children[last];
+            // Leaves of small trees are in the caches as they are.
             if height == 0 && self.height > 2 {
                 self.leaves.at(node).touch();
             }
@@ -229,7 +230,7 @@ impl<V: Indexed> IntervalIndex<V> {
         so_far
     }
 
-    /// Several children may overlap.
+    /// Several children may overlap. Said to be cold, so that the way down to one child need not save what this uses.
     #[cold]
     #[inline(never)]
     fn branch<A>(

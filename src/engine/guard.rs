@@ -144,7 +144,7 @@ pub(super) fn end(space: &Shared, id: Id, scratch: Box<Scratch>) {
     let Some(mut state) = space.state.try_lock() else {
         return end_slowly(space, id, Some(scratch));
     };
-    // One hit is what most have that have any: without a loop, and with nothing behind it that is not somebody else's last word, no register is saved.
+    // One hit is what most have that have any: without a loop, and with nothing behind it that is not somebody else's last word, few registers are saved.
     if let [only] = scratch.hits[..] {
         match state.protocol.end(id, &[only]) {
             (false, extra) => extra.recycle(scratch),

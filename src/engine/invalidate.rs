@@ -36,7 +36,8 @@ const PENDING: Id = Id::MAX;
 
 /// The first poll, up to where it has to wait. Takes and returns what fits into registers, see [`Invalidate::poll`].
 ///
-/// The ways of most invalidations stand here one behind the other: what lies in memory between two locks is not much more than what each of them needs.
+/// What most invalidations do is built into this one function, with hits and without, so that what is known stays in registers; everything else is somebody else's
+/// last word (`DESIGN.md`, "The short way through").
 #[inline(never)]
 fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
     if observe::ON || space.clock.is_some() {

@@ -148,6 +148,7 @@ impl<V: Indexed> Leaf<V> {
         self.live < 1 << 8
     }
 
+    /// Has the lines of the leaf fetched that a search will need when it knows which: each interval's rest, and the starts that its first step does not look at.
     #[cold]
     #[inline(never)]
     pub(super) fn touch(&self) {
@@ -164,9 +165,7 @@ impl<V: Indexed> Leaf<V> {
     /// Adds an interval behind all that start at or before it, to a leaf that is not full; says where.
     #[inline(always)]
     pub(super) fn add(&mut self, range: AddressRange, value: V) -> usize {
-        let rank = self.rank(range.start());
-        let at = self.make_gap(rank);
-        let at = at % CAP;
+        let at = self.make_gap(self.rank(range.start())) % CAP;
         self.starts[at] = range.start();
         self.rests[at] = Rest { last: range.last(), value: Some(value) };
         self.len += 1;
