@@ -47,7 +47,6 @@ MUTATIONS = [
     ("the budget is not given back", "src/engine/mod.rs", "self.used.fetch_sub(1, Ordering::Relaxed);", ""),
     ("the budget is not looked at", "src/engine/mod.rs", "(used < self.limit).then_some(used + 1)", "Some(used + 1)"),
     ("a panic stops the other notifiers", "src/engine/start.rs", "Err(panic) => passes.keep_panic(panic),", "Err(panic) => {\n                passes.keep_panic(panic);\n                break None;\n            }"),
-    ("a panic stops the first polls", "src/engine/scratch.rs", "polled = catch(|| poll_from(to_poll, &mut at, &mut 0, trace, &mut cx));", "polled = Ok(());"),
     ("a panic is lost", "src/engine/invalidate.rs", "if scratch.passes().panic.is_some() { fail(space, id, scratch) } else { (id, Some(scratch)) }", "(id, Some(scratch))"),
     ("a memory keeps the hits of an invalidation that has ended", "src/engine/mod.rs", "        scratch.hits.clear();\n", ""),
     ("release lets notifiers in", "src/engine/invalidate.rs", "space.with(|state, _| state.released = true);", "let _ = space;"),

@@ -179,6 +179,22 @@ fn holds_many_intervals_with_one_start_in_order_of_insertion() {
 }
 
 #[test]
+fn finds_what_reaches_from_one_end_of_the_numbers_to_the_other() {
+    let mut index = IntervalIndex::new();
+    index.insert(AddressRange::ALL, Id(0));
+    index.insert(AddressRange::new(0, 10).unwrap(), Id(1));
+    index.insert(AddressRange::new(20, 10).unwrap(), Id(2));
+    let last = AddressRange::try_from(u64::MAX..=u64::MAX).unwrap();
+    // How far the first reaches into the second is one more than a number can say.
+    assert_eq!(index.hits(last), [Id(0)]);
+    assert!(index.remove(AddressRange::new(20, 10).unwrap(), Id(2)));
+    assert_eq!(index.hits(last), [Id(0)]);
+    index.insert(last, Id(3));
+    assert_eq!(index.hits(last), [Id(0), Id(3)]);
+    index.check();
+}
+
+#[test]
 fn ascending_insertion_fills_its_leaves() {
     let mut index = IntervalIndex::new();
     for id in 0..100_000 {
