@@ -461,3 +461,27 @@ fn nothing_that_was_seen_after_the_change_is_accepted_with_a_sequence_from_befor
         monitor.join().unwrap();
     });
 }
+
+/// The word of a closed notifier, read without a lock beside a first pass that sets it, an end that uncovers it and a close.
+#[test]
+fn nothing_is_accepted_after_a_close_whether_an_invalidation_covers_the_notifier_or_not() {
+    explore("a close, an invalidation, a check", 3, || {
+        let (space, device, _memory) = model(None);
+        let closed = Arc::new(AtomicU64::new(0));
+        let closer = {
+            let (device, closed) = (device.clone(), closed.clone());
+            thread::spawn(move || {
+                drop(device.close());
+                closed.store(1, Ordering::Release);
+            })
+        };
+        let invalidator = thread::spawn(move || drop(block_on(space.invalidate(range(), Event::Unmap))));
+        let began = device.sequence();
+        let was_closed = closed.load(Ordering::Acquire) == 1;
+        assert!(device.read_retry(began) || !was_closed, "accepted after the close");
+        closer.join().unwrap();
+        invalidator.join().unwrap();
+        // Whoever was last, the close or the end of the invalidation.
+        assert!(device.read_retry(block_on(device.read_begin())), "accepted with a sequence from after the close");
+    });
+}
