@@ -56,7 +56,6 @@ impl Handle<'_> {
 /// Dropping it is the end of the invalidation (`mmu_notifier_invalidate_range_end`); it never waits. It may be held across
 /// awaits, moved to another thread, and leaked: then the range stays under invalidation for ever.
 #[must_use = "dropping the guard ends the invalidation: keep it until the memory has changed"]
-#[repr(C)]
 pub struct InvalidationGuard<'a> {
     /// `None` once another guard has taken over. Dropped by hand, as is `scratch`, so that the end of a short invalidation is short.
     space: ManuallyDrop<Option<Handle<'a>>>,
