@@ -60,9 +60,6 @@ pub(crate) struct Entry {
     first_waiter: AtomicU32,
     /// Passes of this notifier that are pending.
     pub(crate) pending: AtomicU32,
-    /// Checks until one is forced to fail; 0 when none is.
-    #[cfg(feature = "test-util")]
-    pub(crate) collide_on: AtomicU32,
     /// What can be done with the notifier.
     calls: &'static Calls,
     /// Marked as watched while a future waits for this notifier, or it is on its way out: then the end of an invalidation has more to do.
@@ -204,8 +201,6 @@ impl<N: IntervalNotifier> EntryBox<N> {
             holds: AtomicU32::new(0),
             first_waiter: AtomicU32::new(NO_WAITER),
             pending: AtomicU32::new(0),
-            #[cfg(feature = "test-util")]
-            collide_on: AtomicU32::new(0),
             calls: Allocation::<N>::CALLS,
             own: Own::new(),
         };

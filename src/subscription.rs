@@ -84,13 +84,13 @@ impl<N: IntervalNotifier> Subscription<N> {
     /// that back. It is an answer that every reader must expect, so it needs no lock.
     #[cfg(feature = "test-util")]
     pub fn collide_on(&self, n: u32) {
-        self.registered.entry.collide_on.store(n, Ordering::Relaxed);
+        self.registered.entry.own.collide_on.store(n, Ordering::Relaxed);
     }
 
     #[cfg(feature = "test-util")]
     fn forced_collision(&self) -> bool {
         let count_down = |left: u32| left.checked_sub(1);
-        let left = &self.registered.entry.collide_on;
+        let left = &self.registered.entry.own.collide_on;
         left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count_down) == Ok(1)
     }
 

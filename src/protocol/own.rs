@@ -23,6 +23,9 @@ pub(crate) struct Own {
     /// Which driver lock the sequence was set under last; 0 before. For the check that readers take the same one.
     #[cfg(debug_assertions)]
     driver_lock: AtomicU32,
+    /// Checks until one is forced to fail; 0 when none is. Nothing to the protocol; it stands here because there is room.
+    #[cfg(feature = "test-util")]
+    pub(crate) collide_on: AtomicU32,
 }
 
 const UNCOVERED: u64 = 1;
@@ -50,6 +53,8 @@ impl Own {
             place: AtomicU32::new(Place::UNKNOWN.raw()),
             #[cfg(debug_assertions)]
             driver_lock: AtomicU32::new(0),
+            #[cfg(feature = "test-util")]
+            collide_on: AtomicU32::new(0),
         }
     }
 
