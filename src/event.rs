@@ -80,57 +80,86 @@ impl Event {
     }
 }
 
-/// An [`Event`] in two words that are copied each for itself: a copy of the whole, right after it was made, would wait for two stores at
-/// once, and that wait is a tenth of a short invalidation.
-#[derive(Clone, Copy, Default)]
-pub(crate) struct Reason {
-    pub(crate) kind: Kind,
-    pub(crate) owner: Option<Owner>,
-}
+/// An [`Event`] without its owner, and how the invalidation may be answered. One word, which goes through registers and is stored once: a lock
+/// waits for each store before it, and an [`Event`] that was just put together cannot be copied as a whole before both its words are stored.
+#[derive(Clone, Copy)]
+pub(crate) struct Terms(u32);
 
-/// What happened, without an owner.
-#[derive(Clone, Copy, Default)]
-pub(crate) enum Kind {
-    #[default]
-    Unmap,
-    Clear,
-    ProtectionVma,
-    ProtectionPage,
-    SoftDirty,
-    Release,
-    Migrate,
-    Exclusive,
-}
+impl Terms {
+    /// The kinds of events, as [`Event`] lists them.
+    const KIND: u32 = 7;
+    const BLOCKABLE: u32 = 8;
+    const MAY_DEFER: u32 = 16;
 
-impl From<Event> for Reason {
-    #[inline]
-    fn from(event: Event) -> Self {
+    /// Those of an invalidation whose passes may stay pending.
+    #[inline(always)]
+    pub(crate) fn new(event: Event, blockable: bool) -> Self {
         let kind = match event {
-            Event::Unmap => Kind::Unmap,
-            Event::Clear => Kind::Clear,
-            Event::ProtectionVma => Kind::ProtectionVma,
-            Event::ProtectionPage => Kind::ProtectionPage,
-            Event::SoftDirty => Kind::SoftDirty,
-            Event::Release => Kind::Release,
-            Event::Migrate { .. } => Kind::Migrate,
-            Event::Exclusive { .. } => Kind::Exclusive,
+            Event::Unmap => 0,
+            Event::Clear => 1,
+            Event::ProtectionVma => 2,
+            Event::ProtectionPage => 3,
+            Event::SoftDirty => 4,
+            Event::Release => 5,
+            Event::Migrate { .. } => 6,
+            Event::Exclusive { .. } => 7,
         };
-        Self { kind, owner: event.owner() }
+        Self(kind | if blockable { Self::BLOCKABLE } else { 0 } | Self::MAY_DEFER)
+    }
+
+    #[inline]
+    pub(crate) fn event(self, owner: Option<Owner>) -> Event {
+        match self.0 & Self::KIND {
+            0 => Event::Unmap,
+            1 => Event::Clear,
+            2 => Event::ProtectionVma,
+            3 => Event::ProtectionPage,
+            4 => Event::SoftDirty,
+            5 => Event::Release,
+            6 => Event::Migrate { owner },
+            _ => Event::Exclusive { owner },
+        }
+    }
+
+    #[inline]
+    pub(crate) fn blockable(self) -> bool {
+        self.0 & Self::BLOCKABLE != 0
+    }
+
+    #[inline]
+    pub(crate) fn may_defer(self) -> bool {
+        self.0 & Self::MAY_DEFER != 0
+    }
+
+    /// The same, for a pass that must not stay pending (B4).
+    pub(crate) fn at_once(self) -> Self {
+        Self(self.0 & !Self::MAY_DEFER)
     }
 }
 
-impl From<Reason> for Event {
-    #[inline]
-    fn from(Reason { kind, owner }: Reason) -> Self {
-        match kind {
-            Kind::Unmap => Self::Unmap,
-            Kind::Clear => Self::Clear,
-            Kind::ProtectionVma => Self::ProtectionVma,
-            Kind::ProtectionPage => Self::ProtectionPage,
-            Kind::SoftDirty => Self::SoftDirty,
-            Kind::Release => Self::Release,
-            Kind::Migrate => Self::Migrate { owner },
-            Kind::Exclusive => Self::Exclusive { owner },
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn terms_keep_what_they_were_made_of() {
+        for owner in [None, Some(Owner::new())] {
+            let events = [
+                Event::Unmap,
+                Event::Clear,
+                Event::ProtectionVma,
+                Event::ProtectionPage,
+                Event::SoftDirty,
+                Event::Release,
+                Event::Migrate { owner },
+                Event::Exclusive { owner },
+            ];
+            for (event, blockable) in events.into_iter().flat_map(|event| [(event, true), (event, false)]) {
+                let terms = Terms::new(event, blockable);
+                for (terms, may_defer) in [(terms, true), (terms.at_once(), false)] {
+                    assert_eq!((terms.event(event.owner()), terms.blockable(), terms.may_defer()), (event, blockable, may_defer));
+                }
+            }
         }
     }
 }

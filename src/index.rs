@@ -217,11 +217,13 @@ impl<V: Indexed> IntervalIndex<V> {
         }
         // There is none before the first insertion; when all intervals were removed there are only gaps in it.
         let Some(leaf) = self.leaves.nodes.get(node as usize) else { return so_far };
+        let (from, end) = if leaf.live == 1 { (0, 1) } else {
         let end = count_at_most(&leaf.starts, leaf.is_short(), range.last());
         let from = first_candidate(&leaf.starts, leaf.slack, range.start(), end);
+        (from, end) };
         for at in from..end {
             let rest = &leaf.rests[at % CAP];
-            if rest.last >= range.start()
+            if rest.last >= range.start() && leaf.starts[at % CAP] <= range.last()
                 && let Some(value) = rest.value
             {
                 so_far = hit(so_far, value, leaf.starts[at % CAP] <= range.start() && range.last() <= rest.last);

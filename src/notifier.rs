@@ -1,7 +1,7 @@
 //! What a driver implements, and what it is told.
 #![forbid(unsafe_code)]
 
-use crate::event::{Event, Owner, Reason};
+use crate::event::{Event, Owner, Terms};
 use crate::pass::PassFuture;
 use crate::protocol::Own;
 use crate::range::AddressRange;
@@ -89,8 +89,15 @@ impl Sequence {
 #[derive(Clone, Copy)]
 pub(crate) struct Request {
     pub(crate) range: AddressRange,
-    pub(crate) reason: Reason,
-    pub(crate) blockable: bool,
+    pub(crate) owner: Option<Owner>,
+    pub(crate) terms: Terms,
+}
+
+impl Request {
+    #[inline]
+    pub(crate) fn event(&self) -> Event {
+        self.terms.event(self.owner)
+    }
 }
 
 /// One call of a first pass: what is invalidated, why, and how the driver may answer.
@@ -98,7 +105,6 @@ pub(crate) struct Request {
 pub struct Invalidation<'a> {
     pub(crate) request: &'a Request,
     pub(crate) sequence: u64,
-    pub(crate) may_defer: bool,
     pub(crate) own: &'a Own,
 }
 
@@ -112,20 +118,20 @@ impl Invalidation<'_> {
     /// Why.
     #[inline]
     pub fn event(&self) -> Event {
-        self.request.reason.into()
+        self.request.event()
     }
 
     /// On whose behalf, for [`Event::Migrate`] and [`Event::Exclusive`].
     #[inline]
     pub fn owner(&self) -> Option<Owner> {
-        self.request.reason.owner
+        self.request.owner
     }
 
     /// Whether the driver may leave work to a further pass that takes time. In a non-blockable invalidation it may
     /// answer [`WouldBlock`] instead.
     #[inline]
     pub fn blockable(&self) -> bool {
-        self.request.blockable
+        self.request.terms.blockable()
     }
 
     /// The odd sequence that every pass of this invalidation gets (S2).
@@ -138,7 +144,7 @@ impl Invalidation<'_> {
     /// is used up: the pass is then awaited at once (B4), and a driver that has a cheaper way to wait may choose it.
     #[inline]
     pub fn may_defer(&self) -> bool {
-        self.may_defer
+        self.request.terms.may_defer()
     }
 
     /// The same without what can be done in the first pass only.
@@ -177,7 +183,7 @@ impl fmt::Debug for Invalidation<'_> {
             .field("event", &self.event())
             .field("sequence", &self.sequence)
             .field("blockable", &self.blockable())
-            .field("may_defer", &self.may_defer)
+            .field("may_defer", &self.may_defer())
             .finish()
     }
 }

@@ -6,7 +6,6 @@
 #[cfg(any(feature = "tracing", feature = "metrics"))]
 mod told {
     use crate::entry::{Answer, EntryRef};
-    use crate::event::Event;
     use crate::notifier::Request;
     use std::time::{Duration, Instant};
 
@@ -64,7 +63,7 @@ mod told {
     impl Trace {
         #[inline]
         pub(crate) fn start(request: &Request, _sequence: u64, _hits: usize) -> Self {
-            let event = Event::from(request.reason).name();
+            let event = request.event().name();
             #[cfg(feature = "metrics")]
             {
                 count_event(event);
@@ -72,7 +71,7 @@ mod told {
             }
             #[cfg(feature = "tracing")]
             {
-                let (range, blockable) = (request.range, request.blockable);
+                let (range, blockable) = (request.range, request.terms.blockable());
                 let span = tracing::debug_span!(target: "shootdown", "invalidate", %range, event, sequence = _sequence, hits = _hits, blockable);
                 Self { span: (!span.is_disabled()).then_some(span) }
             }

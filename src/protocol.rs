@@ -22,11 +22,22 @@ pub(crate) struct Active<M, X> {
     pub(crate) range: AddressRange,
     /// The sequence that all its passes get; odd if it hit a notifier, meaningless otherwise.
     pub(crate) sequence: u64,
-    /// Tells this invalidation from an earlier one with the same id; rises with each start.
-    pub(crate) serial: u64,
+    /// While it is active its serial and [`LIVE`], otherwise the next free place.
+    mark: u64,
     /// Notifiers inserted since it started, which it covers but does not call (S5).
     late: Vec<M>,
     pub(crate) extra: X,
+}
+
+impl<M, X> Active<M, X> {
+    /// Tells this invalidation from an earlier one with the same id; rises with each start.
+    pub(crate) fn serial(&self) -> u64 {
+        self.mark & !LIVE
+    }
+
+    fn is_live(&self) -> bool {
+        self.mark & LIVE != 0
+    }
 }
 
 impl<M: Copy, X> Active<M, X> {
@@ -50,58 +61,72 @@ pub(crate) struct Protocol<M, X> {
 ///
 /// `slab` would move each one in and out; those copies stall on the stores just made and took a quarter of a short invalidation.
 pub(crate) struct ActiveSet<M, X> {
-    places: Vec<Place<M, X>>,
-    /// The place to be used next; each free one names the one after it.
-    free: Id,
-    live: u32,
+    places: Vec<Active<M, X>>,
+    heads: Heads,
 }
 
-struct Place<M, X> {
-    /// The next free place, or [`LIVE`].
-    next: Id,
-    active: Active<M, X>,
+/// The free place to be used next, each of which names the one after it, and how many are live. One word, because a lock waits for each store before it.
+#[derive(Clone, Copy)]
+struct Heads(u64);
+
+impl Heads {
+    const EMPTY: Self = Self(NONE as u64);
+    const ONE_LIVE: u64 = 1 << Id::BITS;
+
+    fn free(self) -> Id {
+        self.0 as Id
+    }
+
+    fn live(self) -> u32 {
+        (self.0 >> Id::BITS) as u32
+    }
+
+    /// The same with another free place.
+    fn with_free(self, free: Id) -> Self {
+        Self(self.0 & !u64::from(Id::MAX) | u64::from(free))
+    }
 }
 
-/// In a place: it is not free.
-const LIVE: Id = Id::MAX;
+/// In [`Active::mark`]: it is active.
+const LIVE: u64 = 1 << 63;
 /// There is no free place.
-const NONE: Id = Id::MAX - 1;
+const NONE: Id = Id::MAX;
 
 impl<M, X> ActiveSet<M, X> {
     pub(crate) fn len(&self) -> usize {
-        self.live as usize
+        self.heads.live() as usize
     }
 
     pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
-        self.places.get(id as usize).filter(|place| place.next == LIVE).map(|place| &place.active)
+        self.places.get(id as usize).filter(|active| active.is_live())
     }
 
     pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut Active<M, X>> {
-        self.places.get_mut(id as usize).filter(|place| place.next == LIVE).map(|place| &mut place.active)
+        self.places.get_mut(id as usize).filter(|active| active.is_live())
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Id, &Active<M, X>)> {
-        (0..).zip(&self.places).filter(|(_, place)| place.next == LIVE).map(|(id, place)| (id, &place.active))
+        (0..).zip(&self.places).filter(|(_, active)| active.is_live())
     }
 
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Id, &mut Active<M, X>)> {
-        (0..).zip(&mut self.places).filter(|(_, place)| place.next == LIVE).map(|(id, place)| (id, &mut place.active))
+        (0..).zip(&mut self.places).filter(|(_, active)| active.is_live())
     }
 
-    /// A place that was free and is live now, made if there was none.
+    /// A place that was free and is live now with this serial, made if there was none.
     #[inline]
-    fn take(&mut self) -> (Id, &mut Active<M, X>)
+    fn take(&mut self, serial: u64) -> (Id, &mut Active<M, X>)
     where
         X: Default,
     {
-        if self.free == NONE {
+        if self.heads.free() == NONE {
             self.grow();
         }
-        let id = self.free;
-        let place = &mut self.places[id as usize];
-        self.free = core::mem::replace(&mut place.next, LIVE);
-        self.live += 1;
-        (id, &mut place.active)
+        let id = self.heads.free();
+        let active = &mut self.places[id as usize];
+        let next = core::mem::replace(&mut active.mark, LIVE | serial);
+        self.heads = Heads(self.heads.0 + Heads::ONE_LIVE).with_free(next as Id);
+        (id, active)
     }
 
     #[cold]
@@ -110,30 +135,35 @@ impl<M, X> ActiveSet<M, X> {
         X: Default,
     {
         let id =
-            Id::try_from(self.places.len()).ok().filter(|id| *id < NONE).expect("fewer than 2^32 - 2 invalidations are active");
-        let active = Active { range: AddressRange::ALL, sequence: 0, serial: 0, late: Vec::new(), extra: X::default() };
-        self.places.push(Place { next: NONE, active });
-        self.free = id;
+            Id::try_from(self.places.len()).ok().filter(|id| *id < NONE).expect("fewer than 2^32 - 1 invalidations are active");
+        self.places.push(Active { range: AddressRange::ALL, sequence: 0, mark: NONE.into(), late: Vec::new(), extra: X::default() });
+        self.heads = self.heads.with_free(id);
     }
 
     /// The place is free again; what is in it stays for now. Says, too, how many remain active.
     #[inline(always)]
     fn release(&mut self, id: Id) -> (&mut Active<M, X>, u32) {
-        let place = &mut self.places[id as usize];
-        debug_assert!(place.next == LIVE, "an invalidation ends once");
-        place.next = self.free;
-        self.free = id;
-        self.live -= 1;
-        (&mut place.active, self.live)
+        let active = &mut self.places[id as usize];
+        let live = release(active, &mut self.heads, id);
+        (active, live)
     }
 }
 
+/// The place `id` of an invalidation is free again. Says how many remain active.
+#[inline(always)]
+fn release<M, X>(active: &mut Active<M, X>, heads: &mut Heads, id: Id) -> u32 {
+    debug_assert!(active.is_live(), "an invalidation ends once");
+    active.mark = heads.free().into();
+    *heads = Heads(heads.0 - Heads::ONE_LIVE).with_free(id);
+    heads.live()
+}
+
 /// What the start of an invalidation decided.
-pub(crate) struct Started<'a, X> {
+pub(crate) struct Started<'a, M, X> {
     pub(crate) id: Id,
     pub(crate) sequence: u64,
-    /// It hit a notifier.
-    pub(crate) hit: bool,
+    /// The first of the notifiers that it hit. Also the first of the hits, but there it would be waited for until its store is done.
+    pub(crate) first: Option<M>,
     /// What its owner keeps beside it, as the last invalidation in this place left it.
     pub(crate) extra: &'a mut X,
 }
@@ -142,7 +172,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
     /// A space whose sequence starts at `sequence`, which must be even (S1: 2).
     pub(crate) fn new(sequence: u64) -> Self {
         debug_assert!(sequence.is_multiple_of(2), "the sequence of an idle space is even");
-        Self { sequence, index: IntervalIndex::new(), active: ActiveSet { places: Vec::new(), free: NONE, live: 0 }, started: 0 }
+        Self { sequence, index: IntervalIndex::new(), active: ActiveSet { places: Vec::new(), heads: Heads::EMPTY }, started: 0 }
     }
 
     /// The space's sequence (S1 to S3).
@@ -164,17 +194,17 @@ impl<M: Member, X: Default> Protocol<M, X> {
     }
 
     pub(crate) fn get(&self, id: Id, serial: u64) -> Option<&Active<M, X>> {
-        self.active.get(id).filter(|active| active.serial == serial)
+        self.active.get(id).filter(|active| active.serial() == serial)
     }
 
     pub(crate) fn get_mut(&mut self, id: Id, serial: u64) -> Option<&mut Active<M, X>> {
-        self.active.get_mut(id).filter(|active| active.serial == serial)
+        self.active.get_mut(id).filter(|active| active.serial() == serial)
     }
 
     /// S5, L3: `member` takes part from now on. Its [`Own`] must be new.
     #[inline]
     pub(crate) fn insert(&mut self, range: AddressRange, member: M) {
-        if self.active.live != 0 && self.insert_covered(range, member) {
+        if self.active.len() != 0 && self.insert_covered(range, member) {
             self.sequence |= 1;
             member.own().begin(self.sequence & !1);
         } else {
@@ -207,33 +237,31 @@ impl<M: Member, X: Default> Protocol<M, X> {
         self.index.remove(range, member)
     }
 
-    /// S2, S6: starts an invalidation. `fill` gets what its owner keeps beside it, as the last invalidation in this place left it. What `hits` finds there,
+    /// S2, S6: starts an invalidation. `fill` gets what its owner keeps beside it, as the last invalidation in this place left it, and its serial. What `hits` finds there,
     /// which is empty, gets every notifier that overlaps `range`, in the order of their first passes (O1); it is not asked for when there can be none.
     #[inline(always)]
     pub(crate) fn start(
         &mut self,
         range: AddressRange,
-        fill: impl FnOnce(&mut X),
+        fill: impl FnOnce(&mut X, u64),
         hits: impl FnOnce(&mut X) -> &mut Vec<M>,
-    ) -> Started<'_, X> {
+    ) -> Started<'_, M, X> {
         self.started += 1;
-        let serial = self.started;
-        let (id, active) = self.active.take();
+        let (id, active) = self.active.take(self.started);
         active.range = range;
-        active.serial = serial;
-        fill(&mut active.extra);
+        fill(&mut active.extra, self.started);
         if self.index.may_overlap(range) {
             let hits = hits(&mut active.extra);
             debug_assert!(hits.is_empty(), "an invalidation that has ended left its hits");
-            let sequence = cover(&self.index, self.sequence, range, hits);
-            if !hits.is_empty() {
+            let (first, sequence) = cover(&self.index, self.sequence, range, hits);
+            if first.is_some() {
                 self.sequence = sequence;
                 active.sequence = sequence;
-                return Started { id, sequence, hit: true, extra: &mut active.extra };
+                return Started { id, sequence, first, extra: &mut active.extra };
             }
         }
         active.sequence = self.sequence;
-        Started { id, sequence: self.sequence, hit: false, extra: &mut active.extra }
+        Started { id, sequence: self.sequence, first: None, extra: &mut active.extra }
     }
 
     /// The serial of the invalidation that started last.
@@ -251,6 +279,18 @@ impl<M: Member, X: Default> Protocol<M, X> {
         (marks & WATCHED != 0 || !active.late.is_empty(), &mut active.extra)
     }
 
+    /// The same for an invalidation with one hit, if that is not marked and nobody may have to be told. Otherwise does nothing and returns nothing.
+    #[inline(always)]
+    pub(crate) fn end_plainly(&mut self, id: Id, hit: M) -> Option<&mut X> {
+        let ActiveSet { places, heads } = &mut self.active;
+        let active = places.get_mut(id as usize).filter(|active| active.late.is_empty())?;
+        if !hit.own().uncover_plainly() {
+            return None;
+        }
+        settle(&mut self.sequence, release(active, heads, id));
+        Some(&mut active.extra)
+    }
+
     /// Names the notifiers that are [`WATCHED`] and that no active invalidation covers any more since the one that has just ended. Returns what
     /// [`end`](Self::end) returned.
     pub(crate) fn tell(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) -> &mut X {
@@ -259,7 +299,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
             .copied()
             .filter(|member| !member.own().is_covered() && member.own().is_marked(WATCHED))
             .for_each(&mut uncovered);
-        let active = &mut self.active.places[id as usize].active;
+        let active = &mut self.active.places[id as usize];
         active.late.drain(..).filter(|member| member.own().uncover() & WATCHED != 0).for_each(uncovered);
         &mut active.extra
     }
@@ -267,11 +307,9 @@ impl<M: Member, X: Default> Protocol<M, X> {
     /// S3: ends an invalidation that hit nothing. Says no, and does nothing, if notifiers were inserted under it: there may be somebody to be told.
     #[inline]
     pub(crate) fn end_without_hits(&mut self, id: Id) -> bool {
-        if self.active.places.get(id as usize).is_none_or(|place| !place.active.late.is_empty()) {
-            return false;
-        }
-        let (_, live) = self.active.release(id);
-        settle(&mut self.sequence, live);
+        let ActiveSet { places, heads } = &mut self.active;
+        let Some(active) = places.get_mut(id as usize).filter(|active| active.late.is_empty()) else { return false };
+        settle(&mut self.sequence, release(active, heads, id));
         true
     }
 }
@@ -284,16 +322,17 @@ fn settle(sequence: &mut u64, live: u32) {
     }
 }
 
-/// The notifiers that overlap `range` are covered by one more invalidation, which gets the sequence that is returned if there is one.
+/// The notifiers that overlap `range` are covered by one more invalidation. Returns the first of them, and the sequence that the invalidation gets then.
 #[inline(always)]
-fn cover<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange, hits: &mut Vec<M>) -> u64 {
-    let (_, _, sequence) = index.search(range, (hits, current, current | 1), |(hits, current, sequence), member, _| {
+fn cover<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange, hits: &mut Vec<M>) -> (Option<M>, u64) {
+    let (_, _, first, sequence) = index.search(range, (hits, current, None, current | 1), |(hits, current, first, sequence), member, _| {
         hits.push(member);
+        let first = first.or(Some(member));
         // An own sequence is odd, so it can equal the space's only while that is odd.
         let sequence = if member.own().cover() == Some(current) { after_clash(current) } else { sequence };
-        (hits, current, sequence)
+        (hits, current, first, sequence)
     });
-    sequence
+    (first, sequence)
 }
 
 /// S6: the sequence that follows when a notifier has the current one already, without being covered.

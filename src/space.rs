@@ -10,7 +10,7 @@ use crate::engine::invalidate::{Invalidate, try_invalidate};
 use crate::engine::wait::Drain;
 use crate::engine::{Budget, Clock, Report, Reporter, Shared};
 use crate::entry::EntryBox;
-use crate::event::Event;
+use crate::event::{Event, Terms};
 use crate::notifier::{IntervalNotifier, Request, Sequence, WouldBlock};
 use crate::range::AddressRange;
 use crate::subscription::Subscription;
@@ -175,7 +175,7 @@ impl AddressSpace {
     /// you hold the guard.
     #[inline]
     pub fn invalidate(&self, range: AddressRange, event: Event) -> Invalidate<'_> {
-        Invalidate::new(Handle::Borrowed(&self.shared), range, event.into())
+        Invalidate::new(Handle::Borrowed(&self.shared), range, event)
     }
 
     /// Invalidates `range` without waiting (B2, B3): the kernel's non-blockable form.
@@ -190,13 +190,13 @@ impl AddressSpace {
     /// # Panics
     /// Resumes a panic of a first pass or pass (C5).
     pub fn try_invalidate(&self, range: AddressRange, event: Event) -> Result<InvalidationGuard<'_>, WouldBlock> {
-        try_invalidate(Handle::Borrowed(&self.shared), Request { range, reason: event.into(), blockable: false })
+        try_invalidate(Handle::Borrowed(&self.shared), Request { range, owner: event.owner(), terms: Terms::new(event, false) })
     }
 
     /// The end of the address space: calls every notifier with [`Event::Release`] and waits for all passes. From the first poll on
     /// `insert` fails; `remove` still works (L4).
     pub fn release(&self) -> Release<'_> {
-        Release { invalidate: Invalidate::new(Handle::Borrowed(&self.shared), AddressRange::ALL, Event::Release.into()) }
+        Release { invalidate: Invalidate::new(Handle::Borrowed(&self.shared), AddressRange::ALL, Event::Release) }
     }
 
     /// Closes the space's gate: `read_begin` of every notifier waits from now on, and no driver is called. It takes no lock and no memory, so that it may

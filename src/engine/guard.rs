@@ -140,18 +140,19 @@ pub(super) fn end(space: &Shared, id: Id, scratch: Box<Scratch>) {
     if observe::ON || scratch.timed {
         return end_slowly(space, id, Some(scratch));
     }
+    // One hit is what most have that have any: without a loop, and with nothing behind it that is not somebody else's last word, no register is saved.
+    // The hit is read ahead of the lock, so that it is not waited for behind it.
+    let only = if let [only] = scratch.hits[..] { Some(only) } else { None };
     let Some(mut state) = space.state.try_lock() else {
         return end_slowly(space, id, Some(scratch));
     };
-    // One hit is what most have that have any: without a loop, and with nothing behind it that is not somebody else's last word, few registers are saved.
-    if let [only] = scratch.hits[..] {
-        match state.protocol.end(id, &[only]) {
-            (false, extra) => extra.recycle(scratch),
-            (true, _) => tell(state, id, scratch),
-        }
-    } else {
-        end_locked(state, id, scratch);
+    if let Some(only) = only
+        && let Some(extra) = state.protocol.end_plainly(id, only)
+    {
+        extra.recycle(scratch);
+        return;
     }
+    end_locked(state, id, scratch);
 }
 
 /// The same for any number of hits, when the lock is taken.

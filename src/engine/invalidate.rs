@@ -8,7 +8,8 @@ use crate::engine::scratch::Scratch;
 use crate::engine::start::{Advanced, advance, advance_from, start, start_locked};
 use crate::engine::wakes::Watch;
 use crate::engine::{Shared, State, Unclaimed};
-use crate::event::{Event, Reason};
+use crate::entry::EntryRef;
+use crate::event::{Event, Owner, Terms};
 use crate::notifier::{Request, WouldBlock};
 use crate::observe;
 use crate::protocol::Id;
@@ -39,16 +40,16 @@ const PENDING: Id = Id::MAX;
 /// What most invalidations do is built into this one function, with hits and without, so that what is known stays in registers; everything else is somebody else's
 /// last word (`DESIGN.md`, "The short way through").
 #[inline(never)]
-fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
+fn begin(space: &Shared, range: AddressRange, owner: Option<Owner>, terms: Terms) -> Begun {
     if observe::ON || space.clock.is_some() {
-        return begin_slowly(space, range, reason);
+        return begin_slowly(space, range, owner, terms);
     }
     let Some(state) = space.state.try_lock() else {
-        return begin_slowly(space, range, reason);
+        return begin_slowly(space, range, owner, terms);
     };
-    let request = Request { range, reason, blockable: true };
+    let request = Request { range, owner, terms };
     match start_locked(space, state, &request, None) {
-        (id, sequence, Some(scratch)) => call(space, id, scratch, &request, sequence),
+        (id, sequence, Some((scratch, first))) => call(space, id, scratch, first, &request, sequence),
         (id, _, None) => (id, None),
     }
 }
@@ -56,18 +57,18 @@ fn begin(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
 /// The same for an invalidation that is timed or traced, or finds the lock taken.
 #[cold]
 #[inline(never)]
-fn begin_slowly(space: &Shared, range: AddressRange, reason: Reason) -> Begun {
-    let request = Request { range, reason, blockable: true };
+fn begin_slowly(space: &Shared, range: AddressRange, owner: Option<Owner>, terms: Terms) -> Begun {
+    let request = Request { range, owner, terms };
     match start(space, &request) {
-        (id, sequence, Some(scratch)) => call_from(space, id, scratch, &request, sequence, 0),
+        (id, sequence, Some((scratch, _))) => call_from(space, id, scratch, &request, sequence, 0),
         (id, _, None) => (id, None),
     }
 }
 
 /// First passes, and what follows.
 #[inline(always)]
-fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: &Request, sequence: u64) -> Begun {
-    match advance(space, id, &mut scratch, request, sequence) {
+fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, first: EntryRef, request: &Request, sequence: u64) -> Begun {
+    match advance(space, id, &mut scratch, first, request, sequence) {
         Advanced::Plainly => {
             space.calls.end(id);
             (id, Some(scratch))
@@ -118,7 +119,7 @@ fn hand_over(space: &Shared, mut scratch: Box<Scratch>, lapses: u32) -> Unclaime
 /// A non-blockable invalidation (B2, B3).
 pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<InvalidationGuard<'a>, WouldBlock> {
     let (id, sequence, scratch) = start(&space, &request);
-    let Some(mut scratch) = scratch else {
+    let Some((mut scratch, _)) = scratch else {
         return Ok(InvalidationGuard::new(space, id, None));
     };
     let mut advanced = advance_from(&space, id, &mut scratch, &request, sequence, 0);
@@ -167,7 +168,8 @@ pub struct Invalidate<'a> {
     /// Moves into the guard. This and `step` are dropped by hand, so that the drop of a future that has resolved is one comparison.
     space: ManuallyDrop<Option<Handle<'a>>>,
     range: AddressRange,
-    reason: Reason,
+    owner: Option<Owner>,
+    terms: Terms,
     step: ManuallyDrop<Step>,
     lapses: u32,
 }
@@ -184,14 +186,15 @@ enum Step {
 
 impl<'a> Invalidate<'a> {
     #[inline(always)]
-    pub(crate) fn new(space: Handle<'a>, range: AddressRange, reason: Reason) -> Self {
-        Self { space: ManuallyDrop::new(Some(space)), range, reason, step: ManuallyDrop::new(Step::Start), lapses: 0 }
+    pub(crate) fn new(space: Handle<'a>, range: AddressRange, event: Event) -> Self {
+        let (owner, terms) = (event.owner(), Terms::new(event, true));
+        Self { space: ManuallyDrop::new(Some(space)), range, owner, terms, step: ManuallyDrop::new(Step::Start), lapses: 0 }
     }
 
     /// What is left of a future that has resolved or was moved.
     fn resolved() -> Self {
         let (space, step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
-        Self { space, range: AddressRange::ALL, reason: Reason::default(), step, lapses: 0 }
+        Self { space, range: AddressRange::ALL, owner: None, terms: Terms::new(Event::Unmap, true), step, lapses: 0 }
     }
 
     /// The same future with a handle of the space of its own, to be spawned or kept in a structure.
@@ -199,7 +202,8 @@ impl<'a> Invalidate<'a> {
         Invalidate {
             space: ManuallyDrop::new(self.space.take().map(Handle::into_owned)),
             range: self.range,
-            reason: self.reason,
+            owner: self.owner,
+            terms: self.terms,
             step: ManuallyDrop::new(core::mem::replace(&mut *self.step, Step::Done)),
             lapses: self.lapses,
         }
@@ -215,6 +219,17 @@ impl<'a> Invalidate<'a> {
         if let (Some(space), Step::Start) = (&*self.space, &*self.step) {
             space.with(|state, _| state.released = true);
         }
+    }
+
+    /// The rest of a first poll that leaves passes pending. What is invalidated and why is taken from the memory, so that the way of all others need not
+    /// keep it: a future that is awaited where it was made is then put together nowhere.
+    #[cold]
+    #[inline(never)]
+    fn pend(space: Handle<'a>, scratch: Option<Box<Scratch>>, cx: &mut Context<'_>) -> (Self, Poll<InvalidationGuard<'a>>) {
+        let Some(scratch) = scratch else { unreachable!("passes are pending, and in the memory") };
+        let Request { range, owner, terms } = scratch.request;
+        let future = Self { space: ManuallyDrop::new(Some(space)), range, owner, terms, step: ManuallyDrop::new(Step::Start), lapses: 0 };
+        future.go_on(Some((PENDING, Some(scratch))), cx)
     }
 
     /// Every poll but a first one that resolves; goes on from what that one has `begun`.
@@ -240,7 +255,7 @@ impl<'a> Invalidate<'a> {
                 None => {}
             }
             let Step::Joining { unclaimed, watch } = &mut *self.step else {
-                begun = Some(begin(space, self.range, self.reason));
+                begun = Some(begin(space, self.range, self.owner, self.terms));
                 continue;
             };
             match join(space, *unclaimed, watch, cx) {
@@ -341,19 +356,18 @@ impl<'a> Future for Invalidate<'a> {
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
-        let mut begun = None;
-        if let (Step::Start, Some(space)) = (&*this.step, &*this.space) {
-            let (id, scratch) = begin(space, this.range, this.reason);
-            if id != PENDING
-                && let Some(space) = this.space.take()
-            {
-                // Nothing in the step is to be dropped: a plain store.
-                this.step = ManuallyDrop::new(Step::Done);
+        let (future, polled) = if let (Step::Start, Some(space)) = (&*this.step, &*this.space) {
+            let (id, scratch) = begin(space, this.range, this.owner, this.terms);
+            let Some(space) = this.space.take() else { unreachable!("it was there a moment ago") };
+            // Nothing in the step is to be dropped: a plain store.
+            this.step = ManuallyDrop::new(Step::Done);
+            if id != PENDING {
                 return Poll::Ready(InvalidationGuard::new(space, id, scratch));
             }
-            begun = Some((id, scratch));
-        }
-        let (future, polled) = core::mem::replace(this, Self::resolved()).go_on(begun, cx);
+            Self::pend(space, scratch, cx)
+        } else {
+            core::mem::replace(this, Self::resolved()).go_on(None, cx)
+        };
         *this = future;
         if polled.is_pending()
             && let Some(space) = &*this.space
@@ -397,7 +411,7 @@ impl fmt::Debug for Invalidate<'_> {
         };
         f.debug_struct("Invalidate")
             .field("range", &self.range)
-            .field("event", &Event::from(self.reason))
+            .field("event", &self.terms.event(self.owner))
             .field("step", &step)
             .field("lapses", &self.lapses)
             .finish()

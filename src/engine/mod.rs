@@ -28,11 +28,11 @@ mod waiters;
 mod wakes;
 
 use crate::entry::{Entry, EntryRef};
-use crate::event::{Event, Kind, Owner, Reason};
+use crate::event::{Event, Owner, Terms};
 use crate::index::{Indexed, IntervalIndex};
 use crate::notifier::{Request, Sequence};
 use crate::observe;
-use crate::protocol::{Id, Protocol};
+use crate::protocol::{Active, Id, Protocol};
 use crate::range::AddressRange;
 use crate::sync::{Arc, AtomicU64, AtomicUsize, Lock, Ordering, Panic, Weak, catch, resume};
 pub(crate) use after::After;
@@ -107,27 +107,46 @@ pub(crate) struct State {
 }
 
 /// What the engine keeps beside each active invalidation.
-#[derive(Default)]
 pub(crate) struct Extra {
-    pub(crate) kind: Kind,
     pub(crate) owner: Option<Owner>,
-    pub(crate) blockable: bool,
+    pub(crate) terms: Terms,
     /// While the guard is not handed out and passes were pending.
     pub(crate) pending: Option<Box<Pending>>,
-    /// When it was first seen to last: its passes became pending, or somebody listed it.
-    pub(crate) since: Option<Duration>,
+    /// Its serial, and when it was first seen to last: its passes became pending, or somebody listed it. With another serial it is of an earlier
+    /// invalidation in this place: most have no use for it, and so need not clear it.
+    since: Option<(u64, Duration)>,
     /// The working memory that the last invalidation in this place left, until one takes it that hits something.
     pub(crate) spare: Option<Box<Scratch>>,
+}
+
+impl Default for Extra {
+    fn default() -> Self {
+        Self { owner: None, terms: Terms::new(Event::Unmap, true), pending: None, since: None, spare: None }
+    }
+}
+
+impl Active<EntryRef, Extra> {
+    /// When the invalidation was first seen to last, if it was.
+    pub(crate) fn since(&self) -> Option<Duration> {
+        self.extra.since.and_then(|(serial, since)| (serial == self.serial()).then_some(since))
+    }
+
+    /// The same; that is `now` if it was not seen before.
+    pub(crate) fn seen_to_last(&mut self, now: Option<Duration>) -> Option<Duration> {
+        let since = self.since().or(now)?;
+        self.extra.since = Some((self.serial(), since));
+        Some(since)
+    }
 }
 
 impl Extra {
     /// Notes why the range is under invalidation, and when that began if it is timed.
     #[inline(always)]
-    fn fill(&mut self, request: &Request, since: Option<Duration>) {
-        self.kind = request.reason.kind;
-        self.owner = request.reason.owner;
-        self.blockable = request.blockable;
-        self.since = since;
+    fn fill(&mut self, request: &Request, serial: u64, since: Option<Duration>) {
+        (self.owner, self.terms) = (request.owner, request.terms);
+        if let Some(since) = since {
+            self.since = Some((serial, since));
+        }
     }
 
     /// Where the start of an invalidation collects its hits.
@@ -150,14 +169,8 @@ impl Extra {
     #[inline(always)]
     fn recycle(&mut self, mut scratch: Box<Scratch>) {
         scratch.hits.clear();
-        scratch.timed = false;
         debug_assert!(self.spare.is_none(), "an invalidation gives the memory back that it took from here");
         core::mem::forget(self.spare.replace(scratch));
-    }
-
-    /// Why the range is under invalidation.
-    pub(crate) fn event(&self) -> Event {
-        Reason { kind: self.kind, owner: self.owner }.into()
     }
 }
 
@@ -310,7 +323,10 @@ impl Shared {
 
 impl State {
     /// Ends an active invalidation (S3, C2) and wakes whoever waited for that. `now` if it was timed.
-    pub(crate) fn end(&mut self, id: Id, scratch: Option<Box<Scratch>>, now: Option<Duration>, after: &mut After) {
+    pub(crate) fn end(&mut self, id: Id, mut scratch: Option<Box<Scratch>>, now: Option<Duration>, after: &mut After) {
+        if let Some(scratch) = &mut scratch {
+            scratch.timed = false;
+        }
         let hits = scratch.as_ref().map_or(&[][..], |scratch| &scratch.hits);
         if let Some(now) = now {
             self.lasted(id, hits, now);
@@ -337,7 +353,7 @@ impl State {
     /// Notes how long an invalidation has been active.
     #[cold]
     pub(crate) fn lasted(&mut self, id: Id, hits: &[EntryRef], now: Duration) {
-        if let Some(since) = self.protocol.active().get(id).and_then(|active| active.extra.since) {
+        if let Some(since) = self.protocol.active().get(id).and_then(Active::since) {
             let age = now.saturating_sub(since);
             self.counts.longest = self.counts.longest.max(Some(age));
             let micros = u32::try_from(age.as_micros()).unwrap_or(u32::MAX);

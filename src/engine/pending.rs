@@ -85,9 +85,9 @@ impl State {
         let Some(active) = self.protocol.active_mut().get_mut(id) else {
             unreachable!("an invalidation in its first passes is active");
         };
-        active.extra.since = active.extra.since.or(now);
+        active.seen_to_last(now);
         scratch.timed = true;
-        let (range, unclaimed) = (active.range, Unclaimed { id, serial: active.serial });
+        let (range, unclaimed) = (active.range, Unclaimed { id, serial: active.serial() });
         // Whoever sleeps because of this invalidation can now help with it (C3).
         let mut asleep: Vec<EntryRef> = Vec::new();
         let sleeps = |entry: &EntryRef| entry.first_waiter().is_some();

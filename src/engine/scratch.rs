@@ -4,7 +4,7 @@
 use crate::engine::Shared;
 use crate::engine::wakes::PassWaker;
 use crate::entry::EntryRef;
-use crate::event::Reason;
+use crate::event::{Event, Terms};
 use crate::notifier::Request;
 use crate::observe::{self, Moment, Trace};
 use crate::pass::PassFuture;
@@ -52,7 +52,7 @@ pub(crate) struct Scratch {
 
 impl Default for Scratch {
     fn default() -> Self {
-        let request = Request { range: AddressRange::ALL, reason: Reason::default(), blockable: true };
+        let request = Request { range: AddressRange::ALL, owner: None, terms: Terms::new(Event::Unmap, true) };
         Self {
             id: 0,
             request,

@@ -25,35 +25,37 @@ enum Called {
 }
 
 /// Calls the first passes of hit `at` and those behind it; `at` moves behind a notifier before it is called. `invalidation` is made for hit `at`; most of it
-/// is the same for all. `BUDGET`: there may be a pass budget.
+/// is the same for all. `BUDGET`: there may be a pass budget; those for which it has no place are asked `at_once`.
 #[inline(always)]
 fn call_from<'a, const BUDGET: bool>(
     space: &Shared,
     invalidation: &mut Invalidation<'a>,
+    at_once: &'a Request,
     hits: &'a [EntryRef],
+    mut entry: EntryRef,
     passes: &mut Passes,
     at: &mut usize,
 ) -> Called {
     let budget = if BUDGET { space.budget.as_ref() } else { None };
-    let Some(mut entry) = hits.get(*at) else { return Called::All };
+    let request = invalidation.request;
     loop {
         *at += 1;
         if !entry.own.is_closed() {
             let reserved = budget.map(Reserved::new);
             if let Some(reserved) = &reserved {
-                invalidation.may_defer = reserved.granted;
+                invalidation.request = if reserved.granted { request } else { at_once };
             }
             let began = Moment::now();
             let answer = {
-                let (_here, _entered) = (InFirstPass::enter(space, *entry), passes.trace.enter());
+                let (_here, _entered) = (InFirstPass::enter(space, entry), passes.trace.enter());
                 entry.first_pass(invalidation, passes.next.as_mut())
             };
-            passes.trace.first_pass(*entry, answer, began);
+            passes.trace.first_pass(entry, answer, began);
             match answer {
                 Answer::Done => {}
                 Answer::Pass => {
                     let may_defer = reserved.is_none_or(Reserved::keep);
-                    passes.start_pass::<BUDGET>(*entry, may_defer, began);
+                    passes.start_pass::<BUDGET>(entry, may_defer, began);
                     if !may_defer {
                         // Those before it wait until all have been called (O2).
                         let last = passes.started() - 1;
@@ -63,12 +65,12 @@ fn call_from<'a, const BUDGET: bool>(
                         }
                     }
                 }
-                Answer::WouldBlock if !invalidation.request.blockable => return Called::Refused,
-                Answer::WouldBlock => refused_blockable(space, invalidation.request, *entry),
+                Answer::WouldBlock if !invalidation.blockable() => return Called::Refused,
+                Answer::WouldBlock => refused_blockable(space, request, entry),
             }
         }
         let Some(next) = hits.get(*at) else { return Called::All };
-        (entry, invalidation.own) = (next, &next.own);
+        (entry, invalidation.own) = (*next, &next.own);
     }
 }
 
@@ -98,19 +100,19 @@ impl Drop for Reserved<'_> {
 }
 
 /// What has started: the invalidation's id and sequence, and its working memory if it hit a notifier.
-pub(super) type Running = (Id, u64, Option<Box<Scratch>>);
+pub(super) type Running = (Id, u64, Option<(Box<Scratch>, EntryRef)>);
 
 /// Starts an invalidation.
 pub(super) fn start(space: &Shared, request: &Request) -> Running {
     let since = if space.clock.is_some() { space.now() } else { None };
     let (id, sequence, mut scratch) = start_locked(space, space.state.lock(), request, since);
     if observe::ON {
-        let trace = Trace::start(request, sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
-        if let Some(scratch) = &mut scratch {
+        let trace = Trace::start(request, sequence, scratch.as_ref().map_or(0, |(scratch, _)| scratch.hits.len()));
+        if let Some((scratch, _)) = &mut scratch {
             scratch.passes().trace = trace;
         }
     }
-    if let Some(scratch) = &mut scratch {
+    if let Some((scratch, _)) = &mut scratch {
         scratch.timed = since.is_some();
     }
     (id, sequence, scratch)
@@ -124,16 +126,16 @@ pub(super) fn start_locked(
     request: &Request,
     since: Option<Duration>,
 ) -> Running {
-    let Started { id, sequence, hit, extra } =
-        state.protocol.start(request.range, |extra| extra.fill(request, since), Extra::hits);
-    if !hit {
+    let Started { id, sequence, first, extra } =
+        state.protocol.start(request.range, |extra, serial| extra.fill(request, serial, since), Extra::hits);
+    let Some(first) = first else {
         return (id, sequence, None);
-    }
+    };
     let scratch = extra.spare.take();
     space.calls.begin(id);
     // No driver was called and nobody woken, so nothing remains for now.
     drop(state);
-    (id, sequence, scratch)
+    (id, sequence, scratch.map(|scratch| (scratch, first)))
 }
 
 /// How far an invalidation has come.
@@ -151,16 +153,15 @@ pub(super) enum Advanced {
 ///
 /// To be built into one place, for most invalidations; all others call [`advance_from`].
 #[inline(always)]
-pub(super) fn advance(space: &Shared, id: Id, scratch: &mut Scratch, request: &Request, sequence: u64) -> Advanced {
+pub(super) fn advance(space: &Shared, id: Id, scratch: &mut Scratch, first: EntryRef, request: &Request, sequence: u64) -> Advanced {
     if space.budget.is_some() {
         return advance_from(space, id, scratch, request, sequence, 0);
     }
     let mut at = 0;
     let (hits, passes) = scratch.split();
-    let Some(first) = hits.first() else { return Advanced::Plainly };
-    let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &first.own };
+    let mut invalidation = Invalidation { request, sequence, own: &first.own };
     // One landing for all first passes.
-    let called = catch(|| call_from::<false>(space, &mut invalidation, hits, passes, &mut at));
+    let called = catch(|| call_from::<false>(space, &mut invalidation, request, hits, first, passes, &mut at));
     if matches!(called, Ok(Called::All)) && (passes.started() == 0 || passes.first_polls(space, 0)) {
         return Advanced::Plainly;
     }
@@ -194,6 +195,7 @@ fn follow(
     mut called: Result<Called, Panic>,
 ) -> Advanced {
     let (hits, passes) = scratch.split();
+    let at_once = Request { terms: request.terms.at_once(), ..*request };
     let resume_at = loop {
         match called {
             Ok(Called::All) => break None,
@@ -207,8 +209,8 @@ fn follow(
             Err(panic) => passes.keep_panic(panic),
         }
         let Some(next) = hits.get(at) else { break None };
-        let mut invalidation = Invalidation { request, sequence, may_defer: true, own: &next.own };
-        called = catch(|| call_from::<true>(space, &mut invalidation, hits, passes, &mut at));
+        let mut invalidation = Invalidation { request, sequence, own: &next.own };
+        called = catch(|| call_from::<true>(space, &mut invalidation, &at_once, hits, *next, passes, &mut at));
     };
     if resume_at.is_none() {
         if passes.started() > 0 {
@@ -226,5 +228,5 @@ fn follow(
 fn refused_blockable(space: &Shared, request: &Request, entry: EntryRef) {
     space.with(|state, _| state.counts.refused_blockable += 1);
     let name = entry.name();
-    space.report(&Report::RefusedBlockable { notifier: &name, range: request.range, event: request.reason.into() });
+    space.report(&Report::RefusedBlockable { notifier: &name, range: request.range, event: request.event() });
 }

@@ -187,6 +187,20 @@ impl Own {
         0
     }
 
+    /// The same if it is not marked; otherwise does nothing and says so.
+    #[inline(always)]
+    pub(super) fn uncover_plainly(&self) -> bool {
+        let covering = self.covering.load(Ordering::Relaxed) - COVER;
+        if covering % COVER != 0 {
+            return false;
+        }
+        self.covering.store(covering, Ordering::Relaxed);
+        if covering == 0 {
+            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);
+        }
+        true
+    }
+
     #[cold]
     #[inline(never)]
     fn uncover_marked(&self, marks: u32) -> u32 {

@@ -129,7 +129,7 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
             }
             Op::Start(start, len, sets) => {
                 let range = AddressRange::new(start, len).unwrap();
-                let started = protocol.start(range, |_| (), |hits| hits);
+                let started = protocol.start(range, |_, _| (), |hits| hits);
                 let hits = core::mem::take(started.extra);
                 prop_assert_eq!(started.hit, !hits.is_empty());
                 let started = (started.id, started.sequence);

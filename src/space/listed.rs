@@ -101,10 +101,7 @@ impl AddressSpace {
             let mut listed = Vec::with_capacity(state.protocol.active().len());
             let mut longest = state.counts.longest;
             for (id, active) in state.protocol.active_mut().iter_mut() {
-                let since = match (active.extra.since, now) {
-                    (None, Some(now)) => *active.extra.since.insert(now),
-                    (since, _) => since.unwrap_or_default(),
-                };
+                let since = active.seen_to_last(now).unwrap_or_default();
                 if let Some(now) = now {
                     longest = longest.max(Some(now.saturating_sub(since)));
                 }
@@ -119,15 +116,15 @@ impl AddressSpace {
                 };
                 let invalidation = ActiveInvalidation {
                     range: active.range,
-                    event: active.extra.event(),
-                    blockable: active.extra.blockable,
+                    event: active.extra.terms.event(active.extra.owner),
+                    blockable: active.extra.terms.blockable(),
                     sequence: Sequence(active.sequence),
                     phase,
                     abandoned: active.extra.pending.as_deref().is_some_and(|pending| pending.abandoned),
                     age: now.map(|now| now.saturating_sub(since)),
                     pending: Vec::new(),
                 };
-                listed.push((active.serial, from..held.len(), invalidation));
+                listed.push((active.serial(), from..held.len(), invalidation));
             }
             state.counts.longest = longest;
             held.iter().for_each(|entry| entry.hold());
