@@ -13,7 +13,7 @@ mod node;
 use crate::range::AddressRange;
 use alloc::vec::Vec;
 use core::ops::Range;
-use node::{CAP, Child, Inner, LOW, Leaf, MERGED, Part, count_at_most, first_candidate};
+use node::{CAP, Child, Inner, LOW, Leaf, MERGED, Part, count_at_most};
 
 /// The span of an index without intervals.
 const NOWHERE: (u64, u64) = (u64::MAX, 0);
@@ -179,15 +179,38 @@ impl<V: Indexed> IntervalIndex<V> {
         range.start() <= last && range.last() >= first
     }
 
+    /// The one leaf that holds what overlaps `range`, and the places in it that are to be looked at with [`Leaf::overlapping`]; `None` when there may be several leaves,
+    /// and it takes a [`search`](Self::search).
+    ///
+    /// Mostly there is one: the way down to it is a loop without a call, to be built into the caller.
+    #[inline(always)]
+    pub(crate) fn only_leaf(&self, range: AddressRange) -> Option<(&Leaf<V>, Range<usize>)> {
+        let mut node = self.root;
+        let mut height = self.height;
+        while height > 0 {
+            let inner = self.inners.at(node);
+            height -= 1;
+            let children = inner.candidates(range);
+            if children.start < children.end {
+                return None;
+            }
+            // A leaf that does not reach so far has no places to be looked at.
+            node = inner.children[children.end];
+            // Leaves of small trees are in the caches as they are.
+            if height == 0 && self.height > 2 {
+                self.leaves.at(node).touch();
+            }
+        }
+        let leaf = self.leaves.nodes.get(node as usize)?;
+        Some((leaf, leaf.candidates(range)))
+    }
+
     /// [`overlapping_or_covering`](Self::overlapping_or_covering) when [`may_overlap`](Self::may_overlap) is known, as a fold: what changes from hit to hit is handed on
     /// by value, so that it stays in registers.
-    #[inline(always)]
     pub(crate) fn search<A>(&self, range: AddressRange, first: A, mut hit: impl FnMut(A, V, bool) -> A) -> A {
         self.descend(self.root, self.height, range, first, &mut hit)
     }
 
-    /// Mostly one child of a node can overlap: the way down to it is a loop, to be built into the caller.
-    #[inline(always)]
     fn descend<A>(
         &self,
         mut node: Node,
@@ -199,34 +222,24 @@ impl<V: Indexed> IntervalIndex<V> {
         while height > 0 {
             let inner = self.inners.at(node);
             height -= 1;
-            let end = count_at_most(&inner.starts, inner.is_short(), range.last()).min(inner.len);
-            let from = first_candidate(&inner.starts, inner.slack, range.start(), end);
-            // What starts before the first bound is in the first child, too.
-            let last = end.saturating_sub(1);
-            if from < last {
-                so_far = self.branch(inner, from..last, height, range, so_far, hit);
+            let children = inner.candidates(range);
+            let last = children.end;
+            if !children.is_empty() {
+                so_far = self.branch(inner, children, height, range, so_far, hit);
             }
             if inner.max_lasts[last] < range.start() {
                 return so_far;
             }
             node = inner.children[last];
-            // Leaves of small trees are in the caches as they are.
             if height == 0 && self.height > 2 {
                 self.leaves.at(node).touch();
             }
         }
         // There is none before the first insertion; when all intervals were removed there are only gaps in it.
         let Some(leaf) = self.leaves.nodes.get(node as usize) else { return so_far };
-        let (from, end) = if leaf.live == 1 { (0, 1) } else {
-        let end = count_at_most(&leaf.starts, leaf.is_short(), range.last());
-        let from = first_candidate(&leaf.starts, leaf.slack, range.start(), end);
-        (from, end) };
-        for at in from..end {
-            let rest = &leaf.rests[at % CAP];
-            if rest.last >= range.start() && leaf.starts[at % CAP] <= range.last()
-                && let Some(value) = rest.value
-            {
-                so_far = hit(so_far, value, leaf.starts[at % CAP] <= range.start() && range.last() <= rest.last);
+        for at in leaf.candidates(range) {
+            if let Some(value) = leaf.overlapping(at, range) {
+                so_far = hit(so_far, value, leaf.starts[at % CAP] <= range.start() && range.last() <= leaf.rests[at % CAP].last);
             }
         }
         so_far

@@ -159,11 +159,11 @@ fn release<M, X>(active: &mut Active<M, X>, heads: &mut Heads, id: Id) -> u32 {
 }
 
 /// What the start of an invalidation decided.
-pub(crate) struct Started<'a, M, X> {
+pub(crate) struct Started<'a, X> {
     pub(crate) id: Id,
     pub(crate) sequence: u64,
-    /// The first of the notifiers that it hit. Also the first of the hits, but there it would be waited for until its store is done.
-    pub(crate) first: Option<M>,
+    /// It hit a notifier.
+    pub(crate) hit: bool,
     /// What its owner keeps beside it, as the last invalidation in this place left it.
     pub(crate) extra: &'a mut X,
 }
@@ -245,7 +245,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
         range: AddressRange,
         fill: impl FnOnce(&mut X, u64),
         hits: impl FnOnce(&mut X) -> &mut Vec<M>,
-    ) -> Started<'_, M, X> {
+    ) -> Started<'_, X> {
         self.started += 1;
         let (id, active) = self.active.take(self.started);
         active.range = range;
@@ -253,15 +253,15 @@ impl<M: Member, X: Default> Protocol<M, X> {
         if self.index.may_overlap(range) {
             let hits = hits(&mut active.extra);
             debug_assert!(hits.is_empty(), "an invalidation that has ended left its hits");
-            let (first, sequence) = cover(&self.index, self.sequence, range, hits);
-            if first.is_some() {
+            let sequence = cover(&self.index, self.sequence, range, hits);
+            if !hits.is_empty() {
                 self.sequence = sequence;
                 active.sequence = sequence;
-                return Started { id, sequence, first, extra: &mut active.extra };
+                return Started { id, sequence, hit: true, extra: &mut active.extra };
             }
         }
         active.sequence = self.sequence;
-        Started { id, sequence: self.sequence, first: None, extra: &mut active.extra }
+        Started { id, sequence: self.sequence, hit: false, extra: &mut active.extra }
     }
 
     /// The serial of the invalidation that started last.
@@ -322,17 +322,31 @@ fn settle(sequence: &mut u64, live: u32) {
     }
 }
 
-/// The notifiers that overlap `range` are covered by one more invalidation. Returns the first of them, and the sequence that the invalidation gets then.
+/// The notifiers that overlap `range` are covered by one more invalidation, which gets the sequence that is returned if there is one.
 #[inline(always)]
-fn cover<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange, hits: &mut Vec<M>) -> (Option<M>, u64) {
-    let (_, _, first, sequence) = index.search(range, (hits, current, None, current | 1), |(hits, current, first, sequence), member, _| {
+fn cover<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange, hits: &mut Vec<M>) -> u64 {
+    let Some((leaf, candidates)) = index.only_leaf(range) else { return cover_many(index, current, range, hits) };
+    let mut sequence = current | 1;
+    for at in candidates {
+        if let Some(member) = leaf.overlapping(at, range) {
+            hits.push(member);
+            // An own sequence is odd, so it can equal the space's only while that is odd.
+            if member.own().cover() == Some(current) {
+                sequence = after_clash(current);
+            }
+        }
+    }
+    sequence
+}
+
+/// The same when they may be in several leaves.
+#[cold]
+#[inline(never)]
+fn cover_many<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange, hits: &mut Vec<M>) -> u64 {
+    index.search(range, current | 1, |sequence, member, _| {
         hits.push(member);
-        let first = first.or(Some(member));
-        // An own sequence is odd, so it can equal the space's only while that is odd.
-        let sequence = if member.own().cover() == Some(current) { after_clash(current) } else { sequence };
-        (hits, current, first, sequence)
-    });
-    (first, sequence)
+        if member.own().cover() == Some(current) { after_clash(current) } else { sequence }
+    })
 }
 
 /// S6: the sequence that follows when a notifier has the current one already, without being covered.

@@ -8,7 +8,6 @@ use crate::engine::scratch::Scratch;
 use crate::engine::start::{Advanced, advance, advance_from, start, start_locked};
 use crate::engine::wakes::Watch;
 use crate::engine::{Shared, State, Unclaimed};
-use crate::entry::EntryRef;
 use crate::event::{Event, Owner, Terms};
 use crate::notifier::{Request, WouldBlock};
 use crate::observe;
@@ -49,7 +48,7 @@ fn begin(space: &Shared, range: AddressRange, owner: Option<Owner>, terms: Terms
     };
     let request = Request { range, owner, terms };
     match start_locked(space, state, &request, None) {
-        (id, sequence, Some((scratch, first))) => call(space, id, scratch, first, &request, sequence),
+        (id, sequence, Some(scratch)) => call(space, id, scratch, &request, sequence),
         (id, _, None) => (id, None),
     }
 }
@@ -60,15 +59,15 @@ fn begin(space: &Shared, range: AddressRange, owner: Option<Owner>, terms: Terms
 fn begin_slowly(space: &Shared, range: AddressRange, owner: Option<Owner>, terms: Terms) -> Begun {
     let request = Request { range, owner, terms };
     match start(space, &request) {
-        (id, sequence, Some((scratch, _))) => call_from(space, id, scratch, &request, sequence, 0),
+        (id, sequence, Some(scratch)) => call_from(space, id, scratch, &request, sequence, 0),
         (id, _, None) => (id, None),
     }
 }
 
 /// First passes, and what follows.
 #[inline(always)]
-fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, first: EntryRef, request: &Request, sequence: u64) -> Begun {
-    match advance(space, id, &mut scratch, first, request, sequence) {
+fn call(space: &Shared, id: Id, mut scratch: Box<Scratch>, request: &Request, sequence: u64) -> Begun {
+    match advance(space, id, &mut scratch, request, sequence) {
         Advanced::Plainly => {
             space.calls.end(id);
             (id, Some(scratch))
@@ -119,7 +118,7 @@ fn hand_over(space: &Shared, mut scratch: Box<Scratch>, lapses: u32) -> Unclaime
 /// A non-blockable invalidation (B2, B3).
 pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<InvalidationGuard<'a>, WouldBlock> {
     let (id, sequence, scratch) = start(&space, &request);
-    let Some((mut scratch, _)) = scratch else {
+    let Some(mut scratch) = scratch else {
         return Ok(InvalidationGuard::new(space, id, None));
     };
     let mut advanced = advance_from(&space, id, &mut scratch, &request, sequence, 0);

@@ -32,12 +32,12 @@ fn call_from<'a, const BUDGET: bool>(
     invalidation: &mut Invalidation<'a>,
     at_once: &'a Request,
     hits: &'a [EntryRef],
-    mut entry: EntryRef,
     passes: &mut Passes,
     at: &mut usize,
 ) -> Called {
     let budget = if BUDGET { space.budget.as_ref() } else { None };
     let request = invalidation.request;
+    let Some(mut entry) = hits.get(*at).copied() else { return Called::All };
     loop {
         *at += 1;
         if !entry.own.is_closed() {
@@ -100,19 +100,19 @@ impl Drop for Reserved<'_> {
 }
 
 /// What has started: the invalidation's id and sequence, and its working memory if it hit a notifier.
-pub(super) type Running = (Id, u64, Option<(Box<Scratch>, EntryRef)>);
+pub(super) type Running = (Id, u64, Option<Box<Scratch>>);
 
 /// Starts an invalidation.
 pub(super) fn start(space: &Shared, request: &Request) -> Running {
     let since = if space.clock.is_some() { space.now() } else { None };
     let (id, sequence, mut scratch) = start_locked(space, space.state.lock(), request, since);
     if observe::ON {
-        let trace = Trace::start(request, sequence, scratch.as_ref().map_or(0, |(scratch, _)| scratch.hits.len()));
-        if let Some((scratch, _)) = &mut scratch {
+        let trace = Trace::start(request, sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
+        if let Some(scratch) = &mut scratch {
             scratch.passes().trace = trace;
         }
     }
-    if let Some((scratch, _)) = &mut scratch {
+    if let Some(scratch) = &mut scratch {
         scratch.timed = since.is_some();
     }
     (id, sequence, scratch)
@@ -126,16 +126,16 @@ pub(super) fn start_locked(
     request: &Request,
     since: Option<Duration>,
 ) -> Running {
-    let Started { id, sequence, first, extra } =
+    let Started { id, sequence, hit, extra } =
         state.protocol.start(request.range, |extra, serial| extra.fill(request, serial, since), Extra::hits);
-    let Some(first) = first else {
+    if !hit {
         return (id, sequence, None);
-    };
+    }
     let scratch = extra.spare.take();
     space.calls.begin(id);
     // No driver was called and nobody woken, so nothing remains for now.
     drop(state);
-    (id, sequence, scratch.map(|scratch| (scratch, first)))
+    (id, sequence, scratch)
 }
 
 /// How far an invalidation has come.
@@ -153,15 +153,16 @@ pub(super) enum Advanced {
 ///
 /// To be built into one place, for most invalidations; all others call [`advance_from`].
 #[inline(always)]
-pub(super) fn advance(space: &Shared, id: Id, scratch: &mut Scratch, first: EntryRef, request: &Request, sequence: u64) -> Advanced {
+pub(super) fn advance(space: &Shared, id: Id, scratch: &mut Scratch, request: &Request, sequence: u64) -> Advanced {
     if space.budget.is_some() {
         return advance_from(space, id, scratch, request, sequence, 0);
     }
     let mut at = 0;
     let (hits, passes) = scratch.split();
+    let Some(first) = hits.first() else { return Advanced::Plainly };
     let mut invalidation = Invalidation { request, sequence, own: &first.own };
     // One landing for all first passes.
-    let called = catch(|| call_from::<false>(space, &mut invalidation, request, hits, first, passes, &mut at));
+    let called = catch(|| call_from::<false>(space, &mut invalidation, request, hits, passes, &mut at));
     if matches!(called, Ok(Called::All)) && (passes.started() == 0 || passes.first_polls(space, 0)) {
         return Advanced::Plainly;
     }
@@ -210,7 +211,7 @@ fn follow(
         }
         let Some(next) = hits.get(at) else { break None };
         let mut invalidation = Invalidation { request, sequence, own: &next.own };
-        called = catch(|| call_from::<true>(space, &mut invalidation, &at_once, hits, *next, passes, &mut at));
+        called = catch(|| call_from::<true>(space, &mut invalidation, &at_once, hits, passes, &mut at));
     };
     if resume_at.is_none() {
         if passes.started() > 0 {

@@ -3,6 +3,7 @@
 
 use super::{Indexed, Node};
 use crate::range::AddressRange;
+use core::ops::Range;
 
 /// Children of an inner node, or intervals of a leaf, at most.
 pub(super) const CAP: usize = 32;
@@ -19,7 +20,7 @@ pub(super) const UNUSED: u64 = u64::MAX;
 /// range reaches. An insertion takes the nearest gap, so that it moves the few intervals up to there and not half of the leaf.
 #[derive(Clone)]
 #[repr(C)]
-pub(super) struct Leaf<V> {
+pub(crate) struct Leaf<V> {
     pub(super) starts: [u64; CAP],
     /// The rest of each interval. Together, so that a hit touches one more cache line and not two, and a change moves two arrays and not three.
     pub(super) rests: [Rest<V>; CAP],
@@ -35,7 +36,7 @@ pub(super) struct Leaf<V> {
 
 /// What a leaf knows of an interval beside its start.
 #[derive(Clone, Copy)]
-pub(super) struct Rest<V> {
+pub(crate) struct Rest<V> {
     pub(super) last: u64,
     pub(super) value: Option<V>,
 }
@@ -112,7 +113,7 @@ pub(super) fn count_at_most(starts: &[u64; CAP], few: bool, start: u64) -> usize
 /// The first part of a node that may reach as far as `start`, of those before `end`, the count of those that start early enough: the last of them, and
 /// those before it that may reach so far.
 #[inline(always)]
-pub(super) fn first_candidate(starts: &[u64; CAP], slack: u64, start: u64, end: usize) -> usize {
+fn first_candidate(starts: &[u64; CAP], slack: u64, start: u64, end: usize) -> usize {
     // Where the next part must start, at least. A slack that is too great for a number is one less, so is the start.
     let bound = start.min(u64::MAX - 1).checked_sub(slack).map_or(0, |bound| bound + 1);
     let mut from = end.saturating_sub(1);
@@ -154,6 +155,24 @@ impl<V: Indexed> Leaf<V> {
     pub(super) fn touch(&self) {
         let sum = (0..CAP / 4).fold(self.starts[0] ^ self.starts[CAP - 1], |sum, at| sum.wrapping_add(self.rests[at * 4].last));
         core::hint::black_box(sum);
+    }
+
+    /// The places whose intervals may overlap `range`: of these, those do that [`overlapping`](Self::overlapping) says.
+    #[inline(always)]
+    pub(super) fn candidates(&self, range: AddressRange) -> Range<usize> {
+        // Nothing is to be counted, and so nothing to be waited for.
+        if self.live == 1 {
+            return 0..1;
+        }
+        let end = count_at_most(&self.starts, self.is_short(), range.last());
+        first_candidate(&self.starts, self.slack, range.start(), end)..end
+    }
+
+    /// What lies at `at`, one of the [`candidates`](Self::candidates), if it does overlap `range`.
+    #[inline(always)]
+    pub(crate) fn overlapping(&self, at: usize, range: AddressRange) -> Option<V> {
+        let rest = &self.rests[at % CAP];
+        if rest.last >= range.start() && self.starts[at % CAP] <= range.last() { rest.value } else { None }
     }
 
     /// How many places start at or before `start`. Not built in: mixed with what uses it, its sum is computed several times over.
@@ -332,6 +351,16 @@ impl<V: Indexed> Part for Leaf<V> {
 impl Inner {
     pub(super) const EMPTY: Self =
         Self { len: 0, slack: 0, starts: [UNUSED; CAP], orders: [0; CAP], max_lasts: [0; CAP], children: [0; CAP] };
+
+    /// The children that may overlap `range`, without the last of them, which is the one where the range ends.
+    #[inline(always)]
+    pub(super) fn candidates(&self, range: AddressRange) -> Range<usize> {
+        let end = count_at_most(&self.starts, self.is_short(), range.last()).min(self.len);
+        let from = first_candidate(&self.starts, self.slack, range.start(), end);
+        // What starts before the first bound is in the first child, too.
+        let last = end.saturating_sub(1);
+        from.min(last)..last
+    }
 
     /// Whether there are no more than eight children.
     #[inline(always)]
