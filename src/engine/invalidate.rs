@@ -355,15 +355,15 @@ impl<'a> Future for Invalidate<'a> {
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
-        let (future, polled) = if let (Step::Start, Some(space)) = (&*this.step, &*this.space) {
+        let (future, polled) = if let (Step::Start, Some(Handle::Borrowed(space))) = (&*this.step, &*this.space) {
+            let space: &'a Shared = space;
             let (id, scratch) = begin(space, this.range, this.owner, this.terms);
-            let Some(space) = this.space.take() else { unreachable!("it was there a moment ago") };
-            // Nothing in the step is to be dropped: a plain store.
-            this.step = ManuallyDrop::new(Step::Done);
+            // Nothing in these is to be dropped: plain stores.
+            (this.space, this.step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
             if id != PENDING {
-                return Poll::Ready(InvalidationGuard::new(space, id, scratch));
+                return Poll::Ready(InvalidationGuard::new(Handle::Borrowed(space), id, scratch));
             }
-            Self::pend(space, scratch, cx)
+            Self::pend(Handle::Borrowed(space), scratch, cx)
         } else {
             core::mem::replace(this, Self::resolved()).go_on(None, cx)
         };
