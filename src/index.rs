@@ -360,16 +360,25 @@ impl<V: Indexed> IntervalIndex<V> {
     #[inline]
     pub(crate) fn remove(&mut self, range: AddressRange, value: V) -> bool {
         let (leaf, at) = value.place().get();
-        match self.leaves.nodes.get(leaf) {
+        match self.leaves.nodes.get_mut(leaf) {
             // It is still where it was put.
-            Some(known) if known.rests[at].value == Some(value) => self.take(leaf, at, range, value),
-            _ => return self.find_and_remove(range, value),
+            Some(known) if known.rests[at].value == Some(value) && known.is_plain(at) => {
+                known.clear(at);
+                self.len -= 1;
+                true
+            }
+            _ => self.remove_slowly(range, value),
         }
-        true
     }
 
+    /// The same for an interval that was moved, or that something else depends on.
     #[inline(never)]
-    fn find_and_remove(&mut self, range: AddressRange, value: V) -> bool {
+    fn remove_slowly(&mut self, range: AddressRange, value: V) -> bool {
+        let (leaf, at) = value.place().get();
+        if self.leaves.nodes.get(leaf).is_some_and(|known| known.rests[at].value == Some(value)) {
+            self.take(leaf, at, range, value);
+            return true;
+        }
         let mut leaf = self.root;
         for _ in 0..self.height {
             let inner = self.inners.at(leaf);
@@ -381,7 +390,6 @@ impl<V: Indexed> IntervalIndex<V> {
         true
     }
 
-    #[inline(always)]
     fn take(&mut self, leaf: usize, at: usize, range: AddressRange, value: V) {
         let changes = self.leaves.nodes[leaf].take(at);
         self.len -= 1;

@@ -11,6 +11,8 @@ pub(super) const CAP: usize = 32;
 pub(super) const LOW: usize = CAP / 4;
 /// A merged node holds no more than this, so that the next insertion does not split it again.
 pub(super) const MERGED: usize = CAP * 3 / 4;
+/// An insertion goes this many steps to the nearest gap without asking whether it must.
+const EASY_STEPS: usize = 2;
 /// A start that is not in use: sorts behind all others. (An interval may start there, too; a node knows its `len`.)
 pub(super) const UNUSED: u64 = u64::MAX;
 
@@ -216,8 +218,15 @@ impl<V: Indexed> Leaf<V> {
         // One loop for both directions: a jump that nobody can predict takes longer than all of it.
         let up = above <= below;
         let (gap, step) = if up { (rank + above, CAP - 1) } else { (rank.wrapping_sub(1 + below), 1) };
-        let mut at = gap % CAP;
-        for _ in 0..above.min(below) {
+        let (mut at, steps) = (gap % CAP, above.min(below));
+        // Mostly it is no further than this. What need not be moved is copied onto itself: that, too, is quicker than a jump that nobody can predict.
+        for taken in 0..EASY_STEPS {
+            let from = if taken < steps { (at + step) % CAP } else { at };
+            self.starts[at] = self.starts[from];
+            self.rests[at] = self.rests[from];
+            at = from;
+        }
+        for _ in EASY_STEPS..steps {
             let from = (at + step) % CAP;
             self.starts[at] = self.starts[from];
             self.rests[at] = self.rests[from];
@@ -244,17 +253,28 @@ impl<V: Indexed> Leaf<V> {
         overhang(&self.starts, |at| self.rests[at].last, CAP, at)
     }
 
-    /// Makes a gap of the interval at `at`. Says whether those above have to know: the leaf has become small, or has another greatest `last`.
+    /// Whether nothing but its place has to change when the interval at `at` goes: neither the slack nor the greatest `last`, and the leaf does not become small.
     #[inline(always)]
+    pub(super) fn is_plain(&self, at: usize) -> bool {
+        self.slack == 0 && self.rests[at].last != self.max_last && self.len as usize > LOW
+    }
+
+    /// Makes a gap of the interval at `at`, which is [plain](Self::is_plain).
+    #[inline(always)]
+    pub(super) fn clear(&mut self, at: usize) {
+        self.starts[at] = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
+        self.rests[at] = Self::NOTHING;
+        self.live &= !(1 << at);
+        self.len -= 1;
+    }
+
+    /// The same for any interval. Says whether those above have to know: the leaf has become small, or has another greatest `last`.
     pub(super) fn take(&mut self, at: usize) -> bool {
         let last = self.rests[at].last;
         if self.slack != 0 {
             self.loosen(at);
         }
-        self.starts[at] = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
-        self.rests[at] = Self::NOTHING;
-        self.live &= !(1 << at);
-        self.len -= 1;
+        self.clear(at);
         if last == self.max_last {
             self.find_max_last();
             return true;
