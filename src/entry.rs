@@ -83,6 +83,12 @@ impl Entry {
         self.own.mark(DETACHED | WATCHED, true);
     }
 
+    /// Closes and detaches the notifier if nobody has any business with it; otherwise does nothing and says so. Under the lock.
+    #[inline(always)]
+    pub(crate) fn retire(&self) -> bool {
+        !self.is_held() && self.own.retire(DETACHED | WATCHED)
+    }
+
     pub(crate) fn hold(&self) {
         self.holds.store(self.holds.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
     }

@@ -88,10 +88,25 @@ impl Shared {
     }
 
     /// Closes a notifier and, if nobody but its subscription has any business with it, leaves its entry to that.
+    #[inline(never)]
     fn detach(&self, entry: EntryRef) -> bool {
+        let Some(mut state) = self.state.try_lock() else { return self.detach_slowly(entry) };
+        // Without an invalidation that covers it there is neither a call nor a pass.
+        let alone = entry.retire();
+        if !alone {
+            drop(state);
+            return self.detach_slowly(entry);
+        }
+        state.protocol.remove(entry.range, entry);
+        true
+    }
+
+    /// The same for one that somebody has to do with or that is closed already, or with the lock taken.
+    #[cold]
+    #[inline(never)]
+    fn detach_slowly(&self, entry: EntryRef) -> bool {
         let mut state = self.state.lock();
         state.close(entry);
-        // Without an invalidation that covers it there is neither a call nor a pass.
         let alone = !entry.own.is_covered() && !entry.is_held();
         if alone {
             entry.detach();

@@ -120,6 +120,17 @@ impl Own {
         }
     }
 
+    /// Closes a notifier with these marks if no active invalidation covers it and it has no mark; otherwise does nothing and says so.
+    #[inline(always)]
+    pub(crate) fn retire(&self, marks: u32) -> bool {
+        let plain = self.covering.load(Ordering::Relaxed) == 0;
+        if plain {
+            self.covering.store(CLOSED | marks, Ordering::Relaxed);
+            self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Release);
+        }
+        plain
+    }
+
     #[inline]
     pub(crate) fn is_closed(&self) -> bool {
         self.is_marked(CLOSED)
