@@ -118,6 +118,10 @@ pub(super) fn count_at_most(starts: &[u64; CAP], few: bool, start: u64) -> usize
 fn first_candidate(starts: &[u64; CAP], slack: u64, start: u64, end: usize) -> usize {
     // Where the next part must start, at least. A slack that is too great for a number is one less, so is the start.
     let bound = start.min(u64::MAX - 1).checked_sub(slack).map_or(0, |bound| bound + 1);
+    // All of them, or few.
+    if starts[0] >= bound {
+        return 0;
+    }
     let mut from = end.saturating_sub(1);
     while from > 0 && starts[from % CAP] >= bound {
         from -= 1;
@@ -162,9 +166,9 @@ impl<V: Indexed> Leaf<V> {
     /// The places whose intervals may overlap `range`: of these, those do that [`overlapping`](Self::overlapping) says.
     #[inline(always)]
     pub(super) fn candidates(&self, range: AddressRange) -> Range<usize> {
-        // Nothing is to be counted, and so nothing to be waited for.
+        // With a single interval nothing is to be counted, and its place is not waited for.
         if self.live == 1 {
-            return 0..1;
+            return 0..usize::from(self.starts[0] <= range.last());
         }
         let end = count_at_most(&self.starts, self.is_short(), range.last());
         first_candidate(&self.starts, self.slack, range.start(), end)..end
@@ -174,7 +178,7 @@ impl<V: Indexed> Leaf<V> {
     #[inline(always)]
     pub(crate) fn overlapping(&self, at: usize, range: AddressRange) -> Option<V> {
         let rest = &self.rests[at % CAP];
-        if rest.last >= range.start() && self.starts[at % CAP] <= range.last() { rest.value } else { None }
+        if rest.last >= range.start() { rest.value } else { None }
     }
 
     /// How many places start at or before `start`. Not built in: mixed with what uses it, its sum is computed several times over.
