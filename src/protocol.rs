@@ -136,7 +136,13 @@ impl<M, X> ActiveSet<M, X> {
     {
         let id =
             Id::try_from(self.places.len()).ok().filter(|id| *id < NONE).expect("fewer than 2^32 - 1 invalidations are active");
-        self.places.push(Active { range: AddressRange::ALL, sequence: 0, mark: NONE.into(), late: Vec::new(), extra: X::default() });
+        self.places.push(Active {
+            range: AddressRange::ALL,
+            sequence: 0,
+            mark: NONE.into(),
+            late: Vec::new(),
+            extra: X::default(),
+        });
         self.heads = self.heads.with_free(id);
     }
 

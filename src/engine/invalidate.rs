@@ -227,7 +227,8 @@ impl<'a> Invalidate<'a> {
     fn pend(space: Handle<'a>, scratch: Option<Box<Scratch>>, cx: &mut Context<'_>) -> (Self, Poll<InvalidationGuard<'a>>) {
         let Some(scratch) = scratch else { unreachable!("passes are pending, and in the memory") };
         let Request { range, owner, terms } = scratch.request;
-        let future = Self { space: ManuallyDrop::new(Some(space)), range, owner, terms, step: ManuallyDrop::new(Step::Start), lapses: 0 };
+        let future =
+            Self { space: ManuallyDrop::new(Some(space)), range, owner, terms, step: ManuallyDrop::new(Step::Start), lapses: 0 };
         future.go_on(Some((PENDING, Some(scratch))), cx)
     }
 
@@ -357,9 +358,9 @@ impl<'a> Future for Invalidate<'a> {
         let this = &mut *self;
         let (future, polled) = if let (Step::Start, Some(Handle::Borrowed(space))) = (&*this.step, &*this.space) {
             let space: &'a Shared = space;
-            let (id, scratch) = begin(space, this.range, this.owner, this.terms);
-            // Nothing in these is to be dropped: plain stores.
+            // Nothing in these is to be dropped: plain stores. Before the start, which may panic.
             (this.space, this.step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
+            let (id, scratch) = begin(space, this.range, this.owner, this.terms);
             if id != PENDING {
                 return Poll::Ready(InvalidationGuard::new(Handle::Borrowed(space), id, scratch));
             }

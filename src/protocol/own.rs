@@ -202,7 +202,7 @@ impl Own {
     #[inline(always)]
     pub(super) fn uncover_plainly(&self) -> bool {
         let covering = self.covering.load(Ordering::Relaxed) - COVER;
-        if covering % COVER != 0 {
+        if !covering.is_multiple_of(COVER) {
             return false;
         }
         self.covering.store(covering, Ordering::Relaxed);

@@ -2,6 +2,7 @@ use crate::support::*;
 use shootdown::Event;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
+use std::task::Context;
 
 /// Runs `code`, expects the panic that says `what`.
 #[track_caller]
@@ -32,6 +33,22 @@ fn c5_a_panic_in_a_first_pass_is_resumed_after_everything_has_been_completed_and
     assert_eq!((other.calls(), space.active().len(), space.sequence().get()), (1, 0, 4));
     drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
     assert_eq!(numbers([device.sequence(), other.sequence()]), [5, 5]);
+}
+
+/// A future that has panicked has resolved: it does not start another invalidation when somebody polls it once more.
+#[test]
+fn c5_a_future_that_has_panicked_starts_no_other_invalidation() {
+    let (space, device, _log) = one_device();
+    for owned in [false, true] {
+        let future = space.invalidate(pages(0, 1), Event::Unmap);
+        let mut future = std::pin::pin!(if owned { future.into_owned() } else { future });
+        device.next(Act::Panic);
+        let calls = device.calls();
+        let mut poll = || drop(future.as_mut().poll(&mut Context::from_waker(futures::task::noop_waker_ref())));
+        panics_with("device fails in its first pass", &mut poll);
+        panics_with("polled after it has resolved", &mut poll);
+        assert_eq!((device.calls() - calls, space.active().len()), (1, 0), "owned: {owned}");
+    }
 }
 
 #[test]
