@@ -336,10 +336,7 @@ fn cover<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange,
     for at in candidates {
         if let Some(member) = leaf.overlapping(at, range) {
             hits.push(member);
-            // An own sequence is odd, so it can equal the space's only while that is odd.
-            if member.own().cover() == Some(current) {
-                sequence = after_clash(current);
-            }
+            sequence = cover_one(member, current, sequence);
         }
     }
     sequence
@@ -351,8 +348,15 @@ fn cover<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange,
 fn cover_many<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange, hits: &mut Vec<M>) -> u64 {
     index.search(range, current | 1, |sequence, member, _| {
         hits.push(member);
-        if member.own().cover() == Some(current) { after_clash(current) } else { sequence }
+        cover_one(member, current, sequence)
     })
+}
+
+/// Covers a hit. Returns the sequence that the invalidation gets, as far as is known: `sequence`, unless the hit has the `current` one of the space already.
+#[inline(always)]
+fn cover_one<M: Member>(member: M, current: u64, sequence: u64) -> u64 {
+    // An own sequence is odd, so it can equal the space's only while that is odd.
+    if member.own().cover() == Some(current) { after_clash(current) } else { sequence }
 }
 
 /// S6: the sequence that follows when a notifier has the current one already, without being covered.
