@@ -189,6 +189,21 @@ fn c6_without_a_clock_a_pending_invalidation_has_an_age_too() {
 }
 
 #[test]
+#[cfg(feature = "std")]
+fn c6_an_invalidation_does_not_take_over_the_age_of_an_earlier_one() {
+    let (space, _device, _log) = one_device();
+    for page in [0, 7] {
+        // The same place, with and without a hit.
+        let earlier = now(space.invalidate(pages(page, 1), Event::Unmap));
+        assert_eq!(space.active()[0].age, Some(Duration::ZERO));
+        drop(earlier);
+        std::thread::sleep(Duration::from_millis(2));
+        let _later = now(space.invalidate(pages(page, 1), Event::Unmap));
+        assert_eq!(space.active()[0].age, Some(Duration::ZERO), "it is timed from now on");
+    }
+}
+
+#[test]
 #[cfg(all(feature = "std", debug_assertions))]
 fn c7_waiting_inside_a_first_pass_fails_with_the_notifiers_name() {
     let (space, device, log) = one_device();
