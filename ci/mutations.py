@@ -67,6 +67,7 @@ MUTATIONS = [
     ("equal starts in reverse order", "src/index/node.rs", "count_at_most(&self.starts, false, start)", "self.starts.partition_point(|candidate| *candidate < start)"),
     ("a query leaves out an interval that ends where it begins", "src/index/node.rs", "if rest.last >= range.start()", "if rest.last > range.start()"),
     ("a single interval is hit by what lies before it", "src/index/node.rs", "0..usize::from(self.starts[0] <= range.last())", "0..1"),
+    ("a query leaves out the last place of a leaf before the last", "src/index.rs", "leaf.first_candidate(range)..CAP", "leaf.first_candidate(range)..CAP - 1"),
     ("a query looks into the last of several leaves only", "src/index.rs", "            if children.start < children.end {\n                return None;\n            }\n", ""),
     ("a node's slack does not grow", "src/index/node.rs", "self.slack = self.slack.max(self.overhang(at));", ""),
     ("the span does not grow", "src/index.rs", "if range.start() < first || range.last() > last {", "if self.len == 1 {"),

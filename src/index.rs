@@ -236,8 +236,22 @@ impl<V: Indexed> IntervalIndex<V> {
             }
         }
         // There is none before the first insertion; when all intervals were removed there are only gaps in it.
-        let Some(leaf) = self.leaves.nodes.get(node as usize) else { return so_far };
-        for at in leaf.candidates(range) {
+        match self.leaves.nodes.get(node as usize) {
+            Some(leaf) => Self::visit(leaf, leaf.candidates(range), range, so_far, hit),
+            None => so_far,
+        }
+    }
+
+    /// Goes through places of a leaf.
+    #[inline(always)]
+    fn visit<A>(
+        leaf: &Leaf<V>,
+        places: Range<usize>,
+        range: AddressRange,
+        mut so_far: A,
+        hit: &mut impl FnMut(A, V, bool) -> A,
+    ) -> A {
+        for at in places {
             if let Some(value) = leaf.overlapping(at, range) {
                 so_far = hit(so_far, value, leaf.starts[at % CAP] <= range.start() && range.last() <= leaf.rests[at % CAP].last);
             }
@@ -258,7 +272,14 @@ impl<V: Indexed> IntervalIndex<V> {
         hit: &mut impl FnMut(A, V, bool) -> A,
     ) -> A {
         for at in children {
-            if inner.max_lasts[at] >= range.start() {
+            if inner.max_lasts[at] < range.start() {
+                continue;
+            }
+            if height == 0 {
+                // There is a child behind it in which something starts early enough, so all of this does.
+                let leaf = self.leaves.at(inner.children[at]);
+                so_far = Self::visit(leaf, leaf.first_candidate(range)..CAP, range, so_far, hit);
+            } else {
                 so_far = self.descend(inner.children[at], height, range, so_far, hit);
             }
         }

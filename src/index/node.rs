@@ -174,6 +174,11 @@ impl<V: Indexed> Leaf<V> {
         first_candidate(&self.starts, self.slack, range.start(), end)..end
     }
 
+    /// The first of the places whose intervals may overlap `range`, when all start early enough.
+    pub(super) fn first_candidate(&self, range: AddressRange) -> usize {
+        first_candidate(&self.starts, self.slack, range.start(), CAP)
+    }
+
     /// What lies at `at`, one of the [`candidates`](Self::candidates), if it does overlap `range`.
     #[inline(always)]
     pub(crate) fn overlapping(&self, at: usize, range: AddressRange) -> Option<V> {
