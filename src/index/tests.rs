@@ -255,3 +255,38 @@ fn what_comes_and_goes_does_not_make_the_index_grow() {
     // It has not grown by what came and went.
     assert!(index.leaves.nodes.len() < 100, "{} leaves", index.leaves.nodes.len());
 }
+
+#[test]
+fn what_reached_far_is_forgotten_when_it_goes() {
+    let mut index = IntervalIndex::new();
+    for at in 0..20 {
+        index.insert(AddressRange::new(at * 8192, 4096).unwrap(), Id(at));
+    }
+    let slack = |index: &IntervalIndex<Id>| index.leaves.nodes[index.root as usize].slack;
+    // Over nine others. One remembers where it was put, the other does not.
+    let long = AddressRange::new(3 * 8192 + 4096, 9 * 8192).unwrap();
+    for id in [Id(100), Id(101)] {
+        assert_eq!(slack(&index), 0);
+        index.insert(long, id);
+        assert_eq!(slack(&index), 9 * 8192 - 4096);
+        assert!(index.remove(long, id));
+    }
+    assert_eq!(slack(&index), 0, "queries would look at ten intervals where one can overlap");
+}
+
+#[test]
+fn leaves_that_become_small_are_merged() {
+    let mut index = IntervalIndex::new();
+    let page = |at: u64| AddressRange::new(at * 4096, 4096).unwrap();
+    // All of them remember where they were put.
+    for at in 0..3200 {
+        index.insert(page(at), Id(2 * at));
+    }
+    // What stays is the last of each leaf, which reaches furthest there.
+    for at in (0..3200).filter(|at| at % 32 != 31) {
+        assert!(index.remove(page(at), Id(2 * at)));
+    }
+    index.check();
+    let leaves = index.leaves.nodes.len() - index.leaves.free.len();
+    assert!(leaves <= 100 / LOW + 1, "{leaves} leaves for 100 intervals");
+}
