@@ -80,8 +80,8 @@ impl Event {
     }
 }
 
-/// An [`Event`] without its owner, and how the invalidation may be answered. One word, which goes through registers and is stored once: a lock
-/// waits for each store before it, and an [`Event`] that was just put together cannot be copied as a whole before both its words are stored.
+/// An [`Event`] without its owner, and how the invalidation may be answered. One word, which goes through registers and is stored once: an [`Event`] that was just
+/// put together cannot be copied as a whole before both its words are stored, and that wait is a tenth of a short invalidation.
 #[derive(Clone, Copy)]
 pub(crate) struct Terms(u32);
 

@@ -65,26 +65,11 @@ pub(crate) struct ActiveSet<M, X> {
     heads: Heads,
 }
 
-/// The free place to be used next, each of which names the one after it, and how many are live. One word, because a lock waits for each store before it.
+/// The free place to be used next, each of which names the one after it, and how many are live.
 #[derive(Clone, Copy)]
-struct Heads(u64);
-
-impl Heads {
-    const EMPTY: Self = Self(NONE as u64);
-    const ONE_LIVE: u64 = 1 << Id::BITS;
-
-    fn free(self) -> Id {
-        self.0 as Id
-    }
-
-    fn live(self) -> u32 {
-        (self.0 >> Id::BITS) as u32
-    }
-
-    /// The same with another free place.
-    fn with_free(self, free: Id) -> Self {
-        Self(self.0 & !u64::from(Id::MAX) | u64::from(free))
-    }
+struct Heads {
+    free: Id,
+    live: u32,
 }
 
 /// In [`Active::mark`]: it is active.
@@ -94,7 +79,7 @@ const NONE: Id = Id::MAX;
 
 impl<M, X> ActiveSet<M, X> {
     pub(crate) fn len(&self) -> usize {
-        self.heads.live() as usize
+        self.heads.live as usize
     }
 
     pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
@@ -119,13 +104,14 @@ impl<M, X> ActiveSet<M, X> {
     where
         X: Default,
     {
-        if self.heads.free() == NONE {
+        if self.heads.free == NONE {
             self.grow();
         }
-        let id = self.heads.free();
+        let id = self.heads.free;
         let active = &mut self.places[id as usize];
         let next = core::mem::replace(&mut active.mark, LIVE | serial);
-        self.heads = Heads(self.heads.0 + Heads::ONE_LIVE).with_free(next as Id);
+        self.heads.free = next as Id;
+        self.heads.live += 1;
         (id, active)
     }
 
@@ -143,7 +129,7 @@ impl<M, X> ActiveSet<M, X> {
             late: Vec::new(),
             extra: X::default(),
         });
-        self.heads = self.heads.with_free(id);
+        self.heads.free = id;
     }
 
     /// The place is free again; what is in it stays for now. Says, too, how many remain active.
@@ -159,9 +145,10 @@ impl<M, X> ActiveSet<M, X> {
 #[inline(always)]
 fn release<M, X>(active: &mut Active<M, X>, heads: &mut Heads, id: Id) -> u32 {
     debug_assert!(active.is_live(), "an invalidation ends once");
-    active.mark = heads.free().into();
-    *heads = Heads(heads.0 - Heads::ONE_LIVE).with_free(id);
-    heads.live()
+    active.mark = heads.free.into();
+    heads.free = id;
+    heads.live -= 1;
+    heads.live
 }
 
 /// What the start of an invalidation decided.
@@ -178,7 +165,12 @@ impl<M: Member, X: Default> Protocol<M, X> {
     /// A space whose sequence starts at `sequence`, which must be even (S1: 2).
     pub(crate) fn new(sequence: u64) -> Self {
         debug_assert!(sequence.is_multiple_of(2), "the sequence of an idle space is even");
-        Self { sequence, index: IntervalIndex::new(), active: ActiveSet { places: Vec::new(), heads: Heads::EMPTY }, started: 0 }
+        Self {
+            sequence,
+            index: IntervalIndex::new(),
+            active: ActiveSet { places: Vec::new(), heads: Heads { free: NONE, live: 0 } },
+            started: 0,
+        }
     }
 
     /// The space's sequence (S1 to S3).

@@ -7,7 +7,6 @@ use futures::executor::block_on;
 use serde::Serialize;
 use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 use std::hint::black_box;
-use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
@@ -24,8 +23,6 @@ const READERS: &str = "end of an invalidation that one reader waits for, beside 
 const TOGETHER: &str = "two threads: 1 invalidating alone, 2 beside a reader; 3 reading alone, 4 beside an invalidating one";
 const DISJOINT: &str = "disjoint invalidations: threads and what one takes";
 const LIVENESS: &str = "remove + read_begin of an untouched notifier beside 64 tasks that invalidate";
-
-const STORES: &str = "two locks with a mutex between them, by stores under each of the locks";
 
 pub fn measure(harness: &mut Harness) -> Vec<Curve> {
     let by_population = |harness: &mut Harness, name, hit: bool| Curve {
@@ -51,7 +48,6 @@ pub fn measure(harness: &mut Harness) -> Vec<Curve> {
         together(),
         disjoint(),
         liveness(),
-        stores(harness),
     ]
 }
 
@@ -94,30 +90,6 @@ fn readers(harness: &mut Harness) -> Curve {
         (others as f64, ns)
     });
     Curve { name: READERS, x: "other waiting readers", y: "ns", points: points.collect() }
-}
-
-/// What an invalidation with one hit cannot do without, two locks of the library and the driver's mutex, and what stores add to it: a lock waits until all of
-/// them have left the processor's store buffer.
-fn stores(harness: &mut Harness) -> Curve {
-    let (lock, mutex) = (AtomicBool::new(false), Mutex::new(0u64));
-    let words: Vec<AtomicU64> = (0..16).map(AtomicU64::new).collect();
-    let under_lock = |words: &[AtomicU64]| {
-        while lock.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {}
-        words.iter().for_each(|word| word.store(1, Ordering::Relaxed));
-        lock.store(false, Ordering::Release);
-    };
-    let points = [0, 4, 8, 16].into_iter().map(|stores| {
-        let words = &words[..stores];
-        let ns = harness.median(&format!("{STORES} {stores}"), |times| {
-            for _ in 0..times {
-                under_lock(black_box(words));
-                *black_box(&mutex).lock().unwrap() += 1;
-                under_lock(black_box(words));
-            }
-        });
-        (stores as f64, ns)
-    });
-    Curve { name: STORES, x: "stores under each lock", y: "ns", points: points.collect() }
 }
 
 const WINDOW: Duration = Duration::from_millis(300);
