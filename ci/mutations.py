@@ -79,7 +79,7 @@ MUTATIONS = [
     ("a plain removal leaves the greatest last", "src/index/node.rs", "self.slack == 0 && self.rests[at].last != self.max_last &&", "self.slack == 0 &&"),
     ("a leaf becomes small and is not merged", "src/index/node.rs", " && self.len as usize > LOW\n", "\n"),
     ("a gap moves only one interval", "src/index/node.rs", "for _ in EASY_STEPS..steps {", "for _ in EASY_STEPS..steps.min(EASY_STEPS + 1) {"),
-    ("a gap moves no more than one interval of the first two", "src/index/node.rs", "let from = if taken < steps {", "let from = if taken < steps.min(1) {"),
+    ("a gap moves no more than one interval of the first two", "src/index/node.rs", "self.fill(at, if taken < steps {", "self.fill(at, if taken < steps.min(1) {"),
     ("read_begin does not ask the gate", "src/engine/wait.rs", "            && !self.space.gate.is_closed()\n", ""),
     ("read_retry does not ask the gate", "src/subscription.rs", "let open = !space.gate.is_closed_now();", "let open = true;"),
     ("a reader looks at the gate before the memory", "src/engine/gate.rs", "            fence(Ordering::Acquire);\n", ""),

@@ -66,7 +66,6 @@ pub(crate) struct ActiveSet<M, X> {
 }
 
 /// The free place to be used next, each of which names the one after it, and how many are live.
-#[derive(Clone, Copy)]
 struct Heads {
     free: Id,
     live: u32,

@@ -217,6 +217,14 @@ impl<V: Indexed> Leaf<V> {
         self.slack = self.slack.max(self.overhang(at));
     }
 
+    /// Copies what lies at `from` to `at`, and says where there is a gap then.
+    #[inline(always)]
+    fn fill(&mut self, at: usize, from: usize) -> usize {
+        self.starts[at] = self.starts[from];
+        self.rests[at] = self.rests[from];
+        from
+    }
+
     /// Moves the nearest gap to between the first `rank` places and the others, fills it, and says where it is.
     #[inline(always)]
     fn make_gap(&mut self, rank: usize) -> usize {
@@ -230,16 +238,10 @@ impl<V: Indexed> Leaf<V> {
         let (mut at, steps) = (gap % CAP, above.min(below));
         // Mostly it is no further than this. What need not be moved is copied onto itself: that, too, is quicker than a jump that nobody can predict.
         for taken in 0..EASY_STEPS {
-            let from = if taken < steps { (at + step) % CAP } else { at };
-            self.starts[at] = self.starts[from];
-            self.rests[at] = self.rests[from];
-            at = from;
+            at = self.fill(at, if taken < steps { (at + step) % CAP } else { at });
         }
         for _ in EASY_STEPS..steps {
-            let from = (at + step) % CAP;
-            self.starts[at] = self.starts[from];
-            self.rests[at] = self.rests[from];
-            at = from;
+            at = self.fill(at, (at + step) % CAP);
         }
         self.live |= 1 << (gap % CAP);
         at
@@ -268,7 +270,7 @@ impl<V: Indexed> Leaf<V> {
         self.slack == 0 && self.rests[at].last != self.max_last && self.len as usize > LOW
     }
 
-    /// Makes a gap of the interval at `at`, which is [plain](Self::is_plain).
+    /// Makes a gap of the interval at `at`. If it is not [plain](Self::is_plain), more has to change.
     #[inline(always)]
     pub(super) fn clear(&mut self, at: usize) {
         self.starts[at] = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
@@ -277,7 +279,7 @@ impl<V: Indexed> Leaf<V> {
         self.len -= 1;
     }
 
-    /// The same for any interval. Says whether those above have to know: the leaf has become small, or has another greatest `last`.
+    /// The same, and what else has to change in the leaf. Says whether those above have to know: the leaf has become small, or has another greatest `last`.
     pub(super) fn take(&mut self, at: usize) -> bool {
         let last = self.rests[at].last;
         if self.slack != 0 {
