@@ -10,7 +10,7 @@
 //!
 //! 1. it is not `DETACHED`: the entry is in the index, or its [`EntryBox`] (the subscription) exists;
 //! 2. an active invalidation covers it (`own.is_covered()`);
-//! 3. somebody holds it (`holds > 0`), to call `name` outside the lock.
+//! 3. somebody holds it (`is_held()`), to call `name` outside the lock.
 //!
 //! Each of the three changes only under the lock. The places that keep an `EntryRef` are the index (1), the subscription (1), the hits,
 //! late members and passes of an active invalidation (2), and lists of names in the making (3). So whoever has one has a
@@ -29,13 +29,15 @@ use crate::pass::PassFuture;
 use crate::protocol::{MARKS, Member, Own, WATCHED};
 use crate::range::AddressRange;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
-use crate::tally::Tally;
+use crate::tally::{NotifierStats, Tally};
 use alloc::borrow::Cow;
 use alloc::boxed::Box;
 use core::mem::ManuallyDrop;
 use core::ops::Deref;
 use core::pin::Pin;
 use core::ptr::{self, NonNull};
+use core::time::Duration;
+use once_cell::race::OnceBox;
 
 /// No waiter: see [`Entry::first_waiter`].
 const NO_WAITER: u32 = u32::MAX;
@@ -44,6 +46,8 @@ const NO_WAITER: u32 = u32::MAX;
 const DETACHED: u32 = MARKS[0];
 /// The notifier has been moved out.
 const TAKEN: u32 = MARKS[1];
+/// Somebody holds the entry.
+const HELD: u32 = MARKS[2];
 
 /// What the library keeps of one notifier. All of it but `own`'s word is written only under the space's lock; these are
 /// atomics so that this need not be argued with `unsafe`, and cost what plain fields cost.
@@ -54,10 +58,10 @@ pub(crate) struct Entry {
     pub(crate) range: AddressRange,
     /// The place among equals.
     pub(crate) order: AtomicU64,
-    pub(crate) tally: Tally,
-    holds: AtomicU32,
-    /// Head of the list of futures that wait for this notifier, a key of the space's waiters.
-    first_waiter: AtomicU32,
+    /// What few notifiers ever need, made when the first of it is needed: what all have is a sixth smaller without, and so more of them fit the caches.
+    rare: OnceBox<Rare>,
+    /// The longest that an invalidation which hit the notifier was active, in microseconds.
+    longest: AtomicU32,
     /// Passes of this notifier that are pending.
     pub(crate) pending: AtomicU32,
     /// What can be done with the notifier.
@@ -66,14 +70,53 @@ pub(crate) struct Entry {
     pub(crate) own: Own,
 }
 
+/// 256 of them, with a driver of three words each and what the index has of them, fit a first cache of 32 KiB.
+#[cfg(all(target_pointer_width = "64", not(any(loom, shuttle, debug_assertions, feature = "test-util"))))]
+const _: () = assert!(size_of::<Entry>() == 64);
+
+/// What is needed of a notifier only when a reader collides or waits, when an invalidation of it lapses, or while it is asked for its name.
+struct Rare {
+    tally: Tally,
+    /// How many hold the entry.
+    holds: AtomicU32,
+    /// Head of the list of futures that wait for this notifier, a key of the space's waiters.
+    first_waiter: AtomicU32,
+}
+
 impl Entry {
+    #[cold]
+    fn rare(&self) -> &Rare {
+        self.rare.get_or_init(|| {
+            Box::new(Rare { tally: Tally::new(), holds: AtomicU32::new(0), first_waiter: AtomicU32::new(NO_WAITER) })
+        })
+    }
+
+    /// The counters of what waits or fails. The first count allocates them.
+    pub(crate) fn tally(&self) -> &Tally {
+        &self.rare().tally
+    }
+
+    pub(crate) fn stats(&self) -> NotifierStats {
+        let longest = Duration::from_micros(self.longest.load(Ordering::Relaxed).into());
+        self.rare.get().map_or(NotifierStats { longest, ..NotifierStats::default() }, |rare| rare.tally.stats(longest))
+    }
+
+    /// An invalidation that hit the notifier was active for `micros`. Only under the space's lock, so that no read-modify-write is needed.
+    #[inline]
+    pub(crate) fn lasted(&self, micros: u32) {
+        if self.longest.load(Ordering::Relaxed) < micros {
+            self.longest.store(micros, Ordering::Relaxed);
+        }
+    }
+
     /// The first of the futures that wait for this notifier.
     pub(crate) fn first_waiter(&self) -> Option<u32> {
-        Some(self.first_waiter.load(Ordering::Relaxed)).filter(|waiter| *waiter != NO_WAITER)
+        let first = self.rare.get()?.first_waiter.load(Ordering::Relaxed);
+        (first != NO_WAITER).then_some(first)
     }
 
     pub(crate) fn set_first_waiter(&self, waiter: Option<u32>) {
-        self.first_waiter.store(waiter.unwrap_or(NO_WAITER), Ordering::Relaxed);
+        self.rare().first_waiter.store(waiter.unwrap_or(NO_WAITER), Ordering::Relaxed);
         self.own.mark(WATCHED, waiter.is_some() || self.own.is_marked(DETACHED));
     }
 
@@ -86,19 +129,24 @@ impl Entry {
     /// Closes and detaches the notifier if nobody has any business with it; otherwise does nothing and says so. Under the lock.
     #[inline(always)]
     pub(crate) fn retire(&self) -> bool {
-        !self.is_held() && self.own.retire(DETACHED | WATCHED)
+        self.own.retire(DETACHED | WATCHED)
     }
 
     pub(crate) fn hold(&self) {
-        self.holds.store(self.holds.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        self.set_holds(self.rare().holds.load(Ordering::Relaxed) + 1);
     }
 
     pub(crate) fn is_held(&self) -> bool {
-        self.holds.load(Ordering::Relaxed) != 0
+        self.own.is_marked(HELD)
     }
 
     pub(crate) fn unhold(&self) {
-        self.holds.store(self.holds.load(Ordering::Relaxed) - 1, Ordering::Relaxed);
+        self.set_holds(self.rare().holds.load(Ordering::Relaxed) - 1);
+    }
+
+    fn set_holds(&self, holds: u32) {
+        self.rare().holds.store(holds, Ordering::Relaxed);
+        self.own.mark(HELD, holds != 0);
     }
 
     /// Whether nothing keeps the entry alive; under the lock.
@@ -203,9 +251,8 @@ impl<N: IntervalNotifier> EntryBox<N> {
         let entry = Entry {
             range,
             order: AtomicU64::new(0),
-            tally: Tally::new(),
-            holds: AtomicU32::new(0),
-            first_waiter: AtomicU32::new(NO_WAITER),
+            rare: OnceBox::new(),
+            longest: AtomicU32::new(0),
             pending: AtomicU32::new(0),
             calls: Allocation::<N>::CALLS,
             own: Own::new(),

@@ -13,8 +13,6 @@ pub(crate) struct Tally {
     retries: AtomicU32,
     waits: AtomicU32,
     lapses: AtomicU32,
-    /// In microseconds.
-    longest: AtomicU32,
 }
 
 /// What happened to one notifier so far: [`Subscription::stats`](crate::Subscription::stats). Counters stop at [`u32::MAX`].
@@ -41,7 +39,7 @@ fn add_one(counter: &AtomicU32) {
 impl Tally {
     pub(crate) fn new() -> Self {
         let zero = || AtomicU32::new(0);
-        Self { collisions: zero(), retries: zero(), waits: zero(), lapses: zero(), longest: zero() }
+        Self { collisions: zero(), retries: zero(), waits: zero(), lapses: zero() }
     }
 
     #[cold]
@@ -64,22 +62,14 @@ impl Tally {
         add_one(&self.lapses);
     }
 
-    /// Only under the space's lock, so that no read-modify-write is needed.
-    #[inline]
-    pub(crate) fn lasted(&self, micros: u32) {
-        if self.longest.load(Ordering::Relaxed) < micros {
-            self.longest.store(micros, Ordering::Relaxed);
-        }
-    }
-
-    pub(crate) fn stats(&self) -> NotifierStats {
+    pub(crate) fn stats(&self, longest: Duration) -> NotifierStats {
         let get = |counter: &AtomicU32| counter.load(Ordering::Relaxed);
         NotifierStats {
             collisions: get(&self.collisions),
             retries: get(&self.retries),
             waits: get(&self.waits),
             lapses: get(&self.lapses),
-            longest: Duration::from_micros(get(&self.longest).into()),
+            longest,
         }
     }
 }

@@ -106,6 +106,24 @@ fn bytes(n: u64, ascending: bool) -> f64 {
     (BYTES.load(Ordering::Relaxed) - before) as f64 / n as f64
 }
 
+/// Allocations of a reader that collides, the first time and the second.
+fn collisions() -> [u64; 2] {
+    let space = AddressSpace::new();
+    let range = AddressRange::new(0x1000, 0x1000).unwrap();
+    let device = space.insert(range, Device(Kind::Single)).unwrap();
+    let collide = || {
+        futures::executor::block_on(async {
+            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            let sequence = device.read_begin().await;
+            drop(space.invalidate(range, Event::Unmap).await);
+            assert!(device.read_retry(sequence));
+            ALLOCATIONS.load(Ordering::Relaxed) - before
+        })
+    };
+    drop(futures::executor::block_on(space.invalidate(range, Event::Unmap)));
+    [collide(), collide()]
+}
+
 struct Empty;
 
 impl IntervalNotifier for Empty {
@@ -123,6 +141,7 @@ fn allocations_and_bytes_are_within_their_bounds() {
         println!("{devices} passes that pend: {pending} allocations");
         assert!(pending <= devices as u64 + 2, "{pending} allocations for {devices} passes that pend");
     }
+    assert_eq!(collisions(), [1, 0], "a notifier's counters are made once");
     for (n, ascending) in [(100_000, true), (100_000, false), (1 << 20, false)] {
         let bytes = bytes(n, ascending);
         println!("{n} notifiers, ascending {ascending}: {bytes:.1} bytes each");

@@ -293,7 +293,7 @@ impl Shared {
     /// A check of a reader said that it has to start over.
     pub(crate) fn collided(&self, entry: &Entry) {
         self.reads.collisions.fetch_add(1, Ordering::Relaxed);
-        entry.tally.collided();
+        entry.tally().collided();
         observe::collided();
     }
 
@@ -301,7 +301,7 @@ impl Shared {
     #[cold]
     pub(crate) fn retried(&self, entry: &Entry) {
         self.reads.retries.fetch_add(1, Ordering::Relaxed);
-        entry.tally.retried();
+        entry.tally().retried();
         observe::retried();
     }
 
@@ -309,7 +309,7 @@ impl Shared {
     #[cold]
     fn waited(&self, entry: &Entry) {
         self.reads.waits.fetch_add(1, Ordering::Relaxed);
-        entry.tally.waited();
+        entry.tally().waited();
         observe::waited();
     }
 
@@ -357,7 +357,7 @@ impl State {
             let age = now.saturating_sub(since);
             self.counts.longest = self.counts.longest.max(Some(age));
             let micros = u32::try_from(age.as_micros()).unwrap_or(u32::MAX);
-            hits.iter().for_each(|entry| entry.tally.lasted(micros));
+            hits.iter().for_each(|entry| entry.lasted(micros));
         }
     }
 

@@ -163,7 +163,7 @@ impl State {
     pub(crate) fn lapse(&mut self, unclaimed: Unclaimed, now: Option<Duration>, after: &mut After) {
         self.counts.lapses += 1;
         if let Some(scratch) = self.pending_mut(unclaimed).and_then(|pending| pending.scratch.as_deref()) {
-            scratch.hits.iter().for_each(|entry| entry.tally.lapsed());
+            scratch.hits.iter().for_each(|entry| entry.tally().lapsed());
         }
         self.abandon(unclaimed, now, after);
     }

@@ -31,13 +31,13 @@ pub(crate) struct Own {
 const UNCOVERED: u64 = 1;
 
 /// One active invalidation in [`Own::covering`].
-const COVER: u32 = 16;
+const COVER: u32 = 32;
 /// A mark of a notifier: the end of an invalidation is to tell when nothing covers it any more.
 pub(crate) const WATCHED: u32 = 1;
 /// A mark of a notifier: no sequence of it is good for anything any more.
 const CLOSED: u32 = 2;
-/// Two marks whose meaning is the owner's.
-pub(crate) const MARKS: [u32; 2] = [4, 8];
+/// Marks whose meaning is the owner's.
+pub(crate) const MARKS: [u32; 3] = [4, 8, 16];
 
 /// Enough of an address to tell two locks apart; never 0.
 #[cfg(debug_assertions)]

@@ -105,7 +105,7 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
                 let member = Test(Box::leak(Box::new((Own::new(), order))));
                 // Every other one is of interest to somebody; every third carries marks, which mean nothing to the protocol.
                 member.own().mark(WATCHED, order % 2 == 0);
-                member.own().mark(MARKS[order as usize % 2], order % 3 == 0);
+                member.own().mark(MARKS[order as usize % MARKS.len()], order % 3 == 0);
                 protocol.insert(range, member);
                 let covering = ranges.iter().filter(|(_, active)| active.overlaps(range));
                 let covered_by: Vec<u64> = covering.map(|(serial, _)| *serial).collect();
@@ -186,7 +186,7 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
                             let watched = notifier.member.order() % 2 == 0;
                             expected += usize::from(watched);
                             prop_assert_eq!(uncovered.contains(&notifier.member), watched, "R1: the moment was not told of");
-                            let marked = notifier.member.own().is_marked(MARKS[notifier.member.order() as usize % 2]);
+                            let marked = notifier.member.own().is_marked(MARKS[notifier.member.order() as usize % MARKS.len()]);
                             prop_assert_eq!(marked, notifier.member.order() % 3 == 0);
                         }
                     }
