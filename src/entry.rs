@@ -28,7 +28,7 @@ use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
 use crate::protocol::{MARKS, Member, Own, WATCHED};
 use crate::range::AddressRange;
-use crate::sync::{AtomicU32, AtomicU64, Ordering};
+use crate::sync::{AtomicU32, AtomicU64, OnceBox, Ordering};
 use crate::tally::{NotifierStats, Tally};
 use alloc::borrow::Cow;
 use alloc::boxed::Box;
@@ -37,7 +37,6 @@ use core::ops::Deref;
 use core::pin::Pin;
 use core::ptr::{self, NonNull};
 use core::time::Duration;
-use once_cell::race::OnceBox;
 
 /// No waiter: see [`Entry::first_waiter`].
 const NO_WAITER: u32 = u32::MAX;

@@ -106,9 +106,44 @@ mod checked {
     }
 }
 
+#[cfg(loom)]
+mod once {
+    use super::{AtomicBool, Lock, Ordering};
+    use alloc::boxed::Box;
+
+    /// `once_cell`'s, with the order of its loads and stores where loom sees it.
+    pub(crate) struct OnceBox<T> {
+        value: once_cell::race::OnceBox<T>,
+        filled: AtomicBool,
+        filling: Lock<()>,
+    }
+
+    impl<T> OnceBox<T> {
+        pub(crate) fn new() -> Self {
+            Self { value: once_cell::race::OnceBox::new(), filled: AtomicBool::new(false), filling: Lock::new(()) }
+        }
+
+        pub(crate) fn get(&self) -> Option<&T> {
+            if self.filled.load(Ordering::Acquire) { self.value.get() } else { None }
+        }
+
+        pub(crate) fn get_or_init(&self, make: impl FnOnce() -> Box<T>) -> &T {
+            let filling = self.filling.lock();
+            let value = self.value.get_or_init(make);
+            self.filled.store(true, Ordering::Release);
+            drop(filling);
+            value
+        }
+    }
+}
+
 pub(crate) use alloc::sync::{Arc, Weak};
 #[cfg(any(loom, shuttle))]
 pub(crate) use checked::*;
+#[cfg(loom)]
+pub(crate) use once::OnceBox;
+#[cfg(not(loom))]
+pub(crate) use once_cell::race::OnceBox;
 #[cfg(not(any(loom, shuttle)))]
 pub(crate) use real::*;
 
