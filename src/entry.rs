@@ -5,7 +5,7 @@
 //! else it does (`DESIGN.md`, "Entries without reference counts").
 //!
 //! # Why an `EntryRef` may be dereferenced
-//! An entry is freed by [`EntryRef::free`] or by [`Detached`], and nowhere else: by the one who finds, **under the space's lock**, that none of these
+//! An entry is freed by [`EntryRef::free`] or given to a [`Spare`], and nothing else ends it: by the one who finds, **under the space's lock**, that none of these
 //! holds any more ([`Entry::unused`]):
 //!
 //! 1. it is not `DETACHED`: the entry is in the index, or its [`EntryBox`] (the subscription) exists;
@@ -16,23 +16,26 @@
 //! late members and passes of an active invalidation (2), and lists of names in the making (3). So whoever has one has a
 //! reason why it is alive, and the last reason to go frees it, once.
 //!
-//! The notifier is moved out by [`EntryBox::take`] (`remove` under an invalidation that somebody holds), moved out with the end of an entry that is nobody
-//! else's ([`Detached`], any other `remove`), or dropped with the entry. It is called only by an invalidation in
+//! The notifier is moved out by [`EntryBox::take`] (`remove`), or dropped with the entry. It is called only by an invalidation in
 //! its first passes, and `remove` takes it after there is none of those left that could (`engine::remove`).
 //!
 //! # Why its functions fit its type
 //! An entry is made by [`EntryBox::new`] and nowhere else, which stores [`Calls`] of the type `N` that it stores beside it. They never change.
+//!
+//! # Who owns the memory of a former entry
+//! Its [`Spare`], from [`Spare::put`] until [`Spare::take`] or [`Spare::clear`]; then the [`Room`] or [`Vacant`]. Nobody else knows of it, because it was put there in place of being freed.
 
 use crate::index::{Indexed, Place};
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
 use crate::protocol::{MARKS, Member, Own, WATCHED};
 use crate::range::AddressRange;
-use crate::sync::{AtomicU32, AtomicU64, OnceBox, Ordering};
+use crate::sync::{AtomicPtr, AtomicU32, AtomicU64, OnceBox, Ordering};
 use crate::tally::{NotifierStats, Tally};
 use alloc::borrow::Cow;
 use alloc::boxed::Box;
-use core::mem::ManuallyDrop;
+use core::alloc::Layout;
+use core::mem::{ManuallyDrop, MaybeUninit};
 use core::ops::Deref;
 use core::pin::Pin;
 use core::ptr::{self, NonNull};
@@ -148,6 +151,12 @@ impl Entry {
         self.own.mark(HELD, holds != 0);
     }
 
+    /// Whether the notifier was moved out.
+    #[inline]
+    pub(crate) fn is_taken(&self) -> bool {
+        self.own.is_marked(TAKEN)
+    }
+
     /// Whether nothing keeps the entry alive; under the lock.
     pub(crate) fn unused(&self) -> bool {
         self.own.is_marked(DETACHED) && !self.own.is_covered() && !self.is_held()
@@ -170,8 +179,20 @@ pub(crate) struct EntryRef(NonNull<Entry>);
 /// The subscription's pointer to an entry, which knows the notifier's type.
 pub(crate) struct EntryBox<N>(NonNull<Allocation<N>>);
 
-/// An entry that nobody else points to, with its notifier.
-pub(crate) struct Detached<N>(NonNull<Allocation<N>>);
+/// Where the memory of a former entry waits for the next one: where a notifier goes another one often comes.
+///
+/// There is room for one. Who will fill it is decided under the space's lock ([`reserve`](Self::reserve)), as is who gets what is there; to fill it is one store, without the lock,
+/// and there is no read-modify-write.
+pub(crate) struct Spare(AtomicPtr<Entry>);
+
+/// Memory in which an entry was, to be freed.
+pub(crate) struct Vacant(NonNull<Entry>);
+
+/// Memory for an entry with a notifier `N`.
+pub(crate) struct Room<N>(Box<MaybeUninit<Allocation<N>>>);
+
+/// In a [`Spare`] that somebody will fill.
+const RESERVED: *mut Entry = ptr::without_provenance_mut(1);
 
 /// How a first pass answered.
 #[derive(Clone, Copy, PartialEq)]
@@ -184,13 +205,17 @@ pub(crate) enum Answer {
 
 /// What can be done with a notifier whose type is not known, as functions that know it.
 struct Calls {
+    /// What the entry and the notifier take together.
+    layout: Layout,
     first_pass: unsafe fn(EntryRef, &Invalidation<'_>, Pin<&mut Option<PassFuture>>) -> Answer,
     name: unsafe fn(EntryRef) -> Cow<'static, str>,
     free: unsafe fn(EntryRef),
 }
 
 impl<N: IntervalNotifier> Allocation<N> {
-    const CALLS: &'static Calls = &Calls { first_pass: Self::first_pass, name: Self::name, free: Self::free };
+    const LAYOUT: Layout = Layout::new::<Self>();
+    const CALLS: &'static Calls =
+        &Calls { layout: Self::LAYOUT, first_pass: Self::first_pass, name: Self::name, free: Self::free };
 
     /// Calls the notifier's first pass and puts what it leaves into `place`. Not a `dyn` call whose answer is moved from hand to hand: here the
     /// compiler knows the driver, and where the answer belongs.
@@ -220,7 +245,7 @@ impl<N: IntervalNotifier> Allocation<N> {
     /// # Safety
     /// `entry` was made by `EntryBox::<N>::new`, and nobody uses it any more.
     unsafe fn free(entry: EntryRef) {
-        let taken = entry.own.is_marked(TAKEN);
+        let taken = entry.is_taken();
         // SAFETY: `EntryBox::new` made this box, and by the contract of this function nobody else points to it.
         let mut allocation = unsafe { Box::from_raw(entry.0.cast::<Self>().as_ptr()) };
         if !taken {
@@ -239,14 +264,11 @@ unsafe impl Sync for EntryRef {}
 unsafe impl<N: Send + Sync> Send for EntryBox<N> {}
 // SAFETY: as above.
 unsafe impl<N: Send + Sync> Sync for EntryBox<N> {}
-// SAFETY: a `Detached` owns the `N`, as a `Box<N>` does, and gives no access to it before it is moved out.
-unsafe impl<N: Send> Send for Detached<N> {}
-// SAFETY: as above: nothing can be done with a reference to it.
-unsafe impl<N: Send> Sync for Detached<N> {}
 
 impl<N: IntervalNotifier> EntryBox<N> {
     /// A new entry, attached, with no place among equals yet.
-    pub(crate) fn new(range: AddressRange, notifier: N) -> Self {
+    #[inline]
+    pub(crate) fn new(room: Room<N>, range: AddressRange, notifier: N) -> Self {
         let entry = Entry {
             range,
             order: AtomicU64::new(0),
@@ -256,7 +278,7 @@ impl<N: IntervalNotifier> EntryBox<N> {
             calls: Allocation::<N>::CALLS,
             own: Own::new(),
         };
-        let allocation = Box::new(Allocation { entry, notifier: ManuallyDrop::new(notifier) });
+        let allocation = Box::write(room.0, Allocation { entry, notifier: ManuallyDrop::new(notifier) });
         Self(NonNull::from(Box::leak(allocation)))
     }
 
@@ -266,13 +288,6 @@ impl<N: IntervalNotifier> EntryBox<N> {
         EntryRef(self.0.cast())
     }
 
-    /// Leaves the entry to the caller alone. To be called once, and only for an entry that was never shared or that its caller has just detached
-    /// and seen to be `unused()`, under the lock.
-    #[inline]
-    pub(crate) fn detached(&self) -> Detached<N> {
-        Detached(self.0)
-    }
-
     /// The notifier.
     #[inline]
     pub(crate) fn notifier(&self) -> &N {
@@ -280,7 +295,8 @@ impl<N: IntervalNotifier> EntryBox<N> {
         unsafe { &(*self.0.as_ptr()).notifier }
     }
 
-    /// Moves the notifier out. To be called once, when nothing can call it any more; then `notifier` must not be called again.
+    /// Moves the notifier out. To be called once, when nothing can call it any more, under the lock or by the one who has the entry alone; then `notifier` must not be called again.
+    #[inline]
     pub(crate) fn take(&self) -> N {
         let allocation = self.0.as_ptr();
         self.own.mark(TAKEN, true);
@@ -290,23 +306,87 @@ impl<N: IntervalNotifier> EntryBox<N> {
     }
 }
 
-impl<N> Detached<N> {
-    /// The notifier; the entry goes.
+impl Spare {
+    pub(crate) fn new() -> Self {
+        Self(AtomicPtr::new(ptr::null_mut()))
+    }
+
+    /// Whether there is room, and nobody else who will fill it: then the caller has to [`put`](Self::put) something there, or to [`cancel`](Self::cancel). Under the space's lock.
     #[inline]
-    pub(crate) fn into_notifier(self) -> N {
-        // SAFETY: `EntryBox::new` leaked this box, and nothing else points to it; `forget` keeps the drop from taking it again.
-        let allocation = unsafe { Box::from_raw(self.0.as_ptr()) };
-        core::mem::forget(self);
-        ManuallyDrop::into_inner(allocation.notifier)
+    pub(crate) fn reserve(&self) -> bool {
+        let empty = self.0.load(Ordering::Relaxed).is_null();
+        if empty {
+            // Nothing else changes an empty one.
+            self.0.store(RESERVED, Ordering::Relaxed);
+        }
+        empty
+    }
+
+    /// Takes the reservation back.
+    pub(crate) fn cancel(&self) {
+        self.0.store(ptr::null_mut(), Ordering::Relaxed);
+    }
+
+    /// Ends an entry and keeps its memory. To be called once, by the one who has reserved this, saw `unused()` under the lock, and moved the notifier out.
+    #[inline]
+    pub(crate) fn put(&self, entry: EntryRef) {
+        debug_assert!(entry.is_taken() && self.0.load(Ordering::Relaxed) == RESERVED);
+        // SAFETY: nobody else uses the entry, and its memory is not looked at as an entry again. `calls` stays as it is.
+        unsafe { ptr::drop_in_place(&raw mut (*entry.0.as_ptr()).rare) };
+        self.0.store(entry.0.as_ptr(), Ordering::Release);
+    }
+
+    /// Whether there is something at this moment.
+    #[inline]
+    pub(crate) fn is_filled(&self) -> bool {
+        self.0.load(Ordering::Relaxed).addr() > RESERVED.addr()
+    }
+
+    #[inline]
+    fn memory(&self) -> Option<NonNull<Entry>> {
+        NonNull::new(self.0.load(Ordering::Acquire)).filter(|memory| memory.as_ptr() != RESERVED)
+    }
+
+    /// What is there, for an entry with an `N`, if it fits. Under the space's lock.
+    #[inline]
+    pub(crate) fn take<N: IntervalNotifier>(&self) -> Option<Room<N>> {
+        let memory = self.memory()?;
+        // Before the question, whose answer takes longer to come (1 ns).
+        self.0.store(ptr::null_mut(), Ordering::Relaxed);
+        // SAFETY: nobody else has the memory any more; an entry was there, whose `calls` still are.
+        if unsafe { (*memory.as_ptr()).calls.layout } != Allocation::<N>::LAYOUT {
+            self.0.store(memory.as_ptr(), Ordering::Relaxed);
+            return None;
+        }
+        // SAFETY: a `Room` of this layout was allocated there, and nobody else has the memory any more.
+        Some(Room(unsafe { Box::from_raw(memory.cast().as_ptr()) }))
+    }
+
+    /// What is there, to be freed when the lock is free. Under the space's lock.
+    #[inline]
+    pub(crate) fn clear(&self) -> Option<Vacant> {
+        let memory = self.memory()?;
+        self.0.store(ptr::null_mut(), Ordering::Relaxed);
+        Some(Vacant(memory))
     }
 }
 
-impl<N> Drop for Detached<N> {
+impl Drop for Spare {
     fn drop(&mut self) {
-        // SAFETY: as in `into_notifier`, which does not come here.
-        let mut allocation = unsafe { Box::from_raw(self.0.as_ptr()) };
-        // SAFETY: dropped once: the allocation goes away with it, also when the drop panics.
-        unsafe { ManuallyDrop::drop(&mut allocation.notifier) };
+        self.clear();
+    }
+}
+
+impl Drop for Vacant {
+    fn drop(&mut self) {
+        // SAFETY: nobody else has the memory. An entry was there, whose `calls` still are; it was allocated as a `Room` of this layout.
+        unsafe { alloc::alloc::dealloc(self.0.as_ptr().cast(), (*self.0.as_ptr()).calls.layout) };
+    }
+}
+
+impl<N> Room<N> {
+    pub(crate) fn new() -> Self {
+        Self(Box::new_uninit())
     }
 }
 

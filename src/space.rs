@@ -9,7 +9,6 @@ use crate::engine::guard::{Handle, InvalidationGuard};
 use crate::engine::invalidate::{Invalidate, try_invalidate};
 use crate::engine::wait::Drain;
 use crate::engine::{Budget, Clock, Report, Reporter, Shared};
-use crate::entry::EntryBox;
 use crate::event::{Event, Terms};
 use crate::notifier::{IntervalNotifier, Request, Sequence, WouldBlock};
 use crate::range::AddressRange;
@@ -162,13 +161,12 @@ impl AddressSpace {
     ///
     /// # Errors
     /// [`InsertError`], with the notifier in it, after [`release`](Self::release).
-    #[inline]
+    #[inline(always)]
     pub fn insert<N: IntervalNotifier>(&self, range: AddressRange, notifier: N) -> Result<Subscription<N>, InsertError<N>> {
-        let entry = EntryBox::new(range, notifier);
-        if !self.shared.register(entry.erase()) {
-            return Err(InsertError::new(entry.detached().into_notifier()));
+        match self.shared.register(range, notifier) {
+            Ok(entry) => Ok(Subscription::new(self.shared.clone(), entry)),
+            Err(notifier) => Err(InsertError::new(notifier)),
         }
-        Ok(Subscription::new(self.shared.clone(), entry))
     }
 
     /// Invalidates `range`: calls the first pass of every notifier that overlaps it, then joins all their passes. Change the memory while

@@ -9,7 +9,7 @@ mod real {
     use core::ops::DerefMut;
     #[cfg(feature = "userfaultfd")]
     pub(crate) use core::sync::atomic::fence;
-    pub(crate) use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+    pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
     /// Spins; where there is an operating system, gives it the processor now and then.
     struct Relax;
@@ -78,7 +78,7 @@ mod checked {
 
     #[cfg(any(feature = "userfaultfd", loom))]
     pub(crate) use of::atomic::fence;
-    pub(crate) use of::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+    pub(crate) use of::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 
     #[derive(Default)]
     pub(crate) struct Lock<T>(of::Mutex<T>);

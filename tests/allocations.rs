@@ -124,6 +124,61 @@ fn collisions() -> [u64; 2] {
     [collide(), collide()]
 }
 
+/// Notifiers of three sizes that come and go: allocations of one that follows another of its size, and whether all bytes are free again afterwards.
+fn comings_and_goings() {
+    struct Large([u64; 9]);
+
+    impl IntervalNotifier for Large {
+        fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            Ok(None)
+        }
+    }
+
+    let range = AddressRange::new(0x1000, 0x1000).unwrap();
+    // What the thread keeps for ever is allocated.
+    futures::executor::block_on(async {});
+    let bytes = BYTES.load(Ordering::Relaxed);
+    {
+        let space = AddressSpace::new();
+        let count = |work: &dyn Fn()| {
+            let before = ALLOCATIONS.load(Ordering::Relaxed);
+            work();
+            ALLOCATIONS.load(Ordering::Relaxed) - before
+        };
+        let small = || {
+            futures::executor::block_on(space.insert(range, Device(Kind::Ready)).unwrap().remove());
+        };
+        let large = || {
+            let removed = futures::executor::block_on(space.insert(range, Large([7; 9])).unwrap().remove());
+            assert_eq!(removed.0, [7; 9]);
+        };
+        let dropped = || drop(space.insert(range, Large([3; 9])).unwrap().remove());
+        count(&small);
+        assert_eq!([count(&small), count(&small)], [0, 0], "in the memory of the one before");
+        assert_eq!([count(&large), count(&large)], [1, 0], "another size");
+        assert_eq!(
+            [count(&dropped), count(&large), count(&large)],
+            [0, 1, 0],
+            "a future that nobody polled leaves no memory, and room for the next"
+        );
+        let empty = || {
+            futures::executor::block_on(space.insert(range, Empty).unwrap().remove());
+        };
+        assert_eq!([count(&empty), count(&small), count(&large)], [1, 1, 1], "one size at a time");
+        // Of two at the same time the memory of one is kept.
+        let two: Vec<_> = (0..2).map(|_| space.insert(range, Empty).unwrap().remove()).collect();
+        for remove in two {
+            futures::executor::block_on(remove);
+        }
+        assert_eq!(count(&empty), 0);
+        // The last one outlives the handle of its space.
+        let last = space.insert(range, Device(Kind::Single)).unwrap().remove();
+        drop(space);
+        futures::executor::block_on(last);
+    }
+    assert_eq!(BYTES.load(Ordering::Relaxed), bytes, "all memory is free again");
+}
+
 struct Empty;
 
 impl IntervalNotifier for Empty {
@@ -142,6 +197,7 @@ fn allocations_and_bytes_are_within_their_bounds() {
         assert!(pending <= devices as u64 + 2, "{pending} allocations for {devices} passes that pend");
     }
     assert_eq!(collisions(), [1, 0], "a notifier's counters are made once");
+    comings_and_goings();
     for (n, ascending) in [(100_000, true), (100_000, false), (1 << 20, false)] {
         let bytes = bytes(n, ascending);
         println!("{n} notifiers, ascending {ascending}: {bytes:.1} bytes each");

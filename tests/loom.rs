@@ -251,6 +251,49 @@ fn remove_against_start_and_against_a_running_pass() {
     });
 }
 
+/// Counts those of its kind that were dropped.
+struct Counted(u64, Arc<RealUsize>);
+
+impl IntervalNotifier for Counted {
+    fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        Ok(None)
+    }
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.1.fetch_add(1, std::sync::atomic::Ordering::Relaxed);
+    }
+}
+
+#[test]
+fn notifiers_that_come_and_go_on_two_threads_do_not_share_memory() {
+    // The first removal fills the place of the spare memory, the others find it filled, reserved or empty.
+    for polled in [true, false] {
+        explore(&format!("spare memory, polled: {polled}"), 4, move || {
+            let (space, drops) = (AddressSpace::new(), Arc::new(RealUsize::new(0)));
+            let come_and_go = move |space: &AddressSpace, number: u64, drops: &Arc<RealUsize>| {
+                let remove = space.insert(range(), Counted(number, drops.clone())).unwrap().remove();
+                if polled || number != 1 {
+                    assert_eq!(block_on(remove).0, number, "another one's notifier");
+                }
+            };
+            come_and_go(&space, 0, &drops);
+            let other = {
+                let (space, drops) = (space.clone(), drops.clone());
+                thread::spawn(move || {
+                    come_and_go(&space, 1, &drops);
+                    come_and_go(&space, 2, &drops);
+                })
+            };
+            come_and_go(&space, 3, &drops);
+            other.join().unwrap();
+            come_and_go(&space, 4, &drops);
+            assert_eq!((space.len(), drops.load(std::sync::atomic::Ordering::Relaxed)), (0, 5));
+        });
+    }
+}
+
 #[test]
 fn remove_does_not_wait_for_a_guard_that_is_held() {
     explore("remove against a guard", 4, || {

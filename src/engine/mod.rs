@@ -27,7 +27,7 @@ pub(crate) mod wait;
 mod waiters;
 mod wakes;
 
-use crate::entry::{Entry, EntryRef};
+use crate::entry::{Entry, EntryRef, Spare};
 use crate::event::{Event, Owner, Terms};
 use crate::index::{Indexed, IntervalIndex};
 use crate::notifier::{Request, Sequence};
@@ -54,6 +54,8 @@ pub(crate) struct Shared {
     /// The handle that all others are counted with, for those who have a reference only.
     this: Weak<Self>,
     state: Lock<State>,
+    /// Memory for the next entry.
+    pub(crate) spare: Spare,
     /// Before all readers of the space.
     pub(crate) gate: Gate,
     /// Which active invalidations are in their first passes.
@@ -234,6 +236,7 @@ impl Shared {
         Arc::new_cyclic(|this| Self {
             this: this.clone(),
             state: Lock::new(state),
+            spare: Spare::new(),
             gate: Gate::new(),
             calls: CallTable::new(),
             budget,

@@ -5,9 +5,10 @@ use crate::engine::first_pass::forbid_waiting;
 use crate::engine::pending::Pending;
 use crate::engine::wait::{Look, Wait};
 use crate::engine::{Shared, State, WaitFor};
-use crate::entry::{Detached, EntryBox, EntryRef};
+use crate::entry::{EntryBox, EntryRef, Room};
 use crate::notifier::IntervalNotifier;
 use crate::protocol::{Active, Id};
+use crate::range::AddressRange;
 use crate::sync::{Arc, Ordering};
 use alloc::boxed::Box;
 use core::fmt;
@@ -20,25 +21,38 @@ use core::task::{Context, Poll};
 pub(crate) struct Registered<N: IntervalNotifier> {
     pub(crate) space: Arc<Shared>,
     pub(crate) entry: EntryBox<N>,
-    /// The notifier has been moved out and the entry may be gone.
-    taken: bool,
+    hold: Hold,
+}
+
+/// What a registration has of its entry. As wide as the words beside it: a narrow store would be waited for when they are moved.
+#[derive(Clone, Copy, PartialEq)]
+#[repr(usize)]
+enum Hold {
+    /// It is one of those who keep it alive.
+    Shared,
+    /// It is the only one who has it.
+    Alone,
+    /// The same, and the memory goes to [`Shared::spare`].
+    Spare,
+    /// The entry may be gone.
+    Nothing,
 }
 
 impl<N: IntervalNotifier> Registered<N> {
     pub(crate) fn new(space: Arc<Shared>, entry: EntryBox<N>) -> Self {
-        Self { space, entry, taken: false }
+        Self { space, entry, hold: Hold::Shared }
     }
 
     /// Closes the notifier; moves it out and ends the registration if nothing can call it any more (L1).
     fn try_take(&mut self) -> Option<N> {
-        let Self { space, entry, taken } = self;
+        let Self { space, entry, hold } = self;
         let erased = entry.erase();
         let (notifier, unused) = space.with(|state, _| {
             state.close(erased);
             let Look::Ready = state.is_quiet(space, erased) else { return None };
             // Quiet and closed: nothing will call it again, also if an invalidation still covers it.
             let notifier = entry.take();
-            *taken = true;
+            *hold = Hold::Nothing;
             erased.detach();
             Some((notifier, erased.unused()))
         })?;
@@ -48,33 +62,64 @@ impl<N: IntervalNotifier> Registered<N> {
         Some(notifier)
     }
 
-    /// Closes the notifier; if nobody else has any business with its entry, which is mostly so, ends the registration and leaves the entry to the caller.
-    fn try_detach(mut self) -> Result<Detached<N>, Self> {
-        self.taken = self.space.detach(self.entry.erase());
-        if self.taken { Ok(self.entry.detached()) } else { Err(self) }
+    /// Closes the notifier; if nobody else has any business with its entry, which is mostly so, ends the registration and says so.
+    #[inline]
+    fn detach(&mut self) -> bool {
+        self.hold = self.space.detach(self.entry.erase());
+        self.hold != Hold::Shared
     }
 }
 
 impl<N: IntervalNotifier> Drop for Registered<N> {
     #[inline]
     fn drop(&mut self) {
-        if !self.taken {
-            self.space.leave(self.entry.erase());
+        let entry = self.entry.erase();
+        match self.hold {
+            Hold::Nothing => {}
+            Hold::Shared => self.space.leave(entry),
+            Hold::Alone => entry.free(),
+            Hold::Spare if entry.is_taken() => self.space.spare.put(entry),
+            Hold::Spare => {
+                // The drop of the notifier may panic.
+                self.space.spare.cancel();
+                entry.free();
+            }
         }
     }
 }
 
 impl Shared {
-    /// Puts a new entry into the index, behind all others with its start; says no in a space that was released (L4).
-    pub(crate) fn register(&self, entry: EntryRef) -> bool {
-        let mut state = self.state.lock();
-        if state.released {
-            return false;
+    /// Puts a notifier into the index, behind all others with its start; gives it back in a space that was released (L4).
+    #[inline(always)]
+    pub(crate) fn register<N: IntervalNotifier>(&self, range: AddressRange, notifier: N) -> Result<EntryBox<N>, N> {
+        if !self.spare.is_filled() {
+            return self.register_anew(range, notifier);
         }
-        state.next_order += 1;
-        entry.order.store(state.next_order, Ordering::Relaxed);
-        state.protocol.insert(entry.range, entry);
-        true
+        let mut state = self.state.lock();
+        let (false, Some(room)) = (state.released, self.spare.take()) else {
+            drop(state);
+            return self.register_anew(range, notifier);
+        };
+        // What is written goes on while the index waits for its own loads; before the lock it would be waited for.
+        let entry = EntryBox::new(room, range, notifier);
+        state.attach(entry.erase());
+        Ok(entry)
+    }
+
+    /// The same in new memory; what was spare and does not fit makes room for what is used now.
+    #[inline(never)]
+    fn register_anew<N: IntervalNotifier>(&self, range: AddressRange, notifier: N) -> Result<EntryBox<N>, N> {
+        let room = Room::new();
+        // The lock is free before that is.
+        let _unfit;
+        let mut state = self.state.lock();
+        _unfit = self.spare.clear();
+        if state.released {
+            return Err(notifier);
+        }
+        let entry = EntryBox::new(room, range, notifier);
+        state.attach(entry.erase());
+        Ok(entry)
     }
 
     /// Ends a registration without waiting.
@@ -89,7 +134,7 @@ impl Shared {
 
     /// Closes a notifier and, if nobody but its subscription has any business with it, leaves its entry to that.
     #[inline(never)]
-    fn detach(&self, entry: EntryRef) -> bool {
+    fn detach(&self, entry: EntryRef) -> Hold {
         let Some(mut state) = self.state.try_lock() else { return self.detach_slowly(entry) };
         // Without an invalidation that covers it there is neither a call nor a pass.
         let alone = entry.retire();
@@ -97,25 +142,35 @@ impl Shared {
             drop(state);
             return self.detach_slowly(entry);
         }
+        let spare = self.spare.reserve();
         state.protocol.remove(entry.range, entry);
-        true
+        if spare { Hold::Spare } else { Hold::Alone }
     }
 
     /// The same for one that somebody has to do with or that is closed already, or with the lock taken.
     #[cold]
     #[inline(never)]
-    fn detach_slowly(&self, entry: EntryRef) -> bool {
+    fn detach_slowly(&self, entry: EntryRef) -> Hold {
         let mut state = self.state.lock();
         state.close(entry);
         let alone = !entry.own.is_covered() && !entry.is_held();
-        if alone {
-            entry.detach();
+        if !alone {
+            return Hold::Shared;
         }
-        alone
+        entry.detach();
+        Hold::Alone
     }
 }
 
 impl State {
+    /// Puts a new entry into the index. Not built in: what drivers build in should be short.
+    #[inline(never)]
+    fn attach(&mut self, entry: EntryRef) {
+        self.next_order += 1;
+        entry.order.store(self.next_order, Ordering::Relaxed);
+        self.protocol.insert(entry.range, entry);
+    }
+
     /// Takes a notifier out of the index and keeps calls that have not begun from beginning (L1). May be called again.
     pub(crate) fn close(&mut self, entry: EntryRef) {
         if !entry.own.is_closed() {
@@ -219,7 +274,7 @@ pub struct Remove<N: IntervalNotifier> {
 
 enum RemoveStep<N: IntervalNotifier> {
     /// It was quiet already. The notifier stays where it is until it is asked for: each move of one takes longer than the rest of a removal.
-    Removed(Detached<N>),
+    Removed(Registered<N>),
     Wait(Box<Waiting<N>>),
     Done,
 }
@@ -238,10 +293,11 @@ impl<N: IntervalNotifier> Drop for Waiting<N> {
 
 impl<N: IntervalNotifier> Remove<N> {
     #[inline]
-    pub(crate) fn new(registered: Registered<N>) -> Self {
-        let step = match registered.try_detach() {
-            Ok(detached) => RemoveStep::Removed(detached),
-            Err(registered) => RemoveStep::Wait(Box::new(Waiting { wait: QuietWait::default(), registered })),
+    pub(crate) fn new(mut registered: Registered<N>) -> Self {
+        let step = if registered.detach() {
+            RemoveStep::Removed(registered)
+        } else {
+            RemoveStep::Wait(Box::new(Waiting { wait: QuietWait::default(), registered }))
         };
         Self { step }
     }
@@ -252,34 +308,35 @@ impl<N: IntervalNotifier> Future for Remove<N> {
 
     #[inline(never)]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<N> {
-        match core::mem::replace(&mut self.step, RemoveStep::Done) {
-            RemoveStep::Removed(detached) => Poll::Ready(detached.into_notifier()),
-            step => {
-                let (step, polled) = step.wait(cx);
-                self.step = step;
+        match &mut self.step {
+            // Straight to where the caller wants it.
+            RemoveStep::Removed(registered) if !registered.entry.is_taken() => Poll::Ready(registered.entry.take()),
+            RemoveStep::Wait(waiting) => {
+                let polled = waiting.poll(cx);
+                if polled.is_ready() {
+                    self.step = RemoveStep::Done;
+                }
                 polled
             }
+            RemoveStep::Removed(_) | RemoveStep::Done => panic!("`Remove` polled after it has resolved"),
         }
     }
 }
 
-impl<N: IntervalNotifier> RemoveStep<N> {
-    /// Takes and returns the step by value, so that one that need not wait is never put into memory.
+impl<N: IntervalNotifier> Waiting<N> {
     #[cold]
-    fn wait(self, cx: &mut Context<'_>) -> (Self, Poll<N>) {
-        let Self::Wait(mut waiting) = self else {
-            panic!("`Remove` polled after it has resolved");
-        };
-        let Waiting { wait, registered } = &mut *waiting;
+    #[inline(never)]
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<N> {
+        let Self { wait, registered } = self;
         if wait.poll(&registered.space, registered.entry.erase(), cx).is_pending() {
-            return (Self::Wait(waiting), Poll::Pending);
+            return Poll::Pending;
         }
         match registered.try_take() {
-            Some(notifier) => (Self::Done, Poll::Ready(notifier)),
+            Some(notifier) => Poll::Ready(notifier),
             None => {
                 // Somebody asks for its name at this moment (C6), and wakes whoever waits afterwards; look again.
                 cx.waker().wake_by_ref();
-                (Self::Wait(waiting), Poll::Pending)
+                Poll::Pending
             }
         }
     }
@@ -290,10 +347,10 @@ impl<N: IntervalNotifier> Unpin for Remove<N> {}
 
 impl<N: IntervalNotifier> fmt::Debug for Remove<N> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let step = match self.step {
-            RemoveStep::Removed(_) => "removed",
+        let step = match &self.step {
+            RemoveStep::Removed(registered) if !registered.entry.is_taken() => "removed",
             RemoveStep::Wait(_) => "waiting",
-            RemoveStep::Done => "resolved",
+            RemoveStep::Removed(_) | RemoveStep::Done => "resolved",
         };
         f.debug_struct("Remove").field("step", &step).finish_non_exhaustive()
     }

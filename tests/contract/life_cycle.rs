@@ -172,3 +172,94 @@ fn l1_remove_waits_for_whoever_asks_for_the_name_even_when_no_invalidation_is_le
     assert!(remove.run().is_ready());
     assert_eq!(Arc::strong_count(&script), 1, "the notifier came back and was dropped");
 }
+
+/// Knows its own number, in memory of its own and in place.
+struct Numbered<const WORDS: usize>(Box<u64>, [u64; WORDS]);
+
+impl<const WORDS: usize> Numbered<WORDS> {
+    fn new(number: u64) -> Self {
+        Self(Box::new(number), [number; WORDS])
+    }
+
+    fn check(&self, number: u64) {
+        assert_eq!((*self.0, self.1), (number, [number; WORDS]));
+    }
+}
+
+impl<const WORDS: usize> IntervalNotifier for Numbered<WORDS> {
+    fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        self.check(*self.0);
+        Ok(None)
+    }
+}
+
+#[test]
+fn l1_notifiers_that_come_and_go_on_several_threads_get_their_own_back() {
+    let rounds = if cfg!(miri) { 20 } else { 2000 };
+    let space = AddressSpace::new();
+    std::thread::scope(|scope| {
+        for thread in 0..3 {
+            let space = &space;
+            scope.spawn(move || {
+                for round in 0..rounds {
+                    let number = 3 * round + thread;
+                    // Where one was, one of the same size comes now and one of another size then.
+                    let small = space.insert(pages(thread, 1), Numbered::<1>::new(number)).unwrap();
+                    small.check(number);
+                    if round % 5 == 0 {
+                        drop(now(space.invalidate(pages(0, 3), Event::Unmap)));
+                    }
+                    if round % 3 == 0 {
+                        let large = space.insert(pages(thread, 1), Numbered::<9>::new(number)).unwrap();
+                        futures::executor::block_on(large.remove()).check(number);
+                    }
+                    if round % 4 != 0 {
+                        futures::executor::block_on(small.remove()).check(number);
+                    } else {
+                        drop(small.remove());
+                    }
+                }
+            });
+        }
+    });
+    assert_eq!(space.len(), 0);
+}
+
+#[test]
+fn l1_a_notifier_that_panics_when_its_remove_is_dropped_leaves_the_space_as_it_should_be() {
+    struct Bomb(Arc<Mutex<u32>>);
+
+    impl IntervalNotifier for Bomb {
+        fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            Ok(None)
+        }
+    }
+
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            *self.0.lock().unwrap() += 1;
+            if !std::thread::panicking() {
+                std::panic::panic_any("dropped");
+            }
+        }
+    }
+
+    let (space, drops) = (AddressSpace::new(), Arc::new(Mutex::new(0)));
+    for dropped in 1..4 {
+        let remove = space.insert(pages(0, 1), Bomb(drops.clone())).unwrap().remove();
+        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(remove))).unwrap_err();
+        assert_eq!(panic.downcast_ref(), Some(&"dropped"));
+        drops.clear_poison();
+        assert_eq!((*drops.lock().unwrap(), space.len()), (dropped, 0));
+        now(space.insert(pages(0, 1), Numbered::<1>::new(7)).unwrap().remove()).check(7);
+    }
+}
+
+#[test]
+fn l1_a_remove_that_has_resolved_says_so() {
+    let (_space, device, _log) = one_device();
+    let mut remove = device.remove();
+    drop(now(&mut remove));
+    let again = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| now(&mut remove).calls())).unwrap_err();
+    assert_eq!(again.downcast_ref(), Some(&"`Remove` polled after it has resolved"));
+}
