@@ -31,6 +31,8 @@ MUTATIONS = [
     ("nobody is told of the end that a dropped subscription waits for", "src/entry.rs", "self.own.mark(DETACHED | WATCHED, true);", "self.own.mark(DETACHED, true);"),
     ("remove frees an entry that an invalidation covers", "src/engine/remove.rs", "let alone = !entry.own.is_covered() && !entry.is_held();", "let alone = !entry.is_held();"),
     ("remove frees an entry that is asked for its name", "src/engine/remove.rs", "let alone = !entry.own.is_covered() && !entry.is_held();", "let alone = !entry.own.is_covered();"),
+    ("a budget's other first passes are forgotten when the passes are done at once", "src/engine/invalidate.rs", "scratch.passes().running() == 0 && scratch.resume_at.is_none()", "scratch.passes().running() == 0"),
+    ("the poll before the passes are handed over is taken for the last one", "src/engine/invalidate.rs", "if scratch.passes().running() == 0 && scratch.resume_at.is_none()", "if scratch.resume_at.is_none()"),
     ("claim before the passes are done", "src/engine/invalidate.rs", "if !pending.done {\n            return pending.scratch.take()", "if false {\n            return pending.scratch.take()"),
     ("an abandoned invalidation ends at once", "src/engine/pending.rs", "        if !pending.done {\n            return;\n        }", ""),
     ("drop the wake-up of a pass that was woken while it was polled", "src/engine/pending.rs", "(woken || progress != Progress::Waiting).then", "(progress != Progress::Waiting).then"),

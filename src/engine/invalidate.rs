@@ -243,7 +243,13 @@ impl<'a> Invalidate<'a> {
                 panic!("`Invalidate` polled after it has resolved");
             };
             match begun.take() {
-                Some((PENDING, Some(scratch))) => {
+                Some((PENDING, Some(mut scratch))) => {
+                    // Who has only yielded is done after one more poll, which comes in any case, and need never be told of to others.
+                    scratch.passes().drive_alone(space, 1);
+                    if scratch.passes().running() == 0 && scratch.resume_at.is_none() {
+                        begun = Some(finish(space, scratch.id, scratch));
+                        continue;
+                    }
                     let unclaimed = hand_over(space, scratch, self.lapses);
                     *self.step = Step::Joining { unclaimed, watch: Watch::default() };
                 }

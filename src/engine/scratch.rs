@@ -290,11 +290,22 @@ impl Passes {
     /// fast devices never get there. Says whether none does, and none panicked.
     #[inline(never)]
     pub(crate) fn first_polls(&mut self, space: &Shared, from: usize) -> bool {
+        self.first_polls_of(space, from, self.started)
+    }
+
+    /// The same for the only pass: without a loop.
+    #[inline(never)]
+    pub(crate) fn first_poll(&mut self, space: &Shared) -> bool {
+        self.first_polls_of(space, 0, 1)
+    }
+
+    #[inline(always)]
+    fn first_polls_of(&mut self, space: &Shared, from: usize, end: usize) -> bool {
         self.join();
-        let Self { slots, started, join: Some(join), trace, .. } = self else { return false };
+        let Self { slots, join: Some(join), trace, .. } = self else { return false };
         let mut cx = Context::from_waker(&join.waker);
         let (mut at, mut pend) = (from, 0);
-        let to_poll = &mut slots[..*started];
+        let to_poll = &mut slots[..end];
         let polled = {
             let _entered = trace.enter();
             catch(|| poll_from(to_poll, &mut at, &mut pend, trace, &mut cx))

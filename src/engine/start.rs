@@ -163,8 +163,15 @@ pub(super) fn advance(space: &Shared, id: Id, scratch: &mut Scratch, request: &R
     let mut invalidation = Invalidation { request, sequence, own: &first.own };
     // One landing for all first passes.
     let called = catch(|| call_from::<false>(space, &mut invalidation, request, hits, passes, &mut at));
-    if matches!(called, Ok(Called::All)) && (passes.started() == 0 || passes.first_polls(space, 0)) {
-        return Advanced::Plainly;
+    if matches!(called, Ok(Called::All)) {
+        let plain = match passes.started() {
+            0 => true,
+            1 => passes.first_poll(space),
+            _ => passes.first_polls(space, 0),
+        };
+        if plain {
+            return Advanced::Plainly;
+        }
     }
     follow(space, id, scratch, request, sequence, at, called)
 }

@@ -1,6 +1,7 @@
 use crate::support::*;
 use shootdown::{AddressSpace, Event, Report, WouldBlock};
 use std::sync::{Arc, Mutex};
+use std::task::Poll;
 
 #[test]
 fn b1_a_refusal_in_a_blockable_invalidation_is_reported_and_the_others_go_on() {
@@ -152,6 +153,37 @@ fn b4_dropped_between_two_first_passes_the_started_passes_still_complete() {
     gates[0].open();
     reader.finish();
     assert_eq!((deferred.calls(), awaited.calls(), never.calls()), (1, 1, 0));
+}
+
+/// Pends once and wakes itself.
+fn yields() -> impl Future<Output = ()> + Send + 'static {
+    let mut polls = 0;
+    std::future::poll_fn(move |cx| {
+        polls += 1;
+        if polls == 2 {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+}
+
+#[test]
+fn b4_passes_that_only_yield_are_done_in_the_first_poll_whatever_the_budget() {
+    for budget in [Some(0), Some(1), Some(2), Some(3), None] {
+        let log = Log::default();
+        let space = budget.map_or_else(AddressSpace::new, |budget| AddressSpace::builder().pass_budget(budget).build());
+        let devices: Vec<_> = ["0", "1", "2"].map(|name| space.insert(pages(0, 1), Device::new(name, &log)).unwrap()).into();
+        for round in 1..4 {
+            devices.iter().for_each(|device| device.next(Act::pass(yields())));
+            let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
+            assert!(devices.iter().all(|device| device.calls() == round), "budget {budget:?}");
+            let listed = space.active();
+            assert!(listed.iter().all(|active| active.pending.is_empty()), "{listed:?}");
+            drop(guard);
+        }
+        assert_eq!((space.active().len(), called(&log)), (0, ["0", "1", "2"].repeat(3)));
+    }
 }
 
 #[test]
