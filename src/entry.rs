@@ -23,7 +23,8 @@
 //! An entry is made by [`EntryBox::new`] and nowhere else, which stores [`Calls`] of the type `N` that it stores beside it. They never change.
 //!
 //! # Who owns the memory of a former entry
-//! Its [`Spare`], from [`Spare::put`] until [`Spare::take`] or [`Spare::clear`]; then the [`Room`] or [`Vacant`]. Nobody else knows of it, because it was put there in place of being freed.
+//! Its [`Spare`], from [`Spare::put`] until [`Spare::take`] or [`Spare::clear`]; then the [`Room`] or [`Vacant`]. Nobody else knows of it, because it was put there in place of being
+//! freed. A removal whose future is leaked has reserved the `Spare` and never fills it: the space does without from then on.
 
 use crate::index::{Indexed, Place};
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
@@ -51,7 +52,7 @@ const TAKEN: u32 = MARKS[1];
 /// Somebody holds the entry.
 const HELD: u32 = MARKS[2];
 
-/// What the library keeps of one notifier. All of it but `own`'s word is written only under the space's lock; these are
+/// What the library keeps of one notifier. All of it but `own`'s word is written only under the space's lock, or by who has the entry alone; these are
 /// atomics so that this need not be argued with `unsafe`, and cost what plain fields cost.
 ///
 /// What an invalidation looks at stands at the end, where the notifier follows: among many notifiers both miss the caches, and so together.
