@@ -1,7 +1,7 @@
 //! The interval index: which intervals overlap a range, in order of their start.
 //!
 //! A B-tree in an arena. Keys are `(start, order)`, so that intervals with one start stay in order of insertion (rule O1); a
-//! node knows for each child the greatest `last` below it, so that a query leaves out whole subtrees. It takes the place of
+//! node knows for each child how far it reaches, so that a query leaves out whole subtrees. It takes the place of
 //! the kernel's augmented red-black tree (`lib/interval_tree.c`), whose query visits a cache line for each of its
 //! `2 log2 n` levels. What was measured against it, and why leaves have the size they have, is in `DESIGN.md`.
 //!
@@ -344,6 +344,7 @@ impl<V: Indexed> IntervalIndex<V> {
         } else {
             leaf.add(range, value);
         }
+        leaf.bound = upper.starts[0];
         let lower_max = leaf.max_last;
         let upper_node = self.leaves.add(upper);
         let upper = self.leaves.at(upper_node).child(upper_node);

@@ -29,7 +29,9 @@ pub(crate) struct Leaf<V> {
     pub(super) rests: [Rest<V>; CAP],
     /// No interval reaches further than this many bytes into the next place.
     pub(super) slack: u64,
-    /// The greatest `last`; 0 in an empty leaf.
+    /// Where the next leaf begins, or before that: what ends before it is of no account to other leaves.
+    pub(super) bound: u64,
+    /// The greatest `last`, or that of an interval that has gone and ended before `bound`; 0 in a new leaf.
     pub(super) max_last: u64,
     /// Places that hold an interval, a bit each.
     pub(super) live: u32,
@@ -52,7 +54,7 @@ pub(super) struct Inner {
     /// Lower bounds: every key in `children[i]` is `>= (starts[i], orders[i])` and below the next bound. The first is not looked at.
     pub(super) starts: [u64; CAP],
     pub(super) orders: [u64; CAP],
-    /// The greatest `last` in `children[i]`.
+    /// The greatest `last` in `children[i]`; as in a leaf, it may be that of one that has gone.
     pub(super) max_lasts: [u64; CAP],
     pub(super) children: [Node; CAP],
 }
@@ -145,7 +147,7 @@ pub(super) fn slack(starts: &[u64], lasts: impl Iterator<Item = u64>) -> u64 {
 impl<V: Indexed> Leaf<V> {
     const NOTHING: Rest<V> = Rest { last: 0, value: None };
     pub(super) const EMPTY: Self =
-        Self { slack: 0, max_last: 0, live: 0, len: 0, starts: [UNUSED; CAP], rests: [Self::NOTHING; CAP] };
+        Self { slack: 0, bound: UNUSED, max_last: 0, live: 0, len: 0, starts: [UNUSED; CAP], rests: [Self::NOTHING; CAP] };
 
     pub(super) fn is_full(&self) -> bool {
         self.live == u32::MAX
@@ -266,10 +268,11 @@ impl<V: Indexed> Leaf<V> {
         overhang(&self.starts, |at| self.rests[at].last, CAP, at)
     }
 
-    /// Whether nothing but its place has to change when the interval at `at` goes: neither the slack nor the greatest `last`, and the leaf does not become small.
+    /// Whether nothing but its place has to change when the interval at `at` goes: the slack stays, the leaf does not become small, and if it had the greatest
+    /// `last`, that may stay.
     #[inline(always)]
     pub(super) fn is_plain(&self, at: usize) -> bool {
-        self.slack == 0 && self.rests[at].last != self.max_last && self.len as usize > LOW
+        self.slack == 0 && self.rests[at].last < self.bound && self.len as usize > LOW
     }
 
     /// Makes a gap of the interval at `at`. If it is not [plain](Self::is_plain), more has to change.
@@ -360,11 +363,13 @@ impl<V: Indexed> Part for Leaf<V> {
         upper.rests[..len].copy_from_slice(&self.rests[at..at + len]);
         upper.truncate(len);
         self.truncate(at);
+        (self.bound, upper.bound) = (upper.starts[0], self.bound);
         upper
     }
 
     fn append(&mut self, upper: &mut Self) {
         self.close_gaps();
+        self.bound = upper.bound;
         upper.close_gaps();
         let (at, end) = (self.len as usize, self.len as usize + upper.len as usize);
         self.starts[at..end].copy_from_slice(&upper.starts[..end - at]);

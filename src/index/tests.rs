@@ -38,12 +38,15 @@ impl IntervalIndex<Id> {
             return;
         }
         let mut all = Vec::new();
-        self.check_node(self.root, self.height, &mut all);
+        self.check_node(self.root, self.height, UNUSED, &mut all);
         assert_eq!(all.len(), self.len);
         assert!(all.windows(2).all(|pair| pair[0] < pair[1]), "keys out of order");
     }
 
-    fn check_node(&self, node: Node, height: usize, all: &mut Vec<(u64, u64)>) -> u64 {
+    /// The greatest `last` below a node, behind which the next one begins at `bound`.
+    fn check_node(&self, node: Node, height: usize, bound: u64, all: &mut Vec<(u64, u64)>) -> u64 {
+        // What a node believes may be the `last` of what has gone, if that is of no account to others.
+        let fits = |believed: u64, greatest: u64, bound: u64| believed == greatest || (greatest..bound).contains(&believed);
         if height == 0 {
             let leaf = self.leaves.at(node);
             assert!(leaf.len >= 1, "an empty leaf was left");
@@ -55,8 +58,9 @@ impl IntervalIndex<Id> {
                 assert!(rest.value.is_some() || rest.last == 0, "a gap reaches somewhere");
                 all.extend(rest.value.map(|id| (leaf.starts[at], id.0)));
             }
-            assert_eq!(leaf.max_last, leaf.rests.iter().map(|rest| rest.last).max().unwrap());
-            return leaf.max_last;
+            let greatest = leaf.rests.iter().map(|rest| rest.last).max().unwrap();
+            assert!(leaf.bound <= bound && fits(leaf.max_last, greatest, leaf.bound), "a leaf's greatest `last`");
+            return greatest;
         }
         let inner = self.inners.at(node);
         assert!(inner.len >= 2, "an inner node with one child was left");
@@ -65,14 +69,18 @@ impl IntervalIndex<Id> {
             "an inner node's slack is too small"
         );
         assert!(inner.starts[inner.len..].iter().all(|start| *start == UNUSED));
+        let mut greatest = 0;
         for at in 0..inner.len {
             let from = all.len();
-            assert_eq!(inner.max_lasts[at], self.check_node(inner.children[at], height - 1, all));
+            let bound = inner.starts[..inner.len].get(at + 1).map_or(bound, |start| *start);
+            let below = self.check_node(inner.children[at], height - 1, bound, all);
+            assert!(fits(inner.max_lasts[at], below, bound), "a child's greatest `last`");
+            greatest = greatest.max(below);
             let (first, last) = (all[from], all[all.len() - 1]);
             assert!(at == 0 || (inner.starts[at], inner.orders[at]) <= first, "a key below its bound");
             assert!(at + 1 == inner.len || last < (inner.starts[at + 1], inner.orders[at + 1]), "a key above the next bound");
         }
-        inner.max_last()
+        greatest
     }
 
     fn hits(&self, range: AddressRange) -> Vec<Id> {
@@ -272,6 +280,26 @@ fn what_reached_far_is_forgotten_when_it_goes() {
         assert!(index.remove(long, id));
     }
     assert_eq!(slack(&index), 0, "queries would look at ten intervals where one can overlap");
+}
+
+#[test]
+fn what_reached_into_other_leaves_is_forgotten_when_it_goes() {
+    let mut index = IntervalIndex::new();
+    for at in 0..200 {
+        index.insert(AddressRange::new(at * 8192, 4096).unwrap(), Id(2 * at));
+    }
+    assert_eq!(index.height, 1, "several leaves");
+    // Behind each of them, over nine others. Behind the last one of a leaf nothing in that leaf is reached.
+    for at in 0..190 {
+        for id in [Id(1000), Id(1001)] {
+            let long = AddressRange::new(at * 8192 + 4096, 9 * 8192).unwrap();
+            index.insert(long, id);
+            assert!(index.remove(long, id));
+            index.check();
+            let root = &index.inners.nodes[index.root as usize];
+            assert_eq!(root.slack, 0, "queries would look at two leaves where one is enough");
+        }
+    }
 }
 
 #[test]
