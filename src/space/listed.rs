@@ -62,7 +62,7 @@ pub struct Stats {
     /// Times that a reader had to wait for an invalidation (a pause is not counted).
     pub waits: u64,
     /// The longest that an invalidation was active, of those that were timed: all in a space with a [clock](crate::Builder::clock); otherwise those
-    /// whose passes were pending, from then on, and those that [`AddressSpace::active`] listed. `None` before the first.
+    /// whose passes were still pending when they had been polled twice, from then on, and those that [`AddressSpace::active`] listed. `None` before the first.
     pub longest: Option<Duration>,
     /// Invalidations that were ended on behalf of a future that was not polled, and started over if it was polled again (C4).
     pub lapses: u64,
