@@ -26,7 +26,7 @@
 //! Its [`Spare`], from [`Spare::put`] until [`Spare::take`] or [`Spare::clear`]; then the [`Room`] or [`Vacant`]. Nobody else knows of it, because it was put there in place of being
 //! freed. A removal whose future is leaked has reserved the `Spare` and never fills it: the space does without from then on.
 
-use crate::index::{Indexed, Place};
+use crate::index::{Indexed, Ordered, Place};
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
 use crate::protocol::{MARKS, Member, Own, WATCHED};
@@ -443,10 +443,17 @@ impl PartialEq for EntryRef {
     }
 }
 
-impl Indexed for EntryRef {
+impl Ordered for EntryRef {
     #[inline]
     fn order(self) -> u64 {
         self.order.load(Ordering::Relaxed)
+    }
+}
+
+impl Indexed for EntryRef {
+    #[inline]
+    fn range(self) -> AddressRange {
+        self.range
     }
 
     #[inline]

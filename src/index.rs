@@ -8,22 +8,30 @@
 //! Nothing here knows of sequences, locks or notifiers.
 #![forbid(unsafe_code)]
 
+mod leaf;
 mod node;
 
 use crate::range::AddressRange;
 use alloc::vec::Vec;
 use core::ops::Range;
-use node::{CAP, Child, Inner, LOW, Leaf, MERGED, Part, count_at_most};
+use leaf::Leaf;
+use node::{CAP, Child, Inner, LOW, MERGED, Part};
 
 /// The span of an index without intervals.
 const NOWHERE: (u64, u64) = (u64::MAX, 0);
 /// Height of the tallest tree: `LOW`-full nodes over `u32::MAX` leaves.
 const HEIGHT: usize = 12;
 
-/// What the index stores: small, comparable, and able to name its place among equals.
-pub(crate) trait Indexed: Copy + PartialEq {
+/// What can name its place among equals.
+pub(crate) trait Ordered: Copy + PartialEq {
     /// Rises with each insertion; the order of intervals with one start.
     fn order(self) -> u64;
+}
+
+/// What the index stores: small, comparable, and able to name its interval.
+pub(crate) trait Indexed: Ordered {
+    /// The interval, which does not change.
+    fn range(self) -> AddressRange;
 
     /// Where the index put it, if it can remember that: a removal looks there first.
     #[inline]
@@ -34,6 +42,25 @@ pub(crate) trait Indexed: Copy + PartialEq {
     /// The index has put it there. It may be moved later without being told.
     #[inline]
     fn set_place(self, _place: Place) {}
+}
+
+/// A value that does not know its interval, with it.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) struct Ranged<T> {
+    pub(crate) range: AddressRange,
+    pub(crate) value: T,
+}
+
+impl<T: Ordered> Ordered for Ranged<T> {
+    fn order(self) -> u64 {
+        self.value.order()
+    }
+}
+
+impl<T: Ordered> Indexed for Ranged<T> {
+    fn range(self) -> AddressRange {
+        self.range
+    }
 }
 
 /// A leaf and a place in it.
@@ -161,14 +188,8 @@ impl<V: Indexed> IntervalIndex<V> {
     /// Calls `hit` with each value whose interval overlaps `range`, in order of start, then of insertion.
     #[inline]
     pub(crate) fn overlapping(&self, range: AddressRange, mut hit: impl FnMut(V)) {
-        self.overlapping_or_covering(range, |value, _| hit(value));
-    }
-
-    /// The same; `hit` is also told whether the interval covers all of `range`.
-    #[inline]
-    pub(crate) fn overlapping_or_covering(&self, range: AddressRange, mut hit: impl FnMut(V, bool)) {
         if self.may_overlap(range) {
-            self.search(range, (), |(), value, covers| hit(value, covers));
+            self.search(range, (), |(), value| hit(value));
         }
     }
 
@@ -205,9 +226,9 @@ impl<V: Indexed> IntervalIndex<V> {
         Some((leaf, leaf.candidates(range)))
     }
 
-    /// [`overlapping_or_covering`](Self::overlapping_or_covering) when [`may_overlap`](Self::may_overlap) is known, as a fold: what changes from hit to hit is handed on
+    /// [`overlapping`](Self::overlapping) when [`may_overlap`](Self::may_overlap) is known, as a fold: what changes from hit to hit is handed on
     /// by value, so that it stays in registers.
-    pub(crate) fn search<A>(&self, range: AddressRange, first: A, mut hit: impl FnMut(A, V, bool) -> A) -> A {
+    pub(crate) fn search<A>(&self, range: AddressRange, first: A, mut hit: impl FnMut(A, V) -> A) -> A {
         self.descend(self.root, self.height, range, first, &mut hit)
     }
 
@@ -217,7 +238,7 @@ impl<V: Indexed> IntervalIndex<V> {
         mut height: usize,
         range: AddressRange,
         mut so_far: A,
-        hit: &mut impl FnMut(A, V, bool) -> A,
+        hit: &mut impl FnMut(A, V) -> A,
     ) -> A {
         while height > 0 {
             let inner = self.inners.at(node);
@@ -244,16 +265,10 @@ impl<V: Indexed> IntervalIndex<V> {
 
     /// Goes through places of a leaf.
     #[inline(always)]
-    fn visit<A>(
-        leaf: &Leaf<V>,
-        places: Range<usize>,
-        range: AddressRange,
-        mut so_far: A,
-        hit: &mut impl FnMut(A, V, bool) -> A,
-    ) -> A {
+    fn visit<A>(leaf: &Leaf<V>, places: Range<usize>, range: AddressRange, mut so_far: A, hit: &mut impl FnMut(A, V) -> A) -> A {
         for at in places {
             if let Some(value) = leaf.overlapping(at, range) {
-                so_far = hit(so_far, value, leaf.starts[at % CAP] <= range.start() && range.last() <= leaf.rests[at % CAP].last);
+                so_far = hit(so_far, value);
             }
         }
         so_far
@@ -269,7 +284,7 @@ impl<V: Indexed> IntervalIndex<V> {
         height: usize,
         range: AddressRange,
         mut so_far: A,
-        hit: &mut impl FnMut(A, V, bool) -> A,
+        hit: &mut impl FnMut(A, V) -> A,
     ) -> A {
         for at in children {
             if inner.max_lasts[at] < range.start() {
@@ -287,7 +302,8 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     /// Adds an interval. `value.order()` must be greater than that of every interval with the same start.
-    pub(crate) fn insert(&mut self, range: AddressRange, value: V) {
+    pub(crate) fn insert(&mut self, value: V) {
+        let range = value.range();
         self.len += 1;
         let (first, last) = self.span;
         // Mostly it does not grow; what is not stored need not be waited for.
@@ -310,9 +326,9 @@ impl<V: Indexed> IntervalIndex<V> {
         }
         let leaf = self.leaves.at_mut(node);
         if leaf.is_full() {
-            self.split(range, value);
+            self.split(value);
         } else {
-            value.set_place(Place::new(node, leaf.add(range, value)));
+            value.set_place(Place::new(node, leaf.add(value)));
         }
     }
 
@@ -331,18 +347,19 @@ impl<V: Indexed> IntervalIndex<V> {
 
     /// Adds an interval to the leaf where it belongs, which is full.
     #[inline(never)]
-    fn split(&mut self, range: AddressRange, value: V) {
-        let (path, node) = self.path(range.start(), u64::MAX);
+    fn split(&mut self, value: V) {
+        let start = value.range().start();
+        let (path, node) = self.path(start, u64::MAX);
         let rightmost = path[..self.height].iter().all(|&(parent, at)| at as usize + 1 == self.inners.at(parent).len);
         let leaf = self.leaves.at_mut(node);
-        let at = count_at_most(&leaf.starts, false, range.start());
+        let at = leaf.rank(start);
         // In ascending insertion the new leaf begins empty, so that the ones behind stay full.
         let cut = if rightmost && at == CAP { CAP } else { CAP / 2 };
         let mut upper = leaf.split_off(cut);
         if at > cut || cut == CAP {
-            upper.add(range, value);
+            upper.add(value);
         } else {
-            leaf.add(range, value);
+            leaf.add(value);
         }
         leaf.bound = upper.starts[0];
         let lower_max = leaf.max_last;
@@ -378,55 +395,56 @@ impl<V: Indexed> IntervalIndex<V> {
         self.height += 1;
     }
 
-    /// Removes the interval that was inserted with this range and value; says whether it was there.
+    /// Removes a value; says whether it was there.
     #[inline]
-    pub(crate) fn remove(&mut self, range: AddressRange, value: V) -> bool {
+    pub(crate) fn remove(&mut self, value: V) -> bool {
         let (leaf, at) = value.place().get();
         match self.leaves.nodes.get_mut(leaf) {
             // It is still where it was put.
-            Some(known) if known.rests[at].value == Some(value) && known.is_plain(at) => {
+            Some(known) if known.values[at] == Some(value) && known.is_plain(value.range().last()) => {
                 known.clear(at);
                 self.len -= 1;
                 true
             }
-            _ => self.remove_slowly(range, value),
+            _ => self.remove_slowly(value),
         }
     }
 
-    /// The same for an interval that was moved, or that something else depends on.
+    /// The same for a value that was moved, or that something else depends on.
     #[inline(never)]
-    fn remove_slowly(&mut self, range: AddressRange, value: V) -> bool {
+    fn remove_slowly(&mut self, value: V) -> bool {
         let (leaf, at) = value.place().get();
-        if self.leaves.nodes.get(leaf).is_some_and(|known| known.rests[at].value == Some(value)) {
-            self.take(leaf, at, range, value);
+        if self.leaves.nodes.get(leaf).is_some_and(|known| known.values[at] == Some(value)) {
+            self.take(leaf, at, value);
             return true;
         }
         let mut leaf = self.root;
         for _ in 0..self.height {
             let inner = self.inners.at(leaf);
-            leaf = inner.children[inner.place(range.start(), value.order())];
+            leaf = inner.children[inner.place(value.range().start(), value.order())];
         }
         let leaf = leaf as usize;
-        let Some(at) = self.leaves.nodes.get(leaf).and_then(|leaf| leaf.find(range.start(), value)) else { return false };
-        self.take(leaf, at, range, value);
+        let Some(at) = self.leaves.nodes.get(leaf).and_then(|leaf| leaf.find(value)) else { return false };
+        self.take(leaf, at, value);
         true
     }
 
-    fn take(&mut self, leaf: usize, at: usize, range: AddressRange, value: V) {
-        let changes = self.leaves.nodes[leaf].take(at);
+    fn take(&mut self, leaf: usize, at: usize, value: V) {
+        let changes = self.leaves.nodes[leaf].take(at, value.range().last());
         self.len -= 1;
         if self.len == 0 {
             // The root is a leaf, which stays.
             self.span = NOWHERE;
         } else if changes && self.height > 0 {
-            self.shrink(range, value);
+            self.shrink(value);
         }
     }
 
     /// After an interval left its leaf, which has another greatest `last` now or has become small: corrects the greatest `last`s above and
     /// merges what has become small.
     #[inline(never)]
-    fn shrink(&mut self, range: AddressRange, value: V) {
+    fn shrink(&mut self, value: V) {
+        let range = value.range();
         let (path, _) = self.path(range.start(), value.order());
         for (level, &(parent, at)) in path[..self.height].iter().enumerate() {
             let (inner, at) = (self.inners.at(parent), at as usize);

@@ -200,8 +200,8 @@ impl<M: Member, X: Default> Protocol<M, X> {
 
     /// S5, L3: `member` takes part from now on. Its [`Own`] must be new.
     #[inline]
-    pub(crate) fn insert(&mut self, range: AddressRange, member: M) {
-        if self.active.len() != 0 && self.insert_covered(range, member) {
+    pub(crate) fn insert(&mut self, member: M) {
+        if self.active.len() != 0 && self.insert_covered(member) {
             self.sequence |= 1;
             member.own().begin(self.sequence & !1);
         } else {
@@ -209,18 +209,18 @@ impl<M: Member, X: Default> Protocol<M, X> {
             let other = if self.sequence.is_multiple_of(2) { 1 } else { 2 };
             member.own().begin(self.sequence.wrapping_sub(other));
         }
-        self.index.insert(range, member);
+        self.index.insert(member);
     }
 
-    /// Notes `member` with the active invalidations that cover `range`; says whether there are any.
+    /// Notes `member` with the active invalidations that cover it; says whether there are any.
     ///
     /// Linear in the active invalidations, and only here: start and end are not (`DESIGN.md`, "Insert under invalidation").
     #[cold]
     #[inline(never)]
-    fn insert_covered(&mut self, range: AddressRange, member: M) -> bool {
+    fn insert_covered(&mut self, member: M) -> bool {
         let mut covered = false;
         for (_, active) in self.active.iter_mut() {
-            if active.range.overlaps(range) {
+            if active.range.overlaps(member.range()) {
                 active.late.push(member);
                 member.own().cover();
                 covered = true;
@@ -230,8 +230,8 @@ impl<M: Member, X: Default> Protocol<M, X> {
     }
 
     /// O5, L1: no invalidation that starts from now on hits `member`.
-    pub(crate) fn remove(&mut self, range: AddressRange, member: M) -> bool {
-        self.index.remove(range, member)
+    pub(crate) fn remove(&mut self, member: M) -> bool {
+        self.index.remove(member)
     }
 
     /// S2, S6: starts an invalidation. `fill` gets what its owner keeps beside it, as the last invalidation in this place left it, and its serial. What `hits` finds there,
@@ -337,7 +337,7 @@ fn cover<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange,
 #[cold]
 #[inline(never)]
 fn cover_many<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange, hits: &mut Vec<M>) -> u64 {
-    index.search(range, current | 1, |sequence, member, _| {
+    index.search(range, current | 1, |sequence, member| {
         hits.push(member);
         cover_one(member, current, sequence)
     })

@@ -3,7 +3,7 @@
 
 use super::attempt::{Attempt, Guardian, Teardown};
 use super::{Device, Merge};
-use crate::index::{Indexed, IntervalIndex};
+use crate::index::{IntervalIndex, Ordered, Ranged};
 use crate::range::AddressRange;
 use crate::subscription::Subscription;
 use crate::sync::Arc;
@@ -30,7 +30,7 @@ impl Key {
     }
 }
 
-impl Indexed for Key {
+impl Ordered for Key {
     fn order(self) -> u64 {
         self.serial.get()
     }
@@ -117,7 +117,7 @@ pub(super) struct Slot<D: Device> {
 
 pub(super) struct Table<D: Device> {
     /// Live registrations.
-    pub(super) index: IntervalIndex<Key>,
+    pub(super) index: IntervalIndex<Ranged<Key>>,
     pub(super) slots: Slab<Slot<D>>,
     /// The live ones again, by slot: all that a look-up needs, close together.
     pub(super) lives: Vec<Option<Arc<Live<D>>>>,
@@ -172,8 +172,8 @@ impl<D: Device> Table<D> {
     #[inline]
     pub(super) fn covering(&self, range: AddressRange, now: u64) -> Option<Arc<Live<D>>> {
         let mut found = None;
-        self.index.overlapping_or_covering(range, |key, covers| {
-            if covers
+        self.index.overlapping(range, |Ranged { range: own, value: key }| {
+            if own.covers(range)
                 && found.is_none()
                 && let Some(Some(live)) = self.lives.get(key.slot())
             {
@@ -192,10 +192,8 @@ impl<D: Device> Table<D> {
         if merge == Merge::Touching {
             loop {
                 let (mut start, mut last) = (target.start(), target.last());
-                self.index.overlapping(touching(target), |key| {
-                    if let Some(slot) = self.slots.get(key.slot()) {
-                        (start, last) = (start.min(slot.range.start()), last.max(slot.range.last()));
-                    }
+                self.index.overlapping(touching(target), |Ranged { range, .. }| {
+                    (start, last) = (start.min(range.start()), last.max(range.last()));
                 });
                 if (start, last) == (target.start(), target.last()) {
                     break;
@@ -233,7 +231,7 @@ impl<D: Device> Table<D> {
             self.lives.resize_with(key.slot() + 1, || None);
         }
         self.lives[key.slot()] = Some(live);
-        self.index.insert(range, key);
+        self.index.insert(Ranged { range, value: key });
         self.oldest.push_back((key, used));
         self.live += 1;
         // Those that invalidations ended are still in the queue: it must not grow with them.
@@ -254,7 +252,7 @@ impl<D: Device> Table<D> {
         slot.stage = Stage::Leaving(leaving);
         self.leaving.push(key);
         let live = self.lives.get_mut(key.slot())?.take()?;
-        self.index.remove(range, key);
+        self.index.remove(Ranged { range, value: key });
         self.live -= 1;
         self.live_bytes -= range.len().unwrap_or(u64::MAX);
         Some((live, teardown))
@@ -264,8 +262,8 @@ impl<D: Device> Table<D> {
     pub(super) fn replaced(&self, range: AddressRange, merge: Merge) -> Vec<Key> {
         let mut replaced = Vec::new();
         if merge == Merge::Touching {
-            self.index.overlapping(range, |key| {
-                if self.slots.get(key.slot()).is_some_and(|slot| range.covers(slot.range)) {
+            self.index.overlapping(range, |Ranged { range: own, value: key }| {
+                if range.covers(own) {
                     replaced.push(key);
                 }
             });

@@ -29,7 +29,7 @@ mod wakes;
 
 use crate::entry::{Entry, EntryRef, Spare};
 use crate::event::{Event, Owner, Terms};
-use crate::index::{Indexed, IntervalIndex};
+use crate::index::{IntervalIndex, Ordered, Ranged};
 use crate::notifier::{Request, Sequence};
 use crate::observe;
 use crate::protocol::{Active, Id, Protocol};
@@ -98,7 +98,7 @@ pub enum Report<'a> {
 pub(crate) struct State {
     pub(crate) protocol: Protocol<EntryRef, Extra>,
     /// Active invalidations whose guard is not handed out, by range, so that those who wait find what they can help with.
-    pub(crate) unclaimed: IntervalIndex<Unclaimed>,
+    pub(crate) unclaimed: IntervalIndex<Ranged<Unclaimed>>,
     pub(crate) waiters: Slab<Waiter>,
     /// Readers that wait for the gate.
     #[cfg(any(feature = "userfaultfd", loom))]
@@ -194,7 +194,7 @@ pub(crate) struct Unclaimed {
     pub(crate) serial: u64,
 }
 
-impl Indexed for Unclaimed {
+impl Ordered for Unclaimed {
     fn order(self) -> u64 {
         self.serial
     }

@@ -9,6 +9,7 @@ use crate::engine::scratch::{Progress, Scratch, UNLISTED};
 use crate::engine::wakes::{PassWaker, Watch};
 use crate::engine::{After, Shared, State, Unclaimed};
 use crate::entry::EntryRef;
+use crate::index::Ranged;
 use crate::protocol::Id;
 use crate::range::AddressRange;
 use crate::sync::{Arc, Ordering, catch, resume};
@@ -98,7 +99,7 @@ impl State {
         pending.patience = patience(lapses);
         pending.scratch = Some(scratch);
         active.extra.pending = Some(pending);
-        self.unclaimed.insert(range, unclaimed);
+        self.unclaimed.insert(Ranged { range, value: unclaimed });
         for entry in asleep {
             self.nudge(entry, after);
         }
@@ -113,7 +114,7 @@ impl State {
     pub(crate) fn claim(&mut self, unclaimed: Unclaimed) -> Option<(Box<Scratch>, Option<usize>)> {
         let active = self.protocol.get_mut(unclaimed.id, unclaimed.serial)?;
         let mut pending = active.extra.pending.take()?;
-        self.unclaimed.remove(active.range, unclaimed);
+        self.unclaimed.remove(Ranged { range: active.range, value: unclaimed });
         let mut scratch = pending.scratch.take()?;
         // Passes that wait for their first poll are no longer the space's.
         for pass in scratch.passes().started_mut() {
@@ -181,7 +182,7 @@ impl State {
         let mut jobs = Vec::new();
         help.idle.clear();
         help.overlapping.clear();
-        self.unclaimed.overlapping(range, |unclaimed| help.overlapping.push(unclaimed));
+        self.unclaimed.overlapping(range, |unclaimed| help.overlapping.push(unclaimed.value));
         let mut watched = 0;
         for &unclaimed in &help.overlapping {
             let Some(pending) = self.pending_mut(unclaimed) else {

@@ -143,7 +143,7 @@ impl Shared {
             return self.detach_slowly(entry);
         }
         let spare = self.spare.reserve();
-        state.protocol.remove(entry.range, entry);
+        state.protocol.remove(entry);
         if spare { Hold::Spare } else { Hold::Alone }
     }
 
@@ -168,14 +168,14 @@ impl State {
     fn attach(&mut self, entry: EntryRef) {
         self.next_order += 1;
         entry.order.store(self.next_order, Ordering::Relaxed);
-        self.protocol.insert(entry.range, entry);
+        self.protocol.insert(entry);
     }
 
     /// Takes a notifier out of the index and keeps calls that have not begun from beginning (L1). May be called again.
     pub(crate) fn close(&mut self, entry: EntryRef) {
         if !entry.own.is_closed() {
             entry.own.close();
-            self.protocol.remove(entry.range, entry);
+            self.protocol.remove(entry);
         }
     }
 

@@ -7,6 +7,7 @@ use crate::engine::first_pass::forbid_waiting;
 use crate::engine::pending::{Help, Pending, TaskWaker};
 use crate::engine::{After, Shared, State, Unclaimed, WaitFor};
 use crate::entry::EntryRef;
+use crate::index::Ranged;
 use crate::notifier::Sequence;
 use crate::observe;
 use crate::range::AddressRange;
@@ -259,7 +260,7 @@ impl Future for Drain<'_> {
         let ours = |pending: &Pending, serial| serial <= until && (pending.abandoned || !pending.done);
         let look = |state: &mut State, _| {
             let mut any = false;
-            state.unclaimed.overlapping(AddressRange::ALL, |unclaimed| {
+            state.unclaimed.overlapping(AddressRange::ALL, |Ranged { value: unclaimed, .. }| {
                 let active = state.protocol.get(unclaimed.id, unclaimed.serial);
                 let pending = active.and_then(|active| active.extra.pending.as_deref());
                 any |= pending.is_some_and(|pending| ours(pending, unclaimed.serial));

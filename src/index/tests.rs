@@ -10,28 +10,46 @@ use std::vec::Vec;
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Id(u64);
 
+/// An [`Id`] with its interval.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct Value(AddressRange, Id);
+
 std::thread_local! {
     /// Where every other value was put; the rest, as those of some users, remember nothing.
     static PLACES: RefCell<BTreeMap<u64, Place>> = const { RefCell::new(BTreeMap::new()) };
 }
 
-impl Indexed for Id {
+impl Ordered for Value {
     fn order(self) -> u64 {
+        self.1.0
+    }
+}
+
+impl Indexed for Value {
+    fn range(self) -> AddressRange {
         self.0
     }
 
     fn place(self) -> Place {
-        PLACES.with_borrow(|places| places.get(&self.0).copied().unwrap_or(Place::UNKNOWN))
+        PLACES.with_borrow(|places| places.get(&self.1.0).copied().unwrap_or(Place::UNKNOWN))
     }
 
     fn set_place(self, place: Place) {
-        if self.0.is_multiple_of(2) {
-            PLACES.with_borrow_mut(|places| places.insert(self.0, place));
+        if self.1.0.is_multiple_of(2) {
+            PLACES.with_borrow_mut(|places| places.insert(self.1.0, place));
         }
     }
 }
 
-impl IntervalIndex<Id> {
+impl IntervalIndex<Value> {
+    fn put(&mut self, range: AddressRange, id: Id) {
+        self.insert(Value(range, id));
+    }
+
+    fn cut(&mut self, range: AddressRange, id: Id) -> bool {
+        self.remove(Value(range, id))
+    }
+
     /// Walks the whole tree and checks what every node says of what is below it.
     fn check(&self) {
         if self.len == 0 {
@@ -52,13 +70,19 @@ impl IntervalIndex<Id> {
             assert!(leaf.len >= 1, "an empty leaf was left");
             assert_eq!(leaf.live.count_ones(), leaf.len);
             assert!(leaf.starts.is_sorted(), "a gap out of order");
-            assert!(leaf.slack >= slack(&leaf.starts, leaf.rests.iter().map(|rest| rest.last)), "a leaf's slack is too small");
-            for (at, rest) in leaf.rests.iter().enumerate() {
-                assert_eq!(rest.value.is_some(), leaf.live & (1 << at) != 0);
-                assert!(rest.value.is_some() || rest.last == 0, "a gap reaches somewhere");
-                all.extend(rest.value.map(|id| (leaf.starts[at], id.0)));
+            let lasts = || (0..CAP).map(|at| leaf.last(at));
+            assert!(leaf.slack >= slack(&leaf.starts, lasts()), "a leaf's slack is too small");
+            for (at, value) in leaf.values.iter().enumerate() {
+                assert_eq!(value.is_some(), leaf.live & (1 << at) != 0);
+                let Some(Value(range, id)) = value else { continue };
+                assert_eq!(leaf.starts[at], range.start());
+                assert!(range.last() - range.start() <= leaf.longest, "longer than the longest");
+                all.push((range.start(), id.0));
             }
-            let greatest = leaf.rests.iter().map(|rest| rest.last).max().unwrap();
+            let ordered: Vec<_> = leaf.values.iter().flatten().map(|value| value.0).collect();
+            let apart = ordered.windows(2).all(|pair| pair[0].last() < pair[1].start());
+            assert!(leaf.slack != 0 || apart, "intervals overlap where the slack says that none do");
+            let greatest = lasts().max().unwrap();
             assert!(leaf.bound <= bound && fits(leaf.max_last, greatest, leaf.bound), "a leaf's greatest `last`");
             return greatest;
         }
@@ -85,7 +109,7 @@ impl IntervalIndex<Id> {
 
     fn hits(&self, range: AddressRange) -> Vec<Id> {
         let mut hits = Vec::new();
-        self.overlapping(range, |id| hits.push(id));
+        self.overlapping(range, |value| hits.push(value.1));
         hits
     }
 }
@@ -143,20 +167,20 @@ proptest! {
         for (order, op) in (0u64..).zip(ops) {
             match op {
                 Op::Insert(range) => {
-                    index.insert(range, Id(order));
+                    index.put(range, Id(order));
                     list.0.push((range, Id(order)));
                 }
                 Op::Remove(at) => {
                     if !list.0.is_empty() {
                         let (range, id) = list.0.swap_remove(at.index(list.0.len()));
-                        prop_assert!(index.remove(range, id));
-                        prop_assert!(!index.remove(range, id));
+                        prop_assert!(index.cut(range, id));
+                        prop_assert!(!index.cut(range, id));
                     }
                 }
                 Op::RemoveMany(many) => {
                     for _ in 0..many {
                         let Some((range, id)) = list.0.pop() else { break };
-                        prop_assert!(index.remove(range, id));
+                        prop_assert!(index.cut(range, id));
                     }
                 }
                 Op::Query(range) => prop_assert_eq!(index.hits(range), list.hits(range)),
@@ -173,12 +197,12 @@ fn holds_many_intervals_with_one_start_in_order_of_insertion() {
     let mut index = IntervalIndex::new();
     let range = |id: u64| AddressRange::new(4096, 1 + id % 7).unwrap();
     for id in 0..5000 {
-        index.insert(range(id), Id(id));
+        index.put(range(id), Id(id));
     }
     index.check();
     assert_eq!(index.hits(AddressRange::ALL), (0..5000).map(Id).collect::<Vec<_>>());
     for id in (0..5000).step_by(2) {
-        assert!(index.remove(range(id), Id(id)));
+        assert!(index.cut(range(id), Id(id)));
         if id % 500 == 0 {
             index.check();
         }
@@ -189,15 +213,15 @@ fn holds_many_intervals_with_one_start_in_order_of_insertion() {
 #[test]
 fn finds_what_reaches_from_one_end_of_the_numbers_to_the_other() {
     let mut index = IntervalIndex::new();
-    index.insert(AddressRange::ALL, Id(0));
-    index.insert(AddressRange::new(0, 10).unwrap(), Id(1));
-    index.insert(AddressRange::new(20, 10).unwrap(), Id(2));
+    index.put(AddressRange::ALL, Id(0));
+    index.put(AddressRange::new(0, 10).unwrap(), Id(1));
+    index.put(AddressRange::new(20, 10).unwrap(), Id(2));
     let last = AddressRange::try_from(u64::MAX..=u64::MAX).unwrap();
     // How far the first reaches into the second is one more than a number can say.
     assert_eq!(index.hits(last), [Id(0)]);
-    assert!(index.remove(AddressRange::new(20, 10).unwrap(), Id(2)));
+    assert!(index.cut(AddressRange::new(20, 10).unwrap(), Id(2)));
     assert_eq!(index.hits(last), [Id(0)]);
-    index.insert(last, Id(3));
+    index.put(last, Id(3));
     assert_eq!(index.hits(last), [Id(0), Id(3)]);
     index.check();
 }
@@ -206,18 +230,18 @@ fn finds_what_reaches_from_one_end_of_the_numbers_to_the_other() {
 fn ascending_insertion_fills_its_leaves() {
     let mut index = IntervalIndex::new();
     for id in 0..100_000 {
-        index.insert(AddressRange::new(id * 8192, 4096).unwrap(), Id(id));
+        index.put(AddressRange::new(id * 8192, 4096).unwrap(), Id(id));
     }
     index.check();
     let full = index.leaves.nodes.len() * CAP;
     assert!(full < 101_000, "{full} places for 100000 intervals");
     assert!(index.heap_bytes() > 0);
     for id in 0..100_000 {
-        assert!(index.remove(AddressRange::new(id * 8192, 4096).unwrap(), Id(id)));
+        assert!(index.cut(AddressRange::new(id * 8192, 4096).unwrap(), Id(id)));
     }
     assert_eq!(index.len(), 0);
     assert!(index.hits(AddressRange::ALL).is_empty());
-    index.insert(AddressRange::ALL, Id(7));
+    index.put(AddressRange::ALL, Id(7));
     assert_eq!(index.hits(AddressRange::ALL), [Id(7)]);
 }
 
@@ -228,17 +252,18 @@ fn removal_finds_what_was_moved_since_it_was_put_somewhere() {
     // From both ends to the middle, so that leaves are split and their intervals moved, then back again.
     let ids: Vec<u64> = (0..250).flat_map(|id| [id, 499 - id]).collect();
     for &id in &ids {
-        index.insert(range(id), Id(id));
+        index.put(range(id), Id(id));
     }
     let stays = |id: u64| {
-        let (leaf, at) = Id(id).place().get();
-        index.leaves.nodes.get(leaf).is_some_and(|leaf| leaf.rests[at].value == Some(Id(id)))
+        let value = Value(range(id), Id(id));
+        let (leaf, at) = value.place().get();
+        index.leaves.nodes.get(leaf).is_some_and(|leaf| leaf.values[at] == Some(value))
     };
     let evens = || ids.iter().copied().filter(|id| id.is_multiple_of(2));
     assert!(evens().any(stays) && !evens().all(stays), "both ways of a removal are tried");
     for &id in &ids {
-        assert!(index.remove(range(id), Id(id)));
-        assert!(!index.remove(range(id), Id(id)));
+        assert!(index.cut(range(id), Id(id)));
+        assert!(!index.cut(range(id), Id(id)));
         index.check();
     }
     assert_eq!(index.len(), 0);
@@ -249,14 +274,14 @@ fn what_comes_and_goes_does_not_make_the_index_grow() {
     let mut index = IntervalIndex::new();
     let page = |at: u64| AddressRange::new(at * 4096, 4096).unwrap();
     for at in 0..1000 {
-        index.insert(page(at * 2), Id(at));
+        index.put(page(at * 2), Id(at));
     }
     for round in 0..10_000 {
         let at = round * 7919 % 999 * 2 + 1;
         let id = Id(1000 + round);
-        index.insert(page(at), id);
+        index.put(page(at), id);
         assert_eq!(index.hits(page(at)), [id]);
-        assert!(index.remove(page(at), id));
+        assert!(index.cut(page(at), id));
         assert!(index.hits(page(at)).is_empty());
     }
     index.check();
@@ -268,33 +293,35 @@ fn what_comes_and_goes_does_not_make_the_index_grow() {
 fn what_reached_far_is_forgotten_when_it_goes() {
     let mut index = IntervalIndex::new();
     for at in 0..20 {
-        index.insert(AddressRange::new(at * 8192, 4096).unwrap(), Id(at));
+        index.put(AddressRange::new(at * 8192, 4096).unwrap(), Id(at));
     }
-    let slack = |index: &IntervalIndex<Id>| index.leaves.nodes[index.root as usize].slack;
+    let slack = |index: &IntervalIndex<Value>| index.leaves.nodes[index.root as usize].slack;
     // Over nine others. One remembers where it was put, the other does not.
     let long = AddressRange::new(3 * 8192 + 4096, 9 * 8192).unwrap();
     for id in [Id(100), Id(101)] {
         assert_eq!(slack(&index), 0);
-        index.insert(long, id);
+        index.put(long, id);
         assert_eq!(slack(&index), 9 * 8192 - 4096);
-        assert!(index.remove(long, id));
+        assert!(index.cut(long, id));
     }
     assert_eq!(slack(&index), 0, "queries would look at ten intervals where one can overlap");
+    let longest = index.leaves.nodes[index.root as usize].longest;
+    assert_eq!(longest, 4095, "queries would ask the interval before a gap whether it reaches into it");
 }
 
 #[test]
 fn what_reached_into_other_leaves_is_forgotten_when_it_goes() {
     let mut index = IntervalIndex::new();
     for at in 0..200 {
-        index.insert(AddressRange::new(at * 8192, 4096).unwrap(), Id(2 * at));
+        index.put(AddressRange::new(at * 8192, 4096).unwrap(), Id(2 * at));
     }
     assert_eq!(index.height, 1, "several leaves");
     // Behind each of them, over nine others. Behind the last one of a leaf nothing in that leaf is reached.
     for at in 0..190 {
         for id in [Id(1000), Id(1001)] {
             let long = AddressRange::new(at * 8192 + 4096, 9 * 8192).unwrap();
-            index.insert(long, id);
-            assert!(index.remove(long, id));
+            index.put(long, id);
+            assert!(index.cut(long, id));
             index.check();
             let root = &index.inners.nodes[index.root as usize];
             assert_eq!(root.slack, 0, "queries would look at two leaves where one is enough");
@@ -308,13 +335,38 @@ fn leaves_that_become_small_are_merged() {
     let page = |at: u64| AddressRange::new(at * 4096, 4096).unwrap();
     // All of them remember where they were put.
     for at in 0..3200 {
-        index.insert(page(at), Id(2 * at));
+        index.put(page(at), Id(2 * at));
     }
     // What stays is the last of each leaf, which reaches furthest there.
     for at in (0..3200).filter(|at| at % 32 != 31) {
-        assert!(index.remove(page(at), Id(2 * at)));
+        assert!(index.cut(page(at), Id(2 * at)));
     }
     index.check();
     let leaves = index.leaves.nodes.len() - index.leaves.free.len();
     assert!(leaves <= 100 / LOW + 1, "{leaves} leaves for 100 intervals");
+}
+
+#[test]
+fn merged_leaves_know_what_is_long_and_what_reached_from_one_into_the_other() {
+    let page = |at: u64| AddressRange::new(at * 8192, 4096).unwrap();
+    let long = AddressRange::new(64 * 8192, 1 << 20).unwrap();
+    // Ascending insertion fills two leaves; the second ends with something long, and the first with something that reaches into the second.
+    let across = AddressRange::new(31 * 8192, 3 * 8192).unwrap();
+    for across in [None, Some(across)] {
+        let mut index = IntervalIndex::new();
+        let at_31 = across.unwrap_or(page(31));
+        for at in 0..63 {
+            index.put(if at == 31 { at_31 } else { page(at) }, Id(2 * at));
+        }
+        index.put(long, Id(2 * 63));
+        assert_eq!((index.height, index.leaves.nodes.len()), (1, 2));
+        for at in (0..31).chain(40..63) {
+            assert!(index.cut(page(at), Id(2 * at)));
+            index.check();
+        }
+        assert_eq!(index.height, 0, "they were merged");
+        assert_eq!(index.hits(AddressRange::new(long.last(), 1).unwrap()), [Id(2 * 63)]);
+        let end = AddressRange::new(at_31.last(), 1).unwrap();
+        assert_eq!(index.hits(end)[0], Id(2 * 31));
+    }
 }

@@ -1,7 +1,7 @@
 //! The state machine against the rules, written down as naively as the contract says them.
 
 use super::*;
-use crate::index::Place;
+use crate::index::{Ordered, Place};
 use proptest::prelude::*;
 use std::boxed::Box;
 use std::vec;
@@ -9,7 +9,7 @@ use std::vec::Vec;
 
 /// A notifier of the tests: leaked, so that it is `Copy`.
 #[derive(Clone, Copy)]
-struct Test(&'static (Own, u64));
+struct Test(&'static (Own, u64, AddressRange));
 
 impl PartialEq for Test {
     fn eq(&self, other: &Self) -> bool {
@@ -17,9 +17,15 @@ impl PartialEq for Test {
     }
 }
 
-impl Indexed for Test {
+impl Ordered for Test {
     fn order(self) -> u64 {
         self.0.1
+    }
+}
+
+impl Indexed for Test {
+    fn range(self) -> AddressRange {
+        self.0.2
     }
 
     fn place(self) -> Place {
@@ -102,11 +108,11 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
         match op {
             Op::Insert(start, len) => {
                 let range = AddressRange::new(start, len).unwrap();
-                let member = Test(Box::leak(Box::new((Own::new(), order))));
+                let member = Test(Box::leak(Box::new((Own::new(), order, range))));
                 // Every other one is of interest to somebody; every third carries marks, which mean nothing to the protocol.
                 member.own().mark(WATCHED, order % 2 == 0);
                 member.own().mark(MARKS[order as usize % MARKS.len()], order % 3 == 0);
-                protocol.insert(range, member);
+                protocol.insert(member);
                 let covering = ranges.iter().filter(|(_, active)| active.overlaps(range));
                 let covered_by: Vec<u64> = covering.map(|(serial, _)| *serial).collect();
                 // S5.
@@ -128,7 +134,7 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
                     if !own.retire(0) {
                         own.close();
                     }
-                    prop_assert!(protocol.remove(registered[at].range, registered[at].member));
+                    prop_assert!(protocol.remove(registered[at].member));
                 }
             }
             Op::Start(start, len, sets) => {

@@ -1,7 +1,7 @@
 //! Which ranges are watched, and how often: what one user no longer watches another may still watch.
 #![forbid(unsafe_code)]
 
-use crate::index::{Indexed, IntervalIndex};
+use crate::index::{IntervalIndex, Ordered, Ranged};
 use crate::range::AddressRange;
 use alloc::vec::Vec;
 
@@ -9,14 +9,14 @@ use alloc::vec::Vec;
 #[derive(Clone, Copy, PartialEq)]
 pub(super) struct WatchId(u64);
 
-impl Indexed for WatchId {
+impl Ordered for WatchId {
     fn order(self) -> u64 {
         self.0
     }
 }
 
 pub(super) struct Watches {
-    index: IntervalIndex<WatchId>,
+    index: IntervalIndex<Ranged<WatchId>>,
     /// The range of each watch that exists.
     ranges: alloc::collections::BTreeMap<u64, AddressRange>,
     next: u64,
@@ -30,7 +30,7 @@ impl Watches {
     pub(super) fn add(&mut self, range: AddressRange) -> WatchId {
         self.next += 1;
         let id = WatchId(self.next);
-        self.index.insert(range, id);
+        self.index.insert(Ranged { range, value: id });
         self.ranges.insert(id.0, range);
         id
     }
@@ -38,7 +38,7 @@ impl Watches {
     /// Returns what nobody watches any more, as ranges that do not touch.
     pub(super) fn remove(&mut self, id: WatchId) -> Vec<AddressRange> {
         let Some(range) = self.ranges.remove(&id.0) else { return Vec::new() };
-        self.index.remove(range, id);
+        self.index.remove(Ranged { range, value: id });
         self.unwatched(range)
     }
 
@@ -49,8 +49,8 @@ impl Watches {
         let mut from = Some(range.start());
         let mut gap = |from: u64, end: u64| free.extend((from < end).then(|| AddressRange::new(from, end - from).ok()).flatten());
         // In order of their start.
-        self.index.overlapping(range, |id| {
-            let (Some(at), Some(watched)) = (from, self.ranges.get(&id.0)) else { return };
+        self.index.overlapping(range, |Ranged { range: watched, .. }| {
+            let Some(at) = from else { return };
             gap(at, watched.start());
             from = watched.last().checked_add(1).map(|next| next.max(at));
         });
