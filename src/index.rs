@@ -10,86 +10,19 @@
 
 mod leaf;
 mod node;
+mod value;
 
 use crate::range::AddressRange;
 use alloc::vec::Vec;
 use core::ops::Range;
 use leaf::Leaf;
 use node::{CAP, Child, Inner, LOW, MERGED, Part};
+pub(crate) use value::{Indexed, Ordered, Place, Ranged};
 
 /// The span of an index without intervals.
 const NOWHERE: (u64, u64) = (u64::MAX, 0);
 /// Height of the tallest tree: `LOW`-full nodes over `u32::MAX` leaves.
 const HEIGHT: usize = 12;
-
-/// What can name its place among equals.
-pub(crate) trait Ordered: Copy + PartialEq {
-    /// Rises with each insertion; the order of intervals with one start.
-    fn order(self) -> u64;
-}
-
-/// What the index stores: small, comparable, and able to name its interval.
-pub(crate) trait Indexed: Ordered {
-    /// The interval, which does not change.
-    fn range(self) -> AddressRange;
-
-    /// Where the index put it, if it can remember that: a removal looks there first.
-    #[inline]
-    fn place(self) -> Place {
-        Place::UNKNOWN
-    }
-
-    /// The index has put it there. It may be moved later without being told.
-    #[inline]
-    fn set_place(self, _place: Place) {}
-}
-
-/// A value that does not know its interval, with it.
-#[derive(Clone, Copy, PartialEq)]
-pub(crate) struct Ranged<T> {
-    pub(crate) range: AddressRange,
-    pub(crate) value: T,
-}
-
-impl<T: Ordered> Ordered for Ranged<T> {
-    fn order(self) -> u64 {
-        self.value.order()
-    }
-}
-
-impl<T: Ordered> Indexed for Ranged<T> {
-    fn range(self) -> AddressRange {
-        self.range
-    }
-}
-
-/// A leaf and a place in it.
-#[derive(Clone, Copy, PartialEq)]
-pub(crate) struct Place(u32);
-
-impl Place {
-    /// In no leaf that there is.
-    pub(crate) const UNKNOWN: Self = Self(u32::MAX);
-
-    /// A leaf whose number is too great for this is taken for another one, in which the interval is not found.
-    #[inline]
-    fn new(leaf: Node, at: usize) -> Self {
-        Self(leaf.wrapping_mul(CAP as u32) | at as u32)
-    }
-
-    #[inline]
-    fn get(self) -> (usize, usize) {
-        (self.0 as usize / CAP, self.0 as usize % CAP)
-    }
-
-    pub(crate) fn from_raw(raw: u32) -> Self {
-        Self(raw)
-    }
-
-    pub(crate) fn raw(self) -> u32 {
-        self.0
-    }
-}
 
 type Node = u32;
 
@@ -430,7 +363,7 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     fn take(&mut self, leaf: usize, at: usize, value: V) {
-        let changes = self.leaves.nodes[leaf].take(at, value.range().last());
+        let changes = self.leaves.nodes[leaf].take(at);
         self.len -= 1;
         if self.len == 0 {
             // The root is a leaf, which stays.

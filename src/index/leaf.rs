@@ -204,7 +204,8 @@ impl<V: Indexed> Leaf<V> {
     }
 
     /// The same, and what else has to change in the leaf. Says whether those above have to know: the leaf has become small, or has another greatest `last`.
-    pub(super) fn take(&mut self, at: usize, last: u64) -> bool {
+    pub(super) fn take(&mut self, at: usize) -> bool {
+        let last = self.last(at);
         let loosens = self.slack != 0 && self.overhang(at) == self.slack;
         self.clear(at);
         if loosens {
@@ -296,7 +297,7 @@ impl<V: Indexed> Part for Leaf<V> {
 
     fn child(&self, node: Node) -> Child {
         let first = self.values.iter().flatten().next();
-        let (start, order) = first.map_or((u64::MAX, 0), |first| (first.range().start(), first.order()));
+        let (start, order) = first.map_or((UNUSED, 0), |first| (first.range().start(), first.order()));
         Child { start, order, max_last: self.max_last, node }
     }
 }

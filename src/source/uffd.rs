@@ -9,7 +9,7 @@ pub use reader::Reader;
 
 use super::ring::Ring;
 use super::sys::{page_size, uffd};
-use super::watches::{WatchId, Watches};
+use super::watches::{Watched, Watches};
 use crate::engine::Shared;
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
@@ -186,9 +186,9 @@ impl Uffd {
             }
             return Err(UffdError::Watch { range, os: error.kind() });
         }
-        let id = table.watches.add(range);
+        let watched = table.watches.add(range);
         drop(table);
-        Ok(Watch { inner: self.inner.clone(), id, range })
+        Ok(Watch { inner: self.inner.clone(), watched })
     }
 
     /// Makes [`Reader::run`] and [`Deliveries::run`] return.
@@ -204,7 +204,8 @@ impl Uffd {
 
 impl fmt::Debug for Uffd {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let watched: Vec<_> = self.inner.table().watches.all().collect();
+        let mut watched = Vec::new();
+        self.inner.table().watches.for_each(|range| watched.push(range));
         f.debug_struct("Uffd").field("watched", &watched).finish()
     }
 }
@@ -267,7 +268,7 @@ impl Table {
     /// No watch is made any more, and what is watched is given up: changes go on without anybody being told. Allocates nothing.
     fn close(&mut self) {
         if let Some(fd) = self.fd.take() {
-            self.watches.all().for_each(|range| unregister(&fd, range));
+            self.watches.for_each(|range| unregister(&fd, range));
         }
     }
 }
@@ -276,21 +277,20 @@ impl Table {
 #[must_use = "a range is watched as long as its handle exists"]
 pub struct Watch {
     inner: Arc<Inner>,
-    id: WatchId,
-    range: AddressRange,
+    watched: Watched,
 }
 
 impl Watch {
     /// The pages that are watched.
     pub fn range(&self) -> AddressRange {
-        self.range
+        self.watched.range
     }
 }
 
 impl Drop for Watch {
     fn drop(&mut self) {
         let mut table = self.inner.table();
-        let free = table.watches.remove(self.id);
+        let free = table.watches.remove(self.watched);
         if let Some(fd) = &table.fd {
             free.into_iter().for_each(|range| unregister(fd, range));
         }
@@ -299,7 +299,7 @@ impl Drop for Watch {
 
 impl fmt::Debug for Watch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watch").field("range", &self.range).finish_non_exhaustive()
+        f.debug_struct("Watch").field("range", &self.range()).finish_non_exhaustive()
     }
 }
 

@@ -1,45 +1,51 @@
 //! Which ranges are watched, and how often: what one user no longer watches another may still watch.
 #![forbid(unsafe_code)]
 
-use crate::index::{IntervalIndex, Ordered, Ranged};
+use crate::index::{Indexed, IntervalIndex, Ordered};
 use crate::range::AddressRange;
 use alloc::vec::Vec;
 
 /// A registration of interest in a range.
 #[derive(Clone, Copy, PartialEq)]
-pub(super) struct WatchId(u64);
+pub(super) struct Watched {
+    pub(super) range: AddressRange,
+    /// Tells it from others of the same range.
+    serial: u64,
+}
 
-impl Ordered for WatchId {
+impl Ordered for Watched {
     fn order(self) -> u64 {
-        self.0
+        self.serial
+    }
+}
+
+impl Indexed for Watched {
+    fn range(self) -> AddressRange {
+        self.range
     }
 }
 
 pub(super) struct Watches {
-    index: IntervalIndex<Ranged<WatchId>>,
-    /// The range of each watch that exists.
-    ranges: alloc::collections::BTreeMap<u64, AddressRange>,
-    next: u64,
+    index: IntervalIndex<Watched>,
+    /// The serial of the last one.
+    last: u64,
 }
 
 impl Watches {
     pub(super) fn new() -> Self {
-        Self { index: IntervalIndex::new(), ranges: alloc::collections::BTreeMap::new(), next: 0 }
+        Self { index: IntervalIndex::new(), last: 0 }
     }
 
-    pub(super) fn add(&mut self, range: AddressRange) -> WatchId {
-        self.next += 1;
-        let id = WatchId(self.next);
-        self.index.insert(Ranged { range, value: id });
-        self.ranges.insert(id.0, range);
-        id
+    pub(super) fn add(&mut self, range: AddressRange) -> Watched {
+        self.last += 1;
+        let watch = Watched { range, serial: self.last };
+        self.index.insert(watch);
+        watch
     }
 
     /// Returns what nobody watches any more, as ranges that do not touch.
-    pub(super) fn remove(&mut self, id: WatchId) -> Vec<AddressRange> {
-        let Some(range) = self.ranges.remove(&id.0) else { return Vec::new() };
-        self.index.remove(Ranged { range, value: id });
-        self.unwatched(range)
+    pub(super) fn remove(&mut self, watch: Watched) -> Vec<AddressRange> {
+        if self.index.remove(watch) { self.unwatched(watch.range) } else { Vec::new() }
     }
 
     /// The parts of `range` that nobody watches.
@@ -49,7 +55,7 @@ impl Watches {
         let mut from = Some(range.start());
         let mut gap = |from: u64, end: u64| free.extend((from < end).then(|| AddressRange::new(from, end - from).ok()).flatten());
         // In order of their start.
-        self.index.overlapping(range, |Ranged { range: watched, .. }| {
+        self.index.overlapping(range, |Watched { range: watched, .. }| {
             let Some(at) = from else { return };
             gap(at, watched.start());
             from = watched.last().checked_add(1).map(|next| next.max(at));
@@ -60,9 +66,9 @@ impl Watches {
         free
     }
 
-    /// All that is watched.
-    pub(super) fn all(&self) -> impl Iterator<Item = AddressRange> {
-        self.ranges.values().copied()
+    /// Calls `each` with all that is watched, in order of start. Allocates nothing.
+    pub(super) fn for_each(&self, mut each: impl FnMut(AddressRange)) {
+        self.index.overlapping(AddressRange::ALL, |watched| each(watched.range));
     }
 }
 
@@ -84,7 +90,9 @@ mod tests {
         let behind = watches.add(range(0x4000, 0x4000));
         assert_eq!(watches.remove(same), [range(0x1000, 0x1000), range(0x3000, 0x1000)]);
         assert_eq!(watches.remove(same), [], "a second time");
-        assert!(watches.all().eq([range(0x2000, 0x1000), range(0x4000, 0x4000)]));
+        let mut all = Vec::new();
+        watches.for_each(|range| all.push(range));
+        assert_eq!(all, [range(0x2000, 0x1000), range(0x4000, 0x4000)]);
         assert_eq!(watches.unwatched(range(0x1000, 0x2000)), [range(0x1000, 0x1000)]);
         assert_eq!(watches.remove(behind), [range(0x4000, 0x4000)]);
         assert_eq!(watches.remove(inside), [range(0x2000, 0x1000)]);

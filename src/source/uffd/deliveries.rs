@@ -148,7 +148,7 @@ impl Inner {
     fn changes(&self) -> Vec<(AddressRange, Event)> {
         let mut changes = Vec::new();
         let whole = |changes: &mut Vec<_>, event| {
-            changes.extend(self.table().watches.all().map(|range| (range, event)));
+            self.table().watches.for_each(|range| changes.push((range, event)));
         };
         if self.ring.take_overflow() {
             whole(&mut changes, Event::Unmap);
