@@ -19,7 +19,7 @@ MUTATIONS = [
     ("mark uncovered while another covers", "src/protocol/own.rs", "        } else if covering < COVER {", "            let _ = covering;\n        } else if true {\n            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);\n        } else if covering < COVER {"),
     ("one hit is marked uncovered while another covers it", "src/protocol/own.rs", "        if covering == 0 {\n            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);\n        }\n        true", "        self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);\n        true"),
     ("a sequence goes back", "src/protocol/own.rs", "(sequence.wrapping_sub(word | UNCOVERED)).cast_signed() > 0", "sequence != word"),
-    ("insert forgets the active invalidations", "src/protocol.rs", "if active.range.overlaps(range) {", "if false {"),
+    ("insert forgets the active invalidations", "src/protocol.rs", "if active.range.overlaps(member.range()) {", "if false {"),
     ("the last end leaves the sequence odd", "src/protocol.rs", "if live == 0 && *sequence % 2 == 1 {", "if false {"),
     ("end before the passes are done", "src/engine/start.rs", "if passes.running() == 0 {", "if true {"),
     ("an end without hits forgets who was inserted meanwhile", "src/protocol.rs", "let Some(active) = places.get_mut(id as usize).filter(|active| active.late.is_empty()) else", "let Some(active) = places.get_mut(id as usize) else"),
