@@ -1,7 +1,8 @@
 //! The figures of the library beside their goals: `cargo bench --bench table`.
 //!
 //! Prints calibration rows, then a row for each goal, then the curves. A goal was set on another machine, beside calibration rows of its own; here it
-//! is scaled by how the same rows come out on this machine in the same run, so that ratios are compared and not machines. `MISS` marks what is over
+//! is scaled by how the same rows come out on this machine in the same run, so that ratios are compared and not machines. All of it is measured in
+//! several rounds, seconds apart, and the quiet part of that counts (`table/harness.rs`). `MISS` marks what is over
 //! its scaled goal. `--json FILE` writes everything as JSON, `--plot FILE` the curves as SVG (`target/table.svg` by default).
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
@@ -12,74 +13,23 @@ mod cache;
 mod curves;
 #[path = "table/devices.rs"]
 mod devices;
+#[path = "table/harness.rs"]
+mod harness;
 #[path = "table/plot.rs"]
 mod plot;
 
-use criterion::Criterion;
 use devices::{Device, Kind, Population, hitting, random};
 use futures::executor::block_on;
+use harness::Harness;
 use serde::Serialize;
 use shootdown::{AddressSpace, Event, Subscription};
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::time::{Duration, Instant};
+use std::sync::atomic::AtomicU64;
 
-/// Takes the samples with criterion and keeps their median.
-pub struct Harness {
-    criterion: Criterion,
-    mutex: Mutex<u64>,
-    /// What locking and unlocking took when the first row was measured.
-    first_look: Option<f64>,
-}
-
-/// Locks and unlocks in one look at how fast the machine is at this moment: 50 µs or so.
-const LOOK: u32 = 10_000;
-
-impl Harness {
-    fn new() -> Self {
-        let criterion = Criterion::default()
-            .sample_size(15)
-            .warm_up_time(Duration::from_millis(120))
-            .measurement_time(Duration::from_millis(450))
-            .nresamples(1001);
-        Self { criterion, mutex: Mutex::new(0), first_look: None }
-    }
-
-    /// Nanoseconds for one of the `n` operations that `work` does when it is asked for `n`; the median of 15 samples.
-    ///
-    /// Beside each sample a mutex is timed. A shared machine is now fast, now slow: the result is what it would have been at the speed at which the first
-    /// row, the calibration of the mutex, was measured.
-    pub fn median(&mut self, name: &str, mut work: impl FnMut(u64)) -> f64 {
-        let samples = std::cell::RefCell::new(Vec::new());
-        let mutex = &self.mutex;
-        self.criterion.bench_function(name, |bencher| {
-            bencher.iter_custom(|n| {
-                let began = Instant::now();
-                (0..LOOK).for_each(|_| *black_box(mutex).lock().unwrap() += 1);
-                let look = began.elapsed().as_nanos() as f64 / f64::from(LOOK);
-                let began = Instant::now();
-                work(n);
-                let took = began.elapsed();
-                samples.borrow_mut().push((took.as_nanos() as f64 / n as f64, look));
-                took
-            });
-        });
-        // The first ones are criterion's warm-up.
-        let mut samples = samples.into_inner();
-        let samples = samples.split_off(samples.len().saturating_sub(15));
-        let (times, looks): (Vec<f64>, Vec<f64>) = samples.into_iter().unzip();
-        let look = middle(looks);
-        middle(times) / (look / *self.first_look.get_or_insert(look))
-    }
-}
-
-/// The median.
-fn middle(mut values: Vec<f64>) -> f64 {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
-}
+/// How often the calibration and the table are measured.
+const ROUNDS: usize = 6;
 
 #[derive(Clone, Serialize)]
 struct Calibration {
@@ -87,6 +37,12 @@ struct Calibration {
     /// On the machine on which the goals were set.
     there_ns: f64,
     here_ns: f64,
+}
+
+impl Calibration {
+    fn ratio(&self) -> f64 {
+        self.here_ns / self.there_ns
+    }
 }
 
 /// A line of the table.
@@ -100,6 +56,13 @@ pub struct Row {
     scaled_goal_ns: f64,
     measured_ns: f64,
     miss: bool,
+}
+
+impl Row {
+    fn new(name: String, kernel_ns: Option<f64>, goal_ns: f64, scaled_goal_ns: f64, measured_ns: f64) -> Self {
+        let miss = measured_ns.partial_cmp(&scaled_goal_ns) != Some(std::cmp::Ordering::Less);
+        Self { name, kernel_ns, goal_ns, scaled_goal_ns, measured_ns, miss }
+    }
 }
 
 #[derive(Serialize)]
@@ -125,8 +88,7 @@ struct Table {
 
 impl Table {
     fn add(&mut self, name: impl Into<String>, kernel_ns: Option<f64>, goal_ns: f64, scaled_goal_ns: f64, measured_ns: f64) {
-        let miss = measured_ns.partial_cmp(&scaled_goal_ns) != Some(std::cmp::Ordering::Less);
-        self.rows.push(Row { name: name.into(), kernel_ns, goal_ns, scaled_goal_ns, measured_ns, miss });
+        self.rows.push(Row::new(name.into(), kernel_ns, goal_ns, scaled_goal_ns, measured_ns));
     }
 
     /// A goal of work under locks that looks something up among `n`: the part beyond `fixed` is the look-up.
@@ -142,14 +104,9 @@ impl Table {
 
 fn calibrate(harness: &mut Harness) -> Vec<Calibration> {
     let mutex = Mutex::new(0u64);
-    let lock = harness.median("calibration/mutex", |n| (0..n).for_each(|_| *black_box(&mutex).lock().unwrap() += 1));
+    let lock = harness.median("calibration/mutex", |n| harness::lock(&mutex, n));
     let words = [AtomicU64::new(1), AtomicU64::new(2)];
-    let loads = harness.median("calibration/loads", |n| {
-        for _ in 0..n {
-            let words = black_box(&words);
-            black_box(words[0].load(Ordering::Acquire) == words[1].load(Ordering::Acquire));
-        }
-    });
+    let loads = harness.median("calibration/loads", |n| harness::load(&words, n));
     let mut rows = vec![
         Calibration { name: "uncontended Mutex lock + unlock", there_ns: 5.4, here_ns: lock },
         Calibration { name: "two atomic loads and a compare", there_ns: 1.0, here_ns: loads },
@@ -187,11 +144,13 @@ fn calibrate(harness: &mut Harness) -> Vec<Calibration> {
 /// length of every such list: an iterator that goes round has four words to be saved around each await, which is a twentieth of one.
 const DRAWN: usize = 1 << 16;
 
-/// `invalidate` and its end, `n` times, as a user writes it.
+/// `invalidate` and its end, `n` times, as a user writes it; of the addresses from `next` on.
 #[inline(never)]
-fn invalidate(space: &AddressSpace, n: u64, addresses: &[u64]) {
+fn invalidate(space: &AddressSpace, n: u64, addresses: &[u64], next: &mut usize) {
+    let from = *next;
+    *next += n as usize;
     block_on(async {
-        for at in 0..n as usize {
+        for at in from..from + n as usize {
             let address = addresses[at & (addresses.len() - 1)];
             drop(black_box(space.invalidate(devices::page(address), Event::Unmap).await));
         }
@@ -224,7 +183,8 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
         let gaps: Vec<u64> = drawn.iter().map(|at| population.gap(*at)).collect();
         let pages: Vec<u64> = drawn.iter().map(|at| population.page(*at)).collect();
         let space = &population.space;
-        let miss = harness.median(&format!("miss {n}"), |times| invalidate(space, times, &gaps));
+        let mut at = 0;
+        let miss = harness.median(&format!("miss {n}"), |times| invalidate(space, times, &gaps, &mut at));
         table.add(
             format!("invalidate + end, no hit, N = {n}"),
             Some(kernel_miss),
@@ -232,12 +192,14 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
             table.scaled(goal_miss, 15.0, n),
             miss,
         );
-        let hit = harness.median(&format!("hit {n}"), |times| invalidate(space, times, &pages));
+        let hit = harness.median(&format!("hit {n}"), |times| invalidate(space, times, &pages, &mut at));
         table.add(format!("invalidate + end, 1 hit, N = {n}"), Some(kernel_hit), goal_hit, table.scaled(goal_hit, 25.0, n), hit);
         if let Some((kernel, goal)) = change {
             let both = harness.median(&format!("insert {n}"), |times| {
+                let from = at;
+                at += times as usize;
                 block_on(async {
-                    for at in 0..times as usize {
+                    for at in from..from + times as usize {
                         let gap = gaps[at & (gaps.len() - 1)];
                         black_box(population.insert_at(gap).remove().await);
                     }
@@ -257,7 +219,7 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
 fn by_hits(harness: &mut Harness, table: &mut Table) {
     let hit = |harness: &mut Harness, kind, k: u64| {
         let (space, _devices) = hitting(kind, k);
-        harness.median(&format!("{kind:?} {k}"), |times| invalidate(&space, times, &[0]))
+        harness.median(&format!("{kind:?} {k}"), |times| invalidate(&space, times, &[0], &mut 0))
     };
     let mut single = BTreeMap::new();
     for (k, kernel, factor) in [(1, 25.0, 1.0), (4, 59.0, 1.0), (16, 194.0, 0.9), (64, 752.0, 0.9), (256, 3039.0, 0.9)] {
@@ -290,6 +252,17 @@ fn by_hits(harness: &mut Harness, table: &mut Table) {
     }
 }
 
+/// One round more: the calibration and the rows beside it, as they come out in all rounds so far.
+fn measure(harness: &mut Harness) -> (Vec<Calibration>, Table) {
+    let calibration = calibrate(harness);
+    let ratio = |at: usize| calibration[at].ratio();
+    let scale = Scale { mutex: ratio(0), loads: ratio(1), map_10_000: ratio(2), map_1_000_000: ratio(3), join: ratio(4) };
+    let mut table = Table { rows: Vec::new(), scale };
+    by_population(harness, &mut table);
+    by_hits(harness, &mut table);
+    (calibration, table)
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
     let option = |name: &str| {
@@ -307,27 +280,24 @@ fn main() {
     }
     let (json, picture) = (option("--json"), option("--plot").unwrap_or_else(|| "target/table.svg".into()));
     let mut harness = Harness::new();
-    let calibration = calibrate(&mut harness);
-    let ratio = |at: usize| calibration[at].here_ns / calibration[at].there_ns;
-    let scale = Scale { mutex: ratio(0), loads: ratio(1), map_10_000: ratio(2), map_1_000_000: ratio(3), join: ratio(4) };
-    let mut table = Table { rows: Vec::new(), scale };
-    by_population(&mut harness, &mut table);
-    by_hits(&mut harness, &mut table);
+    for _ in 1..ROUNDS {
+        measure(&mut harness);
+    }
+    let (calibration, mut table) = measure(&mut harness);
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     cache::measure(&mut harness, &mut table);
     #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
     println!("left out: the rows of the registration cache, which need --features userfaultfd");
     let curves = curves::measure(&mut harness);
-    for row in curves::bounds(&curves) {
-        table.rows.push(row);
-    }
+    table.rows.extend(curves::bounds(&curves));
+    let rows = table.rows;
 
     println!("\n{:<58} {:>9} {:>9} {:>9}", "calibration, ns", "there", "here", "ratio");
     for row in &calibration {
-        println!("{:<58} {:>9.1} {:>9.1} {:>9.2}", row.name, row.there_ns, row.here_ns, row.here_ns / row.there_ns);
+        println!("{:<58} {:>9.1} {:>9.1} {:>9.2}", row.name, row.there_ns, row.here_ns, row.ratio());
     }
     println!("\n{:<58} {:>9} {:>9} {:>9} {:>9}", "work, ns", "kernel", "goal", "scaled", "measured");
-    for row in &table.rows {
+    for row in &rows {
         let kernel = row.kernel_ns.map_or_else(|| "-".into(), |ns| format!("{ns:.0}"));
         let mark = if row.miss { "  MISS" } else { "" };
         println!("{:<58} {kernel:>9} {:>9.1} {:>9.1} {:>9.1}{mark}", row.name, row.goal_ns, row.scaled_goal_ns, row.measured_ns);
@@ -343,12 +313,12 @@ fn main() {
     }
     println!("\nthe curves are in {picture}");
     if let Some(file) = json {
-        let report = Report { calibration: &calibration, rows: &table.rows, curves: &curves };
+        let report = Report { calibration: &calibration, rows: &rows, curves: &curves };
         let text = serde_json::to_string_pretty(&report).unwrap_or_else(|error| fail(&error.to_string()));
         std::fs::write(&file, text).unwrap_or_else(|error| fail(&format!("{file} cannot be written: {error}")));
     }
-    let misses = table.rows.iter().filter(|row| row.miss).count();
-    println!("{} rows, {misses} miss", table.rows.len());
+    let misses = rows.iter().filter(|row| row.miss).count();
+    println!("{} rows, {misses} miss", rows.len());
 }
 
 fn fail(message: &str) -> ! {

@@ -1,7 +1,8 @@
 //! Costs against what they must not depend on.
 
+use crate::Row;
 use crate::devices::{Device, Kind, Population, page, random};
-use crate::{Harness, Row};
+use crate::harness::Harness;
 use futures::FutureExt;
 use futures::executor::block_on;
 use serde::Serialize;
@@ -35,7 +36,9 @@ pub fn measure(harness: &mut Harness) -> Vec<Curve> {
                 let (population, mut next) = (Population::new(n), random(n));
                 let mut draw = || if hit { population.page(next() % n) } else { population.gap(next() % n) };
                 let addresses: Vec<u64> = (0..crate::DRAWN).map(|_| draw()).collect();
-                let ns = harness.median(&format!("{name} {n}"), |times| crate::invalidate(&population.space, times, &addresses));
+                let mut at = 0;
+                let ns = harness
+                    .median(&format!("{name} {n}"), |times| crate::invalidate(&population.space, times, &addresses, &mut at));
                 (n as f64, ns)
             })
             .collect(),
@@ -56,7 +59,7 @@ fn active(harness: &mut Harness) -> Curve {
         let population = Population::new(others + 1);
         let guards: Vec<_> =
             (1..=others).map(|at| block_on(population.space.invalidate(page(population.page(at)), Event::Clear))).collect();
-        let ns = harness.median(&format!("{ACTIVE} {others}"), |times| crate::invalidate(&population.space, times, &[0]));
+        let ns = harness.median(&format!("{ACTIVE} {others}"), |times| crate::invalidate(&population.space, times, &[0], &mut 0));
         drop(guards);
         (others as f64, ns)
     });
@@ -221,14 +224,7 @@ pub fn bounds(curves: &[Curve]) -> Vec<Row> {
     let of = |name: &str| curves.iter().find(|curve| curve.name == name).map_or(&[][..], |curve| &curve.points);
     let mut rows = Vec::new();
     let mut row = |name: &str, bound: f64, measured: f64| {
-        rows.push(Row {
-            name: name.into(),
-            kernel_ns: None,
-            goal_ns: bound,
-            scaled_goal_ns: bound,
-            measured_ns: measured,
-            miss: measured.partial_cmp(&bound) != Some(std::cmp::Ordering::Less),
-        });
+        rows.push(Row::new(name.into(), None, bound, bound, measured));
     };
     // Not linear: ten thousand times the others, at most four times the cost (their records no longer fit the nearest cache).
     for (name, curve) in [("start + end beside 10,000 active ones", ACTIVE), ("end beside 10,000 waiting readers", READERS)] {
