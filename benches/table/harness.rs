@@ -1,7 +1,6 @@
 //! How the times of the table are taken on a machine that others use, too.
 
 use criterion::Criterion;
-use std::cell::RefCell;
 use std::collections::BTreeMap;
 use std::hint::black_box;
 use std::sync::Mutex;
@@ -30,7 +29,7 @@ const QUIET: usize = 4;
 /// The calibration rows are measured in this way, too.
 pub struct Harness {
     criterion: Criterion,
-    machine: RefCell<Machine>,
+    machine: Machine,
     /// What was measured, by name, all rounds together.
     slices: BTreeMap<String, Vec<Slice>>,
     /// For the names that criterion sees, which have to differ.
@@ -98,21 +97,26 @@ impl Harness {
             .measurement_time(Duration::from_millis(220))
             .nresamples(1001);
         let machine = Machine { mutex: Mutex::new(0), words: [AtomicU64::new(1), AtomicU64::new(2)] };
-        Self { criterion, machine: RefCell::new(machine), slices: BTreeMap::new(), measured: 0 }
+        Self { criterion, machine, slices: BTreeMap::new(), measured: 0 }
     }
 
-    /// Measures `work`, which does as many operations as it is asked for, from where it left off. What is known of this `name` is added to.
-    pub fn measure(&mut self, name: &str, mut work: impl FnMut(u64)) {
+    /// Nanoseconds for one operation of `work`, which does as many as it is asked for, from where it left off: now, and in earlier rounds under the same `name`.
+    pub fn median(&mut self, name: &str, work: impl FnMut(u64)) -> f64 {
+        self.measure(name, work);
+        self.ns(name)
+    }
+
+    fn measure(&mut self, name: &str, mut work: impl FnMut(u64)) {
         self.measured += 1;
-        let samples = RefCell::new(Vec::new());
-        let machine = self.machine.borrow();
+        let (machine, mut samples) = (&self.machine, Vec::new());
         self.criterion.bench_function(&format!("{} {name}", self.measured), |bencher| {
             let mut in_a_slice = 1;
             bencher.iter_custom(|n| {
                 let (mut left, mut took, mut slices) = (n, Duration::ZERO, Vec::new());
                 let mut before = machine.look();
                 while left > 0 {
-                    let operations = in_a_slice.min(left);
+                    // Slices of one length, and no short one at the end.
+                    let operations = left.div_ceil(left.div_ceil(in_a_slice));
                     let began = Instant::now();
                     work(operations);
                     let slice = began.elapsed();
@@ -122,28 +126,20 @@ impl Harness {
                     (before, took, left) = (after, took + slice, left - operations);
                     in_a_slice = (SLICE.as_nanos() as f64 / ns).max(1.0) as u64;
                 }
-                samples.borrow_mut().push(slices);
+                samples.push(slices);
                 took
             });
         });
         // The first ones are criterion's warm-up.
-        let samples = samples.into_inner();
         let slices = samples.into_iter().rev().take(SAMPLES).flatten();
         self.slices.entry(name.into()).or_default().extend(slices);
     }
 
-    /// Nanoseconds for one operation of what was measured under this name.
-    pub fn ns(&self, name: &str) -> f64 {
+    fn ns(&self, name: &str) -> f64 {
         let all = self.slices.values().flatten().copied().collect();
         let lock = middle(quiet(all).map(|slice| slice.lock).collect());
         let of = self.slices.get(name).cloned().unwrap_or_default();
         middle(quiet(of).map(|slice| slice.locks).collect()) * lock
-    }
-
-    /// Measures something once.
-    pub fn median(&mut self, name: &str, work: impl FnMut(u64)) -> f64 {
-        self.measure(name, work);
-        self.ns(name)
     }
 }
 
