@@ -8,6 +8,7 @@
 //! Nothing here knows of sequences, locks or notifiers.
 #![forbid(unsafe_code)]
 
+mod hints;
 mod leaf;
 mod node;
 mod value;
@@ -15,6 +16,7 @@ mod value;
 use crate::range::AddressRange;
 use alloc::vec::Vec;
 use core::ops::Range;
+use hints::Hints;
 use leaf::Leaf;
 use node::{CAP, Child, Inner, LOW, MERGED, Part};
 pub(crate) use value::{Indexed, Ordered, Place, Ranged};
@@ -46,6 +48,9 @@ pub(crate) struct IntervalIndex<V> {
     /// From the least start to the greatest `last` that any interval had since the index was empty: most invalidations of a process
     /// are of memory that no device has mapped, and end here.
     span: (u64, u64),
+    /// No interval reaches further than this many bytes beyond the end of its leaf. It may be one that has gone, unless the index was empty since.
+    reach: u64,
+    hints: Hints,
 }
 
 impl<T: Part> Arena<T> {
@@ -111,6 +116,8 @@ impl<V: Indexed> IntervalIndex<V> {
             height: 0,
             len: 0,
             span: NOWHERE,
+            reach: 0,
+            hints: Hints::new(),
         }
     }
 
@@ -131,32 +138,6 @@ impl<V: Indexed> IntervalIndex<V> {
     pub(crate) fn may_overlap(&self, range: AddressRange) -> bool {
         let (first, last) = self.span;
         range.start() <= last && range.last() >= first
-    }
-
-    /// The one leaf that holds what overlaps `range`, and the places in it that are to be looked at with [`Leaf::overlapping`]; `None` when there may be several leaves,
-    /// and it takes a [`search`](Self::search).
-    ///
-    /// Mostly there is one: the way down to it is a loop without a call, to be built into the caller.
-    #[inline(always)]
-    pub(crate) fn only_leaf(&self, range: AddressRange) -> Option<(&Leaf<V>, Range<usize>)> {
-        let mut node = self.root;
-        let mut height = self.height;
-        while height > 0 {
-            let inner = self.inners.at(node);
-            height -= 1;
-            let children = inner.candidates(range);
-            if children.start < children.end {
-                return None;
-            }
-            // A leaf that does not reach so far has no places to be looked at.
-            node = inner.children[children.end];
-            // Leaves of small trees are in the caches as they are.
-            if height == 0 && self.height > 2 {
-                self.leaves.at(node).touch();
-            }
-        }
-        let leaf = self.leaves.nodes.get(node as usize)?;
-        Some((leaf, leaf.candidates(range)))
     }
 
     /// [`overlapping`](Self::overlapping) when [`may_overlap`](Self::may_overlap) is known, as a fold: what changes from hit to hit is handed on
@@ -185,8 +166,8 @@ impl<V: Indexed> IntervalIndex<V> {
                 return so_far;
             }
             node = inner.children[last];
-            if height == 0 && self.height > 2 {
-                self.leaves.at(node).touch();
+            if height == 0 {
+                self.fetch(node);
             }
         }
         // There is none before the first insertion; when all intervals were removed there are only gaps in it.
@@ -246,7 +227,24 @@ impl<V: Indexed> IntervalIndex<V> {
         if self.leaves.nodes.is_empty() {
             self.root = self.leaves.add(Leaf::EMPTY);
         }
-        // Down to the leaf; every node on the way learns of the new `last`.
+        self.expect(range.start());
+        let mut node = self.likely_leaf(range.start());
+        if self.height > 0 && !self.leaves.at(node).takes(range) {
+            node = self.way_for(range);
+        }
+        let leaf = self.leaves.at_mut(node);
+        if leaf.is_full() {
+            self.split(value);
+        } else {
+            value.set_place(Place::new(node, leaf.add(value)));
+            if range.last() >= leaf.bound {
+                self.reach = self.reach.max(leaf.reach());
+            }
+        }
+    }
+
+    /// The leaf for a new interval. Every node on the way there learns of its `last`.
+    fn way_for(&mut self, range: AddressRange) -> Node {
         let mut node = self.root;
         for _ in 0..self.height {
             let inner = self.inners.at_mut(node);
@@ -257,12 +255,8 @@ impl<V: Indexed> IntervalIndex<V> {
             }
             node = inner.children[at];
         }
-        let leaf = self.leaves.at_mut(node);
-        if leaf.is_full() {
-            self.split(value);
-        } else {
-            value.set_place(Place::new(node, leaf.add(value)));
-        }
+        self.hints.set(range.start(), node);
+        node
     }
 
     /// The way down to the leaf for the key `(start, order)`, and that leaf.
@@ -295,10 +289,18 @@ impl<V: Indexed> IntervalIndex<V> {
             leaf.add(value);
         }
         leaf.bound = upper.starts[0];
-        let lower_max = leaf.max_last;
+        let (lower_max, reach) = (leaf.max_last, leaf.reach());
         let upper_node = self.leaves.add(upper);
-        let upper = self.leaves.at(upper_node).child(upper_node);
+        let upper = self.leaves.at(upper_node);
+        self.reach = self.reach.max(reach).max(upper.reach());
+        let upper = upper.child(upper_node);
         self.grow(&path, node, lower_max, upper);
+        let leaves = self.leaves.nodes.len();
+        if self.hints.are_few_for(leaves) {
+            self.hints.make_room(leaves, |at| self.leaves.nodes[at].extent());
+        } else if let Some(extent) = self.leaves.at(upper_node).extent() {
+            self.hints.set_all(extent, upper_node);
+        }
     }
 
     /// Puts `upper`, split off from `lower`, behind it in the parents along `path`.
@@ -367,7 +369,7 @@ impl<V: Indexed> IntervalIndex<V> {
         self.len -= 1;
         if self.len == 0 {
             // The root is a leaf, which stays.
-            self.span = NOWHERE;
+            (self.span, self.reach) = (NOWHERE, 0);
         } else if changes && self.height > 0 {
             self.shrink(value);
         }
@@ -419,6 +421,9 @@ impl<V: Indexed> IntervalIndex<V> {
         let (a, b) = (inner.children[left], inner.children[left + 1]);
         let bound = (inner.starts[left + 1], inner.orders[left + 1]);
         let (lower, upper) = if level == 0 { self.leaves.balance(a, b, bound) } else { self.inners.balance(a, b, bound) };
+        if level == 0 {
+            self.reach = self.reach.max(self.leaves.at(a).reach());
+        }
         let inner = self.inners.at_mut(parent);
         inner.max_lasts[left] = lower.max_last;
         inner.take(left + 1);

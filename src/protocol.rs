@@ -234,6 +234,13 @@ impl<M: Member, X: Default> Protocol<M, X> {
         self.index.remove(member)
     }
 
+    /// An invalidation of `range` starts soon: what its search is likely to need is on its way from memory from now on. To be called before all else is written down: the processor
+    /// gets here early only if there are few stores between the hit of one invalidation and the next (`DESIGN.md`, "The interval index").
+    #[inline(always)]
+    pub(crate) fn expect(&self, range: AddressRange) {
+        self.index.expect(range.last());
+    }
+
     /// S2, S6: starts an invalidation. `fill` gets what its owner keeps beside it, as the last invalidation in this place left it, and its serial. What `hits` finds there,
     /// which is empty, gets every notifier that overlaps `range`, in the order of their first passes (O1); it is not asked for when there can be none.
     #[inline(always)]

@@ -46,6 +46,7 @@ fn begin(space: &Shared, range: AddressRange, owner: Option<Owner>, terms: Terms
     let Some(state) = space.state.try_lock() else {
         return begin_slowly(space, range, owner, terms);
     };
+    state.protocol.expect(range);
     let request = Request { range, owner, terms };
     match start_locked(space, state, &request, None) {
         (id, sequence, Some(scratch)) => call(space, id, scratch, &request, sequence),

@@ -105,7 +105,9 @@ pub(super) type Running = (Id, u64, Option<Box<Scratch>>);
 /// Starts an invalidation.
 pub(super) fn start(space: &Shared, request: &Request) -> Running {
     let since = if space.clock.is_some() { space.now() } else { None };
-    let (id, sequence, mut scratch) = start_locked(space, space.state.lock(), request, since);
+    let state = space.state.lock();
+    state.protocol.expect(request.range);
+    let (id, sequence, mut scratch) = start_locked(space, state, request, since);
     if observe::ON {
         let trace = Trace::start(request, sequence, scratch.as_ref().map_or(0, |scratch| scratch.hits.len()));
         if let Some(scratch) = &mut scratch {

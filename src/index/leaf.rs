@@ -21,8 +21,6 @@ const EASY_STEPS: usize = 2;
 #[derive(Clone)]
 #[repr(C)]
 pub(crate) struct Leaf<V> {
-    pub(super) starts: [u64; CAP],
-    pub(super) values: [Option<V>; CAP],
     /// No interval reaches further than this many bytes into the next place.
     pub(super) slack: u64,
     /// No interval goes on for more than this many bytes after its first. It may be one that has gone.
@@ -35,11 +33,13 @@ pub(crate) struct Leaf<V> {
     pub(super) live: u32,
     /// How many they are.
     pub(super) len: u32,
+    pub(super) starts: [u64; CAP],
+    pub(super) values: [Option<V>; CAP],
 }
 
 impl<V: Indexed> Leaf<V> {
     pub(super) const EMPTY: Self =
-        Self { starts: [UNUSED; CAP], values: [None; CAP], slack: 0, longest: 0, bound: UNUSED, max_last: 0, live: 0, len: 0 };
+        Self { slack: 0, longest: 0, bound: UNUSED, max_last: 0, live: 0, len: 0, starts: [UNUSED; CAP], values: [None; CAP] };
 
     pub(super) fn is_full(&self) -> bool {
         self.live == FULL
@@ -59,6 +59,29 @@ impl<V: Indexed> Leaf<V> {
         for values in self.values.chunks(CAP / 4) {
             core::hint::black_box(values[0].is_some());
         }
+    }
+
+    /// Whether nothing in other leaves can overlap `range`, when no interval reaches further than `reach` bytes beyond the end of its leaf.
+    #[inline(always)]
+    pub(super) fn is_only(&self, range: AddressRange, reach: u64) -> bool {
+        // Leaves before this one end at or before its first place, and those behind it begin at its bound or behind it.
+        range.last() < self.bound && range.start() >= self.starts[0] && range.start() - self.starts[0] >= reach
+    }
+
+    /// How far beyond its end an interval reaches, in bytes.
+    pub(super) fn reach(&self) -> u64 {
+        into_next(self.max_last, self.bound)
+    }
+
+    /// Whether an interval belongs here, and those above need not learn of it.
+    #[inline(always)]
+    pub(super) fn takes(&self, range: AddressRange) -> bool {
+        range.start() >= self.starts[0] && range.start() < self.bound && range.last() <= self.max_last
+    }
+
+    /// From its first interval to where the next leaf begins, if there are both.
+    pub(super) fn extent(&self) -> Option<(u64, u64)> {
+        (self.starts[0] < self.bound && self.bound != UNUSED).then(|| (self.starts[0], self.bound - 1))
     }
 
     /// The places whose intervals may overlap `range`: of these, those do that [`overlapping`](Self::overlapping) says.

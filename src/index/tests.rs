@@ -83,6 +83,7 @@ impl IntervalIndex<Value> {
             let apart = ordered.windows(2).all(|pair| pair[0].last() < pair[1].start());
             assert!(leaf.slack != 0 || apart, "intervals overlap where the slack says that none do");
             let greatest = lasts().max().unwrap();
+            assert!(leaf.reach() <= self.reach, "a leaf reaches further into the next ones");
             assert!(leaf.bound <= bound && fits(leaf.max_last, greatest, leaf.bound), "a leaf's greatest `last`");
             return greatest;
         }
@@ -99,6 +100,7 @@ impl IntervalIndex<Value> {
             let bound = inner.starts[..inner.len].get(at + 1).map_or(bound, |start| *start);
             let below = self.check_node(inner.children[at], height - 1, bound, all);
             assert!(fits(inner.max_lasts[at], below, bound), "a child's greatest `last`");
+            assert!(inner.max_lasts[at] >= self.max_last(height - 1, inner.children[at]), "a child knows of a greater `last`");
             greatest = greatest.max(below);
             let (first, last) = (all[from], all[all.len() - 1]);
             assert!(at == 0 || (inner.starts[at], inner.orders[at]) <= first, "a key below its bound");
@@ -110,6 +112,13 @@ impl IntervalIndex<Value> {
     fn hits(&self, range: AddressRange) -> Vec<Id> {
         let mut hits = Vec::new();
         self.overlapping(range, |value| hits.push(value.1));
+        // Twice: the first may have to look for the leaf, the second has a hint.
+        for _ in 0..2 {
+            if let Some((leaf, places)) = self.only_leaf(range) {
+                let in_leaf: Vec<_> = places.filter_map(|at| leaf.overlapping(at, range)).map(|value| value.1).collect();
+                assert_eq!(in_leaf, hits, "{range:?} overlaps what is in other leaves");
+            }
+        }
         hits
     }
 }
@@ -369,4 +378,70 @@ fn merged_leaves_know_what_is_long_and_what_reached_from_one_into_the_other() {
         let end = AddressRange::new(at_31.last(), 1).unwrap();
         assert_eq!(index.hits(end)[0], Id(2 * 31));
     }
+}
+
+/// A few thousand pages, put in an order that goes back and forth, so that leaves are split everywhere.
+fn scattered(stride: impl Fn(u64) -> u64) -> (IntervalIndex<Value>, Vec<AddressRange>) {
+    let mut index = IntervalIndex::new();
+    let pages: Vec<_> = (0..5000).map(|at| AddressRange::new(stride(at), 4096).unwrap()).collect();
+    for id in 0..5000 {
+        index.put(pages[id as usize * 1009 % 5000], Id(id));
+    }
+    index.check();
+    (index, pages)
+}
+
+/// How many of the `pages` are in the leaf where a search is told to look first.
+fn foreseen(index: &IntervalIndex<Value>, pages: &[AddressRange]) -> usize {
+    let starts = |page: &AddressRange| index.leaves.at(index.likely_leaf(page.last())).starts.contains(&page.start());
+    pages.iter().filter(|page| starts(page)).count()
+}
+
+#[test]
+fn a_search_is_mostly_told_in_which_leaf_it_ends() {
+    let (index, pages) = scattered(|at| at * 8192);
+    // Known from the insertions already, but for leaves of which a quarter is told apart.
+    let known = foreseen(&index, &pages);
+    assert!(known > 4300, "{known} of 5000 after the insertions");
+    // Each search that was told wrong says where it ended.
+    for page in &pages {
+        index.only_leaf(*page).unwrap();
+        assert_eq!(foreseen(&index, &[*page]), 1, "{page:?} is looked for in vain twice");
+    }
+}
+
+#[test]
+fn a_search_is_told_where_to_look_beside_leaves_a_thousand_times_wider() {
+    let (index, pages) = scattered(|at| if at < 2500 { at * 8192 } else { (at - 2400) << 23 });
+    for at in 0..15_000 {
+        index.only_leaf(pages[at * 1009 % 5000]).unwrap();
+    }
+    // The wide ones have more parts than there are places, and leave the narrow ones theirs.
+    let known = foreseen(&index, &pages[..2500]);
+    assert!(known > 2000, "{known} of 2500 in the narrow ones");
+}
+
+#[test]
+fn a_search_is_told_where_to_look_in_regions_that_begin_at_multiples_of_great_powers_of_two() {
+    let (index, pages) = scattered(|at| ((at % 16) << 40) + at / 16 * 8192);
+    let known = foreseen(&index, &pages);
+    assert!(known > 3000, "{known} of 5000 after the insertions");
+}
+
+#[test]
+fn what_reaches_out_of_its_leaf_sends_searches_the_long_way_until_the_index_is_empty() {
+    let (mut index, pages) = scattered(|at| at * 8192);
+    assert_eq!(index.reach, 0);
+    let long = AddressRange::new(4096 * 2 + 8192 * 100, 8192 * 1000).unwrap();
+    index.put(long, Id(9999));
+    assert!(index.reach > 8192 * 900);
+    index.check();
+    assert_eq!(index.hits(AddressRange::new(long.last(), 1).unwrap()), [Id(9999)]);
+    assert!(index.cut(long, Id(9999)));
+    for (id, at) in (0..5000).map(|id| (id, id as usize * 1009 % 5000)) {
+        assert!(index.cut(pages[at], Id(id)));
+    }
+    assert_eq!((index.len(), index.reach), (0, 0));
+    index.put(pages[7], Id(10_000));
+    assert_eq!(index.hits(pages[7]), [Id(10_000)]);
 }

@@ -25,6 +25,12 @@ pub(crate) trait Indexed: Ordered {
     /// The index has put it there. It may be moved later without being told.
     #[inline]
     fn set_place(self, _place: Place) {}
+
+    /// Has the cache lines of `memory` fetched and does not wait for them, if it can, which it says. A load that waits keeps what comes after it waiting, too.
+    #[inline]
+    fn prefetch<T>(_memory: &T) -> bool {
+        false
+    }
 }
 
 /// A value that does not know its interval, with it.
