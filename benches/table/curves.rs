@@ -140,8 +140,9 @@ fn together() -> Curve {
         block_on(async {
             let mut done = 0;
             while !stop.load(Ordering::Relaxed) {
-                let sequence = black_box(reader).read_begin().await;
-                black_box(black_box(reader).read_retry(sequence));
+                let reader = black_box(reader);
+                let sequence = reader.read_begin().await;
+                black_box(reader.read_retry(sequence));
                 done += 1;
             }
             done

@@ -8,7 +8,7 @@ use std::task::{Context, Poll};
 const PAGE: u64 = 4096;
 
 /// What a [`Device`] leaves to be waited for.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Kind {
     Single,
     Ready,
