@@ -445,3 +445,24 @@ fn what_reaches_out_of_its_leaf_sends_searches_the_long_way_until_the_index_is_e
     index.put(pages[7], Id(10_000));
     assert_eq!(index.hits(pages[7]), [Id(10_000)]);
 }
+
+#[test]
+fn leaves_that_share_what_they_hold_note_what_reaches_from_one_into_the_other() {
+    let mut index = IntervalIndex::new();
+    let page = |at: u64| AddressRange::new(at * 8192, 4096).unwrap();
+    // The twelfth interval of the second leaf reaches over the two behind it.
+    let long = AddressRange::new(43 * 8192, 3 * 8192).unwrap();
+    for at in 0..64 {
+        index.put(if at == 43 { long } else { page(at) }, Id(2 * at));
+    }
+    assert_eq!((index.height, index.leaves.nodes.len(), index.reach), (1, 2, 0));
+    // Seven of the first stay and get twelve of the second.
+    for at in 0..25 {
+        assert!(index.cut(page(at), Id(2 * at)));
+    }
+    assert_eq!((index.height, index.reach), (1, 2 * 8192));
+    index.check();
+    for at in [44, 45] {
+        assert_eq!(index.hits(page(at)), [Id(86), Id(2 * at)]);
+    }
+}
