@@ -62,8 +62,8 @@ impl Hints {
 
     /// Searches from `first` to `last` will end in `leaf`. Of one that is much wider than others, the first part is noted.
     pub(super) fn set_all(&self, (first, last): (u64, u64), leaf: Node) {
-        for unit in (first >> self.unit..=last >> self.unit).take(PER_LEAF) {
-            self.set(unit << self.unit, leaf);
+        for part in (first >> self.unit..=last >> self.unit).take(PER_LEAF) {
+            self.set(part << self.unit, leaf);
         }
     }
 

@@ -21,6 +21,7 @@ const EASY_STEPS: usize = 2;
 #[derive(Clone)]
 #[repr(C)]
 pub(crate) struct Leaf<V> {
+    // What is asked first stands first, and what is asked least, the last values, where a fetch of nine lines may end.
     /// No interval reaches further than this many bytes into the next place.
     pub(super) slack: u64,
     /// No interval goes on for more than this many bytes after its first. It may be one that has gone.
