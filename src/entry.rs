@@ -26,6 +26,7 @@
 //! Its [`Spare`], from [`Spare::put`] until [`Spare::take`] or [`Spare::clear`]; then the [`Room`] or [`Vacant`]. Nobody else knows of it, because it was put there in place of being
 //! freed. A removal whose future is leaked has reserved the `Spare` and never fills it: the space does without from then on.
 
+use crate::foreign::{Callback, Inside, Losses};
 use crate::index::{Indexed, Ordered, Place};
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
@@ -132,11 +133,13 @@ impl Entry {
     /// Closes and detaches the notifier if nobody has any business with it; otherwise does nothing and says so. Under the lock.
     #[inline(always)]
     pub(crate) fn retire(&self) -> bool {
-        self.own.retire(DETACHED | WATCHED)
+        self.own.quick_close(DETACHED | WATCHED)
     }
 
     pub(crate) fn hold(&self) {
-        self.set_holds(self.rare().holds.load(Ordering::Relaxed) + 1);
+        let holds =
+            self.rare().holds.load(Ordering::Relaxed).checked_add(1).expect("fewer than 2^32 lists name one notifier at once");
+        self.set_holds(holds);
     }
 
     pub(crate) fn is_held(&self) -> bool {
@@ -404,23 +407,24 @@ impl<N> Deref for EntryBox<N> {
 impl EntryRef {
     /// Calls the notifier's first pass; what it leaves to be waited for is put into `place`.
     #[inline]
-    pub(crate) fn first_pass(self, invalidation: &Invalidation<'_>, place: Pin<&mut Option<PassFuture>>) -> Answer {
+    pub(crate) fn first_pass(self, _: Inside, invalidation: &Invalidation<'_>, place: Pin<&mut Option<PassFuture>>) -> Answer {
         // SAFETY: alive (module documentation), with the functions of its own type; not taken while an invalidation in its first passes may call it.
         unsafe { (self.calls.first_pass)(self, invalidation, place) }
     }
 
     /// What the notifier is called. Runs driver code, so not under the lock.
-    pub(crate) fn name(self) -> Cow<'static, str> {
+    pub(crate) fn name(self, losses: &Losses) -> Cow<'static, str> {
         // SAFETY: alive (module documentation), with the functions of its own type; not taken while an invalidation in its first passes, a pending
         // pass or a hold keeps it.
-        unsafe { (self.calls.name)(self) }
+        let name = losses.run(Callback::Name, |_| unsafe { (self.calls.name)(self) });
+        name.unwrap_or(Cow::Borrowed("a notifier whose name() panics"))
     }
 
     /// Frees the entry, and drops the notifier unless it was taken. Runs driver code, so not under the lock.
     ///
     /// To be called once, by the one who saw `unused()` under the lock.
     #[inline]
-    pub(crate) fn free(self) {
+    pub(crate) fn free(self, _: Inside) {
         // SAFETY: `unused()` was seen under the lock: none of the three reasons holds, so no other `EntryRef` or `EntryBox` is used any more.
         unsafe { (self.calls.free)(self) }
     }

@@ -61,6 +61,7 @@
 //! | what a driver implements and is told: [`IntervalNotifier`], [`Invalidation`], [`PassFuture`] | `notifier`, `pass` |
 //! | the sequence protocol, a plain state machine | `protocol` |
 //! | which intervals overlap a range, in order | `index` |
+//! | every call of code that is not the library's, and what becomes of its panics: [`Report`], [`Callback`] | `foreign` |
 //! | what is counted: [`NotifierStats`] | `tally` |
 //! | [`AddressRange`], [`Event`] | `range`, `event` |
 //!
@@ -68,8 +69,8 @@
 //!
 //! # Features
 //! `std` (default): contending threads yield to the operating system, panics of driver code are caught and resumed in the caller, and
-//! invalidations have an age. Without it the crate is `no_std` + `alloc`; a panic of driver code then leaves its range
-//! under invalidation, because there is nothing to catch it with.
+//! invalidations have an age. Without it the crate is `no_std` + `alloc`; a panic of driver code that unwinds may then leave its
+//! range under invalidation, because there is nothing to catch it with.
 //!
 //! `tracing`: a span (`DEBUG`, target `shootdown`) for each invalidation, with its range, event, sequence and hits; inside it an event (`TRACE`) for each first pass and for
 //! each pass that is done, with its latency since the first pass was called. Driver code runs inside the span.
@@ -95,6 +96,7 @@ pub mod docs;
 mod engine;
 mod entry;
 mod event;
+mod foreign;
 mod index;
 mod mirror;
 mod notifier;
@@ -111,12 +113,13 @@ mod tally;
 #[cfg(feature = "test-util")]
 pub mod test_util;
 
-pub use engine::Report;
-pub use engine::guard::InvalidationGuard;
-pub use engine::invalidate::Invalidate;
-pub use engine::remove::{Close, Remove};
-pub use engine::wait::{Drain, ReadBegin};
+pub use engine::futures::drain::Drain;
+pub use engine::futures::guard::InvalidationGuard;
+pub use engine::futures::invalidate::Invalidate;
+pub use engine::futures::read::ReadBegin;
+pub use engine::futures::remove::{Close, Remove};
 pub use event::{Event, Owner};
+pub use foreign::{Callback, Report};
 pub use mirror::async_notifier::{AsyncIntervalNotifier, AsyncNotifier};
 pub use mirror::driver_lock::{Collision, DriverGuard, DriverLock, MirrorError, RetryBudget};
 pub use mirror::inbox::{Delivery, Inbox};

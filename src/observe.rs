@@ -1,16 +1,24 @@
 //! What the features `tracing` and `metrics` tell; without them everything here is empty and compiles to nothing.
 //!
-//! Subscribers and recorders are foreign code: nothing here is called under the space's lock (C8).
+//! Subscribers and recorders are foreign code: nothing here is called under the space's lock (C8), and none of their panics
+//! leaves this module.
 #![forbid(unsafe_code)]
 
 #[cfg(any(feature = "tracing", feature = "metrics"))]
 mod told {
     use crate::entry::{Answer, EntryRef};
+    use crate::foreign::{Callback, Losses};
     use crate::notifier::Request;
+    use crate::sync::Arc;
     use std::time::{Duration, Instant};
 
     /// Somebody may want to know.
     pub(crate) const ON: bool = true;
+
+    /// Tells a subscriber or a recorder.
+    fn tell<R>(losses: &Losses, what: impl FnOnce() -> R) -> Option<R> {
+        losses.run(Callback::Observer, |_| what())
+    }
 
     /// When something began, if anybody wants to know.
     #[derive(Clone, Copy, Default)]
@@ -18,11 +26,11 @@ mod told {
 
     impl Moment {
         #[inline]
-        pub(crate) fn now() -> Self {
+        pub(crate) fn now(_losses: &Losses) -> Self {
             #[cfg(feature = "metrics")]
             let wanted = true;
             #[cfg(not(feature = "metrics"))]
-            let wanted = tracing::enabled!(target: "shootdown", tracing::Level::TRACE);
+            let wanted = tell(_losses, || tracing::enabled!(target: "shootdown", tracing::Level::TRACE)).unwrap_or(false);
             Self(wanted.then(Instant::now))
         }
 
@@ -49,35 +57,57 @@ mod told {
     #[derive(Default)]
     pub(crate) struct Trace {
         #[cfg(feature = "tracing")]
-        span: Option<tracing::Span>,
+        span: Option<(tracing::Span, Arc<Losses>)>,
     }
 
     /// Driver code that runs while this exists runs inside the span.
     pub(crate) struct Entered<'a> {
         #[cfg(feature = "tracing")]
-        _entered: Option<tracing::span::Entered<'a>>,
+        entered: Option<(tracing::span::Entered<'a>, &'a Losses)>,
         #[cfg(not(feature = "tracing"))]
         _entered: core::marker::PhantomData<&'a ()>,
     }
 
+    #[cfg(feature = "tracing")]
+    impl Drop for Entered<'_> {
+        fn drop(&mut self) {
+            if let Some((entered, losses)) = self.entered.take() {
+                tell(losses, || drop(entered));
+            }
+        }
+    }
+
+    #[cfg(feature = "tracing")]
+    impl Drop for Trace {
+        fn drop(&mut self) {
+            if let Some((span, losses)) = self.span.take() {
+                tell(&losses, || drop(span));
+            }
+        }
+    }
+
     impl Trace {
-        #[inline]
-        pub(crate) fn start(request: &Request, _sequence: u64, _hits: usize) -> Self {
+        pub(crate) fn start(losses: &Arc<Losses>, request: &Request, _sequence: u64, _hits: usize) -> Self {
             let event = request.event().name();
             #[cfg(feature = "metrics")]
-            {
+            tell(losses, || {
                 count_event(event);
                 metrics::counter!("shootdown_hits_total").increment(_hits as u64);
-            }
+            });
             #[cfg(feature = "tracing")]
             {
                 let (range, blockable) = (request.range, request.terms.blockable());
-                let span = tracing::debug_span!(target: "shootdown", "invalidate", %range, event, sequence = _sequence, hits = _hits, blockable);
-                Self { span: (!span.is_disabled()).then_some(span) }
+                let span = tell(losses, || {
+                    let span = tracing::debug_span!(
+                        target: "shootdown", "invalidate", %range, event, sequence = _sequence, hits = _hits, blockable
+                    );
+                    (!span.is_disabled()).then_some(span)
+                });
+                Self { span: span.flatten().map(|span| (span, losses.clone())) }
             }
             #[cfg(not(feature = "tracing"))]
             {
-                let _ = event;
+                let _ = (event, losses);
                 Self {}
             }
         }
@@ -86,7 +116,11 @@ mod told {
         pub(crate) fn enter(&self) -> Entered<'_> {
             #[cfg(feature = "tracing")]
             {
-                Entered { _entered: self.span.as_ref().map(tracing::Span::enter) }
+                let entered = match &self.span {
+                    Some((span, losses)) => tell(losses, || span.enter()).map(|entered| (entered, &**losses)),
+                    None => None,
+                };
+                Entered { entered }
             }
             #[cfg(not(feature = "tracing"))]
             {
@@ -97,72 +131,82 @@ mod told {
         #[inline]
         pub(crate) fn first_pass(&self, _entry: EntryRef, _answer: Answer, _began: Moment) {
             #[cfg(feature = "tracing")]
-            if let Some(span) = &self.span
-                && tracing::enabled!(target: "shootdown", tracing::Level::TRACE)
-            {
-                let answer = match _answer {
-                    Answer::Done => "done",
-                    Answer::Pass => "pass",
-                    Answer::WouldBlock => "would block",
-                };
-                let (notifier, latency_ns) = (_entry.name(), _began.elapsed().as_nanos() as u64);
-                tracing::trace!(target: "shootdown", parent: span, notifier = &*notifier, answer, latency_ns, "first pass");
+            if let Some((span, losses)) = &self.span {
+                tell(losses, || {
+                    if !tracing::enabled!(target: "shootdown", tracing::Level::TRACE) {
+                        return;
+                    }
+                    let answer = match _answer {
+                        Answer::Done => "done",
+                        Answer::Pass => "pass",
+                        Answer::WouldBlock => "would block",
+                    };
+                    let (notifier, latency_ns) = (_entry.name(losses), _began.elapsed().as_nanos() as u64);
+                    tracing::trace!(target: "shootdown", parent: span, notifier = &*notifier, answer, latency_ns, "first pass");
+                });
             }
         }
 
         /// A pass is done; `began` is when its first pass was called.
         #[inline]
-        pub(crate) fn pass(&self, _entry: EntryRef, began: Moment, _panicked: bool) {
+        pub(crate) fn pass(&self, _losses: &Losses, _entry: EntryRef, began: Moment, _panicked: bool) {
             let _latency = began.elapsed();
             #[cfg(feature = "metrics")]
-            metrics::histogram!("shootdown_pass_latency_seconds").record(_latency.as_secs_f64());
+            tell(_losses, || metrics::histogram!("shootdown_pass_latency_seconds").record(_latency.as_secs_f64()));
             #[cfg(feature = "tracing")]
-            if let Some(span) = &self.span
-                && tracing::enabled!(target: "shootdown", tracing::Level::TRACE)
-            {
-                let (notifier, latency_ns) = (_entry.name(), _latency.as_nanos() as u64);
-                tracing::trace!(target: "shootdown", parent: span, notifier = &*notifier, latency_ns, panicked = _panicked, "pass");
+            if let Some((span, losses)) = &self.span {
+                tell(losses, || {
+                    if !tracing::enabled!(target: "shootdown", tracing::Level::TRACE) {
+                        return;
+                    }
+                    let (notifier, latency_ns) = (_entry.name(losses), _latency.as_nanos() as u64);
+                    tracing::trace!(
+                        target: "shootdown", parent: span, notifier = &*notifier, latency_ns, panicked = _panicked, "pass"
+                    );
+                });
             }
         }
     }
 
     #[inline]
-    pub(crate) fn pass_pends() {
+    pub(crate) fn pass_pends(_losses: &Losses) {
         #[cfg(feature = "metrics")]
-        metrics::gauge!("shootdown_passes_pending").increment(1);
+        tell(_losses, || metrics::gauge!("shootdown_passes_pending").increment(1));
     }
 
     #[inline]
-    pub(crate) fn pass_pends_no_more() {
+    pub(crate) fn pass_pends_no_more(_losses: &Losses) {
         #[cfg(feature = "metrics")]
-        metrics::gauge!("shootdown_passes_pending").decrement(1);
+        tell(_losses, || metrics::gauge!("shootdown_passes_pending").decrement(1));
     }
 
-    pub(crate) fn collided() {
+    pub(crate) fn collided(_losses: &Losses) {
         #[cfg(feature = "metrics")]
-        metrics::counter!("shootdown_collisions_total").increment(1);
+        tell(_losses, || metrics::counter!("shootdown_collisions_total").increment(1));
     }
 
-    pub(crate) fn retried() {
+    pub(crate) fn retried(_losses: &Losses) {
         #[cfg(feature = "metrics")]
-        metrics::counter!("shootdown_retries_total").increment(1);
+        tell(_losses, || metrics::counter!("shootdown_retries_total").increment(1));
     }
 
-    pub(crate) fn waited() {
+    pub(crate) fn waited(_losses: &Losses) {
         #[cfg(feature = "metrics")]
-        metrics::counter!("shootdown_waits_total").increment(1);
+        tell(_losses, || metrics::counter!("shootdown_waits_total").increment(1));
     }
 
-    pub(crate) fn lapsed() {
+    pub(crate) fn lapsed(_losses: &Losses) {
         #[cfg(feature = "metrics")]
-        metrics::counter!("shootdown_lapses_total").increment(1);
+        tell(_losses, || metrics::counter!("shootdown_lapses_total").increment(1));
     }
 }
 
 #[cfg(not(any(feature = "tracing", feature = "metrics")))]
 mod told {
     use crate::entry::{Answer, EntryRef};
+    use crate::foreign::Losses;
     use crate::notifier::Request;
+    use crate::sync::Arc;
 
     pub(crate) const ON: bool = false;
 
@@ -170,8 +214,8 @@ mod told {
     pub(crate) struct Moment;
 
     impl Moment {
-        #[inline]
-        pub(crate) fn now() -> Self {
+        #[inline(always)]
+        pub(crate) fn now(_losses: &Losses) -> Self {
             Self
         }
     }
@@ -182,35 +226,35 @@ mod told {
     pub(crate) struct Entered;
 
     impl Trace {
-        #[inline]
-        pub(crate) fn start(_request: &Request, _sequence: u64, _hits: usize) -> Self {
+        #[inline(always)]
+        pub(crate) fn start(_losses: &Arc<Losses>, _request: &Request, _sequence: u64, _hits: usize) -> Self {
             Self
         }
 
-        #[inline]
+        #[inline(always)]
         pub(crate) fn enter(&self) -> Entered {
             Entered
         }
 
-        #[inline]
+        #[inline(always)]
         pub(crate) fn first_pass(&self, _entry: EntryRef, _answer: Answer, _began: Moment) {}
 
-        #[inline]
-        pub(crate) fn pass(&self, _entry: EntryRef, _began: Moment, _panicked: bool) {}
+        #[inline(always)]
+        pub(crate) fn pass(&self, _losses: &Losses, _entry: EntryRef, _began: Moment, _panicked: bool) {}
     }
 
-    #[inline]
-    pub(crate) fn pass_pends() {}
-    #[inline]
-    pub(crate) fn pass_pends_no_more() {}
-    #[inline]
-    pub(crate) fn collided() {}
-    #[inline]
-    pub(crate) fn retried() {}
-    #[inline]
-    pub(crate) fn waited() {}
-    #[inline]
-    pub(crate) fn lapsed() {}
+    #[inline(always)]
+    pub(crate) fn pass_pends(_losses: &Losses) {}
+    #[inline(always)]
+    pub(crate) fn pass_pends_no_more(_losses: &Losses) {}
+    #[inline(always)]
+    pub(crate) fn collided(_losses: &Losses) {}
+    #[inline(always)]
+    pub(crate) fn retried(_losses: &Losses) {}
+    #[inline(always)]
+    pub(crate) fn waited(_losses: &Losses) {}
+    #[inline(always)]
+    pub(crate) fn lapsed(_losses: &Losses) {}
 }
 
 pub(crate) use told::*;

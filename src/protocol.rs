@@ -8,8 +8,10 @@ mod own;
 
 pub(crate) use own::{MARKS, Own, WATCHED};
 
-use crate::index::{Indexed, IntervalIndex};
+use crate::index::{Indexed, IntervalIndex, Ordered, Ranged};
 use crate::range::AddressRange;
+use alloc::boxed::Box;
+use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
 /// A notifier as the protocol sees it.
@@ -22,7 +24,7 @@ pub(crate) struct Active<M, X> {
     pub(crate) range: AddressRange,
     /// The sequence that all its passes get; odd if it hit a notifier, meaningless otherwise.
     pub(crate) sequence: u64,
-    /// While it is active its serial and [`LIVE`], otherwise the next free place.
+    /// Its serial and [`LIVE`] while it is active; 0 otherwise.
     mark: u64,
     /// Notifiers inserted since it started, which it covers but does not call (S5).
     late: Vec<M>,
@@ -46,8 +48,8 @@ impl<M: Copy, X> Active<M, X> {
     }
 }
 
-/// Names an active invalidation; used again once it has ended.
-pub(crate) type Id = u32;
+/// Names an active invalidation. One below [`PLACES`] is used again once the invalidation has ended, others are not.
+pub(crate) type Id = u64;
 
 pub(crate) struct Protocol<M, X> {
     /// S1.
@@ -57,95 +59,189 @@ pub(crate) struct Protocol<M, X> {
     started: u64,
 }
 
-/// The active invalidations, each in a place that is filled and used again where it lies.
+/// How many active invalidations have a place that is filled and used again where it lies.
+pub(crate) const PLACES: usize = if cfg!(test) { 4 } else { 32 };
+
+/// The active invalidations.
 ///
-/// `slab` would move each one in and out; those copies stall on the stores just made and took a quarter of a short invalidation.
+/// The first [`PLACES`] have places; a map would move each in and out, and those copies stall on the stores just made and
+/// took a quarter of a short invalidation. Those beyond are the *crowd*: in a map, so that what they took is free again when
+/// they have ended, and in an interval index, so that what asks for those that overlap a range does not ask all.
 pub(crate) struct ActiveSet<M, X> {
     places: Vec<Active<M, X>>,
     heads: Heads,
+    crowd: BTreeMap<Id, Box<Active<M, X>>>,
+    crowd_ranges: IntervalIndex<Ranged<InCrowd>>,
+    /// How many may be active at once.
+    most: u32,
 }
 
-/// The free place to be used next, each of which names the one after it, and how many are live.
+/// The places that are free, and how many invalidations are active.
 struct Heads {
-    free: Id,
+    /// A bit for each place that exists and is free.
+    free: u32,
     live: u32,
 }
 
+/// An id beyond [`PLACES`].
+#[derive(Clone, Copy, PartialEq)]
+struct InCrowd(Id);
+
+impl Ordered for InCrowd {
+    fn order(self) -> u64 {
+        self.0
+    }
+}
+
+/// Room for this many notifiers that were inserted under an invalidation stays for the next one in its place.
+const MOST_LATE: usize = 64;
 /// In [`Active::mark`]: it is active.
 const LIVE: u64 = 1 << 63;
-/// There is no free place.
-const NONE: Id = Id::MAX;
+
+/// What the owner of the protocol keeps beside an invalidation that has ended.
+pub(crate) enum Kept<'a, X> {
+    /// It stays for the next one in this place.
+    InPlace(&'a mut X),
+    /// Nobody will use it again.
+    Gone(X),
+}
 
 impl<M, X> ActiveSet<M, X> {
+    fn new() -> Self {
+        Self {
+            places: Vec::new(),
+            heads: Heads { free: 0, live: 0 },
+            crowd: BTreeMap::new(),
+            crowd_ranges: IntervalIndex::new(),
+            most: own::MOST_ACTIVE,
+        }
+    }
+
     pub(crate) fn len(&self) -> usize {
         self.heads.live as usize
     }
 
     pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
-        self.places.get(id as usize).filter(|active| active.is_live())
+        match self.places.get(id as usize) {
+            Some(active) => Some(active).filter(|active| active.is_live()),
+            None => self.crowd.get(&id).map(|active| &**active),
+        }
     }
 
     pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut Active<M, X>> {
-        self.places.get_mut(id as usize).filter(|active| active.is_live())
+        match self.places.get_mut(id as usize) {
+            Some(active) => Some(active).filter(|active| active.is_live()),
+            None => self.crowd.get_mut(&id).map(|active| &mut **active),
+        }
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Id, &Active<M, X>)> {
-        (0..).zip(&self.places).filter(|(_, active)| active.is_live())
+        let in_places = (0..).zip(&self.places).filter(|(_, active)| active.is_live());
+        in_places.chain(self.crowd.iter().map(|(id, active)| (*id, &**active)))
     }
 
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Id, &mut Active<M, X>)> {
-        (0..).zip(&mut self.places).filter(|(_, active)| active.is_live())
+        let in_places = (0..).zip(&mut self.places).filter(|(_, active)| active.is_live());
+        in_places.chain(self.crowd.iter_mut().map(|(id, active)| (*id, &mut **active)))
     }
 
-    /// A place that was free and is live now with this serial, made if there was none.
-    #[inline]
-    fn take(&mut self, serial: u64) -> (Id, &mut Active<M, X>)
+    /// Whether one of those that overlap `range` is as `wanted`. Looks at no more than [`PLACES`] others.
+    pub(crate) fn any_overlapping(&self, range: AddressRange, mut wanted: impl FnMut(Id, &Active<M, X>) -> bool) -> bool {
+        let overlaps = |active: &Active<M, X>| active.is_live() && active.range.overlaps(range);
+        let mut any = (0..).zip(&self.places).any(|(id, active)| overlaps(active) && wanted(id, active));
+        if !any && !self.crowd.is_empty() {
+            self.crowd_ranges.overlapping(range, |Ranged { value: InCrowd(id), .. }| {
+                any = any || self.crowd.get(&id).is_some_and(|active| wanted(id, active));
+            });
+        }
+        any
+    }
+
+    fn for_overlapping(&mut self, range: AddressRange, mut each: impl FnMut(&mut Active<M, X>)) {
+        self.places.iter_mut().filter(|active| active.is_live() && active.range.overlaps(range)).for_each(&mut each);
+        if !self.crowd.is_empty() {
+            let Self { crowd, crowd_ranges, .. } = self;
+            crowd_ranges.overlapping(range, |Ranged { value: InCrowd(id), .. }| {
+                if let Some(active) = crowd.get_mut(&id) {
+                    each(active);
+                }
+            });
+        }
+    }
+
+    /// A place that was free and is live now with this serial, made if there was none, or one in the crowd.
+    #[inline(always)]
+    fn take(&mut self, serial: u64, range: AddressRange) -> (Id, &mut Active<M, X>)
     where
         X: Default,
     {
-        if self.heads.free == NONE {
+        if self.heads.free == 0 && self.places.len() == PLACES {
+            return self.take_in_crowd(serial, range);
+        }
+        if self.heads.free == 0 {
             self.grow();
         }
-        let id = self.heads.free;
+        let id = self.heads.free.trailing_zeros();
         let active = &mut self.places[id as usize];
-        let next = core::mem::replace(&mut active.mark, LIVE | serial);
-        self.heads.free = next as Id;
+        active.range = range;
+        active.mark = LIVE | serial;
+        self.heads.free &= self.heads.free - 1;
         self.heads.live += 1;
-        (id, active)
+        (id.into(), active)
     }
 
     #[cold]
+    #[inline(never)]
     fn grow(&mut self)
     where
         X: Default,
     {
-        let id =
-            Id::try_from(self.places.len()).ok().filter(|id| *id < NONE).expect("fewer than 2^32 - 1 invalidations are active");
-        self.places.push(Active {
-            range: AddressRange::ALL,
-            sequence: 0,
-            mark: NONE.into(),
-            late: Vec::new(),
-            extra: X::default(),
-        });
-        self.heads.free = id;
+        self.heads.free = 1 << self.places.len();
+        self.places.push(Active::new(AddressRange::ALL, 0));
     }
 
-    /// The place is free again; what is in it stays for now. Says, too, how many remain active.
-    #[inline(always)]
-    fn release(&mut self, id: Id) -> (&mut Active<M, X>, u32) {
-        let active = &mut self.places[id as usize];
-        let live = release(active, &mut self.heads, id);
-        (active, live)
+    #[cold]
+    #[inline(never)]
+    fn take_in_crowd(&mut self, serial: u64, range: AddressRange) -> (Id, &mut Active<M, X>)
+    where
+        X: Default,
+    {
+        assert!(
+            self.heads.live < self.most,
+            "{} invalidations are active at once: drop the guards of those that have ended",
+            self.heads.live
+        );
+        self.heads.live += 1;
+        let id = PLACES as Id + serial;
+        self.crowd_ranges.insert(Ranged { range, value: InCrowd(id) });
+        (id, self.crowd.entry(id).or_insert_with(|| Box::new(Active::new(range, LIVE | serial))))
+    }
+
+    /// Takes one out of the crowd.
+    fn leave_crowd(&mut self, id: Id) -> Option<Box<Active<M, X>>> {
+        let active = self.crowd.remove(&id)?;
+        self.crowd_ranges.remove(Ranged { range: active.range, value: InCrowd(id) });
+        self.heads.live -= 1;
+        if self.crowd.is_empty() {
+            // Also the memory of the index.
+            self.crowd_ranges = IntervalIndex::new();
+        }
+        Some(active)
     }
 }
 
-/// The place `id` of an invalidation is free again. Says how many remain active.
+impl<M, X: Default> Active<M, X> {
+    fn new(range: AddressRange, mark: u64) -> Self {
+        Self { range, sequence: 0, mark, late: Vec::new(), extra: X::default() }
+    }
+}
+
+/// The place `id` of an invalidation is free again. Returns how many remain active.
 #[inline(always)]
 fn release<M, X>(active: &mut Active<M, X>, heads: &mut Heads, id: Id) -> u32 {
     debug_assert!(active.is_live(), "an invalidation ends once");
-    active.mark = heads.free.into();
-    heads.free = id;
+    active.mark = 0;
+    heads.free |= 1 << id;
     heads.live -= 1;
     heads.live
 }
@@ -164,12 +260,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
     /// A space whose sequence starts at `sequence`, which must be even (S1: 2).
     pub(crate) fn new(sequence: u64) -> Self {
         debug_assert!(sequence.is_multiple_of(2), "the sequence of an idle space is even");
-        Self {
-            sequence,
-            index: IntervalIndex::new(),
-            active: ActiveSet { places: Vec::new(), heads: Heads { free: NONE, live: 0 } },
-            started: 0,
-        }
+        Self { sequence, index: IntervalIndex::new(), active: ActiveSet::new(), started: 0 }
     }
 
     /// The space's sequence (S1 to S3).
@@ -212,20 +303,16 @@ impl<M: Member, X: Default> Protocol<M, X> {
         self.index.insert(member);
     }
 
-    /// Notes `member` with the active invalidations that cover it; says whether there are any.
-    ///
-    /// Linear in the active invalidations, and only here: start and end are not (`DESIGN.md`, "Insert under invalidation").
+    /// Notes `member` with the active invalidations that cover it; returns whether there are any.
     #[cold]
     #[inline(never)]
     fn insert_covered(&mut self, member: M) -> bool {
         let mut covered = false;
-        for (_, active) in self.active.iter_mut() {
-            if active.range.overlaps(member.range()) {
-                active.late.push(member);
-                member.own().cover();
-                covered = true;
-            }
-        }
+        self.active.for_overlapping(member.range(), |active| {
+            active.late.push(member);
+            member.own().cover();
+            covered = true;
+        });
         covered
     }
 
@@ -251,8 +338,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
         hits: impl FnOnce(&mut X) -> &mut Vec<M>,
     ) -> Started<'_, X> {
         self.started += 1;
-        let (id, active) = self.active.take(self.started);
-        active.range = range;
+        let (id, active) = self.active.take(self.started, range);
         fill(&mut active.extra, self.started);
         if self.index.may_overlap(range) {
             let hits = hits(&mut active.extra);
@@ -273,48 +359,70 @@ impl<M: Member, X: Default> Protocol<M, X> {
         self.started
     }
 
-    /// S3: ends an invalidation. `hits` are the notifiers that its start named. Says whether somebody may have to be told, with [`tell`](Self::tell),
-    /// before anything else is done with the protocol, and returns what its owner keeps beside it for the next one in this place.
-    #[inline(always)]
-    pub(crate) fn end(&mut self, id: Id, hits: &[M]) -> (bool, &mut X) {
-        let (active, live) = self.active.release(id);
-        let marks = hits.iter().fold(0, |marks, member| marks | member.own().uncover());
-        settle(&mut self.sequence, live);
-        (marks & WATCHED != 0 || !active.late.is_empty(), &mut active.extra)
+    /// S3: ends an invalidation. `hits` are the notifiers that its start named. `uncovered` gets the notifiers that are [`WATCHED`] and
+    /// that no active invalidation covers any more. Returns what its owner keeps beside it.
+    pub(crate) fn end(&mut self, id: Id, hits: &[M], uncovered: impl FnMut(M)) -> Option<Kept<'_, X>> {
+        if (id as usize) < self.active.places.len() {
+            self.quick_end(id, hits)?;
+            return self.tell(id, hits, uncovered).map(Kept::InPlace);
+        }
+        let mut active = self.active.leave_crowd(id)?;
+        hits.iter().for_each(|member| _ = member.own().uncover());
+        settle(&mut self.sequence, self.active.heads.live);
+        tell(hits, &mut active.late, uncovered);
+        Some(Kept::Gone(active.extra))
     }
 
-    /// The same for an invalidation with one hit, if that is not marked and nobody may have to be told. Otherwise does nothing and returns nothing.
+    /// First half of [`end`](Self::end) for an invalidation that has a place: `true` if somebody may have to be told, by
+    /// [`tell`](Self::tell), which then has to come before anything else. Does nothing for one that has none.
     #[inline(always)]
-    pub(crate) fn end_plainly(&mut self, id: Id, hit: M) -> Option<&mut X> {
-        let ActiveSet { places, heads } = &mut self.active;
+    pub(crate) fn quick_end(&mut self, id: Id, hits: &[M]) -> Option<(bool, &mut X)> {
+        let ActiveSet { places, heads, .. } = &mut self.active;
+        let active = places.get_mut(id as usize)?;
+        let live = release(active, heads, id);
+        let marks = hits.iter().fold(0, |marks, member| marks | member.own().uncover());
+        settle(&mut self.sequence, live);
+        Some((marks & WATCHED != 0 || !active.late.is_empty(), &mut active.extra))
+    }
+
+    /// Quick form of [`end`](Self::end) for an invalidation that has a place and hit one notifier, if that has no mark and
+    /// nobody may have to be told. Otherwise does nothing and returns `None`.
+    #[inline(always)]
+    pub(crate) fn quick_end_one(&mut self, id: Id, hit: M) -> Option<&mut X> {
+        let ActiveSet { places, heads, .. } = &mut self.active;
         let active = places.get_mut(id as usize).filter(|active| active.late.is_empty())?;
-        if !hit.own().uncover_plainly() {
+        if !hit.own().quick_uncover() {
             return None;
         }
         settle(&mut self.sequence, release(active, heads, id));
         Some(&mut active.extra)
     }
 
-    /// Names the notifiers that are [`WATCHED`] and that no active invalidation covers any more since the one that has just ended. Returns what
-    /// [`end`](Self::end) returned.
-    pub(crate) fn tell(&mut self, id: Id, hits: &[M], mut uncovered: impl FnMut(M)) -> &mut X {
-        // A hit was covered until the end, so one that is not was uncovered by it.
-        hits.iter()
-            .copied()
-            .filter(|member| !member.own().is_covered() && member.own().is_marked(WATCHED))
-            .for_each(&mut uncovered);
-        let active = &mut self.active.places[id as usize];
-        active.late.drain(..).filter(|member| member.own().uncover() & WATCHED != 0).for_each(uncovered);
-        &mut active.extra
+    /// Second half of [`end`](Self::end), after [`quick_end`](Self::quick_end).
+    pub(crate) fn tell(&mut self, id: Id, hits: &[M], uncovered: impl FnMut(M)) -> Option<&mut X> {
+        let active = self.active.places.get_mut(id as usize)?;
+        tell(hits, &mut active.late, uncovered);
+        Some(&mut active.extra)
     }
 
-    /// S3: ends an invalidation that hit nothing. Says no, and does nothing, if notifiers were inserted under it: there may be somebody to be told.
+    /// Quick form of [`end`](Self::end) for an invalidation that has a place and hit nothing. Does nothing and returns `false` if
+    /// notifiers were inserted under it: somebody may have to be told.
     #[inline]
-    pub(crate) fn end_without_hits(&mut self, id: Id) -> bool {
-        let ActiveSet { places, heads } = &mut self.active;
+    pub(crate) fn quick_end_none(&mut self, id: Id) -> bool {
+        let ActiveSet { places, heads, .. } = &mut self.active;
         let Some(active) = places.get_mut(id as usize).filter(|active| active.late.is_empty()) else { return false };
         settle(&mut self.sequence, release(active, heads, id));
         true
+    }
+}
+
+/// Names the notifiers that are [`WATCHED`] and that no active invalidation covers any more since the one that has just ended.
+fn tell<M: Member>(hits: &[M], late: &mut Vec<M>, mut uncovered: impl FnMut(M)) {
+    // A hit was covered until the end, so one that is not was uncovered by it.
+    hits.iter().copied().filter(|member| !member.own().is_covered() && member.own().is_marked(WATCHED)).for_each(&mut uncovered);
+    late.drain(..).filter(|member| member.own().uncover() & WATCHED != 0).for_each(uncovered);
+    if late.capacity() > MOST_LATE {
+        *late = Vec::new();
     }
 }
 

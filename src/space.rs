@@ -5,11 +5,13 @@ mod listed;
 
 pub use listed::{ActiveInvalidation, Phase, Stats};
 
-use crate::engine::guard::{Handle, InvalidationGuard};
-use crate::engine::invalidate::{Invalidate, try_invalidate};
-use crate::engine::wait::Drain;
-use crate::engine::{Budget, Clock, Report, Reporter, Shared};
+use crate::engine::Shared;
+use crate::engine::futures::drain::Drain;
+use crate::engine::futures::guard::{Handle, InvalidationGuard};
+use crate::engine::futures::invalidate::{Invalidate, try_invalidate};
+use crate::engine::host::Settings;
 use crate::event::{Event, Terms};
+use crate::foreign::Report;
 use crate::notifier::{IntervalNotifier, Request, Sequence, WouldBlock};
 use crate::range::AddressRange;
 use crate::subscription::Subscription;
@@ -55,10 +57,7 @@ pub struct AddressSpace {
 /// Settings of a new [`AddressSpace`].
 #[derive(Default)]
 pub struct Builder {
-    sequence: Option<u64>,
-    budget: Option<usize>,
-    reporter: Option<Reporter>,
-    clock: Option<Clock>,
+    settings: Settings,
 }
 
 impl Builder {
@@ -67,13 +66,14 @@ impl Builder {
     /// When they are used up, an invalidation awaits each further pass before it calls the next first pass. A budget of 0 is
     /// the kernel before the multi-pass patch: one device after the other.
     pub fn pass_budget(mut self, passes: usize) -> Self {
-        self.budget = Some(passes);
+        self.settings.budget = Some(passes);
         self
     }
 
-    /// Calls `reporter` when a driver breaks its contract in a way that no caller is told of. Outside of all locks; a panic of it is ignored.
+    /// Calls `reporter` when foreign code goes wrong in a way that no caller is told of: see [`Report`]. Outside of all locks; a panic
+    /// of it is [counted](crate::Stats::lost_panics).
     pub fn on_report(mut self, reporter: impl Fn(&Report<'_>) + Send + Sync + 'static) -> Self {
-        self.reporter = Some(Box::new(reporter));
+        self.settings.reporter = Some(Box::new(reporter));
         self
     }
 
@@ -81,30 +81,45 @@ impl Builder {
     ///
     /// By default the library asks the operating system, and only once an invalidation turns out to last, because
     /// asking takes longer than a short invalidation: see [`ActiveInvalidation::age`]. Virtual time and `no_std` need this. Called outside of all
-    /// locks; a panic of it is ignored, and what it was asked for has no time then.
+    /// locks; a panic of it is [counted](crate::Stats::lost_panics), and what it was asked for has no time then.
     pub fn clock(mut self, clock: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
-        self.clock = Some(Box::new(clock));
+        self.settings.clock = Some(Box::new(clock));
+        self
+    }
+
+    /// How long those who wait for a range are patient with a future that could end its invalidation and is not polled (C4): the
+    /// time since its passes were done, 20 ms by default. Twice as long after each lapse of the same future, up to one second, or up
+    /// to `patience` if that is longer. Where there is no clock, or one that stands still, turns of whoever waits are counted instead.
+    pub fn patience(mut self, patience: Duration) -> Self {
+        self.settings.patience = Some(patience);
+        self
+    }
+
+    /// Takes none of the library's quick ways, which must make no difference: for tests that compare.
+    #[cfg(feature = "test-util")]
+    pub fn plain_only(mut self) -> Self {
+        self.settings.plain_only = true;
         self
     }
 
     /// The sequence that the space starts with, rounded down to an even one; 2 by default (S1). For tests of wrap-around.
     pub fn first_sequence(mut self, sequence: u64) -> Self {
-        self.sequence = Some(sequence & !1);
+        self.settings.sequence = Some(sequence & !1);
         self
     }
 
     /// Makes the space.
     pub fn build(self) -> AddressSpace {
-        let shared = Shared::new(self.sequence.unwrap_or(2), self.budget.map(Budget::new), self.reporter, self.clock);
-        AddressSpace { shared }
+        AddressSpace { shared: Shared::new(self.settings) }
     }
 }
 
 impl fmt::Debug for Builder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Builder")
-            .field("first_sequence", &self.sequence)
-            .field("pass_budget", &self.budget)
+            .field("first_sequence", &self.settings.sequence)
+            .field("pass_budget", &self.settings.budget)
+            .field("patience", &self.settings.patience)
             .finish_non_exhaustive()
     }
 }
@@ -140,7 +155,6 @@ impl<N> fmt::Display for InsertError<N> {
 impl<N> core::error::Error for InsertError<N> {}
 
 impl AddressSpace {
-    #[cfg(any(feature = "cache", feature = "userfaultfd"))]
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.shared
     }
@@ -186,7 +200,7 @@ impl AddressSpace {
     /// belong to the space, and the range stays under invalidation until they are done.
     ///
     /// # Panics
-    /// Resumes a panic of a first pass or pass (C5).
+    /// Resumes a panic of a first pass or pass (C5), or returns [`WouldBlock`] if the thread is unwinding already.
     pub fn try_invalidate(&self, range: AddressRange, event: Event) -> Result<InvalidationGuard<'_>, WouldBlock> {
         try_invalidate(Handle::Borrowed(&self.shared), Request { range, owner: event.owner(), terms: Terms::new(event, false) })
     }

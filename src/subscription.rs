@@ -2,8 +2,9 @@
 #![forbid(unsafe_code)]
 
 use crate::engine::Shared;
-use crate::engine::remove::{Close, Registered, Remove};
-use crate::engine::wait::ReadBegin;
+use crate::engine::futures::read::ReadBegin;
+use crate::engine::futures::remove::{Close, Remove};
+use crate::engine::registration::Registered;
 use crate::entry::EntryBox;
 use crate::notifier::{IntervalNotifier, Sequence};
 use crate::range::AddressRange;

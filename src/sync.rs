@@ -6,6 +6,7 @@
 
 #[cfg(not(any(loom, shuttle)))]
 mod real {
+    use super::held::Held;
     use core::ops::DerefMut;
     #[cfg(feature = "userfaultfd")]
     pub(crate) use core::sync::atomic::fence;
@@ -42,16 +43,16 @@ mod real {
         #[inline]
         pub(crate) fn lock(&self) -> impl DerefMut<Target = T> {
             // The loop is not built into the caller: its registers would be saved on each call, and mostly for nothing.
-            match self.0.try_lock() {
+            Held::new(match self.0.try_lock() {
                 Some(guard) => guard,
                 None => self.contended(),
-            }
+            })
         }
 
         /// The lock if nobody has it.
         #[inline]
         pub(crate) fn try_lock(&self) -> Option<impl DerefMut<Target = T>> {
-            self.0.try_lock()
+            self.0.try_lock().map(Held::new)
         }
 
         #[cold]
@@ -156,30 +157,73 @@ pub(crate) fn spin_hint() {
     shuttle::thread::yield_now();
 }
 
-/// Runs driver code and keeps a panic for later.
-///
-/// Without `std` there is nothing to catch it with: it goes through, and the drop of what was under way puts the space right.
+/// Gives the processor to whoever else can use it (C4).
 #[inline]
-pub(crate) fn catch<R>(code: impl FnOnce() -> R) -> Result<R, Panic> {
-    #[cfg(feature = "std")]
-    {
-        std::panic::catch_unwind(core::panic::AssertUnwindSafe(code))
+pub(crate) fn give_turn() {
+    #[cfg(all(feature = "std", not(any(loom, shuttle))))]
+    std::thread::yield_now();
+    spin_hint();
+}
+
+/// Debug builds count the locks that a thread holds, so that a call of foreign code under one is noticed (C8).
+#[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+mod held {
+    use core::cell::Cell;
+    use core::ops::{Deref, DerefMut};
+
+    std::thread_local!(static HELD: Cell<u32> = const { Cell::new(0) });
+
+    /// A guard that is counted.
+    pub(crate) struct Held<G>(G);
+
+    impl<G> Held<G> {
+        pub(crate) fn new(guard: G) -> Self {
+            HELD.set(HELD.get() + 1);
+            Self(guard)
+        }
     }
-    #[cfg(not(feature = "std"))]
-    {
-        Ok(code())
+
+    impl<G> Drop for Held<G> {
+        fn drop(&mut self) {
+            HELD.set(HELD.get() - 1);
+        }
+    }
+
+    impl<G: Deref> Deref for Held<G> {
+        type Target = G::Target;
+
+        fn deref(&self) -> &G::Target {
+            &self.0
+        }
+    }
+
+    impl<G: DerefMut> DerefMut for Held<G> {
+        fn deref_mut(&mut self) -> &mut G::Target {
+            &mut self.0
+        }
+    }
+
+    #[track_caller]
+    pub(crate) fn assert_no_lock() {
+        assert_eq!(HELD.get(), 0, "foreign code is called under a lock of the library");
     }
 }
 
-/// Continues a panic that [`catch`] kept, unless this thread is unwinding already.
-pub(crate) fn resume(panic: Panic) {
-    #[cfg(feature = "std")]
-    if !std::thread::panicking() {
-        std::panic::resume_unwind(panic)
+#[cfg(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))))]
+mod held {
+    /// Nothing is counted.
+    pub(crate) struct Held;
+
+    impl Held {
+        #[allow(clippy::new_ret_no_self, reason = "it stands for a wrapper")]
+        #[inline(always)]
+        pub(crate) fn new<G>(guard: G) -> G {
+            guard
+        }
     }
-    #[cfg(not(feature = "std"))]
-    drop(panic);
+
+    #[inline(always)]
+    pub(crate) fn assert_no_lock() {}
 }
 
-/// What a panic carried.
-pub(crate) type Panic = alloc::boxed::Box<dyn core::any::Any + Send>;
+pub(crate) use held::assert_no_lock;

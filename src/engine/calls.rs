@@ -4,68 +4,45 @@
 //! notifier. The invalidation says so once, with a plain store and without the lock: after that its guard may be held for ever. Who
 //! removes and finds a call under way on another thread yields to its executor and looks again; a sleeping wait would need a
 //! read-modify-write in every invalidation that hits something (`DESIGN.md`, "When are the first passes over?").
+//!
+//! Only an invalidation that has a place (see [`PLACES`]) has a flag here. One in the crowd says so under the lock.
+#![forbid(unsafe_code)]
 
-use crate::protocol::Id;
+use crate::protocol::{Id, PLACES};
 use crate::sync::{AtomicBool, Ordering};
-use alloc::boxed::Box;
-use spin::Once;
 
-/// Ids in the first chunk; each further chunk has twice as many as the one before.
-const FIRST: usize = 32;
-const CHUNKS: usize = 28;
+/// A flag for each place, at an address that does not change, so that it is reached without the lock.
+pub(crate) struct FirstPassFlags([AtomicBool; PLACES]);
 
-/// A flag for each id, at an address that does not change, so that it is reached without the lock.
-pub(crate) struct CallTable {
-    /// Those of the first ids, which are used most, in place.
-    first: [AtomicBool; FIRST],
-    chunks: [Once<Box<[AtomicBool]>>; CHUNKS],
-}
-
-/// Chunk and place in it.
-#[inline]
-fn place(id: Id) -> (usize, usize) {
-    let from_first = id as usize + FIRST;
-    let chunk = (from_first.ilog2() - FIRST.ilog2()) as usize;
-    (chunk, from_first - (FIRST << chunk))
-}
-
-impl CallTable {
+impl FirstPassFlags {
     pub(crate) fn new() -> Self {
-        Self { first: core::array::from_fn(|_| AtomicBool::new(false)), chunks: [const { Once::new() }; CHUNKS] }
+        Self(core::array::from_fn(|_| AtomicBool::new(false)))
     }
 
-    /// The invalidation begins to call notifiers. Under the space's lock.
-    #[inline]
-    pub(crate) fn begin(&self, id: Id) {
-        match self.first.get(id as usize) {
-            Some(flag) => flag.store(true, Ordering::Relaxed),
-            None => {
-                let (chunk, at) = place(id);
-                let flags = self.chunks[chunk].call_once(|| (0..FIRST << chunk).map(|_| AtomicBool::new(false)).collect());
-                flags[at].store(true, Ordering::Relaxed);
-            }
+    /// The invalidation begins to call notifiers. Under the space's lock. Returns `false` if it has no place.
+    #[inline(always)]
+    pub(crate) fn raise(&self, id: Id) -> bool {
+        let flag = self.0.get(id as usize);
+        if let Some(flag) = flag {
+            flag.store(true, Ordering::Relaxed);
         }
+        flag.is_some()
     }
 
-    /// It will call none any more: what its first passes did happened before whoever learns of it.
-    #[inline]
-    pub(crate) fn end(&self, id: Id) {
-        if let Some(flag) = self.flag(id) {
+    /// It will call none any more: what its first passes did happened before whoever learns of it. Returns `false` if it
+    /// has no place.
+    #[inline(always)]
+    pub(crate) fn lower(&self, id: Id) -> bool {
+        let flag = self.0.get(id as usize);
+        if let Some(flag) = flag {
             flag.store(false, Ordering::Release);
         }
+        flag.is_some()
     }
 
-    /// Whether it may still call notifiers. Under the space's lock.
-    pub(crate) fn under_way(&self, id: Id) -> bool {
-        self.flag(id).is_some_and(|flag| flag.load(Ordering::Acquire))
-    }
-
-    #[inline]
-    fn flag(&self, id: Id) -> Option<&AtomicBool> {
-        self.first.get(id as usize).or_else(|| {
-            let (chunk, at) = place(id);
-            Some(&self.chunks[chunk].get()?[at])
-        })
+    /// Whether it may still call notifiers; `None` if it has no place. Under the space's lock.
+    pub(crate) fn is_up(&self, id: Id) -> Option<bool> {
+        Some(self.0.get(id as usize)?.load(Ordering::Acquire))
     }
 }
 
@@ -74,27 +51,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn every_id_has_a_place_of_its_own() {
-        let mut next = (0, 0);
-        for id in 0..10_000 {
-            assert_eq!(place(id), next);
-            next.1 += 1;
-            if next.1 == FIRST << next.0 {
-                next = (next.0 + 1, 0);
-            }
+    fn a_call_is_under_way_from_raise_to_lower_and_the_crowd_has_no_flag() {
+        let flags = FirstPassFlags::new();
+        for id in [0, PLACES as Id - 1] {
+            assert_eq!(flags.is_up(id), Some(false));
+            assert!(flags.raise(id));
+            assert_eq!(flags.is_up(id), Some(true));
+            assert!(flags.lower(id));
+            assert_eq!(flags.is_up(id), Some(false));
         }
-        assert!(place(Id::MAX).0 < CHUNKS);
-    }
-
-    #[test]
-    fn a_call_is_under_way_from_begin_to_end() {
-        let calls = CallTable::new();
-        for id in [0, 31, 32, 95, 96, 5000] {
-            assert!(!calls.under_way(id));
-            calls.begin(id);
-            assert!(calls.under_way(id));
-            calls.end(id);
-            assert!(!calls.under_way(id));
+        for id in [PLACES as Id, Id::MAX] {
+            assert!(!flags.raise(id) && !flags.lower(id) && flags.is_up(id).is_none());
         }
     }
 }

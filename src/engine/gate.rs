@@ -7,6 +7,7 @@
 #[cfg(any(feature = "userfaultfd", loom))]
 mod real {
     use crate::engine::Shared;
+    use crate::foreign::TaskWaker;
     use crate::sync::{AtomicUsize, Ordering, fence};
     use core::task::{Context, Poll};
 
@@ -43,9 +44,9 @@ mod real {
         /// Undoes `times` closings, and wakes the readers once there is none left.
         pub(crate) fn open_gate(&self, times: usize) {
             if times != 0 && self.gate.0.fetch_sub(times, Ordering::AcqRel) == times {
-                self.with(|state, after| {
+                self.with(|state, outbox| {
                     if !state.gated.is_empty() {
-                        after.work().wakers.append(&mut state.gated);
+                        outbox.contents().tasks.append(&mut state.gated);
                     }
                 });
             }
@@ -54,19 +55,19 @@ mod real {
         /// Waits for the gate; `open_gate` takes the lock after it has opened it, so a reader either sees it open or is woken.
         #[cold]
         pub(crate) fn poll_gate(&self, cx: &mut Context<'_>) -> Poll<()> {
-            let waker = cx.waker().clone();
-            let (polled, unused) = self.with(|state, _| {
+            let task = TaskWaker::new(cx.waker(), &self.host.losses);
+            self.with(|state, outbox| {
                 if !self.gate.is_closed() {
-                    return (Poll::Ready(()), Some(waker));
+                    outbox.contents().unused.push(task);
+                    return Poll::Ready(());
                 }
-                if state.gated.iter().any(|known| known.will_wake(&waker)) {
-                    return (Poll::Pending, Some(waker));
+                if state.gated.iter().any(|known| known.wakes(cx.waker())) {
+                    outbox.contents().unused.push(task);
+                } else {
+                    state.gated.push(task);
                 }
-                state.gated.push(waker);
-                (Poll::Pending, None)
-            });
-            drop(unused);
-            polled
+                Poll::Pending
+            })
         }
     }
 }

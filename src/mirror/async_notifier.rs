@@ -1,5 +1,6 @@
 //! Notifiers whose invalidation is one `async fn`.
 
+use crate::foreign::Inline;
 use crate::notifier::{IntervalNotifier, Invalidation, InvalidationInfo, WouldBlock};
 use crate::pass::PassFuture;
 use crate::sync::Arc;
@@ -42,8 +43,12 @@ pub trait AsyncIntervalNotifier: Send + Sync + 'static {
     /// Decides, without waiting, whether the invalidation concerns the device, before `invalidate` is called.
     ///
     /// Returns `Ok(true)` after [`set_seq`](Invalidation::set_seq), which is what it does unless it is written otherwise. To leave the
-    /// device alone (S4) return `Ok(false)` without it; then `invalidate` is not called. That the sequence is set here, before the
-    /// driver's lock is taken, is safe: it makes readers collide a little earlier, never later.
+    /// device alone (S4) return `Ok(false)` without it; then `invalidate` is not called.
+    ///
+    /// The sequence may be set here, before the driver's lock is taken, because two things hold: it never goes back, also when first
+    /// passes of two invalidations set it at the same time (S4); and `invalidate` zaps under the driver's lock *afterwards*. A reader
+    /// that checks under that lock before the zap and installs is zapped; one that checks after it collides. A driver that zaps in
+    /// `begin` has to take its lock first.
     ///
     /// # Errors
     /// [`WouldBlock`] to refuse a non-blockable invalidation.
@@ -77,6 +82,8 @@ impl<A: AsyncIntervalNotifier> IntervalNotifier for AsyncNotifier<A> {
         if !self.0.begin(invalidation)? {
             return Ok(None);
         }
+        // What the future waits for is waited for by the pass that it becomes, not by this call (F3).
+        let _inline = Inline::enter();
         let mut pass = self.0.clone().invalidate(invalidation.info());
         // The engine polls it again with a waker of its own, so that nothing that happens in between is lost.
         let first = pass.as_mut().poll(&mut Context::from_waker(Waker::noop()));

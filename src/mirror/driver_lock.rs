@@ -43,6 +43,68 @@ mod raw {
     }
 }
 
+/// Which thread holds a lock, so that one that waits for itself panics instead.
+mod holder {
+    // Model checkers run all their threads on one, and without `std` threads cannot be told apart.
+    #[cfg(all(feature = "std", not(any(loom, shuttle))))]
+    mod real {
+        use core::sync::atomic::{AtomicUsize, Ordering};
+
+        std::thread_local!(static HERE: u8 = const { 0 });
+
+        /// The address of something that each thread has; 0 while nobody holds the lock.
+        #[derive(Default)]
+        pub(crate) struct Holder(AtomicUsize);
+
+        fn here() -> usize {
+            HERE.with(|here| core::ptr::from_ref(here).addr())
+        }
+
+        impl Holder {
+            pub(crate) const fn new() -> Self {
+                Self(AtomicUsize::new(0))
+            }
+
+            #[inline]
+            pub(crate) fn is_here(&self) -> bool {
+                // Only this thread stores its own address, and clears it before the lock is free.
+                self.0.load(Ordering::Relaxed) == here()
+            }
+
+            #[inline]
+            pub(crate) fn take(&self) {
+                self.0.store(here(), Ordering::Relaxed);
+            }
+
+            #[inline]
+            pub(crate) fn clear(&self) {
+                self.0.store(0, Ordering::Relaxed);
+            }
+        }
+    }
+
+    #[cfg(not(all(feature = "std", not(any(loom, shuttle)))))]
+    mod real {
+        #[derive(Default)]
+        pub(crate) struct Holder;
+
+        impl Holder {
+            pub(crate) const fn new() -> Self {
+                Self
+            }
+
+            pub(crate) fn is_here(&self) -> bool {
+                false
+            }
+
+            pub(crate) fn take(&self) {}
+            pub(crate) fn clear(&self) {}
+        }
+    }
+
+    pub(crate) use real::Holder;
+}
+
 /// The kernel's `user_lock` around the driver's device mappings `T`, with the discipline built in.
 ///
 /// In a first pass [`lock_for`](Self::lock_for) locks *and* sets the sequence; a reader gets at `T` to install a mapping only through
@@ -51,23 +113,38 @@ mod raw {
 /// [`Invalidation::set_seq`] and [`Subscription::read_retry`] under it instead.
 ///
 /// It blocks the thread, so hold it for short; with `std` it is the standard library's `Mutex` that ignores poisoning, without it a spin lock.
+/// A thread that waits for a lock that it holds itself panics (with `std`).
 #[derive(Default)]
 pub struct DriverLock<T> {
+    holder: holder::Holder,
     mutex: raw::Mutex<T>,
 }
 
 /// Access to what a [`DriverLock`] protects. Not `Send` with `std`: do not hold it across an await.
 pub struct DriverGuard<'a, T> {
+    // Dropped first: before the lock is free.
+    _held: Held<'a>,
     guard: raw::Guard<'a, T>,
 }
 
-/// A mapping could not be installed: the notifier was invalidated since `read_begin` (R2). Start over with `read_begin`.
+/// Says who holds a lock while it exists.
+struct Held<'a>(&'a holder::Holder);
+
+impl Drop for Held<'_> {
+    #[inline]
+    fn drop(&mut self) {
+        self.0.clear();
+    }
+}
+
+/// A mapping could not be installed: the notifier was invalidated since `read_begin` (R2), or its subscription was closed. Start
+/// over with `read_begin`, unless it was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Collision;
 
 impl fmt::Display for Collision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the range was invalidated since read_begin: what was read may be stale, start over with read_begin")
+        f.write_str("the range was invalidated since read_begin, or its subscription was closed: what was read may be stale, start over with read_begin")
     }
 }
 
@@ -143,13 +220,13 @@ impl<T> DriverLock<T> {
     /// A lock around the driver's mappings.
     #[cfg(not(any(loom, shuttle)))]
     pub const fn new(mappings: T) -> Self {
-        Self { mutex: raw::Mutex::new(mappings) }
+        Self { holder: holder::Holder::new(), mutex: raw::Mutex::new(mappings) }
     }
 
     #[cfg(any(loom, shuttle))]
     #[allow(missing_docs, reason = "as above; the types of model checkers have no `const fn new`")]
     pub fn new(mappings: T) -> Self {
-        Self { mutex: raw::Mutex::new(mappings) }
+        Self { holder: holder::Holder::new(), mutex: raw::Mutex::new(mappings) }
     }
 
     /// The mappings, without the lock.
@@ -159,8 +236,24 @@ impl<T> DriverLock<T> {
 
     /// Locks to look at the mappings or to remove some. To install one, use [`install`](Self::install); in a first pass,
     /// [`lock_for`](Self::lock_for).
+    ///
+    /// # Panics
+    /// When this thread holds the lock already, which would never end (with `std`).
+    #[inline]
     pub fn lock(&self) -> DriverGuard<'_, T> {
-        DriverGuard { guard: raw::lock(&self.mutex) }
+        assert!(
+            !self.is_held_here(),
+            "this thread holds this driver lock already: drop the guard, or leave the closure, before it is locked again"
+        );
+        let guard = raw::lock(&self.mutex);
+        self.holder.take();
+        DriverGuard { _held: Held(&self.holder), guard }
+    }
+
+    /// Whether this thread holds the lock.
+    #[inline]
+    pub(crate) fn is_held_here(&self) -> bool {
+        self.holder.is_here()
     }
 
     /// In a first pass: locks, and sets the notifier's own sequence, so that readers that began before will collide (S4, R2).
@@ -178,11 +271,23 @@ impl<T> DriverLock<T> {
     /// [`Collision`] when it was; then nothing ran.
     ///
     /// # Panics
-    /// In debug builds when the notifier's first pass takes another [`DriverLock`] than this: such a check could miss an invalidation.
+    /// In debug builds when the notifier's first pass takes another [`DriverLock`] and not this one: such a check could miss an
+    /// invalidation. When this thread holds the lock already.
     pub fn install<N: IntervalNotifier, R>(
         &self,
         subscription: &Subscription<N>,
         sequence: Sequence,
+        install: impl FnOnce(&mut T) -> R,
+    ) -> Result<R, Collision> {
+        self.install_if(subscription, sequence, |_| true, install)
+    }
+
+    /// [`install`](Self::install) if what the lock protects is `open` to it, besides.
+    pub(crate) fn install_if<N: IntervalNotifier, R>(
+        &self,
+        subscription: &Subscription<N>,
+        sequence: Sequence,
+        open: impl FnOnce(&T) -> bool,
         install: impl FnOnce(&mut T) -> R,
     ) -> Result<R, Collision> {
         let mut guard = self.lock();
@@ -191,7 +296,7 @@ impl<T> DriverLock<T> {
             "mapping installed for {} under another lock than its first pass takes: use that one",
             subscription.name()
         );
-        if subscription.read_retry(sequence) { Err(Collision) } else { Ok(install(&mut guard)) }
+        if subscription.read_retry(sequence) || !open(&guard) { Err(Collision) } else { Ok(install(&mut guard)) }
     }
 
     /// The whole collision-retry loop of a mirroring driver: `read_begin`; `prepare`, which looks at the memory and may wait for it; then lock, check and
@@ -232,6 +337,22 @@ impl<T> DriverLock<T> {
         &self,
         subscription: &Subscription<N>,
         budget: RetryBudget,
+        prepare: impl FnMut(Sequence) -> F,
+        install: impl FnMut(&mut T, P) -> R,
+    ) -> Result<R, MirrorError<E>>
+    where
+        N: IntervalNotifier,
+        F: Future<Output = Result<P, E>>,
+    {
+        self.mirror_if(subscription, budget, |_| true, prepare, install).await
+    }
+
+    /// [`mirror`](Self::mirror) as long as what the lock protects is `open` to it.
+    pub(crate) async fn mirror_if<N, P, E, F, R>(
+        &self,
+        subscription: &Subscription<N>,
+        budget: RetryBudget,
+        open: impl Fn(&T) -> bool,
         mut prepare: impl FnMut(Sequence) -> F,
         mut install: impl FnMut(&mut T, P) -> R,
     ) -> Result<R, MirrorError<E>>
@@ -246,7 +367,7 @@ impl<T> DriverLock<T> {
         loop {
             let sequence = subscription.read_begin().await;
             let prepared = prepare(sequence).await.map_err(MirrorError::Prepare)?;
-            if let Ok(installed) = self.install(subscription, sequence, |mappings| install(mappings, prepared)) {
+            if let Ok(installed) = self.install_if(subscription, sequence, &open, |mappings| install(mappings, prepared)) {
                 return Ok(installed);
             }
             if subscription.is_closed() {

@@ -1,13 +1,14 @@
 //! Drivers that are tasks: invalidations as a stream.
 
 use crate::event::Event;
+use crate::foreign::{Losses, TaskWaker};
 use crate::mirror::driver_lock::{Collision, DriverLock, MirrorError, RetryBudget};
 use crate::notifier::{IntervalNotifier, Invalidation, InvalidationInfo, Sequence, WouldBlock};
 use crate::pass::PassFuture;
 use crate::range::AddressRange;
 use crate::space::{AddressSpace, InsertError};
 use crate::subscription::Subscription;
-use crate::sync::Arc;
+use crate::sync::{Arc, Lock};
 use crate::{Close, ReadBegin};
 use alloc::borrow::Cow;
 use alloc::collections::VecDeque;
@@ -53,24 +54,33 @@ use slab::Slab;
 /// longer (A4). To handle first what is pending, call [`remove`](Self::remove) and go on until the stream ends.
 pub struct Inbox<T: Send + 'static> {
     subscription: Subscription<InboxNotifier<T>>,
-    desk: Arc<DriverLock<Desk<T>>>,
+    desk: Arc<Desk<T>>,
 }
 
 /// The notifier behind an [`Inbox`].
 struct InboxNotifier<T> {
-    desk: Arc<DriverLock<Desk<T>>>,
+    desk: Arc<Desk<T>>,
     name: Cow<'static, str>,
 }
 
-/// What the driver lock of an inbox protects.
+/// What the inbox, its notifier, its passes and its deliveries share.
 struct Desk<T> {
-    mappings: T,
+    /// The driver lock of the inbox. First passes and installs hold it; so does whoever ends the stream, so that nothing is
+    /// installed afterwards (A5).
+    mappings: DriverLock<T>,
+    /// Inside the driver lock where both are held.
+    post: Lock<Post>,
+    losses: Arc<Losses>,
+}
+
+/// What waits to be handled.
+#[derive(Default)]
+struct Post {
     /// Invalidations whose pass is pending.
     letters: Slab<Letter>,
     /// Those that wait to be taken, in order.
     queue: VecDeque<usize>,
-    /// Tasks that wait for the stream.
-    consumers: Vec<Waker>,
+    consumers: Consumers,
     /// No further invalidation comes: the inbox was removed, or the space released.
     closing: bool,
     /// The stream has ended, or the inbox is gone: nobody handles what comes now.
@@ -83,12 +93,57 @@ struct Letter {
     serial: u64,
     deliveries: u32,
     done: bool,
-    waker: Option<Waker>,
+    task: Option<Arc<TaskWaker>>,
+}
+
+/// Tasks that wait for the stream.
+///
+/// A `&Inbox` is a stream, so nobody says when such a task goes. When there are twice as many as came back the last time, all are
+/// woken: those that are still there come back, and the others are forgotten (A5).
+#[derive(Default)]
+struct Consumers {
+    waiting: Vec<Arc<TaskWaker>>,
+    /// Those that were woken last, to tell who comes back.
+    woken: Vec<Arc<TaskWaker>>,
+    /// How many of them have come back.
+    back: usize,
+    room: usize,
+}
+
+/// There is room for as many tasks, at least, before all are woken.
+const FEW_CONSUMERS: usize = 8;
+
+impl Consumers {
+    fn take(&mut self) -> Vec<Arc<TaskWaker>> {
+        core::mem::take(&mut self.waiting)
+    }
+
+    /// One more waits. Returns those that are to be woken, and others that are to be dropped outside of the lock.
+    #[must_use]
+    fn add(&mut self, task: Arc<TaskWaker>, waker: &Waker) -> [Vec<Arc<TaskWaker>>; 2] {
+        if self.waiting.iter().any(|known| known.wakes(waker)) {
+            return [Vec::new(), Vec::new()];
+        }
+        self.back += usize::from(self.woken.iter().any(|known| known.wakes(waker)));
+        let full = self.waiting.len() >= self.room.max(FEW_CONSUMERS);
+        let woken = if full { self.take() } else { Vec::new() };
+        self.waiting.push(task);
+        if !full {
+            return [woken, Vec::new()];
+        }
+        self.room = 2 * core::mem::take(&mut self.back);
+        let gone = core::mem::replace(&mut self.woken, woken.clone());
+        [woken, gone]
+    }
+}
+
+fn wake(tasks: Vec<Arc<TaskWaker>>) {
+    tasks.iter().for_each(|task| task.rouse());
 }
 
 /// The pass of a queued invalidation.
 struct InboxPass<T: Send + 'static> {
-    desk: Arc<DriverLock<Desk<T>>>,
+    desk: Arc<Desk<T>>,
     letter: usize,
 }
 
@@ -97,14 +152,14 @@ struct InboxPass<T: Send + 'static> {
 /// Dropped without that it goes back to the head of the queue.
 #[must_use = "the invalidation waits until `done` is called; dropped, it is delivered again"]
 pub struct Delivery<T: Send + 'static> {
-    desk: Arc<DriverLock<Desk<T>>>,
+    desk: Arc<Desk<T>>,
     letter: usize,
     serial: u64,
     info: InvalidationInfo,
     deliveries: u32,
 }
 
-impl<T> Desk<T> {
+impl Post {
     /// The letter that a delivery stands for, unless its pass is gone or done.
     fn letter(&mut self, letter: usize, serial: u64) -> Option<&mut Letter> {
         self.letters.get_mut(letter).filter(|letter| letter.serial == serial && !letter.done)
@@ -118,20 +173,24 @@ impl<T> Desk<T> {
 
 impl<T: Send + 'static> IntervalNotifier for InboxNotifier<T> {
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-        let mut desk = self.desk.lock_for(invalidation);
-        desk.closing |= invalidation.event() == Event::Release;
-        if desk.ended {
-            return Ok(None);
-        }
-        desk.serial += 1;
-        let serial = desk.serial;
-        let letter = Letter { info: invalidation.info(), serial, deliveries: 0, done: false, waker: None };
-        let letter = desk.letters.insert(letter);
-        desk.queue.push_back(letter);
-        let consumers = core::mem::take(&mut desk.consumers);
-        drop(desk);
-        consumers.into_iter().for_each(Waker::wake);
-        Ok(Some(PassFuture::new(InboxPass { desk: self.desk.clone(), letter })))
+        let mappings = self.desk.mappings.lock_for(invalidation);
+        let (letter, consumers) = {
+            let mut post = self.desk.post.lock();
+            post.closing |= invalidation.event() == Event::Release;
+            if post.ended {
+                return Ok(None);
+            }
+            post.serial += 1;
+            let serial = post.serial;
+            let letter = Letter { info: invalidation.info(), serial, deliveries: 0, done: false, task: None };
+            let letter = post.letters.insert(letter);
+            post.queue.push_back(letter);
+            (letter, post.consumers.take())
+        };
+        drop(mappings);
+        let pass = PassFuture::new(InboxPass { desk: self.desk.clone(), letter });
+        wake(consumers);
+        Ok(Some(pass))
     }
 
     fn name(&self) -> Cow<'static, str> {
@@ -143,27 +202,27 @@ impl<T: Send + 'static> Future for InboxPass<T> {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        // Cloned and dropped outside of the lock: both may be foreign code.
-        let waker = cx.waker().clone();
-        let mut desk = self.desk.lock();
-        let letter = &mut desk.letters[self.letter];
-        if letter.done {
-            return Poll::Ready(());
-        }
-        let old = letter.waker.replace(waker);
-        drop(desk);
-        drop(old);
+        // Cloned and dropped outside of the lock.
+        let task = TaskWaker::new(cx.waker(), &self.desk.losses);
+        let _old = {
+            let mut post = self.desk.post.lock();
+            let letter = &mut post.letters[self.letter];
+            if letter.done {
+                return Poll::Ready(());
+            }
+            letter.task.replace(task)
+        };
         Poll::Pending
     }
 }
 
 impl<T: Send + 'static> Drop for InboxPass<T> {
     fn drop(&mut self) {
-        let mut desk = self.desk.lock();
-        let letter = desk.letters.remove(self.letter);
-        desk.queue.retain(|queued| *queued != self.letter);
-        drop(desk);
-        drop(letter);
+        let _letter = {
+            let mut post = self.desk.post.lock();
+            post.queue.retain(|queued| *queued != self.letter);
+            post.letters.try_remove(self.letter)
+        };
     }
 }
 
@@ -174,13 +233,21 @@ impl<T: Send + 'static> Inbox<T> {
     }
 
     /// Locks the driver's mappings to look at them or to remove some. To install one use [`install`](Self::install).
+    ///
+    /// # Panics
+    /// When this thread is in `with` or `install` of the same inbox already: one lock cannot be taken twice.
     pub fn with<R>(&self, look: impl FnOnce(&mut T) -> R) -> R {
-        look(&mut self.desk.lock().mappings)
+        look(&mut self.desk.mappings.lock())
     }
 
     /// How many invalidations wait to be taken from the stream.
     pub fn queued(&self) -> usize {
-        self.desk.lock().queue.len()
+        self.desk.post.lock().queue.len()
+    }
+
+    /// Whether the stream has ended, or [`remove`](Self::remove) was called: nothing can be installed any more (A5).
+    pub fn is_closed(&self) -> bool {
+        self.subscription.is_closed() || self.desk.post.lock().ended
     }
 
     /// Begins a read-side section, as [`Subscription::read_begin`] does.
@@ -196,16 +263,20 @@ impl<T: Send + 'static> Inbox<T> {
     /// Locks, checks and installs in one, as [`DriverLock::install`] does.
     ///
     /// # Errors
-    /// [`Collision`] when an invalidation has come since `read_begin`, whether the task has handled it yet or not (A1).
+    /// [`Collision`] when an invalidation has come since `read_begin`, whether the task has handled it yet or not (A1), and always when
+    /// the inbox [is closed](Self::is_closed) (A5).
+    ///
+    /// # Panics
+    /// When this thread is in `with` or `install` of the same inbox already.
     pub fn install<R>(&self, sequence: Sequence, install: impl FnOnce(&mut T) -> R) -> Result<R, Collision> {
-        self.desk.install(&self.subscription, sequence, |desk| install(&mut desk.mappings))
+        self.desk.mappings.install_if(&self.subscription, sequence, |_| self.desk.is_open(), install)
     }
 
     /// The whole collision-retry loop, as [`DriverLock::mirror`] does it.
     ///
     /// # Errors
     /// [`MirrorError::Prepare`] with the first error of `prepare`; [`MirrorError::RetriesExhausted`] when the budget is used up;
-    /// [`MirrorError::Closed`] after [`remove`](Self::remove).
+    /// [`MirrorError::Closed`] after [`remove`](Self::remove) and after the stream has ended (A5).
     ///
     /// # Cancel safety
     /// May be dropped at any moment: nothing is installed then unless it has resolved.
@@ -213,45 +284,76 @@ impl<T: Send + 'static> Inbox<T> {
         &self,
         budget: RetryBudget,
         prepare: impl FnMut(Sequence) -> F,
-        mut install: impl FnMut(&mut T, P) -> R,
+        install: impl FnMut(&mut T, P) -> R,
     ) -> Result<R, MirrorError<E>>
     where
         F: Future<Output = Result<P, E>>,
     {
-        self.desk.mirror(&self.subscription, budget, prepare, |desk, prepared| install(&mut desk.mappings, prepared)).await
+        self.desk.mappings.mirror_if(&self.subscription, budget, |_| self.desk.is_open(), prepare, install).await
     }
 
     /// Ends the subscription in the call: invalidations that start from now on are not queued. The future waits until what is pending has
     /// been handled, so somebody has to go on with the stream, which ends after that (A4).
     pub fn remove(&self) -> Close<'_> {
         let close = self.subscription.close();
-        let mut desk = self.desk.lock();
-        desk.closing = true;
-        let consumers = core::mem::take(&mut desk.consumers);
-        drop(desk);
-        consumers.into_iter().for_each(Waker::wake);
+        let consumers = {
+            let mut post = self.desk.post.lock();
+            post.closing = true;
+            post.consumers.take()
+        };
+        wake(consumers);
         close
     }
 
     fn poll_delivery(&self, cx: &mut Context<'_>) -> Poll<Option<Delivery<T>>> {
-        let mut waker = Some(cx.waker().clone());
-        let mut desk = self.desk.lock();
-        let Some(letter) = desk.queue.pop_front() else {
-            if desk.is_over() {
-                desk.ended = true;
-                return Poll::Ready(None);
+        // Cloned and dropped outside of the lock.
+        let task = TaskWaker::new(cx.waker(), &self.desk.losses);
+        let changed = {
+            let mut post = self.desk.post.lock();
+            if let Some(letter) = post.queue.pop_front() {
+                let of = &mut post.letters[letter];
+                of.deliveries = of.deliveries.saturating_add(1);
+                let (serial, info, deliveries) = (of.serial, of.info, of.deliveries);
+                drop(post);
+                return Poll::Ready(Some(Delivery { desk: self.desk.clone(), letter, serial, info, deliveries }));
             }
-            if !desk.consumers.iter().any(|known| known.will_wake(cx.waker())) {
-                desk.consumers.extend(waker.take());
+            if post.is_over() {
+                drop(post);
+                return self.end_stream().map_or_else(
+                    || {
+                        // Something has come between the two locks.
+                        task.rouse();
+                        Poll::Pending
+                    },
+                    |()| Poll::Ready(None),
+                );
             }
-            drop(desk);
-            return Poll::Pending;
+            post.consumers.add(task.clone(), cx.waker())
         };
-        let of = &mut desk.letters[letter];
-        of.deliveries += 1;
-        let delivery = Delivery { desk: self.desk.clone(), letter, serial: of.serial, info: of.info, deliveries: of.deliveries };
-        drop(desk);
-        Poll::Ready(Some(delivery))
+        let [woken, _gone] = changed;
+        wake(woken);
+        Poll::Pending
+    }
+
+    /// A4, A5: the stream ends, unless something has come. Under the driver lock, so that nothing is installed afterwards.
+    fn end_stream(&self) -> Option<()> {
+        {
+            let _mappings = self.desk.mappings.lock();
+            let mut post = self.desk.post.lock();
+            if !post.is_over() || !post.queue.is_empty() {
+                return None;
+            }
+            post.ended = true;
+        }
+        drop(self.subscription.close());
+        Some(())
+    }
+}
+
+impl<T> Desk<T> {
+    /// Whether something may be installed. Under the driver lock.
+    fn is_open(&self) -> bool {
+        !self.post.lock().ended
     }
 }
 
@@ -275,16 +377,19 @@ impl<T: Send + 'static> Stream for &Inbox<T> {
 impl<T: Send + 'static> Drop for Inbox<T> {
     fn drop(&mut self) {
         drop(self.subscription.close());
-        let mut desk = self.desk.lock();
-        (desk.closing, desk.ended) = (true, true);
-        let mut wakers = core::mem::take(&mut desk.consumers);
-        desk.queue.clear();
-        for (_, letter) in &mut desk.letters {
-            letter.done = true;
-            wakers.extend(letter.waker.take());
-        }
-        drop(desk);
-        wakers.into_iter().for_each(Waker::wake);
+        let tasks = {
+            let mut post = self.desk.post.lock();
+            let post = &mut *post;
+            (post.closing, post.ended) = (true, true);
+            post.queue.clear();
+            let mut tasks = post.consumers.take();
+            for (_, letter) in &mut post.letters {
+                letter.done = true;
+                tasks.extend(letter.task.take());
+            }
+            tasks
+        };
+        wake(tasks);
     }
 }
 
@@ -316,29 +421,42 @@ impl<T: Send + 'static> Delivery<T> {
     }
 
     /// The device has stopped using the range: completes the pass.
+    ///
+    /// # Panics
+    /// When called inside [`with`](Inbox::with) or [`install`](Inbox::install) of its own inbox: what it wakes may need the
+    /// lock that is held there. The delivery then goes back to the head of the queue.
     pub fn done(self) {
-        let mut desk = self.desk.lock();
-        let waker = desk.letter(self.letter, self.serial).and_then(|letter| {
-            letter.done = true;
-            letter.waker.take()
-        });
-        let consumers = if desk.is_over() { core::mem::take(&mut desk.consumers) } else { Vec::new() };
-        drop(desk);
-        waker.into_iter().chain(consumers).for_each(Waker::wake);
+        assert!(
+            !self.desk.mappings.is_held_here(),
+            "`done` is called while this thread holds the inbox's lock: call it after `with` or `install` has returned"
+        );
+        let (task, consumers) = {
+            let mut post = self.desk.post.lock();
+            let task = post.letter(self.letter, self.serial).and_then(|letter| {
+                letter.done = true;
+                letter.task.take()
+            });
+            (task, if post.is_over() { post.consumers.take() } else { Vec::new() })
+        };
+        if let Some(task) = task {
+            task.rouse();
+        }
+        wake(consumers);
         // The drop that follows finds it done.
     }
 }
 
 impl<T: Send + 'static> Drop for Delivery<T> {
     fn drop(&mut self) {
-        let mut desk = self.desk.lock();
-        if desk.letter(self.letter, self.serial).is_none() {
-            return;
-        }
-        desk.queue.push_front(self.letter);
-        let consumers = core::mem::take(&mut desk.consumers);
-        drop(desk);
-        consumers.into_iter().for_each(Waker::wake);
+        let consumers = {
+            let mut post = self.desk.post.lock();
+            if post.letter(self.letter, self.serial).is_none() {
+                return;
+            }
+            post.queue.push_front(self.letter);
+            post.consumers.take()
+        };
+        wake(consumers);
     }
 }
 
@@ -370,23 +488,15 @@ impl AddressSpace {
         if self.is_released() {
             return Err(InsertError::new(mappings));
         }
-        let desk = Desk {
-            mappings,
-            letters: Slab::new(),
-            queue: VecDeque::new(),
-            consumers: Vec::new(),
-            closing: false,
-            ended: false,
-            serial: 0,
-        };
-        let desk = Arc::new(DriverLock::new(desk));
+        let (mappings, losses) = (DriverLock::new(mappings), self.shared().host.losses.clone());
+        let desk = Arc::new(Desk { mappings, post: Lock::new(Post::default()), losses });
         match self.insert(range, InboxNotifier { desk: desk.clone(), name: name.into() }) {
             Ok(subscription) => Ok(Inbox { subscription, desk }),
             Err(error) => {
                 drop(error);
                 // Released just now: the notifier was the only other one who knew the desk.
                 match Arc::try_unwrap(desk) {
-                    Ok(desk) => Err(InsertError::new(desk.into_inner().mappings)),
+                    Ok(desk) => Err(InsertError::new(desk.mappings.into_inner())),
                     Err(_) => unreachable!("the notifier was dropped with the error"),
                 }
             }

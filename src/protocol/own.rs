@@ -9,7 +9,8 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering};
 /// Own sequences are always odd (S5, S2), so the lowest bit is free to say whether the notifier is covered: a reader learns
 /// in one load what its sequence is and whether it has to wait (R3). These are atomics because readers look at them without a lock;
 /// they are *written* only by the owner of the protocol (`&mut Protocol`) and by `set_seq` in a first pass, during which
-/// the notifier is covered and the protocol leaves the word alone. So no read-modify-write is needed.
+/// the notifier is covered and the protocol leaves the word alone. So the protocol needs no read-modify-write; `set_seq`,
+/// which may run in two first passes at the same time, does.
 #[derive(Debug)]
 pub(crate) struct Own {
     /// The sequence while no active invalidation covers the notifier; the sequence less one while one does, or when the notifier is [`CLOSED`]:
@@ -20,7 +21,8 @@ pub(crate) struct Own {
     covering: AtomicU32,
     /// Where the index has put the notifier. Read and written by the owner of the protocol only.
     place: AtomicU32,
-    /// Which driver lock the sequence was set under last; 0 before. For the check that readers take the same one.
+    /// Which driver lock the sequence was set under; 0 before, [`SEVERAL`] once it was under another one, too. For the check
+    /// that readers take one that the first pass takes.
     #[cfg(debug_assertions)]
     driver_lock: AtomicU32,
     /// Checks until one is forced to fail; 0 when none is. Nothing to the protocol; it stands here because there is room.
@@ -32,6 +34,8 @@ const UNCOVERED: u64 = 1;
 
 /// One active invalidation in [`Own::covering`].
 const COVER: u32 = 32;
+/// As many invalidations as may be active at once: with one more, [`Own::covering`] could wrap.
+pub(super) const MOST_ACTIVE: u32 = u32::MAX / COVER - 1;
 /// A mark of a notifier: the end of an invalidation is to tell when nothing covers it any more.
 pub(crate) const WATCHED: u32 = 1;
 /// A mark of a notifier: no sequence of it is good for anything any more.
@@ -39,7 +43,11 @@ const CLOSED: u32 = 2;
 /// Marks whose meaning is the owner's.
 pub(crate) const MARKS: [u32; 3] = [4, 8, 16];
 
-/// Enough of an address to tell two locks apart; never 0.
+/// In [`Own::driver_lock`]: the first pass takes more than one.
+#[cfg(debug_assertions)]
+const SEVERAL: u32 = 1;
+
+/// Enough of an address to tell two locks apart; neither 0 nor [`SEVERAL`].
 #[cfg(debug_assertions)]
 fn short(address: usize) -> u32 {
     (address >> 2) as u32 | 1 << 31
@@ -72,7 +80,11 @@ impl Own {
     #[inline]
     pub(crate) fn note_driver_lock(&self, _address: usize) {
         #[cfg(debug_assertions)]
-        self.driver_lock.store(short(_address), Ordering::Relaxed);
+        {
+            let noted = self.driver_lock.load(Ordering::Relaxed);
+            let now = if noted == 0 || noted == short(_address) { short(_address) } else { SEVERAL };
+            self.driver_lock.store(now, Ordering::Relaxed);
+        }
     }
 
     /// Whether a reader that holds the lock at `_address` is safe from the first pass; always `true` in release builds.
@@ -81,7 +93,7 @@ impl Own {
         #[cfg(debug_assertions)]
         {
             let noted = self.driver_lock.load(Ordering::Relaxed);
-            noted == 0 || noted == short(_address)
+            noted == 0 || noted == SEVERAL || noted == short(_address)
         }
         #[cfg(not(debug_assertions))]
         true
@@ -120,9 +132,10 @@ impl Own {
         }
     }
 
-    /// Closes a notifier with these marks if no active invalidation covers it and it has no mark; otherwise does nothing and says so.
+    /// Quick form of [`close`](Self::close), with these marks, for a notifier that no active invalidation covers and that has
+    /// no mark; otherwise does nothing and returns `false`.
     #[inline(always)]
-    pub(crate) fn retire(&self, marks: u32) -> bool {
+    pub(crate) fn quick_close(&self, marks: u32) -> bool {
         let plain = self.covering.load(Ordering::Relaxed) == 0;
         if plain {
             self.covering.store(CLOSED | marks, Ordering::Relaxed);
@@ -136,15 +149,21 @@ impl Own {
         self.is_marked(CLOSED)
     }
 
-    /// S4: called in a first pass, under the driver's lock.
+    /// S4: called in a first pass.
     ///
     /// Never goes back: of two invalidations whose first passes reach a notifier in the other order than they
     /// started, the later sequence stays. Otherwise a third invalidation could give the later one out again (S6).
+    ///
+    /// A read-modify-write, because two first passes of one notifier may run at the same time and their driver need not
+    /// hold the same lock in both: a load and a store could each come between those of the other.
     #[inline]
     pub(crate) fn set(&self, sequence: u64) {
-        let word = self.word.load(Ordering::Relaxed);
-        if (sequence.wrapping_sub(word | UNCOVERED)).cast_signed() > 0 {
-            self.word.store(sequence & !UNCOVERED, Ordering::Release);
+        let mut word = self.word.load(Ordering::Relaxed);
+        while (sequence.wrapping_sub(word | UNCOVERED)).cast_signed() > 0 {
+            match self.word.compare_exchange_weak(word, sequence & !UNCOVERED, Ordering::AcqRel, Ordering::Relaxed) {
+                Ok(_) => return,
+                Err(other) => word = other,
+            }
         }
     }
 
@@ -198,9 +217,9 @@ impl Own {
         0
     }
 
-    /// The same if it is not marked; otherwise does nothing and says so.
+    /// Quick form of [`uncover`](Self::uncover) for a notifier without marks; otherwise does nothing and returns `false`.
     #[inline(always)]
-    pub(super) fn uncover_plainly(&self) -> bool {
+    pub(super) fn quick_uncover(&self) -> bool {
         let covering = self.covering.load(Ordering::Relaxed) - COVER;
         if !covering.is_multiple_of(COVER) {
             return false;

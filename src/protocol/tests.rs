@@ -98,13 +98,14 @@ fn cases(default: u32) -> ProptestConfig {
     ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
 }
 
-fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
+/// Runs `ops` with the quick ways where they are possible, or only the plain ones, which are their specification.
+fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
     let mut protocol = Protocol::<Test, Vec<Test>>::new(first);
     let mut sequence = first;
     let mut model: Vec<Model> = vec![];
     let mut running: Vec<Running> = vec![];
     let mut ranges: Vec<(u64, AddressRange)> = vec![];
-    for (order, op) in (1u64..).zip(ops) {
+    for (order, op) in (1u64..).zip(ops.iter().cloned()) {
         match op {
             Op::Insert(start, len) => {
                 let range = AddressRange::new(start, len).unwrap();
@@ -130,8 +131,7 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
                     let at = at.index(registered.len());
                     registered[at].registered = false;
                     let own = registered[at].member.own();
-                    // Without marks and uncovered it has a shorter way.
-                    if !own.retire(0) {
+                    if !quick || !own.quick_close(0) {
                         own.close();
                     }
                     prop_assert!(protocol.remove(registered[at].member));
@@ -174,14 +174,25 @@ fn run(first: u64, ops: Vec<Op>) -> Result<(), TestCaseError> {
                 if !running.is_empty() {
                     let ended = running.swap_remove(at.index(running.len()));
                     let mut uncovered = vec![];
-                    // An invalidation with one hit or none has a shorter way, unless somebody may have to be told of its end.
-                    let short = match ended.hits[..] {
-                        [] => protocol.end_without_hits(ended.id),
-                        [only] => protocol.end_plainly(ended.id, only).is_some(),
-                        _ => false,
-                    };
-                    if !short && protocol.end(ended.id, &ended.hits).0 {
-                        protocol.tell(ended.id, &ended.hits, |member| uncovered.push(member));
+                    let short = quick
+                        && match ended.hits[..] {
+                            [] => protocol.quick_end_none(ended.id),
+                            [only] => protocol.quick_end_one(ended.id, only).is_some(),
+                            _ => false,
+                        };
+                    let split =
+                        if quick && !short { protocol.quick_end(ended.id, &ended.hits).map(|(tell, _)| tell) } else { None };
+                    match split {
+                        Some(true) => {
+                            let told = protocol.tell(ended.id, &ended.hits, |member| uncovered.push(member));
+                            prop_assert!(told.is_some());
+                        }
+                        Some(false) => {}
+                        None if short => {}
+                        None => {
+                            let ended = protocol.end(ended.id, &ended.hits, |member| uncovered.push(member));
+                            prop_assert!(ended.is_some());
+                        }
                     }
                     ranges.retain(|(serial, _)| *serial != ended.serial);
                     let mut expected = 0;
@@ -213,12 +224,14 @@ proptest! {
     #![proptest_config(cases(512))]
     #[test]
     fn does_what_the_contract_says(ops in prop::collection::vec(op(), 1..200)) {
-        run(2, ops)?;
+        run(2, &ops, true)?;
+        run(2, &ops, false)?;
     }
 
     #[test]
     fn does_it_around_the_end_of_the_numbers(ops in prop::collection::vec(op(), 1..120)) {
-        run(u64::MAX - 11, ops)?;
+        run(u64::MAX - 11, &ops, true)?;
+        run(u64::MAX - 11, &ops, false)?;
     }
 }
 
@@ -230,4 +243,32 @@ fn a_later_sequence_is_not_set_back_by_an_earlier_invalidation() {
     assert_eq!(own.sequence(), 7);
     own.set(u64::MAX);
     assert_eq!(own.sequence(), 7, "that is before 7, around the end of the numbers");
+}
+
+#[test]
+fn as_many_are_active_as_can_be_counted_and_one_more_is_refused_before_anything_has_changed() {
+    let range = AddressRange::new(0, 1).unwrap();
+    let mut protocol = Protocol::<Test, Vec<Test>>::new(2);
+    protocol.active.most = PLACES as u32 + 3;
+    let member = Test(Box::leak(Box::new((Own::new(), 1, range))));
+    protocol.insert(member);
+    let mut running: Vec<(Id, Vec<Test>)> = vec![];
+    let start = |protocol: &mut Protocol<Test, Vec<Test>>| {
+        let started = protocol.start(range, |_, _| (), |hits| hits);
+        (started.id, core::mem::take(started.extra))
+    };
+    for _ in 0..PLACES + 3 {
+        running.push(start(&mut protocol));
+    }
+    let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| start(&mut protocol)));
+    let panic = refused.map(drop).unwrap_err();
+    assert!(panic.downcast_ref::<std::string::String>().unwrap().contains("invalidations are active at once"));
+    assert_eq!(protocol.active.len(), PLACES + 3);
+    for (id, hits) in running {
+        assert!(protocol.end(id, &hits, |_| ()).is_some());
+    }
+    assert_eq!((protocol.active.len(), protocol.sequence()), (0, 4));
+    assert!(member.own().stable_sequence().is_some() && protocol.active.crowd.is_empty());
+    let (id, hits) = start(&mut protocol);
+    assert!(protocol.quick_end(id, &hits).is_some());
 }

@@ -3,6 +3,7 @@
 
 use super::sys::{Memory, page_size};
 use crate::event::Event;
+use crate::foreign::{Callback, FirstPanic, keep};
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
 use core::fmt;
@@ -226,7 +227,7 @@ impl Drop for OwnedMapping {
     fn drop(&mut self) {
         let Some(memory) = self.memory.take() else { return };
         // After a panic of a driver it is not known whether its device has let go.
-        match crate::sync::catch(|| self.space.try_invalidate(memory.range(), Event::Unmap)) {
+        match keep(|_| self.space.try_invalidate(memory.range(), Event::Unmap)) {
             Ok(Err(_)) => {
                 LEAKED.fetch_add(memory.len() as u64, Ordering::Relaxed);
                 memory.leak();
@@ -238,7 +239,7 @@ impl Drop for OwnedMapping {
             Err(panic) => {
                 LEAKED.fetch_add(memory.len() as u64, Ordering::Relaxed);
                 memory.leak();
-                crate::sync::resume(panic);
+                self.space.shared().host.losses.resume(FirstPanic::new(Callback::FirstPass, panic));
             }
         }
     }

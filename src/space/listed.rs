@@ -70,7 +70,8 @@ pub struct Stats {
     pub abandoned: u64,
     /// First passes that answered `WouldBlock` in a blockable invalidation: a driver's bug (B1).
     pub refused_blockable: u64,
-    /// Panics of passes that had no caller left to be resumed in.
+    /// Panics of code that is not the library's and that had no caller to be resumed in (C5): passes of abandoned invalidations,
+    /// wakers, names, the reporter, the clock, observers. Each is [reported](crate::Report::Panicked), too.
     pub lost_panics: u64,
 }
 
@@ -78,17 +79,17 @@ impl AddressSpace {
     /// What happened so far.
     pub fn stats(&self) -> Stats {
         let (counts, invalidations) = self.shared.with(|state, _| (state.counts, state.protocol.last_serial()));
-        let reads = &self.shared.reads;
+        let counters = &self.shared.host.counters;
         Stats {
             invalidations,
-            collisions: reads.collisions.load(Ordering::Relaxed),
-            retries: reads.retries.load(Ordering::Relaxed),
-            waits: reads.waits.load(Ordering::Relaxed),
+            collisions: counters.collisions.load(Ordering::Relaxed),
+            retries: counters.retries.load(Ordering::Relaxed),
+            waits: counters.waits.load(Ordering::Relaxed),
             longest: counts.longest,
             lapses: counts.lapses,
             abandoned: counts.abandoned,
-            refused_blockable: counts.refused_blockable,
-            lost_panics: counts.lost_panics,
+            refused_blockable: counters.refused_blockable.load(Ordering::Relaxed),
+            lost_panics: self.shared.host.losses.count(),
         }
     }
 
@@ -106,12 +107,13 @@ impl AddressSpace {
                     longest = longest.max(Some(now.saturating_sub(since)));
                 }
                 let from = held.len();
-                let phase = match active.extra.pending.as_deref() {
-                    Some(pending) => {
-                        held.extend(pending.waiting.iter().map(|(_, entry)| *entry));
-                        if pending.done { Phase::Unclaimed } else { Phase::Passes }
-                    }
-                    None if self.shared.calls.under_way(id) => Phase::FirstPasses,
+                let calls = self.shared.calls(id, active.extra.calls);
+                let parked = active.extra.parked();
+                held.extend(parked.iter().flat_map(|parking| parking.pending.iter()));
+                let phase = match parked {
+                    Some(parking) if parking.stage.unclaimed().is_some() => Phase::Unclaimed,
+                    Some(_) => Phase::Passes,
+                    None if calls => Phase::FirstPasses,
                     None => Phase::Held,
                 };
                 let invalidation = ActiveInvalidation {
@@ -120,7 +122,7 @@ impl AddressSpace {
                     blockable: active.extra.terms.blockable(),
                     sequence: Sequence(active.sequence),
                     phase,
-                    abandoned: active.extra.pending.as_deref().is_some_and(|pending| pending.abandoned),
+                    abandoned: parked.is_some_and(|parking| parking.stage.is_abandoned()),
                     age: now.map(|now| now.saturating_sub(since)),
                     pending: Vec::new(),
                 };
@@ -133,7 +135,7 @@ impl AddressSpace {
         // Names are driver code: asked for without the lock, while the holds keep the notifiers alive.
         let names = Names { shared: &self.shared, held };
         for (_, of, invalidation) in &mut listed {
-            invalidation.pending = names.held[of.clone()].iter().map(|entry| entry.name()).collect();
+            invalidation.pending = names.held[of.clone()].iter().map(|entry| entry.name(&self.shared.host.losses)).collect();
         }
         drop(names);
         listed.sort_by_key(|(serial, ..)| *serial);
@@ -152,13 +154,13 @@ impl Drop for Names<'_> {
         if self.held.is_empty() {
             return;
         }
-        self.shared.with(|state, after| {
+        self.shared.with(|state, outbox| {
             for &entry in &self.held {
                 entry.unhold();
                 if !entry.is_held() {
                     // Somebody may wait in `remove` for just that.
-                    state.nudge(entry, after);
-                    state.reap(entry, after);
+                    state.nudge(entry, None, outbox);
+                    state.reap(entry, outbox);
                 }
             }
         });

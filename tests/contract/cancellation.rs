@@ -1,7 +1,8 @@
 use crate::support::*;
-use shootdown::{AddressSpace, Event, Phase};
-use std::sync::atomic::Ordering;
+use shootdown::{AddressSpace, Event, Phase, Subscription};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::Context;
 use std::time::Duration;
 
 #[test]
@@ -74,25 +75,156 @@ fn c3_a_reader_that_slept_before_the_passes_were_pending_is_woken_to_help() {
     reader.finish();
 }
 
+/// A space with one device on page 0 and a clock that the test moves.
+fn with_clock() -> (AddressSpace, Subscription<Device>, Arc<AtomicU64>) {
+    let micros = Arc::new(AtomicU64::new(0));
+    let clock = micros.clone();
+    let space = AddressSpace::builder().clock(move || Duration::from_micros(clock.load(Ordering::SeqCst))).build();
+    let device = space.insert(pages(0, 1), Device::new("device", &Log::default())).unwrap();
+    (space, device, micros)
+}
+
+/// Polls a reader every 50 µs until it goes on; says when. It may yield, but not sleep.
+#[track_caller]
+fn patience(reader: &mut Task<impl Future>, micros: &AtomicU64) -> Duration {
+    let began = micros.load(Ordering::SeqCst);
+    while reader.poll().is_pending() {
+        assert!(reader.is_woken(), "the reader sleeps");
+        let now = micros.fetch_add(50, Ordering::SeqCst);
+        assert!(now - began < 10_000_000, "the reader waits for ever");
+    }
+    Duration::from_micros(micros.load(Ordering::SeqCst) - began)
+}
+
 #[test]
 fn c4_a_future_that_is_alive_but_not_polled_lapses_and_starts_over() {
-    let (space, device, _log) = one_device();
+    let (space, device, micros) = with_clock();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    gate.open();
+    let waited = patience(&mut Task::new(device.read_begin()), &micros);
+    assert!((20..22).contains(&waited.as_millis()), "{waited:?}");
+    assert_eq!((space.stats().lapses, space.active().len(), device.calls()), (1, 0, 1));
+    let guard = invalidate.poll();
+    assert!(guard.is_ready() && device.calls() == 2, "it starts over with new first passes");
+}
+
+#[test]
+fn c4_patience_counts_from_when_the_passes_were_done_and_gives_everybody_a_turn_all_the_same() {
+    let (space, device, micros) = with_clock();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    gate.open();
+    // Somebody drives the passes to their end and goes away.
+    let mut early = Task::new(device.read_begin());
+    assert!(early.poll().is_pending());
+    drop(early);
+    micros.fetch_add(500_000, Ordering::SeqCst);
+    let waited = patience(&mut Task::new(device.read_begin()), &micros);
+    assert!((Duration::from_micros(500)..Duration::from_millis(2)).contains(&waited), "{waited:?}");
+    assert_eq!(space.stats().lapses, 1);
+    drop(invalidate);
+}
+
+#[test]
+fn c4_a_task_that_is_slow_to_be_scheduled_does_not_lapse() {
+    let (space, device, micros) = with_clock();
     let gate = Gate::default();
     device.next(Act::pass(gate.clone()));
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
     gate.open();
     let mut reader = Task::new(device.read_begin());
-    let mut polls = 0;
-    while reader.poll().is_pending() {
-        assert!(reader.is_woken(), "the reader yields, it does not sleep");
-        polls += 1;
-        assert!(polls < 10_000);
+    // However often the reader is polled: it is the time that counts.
+    for _ in 0..1000 {
+        assert!(reader.poll().is_pending());
+        micros.fetch_add(19, Ordering::SeqCst);
     }
-    assert!((64..1100).contains(&polls), "bounded, and long enough to let a healthy future have its turn: {polls}");
-    assert_eq!((space.stats().lapses, space.active().len(), device.calls()), (1, 0, 1));
-    let guard = invalidate.poll();
-    assert!(guard.is_ready() && device.calls() == 2, "it starts over with new first passes");
+    assert!(invalidate.is_woken(), "the future was told once");
+    drop(invalidate.finish());
+    assert_eq!(space.stats().lapses, 0);
+    reader.finish();
+}
+
+#[test]
+fn c4_a_reader_in_the_task_of_the_future_needs_no_time() {
+    let (space, device, _micros) = with_clock();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let flag = futures::task::waker(Arc::new(Ignore));
+    let mut cx = Context::from_waker(&flag);
+    let mut invalidate = Box::pin(space.invalidate(pages(0, 1), Event::Unmap));
+    assert!(invalidate.as_mut().poll(&mut cx).is_pending());
+    gate.open();
+    // The clock stands still. The task is polled again and again, and does not poll the future.
+    let mut reader = Box::pin(device.read_begin());
+    let polls = (1..100).find(|_| reader.as_mut().poll(&mut cx).is_ready());
+    assert!(polls.is_some_and(|polls| (4..10).contains(&polls)), "{polls:?}");
+    assert_eq!(space.stats().lapses, 1);
+    // One that is polled with the task has no such fate.
+    device.next(Act::pass(Gate::default()));
+    assert!(invalidate.as_mut().poll(&mut cx).is_pending());
+    assert_eq!(invalidate.lapses(), 1);
+}
+
+/// A waker that wakes nobody, and is nobody else's.
+struct Ignore;
+
+impl futures::task::ArcWake for Ignore {
+    fn wake_by_ref(_: &Arc<Self>) {}
+}
+
+#[test]
+fn c4_a_clock_that_stands_still_or_fails_wedges_nobody() {
+    for fails in [false, true] {
+        let clock = move || if fails { panic!("the clock fails") } else { Duration::from_secs(7) };
+        let space = AddressSpace::builder().clock(clock).build();
+        let gate = Gate::default();
+        let device = space.insert(pages(0, 1), Device::new("device", &Log::default()).then(Act::pass(gate.clone()))).unwrap();
+        let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+        invalidate.expect_pending();
+        gate.open();
+        let mut reader = Task::new(device.read_begin());
+        assert!((0..10_000).any(|_| reader.poll().is_ready()), "fails: {fails}");
+        assert_eq!(space.stats().lapses, 1);
+    }
+}
+
+#[test]
+fn c4_one_waiter_looks_at_the_clock_and_another_one_takes_over_when_it_is_not_polled_any_more() {
+    let (asked, micros) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let (count, clock) = (asked.clone(), micros.clone());
+    let clock = move || {
+        count.fetch_add(1, Ordering::SeqCst);
+        Duration::from_micros(clock.load(Ordering::SeqCst))
+    };
+    let space = AddressSpace::builder().clock(clock).build();
+    let gate = Gate::default();
+    let device = space.insert(pages(0, 1), Device::new("device", &Log::default()).then(Act::pass(gate.clone()))).unwrap();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    gate.open();
+    let mut readers: Vec<_> = (0..8).map(|_| Task::new(device.read_begin())).collect();
+    let mut round = |readers: &mut [Task<_>], polls: usize| {
+        let before = asked.load(Ordering::SeqCst);
+        for _ in 0..polls {
+            readers.iter_mut().for_each(|reader| assert!(reader.poll().is_pending() && reader.is_woken()));
+            micros.fetch_add(1, Ordering::SeqCst);
+        }
+        asked.load(Ordering::SeqCst) - before
+    };
+    round(&mut readers, 2);
+    assert_eq!(round(&mut readers, 100), 100, "one look at the clock for each round of all eight");
+    // The first one is alive, and nobody polls it any more.
+    assert!((100..140).contains(&round(&mut readers[1..], 200)), "somebody looks again, after a while");
+    for reader in &mut readers[1..] {
+        patience(reader, &micros);
+    }
+    assert_eq!(space.stats().lapses, 1);
 }
 
 #[test]
@@ -114,23 +246,17 @@ fn c4_a_leaked_future_wedges_nobody() {
 
 #[test]
 fn c4_patience_grows_with_each_lapse_of_the_same_future_up_to_a_cap() {
-    let (space, device, _log) = one_device();
-    let mut polls = Vec::new();
+    let (space, device, micros) = with_clock();
+    let mut waited = Vec::new();
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
-    for _ in 0..7 {
+    for _ in 0..8 {
         let gate = Gate::default();
         device.next(Act::pass(gate.clone()));
         invalidate.expect_pending();
         gate.open();
-        let mut reader = Task::new(device.read_begin());
-        let mut count = 0;
-        while reader.poll().is_pending() {
-            count += 1;
-        }
-        polls.push(count);
+        waited.push(patience(&mut Task::new(device.read_begin()), &micros).as_millis());
     }
-    assert!(polls.is_sorted() && polls[0] < polls[3] && polls[5] == polls[6], "{polls:?}");
-    assert!(polls.iter().all(|count| (64..=1030).contains(count)), "{polls:?}");
+    assert_eq!(waited, [20, 40, 80, 160, 320, 640, 1000, 1000]);
 }
 
 #[test]

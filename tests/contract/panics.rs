@@ -125,7 +125,9 @@ fn c5_a_panic_in_a_waker_does_not_keep_the_others_asleep() {
     assert!(bombed.as_mut().poll(&mut std::task::Context::from_waker(&bomb)).is_pending());
     let mut after = Task::new(device.read_begin());
     after.expect_pending();
-    panics_with("a waker fails", || drop(guard));
+    // Nobody but the one whose waker it is has anything to do with it.
+    drop(guard);
+    assert_eq!(space.stats().lost_panics, 1);
     assert!(before.is_woken() && after.is_woken());
     before.finish();
     after.finish();

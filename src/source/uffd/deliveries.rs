@@ -3,8 +3,9 @@
 
 use super::{Inner, ring, unregister, wait};
 use crate::engine::Shared;
-use crate::engine::invalidate::Invalidate;
+use crate::engine::futures::invalidate::Invalidate;
 use crate::event::Event;
+use crate::foreign::Callback;
 use crate::range::AddressRange;
 use crate::source::ring::Change;
 use crate::sync::{Arc, Ordering};
@@ -119,19 +120,15 @@ impl Inner {
         let open = Open(self.shared(), self.turns.swap(0, Ordering::AcqRel));
         let changes = self.changes();
         let started = changes.len();
-        let mut panic = None;
         for (range, event) in changes {
             let mut invalidation = alloc::boxed::Box::pin(self.space.invalidate(range, event).into_owned());
-            match crate::sync::catch(|| invalidation.as_mut().poll(cx).map(drop)) {
-                Ok(Poll::Ready(())) => {}
-                Ok(Poll::Pending) => pending(invalidation),
-                Err(thrown) => panic = panic.or(Some(thrown)),
+            // A driver's panic has no caller here (C5).
+            let polled = self.shared().host.losses.run(Callback::FirstPass, |_| invalidation.as_mut().poll(cx).map(drop));
+            if let Some(Poll::Pending) = polled {
+                pending(invalidation);
             }
         }
         drop(open);
-        if let Some(panic) = panic {
-            crate::sync::resume(panic);
-        }
         started
     }
 
@@ -140,7 +137,7 @@ impl Inner {
         let _open = Open(self.shared(), self.turns.swap(0, Ordering::AcqRel));
         for (range, event) in self.changes() {
             // What cannot be waited for is abandoned, and whoever needs the range drives it.
-            let _ = crate::sync::catch(|| self.space.try_invalidate(range, event).map(drop));
+            self.shared().host.losses.run(Callback::FirstPass, |_| self.space.try_invalidate(range, event).map(drop));
         }
     }
 

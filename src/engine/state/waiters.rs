@@ -1,9 +1,11 @@
 //! Who waits for which notifier: a list for each, in one arena.
 #![forbid(unsafe_code)]
 
-use crate::engine::{After, State};
+use crate::engine::outbox::Outbox;
+use crate::engine::state::{State, Ticket};
+use crate::engine::wakers::Bell;
 use crate::entry::EntryRef;
-use core::task::Waker;
+use crate::sync::Arc;
 use slab::Slab;
 
 /// What a future waits for.
@@ -17,7 +19,7 @@ pub(crate) enum WaitFor {
 
 /// A future in the list of those that wait for one notifier.
 pub(crate) struct Waiter {
-    pub(crate) waker: Option<Waker>,
+    bell: Arc<Bell>,
     wait_for: WaitFor,
     /// The moment has come; the waiter is in no list any more.
     pub(crate) fired: bool,
@@ -26,13 +28,16 @@ pub(crate) struct Waiter {
     next: Option<u32>,
 }
 
+/// Room for this many waiters stays when none is left.
+const MOST_IDLE: usize = 256;
+
 impl State {
     /// Puts a future in the list of those that wait for `entry`.
-    pub(crate) fn add_waiter(&mut self, entry: EntryRef, wait_for: WaitFor, waker: Waker) -> usize {
+    pub(crate) fn add_waiter(&mut self, entry: EntryRef, wait_for: WaitFor, bell: Arc<Bell>) -> usize {
+        let link = u32::try_from(self.waiters.vacant_key()).ok().filter(|link| *link < u32::MAX);
+        let link = link.expect("fewer than 2^32 - 1 futures wait in one space");
         let next = entry.first_waiter();
-        let waiter = Waiter { waker: Some(waker), wait_for, fired: false, entry, prev: None, next };
-        let key = self.waiters.insert(waiter);
-        let link = u32::try_from(key).expect("fewer than 2^32 futures wait");
+        let key = self.waiters.insert(Waiter { bell, wait_for, fired: false, entry, prev: None, next });
         if let Some(next) = next {
             self.waiters[next as usize].prev = Some(link);
         }
@@ -41,40 +46,49 @@ impl State {
     }
 
     /// Takes a future out again, whether its moment has come or not.
-    pub(crate) fn remove_waiter(&mut self, key: usize, after: &mut After) {
+    pub(crate) fn remove_waiter(&mut self, key: usize) {
         if !self.waiters[key].fired {
             unlink(&mut self.waiters, key);
         }
-        after.work().unused.extend(self.waiters.remove(key).waker);
+        // The future has the bell, too: this is not its last.
+        self.waiters.remove(key);
+        if self.waiters.is_empty() && self.waiters.capacity() > MOST_IDLE {
+            self.waiters = Slab::new();
+        }
     }
 
-    /// Wakes those that wait for `entry` without their moment having come: there is something for them to help with.
-    pub(crate) fn nudge(&mut self, entry: EntryRef, after: &mut After) {
+    /// Wakes those that wait for `entry` without their moment having come: there is something for them to look at.
+    pub(crate) fn nudge(&mut self, entry: EntryRef, ticket: Option<Ticket>, outbox: &mut Outbox) {
         let mut at = entry.first_waiter();
         while let Some(key) = at {
-            let waiter = &mut self.waiters[key as usize];
-            after.work().wakers.extend(waiter.waker.take());
+            let waiter = &self.waiters[key as usize];
+            if let Some(task) = waiter.bell.ring(ticket) {
+                outbox.contents().tasks.push(task);
+            }
             at = waiter.next;
         }
     }
 }
 
-/// R1: the moment that the readers of `entry` wait for. Also the one at which a removed entry may go.
+/// Called when the last invalidation that covered `entry` has ended. Wakes every waiter of `entry`, marks the readers among
+/// them as fired (R1), and frees the entry if it has been removed.
 #[cold]
-pub(super) fn uncovered(waiters: &mut Slab<Waiter>, entry: EntryRef, after: &mut After) {
+pub(super) fn uncovered(waiters: &mut Slab<Waiter>, entry: EntryRef, outbox: &mut Outbox) {
     let mut at = entry.first_waiter();
     while let Some(key) = at {
         let key = key as usize;
         let waiter = &mut waiters[key];
         at = waiter.next;
-        after.work().wakers.extend(waiter.waker.take());
+        if let Some(task) = waiter.bell.ring(None) {
+            outbox.contents().tasks.push(task);
+        }
         if waiter.wait_for == WaitFor::Uncovered {
             waiter.fired = true;
             unlink(waiters, key);
         }
     }
     if entry.unused() {
-        after.work().dead.push(entry);
+        outbox.contents().dead.push(entry);
     }
 }
 

@@ -1,0 +1,9 @@
+//! What users hold: futures and guards.
+#![forbid(unsafe_code)]
+
+pub(crate) mod drain;
+pub(crate) mod guard;
+pub(crate) mod invalidate;
+pub(crate) mod read;
+pub(crate) mod remove;
+mod wait;

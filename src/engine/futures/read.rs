@@ -1,0 +1,130 @@
+//! Readers that have to wait.
+#![forbid(unsafe_code)]
+
+use super::wait::{Goal, Verdict, Wait};
+use crate::engine::Shared;
+use crate::engine::nesting::{Waits, forbid_waiting};
+use crate::engine::state::{Parking, State, WaitFor};
+use crate::entry::EntryRef;
+use crate::notifier::Sequence;
+use crate::sync::Arc;
+use alloc::boxed::Box;
+use core::fmt;
+use core::future::Future;
+use core::marker::PhantomData;
+use core::pin::Pin;
+use core::task::{Context, Poll};
+
+/// The future of [`Subscription::read_begin`](crate::Subscription::read_begin); resolves to the notifier's own sequence.
+///
+/// # Cancel safety
+/// May be dropped at any moment; nothing is lost. While it waits it drives the passes that it waits for (C3).
+///
+/// # Panics
+/// In debug builds when it would have to wait inside a first pass for that first pass's own invalidation (C7).
+#[must_use = "the wait begins when the future is polled"]
+pub struct ReadBegin<'a> {
+    /// Followed only when it has to wait.
+    space: &'a Arc<Shared>,
+    entry: EntryRef,
+    /// There is one when it has had to wait.
+    slow: Option<Box<SlowRead<'a>>>,
+    /// Borrows the subscription, which keeps the entry alive.
+    subscription: PhantomData<&'a ()>,
+}
+
+/// A reader that has to wait; leaves the list of those that do when it is dropped.
+struct SlowRead<'a> {
+    space: &'a Shared,
+    wait: Wait,
+    /// The own sequence on entry (R1).
+    sequence: u64,
+}
+
+impl Drop for SlowRead<'_> {
+    #[cold]
+    fn drop(&mut self) {
+        self.wait.give_up(self.space);
+    }
+}
+
+/// R1: a moment at which no active invalidation covers the notifier.
+struct Uncovered(EntryRef);
+
+impl Goal for Uncovered {
+    fn queue(&self) -> Option<(EntryRef, WaitFor)> {
+        Some((self.0, WaitFor::Uncovered))
+    }
+
+    fn look(&mut self, _: &State, fired: bool, _: bool) -> Verdict {
+        if fired || !self.0.own.is_covered() { Verdict::Over } else { Verdict::Wait }
+    }
+
+    fn wants(&self, _: &Parking, _: u64) -> bool {
+        true
+    }
+}
+
+impl<'a> ReadBegin<'a> {
+    #[inline]
+    pub(crate) fn new(space: &'a Arc<Shared>, entry: EntryRef) -> Self {
+        Self { space, entry, slow: None, subscription: PhantomData }
+    }
+}
+
+/// What is left to do for a reader that may have to wait, and whether it waits.
+///
+/// Takes and returns `slow` by value: the address of a future that need not wait is given to nobody, so it is never put into memory.
+#[cold]
+fn wait_for_sequence<'a>(
+    space: &'a Shared,
+    entry: EntryRef,
+    slow: Option<Box<SlowRead<'a>>>,
+    cx: &mut Context<'_>,
+) -> (Option<Box<SlowRead<'a>>>, Poll<Sequence>) {
+    let first = slow.is_none();
+    if first {
+        if space.poll_gate(cx).is_pending() {
+            return (None, Poll::Pending);
+        }
+        if let Some(sequence) = entry.own.stable_sequence() {
+            return (None, Poll::Ready(Sequence(sequence)));
+        }
+    }
+    let mut slow = slow.unwrap_or_else(|| Box::new(SlowRead { space, wait: Wait::default(), sequence: entry.own.sequence() }));
+    let polled = slow.wait.poll(space, &mut Uncovered(entry), cx);
+    if polled.is_pending() && first {
+        space.waited(&entry);
+    }
+    let sequence = Sequence(slow.sequence);
+    (Some(slow), polled.map(|()| sequence))
+}
+
+impl Future for ReadBegin<'_> {
+    type Output = Sequence;
+
+    #[inline]
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Sequence> {
+        // The gate first, then the word: whoever finds the gate open sees what was covered while it was closed.
+        if self.slow.is_none()
+            && !self.space.gate.is_closed()
+            && let Some(sequence) = self.entry.own.stable_sequence()
+        {
+            return Poll::Ready(Sequence(sequence));
+        }
+        let first = self.slow.is_none();
+        let (slow, polled) = wait_for_sequence(self.space, self.entry, self.slow.take(), cx);
+        self.slow = slow;
+        if polled.is_pending() {
+            let waits = Waits { what: "read_begin", first, waker: cx.waker() };
+            forbid_waiting(&self.space.host, &waits, |of| of.invalidates.overlaps(self.entry.range));
+        }
+        polled
+    }
+}
+
+impl fmt::Debug for ReadBegin<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ReadBegin").field("range", &self.entry.range).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,140 @@
+//! What a space is told when it is made, and counters that need no lock.
+#![forbid(unsafe_code)]
+
+use crate::engine::calls::FirstPassFlags;
+use crate::foreign::{Callback, Losses};
+use crate::sync::{Arc, AtomicU64, AtomicUsize, Ordering};
+use alloc::boxed::Box;
+use core::time::Duration;
+
+/// The time since some fixed moment.
+pub(crate) type Clock = Box<dyn Fn() -> Duration + Send + Sync>;
+
+/// The settings of a space.
+#[derive(Default)]
+pub(crate) struct Settings {
+    pub(crate) sequence: Option<u64>,
+    pub(crate) budget: Option<usize>,
+    pub(crate) reporter: Option<crate::foreign::Reporter>,
+    pub(crate) clock: Option<Clock>,
+    pub(crate) patience: Option<Duration>,
+    #[cfg(feature = "test-util")]
+    pub(crate) plain_only: bool,
+}
+
+/// What needs no lock.
+pub(crate) struct Host {
+    /// Which active invalidations are in their first passes.
+    pub(crate) flags: FirstPassFlags,
+    pub(crate) budget: Option<PassBudget>,
+    pub(crate) clock: Option<Clock>,
+    pub(crate) losses: Arc<Losses>,
+    pub(crate) counters: Counters,
+    #[cfg(feature = "test-util")]
+    plain_only: bool,
+}
+
+/// What happened; only slow paths count.
+#[derive(Default)]
+pub(crate) struct Counters {
+    pub(crate) collisions: AtomicU64,
+    pub(crate) retries: AtomicU64,
+    pub(crate) waits: AtomicU64,
+    pub(crate) refused_blockable: AtomicU64,
+}
+
+impl Host {
+    pub(crate) fn new(settings: Settings) -> Self {
+        Self {
+            flags: FirstPassFlags::new(),
+            budget: settings.budget.map(PassBudget::new),
+            clock: settings.clock,
+            losses: Arc::new(Losses::new(settings.reporter)),
+            counters: Counters::default(),
+            #[cfg(feature = "test-util")]
+            plain_only: settings.plain_only,
+        }
+    }
+
+    /// Whether the quick ways are not to be taken: then everything goes the plain way, which is their specification.
+    #[inline(always)]
+    pub(crate) fn is_plain_only(&self) -> bool {
+        #[cfg(feature = "test-util")]
+        return self.plain_only;
+        #[cfg(not(feature = "test-util"))]
+        false
+    }
+
+    /// Time since some fixed moment; `None` where there is no clock, and when the user's panics: it is asked in the middle of things.
+    pub(crate) fn now(&self) -> Option<Duration> {
+        if let Some(clock) = &self.clock {
+            return self.losses.run(Callback::Clock, |_| clock());
+        }
+        // A model checker has no time but its own.
+        #[cfg(all(feature = "std", not(any(loom, shuttle))))]
+        {
+            static EPOCH: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
+            Some(EPOCH.get_or_init(std::time::Instant::now).elapsed())
+        }
+        #[cfg(not(all(feature = "std", not(any(loom, shuttle)))))]
+        None
+    }
+
+    /// What tells this space from others.
+    pub(crate) fn address(&self) -> usize {
+        core::ptr::from_ref(self).addr()
+    }
+
+    #[inline]
+    pub(crate) fn give_permit_back(&self) {
+        if let Some(budget) = &self.budget {
+            budget.give_back();
+        }
+    }
+}
+
+/// B4: how many passes may be pending at once.
+pub(crate) struct PassBudget {
+    limit: usize,
+    used: AtomicUsize,
+}
+
+impl PassBudget {
+    fn new(limit: usize) -> Self {
+        Self { limit, used: AtomicUsize::new(0) }
+    }
+
+    fn reserve(&self) -> bool {
+        let take = |used| (used < self.limit).then_some(used + 1);
+        self.used.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).is_ok()
+    }
+
+    fn give_back(&self) {
+        self.used.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// A place in the pass budget (B4), if one was left; given back unless a pass keeps it.
+pub(crate) struct Permit<'a> {
+    budget: &'a PassBudget,
+    pub(crate) granted: bool,
+}
+
+impl<'a> Permit<'a> {
+    pub(crate) fn new(budget: &'a PassBudget) -> Self {
+        Self { budget, granted: budget.reserve() }
+    }
+
+    /// Whether there is a place, which the pass now keeps.
+    pub(crate) fn keep(mut self) -> bool {
+        core::mem::take(&mut self.granted)
+    }
+}
+
+impl Drop for Permit<'_> {
+    fn drop(&mut self) {
+        if self.granted {
+            self.budget.give_back();
+        }
+    }
+}

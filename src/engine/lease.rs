@@ -1,0 +1,46 @@
+//! The right to poll the passes of one invalidation (C8).
+#![forbid(unsafe_code)]
+
+use crate::engine::Shared;
+use crate::engine::state::Ticket;
+use crate::engine::work::{Progress, Work};
+use alloc::boxed::Box;
+
+/// The work of a parked invalidation, taken out of the state to be polled. There is one for an invalidation at a time, and its
+/// drop is the only way back: whatever unwinds, the work is in the state again and those who wait for it are woken.
+pub(crate) struct Lease<'s> {
+    shared: &'s Shared,
+    ticket: Ticket,
+    work: Option<Box<Work>>,
+    progress: Progress,
+    /// The joined passes are all done.
+    done: bool,
+}
+
+impl<'s> Lease<'s> {
+    pub(crate) fn new(shared: &'s Shared, ticket: Ticket, work: Box<Work>) -> Self {
+        Self { shared, ticket, work: Some(work), progress: Progress::Interrupted, done: false }
+    }
+
+    /// Polls the passes and gives them back. Returns whether the joined ones are all done.
+    pub(crate) fn drive(mut self) -> bool {
+        if let Some(work) = &mut self.work {
+            self.progress = work.passes().drive(&self.shared.host);
+        }
+        self.give_back();
+        self.done
+    }
+
+    fn give_back(&mut self) {
+        let Some(mut work) = self.work.take() else { return };
+        // Then it is unclaimed from now on, or over.
+        let now = if work.passes().running() == 0 { self.shared.host.now() } else { None };
+        self.done = self.shared.with(|state, outbox| state.give_back(self.ticket, work, self.progress, now, outbox));
+    }
+}
+
+impl Drop for Lease<'_> {
+    fn drop(&mut self) {
+        self.give_back();
+    }
+}

@@ -1,0 +1,138 @@
+//! C7: in debug builds, a wait inside a first pass that would never end fails with the notifier's name instead of hanging.
+//!
+//! The check has a stack of the first passes that run on this thread. A future that is about to wait inside one fails only if
+//! that first pass waits for its own invalidation (F3): if what holds the future up cannot end before the first pass has
+//! returned; if nothing in between polls without blocking, such as a waker that runs a task inline; and if the future
+//! began to wait there, with a waker that nothing outside of a first pass was polled with.
+#![forbid(unsafe_code)]
+
+use crate::entry::EntryRef;
+use crate::range::AddressRange;
+
+/// A first pass: its space, its notifier, and what its invalidation covers.
+#[derive(Clone, Copy)]
+pub(crate) struct FirstPassOf {
+    /// [`Host::address`](super::host::Host::address).
+    pub(crate) space: usize,
+    pub(crate) entry: EntryRef,
+    pub(crate) invalidates: AddressRange,
+}
+
+/// A future that is about to wait.
+pub(crate) struct Waits<'a> {
+    /// What it is, for the message.
+    pub(crate) what: &'static str,
+    /// It has not waited before.
+    pub(crate) first: bool,
+    pub(crate) waker: &'a core::task::Waker,
+}
+
+// Model checkers run all their threads on one.
+#[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+mod check {
+    use super::{FirstPassOf, Waits};
+    use crate::engine::host::Host;
+    use crate::foreign::Inline;
+    use core::task::{RawWakerVTable, Waker};
+    use std::cell::RefCell;
+    use std::vec::Vec;
+
+    /// Wakers to be remembered of those that futures were polled with outside of first passes.
+    const KNOWN: usize = 64;
+
+    struct Nesting {
+        /// Innermost last, each with the number of inline polls below it.
+        first_passes: Vec<(FirstPassOf, u32)>,
+        known: Vec<(*const (), *const RawWakerVTable)>,
+        oldest: usize,
+    }
+
+    std::thread_local! {
+        static NESTING: RefCell<Nesting> =
+            const { RefCell::new(Nesting { first_passes: Vec::new(), known: Vec::new(), oldest: 0 }) };
+    }
+
+    impl Nesting {
+        fn remember(&mut self, waker: &Waker) {
+            let id = id(waker);
+            if self.known.contains(&id) {
+                return;
+            }
+            if self.known.len() < KNOWN {
+                self.known.push(id);
+            } else {
+                self.known[self.oldest] = id;
+                self.oldest = (self.oldest + 1) % KNOWN;
+            }
+        }
+    }
+
+    fn id(waker: &Waker) -> (*const (), *const RawWakerVTable) {
+        (waker.data(), core::ptr::from_ref(waker.vtable()))
+    }
+
+    /// A first pass runs while this exists. There is no stack in the destructor of a thread-local.
+    pub(crate) struct InFirstPass(bool);
+
+    impl InFirstPass {
+        pub(crate) fn enter(of: impl FnOnce() -> FirstPassOf) -> Self {
+            let frame = (of(), Inline::depth());
+            Self(NESTING.try_with(|nesting| nesting.borrow_mut().first_passes.push(frame)).is_ok())
+        }
+    }
+
+    impl Drop for InFirstPass {
+        fn drop(&mut self) {
+            if self.0 {
+                let _ = NESTING.try_with(|nesting| nesting.borrow_mut().first_passes.pop());
+            }
+        }
+    }
+
+    /// To be called where a future of the space of `host` is about to wait, with no lock. `stuck` says, of a first pass of
+    /// this space on this thread, whether what the future waits for needs it to return.
+    #[track_caller]
+    pub(crate) fn forbid_waiting(host: &Host, waits: &Waits<'_>, stuck: impl Fn(&FirstPassOf) -> bool) {
+        let inside = NESTING.try_with(|nesting| {
+            let nesting = &mut *nesting.borrow_mut();
+            if nesting.first_passes.is_empty() {
+                nesting.remember(waits.waker);
+                return None;
+            }
+            if !waits.first || waits.waker.will_wake(Waker::noop()) || nesting.known.contains(&id(waits.waker)) {
+                return None;
+            }
+            let depth = Inline::depth();
+            let blocked = nesting.first_passes.iter().rev().take_while(|(_, of)| *of == depth).map(|(of, _)| *of);
+            blocked.filter(|of| of.space == host.address()).find(|of| stuck(of))
+        });
+        if let Ok(Some(of)) = inside {
+            panic!(
+                "{} waits inside the first pass of {}, which the invalidation under way waits for in its turn: \
+                 start the work there and wait in the future that the first pass returns",
+                waits.what,
+                of.entry.name(&host.losses)
+            );
+        }
+    }
+}
+
+#[cfg(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))))]
+mod check {
+    use super::{FirstPassOf, Waits};
+    use crate::engine::host::Host;
+
+    pub(crate) struct InFirstPass;
+
+    impl InFirstPass {
+        #[inline(always)]
+        pub(crate) fn enter(_of: impl FnOnce() -> FirstPassOf) -> Self {
+            Self
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn forbid_waiting(_host: &Host, _waits: &Waits<'_>, _stuck: impl Fn(&FirstPassOf) -> bool) {}
+}
+
+pub(crate) use check::{InFirstPass, forbid_waiting};

@@ -1,0 +1,262 @@
+//! How long those who wait are patient with a future that could end its invalidation and is not polled (C4).
+//!
+//! A plain state machine: it is told the time and answers who has had enough. Time is what counts, since the passes were
+//! done; how often somebody looked matters only as far as time could be unjust: after a thread was held up, or where there is
+//! no clock, or one that stands still.
+//!
+//! Nobody sleeps while a future is not claimed: with no timer and no thread of its own, the library could not wake a sleeper
+//! if the one who is awake were itself a future that is never polled again. So each of them yields, to its executor and to the
+//! operating system, and *one* of them, the watchman, looks at the clock.
+#![forbid(unsafe_code)]
+
+use crate::engine::state::Ticket;
+use alloc::collections::BTreeMap;
+use alloc::vec::Vec;
+use core::time::Duration;
+
+/// The patience with a future that has not lapsed before, unless the space was given another one.
+const FIRST: Duration = Duration::from_millis(20);
+/// It doubles with each lapse of the same future, up to this.
+const MOST: Duration = Duration::from_secs(1);
+/// Looks by the watchman, one after the other, before a future lapses whose time is over: in between everybody had a turn.
+const LOOKS: u64 = if cfg!(loom) { 1 } else { 16 };
+/// Where there is no clock, the patience of a first lapse is over after this many looks.
+const TICKS: u32 = if cfg!(loom) { 1 } else { 64 };
+/// A clock that shows the same time this often in a row is taken to stand still.
+const STILL: u32 = 1024;
+/// A watchman who has not looked for this part of the first patience was held up, and others perhaps as well.
+const HELD_UP: u32 = 4;
+/// Polls of one watchman's rivals without a look of its own until one of them takes over.
+const ABSENT: u32 = if cfg!(loom) { 2 } else { 64 };
+/// Polls of a waiter by the very waker that a future left, until it is certain that the task does not poll the future.
+const CERTAIN: u64 = if cfg!(loom) { 2 } else { 4 };
+
+/// The clock of patience, and the invalidations that somebody waits for and nobody has claimed.
+pub(crate) struct Patience {
+    first: Duration,
+    /// By the time at which patience ends; with the count of looks when somebody began to wait.
+    waiting: BTreeMap<(Duration, Ticket), u64>,
+    looks: u64,
+    /// What the clock showed last.
+    shown: Duration,
+    /// How often in a row it has shown that.
+    still: u32,
+    /// How much later it is than the clock shows, counted in ticks while there was no clock or it stood still.
+    skew: Duration,
+    /// Looks before this one do not count: there was a gap after them.
+    looks_from: u64,
+    watchman: Option<u64>,
+    next_waiter: u64,
+}
+
+/// What a waiting future knows of the watch.
+#[derive(Default)]
+pub(crate) struct Watch {
+    /// Its number; 0 before it has one.
+    me: u64,
+    /// The count of looks that it saw last, and how often in a row.
+    seen: u64,
+    unchanged: u32,
+}
+
+impl Patience {
+    pub(crate) fn new(first: Option<Duration>) -> Self {
+        Self {
+            first: first.unwrap_or(FIRST),
+            waiting: BTreeMap::new(),
+            looks: 0,
+            shown: Duration::ZERO,
+            still: 0,
+            skew: Duration::ZERO,
+            looks_from: 0,
+            watchman: None,
+            next_waiter: 1,
+        }
+    }
+
+    /// How long to wait for a future that has lapsed `lapses` times.
+    pub(crate) fn with(&self, lapses: u32) -> Duration {
+        self.first.saturating_mul(2u32.saturating_pow(lapses)).min(MOST.max(self.first))
+    }
+
+    /// How many polls make it certain that a task does not poll its future; more after each lapse.
+    pub(crate) fn certain_after(lapses: u32) -> u64 {
+        CERTAIN << lapses.min(8)
+    }
+
+    /// Somebody waits for the future of `ticket`, whose passes were done at `done`. Returns until when, which names the
+    /// entry together with the ticket.
+    pub(crate) fn begin(&mut self, ticket: Ticket, done: Option<Duration>, lapses: u32) -> Duration {
+        let until = (done.unwrap_or(self.shown) + self.skew).saturating_add(self.with(lapses));
+        self.waiting.insert((until, ticket), self.looks);
+        until
+    }
+
+    /// The future was claimed or has ended, or nobody waits for it any more.
+    pub(crate) fn end(&mut self, ticket: Ticket, until: Duration) {
+        self.waiting.remove(&(until, ticket));
+    }
+
+    /// Whether the waiting future is the watchman, who looks at the clock. It becomes that if there is none, or if the one
+    /// there is has not looked for a while.
+    pub(crate) fn is_watchman(&mut self, watch: &mut Watch) -> bool {
+        if watch.me == 0 {
+            watch.me = self.next_waiter;
+            self.next_waiter += 1;
+        }
+        watch.unchanged = if watch.seen == self.looks { watch.unchanged + 1 } else { 0 };
+        watch.seen = self.looks;
+        if self.watchman.is_none() || watch.unchanged > ABSENT {
+            self.watchman = Some(watch.me);
+            watch.unchanged = 0;
+        }
+        self.watchman == Some(watch.me)
+    }
+
+    /// The waiting future is about to go, or has nothing to wait for.
+    pub(crate) fn leave(&mut self, watch: &Watch) {
+        if self.watchman == Some(watch.me) {
+            self.watchman = None;
+        }
+    }
+
+    /// The watchman looks: the clock shows `now`, if there is one. Returns those whose time is over.
+    pub(crate) fn look(&mut self, now: Option<Duration>) -> Vec<Ticket> {
+        self.looks += 1;
+        let tick = (self.first / TICKS).max(Duration::from_nanos(1));
+        match now {
+            None => self.skew += tick,
+            Some(now) if now > self.shown => {
+                if now - self.shown > self.first / HELD_UP {
+                    self.looks_from = self.looks;
+                }
+                (self.shown, self.still) = (now, 0);
+            }
+            Some(_) if self.still < STILL => self.still += 1,
+            Some(_) => self.skew += tick,
+        }
+        let time = self.shown.saturating_add(self.skew);
+        let over = self.waiting.iter().take_while(|((until, _), _)| *until <= time);
+        over.filter(|(_, from)| self.looks >= LOOKS + self.looks_from.max(**from)).map(|((_, ticket), _)| *ticket).collect()
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+    use std::vec;
+
+    fn ticket(serial: u64) -> Ticket {
+        Ticket { serial, id: 0 }
+    }
+
+    fn ms(ms: u64) -> Duration {
+        Duration::from_millis(ms)
+    }
+
+    #[test]
+    fn c4_patience_never_falls_however_often_a_future_lapses() {
+        let patience = Patience::new(None);
+        let with: Vec<Duration> = (0..100).chain([u32::MAX]).map(|lapses| patience.with(lapses)).collect();
+        assert!(with.is_sorted(), "{with:?}");
+        assert_eq!((with[0], with[1], with[100]), (ms(20), ms(40), ms(1000)));
+        assert_eq!(Patience::new(Some(ms(3000))).with(7), ms(3000));
+    }
+
+    /// Looks every 100 µs until somebody's time is over; says when.
+    fn until_over(patience: &mut Patience, mut now: Duration) -> Duration {
+        for _ in 0..1_000_000 {
+            if !patience.look(Some(now)).is_empty() {
+                return now;
+            }
+            now += Duration::from_micros(100);
+        }
+        panic!("nobody lapses");
+    }
+
+    #[test]
+    fn c4_time_counts_since_the_passes_were_done() {
+        for (lapses, expected) in [(0, 20), (1, 40), (6, 1000)] {
+            let mut patience = Patience::new(None);
+            patience.begin(ticket(1), Some(ms(500)), lapses);
+            let over = until_over(&mut patience, ms(501));
+            assert!((ms(500 + expected)..ms(501 + expected)).contains(&over), "{lapses} lapses: {over:?}");
+        }
+    }
+
+    #[test]
+    fn c4_after_a_gap_everybody_has_a_turn_first() {
+        let mut patience = Patience::new(None);
+        patience.begin(ticket(1), Some(ms(0)), 0);
+        for _ in 0..100 {
+            assert_eq!(patience.look(Some(ms(1))), []);
+        }
+        // The executor was held up for a second.
+        for look in 0..LOOKS {
+            assert_eq!(patience.look(Some(ms(1000) + Duration::from_micros(look))), [], "look {look}");
+        }
+        assert_eq!(patience.look(Some(ms(1001))), [ticket(1)]);
+    }
+
+    #[test]
+    fn c4_without_a_clock_and_with_one_that_stands_still_looks_count() {
+        let looks = |now: Option<Duration>| {
+            let mut patience = Patience::new(None);
+            patience.begin(ticket(1), now, 0);
+            (1..10_000).find(|_| !patience.look(now).is_empty())
+        };
+        assert_eq!(looks(None), Some(TICKS));
+        assert_eq!(looks(Some(ms(5))), Some(1 + STILL + TICKS));
+    }
+
+    #[test]
+    fn c4_there_is_one_watchman_and_another_one_takes_over_if_it_stops_looking() {
+        let mut patience = Patience::new(None);
+        let [mut first, mut second] = [Watch::default(), Watch::default()];
+        assert!(patience.is_watchman(&mut first));
+        for _ in 0..1000 {
+            patience.look(None);
+            assert!(patience.is_watchman(&mut first) && !patience.is_watchman(&mut second));
+        }
+        let polls = (1..1000).find(|_| patience.is_watchman(&mut second));
+        assert_eq!(polls, Some(ABSENT + 1));
+        assert!(!patience.is_watchman(&mut first));
+        patience.leave(&first);
+        assert!(patience.is_watchman(&mut second));
+        patience.leave(&second);
+        assert!(patience.is_watchman(&mut first));
+    }
+
+    proptest! {
+        /// Nobody lapses before its time, and everybody who is still waited for does soon after it.
+        #[test]
+        fn c4_nobody_lapses_early_and_nobody_is_forgotten(
+            waits in proptest::collection::vec((0..50u64, 0..3u32, any::<bool>()), 1..20),
+            steps in proptest::collection::vec(1..4000u64, 400),
+        ) {
+            let mut patience = Patience::new(None);
+            let mut expected = vec![];
+            for (serial, (done, lapses, ended)) in (1..).zip(waits) {
+                let until = patience.begin(ticket(serial), Some(ms(done)), lapses);
+                prop_assert_eq!(until, ms(done) + patience.with(lapses));
+                if ended {
+                    patience.end(ticket(serial), until);
+                } else {
+                    expected.push((until, ticket(serial)));
+                }
+            }
+            let mut now = Duration::ZERO;
+            for step in steps {
+                now += Duration::from_micros(step);
+                for over in patience.look(Some(now)) {
+                    let at = expected.iter().position(|(_, ticket)| *ticket == over).expect("nobody waits for it");
+                    let (until, _) = expected.swap_remove(at);
+                    prop_assert!(until <= now);
+                    patience.end(over, until);
+                }
+            }
+            prop_assert!(expected.iter().all(|(until, _)| *until + ms(50) > now), "forgotten: {expected:?} at {now:?}");
+        }
+    }
+}

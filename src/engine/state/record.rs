@@ -1,0 +1,159 @@
+//! What the engine keeps beside each active invalidation.
+#![forbid(unsafe_code)]
+
+use crate::engine::state::stage::Stage;
+use crate::engine::wakers::WakerSet;
+use crate::engine::work::{PendingNotifiers, Work};
+use crate::entry::EntryRef;
+use crate::event::{Event, Owner, Terms};
+use crate::index::Ordered;
+use crate::notifier::Request;
+use crate::protocol::{Active, Id};
+use crate::sync::Arc;
+use alloc::boxed::Box;
+use alloc::vec::Vec;
+use core::time::Duration;
+
+/// Names one invalidation for ever: its id, which another one may have later, and its serial, which rises with each start.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct Ticket {
+    pub(crate) serial: u64,
+    pub(crate) id: Id,
+}
+
+impl Ordered for Ticket {
+    fn order(self) -> u64 {
+        self.serial
+    }
+}
+
+/// Lies in the place of an invalidation, and is used again by the next one there.
+pub(crate) struct Record {
+    pub(crate) owner: Option<Owner>,
+    pub(crate) terms: Terms,
+    /// Made when an invalidation in this place parks for the first time, and kept.
+    pub(crate) parking: Option<Box<Parking>>,
+    /// Time stamp, with the serial of the invalidation that it belongs to. Set at the start if the space has a clock, otherwise
+    /// when passes first turn out to be pending or `active()` first lists the invalidation. With another serial it is a
+    /// left-over of an earlier invalidation in this place, not cleared because most never set one.
+    since: Option<(u64, Duration)>,
+    /// The memory that the last invalidation in this place left, until one takes it that hits something.
+    idle_work: Option<Box<Work>>,
+    /// First passes may still be called; only for an invalidation that has no flag (see `calls`).
+    pub(crate) calls: bool,
+}
+
+/// An invalidation whose guard is not handed out yet although its first passes ran: its passes belong to the space (C2).
+pub(crate) struct Parking {
+    pub(crate) stage: Stage<Box<Work>>,
+    /// Who is woken when its passes can go on. That of the work.
+    pub(crate) wakers: Arc<WakerSet>,
+    /// Notifiers whose passes are pending.
+    pub(crate) pending: PendingNotifiers,
+    /// When its passes were done, while it is unclaimed, if there is a clock.
+    pub(crate) done_at: Option<Duration>,
+    pub(crate) awaited: Awaited,
+}
+
+/// The futures that wait for an unclaimed invalidation to be claimed.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Awaited {
+    pub(crate) count: u32,
+    /// Until when they are patient, if there are any.
+    pub(crate) until: Duration,
+    /// Rises each time that the invalidation becomes unclaimed: those who waited before do not count any more.
+    pub(crate) episode: u32,
+}
+
+impl Parking {
+    pub(crate) fn new(wakers: Arc<WakerSet>) -> Self {
+        let pending = PendingNotifiers::default();
+        Self { stage: Stage::WithCaller, wakers, pending, done_at: None, awaited: Awaited::default() }
+    }
+
+    /// To be called when the work has come to the space: notes since when it is unclaimed, if it is.
+    pub(super) fn note_done(&mut self, now: Option<Duration>) -> bool {
+        let unclaimed = self.stage.unclaimed().is_some();
+        if unclaimed {
+            self.done_at = now;
+            self.awaited.count = 0;
+            self.awaited.episode = self.awaited.episode.wrapping_add(1);
+        }
+        unclaimed
+    }
+
+    /// Nobody waits for a claim any more. Returns until when somebody was patient.
+    pub(super) fn forget_awaited(&mut self) -> Option<Duration> {
+        (core::mem::take(&mut self.awaited.count) != 0).then_some(self.awaited.until)
+    }
+}
+
+impl Default for Record {
+    fn default() -> Self {
+        let terms = Terms::new(Event::Unmap, true);
+        Self { owner: None, terms, parking: None, since: None, idle_work: None, calls: false }
+    }
+}
+
+impl Record {
+    /// Notes why the range is under invalidation, and when that began if it is timed.
+    #[inline(always)]
+    pub(crate) fn fill(&mut self, request: &Request, serial: u64, since: Option<Duration>) {
+        (self.owner, self.terms) = (request.owner, request.terms);
+        if let Some(since) = since {
+            self.since = Some((serial, since));
+        }
+    }
+
+    /// Where the start of an invalidation collects its hits.
+    #[inline(always)]
+    pub(crate) fn hits(&mut self) -> &mut Vec<EntryRef> {
+        if self.idle_work.is_none() {
+            self.make_work();
+        }
+        let Some(work) = &mut self.idle_work else { unreachable!("there is one now") };
+        &mut work.hits
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn make_work(&mut self) {
+        self.idle_work = Some(Box::default());
+    }
+
+    #[inline(always)]
+    pub(crate) fn take_work(&mut self) -> Option<Box<Work>> {
+        self.idle_work.take()
+    }
+
+    /// Keeps the memory of an invalidation that has ended for the next one in this place.
+    #[inline(always)]
+    pub(crate) fn recycle(&mut self, mut work: Box<Work>) {
+        work.hits.clear();
+        debug_assert!(self.idle_work.is_none(), "an invalidation gives the memory back that it took from here");
+        core::mem::forget(self.idle_work.replace(work));
+    }
+
+    /// The parking of an invalidation that is parked.
+    pub(crate) fn parked(&self) -> Option<&Parking> {
+        self.parking.as_deref().filter(|parking| parking.stage.is_parked())
+    }
+
+    pub(crate) fn parked_mut(&mut self) -> Option<&mut Parking> {
+        self.parking.as_deref_mut().filter(|parking| parking.stage.is_parked())
+    }
+}
+
+impl Active<EntryRef, Record> {
+    /// When the invalidation was first seen to last, if it was.
+    pub(crate) fn since(&self) -> Option<Duration> {
+        self.extra.since.and_then(|(serial, since)| (serial == self.serial()).then_some(since))
+    }
+
+    /// The same; that is `now` if it was not seen before.
+    pub(crate) fn seen_to_last(&mut self, now: Option<Duration>) -> Option<Duration> {
+        let since = self.since().or(now)?;
+        self.extra.since = Some((self.serial(), since));
+        Some(since)
+    }
+}

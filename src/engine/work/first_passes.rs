@@ -1,0 +1,183 @@
+//! The first passes of an invalidation, in order, and the first polls of what they leave.
+#![forbid(unsafe_code)]
+
+use super::{Passes, Work};
+use crate::engine::host::{Host, Permit};
+use crate::engine::nesting::{FirstPassOf, InFirstPass};
+use crate::entry::{Answer, EntryRef};
+use crate::foreign::{Callback, Inside, Panic, Report, keep};
+use crate::notifier::{Invalidation, Request};
+use crate::observe::Moment;
+use crate::sync::Ordering;
+
+/// Why the calls of first passes stopped.
+enum Called {
+    All,
+    /// Those before the next hit.
+    Some,
+    /// A pass beyond the budget is pending: it is awaited alone, before the next first pass (B4).
+    Deferred,
+    /// A first pass refused in an invalidation that is not blockable (B2).
+    Refused,
+}
+
+/// How far the first passes and first polls have come.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Reached {
+    /// All first passes were called, none refused, and what passes they left were ready at once; nothing panicked.
+    Plainly,
+    /// All were called, and the passes are done; something may have panicked.
+    Done,
+    /// A first pass refused, the ones behind it were not called (B2), and the passes are done.
+    Refused,
+    /// Passes are pending. [`Work::deferred_at`] says whether first passes are left to be called.
+    Pends,
+    /// Passes are pending, and a first pass refused.
+    RefusedAndPends,
+}
+
+/// Calls the first passes of `hits[*at..]` in order. `*at` is advanced *before* each call, so after a panic it names the next
+/// notifier. `invalidation` is made for hit `*at`; most of it is the same for all. With `BUDGET`, a notifier for which no permit
+/// is left gets the request `at_once`, which does not allow it to defer.
+#[inline(always)]
+fn call_from<'a, const BUDGET: bool>(
+    inside: Inside,
+    host: &Host,
+    invalidation: &mut Invalidation<'a>,
+    at_once: &'a Request,
+    hits: &'a [EntryRef],
+    passes: &mut Passes,
+    at: &mut usize,
+) -> Called {
+    let budget = if BUDGET { host.budget.as_ref() } else { None };
+    let request = invalidation.request;
+    let Some(mut entry) = hits.get(*at).copied() else { return Called::All };
+    loop {
+        *at += 1;
+        if !entry.own.is_closed() {
+            let permit = budget.map(Permit::new);
+            if let Some(permit) = &permit {
+                invalidation.request = if permit.granted { request } else { at_once };
+            }
+            let began = Moment::now(&host.losses);
+            let answer = {
+                let of = || FirstPassOf { space: host.address(), entry, invalidates: request.range };
+                let (_here, _entered) = (InFirstPass::enter(of), passes.trace.enter());
+                entry.first_pass(inside, invalidation, passes.next.as_mut())
+            };
+            match answer {
+                Answer::Done => passes.trace.first_pass(entry, answer, began),
+                Answer::Pass => {
+                    let may_defer = permit.is_none_or(Permit::keep);
+                    // Before anybody is told.
+                    passes.start_pass::<BUDGET>(entry, may_defer, began);
+                    passes.trace.first_pass(entry, answer, began);
+                    if !may_defer {
+                        // Those before it wait until all have been called (O2).
+                        let last = passes.started() - 1;
+                        passes.first_polls(host, last);
+                        if passes.running() > 0 {
+                            return Called::Deferred;
+                        }
+                    }
+                }
+                Answer::WouldBlock => {
+                    passes.trace.first_pass(entry, answer, began);
+                    if !invalidation.blockable() {
+                        return Called::Refused;
+                    }
+                    refused_blockable(host, request, entry);
+                }
+            }
+        }
+        let Some(next) = hits.get(*at) else { return Called::All };
+        (entry, invalidation.own) = (*next, &next.own);
+    }
+}
+
+/// Calls first passes in order (O1), then polls each pass once, in order (O2, O3).
+///
+/// Inlined into one place, for most invalidations; all others call [`advance_from`].
+#[inline(always)]
+pub(crate) fn advance(host: &Host, work: &mut Work, request: &Request, sequence: u64) -> Reached {
+    if host.budget.is_some() || host.is_plain_only() {
+        return advance_from(host, work, request, sequence, 0);
+    }
+    let mut at = 0;
+    let (hits, passes) = work.split();
+    let Some(first) = hits.first() else { return Reached::Plainly };
+    let mut invalidation = Invalidation { request, sequence, own: &first.own };
+    // One landing for all first passes.
+    let called = keep(|inside| call_from::<false>(inside, host, &mut invalidation, request, hits, passes, &mut at));
+    if matches!(called, Ok(Called::All)) {
+        let plain = match passes.started() {
+            0 => true,
+            1 => passes.first_poll(host),
+            _ => passes.first_polls(host, 0),
+        };
+        if plain {
+            return Reached::Plainly;
+        }
+    }
+    go_on(host, work, request, sequence, at, called)
+}
+
+/// Plain form of [`advance`], from hit `at` on.
+#[cold]
+#[inline(never)]
+pub(crate) fn advance_from(host: &Host, work: &mut Work, request: &Request, sequence: u64, at: usize) -> Reached {
+    go_on(host, work, request, sequence, at, Ok(Called::Some))
+}
+
+/// Slow continuation of [`advance`]. Handles what stopped the calls (`called`: panic, refusal, budget used up), calls the
+/// first passes of `hits[at..]`, then polls each new pass once.
+#[cold]
+#[inline(never)]
+fn go_on(
+    host: &Host,
+    work: &mut Work,
+    request: &Request,
+    sequence: u64,
+    mut at: usize,
+    mut called: Result<Called, Panic>,
+) -> Reached {
+    let (hits, passes) = work.split();
+    let at_once = Request { terms: request.terms.at_once(), ..*request };
+    let mut refused = false;
+    loop {
+        match called {
+            Ok(Called::All) => break,
+            Ok(Called::Some) => {}
+            Ok(Called::Deferred) => {
+                work.deferred_at = u32::try_from(at).ok();
+                debug_assert!(work.deferred_at.is_some(), "the index holds fewer than 2^32 notifiers");
+                return Reached::Pends;
+            }
+            Ok(Called::Refused) => {
+                refused = true;
+                break;
+            }
+            // The others are called all the same (C5).
+            Err(panic) => passes.panic.note(Callback::FirstPass, panic),
+        }
+        let Some(next) = hits.get(at) else { break };
+        let mut invalidation = Invalidation { request, sequence, own: &next.own };
+        called = keep(|inside| call_from::<true>(inside, host, &mut invalidation, &at_once, hits, passes, &mut at));
+    }
+    if passes.started() > 0 {
+        passes.first_polls(host, 0);
+    }
+    match (passes.running() == 0, refused) {
+        (true, false) => Reached::Done,
+        (true, true) => Reached::Refused,
+        (false, false) => Reached::Pends,
+        (false, true) => Reached::RefusedAndPends,
+    }
+}
+
+#[cold]
+fn refused_blockable(host: &Host, request: &Request, entry: EntryRef) {
+    host.counters.refused_blockable.fetch_add(1, Ordering::Relaxed);
+    let name = entry.name(&host.losses);
+    host.losses.report(&Report::RefusedBlockable { notifier: &name, range: request.range, event: request.event() });
+}
