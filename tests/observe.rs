@@ -179,3 +179,136 @@ fn values(told: &metrics_util::debugging::Snapshotter) -> BTreeMap<String, f64> 
     }
     sums.clone()
 }
+
+/// Panics in the call of this name, once.
+#[derive(Clone)]
+struct Fails(&'static str, Arc<Mutex<Option<&'static str>>>);
+
+impl Fails {
+    fn told(&self, call: &'static str) {
+        let fails = self.1.lock().unwrap().take_if(|next| *next == call).is_some();
+        assert!(!fails, "the subscriber fails");
+    }
+}
+
+impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> tracing_subscriber::Layer<S> for Fails {
+    fn on_new_span(&self, _: &span::Attributes<'_>, _: &span::Id, _: Context<'_, S>) {
+        self.told("new span");
+    }
+
+    fn on_enter(&self, _: &span::Id, _: Context<'_, S>) {
+        self.told("enter");
+    }
+
+    fn on_exit(&self, _: &span::Id, _: Context<'_, S>) {
+        self.told("exit");
+    }
+
+    fn on_event(&self, event: &tracing::Event<'_>, _: Context<'_, S>) {
+        let mut text = Text::default();
+        event.record(&mut text);
+        self.told(if text.0.contains("first pass") { "first pass" } else { "pass" });
+    }
+
+    fn on_close(&self, _: span::Id, _: Context<'_, S>) {
+        self.told("close");
+    }
+}
+
+/// F1: right after the start, when the passes of an invalidation are in nobody's hands; while a first pass leaves a pass; when a
+/// pass is done.
+#[test]
+fn f1_a_subscriber_that_panics_in_whatever_it_is_told_loses_no_pass() {
+    for call in ["new span", "enter", "exit", "first pass", "pass", "close"] {
+        let fails = Fails(call, Arc::new(Mutex::new(Some(call))));
+        let subscriber = tracing_subscriber::registry().with(fails.clone());
+        tracing::subscriber::with_default(subscriber, || {
+            let (space, log) = (AddressSpace::new(), Log::default());
+            let gates = [Gate::default(), Gate::default()];
+            let devices = ["a", "b"].map(|name| space.insert(pages(0, 1), Device::new(name, &log)).unwrap());
+            for (device, gate) in devices.iter().zip(&gates) {
+                device.next(Act::pass(gate.clone()));
+            }
+            let mut unmap = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+            unmap.expect_pending();
+            assert_eq!(space.active()[0].pending.len(), 2, "{call}: both passes are waited for");
+            gates[0].open();
+            unmap.expect_pending();
+            gates[1].open();
+            drop(unmap.finish());
+            for device in &devices {
+                now(device.read_begin());
+            }
+            assert!(fails.1.lock().unwrap().is_none(), "{call} was told");
+            assert_eq!((space.active().len(), space.stats().lost_panics), (0, 1), "{call}");
+        });
+    }
+}
+
+/// F1: a name is asked for when a first pass and when a pass is told of.
+#[test]
+fn f1_a_name_that_panics_loses_no_pass() {
+    struct BadName(Gate);
+    impl shootdown::IntervalNotifier for BadName {
+        fn invalidate(
+            &self,
+            invalidation: &shootdown::Invalidation<'_>,
+        ) -> Result<Option<shootdown::PassFuture>, shootdown::WouldBlock> {
+            invalidation.set_seq();
+            Ok(Some(shootdown::PassFuture::new(self.0.clone())))
+        }
+
+        fn name(&self) -> std::borrow::Cow<'static, str> {
+            panic!("a name fails");
+        }
+    }
+    let (space, log) = (AddressSpace::new(), Log::default());
+    let lines = Lines(Arc::default(), space.clone());
+    let gates = [Gate::default(), Gate::default()];
+    tracing::subscriber::with_default(tracing_subscriber::registry().with(lines.clone()), || {
+        let _bad = space.insert(pages(0, 1), BadName(gates[0].clone())).map_err(drop).unwrap();
+        let good = space.insert(pages(0, 1), Device::new("good", &log).then(Act::pass(gates[1].clone()))).unwrap();
+        let mut unmap = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+        unmap.expect_pending();
+        gates[0].open();
+        unmap.expect_pending();
+        gates[1].open();
+        drop(unmap.finish());
+        now(good.read_begin());
+    });
+    let told = lines.0.lock().unwrap().iter().filter(|line| line.contains("a notifier whose name() panics")).count();
+    assert_eq!(told, 2, "its first pass and its pass are told of all the same");
+    assert!(space.stats().lost_panics >= 2);
+}
+
+/// F1: a recorder that fails when it is told that a pass is done.
+#[test]
+fn f1_a_recorder_that_panics_loses_no_pass() {
+    struct Fails;
+    impl metrics::Recorder for Fails {
+        fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+        fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+        fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
+        fn register_counter(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
+            panic!("no counter")
+        }
+        fn register_gauge(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
+            panic!("no gauge")
+        }
+        fn register_histogram(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
+            panic!("no histogram")
+        }
+    }
+    metrics::with_local_recorder(&Fails, || {
+        let (space, log, gate) = (AddressSpace::new(), Log::default(), Gate::default());
+        let device = space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+        let mut unmap = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+        unmap.expect_pending();
+        let mut reader = Task::new(device.read_begin());
+        reader.expect_pending();
+        gate.open();
+        drop(unmap.finish());
+        reader.finish();
+        assert!(space.active().is_empty() && space.stats().lost_panics > 3);
+    });
+}

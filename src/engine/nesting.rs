@@ -1,9 +1,11 @@
 //! C7: in debug builds, a wait inside a first pass that would never end fails with the notifier's name instead of hanging.
 //!
 //! The check has a stack of the first passes that run on this thread. A future that is about to wait inside one fails only if
-//! that first pass waits for its own invalidation (F3): if what holds the future up cannot end before the first pass has
-//! returned; if nothing in between polls without blocking, such as a waker that runs a task inline; and if the future
-//! began to wait there, with a waker that nothing outside of a first pass was polled with.
+//! that first pass waits for its own invalidation (F3). It is *suspected* of that if what holds the future up cannot end before
+//! the first pass has returned; if nothing in between polls without blocking, such as a waker that runs a task inline; and if
+//! the future began to wait there, with a waker that nothing outside of a first pass was polled with. Whether somebody blocks
+//! on it shows when it is woken: who blocks polls it again inside the same first pass, and that fails. What is polled once and
+//! left for later goes on.
 #![forbid(unsafe_code)]
 
 use crate::entry::EntryRef;
@@ -11,6 +13,7 @@ use crate::range::AddressRange;
 
 /// A first pass: its space, its notifier, and what its invalidation covers.
 #[derive(Clone, Copy)]
+#[cfg_attr(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))), allow(dead_code, reason = "for the check"))]
 pub(crate) struct FirstPassOf {
     /// [`Host::address`](super::host::Host::address).
     pub(crate) space: usize,
@@ -19,6 +22,7 @@ pub(crate) struct FirstPassOf {
 }
 
 /// A future that is about to wait.
+#[cfg_attr(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))), allow(dead_code, reason = "for the check"))]
 pub(crate) struct Waits<'a> {
     /// What it is, for the message.
     pub(crate) what: &'static str,
@@ -32,7 +36,7 @@ pub(crate) struct Waits<'a> {
 mod check {
     use super::{FirstPassOf, Waits};
     use crate::engine::host::Host;
-    use crate::foreign::Inline;
+    use crate::foreign::{Callback, Inline};
     use core::task::{RawWakerVTable, Waker};
     use std::cell::RefCell;
     use std::vec::Vec;
@@ -40,16 +44,21 @@ mod check {
     /// Wakers to be remembered of those that futures were polled with outside of first passes.
     const KNOWN: usize = 64;
 
+    type WakerId = (*const (), *const RawWakerVTable);
+
     struct Nesting {
         /// Innermost last, each with the number of inline polls below it.
         first_passes: Vec<(FirstPassOf, u32)>,
-        known: Vec<(*const (), *const RawWakerVTable)>,
+        /// Wakers of futures that are suspected of blocking a first pass, each with the depth of that.
+        suspects: Vec<(usize, WakerId)>,
+        known: Vec<WakerId>,
         oldest: usize,
     }
 
     std::thread_local! {
-        static NESTING: RefCell<Nesting> =
-            const { RefCell::new(Nesting { first_passes: Vec::new(), known: Vec::new(), oldest: 0 }) };
+        static NESTING: RefCell<Nesting> = const {
+            RefCell::new(Nesting { first_passes: Vec::new(), suspects: Vec::new(), known: Vec::new(), oldest: 0 })
+        };
     }
 
     impl Nesting {
@@ -67,7 +76,7 @@ mod check {
         }
     }
 
-    fn id(waker: &Waker) -> (*const (), *const RawWakerVTable) {
+    fn id(waker: &Waker) -> WakerId {
         (waker.data(), core::ptr::from_ref(waker.vtable()))
     }
 
@@ -84,7 +93,12 @@ mod check {
     impl Drop for InFirstPass {
         fn drop(&mut self) {
             if self.0 {
-                let _ = NESTING.try_with(|nesting| nesting.borrow_mut().first_passes.pop());
+                let _ = NESTING.try_with(|nesting| {
+                    let nesting = &mut *nesting.borrow_mut();
+                    nesting.first_passes.pop();
+                    let depth = nesting.first_passes.len();
+                    nesting.suspects.retain(|(of, _)| *of <= depth);
+                });
             }
         }
     }
@@ -93,26 +107,36 @@ mod check {
     /// this space on this thread, whether what the future waits for needs it to return.
     #[track_caller]
     pub(crate) fn forbid_waiting(host: &Host, waits: &Waits<'_>, stuck: impl Fn(&FirstPassOf) -> bool) {
-        let inside = NESTING.try_with(|nesting| {
+        let found = NESTING.try_with(|nesting| {
             let nesting = &mut *nesting.borrow_mut();
             if nesting.first_passes.is_empty() {
                 nesting.remember(waits.waker);
                 return None;
             }
-            if !waits.first || waits.waker.will_wake(Waker::noop()) || nesting.known.contains(&id(waits.waker)) {
+            let suspect = (nesting.first_passes.len(), id(waits.waker));
+            let suspected = nesting.suspects.contains(&suspect);
+            let known = nesting.known.contains(&id(waits.waker)) || waits.waker.will_wake(Waker::noop());
+            if !suspected && (!waits.first || known) {
                 return None;
             }
             let depth = Inline::depth();
             let blocked = nesting.first_passes.iter().rev().take_while(|(_, of)| *of == depth).map(|(of, _)| *of);
-            blocked.filter(|of| of.space == host.address()).find(|of| stuck(of))
+            let of = blocked.filter(|of| of.space == host.address()).find(|of| stuck(of))?;
+            if !suspected {
+                nesting.suspects.push(suspect);
+            }
+            Some((of, suspected))
         });
-        if let Ok(Some(of)) = inside {
-            panic!(
+        match found {
+            Ok(Some((of, true))) => panic!(
                 "{} waits inside the first pass of {}, which the invalidation under way waits for in its turn: \
                  start the work there and wait in the future that the first pass returns",
                 waits.what,
                 of.entry.name(&host.losses)
-            );
+            ),
+            // Who blocks on it polls it again now.
+            Ok(Some((_, false))) => _ = host.losses.run(Callback::Waker, |_| waits.waker.wake_by_ref()),
+            Ok(None) | Err(_) => {}
         }
     }
 }

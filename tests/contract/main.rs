@@ -8,9 +8,11 @@ mod blocking;
 mod cancellation;
 mod driver_tasks;
 mod executors;
+// Without `std` there is nothing to catch a panic with.
+#[cfg(feature = "std")]
+mod foreign_code;
 mod life_cycle;
 mod order;
-// Without `std` there is nothing to catch a panic with.
 #[cfg(feature = "std")]
 mod panics;
 mod readers;

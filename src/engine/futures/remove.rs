@@ -180,7 +180,7 @@ impl<N: IntervalNotifier> Waiting<N> {
             Some(notifier) => Poll::Ready(notifier),
             None => {
                 // Somebody asks for its name at this moment (C6), and wakes whoever waits afterwards; look again.
-                cx.waker().wake_by_ref();
+                wait.wait.look_again();
                 Poll::Pending
             }
         }

@@ -117,6 +117,13 @@ impl Wait {
         }
     }
 
+    /// Wakes the task that was polled last.
+    pub(super) fn look_again(&self) {
+        if let Some(task) = &self.task {
+            task.rouse();
+        }
+    }
+
     /// Notes at which invalidations to look.
     fn hear(&mut self, state: &State, goal: &impl Goal) {
         let rung = self.bell.take_rung();

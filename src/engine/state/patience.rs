@@ -46,6 +46,8 @@ pub(crate) struct Patience {
     /// Looks before this one do not count: there was a gap after them.
     looks_from: u64,
     watchman: Option<u64>,
+    /// Rises with each look, and each time that there is another watchman.
+    turns: u64,
     next_waiter: u64,
 }
 
@@ -54,7 +56,7 @@ pub(crate) struct Patience {
 pub(crate) struct Watch {
     /// Its number; 0 before it has one.
     me: u64,
-    /// The count of looks that it saw last, and how often in a row.
+    /// The count of turns that it saw last, and how often in a row.
     seen: u64,
     unchanged: u32,
 }
@@ -70,6 +72,7 @@ impl Patience {
             skew: Duration::ZERO,
             looks_from: 0,
             watchman: None,
+            turns: 0,
             next_waiter: 1,
         }
     }
@@ -104,11 +107,12 @@ impl Patience {
             watch.me = self.next_waiter;
             self.next_waiter += 1;
         }
-        watch.unchanged = if watch.seen == self.looks { watch.unchanged + 1 } else { 0 };
-        watch.seen = self.looks;
+        watch.unchanged = if watch.seen == self.turns { watch.unchanged + 1 } else { 0 };
+        watch.seen = self.turns;
         if self.watchman.is_none() || watch.unchanged > ABSENT {
             self.watchman = Some(watch.me);
-            watch.unchanged = 0;
+            self.turns += 1;
+            (watch.seen, watch.unchanged) = (self.turns, 0);
         }
         self.watchman == Some(watch.me)
     }
@@ -123,6 +127,7 @@ impl Patience {
     /// The watchman looks: the clock shows `now`, if there is one. Returns those whose time is over.
     pub(crate) fn look(&mut self, now: Option<Duration>) -> Vec<Ticket> {
         self.looks += 1;
+        self.turns += 1;
         let tick = (self.first / TICKS).max(Duration::from_nanos(1));
         match now {
             None => self.skew += tick,

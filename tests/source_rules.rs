@@ -1,0 +1,133 @@
+//! What the source promises of itself: foreign code is called in one room, and who imports whom.
+#![cfg(not(any(loom, shuttle, miri)))]
+#![allow(missing_docs)]
+
+use std::path::{Path, PathBuf};
+
+/// The files below `src`, by path, without comments and without their unit tests.
+fn sources() -> Vec<(String, String)> {
+    fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
+        for entry in std::fs::read_dir(folder).unwrap() {
+            let path = entry.unwrap().path();
+            if path.is_dir() {
+                collect(&path, files);
+            } else if path.extension().is_some_and(|extension| extension == "rs") {
+                files.push(path);
+            }
+        }
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("src");
+    let mut files = Vec::new();
+    collect(&root, &mut files);
+    files.sort();
+    let code = |path: &PathBuf| {
+        let text = std::fs::read_to_string(path).unwrap();
+        let end = text.find("mod tests {").unwrap_or(text.len());
+        let lines = text[..end].lines().map(|line| line.split("//").next().unwrap_or_default().to_owned());
+        lines.collect::<Vec<_>>().join("\n")
+    };
+    let name = |path: &PathBuf| path.strip_prefix(&root).unwrap().to_str().unwrap().replace('\\', "/");
+    files.retain(|path| !path.ends_with("tests.rs"));
+    let sources: Vec<_> = files.iter().map(|path| (name(path), code(path))).collect();
+    assert!(sources.len() > 40, "{} files of source are too few: is the search right?", sources.len());
+    sources
+}
+
+/// Text that is a call of foreign code, and the files in which it may stand. Everything else must go through `foreign`.
+const ROOMS: [(&str, &[&str]); 12] = [
+    // Keeping and resuming panics.
+    ("catch_unwind", &["foreign.rs"]),
+    ("resume_unwind", &["foreign.rs"]),
+    // Wakers: the library keeps them as `TaskWaker`s. The fault injector is a notifier of its own.
+    (".wake()", &["test_util.rs"]),
+    // The check of C7 wakes the poller's own waker, in `Losses::run`.
+    (".wake_by_ref()", &["foreign.rs", "engine/nesting.rs", "test_util.rs"]),
+    ("waker().clone()", &["foreign.rs"]),
+    ("waker.clone()", &["foreign.rs"]),
+    // Subscribers and recorders: `observe` wraps each call in `tell`.
+    ("tracing::", &["observe.rs"]),
+    ("metrics::", &["observe.rs"]),
+    // Notifiers: `entry` calls them with a token that only `foreign` makes.
+    ("notifier.invalidate(", &["entry.rs", "test_util.rs"]),
+    (".notifier }.name()", &["entry.rs"]),
+    // The reporter and the clock.
+    ("reporter(", &["foreign.rs"]),
+    ("clock()", &["engine/host.rs"]),
+];
+
+/// The cache and the sources are programs' own drivers and tasks above the engine; what they call is theirs (rules M and K).
+fn is_above(file: &str) -> bool {
+    file.starts_with("cache/") || file.starts_with("source/") || file.starts_with("docs/")
+}
+
+#[test]
+fn f1_foreign_code_is_called_in_one_room() {
+    let sources = sources();
+    for (text, rooms) in ROOMS {
+        let mut found = 0;
+        for (file, code) in sources.iter().filter(|(file, _)| !is_above(file)) {
+            let stands = code.contains(text);
+            assert!(!stands || rooms.contains(&file.as_str()), "{file} has {text:?}, which belongs into {rooms:?}");
+            found += usize::from(stands);
+        }
+        let may_be_absent = [".wake()", "waker().clone()"].contains(&text);
+        assert!(found > 0 || may_be_absent, "{text:?} stands nowhere: has the code changed?");
+    }
+}
+
+/// Who may be imported by the files of a folder of the engine.
+#[test]
+fn the_state_calls_nobody_and_work_does_not_know_it() {
+    let sources = sources();
+    let forbidden: [(&str, &[&str]); 3] = [
+        ("engine/state/", &["Shared", "keep(", "losses", "rouse", "engine::lease", "engine::running", "engine::futures", "host"]),
+        ("engine/work/", &["Shared", "&mut State", "Outbox", "engine::futures", "engine::lease", "engine::running"]),
+        ("protocol", &["Lock", "Waker", "engine::", "foreign", "std::"]),
+    ];
+    for (folder, texts) in forbidden {
+        let files: Vec<_> = sources.iter().filter(|(file, _)| file.starts_with(folder) && !file.ends_with("tests.rs")).collect();
+        assert!(files.len() > 1, "{folder}");
+        for (file, code) in files {
+            for text in texts {
+                assert!(!code.contains(text), "{file} has {text:?}");
+            }
+        }
+    }
+}
+
+/// The modules of the crate from the highest to the lowest, as `lib.rs` maps them: each imports only those below it.
+#[test]
+fn lower_modules_never_import_higher_ones() {
+    const ORDER: [&str; 17] = [
+        "test_util",
+        "cache",
+        "source",
+        "mirror",
+        "subscription",
+        "space",
+        "engine",
+        "observe",
+        "entry",
+        "notifier",
+        "pass",
+        "protocol",
+        "index",
+        "tally",
+        "foreign",
+        "event",
+        "range",
+    ];
+    let height = |module: &str| ORDER.iter().position(|known| *known == module);
+    for (file, code) in sources() {
+        let module = file.split(['/', '.']).next().unwrap_or_default();
+        let Some(own) = height(module) else { continue };
+        for used in code.split("use crate::").skip(1) {
+            let used = used.split([':', ';', ' ', '{']).next().unwrap_or_default();
+            // `space` and `subscription` are two halves of one thing; names at the top are re-exports.
+            let pair = ["space", "subscription"].contains(&module) && ["space", "subscription"].contains(&used);
+            if let Some(theirs) = height(used) {
+                assert!(theirs >= own || pair, "{file} imports {used}, which stands above it");
+            }
+        }
+    }
+}
