@@ -108,6 +108,7 @@ pub(crate) struct Inside(());
 pub(crate) struct Panic(ManuallyDrop<Box<dyn Any + Send>>);
 
 impl Panic {
+    #[cfg(feature = "std")]
     fn into_payload(self) -> Box<dyn Any + Send> {
         let mut this = ManuallyDrop::new(self);
         core::mem::replace(&mut *this.0, Box::new(()))

@@ -182,11 +182,11 @@ fn values(told: &metrics_util::debugging::Snapshotter) -> BTreeMap<String, f64> 
 
 /// Panics in the call of this name, once.
 #[derive(Clone)]
-struct Fails(&'static str, Arc<Mutex<Option<&'static str>>>);
+struct Fails(Arc<Mutex<Option<&'static str>>>);
 
 impl Fails {
     fn told(&self, call: &'static str) {
-        let fails = self.1.lock().unwrap().take_if(|next| *next == call).is_some();
+        let fails = self.0.lock().unwrap().take_if(|next| *next == call).is_some();
         assert!(!fails, "the subscriber fails");
     }
 }
@@ -220,7 +220,7 @@ impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> tracing_subscriber::Layer<
 #[test]
 fn f1_a_subscriber_that_panics_in_whatever_it_is_told_loses_no_pass() {
     for call in ["new span", "enter", "exit", "first pass", "pass", "close"] {
-        let fails = Fails(call, Arc::new(Mutex::new(Some(call))));
+        let fails = Fails(Arc::new(Mutex::new(Some(call))));
         let subscriber = tracing_subscriber::registry().with(fails.clone());
         tracing::subscriber::with_default(subscriber, || {
             let (space, log) = (AddressSpace::new(), Log::default());
@@ -239,7 +239,7 @@ fn f1_a_subscriber_that_panics_in_whatever_it_is_told_loses_no_pass() {
             for device in &devices {
                 now(device.read_begin());
             }
-            assert!(fails.1.lock().unwrap().is_none(), "{call} was told");
+            assert!(fails.0.lock().unwrap().is_none(), "{call} was told");
             assert_eq!((space.active().len(), space.stats().lost_panics), (0, 1), "{call}");
         });
     }

@@ -30,7 +30,7 @@ pub(crate) struct Contents {
     /// Spans to be closed.
     pub(crate) traces: Vec<Trace>,
     /// Memory of invalidations that have ended. All passes in it are done.
-    pub(crate) works: Vec<Box<Work>>,
+    pub(crate) works: Vec<Work>,
     pub(crate) records: Vec<Record>,
 }
 

@@ -180,7 +180,8 @@ impl futures::task::ArcWake for Ignore {
 
 #[test]
 fn c4_a_clock_that_stands_still_or_fails_wedges_nobody() {
-    for fails in [false, true] {
+    // Without `std` there is nothing to catch its panic with.
+    for fails in [false, cfg!(feature = "std")] {
         let clock = move || if fails { panic!("the clock fails") } else { Duration::from_secs(7) };
         let space = AddressSpace::builder().clock(clock).build();
         let gate = Gate::default();
@@ -209,7 +210,7 @@ fn c4_one_waiter_looks_at_the_clock_and_another_one_takes_over_when_it_is_not_po
     invalidate.expect_pending();
     gate.open();
     let mut readers: Vec<_> = (0..8).map(|_| Task::new(device.read_begin())).collect();
-    let mut round = |readers: &mut [Task<_>], polls: usize| {
+    let round = |readers: &mut [Task<_>], polls: usize| {
         let before = asked.load(Ordering::SeqCst);
         for _ in 0..polls {
             readers.iter_mut().for_each(|reader| assert!(reader.poll().is_pending() && reader.is_woken()));

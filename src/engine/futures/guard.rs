@@ -58,25 +58,24 @@ impl Handle<'_> {
 pub struct InvalidationGuard<'a> {
     /// `None` once another guard has taken over. Dropped by hand, as is `work`, so that the end of a short invalidation is short.
     space: ManuallyDrop<Option<Handle<'a>>>,
-    /// An [`Id`], in a whole word, so that no padding is copied.
-    id: u64,
+    id: Id,
     work: ManuallyDrop<Option<Box<Work>>>,
 }
 
 impl<'a> InvalidationGuard<'a> {
     #[inline(always)]
     pub(super) fn new(space: Handle<'a>, id: Id, work: Option<Box<Work>>) -> Self {
-        Self { space: ManuallyDrop::new(Some(space)), id: u64::from(id), work: ManuallyDrop::new(work) }
+        Self { space: ManuallyDrop::new(Some(space)), id, work: ManuallyDrop::new(work) }
     }
 
     /// What is under invalidation.
     pub fn range(&self) -> AddressRange {
-        self.space().with(|state, _| state.protocol.active().get(self.id()).map_or(AddressRange::ALL, |active| active.range))
+        self.space().with(|state, _| state.protocol.active().get(self.id).map_or(AddressRange::ALL, |active| active.range))
     }
 
     /// The sequence that the passes got; odd if a notifier was hit.
     pub fn sequence(&self) -> Sequence {
-        self.space().with(|state, _| Sequence(state.protocol.active().get(self.id()).map_or(0, |active| active.sequence)))
+        self.space().with(|state, _| Sequence(state.protocol.active().get(self.id).map_or(0, |active| active.sequence)))
     }
 
     /// How many notifiers the invalidation hit.
@@ -93,11 +92,6 @@ impl<'a> InvalidationGuard<'a> {
         }
     }
 
-    #[inline(always)]
-    fn id(&self) -> Id {
-        self.id as Id
-    }
-
     fn space(&self) -> &Shared {
         match &*self.space {
             Some(space) => space,
@@ -111,8 +105,8 @@ impl Drop for InvalidationGuard<'_> {
     fn drop(&mut self) {
         match &*self.space {
             // A borrowed handle is not dropped, so it stays where it is.
-            Some(Handle::Borrowed(space)) => finish(space, self.id(), self.work.take()),
-            Some(Handle::Owned(_)) => finish_owned(self.space.take(), self.id(), self.work.take()),
+            Some(Handle::Borrowed(space)) => finish(space, self.id, self.work.take()),
+            Some(Handle::Owned(_)) => finish_owned(self.space.take(), self.id, self.work.take()),
             None => {}
         }
     }

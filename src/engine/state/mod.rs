@@ -136,10 +136,10 @@ impl State {
         match (protocol.end(id, hits, |entry| uncovered(waiters, entry, outbox)), work) {
             (Some(Kept::InPlace(record)), Some(work)) => record.recycle(work),
             (Some(Kept::InPlace(_)) | None, None) => {}
-            (None, Some(work)) => outbox.contents().works.push(work),
+            (None, Some(work)) => outbox.contents().works.push(*work),
             (Some(Kept::Gone(record)), work) => {
                 outbox.contents().records.push(record);
-                outbox.contents().works.extend(work);
+                outbox.contents().works.extend(work.map(|work| *work));
             }
         }
     }
@@ -150,7 +150,7 @@ impl State {
         let Self { protocol, waiters, .. } = self;
         match protocol.tell(id, &work.hits, |entry| uncovered(waiters, entry, outbox)) {
             Some(record) => record.recycle(work),
-            None => outbox.contents().works.push(work),
+            None => outbox.contents().works.push(*work),
         }
     }
 
@@ -399,7 +399,7 @@ impl State {
     }
 
     /// The space goes: takes the work of every active invalidation out, with unfinished passes in it.
-    pub(crate) fn dismantle(&mut self, outbox: &mut Outbox) -> Vec<Box<Work>> {
+    pub(crate) fn dismantle(&mut self, outbox: &mut Outbox) -> Vec<Work> {
         let ids: Vec<Id> = self.protocol.active().iter().map(|(id, _)| id).collect();
         let mut works = Vec::new();
         for id in ids {
@@ -417,7 +417,7 @@ impl State {
             if let Some(Kept::Gone(record)) = kept {
                 outbox.contents().records.push(record);
             }
-            works.extend(work);
+            works.extend(work.map(|work| *work));
         }
         works
     }

@@ -80,7 +80,7 @@ impl Default for Passes {
             next: Slot::empty(),
             finished: Vec::new(),
             panic: FirstPanic::default(),
-            trace: Trace::default(),
+            trace: Default::default(),
             spare_slots: Vec::new(),
             join: None,
             untold: 0,
