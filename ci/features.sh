@@ -3,6 +3,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo test --all-features --lib --test test_util --test contract --test cache --test source --test soak --test observe --test hmm --test allocations --test stats --test sweep --test source_rules
+# Each case with the quick ways and without: tracing and metrics would turn them off.
+cargo test --features test-util --test fuzz
 cargo test --all-features --doc
 for example in uffd_tokio uffd_async_io trace; do
     cargo build --quiet --all-features --example "$example"

@@ -1,4 +1,4 @@
-//! What happened on the ways that wait, counted for a notifier or a whole space.
+//! Event counters of one notifier: collisions, retries, waits, lapses.
 //!
 //! Only slow paths count: a reader that neither waits nor collides touches nothing here.
 #![forbid(unsafe_code)]

@@ -1,5 +1,6 @@
 //! Sequences of operations, written as bytes, on the library and on the contract's rules side by side.
 //!
+//! With the feature `test-util` each case runs on a space that takes the library's quick ways, and on one that does not.
 //! `SHOOTDOWN_CASES=100000 cargo test --release --test fuzz` is the long form.
 #![cfg(not(any(loom, shuttle)))]
 #![allow(missing_docs)]
@@ -51,19 +52,43 @@ struct Machine {
     running: Vec<Running>,
     readers: Vec<Reader>,
     names: usize,
+    /// What can be seen after each step.
+    seen: Vec<String>,
 }
 
 impl Machine {
-    fn new() -> Self {
+    /// `plain`: without the library's quick ways.
+    fn new(plain: bool) -> Self {
+        let builder = AddressSpace::builder();
+        #[cfg(feature = "test-util")]
+        let builder = if plain { builder.plain_only() } else { builder };
+        #[cfg(not(feature = "test-util"))]
+        assert!(!plain);
         Self {
-            space: AddressSpace::new(),
+            space: builder.build(),
             log: Log::default(),
             sequence: 2,
             notifiers: vec![],
             running: vec![],
             readers: vec![],
             names: 0,
+            seen: vec![],
         }
+    }
+
+    /// Notes all that can be seen, but for times.
+    fn look(&mut self) {
+        let active: Vec<_> = self.space.active();
+        let active =
+            active.iter().map(|one| (one.range, one.sequence, one.phase, one.abandoned, one.blockable, one.pending.len()));
+        let active: Vec<_> = active.collect();
+        let shootdown::Stats { invalidations, collisions, retries, waits, lapses, abandoned, .. } = self.space.stats();
+        let calls = self.log.lock().unwrap().len();
+        self.seen.push(format!(
+            "{:?} {active:?} {:?} {calls}",
+            self.space.sequence(),
+            [invalidations, collisions, retries, waits, lapses, abandoned]
+        ));
     }
 
     fn insert(&mut self, range: AddressRange) {
@@ -242,10 +267,12 @@ impl Machine {
     }
 }
 
-fn run(bytes: &[u8]) -> Result<(), TestCaseError> {
-    let mut machine = Machine::new();
+/// Runs a case; returns what could be seen on the way.
+fn run(bytes: &[u8], plain: bool) -> Result<Vec<String>, TestCaseError> {
+    let mut machine = Machine::new(plain);
     for step in bytes.as_chunks::<4>().0 {
         machine.step(*step)?;
+        machine.look();
     }
     // Everything comes to an end.
     machine.running.iter().for_each(|running| running.gates.iter().for_each(Gate::open));
@@ -258,7 +285,8 @@ fn run(bytes: &[u8]) -> Result<(), TestCaseError> {
     }
     prop_assert!(machine.readers.is_empty(), "a reader waits although nothing is active");
     prop_assert_eq!(machine.space.stats().lapses, 0);
-    Ok(())
+    machine.look();
+    Ok(machine.seen)
 }
 
 fn cases() -> ProptestConfig {
@@ -270,6 +298,10 @@ proptest! {
     #![proptest_config(cases())]
     #[test]
     fn bytes_against_the_rules(bytes in prop::collection::vec(any::<u8>(), 4..600)) {
-        run(&bytes)?;
+        let quick = run(&bytes, false)?;
+        // The plain ways are the specification of the quick ones: nothing that can be seen may differ.
+        if cfg!(feature = "test-util") {
+            prop_assert_eq!(quick, run(&bytes, true)?);
+        }
     }
 }
