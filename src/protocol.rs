@@ -24,8 +24,8 @@ pub(crate) struct Active<M, X> {
     pub(crate) range: AddressRange,
     /// The sequence that all its passes get; odd if it hit a notifier, meaningless otherwise.
     pub(crate) sequence: u64,
-    /// Its serial and [`LIVE`] while it is active; 0 otherwise.
-    mark: u64,
+    /// The id with which it was started; 0 when it is not active.
+    id: u64,
     /// Notifiers inserted since it started, which it covers but does not call (S5).
     late: Vec<M>,
     pub(crate) extra: X,
@@ -34,11 +34,17 @@ pub(crate) struct Active<M, X> {
 impl<M, X> Active<M, X> {
     /// Tells this invalidation from an earlier one with the same id; rises with each start.
     pub(crate) fn serial(&self) -> u64 {
-        self.mark & !LIVE
+        Id(self.id).serial()
     }
 
     fn is_live(&self) -> bool {
-        self.mark & LIVE != 0
+        self.id != 0
+    }
+
+    /// Whether it is the invalidation `id`, and active.
+    #[inline(always)]
+    fn is(&self, id: Id) -> bool {
+        self.id == id.0
     }
 }
 
@@ -48,14 +54,59 @@ impl<M: Copy, X> Active<M, X> {
     }
 }
 
-/// Names an active invalidation. One below [`PLACES`] is used again once the invalidation has ended, others are not.
-pub(crate) type Id = u64;
+/// Names an invalidation for ever: its serial, which rises with each start, and below that the place in which it was started.
+///
+/// It may be moved from there into the crowd, so the place says where to look first, and whether to believe its flag of first
+/// passes (`engine::calls`).
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
+pub(crate) struct Id(u64);
+
+/// Bits of an id for the place.
+const PLACE_BITS: u32 = 6;
+
+impl Id {
+    fn new(serial: u64, place: u32) -> Self {
+        Self(serial << PLACE_BITS | u64::from(place))
+    }
+
+    /// An id from its number.
+    #[inline(always)]
+    pub(crate) fn from_raw(raw: u64) -> Self {
+        Self(raw)
+    }
+
+    #[inline(always)]
+    pub(crate) fn raw(self) -> u64 {
+        self.0
+    }
+
+    #[inline(always)]
+    pub(crate) fn serial(self) -> u64 {
+        self.0 >> PLACE_BITS
+    }
+
+    /// The place in which it was started, at least [`PLACES`] if it was started in the crowd or is known to be there.
+    #[inline(always)]
+    pub(crate) fn place(self) -> usize {
+        (self.0 & ((1 << PLACE_BITS) - 1)) as usize
+    }
+
+    /// Whether it was started in a place, and is not known to have been moved.
+    pub(crate) fn has_place(self) -> bool {
+        self.place() < PLACES
+    }
+
+    fn in_crowd(self) -> Self {
+        Self::new(self.serial(), PLACES as u32)
+    }
+}
 
 pub(crate) struct Protocol<M, X> {
     /// S1.
     sequence: u64,
     index: IntervalIndex<M>,
     active: ActiveSet<M, X>,
+    /// The id of the invalidation that started last, with place 0.
     started: u64,
 }
 
@@ -64,13 +115,15 @@ pub(crate) const PLACES: usize = if cfg!(test) { 4 } else { 32 };
 
 /// The active invalidations.
 ///
-/// The first [`PLACES`] have places; a map would move each in and out, and those copies stall on the stores just made and
-/// took a quarter of a short invalidation. Those beyond are the *crowd*: in a map, so that what they took is free again when
-/// they have ended, and in an interval index, so that what asks for those that overlap a range does not ask all.
+/// The youngest have places; a map would move each in and out, and those copies stall on the stores just made and
+/// took a quarter of a short invalidation. When there is no place left the oldest that can be moved goes into the *crowd*: a map,
+/// so that what it took is free again when it has ended, and an interval index, so that what asks for those that overlap a range does
+/// not ask all. An invalidation that lasts is moved once; one that is short never is, however many last.
 pub(crate) struct ActiveSet<M, X> {
     places: Vec<Active<M, X>>,
     heads: Heads,
-    crowd: BTreeMap<Id, Box<Active<M, X>>>,
+    /// By serial.
+    crowd: BTreeMap<u64, Box<Active<M, X>>>,
     crowd_ranges: IntervalIndex<Ranged<InCrowd>>,
     /// How many may be active at once.
     most: u32,
@@ -83,9 +136,9 @@ struct Heads {
     live: u32,
 }
 
-/// An id beyond [`PLACES`].
+/// The serial of one in the crowd.
 #[derive(Clone, Copy, PartialEq)]
-struct InCrowd(Id);
+struct InCrowd(u64);
 
 impl Ordered for InCrowd {
     fn order(self) -> u64 {
@@ -95,9 +148,6 @@ impl Ordered for InCrowd {
 
 /// Room for this many notifiers that were inserted under an invalidation stays for the next one in its place.
 const MOST_LATE: usize = 64;
-/// In [`Active::mark`]: it is active.
-const LIVE: u64 = 1 << 63;
-
 /// What the owner of the protocol keeps beside an invalidation that has ended.
 pub(crate) enum Kept<'a, X> {
     /// It stays for the next one in this place.
@@ -122,36 +172,47 @@ impl<M, X> ActiveSet<M, X> {
     }
 
     pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
-        match self.places.get(id as usize) {
-            Some(active) => Some(active).filter(|active| active.is_live()),
-            None => self.crowd.get(&id).map(|active| &**active),
+        match self.places.get(id.place()).filter(|active| active.is(id)) {
+            None => self.crowd.get(&id.serial()).map(|active| &**active),
+            found => found,
         }
     }
 
     pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut Active<M, X>> {
-        match self.places.get_mut(id as usize) {
-            Some(active) => Some(active).filter(|active| active.is_live()),
-            None => self.crowd.get_mut(&id).map(|active| &mut **active),
+        match self.places.get_mut(id.place()).filter(|active| active.is(id)) {
+            None => self.crowd.get_mut(&id.serial()).map(|active| &mut **active),
+            found => found,
         }
+    }
+
+    /// The id, with what is known of where the invalidation is.
+    pub(crate) fn located(&self, id: Id) -> Id {
+        if self.places.get(id.place()).is_some_and(|active| active.is(id)) { id } else { id.in_crowd() }
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Id, &Active<M, X>)> {
         let in_places = (0..).zip(&self.places).filter(|(_, active)| active.is_live());
-        in_places.chain(self.crowd.iter().map(|(id, active)| (*id, &**active)))
+        in_places
+            .map(|(place, active)| (Id::new(active.serial(), place), active))
+            .chain(self.crowd.iter().map(|(serial, active)| (Id::new(*serial, PLACES as u32), &**active)))
     }
 
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Id, &mut Active<M, X>)> {
         let in_places = (0..).zip(&mut self.places).filter(|(_, active)| active.is_live());
-        in_places.chain(self.crowd.iter_mut().map(|(id, active)| (*id, &mut **active)))
+        in_places
+            .map(|(place, active)| (Id::new(active.serial(), place), active))
+            .chain(self.crowd.iter_mut().map(|(serial, active)| (Id::new(*serial, PLACES as u32), &mut **active)))
     }
 
     /// Whether one of those that overlap `range` is as `wanted`. Looks at no more than [`PLACES`] others.
     pub(crate) fn any_overlapping(&self, range: AddressRange, mut wanted: impl FnMut(Id, &Active<M, X>) -> bool) -> bool {
         let overlaps = |active: &Active<M, X>| active.is_live() && active.range.overlaps(range);
-        let mut any = (0..).zip(&self.places).any(|(id, active)| overlaps(active) && wanted(id, active));
+        let mut in_places = (0..).zip(&self.places).filter(|(_, active)| overlaps(active));
+        let mut any = in_places.any(|(place, active)| wanted(Id::new(active.serial(), place), active));
         if !any && !self.crowd.is_empty() {
-            self.crowd_ranges.overlapping(range, |Ranged { value: InCrowd(id), .. }| {
-                any = any || self.crowd.get(&id).is_some_and(|active| wanted(id, active));
+            self.crowd_ranges.overlapping(range, |Ranged { value: InCrowd(serial), .. }| {
+                let id = Id::new(serial, PLACES as u32);
+                any = any || self.crowd.get(&serial).is_some_and(|active| wanted(id, active));
             });
         }
         any
@@ -161,43 +222,63 @@ impl<M, X> ActiveSet<M, X> {
         self.places.iter_mut().filter(|active| active.is_live() && active.range.overlaps(range)).for_each(&mut each);
         if !self.crowd.is_empty() {
             let Self { crowd, crowd_ranges, .. } = self;
-            crowd_ranges.overlapping(range, |Ranged { value: InCrowd(id), .. }| {
-                if let Some(active) = crowd.get_mut(&id) {
+            crowd_ranges.overlapping(range, |Ranged { value: InCrowd(serial), .. }| {
+                if let Some(active) = crowd.get_mut(&serial) {
                     each(active);
                 }
             });
         }
     }
 
-    /// A place that was free and is live now with this serial, made if there was none, or one in the crowd.
+    /// A place that was free and is live now, made or vacated if there was none, or one in the crowd. `first` is the id that it
+    /// would have in place 0.
     #[inline(always)]
-    fn take(&mut self, serial: u64, range: AddressRange) -> (Id, &mut Active<M, X>)
+    fn take(&mut self, first: u64, range: AddressRange, is_movable: impl Fn(Id) -> bool) -> (Id, &mut Active<M, X>)
     where
         X: Default,
     {
-        if self.heads.free == 0 && self.places.len() == PLACES {
-            return self.take_in_crowd(serial, range);
+        if self.heads.free == 0 && !self.make_room(is_movable) {
+            return self.take_in_crowd(Id(first).serial(), range);
         }
-        if self.heads.free == 0 {
-            self.grow();
-        }
-        let id = self.heads.free.trailing_zeros();
-        let active = &mut self.places[id as usize];
+        let place = self.heads.free.trailing_zeros();
+        let active = &mut self.places[place as usize];
+        let id = Id(first | u64::from(place));
         active.range = range;
-        active.mark = LIVE | serial;
+        active.id = id.0;
         self.heads.free &= self.heads.free - 1;
         self.heads.live += 1;
-        (id.into(), active)
+        (id, active)
     }
 
+    /// Sees to it that there is a free place. Returns whether there is one.
     #[cold]
     #[inline(never)]
-    fn grow(&mut self)
+    fn make_room(&mut self, is_movable: impl Fn(Id) -> bool) -> bool
     where
         X: Default,
     {
-        self.heads.free = 1 << self.places.len();
-        self.places.push(Active::new(AddressRange::ALL, 0));
+        if self.places.len() < PLACES {
+            self.heads.free = 1 << self.places.len();
+            self.places.push(Active::new(AddressRange::ALL, Id(0)));
+            return true;
+        }
+        self.assert_room();
+        let movable = (0..).zip(&self.places).filter(|(place, active)| is_movable(Id::new(active.serial(), *place)));
+        let Some((place, _)) = movable.min_by_key(|(_, active)| active.serial()) else { return false };
+        let active = core::mem::replace(&mut self.places[place as usize], Active::new(AddressRange::ALL, Id(0)));
+        self.heads.free = 1 << place;
+        self.crowd_ranges.insert(Ranged { range: active.range, value: InCrowd(active.serial()) });
+        self.crowd.insert(active.serial(), Box::new(active));
+        true
+    }
+
+    /// Panics before anything has changed if one more would be more than can be counted.
+    fn assert_room(&self) {
+        assert!(
+            self.heads.live < self.most,
+            "{} invalidations are active at once: drop the guards of those that have ended",
+            self.heads.live
+        );
     }
 
     #[cold]
@@ -206,21 +287,16 @@ impl<M, X> ActiveSet<M, X> {
     where
         X: Default,
     {
-        assert!(
-            self.heads.live < self.most,
-            "{} invalidations are active at once: drop the guards of those that have ended",
-            self.heads.live
-        );
         self.heads.live += 1;
-        let id = PLACES as Id + serial;
-        self.crowd_ranges.insert(Ranged { range, value: InCrowd(id) });
-        (id, self.crowd.entry(id).or_insert_with(|| Box::new(Active::new(range, LIVE | serial))))
+        self.crowd_ranges.insert(Ranged { range, value: InCrowd(serial) });
+        let id = Id::new(serial, PLACES as u32);
+        (id, self.crowd.entry(serial).or_insert_with(|| Box::new(Active::new(range, id))))
     }
 
     /// Takes one out of the crowd.
     fn leave_crowd(&mut self, id: Id) -> Option<Box<Active<M, X>>> {
-        let active = self.crowd.remove(&id)?;
-        self.crowd_ranges.remove(Ranged { range: active.range, value: InCrowd(id) });
+        let active = self.crowd.remove(&id.serial())?;
+        self.crowd_ranges.remove(Ranged { range: active.range, value: InCrowd(id.serial()) });
         self.heads.live -= 1;
         if self.crowd.is_empty() {
             // Also the memory of the index.
@@ -231,17 +307,16 @@ impl<M, X> ActiveSet<M, X> {
 }
 
 impl<M, X: Default> Active<M, X> {
-    fn new(range: AddressRange, mark: u64) -> Self {
-        Self { range, sequence: 0, mark, late: Vec::new(), extra: X::default() }
+    fn new(range: AddressRange, id: Id) -> Self {
+        Self { range, sequence: 0, id: id.0, late: Vec::new(), extra: X::default() }
     }
 }
 
-/// The place `id` of an invalidation is free again. Returns how many remain active.
+/// The place of an invalidation is free again. Returns how many remain active.
 #[inline(always)]
 fn release<M, X>(active: &mut Active<M, X>, heads: &mut Heads, id: Id) -> u32 {
-    debug_assert!(active.is_live(), "an invalidation ends once");
-    active.mark = 0;
-    heads.free |= 1 << id;
+    active.id = 0;
+    heads.free |= 1 << id.place();
     heads.live -= 1;
     heads.live
 }
@@ -281,12 +356,12 @@ impl<M: Member, X: Default> Protocol<M, X> {
         &mut self.active
     }
 
-    pub(crate) fn get(&self, id: Id, serial: u64) -> Option<&Active<M, X>> {
-        self.active.get(id).filter(|active| active.serial() == serial)
+    pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
+        self.active.get(id)
     }
 
-    pub(crate) fn get_mut(&mut self, id: Id, serial: u64) -> Option<&mut Active<M, X>> {
-        self.active.get_mut(id).filter(|active| active.serial() == serial)
+    pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut Active<M, X>> {
+        self.active.get_mut(id)
     }
 
     /// S5, L3: `member` takes part from now on. Its [`Own`] must be new.
@@ -328,18 +403,20 @@ impl<M: Member, X: Default> Protocol<M, X> {
         self.index.expect(range.last());
     }
 
-    /// S2, S6: starts an invalidation. `fill` gets what its owner keeps beside it, as the last invalidation in this place left it, and its serial. What `hits` finds there,
+    /// S2, S6: starts an invalidation. `fill` gets what its owner keeps beside it, as the last invalidation in this place left it, and its id. What `hits` finds there,
     /// which is empty, gets every notifier that overlaps `range`, in the order of their first passes (O1); it is not asked for when there can be none.
+    /// `is_movable` says, if there is no place left, of which active invalidations nobody believes the place in their id any more.
     #[inline(always)]
     pub(crate) fn start(
         &mut self,
         range: AddressRange,
-        fill: impl FnOnce(&mut X, u64),
+        is_movable: impl Fn(Id) -> bool,
+        fill: impl FnOnce(&mut X, Id),
         hits: impl FnOnce(&mut X) -> &mut Vec<M>,
     ) -> Started<'_, X> {
-        self.started += 1;
-        let (id, active) = self.active.take(self.started, range);
-        fill(&mut active.extra, self.started);
+        self.started += 1 << PLACE_BITS;
+        let (id, active) = self.active.take(self.started, range, is_movable);
+        fill(&mut active.extra, id);
         if self.index.may_overlap(range) {
             let hits = hits(&mut active.extra);
             debug_assert!(hits.is_empty(), "an invalidation that has ended left its hits");
@@ -356,14 +433,13 @@ impl<M: Member, X: Default> Protocol<M, X> {
 
     /// The serial of the invalidation that started last.
     pub(crate) fn last_serial(&self) -> u64 {
-        self.started
+        Id(self.started).serial()
     }
 
     /// S3: ends an invalidation. `hits` are the notifiers that its start named. `uncovered` gets the notifiers that are [`WATCHED`] and
     /// that no active invalidation covers any more. Returns what its owner keeps beside it.
     pub(crate) fn end(&mut self, id: Id, hits: &[M], uncovered: impl FnMut(M)) -> Option<Kept<'_, X>> {
-        if (id as usize) < self.active.places.len() {
-            self.quick_end(id, hits)?;
+        if self.quick_end(id, hits).is_some() {
             return self.tell(id, hits, uncovered).map(Kept::InPlace);
         }
         let mut active = self.active.leave_crowd(id)?;
@@ -378,7 +454,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
     #[inline(always)]
     pub(crate) fn quick_end(&mut self, id: Id, hits: &[M]) -> Option<(bool, &mut X)> {
         let ActiveSet { places, heads, .. } = &mut self.active;
-        let active = places.get_mut(id as usize)?;
+        let active = places.get_mut(id.place()).filter(|active| active.is(id))?;
         let live = release(active, heads, id);
         let marks = hits.iter().fold(0, |marks, member| marks | member.own().uncover());
         settle(&mut self.sequence, live);
@@ -390,7 +466,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
     #[inline(always)]
     pub(crate) fn quick_end_one(&mut self, id: Id, hit: M) -> Option<&mut X> {
         let ActiveSet { places, heads, .. } = &mut self.active;
-        let active = places.get_mut(id as usize).filter(|active| active.late.is_empty())?;
+        let active = places.get_mut(id.place()).filter(|active| active.is(id) && active.late.is_empty())?;
         if !hit.own().quick_uncover() {
             return None;
         }
@@ -400,7 +476,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
 
     /// Second half of [`end`](Self::end), after [`quick_end`](Self::quick_end).
     pub(crate) fn tell(&mut self, id: Id, hits: &[M], uncovered: impl FnMut(M)) -> Option<&mut X> {
-        let active = self.active.places.get_mut(id as usize)?;
+        let active = self.active.places.get_mut(id.place())?;
         tell(hits, &mut active.late, uncovered);
         Some(&mut active.extra)
     }
@@ -410,7 +486,9 @@ impl<M: Member, X: Default> Protocol<M, X> {
     #[inline]
     pub(crate) fn quick_end_none(&mut self, id: Id) -> bool {
         let ActiveSet { places, heads, .. } = &mut self.active;
-        let Some(active) = places.get_mut(id as usize).filter(|active| active.late.is_empty()) else { return false };
+        let Some(active) = places.get_mut(id.place()).filter(|active| active.is(id) && active.late.is_empty()) else {
+            return false;
+        };
         settle(&mut self.sequence, release(active, heads, id));
         true
     }

@@ -5,7 +5,8 @@
 //! removes and finds a call under way on another thread yields to its executor and looks again; a sleeping wait would need a
 //! read-modify-write in every invalidation that hits something (`DESIGN.md`, "When are the first passes over?").
 //!
-//! Only an invalidation that has a place (see [`PLACES`]) has a flag here. One in the crowd says so under the lock.
+//! The flag is that of the place in which the invalidation was started. It may be moved from there when its first passes are over
+//! (see [`PLACES`]); one that calls first passes in the crowd says so under the lock.
 #![forbid(unsafe_code)]
 
 use crate::protocol::{Id, PLACES};
@@ -22,7 +23,7 @@ impl FirstPassFlags {
     /// The invalidation begins to call notifiers. Under the space's lock. Returns `false` if it has no place.
     #[inline(always)]
     pub(crate) fn raise(&self, id: Id) -> bool {
-        let flag = self.0.get(id as usize);
+        let flag = self.0.get(id.place());
         if let Some(flag) = flag {
             flag.store(true, Ordering::Relaxed);
         }
@@ -33,7 +34,7 @@ impl FirstPassFlags {
     /// has no place.
     #[inline(always)]
     pub(crate) fn lower(&self, id: Id) -> bool {
-        let flag = self.0.get(id as usize);
+        let flag = self.0.get(id.place());
         if let Some(flag) = flag {
             flag.store(false, Ordering::Release);
         }
@@ -42,7 +43,7 @@ impl FirstPassFlags {
 
     /// Whether it may still call notifiers; `None` if it has no place. Under the space's lock.
     pub(crate) fn is_up(&self, id: Id) -> Option<bool> {
-        Some(self.0.get(id as usize)?.load(Ordering::Acquire))
+        Some(self.0.get(id.place())?.load(Ordering::Acquire))
     }
 }
 
@@ -53,15 +54,15 @@ mod tests {
     #[test]
     fn a_call_is_under_way_from_raise_to_lower_and_the_crowd_has_no_flag() {
         let flags = FirstPassFlags::new();
-        for id in [0, PLACES as Id - 1] {
+        for place in [0, PLACES as u64 - 1] {
+            let id = Id::from_raw(7 << 6 | place);
             assert_eq!(flags.is_up(id), Some(false));
             assert!(flags.raise(id));
             assert_eq!(flags.is_up(id), Some(true));
             assert!(flags.lower(id));
             assert_eq!(flags.is_up(id), Some(false));
         }
-        for id in [PLACES as Id, Id::MAX] {
-            assert!(!flags.raise(id) && !flags.lower(id) && flags.is_up(id).is_none());
-        }
+        let id = Id::from_raw(7 << 6 | PLACES as u64);
+        assert!(!flags.raise(id) && !flags.lower(id) && flags.is_up(id).is_none());
     }
 }

@@ -20,7 +20,7 @@ use alloc::boxed::Box;
 use core::ops::DerefMut;
 use core::time::Duration;
 
-/// An invalidation that has begun, and its work if it hit a notifier: a guard can take over. With [`PENDS`] in the id, passes are
+/// An invalidation that has begun, and its work if it hit a notifier: a guard can take over. If the id [`pends`], passes are
 /// pending.
 ///
 /// Two words, so that they are returned in registers: a guard that is put together behind a call and then moved
@@ -28,7 +28,25 @@ use core::time::Duration;
 pub(crate) type Begun = (Id, Option<Box<Work>>);
 
 /// In an id: passes are pending. Serials, of which ids are made, stay below it.
-pub(crate) const PENDS: Id = 1 << 63;
+const PENDS: u64 = 1 << 63;
+
+/// Whether passes are pending.
+#[inline(always)]
+pub(crate) fn pends(id: Id) -> bool {
+    id.raw() & PENDS != 0
+}
+
+/// The id, marked as pending.
+#[inline(always)]
+pub(crate) fn pending(id: Id) -> Id {
+    Id::from_raw(id.raw() | PENDS)
+}
+
+/// The id without the mark.
+#[inline(always)]
+pub(crate) fn strip(id: Id) -> Id {
+    Id::from_raw(id.raw() & !PENDS)
+}
 
 /// Starts an invalidation, calls its first passes and polls each pass once.
 ///
@@ -70,7 +88,7 @@ fn call(shared: &Shared, id: Id, mut work: Box<Work>, request: &Request, sequenc
             shared.first_passes_over(id);
             (id, Some(work))
         }
-        Reached::Pends | Reached::RefusedAndPends => (id | PENDS, Some(work)),
+        Reached::Pends | Reached::RefusedAndPends => (pending(id), Some(work)),
         Reached::Done | Reached::Refused => finish(shared, id, work),
     }
 }
@@ -93,8 +111,10 @@ pub(crate) fn start_locked(
     request: &Request,
     since: Option<Duration>,
 ) -> Start {
+    // Once its first passes are over, nobody looks at its flag any more, which is that of its place.
+    let is_movable = |id| shared.host.flags.is_up(id) == Some(false);
     let Started { id, sequence, hit, extra } =
-        state.protocol.start(request.range, |record, serial| record.fill(request, serial, since), Record::hits);
+        state.protocol.start(request.range, is_movable, |record, id| record.fill(request, id, since), Record::hits);
     if !hit {
         return (id, sequence, None);
     }

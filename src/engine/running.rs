@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::engine::Shared;
-use crate::engine::quick::{Begun, PENDS, start_locked};
+use crate::engine::quick::{Begun, pending, start_locked, strip};
 use crate::engine::state::Parked;
 use crate::engine::work::Work;
 use crate::engine::work::first_passes::{Reached, advance_from};
@@ -46,7 +46,7 @@ impl<'s> Running<'s> {
 
     /// Goes on with what a claim has given, or the quick way.
     pub(crate) fn resume(shared: &'s Shared, id: Id, sequence: u64, work: Option<Box<Work>>) -> Self {
-        Self { shared, id: id & !PENDS, sequence, work, armed: true }
+        Self { shared, id: strip(id), sequence, work, armed: true }
     }
 
     /// O1 to O3, B1, B2, B4: calls the first passes from hit `from` on, and polls each pass once.
@@ -102,7 +102,7 @@ impl<'s> Running<'s> {
     /// Passes are pending: what the quick way would return.
     pub(crate) fn into_begun(mut self) -> Begun {
         self.armed = false;
-        (self.id | PENDS, self.work.take())
+        (pending(self.id), self.work.take())
     }
 
     /// Hands it to the space: from now on others may drive the passes. The caller waits as `task`.

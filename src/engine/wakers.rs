@@ -209,7 +209,7 @@ mod tests {
     #[test]
     fn a_future_that_is_not_polled_keeps_no_more_than_a_bound() {
         let bell = Bell::default();
-        let ring = |serial| assert!(bell.ring(Some(Ticket { serial, id: 0 })).is_none());
+        let ring = |serial| assert!(bell.ring(Some(Ticket::from_raw(serial))).is_none());
         (0..3).for_each(ring);
         assert_eq!(bell.take_rung().map(|tickets| tickets.len()), Some(3));
         (0..100).for_each(ring);

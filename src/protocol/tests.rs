@@ -139,7 +139,8 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
             }
             Op::Start(start, len, sets) => {
                 let range = AddressRange::new(start, len).unwrap();
-                let started = protocol.start(range, |_, _| (), |hits| hits);
+                // Some may be moved into the crowd, and some not.
+                let started = protocol.start(range, |id| id.serial() % 3 != 0, |_, _| (), |hits| hits);
                 let hits = core::mem::take(started.extra);
                 prop_assert_eq!(started.hit, !hits.is_empty());
                 let started = (started.id, started.sequence);
@@ -254,7 +255,7 @@ fn as_many_are_active_as_can_be_counted_and_one_more_is_refused_before_anything_
     protocol.insert(member);
     let mut running: Vec<(Id, Vec<Test>)> = vec![];
     let start = |protocol: &mut Protocol<Test, Vec<Test>>| {
-        let started = protocol.start(range, |_, _| (), |hits| hits);
+        let started = protocol.start(range, |_| true, |_, _| (), |hits| hits);
         (started.id, core::mem::take(started.extra))
     };
     for _ in 0..PLACES + 3 {

@@ -5,7 +5,7 @@ use super::guard::{Handle, InvalidationGuard};
 use crate::engine::Shared;
 use crate::engine::lease::Lease;
 use crate::engine::nesting::{Waits, forbid_waiting};
-use crate::engine::quick::{Begun, PENDS, begin};
+use crate::engine::quick::{Begun, begin, pends};
 use crate::engine::running::Running;
 use crate::engine::state::{Look, Parked, Ticket};
 use crate::engine::work::first_passes::Reached;
@@ -191,7 +191,7 @@ fn turn(shared: &Shared, request: &Request, lapses: u32, step: &mut Step, cx: &m
     let settled = match step {
         Step::Start => {
             let (id, work) = begin(shared, request.range, request.owner, request.terms);
-            if id & PENDS == 0 {
+            if !pends(id) {
                 return Turn::Ready((id, work));
             }
             settle(Running::resume(shared, id, 0, work), lapses, cx)
@@ -252,11 +252,10 @@ enum Found<'s> {
 fn look<'s>(shared: &'s Shared, ticket: Ticket, task: &Arc<TaskWaker>) -> Found<'s> {
     // The guards are made before anything else can unwind.
     shared.with(|state, outbox| match state.look(ticket, task, outbox) {
-        Look::Claimed(work, resume_at, sequence) => {
-            if resume_at.is_some() {
-                shared.host.flags.raise(ticket.id);
-            }
-            Found::Claimed(Running::resume(shared, ticket.id, sequence, Some(work)), resume_at)
+        Look::Claimed(id, work, resume_at, sequence) => {
+            // Also if there is none left to call: what has its flag up keeps its place until it lowers it.
+            shared.host.flags.raise(id);
+            Found::Claimed(Running::resume(shared, id, sequence, Some(work)), resume_at)
         }
         Look::Leased(work) => Found::Leased(Lease::new(shared, ticket, work)),
         Look::Busy => Found::Busy,
@@ -278,7 +277,7 @@ impl<'a> Future for Invalidate<'a> {
             // Nothing in these is to be dropped: plain stores. Before the start, which may panic.
             (this.space, this.step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
             let (id, work) = begin(space, this.range, this.owner, this.terms);
-            if id & PENDS == 0 {
+            if !pends(id) {
                 return Poll::Ready(InvalidationGuard::new(Handle::Borrowed(space), id, work));
             }
             Self::pend(Handle::Borrowed(space), (id, work), cx)

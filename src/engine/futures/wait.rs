@@ -175,7 +175,7 @@ impl Wait {
                     // Nothing is left of what it has heard of. There may be others by now.
                     self.scan(state, goal);
                     self.backlog
-                        .retain(|ticket| state.parking(*ticket).is_some_and(|parking| goal.wants(parking, ticket.serial)));
+                        .retain(|ticket| state.parking(*ticket).is_some_and(|parking| goal.wants(parking, ticket.serial())));
                     if self.backlog.is_empty() {
                         self.leave(state);
                         return Step::Over;

@@ -63,8 +63,9 @@ pub(crate) struct Parked {
 
 /// What the caller of a parked invalidation finds when it looks.
 pub(crate) enum Look {
-    /// The passes are done: the work, from which hit the first passes go on, and the sequence.
-    Claimed(Box<Work>, Option<u32>, u64),
+    /// The passes are done: the id, with what is known of its place, the work, from which hit the first passes go on, and the
+    /// sequence.
+    Claimed(Id, Box<Work>, Option<u32>, u64),
     /// The passes, to be polled.
     Leased(Box<Work>),
     /// Somebody polls them.
@@ -167,11 +168,11 @@ impl State {
 
     /// The parking of a parked invalidation, with its range.
     pub(crate) fn parking(&self, ticket: Ticket) -> Option<&Parking> {
-        self.protocol.get(ticket.id, ticket.serial)?.extra.parked()
+        self.protocol.get(ticket)?.extra.parked()
     }
 
     fn parking_mut(&mut self, ticket: Ticket) -> Option<&mut Parking> {
-        self.protocol.get_mut(ticket.id, ticket.serial)?.extra.parked_mut()
+        self.protocol.get_mut(ticket)?.extra.parked_mut()
     }
 
     /// Hands an invalidation whose passes are pending to the space; its caller waits as `task`, if it has one.
@@ -189,7 +190,7 @@ impl State {
         };
         active.seen_to_last(now);
         work.timed = true;
-        let (range, ticket) = (active.range, Ticket { id, serial: active.serial() });
+        let (range, ticket) = (active.range, id);
         let request = Request { range, owner: active.extra.owner, terms: active.extra.terms };
         // Whoever sleeps because of this invalidation can now help with it (C3).
         let sleeps = |entry: &EntryRef| entry.first_waiter().is_some();
@@ -222,7 +223,7 @@ impl State {
 
     /// Tells all whom an invalidation holds up that there is something to help with.
     fn nudge_all(&mut self, ticket: Ticket, outbox: &mut Outbox) {
-        let Some(active) = self.protocol.get(ticket.id, ticket.serial) else { return };
+        let Some(active) = self.protocol.get(ticket) else { return };
         let Some(parking) = active.extra.parked() else { return };
         let hits = parking.stage.work().map_or(&[][..], |work| &work.hits);
         let sleeps = |entry: &EntryRef| entry.first_waiter().is_some();
@@ -235,7 +236,7 @@ impl State {
 
     /// The invalidation is not the space's any more: nobody who waits can find it.
     fn unpark(&mut self, ticket: Ticket, outbox: &mut Outbox) {
-        let Some(active) = self.protocol.get_mut(ticket.id, ticket.serial) else { return };
+        let Some(active) = self.protocol.get_mut(ticket) else { return };
         self.parked.remove(Ranged { range: active.range, value: ticket });
         let Some(parking) = active.extra.parking.as_deref_mut() else { return };
         parking.pending.clear();
@@ -256,10 +257,11 @@ impl State {
             // Passes that wait for their first poll are no longer the space's.
             work.passes().unlist();
             self.unpark(ticket, outbox);
-            let Some(active) = self.protocol.get_mut(ticket.id, ticket.serial) else { unreachable!("it was parked") };
-            // Its first passes may go on; `remove` has to know.
-            active.extra.calls = claim.resume_at.is_some();
-            return Look::Claimed(work, claim.resume_at, active.sequence);
+            let id = self.protocol.active().located(ticket);
+            let Some(active) = self.protocol.get_mut(id) else { unreachable!("it was parked") };
+            // Its first passes may go on; `remove` has to know. One that has a place has a flag for that.
+            active.extra.calls = !id.has_place() && claim.resume_at.is_some();
+            return Look::Claimed(id, work, claim.resume_at, active.sequence);
         }
         let (old, _) = parking.wakers.await_as_owner(task.clone());
         let leased = parking.stage.lease();
@@ -269,7 +271,7 @@ impl State {
 
     /// A waiting future looks at an invalidation that holds it up if it is `wanted`.
     pub(crate) fn help(&mut self, ticket: Ticket, wanted: impl Fn(&Parking, u64) -> bool) -> Help {
-        let Some(parking) = self.parking_mut(ticket).filter(|parking| wanted(parking, ticket.serial)) else {
+        let Some(parking) = self.parking_mut(ticket).filter(|parking| wanted(parking, ticket.serial())) else {
             return Help::Gone;
         };
         if parking.stage.unclaimed().is_some() {
@@ -320,7 +322,7 @@ impl State {
         let (panic, trace) = (passes.panic.take(), core::mem::take(&mut passes.trace));
         outbox.contents().panics.push(panic);
         outbox.contents().traces.push(trace);
-        self.end(ticket.id, Some(work), now, outbox);
+        self.end(ticket, Some(work), now, outbox);
     }
 
     /// Nobody will claim this invalidation: it ends as soon as its passes are done, now if they are.
@@ -362,7 +364,7 @@ impl State {
     /// One more future waits for an unclaimed invalidation to be claimed. Returns the episode that it waits for.
     pub(crate) fn await_claim(&mut self, ticket: Ticket) -> Option<u32> {
         let Self { protocol, patience, .. } = self;
-        let parking = protocol.get_mut(ticket.id, ticket.serial)?.extra.parked_mut()?;
+        let parking = protocol.get_mut(ticket)?.extra.parked_mut()?;
         let claim = parking.stage.unclaimed()?;
         if parking.awaited.count == 0 {
             parking.awaited.until = patience.begin(ticket, parking.done_at, claim.lapses);

@@ -153,7 +153,7 @@ mod tests {
     use std::vec;
 
     fn ticket(serial: u64) -> Ticket {
-        Ticket { serial, id: 0 }
+        Ticket::from_raw(serial)
     }
 
     fn ms(ms: u64) -> Duration {

@@ -14,16 +14,12 @@ use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::time::Duration;
 
-/// Names one invalidation for ever: its id, which another one may have later, and its serial, which rises with each start.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub(crate) struct Ticket {
-    pub(crate) serial: u64,
-    pub(crate) id: Id,
-}
+/// Names a parked invalidation.
+pub(crate) type Ticket = Id;
 
 impl Ordered for Ticket {
     fn order(self) -> u64 {
-        self.serial
+        self.serial()
     }
 }
 
@@ -98,10 +94,10 @@ impl Default for Record {
 impl Record {
     /// Notes why the range is under invalidation, and when that began if it is timed.
     #[inline(always)]
-    pub(crate) fn fill(&mut self, request: &Request, serial: u64, since: Option<Duration>) {
+    pub(crate) fn fill(&mut self, request: &Request, id: Id, since: Option<Duration>) {
         (self.owner, self.terms) = (request.owner, request.terms);
         if let Some(since) = since {
-            self.since = Some((serial, since));
+            self.since = Some((id.serial(), since));
         }
     }
 
