@@ -164,7 +164,12 @@ impl Wait {
             }
             let held_up = !self.pending.is_empty() || !self.unclaimed.is_empty();
             match goal.look(state, fired, held_up) {
-                Verdict::Over if goal.queue().is_none() => {
+                Verdict::Over if goal.queue().is_some() => {
+                    // The last first pass has ended since the look above, which needs no lock.
+                    self.leave(state);
+                    return Step::Over;
+                }
+                Verdict::Over => {
                     // Nothing is left of what it has heard of. There may be others by now.
                     self.scan(state, goal);
                     self.backlog
