@@ -300,3 +300,48 @@ impl Wait {
         }
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use crate::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+    use alloc::boxed::Box;
+    use core::task::{Context, Poll, Waker};
+    use std::sync::{Arc, Mutex};
+    use std::vec::Vec;
+
+    /// Passes that wait: `None` once they are done.
+    #[derive(Clone)]
+    struct Fence(Arc<Mutex<Option<Vec<Waker>>>>);
+
+    impl IntervalNotifier for Fence {
+        fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            let fence = self.clone();
+            Ok(Some(PassFuture::new(core::future::poll_fn(move |cx| match &mut *fence.0.lock().unwrap() {
+                Some(waiting) => {
+                    waiting.push(cx.waker().clone());
+                    Poll::Pending
+                }
+                None => Poll::Ready(()),
+            }))))
+        }
+    }
+
+    #[test]
+    fn c3_a_reader_that_was_told_of_more_than_it_can_note_looks_at_all() {
+        let (space, fence) = (AddressSpace::new(), Fence(Arc::default()));
+        let subscription = space.insert(AddressRange::ALL, fence.clone()).unwrap();
+        let mut cx = Context::from_waker(Waker::noop());
+        let start = || Box::pin(space.invalidate(AddressRange::ALL, Event::Unmap));
+        let Poll::Ready(guard) = start().as_mut().poll(&mut cx) else { panic!("its pass is done at once") };
+        let mut reader = Box::pin(subscription.read_begin());
+        assert!(reader.as_mut().poll(&mut cx).is_pending());
+        *fence.0.lock().unwrap() = Some(Vec::new());
+        for _ in 0..100 {
+            assert!(start().as_mut().poll(&mut cx).is_pending());
+        }
+        let waiting = fence.0.lock().unwrap().take();
+        waiting.into_iter().flatten().for_each(Waker::wake);
+        drop(guard);
+        assert!(reader.as_mut().poll(&mut cx).is_ready(), "it has driven all of them");
+    }
+}
