@@ -722,17 +722,18 @@ fn r1_a_reader_that_takes_no_lock_sees_the_memory_as_the_end_left_it_while_anoth
         let guard = block_on(space.invalidate(range(), Event::Unmap)).into_owned();
         let mut waits = Box::pin(device.read_begin());
         assert!(waits.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-        let invalidation = {
-            let memory = memory.clone();
+        // On a thread of its own, so that loom begins with a look after the end.
+        let fast = {
+            let (memory, device) = (memory.clone(), device.clone());
             thread::spawn(move || {
-                memory.0.store(1, Ordering::Relaxed);
-                drop(guard);
+                if futures::FutureExt::now_or_never(device.read_begin()).is_some() {
+                    assert_eq!(memory.0.load(Ordering::Relaxed), 1, "the end is seen, and not what came before it");
+                }
             })
         };
-        if futures::FutureExt::now_or_never(device.read_begin()).is_some() {
-            assert_eq!(memory.0.load(Ordering::Relaxed), 1, "the end was seen, and what came before it was not");
-        }
-        invalidation.join().unwrap();
+        memory.0.store(1, Ordering::Relaxed);
+        drop(guard);
+        fast.join().unwrap();
         drop(waits);
     });
 }
@@ -776,21 +777,21 @@ fn memory_of_a_notifier_goes_to_the_next_one_after_all_that_was_done_with_it() {
         let drops = Arc::new(RealUsize::new(0));
         let (gone, first) = (Arc::new(AtomicU64::new(0)), space.insert(range(), Counted(0, drops.clone())).unwrap());
         let memory = std::ptr::from_ref(&*first).addr();
-        let removal = {
-            let gone = gone.clone();
+        // On a thread of its own, so that loom begins with an insertion after the removal.
+        let insertion = {
+            let (space, gone) = (space.clone(), gone.clone());
             thread::spawn(move || {
-                let mut remove = first.remove();
-                let removed = Pin::new(&mut remove).poll(&mut Context::from_waker(Waker::noop()));
-                assert!(removed.is_ready());
-                gone.store(1, Ordering::Relaxed);
-                // Now the memory is to be had.
-                drop(remove);
+                let second = space.insert(range(), Counted(1, drops)).unwrap();
+                if std::ptr::from_ref(&*second).addr() == memory {
+                    assert_eq!(gone.load(Ordering::Relaxed), 1, "memory is used again, and its former use is not seen");
+                }
             })
         };
-        let second = space.insert(range(), Counted(1, drops)).unwrap();
-        if std::ptr::from_ref(&*second).addr() == memory {
-            assert_eq!(gone.load(Ordering::Relaxed), 1, "memory was used again, and what was done with it before is not seen");
-        }
-        removal.join().unwrap();
+        let mut remove = first.remove();
+        assert!(Pin::new(&mut remove).poll(&mut Context::from_waker(Waker::noop())).is_ready());
+        gone.store(1, Ordering::Relaxed);
+        // Now the memory is to be had.
+        drop(remove);
+        insertion.join().unwrap();
     });
 }
