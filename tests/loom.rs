@@ -715,27 +715,31 @@ fn c2_a_future_that_is_dropped_while_a_waiter_has_the_passes_leaves_a_range_that
 }
 
 #[test]
-fn r1_a_reader_that_takes_no_lock_sees_the_memory_as_the_end_left_it_while_another_one_waits() {
-    // The other one makes the notifier a watched one, whose end is the slow one.
-    explore("a watched end, a fast reader", 3, || {
-        let (space, device, memory) = model(None);
-        let guard = block_on(space.invalidate(range(), Event::Unmap)).into_owned();
-        let mut waits = Box::pin(device.read_begin());
-        assert!(waits.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
-        // On a thread of its own, so that loom begins with a look after the end.
-        let fast = {
-            let (memory, device) = (memory.clone(), device.clone());
-            thread::spawn(move || {
-                if futures::FutureExt::now_or_never(device.read_begin()).is_some() {
-                    assert_eq!(memory.0.load(Ordering::Relaxed), 1, "the end is seen, and not what came before it");
-                }
-            })
-        };
-        memory.0.store(1, Ordering::Relaxed);
-        drop(guard);
-        fast.join().unwrap();
-        drop(waits);
-    });
+fn r1_a_reader_that_takes_no_lock_sees_the_memory_as_the_end_left_it() {
+    // The ends of one hit, of several, and of a watched one go different ways.
+    for (hits, watched) in [(1, false), (2, false), (1, true)] {
+        explore(&format!("a fast reader, {hits} hits, watched: {watched}"), 3, move || {
+            let (space, device, memory) = model(None);
+            let _other = (hits == 2).then(|| space.insert(range(), Device::new(None)).unwrap());
+            let guard = at_once(space.invalidate(range(), Event::Unmap)).into_owned();
+            let mut waits = Box::pin(device.read_begin());
+            if watched {
+                assert!(waits.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+            }
+            // On a thread of its own, so that loom begins with a look after the end.
+            let fast = {
+                let (memory, device) = (memory.clone(), device.clone());
+                thread::spawn(move || {
+                    if futures::FutureExt::now_or_never(device.read_begin()).is_some() {
+                        assert_eq!(memory.0.load(Ordering::Relaxed), 1, "the end is seen, and not what came before it");
+                    }
+                })
+            };
+            memory.0.store(1, Ordering::Relaxed);
+            drop(guard);
+            fast.join().unwrap();
+        });
+    }
 }
 
 /// Notes whether its first pass runs.
