@@ -156,6 +156,29 @@ fn b4_dropped_between_two_first_passes_the_started_passes_still_complete() {
 }
 
 #[test]
+fn b4_dropped_while_a_reader_waits_for_its_claim_the_reader_polls_what_nobody_has_polled() {
+    let log = Log::default();
+    let space = AddressSpace::builder().pass_budget(1).build();
+    let gates = [Gate::default(), Gate::default()];
+    let device = |gate: &Gate| space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+    let [deferred, _awaited] = gates.each_ref().map(device);
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    gates[1].open();
+    // Drives the second pass to its end, and from then on waits for the future to go on.
+    let mut reader = Task::new(deferred.read_begin());
+    for _ in 0..3 {
+        assert!(reader.poll().is_pending() && reader.is_woken());
+    }
+    drop(invalidate);
+    reader.expect_pending();
+    assert!(gates[0].is_waited_for());
+    gates[0].open();
+    reader.finish();
+    assert_eq!((space.active().len(), space.stats().lapses), (0, 0));
+}
+
+#[test]
 fn b4_l1_remove_under_the_guard_waits_for_no_pass_that_is_done_after_the_budget_made_first_passes_stop() {
     let log = Log::default();
     let space = AddressSpace::builder().pass_budget(1).build();
