@@ -8,11 +8,14 @@
 use loom::future::block_on;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
-use shootdown::{AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, AsyncIntervalNotifier, AsyncNotifier, DriverLock, Event, IntervalNotifier, Invalidation,
+    InvalidationGuard, InvalidationInfo, PassFuture, Subscription, WouldBlock,
+};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::AtomicUsize as RealUsize;
-use std::task::{Context, Poll};
+use std::task::{Context, Poll, Waker};
 
 /// Explores a model; says how many executions that took.
 fn explore(name: &str, preemptions: usize, model: impl Fn() + Sync + Send + 'static) {
@@ -32,12 +35,21 @@ fn explore(name: &str, preemptions: usize, model: impl Fn() + Sync + Send + 'sta
 }
 
 fn range() -> AddressRange {
-    AddressRange::new(0x1000, 0x1000).unwrap()
+    pages(1, 1)
+}
+
+fn pages(first: u64, count: u64) -> AddressRange {
+    AddressRange::new(first * 0x1000, count * 0x1000).unwrap()
+}
+
+/// The result of a future that need not wait.
+fn at_once<F: Future>(future: F) -> F::Output {
+    futures::FutureExt::now_or_never(future).expect("nothing to wait for")
 }
 
 /// A fence of the device: a flag and the wakers that wait for it.
 #[derive(Clone)]
-struct Fence(Arc<loom::sync::Mutex<(bool, Vec<std::task::Waker>)>>);
+struct Fence(Arc<loom::sync::Mutex<(bool, Vec<Waker>)>>);
 
 impl Fence {
     fn new() -> Self {
@@ -50,7 +62,7 @@ impl Fence {
             fence.0 = true;
             std::mem::take(&mut fence.1)
         };
-        wakers.into_iter().for_each(std::task::Waker::wake);
+        wakers.into_iter().for_each(Waker::wake);
     }
 }
 
@@ -123,7 +135,7 @@ impl Memory {
     }
 
     /// A reader's attempt: look at the memory, then install what was seen.
-    async fn mirror(&self, subscription: &shootdown::Subscription<Device>) {
+    async fn mirror(&self, subscription: &Subscription<Device>) {
         let sequence = subscription.read_begin().await;
         let value = self.0.load(Ordering::Relaxed);
         let _ = subscription.state.install(subscription, sequence, |state| {
@@ -139,7 +151,7 @@ impl Memory {
     }
 }
 
-type Model = (AddressSpace, Arc<shootdown::Subscription<Device>>, Arc<Memory>);
+type Model = (AddressSpace, Arc<Subscription<Device>>, Arc<Memory>);
 
 fn model(fence: Option<Fence>) -> Model {
     let space = AddressSpace::new();
@@ -526,5 +538,264 @@ fn nothing_is_accepted_after_a_close_whether_an_invalidation_covers_the_notifier
         invalidator.join().unwrap();
         // Whoever was last, the close or the end of the invalidation.
         assert!(device.read_retry(block_on(device.read_begin())), "accepted with a sequence from after the close");
+    });
+}
+
+/// Sets the sequence without a lock, as [`AsyncNotifier`] does for a driver with no `begin` of its own.
+struct Lockless;
+
+#[async_trait::async_trait]
+impl AsyncIntervalNotifier for Lockless {
+    async fn invalidate(self: Arc<Self>, _: InvalidationInfo) {}
+}
+
+type LocklessSubscription = Subscription<AsyncNotifier<Lockless>>;
+
+/// A space whose sequence is 3 and stays odd while `held` lives. `first` watches the first of two pages; the
+/// notifier of the second has sequence 3 already. So an invalidation of both pages gets 5 (S6), and one of the
+/// first page alone may get 3.
+struct TwoSequences {
+    space: AddressSpace,
+    first: LocklessSubscription,
+    held: InvalidationGuard<'static>,
+    _others: [LocklessSubscription; 2],
+}
+
+impl TwoSequences {
+    fn new() -> Self {
+        let space = AddressSpace::new();
+        let watch = |page| space.insert(pages(page, 1), AsyncNotifier::new(Lockless)).unwrap();
+        let [first, second, elsewhere] = [1, 2, 9].map(watch);
+        let held = at_once(space.invalidate(pages(9, 1), Event::Clear)).into_owned();
+        drop(at_once(space.invalidate(pages(2, 1), Event::Clear)));
+        assert_eq!((second.sequence().get(), space.sequence().get()), (3, 3));
+        Self { space, first, held, _others: [second, elsewhere] }
+    }
+
+    /// Invalidates the first page alone, on a thread of its own. Returns the sequence of that.
+    fn invalidate_first(&self) -> thread::JoinHandle<u64> {
+        let space = self.space.clone();
+        thread::spawn(move || at_once(space.invalidate(pages(1, 1), Event::Unmap)).sequence().get())
+    }
+}
+
+#[test]
+fn s4_of_two_first_passes_that_set_the_sequence_at_once_the_later_one_stays() {
+    explore("S4, two first passes", 3, || {
+        let model = TwoSequences::new();
+        let alone = model.invalidate_first();
+        let both = at_once(model.space.invalidate(pages(1, 2), Event::Unmap)).sequence().get();
+        let alone = alone.join().unwrap();
+        let own = model.first.sequence().get();
+        assert!(own >= alone.max(both), "own sequence {own} after first passes with {alone} and {both}");
+        drop(model.held);
+    });
+}
+
+#[test]
+fn s4_a_check_misses_no_invalidation_when_first_passes_set_the_sequence_without_a_lock() {
+    explore("S4, a check", 3, || {
+        let model = TwoSequences::new();
+        let alone = model.invalidate_first();
+        let both = at_once(model.space.invalidate(pages(1, 2), Event::Unmap));
+        // Begins under one of them or both, and ends when both have.
+        let mut reader = Box::pin(model.first.read_begin());
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut began = reader.as_mut().poll(&mut cx);
+        drop(both);
+        alone.join().unwrap();
+        if began.is_pending() {
+            began = reader.as_mut().poll(&mut cx);
+        }
+        let Poll::Ready(sequence) = began else { panic!("nothing covers it any more") };
+        // The reader looks at the memory, which changes then.
+        drop(at_once(model.space.invalidate(pages(1, 1), Event::Unmap)));
+        assert!(model.first.read_retry(sequence), "the invalidation was missed: {sequence:?} is the own sequence again");
+        drop(reader);
+        drop(model.held);
+    });
+}
+
+#[test]
+fn c3_a_fence_that_is_signalled_at_any_moment_of_the_first_poll_wakes_the_owner() {
+    // Nobody else waits: nobody makes up for a wake-up that is lost between the poll and the park.
+    explore("the owner alone", 5, || {
+        let fence = Fence::new();
+        let (space, device, memory) = model(Some(fence.clone()));
+        let hardware = thread::spawn(move || fence.signal());
+        let guard = block_on(space.invalidate(range(), Event::Unmap));
+        memory.change(&device);
+        drop(guard);
+        hardware.join().unwrap();
+    });
+}
+
+#[test]
+fn c3_with_a_budget_a_fence_that_is_signalled_at_any_moment_wakes_the_owner() {
+    // The first passes stop at each pass, which is beyond the budget: the owner parks twice.
+    explore("the owner alone, budget", 3, || {
+        let space = AddressSpace::builder().pass_budget(0).build();
+        let fences = [Fence::new(), Fence::new()];
+        let devices = fences.clone().map(|fence| space.insert(range(), Device::new(Some(fence))).unwrap());
+        let hardware = thread::spawn(move || fences.iter().for_each(Fence::signal));
+        drop(block_on(space.invalidate(range(), Event::Unmap)));
+        assert!(devices.iter().all(|device| device.in_flight().is_none()));
+        hardware.join().unwrap();
+    });
+}
+
+#[test]
+fn c4_beside_a_future_that_is_alive_and_never_polled_again_a_reader_goes_on() {
+    explore("one reader beside a future", 4, || {
+        let fence = Fence::new();
+        let (space, device, memory) = model(Some(fence.clone()));
+        let mut invalidate = Box::pin(space.invalidate(range(), Event::Unmap));
+        let mut cx = Context::from_waker(Waker::noop());
+        assert!(invalidate.as_mut().poll(&mut cx).is_pending());
+        let hardware = thread::spawn(move || fence.signal());
+        block_on(memory.mirror(&device));
+        hardware.join().unwrap();
+        memory.check(&device);
+        assert_eq!((space.stats().lapses, space.active().len()), (1, 0));
+        // It has lapsed, and starts over.
+        let Poll::Ready(guard) = invalidate.as_mut().poll(&mut cx) else { panic!("the fence is signalled") };
+        assert_eq!(device.state.lock().mapping, None);
+        memory.change(&device);
+        drop(guard);
+    });
+}
+
+#[test]
+fn c4_beside_a_reader_that_is_never_polled_again_another_one_takes_the_watch_over() {
+    explore("the watch is taken over", 3, || {
+        let fence = Fence::new();
+        let (space, device, memory) = model(Some(fence.clone()));
+        let mut cx = Context::from_waker(Waker::noop());
+        let mut invalidate = Box::pin(space.invalidate(range(), Event::Unmap));
+        assert!(invalidate.as_mut().poll(&mut cx).is_pending());
+        let hardware = thread::spawn(move || fence.signal());
+        // If the fence is signalled by now it drives the passes to their end, and has the watch.
+        let mut forgotten = Box::pin(device.read_begin());
+        assert!(forgotten.as_mut().poll(&mut cx).is_pending());
+        block_on(memory.mirror(&device));
+        hardware.join().unwrap();
+        memory.check(&device);
+        assert_eq!((space.stats().lapses, space.active().len()), (1, 0));
+        drop((forgotten, invalidate));
+    });
+}
+
+#[test]
+fn c2_a_future_that_is_dropped_while_a_waiter_has_the_passes_leaves_a_range_that_ends() {
+    // Before the hardware is done, or beside it.
+    for afterwards in [true, false] {
+        explore(&format!("drop beside a lease, hardware afterwards: {afterwards}"), 4, move || {
+            let fence = Fence::new();
+            let (space, device, memory) = model(Some(fence.clone()));
+            let mut invalidate = Box::pin(space.invalidate(range(), Event::Unmap));
+            assert!(invalidate.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+            if !afterwards {
+                fence.signal();
+            }
+            let reader = {
+                let (memory, device) = (memory.clone(), device.clone());
+                thread::spawn(move || block_on(memory.mirror(&device)))
+            };
+            drop(invalidate);
+            if afterwards {
+                fence.signal();
+            }
+            reader.join().unwrap();
+            memory.check(&device);
+            assert_eq!((device.in_flight(), space.sequence().get() % 2, space.active().len()), (None, 0, 0));
+            // It ended, and did not have to lapse, if it was given up before its passes were done.
+            assert!(!afterwards || space.stats().lapses == 0);
+        });
+    }
+}
+
+#[test]
+fn r1_a_reader_that_takes_no_lock_sees_the_memory_as_the_end_left_it() {
+    // The ends of one hit, of several, and of a watched one go different ways.
+    for (hits, watched) in [(1, false), (2, false), (1, true)] {
+        explore(&format!("a fast reader, {hits} hits, watched: {watched}"), 3, move || {
+            let (space, device, memory) = model(None);
+            let _other = (hits == 2).then(|| space.insert(range(), Device::new(None)).unwrap());
+            let guard = at_once(space.invalidate(range(), Event::Unmap)).into_owned();
+            let mut waits = Box::pin(device.read_begin());
+            if watched {
+                assert!(waits.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+            }
+            // On a thread of its own, so that loom begins with a look after the end.
+            let fast = {
+                let (memory, device) = (memory.clone(), device.clone());
+                thread::spawn(move || {
+                    if futures::FutureExt::now_or_never(device.read_begin()).is_some() {
+                        assert_eq!(memory.0.load(Ordering::Relaxed), 1, "the end is seen, and not what came before it");
+                    }
+                })
+            };
+            memory.0.store(1, Ordering::Relaxed);
+            drop(guard);
+            fast.join().unwrap();
+        });
+    }
+}
+
+/// Notes whether its first pass runs.
+struct Busy(Arc<AtomicU64>);
+
+impl IntervalNotifier for Busy {
+    fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        self.0.store(1, Ordering::Relaxed);
+        self.0.store(0, Ordering::Relaxed);
+        Ok(None)
+    }
+}
+
+#[test]
+fn l1_what_a_first_pass_did_happened_before_its_notifier_is_removed_under_a_held_guard() {
+    explore("remove sees the first pass", 3, || {
+        let space = AddressSpace::new();
+        let (busy, release) = (Arc::new(AtomicU64::new(0)), Fence::new());
+        let subscription = space.insert(range(), Busy(busy.clone())).unwrap();
+        let invalidation = {
+            let (space, release) = (space.clone(), release.clone());
+            thread::spawn(move || {
+                let guard = block_on(space.invalidate(range(), Event::Unmap));
+                block_on(release);
+                drop(guard);
+            })
+        };
+        drop(block_on(subscription.remove()));
+        assert_eq!(busy.load(Ordering::Relaxed), 0, "removed, and the first pass is seen as running");
+        release.signal();
+        invalidation.join().unwrap();
+    });
+}
+
+#[test]
+fn memory_of_a_notifier_goes_to_the_next_one_after_all_that_was_done_with_it() {
+    explore("spare memory, order", 4, || {
+        let space = AddressSpace::new();
+        let drops = Arc::new(RealUsize::new(0));
+        let (gone, first) = (Arc::new(AtomicU64::new(0)), space.insert(range(), Counted(0, drops.clone())).unwrap());
+        let memory = std::ptr::from_ref(&*first).addr();
+        // On a thread of its own, so that loom begins with an insertion after the removal.
+        let insertion = {
+            let (space, gone) = (space.clone(), gone.clone());
+            thread::spawn(move || {
+                let second = space.insert(range(), Counted(1, drops)).unwrap();
+                if std::ptr::from_ref(&*second).addr() == memory {
+                    assert_eq!(gone.load(Ordering::Relaxed), 1, "memory is used again, and its former use is not seen");
+                }
+            })
+        };
+        let mut remove = first.remove();
+        assert!(Pin::new(&mut remove).poll(&mut Context::from_waker(Waker::noop())).is_ready());
+        gone.store(1, Ordering::Relaxed);
+        // Now the memory is to be had.
+        drop(remove);
+        insertion.join().unwrap();
     });
 }

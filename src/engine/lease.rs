@@ -44,3 +44,41 @@ impl Drop for Lease<'_> {
         self.give_back();
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::engine::state::Help;
+    use crate::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+    use core::task::{Context, Waker};
+
+    struct Yields;
+
+    impl IntervalNotifier for Yields {
+        fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            Ok(Some(PassFuture::new(async {
+                for _ in 0..100 {
+                    futures::pending!();
+                }
+            })))
+        }
+    }
+
+    #[test]
+    fn c8_passes_that_were_not_polled_are_there_again() {
+        let space = AddressSpace::new();
+        let _subscription = space.insert(AddressRange::ALL, Yields).unwrap();
+        let mut invalidate = alloc::boxed::Box::pin(space.invalidate(AddressRange::ALL, Event::Unmap));
+        assert!(invalidate.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        let shared: &Shared = space.shared();
+        let mut parked = None;
+        shared.with(|state, _| state.parked.overlapping(AddressRange::ALL, |found| parked = Some(found.value)));
+        let ticket = parked.expect("it is parked");
+        let help = || shared.with(|state, _| state.help(ticket, |_, _| true));
+        for _ in 0..3 {
+            let Help::Leased(work) = help() else { panic!("they are not there") };
+            assert!(matches!(help(), Help::Busy));
+            drop(Lease::new(shared, ticket, work));
+        }
+    }
+}

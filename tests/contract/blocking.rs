@@ -155,6 +155,90 @@ fn b4_dropped_between_two_first_passes_the_started_passes_still_complete() {
     assert_eq!((deferred.calls(), awaited.calls(), never.calls()), (1, 1, 0));
 }
 
+#[test]
+fn b4_dropped_while_a_reader_waits_for_its_claim_the_reader_polls_what_nobody_has_polled() {
+    let log = Log::default();
+    let space = AddressSpace::builder().pass_budget(1).build();
+    let gates = [Gate::default(), Gate::default()];
+    let device = |gate: &Gate| space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+    let [deferred, _awaited] = gates.each_ref().map(device);
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    gates[1].open();
+    // Drives the second pass to its end, and from then on waits for the future to go on.
+    let mut reader = Task::new(deferred.read_begin());
+    for _ in 0..3 {
+        assert!(reader.poll().is_pending() && reader.is_woken());
+    }
+    drop(invalidate);
+    reader.expect_pending();
+    assert!(gates[0].is_waited_for());
+    gates[0].open();
+    reader.finish();
+    assert_eq!((space.active().len(), space.stats().lapses), (0, 0));
+}
+
+#[test]
+fn b4_l1_remove_under_the_guard_waits_for_no_pass_that_is_done_after_the_budget_made_first_passes_stop() {
+    let log = Log::default();
+    let space = AddressSpace::builder().pass_budget(1).build();
+    let gates = [Gate::default(), Gate::default()];
+    let device = |gate: &Gate| space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+    // The first one's pass is listed as pending before anybody has polled it.
+    let devices = gates.each_ref().map(device);
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    gates.iter().for_each(Gate::open);
+    let guard = invalidate.finish();
+    for device in devices {
+        now(device.remove());
+    }
+    drop(guard);
+}
+
+#[test]
+fn b4_l1_remove_waits_for_its_own_pass_only_when_an_interrupted_invalidation_was_dropped() {
+    let log = Log::default();
+    let space = AddressSpace::builder().pass_budget(2).build();
+    let gates = [Gate::default(), Gate::default(), Gate::default()];
+    let device = |gate: &Gate| space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+    let [first, second, beyond] = gates.each_ref().map(device);
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    drop(invalidate);
+    let mut drain = Task::new(space.drain());
+    drain.expect_pending();
+    gates[2].open();
+    // The other two are polled from now on.
+    drain.expect_pending();
+    gates[0].open();
+    drain.expect_pending();
+    now(first.remove());
+    now(beyond.remove());
+    let mut remove = Task::new(second.remove());
+    remove.expect_pending();
+    gates[1].open();
+    remove.finish();
+    drain.finish();
+}
+
+#[test]
+fn b4_a_first_pass_that_leaves_no_pass_takes_no_place_whether_it_panics_or_not() {
+    let log = Log::default();
+    let space = AddressSpace::builder().pass_budget(1).build();
+    let (may_defer, gate) = (Arc::new(Mutex::new(Vec::new())), Gate::default());
+    gate.open();
+    let before = space.insert(pages(0, 1), Device::new("before", &log)).unwrap();
+    let _ask = space.insert(pages(0, 1), Ask { may_defer: may_defer.clone(), gate, log }).unwrap();
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    if cfg!(feature = "std") {
+        before.next(Act::Panic);
+        let panicked = std::panic::AssertUnwindSafe(|| drop(now(space.invalidate(pages(0, 1), Event::Unmap))));
+        assert!(std::panic::catch_unwind(panicked).is_err());
+    }
+    assert!(may_defer.lock().unwrap().iter().all(|may| *may));
+}
+
 /// Pends once and wakes itself.
 fn yields() -> impl Future<Output = ()> + Send + 'static {
     let mut polls = 0;

@@ -151,6 +151,26 @@ fn a4_the_stream_ends_after_release_once_all_has_been_handled() {
 }
 
 #[test]
+fn a5_after_the_stream_has_ended_nothing_is_installed() {
+    let (space, inbox) = inbox();
+    let mut release = Task::new(space.release());
+    release.expect_pending();
+    take(&inbox).done();
+    release.finish();
+    let sequence = now(inbox.read_begin());
+    assert!(!inbox.is_closed());
+    let mut stream = &inbox;
+    assert!(now(stream.next()).is_none());
+    assert!(inbox.is_closed());
+    assert_eq!(inbox.install(sequence, |pages| pages.push(1)), Err(Collision));
+    let sequence = now(inbox.read_begin());
+    assert_eq!(inbox.install(sequence, |pages| pages.push(1)), Err(Collision));
+    let budget = shootdown::RetryBudget::default();
+    let mirrored = now(inbox.mirror(budget, async |_| Ok::<_, ()>(()), |pages, ()| pages.push(1)));
+    assert_eq!(mirrored, Err(shootdown::MirrorError::Closed));
+}
+
+#[test]
 fn an_inbox_of_a_released_space_gives_its_mappings_back() {
     let space = AddressSpace::new();
     now(space.release());

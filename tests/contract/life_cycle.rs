@@ -67,6 +67,74 @@ fn l1_a_dropped_remove_leaves_the_notifier_removed_and_drops_it_once() {
     assert_eq!(drops.load(Ordering::SeqCst), 1);
 }
 
+/// Polls a future once, with a waker of this flag.
+fn poll_with<F: Future>(flag: &Arc<Flag>, future: std::pin::Pin<&mut F>) -> bool {
+    let waker = futures::task::waker(flag.clone());
+    future.poll(&mut std::task::Context::from_waker(&waker)).is_ready()
+}
+
+struct Flag;
+
+impl futures::task::ArcWake for Flag {
+    fn wake_by_ref(_: &Arc<Self>) {}
+}
+
+#[test]
+fn c3_a_future_that_is_dropped_while_it_waits_leaves_no_waker_behind() {
+    let (space, device, log) = one_device();
+    let device = Arc::new(device);
+    let [gate, other] = [Gate::default(), Gate::default()];
+    device.next(Act::pass(gate.clone()));
+    let removed = space.insert(pages(0, 1), Device::new("removed", &log).then(Act::pass(other.clone()))).unwrap();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    let flag = Arc::new(Flag);
+    let mut reader = Box::pin(device.read_begin());
+    assert!(!poll_with(&flag, reader.as_mut()));
+    drop(reader);
+    assert_eq!(Arc::strong_count(&flag), 1, "a reader");
+    let mut drain = Box::pin(space.drain());
+    assert!(!poll_with(&flag, drain.as_mut()));
+    drop(drain);
+    assert_eq!(Arc::strong_count(&flag), 1, "drain");
+    let mut close = Box::pin(device.close());
+    assert!(!poll_with(&flag, close.as_mut()));
+    drop(close);
+    assert_eq!(Arc::strong_count(&flag), 1, "close");
+    let mut remove = Box::pin(removed.remove());
+    assert!(!poll_with(&flag, remove.as_mut()));
+    drop(remove);
+    assert_eq!(Arc::strong_count(&flag), 1, "remove");
+    let mut second = Box::pin(space.invalidate(pages(0, 1), Event::Unmap));
+    assert!(poll_with(&flag, second.as_mut()), "nothing is left to be called");
+    drop((second, invalidate));
+    gate.open();
+    other.open();
+    now(space.drain());
+    assert_eq!(Arc::strong_count(&flag), 1);
+}
+
+#[test]
+fn l1_remove_waits_for_first_passes_and_not_for_the_guard_however_many_are_active() {
+    // Those beyond 32 are kept elsewhere.
+    for active in [0, 40] {
+        let (space, device, log) = one_device();
+        let elsewhere: Vec<_> = (0..active).map(|_| now(space.invalidate(pages(9, 1), Event::Clear))).collect();
+        let other = Arc::new(space.insert(pages(0, 1), Device::new("other", &log)).unwrap());
+        let closes = other.clone();
+        device.next(Act::Run(Box::new(move |_| {
+            // Nobody blocks who polls with this waker, so debug builds do not take it for a mistake (C7).
+            let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+            assert!(std::pin::pin!(closes.close()).poll(&mut context).is_pending(), "it may still be called");
+        })));
+        let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
+        assert_eq!(called(&log), ["device"]);
+        let mut close = Task::new(other.close());
+        assert!(close.poll().is_ready(), "{active} others: it cannot be called any more");
+        drop((close, guard, elsewhere));
+    }
+}
+
 #[test]
 fn l2_reader_and_remover_wait_only_for_overlapping_invalidations() {
     let (space, device, log) = one_device();

@@ -159,3 +159,50 @@ fn a_clock_that_panics_holds_nobody_up() {
     assert_eq!((space.active().len(), space.stats().longest), (0, None));
     assert!(asked.load(std::sync::atomic::Ordering::Relaxed) > 2);
 }
+
+/// A waker whose clone panics.
+fn uncloneable() -> std::task::Waker {
+    use std::task::{RawWakerVTable, Waker};
+    static VTABLE: RawWakerVTable = RawWakerVTable::new(|_| panic!("the clone of a waker fails"), |_| {}, |_| {}, |_| {});
+    // SAFETY: nothing is behind the pointer, and none of the functions looks there.
+    unsafe { Waker::new(std::ptr::null(), &VTABLE) }
+}
+
+#[test]
+fn c5_an_invalidation_whose_waker_cannot_be_cloned_is_given_up_and_ends_with_its_passes() {
+    let (space, device, _log) = one_device();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let mut invalidate = Box::pin(space.invalidate(pages(0, 1), Event::Unmap));
+    let waker = uncloneable();
+    panics_with("the clone of a waker fails", || drop(invalidate.as_mut().poll(&mut Context::from_waker(&waker))));
+    drop(invalidate);
+    let mut reader = Task::new(device.read_begin());
+    reader.expect_pending();
+    gate.open();
+    reader.finish();
+    assert_eq!((space.active().len(), space.sequence().get(), space.stats().abandoned), (0, 4, 1));
+}
+
+#[test]
+fn f2_a_panic_that_panics_when_it_is_dropped_is_counted_and_no_more() {
+    struct Payload;
+    impl Drop for Payload {
+        fn drop(&mut self) {
+            std::panic::panic_any(Self);
+        }
+    }
+    let (space, device, _log) = one_device();
+    let gate = Gate::default();
+    let fence = gate.clone();
+    device.next(Act::pass(async move {
+        fence.await;
+        std::panic::panic_any(Payload);
+    }));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    drop(invalidate);
+    gate.open();
+    now(space.drain());
+    assert_eq!((space.stats().lost_panics, space.active().len()), (1, 0));
+}

@@ -83,6 +83,25 @@ fn r2_the_check_under_a_wrong_lock_is_caught() {
 }
 
 #[test]
+fn r2_a_first_pass_may_take_several_driver_locks_and_readers_any_of_them() {
+    #[derive(Default)]
+    struct Two([DriverLock<Vec<u64>>; 2]);
+    impl IntervalNotifier for Two {
+        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            self.0.iter().for_each(|lock| lock.lock_for(invalidation).clear());
+            Ok(None)
+        }
+    }
+    let space = shootdown::AddressSpace::new();
+    let two = space.insert(pages(0, 1), Two::default()).unwrap();
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    let sequence = now(two.read_begin());
+    for lock in &two.0 {
+        assert_eq!(lock.install(&two, sequence, |pages| pages.push(1)), Ok(()));
+    }
+}
+
+#[test]
 fn the_retry_loop_starts_over_after_a_collision_and_is_bounded() {
     let space = shootdown::AddressSpace::new();
     let gpu = space.insert(pages(0, 1), Mirror::default()).unwrap();

@@ -171,7 +171,12 @@ impl Wait {
             }
             let held_up = !self.pending.is_empty() || !self.unclaimed.is_empty();
             match goal.look(state, fired, held_up) {
-                Verdict::Over if goal.queue().is_none() => {
+                Verdict::Over if goal.queue().is_some() => {
+                    // The last first pass has ended since the look above, which needs no lock.
+                    self.leave(state);
+                    return Step::Over;
+                }
+                Verdict::Over => {
                     // Nothing is left of what it has heard of. There may be others by now.
                     self.scan(state, goal);
                     self.backlog
@@ -300,5 +305,50 @@ impl Wait {
         if self.waiter.is_some() || !self.unclaimed.is_empty() || self.is_watchman {
             shared.with(|state, _| self.leave(state));
         }
+    }
+}
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use crate::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+    use alloc::boxed::Box;
+    use core::task::{Context, Poll, Waker};
+    use std::sync::{Arc, Mutex};
+    use std::vec::Vec;
+
+    /// Passes that wait: `None` once they are done.
+    #[derive(Clone)]
+    struct Fence(Arc<Mutex<Option<Vec<Waker>>>>);
+
+    impl IntervalNotifier for Fence {
+        fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            let fence = self.clone();
+            Ok(Some(PassFuture::new(core::future::poll_fn(move |cx| match &mut *fence.0.lock().unwrap() {
+                Some(waiting) => {
+                    waiting.push(cx.waker().clone());
+                    Poll::Pending
+                }
+                None => Poll::Ready(()),
+            }))))
+        }
+    }
+
+    #[test]
+    fn c3_a_reader_that_was_told_of_more_than_it_can_note_looks_at_all() {
+        let (space, fence) = (AddressSpace::new(), Fence(Arc::default()));
+        let subscription = space.insert(AddressRange::ALL, fence.clone()).unwrap();
+        let mut cx = Context::from_waker(Waker::noop());
+        let start = || Box::pin(space.invalidate(AddressRange::ALL, Event::Unmap));
+        let Poll::Ready(guard) = start().as_mut().poll(&mut cx) else { panic!("its pass is done at once") };
+        let mut reader = Box::pin(subscription.read_begin());
+        assert!(reader.as_mut().poll(&mut cx).is_pending());
+        *fence.0.lock().unwrap() = Some(Vec::new());
+        for _ in 0..100 {
+            assert!(start().as_mut().poll(&mut cx).is_pending());
+        }
+        let waiting = fence.0.lock().unwrap().take();
+        waiting.into_iter().flatten().for_each(Waker::wake);
+        drop(guard);
+        assert!(reader.as_mut().poll(&mut cx).is_ready(), "it has driven all of them");
     }
 }

@@ -153,3 +153,23 @@ impl Active<EntryRef, Record> {
         Some(since)
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::AddressRange;
+    use crate::index::{IntervalIndex, Ranged};
+
+    #[test]
+    fn parked_invalidations_of_one_range_are_found_again_in_any_order() {
+        let mut parked = IntervalIndex::new();
+        let of = |serial| Ranged { range: AddressRange::ALL, value: Ticket { serial, id: 0 } };
+        (0..1000).for_each(|serial| parked.insert(of(serial)));
+        let mut found = Vec::new();
+        parked.overlapping(AddressRange::ALL, |parked| found.push(parked.value.serial));
+        assert!(found.is_sorted());
+        // 7 and 1000 have no common factor.
+        assert!((0..1000).all(|at| parked.remove(of(at * 7 % 1000))));
+        assert_eq!(parked.len(), 0);
+    }
+}
