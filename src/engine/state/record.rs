@@ -163,10 +163,10 @@ mod tests {
     #[test]
     fn parked_invalidations_of_one_range_are_found_again_in_any_order() {
         let mut parked = IntervalIndex::new();
-        let of = |serial| Ranged { range: AddressRange::ALL, value: Ticket { serial, id: 0 } };
+        let of = |serial: u64| Ranged { range: AddressRange::ALL, value: Ticket::from_raw(serial << 6) };
         (0..1000).for_each(|serial| parked.insert(of(serial)));
         let mut found = Vec::new();
-        parked.overlapping(AddressRange::ALL, |parked| found.push(parked.value.serial));
+        parked.overlapping(AddressRange::ALL, |parked| found.push(parked.value.serial()));
         assert!(found.is_sorted());
         // 7 and 1000 have no common factor.
         assert!((0..1000).all(|at| parked.remove(of(at * 7 % 1000))));
