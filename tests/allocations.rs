@@ -5,6 +5,7 @@
 use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::pin::Pin;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
@@ -179,6 +180,47 @@ fn comings_and_goings() {
     assert_eq!(BYTES.load(Ordering::Relaxed), bytes, "all memory is free again");
 }
 
+/// Bytes that a space has beyond those of a new one: after one invalidation of each kind, which leaves
+/// its working memory, and after a burst in which so many of both kinds were active at once.
+fn working_memory(burst: usize) -> [i64; 2] {
+    use futures::FutureExt;
+    use futures::executor::block_on;
+
+    struct Fences(Mutex<Vec<futures::channel::oneshot::Sender<()>>>);
+
+    impl IntervalNotifier for Fences {
+        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            invalidation.set_seq();
+            let (open, opens) = futures::channel::oneshot::channel();
+            self.0.lock().unwrap().push(open);
+            Ok(Some(PassFuture::new(opens.map(drop))))
+        }
+    }
+
+    let [watched, fenced] = [0x1000, 0x10_0000].map(|start| AddressRange::new(start, 0x1000).unwrap());
+    let space = AddressSpace::new();
+    let _single = space.insert(watched, Device(Kind::Single)).unwrap();
+    let fences = space.insert(fenced, Fences(Mutex::default())).unwrap();
+    let invalidate = |count: usize| {
+        let guards: Vec<_> = (0..count).map(|_| block_on(space.invalidate(watched, Event::Unmap))).collect();
+        drop(guards);
+        for _ in 0..count {
+            assert!(space.invalidate(fenced, Event::Unmap).now_or_never().is_none(), "its pass waits for its fence");
+        }
+        for open in std::mem::take(&mut *fences.0.lock().unwrap()) {
+            open.send(()).expect("the pass is pending");
+        }
+        block_on(space.drain());
+        assert!(space.active().is_empty());
+    };
+    // What threads and readers of the process keep for ever is allocated.
+    let before = BYTES.load(Ordering::Relaxed);
+    [1, burst].map(|count| {
+        invalidate(count);
+        BYTES.load(Ordering::Relaxed) - before
+    })
+}
+
 struct Empty;
 
 impl IntervalNotifier for Empty {
@@ -198,6 +240,11 @@ fn allocations_and_bytes_are_within_their_bounds() {
     }
     assert_eq!(collisions(), [1, 0], "a notifier's counters are made once");
     comings_and_goings();
+    working_memory(1);
+    let [one, burst] = working_memory(100_000);
+    println!("a space keeps {one} bytes after one invalidation of each kind, {burst} after 100,000 of each at once");
+    // There are 32 places for active invalidations that keep their memory.
+    assert!(burst <= 32 * one, "{burst} bytes after a burst, {one} after one invalidation");
     // Up to four million where that takes seconds: without optimization a million are enough of a wait.
     let most = if cfg!(debug_assertions) { 1_000_000 } else { 4_000_000 };
     for n in [100, 10_000, 1_000_000, 4_000_000].into_iter().filter(|n| *n <= most) {
