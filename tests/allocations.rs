@@ -180,18 +180,27 @@ fn comings_and_goings() {
     assert_eq!(BYTES.load(Ordering::Relaxed), bytes, "all memory is free again");
 }
 
-/// Bytes that a space has beyond those of a new one: after one invalidation of each kind, which leaves
-/// its working memory, and after a burst in which so many of both kinds were active at once.
-fn working_memory(burst: usize) -> [i64; 2] {
+/// What many invalidations were active with at once.
+#[derive(Clone, Copy, Debug)]
+enum Burst {
+    /// Held guards of a range that a notifier watches.
+    Guards,
+    /// Passes that are pending, of futures that were dropped.
+    Passes,
+}
+
+/// Bytes of the working memory of a space: after one invalidation, and after so many at once.
+fn working_memory(kind: Burst, burst: usize) -> [i64; 2] {
     use futures::FutureExt;
+    use futures::channel::oneshot::{Sender, channel};
     use futures::executor::block_on;
 
-    struct Fences(Mutex<Vec<futures::channel::oneshot::Sender<()>>>);
+    struct Fences(Mutex<Vec<Sender<()>>>);
 
     impl IntervalNotifier for Fences {
         fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
             invalidation.set_seq();
-            let (open, opens) = futures::channel::oneshot::channel();
+            let (open, opens) = channel();
             self.0.lock().unwrap().push(open);
             Ok(Some(PassFuture::new(opens.map(drop))))
         }
@@ -201,22 +210,21 @@ fn working_memory(burst: usize) -> [i64; 2] {
     let space = AddressSpace::new();
     let _single = space.insert(watched, Device(Kind::Single)).unwrap();
     let fences = space.insert(fenced, Fences(Mutex::default())).unwrap();
-    let invalidate = |count: usize| {
-        let guards: Vec<_> = (0..count).map(|_| block_on(space.invalidate(watched, Event::Unmap))).collect();
-        drop(guards);
-        for _ in 0..count {
-            assert!(space.invalidate(fenced, Event::Unmap).now_or_never().is_none(), "its pass waits for its fence");
-        }
-        for open in std::mem::take(&mut *fences.0.lock().unwrap()) {
-            open.send(()).expect("the pass is pending");
-        }
-        block_on(space.drain());
-        assert!(space.active().is_empty());
-    };
-    // What threads and readers of the process keep for ever is allocated.
     let before = BYTES.load(Ordering::Relaxed);
     [1, burst].map(|count| {
-        invalidate(count);
+        match kind {
+            Burst::Guards => drop((0..count).map(|_| block_on(space.invalidate(watched, Event::Unmap))).collect::<Vec<_>>()),
+            Burst::Passes => {
+                for _ in 0..count {
+                    assert!(space.invalidate(fenced, Event::Unmap).now_or_never().is_none(), "its pass waits for its fence");
+                }
+                for open in std::mem::take(&mut *fences.0.lock().unwrap()) {
+                    open.send(()).expect("the pass is pending");
+                }
+                block_on(space.drain());
+            }
+        }
+        assert!(space.active().is_empty());
         BYTES.load(Ordering::Relaxed) - before
     })
 }
@@ -240,11 +248,14 @@ fn allocations_and_bytes_are_within_their_bounds() {
     }
     assert_eq!(collisions(), [1, 0], "a notifier's counters are made once");
     comings_and_goings();
-    working_memory(1);
-    let [one, burst] = working_memory(100_000);
-    println!("a space keeps {one} bytes after one invalidation of each kind, {burst} after 100,000 of each at once");
-    // There are 32 places for active invalidations that keep their memory.
-    assert!(burst <= 32 * one, "{burst} bytes after a burst, {one} after one invalidation");
+    for kind in [Burst::Guards, Burst::Passes] {
+        // What the process keeps for ever is allocated.
+        working_memory(kind, 1);
+        let [one, burst] = working_memory(kind, 100_000);
+        println!("{kind:?}: a space works in {one} bytes after one, in {burst} after 100,000 at once");
+        // There are 32 places for active invalidations, each of which keeps its working memory.
+        assert!(burst <= 32 * one, "{burst} bytes after 100,000 {kind:?}, {one} after one");
+    }
     // Up to four million where that takes seconds: without optimization a million are enough of a wait.
     let most = if cfg!(debug_assertions) { 1_000_000 } else { 4_000_000 };
     for n in [100, 10_000, 1_000_000, 4_000_000].into_iter().filter(|n| *n <= most) {

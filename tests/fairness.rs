@@ -9,7 +9,8 @@ mod support;
 mod workload;
 
 use std::time::Duration;
-use workload::{Abandoned, Host, Waiters, abandoned, beside_readers, processor_time, waited_for};
+use support::processor::of_process;
+use workload::{Abandoned, Host, Waiters, abandoned, beside_readers, waited_for};
 
 #[test]
 fn c4_invalidations_beside_readers_that_read_all_the_time_practically_never_lapse() {
@@ -39,9 +40,9 @@ fn c4_readers_that_wait_for_every_invalidation_let_it_end_and_are_polled_a_few_t
     const INVALIDATIONS: u64 = 300;
     for (waiters, readers) in [(Waiters::Threads(0), 0), (Waiters::Threads(8), 8), (Waiters::Tasks(8), 8), (Waiters::Woken(8), 0)]
     {
-        let before = processor_time();
+        let before = of_process();
         let run = waited_for(waiters, INVALIDATIONS as usize);
-        let processor = processor_time().zip(before).map(|(after, before)| after - before);
+        let processor = of_process().zip(before).map(|(after, before)| after - before);
         assert!(run.processor <= processor, "{:?} of {processor:?}", run.processor);
         let mut polls = run.polls;
         polls.sort_unstable();

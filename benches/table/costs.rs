@@ -18,7 +18,7 @@ const DRAIN: &str = "drain of N that finish one by one, per invalidation";
 const READERS: &str = "N readers each waiting for one of N, per reader";
 
 const SIZES: [usize; 5] = [1000, 2000, 4000, 8000, 16_000];
-const RUNS: usize = 7;
+const RUNS: usize = 11;
 /// Notifiers that are removed in one run.
 const REMOVED: u64 = 1000;
 

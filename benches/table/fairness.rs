@@ -5,9 +5,10 @@ mod workload;
 
 use crate::bounds::{self, Bound};
 use crate::harness::middle;
+use crate::support::processor::of_process;
 use serde::Serialize;
 use std::time::Duration;
-use workload::{Abandoned, Host, Run, Waited, Waiters, abandoned, beside_readers, processor_time, waited_for};
+use workload::{Abandoned, Host, Run, Waited, Waiters, abandoned, beside_readers, waited_for};
 
 /// Invalidations of each configuration, and in how many runs.
 const INVALIDATIONS: usize = 1000;
@@ -60,11 +61,13 @@ const HOSTS: [(Host, usize, &str); 8] = [
     (Host::Smol, 8, "8 readers on smol, 2 threads"),
 ];
 
-const WAITERS: [(Waiters, &str); 4] = [
+const WAITERS: [(Waiters, &str); 5] = [
     (Waiters::Threads(0), "none"),
     (Waiters::Threads(8), "8 readers in block_on on threads"),
     (Waiters::Tasks(8), "8 readers, tasks of one other thread"),
-    (Waiters::Woken(8), "8 threads, each woken once by the invalidating thread"),
+    // What it takes to tell so many threads of an end, with or without the library.
+    (Waiters::Woken(8), "not readers: 8 threads, each woken once"),
+    (Waiters::Woken(1), "not readers: 1 thread, woken once"),
 ];
 
 pub fn measure() -> Fairness {
@@ -125,7 +128,7 @@ impl Fairness {
 
     /// What is counted is said at [`waited_for`].
     fn waiting(&mut self) {
-        if processor_time().is_none() {
+        if of_process().is_none() {
             println!("left out: the processor time of waiting, which cannot be asked for here");
             return;
         }
@@ -147,7 +150,7 @@ impl Fairness {
                 lapses: runs.iter().map(|run| run.lapses).sum(),
             });
         }
-        if let [none, threads, tasks, _] = &self.waiting[..] {
+        if let [none, threads, tasks, ..] = &self.waiting[..] {
             for waiting in [threads, tasks] {
                 let name = format!("processor time beside {}, over without", waiting.waiters);
                 self.rows.push(Bound::new(name, "×", 2.0, waiting.processor_us / none.processor_us));

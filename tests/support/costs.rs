@@ -3,12 +3,13 @@
 //! Shared by `tests/costs.rs` and the section "costs" of `cargo bench --bench table`.
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "each of the two uses a part of it")]
 
+use crate::support::processor::of_thread;
 use crate::support::{Gate, Task, now, pages};
 use futures::FutureExt;
 use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, InvalidationGuard, PassFuture, Subscription, WouldBlock};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 pub struct Plain;
 
@@ -32,7 +33,7 @@ impl IntervalNotifier for Fences {
     }
 }
 
-/// What something took.
+/// What something took, in processor time of its thread.
 #[derive(Clone, Copy)]
 pub struct Cost {
     pub took: Duration,
@@ -53,7 +54,7 @@ pub fn insert_and_remove(space: &AddressSpace, times: u64) {
     }
 }
 
-/// Returns what it takes to remove `count` notifiers under a guard that covers them, beside `others`
+/// Returns the processor time that it takes to remove `count` notifiers under a guard that covers them, beside `others`
 /// that are held and cover none of them.
 pub fn removals(count: u64, others: u64) -> Duration {
     let space = AddressSpace::new();
@@ -61,11 +62,11 @@ pub fn removals(count: u64, others: u64) -> Duration {
     let insert = |page| space.insert(pages(page, 1), Plain).unwrap_or_else(|_| unreachable!("the space is not released"));
     let subscriptions: Vec<_> = (0..count).map(insert).collect();
     let _covers = now(space.invalidate(pages(0, count), Event::Unmap));
-    let began = Instant::now();
+    let began = of_thread();
     for subscription in subscriptions {
         now(subscription.remove());
     }
-    began.elapsed()
+    of_thread() - began
 }
 
 /// Polls `task` as long as it is woken; adds to `polls`, and returns whether it has finished.
@@ -96,7 +97,7 @@ pub fn one_reader(n: usize) -> Cost {
     }
     device.0.lock().unwrap().iter().for_each(Gate::open);
     let mut reader = Task::new(device.read_begin());
-    let (began, mut polls) = (Instant::now(), 0);
+    let (began, mut polls) = (of_thread(), 0);
     loop {
         assert!(reader.is_woken() && polls < 100_000, "the reader is kept waiting");
         millis.fetch_add(1, Ordering::Relaxed);
@@ -105,7 +106,7 @@ pub fn one_reader(n: usize) -> Cost {
             break;
         }
     }
-    let took = began.elapsed();
+    let took = of_thread() - began;
     assert_eq!(space.stats().lapses, n as u64);
     Cost { took, polls }
 }
@@ -120,14 +121,14 @@ pub fn drain(n: usize) -> Cost {
     let fences = std::mem::take(&mut *device.0.lock().unwrap());
     let mut drain = Task::new(space.drain());
     drain.expect_pending();
-    let (began, mut polls, mut finished) = (Instant::now(), 0, false);
+    let (began, mut polls, mut finished) = (of_thread(), 0, false);
     for fence in fences {
         assert!(!finished, "it has not waited for all");
         fence.open();
         finished = run(&mut drain, &mut polls);
     }
     assert!(finished, "nothing is left to wait for");
-    Cost { took: began.elapsed(), polls }
+    Cost { took: of_thread() - began, polls }
 }
 
 /// `n` readers, each of a notifier and a page of its own, and `n` invalidations of one page each
@@ -141,7 +142,7 @@ pub fn readers(n: usize) -> Cost {
     invalidations.iter_mut().for_each(Task::expect_pending);
     let mut readers: Vec<_> = devices.iter().map(|device| Task::new(device.read_begin())).collect();
     readers.iter_mut().for_each(Task::expect_pending);
-    let (began, mut polls) = (Instant::now(), 0);
+    let (began, mut polls) = (of_thread(), 0);
     for ((device, invalidation), reader) in devices.iter().zip(&mut invalidations).zip(&mut readers) {
         for fence in std::mem::take(&mut *device.0.lock().unwrap()) {
             fence.open();
@@ -150,7 +151,7 @@ pub fn readers(n: usize) -> Cost {
         drop(invalidation.finish());
         assert!(run(reader, &mut polls), "nothing holds it up any more");
     }
-    let took = began.elapsed();
+    let took = of_thread() - began;
     assert!(space.active().is_empty());
     Cost { took, polls }
 }

@@ -3,10 +3,11 @@
 //! Shared by `tests/fairness.rs` and the section "fairness" of `cargo bench --bench table`.
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "each of the two uses a part of it")]
 
+use crate::support::processor::of_process;
 use crate::support::{Gate, pages};
 use futures::channel::oneshot;
 use futures::executor::{ThreadPool, block_on};
-use futures::future::poll_immediate;
+use futures::future::{maybe_done, poll_immediate};
 use futures::stream::{FuturesUnordered, StreamExt};
 use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
 use std::collections::BTreeMap;
@@ -32,7 +33,7 @@ pub struct Timer(Sender<(Instant, oneshot::Sender<()>)>);
 impl Timer {
     fn start() -> Arc<Self> {
         let (requests, received) = channel();
-        std::thread::spawn(move || serve(&received));
+        named("timer", move || serve(&received));
         Arc::new(Self(requests))
     }
 
@@ -63,6 +64,11 @@ fn serve(requests: &Receiver<(Instant, oneshot::Sender<()>)>) {
             Err(RecvTimeoutError::Disconnected) => return,
         }
     }
+}
+
+/// Starts a thread that a profile tells from the others.
+fn named(name: &str, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
+    std::thread::Builder::new().name(name.into()).spawn(work).expect("a thread starts")
 }
 
 struct Timed(Arc<Timer>);
@@ -201,7 +207,7 @@ struct ReadingThread {
 impl ReadingThread {
     fn start(device: Arc<Subscription<Timed>>) -> Self {
         let (stop, stopped) = channel();
-        let thread = std::thread::spawn(move || {
+        let thread = named("reader", move || {
             while let Err(RecvTimeoutError::Timeout) = stopped.recv_timeout(PAUSE) {
                 block_on(device.read_begin());
             }
@@ -276,21 +282,21 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
         }
     };
     let (mut threads, mut first) = (Vec::new(), 0);
-    let (result, guard) = block_on(async {
+    let result = block_on(async {
         let mut current = space.invalidate(ranges[0], Event::Unmap).await;
         match waiters {
             Waiters::Threads(readers) => {
                 first = readers as u64;
-                threads.extend((0..readers).map(|_| reads()).map(|reads| std::thread::spawn(move || block_on(reads))));
+                threads.extend((0..readers).map(|_| reads()).map(|reads| named("reader", move || block_on(reads))));
             }
             Waiters::Tasks(readers) => {
                 first = readers as u64;
                 let reads: FuturesUnordered<_> = (0..readers).map(|_| reads()).collect();
-                threads.push(std::thread::spawn(move || block_on(reads.collect::<()>())));
+                threads.push(named("readers", move || block_on(reads.collect::<()>())));
             }
             Waiters::Woken(woken) => threads.extend((0..woken).map(|_| {
                 let (bell, stop, began) = (bell.clone(), stop.clone(), began.clone());
-                std::thread::spawn(move || {
+                named("woken", move || {
                     began.fetch_add(1, Ordering::AcqRel);
                     for end in 1.. {
                         block_on(bell.wait_for(end));
@@ -304,27 +310,32 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
         while space.stats().waits < first || (first == 0 && began.load(Ordering::Acquire) < threads.len() as u64) {
             std::thread::yield_now();
         }
-        let mut next = Box::pin(space.invalidate(ranges[1], Event::Unmap));
-        assert!(poll_immediate(&mut next).await.is_none(), "its pass takes its time");
+        // Polled once, the passes belong to the space. They are done already if the thread lost its turn.
+        let start = async |range| {
+            let mut invalidate = Box::pin(maybe_done(space.invalidate(range, Event::Unmap)));
+            poll_immediate(&mut invalidate).await;
+            invalidate
+        };
+        let mut next = start(ranges[1]).await;
         timer.after(PASS / 2).await;
-        let (waits, processor) = (space.stats().waits, processor_time());
+        let (waits, processor) = (space.stats().waits, of_process());
         for turn in 0..invalidations {
             drop(current);
             if waiters == Waiters::Woken(threads.len()) {
                 bell.ring();
             }
-            let mut after = Box::pin(space.invalidate(ranges[turn % 2], Event::Unmap));
-            assert!(poll_immediate(&mut after).await.is_none(), "its pass takes its time");
-            current = std::mem::replace(&mut next, after).await;
+            let mut ends = std::mem::replace(&mut next, start(ranges[turn % 2]).await);
+            ends.as_mut().await;
+            current = ends.as_mut().take_output().expect("it has just ended");
         }
-        let processor = processor_time().zip(processor).map(|(after, before)| after - before);
+        let processor = of_process().zip(processor).map(|(after, before)| after - before);
         let result = Waited { processor, waits: space.stats().waits - waits, polls: Vec::new(), lapses: space.stats().lapses };
         stop.store(true, Ordering::Release);
         drop(current);
         bell.ring();
-        (result, next.await)
+        next.await;
+        result
     });
-    drop(guard);
     threads.into_iter().for_each(|thread| thread.join().unwrap());
     let polls = std::mem::take(&mut *polls.lock().unwrap());
     Waited { polls, ..result }
@@ -355,20 +366,6 @@ impl EndBell {
         })
         .await;
     }
-}
-
-/// Asks for the processor time of the process, all its threads together.
-#[cfg(target_os = "linux")]
-pub fn processor_time() -> Option<Duration> {
-    let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: `time` is valid for the write of one `timespec`.
-    let status = unsafe { libc::clock_gettime(libc::CLOCK_PROCESS_CPUTIME_ID, &mut time) };
-    (status == 0).then(|| Duration::new(time.tv_sec as u64, time.tv_nsec as u32))
-}
-
-#[cfg(not(target_os = "linux"))]
-pub fn processor_time() -> Option<Duration> {
-    None
 }
 
 /// Who has polled the future that is in the way of a reader, and polls it no more.
