@@ -298,15 +298,15 @@ fn main() {
     }
     options.check_files().unwrap_or_else(|error| fail(&error));
     let wants = |section| options.wants(section);
+    let spaces = wants(Section::Goals).then(spaces_to_hit);
     let mut harness = Harness::new();
     let mut calibration = Vec::new();
     let (mut rows, mut bounds, mut curves) = (Vec::new(), Vec::new(), Vec::new());
-    if wants(Section::Goals) {
-        let spaces = spaces_to_hit();
+    if let Some(spaces) = &spaces {
         for _ in 1..ROUNDS {
-            measure(&mut harness, &spaces);
+            measure(&mut harness, spaces);
         }
-        let (all, table) = measure(&mut harness, &spaces);
+        let (all, table) = measure(&mut harness, spaces);
         (calibration, rows) = (all, table.rows);
     }
     if wants(Section::Cache) {

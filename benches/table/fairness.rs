@@ -37,9 +37,9 @@ struct Waiting {
     processor_us: f64,
     /// Waits that could not be answered at once, of all readers, for each invalidation.
     waits: f64,
-    /// Polls of one wait.
-    polls: f64,
-    polls_p99: f64,
+    /// Polls of one wait, if there are any.
+    polls: Option<f64>,
+    polls_p99: Option<f64>,
     lapses: u64,
 }
 
@@ -145,8 +145,8 @@ impl Fairness {
                 waiters: name.into(),
                 processor_us: middle(runs.iter().filter_map(|run| run.processor).map(|time| micros(time) / each).collect()),
                 waits: middle(runs.iter().map(|run| run.waits as f64 / each).collect()),
-                polls: quantile(polls.clone(), 0.5),
-                polls_p99: quantile(polls, 0.99),
+                polls: Some(quantile(polls.clone(), 0.5)).filter(|polls| !polls.is_nan()),
+                polls_p99: Some(quantile(polls, 0.99)).filter(|polls| !polls.is_nan()),
                 lapses: runs.iter().map(|run| run.lapses).sum(),
             });
         }
@@ -171,7 +171,8 @@ impl Fairness {
             "each invalidation, and who waits for it", "cpu µs", "waits", "polls", "p99 polls", "lapses"
         );
         for Waiting { waiters, processor_us, waits, polls, polls_p99, lapses } in &self.waiting {
-            println!("{waiters:<58} {processor_us:>9.1} {waits:>9.2} {polls:>9.0} {polls_p99:>9.0} {lapses:>9}");
+            let [polls, p99] = [polls, polls_p99].map(|polls| polls.map_or_else(|| "-".into(), |polls| format!("{polls:.0}")));
+            println!("{waiters:<58} {processor_us:>9.1} {waits:>9.2} {polls:>9} {p99:>9} {lapses:>9}");
         }
         bounds::print("fairness", &self.rows);
     }

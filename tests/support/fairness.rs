@@ -287,12 +287,12 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
         match waiters {
             Waiters::Threads(readers) => {
                 first = readers as u64;
-                threads.extend((0..readers).map(|_| reads()).map(|reads| named("reader", move || block_on(reads))));
+                threads.extend((0..readers).map(|_| reads()).map(|reads| named("waiter", move || block_on(reads))));
             }
             Waiters::Tasks(readers) => {
                 first = readers as u64;
                 let reads: FuturesUnordered<_> = (0..readers).map(|_| reads()).collect();
-                threads.push(named("readers", move || block_on(reads.collect::<()>())));
+                threads.push(named("waiters", move || block_on(reads.collect::<()>())));
             }
             Waiters::Woken(woken) => threads.extend((0..woken).map(|_| {
                 let (bell, stop, began) = (bell.clone(), stop.clone(), began.clone());
@@ -310,13 +310,10 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
         while space.stats().waits < first || (first == 0 && began.load(Ordering::Acquire) < threads.len() as u64) {
             std::thread::yield_now();
         }
-        // Polled once, the passes belong to the space. They are done already if the thread lost its turn.
-        let start = async |range| {
-            let mut invalidate = Box::pin(maybe_done(space.invalidate(range, Event::Unmap)));
-            poll_immediate(&mut invalidate).await;
-            invalidate
-        };
-        let mut next = start(ranges[1]).await;
+        // Polled once, its passes belong to the space. It is done already if the thread lost its turn.
+        let start = |range| Box::pin(maybe_done(space.invalidate(range, Event::Unmap)));
+        let mut next = start(ranges[1]);
+        poll_immediate(&mut next).await;
         timer.after(PASS / 2).await;
         let (waits, processor) = (space.stats().waits, of_process());
         for turn in 0..invalidations {
@@ -324,7 +321,8 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
             if waiters == Waiters::Woken(threads.len()) {
                 bell.ring();
             }
-            let mut ends = std::mem::replace(&mut next, start(ranges[turn % 2]).await);
+            let mut ends = std::mem::replace(&mut next, start(ranges[turn % 2]));
+            poll_immediate(&mut next).await;
             ends.as_mut().await;
             current = ends.as_mut().take_output().expect("it has just ended");
         }
