@@ -35,6 +35,8 @@ struct Waiting {
     waiters: String,
     /// Processor time of the process for each invalidation.
     processor_us: f64,
+    /// What the waiters' own threads have of it.
+    of_waiters_us: f64,
     /// Waits that could not be answered at once, of all readers, for each invalidation.
     waits: f64,
     /// Polls of one wait, if there are any.
@@ -144,6 +146,7 @@ impl Fairness {
             self.waiting.push(Waiting {
                 waiters: name.into(),
                 processor_us: middle(runs.iter().filter_map(|run| run.processor).map(|time| micros(time) / each).collect()),
+                of_waiters_us: middle(runs.iter().map(|run| micros(run.of_waiters) / each).collect()),
                 waits: middle(runs.iter().map(|run| run.waits as f64 / each).collect()),
                 polls: Some(quantile(polls.clone(), 0.5)).filter(|polls| !polls.is_nan()),
                 polls_p99: Some(quantile(polls, 0.99)).filter(|polls| !polls.is_nan()),
@@ -167,12 +170,12 @@ impl Fairness {
             println!("{readers:<58} {invalidations:>9} {lapses:>9} {median_us:>9.0} {p90_us:>9.0}");
         }
         println!(
-            "\n{:<58} {:>9} {:>9} {:>9} {:>9} {:>9}",
-            "each invalidation, and who waits for it", "cpu µs", "waits", "polls", "p99 polls", "lapses"
+            "\n{:<58} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
+            "each invalidation, and who waits for it", "cpu µs", "theirs", "waits", "polls", "p99 polls", "lapses"
         );
-        for Waiting { waiters, processor_us, waits, polls, polls_p99, lapses } in &self.waiting {
+        for Waiting { waiters, processor_us, of_waiters_us, waits, polls, polls_p99, lapses } in &self.waiting {
             let [polls, p99] = [polls, polls_p99].map(|polls| polls.map_or_else(|| "-".into(), |polls| format!("{polls:.0}")));
-            println!("{waiters:<58} {processor_us:>9.1} {waits:>9.2} {polls:>9} {p99:>9} {lapses:>9}");
+            println!("{waiters:<58} {processor_us:>9.1} {of_waiters_us:>9.1} {waits:>9.2} {polls:>9} {p99:>9} {lapses:>9}");
         }
         bounds::print("fairness", &self.rows);
     }

@@ -55,8 +55,7 @@ pub fn insert_and_remove(space: &AddressSpace, times: u64) {
 }
 
 /// Returns the processor time that it takes to remove `count` notifiers under a guard that covers
-/// them, beside `others`
-/// that are held and cover none of them.
+/// them, beside `others` that are held and cover none of them.
 pub fn removals(count: u64, others: u64) -> Duration {
     let space = AddressSpace::new();
     let _others = guards(&space, others);

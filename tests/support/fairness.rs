@@ -3,7 +3,7 @@
 //! Shared by `tests/fairness.rs` and the section "fairness" of `cargo bench --bench table`.
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "each of the two uses a part of it")]
 
-use crate::support::processor::of_process;
+use crate::support::processor::{of_process, of_thread};
 use crate::support::{Gate, pages};
 use futures::channel::oneshot;
 use futures::executor::{ThreadPool, block_on};
@@ -238,6 +238,8 @@ pub enum Waiters {
 pub struct Waited {
     /// Processor time of the process, all threads; `None` where it cannot be asked for.
     pub processor: Option<Duration>,
+    /// What the threads of the waiters have of it; the rest is the invalidating thread and the timer.
+    pub of_waiters: Duration,
     /// The waits of readers that could not be answered at once.
     pub waits: u64,
     /// The polls of each of them, all readers together.
@@ -261,6 +263,15 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
     let ranges = [pages(0, 1), pages(10, 1)];
     let devices = Arc::new(ranges.map(|range| space.insert(range, Timed(timer.clone())).unwrap()));
     let (stop, bell) = (Arc::new(AtomicBool::new(false)), Arc::new(EndBell::default()));
+    let used = Arc::new(AtomicU64::new(0));
+    let waiter = |work: Box<dyn FnOnce() + Send>| {
+        let used = used.clone();
+        named("waiter", move || {
+            let began = of_thread();
+            work();
+            used.fetch_add((of_thread() - began).as_nanos() as u64, Ordering::AcqRel);
+        })
+    };
     let (polls, began) = (Arc::new(Mutex::new(Vec::new())), Arc::new(AtomicU64::new(0)));
     let reads = || {
         let (devices, stop, polls) = (devices.clone(), stop.clone(), polls.clone());
@@ -287,16 +298,16 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
         match waiters {
             Waiters::Threads(readers) => {
                 first = readers as u64;
-                threads.extend((0..readers).map(|_| reads()).map(|reads| named("waiter", move || block_on(reads))));
+                threads.extend((0..readers).map(|_| reads()).map(|reads| waiter(Box::new(move || block_on(reads)))));
             }
             Waiters::Tasks(readers) => {
                 first = readers as u64;
                 let reads: FuturesUnordered<_> = (0..readers).map(|_| reads()).collect();
-                threads.push(named("waiters", move || block_on(reads.collect::<()>())));
+                threads.push(waiter(Box::new(move || block_on(reads.collect::<()>()))));
             }
             Waiters::Woken(woken) => threads.extend((0..woken).map(|_| {
                 let (bell, stop, began) = (bell.clone(), stop.clone(), began.clone());
-                named("woken", move || {
+                waiter(Box::new(move || {
                     began.fetch_add(1, Ordering::AcqRel);
                     for end in 1.. {
                         block_on(bell.wait_for(end));
@@ -304,7 +315,7 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
                             break;
                         }
                     }
-                })
+                }))
             })),
         }
         while space.stats().waits < first || (first == 0 && began.load(Ordering::Acquire) < threads.len() as u64) {
@@ -327,7 +338,13 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
             current = ends.as_mut().take_output().expect("it has just ended");
         }
         let processor = of_process().zip(processor).map(|(after, before)| after - before);
-        let result = Waited { processor, waits: space.stats().waits - waits, polls: Vec::new(), lapses: space.stats().lapses };
+        let result = Waited {
+            processor,
+            of_waiters: Duration::ZERO,
+            waits: space.stats().waits - waits,
+            polls: Vec::new(),
+            lapses: space.stats().lapses,
+        };
         stop.store(true, Ordering::Release);
         drop(current);
         bell.ring();
@@ -336,7 +353,7 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
     });
     threads.into_iter().for_each(|thread| thread.join().unwrap());
     let polls = std::mem::take(&mut *polls.lock().unwrap());
-    Waited { polls, ..result }
+    Waited { polls, of_waiters: Duration::from_nanos(used.load(Ordering::Acquire)), ..result }
 }
 
 /// Says how many invalidations have ended.
