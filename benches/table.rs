@@ -3,24 +3,37 @@
 //! Prints calibration rows, then a row for each goal, then the curves. A goal was set on another machine, beside calibration rows of its own; here it
 //! is scaled by how the same rows come out on this machine in the same run, so that ratios are compared and not machines. All of it is measured in
 //! several rounds, seconds apart, and the quiet part of that counts (`table/harness.rs`). `MISS` marks what is over
-//! its scaled goal. `--json FILE` writes everything as JSON, `--plot FILE` the curves as SVG (`target/table.svg` by default).
+//! its scaled goal. Rows of costs and of fairness have bounds that are not scaled. `--help` lists the
+//! sections and the options.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "table/bounds.rs"]
+mod bounds;
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
 #[path = "table/cache.rs"]
 mod cache;
+#[path = "table/costs.rs"]
+mod costs;
 #[path = "table/curves.rs"]
 mod curves;
 #[path = "table/devices.rs"]
 mod devices;
+#[path = "table/fairness.rs"]
+mod fairness;
 #[path = "table/harness.rs"]
 mod harness;
+#[path = "table/options.rs"]
+mod options;
 #[path = "table/plot.rs"]
 mod plot;
+#[path = "../tests/support/mod.rs"]
+mod support;
 
+use bounds::Bound;
 use devices::{Device, Kind, Population, hitting, random};
 use futures::executor::block_on;
 use harness::Harness;
+use options::{Options, Section};
 use serde::Serialize;
 use shootdown::{AddressSpace, Event, Subscription};
 use std::collections::BTreeMap;
@@ -69,6 +82,8 @@ impl Row {
 struct Report<'a> {
     calibration: &'a [Calibration],
     rows: &'a [Row],
+    bounds: &'a [Bound],
+    fairness: &'a Option<fairness::Fairness>,
     curves: &'a [curves::Curve],
 }
 
@@ -277,61 +292,83 @@ fn measure(harness: &mut Harness, spaces: &Hit) -> (Vec<Calibration>, Table) {
 }
 
 fn main() {
-    let arguments: Vec<String> = std::env::args().skip(1).filter(|argument| argument != "--bench").collect();
-    let option = |name: &str| {
-        let at = arguments.iter().position(|argument| argument == name)?;
-        Some(arguments.get(at + 1).cloned().unwrap_or_else(|| fail(&format!("{name} needs a file"))))
-    };
-    for (at, argument) in arguments.iter().enumerate() {
-        let is_value = at > 0 && ["--json", "--plot"].contains(&arguments[at - 1].as_str());
-        if !is_value && !["--json", "--plot", "--test"].contains(&argument.as_str()) {
-            fail(&format!("unknown option {argument}: --json FILE and --plot FILE are known"));
-        }
-    }
-    if arguments.iter().any(|argument| argument == "--test") {
+    let options = Options::parse();
+    if options.test {
         return; // `cargo test --benches` only wants to know whether it runs.
     }
-    let (json, picture) = (option("--json"), option("--plot").unwrap_or_else(|| "target/table.svg".into()));
-    let (spaces, mut harness) = (spaces_to_hit(), Harness::new());
-    for _ in 1..ROUNDS {
-        measure(&mut harness, &spaces);
+    options.check_files().unwrap_or_else(|error| fail(&error));
+    let wants = |section| options.wants(section);
+    let spaces = wants(Section::Goals).then(spaces_to_hit);
+    let mut harness = Harness::new();
+    let mut calibration = Vec::new();
+    let (mut rows, mut bounds, mut curves) = (Vec::new(), Vec::new(), Vec::new());
+    if let Some(spaces) = &spaces {
+        for _ in 1..ROUNDS {
+            measure(&mut harness, spaces);
+        }
+        let (all, table) = measure(&mut harness, spaces);
+        (calibration, rows) = (all, table.rows);
     }
-    let (calibration, mut table) = measure(&mut harness, &spaces);
-    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
-    cache::measure(&mut harness, &mut table);
-    #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
-    println!("left out: the rows of the registration cache, which need --features userfaultfd");
-    let curves = curves::measure(&mut harness);
-    table.rows.extend(curves::bounds(&curves));
-    let rows = table.rows;
+    if wants(Section::Cache) {
+        #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+        cache::measure(&mut harness, &mut rows);
+        #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
+        println!("left out: the rows of the registration cache, which need --features userfaultfd");
+    }
+    if wants(Section::Curves) {
+        curves = curves::measure(&mut harness);
+        rows.extend(curves::bounds(&curves));
+    }
+    if wants(Section::Costs) {
+        let costs = costs::measure(&mut harness);
+        bounds.extend(costs::rows(&costs));
+        curves.extend(costs);
+    }
+    let fairness = wants(Section::Fairness).then(fairness::measure);
 
-    println!("\n{:<58} {:>9} {:>9} {:>9}", "calibration, ns", "there", "here", "ratio");
-    for row in &calibration {
+    print(&calibration, &rows, &curves);
+    if !bounds.is_empty() {
+        bounds::print("costs", &bounds);
+    }
+    if let Some(fairness) = &fairness {
+        fairness.print();
+        bounds.extend_from_slice(&fairness.rows);
+    }
+    if !curves.is_empty() {
+        let picture = options.picture();
+        plot::write(&picture, &curves).unwrap_or_else(|error| fail(&options::cannot_be_written(&picture, &error)));
+        println!("\nthe curves are in {}", picture.display());
+    }
+    if let Some(file) = &options.json {
+        let report = Report { calibration: &calibration, rows: &rows, bounds: &bounds, fairness: &fairness, curves: &curves };
+        let text = serde_json::to_string_pretty(&report).unwrap_or_else(|error| fail(&error.to_string()));
+        std::fs::write(file, text).unwrap_or_else(|error| fail(&options::cannot_be_written(file, &error)));
+    }
+    let misses = rows.iter().filter(|row| row.miss).count() + bounds.iter().filter(|row| row.miss).count();
+    println!("{} rows, {misses} miss", rows.len() + bounds.len());
+}
+
+fn print(calibration: &[Calibration], rows: &[Row], curves: &[curves::Curve]) {
+    if !calibration.is_empty() {
+        println!("\n{:<58} {:>9} {:>9} {:>9}", "calibration, ns", "there", "here", "ratio");
+    }
+    for row in calibration {
         println!("{:<58} {:>9.1} {:>9.1} {:>9.2}", row.name, row.there_ns, row.here_ns, row.ratio());
     }
-    println!("\n{:<58} {:>9} {:>9} {:>9} {:>9}", "work, ns", "kernel", "goal", "scaled", "measured");
-    for row in &rows {
+    if !rows.is_empty() {
+        println!("\n{:<58} {:>9} {:>9} {:>9} {:>9}", "work, ns", "kernel", "goal", "scaled", "measured");
+    }
+    for row in rows {
         let kernel = row.kernel_ns.map_or_else(|| "-".into(), |ns| format!("{ns:.0}"));
         let mark = if row.miss { "  MISS" } else { "" };
         println!("{:<58} {kernel:>9} {:>9.1} {:>9.1} {:>9.1}{mark}", row.name, row.goal_ns, row.scaled_goal_ns, row.measured_ns);
     }
-    for curve in &curves {
+    for curve in curves {
         println!("\n{}", curve.name);
         for (x, y) in &curve.points {
             println!("{x:>12.0} {y:>12.1}");
         }
     }
-    if let Err(error) = plot::write(picture.as_ref(), &curves) {
-        fail(&format!("{picture} cannot be written: {error}"));
-    }
-    println!("\nthe curves are in {picture}");
-    if let Some(file) = json {
-        let report = Report { calibration: &calibration, rows: &rows, curves: &curves };
-        let text = serde_json::to_string_pretty(&report).unwrap_or_else(|error| fail(&error.to_string()));
-        std::fs::write(&file, text).unwrap_or_else(|error| fail(&format!("{file} cannot be written: {error}")));
-    }
-    let misses = rows.iter().filter(|row| row.miss).count();
-    println!("{} rows, {misses} miss", rows.len());
 }
 
 fn fail(message: &str) -> ! {

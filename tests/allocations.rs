@@ -5,6 +5,7 @@
 use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::pin::Pin;
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 use std::task::{Context, Poll};
 
@@ -179,6 +180,56 @@ fn comings_and_goings() {
     assert_eq!(BYTES.load(Ordering::Relaxed), bytes, "all memory is free again");
 }
 
+/// What many invalidations were active with at once.
+#[derive(Clone, Copy, Debug)]
+enum Burst {
+    /// Held guards of a range that a notifier watches.
+    Guards,
+    /// Passes that are pending, of futures that were dropped.
+    Passes,
+}
+
+/// Bytes of the working memory of a space: after one invalidation, after so many at once, and after as
+/// many again.
+fn working_memory(kind: Burst, burst: usize) -> [i64; 3] {
+    use futures::FutureExt;
+    use futures::channel::oneshot::{Sender, channel};
+    use futures::executor::block_on;
+
+    struct Fences(Mutex<Vec<Sender<()>>>);
+
+    impl IntervalNotifier for Fences {
+        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            invalidation.set_seq();
+            let (open, opens) = channel();
+            self.0.lock().unwrap().push(open);
+            Ok(Some(PassFuture::new(opens.map(drop))))
+        }
+    }
+
+    let [watched, fenced] = [0x1000, 0x10_0000].map(|start| AddressRange::new(start, 0x1000).unwrap());
+    let space = AddressSpace::new();
+    let _single = space.insert(watched, Device(Kind::Single)).unwrap();
+    let fences = space.insert(fenced, Fences(Mutex::default())).unwrap();
+    let before = BYTES.load(Ordering::Relaxed);
+    [1, burst, burst].map(|count| {
+        match kind {
+            Burst::Guards => drop((0..count).map(|_| block_on(space.invalidate(watched, Event::Unmap))).collect::<Vec<_>>()),
+            Burst::Passes => {
+                for _ in 0..count {
+                    assert!(space.invalidate(fenced, Event::Unmap).now_or_never().is_none(), "its pass waits for its fence");
+                }
+                for open in std::mem::take(&mut *fences.0.lock().unwrap()) {
+                    open.send(()).expect("the pass is pending");
+                }
+                block_on(space.drain());
+            }
+        }
+        assert!(space.active().is_empty());
+        BYTES.load(Ordering::Relaxed) - before
+    })
+}
+
 struct Empty;
 
 impl IntervalNotifier for Empty {
@@ -198,6 +249,18 @@ fn allocations_and_bytes_are_within_their_bounds() {
     }
     assert_eq!(collisions(), [1, 0], "a notifier's counters are made once");
     comings_and_goings();
+    let burst = if cfg!(debug_assertions) { 10_000 } else { 100_000 };
+    for (kind, each) in [(Burst::Guards, 0), (Burst::Passes, 64)] {
+        // What the process keeps for ever is allocated.
+        working_memory(kind, 1);
+        let [one, many, again] = working_memory(kind, burst);
+        println!("{kind:?}: a space works in {one} bytes after one, in {many} after {burst} at once");
+        // There are 32 places for active invalidations, each of which keeps its working memory. The index
+        // of those that were parked keeps its nodes, too: up to 64 bytes for each of the most at once.
+        let most = 32 * one + burst as i64 * each;
+        assert!(many <= most, "{many} bytes after {burst} {kind:?}, {one} after one");
+        assert!(again <= most, "{again} bytes after the same again");
+    }
     // Up to four million where that takes seconds: without optimization a million are enough of a wait.
     let most = if cfg!(debug_assertions) { 1_000_000 } else { 4_000_000 };
     for n in [100, 10_000, 1_000_000, 4_000_000].into_iter().filter(|n| *n <= most) {

@@ -1,6 +1,6 @@
 //! The rows of the registration cache and of userfaultfd.
 
-use crate::Table;
+use crate::Row;
 use crate::devices::random;
 use crate::harness::{Harness, middle};
 use futures::executor::block_on;
@@ -42,7 +42,9 @@ fn look_up(cache: &RegistrationCache<Nic>, times: u64, pages: &[AddressRange], f
     });
 }
 
-pub fn measure(harness: &mut Harness, table: &mut Table) {
+pub fn measure(harness: &mut Harness, rows: &mut Vec<Row>) {
+    // These goals are times, not ratios to a calibration on another machine.
+    let mut add = |name: &str, goal_ns, measured_ns| rows.push(Row::new(name.into(), None, goal_ns, goal_ns, measured_ns));
     let space = AddressSpace::new();
     let cache = RegistrationCache::new(&space, Nic);
     let mut next = random(3);
@@ -57,8 +59,7 @@ pub fn measure(harness: &mut Harness, table: &mut Table) {
         look_up(&cache, times, &pages, at);
         at += times as usize;
     });
-    // These goals are times, not ratios to a calibration on another machine.
-    table.add("cache: a hit among 10,000", None, 60.0, 60.0, hit);
+    add("cache: a hit among 10,000", 60.0, hit);
 
     // Both threads at once, each as often as one alone: what one look-up takes then.
     let beside = |threads: u64| {
@@ -76,7 +77,7 @@ pub fn measure(harness: &mut Harness, table: &mut Table) {
         middle(samples.collect())
     };
     let (one, two) = (beside(1), beside(2));
-    table.add("cache: a hit beside a second thread (1.5 times as long)", None, one * 1.5, one * 1.5, two);
+    add("cache: a hit beside a second thread (1.5 times as long)", one * 1.5, two);
 
     // A thousand misses of a new cache, the time of its end left out; the median of 100.
     let misses = (0..100).map(|_| {
@@ -90,12 +91,10 @@ pub fn measure(harness: &mut Harness, table: &mut Table) {
         began.elapsed().as_nanos() as f64 / 1000.0
     });
     let miss = middle(misses.collect());
-    table.add("cache: a miss, beside the device's own registration", None, 1000.0, 1000.0, miss);
+    add("cache: a miss, beside the device's own registration", 1000.0, miss);
 
     match unmap() {
-        Ok((watched, not)) => {
-            table.add("munmap of a watched page, over one that is not", None, 15_000.0, 15_000.0, watched - not)
-        }
+        Ok((watched, not)) => add("munmap of a watched page, over one that is not", 15_000.0, watched - not),
         Err(error) => println!("left out: munmap of a watched page, because {error}"),
     }
 }

@@ -22,9 +22,10 @@ fn short(number: f64) -> String {
 /// Those with more than four points are curves; the others are comparisons that the table shows better.
 pub fn write(path: &Path, curves: &[Curve]) -> Result<(), Box<dyn Error>> {
     let curves: Vec<&Curve> = curves.iter().filter(|curve| curve.points.len() > 4).collect();
-    let root = SVGBackend::new(path, (1000, 760)).into_drawing_area();
+    let rows = curves.len().div_ceil(2).max(1);
+    let root = SVGBackend::new(path, (1000, 380 * rows as u32)).into_drawing_area();
     root.fill(&WHITE)?;
-    for (area, curve) in root.split_evenly((2, 2)).iter().zip(curves) {
+    for (area, curve) in root.split_evenly((rows, 2)).iter().zip(curves) {
         let most_x = curve.points.iter().map(|point| point.0).fold(1.0, f64::max);
         let most_y = curve.points.iter().map(|point| point.1).fold(1.0, f64::max);
         let least_x = if curve.points.iter().any(|point| point.0 < 1.0) { ZERO * 0.8 } else { 0.8 };

@@ -1,6 +1,9 @@
 //! What the tests share: a driver that does as it is told, and futures polled by hand.
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "each test binary uses a part of it")]
 
+#[cfg(not(any(loom, shuttle)))]
+pub mod processor;
+
 use futures::task::{ArcWake, waker};
 use shootdown::{
     AddressRange, AddressSpace, IntervalNotifier, Invalidation, InvalidationInfo, PassFuture, Sequence, Subscription, WouldBlock,
