@@ -17,7 +17,7 @@
 //! reason why it is alive, and the last reason to go frees it, once.
 //!
 //! The notifier is moved out by [`EntryBox::take`] (`remove`), or dropped with the entry. It is called only by an invalidation in
-//! its first passes, and `remove` takes it after there is none of those left that could (`engine::remove`).
+//! its first passes, and `remove` takes it after there is none of those left that could (`engine::registration`).
 //!
 //! # Why its functions fit its type
 //! An entry is made by [`EntryBox::new`] and nowhere else, which stores [`Calls`] of the type `N` that it stores beside it. They never change.

@@ -250,7 +250,7 @@ fn allocations_and_bytes_are_within_their_bounds() {
     assert_eq!(collisions(), [1, 0], "a notifier's counters are made once");
     comings_and_goings();
     let burst = if cfg!(debug_assertions) { 10_000 } else { 100_000 };
-    for (kind, each) in [(Burst::Guards, 0), (Burst::Passes, 64)] {
+    for (kind, each) in [(Burst::Guards, 0), (Burst::Passes, 0)] {
         // What the process keeps for ever is allocated.
         working_memory(kind, 1);
         let [one, many, again] = working_memory(kind, burst);

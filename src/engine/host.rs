@@ -30,6 +30,8 @@ pub(crate) struct Host {
     pub(crate) clock: Option<Clock>,
     pub(crate) losses: Arc<Losses>,
     pub(crate) counters: Counters,
+    /// How many waiting futures are about to take the lock, and will wake who rests.
+    pub(crate) coming: AtomicUsize,
     #[cfg(feature = "test-util")]
     plain_only: bool,
 }
@@ -51,6 +53,7 @@ impl Host {
             clock: settings.clock,
             losses: Arc::new(Losses::new(settings.reporter)),
             counters: Counters::default(),
+            coming: AtomicUsize::new(0),
             #[cfg(feature = "test-util")]
             plain_only: settings.plain_only,
         }

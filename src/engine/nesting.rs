@@ -41,9 +41,6 @@ mod check {
     use std::cell::RefCell;
     use std::vec::Vec;
 
-    /// Wakers to be remembered of those that futures were polled with outside of first passes.
-    const KNOWN: usize = 64;
-
     type WakerId = (*const (), *const RawWakerVTable);
 
     struct Nesting {
@@ -51,29 +48,12 @@ mod check {
         first_passes: Vec<(FirstPassOf, u32)>,
         /// Wakers of futures that are suspected of blocking a first pass, each with the depth of that.
         suspects: Vec<(usize, WakerId)>,
-        known: Vec<WakerId>,
-        oldest: usize,
     }
 
     std::thread_local! {
         static NESTING: RefCell<Nesting> = const {
-            RefCell::new(Nesting { first_passes: Vec::new(), suspects: Vec::new(), known: Vec::new(), oldest: 0 })
+            RefCell::new(Nesting { first_passes: Vec::new(), suspects: Vec::new() })
         };
-    }
-
-    impl Nesting {
-        fn remember(&mut self, waker: &Waker) {
-            let id = id(waker);
-            if self.known.contains(&id) {
-                return;
-            }
-            if self.known.len() < KNOWN {
-                self.known.push(id);
-            } else {
-                self.known[self.oldest] = id;
-                self.oldest = (self.oldest + 1) % KNOWN;
-            }
-        }
     }
 
     fn id(waker: &Waker) -> WakerId {
@@ -110,13 +90,11 @@ mod check {
         let found = NESTING.try_with(|nesting| {
             let nesting = &mut *nesting.borrow_mut();
             if nesting.first_passes.is_empty() {
-                nesting.remember(waits.waker);
                 return None;
             }
             let suspect = (nesting.first_passes.len(), id(waits.waker));
             let suspected = nesting.suspects.contains(&suspect);
-            let known = nesting.known.contains(&id(waits.waker)) || waits.waker.will_wake(Waker::noop());
-            if !suspected && (!waits.first || known) {
+            if !suspected && (!waits.first || waits.waker.data().is_null()) {
                 return None;
             }
             let depth = Inline::depth();

@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::engine::state::Record;
-use crate::engine::wakers::WakerSet;
+use crate::engine::wakers::{Bell, WakerSet};
 use crate::engine::work::Work;
 use crate::entry::EntryRef;
 use crate::foreign::{Callback, FirstPanic, Losses, TaskWaker};
@@ -21,6 +21,8 @@ pub(crate) struct Contents {
     pub(crate) tasks: Vec<Arc<TaskWaker>>,
     /// Tasks that nobody needs to wake any more.
     pub(crate) unused: Vec<Arc<TaskWaker>>,
+    /// Bells of futures that may be gone.
+    pub(crate) bells: Vec<Arc<Bell>>,
     /// Everybody who waits for the passes of some invalidation is to be woken.
     pub(crate) sets: Vec<Arc<WakerSet>>,
     /// Entries that nothing keeps alive any more.

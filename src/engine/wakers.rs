@@ -31,6 +31,9 @@ struct Wakers {
     waiting: Slab<(Arc<Bell>, Ticket)>,
 }
 
+/// Room for this many waiters stays when none is left.
+const MOST_IDLE: usize = 256;
+
 impl WakerSet {
     /// A poll of the passes begins: a wake-up is only noted until [`end`](Self::end).
     pub(super) fn begin(&self) {
@@ -45,6 +48,11 @@ impl WakerSet {
         let mut wakers = self.0.lock();
         wakers.polling = false;
         wakers.woken
+    }
+
+    /// Some passes are ready to go on, and were left at that.
+    pub(super) fn note_woken(&self) {
+        self.0.lock().woken = true;
     }
 
     /// Whether a pass was woken since the last look, during a poll that goes on.
@@ -69,9 +77,9 @@ impl WakerSet {
         wakers.owner.take()
     }
 
-    /// Whether the owner was last polled with `waker`.
+    /// Whether the owner was last polled with `waker`. A waker that wakes nobody is no task's.
     pub(crate) fn is_owned_by(&self, waker: &Waker) -> bool {
-        self.0.lock().owner.as_ref().is_some_and(|owner| owner.wakes(waker))
+        !waker.data().is_null() && self.0.lock().owner.as_ref().is_some_and(|owner| owner.wakes(waker))
     }
 
     /// Wakes all that are registered.
@@ -93,9 +101,9 @@ impl WakerSet {
                 task.rouse();
             }
         }
-        // The memory is used again.
+        // The memory is used again, unless it is much.
         let mut wakers = self.0.lock();
-        if wakers.waiting.capacity() == 0 {
+        if wakers.waiting.capacity() == 0 && waiting.capacity() <= MOST_IDLE {
             wakers.waiting = waiting;
         }
     }

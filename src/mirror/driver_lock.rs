@@ -144,7 +144,7 @@ pub struct Collision;
 
 impl fmt::Display for Collision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the range was invalidated since read_begin, or its subscription was closed: what was read may be stale, start over with read_begin")
+        f.write_str("the range was invalidated since read_begin: what was read may be stale, start over with read_begin, unless the subscription or inbox is closed, for which nothing can be installed any more")
     }
 }
 
@@ -370,7 +370,7 @@ impl<T> DriverLock<T> {
             if let Ok(installed) = self.install_if(subscription, sequence, &open, |mappings| install(mappings, prepared)) {
                 return Ok(installed);
             }
-            if subscription.is_closed() {
+            if subscription.is_closed() || !open(&self.lock()) {
                 return Err(MirrorError::Closed);
             }
             let elapsed = began.and_then(|began| Some(space.now()?.saturating_sub(began)));

@@ -92,48 +92,63 @@ struct Letter {
     info: InvalidationInfo,
     serial: u64,
     deliveries: u32,
+    /// It is in the queue.
+    queued: bool,
     done: bool,
     task: Option<Arc<TaskWaker>>,
 }
 
 /// Tasks that wait for the stream.
 ///
-/// A `&Inbox` is a stream, so nobody says when such a task goes. When there are twice as many as came back the last time, all are
-/// woken: those that are still there come back, and the others are forgotten (A5).
+/// A `&Inbox` is a stream, so nobody says when such a task goes. There is room for few: when one more comes the oldest is woken
+/// and forgotten. If it is still there it comes back, which shows that more are alive, and there is more room (A5).
 #[derive(Default)]
 struct Consumers {
-    waiting: Vec<Arc<TaskWaker>>,
-    /// Those that were woken last, to tell who comes back.
-    woken: Vec<Arc<TaskWaker>>,
-    /// How many of them have come back.
-    back: usize,
+    waiting: VecDeque<Arc<TaskWaker>>,
+    /// Those that were forgotten last, to tell who comes back.
+    forgotten: VecDeque<Arc<TaskWaker>>,
     room: usize,
+    /// How often one was forgotten since there was more room.
+    count: usize,
 }
 
-/// There is room for as many tasks, at least, before all are woken.
+/// There is room for as many tasks, at least.
 const FEW_CONSUMERS: usize = 8;
+/// As many are remembered of those that were forgotten.
+const REMEMBERED: usize = 32;
+/// After so many turns of all that are known there is more room in any case: more than can be remembered may be waking each other.
+const MANY_TURNS: usize = 256;
 
 impl Consumers {
     fn take(&mut self) -> Vec<Arc<TaskWaker>> {
-        core::mem::take(&mut self.waiting)
+        self.room = self.waiting.len();
+        core::mem::take(&mut self.waiting).into()
     }
 
-    /// One more waits. Returns those that are to be woken, and others that are to be dropped outside of the lock.
+    /// One more waits. Returns who is to be woken, and others that are to be dropped outside of the lock.
     #[must_use]
-    fn add(&mut self, task: Arc<TaskWaker>, waker: &Waker) -> [Vec<Arc<TaskWaker>>; 2] {
+    fn add(&mut self, task: Arc<TaskWaker>, waker: &Waker) -> (Option<Arc<TaskWaker>>, [Option<Arc<TaskWaker>>; 2]) {
         if self.waiting.iter().any(|known| known.wakes(waker)) {
-            return [Vec::new(), Vec::new()];
+            return (None, [None, None]);
         }
-        self.back += usize::from(self.woken.iter().any(|known| known.wakes(waker)));
-        let full = self.waiting.len() >= self.room.max(FEW_CONSUMERS);
-        let woken = if full { self.take() } else { Vec::new() };
-        self.waiting.push(task);
-        if !full {
-            return [woken, Vec::new()];
+        self.room = self.room.max(FEW_CONSUMERS);
+        let back = self.forgotten.iter().position(|known| known.wakes(waker));
+        let back = back.and_then(|at| self.forgotten.remove(at));
+        self.room += usize::from(back.is_some());
+        let oldest = if self.waiting.len() >= self.room { self.waiting.pop_front() } else { None };
+        self.waiting.push_back(task);
+        let mut gone = None;
+        if let Some(oldest) = &oldest {
+            self.forgotten.push_back(oldest.clone());
+            if self.forgotten.len() > REMEMBERED {
+                gone = self.forgotten.pop_front();
+            }
+            self.count += 1;
+            if self.count > MANY_TURNS * (self.room + REMEMBERED) {
+                (self.room, self.count) = (2 * self.room, 0);
+            }
         }
-        self.room = 2 * core::mem::take(&mut self.back);
-        let gone = core::mem::replace(&mut self.woken, woken.clone());
-        [woken, gone]
+        (oldest, [back, gone])
     }
 }
 
@@ -182,7 +197,7 @@ impl<T: Send + 'static> IntervalNotifier for InboxNotifier<T> {
             }
             post.serial += 1;
             let serial = post.serial;
-            let letter = Letter { info: invalidation.info(), serial, deliveries: 0, done: false, task: None };
+            let letter = Letter { info: invalidation.info(), serial, deliveries: 0, queued: true, done: false, task: None };
             let letter = post.letters.insert(letter);
             post.queue.push_back(letter);
             (letter, post.consumers.take())
@@ -220,8 +235,11 @@ impl<T: Send + 'static> Drop for InboxPass<T> {
     fn drop(&mut self) {
         let _letter = {
             let mut post = self.desk.post.lock();
-            post.queue.retain(|queued| *queued != self.letter);
-            post.letters.try_remove(self.letter)
+            let letter = post.letters.try_remove(self.letter);
+            if letter.as_ref().is_some_and(|letter| letter.queued) {
+                post.queue.retain(|queued| *queued != self.letter);
+            }
+            letter
         };
     }
 }
@@ -312,7 +330,7 @@ impl<T: Send + 'static> Inbox<T> {
             let mut post = self.desk.post.lock();
             if let Some(letter) = post.queue.pop_front() {
                 let of = &mut post.letters[letter];
-                of.deliveries = of.deliveries.saturating_add(1);
+                (of.deliveries, of.queued) = (of.deliveries.saturating_add(1), false);
                 let (serial, info, deliveries) = (of.serial, of.info, of.deliveries);
                 drop(post);
                 return Poll::Ready(Some(Delivery { desk: self.desk.clone(), letter, serial, info, deliveries }));
@@ -330,8 +348,10 @@ impl<T: Send + 'static> Inbox<T> {
             }
             post.consumers.add(task.clone(), cx.waker())
         };
-        let [woken, _gone] = changed;
-        wake(woken);
+        let (woken, _gone) = changed;
+        if let Some(woken) = woken {
+            woken.rouse();
+        }
         Poll::Pending
     }
 
@@ -384,7 +404,7 @@ impl<T: Send + 'static> Drop for Inbox<T> {
             post.queue.clear();
             let mut tasks = post.consumers.take();
             for (_, letter) in &mut post.letters {
-                letter.done = true;
+                (letter.done, letter.queued) = (true, false);
                 tasks.extend(letter.task.take());
             }
             tasks
@@ -450,9 +470,8 @@ impl<T: Send + 'static> Drop for Delivery<T> {
     fn drop(&mut self) {
         let consumers = {
             let mut post = self.desk.post.lock();
-            if post.letter(self.letter, self.serial).is_none() {
-                return;
-            }
+            let Some(letter) = post.letter(self.letter, self.serial) else { return };
+            letter.queued = true;
             post.queue.push_front(self.letter);
             post.consumers.take()
         };

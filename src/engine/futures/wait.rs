@@ -14,17 +14,22 @@ use crate::entry::EntryRef;
 use crate::foreign::TaskWaker;
 use crate::observe;
 use crate::range::AddressRange;
-use crate::sync::{Arc, give_turn};
+use crate::sync::{Arc, Ordering, give_turn};
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
 use core::task::{Context, Poll};
 use core::time::Duration;
+
+/// As many invalidations lapse under one lock.
+const AT_ONCE: usize = 64;
 
 /// A wait that could not be answered at once.
 #[derive(Default)]
 pub(super) struct Wait {
     /// Our place among those that wait for the notifier.
     waiter: Option<usize>,
+    /// Our place among those that wait for the whole space.
+    drain: Option<usize>,
     bell: Arc<Bell>,
     task: Option<Arc<TaskWaker>>,
     /// The parked invalidations have been looked at, and the bell says which are to be looked at again.
@@ -35,7 +40,11 @@ pub(super) struct Wait {
     pending: BTreeMap<Ticket, Registration>,
     /// Those whose passes are done and whose futures have not claimed them, with the episode that is waited for.
     unclaimed: BTreeMap<Ticket, u32>,
-    /// The same in the order in which they were found, with the count of polls then, as far as they were left by our own waker.
+    /// Those that have had their time, ours or others'. Few lapse under one lock.
+    over: Vec<Ticket>,
+    /// What the clock showed at our last look.
+    shown: Option<Duration>,
+    /// The same as `unclaimed` in the order in which they were found, with the count of polls then, as far as they were left by our own waker.
     ours: VecDeque<(Ticket, u64)>,
     polls: u64,
     watch: Watch,
@@ -68,10 +77,18 @@ enum Step<'s> {
     Drive(Ticket, Lease<'s>),
     /// Something has lapsed: look again.
     Again,
-    /// Nothing but to wait; to yield, if that is all that can be done.
-    Wait {
-        yields: bool,
-    },
+    /// Nothing but to wait.
+    Wait(Pause),
+}
+
+/// How a future waits.
+enum Pause {
+    /// Somebody will wake it.
+    Sleep,
+    /// It wakes itself.
+    Yield,
+    /// Others who yield go first; the next one wakes it.
+    Rest,
 }
 
 impl Wait {
@@ -82,12 +99,21 @@ impl Wait {
         let mut look = self.is_watchman.then(|| shared.host.now());
         self.polls += 1;
         let mut first = true;
+        // Whoever sees that may rest, and is woken as soon as we have the lock.
+        let comes = !self.unclaimed.is_empty();
+        if comes {
+            shared.host.coming.fetch_add(1, Ordering::AcqRel);
+        }
         loop {
             let mut dropped = Vec::new();
             let mut lapses = 0;
             let step = shared.with(|state, outbox| {
                 if core::mem::take(&mut first) {
+                    if comes {
+                        shared.host.coming.fetch_sub(1, Ordering::AcqRel);
+                    }
                     outbox.contents().unused.extend(self.bell.arm(task.clone()));
+                    wake_resting(state, outbox);
                     self.hear(state, goal);
                 }
                 self.step(shared, state, goal, cx, &mut look, outbox, &mut dropped, &mut lapses)
@@ -106,10 +132,14 @@ impl Wait {
                     }
                 }
                 Step::Again => {}
-                Step::Wait { yields } => {
-                    if yields {
-                        task.rouse();
-                        give_turn();
+                Step::Wait(pause) => {
+                    match pause {
+                        Pause::Sleep => {}
+                        Pause::Rest => give_turn(),
+                        Pause::Yield => {
+                            task.rouse();
+                            give_turn();
+                        }
                     }
                     return Poll::Pending;
                 }
@@ -133,6 +163,8 @@ impl Wait {
         }
         self.scanned = true;
         self.scan(state, goal);
+        // Those that are not parked any more are over.
+        self.backlog.extend(self.pending.keys().chain(self.unclaimed.keys()));
     }
 
     /// Looks at all.
@@ -160,11 +192,14 @@ impl Wait {
             if goal.queue().is_some()
                 && let Verdict::Over = goal.look(state, fired, true)
             {
-                self.leave(state);
+                self.leave(state, outbox);
                 return Step::Over;
             }
             if let (None, Some((entry, wait_for))) = (self.waiter, goal.queue()) {
                 self.waiter = Some(state.add_waiter(entry, wait_for, self.bell.clone()));
+            }
+            if self.drain.is_none() && goal.queue().is_none() {
+                self.drain = Some(state.drains.insert(self.bell.clone()));
             }
             if let Some((ticket, lease)) = self.work_off(shared, state, goal, cx, dropped) {
                 return Step::Drive(ticket, lease);
@@ -173,7 +208,7 @@ impl Wait {
             match goal.look(state, fired, held_up) {
                 Verdict::Over if goal.queue().is_some() => {
                     // The last first pass has ended since the look above, which needs no lock.
-                    self.leave(state);
+                    self.leave(state, outbox);
                     return Step::Over;
                 }
                 Verdict::Over => {
@@ -182,7 +217,7 @@ impl Wait {
                     self.backlog
                         .retain(|ticket| state.parking(*ticket).is_some_and(|parking| goal.wants(parking, ticket.serial())));
                     if self.backlog.is_empty() {
-                        self.leave(state);
+                        self.leave(state, outbox);
                         return Step::Over;
                     }
                 }
@@ -192,7 +227,15 @@ impl Wait {
         if self.lose_patience(state, cx, clock, outbox, lapses) {
             return Step::Again;
         }
-        Step::Wait { yields: !self.unclaimed.is_empty() || matches!(verdict, Verdict::Soon) }
+        if matches!(verdict, Verdict::Soon) {
+            return Step::Wait(Pause::Yield);
+        }
+        if self.unclaimed.is_empty() {
+            return Step::Wait(Pause::Sleep);
+        }
+        let others = shared.host.coming.load(Ordering::Acquire) > 0;
+        let wakes_itself = state.patience.wakes_itself(&mut self.watch, others, &self.bell);
+        Step::Wait(if wakes_itself { Pause::Yield } else { Pause::Rest })
     }
 
     /// Looks at the invalidations of the backlog, until there is one whose passes are to be polled.
@@ -250,12 +293,11 @@ impl Wait {
         {
             self.unclaimed.pop_first();
         }
-        if self.unclaimed.is_empty() {
+        if self.unclaimed.is_empty() && self.over.is_empty() {
             state.patience.leave(&self.watch);
             self.is_watchman = false;
             return false;
         }
-        let mut over = Vec::new();
         // Those of our own task.
         while let Some((ticket, since)) = self.ours.front() {
             let (awaited, polls) = (self.unclaimed.get(ticket), self.polls - since);
@@ -263,7 +305,7 @@ impl Wait {
                 if !state.is_certain(*ticket, cx.waker(), u64::MAX) {
                     // It moved to another task, and has its time.
                 } else if state.is_certain(*ticket, cx.waker(), polls) {
-                    over.push(*ticket);
+                    self.over.push(*ticket);
                 } else {
                     break;
                 }
@@ -274,13 +316,13 @@ impl Wait {
         let shown = clock.take();
         self.is_watchman = state.patience.is_watchman(&mut self.watch);
         if let (Some(now), true) = (shown, self.is_watchman) {
-            over.extend(state.patience.look(now));
+            self.over.extend(state.patience.look(now));
+            self.shown = now;
         }
-        let mut any = false;
-        for ticket in over {
-            if state.lapse(ticket, shown.flatten(), outbox) {
+        let any = !self.over.is_empty();
+        for ticket in self.over.drain(self.over.len().saturating_sub(AT_ONCE)..) {
+            if state.lapse(ticket, self.shown, outbox) {
                 *lapses += 1;
-                any = true;
                 // Passes that were never polled may be left.
                 self.backlog.push(ticket);
             }
@@ -289,21 +331,26 @@ impl Wait {
     }
 
     /// Takes the future out of everything that knows it. Under the lock.
-    pub(super) fn leave(&mut self, state: &mut State) {
+    pub(super) fn leave(&mut self, state: &mut State, outbox: &mut Outbox) {
         if let Some(key) = self.waiter.take() {
             state.remove_waiter(key);
+        }
+        if let Some(key) = self.drain.take() {
+            // We have the bell, too: this is not its last.
+            state.drains.remove(key);
         }
         for (ticket, episode) in core::mem::take(&mut self.unclaimed) {
             state.await_claim_no_more(ticket, episode);
         }
         state.patience.leave(&self.watch);
         self.is_watchman = false;
+        wake_resting(state, outbox);
     }
 
     /// The same for a future that is dropped.
     pub(super) fn give_up(&mut self, shared: &Shared) {
-        if self.waiter.is_some() || !self.unclaimed.is_empty() || self.is_watchman {
-            shared.with(|state, _| self.leave(state));
+        if self.waiter.is_some() || self.drain.is_some() || !self.unclaimed.is_empty() || self.is_watchman {
+            shared.with(|state, outbox| self.leave(state, outbox));
         }
     }
 }
@@ -350,5 +397,14 @@ mod tests {
         waiting.into_iter().flatten().for_each(Waker::wake);
         drop(guard);
         assert!(reader.as_mut().poll(&mut cx).is_ready(), "it has driven all of them");
+    }
+}
+
+/// Wakes those who let us go first.
+fn wake_resting(state: &mut State, outbox: &mut Outbox) {
+    for bell in state.patience.take_resting() {
+        outbox.contents().tasks.extend(bell.ring(None));
+        // Outside of the lock, should it be the last one.
+        outbox.contents().bells.push(bell);
     }
 }

@@ -11,6 +11,7 @@ mod stage;
 mod waiters;
 
 use crate::engine::outbox::Outbox;
+use crate::engine::wakers::Bell;
 use crate::engine::work::{Progress, Work};
 use crate::entry::EntryRef;
 use crate::foreign::TaskWaker;
@@ -23,7 +24,6 @@ use alloc::vec::Vec;
 use core::task::Waker;
 use core::time::Duration;
 pub(crate) use patience::{Patience, Watch};
-use record::Awaited;
 pub(crate) use record::{Parking, Record, Ticket};
 use slab::Slab;
 pub(crate) use stage::{Claim, Load, Next, Stage};
@@ -34,6 +34,10 @@ pub(crate) struct State {
     pub(crate) protocol: Protocol<EntryRef, Record>,
     /// Active invalidations that are parked, by range, so that those who wait find what they can help with.
     pub(crate) parked: IntervalIndex<Ranged<Ticket>>,
+    /// As many as were parked at once since there were none.
+    most_parked: usize,
+    /// Bells of futures that wait for parked invalidations of the whole space, and are in no notifier's list.
+    pub(crate) drains: Slab<Arc<Bell>>,
     pub(crate) waiters: Slab<Waiter>,
     pub(crate) patience: Patience,
     /// Readers that wait for the gate.
@@ -43,6 +47,9 @@ pub(crate) struct State {
     pub(crate) released: bool,
     pub(crate) counts: Counts,
 }
+
+/// The memory of as many parked invalidations stays when none is left.
+const MOST_IDLE: usize = 256;
 
 /// What happened in a space.
 #[derive(Clone, Copy, Default)]
@@ -91,6 +98,8 @@ impl State {
         Self {
             protocol: Protocol::new(sequence),
             parked: IntervalIndex::new(),
+            most_parked: 0,
+            drains: Slab::new(),
             waiters: Slab::new(),
             patience,
             #[cfg(any(feature = "userfaultfd", loom))]
@@ -215,9 +224,11 @@ impl State {
             outbox.contents().unused.extend(old);
         }
         self.parked.insert(Ranged { range, value: ticket });
+        self.most_parked = self.most_parked.max(self.parked.len());
         for entry in asleep {
             self.nudge(entry, Some(ticket), outbox);
         }
+        self.nudge_drains(ticket, outbox);
         Parked { ticket, ready, request }
     }
 
@@ -232,19 +243,29 @@ impl State {
         for entry in asleep {
             self.nudge(entry, Some(ticket), outbox);
         }
+        self.nudge_drains(ticket, outbox);
+    }
+
+    fn nudge_drains(&self, ticket: Ticket, outbox: &mut Outbox) {
+        for (_, bell) in &self.drains {
+            outbox.contents().tasks.extend(bell.ring(Some(ticket)));
+        }
     }
 
     /// The invalidation is not the space's any more: nobody who waits can find it.
     fn unpark(&mut self, ticket: Ticket, outbox: &mut Outbox) {
         let Some(active) = self.protocol.get_mut(ticket) else { return };
         self.parked.remove(Ranged { range: active.range, value: ticket });
+        if self.parked.len() == 0 && core::mem::take(&mut self.most_parked) > MOST_IDLE {
+            self.parked = IntervalIndex::new();
+        }
         let Some(parking) = active.extra.parking.as_deref_mut() else { return };
         parking.pending.clear();
         if let Some(owner) = parking.wakers.disown() {
             outbox.contents().unused.push(owner);
         }
-        if let Some(until) = parking.forget_awaited() {
-            self.patience.end(ticket, until);
+        if parking.forget_awaited() {
+            self.patience.end(ticket);
         }
     }
 
@@ -330,9 +351,8 @@ impl State {
         let Some(parking) = self.parking_mut(ticket) else { return };
         let next = parking.stage.abandon();
         outbox.contents().unused.extend(parking.wakers.disown());
-        let awaited = parking.forget_awaited();
-        if let Some(until) = awaited {
-            self.patience.end(ticket, until);
+        if parking.forget_awaited() {
+            self.patience.end(ticket);
         }
         if matches!(next, Next::Drive) {
             // Those who waited for it to be claimed are not registered with its wakers.
@@ -367,7 +387,7 @@ impl State {
         let parking = protocol.get_mut(ticket)?.extra.parked_mut()?;
         let claim = parking.stage.unclaimed()?;
         if parking.awaited.count == 0 {
-            parking.awaited.until = patience.begin(ticket, parking.done_at, claim.lapses);
+            patience.begin(ticket, parking.done_at, claim.lapses);
         }
         parking.awaited.count += 1;
         Some(parking.awaited.episode)
@@ -385,9 +405,8 @@ impl State {
         }
         let Some(parking) = self.parking_mut(ticket) else { return };
         parking.awaited.count -= 1;
-        let Awaited { count, until, .. } = parking.awaited;
-        if count == 0 {
-            self.patience.end(ticket, until);
+        if parking.awaited.count == 0 {
+            self.patience.end(ticket);
         }
     }
 

@@ -55,8 +55,6 @@ pub(crate) struct Parking {
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Awaited {
     pub(crate) count: u32,
-    /// Until when they are patient, if there are any.
-    pub(crate) until: Duration,
     /// Rises each time that the invalidation becomes unclaimed: those who waited before do not count any more.
     pub(crate) episode: u32,
 }
@@ -78,9 +76,9 @@ impl Parking {
         unclaimed
     }
 
-    /// Nobody waits for a claim any more. Returns until when somebody was patient.
-    pub(super) fn forget_awaited(&mut self) -> Option<Duration> {
-        (core::mem::take(&mut self.awaited.count) != 0).then_some(self.awaited.until)
+    /// Nobody waits for a claim any more. Returns whether somebody did.
+    pub(super) fn forget_awaited(&mut self) -> bool {
+        core::mem::take(&mut self.awaited.count) != 0
     }
 }
 

@@ -354,7 +354,7 @@ impl Passes {
     }
 
     /// Polls the joined passes of an invalidation that is not parked, as long as one of them is ready to go on, but
-    /// no more than `idle` times without one that finishes.
+    /// no more than `idle` times without one that finishes. If some of the rest could go on, [`WakerSet::await_as_owner`] says so.
     pub(crate) fn drive_alone(&mut self, host: &Host, idle: usize) {
         let mut left = idle;
         loop {
@@ -405,7 +405,12 @@ impl Passes {
                     if count < FINISHED_AT_ONCE {
                         continue;
                     }
-                    return if join.running.is_empty() { Progress::AllFinished } else { Progress::Yielded };
+                    if join.running.is_empty() {
+                        return Progress::AllFinished;
+                    }
+                    // The join wakes nobody for what it has found ready already.
+                    join.wakers.note_woken();
+                    return Progress::Yielded;
                 }
                 Poll::Ready(None) => return Progress::AllFinished,
                 Poll::Pending => {
