@@ -2,5 +2,6 @@
 #![forbid(unsafe_code)]
 
 pub(crate) mod async_notifier;
+mod consumers;
 pub(crate) mod driver_lock;
 pub(crate) mod inbox;
