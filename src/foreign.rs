@@ -1,8 +1,9 @@
 //! The one room in which code runs that is not the library's (F1, F2).
 //!
-//! Drivers, executors and observers bring code of their own. Each call of it goes through this module, which says what
-//! kind of call it is ([`Callback`]), keeps its panic, and in debug builds checks that the thread holds no lock of the
-//! library (C8). The kinds, and where a panic of each goes:
+//! Drivers, executors and observers bring code of their own. Each call of it goes through this
+//! module, which says what kind of call it is ([`Callback`]), keeps its panic, and in debug builds
+//! checks that the thread holds no lock of the library (C8). The kinds, and where a panic of each
+//! goes:
 //!
 //! | call | a panic of it |
 //! | --- | --- |
@@ -15,16 +16,18 @@
 //! | the reporter, the clock of a space | lost |
 //! | subscriber of `tracing`, recorder of `metrics` | lost |
 //!
-//! A *lost* panic has no caller that could be told: it is counted ([`Stats::lost_panics`](crate::Stats::lost_panics)) and
-//! reported ([`Report::Panicked`]), and nothing else changes. So is one whose caller is unwinding already: the library
-//! never turns a second panic into an abort.
+//! A *lost* panic has no caller that could be told: it is counted
+//! ([`Stats::lost_panics`](crate::Stats::lost_panics)) and reported ([`Report::Panicked`]), and
+//! nothing else changes. So is one whose caller is unwinding already: the library never turns a
+//! second panic into an abort.
 //!
-//! What makes this the only room: [`EntryRef`](crate::entry::EntryRef) and [`PassFuture`](crate::PassFuture) are called
-//! with an [`Inside`], which only this module makes; the library keeps wakers only as [`TaskWaker`]s; `tests/source_rules.rs`
-//! looks for the rest.
+//! What makes this the only room: [`EntryRef`](crate::entry::EntryRef) and
+//! [`PassFuture`](crate::PassFuture) are called with an [`Inside`], which only this module makes;
+//! the library keeps wakers only as [`TaskWaker`]s; `tests/source_rules.rs` looks for the rest.
 //!
-//! Code that a caller hands to one call (`prepare` and `install` of a mirror, the closure of `Inbox::with`) is not here:
-//! its panics go to that caller, through locks that give themselves back.
+//! Code that a caller hands to one call (`prepare` and `install` of a mirror, the closure of
+//! `Inbox::with`) is not here: its panics go to that caller, through locks that give themselves
+//! back.
 #![forbid(unsafe_code)]
 
 use crate::event::Event;
@@ -78,8 +81,8 @@ impl fmt::Display for Callback {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Report<'a> {
-    /// A first pass answered `WouldBlock` in a blockable invalidation (B1). The others went on; this driver's device may still
-    /// use the old mapping.
+    /// A first pass answered `WouldBlock` in a blockable invalidation (B1). The others went on;
+    /// this driver's device may still use the old mapping.
     RefusedBlockable {
         /// [`IntervalNotifier::name`](crate::IntervalNotifier::name) of the driver at fault.
         notifier: &'a str,
@@ -88,7 +91,8 @@ pub enum Report<'a> {
         /// Why.
         event: Event,
     },
-    /// Code that is not the library's panicked where no caller can be told (C5). Everything else went on.
+    /// Code that is not the library's panicked where no caller can be told (C5). Everything else
+    /// went on.
     Panicked {
         /// What was called.
         callback: Callback,
@@ -130,7 +134,8 @@ impl Drop for Panic {
     }
 }
 
-/// Runs foreign code and keeps its panic. Without `std` there is nothing to catch a panic with: it unwinds through the caller.
+/// Runs foreign code and keeps its panic. Without `std` there is nothing to catch a panic with: it
+/// unwinds through the caller.
 #[inline(always)]
 pub(crate) fn keep<R>(code: impl FnOnce(Inside) -> R) -> Result<R, Panic> {
     assert_no_lock();
@@ -232,7 +237,8 @@ impl Losses {
         }
     }
 
-    /// Continues a panic that was kept in its caller, unless there was none. Returns if the thread is unwinding already: then it is lost.
+    /// Continues a panic that was kept in its caller, unless there was none. Returns if the thread
+    /// is unwinding already: then it is lost.
     pub(crate) fn resume(&self, panic: FirstPanic) {
         let Some((callback, panic)) = panic.0 else { return };
         #[cfg(feature = "std")]
@@ -242,7 +248,8 @@ impl Losses {
         self.lose(callback, panic);
     }
 
-    /// Runs foreign code whose panic concerns the caller: it goes on there, unless the thread is unwinding already.
+    /// Runs foreign code whose panic concerns the caller: it goes on there, unless the thread is
+    /// unwinding already.
     #[inline]
     pub(crate) fn run_for_caller<R>(&self, callback: Callback, code: impl FnOnce(Inside) -> R) -> Option<R> {
         match keep(code) {
@@ -261,15 +268,16 @@ impl Losses {
     }
 }
 
-/// A task's waker: cloned, woken and dropped without a panic, and cloned without foreign code. Its drop may run foreign
-/// code, so the last one must not go under a lock.
+/// A task's waker: cloned, woken and dropped without a panic, and cloned without foreign code. Its
+/// drop may run foreign code, so the last one must not go under a lock.
 pub(crate) struct TaskWaker {
     waker: ManuallyDrop<Waker>,
     losses: Arc<Losses>,
 }
 
 impl TaskWaker {
-    /// Clones `waker`. A panic of that goes to the executor that polls with it: nothing may have been taken from the state.
+    /// Clones `waker`. A panic of that goes to the executor that polls with it: nothing may have
+    /// been taken from the state.
     pub(crate) fn new(waker: &Waker, losses: &Arc<Losses>) -> Arc<Self> {
         assert_no_lock();
         Arc::new(Self { waker: ManuallyDrop::new(waker.clone()), losses: losses.clone() })
@@ -317,8 +325,9 @@ impl Drop for TaskWaker {
     }
 }
 
-/// What runs on this thread while this exists is polled by somebody who does not block until it is ready: a task that a waker
-/// polls inline, or a future that becomes a pass. Debug builds count how many there are, for the check of C7.
+/// What runs on this thread while this exists is polled by somebody who does not block until it is
+/// ready: a task that a waker polls inline, or a future that becomes a pass. Debug builds count how
+/// many there are, for the check of C7.
 pub(crate) struct Inline(());
 
 #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]

@@ -1,7 +1,8 @@
-//! Hard cases: many of something, clocks that misbehave, executors of odd order, everything at once. Each has once been a defect.
+//! Hard cases: many of something, clocks that misbehave, executors of odd order, everything at
+//! once. Each has once been a defect.
 //!
-//! `SHOOTDOWN_SECONDS` is how long the random ones take, `SHOOTDOWN_SEED` runs one case again, `SHOOTDOWN_COUNT` is the size of
-//! the burst whose memory is given back.
+//! `SHOOTDOWN_SECONDS` is how long the random ones take, `SHOOTDOWN_SEED` runs one case again,
+//! `SHOOTDOWN_COUNT` is the size of the burst whose memory is given back.
 #![cfg(not(any(loom, shuttle)))]
 #![allow(missing_docs)]
 
@@ -20,7 +21,8 @@ use std::task::{Context, Wake, Waker};
 use std::time::Duration;
 use support::*;
 
-/// Runs `code` on a thread and says whether it has returned within `time`; the thread is left alone otherwise.
+/// Runs `code` on a thread and says whether it has returned within `time`; the thread is left alone
+/// otherwise.
 fn within(time: Duration, code: impl FnOnce() + Send + 'static) -> Result<(), &'static str> {
     let (done, is_done) = mpsc::channel();
     std::thread::spawn(move || {
@@ -94,7 +96,8 @@ fn a_drain_that_was_rung_more_often_than_its_bell_counts_returns() {
 
 #[test]
 fn a_drain_hears_of_passes_that_become_the_spaces_while_it_waits() {
-    // Two devices and no budget: the pass of the first is awaited alone, that of the second is not called.
+    // Two devices and no budget: the pass of the first is awaited alone, that of the second is not
+    // called.
     let (space, log) = (AddressSpace::builder().pass_budget(1).build(), Log::default());
     let (one, other, late) = (Gate::default(), Gate::default(), Gate::default());
     let a = space.insert(pages(0, 1), Device::new("a", &log).then(Act::pass(one.clone()))).unwrap();
@@ -106,7 +109,8 @@ fn a_drain_hears_of_passes_that_become_the_spaces_while_it_waits() {
     second.expect_pending();
     let mut drain = Task::new(space.drain());
     drain.expect_pending();
-    // The pass of `b`, which was over the budget, is done: the invalidation is unclaimed, with that of `a` never polled.
+    // The pass of `b`, which was over the budget, is done: the invalidation is unclaimed, with that of
+    // `a` never polled.
     other.open();
     drain.expect_pending();
     assert!(!one.is_waited_for());
@@ -628,7 +632,8 @@ fn f3_a_first_pass_may_start_what_waits_for_it() {
     let near = Arc::new(near);
     let far = space.insert(pages(9, 1), Device::new("far", &log)).unwrap();
     let reader = near.clone();
-    // The pass of `far` waits for readers of `near`, which an invalidation holds up that has begun the other one.
+    // The pass of `far` waits for readers of `near`, which an invalidation holds up that has begun the
+    // other one.
     far.next(Act::pass(async move { _ = reader.read_begin().await }));
     let elsewhere = space.clone();
     near.next(Act::Run(Box::new(move |_| {

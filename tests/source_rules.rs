@@ -33,7 +33,8 @@ fn sources() -> Vec<(String, String)> {
     sources
 }
 
-/// Text that is a call of foreign code, and the files in which it may stand. Everything else must go through `foreign`.
+/// Text that is a call of foreign code, and the files in which it may stand. Everything else must
+/// go through `foreign`.
 const ROOMS: [(&str, &[&str]); 12] = [
     // Keeping and resuming panics.
     ("catch_unwind", &["foreign.rs"]),
@@ -55,7 +56,8 @@ const ROOMS: [(&str, &[&str]); 12] = [
     ("clock()", &["engine/host.rs"]),
 ];
 
-/// The cache and the sources are programs' own drivers and tasks above the engine; what they call is theirs (rules M and K).
+/// The cache and the sources are programs' own drivers and tasks above the engine; what they call
+/// is theirs (rules M and K).
 fn is_above(file: &str) -> bool {
     file.starts_with("cache/") || file.starts_with("source/") || file.starts_with("docs/")
 }
@@ -95,7 +97,8 @@ fn the_state_calls_nobody_and_work_does_not_know_it() {
     }
 }
 
-/// The modules of the crate from the highest to the lowest, as `lib.rs` maps them: each imports only those below it.
+/// The modules of the crate from the highest to the lowest, as `lib.rs` maps them: each imports
+/// only those below it.
 #[test]
 fn lower_modules_never_import_higher_ones() {
     const ORDER: [&str; 17] = [

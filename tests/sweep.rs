@@ -1,9 +1,10 @@
 //! F1 to F3, C5, C8: foreign code that misbehaves at each point where it is called.
 //!
-//! One scenario uses everything at once. It is run once to count its calls of foreign code, and then again for each call and each way
-//! to misbehave there: a panic, or a call back into the library; both also while the thread unwinds already. After each run
-//! everybody who waits has resolved, nothing is under invalidation, every notifier was dropped once, the sequence is even, and
-//! only those saw the failure whom it concerns.
+//! One scenario uses everything at once. It is run once to count its calls of foreign code, and
+//! then again for each call and each way to misbehave there: a panic, or a call back into the
+//! library; both also while the thread unwinds already. After each run everybody who waits has
+//! resolved, nothing is under invalidation, every notifier was dropped once, the sequence is even,
+//! and only those saw the failure whom it concerns.
 #![cfg(all(feature = "std", not(any(loom, shuttle))))]
 #![allow(missing_docs, clippy::print_stdout)]
 
@@ -20,11 +21,12 @@ mod support;
 use chaos::{Kind, Misbehaviour};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 
-/// As many calls of foreign code the scenario makes, at least: fewer means that it has become a smaller one.
+/// As many calls of foreign code the scenario makes, at least: fewer means that it has become a
+/// smaller one.
 const FLOOR: u64 = if cfg!(feature = "tracing") { 600 } else { 250 };
 
-/// Runs the scenario, perhaps in a destructor that runs while the thread unwinds. Returns how many calls of foreign code it made and
-/// which kind the misbehaviour hit.
+/// Runs the scenario, perhaps in a destructor that runs while the thread unwinds. Returns how many
+/// calls of foreign code it made and which kind the misbehaviour hit.
 fn run(at: u64, what: Misbehaviour, unwinding: bool) -> (u64, Option<Kind>) {
     struct InDrop<'a>(&'a mut dyn FnMut());
     impl Drop for InDrop<'_> {
@@ -56,7 +58,8 @@ fn run(at: u64, what: Misbehaviour, unwinding: bool) -> (u64, Option<Kind>) {
     }
 }
 
-/// Which ways to misbehave are tried at call `at`: a panic at each, the others in turn. All at each with `SHOOTDOWN_SWEEP=all`.
+/// Which ways to misbehave are tried at call `at`: a panic at each, the others in turn. All at each
+/// with `SHOOTDOWN_SWEEP=all`.
 fn ways(at: u64) -> Vec<Misbehaviour> {
     if std::env::var_os("SHOOTDOWN_SWEEP").is_some_and(|sweep| sweep == "all") {
         return Misbehaviour::ALL.to_vec();

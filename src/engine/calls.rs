@@ -1,18 +1,22 @@
 //! Which active invalidations are in their first passes.
 //!
-//! `remove` must not wait for a guard that somebody holds (L1), so it has to know whether an invalidation may still call its
-//! notifier. The invalidation says so once, with a plain store and without the lock: after that its guard may be held for ever. Who
-//! removes and finds a call under way on another thread yields to its executor and looks again; a sleeping wait would need a
-//! read-modify-write in every invalidation that hits something (`DESIGN.md`, "When are the first passes over?").
+//! `remove` must not wait for a guard that somebody holds (L1), so it has to know whether an
+//! invalidation may still call its notifier. The invalidation says so once, with a plain store and
+//! without the lock: after that its guard may be held for ever. Who removes and finds a call under
+//! way on another thread yields to its executor and looks again; a sleeping wait would need a
+//! read-modify-write in every invalidation that hits something (`DESIGN.md`, "When are the first
+//! passes over?").
 //!
-//! The flag is that of the place in which the invalidation was started. It may be moved from there when its first passes are over
-//! (see [`PLACES`]); one that calls first passes in the crowd says so under the lock.
+//! The flag is that of the place in which the invalidation was started. It may be moved from there
+//! when its first passes are over (see [`PLACES`]); one that calls first passes in the crowd says
+//! so under the lock.
 #![forbid(unsafe_code)]
 
 use crate::protocol::{Id, PLACES};
 use crate::sync::{AtomicBool, Ordering};
 
-/// A flag for each place, at an address that does not change, so that it is reached without the lock.
+/// A flag for each place, at an address that does not change, so that it is reached without the
+/// lock.
 pub(crate) struct FirstPassFlags([AtomicBool; PLACES]);
 
 impl FirstPassFlags {
@@ -20,7 +24,8 @@ impl FirstPassFlags {
         Self(core::array::from_fn(|_| AtomicBool::new(false)))
     }
 
-    /// The invalidation begins to call notifiers. Under the space's lock. Returns `false` if it has no place.
+    /// The invalidation begins to call notifiers. Under the space's lock. Returns `false` if it has
+    /// no place.
     #[inline(always)]
     pub(crate) fn raise(&self, id: Id) -> bool {
         let flag = self.0.get(id.place());
@@ -30,8 +35,8 @@ impl FirstPassFlags {
         flag.is_some()
     }
 
-    /// It will call none any more: what its first passes did happened before whoever learns of it. Returns `false` if it
-    /// has no place.
+    /// It will call none any more: what its first passes did happened before whoever learns of it.
+    /// Returns `false` if it has no place.
     #[inline(always)]
     pub(crate) fn lower(&self, id: Id) -> bool {
         let flag = self.0.get(id.place());

@@ -1,7 +1,8 @@
 //! A gate before the readers of a whole space, which is closed without a lock and without memory.
 //!
-//! For sources of invalidations that hear of a change while somebody waits for them to have heard: they close the gate, let the other
-//! one go on, start the invalidation, and open the gate. Meanwhile no reader begins, so none gets an answer from before the change.
+//! For sources of invalidations that hear of a change while somebody waits for them to have heard:
+//! they close the gate, let the other one go on, start the invalidation, and open the gate.
+//! Meanwhile no reader begins, so none gets an answer from before the change.
 #![forbid(unsafe_code)]
 
 #[cfg(any(feature = "userfaultfd", loom))]
@@ -11,7 +12,8 @@ mod real {
     use crate::sync::{AtomicUsize, Ordering, fence};
     use core::task::{Context, Poll};
 
-    /// How often it was closed and not yet opened. On cache lines of its own: every reader looks at it.
+    /// How often it was closed and not yet opened. On cache lines of its own: every reader looks at
+    /// it.
     #[repr(align(128))]
     pub(crate) struct Gate(AtomicUsize);
 
@@ -20,14 +22,16 @@ mod real {
             Self(AtomicUsize::new(0))
         }
 
-        /// To be asked *before* the notifier's word: whoever finds the gate open again sees what was invalidated meanwhile.
+        /// To be asked *before* the notifier's word: whoever finds the gate open again sees what
+        /// was invalidated meanwhile.
         #[inline]
         pub(crate) fn is_closed(&self) -> bool {
             self.0.load(Ordering::Acquire) != 0
         }
 
-        /// The same, and not looked at before anything that this thread has read until now: whoever has seen memory as it is after a change finds the
-        /// gate closed, or what was invalidated.
+        /// The same, and not looked at before anything that this thread has read until now: whoever
+        /// has seen memory as it is after a change finds the gate closed, or what was
+        /// invalidated.
         #[inline]
         pub(crate) fn is_closed_now(&self) -> bool {
             fence(Ordering::Acquire);
@@ -52,7 +56,8 @@ mod real {
             }
         }
 
-        /// Waits for the gate; `open_gate` takes the lock after it has opened it, so a reader either sees it open or is woken.
+        /// Waits for the gate; `open_gate` takes the lock after it has opened it, so a reader
+        /// either sees it open or is woken.
         #[cold]
         pub(crate) fn poll_gate(&self, cx: &mut Context<'_>) -> Poll<()> {
             let task = TaskWaker::new(cx.waker(), &self.host.losses);

@@ -59,7 +59,8 @@ impl Host {
         }
     }
 
-    /// Whether the quick ways are not to be taken: then everything goes the plain way, which is their specification.
+    /// Whether the quick ways are not to be taken: then everything goes the plain way, which is
+    /// their specification.
     #[inline(always)]
     pub(crate) fn is_plain_only(&self) -> bool {
         #[cfg(feature = "test-util")]
@@ -68,7 +69,8 @@ impl Host {
         false
     }
 
-    /// Time since some fixed moment; `None` where there is no clock, and when the user's panics: it is asked in the middle of things.
+    /// Time since some fixed moment; `None` where there is no clock, and when the user's panics: it
+    /// is asked in the middle of things.
     pub(crate) fn now(&self) -> Option<Duration> {
         if let Some(clock) = &self.clock {
             return self.losses.run(Callback::Clock, |_| clock());

@@ -6,8 +6,9 @@ use crate::engine::state::Ticket;
 use crate::engine::work::{Progress, Work};
 use alloc::boxed::Box;
 
-/// The work of a parked invalidation, taken out of the state to be polled. There is one for an invalidation at a time, and its
-/// drop is the only way back: whatever unwinds, the work is in the state again and those who wait for it are woken.
+/// The work of a parked invalidation, taken out of the state to be polled. There is one for an
+/// invalidation at a time, and its drop is the only way back: whatever unwinds, the work is in the
+/// state again and those who wait for it are woken.
 pub(crate) struct Lease<'s> {
     shared: &'s Shared,
     ticket: Ticket,

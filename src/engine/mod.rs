@@ -1,17 +1,21 @@
-//! The engine: starts invalidations, joins their passes, ends them, and lets whoever waits help (C3).
+//! The engine: starts invalidations, joins their passes, ends them, and lets whoever waits help
+//! (C3).
 //!
 //! Three worlds, and the border between them:
 //!
-//! - `state`: all that changes, under the space's one lock. No foreign code, no time of its own: what is to be done when the
-//!   lock is free goes into an `outbox`.
-//! - `work`: the hits and passes of one invalidation, with one owner at a time and no lock. Foreign code runs here.
+//! - `state`: all that changes, under the space's one lock. No foreign code, no time of its own:
+//!   what is to be done when the lock is free goes into an `outbox`.
+//! - `work`: the hits and passes of one invalidation, with one owner at a time and no lock. Foreign
+//!   code runs here.
 //! - `futures`: what users hold.
-//! - The border: what leaves the state is in the hands of a [`lease::Lease`] (passes that are polled) or a
-//!   [`running::Running`] (first passes that are called), and comes back when that is dropped, whoever unwinds.
+//! - The border: what leaves the state is in the hands of a [`lease::Lease`] (passes that are
+//!   polled) or a [`running::Running`] (first passes that are called), and comes back when that is
+//!   dropped, whoever unwinds.
 //!
-//! Beside them: `quick`, the quick ways of the start and the end; `wakers`, who is woken; `calls`, which first passes run at this
-//! moment; `gate`, which holds the readers of the whole space back; `registration`, how a notifier enters and leaves; `host`,
-//! settings and counters; `nesting`, the check of C7.
+//! Beside them: `quick`, the quick ways of the start and the end; `wakers`, who is woken; `calls`,
+//! which first passes run at this moment; `gate`, which holds the readers of the whole space back;
+//! `registration`, how a notifier enters and leaves; `host`, settings and counters; `nesting`, the
+//! check of C7.
 #![forbid(unsafe_code)]
 
 mod calls;
@@ -70,7 +74,8 @@ impl Shared {
         handle
     }
 
-    /// The way to the state: under the lock, and with somewhere to put what must wait until it is free.
+    /// The way to the state: under the lock, and with somewhere to put what must wait until it is
+    /// free.
     #[inline]
     pub(crate) fn with<R>(&self, work: impl FnOnce(&mut State, &mut Outbox) -> R) -> R {
         let mut outbox = Outbox::default();
@@ -88,7 +93,8 @@ impl Shared {
         self.host.flags.is_up(id).unwrap_or(in_crowd)
     }
 
-    /// Whether a reader has to start over (R2) that finds its notifier not as it was, or the gate not `open`.
+    /// Whether a reader has to start over (R2) that finds its notifier not as it was, or the gate
+    /// not `open`.
     #[cold]
     #[inline(never)]
     pub(crate) fn collides(&self, entry: &Entry, sequence: Sequence, open: bool) -> bool {
@@ -124,9 +130,9 @@ impl Shared {
 }
 
 impl Drop for Shared {
-    /// No handle, subscription, guard or future is left. What was abandoned and never drained goes with the space. The first
-    /// panic of a pass or notifier that is dropped here goes on in whoever drops the last handle: nobody can ask for the count any
-    /// more.
+    /// No handle, subscription, guard or future is left. What was abandoned and never drained goes
+    /// with the space. The first panic of a pass or notifier that is dropped here goes on in
+    /// whoever drops the last handle: nobody can ask for the count any more.
     fn drop(&mut self) {
         let mut outbox = Outbox::default();
         let works = self.state.get_mut().dismantle(&mut outbox);

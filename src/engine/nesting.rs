@@ -1,11 +1,13 @@
-//! C7: in debug builds, a wait inside a first pass that would never end fails with the notifier's name instead of hanging.
+//! C7: in debug builds, a wait inside a first pass that would never end fails with the notifier's
+//! name instead of hanging.
 //!
-//! The check has a stack of the first passes that run on this thread. A future that is about to wait inside one fails only if
-//! that first pass waits for its own invalidation (F3). It is *suspected* of that if what holds the future up cannot end before
-//! the first pass has returned; if nothing in between polls without blocking, such as a waker that runs a task inline; and if
-//! the future began to wait there, with a waker that nothing outside of a first pass was polled with. Whether somebody blocks
-//! on it shows when it is woken: who blocks polls it again inside the same first pass, and that fails. What is polled once and
-//! left for later goes on.
+//! The check has a stack of the first passes that run on this thread. A future that is about to
+//! wait inside one fails only if that first pass waits for its own invalidation (F3). It is
+//! *suspected* of that if what holds the future up cannot end before the first pass has returned;
+//! if nothing in between polls without blocking, such as a waker that runs a task inline; and if
+//! the future began to wait there, with a waker that nothing outside of a first pass was polled
+//! with. Whether somebody blocks on it shows when it is woken: who blocks polls it again inside the
+//! same first pass, and that fails. What is polled once and left for later goes on.
 #![forbid(unsafe_code)]
 
 use crate::entry::EntryRef;
@@ -46,7 +48,8 @@ mod check {
     struct Nesting {
         /// Innermost last, each with the number of inline polls below it.
         first_passes: Vec<(FirstPassOf, u32)>,
-        /// Wakers of futures that are suspected of blocking a first pass, each with the depth of that.
+        /// Wakers of futures that are suspected of blocking a first pass, each with the depth of
+        /// that.
         suspects: Vec<(usize, WakerId)>,
     }
 
@@ -83,8 +86,9 @@ mod check {
         }
     }
 
-    /// To be called where a future of the space of `host` is about to wait, with no lock. `stuck` says, of a first pass of
-    /// this space on this thread, whether what the future waits for needs it to return.
+    /// To be called where a future of the space of `host` is about to wait, with no lock. `stuck`
+    /// says, of a first pass of this space on this thread, whether what the future waits for
+    /// needs it to return.
     #[track_caller]
     pub(crate) fn forbid_waiting(host: &Host, waits: &Waits<'_>, stuck: impl Fn(&FirstPassOf) -> bool) {
         let found = NESTING.try_with(|nesting| {

@@ -47,7 +47,8 @@ impl Outbox {
         self.0.as_mut().map(|contents| core::mem::take(&mut contents.dead)).unwrap_or_default()
     }
 
-    /// Wakes and frees. Foreign code runs here; none of its panics leaves, so all of the list is worked off.
+    /// Wakes and frees. Foreign code runs here; none of its panics leaves, so all of the list is
+    /// worked off.
     #[inline]
     pub(crate) fn empty(self, losses: &Losses) {
         if let Some(contents) = self.0 {

@@ -1,8 +1,9 @@
 //! The quick ways of the start and the end of an invalidation.
 //!
-//! They do what [`Running`] and [`State::end`] do, which are their specification, for the common cases: nobody has the lock, no clock, no
-//! observer, no budget, passes that are ready at their first poll, nobody who waits. Everything else leaves them, by a tail
-//! call. `tests/fuzz.rs` runs each of its cases on a space that takes them and on one that does not.
+//! They do what [`Running`] and [`State::end`] do, which are their specification, for the common
+//! cases: nobody has the lock, no clock, no observer, no budget, passes that are ready at their
+//! first poll, nobody who waits. Everything else leaves them, by a tail call. `tests/fuzz.rs` runs
+//! each of its cases on a space that takes them and on one that does not.
 #![forbid(unsafe_code)]
 
 use crate::engine::Shared;
@@ -20,11 +21,11 @@ use alloc::boxed::Box;
 use core::ops::DerefMut;
 use core::time::Duration;
 
-/// An invalidation that has begun, and its work if it hit a notifier: a guard can take over. If the id [`pends`], passes are
-/// pending.
+/// An invalidation that has begun, and its work if it hit a notifier: a guard can take over. If the
+/// id [`pends`], passes are pending.
 ///
-/// Two words, so that they are returned in registers: a guard that is put together behind a call and then moved
-/// stalls on its own stores, and that was a third of a short invalidation.
+/// Two words, so that they are returned in registers: a guard that is put together behind a call
+/// and then moved stalls on its own stores, and that was a third of a short invalidation.
 pub(crate) type Begun = (Id, Option<Box<Work>>);
 
 /// In an id: passes are pending. Serials, of which ids are made, stay below it.
@@ -50,8 +51,9 @@ pub(crate) fn strip(id: Id) -> Id {
 
 /// Starts an invalidation, calls its first passes and polls each pass once.
 ///
-/// The common cases, with hits and without, make no call that returns here, so no callee-saved register is spilled; every
-/// uncommon case leaves by a tail call (`DESIGN.md`, "The short way through").
+/// The common cases, with hits and without, make no call that returns here, so no callee-saved
+/// register is spilled; every uncommon case leaves by a tail call (`DESIGN.md`, "The short way
+/// through").
 #[inline(never)]
 pub(crate) fn begin(shared: &Shared, range: AddressRange, owner: Option<Owner>, terms: Terms) -> Begun {
     if observe::ON || shared.host.clock.is_some() || shared.host.is_plain_only() {
@@ -133,8 +135,9 @@ pub(crate) fn end(shared: &Shared, id: Id, work: Box<Work>) {
     if observe::ON || work.timed || shared.host.is_plain_only() {
         return shared.end_plainly(id, Some(work));
     }
-    // Most invalidations that hit anything hit one notifier. This way has no loop and only tail calls, so no callee-saved
-    // register is spilled. The hit is read ahead of the lock, so that it is not waited for behind it.
+    // Most invalidations that hit anything hit one notifier. This way has no loop and only tail calls,
+    // so no callee-saved register is spilled. The hit is read ahead of the lock, so that it is not
+    // waited for behind it.
     let only = if let [only] = work.hits[..] { Some(only) } else { None };
     let Some(mut state) = shared.state.try_lock() else {
         return shared.end_plainly(id, Some(work));
@@ -191,8 +194,8 @@ impl Shared {
         }
     }
 
-    /// The plain end: for an invalidation that is timed, traced or in the crowd, under which notifiers were inserted, or that
-    /// finds the lock taken.
+    /// The plain end: for an invalidation that is timed, traced or in the crowd, under which
+    /// notifiers were inserted, or that finds the lock taken.
     #[cold]
     fn end_plainly(&self, id: Id, mut work: Option<Box<Work>>) {
         let timed = self.host.clock.is_some() || work.as_ref().is_some_and(|work| work.timed);

@@ -9,14 +9,16 @@ use crate::notifier::IntervalNotifier;
 use crate::range::AddressRange;
 use crate::sync::{Arc, Ordering};
 
-/// A registered notifier and the space that it is registered with. Dropping it ends the registration without waiting.
+/// A registered notifier and the space that it is registered with. Dropping it ends the
+/// registration without waiting.
 pub(crate) struct Registered<N: IntervalNotifier> {
     pub(crate) space: Arc<Shared>,
     pub(crate) entry: EntryBox<N>,
     custody: Custody,
 }
 
-/// What a registration has of its entry. As wide as the words beside it: a narrow store would be waited for when they are moved.
+/// What a registration has of its entry. As wide as the words beside it: a narrow store would be
+/// waited for when they are moved.
 #[derive(Clone, Copy, PartialEq)]
 #[repr(usize)]
 enum Custody {
@@ -35,7 +37,8 @@ impl<N: IntervalNotifier> Registered<N> {
         Self { space, entry, custody: Custody::Shared }
     }
 
-    /// Closes the notifier; moves it out and ends the registration if nothing can call it any more (L1).
+    /// Closes the notifier; moves it out and ends the registration if nothing can call it any more
+    /// (L1).
     pub(crate) fn try_take(&mut self) -> Option<N> {
         let Self { space, entry, custody } = self;
         let erased = entry.erase();
@@ -57,7 +60,8 @@ impl<N: IntervalNotifier> Registered<N> {
         Some(notifier)
     }
 
-    /// Closes the notifier; if nobody else has any business with its entry, which is mostly so, ends the registration and says so.
+    /// Closes the notifier; if nobody else has any business with its entry, which is mostly so,
+    /// ends the registration and says so.
     #[inline]
     pub(crate) fn detach(&mut self) -> bool {
         self.custody = self.space.detach(self.entry.erase());
@@ -84,7 +88,8 @@ impl<N: IntervalNotifier> Drop for Registered<N> {
 }
 
 impl Shared {
-    /// Puts a notifier into the index, behind all others with its start; gives it back in a space that was released (L4).
+    /// Puts a notifier into the index, behind all others with its start; gives it back in a space
+    /// that was released (L4).
     #[inline(always)]
     pub(crate) fn register<N: IntervalNotifier>(&self, range: AddressRange, notifier: N) -> Result<EntryBox<N>, N> {
         if !self.spare.is_filled() {
@@ -95,7 +100,8 @@ impl Shared {
             drop(state);
             return self.register_anew(range, notifier);
         };
-        // What is written goes on while the index waits for its own loads; before the lock it would be waited for.
+        // What is written goes on while the index waits for its own loads; before the lock it would be
+        // waited for.
         let entry = EntryBox::new(room, range, notifier);
         state.attach(entry.erase());
         Ok(entry)
@@ -137,7 +143,8 @@ impl Shared {
         }
     }
 
-    /// Closes a notifier and, if nobody but its subscription has any business with it, leaves its entry to that.
+    /// Closes a notifier and, if nobody but its subscription has any business with it, leaves its
+    /// entry to that.
     #[inline(never)]
     fn detach(&self, entry: EntryRef) -> Custody {
         let Some(mut state) = self.state.try_lock() else { return self.detach_slowly(entry) };
@@ -152,7 +159,8 @@ impl Shared {
         if spare { Custody::Spare } else { Custody::Alone }
     }
 
-    /// The same for one that somebody has to do with or that is closed already, or with the lock taken.
+    /// The same for one that somebody has to do with or that is closed already, or with the lock
+    /// taken.
     #[cold]
     #[inline(never)]
     fn detach_slowly(&self, entry: EntryRef) -> Custody {
@@ -178,7 +186,8 @@ pub(crate) enum Quiet {
 }
 
 impl Shared {
-    /// L1: whether no call of the notifier and no pass of it is under way. The guards that others hold do not matter.
+    /// L1: whether no call of the notifier and no pass of it is under way. The guards that others
+    /// hold do not matter.
     pub(crate) fn quiet(&self, state: &State, entry: EntryRef) -> Quiet {
         if entry.pending.load(Ordering::Relaxed) != 0 || entry.is_held() {
             return Quiet::No;

@@ -13,8 +13,9 @@ use crate::protocol::Id;
 use crate::sync::Arc;
 use alloc::boxed::Box;
 
-/// Has the work of an invalidation between its start and the moment when a guard or the space gets it. Dropped before that,
-/// by something that unwinds, it is given up: the passes that it has are the space's, and it ends when they are done (C2, C5).
+/// Has the work of an invalidation between its start and the moment when a guard or the space gets
+/// it. Dropped before that, by something that unwinds, it is given up: the passes that it has are
+/// the space's, and it ends when they are done (C2, C5).
 pub(crate) struct Running<'s> {
     shared: &'s Shared,
     pub(crate) id: Id,
@@ -57,7 +58,8 @@ impl<'s> Running<'s> {
         }
     }
 
-    /// Polls the joined passes, at most `idle` times without one that finishes. Returns whether they are done.
+    /// Polls the joined passes, at most `idle` times without one that finishes. Returns whether
+    /// they are done.
     pub(crate) fn drive(&mut self, idle: usize) -> bool {
         let Some(work) = &mut self.work else { return true };
         work.passes().drive_alone(&self.shared.host, idle);
@@ -74,7 +76,8 @@ impl<'s> Running<'s> {
         self.work.as_ref().is_some_and(|work| work.deferred_at.is_some())
     }
 
-    /// The first passes and all passes are done. Returns what a guard takes over, and the panic that was kept.
+    /// The first passes and all passes are done. Returns what a guard takes over, and the panic
+    /// that was kept.
     pub(crate) fn finish(mut self) -> (Begun, FirstPanic) {
         self.shared.first_passes_over(self.id);
         self.armed = false;
@@ -82,8 +85,9 @@ impl<'s> Running<'s> {
         ((self.id, self.work.take()), panic)
     }
 
-    /// The first passes and all passes are done: what a guard takes over, or the first panic after the end (C5). If the
-    /// thread is unwinding already, the panic is lost and the caller gets what the guard takes over.
+    /// The first passes and all passes are done: what a guard takes over, or the first panic after
+    /// the end (C5). If the thread is unwinding already, the panic is lost and the caller gets
+    /// what the guard takes over.
     pub(crate) fn finish_or_resume(self) -> Begun {
         let shared = self.shared;
         let (begun, panic) = self.finish();

@@ -1,4 +1,5 @@
-//! Who is woken when a pass can go on: the waker of an invalidation's passes, and those who are registered with it.
+//! Who is woken when a pass can go on: the waker of an invalidation's passes, and those who are
+//! registered with it.
 #![forbid(unsafe_code)]
 
 use crate::engine::state::Ticket;
@@ -9,11 +10,11 @@ use alloc::vec::Vec;
 use core::task::Waker;
 use slab::Slab;
 
-/// The waker of an invalidation's passes. It wakes the future that started the invalidation (the *owner*) first and then
-/// everybody who waits for it (C3).
+/// The waker of an invalidation's passes. It wakes the future that started the invalidation (the
+/// *owner*) first and then everybody who waits for it (C3).
 ///
-/// Why everybody, and not one of them: one may be a future that is alive and never polled again, and then nobody
-/// would poll the passes (C4).
+/// Why everybody, and not one of them: one may be a future that is alive and never polled again,
+/// and then nobody would poll the passes (C4).
 #[derive(Default)]
 pub(crate) struct WakerSet(Lock<Wakers>);
 
@@ -42,8 +43,9 @@ impl WakerSet {
         wakers.woken = false;
     }
 
-    /// Ends the poll. Returns whether a pass was woken during it. To be called when others can take the passes again: a waiter
-    /// that is woken earlier would find nothing to poll, and the wake-up would be lost.
+    /// Ends the poll. Returns whether a pass was woken during it. To be called when others can take
+    /// the passes again: a waiter that is woken earlier would find nothing to poll, and the
+    /// wake-up would be lost.
     pub(crate) fn end(&self) -> bool {
         let mut wakers = self.0.lock();
         wakers.polling = false;
@@ -60,8 +62,8 @@ impl WakerSet {
         core::mem::take(&mut self.0.lock().woken)
     }
 
-    /// The owner waits. Returns what is to be dropped outside of all locks, and whether a pass was woken since the last poll,
-    /// in which case the owner has to look again itself.
+    /// The owner waits. Returns what is to be dropped outside of all locks, and whether a pass was
+    /// woken since the last poll, in which case the owner has to look again itself.
     #[must_use]
     pub(crate) fn await_as_owner(&self, task: Arc<TaskWaker>) -> (Option<Arc<TaskWaker>>, bool) {
         let mut wakers = self.0.lock();
@@ -126,16 +128,17 @@ impl Wake for WakerSet {
     }
 }
 
-/// A waiting future's registration with a [`WakerSet`]; taken back when dropped, outside of the space's lock.
+/// A waiting future's registration with a [`WakerSet`]; taken back when dropped, outside of the
+/// space's lock.
 #[derive(Default)]
 pub(crate) struct Registration(Option<(Arc<WakerSet>, usize, u64)>);
 
 impl Registration {
-    /// Registers `bell`, to be rung for `ticket`, unless it is registered with this set already. Returns a registration with
-    /// another set, to be dropped outside of all locks.
+    /// Registers `bell`, to be rung for `ticket`, unless it is registered with this set already.
+    /// Returns a registration with another set, to be dropped outside of all locks.
     ///
-    /// To be called under the space's lock, where the passes were seen to be pending: whoever finishes them takes that
-    /// lock before it wakes.
+    /// To be called under the space's lock, where the passes were seen to be pending: whoever
+    /// finishes them takes that lock before it wakes.
     #[must_use]
     pub(crate) fn renew(&mut self, with: &Arc<WakerSet>, bell: &Arc<Bell>, ticket: Ticket) -> Self {
         let mut wakers = with.0.lock();
@@ -161,7 +164,8 @@ impl Drop for Registration {
     }
 }
 
-/// What wakes a waiting future, and says why: the parked invalidations at which it has to look again.
+/// What wakes a waiting future, and says why: the parked invalidations at which it has to look
+/// again.
 #[derive(Default)]
 pub(crate) struct Bell(Lock<Rung>);
 
@@ -183,7 +187,8 @@ impl Bell {
         self.0.lock().task.replace(task)
     }
 
-    /// Notes `ticket`. Returns the task, to be woken outside of all locks, unless it was woken since it was last polled.
+    /// Notes `ticket`. Returns the task, to be woken outside of all locks, unless it was woken
+    /// since it was last polled.
     #[must_use]
     pub(crate) fn ring(&self, ticket: Option<Ticket>) -> Option<Arc<TaskWaker>> {
         let mut rung = self.0.lock();

@@ -8,8 +8,9 @@ use core::task::Waker;
 
 /// Tasks that wait for the stream.
 ///
-/// A `&Inbox` is a stream, so nobody says when such a task goes. There is room for few: when one more comes the oldest is woken
-/// and forgotten. If it is still there it comes back, which shows that more are alive, and there is more room (A5).
+/// A `&Inbox` is a stream, so nobody says when such a task goes. There is room for few: when one
+/// more comes the oldest is woken and forgotten. If it is still there it comes back, which shows
+/// that more are alive, and there is more room (A5).
 #[derive(Default)]
 pub(super) struct Consumers {
     waiting: VecDeque<Arc<TaskWaker>>,
@@ -24,7 +25,8 @@ pub(super) struct Consumers {
 const FEW_CONSUMERS: usize = 8;
 /// As many are remembered of those that were forgotten.
 const REMEMBERED: usize = 32;
-/// After so many turns of all that are known there is more room in any case: more than can be remembered may be waking each other.
+/// After so many turns of all that are known there is more room in any case: more than can be
+/// remembered may be waking each other.
 const MANY_TURNS: usize = 256;
 
 impl Consumers {
@@ -33,7 +35,8 @@ impl Consumers {
         core::mem::take(&mut self.waiting).into()
     }
 
-    /// One more waits. Returns who is to be woken, and others that are to be dropped outside of the lock.
+    /// One more waits. Returns who is to be woken, and others that are to be dropped outside of the
+    /// lock.
     #[must_use]
     pub(super) fn add(&mut self, task: Arc<TaskWaker>, waker: &Waker) -> (Option<Arc<TaskWaker>>, [Option<Arc<TaskWaker>>; 2]) {
         if self.waiting.iter().any(|known| known.wakes(waker)) {

@@ -21,11 +21,13 @@ use core::task::{Context, Poll};
 use futures::stream::Stream;
 use slab::Slab;
 
-/// A notifier whose invalidations are handled by a task: registered like any other, and a [`Stream`] on the driver's side.
+/// A notifier whose invalidations are handled by a task: registered like any other, and a
+/// [`Stream`] on the driver's side.
 ///
-/// Its first pass, under its driver lock, sets the sequence and queues the invalidation; its pass is done when the task has called
-/// [`done`](Delivery::done) on what it took from the stream (A1). Several may be taken and completed in any order. What is dropped without
-/// `done()`, because the task was cancelled or panicked, is delivered again, first in the queue (A2).
+/// Its first pass, under its driver lock, sets the sequence and queues the invalidation; its pass
+/// is done when the task has called [`done`](Delivery::done) on what it took from the stream (A1).
+/// Several may be taken and completed in any order. What is dropped without `done()`, because the
+/// task was cancelled or panicked, is delivered again, first in the queue (A2).
 ///
 /// ```
 /// # use shootdown::*;
@@ -51,8 +53,9 @@ use slab::Slab;
 /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 /// ```
 ///
-/// Dropping the inbox ends the subscription and completes what is pending: by that the driver says that its device maps the range no
-/// longer (A4). To handle first what is pending, call [`remove`](Self::remove) and go on until the stream ends.
+/// Dropping the inbox ends the subscription and completes what is pending: by that the driver says
+/// that its device maps the range no longer (A4). To handle first what is pending, call
+/// [`remove`](Self::remove) and go on until the stream ends.
 pub struct Inbox<T: Send + 'static> {
     subscription: Subscription<InboxNotifier<T>>,
     desk: Arc<Desk<T>>,
@@ -66,8 +69,8 @@ struct InboxNotifier<T> {
 
 /// What the inbox, its notifier, its passes and its deliveries share.
 struct Desk<T> {
-    /// The driver lock of the inbox. First passes and installs hold it; so does whoever ends the stream, so that nothing is
-    /// installed afterwards (A5).
+    /// The driver lock of the inbox. First passes and installs hold it; so does whoever ends the
+    /// stream, so that nothing is installed afterwards (A5).
     mappings: DriverLock<T>,
     /// Inside the driver lock where both are held.
     post: Lock<Post>,
@@ -105,7 +108,8 @@ struct InboxPass<T: Send + 'static> {
     letter: usize,
 }
 
-/// An invalidation that the driver's task has taken from its [`Inbox`]; call [`done`](Self::done) when the device has stopped using the range.
+/// An invalidation that the driver's task has taken from its [`Inbox`]; call [`done`](Self::done)
+/// when the device has stopped using the range.
 ///
 /// Dropped without that it goes back to the head of the queue.
 #[must_use = "the invalidation waits until `done` is called; dropped, it is delivered again"]
@@ -193,10 +197,12 @@ impl<T: Send + 'static> Inbox<T> {
         self.subscription.range()
     }
 
-    /// Locks the driver's mappings to look at them or to remove some. To install one use [`install`](Self::install).
+    /// Locks the driver's mappings to look at them or to remove some. To install one use
+    /// [`install`](Self::install).
     ///
     /// # Panics
-    /// When this thread is in `with` or `install` of the same inbox already: one lock cannot be taken twice.
+    /// When this thread is in `with` or `install` of the same inbox already: one lock cannot be
+    /// taken twice.
     pub fn with<R>(&self, look: impl FnOnce(&mut T) -> R) -> R {
         look(&mut self.desk.mappings.lock())
     }
@@ -206,7 +212,8 @@ impl<T: Send + 'static> Inbox<T> {
         self.desk.post.lock().queue.len()
     }
 
-    /// Whether the stream has ended, or [`remove`](Self::remove) was called: nothing can be installed any more (A5).
+    /// Whether the stream has ended, or [`remove`](Self::remove) was called: nothing can be
+    /// installed any more (A5).
     pub fn is_closed(&self) -> bool {
         self.subscription.is_closed() || self.desk.post.lock().ended
     }
@@ -216,7 +223,8 @@ impl<T: Send + 'static> Inbox<T> {
         self.subscription.read_begin()
     }
 
-    /// Whether an invalidation has come since `read_begin` returned `sequence`, as [`Subscription::read_retry`] does.
+    /// Whether an invalidation has come since `read_begin` returned `sequence`, as
+    /// [`Subscription::read_retry`] does.
     pub fn read_retry(&self, sequence: Sequence) -> bool {
         self.subscription.read_retry(sequence)
     }
@@ -224,8 +232,8 @@ impl<T: Send + 'static> Inbox<T> {
     /// Locks, checks and installs in one, as [`DriverLock::install`] does.
     ///
     /// # Errors
-    /// [`Collision`] when an invalidation has come since `read_begin`, whether the task has handled it yet or not (A1), and always when
-    /// the inbox [is closed](Self::is_closed) (A5).
+    /// [`Collision`] when an invalidation has come since `read_begin`, whether the task has handled
+    /// it yet or not (A1), and always when the inbox [is closed](Self::is_closed) (A5).
     ///
     /// # Panics
     /// When this thread is in `with` or `install` of the same inbox already.
@@ -236,8 +244,9 @@ impl<T: Send + 'static> Inbox<T> {
     /// The whole collision-retry loop, as [`DriverLock::mirror`] does it.
     ///
     /// # Errors
-    /// [`MirrorError::Prepare`] with the first error of `prepare`; [`MirrorError::RetriesExhausted`] when the budget is used up;
-    /// [`MirrorError::Closed`] after [`remove`](Self::remove) and after the stream has ended (A5).
+    /// [`MirrorError::Prepare`] with the first error of `prepare`;
+    /// [`MirrorError::RetriesExhausted`] when the budget is used up; [`MirrorError::Closed`]
+    /// after [`remove`](Self::remove) and after the stream has ended (A5).
     ///
     /// # Cancel safety
     /// May be dropped at any moment: nothing is installed then unless it has resolved.
@@ -253,8 +262,9 @@ impl<T: Send + 'static> Inbox<T> {
         self.desk.mappings.mirror_if(&self.subscription, budget, |_| self.desk.is_open(), prepare, install).await
     }
 
-    /// Ends the subscription in the call: invalidations that start from now on are not queued. The future waits until what is pending has
-    /// been handled, so somebody has to go on with the stream, which ends after that (A4).
+    /// Ends the subscription in the call: invalidations that start from now on are not queued. The
+    /// future waits until what is pending has been handled, so somebody has to go on with the
+    /// stream, which ends after that (A4).
     pub fn remove(&self) -> Close<'_> {
         let close = self.subscription.close();
         let consumers = {
@@ -298,7 +308,8 @@ impl<T: Send + 'static> Inbox<T> {
         Poll::Pending
     }
 
-    /// A4, A5: the stream ends, unless something has come. Under the driver lock, so that nothing is installed afterwards.
+    /// A4, A5: the stream ends, unless something has come. Under the driver lock, so that nothing
+    /// is installed afterwards.
     fn end_stream(&self) -> Option<()> {
         {
             let _mappings = self.desk.mappings.lock();
@@ -378,7 +389,8 @@ impl<T: Send + 'static> Delivery<T> {
         self.info
     }
 
-    /// How often it has been delivered, this time included: above 1, a handler may have begun already (A2).
+    /// How often it has been delivered, this time included: above 1, a handler may have begun
+    /// already (A2).
     pub fn deliveries(&self) -> u32 {
         self.deliveries
     }
@@ -386,8 +398,9 @@ impl<T: Send + 'static> Delivery<T> {
     /// The device has stopped using the range: completes the pass.
     ///
     /// # Panics
-    /// When called inside [`with`](Inbox::with) or [`install`](Inbox::install) of its own inbox: what it wakes may need the
-    /// lock that is held there. The delivery then goes back to the head of the queue.
+    /// When called inside [`with`](Inbox::with) or [`install`](Inbox::install) of its own inbox:
+    /// what it wakes may need the lock that is held there. The delivery then goes back to the
+    /// head of the queue.
     pub fn done(self) {
         assert!(
             !self.desk.mappings.is_held_here(),
@@ -429,7 +442,8 @@ impl<T: Send + 'static> fmt::Debug for Delivery<T> {
 }
 
 impl AddressSpace {
-    /// Registers a driver that is a task, with its mappings `T` under a driver lock of the inbox's own.
+    /// Registers a driver that is a task, with its mappings `T` under a driver lock of the inbox's
+    /// own.
     ///
     /// # Errors
     /// [`InsertError`], with the mappings in it, after [`release`](Self::release).

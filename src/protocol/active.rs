@@ -43,10 +43,11 @@ impl<M: Copy, X> Active<M, X> {
     }
 }
 
-/// Names an invalidation for ever: its serial, which rises with each start, and below that the place in which it was started.
+/// Names an invalidation for ever: its serial, which rises with each start, and below that the
+/// place in which it was started.
 ///
-/// It may be moved from there into the crowd, so the place says where to look first, and whether to believe its flag of first
-/// passes (`engine::calls`).
+/// It may be moved from there into the crowd, so the place says where to look first, and whether to
+/// believe its flag of first passes (`engine::calls`).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) struct Id(pub(super) u64);
 
@@ -74,7 +75,8 @@ impl Id {
         self.0 >> PLACE_BITS
     }
 
-    /// The place in which it was started, at least [`PLACES`] if it was started in the crowd or is known to be there.
+    /// The place in which it was started, at least [`PLACES`] if it was started in the crowd or is
+    /// known to be there.
     #[inline(always)]
     pub(crate) fn place(self) -> usize {
         (self.0 & ((1 << PLACE_BITS) - 1)) as usize
@@ -95,10 +97,11 @@ pub(crate) const PLACES: usize = if cfg!(test) { 4 } else { 32 };
 
 /// The active invalidations.
 ///
-/// The youngest have places; a map would move each in and out, and those copies stall on the stores just made and
-/// took a quarter of a short invalidation. When there is no place left the oldest that can be moved goes into the *crowd*: a map,
-/// so that what it took is free again when it has ended, and an interval index, so that what asks for those that overlap a range does
-/// not ask all. An invalidation that lasts is moved once; one that is short never is, however many last.
+/// The youngest have places; a map would move each in and out, and those copies stall on the stores
+/// just made and took a quarter of a short invalidation. When there is no place left the oldest
+/// that can be moved goes into the *crowd*: a map, so that what it took is free again when it has
+/// ended, and an interval index, so that what asks for those that overlap a range does not ask all.
+/// An invalidation that lasts is moved once; one that is short never is, however many last.
 pub(crate) struct ActiveSet<M, X> {
     pub(super) places: Vec<Active<M, X>>,
     pub(super) heads: Heads,
@@ -182,7 +185,8 @@ impl<M, X> ActiveSet<M, X> {
             .chain(self.crowd.iter_mut().map(|(serial, active)| (Id::new(*serial, PLACES as u32), &mut **active)))
     }
 
-    /// Whether one of those that overlap `range` is as `wanted`. Looks at no more than [`PLACES`] others.
+    /// Whether one of those that overlap `range` is as `wanted`. Looks at no more than [`PLACES`]
+    /// others.
     pub(crate) fn any_overlapping(&self, range: AddressRange, mut wanted: impl FnMut(Id, &Active<M, X>) -> bool) -> bool {
         let overlaps = |active: &Active<M, X>| active.is_live() && active.range.overlaps(range);
         let mut in_places = (0..).zip(&self.places).filter(|(_, active)| overlaps(active));
@@ -208,8 +212,8 @@ impl<M, X> ActiveSet<M, X> {
         }
     }
 
-    /// A place that was free and is live now, made or vacated if there was none, or one in the crowd. `first` is the id that it
-    /// would have in place 0.
+    /// A place that was free and is live now, made or vacated if there was none, or one in the
+    /// crowd. `first` is the id that it would have in place 0.
     #[inline(always)]
     pub(super) fn take(&mut self, first: u64, range: AddressRange, is_movable: impl Fn(Id) -> bool) -> (Id, &mut Active<M, X>)
     where

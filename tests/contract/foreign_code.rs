@@ -1,4 +1,5 @@
-//! F1 to F3, A5: one test for each defect that foreign code once caused; `tests/sweep.rs` looks for their kind.
+//! F1 to F3, A5: one test for each defect that foreign code once caused; `tests/sweep.rs` looks for
+//! their kind.
 
 use crate::support::*;
 use futures::StreamExt;
@@ -27,7 +28,8 @@ fn nothing_is_lost(space: &AddressSpace, readers: &[&Subscription<Device>]) {
     assert_eq!(space.sequence().get() % 2, 0);
 }
 
-/// Runs one test of this binary in a process of its own, with the variable set that makes it do what may abort.
+/// Runs one test of this binary in a process of its own, with the variable set that makes it do
+/// what may abort.
 fn in_a_process(test: &str, child: impl FnOnce()) {
     const CHILD: &str = "SHOOTDOWN_CHILD";
     if std::env::var_os(CHILD).is_some() {
@@ -93,8 +95,8 @@ impl Drop for BadDrop {
     }
 }
 
-/// Where a future is polled with another waker the one before is dropped: with the passes, or with the whole invalidation, just taken
-/// out of the state.
+/// Where a future is polled with another waker the one before is dropped: with the passes, or with
+/// the whole invalidation, just taken out of the state.
 #[test]
 fn f1_a_waker_whose_drop_panics_when_it_is_replaced_loses_no_passes() {
     for done in [false, true] {
@@ -161,7 +163,8 @@ impl Drop for BadPayload {
     }
 }
 
-/// The first panic goes on, or is reported; the payloads of the others are dropped, and may be as bad.
+/// The first panic goes on, or is reported; the payloads of the others are dropped, and may be as
+/// bad.
 #[test]
 fn f1_panics_whose_payloads_panic_keep_nobody_asleep() {
     struct Terrible;
@@ -393,7 +396,8 @@ fn f3_a_first_pass_may_wait_for_what_its_invalidation_does_not_cover() {
     let (gate, reader) = (Gate::default(), far.clone());
     far.next(Act::pass(gate.clone()));
     device.next(Act::Run(Box::new(move |_| {
-        // Polled again and again, as by who blocks on it; both wait for something that goes on without this first pass.
+        // Polled again and again, as by who blocks on it; both wait for something that goes on without this
+        // first pass.
         let mut read = Task::new(reader.read_begin());
         let mut unmap = Task::new(elsewhere.invalidate(pages(9, 1), Event::Unmap));
         for _ in 0..3 {
@@ -472,7 +476,8 @@ fn a5_tasks_that_waited_for_the_stream_and_went_away_are_forgotten() {
     };
     (0..10_000).for_each(|_| wait_once());
     assert!(alive.load(Ordering::SeqCst) <= 48, "{} are kept", alive.load(Ordering::SeqCst));
-    // Those that stay are not forgotten, however many there are, and are woken no more often than others come.
+    // Those that stay are not forgotten, however many there are, and are woken no more often than
+    // others come.
     let mut streams = vec![&inbox; 100];
     let mut stay: Vec<_> = streams.iter_mut().map(|stream| Task::new(stream.next())).collect();
     let mut polls = 0;

@@ -1,4 +1,5 @@
-//! Foreign code of every kind: a driver, its passes, wakers, and an executor that polls what was woken.
+//! Foreign code of every kind: a driver, its passes, wakers, and an executor that polls what was
+//! woken.
 
 use crate::chaos::{Kind, point};
 use crate::support::Gate;

@@ -1,4 +1,5 @@
-//! A subscriber of `tracing` and a recorder of `metrics`, each call of which is a call of foreign code.
+//! A subscriber of `tracing` and a recorder of `metrics`, each call of which is a call of foreign
+//! code.
 
 #[cfg(feature = "tracing")]
 mod subscriber {

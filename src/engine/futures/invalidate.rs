@@ -20,8 +20,9 @@ use core::mem::ManuallyDrop;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
-/// How often a non-blockable invalidation polls passes none of which finishes (B3). The recordings need 4; a pass that wakes itself
-/// for ever, as one does whose task has used up its cooperative budget, must not hold the caller for ever.
+/// How often a non-blockable invalidation polls passes none of which finishes (B3). The recordings
+/// need 4; a pass that wakes itself for ever, as one does whose task has used up its cooperative
+/// budget, must not hold the caller for ever.
 const IDLE_ROUNDS: usize = 32;
 
 /// A non-blockable invalidation (B2, B3).
@@ -63,21 +64,25 @@ pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<
 
 /// The future of an invalidation; resolves to its guard when every pass of every notifier is done.
 ///
-/// Made by [`AddressSpace::invalidate`](crate::AddressSpace::invalidate); does nothing before its first poll (C1).
+/// Made by [`AddressSpace::invalidate`](crate::AddressSpace::invalidate); does nothing before its
+/// first poll (C1).
 ///
 /// # Cancel safety
-/// May be dropped at any moment. Once its first passes ran, their passes belong to the space: they are driven by whoever waits
-/// for the range or by [`AddressSpace::drain`](crate::AddressSpace::drain), and the range stays under invalidation until
-/// they are done (C2). A future that is kept but not polled holds nobody up: it may *lapse* and then starts over when it
-/// is polled again (C4).
+/// May be dropped at any moment. Once its first passes ran, their passes belong to the space: they
+/// are driven by whoever waits for the range or by
+/// [`AddressSpace::drain`](crate::AddressSpace::drain), and the range stays under invalidation
+/// until they are done (C2). A future that is kept but not polled holds nobody up: it may *lapse*
+/// and then starts over when it is polled again (C4).
 ///
 /// # Panics
-/// A panic of a driver's first pass or pass is resumed here once everything has been completed and ended (C5); polled while the
-/// thread unwinds, it resolves, and the panic is [counted](crate::Stats::lost_panics). Panics in debug
-/// builds when it would have to wait inside a first pass that it needs to return (C7), and always when polled after it has resolved.
+/// A panic of a driver's first pass or pass is resumed here once everything has been completed and
+/// ended (C5); polled while the thread unwinds, it resolves, and the panic is
+/// [counted](crate::Stats::lost_panics). Panics in debug builds when it would have to wait inside a
+/// first pass that it needs to return (C7), and always when polled after it has resolved.
 #[must_use = "nothing is invalidated before the future is awaited"]
 pub struct Invalidate<'a> {
-    /// Moves into the guard. This and `step` are dropped by hand, so that the drop of a future that has resolved is one comparison.
+    /// Moves into the guard. This and `step` are dropped by hand, so that the drop of a future that
+    /// has resolved is one comparison.
     space: ManuallyDrop<Option<Handle<'a>>>,
     range: AddressRange,
     owner: Option<Owner>,
@@ -133,8 +138,9 @@ impl<'a> Invalidate<'a> {
         }
     }
 
-    /// Continues a first poll that left passes pending. The request is read back from the state: the quick way need not keep it
-    /// alive, and a future that resolves at once is never written to memory.
+    /// Continues a first poll that left passes pending. The request is read back from the state:
+    /// the quick way need not keep it alive, and a future that resolves at once is never
+    /// written to memory.
     #[cold]
     #[inline(never)]
     fn pend(space: Handle<'a>, begun: Begun, cx: &mut Context<'_>) -> (Self, Poll<InvalidationGuard<'a>>) {
@@ -151,8 +157,8 @@ impl<'a> Invalidate<'a> {
 
     /// Every poll but a first one that resolves.
     ///
-    /// Takes and returns the future by value: the address of one that resolves at once is given to nobody. And what unwinds drops
-    /// it, which gives up what it has begun.
+    /// Takes and returns the future by value: the address of one that resolves at once is given to
+    /// nobody. And what unwinds drops it, which gives up what it has begun.
     #[cold]
     #[inline(never)]
     fn go_on(mut self, cx: &mut Context<'_>) -> (Self, Poll<InvalidationGuard<'a>>) {
@@ -229,7 +235,8 @@ enum Settled {
 
 /// Polls the passes once more, and hands them to the space if that is not enough.
 fn settle(mut running: Running<'_>, lapses: u32, cx: &mut Context<'_>) -> Settled {
-    // Who has only yielded is done after one more poll, which comes in any case, and need never be told of to others.
+    // Who has only yielded is done after one more poll, which comes in any case, and need never be told
+    // of to others.
     if running.drive(1) && !running.is_deferred() {
         return Settled::Ready(running.finish_or_resume());
     }
@@ -239,7 +246,8 @@ fn settle(mut running: Running<'_>, lapses: u32, cx: &mut Context<'_>) -> Settle
 
 /// In what state a future finds the invalidation that it handed over.
 enum Found<'s> {
-    /// Its joined passes are done. The first passes go on from a hit if the budget interrupted them.
+    /// Its joined passes are done. The first passes go on from a hit if the budget interrupted
+    /// them.
     Claimed(Running<'s>, Option<u32>),
     /// Its passes are to be polled.
     Leased(Lease<'s>),
@@ -266,8 +274,9 @@ fn look<'s>(shared: &'s Shared, ticket: Ticket, task: &Arc<TaskWaker>) -> Found<
 impl<'a> Future for Invalidate<'a> {
     type Output = InvalidationGuard<'a>;
 
-    /// The first poll mostly resolves. Then nothing is called that gets the address of the future or of the guard, so that the compiler keeps both in
-    /// registers: their stores, of which the second lock has to wait for each, took longer than what is done between the locks.
+    /// The first poll mostly resolves. Then nothing is called that gets the address of the future
+    /// or of the guard, so that the compiler keeps both in registers: their stores, of which
+    /// the second lock has to wait for each, took longer than what is done between the locks.
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;

@@ -15,13 +15,16 @@ use core::marker::PhantomData;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
-/// The future of [`Subscription::read_begin`](crate::Subscription::read_begin); resolves to the notifier's own sequence.
+/// The future of [`Subscription::read_begin`](crate::Subscription::read_begin); resolves to the
+/// notifier's own sequence.
 ///
 /// # Cancel safety
-/// May be dropped at any moment; nothing is lost. While it waits it drives the passes that it waits for (C3).
+/// May be dropped at any moment; nothing is lost. While it waits it drives the passes that it waits
+/// for (C3).
 ///
 /// # Panics
-/// In debug builds when it would have to wait inside a first pass for that first pass's own invalidation (C7).
+/// In debug builds when it would have to wait inside a first pass for that first pass's own
+/// invalidation (C7).
 #[must_use = "the wait begins when the future is polled"]
 pub struct ReadBegin<'a> {
     /// Followed only when it has to wait.
@@ -74,7 +77,8 @@ impl<'a> ReadBegin<'a> {
 
 /// What is left to do for a reader that may have to wait, and whether it waits.
 ///
-/// Takes and returns `slow` by value: the address of a future that need not wait is given to nobody, so it is never put into memory.
+/// Takes and returns `slow` by value: the address of a future that need not wait is given to
+/// nobody, so it is never put into memory.
 #[cold]
 fn wait_for_sequence<'a>(
     space: &'a Shared,
@@ -105,7 +109,8 @@ impl Future for ReadBegin<'_> {
 
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Sequence> {
-        // The gate first, then the word: whoever finds the gate open sees what was covered while it was closed.
+        // The gate first, then the word: whoever finds the gate open sees what was covered while it was
+        // closed.
         if self.slow.is_none()
             && !self.space.gate.is_closed()
             && let Some(sequence) = self.entry.own.stable_sequence()

@@ -62,7 +62,8 @@ impl QuietWait {
 /// The future of [`Subscription::close`](crate::Subscription::close).
 ///
 /// # Cancel safety
-/// May be dropped at any moment, or never be polled: the notifier is out of the space since the call of `close`.
+/// May be dropped at any moment, or never be polled: the notifier is out of the space since the
+/// call of `close`.
 ///
 /// # Panics
 /// In debug builds when it would have to wait inside a first pass of the same space (C7).
@@ -105,10 +106,12 @@ impl fmt::Debug for Close<'_> {
 
 /// The future of [`Subscription::remove`](crate::Subscription::remove); resolves to the notifier.
 ///
-/// The removal begins with the call, not with the first poll: new invalidations do not call the notifier any more.
+/// The removal begins with the call, not with the first poll: new invalidations do not call the
+/// notifier any more.
 ///
 /// # Cancel safety
-/// When it is dropped early the notifier stays removed, and is dropped as soon as no call and no invalidation needs it any more.
+/// When it is dropped early the notifier stays removed, and is dropped as soon as no call and no
+/// invalidation needs it any more.
 ///
 /// # Panics
 /// In debug builds when it would have to wait inside a first pass of the same space (C7).
@@ -118,13 +121,15 @@ pub struct Remove<N: IntervalNotifier> {
 }
 
 enum RemoveStep<N: IntervalNotifier> {
-    /// It was quiet already. The notifier stays where it is until it is asked for: each move of one takes longer than the rest of a removal.
+    /// It was quiet already. The notifier stays where it is until it is asked for: each move of one
+    /// takes longer than the rest of a removal.
     Removed(Registered<N>),
     Wait(Box<Waiting<N>>),
     Done,
 }
 
-/// A removal that has to wait; leaves the list of those that do when it is dropped, and then ends the registration.
+/// A removal that has to wait; leaves the list of those that do when it is dropped, and then ends
+/// the registration.
 struct Waiting<N: IntervalNotifier> {
     wait: QuietWait,
     registered: Registered<N>,

@@ -1,8 +1,10 @@
-//! What all futures have in common that wait for invalidations that others started: readers, removers and `drain`.
+//! What all futures have in common that wait for invalidations that others started: readers,
+//! removers and `drain`.
 //!
-//! All of them help: they poll the passes that they wait for (C3), and let an invalidation lapse whose future is not polled (C4).
-//! What a poll costs depends on what has changed since the last one, not on how many invalidations are waited for: a future's
-//! [`Bell`] says at which of them it has to look again.
+//! All of them help: they poll the passes that they wait for (C3), and let an invalidation lapse
+//! whose future is not polled (C4). What a poll costs depends on what has changed since the last
+//! one, not on how many invalidations are waited for: a future's [`Bell`] says at which of them it
+//! has to look again.
 #![forbid(unsafe_code)]
 
 use crate::engine::Shared;
@@ -32,19 +34,22 @@ pub(super) struct Wait {
     drain: Option<usize>,
     bell: Arc<Bell>,
     task: Option<Arc<TaskWaker>>,
-    /// The parked invalidations have been looked at, and the bell says which are to be looked at again.
+    /// The parked invalidations have been looked at, and the bell says which are to be looked at
+    /// again.
     scanned: bool,
     /// Those that are to be looked at.
     backlog: Vec<Ticket>,
     /// Those whose passes hold us up, with what wakes us when they can go on.
     pending: BTreeMap<Ticket, Registration>,
-    /// Those whose passes are done and whose futures have not claimed them, with the episode that is waited for.
+    /// Those whose passes are done and whose futures have not claimed them, with the episode that
+    /// is waited for.
     unclaimed: BTreeMap<Ticket, u32>,
     /// Those that have had their time, ours or others'. Few lapse under one lock.
     over: Vec<Ticket>,
     /// What the clock showed at our last look.
     shown: Option<Duration>,
-    /// The same as `unclaimed` in the order in which they were found, with the count of polls then, as far as they were left by our own waker.
+    /// The same as `unclaimed` in the order in which they were found, with the count of polls then,
+    /// as far as they were left by our own waker.
     ours: VecDeque<(Ticket, u64)>,
     polls: u64,
     watch: Watch,
@@ -61,10 +66,11 @@ pub(super) enum Verdict {
 
 /// What a future waits for.
 pub(super) trait Goal {
-    /// The notifier among whose waiters it queues, and for what. Without it the whole space is looked at.
+    /// The notifier among whose waiters it queues, and for what. Without it the whole space is
+    /// looked at.
     fn queue(&self) -> Option<(EntryRef, WaitFor)>;
-    /// Decides under the lock whether the wait is over. `fired`: the moment has come that it is queued for. `held_up`: there
-    /// are invalidations that it wants to help with.
+    /// Decides under the lock whether the wait is over. `fired`: the moment has come that it is
+    /// queued for. `held_up`: there are invalidations that it wants to help with.
     fn look(&mut self, state: &State, fired: bool, held_up: bool) -> Verdict;
     /// Whether it waits for the passes of an invalidation.
     fn wants(&self, parking: &Parking, serial: u64) -> bool;
@@ -92,7 +98,8 @@ enum Pause {
 }
 
 impl Wait {
-    /// Polls a wait: looks whether it is over, queues this future, and polls the passes that hold it up as far as they go.
+    /// Polls a wait: looks whether it is over, queues this future, and polls the passes that hold
+    /// it up as far as they go.
     pub(super) fn poll(&mut self, shared: &Shared, goal: &mut impl Goal, cx: &mut Context<'_>) -> Poll<()> {
         // Before the lock: the clone of a waker is foreign code, and so is a clock.
         let task = TaskWaker::renew(&mut self.task, cx.waker(), &shared.host.losses);
@@ -312,7 +319,8 @@ impl Wait {
             }
             self.ours.pop_front();
         }
-        // And those that had their time, if it is for us to look. Once in a poll, so that others have a turn in between.
+        // And those that had their time, if it is for us to look. Once in a poll, so that others have a
+        // turn in between.
         let shown = clock.take();
         self.is_watchman = state.patience.is_watchman(&mut self.watch);
         if let (Some(now), true) = (shown, self.is_watchman) {

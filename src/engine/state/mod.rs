@@ -1,8 +1,9 @@
 //! All that changes in a space, under its one lock.
 //!
-//! Nothing here calls foreign code or sees the [`Shared`](super::Shared) of the space: what is to be done outside of the
-//! lock is put into an [`Outbox`], the time comes in as a value, and work leaves only into the hands of a
-//! [`Lease`](super::lease::Lease) or a [`Running`](super::running::Running), which bring it back.
+//! Nothing here calls foreign code or sees the [`Shared`](super::Shared) of the space: what is to
+//! be done outside of the lock is put into an [`Outbox`], the time comes in as a value, and work
+//! leaves only into the hands of a [`Lease`](super::lease::Lease) or a
+//! [`Running`](super::running::Running), which bring it back.
 #![forbid(unsafe_code)]
 
 mod patience;
@@ -32,11 +33,13 @@ pub(crate) use waiters::{WaitFor, Waiter};
 
 pub(crate) struct State {
     pub(crate) protocol: Protocol<EntryRef, Record>,
-    /// Active invalidations that are parked, by range, so that those who wait find what they can help with.
+    /// Active invalidations that are parked, by range, so that those who wait find what they can
+    /// help with.
     pub(crate) parked: IntervalIndex<Ranged<Ticket>>,
     /// As many as were parked at once since there were none.
     most_parked: usize,
-    /// Bells of futures that wait for parked invalidations of the whole space, and are in no notifier's list.
+    /// Bells of futures that wait for parked invalidations of the whole space, and are in no
+    /// notifier's list.
     pub(crate) drains: Slab<Arc<Bell>>,
     pub(crate) waiters: Slab<Waiter>,
     pub(crate) patience: Patience,
@@ -70,8 +73,8 @@ pub(crate) struct Parked {
 
 /// What the caller of a parked invalidation finds when it looks.
 pub(crate) enum Look {
-    /// The passes are done: the id, with what is known of its place, the work, from which hit the first passes go on, and the
-    /// sequence.
+    /// The passes are done: the id, with what is known of its place, the work, from which hit the
+    /// first passes go on, and the sequence.
     Claimed(Id, Box<Work>, Option<u32>, u64),
     /// The passes, to be polled.
     Leased(Box<Work>),
@@ -118,7 +121,8 @@ impl State {
         self.protocol.insert(entry);
     }
 
-    /// Takes a notifier out of the index and keeps calls that have not begun from beginning (L1). May be called again.
+    /// Takes a notifier out of the index and keeps calls that have not begun from beginning (L1).
+    /// May be called again.
     pub(crate) fn close(&mut self, entry: EntryRef) {
         if !entry.own.is_closed() {
             entry.own.close();
@@ -133,7 +137,8 @@ impl State {
         }
     }
 
-    /// Ends an active invalidation (S3, C2) and wakes whoever waited for that. `now` if it was timed.
+    /// Ends an active invalidation (S3, C2) and wakes whoever waited for that. `now` if it was
+    /// timed.
     pub(crate) fn end(&mut self, id: Id, mut work: Option<Box<Work>>, now: Option<Duration>, outbox: &mut Outbox) {
         if let Some(work) = &mut work {
             work.timed = false;
@@ -154,7 +159,8 @@ impl State {
         }
     }
 
-    /// Second half of the quick end of an invalidation that has a place: wakes whoever waited, and keeps the memory.
+    /// Second half of the quick end of an invalidation that has a place: wakes whoever waited, and
+    /// keeps the memory.
     #[cold]
     pub(crate) fn tell(&mut self, id: Id, work: Box<Work>, outbox: &mut Outbox) {
         let Self { protocol, waiters, .. } = self;
@@ -184,7 +190,8 @@ impl State {
         self.protocol.get_mut(ticket)?.extra.parked_mut()
     }
 
-    /// Hands an invalidation whose passes are pending to the space; its caller waits as `task`, if it has one.
+    /// Hands an invalidation whose passes are pending to the space; its caller waits as `task`, if
+    /// it has one.
     pub(crate) fn park(
         &mut self,
         id: Id,
@@ -301,7 +308,8 @@ impl State {
         parking.stage.lease().map_or(Help::Busy, Help::Leased)
     }
 
-    /// The end of a lease: the work comes back. Returns whether the joined passes are all done. `now` if they are.
+    /// The end of a lease: the work comes back. Returns whether the joined passes are all done.
+    /// `now` if they are.
     pub(crate) fn give_back(
         &mut self,
         ticket: Ticket,
@@ -323,7 +331,8 @@ impl State {
         let done = parking.note_done(now) || matches!(next, Next::End(_));
         // Only now, when others can take the passes again.
         let woken = parking.wakers.end();
-        // Then something is to be done for those who wait: to claim, to poll on, or to wait for something else.
+        // Then something is to be done for those who wait: to claim, to poll on, or to wait for something
+        // else.
         if woken || progress != Progress::Waiting || matches!(next, Next::Drive) {
             outbox.contents().sets.push(parking.wakers.clone());
         }
@@ -346,7 +355,8 @@ impl State {
         self.end(ticket, Some(work), now, outbox);
     }
 
-    /// Nobody will claim this invalidation: it ends as soon as its passes are done, now if they are.
+    /// Nobody will claim this invalidation: it ends as soon as its passes are done, now if they
+    /// are.
     fn abandon(&mut self, ticket: Ticket, now: Option<Duration>, outbox: &mut Outbox) {
         let Some(parking) = self.parking_mut(ticket) else { return };
         let next = parking.stage.abandon();
@@ -371,7 +381,8 @@ impl State {
         }
     }
 
-    /// C4: ends the range on behalf of a future that is not polled; it starts over if it ever is. Returns whether it did.
+    /// C4: ends the range on behalf of a future that is not polled; it starts over if it ever is.
+    /// Returns whether it did.
     pub(crate) fn lapse(&mut self, ticket: Ticket, now: Option<Duration>, outbox: &mut Outbox) -> bool {
         let Some(parking) = self.parking(ticket) else { return false };
         let Stage::Unclaimed { work, .. } = &parking.stage else { return false };
@@ -381,7 +392,8 @@ impl State {
         true
     }
 
-    /// One more future waits for an unclaimed invalidation to be claimed. Returns the episode that it waits for.
+    /// One more future waits for an unclaimed invalidation to be claimed. Returns the episode that
+    /// it waits for.
     pub(crate) fn await_claim(&mut self, ticket: Ticket) -> Option<u32> {
         let Self { protocol, patience, .. } = self;
         let parking = protocol.get_mut(ticket)?.extra.parked_mut()?;
@@ -410,8 +422,9 @@ impl State {
         }
     }
 
-    /// Whether it is certain that the task of the future that started `ticket` was polled and did not poll the future: the
-    /// waiter has been polled `polls` times with the very waker that the future left (C4).
+    /// Whether it is certain that the task of the future that started `ticket` was polled and did
+    /// not poll the future: the waiter has been polled `polls` times with the very waker that
+    /// the future left (C4).
     pub(crate) fn is_certain(&self, ticket: Ticket, waker: &Waker, polls: u64) -> bool {
         self.parking(ticket).is_some_and(|parking| {
             let claim = parking.stage.unclaimed();
@@ -419,7 +432,8 @@ impl State {
         })
     }
 
-    /// The space goes: takes the work of every active invalidation out, with unfinished passes in it.
+    /// The space goes: takes the work of every active invalidation out, with unfinished passes in
+    /// it.
     pub(crate) fn dismantle(&mut self, outbox: &mut Outbox) -> Vec<Work> {
         let ids: Vec<Id> = self.protocol.active().iter().map(|(id, _)| id).collect();
         let mut works = Vec::new();

@@ -1,12 +1,14 @@
-//! How long those who wait are patient with a future that could end its invalidation and is not polled (C4).
+//! How long those who wait are patient with a future that could end its invalidation and is not
+//! polled (C4).
 //!
-//! A plain state machine: it is told the time and answers who has had enough. Time is what counts, since the passes were
-//! done; how often somebody looked matters only as far as time could be unjust: after a thread was held up, or where there is
-//! no clock, or one that stands still.
+//! A plain state machine: it is told the time and answers who has had enough. Time is what counts,
+//! since the passes were done; how often somebody looked matters only as far as time could be
+//! unjust: after a thread was held up, or where there is no clock, or one that stands still.
 //!
-//! Nobody sleeps while a future is not claimed: with no timer and no thread of its own, the library could not wake a sleeper
-//! if the one who is awake were itself a future that is never polled again. So each of them yields, to its executor and to the
-//! operating system, and *one* of them, the watchman, looks at the clock.
+//! Nobody sleeps while a future is not claimed: with no timer and no thread of its own, the library
+//! could not wake a sleeper if the one who is awake were itself a future that is never polled
+//! again. So each of them yields, to its executor and to the operating system, and *one* of them,
+//! the watchman, looks at the clock.
 #![forbid(unsafe_code)]
 
 use crate::engine::state::Ticket;
@@ -20,20 +22,23 @@ use core::time::Duration;
 const FIRST: Duration = Duration::from_millis(20);
 /// It doubles with each lapse of the same future, up to this.
 const MOST: Duration = Duration::from_secs(1);
-/// Looks by the watchman, one after the other, before a future lapses whose time is over: in between everybody had a turn.
+/// Looks by the watchman, one after the other, before a future lapses whose time is over: in
+/// between everybody had a turn.
 const LOOKS: u64 = if cfg!(loom) { 1 } else { 16 };
 /// Where there is no clock, the patience of a first lapse is over after this many looks.
 const TICKS: u32 = if cfg!(loom) { 1 } else { 64 };
 /// A clock that shows the same time this often in a row is taken to stand still.
 const STILL: u32 = 1024;
-/// A watchman who has not looked for this part of the first patience was held up, and others perhaps as well: the looks count anew,
-/// once for each future, so that one whose turns are always that far apart goes on as well.
+/// A watchman who has not looked for this part of the first patience was held up, and others
+/// perhaps as well: the looks count anew, once for each future, so that one whose turns are always
+/// that far apart goes on as well.
 const HELD_UP: u32 = 4;
 /// After as many yields in a row a waiting future lets others go first for one turn.
 const IN_A_ROW: u32 = if cfg!(loom) { 1000 } else { 32 };
 /// Polls of one watchman's rivals without a look of its own until one of them takes over.
 const ABSENT: u32 = if cfg!(loom) { 2 } else { 64 };
-/// Polls of a waiter by the very waker that a future left, until it is certain that the task does not poll the future.
+/// Polls of a waiter by the very waker that a future left, until it is certain that the task does
+/// not poll the future.
 const CERTAIN: u64 = if cfg!(loom) { 2 } else { 4 };
 
 /// The clock of patience, and the invalidations that somebody waits for and nobody has claimed.
@@ -49,7 +54,8 @@ pub(crate) struct Patience {
     shown: Duration,
     /// How often in a row it has shown that.
     still: u32,
-    /// How much later it is than the clock shows: ticks while there was no clock or it stood still, and what the clock went back.
+    /// How much later it is than the clock shows: ticks while there was no clock or it stood still,
+    /// and what the clock went back.
     skew: Duration,
     watchman: Option<u64>,
     /// Rises with each look, and each time that there is another watchman.
@@ -110,7 +116,8 @@ impl Patience {
         CERTAIN << lapses.min(8)
     }
 
-    /// Somebody waits for the future of `ticket`, whose passes were done at `done`, if that is known.
+    /// Somebody waits for the future of `ticket`, whose passes were done at `done`, if that is
+    /// known.
     pub(crate) fn begin(&mut self, ticket: Ticket, done: Option<Duration>, lapses: u32) {
         let patience = self.with(lapses);
         if let Some(done) = done {
@@ -126,7 +133,8 @@ impl Patience {
         self.waiting.insert(ticket, Entry { until, unstamped, from: self.looks, had_gap: false });
     }
 
-    /// The clock shows less than before, if it does: what was over is over, and what begins from now on is measured from there.
+    /// The clock shows less than before, if it does: what was over is over, and what begins from
+    /// now on is measured from there.
     fn go_back_to(&mut self, now: Duration) {
         if now < self.shown {
             self.skew = self.skew.saturating_add(self.shown - now);
@@ -142,8 +150,8 @@ impl Patience {
         }
     }
 
-    /// Whether the waiting future is the watchman, who looks at the clock. It becomes that if there is none, or if the one
-    /// there is has not looked for a while.
+    /// Whether the waiting future is the watchman, who looks at the clock. It becomes that if there
+    /// is none, or if the one there is has not looked for a while.
     pub(crate) fn is_watchman(&mut self, watch: &mut Watch) -> bool {
         if watch.me == 0 {
             watch.me = self.next_waiter;
@@ -159,9 +167,10 @@ impl Patience {
         self.watchman == Some(watch.me)
     }
 
-    /// A waiting future is about to yield. Returns whether it wakes itself for that. Now and then it does not, if another one
-    /// `comes` at this very moment, who will see it resting and wake it: some executors poll a task that has woken itself
-    /// again at once, and nobody else's turn would come on that thread.
+    /// A waiting future is about to yield. Returns whether it wakes itself for that. Now and then
+    /// it does not, if another one `comes` at this very moment, who will see it resting and
+    /// wake it: some executors poll a task that has woken itself again at once, and nobody
+    /// else's turn would come on that thread.
     pub(crate) fn wakes_itself(&mut self, watch: &mut Watch, comes: bool, bell: &Arc<Bell>) -> bool {
         watch.in_a_row += 1;
         let rests = watch.in_a_row > IN_A_ROW && comes;
@@ -184,7 +193,8 @@ impl Patience {
         }
     }
 
-    /// The watchman looks: the clock shows `now`, if there is one. Returns those whose time is over.
+    /// The watchman looks: the clock shows `now`, if there is one. Returns those whose time is
+    /// over.
     pub(crate) fn look(&mut self, now: Option<Duration>) -> Vec<Ticket> {
         self.looks += 1;
         self.turns += 1;

@@ -29,17 +29,20 @@ pub(crate) struct Record {
     pub(crate) terms: Terms,
     /// Made when an invalidation in this place parks for the first time, and kept.
     pub(crate) parking: Option<Box<Parking>>,
-    /// Time stamp, with the serial of the invalidation that it belongs to. Set at the start if the space has a clock, otherwise
-    /// when passes first turn out to be pending or `active()` first lists the invalidation. With another serial it is a
-    /// left-over of an earlier invalidation in this place, not cleared because most never set one.
+    /// Time stamp, with the serial of the invalidation that it belongs to. Set at the start if the
+    /// space has a clock, otherwise when passes first turn out to be pending or `active()`
+    /// first lists the invalidation. With another serial it is a left-over of an earlier
+    /// invalidation in this place, not cleared because most never set one.
     since: Option<(u64, Duration)>,
-    /// The memory that the last invalidation in this place left, until one takes it that hits something.
+    /// The memory that the last invalidation in this place left, until one takes it that hits
+    /// something.
     idle_work: Option<Box<Work>>,
     /// First passes may still be called; only for an invalidation that has no flag (see `calls`).
     pub(crate) calls: bool,
 }
 
-/// An invalidation whose guard is not handed out yet although its first passes ran: its passes belong to the space (C2).
+/// An invalidation whose guard is not handed out yet although its first passes ran: its passes
+/// belong to the space (C2).
 pub(crate) struct Parking {
     pub(crate) stage: Stage<Box<Work>>,
     /// Who is woken when its passes can go on. That of the work.
@@ -55,7 +58,8 @@ pub(crate) struct Parking {
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Awaited {
     pub(crate) count: u32,
-    /// Rises each time that the invalidation becomes unclaimed: those who waited before do not count any more.
+    /// Rises each time that the invalidation becomes unclaimed: those who waited before do not
+    /// count any more.
     pub(crate) episode: u32,
 }
 
@@ -65,7 +69,8 @@ impl Parking {
         Self { stage: Stage::WithCaller, wakers, pending, done_at: None, awaited: Awaited::default() }
     }
 
-    /// To be called when the work has come to the space: notes since when it is unclaimed, if it is.
+    /// To be called when the work has come to the space: notes since when it is unclaimed, if it
+    /// is.
     pub(super) fn note_done(&mut self, now: Option<Duration>) -> bool {
         let unclaimed = self.stage.unclaimed().is_some();
         if unclaimed {

@@ -12,8 +12,9 @@
 //!   └─────── the invalidation ends ◀────────────────────┘
 //! ```
 //!
-//! `abandon` makes a parked or leased invalidation end when its passes are done. If it comes when some passes were never polled,
-//! because the budget interrupted the first passes (B4), it parks these.
+//! `abandon` makes a parked or leased invalidation end when its passes are done. If it comes when
+//! some passes were never polled, because the budget interrupted the first passes (B4), it parks
+//! these.
 #![forbid(unsafe_code)]
 
 /// Who has the work `W`.
@@ -73,7 +74,8 @@ impl<W: Load> Stage<W> {
         *self = if work.is_done() { Self::Unclaimed { work, claim } } else { Self::Parked { work, then: Then::Claim(claim) } };
     }
 
-    /// The work, to be polled, if it is there to be taken. It comes back by [`give_back`](Self::give_back).
+    /// The work, to be polled, if it is there to be taken. It comes back by
+    /// [`give_back`](Self::give_back).
     pub(crate) fn lease(&mut self) -> Option<W> {
         match core::mem::replace(self, Self::WithCaller) {
             Self::Parked { work, then } => {

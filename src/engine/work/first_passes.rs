@@ -24,7 +24,8 @@ enum Called {
 /// How far the first passes and first polls have come.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Reached {
-    /// All first passes were called, none refused, and what passes they left were ready at once; nothing panicked.
+    /// All first passes were called, none refused, and what passes they left were ready at once;
+    /// nothing panicked.
     Plainly,
     /// All were called, and the passes are done; something may have panicked.
     Done,
@@ -36,9 +37,10 @@ pub(crate) enum Reached {
     RefusedAndPends,
 }
 
-/// Calls the first passes of `hits[*at..]` in order. `*at` is advanced *before* each call, so after a panic it names the next
-/// notifier. `invalidation` is made for hit `*at`; most of it is the same for all. With `BUDGET`, a notifier for which no permit
-/// is left gets the request `at_once`, which does not allow it to defer.
+/// Calls the first passes of `hits[*at..]` in order. `*at` is advanced *before* each call, so after
+/// a panic it names the next notifier. `invalidation` is made for hit `*at`; most of it is the same
+/// for all. With `BUDGET`, a notifier for which no permit is left gets the request `at_once`, which
+/// does not allow it to defer.
 #[inline(always)]
 fn call_from<'a, const BUDGET: bool>(
     inside: Inside,
@@ -129,8 +131,8 @@ pub(crate) fn advance_from(host: &Host, work: &mut Work, request: &Request, sequ
     go_on(host, work, request, sequence, at, Ok(Called::Some))
 }
 
-/// Slow continuation of [`advance`]. Handles what stopped the calls (`called`: panic, refusal, budget used up), calls the
-/// first passes of `hits[at..]`, then polls each new pass once.
+/// Slow continuation of [`advance`]. Handles what stopped the calls (`called`: panic, refusal,
+/// budget used up), calls the first passes of `hits[at..]`, then polls each new pass once.
 #[cold]
 #[inline(never)]
 fn go_on(

@@ -1,7 +1,8 @@
-//! The work of an invalidation, which one owner has at a time, without the lock: its hits, their first passes, the join of
-//! their passes.
+//! The work of an invalidation, which one owner has at a time, without the lock: its hits, their
+//! first passes, the join of their passes.
 //!
-//! Foreign code runs here, through [`foreign`](crate::foreign). Nothing here knows the state of the space.
+//! Foreign code runs here, through [`foreign`](crate::foreign). Nothing here knows the state of the
+//! space.
 #![forbid(unsafe_code)]
 
 pub(crate) mod first_passes;
@@ -20,9 +21,11 @@ use sync_wrapper::SyncWrapper;
 pub(crate) struct Work {
     /// The notifiers that the invalidation hit, in order of their first passes.
     pub(crate) hits: Vec<EntryRef>,
-    /// Passes need not be `Sync`, and guards are, which hold this: so nobody looks at them who could not also poll them.
+    /// Passes need not be `Sync`, and guards are, which hold this: so nobody looks at them who
+    /// could not also poll them.
     passes: SyncWrapper<Passes>,
-    /// The first passes go on from this hit: the pass budget interrupted them (B4). Taken by who parks the work or goes on.
+    /// The first passes go on from this hit: the pass budget interrupted them (B4). Taken by who
+    /// parks the work or goes on.
     pub(crate) deferred_at: Option<u32>,
     /// The invalidation has a time stamp.
     pub(crate) timed: bool,
@@ -64,7 +67,8 @@ impl Load for Box<Work> {
 /// The key of a pass that no [`PendingNotifiers`] lists.
 pub(crate) const UNLISTED: usize = usize::MAX;
 
-/// The notifiers whose passes are pending, one for each pass. Keeps [`Entry::pending`](crate::entry::Entry) in step.
+/// The notifiers whose passes are pending, one for each pass. Keeps
+/// [`Entry::pending`](crate::entry::Entry) in step.
 #[derive(Default)]
 pub(crate) struct PendingNotifiers(Slab<EntryRef>);
 
@@ -75,7 +79,8 @@ impl PendingNotifiers {
         self.0.insert(entry)
     }
 
-    /// The pass with this key is done. Returns the notifier if that was the last that it waited for.
+    /// The pass with this key is done. Returns the notifier if that was the last that it waited
+    /// for.
     pub(crate) fn remove(&mut self, key: usize) -> Option<EntryRef> {
         let entry = self.0.try_remove(key)?;
         (count_down(entry) == 0).then_some(entry)

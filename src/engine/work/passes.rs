@@ -20,8 +20,9 @@ const ROUNDS: usize = 4;
 /// Passes that may finish in one poll before the executor gets its turn again.
 const FINISHED_AT_ONCE: usize = 256;
 
-/// Where a pass future lies from its first poll to its end. Boxed so that it need not move when it goes from the first poll to the
-/// join, and used again, so that a pass that is ready at its first poll allocates nothing.
+/// Where a pass future lies from its first poll to its end. Boxed so that it need not move when it
+/// goes from the first poll to the join, and used again, so that a pass that is ready at its first
+/// poll allocates nothing.
 pub(crate) struct Slot(Pin<Box<Option<PassFuture>>>);
 
 impl Slot {
@@ -46,7 +47,8 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        // Mostly empty. Otherwise the pass goes unfinished, with the space; `Passes::discard` has told of its panic.
+        // Mostly empty. Otherwise the pass goes unfinished, with the space; `Passes::discard` has told of
+        // its panic.
         if self.is_some() {
             let _ = self.clear();
         }
@@ -55,8 +57,8 @@ impl Drop for Slot {
 
 /// What the first passes left to be waited for.
 pub(crate) struct Passes {
-    /// `slots[..started]` are passes that no one has polled yet, in order of their first passes; those behind are records of
-    /// earlier passes, whose memory is used again.
+    /// `slots[..started]` are passes that no one has polled yet, in order of their first passes;
+    /// those behind are records of earlier passes, whose memory is used again.
     slots: Vec<Pass>,
     started: usize,
     /// Where the next first pass puts what it leaves.
@@ -170,8 +172,8 @@ impl Future for Pass {
     }
 }
 
-/// Polls passes from `at` on, once each, and empties the slots of those that are done. `at` moves behind a pass before it is
-/// polled. `pend` counts the others.
+/// Polls passes from `at` on, once each, and empties the slots of those that are done. `at` moves
+/// behind a pass before it is polled. `pend` counts the others.
 #[inline]
 fn poll_from(started: &mut [Pass], at: &mut usize, pend: &mut usize, trace: &Trace, losses: &Losses, cx: &mut Context<'_>) {
     while let Some(pass) = started.get_mut(*at) {
@@ -190,7 +192,8 @@ fn poll_from(started: &mut [Pass], at: &mut usize, pend: &mut usize, trace: &Tra
 }
 
 impl Passes {
-    /// Keeps what a first pass left in `next`, until all first passes have been called (O2). `BUDGET`: there may be a pass budget.
+    /// Keeps what a first pass left in `next`, until all first passes have been called (O2).
+    /// `BUDGET`: there may be a pass budget.
     #[inline(always)]
     pub(super) fn start_pass<const BUDGET: bool>(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
         if let Some(record) = self.slots.get_mut(self.started)
@@ -253,8 +256,9 @@ impl Passes {
         self.join.as_ref().map_or(0, |join| join.running.len())
     }
 
-    /// Polls each started pass from `from` on once, in order (O3). What stays pending goes into the join; most passes of
-    /// fast devices never get there. Returns whether none does, and none panicked.
+    /// Polls each started pass from `from` on once, in order (O3). What stays pending goes into the
+    /// join; most passes of fast devices never get there. Returns whether none does, and none
+    /// panicked.
     #[inline(never)]
     pub(super) fn first_polls(&mut self, host: &Host, from: usize) -> bool {
         self.first_polls_of(host, from, self.started)
@@ -285,7 +289,8 @@ impl Passes {
         plain
     }
 
-    /// The rest of the first polls, when those before `at` were `polled` and something is left to do.
+    /// The rest of the first polls, when those before `at` were `polled` and something is left to
+    /// do.
     #[cold]
     #[inline(never)]
     fn more_first_polls(&mut self, host: &Host, from: usize, mut at: usize, mut polled: Result<(), Panic>) {
@@ -314,7 +319,8 @@ impl Passes {
         }
     }
 
-    /// Puts all passes that wait for their first poll into the join: nobody will call further first passes. Under the lock.
+    /// Puts all passes that wait for their first poll into the join: nobody will call further first
+    /// passes. Under the lock.
     pub(super) fn join_started(&mut self) {
         self.join();
         let Self { slots, started, join: Some(join), untold, .. } = self else { return };
@@ -353,8 +359,9 @@ impl Passes {
         }
     }
 
-    /// Polls the joined passes of an invalidation that is not parked, as long as one of them is ready to go on, but
-    /// no more than `idle` times without one that finishes. If some of the rest could go on, [`WakerSet::await_as_owner`] says so.
+    /// Polls the joined passes of an invalidation that is not parked, as long as one of them is
+    /// ready to go on, but no more than `idle` times without one that finishes. If some of the
+    /// rest could go on, [`WakerSet::await_as_owner`] says so.
     pub(crate) fn drive_alone(&mut self, host: &Host, idle: usize) {
         let mut left = idle;
         loop {
@@ -374,8 +381,9 @@ impl Passes {
 
     /// Polls the joined passes as far as they go, within bounds.
     ///
-    /// From here until [`WakerSet::end`], wake-ups are only noted. Call that when the passes are where others can take them:
-    /// a waiter that was woken earlier would find nothing to poll, and the wake-up would be lost.
+    /// From here until [`WakerSet::end`], wake-ups are only noted. Call that when the passes are
+    /// where others can take them: a waiter that was woken earlier would find nothing to poll,
+    /// and the wake-up would be lost.
     pub(crate) fn drive(&mut self, host: &Host) -> Progress {
         let Some(join) = &mut self.join else {
             return Progress::AllFinished;
@@ -423,7 +431,8 @@ impl Passes {
         }
     }
 
-    /// The space goes: drops all passes that are not done, whatever that does. `panicked` gets each panic.
+    /// The space goes: drops all passes that are not done, whatever that does. `panicked` gets each
+    /// panic.
     pub(crate) fn discard(&mut self, losses: &Losses, mut panicked: impl FnMut(Panic)) {
         (self.untold..self.running()).for_each(|_| observe::pass_pends_no_more(losses));
         let running = self.join.iter_mut().flat_map(|join| join.running.iter_mut());
