@@ -4,7 +4,7 @@
 //! `SHOOTDOWN_SECONDS` is how long the random ones take, `SHOOTDOWN_SEED` runs one case again,
 //! `SHOOTDOWN_COUNT` is the size of the burst whose memory is given back.
 #![cfg(not(any(loom, shuttle)))]
-#![allow(missing_docs)]
+#![allow(missing_docs, clippy::print_stdout)]
 
 #[path = "support/mod.rs"]
 mod support;
@@ -325,20 +325,20 @@ fn blocks_in_a_first_pass(
 #[cfg(debug_assertions)]
 #[test]
 fn c7_a_first_pass_that_blocks_fails_loudly() {
-    assert_eq!(blocks_in_a_first_pass(false, |future| futures::executor::block_on(future)), Ok(()));
-    assert_eq!(blocks_in_a_first_pass(false, |future| smol::block_on(future)), Ok(()));
+    assert_eq!(blocks_in_a_first_pass(false, futures::executor::block_on), Ok(()));
+    assert_eq!(blocks_in_a_first_pass(false, smol::block_on), Ok(()));
 }
 
 #[cfg(debug_assertions)]
 #[test]
 fn c7_a_first_pass_that_blocks_fails_loudly_on_a_thread_that_has_waited_before_futures() {
-    assert_eq!(blocks_in_a_first_pass(true, |future| futures::executor::block_on(future)), Ok(()));
+    assert_eq!(blocks_in_a_first_pass(true, futures::executor::block_on), Ok(()));
 }
 
 #[cfg(debug_assertions)]
 #[test]
 fn c7_a_first_pass_that_blocks_fails_loudly_on_a_thread_that_has_waited_before_smol() {
-    assert_eq!(blocks_in_a_first_pass(true, |future| smol::block_on(future)), Ok(()));
+    assert_eq!(blocks_in_a_first_pass(true, smol::block_on), Ok(()));
 }
 
 #[cfg(debug_assertions)]
