@@ -36,18 +36,6 @@ fn within(time: Duration, code: impl FnOnce() + Send + 'static) -> Result<(), &'
     }
 }
 
-fn with_clock(patience: Option<Duration>) -> (AddressSpace, Subscription<Device>, Arc<AtomicU64>) {
-    let micros = Arc::new(AtomicU64::new(0));
-    let clock = micros.clone();
-    let mut builder = AddressSpace::builder().clock(move || Duration::from_micros(clock.load(Ordering::SeqCst)));
-    if let Some(patience) = patience {
-        builder = builder.patience(patience);
-    }
-    let space = builder.build();
-    let device = space.insert(pages(0, 1), Device::new("device", &Log::default())).unwrap();
-    (space, device, micros)
-}
-
 /// An invalidation whose passes are done and that nobody polls.
 fn unclaimed<'a>(space: &'a AddressSpace, device: &Subscription<Device>) -> Task<impl Future + 'a> {
     let gate = Gate::default();

@@ -1,5 +1,5 @@
 use crate::support::*;
-use shootdown::{AddressSpace, Event, Phase, Subscription};
+use shootdown::{AddressSpace, Event, Phase};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Context;
@@ -75,15 +75,6 @@ fn c3_a_reader_that_slept_before_the_passes_were_pending_is_woken_to_help() {
     reader.finish();
 }
 
-/// A space with one device on page 0 and a clock that the test moves.
-fn with_clock() -> (AddressSpace, Subscription<Device>, Arc<AtomicU64>) {
-    let micros = Arc::new(AtomicU64::new(0));
-    let clock = micros.clone();
-    let space = AddressSpace::builder().clock(move || Duration::from_micros(clock.load(Ordering::SeqCst))).build();
-    let device = space.insert(pages(0, 1), Device::new("device", &Log::default())).unwrap();
-    (space, device, micros)
-}
-
 /// Polls a reader every 50 µs until it goes on; says when. It may yield, but not sleep.
 #[track_caller]
 fn patience(reader: &mut Task<impl Future>, micros: &AtomicU64) -> Duration {
@@ -98,7 +89,7 @@ fn patience(reader: &mut Task<impl Future>, micros: &AtomicU64) -> Duration {
 
 #[test]
 fn c4_a_future_that_is_alive_but_not_polled_lapses_and_starts_over() {
-    let (space, device, micros) = with_clock();
+    let (space, device, micros) = with_clock(None);
     let gate = Gate::default();
     device.next(Act::pass(gate.clone()));
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
@@ -113,7 +104,7 @@ fn c4_a_future_that_is_alive_but_not_polled_lapses_and_starts_over() {
 
 #[test]
 fn c4_patience_counts_from_when_the_passes_were_done_and_gives_everybody_a_turn_all_the_same() {
-    let (space, device, micros) = with_clock();
+    let (space, device, micros) = with_clock(None);
     let gate = Gate::default();
     device.next(Act::pass(gate.clone()));
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
@@ -132,7 +123,7 @@ fn c4_patience_counts_from_when_the_passes_were_done_and_gives_everybody_a_turn_
 
 #[test]
 fn c4_a_task_that_is_slow_to_be_scheduled_does_not_lapse() {
-    let (space, device, micros) = with_clock();
+    let (space, device, micros) = with_clock(None);
     let gate = Gate::default();
     device.next(Act::pass(gate.clone()));
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
@@ -152,7 +143,7 @@ fn c4_a_task_that_is_slow_to_be_scheduled_does_not_lapse() {
 
 #[test]
 fn c4_a_reader_in_the_task_of_the_future_needs_no_time() {
-    let (space, device, _micros) = with_clock();
+    let (space, device, _micros) = with_clock(None);
     let gate = Gate::default();
     device.next(Act::pass(gate.clone()));
     let flag = futures::task::waker(Arc::new(Ignore));
@@ -247,7 +238,7 @@ fn c4_a_leaked_future_wedges_nobody() {
 
 #[test]
 fn c4_patience_grows_with_each_lapse_of_the_same_future_up_to_a_cap() {
-    let (space, device, micros) = with_clock();
+    let (space, device, micros) = with_clock(None);
     let mut waited = Vec::new();
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     for _ in 0..8 {

@@ -11,9 +11,10 @@ use shootdown::{
 use std::borrow::Cow;
 use std::collections::VecDeque;
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
+use std::time::Duration;
 
 pub const PAGE: u64 = 4096;
 
@@ -247,6 +248,19 @@ pub fn one_device() -> (AddressSpace, Subscription<Device>, Log) {
     let (space, log) = (AddressSpace::new(), Log::default());
     let device = space.insert(pages(0, 1), Device::new("device", &log)).unwrap();
     (space, device, log)
+}
+
+/// The same with a clock that the test moves, in microseconds.
+pub fn with_clock(patience: Option<Duration>) -> (AddressSpace, Subscription<Device>, Arc<AtomicU64>) {
+    let micros = Arc::new(AtomicU64::new(0));
+    let clock = micros.clone();
+    let mut builder = AddressSpace::builder().clock(move || Duration::from_micros(clock.load(Ordering::SeqCst)));
+    if let Some(patience) = patience {
+        builder = builder.patience(patience);
+    }
+    let space = builder.build();
+    let device = space.insert(pages(0, 1), Device::new("device", &Log::default())).unwrap();
+    (space, device, micros)
 }
 
 /// The names of the devices that were called, in order.
