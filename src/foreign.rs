@@ -101,6 +101,19 @@ pub enum Report<'a> {
     },
 }
 
+impl fmt::Display for Report<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::RefusedBlockable { notifier, range, event } => write!(
+                f,
+                "{notifier} refused a blockable invalidation of {range} ({event:?}): its device may still use the old mapping"
+            ),
+            Self::Panicked { callback, message: Some(message) } => write!(f, "{callback} panicked: {message}"),
+            Self::Panicked { callback, message: None } => write!(f, "{callback} panicked"),
+        }
+    }
+}
+
 /// Is told what has no caller to be returned to.
 pub(crate) type Reporter = Box<dyn Fn(&Report<'_>) + Send + Sync>;
 
@@ -167,19 +180,14 @@ impl FirstPanic {
         Self(Some((callback, panic)))
     }
 
-    /// Notes `panic` if it is the first.
+    /// Notes `panic` if it is the first; a further one is lost, since one only can go on.
     #[cold]
-    pub(crate) fn note(&mut self, callback: Callback, panic: Panic) {
-        let _further = self.note_or_return(callback, panic);
-    }
-
-    /// Notes `panic` if it is the first, and returns it otherwise.
-    pub(crate) fn note_or_return(&mut self, callback: Callback, panic: Panic) -> Option<Panic> {
+    pub(crate) fn note(&mut self, losses: &Losses, callback: Callback, panic: Panic) {
         if self.0.is_some() {
-            return Some(panic);
+            losses.lose(callback, panic);
+        } else {
+            self.0 = Some((callback, panic));
         }
-        self.0 = Some((callback, panic));
-        None
     }
 
     #[inline]

@@ -12,6 +12,7 @@ use crate::sync::Arc;
 #[cfg(feature = "test-util")]
 use crate::sync::Ordering;
 use crate::tally::NotifierStats;
+use alloc::borrow::Cow;
 use core::fmt;
 use core::ops::Deref;
 
@@ -114,6 +115,11 @@ impl<N: IntervalNotifier> Subscription<N> {
         Remove::new(self.registered)
     }
 
+    /// What the notifier calls itself; without a panic of that (F1).
+    pub(crate) fn notifier_name(&self) -> Cow<'static, str> {
+        self.registered.entry.erase().name(&self.registered.space.host.losses)
+    }
+
     pub(crate) fn shared(&self) -> &Arc<Shared> {
         &self.registered.space
     }
@@ -137,7 +143,7 @@ impl<N: IntervalNotifier> fmt::Debug for Subscription<N> {
         f.debug_struct("Subscription")
             .field("range", &self.range())
             .field("sequence", &self.sequence())
-            .field("notifier", &self.name())
+            .field("notifier", &self.notifier_name())
             .finish()
     }
 }

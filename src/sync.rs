@@ -212,10 +212,12 @@ mod held {
 #[cfg(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))))]
 mod held {
     /// Nothing is counted.
+    #[cfg_attr(any(loom, shuttle), allow(dead_code, reason = "the locks of model checkers are not wrapped"))]
     pub(crate) struct Held;
 
     impl Held {
         #[allow(clippy::new_ret_no_self, reason = "it stands for a wrapper")]
+        #[cfg_attr(any(loom, shuttle), allow(dead_code, reason = "as above"))]
         #[inline(always)]
         pub(crate) fn new<G>(guard: G) -> G {
             guard

@@ -138,17 +138,12 @@ impl Drop for Shared {
         let works = self.state.get_mut().dismantle(&mut outbox);
         let losses = self.host.losses.clone();
         let mut first = FirstPanic::default();
-        let mut note = |callback, panic| {
-            if let Some(panic) = first.note_or_return(callback, panic) {
-                losses.lose(callback, panic);
-            }
-        };
         for mut work in works {
-            work.passes().discard(&losses, |panic| note(Callback::Pass, panic));
+            work.passes().discard(&losses, |panic| first.note(&losses, Callback::Pass, panic));
         }
         for entry in outbox.take_dead() {
             if let Err(panic) = crate::foreign::keep(|inside| entry.free(inside)) {
-                note(Callback::NotifierDrop, panic);
+                first.note(&losses, Callback::NotifierDrop, panic);
             }
         }
         outbox.empty(&losses);

@@ -144,7 +144,7 @@ pub struct Collision;
 
 impl fmt::Display for Collision {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("the range was invalidated since read_begin: what was read may be stale, start over with read_begin, unless the subscription or inbox is closed, for which nothing can be installed any more")
+        f.write_str("the range was invalidated since read_begin: start over with read_begin (or stop, if `is_closed` says so)")
     }
 }
 
@@ -201,7 +201,7 @@ impl<E: fmt::Display> fmt::Display for MirrorError<E> {
                 }
                 f.write_str(": mirror a smaller range, or allow more retries")
             }
-            Self::Closed => f.write_str("the subscription was closed: insert the notifier again to mirror memory"),
+            Self::Closed => f.write_str("the subscription or the inbox was closed: make a new one to mirror memory"),
             Self::Prepare(error) => write!(f, "the mapping could not be prepared: {error}"),
         }
     }
@@ -243,7 +243,8 @@ impl<T> DriverLock<T> {
     pub fn lock(&self) -> DriverGuard<'_, T> {
         assert!(
             !self.is_held_here(),
-            "this thread holds this driver lock already: drop the guard, or leave the closure, before it is locked again"
+            "this thread holds this driver lock already: drop the guard, or leave the closure, before it is locked again, \
+             also by a first pass that is called from here"
         );
         let guard = raw::lock(&self.mutex);
         self.holder.take();
@@ -271,8 +272,9 @@ impl<T> DriverLock<T> {
     /// [`Collision`] when it was; then nothing ran.
     ///
     /// # Panics
-    /// In debug builds when the notifier's first pass takes another [`DriverLock`] and not this one: such a check could miss an
-    /// invalidation. When this thread holds the lock already.
+    /// In debug builds when the notifier's first pass takes another [`DriverLock`] with [`lock_for`](Self::lock_for) and not this one:
+    /// such a check could miss an invalidation. (Not known before the first invalidation, and not checked for a first pass that takes
+    /// several.) When this thread holds the lock already.
     pub fn install<N: IntervalNotifier, R>(
         &self,
         subscription: &Subscription<N>,
@@ -293,8 +295,8 @@ impl<T> DriverLock<T> {
         let mut guard = self.lock();
         assert!(
             subscription.entry().own.is_driver_lock(self.address()),
-            "mapping installed for {} under another lock than its first pass takes: use that one",
-            subscription.name()
+            "mapping installed for {} under another lock than its first pass takes with `lock_for`: take this one there, or install under that one",
+            subscription.notifier_name()
         );
         if subscription.read_retry(sequence) || !open(&guard) { Err(Collision) } else { Ok(install(&mut guard)) }
     }

@@ -47,7 +47,7 @@ use slab::Slab;
 /// };
 /// let program = async {
 ///     drop(space.invalidate(range, Event::Unmap).await);
-///     space.release().await; // ends the stream
+///     space.release().await; // ends the stream, once all of it has been handled
 /// };
 /// futures::join!(driver, program);
 /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
@@ -55,7 +55,9 @@ use slab::Slab;
 ///
 /// Dropping the inbox ends the subscription and completes what is pending: by that the driver says
 /// that its device maps the range no longer (A4). To handle first what is pending, call
-/// [`remove`](Self::remove) and go on until the stream ends.
+/// [`remove`](Self::remove) and go on until the stream ends. A task that stops before the stream has
+/// ended, after [`Event::Release`] for instance, drops the inbox: the next invalidation waits for it
+/// otherwise.
 pub struct Inbox<T: Send + 'static> {
     subscription: Subscription<InboxNotifier<T>>,
     desk: Arc<Desk<T>>,

@@ -71,7 +71,8 @@ pub struct Stats {
     /// First passes that answered `WouldBlock` in a blockable invalidation: a driver's bug (B1).
     pub refused_blockable: u64,
     /// Panics of code that is not the library's and that had no caller to be resumed in (C5): passes of abandoned invalidations,
-    /// wakers, names, the reporter, the clock, observers. Each is [reported](crate::Report::Panicked), too.
+    /// wakers, names, the reporter, the clock, observers, and the
+    /// further panics of an invalidation whose first one was resumed. Each is [reported](crate::Report::Panicked), too.
     pub lost_panics: u64,
 }
 

@@ -92,6 +92,17 @@ fn c5_a_panic_in_a_non_blockable_invalidation_is_resumed_too() {
 }
 
 #[test]
+fn c5_the_first_panic_goes_on_and_further_ones_are_counted() {
+    let (space, device, log) = one_device();
+    let others = ["b", "c"].map(|name| space.insert(pages(0, 1), Device::new(name, &log)).unwrap());
+    device.next(Act::Panic);
+    others[0].next(Act::Panic);
+    others[1].next(Act::pass(async { panic!("a pass fails, too") }));
+    panics_with("device fails in its first pass", || drop(now(space.invalidate(pages(0, 1), Event::Unmap))));
+    assert_eq!((space.stats().lost_panics, space.active().len()), (2, 0));
+}
+
+#[test]
 fn c5_a_panic_of_an_abandoned_pass_is_counted() {
     let (space, device, _log) = one_device();
     let gate = Gate::default();

@@ -160,7 +160,7 @@ fn go_on(
                 break;
             }
             // The others are called all the same (C5).
-            Err(panic) => passes.panic.note(Callback::FirstPass, panic),
+            Err(panic) => passes.panic.note(&host.losses, Callback::FirstPass, panic),
         }
         let Some(next) = hits.get(at) else { break };
         let mut invalidation = Invalidation { request, sequence, own: &next.own };

@@ -299,11 +299,11 @@ impl Passes {
         let to_poll = &mut slots[..*started];
         // After a panic the polls go on behind the pass that panicked (C5).
         while let Err(panic) = polled {
-            first.note(Callback::Pass, panic);
+            first.note(&host.losses, Callback::Pass, panic);
             // It need not be empty: its poll panicked. And its slot is not used again: its drop may have.
             let mut slot = to_poll.get_mut(at - 1).and_then(|pass| pass.future.take());
             if let Some(Err(in_drop)) = slot.as_mut().map(Slot::clear) {
-                first.note(Callback::Pass, in_drop);
+                first.note(&host.losses, Callback::Pass, in_drop);
             }
             let _entered = trace.enter();
             polled = keep(|_| poll_from(to_poll, &mut at, &mut 0, trace, &host.losses, &mut cx));
@@ -405,7 +405,7 @@ impl Passes {
                     self.finished.push(finished);
                     self.spare_slots.extend(slot);
                     if let Some(panic) = panic {
-                        self.panic.note(Callback::Pass, panic);
+                        self.panic.note(&host.losses, Callback::Pass, panic);
                     }
                     observe::pass_pends_no_more(&host.losses);
                     self.trace.pass(&host.losses, entry, began, panicked);
