@@ -90,6 +90,7 @@ impl Terms {
     const KIND: u32 = 7;
     const BLOCKABLE: u32 = 8;
     const MAY_DEFER: u32 = 16;
+    const LATE: u32 = 32;
 
     /// Those of an invalidation whose passes may stay pending.
     #[inline(always)]
@@ -131,6 +132,17 @@ impl Terms {
         self.0 & Self::MAY_DEFER != 0
     }
 
+    #[inline]
+    pub(crate) fn is_late(self) -> bool {
+        self.0 & Self::LATE != 0
+    }
+
+    /// Marks an invalidation of memory that has changed already (M7).
+    #[inline]
+    pub(crate) fn late(self) -> Self {
+        Self(self.0 | Self::LATE)
+    }
+
     /// The same, for a pass that must not stay pending (B4).
     pub(crate) fn at_once(self) -> Self {
         Self(self.0 & !Self::MAY_DEFER)
@@ -157,7 +169,10 @@ mod tests {
             for (event, blockable) in events.into_iter().flat_map(|event| [(event, true), (event, false)]) {
                 let terms = Terms::new(event, blockable);
                 for (terms, may_defer) in [(terms, true), (terms.at_once(), false)] {
-                    assert_eq!((terms.event(event.owner()), terms.blockable(), terms.may_defer()), (event, blockable, may_defer));
+                    for (terms, late) in [(terms, false), (terms.late(), true)] {
+                        assert_eq!((terms.event(event.owner()), terms.blockable()), (event, blockable));
+                        assert_eq!((terms.may_defer(), terms.is_late()), (may_defer, late));
+                    }
                 }
             }
         }

@@ -147,9 +147,24 @@ impl Invalidation<'_> {
         self.request.terms.may_defer()
     }
 
+    /// Returns whether the memory may have changed already (M7): the invalidation comes from a source that hears of changes afterwards.
+    ///
+    /// What the device has not written back yet is lost then. A driver that wrote it to the memory now would write into whatever is mapped there by now,
+    /// which may belong to somebody else. In an invalidation that is not late nothing has changed before its guard is handed out.
+    #[inline]
+    pub fn is_late(&self) -> bool {
+        self.request.terms.is_late()
+    }
+
     /// The same without what can be done in the first pass only.
     pub fn info(&self) -> InvalidationInfo {
-        InvalidationInfo { range: self.range(), event: self.event(), sequence: self.sequence(), blockable: self.blockable() }
+        InvalidationInfo {
+            range: self.range(),
+            event: self.event(),
+            sequence: self.sequence(),
+            blockable: self.blockable(),
+            late: self.is_late(),
+        }
     }
 
     /// Sets the notifier's own sequence, so that readers that began before this invalidation retry (S4, R2).
@@ -174,6 +189,8 @@ pub struct InvalidationInfo {
     pub sequence: Sequence,
     /// Whether it may wait.
     pub blockable: bool,
+    /// Whether the memory may have changed already (M7): then nothing may be written back to it. See [`Invalidation::is_late`].
+    pub late: bool,
 }
 
 impl fmt::Debug for Invalidation<'_> {
@@ -184,6 +201,7 @@ impl fmt::Debug for Invalidation<'_> {
             .field("sequence", &self.sequence)
             .field("blockable", &self.blockable())
             .field("may_defer", &self.may_defer())
+            .field("late", &self.is_late())
             .finish()
     }
 }

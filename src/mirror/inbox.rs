@@ -386,6 +386,12 @@ impl<T: Send + 'static> Delivery<T> {
         self.info.event
     }
 
+    /// Returns whether the memory may have changed already (M7): then nothing may be written back to
+    /// it. See [`Invalidation::is_late`].
+    pub fn is_late(&self) -> bool {
+        self.info.late
+    }
+
     /// All that the first pass was told.
     pub fn info(&self) -> InvalidationInfo {
         self.info

@@ -283,3 +283,26 @@ fn b3_b4_a_non_blockable_invalidation_without_budget_does_not_wait_between_first
     now(space.drain());
     assert_eq!(space.active().len(), 0);
 }
+
+#[test]
+fn m7_a_late_invalidation_says_so_and_tells_everybody_at_once_whatever_the_budget() {
+    let log = Log::default();
+    let space = AddressSpace::builder().pass_budget(0).build();
+    let gates = [Gate::default(), Gate::default()];
+    let device = |gate: &Gate| space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+    let [first, second] = gates.each_ref().map(device);
+    let before = now(second.read_begin());
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap).late());
+    invalidate.expect_pending();
+    assert!(log.lock().unwrap().iter().all(|(_, info)| info.late));
+    assert_eq!((first.calls(), second.calls()), (1, 1), "the second does not wait for the first one's pass");
+    // Nobody is left who could go on calling first passes, and nobody has to.
+    drop(invalidate);
+    assert!(second.read_retry(before));
+    gates.each_ref().map(Gate::open);
+    now(space.drain());
+    // The budget was not touched.
+    first.next(Act::pass(Yields(1)));
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert!(log.lock().unwrap()[2..].iter().all(|(_, info)| !info.late));
+}

@@ -126,6 +126,16 @@ impl<'a> Invalidate<'a> {
         }
     }
 
+    /// Says that the memory has changed already (M7), for a source of invalidations that hears of changes afterwards. To be called
+    /// before the first poll.
+    ///
+    /// Drivers learn of it by [`Invalidation::is_late`](crate::Invalidation::is_late). All of them are told in the first poll, also beyond the
+    /// [pass budget](crate::Builder::pass_budget) (B4): whoever has not been told yet uses memory that is gone.
+    pub fn late(mut self) -> Self {
+        self.terms = self.terms.late();
+        self
+    }
+
     /// How often this future lapsed because it was not polled while somebody needed its range (C4).
     pub fn lapses(&self) -> u32 {
         self.lapses

@@ -51,8 +51,9 @@ fn call_from<'a, const BUDGET: bool>(
     passes: &mut Passes,
     at: &mut usize,
 ) -> Called {
-    let budget = if BUDGET { host.budget.as_ref() } else { None };
     let request = invalidation.request;
+    // Whoever has not been told of a change that has happened uses memory that is gone: nobody waits for a permit (M7).
+    let budget = if BUDGET { host.budget.as_ref().filter(|_| !request.terms.is_late()) } else { None };
     let Some(mut entry) = hits.get(*at).copied() else { return Called::All };
     loop {
         *at += 1;
@@ -70,9 +71,10 @@ fn call_from<'a, const BUDGET: bool>(
             match answer {
                 Answer::Done => passes.trace.first_pass(entry, answer, began),
                 Answer::Pass => {
-                    let may_defer = permit.is_none_or(Permit::keep);
+                    let has_permit = permit.map(Permit::keep);
+                    let may_defer = has_permit != Some(false);
                     // Before anybody is told.
-                    passes.start_pass::<BUDGET>(entry, may_defer, began);
+                    passes.start_pass::<BUDGET>(entry, has_permit == Some(true), began);
                     passes.trace.first_pass(entry, answer, began);
                     if !may_defer {
                         // Those before it wait until all have been called (O2).
