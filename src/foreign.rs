@@ -39,6 +39,7 @@ use core::any::Any;
 use core::fmt;
 use core::mem::ManuallyDrop;
 use core::task::Waker;
+use core::time::Duration;
 
 /// A kind of code that is not the library's: what panicked in a [`Report::Panicked`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -91,6 +92,21 @@ pub enum Report<'a> {
         /// Why.
         event: Event,
     },
+    /// Pages that a `madvise` was about to drop had not been seen to go when the source's time for
+    /// that was used up (M5). Readers of the range went on; it is invalidated again when the pages
+    /// do go.
+    Unsettled {
+        /// What was to be dropped.
+        range: AddressRange,
+        /// How long it was under invalidation; zero where its pages could not be looked at.
+        waited: Duration,
+    },
+    /// The memory of a watch is gone, as a whole or in part, or its source has ended (M2). New
+    /// memory at its addresses is not watched until the watch is renewed.
+    WatchEnded {
+        /// What was watched.
+        range: AddressRange,
+    },
     /// Code that is not the library's panicked where no caller can be told (C5). Everything else
     /// went on.
     Panicked {
@@ -108,6 +124,15 @@ impl fmt::Display for Report<'_> {
                 f,
                 "{notifier} refused a blockable invalidation of {range} ({event:?}): its device may still use the old mapping"
             ),
+            Self::Unsettled { range, waited } => {
+                write!(
+                    f,
+                    "pages of {range} that a madvise drops were not seen to go in {waited:?}: a device may have the old ones for a while"
+                )
+            }
+            Self::WatchEnded { range } => {
+                write!(f, "the watch of {range} has ended with its memory: renew it, or drop it")
+            }
             Self::Panicked { callback, message: Some(message) } => write!(f, "{callback} panicked: {message}"),
             Self::Panicked { callback, message: None } => write!(f, "{callback} panicked"),
         }

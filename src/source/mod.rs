@@ -14,6 +14,8 @@
 
 mod mapping;
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+mod ranges;
+#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
 mod ring;
 mod sys;
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
@@ -23,4 +25,4 @@ mod watches;
 
 pub use mapping::{MapError, OwnedMapping, Protection};
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
-pub use uffd::{Deliveries, Reader, Uffd, UffdError, Watch};
+pub use uffd::{Deliveries, Fork, Promises, Reader, Uffd, UffdBuilder, UffdError, UffdStats, Unwatched, Watch, Watching};

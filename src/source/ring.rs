@@ -11,8 +11,10 @@ const PLACES: usize = 1024;
 pub(super) enum Change {
     /// `start`, end exclusive.
     Unmap(u64, u64),
-    /// `start`, end exclusive.
+    /// `start`, end exclusive; the pages that are there are marked, and about to go.
     Remove(u64, u64),
+    /// The same where they could not be marked.
+    Unseen(u64, u64),
     /// From, to, bytes.
     Remap(u64, u64, u64),
     Fork,
@@ -40,11 +42,16 @@ impl Ring {
         }
     }
 
+    /// Notes that anything may have changed: what is taken from now on is everything that is watched.
+    pub(super) fn overflow(&self) {
+        self.overflowed.store(true, Ordering::Release);
+    }
+
     /// To be called by one thread at a time.
     pub(super) fn put(&self, change: Change) {
         let at = self.put.load(Ordering::Relaxed);
         if at.wrapping_sub(self.taken.load(Ordering::Acquire)) == PLACES {
-            self.overflowed.store(true, Ordering::Release);
+            self.overflow();
             return;
         }
         let words = match change {
@@ -52,6 +59,7 @@ impl Ring {
             Change::Remove(start, end) => [1, start, end, 0],
             Change::Remap(from, to, len) => [2, from, to, len],
             Change::Fork => [3, 0, 0, 0],
+            Change::Unseen(start, end) => [4, start, end, 0],
         };
         for (place, word) in self.places[at % PLACES].0.iter().zip(words) {
             place.store(word, Ordering::Relaxed);
@@ -71,6 +79,7 @@ impl Ring {
             0 => Change::Unmap(a, b),
             1 => Change::Remove(a, b),
             2 => Change::Remap(a, b, c),
+            4 => Change::Unseen(a, b),
             _ => Change::Fork,
         })
     }
@@ -101,7 +110,7 @@ mod tests {
             }
             assert_eq!(ring.take(), None);
         }
-        for change in [Change::Unmap(1, 2), Change::Remove(3, 4), Change::Fork] {
+        for change in [Change::Unmap(1, 2), Change::Remove(3, 4), Change::Unseen(5, 6), Change::Fork] {
             ring.put(change);
             assert_eq!(ring.take(), Some(change));
         }

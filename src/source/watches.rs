@@ -3,7 +3,9 @@
 
 use crate::index::{Indexed, IntervalIndex, Ordered};
 use crate::range::AddressRange;
+use crate::sync::{Arc, AtomicBool, Ordering};
 use alloc::vec::Vec;
+use slab::Slab;
 
 /// A registration of interest in a range.
 #[derive(Clone, Copy, PartialEq)]
@@ -11,6 +13,8 @@ pub(super) struct Watched {
     pub(super) range: AddressRange,
     /// Tells it from others of the same range.
     serial: u64,
+    /// Where its state is.
+    slot: usize,
 }
 
 impl Ordered for Watched {
@@ -25,30 +29,54 @@ impl Indexed for Watched {
     }
 }
 
+/// What a watch and its source both know.
+pub(super) struct WatchState {
+    /// Its memory has gone, as a whole or in part, or its source has ended.
+    ended: AtomicBool,
+    /// Its end is not reported: its holder hears of it by the invalidation.
+    quiet: bool,
+}
+
+impl WatchState {
+    pub(super) fn is_armed(&self) -> bool {
+        !self.ended.load(Ordering::Acquire)
+    }
+}
+
 pub(super) struct Watches {
     index: IntervalIndex<Watched>,
+    states: Slab<Arc<WatchState>>,
     /// The serial of the last one.
     last: u64,
 }
 
 impl Watches {
     pub(super) fn new() -> Self {
-        Self { index: IntervalIndex::new(), last: 0 }
+        Self { index: IntervalIndex::new(), states: Slab::new(), last: 0 }
     }
 
-    pub(super) fn add(&mut self, range: AddressRange) -> Watched {
+    pub(super) fn add(&mut self, range: AddressRange, quiet: bool) -> (Watched, Arc<WatchState>) {
         self.last += 1;
-        let watch = Watched { range, serial: self.last };
-        self.index.insert(watch);
-        watch
+        let state = Arc::new(WatchState { ended: AtomicBool::new(false), quiet });
+        let watched = Watched { range, serial: self.last, slot: self.states.insert(state.clone()) };
+        self.index.insert(watched);
+        (watched, state)
     }
 
-    /// Returns what nobody watches any more, as ranges that do not touch.
-    pub(super) fn remove(&mut self, watch: Watched) -> Vec<AddressRange> {
-        if self.index.remove(watch) { self.unwatched(watch.range) } else { Vec::new() }
+    pub(super) fn remove(&mut self, watched: Watched) {
+        if self.index.remove(watched) {
+            self.states.remove(watched.slot);
+        }
     }
 
-    /// The parts of `range` that nobody watches.
+    /// Watches again what had ended.
+    pub(super) fn renew(&mut self, watched: Watched) {
+        if let Some(state) = self.states.get(watched.slot) {
+            state.ended.store(false, Ordering::Release);
+        }
+    }
+
+    /// The parts of `range` that nobody watches, as ranges that do not touch.
     pub(super) fn unwatched(&self, range: AddressRange) -> Vec<AddressRange> {
         let mut free = Vec::new();
         // Where the next free part would begin; `None` behind the last address.
@@ -66,6 +94,23 @@ impl Watches {
         free
     }
 
+    /// Whether a part of `range` is watched.
+    pub(super) fn touches(&self, range: AddressRange) -> bool {
+        let mut touches = false;
+        self.index.overlapping(range, |_| touches = true);
+        touches
+    }
+
+    /// Ends the watches of what `range` overlaps. Calls `lost` with those that nobody else tells.
+    pub(super) fn end(&self, range: AddressRange, mut lost: impl FnMut(AddressRange)) {
+        self.index.overlapping(range, |watched| {
+            let Some(state) = self.states.get(watched.slot) else { return };
+            if !state.ended.swap(true, Ordering::AcqRel) && !state.quiet {
+                lost(watched.range);
+            }
+        });
+    }
+
     /// Calls `each` with all that is watched, in order of start. Allocates nothing.
     pub(super) fn for_each(&self, mut each: impl FnMut(AddressRange)) {
         self.index.overlapping(AddressRange::ALL, |watched| each(watched.range));
@@ -81,20 +126,38 @@ mod tests {
     }
 
     #[test]
-    fn only_what_nobody_else_watches_is_given_up() {
+    fn only_what_nobody_else_watches_is_free() {
         let mut watches = Watches::new();
-        let old = watches.add(range(0x1000, 0x4000));
-        let same = watches.add(range(0x1000, 0x4000));
-        assert_eq!(watches.remove(old), []);
-        let inside = watches.add(range(0x2000, 0x1000));
-        let behind = watches.add(range(0x4000, 0x4000));
-        assert_eq!(watches.remove(same), [range(0x1000, 0x1000), range(0x3000, 0x1000)]);
-        assert_eq!(watches.remove(same), [], "a second time");
+        let (old, _) = watches.add(range(0x1000, 0x4000), false);
+        let (same, _) = watches.add(range(0x1000, 0x4000), false);
+        watches.remove(old);
+        assert_eq!(watches.unwatched(old.range), []);
+        let (inside, _) = watches.add(range(0x2000, 0x1000), false);
+        let (behind, _) = watches.add(range(0x4000, 0x4000), false);
+        watches.remove(same);
+        assert_eq!(watches.unwatched(same.range), [range(0x1000, 0x1000), range(0x3000, 0x1000)]);
+        watches.remove(same);
         let mut all = Vec::new();
         watches.for_each(|range| all.push(range));
         assert_eq!(all, [range(0x2000, 0x1000), range(0x4000, 0x4000)]);
-        assert_eq!(watches.unwatched(range(0x1000, 0x2000)), [range(0x1000, 0x1000)]);
-        assert_eq!(watches.remove(behind), [range(0x4000, 0x4000)]);
-        assert_eq!(watches.remove(inside), [range(0x2000, 0x1000)]);
+        assert!(watches.touches(range(0x2fff, 2)) && !watches.touches(range(0x3000, 0x1000)));
+        watches.remove(behind);
+        watches.remove(inside);
+        assert!(watches.states.is_empty() && !watches.touches(AddressRange::ALL));
+    }
+
+    #[test]
+    fn m2_a_watch_whose_memory_is_gone_says_so_once() {
+        let mut watches = Watches::new();
+        let (loud, state) = watches.add(range(0x1000, 0x2000), false);
+        let (_, quiet) = watches.add(range(0x2000, 0x1000), true);
+        let (_, other) = watches.add(range(0x4000, 0x1000), false);
+        let mut lost = Vec::new();
+        watches.end(range(0x2000, 0x1000), |range| lost.push(range));
+        watches.end(range(0x2000, 0x1000), |range| lost.push(range));
+        assert_eq!(lost, [loud.range]);
+        assert!(!state.is_armed() && !quiet.is_armed() && other.is_armed());
+        watches.renew(loud);
+        assert!(state.is_armed());
     }
 }

@@ -8,7 +8,7 @@ mod uffd;
 
 use libtest_mimic::{Arguments, Trial};
 use shootdown::AddressSpace;
-use shootdown::source::Uffd;
+use shootdown::source::{Fork, Uffd};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::cell::Cell;
 
@@ -43,9 +43,14 @@ static ALLOCATOR: Counting = Counting;
 fn main() {
     // Called again by the test without permission, as another user.
     if std::env::var_os("SHOOTDOWN_AS_NOBODY").is_some() {
-        match Uffd::open(&AddressSpace::new()) {
-            Ok(_) => println!("permitted"),
-            Err(error) => println!("{error}"),
+        let space = AddressSpace::new();
+        match Uffd::open(&space) {
+            Ok((uffd, ..)) => println!("by default: fork: {:?}", uffd.promises().fork),
+            Err(error) => println!("by default: {error}"),
+        }
+        match Uffd::builder().fork(Fork::Report).open(&space) {
+            Ok(_) => println!("report: permitted"),
+            Err(error) => println!("report: {error}"),
         }
         return;
     }

@@ -3,7 +3,7 @@
 use crate::memory::Raw;
 use futures::executor::block_on;
 use rustix::mm::Advice;
-use shootdown::source::{Uffd, UffdError};
+use shootdown::source::{Fork, Uffd, UffdError};
 use shootdown::{
     AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError, PassFuture, RetryBudget,
     Subscription, WouldBlock,
@@ -24,7 +24,7 @@ crate::list![
     fork_invalidates_what_is_watched,
     a_handle_that_is_dropped_does_not_unwatch_a_new_one_at_the_same_address,
     a_second_userfaultfd_in_the_process_is_an_error_that_names_the_range,
-    without_permission_the_error_names_the_sysctl_and_the_capability,
+    m8_an_ordinary_user_is_told_of_all_but_forks_and_the_source_says_so,
     when_the_reader_is_dropped_nobody_hangs,
     when_the_deliveries_are_dropped_nobody_hangs,
     more_changes_than_there_is_room_for_invalidate_everything_watched,
@@ -313,7 +313,7 @@ fn the_reading_step_asks_nothing_of_the_allocator() {
     assert!(events >= 18, "{events} events");
     assert_eq!(calls, 0, "calls of the allocator while {events} events were read");
     let before = crate::allocator_calls();
-    block_on(deliveries.deliver());
+    block_on(deliveries.deliver()).unwrap();
     assert!(crate::allocator_calls() > before, "the delivery allocates, so the count counts");
     assert!(told.lock().unwrap().len() >= 17);
 }
@@ -405,21 +405,31 @@ fn a_second_userfaultfd_in_the_process_is_an_error_that_names_the_range() {
     memory.part(1, 1).unmap();
 }
 
-fn without_permission_the_error_names_the_sysctl_and_the_capability() {
-    let _fork = alone();
-    if !rustix::process::geteuid().is_root() {
-        return; // Run by somebody who is permitted and is not root: there is nobody to become.
-    }
-    // As a copy where nobody may read it.
+/// Runs this test program as an ordinary user, where nobody may read the original.
+pub fn as_nobody(what: &str) -> std::process::Output {
     let directory = std::env::temp_dir().join(format!("shootdown-nobody-{}", std::process::id()));
     std::fs::create_dir_all(&directory).unwrap();
     let program = directory.join("source");
     std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
     std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
-    let output = std::process::Command::new(&program).env("SHOOTDOWN_AS_NOBODY", "1").uid(65534).gid(65534).output().unwrap();
+    let output = std::process::Command::new(&program).env("SHOOTDOWN_AS_NOBODY", what).uid(65534).gid(65534).output().unwrap();
     std::fs::remove_dir_all(&directory).unwrap();
+    output
+}
+
+fn m8_an_ordinary_user_is_told_of_all_but_forks_and_the_source_says_so() {
+    let _fork = alone();
+    if !rustix::process::geteuid().is_root() {
+        let promises = Uffd::open(&AddressSpace::new()).unwrap().0.promises();
+        assert_eq!(promises.fork, Fork::Keep);
+        return;
+    }
+    assert_eq!(Uffd::open(&AddressSpace::new()).unwrap().0.promises().fork, Fork::Report);
+    let output = as_nobody("open");
     let said = String::from_utf8_lossy(&output.stdout);
-    assert!(said.contains("vm.unprivileged_userfaultfd") && said.contains("CAP_SYS_PTRACE"), "{said}");
+    assert!(said.contains("by default: fork: Keep"), "{said}");
+    let refused = said.lines().find(|line| line.starts_with("report: ")).unwrap();
+    assert!(refused.contains("CAP_SYS_PTRACE") && refused.contains("Fork::Keep"), "{said}");
 }
 
 fn when_the_reader_is_dropped_nobody_hangs() {
@@ -435,7 +445,7 @@ fn when_the_reader_is_dropped_nobody_hangs() {
     drop(reader);
     unmapping.join().unwrap();
     assert_eq!(uffd.watch(Raw::map(1).range()).unwrap_err(), UffdError::Closed);
-    block_on(deliveries.deliver());
+    block_on(deliveries.deliver()).unwrap();
 }
 
 fn when_the_deliveries_are_dropped_nobody_hangs() {
@@ -451,7 +461,8 @@ fn when_the_deliveries_are_dropped_nobody_hangs() {
     assert!(futures::FutureExt::now_or_never(subscription.read_begin()).is_none(), "read and not delivered: readers wait");
     drop(deliveries);
     block_on(subscription.read_begin());
-    assert_eq!(*told.lock().unwrap(), [(Event::Unmap, memory.part(0, 1).range())]);
+    let all = [memory.range(), memory.part(0, 1).range()].map(|range| (Event::Unmap, range));
+    assert_eq!(*told.lock().unwrap(), all, "what was read, and once more all that was watched");
     memory.part(1, 1).unmap();
     reader.read().unwrap();
     block_on(subscription.read_begin());
@@ -474,7 +485,7 @@ fn more_changes_than_there_is_room_for_invalidate_everything_watched() {
         read >= 1500
     });
     unmapping.join().unwrap();
-    assert!(block_on(deliveries.deliver()) > 1024);
+    assert!(block_on(deliveries.deliver()).unwrap() > 1024);
     block_on(subscription.read_begin());
     assert_eq!(*told.lock().unwrap(), [(Event::Unmap, other.range())], "what was lost may have been here");
 }

@@ -1,61 +1,66 @@
 //! The step that calls drivers.
 #![forbid(unsafe_code)]
 
-use super::{Inner, ring, unregister, wait};
+use super::settle::{Marked, Settle};
+use super::watch::Lost;
+use super::{Inner, UffdError, ring, wait};
 use crate::engine::Shared;
 use crate::engine::futures::invalidate::Invalidate;
 use crate::event::Event;
-use crate::foreign::Callback;
+use crate::foreign::{Callback, Report};
 use crate::range::AddressRange;
 use crate::source::ring::Change;
+use crate::subscription::Subscription;
 use crate::sync::{Arc, Ordering};
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::future::Future;
 use core::pin::Pin;
 use core::task::{Context, Poll, Waker};
+use core::time::Duration;
 use futures::stream::{FuturesUnordered, StreamExt};
 use rustix::fd::{AsFd, BorrowedFd};
 
 /// Turns what was read into invalidations.
 ///
 /// [`run`](Self::run) it on a thread, or wait for its descriptor ([`AsFd`]) to be readable and await [`deliver`](Self::deliver). Dropping it starts what
-/// is left without waiting, and stops watching.
+/// is left without waiting, ends all watches, and invalidates all that was watched (M3). In a child of `fork` dropping it does nothing.
 #[derive(Debug)]
 pub struct Deliveries {
     pub(super) inner: Arc<Inner>,
 }
 
 impl Deliveries {
-    /// Invalidates what was read so far, and waits until no device uses it. The invalidations start in the first poll; then the readers of the space
-    /// go on. Resolves to how many there were.
+    /// Invalidates what was read so far, and waits until no device uses it and the pages of a `madvise` have been seen gone. The invalidations start in the
+    /// first poll, and every driver is told in it; then the readers of the space go on. Resolves to how many changes there were.
+    ///
+    /// A panic of a driver has no caller here: it is counted and [reported](Report::Panicked) (C5).
+    ///
+    /// # Errors
+    /// [`UffdError::Forked`] in a child of `fork`.
     ///
     /// # Cancel safety
     /// May be dropped at any moment: before the first poll nothing has happened, after it the passes belong to the space.
-    ///
-    /// # Panics
-    /// Resumes a panic of a driver's first pass or pass (C5), after all of them have been started.
-    pub fn deliver(&mut self) -> impl Future<Output = usize> + Send + use<> {
+    pub fn deliver(&mut self) -> impl Future<Output = Result<usize, UffdError>> + Send + use<> {
         let inner = self.inner.clone();
         async move {
+            inner.check()?;
             let mut passes = FuturesUnordered::new();
             let mut started = 0;
             core::future::poll_fn(|cx| {
-                started = inner.start(cx, |invalidation| passes.push(invalidation));
+                started = inner.start(cx, |late| passes.push(late));
                 Poll::Ready(())
             })
             .await;
             while passes.next().await.is_some() {}
-            started
+            Ok(started)
         }
     }
 
     /// Delivers on this thread until [`Uffd::stop`](crate::source::Uffd::stop). Passes that are pending do not keep it from starting what is read meanwhile.
     ///
     /// # Errors
-    /// What `poll` returns.
-    ///
-    /// # Panics
-    /// As [`deliver`](Self::deliver).
+    /// What `poll` returns; in a child of `fork`, [`UffdError::Forked`].
     pub fn run(&mut self) -> std::io::Result<()> {
         struct Bell(Arc<Inner>);
         impl alloc::task::Wake for Bell {
@@ -63,12 +68,14 @@ impl Deliveries {
                 ring(&self.0.bell);
             }
         }
+        self.inner.check()?;
         let waker = Waker::from(Arc::new(Bell(self.inner.clone())));
         let mut cx = Context::from_waker(&waker);
         let mut running = FuturesUnordered::new();
         loop {
-            let [rung, stopped] = wait([self.inner.bell.as_fd(), self.inner.stop.as_fd()])?;
-            if rung {
+            let [rung, stopped] = wait([self.inner.bell.as_fd(), self.inner.stop.as_fd()], self.next_look())?;
+            // Also when it is time for another look.
+            if rung || !stopped {
                 self.clear();
                 running.push(self.deliver());
                 while let Poll::Ready(Some(_)) = running.poll_next_unpin(&mut cx) {}
@@ -79,9 +86,17 @@ impl Deliveries {
         }
     }
 
+    /// Returns when to call [`deliver`](Self::deliver) again although nothing was read: a discard was not seen to happen in time
+    /// ([`Report::Unsettled`]), and its range is to be looked at again. `None`: only when the descriptor is readable. [`run`](Self::run) does it by itself.
+    pub fn next_look(&self) -> Option<Duration> {
+        if self.inner.is_forked() { None } else { self.inner.next_look() }
+    }
+
     /// Makes the descriptor unreadable until more is read. To be called before [`deliver`](Self::deliver) by who waits for the descriptor.
     pub fn clear(&mut self) {
-        let _ = rustix::io::read(&self.inner.bell, &mut [0; 8]);
+        if !self.inner.is_forked() {
+            let _ = rustix::io::read(&self.inner.bell, &mut [0; 8]);
+        }
     }
 }
 
@@ -99,13 +114,20 @@ impl std::os::fd::AsRawFd for Deliveries {
 
 impl Drop for Deliveries {
     fn drop(&mut self) {
+        if self.inner.is_forked() {
+            return;
+        }
+        // Closed from before the watches end until everything has been invalidated (M3).
+        self.inner.shared().close_gate();
+        self.inner.turns.fetch_add(1, Ordering::AcqRel);
         self.inner.table().close();
+        self.inner.ring.overflow();
         self.inner.orphaned.store(true, Ordering::Release);
         self.inner.open();
     }
 }
 
-/// Opens the gate when the invalidations have been started, or a driver has panicked.
+/// Opens the gate when the invalidations have been started.
 struct Open<'a>(&'a Shared, usize);
 
 impl Drop for Open<'_> {
@@ -114,61 +136,123 @@ impl Drop for Open<'_> {
     }
 }
 
+/// An invalidation of a change that has happened, or is about to. A panic of a driver in it is
+/// nobody's (C5).
+struct Late {
+    inner: Arc<Inner>,
+    /// Stands in the range while pages are still to go (M5).
+    _settle: Option<Subscription<Settle>>,
+    invalidation: Pin<Box<Invalidate<'static>>>,
+}
+
+impl Future for Late {
+    type Output = ();
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let this = &mut *self;
+        let losses = &this.inner.shared().host.losses;
+        // Its guard ends the range as soon as it is there: there is nothing left to change.
+        let polled = losses.run(Callback::Pass, |_| this.invalidation.as_mut().poll(cx).map(drop));
+        polled.unwrap_or(Poll::Ready(()))
+    }
+}
+
+/// What events name.
+struct Changes {
+    ranges: Vec<(AddressRange, Event, Seen)>,
+    /// Watches that have ended.
+    lost: Lost,
+}
+
+/// Whether a change has happened when its invalidation starts.
+#[derive(Clone, Copy, PartialEq)]
+enum Seen {
+    Happened,
+    /// It is about to: the pages are marked.
+    ToCome,
+}
+
 impl Inner {
     /// Starts an invalidation of everything that the events name; `pending` gets those whose passes are pending.
-    fn start(&self, cx: &mut Context<'_>, mut pending: impl FnMut(Pin<alloc::boxed::Box<Invalidate<'static>>>)) -> usize {
+    fn start(self: &Arc<Self>, cx: &mut Context<'_>, mut pending: impl FnMut(Late)) -> usize {
         let open = Open(self.shared(), self.turns.swap(0, Ordering::AcqRel));
         let changes = self.changes();
-        let started = changes.len();
-        for (range, event) in changes {
-            let mut invalidation = alloc::boxed::Box::pin(self.space.invalidate(range, event).into_owned());
-            // A driver's panic has no caller here (C5).
-            let polled = self.shared().host.losses.run(Callback::FirstPass, |_| invalidation.as_mut().poll(cx).map(drop));
-            if let Some(Poll::Pending) = polled {
-                pending(invalidation);
+        let started = changes.ranges.len();
+        // All of them first: a driver that is told drops its watches, and the marks of another change would go with the registration.
+        let lates: Vec<Late> = changes.ranges.into_iter().map(|(range, event, seen)| self.late(range, event, seen)).collect();
+        for mut late in lates {
+            if Pin::new(&mut late).poll(cx).is_pending() {
+                pending(late);
             }
         }
         drop(open);
+        self.table().forget_dropped(|| self.shared().gate.is_closed_now());
+        for range in changes.lost {
+            self.shared().host.losses.report(&Report::WatchEnded { range });
+        }
         started
     }
 
-    /// Without anybody who could wait: the passes are left to the space.
-    pub(super) fn open(&self) {
-        let _open = Open(self.shared(), self.turns.swap(0, Ordering::AcqRel));
-        for (range, event) in self.changes() {
-            // What cannot be waited for is abandoned, and whoever needs the range drives it.
-            self.shared().host.losses.run(Callback::FirstPass, |_| self.space.try_invalidate(range, event).map(drop));
+    fn late(self: &Arc<Self>, range: AddressRange, event: Event, seen: Seen) -> Late {
+        let marked = if seen == Seen::ToCome { Marked::new(self, range) } else { None };
+        let settle = marked.and_then(|marked| self.space().insert(range, Settle(marked)).ok());
+        Late {
+            inner: self.clone(),
+            _settle: settle,
+            invalidation: Box::pin(self.space().invalidate(range, event).late().into_owned()),
         }
     }
 
+    /// Without anybody who could wait: the passes are left to the space.
+    pub(super) fn open(self: &Arc<Self>) {
+        self.start(&mut Context::from_waker(Waker::noop()), drop);
+    }
+
     /// What the events that were read name.
-    fn changes(&self) -> Vec<(AddressRange, Event)> {
-        let mut changes = Vec::new();
-        let whole = |changes: &mut Vec<_>, event| {
-            self.table().watches.for_each(|range| changes.push((range, event)));
-        };
+    fn changes(&self) -> Changes {
+        let mut changes = Changes { ranges: Vec::new(), lost: Lost::new() };
+        let mut again = self.changed_suspects();
+        changes.ranges.extend(again.drain(..).map(|range| (range, Event::Clear, Seen::Happened)));
         if self.ring.take_overflow() {
-            whole(&mut changes, Event::Unmap);
+            let table = self.table();
+            table.watches.for_each(|range| changes.ranges.push((range, Event::Unmap, Seen::Happened)));
+            // Nobody knows which of them have lost their memory.
+            table.watches.end(AddressRange::ALL, |range| changes.lost.push(range));
         }
         while let Some(change) = self.ring.take() {
             match change {
-                Change::Unmap(start, end) => changes.extend(named(start, end.wrapping_sub(start), Event::Unmap)),
-                Change::Remove(start, end) => changes.extend(named(start, end.wrapping_sub(start), Event::Clear)),
+                Change::Unmap(start, end) => self.gone(&mut changes, start, end.wrapping_sub(start)),
+                Change::Remove(start, end) => self.discarded(&mut changes, start, end, Seen::ToCome),
+                Change::Unseen(start, end) => self.discarded(&mut changes, start, end, Seen::Happened),
                 Change::Remap(from, to, len) => {
-                    changes.extend(named(from, len, Event::Unmap));
-                    // The kernel goes on watching where the memory is now; nobody asked for that.
-                    let table = self.table();
-                    if let (Some(fd), Ok(moved)) = (&table.fd, AddressRange::new(to, len)) {
-                        table.watches.unwatched(moved).into_iter().for_each(|range| unregister(fd, range));
+                    self.gone(&mut changes, from, len);
+                    if let Ok(moved) = AddressRange::new(to, len) {
+                        self.table().moved(moved);
                     }
                 }
-                Change::Fork => whole(&mut changes, Event::ProtectionPage),
+                Change::Fork => {
+                    let each = |range| changes.ranges.push((range, Event::ProtectionPage, Seen::Happened));
+                    self.table().watches.for_each(each);
+                }
             }
         }
         changes
     }
-}
 
-fn named(start: u64, len: u64, event: Event) -> Option<(AddressRange, Event)> {
-    AddressRange::new(start, len).ok().map(|range| (range, event))
+    /// Memory was unmapped, mapped over or moved away.
+    fn gone(&self, changes: &mut Changes, start: u64, len: u64) {
+        let Ok(range) = AddressRange::new(start, len) else { return };
+        changes.ranges.push((range, Event::Unmap, Seen::Happened));
+        self.table().watches.end(range, |range| changes.lost.push(range));
+    }
+
+    /// Pages are about to be dropped.
+    fn discarded(&self, changes: &mut Changes, start: u64, end: u64, seen: Seen) {
+        let Ok(range) = AddressRange::new(start, end.wrapping_sub(start)) else { return };
+        if seen == Seen::Happened {
+            self.report_unsettled(range, Duration::ZERO);
+        }
+        let seen = if self.pagemap.is_some() { seen } else { Seen::Happened };
+        changes.ranges.push((range, Event::Clear, seen));
+    }
 }

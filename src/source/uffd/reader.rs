@@ -2,12 +2,13 @@
 #![forbid(unsafe_code)]
 
 use super::{Inner, ring, wait};
+use crate::range::AddressRange;
 use crate::source::ring::Change;
 use crate::source::sys::uffd;
 use crate::sync::{Arc, Ordering};
 use linux_raw_sys::general as raw;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::io::Errno;
+use rustix::io::{Errno, fcntl_dupfd_cloexec};
 
 /// Messages that are read at once.
 const AT_ONCE: usize = 16;
@@ -15,11 +16,18 @@ const AT_ONCE: usize = 16;
 /// Reads the kernel's events. Threads that unmap watched memory wait for it, so it waits for nobody: no lock, no memory.
 ///
 /// [`run`](Self::run) it on a thread of its own, or wait for its descriptor ([`AsFd`]) to be readable and [`read`](Self::read). While nobody does either,
-/// threads that unmap watched memory hang. Dropping it ends all watches and reads what is left, so they go on; that is still to be delivered.
+/// threads that unmap watched memory hang.
+///
+/// Dropping it ends all watches and reads what is left, so that those threads go on; all that was watched is invalidated by the next delivery, and until
+/// then readers of the space wait (M3). In a child of `fork` dropping it does nothing.
 #[derive(Debug)]
 pub struct Reader {
     pub(super) inner: Arc<Inner>,
     pub(super) fd: Arc<OwnedFd>,
+    /// Kept open, so that a descriptor is free when a fork's event brings one.
+    pub(super) reserve: Option<OwnedFd>,
+    /// Being dropped: nothing is watched any more.
+    pub(super) ending: bool,
 }
 
 impl Reader {
@@ -27,21 +35,34 @@ impl Reader {
     /// of the space wait until that has begun.
     ///
     /// # Errors
-    /// What `read` returns. `WouldBlock` is not an error: 0 events.
+    /// What `read` returns, but not for want of data (0 events) or of a descriptor for a fork's event (one is kept in reserve; while another thread has
+    /// taken that, everything watched is invalidated, and the event is read by the next call). In a child of `fork`,
+    /// [`UffdError::Forked`](super::UffdError::Forked).
     pub fn read(&mut self) -> std::io::Result<usize> {
+        self.inner.check()?;
         self.inner.shared().close_gate();
         let read = self.read_all();
-        // The events before the turn: who takes the turn finds them all.
-        self.inner.turns.fetch_add(1, Ordering::AcqRel);
-        ring(&self.inner.bell);
+        self.end_turn();
         if self.inner.orphaned.load(Ordering::Acquire) {
-            // Nobody will deliver them: what is left is that readers do not wait for ever.
+            // Nobody will deliver them: what is left is that readers do not wait for ever. Not while a change is under way, whose thread may hold
+            // a lock that a driver needs.
+            while uffd::changing(&self.fd) {
+                let _ = self.read_all();
+                std::thread::yield_now();
+            }
             self.inner.open();
         }
         read
     }
 
-    fn read_all(&self) -> std::io::Result<usize> {
+    /// Has the next delivery open the gate that was closed.
+    fn end_turn(&self) {
+        // The events before the turn: who takes the turn finds them all.
+        self.inner.turns.fetch_add(1, Ordering::AcqRel);
+        ring(&self.inner.bell);
+    }
+
+    fn read_all(&mut self) -> std::io::Result<usize> {
         let mut buffer = [0; AT_ONCE * uffd::MESSAGE];
         let mut events = 0;
         loop {
@@ -49,28 +70,82 @@ impl Reader {
                 Ok(bytes) => bytes,
                 Err(Errno::AGAIN) => return Ok(events),
                 Err(Errno::INTR) => continue,
+                Err(Errno::MFILE | Errno::NFILE) => {
+                    // A fork's event brings a descriptor, and there is none left: that of the reserve is.
+                    if self.reserve.take().is_some() {
+                        continue;
+                    }
+                    self.inner.ring.overflow();
+                    std::thread::yield_now();
+                    self.refill();
+                    return Ok(events);
+                }
                 Err(error) => return Err(error.into()),
             };
             let (messages, _) = buffer[..bytes].as_chunks::<{ uffd::MESSAGE }>();
             for message in messages {
                 events += 1;
-                if let Some(change) = parse(message) {
+                if let Some(change) = self.parse(message) {
                     self.inner.ring.put(change);
                 }
             }
+            self.inner.events.fetch_add(messages.len() as u64, Ordering::Relaxed);
+            self.refill();
             if messages.len() < AT_ONCE {
                 return Ok(events);
             }
         }
     }
 
+    fn refill(&mut self) {
+        if self.reserve.is_none() {
+            self.reserve = fcntl_dupfd_cloexec(&self.inner.bell, 0).ok();
+        }
+    }
+
+    /// Reads one message of the kernel. The descriptor of a fork, which would tell of the child's memory, is closed.
+    fn parse(&self, message: &[u8; uffd::MESSAGE]) -> Option<Change> {
+        let (words, _) = message.as_chunks::<8>();
+        let word = |at: usize| words.get(at).map_or(0, |word| u64::from_ne_bytes(*word));
+        match u32::from(message[0]) {
+            raw::UFFD_EVENT_UNMAP => Some(Change::Unmap(word(1), word(2))),
+            raw::UFFD_EVENT_REMOVE => Some(self.mark(word(1), word(2))),
+            raw::UFFD_EVENT_REMAP => {
+                if self.ending
+                    && let Ok(moved) = AddressRange::new(word(2), word(3))
+                {
+                    // Nobody will read of it there.
+                    let _ = uffd::unregister(&self.fd, moved);
+                }
+                Some(Change::Remap(word(1), word(2), word(3)))
+            }
+            raw::UFFD_EVENT_FORK => {
+                let [a, b, c, d, ..] = words[1];
+                drop(uffd::adopt(u32::from_ne_bytes([a, b, c, d])));
+                Some(Change::Fork)
+            }
+            // Page faults are not asked for.
+            _ => None,
+        }
+    }
+
+    /// Marks the pages that are about to go, before the thread that drops them has come far (M5).
+    fn mark(&self, start: u64, end: u64) -> Change {
+        let marked = match (&self.inner.pagemap, AddressRange::new(start, end.wrapping_sub(start))) {
+            (Some(pagemap), Ok(range)) => pagemap.mark(range).is_ok(),
+            _ => self.inner.pagemap.is_none(),
+        };
+        if marked { Change::Remove(start, end) } else { Change::Unseen(start, end) }
+    }
+
     /// Reads on this thread until [`Uffd::stop`](crate::source::Uffd::stop).
     ///
     /// # Errors
-    /// What `poll` and `read` return.
+    /// What `poll` and [`read`](Self::read) return.
     pub fn run(&mut self) -> std::io::Result<()> {
+        self.inner.check()?;
         loop {
-            let [readable, stopped] = wait([self.fd.as_fd(), self.inner.stop.as_fd()])?;
+            let [readable, stopped] = wait([self.fd.as_fd(), self.inner.stop.as_fd()], None)?;
             if readable {
                 self.read()?;
             }
@@ -78,24 +153,6 @@ impl Reader {
                 return Ok(());
             }
         }
-    }
-}
-
-/// One message of the kernel. A fork's descriptor, which would tell of the child's memory, is closed.
-fn parse(message: &[u8; uffd::MESSAGE]) -> Option<Change> {
-    let (words, _) = message.as_chunks::<8>();
-    let word = |at: usize| words.get(at).map_or(0, |word| u64::from_ne_bytes(*word));
-    match u32::from(message[0]) {
-        raw::UFFD_EVENT_UNMAP => Some(Change::Unmap(word(1), word(2))),
-        raw::UFFD_EVENT_REMOVE => Some(Change::Remove(word(1), word(2))),
-        raw::UFFD_EVENT_REMAP => Some(Change::Remap(word(1), word(2), word(3))),
-        raw::UFFD_EVENT_FORK => {
-            let [a, b, c, d, ..] = words[1];
-            drop(uffd::adopt(u32::from_ne_bytes([a, b, c, d])));
-            Some(Change::Fork)
-        }
-        // Page faults are not asked for.
-        _ => None,
     }
 }
 
@@ -113,18 +170,29 @@ impl std::os::fd::AsRawFd for Reader {
 
 impl Drop for Reader {
     fn drop(&mut self) {
+        if self.inner.is_forked() {
+            return;
+        }
+        // From here on nothing is found that changes may make stale (M3).
+        self.inner.shared().close_gate();
+        self.ending = true;
         // Who has the table allocates, and so may be inside `munmap` and wait for this reader.
         loop {
             if let Some(mut table) = self.inner.try_table() {
                 break table.close();
             }
-            let _ = self.read();
+            let _ = self.read_all();
             std::thread::yield_now();
         }
         // Nothing is watched any more, but a change may be under way whose event has to be read. To close the descriptor would not be enough: a thread
         // inside `fork` waits for us, and its child, half made, has a copy of the descriptor.
-        while self.read().is_ok() && uffd::changing(&self.fd) {
+        while self.read_all().is_ok() && uffd::changing(&self.fd) {
             std::thread::yield_now();
+        }
+        self.inner.ring.overflow();
+        self.end_turn();
+        if self.inner.orphaned.load(Ordering::Acquire) {
+            self.inner.open();
         }
     }
 }

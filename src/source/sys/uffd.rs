@@ -1,0 +1,332 @@
+//! userfaultfd, and what `/proc` says of the process's own pages and mappings.
+//!
+//! None of these calls changes what the process can read or write, so all of them can be called
+//! safely.
+
+use super::{Memory, page_size};
+use crate::range::AddressRange;
+use crate::sync::Ordering;
+use core::ffi::c_void;
+use core::ptr;
+use core::sync::atomic::AtomicU8;
+use linux_raw_sys::general as raw;
+use linux_raw_sys::ioctl as codes;
+use rustix::fd::{AsFd, FromRawFd, OwnedFd};
+use rustix::io;
+use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, Setter, Updater, ioctl, opcode};
+use rustix::mm::{self, Advice, UserfaultfdFlags};
+use std::fs::File;
+
+/// Bytes of one message.
+pub(crate) const MESSAGE: usize = size_of::<raw::uffd_msg>();
+
+/// Flag with which an ordinary user may open one: faults of the kernel itself cannot be handled
+/// through it.
+pub(crate) const USER_MODE_ONLY: u32 = raw::UFFD_USER_MODE_ONLY;
+
+/// Opens a descriptor by the system call. It does not block.
+pub(crate) fn open(flags: u32) -> io::Result<OwnedFd> {
+    let flags = UserfaultfdFlags::from_bits_retain(flags) | UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    // SAFETY: what the descriptor can do to the process's memory is done by `register`, which changes nothing that can be read.
+    unsafe { mm::userfaultfd(flags) }
+}
+
+/// `USERFAULTFD_IOC_NEW`: its argument is a number, its result a descriptor.
+struct New(usize);
+
+// SAFETY: the kernel reads no memory through the argument, which is a number, and on success returns a descriptor that is new and the caller's.
+unsafe impl Ioctl for New {
+    type Output = OwnedFd;
+
+    const IS_MUTATING: bool = false;
+
+    fn opcode(&self) -> Opcode {
+        opcode::none(0xaa, 0)
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        ptr::without_provenance_mut(self.0)
+    }
+
+    unsafe fn output_from_ptr(out: IoctlOutput, _: *mut c_void) -> io::Result<OwnedFd> {
+        // SAFETY: called with what the kernel returned.
+        Ok(unsafe { OwnedFd::from_raw_fd(out) })
+    }
+}
+
+/// Opens a descriptor through `/dev/userfaultfd` (Linux 6.1), whose file mode says who may. It does
+/// not block.
+pub(crate) fn open_by(device: &File, flags: u32) -> io::Result<OwnedFd> {
+    let flags = UserfaultfdFlags::from_bits_retain(flags) | UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    // SAFETY: `USERFAULTFD_IOC_NEW` takes the flags as a number; see `open`.
+    unsafe { ioctl(device, New(flags.bits() as usize)) }
+}
+
+/// Shakes hands; returns the features that the kernel knows. To be done once for a descriptor.
+pub(crate) fn api(fd: impl AsFd, features: u64) -> io::Result<u64> {
+    let mut api = raw::uffdio_api { api: u64::from(raw::UFFD_API), features, ioctls: 0 };
+    // SAFETY: `UFFDIO_API` reads and writes one `uffdio_api`.
+    unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_API }, _>::new(&mut api))? };
+    Ok(api.features)
+}
+
+/// Watches pages for events. In write-protect mode: what is marked by [`Pagemap::mark`] is unmarked
+/// by the kernel itself when it is written, so no access faults for anybody to handle.
+pub(crate) fn register(fd: impl AsFd, pages: AddressRange) -> io::Result<()> {
+    let range = bounds(pages)?;
+    let mut register = raw::uffdio_register { range, mode: u64::from(raw::UFFDIO_REGISTER_MODE_WP), ioctls: 0 };
+    // SAFETY: `UFFDIO_REGISTER` reads and writes one `uffdio_register`; see above for what it does to the memory.
+    unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_REGISTER }, _>::new(&mut register)) }
+}
+
+/// Watches them no more.
+pub(crate) fn unregister(fd: impl AsFd, pages: AddressRange) -> io::Result<()> {
+    // SAFETY: `UFFDIO_UNREGISTER` reads one `uffdio_range`.
+    unsafe { ioctl(fd, Setter::<{ codes::UFFDIO_UNREGISTER }, _>::new(bounds(pages)?)) }
+}
+
+fn bounds(pages: AddressRange) -> io::Result<raw::uffdio_range> {
+    Ok(raw::uffdio_range { start: pages.start(), len: pages.len().ok_or(io::Errno::INVAL)? })
+}
+
+/// Whether a change is under way whose event may still be to come. The kernel asks itself that before it fills a page, so it is asked to fill
+/// none.
+pub(crate) fn changing(fd: impl AsFd) -> bool {
+    let mut nothing = raw::uffdio_zeropage { range: raw::uffdio_range { start: 0, len: 0 }, mode: 0, zeropage: 0 };
+    // SAFETY: `UFFDIO_ZEROPAGE` reads and writes one `uffdio_zeropage`; it fills no page of an empty range.
+    let answer = unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_ZEROPAGE }, _>::new(&mut nothing)) };
+    answer == Err(io::Errno::AGAIN)
+}
+
+/// Takes over a descriptor that a message carries.
+pub(crate) fn adopt(number: u32) -> OwnedFd {
+    // SAFETY: called for the descriptor in a fork event, which the kernel has just made for its reader.
+    unsafe { OwnedFd::from_raw_fd(number.cast_signed()) }
+}
+
+/// Leaves pages out of the children of a fork (`MADV_DONTFORK`), or not any more.
+pub(crate) fn keep_from_children(pages: AddressRange, keep: bool) -> io::Result<()> {
+    let range = bounds(pages)?;
+    let (at, len) = (usize::try_from(range.start), usize::try_from(range.len));
+    let (Ok(at), Ok(len)) = (at, len) else { return Err(io::Errno::INVAL) };
+    let advice = if keep { Advice::LinuxDontFork } else { Advice::LinuxDoFork };
+    // SAFETY: this process's memory stays as it is; what changes is what its children get.
+    unsafe { mm::madvise(ptr::without_provenance_mut(at), len, advice) }
+}
+
+/// The page tables of this process, as `/proc/self/pagemap` shows them.
+pub(crate) struct Pagemap(OwnedFd);
+
+/// `struct pm_scan_arg` of `linux/fs.h`.
+#[repr(C)]
+struct Scan {
+    size: u64,
+    flags: u64,
+    start: u64,
+    end: u64,
+    walk_end: u64,
+    vec: u64,
+    vec_len: u64,
+    max_pages: u64,
+    category_inverted: u64,
+    category_mask: u64,
+    category_anyof_mask: u64,
+    return_mask: u64,
+}
+
+/// `struct page_region` of `linux/fs.h`.
+#[repr(C)]
+struct Region {
+    start: u64,
+    end: u64,
+    categories: u64,
+}
+
+const PAGEMAP_SCAN: Opcode = opcode::read_write::<Scan>(b'f', 16);
+const PM_SCAN_WP_MATCHING: u64 = 1;
+const PAGE_IS_WPALLOWED: u64 = 1;
+const PAGE_IS_WRITTEN: u64 = 1 << 1;
+const PAGE_IS_PRESENT: u64 = 1 << 3;
+const PAGE_IS_SWAPPED: u64 = 1 << 4;
+const PAGE_IS_PFNZERO: u64 = 1 << 5;
+
+impl Pagemap {
+    /// Opens it, if the kernel can scan it (Linux 6.7).
+    pub(crate) fn open() -> Option<Self> {
+        let pagemap = Self(File::open("/proc/self/pagemap").ok()?.into());
+        // An empty range is refused by a kernel that cannot, and by nobody else.
+        pagemap.scan(0, 0, 0, (0, 0), None).is_ok().then_some(pagemap)
+    }
+
+    /// Scans `start` to `end` (exclusive) for pages that have all of `all.0`, none of `all.1` and one of present and swapped. Returns where
+    /// it stopped and whether it stopped at one.
+    fn scan(&self, flags: u64, start: u64, end: u64, all: (u64, u64), found: Option<&mut Region>) -> io::Result<(u64, bool)> {
+        let (with, without) = all;
+        let mut scan = Scan {
+            size: size_of::<Scan>() as u64,
+            flags,
+            start,
+            end,
+            walk_end: 0,
+            vec: 0,
+            vec_len: 0,
+            max_pages: 0,
+            category_inverted: without,
+            category_mask: with | without,
+            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            return_mask: PAGE_IS_PRESENT,
+        };
+        if let Some(found) = found {
+            (scan.vec, scan.vec_len, scan.max_pages) = (ptr::from_mut(found).expose_provenance() as u64, 1, 1);
+        }
+        // SAFETY: `PAGEMAP_SCAN` reads and writes one `pm_scan_arg`, and writes at most `vec_len` regions to `vec`. What it does to
+        // the pages of `PM_SCAN_WP_MATCHING` is a mark: `register` says who takes it away.
+        let found = unsafe { ioctl(&self.0, CountedUpdater(&mut scan))? };
+        Ok((scan.walk_end, found > 0))
+    }
+
+    /// Marks the pages that are there, in memory or swapped out, where they are watched. Takes no
+    /// memory of the process.
+    pub(crate) fn mark(&self, pages: AddressRange) -> io::Result<()> {
+        let (mut at, end) = (pages.start(), pages.last().wrapping_add(1));
+        while at < end {
+            let (walked, _) = self.scan(PM_SCAN_WP_MATCHING, at, end, (PAGE_IS_WPALLOWED, 0), None)?;
+            if walked <= at {
+                return Err(io::Errno::IO);
+            }
+            at = walked;
+        }
+        Ok(())
+    }
+
+    /// Whether a page that was marked is still there, unwritten.
+    pub(crate) fn has_marked(&self, pages: AddressRange) -> io::Result<bool> {
+        let end = pages.last().wrapping_add(1);
+        let mut region = Region { start: 0, end: 0, categories: 0 };
+        let all = (PAGE_IS_WPALLOWED, PAGE_IS_WRITTEN | PAGE_IS_PFNZERO);
+        self.scan(0, pages.start(), end, all, Some(&mut region)).map(|(_, found)| found)
+    }
+}
+
+/// `PAGEMAP_SCAN`: reads and writes its argument, and returns a count.
+struct CountedUpdater<'a>(&'a mut Scan);
+
+// SAFETY: the argument is one `pm_scan_arg`, as the opcode says.
+unsafe impl Ioctl for CountedUpdater<'_> {
+    type Output = i32;
+
+    const IS_MUTATING: bool = true;
+
+    fn opcode(&self) -> Opcode {
+        PAGEMAP_SCAN
+    }
+
+    fn as_ptr(&mut self) -> *mut c_void {
+        ptr::from_mut(self.0).cast()
+    }
+
+    unsafe fn output_from_ptr(out: IoctlOutput, _: *mut c_void) -> io::Result<i32> {
+        Ok(out)
+    }
+}
+
+/// The mappings of this process, as `/proc/self/maps` lists them.
+pub(crate) struct Maps(OwnedFd);
+
+/// `struct procmap_query` of `linux/fs.h`.
+#[repr(C)]
+#[derive(Default)]
+struct Query {
+    size: u64,
+    query_flags: u64,
+    query_addr: u64,
+    vma_start: u64,
+    vma_end: u64,
+    vma_flags: u64,
+    vma_page_size: u64,
+    vma_offset: u64,
+    inode: u64,
+    dev_major: u32,
+    dev_minor: u32,
+    vma_name_size: u32,
+    build_id_size: u32,
+    vma_name_addr: u64,
+    build_id_addr: u64,
+}
+
+/// `PROCMAP_QUERY_COVERING_OR_NEXT_VMA`.
+const COVERING_OR_NEXT: u64 = 16;
+const PROCMAP_QUERY: Opcode = opcode::read_write::<Query>(b'f', 17);
+
+/// A mapping of this process.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Mapping {
+    pub(crate) range: AddressRange,
+    /// Bytes of its pages: more than elsewhere in hugetlbfs.
+    pub(crate) page: u64,
+}
+
+impl Maps {
+    /// Opens it, if the kernel answers questions about single mappings (Linux 6.11).
+    pub(crate) fn open() -> Option<Self> {
+        let maps = Self(File::open("/proc/self/maps").ok()?.into());
+        // A mapping that is there for sure: that of a local variable.
+        let here = ptr::from_ref(&maps).addr() as u64;
+        maps.at(here).is_some().then_some(maps)
+    }
+
+    /// The mapping that `address` lies in.
+    pub(crate) fn at(&self, address: u64) -> Option<Mapping> {
+        self.query(address, 0)
+    }
+
+    /// Calls `each` with the parts of `range` that are mapped, mapping by mapping. Allocates nothing.
+    pub(crate) fn walk(&self, range: AddressRange, mut each: impl FnMut(AddressRange)) {
+        let mut from = range.start();
+        while let Some(Mapping { range: found, .. }) = self.query(from, COVERING_OR_NEXT) {
+            if found.start() > range.last() {
+                break;
+            }
+            let (start, last) = (found.start().max(from), found.last().min(range.last()));
+            AddressRange::try_from(start..=last).into_iter().for_each(&mut each);
+            match last.checked_add(1) {
+                Some(next) if next <= range.last() => from = next,
+                _ => break,
+            }
+        }
+    }
+
+    fn query(&self, address: u64, query_flags: u64) -> Option<Mapping> {
+        let mut query = Query { size: size_of::<Query>() as u64, query_flags, query_addr: address, ..Query::default() };
+        // SAFETY: `PROCMAP_QUERY` reads and writes one `procmap_query`; without room for them it writes no names.
+        unsafe { ioctl(self.0.as_fd(), Updater::<{ PROCMAP_QUERY }, _>::new(&mut query)).ok()? };
+        let range = AddressRange::new(query.vma_start, query.vma_end.checked_sub(query.vma_start)?).ok()?;
+        Some(Mapping { range, page: query.vma_page_size.max(page_size() as u64) })
+    }
+}
+
+/// Says whether the process is still the one in which it was made, or a child of it after `fork`.
+/// A page that the kernel wipes in children says so (`MADV_WIPEONFORK`): to ask costs one load.
+pub(crate) struct ForkMark(Memory);
+
+impl ForkMark {
+    pub(crate) fn new() -> io::Result<Self> {
+        let mut page = Memory::map(page_size())?;
+        page.write(0, &[1]);
+        // SAFETY: the page is ours, and only this value looks at it.
+        unsafe { mm::madvise(page.as_ptr().cast(), page.len(), Advice::LinuxWipeOnFork)? };
+        Ok(Self(page))
+    }
+
+    #[inline]
+    pub(crate) fn is_forked(&self) -> bool {
+        // SAFETY: mapped as long as `self` exists, and written by nobody but the kernel, in a process of its own.
+        unsafe { AtomicU8::from_ptr(self.0.as_ptr()) }.load(Ordering::Relaxed) == 0
+    }
+}
+
+/// The process's limit of mappings.
+pub(crate) fn most_mappings() -> usize {
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
+    limit.and_then(|text| text.trim().parse().ok()).unwrap_or(65_530)
+}

@@ -1,0 +1,155 @@
+//! The retry loop of a driver whose memory is watched.
+#![forbid(unsafe_code)]
+
+use super::{Uffd, UffdError, Watch};
+use crate::mirror::driver_lock::{DriverLock, MirrorError, RetryBudget};
+use crate::notifier::{IntervalNotifier, Sequence};
+use crate::range::AddressRange;
+use crate::subscription::Subscription;
+use core::fmt;
+use core::future::Future;
+use core::pin::Pin;
+use core::task::{Context, Poll, ready};
+
+/// Why nothing could be prepared under a watch.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Unwatched<E> {
+    /// The memory cannot be watched.
+    Watch(UffdError),
+    /// The error of `prepare`.
+    Prepare(E),
+}
+
+impl<E: fmt::Display> fmt::Display for Unwatched<E> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Watch(error) => fmt::Display::fmt(error, f),
+            Self::Prepare(error) => fmt::Display::fmt(error, f),
+        }
+    }
+}
+
+impl<E: core::error::Error + 'static> core::error::Error for Unwatched<E> {
+    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
+        match self {
+            Self::Watch(error) => Some(error),
+            Self::Prepare(error) => Some(error),
+        }
+    }
+}
+
+impl Uffd {
+    /// Runs the whole collision-retry loop of a driver that mirrors watched memory: `read_begin`; a new watch of `range`; `prepare`, which looks at the
+    /// memory; then lock, check and `install`, or all of it again (M1). The watch goes to `install`, to be kept with what it installs and dropped with it.
+    ///
+    /// [`DriverLock::mirror`] with the one order in which nothing is missed: memory that is mapped over after the watch was made fails the check, and
+    /// memory that was mapped over before is watched as it is now.
+    ///
+    /// ```no_run
+    /// # use shootdown::*;
+    /// # use shootdown::source::{Uffd, Watch};
+    /// # #[derive(Default)]
+    /// # struct Gpu { pages: DriverLock<Option<(u64, Watch)>> }
+    /// # impl IntervalNotifier for Gpu {
+    /// #     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    /// #         *self.pages.lock_for(invalidation) = None;
+    /// #         Ok(None)
+    /// #     }
+    /// # }
+    /// # async fn pin(range: AddressRange) -> Result<u64, std::io::Error> { Ok(range.start()) }
+    /// # async fn example(uffd: Uffd, buffer: AddressRange) -> Result<(), Box<dyn std::error::Error>> {
+    /// let gpu = uffd.space().insert(buffer, Gpu::default())?;
+    /// uffd.mirror(
+    ///     &gpu,
+    ///     &gpu.pages,
+    ///     buffer,
+    ///     RetryBudget::default(),
+    ///     |_sequence| pin(buffer),
+    ///     |pages, pinned, watch| *pages = Some((pinned, watch)),
+    /// )
+    /// .await?;
+    /// # Ok(()) }
+    /// ```
+    ///
+    /// # Errors
+    /// [`MirrorError::Prepare`] with [`Unwatched`]; [`MirrorError::RetriesExhausted`]; [`MirrorError::Closed`].
+    ///
+    /// # Cancel safety
+    /// May be dropped at any moment: nothing is installed, and nothing watched, unless it has resolved.
+    pub async fn mirror<N, T, P, E, F, R>(
+        &self,
+        subscription: &Subscription<N>,
+        lock: &DriverLock<T>,
+        range: AddressRange,
+        budget: RetryBudget,
+        prepare: impl FnMut(Sequence) -> F,
+        mut install: impl FnMut(&mut T, P, Watch) -> R,
+    ) -> Result<R, MirrorError<Unwatched<E>>>
+    where
+        N: IntervalNotifier,
+        F: Future<Output = Result<P, E>>,
+    {
+        let prepare = self.watched(range, prepare);
+        lock.mirror(subscription, budget, prepare, |mappings, (prepared, watch)| install(mappings, prepared, watch)).await
+    }
+
+    /// Makes a `prepare` for [`DriverLock::mirror`] or [`Inbox::mirror`](crate::Inbox::mirror) that first watches `range`, on each try (M1). It resolves to what
+    /// `prepare` resolves to and the watch.
+    pub fn watched<P, E, F>(
+        &self,
+        range: AddressRange,
+        mut prepare: impl FnMut(Sequence) -> F,
+    ) -> impl FnMut(Sequence) -> Watching<F>
+    where
+        F: Future<Output = Result<P, E>>,
+    {
+        move |sequence| {
+            // Before `prepare` is called: it may look at the memory at once.
+            Watching(match self.watch(range) {
+                Ok(watch) => Step::Preparing { watch: Some(watch), prepare: prepare(sequence) },
+                Err(error) => Step::Refused(Some(error)),
+            })
+        }
+    }
+}
+
+/// The future of a `prepare` under a watch: see [`Uffd::watched`].
+#[pin_project::pin_project]
+#[must_use = "futures do nothing unless polled"]
+pub struct Watching<F>(#[pin] Step<F>);
+
+#[pin_project::pin_project(project = StepProjection)]
+enum Step<F> {
+    Refused(Option<UffdError>),
+    Preparing {
+        watch: Option<Watch>,
+        #[pin]
+        prepare: F,
+    },
+}
+
+impl<F, P, E> Future for Watching<F>
+where
+    F: Future<Output = Result<P, E>>,
+{
+    type Output = Result<(P, Watch), Unwatched<E>>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        const RESOLVED: &str = "`Watching` polled after it has resolved";
+        Poll::Ready(match self.project().0.project() {
+            StepProjection::Refused(error) => Err(Unwatched::Watch(error.take().expect(RESOLVED))),
+            StepProjection::Preparing { watch, prepare } => {
+                let prepared = ready!(prepare.poll(cx));
+                let watch = watch.take().expect(RESOLVED);
+                prepared.map(|prepared| (prepared, watch)).map_err(Unwatched::Prepare)
+            }
+        })
+    }
+}
+
+impl<F> fmt::Debug for Watching<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watching").finish_non_exhaustive()
+    }
+}

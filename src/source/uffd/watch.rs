@@ -1,0 +1,287 @@
+//! What is watched: the handles of users, and what the kernel has been told for them.
+#![forbid(unsafe_code)]
+
+use super::{Fork, Inner, Promises, UffdError};
+use crate::range::AddressRange;
+use crate::source::ranges::Ranges;
+use crate::source::sys::page_size;
+use crate::source::sys::uffd::{self, Maps, Pagemap};
+use crate::source::watches::{WatchState, Watched, Watches};
+use crate::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+use rustix::fd::OwnedFd;
+use rustix::io::Errno;
+
+/// As long as what is watched consists of fewer ranges than this, exactly that is watched.
+const EXACT: usize = 64;
+
+/// What users watch, and what the kernel watches for that: [`Table::armed`] holds at least all of it.
+pub(super) struct Table {
+    fd: Arc<OwnedFd>,
+    maps: Option<Maps>,
+    promises: Promises,
+    /// Set once the reader or the deliveries are gone: nothing is watched any more.
+    closed: bool,
+    pub(super) watches: Watches,
+    /// What was registered and not unregistered since. The kernel forgets what is unmapped; this does not, so that nothing is left registered
+    /// once nobody reads.
+    armed: Ranges,
+    /// What was unregistered since there was a moment without a change under way: marks in it are gone. A change that begins later finds
+    /// nothing registered, and raises no event.
+    dropped: Ranges,
+    /// Most ranges that `armed` may consist of.
+    room: usize,
+}
+
+impl Table {
+    pub(super) fn new(fd: Arc<OwnedFd>, maps: Option<Maps>, promises: Promises) -> Self {
+        // Each takes two mappings.
+        let room = uffd::most_mappings() / 8;
+        Self {
+            fd,
+            maps,
+            promises,
+            closed: false,
+            watches: Watches::new(),
+            armed: Ranges::default(),
+            dropped: Ranges::default(),
+            room,
+        }
+    }
+
+    /// Watches the pages of `range`.
+    fn add(&mut self, range: AddressRange, quiet: bool) -> Result<(Watched, Arc<WatchState>), UffdError> {
+        let range = self.arm(range)?;
+        Ok(self.watches.add(range, quiet))
+    }
+
+    /// Has the kernel watch the pages of `range`, and what lies around them; returns the pages.
+    fn arm(&mut self, range: AddressRange) -> Result<AddressRange, UffdError> {
+        if self.closed {
+            return Err(UffdError::Closed);
+        }
+        let (range, piece) = self.piece(range);
+        let refused = |error: Errno| match error {
+            Errno::NOMEM => UffdError::NoRoom { range },
+            error => UffdError::Watch { range, os: error.kind() },
+        };
+        if self.armed.pieces() >= self.room && self.armed.within(range) != [range] {
+            return Err(UffdError::NoRoom { range });
+        }
+        // Also what is armed already: it may have been mapped over since, and nobody has heard of it yet.
+        let mut armed = uffd::register(&*self.fd, piece).map(|()| piece);
+        if armed.is_err() && piece != range {
+            // What lies around it may be of a kind that cannot be watched.
+            self.give_up(piece);
+            armed = uffd::register(&*self.fd, range).map(|()| range);
+        }
+        let kept = match (armed, self.promises.fork) {
+            (Ok(armed), fork) => {
+                self.armed.insert(armed);
+                if fork == Fork::Keep { uffd::keep_from_children(range, true) } else { Ok(()) }
+            }
+            (Err(error), _) => Err(error),
+        };
+        if let Err(error) = kept {
+            // Some of it may have been done before the kernel came to what it could not.
+            self.give_up(range);
+            return Err(refused(error));
+        }
+        Ok(range)
+    }
+
+    /// The whole pages that `range` touches, and what is to be registered for them: the same as long as there is little of it, then also the mappings around
+    /// them, up to a granule.
+    fn piece(&self, range: AddressRange) -> (AddressRange, AddressRange) {
+        let page = page_size() as u64;
+        let asked = aligned(range, page);
+        let Some(maps) = &self.maps else { return (asked, asked) };
+        let (first, last) = (maps.at(asked.start()), maps.at(asked.last()));
+        let (Some(first), Some(last)) = (first, last) else { return (asked, asked) };
+        // In hugetlbfs only whole huge pages can be watched.
+        let asked = aligned(range, page.max(first.page).max(last.page));
+        if self.armed.pieces() < EXACT {
+            return (asked, asked);
+        }
+        let granule = self.promises.granule.max(first.page).max(last.page);
+        let around = aligned(asked, granule);
+        let (start, last) = (around.start().max(first.range.start()), around.last().min(last.range.last()));
+        let piece = AddressRange::try_from(start.min(asked.start())..=last.max(asked.last())).unwrap_or(asked);
+        (asked, piece)
+    }
+
+    /// Keeps the pages of `range` registered and marked, if somebody watches a part of it or did so when the change began.
+    pub(super) fn hold(&mut self, range: AddressRange, pagemap: &Pagemap) -> Option<Watched> {
+        if self.closed {
+            return None;
+        }
+        if !self.dropped.within(range).is_empty() {
+            // The marks went with the registration. What is there now may be what is about to go, or new: it is waited for.
+            uffd::register(&*self.fd, range).ok()?;
+            self.armed.insert(range);
+            pagemap.mark(range).ok()?;
+        } else if !self.watches.touches(range) {
+            return None;
+        }
+        Some(self.watches.add(range, true).0)
+    }
+
+    /// Forgets what was dropped, unless a change is under way that has raised its event: it is not read, or not delivered, and has then `closed` the gate.
+    pub(super) fn forget_dropped(&mut self, closed: impl FnOnce() -> bool) {
+        // In this order: the gate is closed before the event is read.
+        if self.dropped.pieces() > 0 && !uffd::changing(&*self.fd) && !closed() {
+            self.dropped = Ranges::default();
+        }
+    }
+
+    pub(super) fn remove(&mut self, watched: Watched) {
+        self.watches.remove(watched);
+        self.give_up(watched.range);
+    }
+
+    /// Ends what the kernel does for `range` and nobody else needs.
+    fn give_up(&mut self, range: AddressRange) {
+        let granule = self.promises.granule;
+        if self.promises.fork == Fork::Keep {
+            for free in self.watches.unwatched(range) {
+                // It may be gone.
+                let _ = uffd::keep_from_children(free, false);
+            }
+        }
+        // By whole granules: one in which something else is watched stays registered.
+        for free in self.watches.unwatched(aligned(range, granule)) {
+            let start = free.start().checked_next_multiple_of(granule);
+            let end = free.last().checked_add(1).map_or(u64::MAX, |end| end & !(granule - 1));
+            let whole = start.filter(|start| *start < end).and_then(|start| AddressRange::new(start, end - start).ok());
+            let Some(whole) = whole else { continue };
+            for part in self.armed.within(whole) {
+                unregister(&self.fd, self.maps.as_ref(), part);
+            }
+            self.armed.remove(whole);
+            self.dropped.insert(whole);
+        }
+    }
+
+    /// What the kernel watches where memory was moved to, it watches no more: nobody asked for that.
+    pub(super) fn moved(&mut self, to: AddressRange) {
+        for part in self.watches.unwatched(to) {
+            unregister(&self.fd, self.maps.as_ref(), part);
+            self.armed.remove(part);
+        }
+    }
+
+    /// Ends all that the kernel does: changes go on without anybody being told. Allocates nothing.
+    pub(super) fn close(&mut self) {
+        if !core::mem::replace(&mut self.closed, true) {
+            let maps = self.maps.as_ref();
+            self.armed.for_each(|range| unregister(&self.fd, maps, range));
+            if self.promises.fork == Fork::Keep {
+                self.watches.for_each(|range| {
+                    let _ = uffd::keep_from_children(range, false);
+                });
+            }
+        }
+    }
+}
+
+/// The multiples of `unit` bytes, a power of two, that a range touches.
+fn aligned(range: AddressRange, unit: u64) -> AddressRange {
+    let (start, last) = (range.start() & !(unit - 1), range.last() | (unit - 1));
+    AddressRange::try_from(start..=last).unwrap_or(AddressRange::ALL)
+}
+
+/// Ends the kernel's watch of all pages of `range` that are still ours. Allocates nothing.
+///
+/// It refuses for a range in which there is somebody else's memory by now, or none, as a whole: what it refuses is tried again mapping by mapping, or where
+/// the kernel does not say what those are, in halves: down to a page if there is at most [`HALVED`], else to some 64 pieces, because memory that is gone must
+/// not be asked for page by page.
+pub(super) fn unregister(fd: &OwnedFd, maps: Option<&Maps>, range: AddressRange) {
+    if uffd::unregister(fd, range).is_ok() {
+        return;
+    }
+    match maps {
+        Some(maps) => maps.walk(range, |part| {
+            let _ = uffd::unregister(fd, part);
+        }),
+        None => {
+            let least =
+                range.len().map_or(u64::MAX, |len| if len <= HALVED { page_size() as u64 } else { (len / 64).max(HALVED) });
+            unregister_halves(fd, range, least);
+        }
+    }
+}
+
+/// A range of so many bytes is unwatched page by page if it must be.
+const HALVED: u64 = 1 << 20;
+
+fn unregister_halves(fd: &OwnedFd, range: AddressRange, least: u64) {
+    let Some(len) = range.len().filter(|len| *len > least) else { return };
+    let half = (len / 2).next_multiple_of(page_size() as u64);
+    let halves = [AddressRange::new(range.start(), half), AddressRange::new(range.start() + half, len - half)];
+    for part in halves.into_iter().flatten() {
+        if uffd::unregister(fd, part).is_err() {
+            unregister_halves(fd, part, least);
+        }
+    }
+}
+
+/// A range is watched as long as this exists and its memory does.
+///
+/// Dropping it does not touch the memory, and does not unwatch what others watch. In a child of `fork` it does nothing.
+#[must_use = "a range is watched as long as its handle exists"]
+pub struct Watch {
+    inner: Arc<Inner>,
+    watched: Watched,
+    state: Arc<WatchState>,
+}
+
+impl Watch {
+    pub(super) fn new(inner: &Arc<Inner>, range: AddressRange, quiet: bool) -> Result<Self, UffdError> {
+        inner.check()?;
+        let (watched, state) = inner.table().add(range, quiet)?;
+        Ok(Self { inner: inner.clone(), watched, state })
+    }
+
+    /// Returns the pages that are watched.
+    pub fn range(&self) -> AddressRange {
+        self.watched.range
+    }
+
+    /// Returns whether all of the range has been watched without a gap since the watch was made or last renewed, as far as has been
+    /// [delivered](super::Deliveries): `false` once a part of it was unmapped, mapped over or moved, events were lost, or the source has ended (M2). The
+    /// range has been invalidated then, and new memory at its addresses is watched only once the watch is [renewed](Self::renew).
+    pub fn is_armed(&self) -> bool {
+        self.state.is_armed() && !self.inner.is_forked()
+    }
+
+    /// Watches what is mapped in the range now. As a new watch (M1): *after* [`read_begin`](crate::Subscription::read_begin), and before the memory is looked at.
+    ///
+    /// # Errors
+    /// As [`Uffd::watch`](super::Uffd::watch); the watch is as it was then.
+    pub fn renew(&self) -> Result<(), UffdError> {
+        self.inner.check()?;
+        let mut table = self.inner.table();
+        table.arm(self.watched.range)?;
+        table.watches.renew(self.watched);
+        Ok(())
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        // In a child of `fork` the lock may be held by a thread that does not exist there, and the memory is the parent's (M4).
+        if !self.inner.is_forked() {
+            self.inner.unwatch(self.watched);
+        }
+    }
+}
+
+impl fmt::Debug for Watch {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Watch").field("range", &self.range()).field("armed", &self.is_armed()).finish_non_exhaustive()
+    }
+}
+
+/// Ranges whose watches have ended, to be reported outside of the lock.
+pub(super) type Lost = Vec<AddressRange>;
