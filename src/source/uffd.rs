@@ -85,7 +85,7 @@ use watch::Table;
 ///   has no such gap.
 /// - A page that another thread writes while `madvise` is about to drop it looks like one that was written after it was dropped: the wait ends early, and a device
 ///   that looks at the page in between gets the old one. Programs do not write memory that they discard.
-/// - Pages of shared memory that the process has not touched itself cannot be seen to go in `MADV_REMOVE`.
+/// - Pages that are swapped out, and pages of shared memory that the process has not touched itself (`MADV_REMOVE`), cannot be seen to go.
 /// - Changes that raise no event: `mprotect`, `fallocate(PUNCH_HOLE)` and `ftruncate` of a shared file, `shmdt`, and others. The program invalidates by hand
 ///   around them.
 /// - Memory that the kernel cannot watch is refused: see [`UffdError::Watch`].

@@ -2,8 +2,10 @@
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr, clippy::unit_arg)]
 
 mod cache;
+mod forks;
 mod mapping;
 mod memory;
+mod never_stale;
 mod uffd;
 
 use libtest_mimic::{Arguments, Trial};
@@ -54,6 +56,11 @@ fn main() {
         }
         return;
     }
+    let isolated_tests: Vec<_> = never_stale::isolated_tests().into_iter().chain(forks::isolated_tests()).collect();
+    if let Some(name) = std::env::var_os("SHOOTDOWN_ONE") {
+        let test = isolated_tests.iter().find(|(test, _)| *test == name).expect("the parent names a test");
+        return (test.1)();
+    }
     let refused = Uffd::open(&AddressSpace::new()).err().map(|error| error.to_string());
     let needs = |trials: Vec<(&'static str, fn())>| {
         let refused = refused.clone();
@@ -65,21 +72,48 @@ fn main() {
             }
         })
     };
+    let alone = isolated_tests.into_iter().map(|(name, _)| {
+        let trial = Trial::test(name, move || Ok(isolated(name)));
+        match &refused {
+            None => trial,
+            Some(why) => trial.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
+        }
+    });
+    let alone: Vec<_> = alone.collect();
     let no_ring = io_uring::IoUring::new(2).err().map(|error| format!("io_uring is not permitted: {error}"));
     let proof = Trial::test("the_proof_on_io_uring", || Ok(cache::the_proof_on_io_uring()));
-    let proof = match refused.clone().or(no_ring) {
+    // The example of the proof is built first.
+    let cargo = std::process::Command::new(env!("CARGO")).arg("--version").output();
+    let sources = cargo.err().map(|error| format!("cargo cannot be run by this user: {error}"));
+    let proof = match refused.clone().or(no_ring).or(sources) {
         None => proof,
         Some(why) => proof.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
     };
     let plain = mapping::tests().into_iter().map(|(name, test)| Trial::test(name, move || Ok(test())));
-    let trials = plain.chain(needs(uffd::tests())).chain(needs(cache::tests())).chain([proof]).collect();
+    let trials = plain
+        .chain(needs(uffd::tests()))
+        .chain(needs(cache::tests()))
+        .chain(needs(never_stale::tests()))
+        .chain(alone)
+        .chain([proof])
+        .collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
+}
+
+/// Runs a test of this program in a process of its own: it changes what the whole process has, or forks.
+pub fn isolated(name: &str) {
+    let output = std::process::Command::new(std::env::current_exe().unwrap()).env("SHOOTDOWN_ONE", name).output().unwrap();
+    print!("{}", String::from_utf8_lossy(&output.stdout));
+    assert!(output.status.success(), "{}: {}", output.status, String::from_utf8_lossy(&output.stderr));
 }
 
 /// The name of each function and the function.
 macro_rules! list {
     ($($test:ident),* $(,)?) => {
-        pub fn tests() -> Vec<(&'static str, fn())> {
+        $crate::list!(fn tests: $($test),*);
+    };
+    (fn $name:ident: $($test:ident),* $(,)?) => {
+        pub fn $name() -> Vec<(&'static str, fn())> {
             vec![$((stringify!($test), $test as fn())),*]
         }
     };

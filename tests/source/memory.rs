@@ -22,6 +22,24 @@ impl Raw {
         Self { at: at.addr(), len }
     }
 
+    /// Shared anonymous memory.
+    pub fn map_shared(pages: usize) -> Self {
+        let len = pages * PAGE;
+        // SAFETY: a new mapping where the kernel chooses.
+        let at = unsafe { mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED).unwrap() };
+        Self { at: at.addr(), len }
+    }
+
+    /// 2 MiB at a multiple of that, as a transparent huge page where the system makes them.
+    pub fn map_huge() -> Self {
+        let huge = 512 * PAGE;
+        let all = Self::map(2 * 512);
+        let at = all.at.next_multiple_of(huge);
+        let memory = Self { at, len: huge };
+        memory.discard(Advice::LinuxHugepage);
+        memory
+    }
+
     fn ptr(self) -> *mut c_void {
         ptr::with_exposed_provenance_mut(self.at)
     }
@@ -64,6 +82,15 @@ impl Raw {
         // SAFETY: as above.
         let at = unsafe { mremap(self.ptr(), self.len, len, MremapFlags::MAYMOVE).unwrap() };
         Self { at: at.addr(), len }
+    }
+
+    /// Writes its first byte as a device would: without an access of this thread's.
+    pub fn poke(self, value: u8) {
+        let local = libc::iovec { iov_base: ptr::from_ref(&value).cast_mut().cast(), iov_len: 1 };
+        let remote = libc::iovec { iov_base: self.ptr(), iov_len: 1 };
+        // SAFETY: `local` names one byte that is only read; the kernel checks `remote`, to which nobody holds a reference.
+        let written = unsafe { libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+        assert_eq!(written, 1);
     }
 
     pub fn write(self, value: u8) {

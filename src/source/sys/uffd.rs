@@ -199,11 +199,12 @@ impl Pagemap {
         Ok(())
     }
 
-    /// Whether a page that was marked is still there, unwritten.
+    /// Whether a page that was marked is still in memory, unwritten. One that is swapped out cannot be told from the mark that the kernel keeps of a page that
+    /// is gone. A page of zeros is as good as gone.
     pub(crate) fn has_marked(&self, pages: AddressRange) -> io::Result<bool> {
         let end = pages.last().wrapping_add(1);
         let mut region = Region { start: 0, end: 0, categories: 0 };
-        let all = (PAGE_IS_WPALLOWED, PAGE_IS_WRITTEN | PAGE_IS_PFNZERO);
+        let all = (PAGE_IS_WPALLOWED | PAGE_IS_PRESENT, PAGE_IS_WRITTEN | PAGE_IS_PFNZERO);
         self.scan(0, pages.start(), end, all, Some(&mut region)).map(|(_, found)| found)
     }
 }
@@ -294,6 +295,13 @@ impl Maps {
                 _ => break,
             }
         }
+    }
+
+    /// Whether every page of `range` is mapped.
+    pub(crate) fn are_whole(&self, range: AddressRange) -> bool {
+        let mut mapped = 0_u64;
+        self.walk(range, |part| mapped = mapped.saturating_add(part.len().unwrap_or(u64::MAX)));
+        Some(mapped) == range.len()
     }
 
     fn query(&self, address: u64, query_flags: u64) -> Option<Mapping> {

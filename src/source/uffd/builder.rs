@@ -37,7 +37,8 @@ pub enum Fork {
     Report,
     /// Children do not get the pages that are watched (`MADV_DONTFORK`, as libraries of RDMA do it), so nothing happens to them in the
     /// parent. A child that touches one before it has called `exec` is killed by `SIGSEGV`: watch whole buffers, not single objects of
-    /// a heap. A range that the program itself has excluded by `MADV_DONTFORK` is no longer so once it was watched.
+    /// a heap, and where many ranges are watched mind what lies [around them](UffdBuilder::granule), which children do not get either. A range that the
+    /// program itself has excluded by `MADV_DONTFORK` is no longer so once it was watched.
     Keep,
     /// Nothing is done. Right for a process that does not fork, and for devices that pin pages for themselves (since Linux 5.19 a page
     /// that is pinned stays the parent's).

@@ -17,7 +17,7 @@ use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
 use crate::range::AddressRange;
 use crate::source::watches::Watched;
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, AtomicBool, Ordering};
 use alloc::borrow::Cow;
 use alloc::vec::Vec;
 use core::future::Future;
@@ -45,13 +45,16 @@ const SUSPECTED: Duration = Duration::from_secs(2);
 pub(super) struct Marked {
     inner: Arc<Inner>,
     watched: Watched,
+    began: Instant,
+    /// Somebody has waited for them as long as there was time.
+    over: AtomicBool,
 }
 
 impl Marked {
     /// `None` for what nobody watches: it is nobody's to wait for.
     pub(super) fn new(inner: &Arc<Inner>, range: AddressRange) -> Option<Arc<Self>> {
         let watched = inner.table().hold(range, inner.pagemap.as_ref()?)?;
-        Some(Arc::new(Self { inner: inner.clone(), watched }))
+        Some(Arc::new(Self { inner: inner.clone(), watched, began: Instant::now(), over: AtomicBool::new(false) }))
     }
 
     fn range(&self) -> AddressRange {
@@ -79,7 +82,7 @@ pub(super) struct Settle(pub(super) Arc<Marked>);
 impl IntervalNotifier for Settle {
     /// There is no device, so no sequence is set (S4). Another invalidation of the range that comes meanwhile waits, too: the pages are not gone.
     fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-        let look = Look { pages: self.0.clone(), began: Instant::now(), looks: 0 };
+        let look = Look { pages: self.0.clone(), looks: 0 };
         Ok(Some(PassFuture::new(look)))
     }
 
@@ -91,7 +94,6 @@ impl IntervalNotifier for Settle {
 /// Looks until the pages are gone.
 struct Look {
     pages: Arc<Marked>,
-    began: Instant,
     looks: u32,
 }
 
@@ -102,9 +104,11 @@ impl Future for Look {
         if self.pages.are_gone() {
             return Poll::Ready(());
         }
-        let waited = self.began.elapsed();
+        let waited = self.pages.began.elapsed();
         if waited >= self.pages.inner.settle {
-            self.pages.inner.suspect(self.pages.clone(), waited);
+            if !self.pages.over.swap(true, Ordering::AcqRel) {
+                self.pages.inner.suspect(self.pages.clone(), waited);
+            }
             return Poll::Ready(());
         }
         // The thread inside `madvise` may need this very processor.

@@ -76,13 +76,16 @@ impl Table {
             self.give_up(piece);
             armed = uffd::register(&*self.fd, range).map(|()| range);
         }
-        let kept = match (armed, self.promises.fork) {
-            (Ok(armed), fork) => {
-                self.armed.insert(armed);
-                if fork == Fork::Keep { uffd::keep_from_children(range, true) } else { Ok(()) }
+        let keep = self.promises.fork == Fork::Keep;
+        let kept = armed.and_then(|armed| {
+            self.armed.insert(armed);
+            // Asked afterwards: from now on what is unmapped is told of. The kernel takes a range with a hole, and what is mapped there later is not watched.
+            let whole = self.maps.as_ref().is_none_or(|maps| maps.are_whole(range));
+            if !whole {
+                return Err(Errno::INVAL);
             }
-            (Err(error), _) => Err(error),
-        };
+            if keep { uffd::keep_from_children(armed, true) } else { Ok(()) }
+        });
         if let Err(error) = kept {
             // Some of it may have been done before the kernel came to what it could not.
             self.give_up(range);
@@ -143,12 +146,6 @@ impl Table {
     /// Ends what the kernel does for `range` and nobody else needs.
     fn give_up(&mut self, range: AddressRange) {
         let granule = self.promises.granule;
-        if self.promises.fork == Fork::Keep {
-            for free in self.watches.unwatched(range) {
-                // It may be gone.
-                let _ = uffd::keep_from_children(free, false);
-            }
-        }
         // By whole granules: one in which something else is watched stays registered.
         for free in self.watches.unwatched(aligned(range, granule)) {
             let start = free.start().checked_next_multiple_of(granule);
@@ -156,10 +153,19 @@ impl Table {
             let whole = start.filter(|start| *start < end).and_then(|start| AddressRange::new(start, end - start).ok());
             let Some(whole) = whole else { continue };
             for part in self.armed.within(whole) {
-                unregister(&self.fd, self.maps.as_ref(), part);
+                self.disarm(part);
             }
             self.armed.remove(whole);
             self.dropped.insert(whole);
+        }
+    }
+
+    /// Has the kernel do nothing more for a part of `armed`.
+    fn disarm(&self, part: AddressRange) {
+        unregister(&self.fd, self.maps.as_ref(), part);
+        if self.promises.fork == Fork::Keep {
+            // It may be gone.
+            let _ = uffd::keep_from_children(part, false);
         }
     }
 
@@ -174,13 +180,7 @@ impl Table {
     /// Ends all that the kernel does: changes go on without anybody being told. Allocates nothing.
     pub(super) fn close(&mut self) {
         if !core::mem::replace(&mut self.closed, true) {
-            let maps = self.maps.as_ref();
-            self.armed.for_each(|range| unregister(&self.fd, maps, range));
-            if self.promises.fork == Fork::Keep {
-                self.watches.for_each(|range| {
-                    let _ = uffd::keep_from_children(range, false);
-                });
-            }
+            self.armed.for_each(|range| self.disarm(range));
         }
     }
 }
