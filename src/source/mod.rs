@@ -12,6 +12,8 @@
 //! | `mprotect` | yes | no: the kernel raises no event |
 //! | needs | a program that calls it | Linux, and a permission |
 
+#[cfg(target_os = "linux")]
+mod file;
 mod mapping;
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
 mod ring;

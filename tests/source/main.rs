@@ -4,6 +4,9 @@
 mod cache;
 mod mapping;
 mod memory;
+mod refused;
+mod shared;
+mod silent;
 mod uffd;
 
 use libtest_mimic::{Arguments, Trial};
@@ -49,6 +52,10 @@ fn main() {
         }
         return;
     }
+    // Called again by a test that uses up what the process may have.
+    if let Some(name) = std::env::var_os("SHOOTDOWN_BY_ITSELF") {
+        return refused::by_itself(name.to_str().unwrap());
+    }
     let refused = Uffd::open(&AddressSpace::new()).err().map(|error| error.to_string());
     let needs = |trials: Vec<(&'static str, fn())>| {
         let refused = refused.clone();
@@ -66,8 +73,13 @@ fn main() {
         None => proof,
         Some(why) => proof.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
     };
-    let plain = mapping::tests().into_iter().map(|(name, test)| Trial::test(name, move || Ok(test())));
-    let trials = plain.chain(needs(uffd::tests())).chain(needs(cache::tests())).chain([proof]).collect();
+    let plain = mapping::tests()
+        .into_iter()
+        .chain(shared::tests())
+        .chain(refused::tests())
+        .map(|(name, test)| Trial::test(name, move || Ok(test())));
+    let trials =
+        plain.chain(needs(uffd::tests())).chain(needs(cache::tests())).chain(silent::trials(&refused)).chain([proof]).collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
 

@@ -1,0 +1,3 @@
+pub fn trials(_: &Option<String>) -> Vec<libtest_mimic::Trial> {
+    vec![]
+}
