@@ -2,6 +2,8 @@
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr, clippy::unit_arg)]
 
 mod cache;
+mod kinds;
+mod loud;
 mod mapping;
 mod memory;
 mod refused;
@@ -57,16 +59,18 @@ fn main() {
         return refused::by_itself(name.to_str().unwrap());
     }
     let refused = Uffd::open(&AddressSpace::new()).err().map(|error| error.to_string());
-    let needs = |trials: Vec<(&'static str, fn())>| {
+    // And what a test alone needs: huge pages, swap, a newer kernel.
+    let needs_more = |trials: Vec<(&'static str, fn())>, lacking: fn(&str) -> Option<String>| {
         let refused = refused.clone();
         trials.into_iter().map(move |(name, test)| {
             let trial = Trial::test(name, move || Ok(test()));
-            match &refused {
+            match refused.clone().or_else(|| lacking(name)) {
                 None => trial,
                 Some(why) => trial.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
             }
         })
     };
+    let needs = |trials| needs_more(trials, |_| None);
     let no_ring = io_uring::IoUring::new(2).err().map(|error| format!("io_uring is not permitted: {error}"));
     let proof = Trial::test("the_proof_on_io_uring", || Ok(cache::the_proof_on_io_uring()));
     let proof = match refused.clone().or(no_ring) {
@@ -78,8 +82,13 @@ fn main() {
         .chain(shared::tests())
         .chain(refused::tests())
         .map(|(name, test)| Trial::test(name, move || Ok(test())));
-    let trials =
-        plain.chain(needs(uffd::tests())).chain(needs(cache::tests())).chain(silent::trials(&refused)).chain([proof]).collect();
+    let trials = plain
+        .chain(needs(uffd::tests()))
+        .chain(needs(cache::tests()))
+        .chain(needs_more(loud::tests(), loud::lacking))
+        .chain(needs_more(silent::tests(), silent::lacking))
+        .chain([proof])
+        .collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit();
 }
 

@@ -15,7 +15,7 @@ crate::list![
 ];
 
 /// Runs one of the tests below in a process of its own, of which it may use up what there is.
-fn in_a_process_of_its_own(name: &str) {
+pub fn in_a_process_of_its_own(name: &str) {
     let output = std::process::Command::new("/proc/self/exe").env("SHOOTDOWN_BY_ITSELF", name).output().unwrap();
     let said = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     print!("{}", said.0);
@@ -38,6 +38,7 @@ pub fn by_itself(name: &str) {
     match name {
         "refused" => refused_by_itself(),
         "mappings" => without_mappings_by_itself(),
+        "heap" => crate::loud::heap_by_itself(),
         "addresses" => without_addresses_by_itself(),
         other => panic!("there is no such test: {other}"),
     }
