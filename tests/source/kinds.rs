@@ -40,7 +40,8 @@ pub const SMALL: [Kind; 7] =
 
 pub const HUGES: [Kind; 2] = [Kind::Huge, Kind::HugeMemfd];
 
-/// Memory of a kind, full of ones. It is never unmapped, and the descriptor not closed: the process ends soon.
+/// Memory of a kind, full of ones. It is never unmapped, and its descriptor is not closed: the
+/// process ends soon.
 #[derive(Clone, Copy, Debug)]
 pub struct Area {
     pub kind: Kind,
@@ -190,6 +191,27 @@ pub fn outcome(range: AddressRange, change: impl FnOnce() -> io::Result<()> + Se
         (Ok(()), true) => Outcome::Silent,
         (_, false) => Outcome::Told(told),
     }
+}
+
+/// What is in the memory, if it is there, when the event of a change can be read and has not been.
+pub fn at_the_event(area: Area, change: Change) -> Option<Vec<u8>> {
+    use std::os::fd::AsRawFd;
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
+    let _watch = uffd.watch(area.range()).unwrap();
+    let look = thread::scope(|scope| {
+        let thread = scope.spawn(|| change(area).unwrap());
+        let mut fd = libc::pollfd { fd: reader.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        // SAFETY: reads and writes one `pollfd`.
+        assert_eq!(unsafe { libc::poll(&raw mut fd, 1, 20_000) }, 1, "no event");
+        let look = area.raw.look();
+        while !thread.is_finished() {
+            reader.read().unwrap();
+        }
+        look
+    });
+    block_on(deliveries.deliver());
+    look
 }
 
 /// Pins that a change raises no event; and that a driver hears of it by hand, before the change.

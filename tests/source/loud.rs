@@ -1,6 +1,6 @@
 //! Changes that raise an event, for each kind of memory; `silent.rs` has the others.
 
-use crate::kinds::{Area, Change, HUGE, HUGES, HugePages, Kind, Outcome, SMALL, audible, check, outcome, refused};
+use crate::kinds::{Area, Change, HUGE, HUGES, HugePages, Kind, Outcome, SMALL, at_the_event, audible, check, outcome, refused};
 use crate::memory::{PAGE, Raw};
 use crate::uffd::no_fork;
 use shootdown::{AddressRange, Event};
@@ -15,6 +15,7 @@ crate::list![
     dontneed_raises_clear_and_the_range_stays_watched,
     madv_free_raises_clear_also_where_it_is_refused,
     madv_remove_raises_clear_of_shared_memory,
+    the_event_comes_before_pages_are_discarded_and_after_they_are_unmapped,
     a_stack_that_its_thread_leaves_raises_clear,
     a_heap_made_smaller_by_brk_raises_unmap,
     huge_pages_raise_the_same_events,
@@ -105,6 +106,26 @@ fn madv_remove_raises_clear_of_shared_memory() {
     refused(Kind::FilePrivate, libc::EACCES, remove);
 }
 
+fn the_event_comes_before_pages_are_discarded_and_after_they_are_unmapped() {
+    let _fork = no_fork();
+    let all = |look: Option<Vec<u8>>| look.map(|bytes| (bytes[0], bytes.iter().all(|byte| *byte == bytes[0])));
+    let discards: [(Change, &[Kind]); 3] = [
+        (|area| area.raw.advise(libc::MADV_DONTNEED), &SMALL),
+        (|area| area.raw.advise(DONTNEED_LOCKED), &SMALL),
+        (|area| area.raw.advise(libc::MADV_REMOVE), &[Kind::SharedAnonymous, Kind::Memfd, Kind::Sysv, Kind::File]),
+    ];
+    for (change, kinds) in discards {
+        for kind in kinds {
+            assert_eq!(all(at_the_event(Area::new(*kind), change)), Some((1, true)), "{kind:?}: still there");
+        }
+    }
+    for kind in SMALL {
+        assert_eq!(at_the_event(Area::new(kind), unmap), None, "{kind:?}");
+        assert_eq!(at_the_event(Area::new(kind), |area| remap(area, 64 * area.raw.len, libc::MREMAP_MAYMOVE)), None, "{kind:?}");
+        assert_eq!(all(at_the_event(Area::new(kind), map_over)), Some((0, true)), "{kind:?}: new memory");
+    }
+}
+
 /// The C library keeps the stack of a thread that has ended, without its pages.
 fn a_stack_that_its_thread_leaves_raises_clear() {
     let _fork = no_fork();
@@ -112,7 +133,7 @@ fn a_stack_that_its_thread_leaves_raises_clear() {
     let (go, gone) = mpsc::channel::<()>();
     let thread = std::thread::spawn(move || {
         let (mut start, mut len) = (ptr::null_mut(), 0);
-        // SAFETY: asks for the place of this thread's stack; `attributes` is initialized by the first call.
+        // SAFETY: asks for the place of this thread's stack; the first call fills `attributes`.
         unsafe {
             let mut attributes = std::mem::zeroed();
             check(libc::pthread_getattr_np(libc::pthread_self(), &raw mut attributes)).unwrap();
@@ -171,6 +192,10 @@ fn huge_pages_raise_the_same_events() {
     }
     audible(Kind::HugeMemfd, Event::Clear, |area| area.raw.advise(libc::MADV_REMOVE));
     refused(Kind::Huge, libc::EACCES, |area| area.raw.advise(libc::MADV_REMOVE));
+    for kind in HUGES {
+        refused(kind, libc::EINVAL, |area| remap(area, 2 * area.raw.len, libc::MREMAP_MAYMOVE));
+        refused(kind, libc::EINVAL, |area| remap(area, area.raw.len, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP));
+    }
 }
 
 /// e2b-dev/infra PR #3002.

@@ -249,20 +249,26 @@ fn a_mapping_whose_parts_are_protected_is_moved_and_resized_with_them() {
         assert!(!moved.overlaps(old));
         expect_parts(&mut mapping);
 
-        let grown = block_on(mapping.resize(64 * PAGE)).unwrap();
-        assert_eq!(grown.len(), Some(64 * PAGE as u64));
+        // Large, so that nothing else of this process is mapped in its middle afterwards.
+        let grown = block_on(mapping.resize(64 << 20)).unwrap();
+        assert_eq!(grown.len(), Some(64 << 20));
         expect_parts(&mut mapping);
         assert!(rights(&mapping)[8..].iter().all(|rights| rights == "rw-"), "new pages are readable and writable");
         assert_eq!(text(&mapping, 8 * PAGE), [0; 4]);
-        mapping.write(63 * PAGE, b"last");
+        mapping.write((64 << 20) - 4, b"last");
 
         let shorter = block_on(mapping.resize(8 * PAGE)).unwrap();
         assert_eq!(shorter.start(), grown.start(), "made shorter it does not move");
-        assert!(!is_mapped(grown.last()));
+        assert!(!is_mapped(grown.start() + (32 << 20)));
         expect_parts(&mut mapping);
         assert_eq!(block_on(mapping.resize(5 * PAGE)).unwrap().len(), Some(5 * PAGE as u64));
         assert_eq!(rights(&mapping), PARTS[..5]);
         assert_eq!(OwnedMapping::leaked_bytes(), leaked);
+
+        // One protection, and not that of a new page.
+        block_on(mapping.protect(0..5 * PAGE, Protection::Read)).unwrap();
+        block_on(mapping.resize(6 * PAGE)).unwrap();
+        assert_eq!(rights(&mapping), ["r--", "r--", "r--", "r--", "r--", "rw-"]);
     }
 }
 

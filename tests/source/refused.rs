@@ -7,6 +7,7 @@ use futures::executor::block_on;
 use shootdown::AddressSpace;
 use shootdown::source::{MapError, OwnedMapping, Protection};
 use std::ffi::c_void;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 crate::list![
     a_move_that_is_refused_half_way_leaves_the_mapping_whole,
@@ -56,6 +57,22 @@ fn refused_by_itself() {
             println!("left out: no mseal here: {}", std::io::Error::last_os_error());
             return;
         }
+        let first = crate::memory::Raw { at: at.start() as usize, len: PAGE };
+        let (stop, taken) = (AtomicBool::new(false), AtomicBool::new(false));
+        std::thread::scope(|scope| {
+            let others = scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    taken.fetch_or(first.map_again(), Ordering::Relaxed);
+                }
+            });
+            for _ in 0..200 {
+                assert!(block_on(mapping.remap()).is_err());
+            }
+            stop.store(true, Ordering::Relaxed);
+            // Its stack has gone when the addresses in use are counted.
+            others.join().unwrap();
+        });
+        assert!(!taken.into_inner(), "somebody took the address of a piece that was away");
         for len in [8 * PAGE, 32 * PAGE] {
             let (before, leaked) = (bytes(), OwnedMapping::leaked_bytes());
             let refused = match len {

@@ -91,8 +91,8 @@ fn a_descriptor_is_mapped_only_as_far_as_it_reaches() {
     for (offset, len) in [(0, 0), (1, PAGE), (u64::MAX, PAGE), (!0xfff, 2 * PAGE), (0, usize::MAX)] {
         assert!(matches!(of(offset, len), Err(MapError::NotPages { .. })), "{offset:#x} {len:#x}");
     }
-    let (pipe, _other) = rustix::pipe::pipe().unwrap();
-    assert!(matches!(OwnedMapping::from_fd(&space, pipe, 0, PAGE), Err(MapError::BeyondEnd { size: 0, .. })));
+    let (pipe, _other) = std::io::pipe().unwrap();
+    assert!(matches!(OwnedMapping::from_fd(&space, pipe.into(), 0, PAGE), Err(MapError::BeyondEnd { size: 0, .. })));
     let path = std::env::temp_dir().join(format!("shootdown-mapping-{}", std::process::id()));
     std::fs::File::create(&path).unwrap().write_all(&[b'x'; 5000]).unwrap();
     let reading = std::fs::File::open(&path).unwrap();
