@@ -252,8 +252,9 @@ impl OwnedMapping {
     /// afterwards.
     ///
     /// # Errors
-    /// [`MapError::Os`]; it is then where it was, whole. If parts have different protections this
-    /// needs Linux 5.7 (5.13 for shared memory), before that it is refused as invalid input.
+    /// [`MapError::Os`]; it is then where it was, whole. Once a part has been
+    /// [protected](Self::protect) this needs Linux 5.7 (5.13 for shared memory), and is refused as
+    /// invalid input before that, and for huge pages.
     ///
     /// # Panics
     /// When the kernel has moved a part, refuses another and refuses to take the first one back,

@@ -3,6 +3,7 @@
 use crate::kinds::{Area, Change, HUGE, HUGES, HugePages, Kind, Outcome, SMALL, at_the_event, audible, check, outcome, refused};
 use crate::memory::{PAGE, Raw};
 use crate::uffd::no_fork;
+use futures::executor::block_on;
 use shootdown::{AddressRange, Event};
 use std::io;
 use std::ptr;
@@ -19,6 +20,7 @@ crate::list![
     a_stack_that_its_thread_leaves_raises_clear,
     a_heap_made_smaller_by_brk_raises_unmap,
     huge_pages_raise_the_same_events,
+    a_mapping_of_huge_pages_has_parts_of_huge_pages,
     of_a_misaligned_remove_every_changed_huge_page_is_inside_the_invalidation,
 ];
 
@@ -196,6 +198,52 @@ fn huge_pages_raise_the_same_events() {
         refused(kind, libc::EINVAL, |area| remap(area, 2 * area.raw.len, libc::MREMAP_MAYMOVE));
         refused(kind, libc::EINVAL, |area| remap(area, area.raw.len, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP));
     }
+}
+
+/// Not an event, but here are the huge pages.
+fn a_mapping_of_huge_pages_has_parts_of_huge_pages() {
+    use shootdown::source::{MapError, OwnedMapping, Protection};
+    let _pages = HugePages::reserve().unwrap();
+    let space = shootdown::AddressSpace::new();
+    let made = || {
+        use std::os::fd::FromRawFd;
+        // SAFETY: the descriptor of an area is nobody's after that.
+        let fd = unsafe { rustix::fd::OwnedFd::from_raw_fd(Area::untouched(Kind::HugeMemfd).fd) };
+        OwnedMapping::from_fd(&space, fd, 0, HUGE + 1).unwrap()
+    };
+    let mut mapping = made();
+    let text = |mapping: &OwnedMapping, at: usize| {
+        let mut text = [0; 4];
+        mapping.read(at, &mut text);
+        text
+    };
+    assert_eq!(mapping.len(), 2 * HUGE, "rounded up to whole huge pages");
+    mapping.write(0, b"abcd");
+    mapping.write(HUGE, b"efgh");
+    block_on(async {
+        let refused = mapping.discard(0..PAGE).await.unwrap_err();
+        assert!(matches!(refused, MapError::NotPages { page: HUGE, .. }), "{refused}");
+        mapping.discard(0..HUGE).await.unwrap();
+        let at = mapping.remap().await.unwrap();
+        assert_eq!((text(&mapping, 0), text(&mapping, HUGE)), ([0; 4], *b"efgh"));
+        let grown = mapping.resize(2 * HUGE + 1).await.unwrap();
+        assert!(grown != at && grown.len() == Some(3 * HUGE as u64));
+        assert_eq!(text(&mapping, HUGE), *b"efgh");
+        assert!(matches!(mapping.resize(3 * HUGE + 1).await, Err(MapError::BeyondEnd { .. })));
+        mapping.map_again().await.unwrap();
+        assert_eq!((mapping.range(), text(&mapping, HUGE)), (grown, *b"efgh"));
+        // Parts with protections stay where they are, whole.
+        mapping.protect(0..HUGE, Protection::Read).await.unwrap();
+        let refused = mapping.remap().await.unwrap_err();
+        assert!(matches!(&refused, MapError::Os(error) if error.kind() == io::ErrorKind::InvalidInput), "{refused:?}");
+        assert_eq!((mapping.range(), text(&mapping, HUGE)), (grown, *b"efgh"));
+        mapping.resize(HUGE).await.unwrap();
+        mapping.unmap().await.unwrap();
+        // A mapping of small pages does not become one of huge ones unless it lies right.
+        let mut small = OwnedMapping::shared(&space, 2 * HUGE + PAGE).unwrap();
+        let fd = made().descriptor().unwrap().try_clone_to_owned().unwrap();
+        assert!(matches!(small.map_again_from_fd(fd, 0).await, Err(MapError::NotPages { page: HUGE, .. })));
+    });
 }
 
 /// e2b-dev/infra PR #3002.

@@ -21,8 +21,8 @@ impl Memory {
     /// Makes it longer; it may move. New pages are readable and writable.
     pub(in crate::source) fn grow(&mut self, len: usize) -> io::Result<()> {
         assert!(len > self.len, "it becomes longer");
-        if !self.plain {
-            // The last page's protection would be that of the new ones.
+        if !self.plain || self.is_huge() {
+            // The last page's protection would be that of the new ones, and huge pages cannot grow.
             return self.relocate(len);
         }
         // SAFETY: the mapping is ours, and there are no references into it. The kernel chooses
@@ -47,13 +47,7 @@ impl Memory {
     /// the old address, so that it can go back if a later one is refused.
     pub(in crate::source) fn relocate(&mut self, len: usize) -> io::Result<()> {
         assert!(len >= self.len, "all of it moves");
-        let mut pieces = Vec::new();
-        let mut from = 0;
-        while from < self.len {
-            let piece = self.piece(from);
-            pieces.push((from, piece));
-            from += piece;
-        }
+        let pieces = self.pieces()?;
         let mut place = Reserved::new(len, &self.backing)?;
         room_for(pieces.len())?;
         let keep = if pieces.len() == 1 { MremapFlags::empty() } else { MremapFlags::DONTUNMAP };
@@ -101,6 +95,31 @@ impl Memory {
             });
             assert!(matches!(answer, Some(Ok(_))), "the kernel has moved memory and refuses to move it back: {answer:?}");
         }
+    }
+
+    /// Its parts that are one mapping for the kernel each, in order: where, and how many bytes.
+    fn pieces(&self) -> io::Result<Vec<(usize, usize)>> {
+        let mut pieces = Vec::new();
+        if self.is_huge() {
+            // Huge pages leave no empty mapping behind, so several pieces could not go back. Nor
+            // can it be found out where one begins, since they do not grow in place.
+            if !self.plain {
+                return Err(io::Errno::INVAL);
+            }
+            pieces.push((0, self.len));
+            return Ok(pieces);
+        }
+        let mut from = 0;
+        while from < self.len {
+            let piece = self.piece(from);
+            pieces.push((from, piece));
+            from += piece;
+        }
+        Ok(pieces)
+    }
+
+    fn is_huge(&self) -> bool {
+        self.unit() != page_size()
     }
 
     /// Bytes from `from` on that are one mapping for the kernel.
