@@ -130,7 +130,7 @@ impl OwnedMapping {
     /// # Errors
     /// [`MapError`]; a length of 0 is [`MapError::NotPages`].
     pub fn new(space: &AddressSpace, len: usize) -> Result<Self, MapError> {
-        Self::of(space, whole_pages(len)?, Backing::Private)
+        Ok(Self::of(space, Memory::map(whole_pages(len)?).map_err(os)?))
     }
 
     /// Maps `len` bytes of shared memory, rounded up to whole pages, readable and writable, filled
@@ -159,7 +159,8 @@ impl OwnedMapping {
     #[cfg(target_os = "linux")]
     pub fn shared(space: &AddressSpace, len: usize) -> Result<Self, MapError> {
         let len = whole_pages(len)?;
-        Self::of(space, len, Backing::Shared(File::new(len).map_err(os)?))
+        let memory = File::new(len).and_then(|file| Memory::new(len, Backing::Shared(file))).map_err(os)?;
+        Ok(Self::of(space, memory))
     }
 
     /// Maps `len` bytes from `offset` on of a descriptor that somebody else made, readable and
@@ -174,11 +175,11 @@ impl OwnedMapping {
     #[cfg(target_os = "linux")]
     pub fn from_fd(space: &AddressSpace, fd: OwnedFd, offset: u64, len: usize) -> Result<Self, MapError> {
         let (file, len) = File::adopt(fd, offset, len)?;
-        Self::of(space, len, Backing::Shared(file))
+        Ok(Self::of(space, Memory::new(len, Backing::Shared(file)).map_err(os)?))
     }
 
-    fn of(space: &AddressSpace, len: usize, backing: Backing) -> Result<Self, MapError> {
-        Ok(Self { space: space.clone(), memory: Some(Memory::new(len, backing).map_err(os)?) })
+    fn of(space: &AddressSpace, memory: Memory) -> Self {
+        Self { space: space.clone(), memory: Some(memory) }
     }
 
     /// Returns where the memory is. [`AddressRange::as_ptr`] makes a pointer of it.

@@ -71,6 +71,11 @@ fn map(len: usize, backing: &Backing) -> io::Result<NonNull<u8>> {
 }
 
 impl Memory {
+    /// Maps `len` bytes of anonymous private memory, a positive multiple of the page size.
+    pub(super) fn map(len: usize) -> io::Result<Self> {
+        Self::new(len, Backing::Private)
+    }
+
     /// Maps `len` bytes, a positive multiple of the page size.
     pub(super) fn new(len: usize, backing: Backing) -> io::Result<Self> {
         Ok(Self { at: map(len, &backing)?, len, backing, plain: true })
