@@ -1,9 +1,11 @@
 //! Changes that raise an event, for each kind of memory; `silent.rs` has the others.
 
 use crate::kinds::{Area, Change, HUGE, HUGES, HugePages, Kind, Outcome, SMALL, at_the_event, audible, check, outcome, refused};
+use crate::mapping::{expect_parts, in_parts};
 use crate::memory::{PAGE, Raw};
 use crate::uffd::no_fork;
 use futures::executor::block_on;
+use shootdown::source::{MapError, OwnedMapping, Protection};
 use shootdown::{AddressRange, Event};
 use std::io;
 use std::ptr;
@@ -20,6 +22,7 @@ crate::list![
     a_stack_that_its_thread_leaves_raises_clear,
     a_heap_made_smaller_by_brk_raises_unmap,
     huge_pages_raise_the_same_events,
+    an_owned_mapping_of_which_a_part_is_watched_moves_and_grows,
     a_mapping_of_huge_pages_has_parts_of_huge_pages,
     of_a_misaligned_remove_every_changed_huge_page_is_inside_the_invalidation,
 ];
@@ -200,9 +203,40 @@ fn huge_pages_raise_the_same_events() {
     }
 }
 
+/// A watched part is a mapping of its own for the kernel, and each of its moves raises events.
+fn an_owned_mapping_of_which_a_part_is_watched_moves_and_grows() {
+    let _fork = no_fork();
+    let source = crate::uffd::Running::new();
+    let space = shootdown::AddressSpace::new();
+    let kinds = [OwnedMapping::new(&space, 8 * PAGE).unwrap(), OwnedMapping::shared(&space, 8 * PAGE).unwrap()];
+    for (mut mapping, parts) in kinds.into_iter().zip([true, false]) {
+        if parts {
+            in_parts(&mut mapping);
+        } else {
+            mapping.write(7 * PAGE, b"last");
+        }
+        for change in 0..2 {
+            let part = Raw { at: mapping.range().start() as usize + 2 * PAGE, len: 4 * PAGE };
+            let _watch = source.uffd.watch(part.range()).unwrap();
+            block_on(async {
+                match change {
+                    0 => mapping.remap().await.unwrap(),
+                    _ => mapping.resize(9000 * PAGE).await.unwrap(),
+                }
+            });
+            if parts {
+                expect_parts(&mut mapping);
+            } else {
+                let mut last = [0; 4];
+                mapping.read(7 * PAGE, &mut last);
+                assert_eq!(&last, b"last");
+            }
+        }
+    }
+}
+
 /// Not an event, but here are the huge pages.
 fn a_mapping_of_huge_pages_has_parts_of_huge_pages() {
-    use shootdown::source::{MapError, OwnedMapping, Protection};
     let _pages = HugePages::reserve().unwrap();
     let space = shootdown::AddressSpace::new();
     let made = || {

@@ -92,7 +92,23 @@ fn refused_by_itself() {
             let after = bytes();
             assert!((before + PAGE as u64..before + 64 * PAGE as u64).contains(&after), "{before:#x} {after:#x}");
         }
-        std::mem::forget(mapping);
+        // Nothing can be put in its place either: the new memory stays where it was made, and the old
+        // is left alone.
+        let leaked = OwnedMapping::leaked_bytes();
+        let refused = block_on(mapping.map_again()).unwrap_err();
+        assert!(
+            matches!(&refused, MapError::AddressLost(error) if error.kind() == std::io::ErrorKind::PermissionDenied),
+            "{refused:?}"
+        );
+        assert_eq!(OwnedMapping::leaked_bytes() - leaked, 8 * PAGE as u64);
+        let old = crate::memory::Raw { at: at.start() as usize + 5 * PAGE, len: PAGE };
+        assert_eq!(old.look().map(|page| page[0]), Some(b'f'));
+        assert!(!mapping.range().overlaps(at));
+        assert_eq!((mapping.len(), text(&mapping, 5 * PAGE)), (8 * PAGE, [0; 4]));
+        in_parts(&mut mapping);
+        block_on(mapping.remap()).unwrap();
+        expect_parts(&mut mapping);
+        block_on(mapping.unmap()).unwrap();
     }
     println!("a sealed page: refused, and moved back");
 }
