@@ -178,6 +178,8 @@ MUTATIONS = [
     ("nobody looks whether there is room for the pieces", "src/source/sys/moving.rs", "        room_for(pieces.len())?;\n", "", "source"),
     ("several mappings are taken for one", "src/source/sys/moving.rs", "matches!(error, io::Errno::NOMEM | io::Errno::AGAIN)", "true", "source"),
     ("the discarded pages of shared memory stay in the file", "src/source/sys.rs", "Backing::Shared(file) => file.punch(offset, len),", "Backing::Shared(_) => unsafe { mm::madvise(self.at(offset), len, mm::Advice::LinuxDontNeed) },", "source"),
+    ("the file of shared memory keeps its length", "src/source/mapping.rs", "            file.resize(len)?;\n", "            let _ = file;\n", "source"),
+    ("a mapping changes before the invalidation", "src/source/mapping.rs", "let guard = space.invalidate(self.range(), event).await;\n        let changed = change(self.memory_mut());", "let range = self.range();\n        let changed = change(self.memory_mut());\n        let guard = space.invalidate(range, event).await;", "source"),
     ("a file is mapped beyond its end", "src/source/file.rs", "size.next_multiple_of(self.unit as u64) >= end", "size <= u64::MAX", "source"),
 ]
 

@@ -127,7 +127,12 @@ fn the_event_comes_before_pages_are_discarded_and_after_they_are_unmapped() {
     for kind in SMALL {
         assert_eq!(at_the_event(Area::new(kind), unmap), None, "{kind:?}");
         assert_eq!(at_the_event(Area::new(kind), |area| remap(area, 64 * area.raw.len, libc::MREMAP_MAYMOVE)), None, "{kind:?}");
+        assert_eq!(at_the_event(Area::new(kind), |area| remap(area, 4 * PAGE, 0)), None, "{kind:?}");
         assert_eq!(all(at_the_event(Area::new(kind), map_over)), Some((0, true)), "{kind:?}: new memory");
+        let keep = |area: Area| remap(area, area.raw.len, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP);
+        let private = matches!(kind, Kind::Private | Kind::MemfdPrivate | Kind::FilePrivate);
+        let left = all(at_the_event(Area::new(kind), keep)).unwrap();
+        assert!(!private || left == (0, true), "{kind:?}: what was written to has moved");
     }
 }
 
@@ -185,6 +190,13 @@ pub fn heap_by_itself() {
         Ok(())
     });
     assert_eq!(told, Outcome::Told(vec![(Event::Unmap, heap.range())]));
+    // SAFETY: as above.
+    assert_eq!(unsafe { libc::sbrk(LEN as isize) }.addr(), heap.at);
+    heap.write(1);
+    let area = Area { kind: Kind::Private, raw: heap, fd: -1 };
+    // SAFETY: as above.
+    let gone = at_the_event(area, |area| check(unsafe { libc::sbrk(-(area.raw.len as isize)) }.addr() as i64));
+    assert_eq!(gone, None, "it has gone when the event can be read");
 }
 
 fn huge_pages_raise_the_same_events() {
