@@ -170,6 +170,17 @@ MUTATIONS = [
     ("the memory of a former entry is taken without what was done with it", "src/entry.rs", "NonNull::new(self.0.load(Ordering::Acquire))", "NonNull::new(self.0.load(Ordering::Relaxed))", "loom"),
     ("a reader that finds the gate open does not see what was invalidated", "src/engine/gate.rs", "self.0.load(Ordering::Acquire) != 0", "self.0.load(Ordering::Relaxed) != 0", "loom"),
     ("a gate that opens publishes nothing", "src/engine/gate.rs", "fetch_sub(times, Ordering::AcqRel)", "fetch_sub(times, Ordering::Relaxed)", "loom"),
+    ("a part that is no part is added to the address", "src/source/mapping.rs", "let range = || AddressRange::new(self.range().start() + part.start as u64, part.len() as u64).ok();\n        whole.then(range).flatten()", "let range = AddressRange::new(self.range().start() + part.start as u64, part.len() as u64).ok();\n        whole.then_some(range).flatten()", "source"),
+    ("a mapping forgets that parts are protected", "src/source/sys.rs", "        self.plain = false;\n", "", "source"),
+    ("a place that may be somebody else's is unmapped", "src/source/sys/moving.rs", "        if moved.is_err() {\n", "        if moved.is_err() {\n            self.given = from;\n", "source"),
+    ("pieces that move leave their old address to others", "src/source/sys/moving.rs", "{ MremapFlags::empty() } else { MremapFlags::DONTUNMAP }", "{ MremapFlags::empty() } else { MremapFlags::empty() }", "source"),
+    ("a move that is refused half way stays half made", "src/source/sys/moving.rs", "                self.move_back(place, &pieces[..at]);\n", "", "source"),
+    ("nobody looks whether there is room for the pieces", "src/source/sys/moving.rs", "        room_for(pieces.len())?;\n", "", "source"),
+    ("several mappings are taken for one", "src/source/sys/moving.rs", "matches!(error, io::Errno::NOMEM | io::Errno::AGAIN)", "true", "source"),
+    ("the discarded pages of shared memory stay in the file", "src/source/sys.rs", "Backing::Shared(file) => file.punch(offset, len),", "Backing::Shared(_) => unsafe { mm::madvise(self.at(offset), len, mm::Advice::LinuxDontNeed) },", "source"),
+    ("the file of shared memory keeps its length", "src/source/mapping.rs", "            file.resize(len)?;\n", "            let _ = file;\n", "source"),
+    ("a mapping changes before the invalidation", "src/source/mapping.rs", "let guard = space.invalidate(self.range(), event).await;\n        let changed = change(self.memory_mut());", "let range = self.range();\n        let changed = change(self.memory_mut());\n        let guard = space.invalidate(range, event).await;", "source"),
+    ("a file is mapped beyond its end", "src/source/file.rs", "size.next_multiple_of(self.unit as u64) >= end", "size <= u64::MAX", "source"),
 ]
 
 # Cheap ones first; the first that fails is named. With the seconds after which it hangs, the build included.
@@ -183,6 +194,7 @@ CHECKS = [
     ("shuttle", "ci/shuttle.sh", 300),
     ("contract, debug build", "cargo test --test contract", 150),
     ("futurelock", "cargo test --release --test futurelock", 75),
+    ("source", "cargo test --all-features --test source", 300),
     ("soak", "cargo test --release --test soak", 75),
     ("AddressSanitizer", "ci/asan.sh", 300),
 ]

@@ -78,10 +78,61 @@ impl AddressRange {
 
     /// The memory that a slice occupies.
     ///
+    /// Exposes the provenance of the slice, so that [`as_ptr`](Self::as_ptr) leads back to it.
+    ///
     /// # Errors
     /// [`RangeError::Empty`] when the slice, or its element type, has no size.
     pub fn of_slice<T>(slice: &[T]) -> Result<Self, RangeError> {
-        Self::new(slice.as_ptr() as usize as u64, size_of_val(slice) as u64)
+        Self::from_ptr(slice.as_ptr(), size_of_val(slice))
+    }
+
+    /// The `len` *bytes* that begin where a pointer points to.
+    ///
+    /// Exposes the provenance of the pointer, so that [`as_ptr`](Self::as_ptr) leads back to what
+    /// it points to.
+    ///
+    /// # Errors
+    /// As [`new`](Self::new).
+    pub fn from_ptr<T>(start: *const T, len: usize) -> Result<Self, RangeError> {
+        Self::new(start.expose_provenance() as u64, len as u64)
+    }
+
+    /// Makes a pointer of the first address, for a device, a system call or code that copies.
+    ///
+    /// A range is two numbers, and says nothing of what is there: it promises neither that the
+    /// memory is mapped nor that it may be read, nor for how long, nor that nobody else writes.
+    /// Those who read through the pointer (`unsafe`) answer for that. What may be reached are
+    /// objects whose provenance was exposed: memory that the kernel mapped, a mapping of
+    /// `source::OwnedMapping`, what [`of_slice`](Self::of_slice) and [`from_ptr`](Self::from_ptr)
+    /// were given.
+    ///
+    /// ```
+    /// # use shootdown::AddressRange;
+    /// let buffer = vec![7_u8; 64];
+    /// let range = AddressRange::of_slice(&buffer)?;
+    /// assert_eq!(range.as_ptr(), buffer.as_ptr());
+    /// # Ok::<(), shootdown::RangeError>(())
+    /// ```
+    ///
+    /// # Panics
+    /// When a pointer of this machine is shorter than the address.
+    pub fn as_ptr(self) -> *const u8 {
+        core::ptr::with_exposed_provenance(self.start_usize())
+    }
+
+    /// Makes a pointer through which may be written: see [`as_ptr`](Self::as_ptr).
+    ///
+    /// Memory that was exposed by a shared reference, as [`of_slice`](Self::of_slice) does, must
+    /// not be written through it.
+    ///
+    /// # Panics
+    /// As [`as_ptr`](Self::as_ptr).
+    pub fn as_mut_ptr(self) -> *mut u8 {
+        core::ptr::with_exposed_provenance_mut(self.start_usize())
+    }
+
+    fn start_usize(self) -> usize {
+        usize::try_from(self.start).expect("a pointer of this machine is shorter than the address")
     }
 
     /// First address, inclusive.
@@ -209,6 +260,18 @@ mod tests {
         let text = RangeError::Overflow { start: u64::MAX, len: 2 }.to_string();
         assert!(text.contains("0xffffffffffffffff"), "{text}");
         assert_eq!((std::format!("{range}"), std::format!("{range:?}")), ("0x1000..=0x1fff".into(), "0x1000..=0x1fff".into()));
+    }
+
+    #[test]
+    fn a_pointer_and_a_range_lead_to_each_other() {
+        let mut words = [1_u32, 2, 3];
+        let range = AddressRange::from_ptr(words.as_mut_ptr(), size_of_val(&words)).unwrap();
+        assert_eq!(range, AddressRange::of_slice(&words).unwrap());
+        assert_eq!((range.as_ptr().addr(), range.as_mut_ptr().addr()), (words.as_ptr().addr(), words.as_ptr().addr()));
+        assert_eq!(range.len(), Some(12));
+        let empty = AddressRange::from_ptr(words.as_ptr(), 0).unwrap_err();
+        assert_eq!(empty, RangeError::Empty { start: words.as_ptr().addr() as u64 });
+        assert!(AddressRange::from_ptr(core::ptr::without_provenance::<u8>(usize::MAX), usize::MAX).is_err());
     }
 
     #[test]

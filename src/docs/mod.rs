@@ -9,6 +9,7 @@
 //! | [`cancellation`] | dropped, leaked and forgotten futures, and why passes belong to the space |
 //! | [`from_the_kernel`] | each function of `mmu_notifier.h` and what it is here |
 //! | `from_libfabric` (feature `userfaultfd`) | users of libfabric's memory monitors and UCX's registration cache |
+//! | `memory_changes` (feature `userfaultfd`) | which changes of memory raise an event, and what to do about those that raise none |
 
 #[doc = include_str!("driver.md")]
 pub mod driver {}
@@ -31,3 +32,7 @@ pub mod from_the_kernel {}
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
 #[doc = include_str!("from_libfabric.md")]
 pub mod from_libfabric {}
+
+#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+#[doc = include_str!("memory_changes.md")]
+pub mod memory_changes {}

@@ -8,10 +8,12 @@
 //! | | `OwnedMapping` | `Uffd` |
 //! | --- | --- | --- |
 //! | hears of the change | before it | when it has happened, before the caller goes on |
-//! | `munmap`, `mremap`, `madvise` | yes | yes |
-//! | `mprotect` | yes | no: the kernel raises no event |
+//! | `munmap`, `mremap`, `madvise(DONTNEED)` | yes | yes |
+//! | `mprotect`, holes and lengths of files, `shmat` over it | its own | no: the kernel raises no event, see the guide `memory_changes` |
 //! | needs | a program that calls it | Linux, and a permission |
 
+#[cfg(target_os = "linux")]
+mod file;
 mod mapping;
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
 mod ranges;

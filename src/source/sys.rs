@@ -1,37 +1,84 @@
 //! The system calls that the compiler cannot check, each behind a function that can be called safely.
 //!
-//! Mapping memory is safe; unmapping or moving it is safe only for who owns it, because a reference into it would dangle. So
-//! [`Memory`] owns what it maps and never lends it: it hands out addresses, and copies in and out between two system calls, for which it is borrowed.
-//! Nobody else can unmap it through this module.
+//! Mapping memory is safe; unmapping or moving it is safe only for who owns it, because a reference
+//! into it would dangle. So [`Memory`] owns what it maps and never lends it: it hands out
+//! addresses, and copies in and out between two system calls, for which it is borrowed. Nobody else
+//! can unmap it through this module.
+//!
+//! An address is owned from the call that mapped it to the call that unmaps it *or may have done
+//! so*: `mremap` onto a fixed address may unmap what is there and fail all the same. Another thread
+//! may then have mapped its own memory there, so nothing is unmapped at an address that such a call
+//! was given, whatever it answered. At worst address space is left mapped ([`LEAKED`]).
 
+#[cfg(target_os = "linux")]
+mod moving;
+
+#[cfg(target_os = "linux")]
+use super::file::File;
 use crate::range::AddressRange;
 use core::ffi::c_void;
 use core::ptr::{self, NonNull};
 use rustix::io;
 use rustix::mm::{self, MapFlags, MprotectFlags, ProtFlags};
+use std::sync::atomic::AtomicU64;
+#[cfg(target_os = "linux")]
+use std::sync::atomic::{AtomicU8, Ordering};
 
-/// Anonymous private memory of this process, unmapped when dropped.
+const RIGHTS: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
+
+/// Bytes of address space that stay mapped for ever.
+pub(super) static LEAKED: AtomicU64 = AtomicU64::new(0);
+
+/// What is mapped.
+pub(super) enum Backing {
+    /// Anonymous memory of this process.
+    Private,
+    /// Memory that whoever has the descriptor may map.
+    #[cfg(target_os = "linux")]
+    Shared(File),
+}
+
+/// Memory of this process, unmapped when dropped.
 pub(super) struct Memory {
     at: NonNull<u8>,
     len: usize,
+    backing: Backing,
+    /// All of it is readable and writable, as it was mapped.
+    plain: bool,
 }
 
-// SAFETY: the memory belongs to this value alone, and an address means the same on every thread.
+// SAFETY: the mapping belongs to this value alone, and an address means the same on every thread.
 unsafe impl Send for Memory {}
-// SAFETY: shared access is to the address, the length, and copies out; copies in need `&mut self`.
+// SAFETY: shared access is to the address, the length, and copies out. Copies into private memory
+// need `&mut self`; those into shared memory, which others may have mapped as well, are atomic.
 unsafe impl Sync for Memory {}
 
 pub(super) fn page_size() -> usize {
     rustix::param::page_size()
 }
 
+/// Maps `len` bytes where the kernel chooses, readable and writable.
+fn map(len: usize, backing: &Backing) -> io::Result<NonNull<u8>> {
+    // SAFETY: a new mapping where the kernel chooses, so it replaces none.
+    let at = unsafe {
+        match backing {
+            Backing::Private => mm::mmap_anonymous(ptr::null_mut(), len, RIGHTS, MapFlags::PRIVATE)?,
+            #[cfg(target_os = "linux")]
+            Backing::Shared(file) => mm::mmap(ptr::null_mut(), len, RIGHTS, MapFlags::SHARED, file.fd(), file.offset())?,
+        }
+    };
+    NonNull::new(at.cast()).ok_or(io::Errno::NOMEM)
+}
+
 impl Memory {
-    /// Maps `len` bytes, a positive multiple of the page size.
+    /// Maps `len` bytes of anonymous private memory, a positive multiple of the page size.
     pub(super) fn map(len: usize) -> io::Result<Self> {
-        // SAFETY: a new mapping where the kernel chooses, so it replaces none.
-        let at = unsafe { mm::mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)? };
-        let at = NonNull::new(at.cast()).ok_or(io::Errno::NOMEM)?;
-        Ok(Self { at, len })
+        Self::new(len, Backing::Private)
+    }
+
+    /// Maps `len` bytes, a positive multiple of the page size.
+    pub(super) fn new(len: usize, backing: Backing) -> io::Result<Self> {
+        Ok(Self { at: map(len, &backing)?, len, backing, plain: true })
     }
 
     pub(super) fn as_ptr(&self) -> *mut u8 {
@@ -42,6 +89,19 @@ impl Memory {
         self.len
     }
 
+    pub(super) fn backing(&self) -> &Backing {
+        &self.backing
+    }
+
+    #[cfg(target_os = "linux")]
+    pub(super) fn backing_mut(&mut self) -> &mut Backing {
+        &mut self.backing
+    }
+
+    fn at(&self, offset: usize) -> *mut c_void {
+        self.at.as_ptr().wrapping_add(offset).cast()
+    }
+
     fn inside(&self, offset: usize, len: usize) -> bool {
         offset.checked_add(len).is_some_and(|end| end <= self.len)
     }
@@ -49,76 +109,97 @@ impl Memory {
     /// Copies out of it; it must be readable.
     pub(super) fn read(&self, offset: usize, into: &mut [u8]) {
         assert!(self.inside(offset, into.len()), "the copy is outside of the mapping");
-        // SAFETY: inside the mapping, which nobody unmaps while it is borrowed; `into` is another object.
-        unsafe { ptr::copy_nonoverlapping(self.at.as_ptr().add(offset), into.as_mut_ptr(), into.len()) }
+        match self.backing {
+            // SAFETY: inside the mapping, which nobody unmaps while it is borrowed; `into` is another object.
+            Backing::Private => unsafe { ptr::copy_nonoverlapping(self.at.as_ptr().add(offset), into.as_mut_ptr(), into.len()) },
+            #[cfg(target_os = "linux")]
+            Backing::Shared(_) => {
+                into.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = self.byte(at).load(Ordering::Relaxed))
+            }
+        }
     }
 
     /// Copies into it; it must be writable.
     pub(super) fn write(&mut self, offset: usize, from: &[u8]) {
         assert!(self.inside(offset, from.len()), "the copy is outside of the mapping");
-        // SAFETY: as above.
-        unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.at.as_ptr().add(offset), from.len()) }
+        match self.backing {
+            // SAFETY: as above.
+            Backing::Private => unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.at.as_ptr().add(offset), from.len()) },
+            #[cfg(target_os = "linux")]
+            Backing::Shared(_) => from.iter().zip(offset..).for_each(|(byte, at)| self.byte(at).store(*byte, Ordering::Relaxed)),
+        }
     }
 
-    /// Discards its pages (`MADV_DONTNEED`): they read as zeros afterwards.
+    /// A byte that other mappings of the same memory may access at the same time.
+    #[cfg(target_os = "linux")]
+    fn byte(&self, offset: usize) -> &AtomicU8 {
+        assert!(offset < self.len, "the byte is outside of the mapping");
+        // SAFETY: inside the mapping, which nobody unmaps while it is borrowed. This module's other
+        // accesses of shared memory are atomic, too.
+        unsafe { AtomicU8::from_ptr(self.at.as_ptr().add(offset)) }
+    }
+
+    /// Discards its pages: they read as zeros afterwards.
     #[cfg(target_os = "linux")]
     pub(super) fn discard(&mut self, offset: usize, len: usize) -> io::Result<()> {
         assert!(self.inside(offset, len), "what is discarded is outside of the mapping");
-        // SAFETY: inside the mapping, into which there are no references.
-        unsafe { mm::madvise(self.at.as_ptr().add(offset).cast::<c_void>(), len, mm::Advice::LinuxDontNeed) }
+        match &self.backing {
+            // SAFETY: inside the mapping, into which there are no references.
+            Backing::Private => unsafe { mm::madvise(self.at(offset), len, mm::Advice::LinuxDontNeed) },
+            Backing::Shared(file) => file.punch(offset, len),
+        }
     }
 
     /// Elsewhere that call is a hint: new pages take their place, readable and writable.
     #[cfg(not(target_os = "linux"))]
     pub(super) fn discard(&mut self, offset: usize, len: usize) -> io::Result<()> {
         assert!(self.inside(offset, len), "what is discarded is outside of the mapping");
-        let (rights, flags) = (ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED);
+        let flags = MapFlags::PRIVATE | MapFlags::FIXED;
         // SAFETY: inside the mapping, which is ours and into which there are no references: the new pages replace only those.
-        unsafe { mm::mmap_anonymous(self.at.as_ptr().add(offset).cast::<c_void>(), len, rights, flags).map(drop) }
+        unsafe { mm::mmap_anonymous(self.at(offset), len, RIGHTS, flags).map(drop) }
     }
 
     pub(super) fn protect(&mut self, offset: usize, len: usize, flags: MprotectFlags) -> io::Result<()> {
         assert!(self.inside(offset, len), "what is protected is outside of the mapping");
-        // SAFETY: as above.
-        unsafe { mm::mprotect(self.at.as_ptr().add(offset).cast::<c_void>(), len, flags) }
+        self.plain = false;
+        // SAFETY: inside the mapping, into which there are no references.
+        unsafe { mm::mprotect(self.at(offset), len, flags) }
     }
 
-    /// Moves it to another address, with another length.
-    #[cfg(target_os = "linux")]
-    pub(super) fn remap(&mut self, len: usize, elsewhere: bool) -> io::Result<()> {
-        let old = self.at.as_ptr().cast::<c_void>();
-        let at = if elsewhere {
-            // Somewhere else is where nothing is: reserved first, then replaced in one step.
-            let mut place = Self::map(len)?;
-            // SAFETY: both mappings are ours, and there are no references into either.
-            let at = unsafe { mm::mremap_fixed(old, self.len, len, mm::MremapFlags::MAYMOVE, place.at.as_ptr().cast())? };
-            // The reserved mapping is gone: the moved one is in its place.
-            place.len = 0;
-            at
-        } else {
-            // SAFETY: the mapping is ours, and there are no references into it.
-            unsafe { mm::mremap(old, self.len, len, mm::MremapFlags::MAYMOVE)? }
-        };
-        self.at = NonNull::new(at.cast()).ok_or(io::Errno::NOMEM)?;
-        self.len = len;
+    /// Bytes that parts of it are multiples of: a page, or a huge page.
+    pub(super) fn unit(&self) -> usize {
+        match &self.backing {
+            Backing::Private => page_size(),
+            #[cfg(target_os = "linux")]
+            Backing::Shared(file) => file.unit(),
+        }
+    }
+
+    /// Elsewhere one call replaces it.
+    #[cfg(not(target_os = "linux"))]
+    pub(super) fn replace(&mut self, backing: Backing) -> Result<(), Refused> {
+        self.discard(0, self.len).map_err(Refused::Unchanged)?;
+        (self.backing, self.plain) = (backing, true);
         Ok(())
     }
 
     /// Without `mremap`: a new mapping, readable and writable, and a copy of what fits.
     #[cfg(not(target_os = "linux"))]
-    pub(super) fn remap(&mut self, len: usize, _elsewhere: bool) -> io::Result<()> {
-        let new = Self::map(len)?;
-        self.protect(0, self.len, MprotectFlags::READ)?;
+    pub(super) fn copied(&mut self, len: usize) -> io::Result<()> {
+        let new = Self::new(len, Backing::Private)?;
+        if !self.plain {
+            self.protect(0, self.len, MprotectFlags::READ)?;
+        }
         // SAFETY: both mappings are ours, different, and long enough.
         unsafe { ptr::copy_nonoverlapping(self.at.as_ptr(), new.at.as_ptr(), self.len.min(len)) };
         *self = new;
         Ok(())
     }
 
-    /// Unmaps it. On failure it is still mapped.
+    /// Unmaps it; who is refused gets it back.
     pub(super) fn unmap(mut self) -> Result<(), (Self, io::Errno)> {
         // SAFETY: the mapping is ours, and there are no references into it.
-        match unsafe { mm::munmap(self.at.as_ptr().cast(), self.len) } {
+        match unsafe { mm::munmap(self.at(0), self.len) } {
             Ok(()) => {
                 self.len = 0;
                 Ok(())
@@ -129,11 +210,13 @@ impl Memory {
 
     /// Leaves it mapped for ever.
     pub(super) fn leak(mut self) {
+        LEAKED.fetch_add(self.len as u64, std::sync::atomic::Ordering::Relaxed);
         self.len = 0;
     }
 
     pub(super) fn range(&self) -> AddressRange {
-        AddressRange::new(self.at.as_ptr().addr() as u64, self.len as u64).expect("the kernel maps no empty range at 0")
+        AddressRange::new(self.at.as_ptr().expose_provenance() as u64, self.len as u64)
+            .expect("the kernel maps no empty range at 0")
     }
 }
 
@@ -141,9 +224,17 @@ impl Drop for Memory {
     fn drop(&mut self) {
         if self.len != 0 {
             // SAFETY: as in `unmap`. It cannot fail for a mapping that is there, but for want of kernel memory; then it stays.
-            let _ = unsafe { mm::munmap(self.at.as_ptr().cast(), self.len) };
+            let _ = unsafe { mm::munmap(self.at(0), self.len) };
         }
     }
+}
+
+/// Why memory was not replaced.
+pub(super) enum Refused {
+    Unchanged(io::Errno),
+    /// The new memory is there, at another address.
+    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only `mremap` leaves that open"))]
+    AddressLost(io::Errno),
 }
 
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]

@@ -94,7 +94,8 @@ impl Slot {
                     // One by one: the kernel moves no range of several mappings.
                     let aside = self.aside + from * PAGE;
                     for offset in (0..pages).map(|page| page * PAGE) {
-                        mremap_fixed(pointer(at + offset), PAGE, PAGE, MremapFlags::MAYMOVE, pointer(aside + offset)).expect("mremap");
+                        mremap_fixed(pointer(at + offset), PAGE, PAGE, MremapFlags::MAYMOVE, pointer(aside + offset))
+                            .expect("mremap");
                     }
                     map(at, pages, MapFlags::FIXED);
                     madvise(pointer(aside), len, Advice::LinuxDontNeed).expect("MADV_DONTNEED");

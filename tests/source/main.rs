@@ -3,9 +3,14 @@
 
 mod cache;
 mod forks;
+mod kinds;
+mod loud;
 mod mapping;
 mod memory;
 mod never_stale;
+mod refused;
+mod shared;
+mod silent;
 mod uffd;
 
 use libtest_mimic::{Arguments, Trial};
@@ -56,22 +61,28 @@ fn main() {
         }
         return;
     }
+    // Called again by a test that uses up what the process may have.
+    if let Some(name) = std::env::var_os("SHOOTDOWN_BY_ITSELF") {
+        return refused::by_itself(name.to_str().unwrap());
+    }
     let isolated_tests: Vec<_> = never_stale::isolated_tests().into_iter().chain(forks::isolated_tests()).collect();
     if let Some(name) = std::env::var_os("SHOOTDOWN_ONE") {
         let test = isolated_tests.iter().find(|(test, _)| *test == name).expect("the parent names a test");
         return (test.1)();
     }
     let refused = Uffd::open(&AddressSpace::new()).err().map(|error| error.to_string());
-    let needs = |trials: Vec<(&'static str, fn())>| {
+    // And what a test alone needs: huge pages, swap, a newer kernel.
+    let needs_more = |trials: Vec<(&'static str, fn())>, lacking: fn(&str) -> Option<String>| {
         let refused = refused.clone();
         trials.into_iter().map(move |(name, test)| {
             let trial = Trial::test(name, move || Ok(test()));
-            match &refused {
+            match refused.clone().or_else(|| lacking(name)) {
                 None => trial,
                 Some(why) => trial.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
             }
         })
     };
+    let needs = |trials| needs_more(trials, |_| None);
     let alone = isolated_tests.into_iter().map(|(name, _)| {
         let trial = Trial::test(name, move || Ok(isolated(name)));
         match &refused {
@@ -89,10 +100,16 @@ fn main() {
         None => proof,
         Some(why) => proof.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
     };
-    let plain = mapping::tests().into_iter().map(|(name, test)| Trial::test(name, move || Ok(test())));
+    let plain = mapping::tests()
+        .into_iter()
+        .chain(shared::tests())
+        .chain(refused::tests())
+        .map(|(name, test)| Trial::test(name, move || Ok(test())));
     let trials = plain
         .chain(needs(uffd::tests()))
         .chain(needs(cache::tests()))
+        .chain(needs_more(loud::tests(), loud::lacking))
+        .chain(needs_more(silent::tests(), silent::lacking))
         .chain(needs(never_stale::tests()))
         .chain(alone)
         .chain([proof])

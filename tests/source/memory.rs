@@ -77,6 +77,12 @@ impl Raw {
         unsafe { madvise(self.ptr(), self.len, advice).unwrap() };
     }
 
+    /// The same with a number that `rustix` may have no name for.
+    pub fn advise(self, advice: i32) -> std::io::Result<()> {
+        // SAFETY: as above.
+        if unsafe { libc::madvise(self.ptr(), self.len, advice) } == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+    }
+
     pub fn remap(self, pages: usize) -> Self {
         let len = pages * PAGE;
         // SAFETY: as above.

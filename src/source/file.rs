@@ -1,0 +1,93 @@
+//! The descriptor behind shared memory: what part of it is mapped, and how long it is.
+#![forbid(unsafe_code)]
+
+use super::mapping::MapError;
+use super::sys::page_size;
+use core::ops::Range;
+use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
+use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, fstat, fstatfs, ftruncate, memfd_create};
+use rustix::io;
+
+/// `statfs` of hugetlbfs, whose files are mapped in huge pages.
+const HUGETLBFS: u64 = 0x9584_58f6;
+
+pub(super) struct File {
+    fd: OwnedFd,
+    /// Where in the file the mapping begins.
+    offset: u64,
+    /// Bytes that offsets and lengths are multiples of.
+    unit: usize,
+    /// Made here: its length is that of the mapping.
+    ours: bool,
+}
+
+impl File {
+    /// New memory without a name in the file system, `len` bytes.
+    pub(super) fn new(len: usize) -> io::Result<Self> {
+        let fd = memfd_create("shootdown", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
+        ftruncate(&fd, len as u64)?;
+        Ok(Self { fd, offset: 0, unit: page_size(), ours: true })
+    }
+
+    /// Somebody's memory, `len` bytes from `offset` on; returns the length in whole pages, too.
+    pub(super) fn adopt(fd: OwnedFd, offset: u64, len: usize) -> Result<(Self, usize), MapError> {
+        let unit = match fstatfs(&fd) {
+            Ok(system) if system.f_type as u64 & 0xffff_ffff == HUGETLBFS => system.f_bsize as usize,
+            _ => page_size(),
+        };
+        let mut file = Self { fd, offset, unit, ours: false };
+        let whole = len.checked_next_multiple_of(unit).filter(|whole| *whole != 0 && offset.is_multiple_of(unit as u64));
+        let whole = whole.ok_or_else(|| file.not_pages(len))?;
+        file.resize(whole)?;
+        Ok((file, whole))
+    }
+
+    fn not_pages(&self, len: usize) -> MapError {
+        let start = usize::try_from(self.offset).unwrap_or(usize::MAX);
+        let size = fstat(&self.fd).map_or(0, |stat| stat.st_size as usize);
+        MapError::NotPages { part: Range { start, end: start.saturating_add(len) }, len: size, page: self.unit }
+    }
+
+    /// Another `len` bytes of new memory: the descriptor that was given once more, or a new one.
+    pub(super) fn again(&self, len: usize) -> io::Result<Self> {
+        if self.ours {
+            return Self::new(len);
+        }
+        Ok(Self {
+            fd: self.fd.try_clone().map_err(|error| io::Errno::from_io_error(&error).unwrap_or(io::Errno::MFILE))?,
+            ..*self
+        })
+    }
+
+    /// Makes the file as long as a mapping of `len` bytes needs it, if it was made here; else
+    /// looks whether it is that long.
+    pub(super) fn resize(&mut self, len: usize) -> Result<(), MapError> {
+        let end = self.offset.checked_add(len as u64).ok_or_else(|| self.not_pages(len))?;
+        if self.ours {
+            return ftruncate(&self.fd, end).map_err(|error| MapError::Os(error.into()));
+        }
+        let size = fstat(&self.fd).map_err(|error| MapError::Os(error.into()))?.st_size as u64;
+        // The rest of the last page is there, and zeros.
+        match size.next_multiple_of(self.unit as u64) >= end {
+            true => Ok(()),
+            false => Err(MapError::BeyondEnd { end, size }),
+        }
+    }
+
+    /// Discards a part, for all who have mapped it.
+    pub(super) fn punch(&self, offset: usize, len: usize) -> io::Result<()> {
+        fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, self.offset + offset as u64, len as u64)
+    }
+
+    pub(super) fn fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+
+    pub(super) fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    pub(super) fn unit(&self) -> usize {
+        self.unit
+    }
+}

@@ -1,0 +1,259 @@
+//! Moving memory by `mremap`: whole or not at all, and to no address that is somebody else's.
+
+use super::{Backing, LEAKED, Memory, Refused, map, page_size};
+use alloc::vec::Vec;
+use core::ffi::c_void;
+use core::ptr::NonNull;
+use rustix::io;
+use rustix::mm::{self, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
+use std::sync::atomic::Ordering;
+
+impl Memory {
+    /// Unmaps what lies behind `len` bytes, fewer than it has.
+    pub(in crate::source) fn shrink(&mut self, len: usize) -> io::Result<()> {
+        assert!(len < self.len && len != 0, "a part stays mapped");
+        // SAFETY: the end of a mapping that is ours, into which there are no references.
+        unsafe { mm::munmap(self.at(len), self.len - len)? };
+        self.len = len;
+        Ok(())
+    }
+
+    /// Makes it longer; it may move. New pages are readable and writable.
+    pub(in crate::source) fn grow(&mut self, len: usize) -> io::Result<()> {
+        assert!(len > self.len, "it becomes longer");
+        if !self.plain || self.is_huge() {
+            // The last page's protection would be that of the new ones, and huge pages cannot grow.
+            return self.relocate(len);
+        }
+        // SAFETY: the mapping is ours, and there are no references into it. The kernel chooses
+        // where it moves to, so nothing else is replaced; if it refuses, nothing has changed.
+        match unsafe { mm::mremap(self.at(0), self.len, len, MremapFlags::MAYMOVE) } {
+            Ok(at) => {
+                (self.at, self.len) = (NonNull::new(at.cast()).ok_or(io::Errno::NOMEM)?, len);
+                Ok(())
+            }
+            // Several mappings for the kernel: a part is watched, locked or advised otherwise.
+            Err(io::Errno::FAULT) => self.relocate(len),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Moves it to another address and makes it `len` bytes long, at least as long as it is; or
+    /// refuses and leaves it where it is, whole.
+    ///
+    /// A part with another protection is another mapping for the kernel, and `mremap` moves one. So
+    /// the pieces are moved one by one to a place that was reserved for all of them. Each leaves an
+    /// empty mapping behind (`MREMAP_DONTUNMAP`, Linux 5.7; for shared memory 5.13), which keeps
+    /// the old address, so that it can go back if a later one is refused.
+    pub(in crate::source) fn relocate(&mut self, len: usize) -> io::Result<()> {
+        assert!(len >= self.len, "all of it moves");
+        let pieces = self.pieces()?;
+        let mut place = Reserved::new(len, &self.backing)?;
+        room_for(pieces.len())?;
+        let keep = if pieces.len() == 1 { MremapFlags::empty() } else { MremapFlags::DONTUNMAP };
+        for (at, &(from, piece)) in pieces.iter().enumerate() {
+            // SAFETY: the piece is ours, and there are no references into it.
+            if let Err(error) = unsafe { place.take(self.at(from), from, piece, keep) } {
+                self.move_back(place, &pieces[..at]);
+                return Err(error);
+            }
+        }
+        if pieces.len() > 1 {
+            // SAFETY: the empty mappings that the pieces left are ours. Refused they stay, empty.
+            if unsafe { mm::munmap(self.at(0), self.len) }.is_err() {
+                LEAKED.fetch_add(self.len as u64, Ordering::Relaxed);
+            }
+        }
+        (self.at, self.len) = (place.keep(), len);
+        Ok(())
+    }
+
+    /// Puts the pieces that begin at `moved` back where they were.
+    ///
+    /// # Panics
+    /// When the kernel refuses, which it does for want of memory of its own only: for the mappings
+    /// there was [room](room_for) when the move began. Other threads may have used it up meanwhile;
+    /// that is waited for, within a bound.
+    fn move_back(&mut self, place: Reserved, moved: &[(usize, usize)]) {
+        let at = place.at;
+        // Unmaps what no piece was moved to: a mapping less before they go back.
+        drop(place);
+        for &(from, len) in moved.iter().rev() {
+            let back = || {
+                let piece = at.as_ptr().wrapping_add(from).cast();
+                // SAFETY: the piece is ours, where it was moved to. So is the empty mapping that it
+                // left behind and now replaces: kernels that leave one refuse for want of mappings
+                // before they unmap it.
+                unsafe { mm::mremap_fixed(piece, len, len, MremapFlags::MAYMOVE, self.at(from)) }
+            };
+            let answer = (0..TRIES).find_map(|_| match back() {
+                Err(io::Errno::NOMEM) => {
+                    std::thread::yield_now();
+                    None
+                }
+                answer => Some(answer),
+            });
+            assert!(matches!(answer, Some(Ok(_))), "the kernel has moved memory and refuses to move it back: {answer:?}");
+        }
+    }
+
+    /// Its parts that are one mapping for the kernel each, in order: where, and how many bytes.
+    fn pieces(&self) -> io::Result<Vec<(usize, usize)>> {
+        let mut pieces = Vec::new();
+        if self.is_huge() {
+            // Huge pages leave no empty mapping behind, so several pieces could not go back. Nor
+            // can it be found out where one begins, since they do not grow in place.
+            if !self.plain {
+                return Err(io::Errno::INVAL);
+            }
+            pieces.push((0, self.len));
+            return Ok(pieces);
+        }
+        let mut from = 0;
+        while from < self.len {
+            let piece = self.piece(from);
+            pieces.push((from, piece));
+            from += piece;
+        }
+        Ok(pieces)
+    }
+
+    fn is_huge(&self) -> bool {
+        self.unit() != page_size()
+    }
+
+    /// Bytes from `from` on that are one mapping for the kernel.
+    fn piece(&self, from: usize) -> usize {
+        let (unit, rest) = (self.unit(), self.len - from);
+        if self.is_one(from, rest) {
+            return rest;
+        }
+        let (mut one, mut several) = (1, rest / unit);
+        while one + 1 < several {
+            let middle = one.midpoint(several);
+            if self.is_one(from, middle * unit) { one = middle } else { several = middle }
+        }
+        one * unit
+    }
+
+    /// Whether a part is one mapping for the kernel, which is asked to make it a page longer where
+    /// it is. It looks at that first, and refuses with `EFAULT` if it is not so.
+    ///
+    /// To try a move would not do: since Linux 6.17 `mremap` moves several at once, and when it
+    /// refuses one of them it does not say which it has moved already.
+    fn is_one(&self, from: usize, len: usize) -> bool {
+        let unit = self.unit();
+        // SAFETY: inside the mapping, which is ours. It does not move, and nothing is replaced.
+        match unsafe { mm::mremap(self.at(from), len, len + unit, MremapFlags::empty()) } {
+            Ok(_) => {
+                // SAFETY: the page that was just added behind the end, where nothing was.
+                if unsafe { mm::munmap(self.at(from + len), unit) }.is_err() {
+                    LEAKED.fetch_add(unit as u64, Ordering::Relaxed);
+                }
+                true
+            }
+            // No room behind it, or none that may be used. Who is sealed is refused before that.
+            Err(error) => matches!(error, io::Errno::NOMEM | io::Errno::AGAIN),
+        }
+    }
+
+    /// Maps other memory of the same length at the same address, readable and writable. At no
+    /// moment the address is free.
+    pub(in crate::source) fn replace(&mut self, backing: Backing) -> Result<(), Refused> {
+        let mut new = Reserved::new(self.len, &backing).map_err(Refused::Unchanged)?;
+        // What can be refused is tried where nothing is at stake.
+        let mut rehearsal = Reserved::new(self.len, &backing).map_err(Refused::Unchanged)?;
+        room_for(1).map_err(Refused::Unchanged)?;
+        // SAFETY: both are ours alone.
+        unsafe { rehearsal.take(new.at.as_ptr().cast(), 0, self.len, MremapFlags::empty()) }.map_err(Refused::Unchanged)?;
+        new.at = rehearsal.keep();
+        // SAFETY: both mappings are ours, and there are no references into either.
+        let put = unsafe { mm::mremap_fixed(new.at.as_ptr().cast(), self.len, self.len, MremapFlags::MAYMOVE, self.at(0)) };
+        (self.backing, self.plain) = (backing, true);
+        match put {
+            Ok(_) => {
+                new.keep();
+                Ok(())
+            }
+            Err(error) => {
+                // What was at the old address may be gone and somebody else there.
+                LEAKED.fetch_add(self.len as u64, Ordering::Relaxed);
+                self.at = new.keep();
+                Err(Refused::AddressLost(error))
+            }
+        }
+    }
+}
+
+/// Looks whether the process may have so many mappings more, and those that `mremap` wants to see
+/// free before it does anything. It is limited (`vm.max_map_count`), and what is refused by
+/// `mremap` itself costs a place of which it is not known whether it is still ours.
+fn room_for(pieces: usize) -> io::Result<()> {
+    let page = page_size();
+    let pages = pieces + FREE;
+    let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+    // SAFETY: a new mapping where the kernel chooses, so it replaces none.
+    let at = unsafe { mm::mmap_anonymous(core::ptr::null_mut(), pages * page, ProtFlags::empty(), flags)? };
+    let at_page = |number: usize| at.cast::<u8>().wrapping_add(number * page).cast();
+    // SAFETY: pages of that mapping, of which nobody knows. Each second one becomes its own.
+    let split = |number| unsafe { mm::mprotect(at_page(number), page, MprotectFlags::READ) };
+    let room = (1..pages).step_by(2).try_for_each(split);
+    // SAFETY: the mapping from above. Refused it stays, and is never used.
+    if unsafe { mm::munmap(at, pages * page) }.is_err() {
+        LEAKED.fetch_add((pages * page) as u64, Ordering::Relaxed);
+    }
+    room
+}
+
+/// Mappings that `mremap` wants to see free, and some for those that other threads map meanwhile.
+const FREE: usize = 16;
+
+/// How often a move back is tried.
+const TRIES: usize = 10_000;
+
+/// Address space into which something is moved piece by piece, in order.
+struct Reserved {
+    at: NonNull<u8>,
+    len: usize,
+    /// Bytes from its start on that are not ours to unmap: a piece has been moved there, or may
+    /// have been.
+    given: usize,
+}
+
+impl Reserved {
+    fn new(len: usize, backing: &Backing) -> io::Result<Self> {
+        Ok(Self { at: map(len, backing)?, len, given: 0 })
+    }
+
+    /// Moves `len` bytes from `piece` to `from`, behind what has been moved before.
+    ///
+    /// # Safety
+    /// The piece belongs to the caller, and there are no references into it.
+    unsafe fn take(&mut self, piece: *mut c_void, from: usize, len: usize, keep: MremapFlags) -> io::Result<()> {
+        assert!(from == self.given && len <= self.len - from, "the piece belongs behind the others");
+        let to = self.at.as_ptr().wrapping_add(from).cast();
+        // From here on the place is not ours, whatever the answer is.
+        self.given = from + len;
+        // SAFETY: the piece is the caller's, and what is replaced was ours until now.
+        let moved = unsafe { mm::mremap_fixed(piece, len, len, MremapFlags::MAYMOVE | keep, to) };
+        if moved.is_err() {
+            LEAKED.fetch_add(len as u64, Ordering::Relaxed);
+        }
+        moved.map(drop)
+    }
+
+    /// All of it belongs to the caller from now on.
+    fn keep(mut self) -> NonNull<u8> {
+        self.given = self.len;
+        self.at
+    }
+}
+
+impl Drop for Reserved {
+    fn drop(&mut self) {
+        if self.given < self.len {
+            // SAFETY: ours since it was reserved: no piece was moved there, and none was tried to.
+            let _ = unsafe { mm::munmap(self.at.as_ptr().wrapping_add(self.given).cast(), self.len - self.given) };
+        }
+    }
+}
