@@ -26,6 +26,8 @@ pub(super) struct Core<D: Device> {
     pub(super) space: AddressSpace,
     pub(super) device: Arc<Guarded<D>>,
     pub(super) limits: Limits,
+    /// There is a source, which the process may have lost.
+    watched: bool,
     hits: [CachePadded<AtomicU64>; COUNTERS],
     /// Rises by two with each miss, so that a look-up is later than the miss before it.
     clock: AtomicU64,
@@ -70,6 +72,7 @@ impl<D: Device> Core<D> {
         let losses = space.shared().host.losses.clone();
         Self {
             space: space.clone(),
+            watched: source.is_set(),
             device: Arc::new(Guarded::new(device, settings.on_failure, losses, source)),
             limits: settings.limits,
             hits: core::array::from_fn(|_| CachePadded::new(AtomicU64::new(0))),
@@ -95,7 +98,7 @@ impl<D: Device> Core<D> {
     /// Whether this is a child of the process that the cache is of (M4).
     #[inline]
     pub(super) fn is_inert(&self) -> bool {
-        self.device.source.is_set() && self.device.source.is_inert()
+        self.watched && self.device.source.is_inert()
     }
 
     #[cfg(test)]

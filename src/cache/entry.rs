@@ -193,20 +193,18 @@ impl<D: Device> Entry<D> {
         sequence: Sequence,
         task: Registering<D::Error>,
         watched: Watched,
-    ) -> Result<(), (Registering<D::Error>, Watched)> {
-        let former = {
-            let mut progress = self.progress.lock();
-            // A closed gate does not matter here: it is asked when the registration is looked up.
-            let valid = !self.subscription().entry().own.is_past(sequence.0);
-            if !valid || !matches!(progress.phase, Phase::Waiting) {
-                drop(progress);
-                return Err((task, watched));
-            }
-            progress.phase = Phase::Registering { task, by: None };
-            core::mem::replace(&mut progress.watched, watched)
-        };
-        drop(former);
-        Ok(())
+    ) -> Result<Waiter<Outcome<D::Error>>, (Registering<D::Error>, Watched)> {
+        let mut progress = self.progress.lock();
+        // A closed gate does not matter here: it is asked when the registration is looked up.
+        let valid = !self.subscription().entry().own.is_past(sequence.0);
+        if !valid || !matches!(progress.phase, Phase::Waiting) {
+            return Err((task, watched));
+        }
+        let waiter = task.wait();
+        progress.phase = Phase::Registering { task, by: None };
+        // What waits has none.
+        progress.watched = watched;
+        Ok(waiter)
     }
 
     /// Lets look-ups find what the device has registered. If the memory was invalidated since
@@ -395,10 +393,10 @@ impl<D: Device> Drop for Claim<D> {
 pub(super) struct Live<D: Device> {
     /// When it was used last, by the clock of misses.
     used: AtomicU64,
-    handle: Option<D::Handle>,
-    pub(super) range: AddressRange,
     /// There is a source, which the process may have lost.
     watched: bool,
+    handle: Option<D::Handle>,
+    pub(super) range: AddressRange,
     gone: Option<oneshot::Sender<D::Handle>>,
     pub(super) entry: Arc<Entry<D>>,
 }

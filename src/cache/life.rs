@@ -43,8 +43,12 @@ pub(super) async fn attempt<D: Device>(
     let watched = watch()?;
     drop(early);
     let task = Task::new(&entry.device.losses, register(entry.clone(), sequence, now));
-    // Who comes too late, or was overtaken by an invalidation, finds out at the next step.
-    drop(entry.begin(sequence, task, watched));
+    match entry.begin(sequence, task, watched) {
+        Ok(task) => return Ok(task.await),
+        // Outside of the lock.
+        Err(unused) => drop(unused),
+    }
+    // Somebody else was quicker, or an invalidation was.
     match entry.step() {
         Step::Join(task) => Ok(task.await),
         Step::Over(outcome) => Ok(outcome),

@@ -175,7 +175,9 @@ impl<D: Device> RegistrationCache<D> {
         core.misses.fetch_add(1, Ordering::Relaxed);
         let mut tries = Tries::default();
         loop {
-            ::core::future::poll_fn(|cx| core.space.shared().poll_gate(cx)).await;
+            if core.space.shared().gate.is_closed() {
+                ::core::future::poll_fn(|cx| core.space.shared().poll_gate(cx)).await;
+            }
             if core.is_inert() {
                 return Err(forked());
             }

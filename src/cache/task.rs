@@ -24,7 +24,7 @@ struct Inner<T: Send + 'static> {
 
 struct State<T> {
     stage: Stage<T>,
-    /// Somebody woke it while it was polled.
+    /// Somebody woke it since its last poll began.
     woken: bool,
     waiting: Slab<Option<Arc<TaskWaker>>>,
 }
@@ -53,6 +53,15 @@ impl<T> State<T> {
     }
 }
 
+impl<T: Clone> State<T> {
+    fn outcome(&self) -> Option<T> {
+        match &self.stage {
+            Stage::Over(outcome) => Some(outcome.clone()),
+            _ => None,
+        }
+    }
+}
+
 fn rouse(waiting: Vec<Arc<TaskWaker>>) {
     waiting.iter().for_each(|waiting| waiting.rouse());
 }
@@ -78,10 +87,7 @@ impl<T: Clone + Default + Send + 'static> Drop for Turn<'_, T> {
 
 impl<T: Clone + Default + Send + 'static> Inner<T> {
     fn outcome(&self) -> Option<T> {
-        match &self.state.lock().stage {
-            Stage::Over(outcome) => Some(outcome.clone()),
-            _ => None,
-        }
+        self.state.lock().outcome()
     }
 
     /// Polls the future unless somebody does. `own` is the place of who polls: he sees the end.
@@ -114,8 +120,7 @@ impl<T: Clone + Default + Send + 'static> Inner<T> {
                 }
                 Poll::Pending => {
                     state.stage = Stage::Idle(future);
-                    // Who came meanwhile has not polled it since it was woken.
-                    let woken = core::mem::take(&mut state.woken);
+                    let woken = state.woken;
                     let waiting = if woken { state.take_waiting() } else { Vec::new() };
                     (if woken { Driven::Woken } else { Driven::Waits }, waiting, None, None)
                 }
@@ -136,8 +141,9 @@ impl<T: Send + 'static> Wake for Inner<T> {
     fn wake_by_ref(self: &Arc<Self>) {
         let waiting = {
             let mut state = self.state.lock();
+            state.woken = true;
+            // Who polls it tells the others.
             if matches!(state.stage, Stage::Polled) {
-                state.woken = true;
                 return;
             }
             state.take_waiting()
@@ -204,21 +210,25 @@ impl<T: Clone + Default + Send + 'static> Future for Waiter<T> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
         let this = &mut *self;
+        this.task.drive(this.place);
+        // Mostly it is over at once, and nobody need be woken.
         if let Some(outcome) = this.task.outcome() {
             return Poll::Ready(outcome);
         }
         let waker = TaskWaker::renew(&mut this.waker, cx.waker(), &this.task.losses);
-        let former = {
+        let (former, missed, outcome) = {
             let mut state = this.task.state.lock();
             let place = *this.place.get_or_insert_with(|| state.waiting.insert(None));
-            state.waiting[place].replace(waker)
+            let former = state.waiting[place].replace(waker.clone());
+            // It was woken after our poll, and before we could be told.
+            let missed = state.woken && matches!(state.stage, Stage::Idle(_));
+            (former, missed, state.outcome())
         };
         drop(former);
-        match this.task.drive(this.place) {
-            Driven::Waits | Driven::Woken => Poll::Pending,
-            // Over, or it was polled by somebody else, who has ended it meanwhile or will tell us.
-            Driven::Over | Driven::Busy => this.task.outcome().map_or(Poll::Pending, Poll::Ready),
+        if missed {
+            waker.rouse();
         }
+        outcome.map_or(Poll::Pending, Poll::Ready)
     }
 }
 
