@@ -40,16 +40,16 @@
 //!
 //! ```text
 //! mod       RegistrationCache, Registration: get, flush
-//!  └ core   what all handles share: limits, counts, the table
-//!     ├ life     all that waits: an attempt, the end of a registration
-//!     │  └ entry    one registration: its phases, its notifier, its users
-//!     │     ├ task     a future that belongs to nobody
-//!     │     └ device   Device, and the one place that calls it
-//!     ├ table    look-up, attempts, what is given up first (knows no device)
-//!     ├ watch    who says when memory goes away
-//!     └ settings what goes in and comes out
+//!  └ core      what all handles share: limits, counts, the shelf
+//!     └ life      all that waits: an attempt, the end of a registration
+//!        └ entry     one registration: its phases, its notifier, its users
+//!           └ device    Device, and the one place that calls it
+//!              └ watch     who says when memory goes away
+//!                 └ settings  what goes in and comes out
+//! task      a future that belongs to nobody (uses none of the above)
+//! table     look-up, attempts, what is given up first (knows no device)
 //! ```
-//! Each file imports only those below it.
+//! Each file imports only those below it (`tests/source_rules.rs` looks).
 #![forbid(unsafe_code)]
 
 mod core;
