@@ -311,13 +311,19 @@ fn main() {
     }
     if wants(Section::Cache) {
         #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
-        cache::measure(&mut harness, &mut rows);
+        {
+            cache::measure(&mut harness, &mut rows);
+            let of_cache = cache::curves(&mut harness);
+            rows.extend(cache::bounds(&of_cache));
+            curves.extend(of_cache);
+        }
         #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
         println!("left out: the rows of the registration cache, which need --features userfaultfd");
     }
     if wants(Section::Curves) {
-        curves = curves::measure(&mut harness);
-        rows.extend(curves::bounds(&curves));
+        let of_space = curves::measure(&mut harness);
+        rows.extend(curves::bounds(&of_space));
+        curves.extend(of_space);
     }
     if wants(Section::Costs) {
         let costs = costs::measure(&mut harness);

@@ -15,6 +15,7 @@
 //! | wake and drop of a waker | lost |
 //! | the reporter, the clock of a space | lost |
 //! | subscriber of `tracing`, recorder of `metrics` | lost |
+//! | the device of a cache, its futures and handles, `on_failure` | who asked for the range, or lost (K2) |
 //!
 //! A *lost* panic has no caller that could be told: it is counted
 //! ([`Stats::lost_panics`](crate::Stats::lost_panics)) and reported ([`Report::Panicked`]), and
@@ -61,6 +62,9 @@ pub enum Callback {
     Clock,
     /// A subscriber of `tracing` or a recorder of `metrics`.
     Observer,
+    /// The device of a registration cache: its methods, their futures, the drop of a handle or of
+    /// the device; and what the cache was given to report failures to.
+    Device,
 }
 
 impl fmt::Display for Callback {
@@ -74,6 +78,7 @@ impl fmt::Display for Callback {
             Self::Reporter => "the reporter",
             Self::Clock => "the clock",
             Self::Observer => "a tracing subscriber or metrics recorder",
+            Self::Device => "the device of a registration cache",
         })
     }
 }
@@ -156,7 +161,7 @@ impl Panic {
         core::mem::replace(&mut *this.0, Box::new(()))
     }
 
-    fn message(&self) -> Option<&str> {
+    pub(crate) fn message(&self) -> Option<&str> {
         let payload = &**self.0;
         payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<alloc::string::String>().map(|text| &**text))
     }

@@ -134,3 +134,33 @@ fn lower_modules_never_import_higher_ones() {
         }
     }
 }
+
+/// The files of the cache from the highest to the lowest, as `cache/mod.rs` draws them.
+#[test]
+fn the_files_of_the_cache_import_only_those_below_them() {
+    const ORDER: [&str; 9] = ["mod", "core", "life", "entry", "device", "watch", "settings", "task", "table"];
+    let sources = sources();
+    let height = |file: &str| ORDER.iter().position(|known| *known == file);
+    let mut seen = 0;
+    for (file, code) in sources.iter().filter(|(file, _)| file.starts_with("cache/")) {
+        let own = file.trim_start_matches("cache/").trim_end_matches(".rs");
+        let own_height = height(own).unwrap_or_else(|| panic!("{file} has no place in the cache's map"));
+        seen += 1;
+        let imported = |from: &str| -> Vec<String> {
+            let rest = code.split(from).skip(1);
+            rest.map(|rest| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()).collect()
+        };
+        for used in imported("super::").into_iter().filter(|used| height(used).is_some() && own != "mod") {
+            assert!(height(&used) > Some(own_height), "{file} imports {used}, which stands above it");
+        }
+        // Foreign code goes through `foreign`: the device is called in one file, and only there.
+        for call in [".register(range)", ".deregister(range, "] {
+            assert!(!code.contains(call) || own == "device", "{file} calls the device");
+        }
+        assert!(!code.contains("future::Shared"), "{file} shares a future in a way that a waker's panic poisons");
+        assert!(code.contains("#![forbid(unsafe_code)]"), "{file}");
+    }
+    assert_eq!(seen, ORDER.len());
+    let table = &sources.iter().find(|(file, _)| file == "cache/table.rs").expect("it is seen above").1;
+    assert!(!table.contains("super::") && !table.contains("Device") && !table.contains("async"));
+}

@@ -1,13 +1,15 @@
 //! The rows of the registration cache and of userfaultfd.
 
 use crate::Row;
+use crate::curves::Curve;
 use crate::devices::random;
 use crate::harness::{Harness, middle};
+use futures::FutureExt;
 use futures::executor::block_on;
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use shootdown::cache::{Device, RegistrationCache};
 use shootdown::source::Uffd;
-use shootdown::{AddressRange, AddressSpace};
+use shootdown::{AddressRange, AddressSpace, Event};
 use std::hint::black_box;
 use std::time::{Duration, Instant};
 
@@ -97,6 +99,96 @@ pub fn measure(harness: &mut Harness, rows: &mut Vec<Row>) {
         Ok((watched, not)) => add("munmap of a watched page, over one that is not", 15_000.0, watched - not),
         Err(error) => println!("left out: munmap of a watched page, because {error}"),
     }
+}
+
+const LOOK_UP: &str = "cache: a look-up, by registrations";
+const REGISTERING: &str = "cache: a miss and its end, beside others that register";
+const LEAVING: &str = "cache: a miss and its end, beside others that were invalidated in use";
+
+const OTHERS: [u64; 5] = [1, 16, 256, 4096, 16_000];
+
+/// Registers at once what lies high, and what lies low never.
+struct Stuck;
+
+impl Device for Stuck {
+    type Handle = u64;
+    type Error = std::io::Error;
+
+    async fn register(&self, range: AddressRange) -> std::io::Result<u64> {
+        if range.start() < HIGH * PAGE { std::future::pending().await } else { Ok(range.start()) }
+    }
+
+    async fn deregister(&self, _range: AddressRange, _handle: &u64) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+const HIGH: u64 = 1 << 30;
+
+/// A registration that comes, and goes by an invalidation: as many are left as before.
+fn come_and_go<D: Device>(space: &AddressSpace, cache: &RegistrationCache<D>, times: u64) {
+    block_on(async {
+        for at in 0..times {
+            let range = page(HIGH + at % 64);
+            drop(black_box(cache.get(range).await.unwrap()));
+            drop(space.invalidate(range, Event::Unmap).await);
+        }
+    });
+}
+
+/// K4: costs against what they must not depend on.
+pub fn curves(harness: &mut Harness) -> Vec<Curve> {
+    let curve = |name, x, points: Vec<(f64, f64)>| Curve { name, x, y: "ns", points };
+    let look_up = OTHERS.map(|others| {
+        let cache = RegistrationCache::new(&AddressSpace::new(), Nic);
+        let mut next = random(3);
+        let pages: Vec<_> = (0..crate::DRAWN).map(|_| page(next() % others)).collect();
+        (0..others).for_each(|at| drop(block_on(cache.get(page(at))).unwrap()));
+        let mut at = 0;
+        let ns = harness.median(&format!("{LOOK_UP} {others}"), |times| {
+            self::look_up(&cache, times, &pages, at);
+            at += times as usize;
+        });
+        (others as f64, ns)
+    });
+    let registering = OTHERS.map(|others| {
+        let space = AddressSpace::new();
+        let cache = RegistrationCache::new(&space, Stuck);
+        let mut gets: Vec<_> = (0..others).map(|at| Box::pin(cache.get(page(at)))).collect();
+        gets.iter_mut().for_each(|get| assert!(get.as_mut().now_or_never().is_none()));
+        let ns = harness.median(&format!("{REGISTERING} {others}"), |times| come_and_go(&space, &cache, times));
+        (others as f64, ns)
+    });
+    let leaving = OTHERS.map(|others| {
+        let space = AddressSpace::new();
+        let cache = RegistrationCache::new(&space, Nic);
+        let held: Vec<_> = (0..others).map(|at| block_on(cache.get(page(at))).unwrap()).collect();
+        let all = AddressRange::new(0, HIGH * PAGE).unwrap();
+        let mut unmap = Box::pin(space.invalidate(all, Event::Unmap));
+        assert!(unmap.as_mut().now_or_never().is_none());
+        let ns = harness.median(&format!("{LEAVING} {others}"), |times| come_and_go(&space, &cache, times));
+        drop(held);
+        (others as f64, ns)
+    });
+    vec![
+        curve(LOOK_UP, "registrations", look_up.to_vec()),
+        curve(REGISTERING, "registering", registering.to_vec()),
+        curve(LEAVING, "leaving", leaving.to_vec()),
+    ]
+}
+
+/// What the curves promise, as rows: 16,000 times as many cost at most four times as much (they no
+/// longer fit the nearest cache).
+pub fn bounds(curves: &[Curve]) -> Vec<Row> {
+    let of = |curve: &Curve| match curve.points[..] {
+        [first, .., last] => (first.1 * 4.0, last.1),
+        _ => (0.0, f64::NAN),
+    };
+    let row = |curve| {
+        let (bound, measured) = of(curve);
+        Row::new(format!("{}: 16,000", curve.name), None, bound, bound, measured)
+    };
+    curves.iter().map(row).collect()
 }
 
 /// Nanoseconds until `munmap` has returned, watched and not.

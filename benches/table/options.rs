@@ -66,7 +66,7 @@ impl Options {
 
     /// Says which file cannot be written.
     pub fn check_files(&self) -> Result<(), String> {
-        let has_curves = self.wants(Section::Curves) || self.wants(Section::Costs);
+        let has_curves = [Section::Cache, Section::Curves, Section::Costs].into_iter().any(|section| self.wants(section));
         let picture = has_curves.then(|| self.picture());
         if let (None, Some(_)) = (&picture, &self.plot) {
             return Err("--plot has nothing to draw: the sections have no curves".into());

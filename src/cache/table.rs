@@ -1,31 +1,28 @@
-//! What is registered: look-up, stages of a registration, limits.
+//! What is registered: look-up, attempts, and what is to be given up first.
+//!
+//! Knows of ranges and of references that it keeps; neither of devices nor of futures. What it
+//! gives back is dropped by the caller, outside of the lock around it.
 #![forbid(unsafe_code)]
 
-use super::attempt::{Attempt, Guardian, Teardown};
-use super::{Device, Merge};
 use crate::index::{IntervalIndex, Ordered, Ranged};
 use crate::range::AddressRange;
-use crate::subscription::Subscription;
-use crate::sync::Arc;
-use alloc::collections::VecDeque;
-use alloc::sync::Weak;
+use crate::sync::{Arc, AtomicU64, Ordering};
+use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
-use core::any::Any;
 use core::num::NonZeroU64;
-use core::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use futures::channel::oneshot;
+use core::ops::Bound;
 use slab::Slab;
 
-/// Where a registration is in the table; used again, so `serial` tells it from an earlier one.
-#[derive(Clone, Copy, Debug, PartialEq)]
+/// Where something is in the table; used again, so `serial` tells it from an earlier one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key {
-    pub(super) slot: u32,
     /// Never 0, so that a place in the index takes no more than the key itself.
-    pub(super) serial: NonZeroU64,
+    serial: NonZeroU64,
+    slot: u32,
 }
 
 impl Key {
-    pub(super) fn slot(self) -> usize {
+    fn slot(self) -> usize {
         self.slot as usize
     }
 }
@@ -36,149 +33,109 @@ impl Ordered for Key {
     }
 }
 
-/// A registration that the device has. The table has one reference while look-ups find it, each user one; the last to go hands the handle to the
-/// teardown. What a look-up touches comes first, mostly on the cache line of the counts.
-#[repr(C)]
-pub(super) struct Live<D: Device> {
-    /// When it was used last, in misses.
-    pub(super) used: AtomicU64,
-    handle: Option<D::Handle>,
-    pub(super) range: AddressRange,
-    gone: Option<oneshot::Sender<D::Handle>>,
+/// What look-ups find.
+pub(super) trait Found {
+    /// When it was used last, by a clock that rises with each miss.
+    fn used(&self) -> &AtomicU64;
 }
 
-impl<D: Device> Live<D> {
-    pub(super) fn new(range: AddressRange, handle: D::Handle, gone: oneshot::Sender<D::Handle>) -> Self {
-        Self { range, used: AtomicU64::new(0), handle: Some(handle), gone: Some(gone) }
-    }
+/// So many registrations in use are looked at in vain before a limit leaves it at that.
+const LOOKS: u32 = 8;
 
-    #[inline]
-    pub(super) fn handle(&self) -> &D::Handle {
-        self.handle.as_ref().expect("the handle goes with the registration")
-    }
+/// Entries `E` by key, and what look-ups find of them, `L`.
+pub(super) struct Table<E, L> {
+    /// What look-ups find. The keys in it have serials of their own, which rise with each insertion.
+    live: IntervalIndex<Ranged<Key>>,
+    /// The same, by slot: all that a look-up needs, close together.
+    lives: Vec<Option<Arc<L>>>,
+    /// What is being registered.
+    attempts: IntervalIndex<Ranged<Key>>,
+    slots: Slab<Slot<E>>,
+    /// Of the next key.
+    serial: NonZeroU64,
+    /// What to give up first, where there are limits.
+    queue: Option<Queue>,
+    bytes: u128,
+    count: usize,
 }
 
-impl<D: Device> Drop for Live<D> {
-    fn drop(&mut self) {
-        if let (Some(gone), Some(handle)) = (self.gone.take(), self.handle.take()) {
-            // Nobody is there to take it only when the whole cache is gone, and the device with it.
-            let _ = gone.send(handle);
-        }
-    }
+struct Slot<E> {
+    key: Key,
+    range: AddressRange,
+    entry: Arc<E>,
+    stage: Stage,
 }
 
-/// How far a registration is. An invalidation waits for what each stage has to wait for.
-pub(super) enum Stage<D: Device> {
-    /// The device was not asked yet.
-    Fresh,
-    /// The device is registering it.
+#[derive(Clone, Copy)]
+enum Stage {
     Attempt,
-    /// Look-ups find it.
-    Live(Leaving<D>),
-    /// Look-ups do not find it any more; somebody may use it.
-    Leaving(Leaving<D>),
+    /// With its key in the index, and when it was used last as far as the queue knows.
+    Live(Key, u64),
+    /// Look-ups do not find it any more.
+    Leaving,
 }
 
-/// A registration on its way out.
-pub(super) struct Leaving<D: Device> {
-    pub(super) teardown: Teardown,
-    pub(super) users: Weak<Live<D>>,
-    /// The device refuses to deregister it.
-    pub(super) stuck: Arc<AtomicBool>,
+/// Registrations in order of their last use, as far as that is known: a look-up only notes the
+/// time.
+#[derive(Default)]
+struct Queue {
+    oldest: BTreeSet<(u64, Key)>,
+    /// Those that were in use when they were looked at.
+    busy: BTreeSet<Key>,
+    /// The one of them that was looked at last.
+    looked: Option<Key>,
 }
 
-impl<D: Device> Leaving<D> {
-    pub(super) fn is_idle(&self) -> bool {
-        self.users.strong_count() == 0
-    }
-
-    pub(super) fn is_stuck(&self) -> bool {
-        self.stuck.load(Ordering::Acquire)
-    }
-}
-
-impl<D: Device> Clone for Leaving<D> {
-    fn clone(&self) -> Self {
-        Self { teardown: self.teardown.clone(), users: self.users.clone(), stuck: self.stuck.clone() }
-    }
-}
-
-pub(super) struct Slot<D: Device> {
-    pub(super) serial: NonZeroU64,
-    pub(super) range: AddressRange,
-    pub(super) stage: Stage<D>,
-    pub(super) attempt: Option<Attempt<D>>,
-    /// When it was asked for.
-    pub(super) began: u64,
-    /// The range is under the notifier's eyes as long as the slot exists.
-    pub(super) _subscription: Option<Arc<Subscription<Guardian<D>>>>,
-    pub(super) _watch: Option<alloc::boxed::Box<dyn Any + Send + Sync>>,
-}
-
-pub(super) struct Table<D: Device> {
-    /// Live registrations.
-    pub(super) index: IntervalIndex<Ranged<Key>>,
-    pub(super) slots: Slab<Slot<D>>,
-    /// The live ones again, by slot: all that a look-up needs, close together.
-    pub(super) lives: Vec<Option<Arc<Live<D>>>>,
-    /// Attempts that have begun and not ended.
-    pub(super) under_way: Vec<Key>,
-    /// Registrations on their way out.
-    pub(super) leaving: Vec<Key>,
-    /// Live registrations, in order of when they were used last, as far as that is known: a look-up only notes the time.
-    pub(super) oldest: VecDeque<(Key, u64)>,
-    /// Of the next registration.
-    pub(super) serial: NonZeroU64,
-    pub(super) live_bytes: u64,
-    pub(super) live: usize,
-}
-
-pub(super) enum Outcome<E> {
-    Live,
-    /// The memory was invalidated meanwhile.
-    Collided,
-    Failed(Arc<E>),
-}
-
-impl<E> Clone for Outcome<E> {
-    fn clone(&self) -> Self {
-        match self {
-            Self::Live => Self::Live,
-            Self::Collided => Self::Collided,
-            Self::Failed(error) => Self::Failed(error.clone()),
-        }
-    }
-}
-
-impl<D: Device> Table<D> {
-    pub(super) fn new() -> Self {
+impl<E, L: Found> Table<E, L> {
+    pub(super) fn new(limited: bool) -> Self {
         Self {
-            index: IntervalIndex::new(),
-            slots: Slab::new(),
+            live: IntervalIndex::new(),
             lives: Vec::new(),
-            under_way: Vec::new(),
-            leaving: Vec::new(),
-            oldest: VecDeque::new(),
+            attempts: IntervalIndex::new(),
+            slots: Slab::new(),
             serial: NonZeroU64::MIN,
-            live_bytes: 0,
-            live: 0,
+            queue: limited.then(Queue::default),
+            bytes: 0,
+            count: 0,
         }
     }
 
-    pub(super) fn get(&mut self, key: Key) -> Option<&mut Slot<D>> {
-        self.slots.get_mut(key.slot()).filter(|slot| slot.serial == key.serial)
+    /// How many look-ups find.
+    pub(super) fn len(&self) -> usize {
+        self.count
+    }
+
+    /// Whether there is nothing in any part of it.
+    #[cfg(test)]
+    pub(super) fn is_empty(&self) -> bool {
+        let queued = self.queue.as_ref().map_or(0, |queue| queue.oldest.len() + queue.busy.len());
+        self.slots.is_empty() && queued == 0 && self.live.len() == 0 && self.attempts.len() == 0
+    }
+
+    fn next(&mut self, slot: usize) -> Key {
+        let serial = self.serial;
+        self.serial = serial.checked_add(1).expect("2^64 registrations are not made in a process's life");
+        Key { serial, slot: u32::try_from(slot).expect("fewer than 2^32 registrations exist at once") }
+    }
+
+    fn get(&self, key: Key) -> Option<&Slot<E>> {
+        self.slots.get(key.slot()).filter(|slot| slot.key == key)
+    }
+
+    pub(super) fn entry(&self, key: Key) -> Option<&Arc<E>> {
+        self.get(key).map(|slot| &slot.entry)
     }
 
     #[inline]
-    pub(super) fn covering(&self, range: AddressRange, now: u64) -> Option<Arc<Live<D>>> {
+    pub(super) fn covering(&self, range: AddressRange, now: u64) -> Option<Arc<L>> {
         let mut found = None;
-        self.index.overlapping(range, |Ranged { range: own, value: key }| {
+        self.live.overlapping(range, |Ranged { range: own, value: key }| {
             if own.covers(range)
                 && found.is_none()
                 && let Some(Some(live)) = self.lives.get(key.slot())
             {
-                if live.used.load(Ordering::Relaxed) != now {
-                    live.used.store(now, Ordering::Relaxed);
+                if live.used().load(Ordering::Relaxed) < now {
+                    live.used().store(now, Ordering::Relaxed);
                 }
                 found = Some(live.clone());
             }
@@ -186,94 +143,222 @@ impl<D: Device> Table<D> {
         found
     }
 
-    /// What a miss of `wanted` registers.
-    pub(super) fn merged(&self, wanted: AddressRange, merge: Merge) -> AddressRange {
-        let mut target = wanted;
-        if merge == Merge::Touching {
-            loop {
-                let (mut start, mut last) = (target.start(), target.last());
-                self.index.overlapping(touching(target), |Ranged { range, .. }| {
-                    (start, last) = (start.min(range.start()), last.max(range.last()));
-                });
-                if (start, last) == (target.start(), target.last()) {
-                    break;
-                }
-                target = AddressRange::new(start, (last - start).saturating_add(1)).unwrap_or(AddressRange::ALL);
+    /// What is being registered and covers `range`.
+    pub(super) fn attempt(&self, range: AddressRange) -> Option<(Key, &Arc<E>)> {
+        let mut found = None;
+        self.attempts.overlapping(range, |Ranged { range: own, value: key }| {
+            if found.is_none() && own.covers(range) {
+                found = self.entry(key).map(|entry| (key, entry));
             }
+        });
+        found
+    }
+
+    /// `wanted` with all that overlaps or touches it, and what touches that.
+    pub(super) fn merged(&self, wanted: AddressRange) -> AddressRange {
+        let mut target = wanted;
+        loop {
+            let (mut start, mut last) = (target.start(), target.last());
+            self.live.overlapping(touching(target), |Ranged { range, .. }| {
+                (start, last) = (start.min(range.start()), last.max(range.last()));
+            });
+            if (start, last) == (target.start(), target.last()) {
+                return target;
+            }
+            target = span(start, last);
         }
-        target
     }
 
-    /// The device has what nobody may use.
-    pub(super) fn reject(&mut self, key: Key, leaving: Leaving<D>) {
-        self.end_attempt(key);
-        if let Some(slot) = self.get(key) {
-            slot.stage = Stage::Leaving(leaving);
-            slot.attempt = None;
-            self.leaving.push(key);
+    /// Adds an attempt.
+    pub(super) fn begin(&mut self, range: AddressRange, entry: Arc<E>) -> Key {
+        let key = self.next(self.slots.vacant_key());
+        self.attempts.insert(Ranged { range, value: key });
+        self.slots.insert(Slot { key, range, entry, stage: Stage::Attempt });
+        key
+    }
+
+    /// Takes an attempt away from those who look for one.
+    pub(super) fn reject(&mut self, key: Key) {
+        let Some(slot) = self.slots.get_mut(key.slot()).filter(|slot| slot.key == key) else { return };
+        if let Stage::Attempt = slot.stage {
+            slot.stage = Stage::Leaving;
+            self.attempts.remove(Ranged { range: slot.range, value: key });
         }
     }
 
-    /// Nobody can join the attempt any more.
-    pub(super) fn end_attempt(&mut self, key: Key) {
-        self.under_way.retain(|other| *other != key);
-    }
-
-    /// Look-ups find it from now on.
-    pub(super) fn publish(&mut self, key: Key, live: Arc<Live<D>>, leaving: Leaving<D>) {
-        let Some(slot) = self.get(key) else { return };
-        slot.stage = Stage::Live(leaving);
-        slot.attempt = None;
-        let (range, used) = (slot.range, slot.began);
-        live.used.store(used, Ordering::Relaxed);
-        self.end_attempt(key);
+    /// Lets look-ups find it from now on. Returns it if the attempt is over already.
+    pub(super) fn publish(&mut self, key: Key, live: Arc<L>) -> Result<(), Arc<L>> {
+        if !self.get(key).is_some_and(|slot| matches!(slot.stage, Stage::Attempt)) {
+            return Err(live);
+        }
+        self.reject(key);
+        let at = self.next(key.slot());
+        let used = live.used().load(Ordering::Relaxed);
+        let slot = &mut self.slots[key.slot()];
+        slot.stage = Stage::Live(at, used);
+        let range = slot.range;
         if self.lives.len() <= key.slot() {
             self.lives.resize_with(key.slot() + 1, || None);
         }
         self.lives[key.slot()] = Some(live);
-        self.index.insert(Ranged { range, value: key });
-        self.oldest.push_back((key, used));
-        self.live += 1;
-        // Those that invalidations ended are still in the queue: it must not grow with them.
-        if self.oldest.len() > 2 * self.live + 64 {
-            let Self { oldest, slots, .. } = self;
-            let is_live = |slot: &Slot<D>, key: Key| slot.serial == key.serial && matches!(slot.stage, Stage::Live(_));
-            oldest.retain(|(key, _)| slots.get(key.slot()).is_some_and(|slot| is_live(slot, *key)));
+        self.live.insert(Ranged { range, value: at });
+        if let Some(queue) = &mut self.queue {
+            queue.oldest.insert((used, key));
         }
-        self.live_bytes += range.len().unwrap_or(u64::MAX);
+        self.count += 1;
+        self.bytes += bytes(range);
+        Ok(())
     }
 
-    /// Look-ups find it no more. Returns the table's reference, to be dropped outside of the lock, and what ends the registration.
-    pub(super) fn leave(&mut self, key: Key) -> Option<(Arc<Live<D>>, Teardown)> {
-        let slot = self.get(key)?;
-        let Stage::Live(leaving) = &slot.stage else { return None };
-        let (leaving, range) = (leaving.clone(), slot.range);
-        let teardown = leaving.teardown.clone();
-        slot.stage = Stage::Leaving(leaving);
-        self.leaving.push(key);
-        let live = self.lives.get_mut(key.slot())?.take()?;
-        self.index.remove(Ranged { range, value: key });
-        self.live -= 1;
-        self.live_bytes -= range.len().unwrap_or(u64::MAX);
-        Some((live, teardown))
+    /// Takes it away from look-ups. Returns the table's reference.
+    pub(super) fn withdraw(&mut self, key: Key) -> Option<Arc<L>> {
+        let slot = self.slots.get_mut(key.slot()).filter(|slot| slot.key == key)?;
+        let Stage::Live(at, queued) = slot.stage else { return None };
+        slot.stage = Stage::Leaving;
+        let range = slot.range;
+        self.live.remove(Ranged { range, value: at });
+        if let Some(queue) = &mut self.queue {
+            queue.oldest.remove(&(queued, key));
+            queue.busy.remove(&key);
+        }
+        self.count -= 1;
+        self.bytes -= bytes(range);
+        self.lives.get_mut(key.slot())?.take()
     }
 
-    /// Live registrations that a new one of `range` replaces.
-    pub(super) fn replaced(&self, range: AddressRange, merge: Merge) -> Vec<Key> {
+    /// Ends an entry's business with the table. Returns the table's references.
+    pub(super) fn forget(&mut self, key: Key) -> (Option<Arc<E>>, Option<Arc<L>>) {
+        let live = self.withdraw(key);
+        self.reject(key);
+        let known = self.get(key).is_some();
+        (known.then(|| self.slots.remove(key.slot()).entry), live)
+    }
+
+    /// Takes what `range`, just published as `key`, replaces away from look-ups.
+    pub(super) fn replace(&mut self, key: Key, range: AddressRange) -> Vec<Arc<L>> {
         let mut replaced = Vec::new();
-        if merge == Merge::Touching {
-            self.index.overlapping(range, |Ranged { range: own, value: key }| {
-                if range.covers(own) {
-                    replaced.push(key);
-                }
-            });
-        }
-        replaced
+        self.live.overlapping(range, |Ranged { range: own, value }| {
+            if range.covers(own) && value.slot != key.slot {
+                replaced.extend(self.slots.get(value.slot()).map(|slot| slot.key));
+            }
+        });
+        replaced.into_iter().filter_map(|key| self.withdraw(key)).collect()
     }
+
+    /// All entries that are being registered, or on their way out, and touch `range`.
+    pub(super) fn unsettled(&self, range: AddressRange) -> (Vec<Arc<E>>, Vec<Arc<E>>) {
+        let (mut attempts, mut leaving) = (Vec::new(), Vec::new());
+        for (_, slot) in self.slots.iter().filter(|(_, slot)| slot.range.overlaps(range)) {
+            match slot.stage {
+                Stage::Attempt => attempts.push(slot.entry.clone()),
+                Stage::Leaving => leaving.push(slot.entry.clone()),
+                Stage::Live(..) => {}
+            }
+        }
+        (attempts, leaving)
+    }
+
+    /// Whether nobody but the table has it. Under the lock that keeps look-ups out.
+    fn is_idle(&self, key: Key) -> bool {
+        matches!(self.lives.get(key.slot()), Some(Some(live)) if Arc::strong_count(live) == 1)
+    }
+
+    fn used(&self, key: Key) -> u64 {
+        self.lives.get(key.slot()).and_then(Option::as_ref).map_or(0, |live| live.used().load(Ordering::Relaxed))
+    }
+
+    /// Takes all that nobody uses and that overlaps `range` away from look-ups, what was used
+    /// longest ago first.
+    pub(super) fn give_up_idle(&mut self, range: AddressRange) -> Vec<Arc<L>> {
+        let live = self.slots.iter().filter(|(_, slot)| matches!(slot.stage, Stage::Live(..)) && slot.range.overlaps(range));
+        let mut idle: Vec<_> =
+            live.map(|(_, slot)| (self.used(slot.key), slot.key)).filter(|(_, key)| self.is_idle(*key)).collect();
+        idle.sort_unstable();
+        idle.into_iter().filter_map(|(_, key)| self.withdraw(key)).collect()
+    }
+
+    /// Takes what was used longest ago and is idle away from look-ups, while there is too much.
+    pub(super) fn give_up_over(&mut self, max_bytes: u64, max_count: usize) -> Vec<Arc<L>> {
+        let mut given_up = Vec::new();
+        let over = |table: &Self| table.count > max_count || table.bytes > u128::from(max_bytes);
+        if over(self) {
+            self.look_at_busy();
+        }
+        while over(self) {
+            let Some((queued, key)) = self.queue.as_ref().and_then(|queue| queue.oldest.first().copied()) else { break };
+            let used = self.used(key);
+            if !self.is_idle(key) {
+                self.requeue(key, queued, None);
+            } else if used != queued {
+                self.requeue(key, queued, Some(used));
+            } else {
+                given_up.extend(self.withdraw(key));
+            }
+        }
+        given_up
+    }
+
+    /// Moves one from where it is queued: to when it was `used`, or to those in use.
+    fn requeue(&mut self, key: Key, queued: u64, used: Option<u64>) {
+        let Some(queue) = &mut self.queue else { return };
+        queue.oldest.remove(&(queued, key));
+        queue.busy.remove(&key);
+        match used {
+            Some(used) => _ = queue.oldest.insert((used, key)),
+            None => _ = queue.busy.insert(key),
+        }
+        if let Some(Slot { stage: Stage::Live(_, known), .. }) = self.slots.get_mut(key.slot()) {
+            *known = used.unwrap_or(*known);
+        }
+    }
+
+    /// Queues those again that were in use and are not any more: all if they are, and else only as
+    /// many as a look finds that is in vain [`LOOKS`] times in a row.
+    fn look_at_busy(&mut self) {
+        let mut in_vain = 0;
+        let mut left = self.queue.as_ref().map_or(0, |queue| queue.busy.len());
+        while in_vain < LOOKS && left > 0 {
+            left -= 1;
+            let Some(queue) = &mut self.queue else { return };
+            let after = queue.looked.map_or(Bound::Unbounded, Bound::Excluded);
+            let Some(key) = queue.busy.range((after, Bound::Unbounded)).next().or_else(|| queue.busy.first()).copied() else {
+                return;
+            };
+            queue.looked = Some(key);
+            if self.is_idle(key) {
+                let (used, queued) = (self.used(key), self.queued(key));
+                self.requeue(key, queued, Some(used));
+                in_vain = 0;
+            } else {
+                in_vain += 1;
+            }
+        }
+    }
+
+    fn queued(&self, key: Key) -> u64 {
+        match self.get(key).map(|slot| slot.stage) {
+            Some(Stage::Live(_, queued)) => queued,
+            _ => 0,
+        }
+    }
+
+    /// Everything that it refers to, when it is dropped.
+    pub(super) fn drain(&mut self) -> (Vec<Arc<E>>, Vec<Arc<L>>) {
+        let entries = self.slots.drain().map(|slot| slot.entry).collect();
+        (entries, self.lives.drain(..).flatten().collect())
+    }
+}
+
+/// The bytes of a range; those of the whole address space do not fit in a `u64`.
+pub(super) fn bytes(range: AddressRange) -> u128 {
+    u128::from(range.last() - range.start()) + 1
+}
+
+fn span(start: u64, last: u64) -> AddressRange {
+    AddressRange::try_from(start..=last).unwrap_or(AddressRange::ALL)
 }
 
 /// The range and one byte on either side.
 fn touching(range: AddressRange) -> AddressRange {
-    let (start, last) = (range.start().saturating_sub(1), range.last().saturating_add(1));
-    AddressRange::new(start, (last - start).saturating_add(1)).unwrap_or(AddressRange::ALL)
+    span(range.start().saturating_sub(1), range.last().saturating_add(1))
 }

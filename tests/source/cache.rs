@@ -2,10 +2,13 @@
 
 use crate::memory::{PAGE, Raw};
 use crate::uffd::{Running, alone, no_fork};
+use futures::FutureExt;
+use futures::channel::oneshot;
 use futures::executor::block_on;
-use shootdown::AddressRange;
-use shootdown::cache::{Device, GetError, RegistrationCache};
+use futures::future::Shared;
+use shootdown::cache::{Device, GetError, Merge, RegistrationCache};
 use shootdown::source::Fork;
+use shootdown::{AddressRange, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 use std::os::unix::process::CommandExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -16,6 +19,11 @@ crate::list![
     memory_given_back_inside_the_allocators_lock_does_not_deadlock,
     fork_with_registered_memory_registers_again,
     memory_that_cannot_be_watched_is_not_registered,
+    m1_what_get_registers_is_watched_however_long_it_waited,
+    m1_a_device_that_changes_the_memory_while_it_registers_comes_to_an_end,
+    report_9_a_lock_of_the_device_that_is_held_across_munmap_and_look_ups_blocks_nobody,
+    report_11_after_a_part_was_unmapped_a_merged_region_is_watched_and_the_hole_is_not,
+    k3_when_the_process_has_no_mapping_left_for_a_watch_idle_registrations_are_given_up,
 ];
 
 /// Counts; each registration has a number of its own.
@@ -24,6 +32,10 @@ struct Nic {
     next: Arc<AtomicU64>,
     /// Taken by each deregistration, as an allocator's lock would be.
     lock: Arc<Mutex<()>>,
+    /// And by each registration, as a vendor's lock would be.
+    locked: bool,
+    /// Refusals to come.
+    refuse: Arc<AtomicU64>,
 }
 
 impl Device for Nic {
@@ -31,6 +43,12 @@ impl Device for Nic {
     type Error = std::io::Error;
 
     async fn register(&self, _range: AddressRange) -> std::io::Result<u64> {
+        if self.locked {
+            drop(self.lock.lock().unwrap());
+        }
+        if self.refuse.swap(0, Ordering::Relaxed) > 0 {
+            return Err(std::io::Error::other("busy"));
+        }
         Ok(self.next.fetch_add(1, Ordering::Relaxed))
     }
 
@@ -111,6 +129,193 @@ fn memory_that_cannot_be_watched_is_not_registered() {
     let refused = block_on(cache.get(memory.range())).unwrap_err();
     assert!(matches!(&refused, GetError::Unwatched(why) if why.contains("cannot be watched")), "{refused}");
     assert_eq!((nic.next.load(Ordering::Relaxed), cache.stats().registrations), (0, 0));
+}
+
+/// Waits for an invalidation that somebody else has begun, while the memory is mapped over.
+fn m1_what_get_registers_is_watched_however_long_it_waited() {
+    struct Slow(Shared<oneshot::Receiver<()>>);
+    impl IntervalNotifier for Slow {
+        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            invalidation.set_seq();
+            Ok(Some(PassFuture::new(self.0.clone().map(drop))))
+        }
+    }
+    let _fork = no_fork();
+    let source = Running::new();
+    let (_nic, cache) = cache(&source);
+    let memory = Raw::map(1);
+    let (open, gate) = oneshot::channel();
+    let slow = source.space.insert(memory.range(), Slow(gate.shared())).unwrap();
+    let mut other = Box::pin(source.space.invalidate(memory.range(), Event::ProtectionVma));
+    assert!(other.as_mut().now_or_never().is_none());
+    let mut get = Box::pin(cache.get(memory.range()));
+    assert!(get.as_mut().now_or_never().is_none(), "it waits for the invalidation");
+    memory.map_over();
+    open.send(()).unwrap();
+    drop(block_on(other));
+    drop(slow);
+    let first = *block_on(get).unwrap().handle();
+    assert_eq!(*block_on(cache.get(memory.range())).unwrap().handle(), first, "quiet, and cached");
+    memory.map_over();
+    assert_ne!(*block_on(cache.get(memory.range())).unwrap().handle(), first, "its memory is gone");
+}
+
+/// Registering discards the memory, which raises an event each time.
+fn m1_a_device_that_changes_the_memory_while_it_registers_comes_to_an_end() {
+    struct Discards(Raw, AtomicU64, u64);
+    impl Device for Discards {
+        type Handle = u64;
+        type Error = std::io::Error;
+
+        async fn register(&self, _range: AddressRange) -> std::io::Result<u64> {
+            let calls = self.1.fetch_add(1, Ordering::Relaxed);
+            if calls < self.2 {
+                self.0.discard(rustix::mm::Advice::LinuxDontNeed);
+            }
+            Ok(calls)
+        }
+
+        async fn deregister(&self, _range: AddressRange, _handle: &u64) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let _fork = no_fork();
+    let source = Running::new();
+    let memory = Raw::map(2);
+    for (changes, other) in [(1, false), (u64::MAX, false), (u64::MAX, true)] {
+        // The registered page itself, or one that only the gate tells of.
+        let (page, beside) = (memory.part(0, 1), memory.part(1, 1));
+        let _watch = source.uffd.watch(beside.range()).unwrap();
+        let device = Arc::new(Discards(if other { beside } else { page }, AtomicU64::new(0), changes));
+        let builder = RegistrationCache::<Arc<Discards>>::builder().watch(source.uffd.clone());
+        let cache = builder.build(&source.space, device.clone());
+        let got = block_on(cache.get(page.range()));
+        let calls = device.1.load(Ordering::Relaxed);
+        match got {
+            Ok(_) => assert!(changes == 1 || other, "from before the change"),
+            Err(GetError::Invalidated { tries }) => assert!(!other && changes > 1 && tries <= 64),
+            Err(error) => panic!("{error}"),
+        }
+        assert!(calls <= if other { 1 } else { 64 }, "{calls} registrations");
+    }
+}
+
+/// ofiwg/libfabric #9003: the vendor's lock and the cache's lock, taken in two orders.
+fn report_9_a_lock_of_the_device_that_is_held_across_munmap_and_look_ups_blocks_nobody() {
+    let _fork = no_fork();
+    let source = Running::new();
+    let nic = Nic { locked: true, ..Nic::default() };
+    let lock = nic.lock.clone();
+    let of_reporter = nic.lock.clone();
+    let builder = RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).max_registrations(2);
+    let cache = builder.on_failure(move |_| drop(of_reporter.lock().unwrap())).build(&source.space, nic.clone());
+    let pinned = Raw::map(1);
+    drop(block_on(cache.get(pinned.range())).unwrap());
+    let (changing, fixed) = (Raw::map(3), Raw::map(8));
+    thread::scope(|scope| {
+        // In `libcuda`, under its lock: unmaps, looks up what is in use, prints.
+        let unmapping = scope.spawn(|| {
+            let held = block_on(cache.get(pinned.range())).unwrap();
+            for _ in 0..1000 {
+                let _held = lock.lock().unwrap();
+                changing.part(1, 1).map_over();
+                let text = format!("{cache:?}");
+                assert!(text.contains("registrations"));
+                // In use, so it is a hit unless the gate is closed; what waits is not waited for.
+                drop(cache.get(pinned.range()).now_or_never());
+            }
+            drop(held);
+        });
+        let mut at = 0;
+        while !unmapping.is_finished() {
+            at += 1;
+            nic.refuse.store(u64::from(at % 50 == 0), Ordering::Relaxed);
+            drop(block_on(cache.get(changing.range())));
+            drop(block_on(cache.get(fixed.part(at % 8, 1).range())));
+        }
+        unmapping.join().unwrap();
+    });
+    block_on(cache.flush());
+    assert_eq!(cache.stats().pinned_bytes, 0);
+}
+
+/// ofiwg/libfabric #5347: merged regions, an unmap of a part, and what is watched then.
+fn report_11_after_a_part_was_unmapped_a_merged_region_is_watched_and_the_hole_is_not() {
+    let _fork = no_fork();
+    let source = Running::new();
+    let builder = RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).merge(Merge::Touching);
+    let cache = builder.build(&source.space, Nic::default());
+    let memory = Raw::map(8);
+    memory.write(1);
+    let (a, b) = (memory.part(0, 4), memory.part(4, 4));
+    drop(block_on(cache.get(a.range())).unwrap());
+    let merged = block_on(cache.get(b.range())).unwrap();
+    assert_eq!(merged.range(), memory.range());
+    drop(merged);
+    a.part(0, 2).unmap();
+    let again = block_on(cache.get(b.range())).unwrap();
+    assert_eq!(again.range(), b.range(), "what is gone is not registered with it");
+    drop(again);
+    assert_eq!(watched(b.range()), 4);
+    assert_eq!(watched(a.range()), 0);
+    block_on(cache.flush());
+    assert_eq!((watched(b.range()), cache.stats().pinned_bytes), (0, 0));
+}
+
+/// Pages of a range that the kernel says a userfaultfd watches (`uw` or `um` in `smaps`).
+fn watched(range: AddressRange) -> u64 {
+    let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+    let (mut area, mut pages) = (None, 0);
+    for line in smaps.lines() {
+        let first = line.split(' ').next().unwrap();
+        if let Some((start, end)) = first.split_once('-')
+            && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
+        {
+            area = AddressRange::try_from(start..end).ok();
+        } else if let Some(flags) = line.strip_prefix("VmFlags:")
+            && flags.split_whitespace().any(|flag| flag == "uw" || flag == "um")
+        {
+            let common = area.and_then(|area| area.intersection(range)).and_then(AddressRange::len);
+            pages += common.unwrap_or(0) / 4096;
+        }
+    }
+    pages
+}
+
+/// In a process of its own: the others need mappings, too.
+fn k3_when_the_process_has_no_mapping_left_for_a_watch_idle_registrations_are_given_up() {
+    const ALONE: &str = "SHOOTDOWN_ALONE";
+    if std::env::var_os(ALONE).is_none() {
+        let name = "k3_when_the_process_has_no_mapping_left_for_a_watch_idle_registrations_are_given_up";
+        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
+        let child = child.args(["--exact", name]).env(ALONE, "1").output().unwrap();
+        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
+        return;
+    }
+    let source = Running::new();
+    let (_nic, cache) = cache(&source);
+    let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
+    if most > 1 << 17 {
+        // More pages than a test should map.
+        return;
+    }
+    let memory = Raw::map(most + 1000);
+    let held = block_on(cache.get(memory.part(0, 1).range())).unwrap();
+    for page in (2..most + 900).step_by(2) {
+        drop(block_on(cache.get(memory.part(page, 1).range())).unwrap());
+    }
+    assert!(cache.stats().evictions > 1000, "{:?}", cache.stats());
+    assert_eq!(*held.handle(), 0, "in use");
+    // With all in use there is an end, and an error that says why.
+    let mut all = Vec::new();
+    let refused = (0..most + 900).step_by(2).find_map(|page| match block_on(cache.get(memory.part(page, 1).range())) {
+        Ok(registration) => {
+            all.push(registration);
+            None
+        }
+        Err(error) => Some(error),
+    });
+    assert!(matches!(refused, Some(GetError::Unwatched(_))), "{refused:?}");
 }
 
 /// `cargo run --release --features userfaultfd --example uring_cache -- --json`.

@@ -97,7 +97,7 @@ fn use_in_child(handles: &mut Handles, memory: Raw) -> i32 {
         watch.renew() == Err(UffdError::Forked),
         reader.read().is_err_and(forked) && reader.run().is_err_and(forked) && deliveries.run().is_err_and(forked),
         block_on(deliveries.deliver()) == Err(UffdError::Forked),
-        got.is_err_and(|error| error.to_string().contains("child")) && *held.handle() == 0,
+        got.is_err_and(|error| error.to_string().contains("fork")) && *held.handle() == 0,
         // A source of its own works in the child.
         Uffd::builder().fork(Fork::Ignore).open(&AddressSpace::new()).is_ok_and(|(own, ..)| own.watch(memory.range()).is_ok()),
     ];

@@ -1,5 +1,16 @@
 //! The registration cache on a device that is watched closely: each test is a failure that caches of this kind have had.
+#![cfg(not(any(loom, shuttle)))]
 #![allow(missing_docs, unreachable_pub)]
+
+mod changes;
+mod device;
+mod growth;
+mod outlives;
+mod panics;
+mod room;
+#[path = "../support/mod.rs"]
+mod support;
+mod sweep;
 
 use futures::FutureExt;
 use futures::executor::block_on;

@@ -1,0 +1,328 @@
+//! What all handles of a cache share: the shelf on which registrations stand.
+#![forbid(unsafe_code)]
+
+use super::device::{Device, Guarded};
+use super::entry::{Claim, Entry, Live, Shelf};
+use super::settings::{Builder, CacheStats, GetError, Limits, Merge};
+use super::table::{Key, Table};
+use super::watch::Source;
+use crate::range::AddressRange;
+use crate::space::AddressSpace;
+use crate::sync::{Arc, AtomicU64, AtomicUsize, Lock, Ordering, Weak};
+use alloc::collections::VecDeque;
+use alloc::string::ToString;
+use alloc::vec::Vec;
+use crossbeam_utils::CachePadded;
+use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
+use futures::future::{FutureExt, join_all};
+use std::sync::PoisonError;
+
+/// Counters of hits, so that threads do not share one.
+const COUNTERS: usize = 16;
+/// Registrations on their way out that a miss looks after.
+const LOOKED_AFTER: usize = 3;
+
+pub(super) struct Core<D: Device> {
+    pub(super) space: AddressSpace,
+    pub(super) device: Arc<Guarded<D>>,
+    pub(super) limits: Limits,
+    /// There is a source, which the process may have lost.
+    watched: bool,
+    hits: [CachePadded<AtomicU64>; COUNTERS],
+    /// Rises by two with each miss, so that a look-up is later than the miss before it.
+    clock: AtomicU64,
+    pub(super) misses: AtomicU64,
+    pub(super) collisions: AtomicU64,
+    merges: AtomicU64,
+    evictions: AtomicU64,
+    /// Registrations whose last user has let go, and which the device has still to let go.
+    ready: Lock<VecDeque<Key>>,
+    /// Registrations that larger ones have replaced.
+    replaced: Lock<Vec<Arc<Entry<D>>>>,
+    /// Dropped last: what it holds may then be the last that has the space.
+    table: Standing<D>,
+}
+
+/// The table. Look-ups take one shard of its lock, changes all.
+struct Standing<D: Device>(ShardedLock<Table<Entry<D>, Live<D>>>);
+
+pub(super) enum Found<D: Device> {
+    Live(Arc<Live<D>>),
+    /// What will cover the range, and the time.
+    Attempt(Claim<D>, u64),
+}
+
+/// Which counter this thread counts in: one of its own, or the last, which is everybody's once
+/// there have been many threads.
+fn counter() -> usize {
+    static NEXT: AtomicUsize = AtomicUsize::new(0);
+    std::thread_local!(static OURS: core::cell::Cell<usize> = const { core::cell::Cell::new(usize::MAX) });
+    let ours = OURS.get();
+    if ours < COUNTERS {
+        return ours;
+    }
+    let ours = NEXT.fetch_add(1, Ordering::Relaxed).min(COUNTERS - 1);
+    OURS.set(ours);
+    ours
+}
+
+impl<D: Device> Core<D> {
+    pub(super) fn new(space: &AddressSpace, device: D, mut settings: Builder) -> Self {
+        let source = Source::of(&mut settings);
+        let losses = space.shared().host.losses.clone();
+        Self {
+            space: space.clone(),
+            watched: source.is_set(),
+            device: Arc::new(Guarded::new(device, settings.on_failure, losses, source)),
+            limits: settings.limits,
+            hits: core::array::from_fn(|_| CachePadded::new(AtomicU64::new(0))),
+            clock: AtomicU64::new(0),
+            misses: AtomicU64::new(0),
+            collisions: AtomicU64::new(0),
+            merges: AtomicU64::new(0),
+            evictions: AtomicU64::new(0),
+            ready: Lock::new(VecDeque::new()),
+            replaced: Lock::new(Vec::new()),
+            table: Standing(ShardedLock::new(Table::new(settings.limits.are_set()))),
+        }
+    }
+
+    fn read(&self) -> ShardedLockReadGuard<'_, Table<Entry<D>, Live<D>>> {
+        self.table.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(super) fn write<R>(&self, work: impl FnOnce(&mut Table<Entry<D>, Live<D>>) -> R) -> R {
+        work(&mut self.table.0.write().unwrap_or_else(PoisonError::into_inner))
+    }
+
+    /// Whether this is a child of the process that the cache is of (M4).
+    #[inline]
+    pub(super) fn is_inert(&self) -> bool {
+        self.watched && self.device.source.is_inert()
+    }
+
+    #[cfg(test)]
+    pub(super) fn queued(&self) -> usize {
+        self.ready.lock().len() + self.replaced.lock().len()
+    }
+
+    pub(super) fn stats(&self) -> CacheStats {
+        let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        CacheStats {
+            hits: self.hits.iter().map(|hits| of(hits)).sum(),
+            misses: of(&self.misses),
+            merges: of(&self.merges),
+            evictions: of(&self.evictions),
+            invalidations: of(&self.device.invalidations),
+            collisions: of(&self.collisions),
+            register_failures: of(&self.device.register_failures),
+            deregister_failures: of(&self.device.deregister_failures),
+            registrations: self.read().len() as u64,
+            pinned_bytes: self.device.pinned(),
+        }
+    }
+
+    /// A look-up, counted.
+    #[inline]
+    pub(super) fn hit(&self, range: AddressRange) -> Option<Arc<Live<D>>> {
+        let live = self.look_up(range, self.clock.load(Ordering::Relaxed) + 1)?;
+        let ours = counter();
+        let hits = &self.hits[ours];
+        if ours < COUNTERS - 1 {
+            // Nobody else counts in it.
+            hits.store(hits.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
+        } else {
+            hits.fetch_add(1, Ordering::Relaxed);
+        }
+        Some(live)
+    }
+
+    /// A look-up at a time. The gate first: whoever finds it open sees what was invalidated while
+    /// it was closed.
+    #[inline]
+    pub(super) fn look_up(&self, range: AddressRange, now: u64) -> Option<Arc<Live<D>>> {
+        if self.space.shared().gate.is_closed() {
+            return None;
+        }
+        self.read().covering(range, now)
+    }
+
+    /// What covers `range`, or an attempt to register that will.
+    pub(super) fn find_or_begin(self: &Arc<Self>, range: AddressRange) -> Result<Found<D>, GetError<D::Error>> {
+        let now = self.clock.fetch_add(2, Ordering::Relaxed) + 2;
+        let wanted = self.limits.pages(range);
+        loop {
+            let (known, target) = {
+                let table = self.read();
+                if let Some(live) = table.covering(range, now) {
+                    return Ok(Found::Live(live));
+                }
+                let known = table.attempt(range).map(|(key, entry)| (key, entry.clone()));
+                let merges = known.is_none() && self.limits.merge == Merge::Touching;
+                (known, if merges { table.merged(wanted) } else { wanted })
+            };
+            if let Some((key, entry)) = known {
+                match Claim::new(&entry) {
+                    Some(claim) => return Ok(Found::Attempt(claim, now)),
+                    // It is over, and about to say so itself.
+                    None => self.reject(key),
+                }
+                continue;
+            }
+            // Outside of the lock: to subscribe takes one of its own.
+            let claim = self.subscribe(target)?;
+            let entry = claim.entry();
+            let begun = self.write(|table| {
+                let late = table.covering(range, now).is_some() || table.attempt(range).is_some();
+                if !late {
+                    entry.is_at(table.begin(target, entry.clone()));
+                }
+                !late
+            });
+            if begun {
+                return Ok(Found::Attempt(claim, now));
+            }
+            // Another caller was quicker.
+        }
+    }
+
+    fn subscribe(self: &Arc<Self>, target: AddressRange) -> Result<Claim<D>, GetError<D::Error>> {
+        let shelf: Weak<Self> = Arc::downgrade(self);
+        let entry = Entry::new(target, self.device.clone(), shelf);
+        match self.space.insert(target, entry.guardian()) {
+            Ok(subscription) => entry.subscribed(subscription),
+            Err(error) => return Err(GetError::Unwatched(error.to_string())),
+        }
+        Ok(Claim::new(&entry).expect("an invalidation does not end what waits"))
+    }
+
+    /// Gives up idle registrations that overlap `range`.
+    fn give_up_idle(&self, range: AddressRange) -> Vec<Arc<Entry<D>>> {
+        self.given_up(self.write(|table| table.give_up_idle(range)))
+    }
+
+    /// Gives up idle registrations while there are more than the limits allow.
+    fn give_up_over(&self) -> Vec<Arc<Entry<D>>> {
+        let Limits { max_bytes, max_registrations, .. } = self.limits;
+        if !self.limits.are_set() {
+            return Vec::new();
+        }
+        self.given_up(self.write(|table| table.give_up_over(max_bytes, max_registrations)))
+    }
+
+    fn given_up(&self, lives: Vec<Arc<Live<D>>>) -> Vec<Arc<Entry<D>>> {
+        self.evictions.fetch_add(lives.len() as u64, Ordering::Relaxed);
+        lives
+            .into_iter()
+            .map(|live| {
+                let entry = live.entry.clone();
+                entry.leave();
+                drop(live);
+                entry
+            })
+            .collect()
+    }
+
+    /// Gives up what the limits say, waits for the device to let go of it, and looks after some of
+    /// what is on its way out for other reasons.
+    pub(super) async fn tidy(&self) {
+        let mut gone = self.give_up_over();
+        gone.append(&mut self.replaced.lock());
+        until_gone(gone).await;
+        for _ in 0..LOOKED_AFTER {
+            let Some(key) = self.ready.lock().pop_front() else { break };
+            let entry = self.read().entry(key).cloned();
+            if let Some(leaving) = entry.and_then(|entry| entry.leaving())
+                && !leaving.poke(1)
+            {
+                self.ready.lock().push_back(key);
+            }
+        }
+    }
+
+    /// Gives up all that is idle, and waits for the device to let go. Says whether there was
+    /// anything.
+    pub(super) async fn make_room(&self) -> bool {
+        let mut gone = self.give_up_idle(AddressRange::ALL);
+        let (_, leaving) = self.read().unsettled(AddressRange::ALL);
+        gone.extend(leaving.into_iter().filter(|entry| entry.is_handed_back() && !entry.is_stuck()));
+        let any = !gone.is_empty();
+        until_gone(gone).await;
+        any
+    }
+
+    /// Gives up all that is idle and overlaps `range`, and waits until that and what is on its way
+    /// out there is over.
+    pub(super) async fn flush(&self, range: AddressRange) {
+        let (begun, _) = self.read().unsettled(range);
+        // What nobody waits for any more is finished first.
+        let begun = begun.into_iter().filter(|entry| !entry.has_claims());
+        join_all(begun.filter_map(|entry| entry.registering())).await;
+        let mut all = self.give_up_idle(range);
+        all.extend(self.read().unsettled(range).1);
+        let leaving: Vec<_> = all.iter().filter_map(|entry| entry.leaving()).collect();
+        drop(all);
+        join_all(leaving.iter().map(|leaving| leaving.wait())).await;
+    }
+}
+
+/// Waits until those that nobody uses are over, or their device refuses: those are tried again
+/// another time.
+async fn until_gone<D: Device>(entries: Vec<Arc<Entry<D>>>) {
+    let idle = entries.into_iter().filter(|entry| entry.is_handed_back());
+    let mut waits: Vec<_> = idle.filter_map(|entry| Some((entry.leaving()?.wait(), entry))).collect();
+    core::future::poll_fn(|cx| {
+        waits.retain_mut(|(leaving, entry)| leaving.poll_unpin(cx).is_pending() && !entry.is_stuck());
+        if waits.is_empty() { core::task::Poll::Ready(()) } else { core::task::Poll::Pending }
+    })
+    .await;
+}
+
+impl<D: Device> Shelf<D> for Core<D> {
+    fn put(&self, key: Key, live: Arc<Live<D>>) -> Result<Vec<Arc<Live<D>>>, Arc<Live<D>>> {
+        let range = live.range;
+        let merges = self.limits.merge == Merge::Touching;
+        let replaced = self.write(|table| {
+            let published = table.publish(key, live);
+            published.map(|()| if merges { table.replace(key, range) } else { Vec::new() })
+        })?;
+        if !replaced.is_empty() {
+            self.merges.fetch_add(replaced.len() as u64, Ordering::Relaxed);
+            self.replaced.lock().extend(replaced.iter().map(|live| live.entry.clone()));
+        }
+        Ok(replaced)
+    }
+
+    fn take(&self, key: Key) -> Option<Arc<Live<D>>> {
+        self.write(|table| table.withdraw(key))
+    }
+
+    fn reject(&self, key: Key) {
+        self.write(|table| table.reject(key));
+    }
+
+    fn idle(&self, key: Key) {
+        self.ready.lock().push_back(key);
+    }
+
+    fn forget(&self, key: Key) {
+        let forgotten = self.write(|table| table.forget(key));
+        drop(forgotten);
+    }
+}
+
+impl<D: Device> Drop for Standing<D> {
+    /// The last handle is gone, and nobody finds anything any more. What is idle is deregistered
+    /// if the device does it at once; what is in use is its users'.
+    fn drop(&mut self) {
+        let (entries, lives) = self.0.get_mut().unwrap_or_else(PoisonError::into_inner).drain();
+        if entries.first().is_some_and(|entry| entry.device.source.is_inert()) {
+            core::mem::forget((entries, lives));
+            return;
+        }
+        for entry in &entries {
+            entry.orphan();
+        }
+        drop(lives);
+    }
+}

@@ -1,0 +1,260 @@
+//! What memory is registered with, and the one place that calls it (K2).
+#![forbid(unsafe_code)]
+
+use super::settings::{DevicePanic, Failure, Operation, Reporter};
+use super::table::bytes;
+use super::watch::Source;
+use crate::foreign::{Callback, Losses, Panic, keep};
+use crate::range::AddressRange;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Lock, Ordering};
+use core::future::Future;
+use core::pin::Pin;
+use core::task::{Context, Poll};
+use pin_project::{pin_project, pinned_drop};
+
+/// What memory is registered with.
+///
+/// Both futures are polled by whoever needs them: a caller of
+/// [`get`](super::RegistrationCache::get), an invalidation that waits for a registration to go, and
+/// once the last handle of the cache is gone whoever drops a registration. They must not call the
+/// cache or wait for an invalidation of its space.
+///
+/// A panic, of a method or of a future of it, concerns the one registration that it was asked for:
+/// of [`register`](Self::register) it is [`GetError::Panicked`](super::GetError::Panicked), of
+/// [`deregister`](Self::deregister) a failure like any other.
+pub trait Device: Send + Sync + 'static {
+    /// What a registration is known by: a key, an index.
+    type Handle: Send + Sync + 'static;
+    /// Why the device refused.
+    type Error: core::error::Error + Send + Sync + 'static;
+
+    /// Maps `range` for the device. Once begun it is polled to its end, unless the last handle of
+    /// the cache is dropped: then it is dropped, and must leave nothing mapped.
+    ///
+    /// If it changes the memory itself in a way that the space hears of, the registration is one
+    /// from before the change and does not count; see [`Builder::tries`](super::Builder::tries).
+    fn register(&self, range: AddressRange) -> impl Future<Output = Result<Self::Handle, Self::Error>> + Send;
+
+    /// Ends a registration: when this resolves to `Ok`, the device does not use the memory any
+    /// more. Called once the last user has let go.
+    ///
+    /// After an error or a panic the device is taken to use the memory still. It is called again:
+    /// at once, three times in all, and then by whoever waits, who gives the other tasks their turn
+    /// between two calls, ever more often. It is dropped unfinished only when neither the cache nor
+    /// the space can be reached any more.
+    fn deregister(&self, range: AddressRange, handle: &Self::Handle) -> impl Future<Output = Result<(), Self::Error>> + Send;
+}
+
+impl<D: Device> Device for Arc<D> {
+    type Handle = D::Handle;
+    type Error = D::Error;
+
+    fn register(&self, range: AddressRange) -> impl Future<Output = Result<D::Handle, D::Error>> + Send {
+        D::register(self, range)
+    }
+
+    fn deregister(&self, range: AddressRange, handle: &D::Handle) -> impl Future<Output = Result<(), D::Error>> + Send {
+        D::deregister(self, range, handle)
+    }
+}
+
+impl<D: Device> Device for &'static D {
+    type Handle = D::Handle;
+    type Error = D::Error;
+
+    fn register(&self, range: AddressRange) -> impl Future<Output = Result<D::Handle, D::Error>> + Send {
+        D::register(self, range)
+    }
+
+    fn deregister(&self, range: AddressRange, handle: &D::Handle) -> impl Future<Output = Result<(), D::Error>> + Send {
+        D::deregister(self, range, handle)
+    }
+}
+
+/// Why a device did not register.
+pub(super) enum Fault<E> {
+    Refused(Arc<E>),
+    Panicked(Option<Arc<str>>),
+    /// Nobody wants it any more.
+    Cancelled,
+}
+
+/// A device whose panics are caught and whose failures are counted and reported. Lives as long as
+/// the cache or a registration does.
+pub(super) struct Guarded<D: Device> {
+    /// `None` only while it is dropped.
+    device: Option<D>,
+    on_failure: Option<Reporter>,
+    pub(super) losses: Arc<Losses>,
+    pub(super) source: Source,
+    pub(super) register_failures: AtomicU64,
+    pub(super) deregister_failures: AtomicU64,
+    pub(super) invalidations: AtomicU64,
+    /// Bytes that it has mapped, or may have.
+    pinned: Lock<u128>,
+}
+
+impl<D: Device> Guarded<D> {
+    pub(super) fn new(device: D, on_failure: Option<Reporter>, losses: Arc<Losses>, source: Source) -> Self {
+        Self {
+            device: Some(device),
+            on_failure,
+            losses,
+            source,
+            register_failures: AtomicU64::new(0),
+            deregister_failures: AtomicU64::new(0),
+            invalidations: AtomicU64::new(0),
+            pinned: Lock::new(0),
+        }
+    }
+
+    pub(super) fn device(&self) -> &D {
+        self.device.as_ref().expect("the device goes with the last who has it")
+    }
+
+    pub(super) fn pinned(&self) -> u64 {
+        u64::try_from(*self.pinned.lock()).unwrap_or(u64::MAX)
+    }
+
+    fn unpin(&self, range: AddressRange) {
+        *self.pinned.lock() -= bytes(range);
+    }
+
+    /// Registers `range`. `told` says whether somebody waits who is told of a panic.
+    pub(super) async fn register(
+        &self,
+        range: AddressRange,
+        cancelled: &AtomicBool,
+        told: impl Fn() -> bool,
+    ) -> Result<D::Handle, Fault<D::Error>> {
+        *self.pinned.lock() += bytes(range);
+        let ended = match keep(|_| self.device().register(range)) {
+            Ok(future) => Caught { future: Some(future), losses: &self.losses, cancelled: Some(cancelled) }.await,
+            Err(panic) => Ended::Panicked(panic),
+        };
+        let fault = match ended {
+            Ended::Done(Ok(handle)) => return Ok(handle),
+            Ended::Done(Err(error)) => {
+                self.failed(&self.register_failures, range, Operation::Register, &error, false);
+                Fault::Refused(Arc::new(error))
+            }
+            Ended::Panicked(panic) => {
+                let message = self.panicked(&self.register_failures, range, Operation::Register, panic, told());
+                Fault::Panicked(message)
+            }
+            Ended::Cancelled => Fault::Cancelled,
+        };
+        self.unpin(range);
+        Err(fault)
+    }
+
+    /// Deregisters. Says whether the device has let go; if not, that was counted and reported.
+    pub(super) async fn deregister(&self, range: AddressRange, handle: &D::Handle) -> bool {
+        let ended = match keep(|_| self.device().deregister(range, handle)) {
+            Ok(future) => Caught { future: Some(future), losses: &self.losses, cancelled: None }.await,
+            Err(panic) => Ended::Panicked(panic),
+        };
+        match ended {
+            Ended::Done(Ok(())) => {
+                self.unpin(range);
+                return true;
+            }
+            Ended::Done(Err(error)) => {
+                self.failed(&self.deregister_failures, range, Operation::Deregister, &error, false);
+                self.losses.run(Callback::Device, |_| drop(error));
+            }
+            Ended::Panicked(panic) => {
+                self.panicked(&self.deregister_failures, range, Operation::Deregister, panic, false);
+            }
+            Ended::Cancelled => {}
+        }
+        false
+    }
+
+    /// Drops what a device made, without a panic.
+    pub(super) fn drop_handle(&self, handle: D::Handle) {
+        self.losses.run(Callback::Device, |_| drop(handle));
+    }
+
+    fn failed(
+        &self,
+        count: &AtomicU64,
+        range: AddressRange,
+        operation: Operation,
+        error: &(dyn core::error::Error + 'static),
+        panicked: bool,
+    ) {
+        count.fetch_add(1, Ordering::Relaxed);
+        if let Some(reporter) = &self.on_failure {
+            self.losses.run(Callback::Device, |_| reporter(&Failure { range, operation, error, panicked }));
+        }
+    }
+
+    /// Returns the panic's message. Who is not `told` of it finds it among those that were lost.
+    fn panicked(
+        &self,
+        count: &AtomicU64,
+        range: AddressRange,
+        operation: Operation,
+        panic: Panic,
+        told: bool,
+    ) -> Option<Arc<str>> {
+        let message: Option<Arc<str>> = panic.message().map(Arc::from);
+        self.failed(count, range, operation, &DevicePanic { message: message.clone() }, true);
+        if !told {
+            self.losses.lose(Callback::Device, panic);
+        }
+        message
+    }
+}
+
+impl<D: Device> Drop for Guarded<D> {
+    fn drop(&mut self) {
+        let Self { device, on_failure, losses, .. } = self;
+        losses.run(Callback::Device, |_| drop(device.take()));
+        losses.run(Callback::Device, |_| drop(on_failure.take()));
+    }
+}
+
+enum Ended<T> {
+    Done(T),
+    Panicked(Panic),
+    Cancelled,
+}
+
+/// A future of a device: its panics are caught, in its poll and in its drop.
+#[pin_project(PinnedDrop)]
+struct Caught<'a, F> {
+    /// `None` when it has ended.
+    #[pin]
+    future: Option<F>,
+    losses: &'a Losses,
+    cancelled: Option<&'a AtomicBool>,
+}
+
+impl<F: Future> Future for Caught<'_, F> {
+    type Output = Ended<F::Output>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        let mut this = self.project();
+        let ended = if this.cancelled.is_some_and(|cancelled| cancelled.load(Ordering::Acquire)) {
+            Ended::Cancelled
+        } else {
+            match keep(|_| this.future.as_mut().as_pin_mut().map(|future| future.poll(cx))) {
+                Ok(Some(Poll::Ready(output))) => Ended::Done(output),
+                Ok(Some(Poll::Pending) | None) => return Poll::Pending,
+                Err(panic) => Ended::Panicked(panic),
+            }
+        };
+        this.losses.run(Callback::Device, |_| this.future.set(None));
+        Poll::Ready(ended)
+    }
+}
+
+#[pinned_drop]
+impl<F> PinnedDrop for Caught<'_, F> {
+    fn drop(self: Pin<&mut Self>) {
+        let mut this = self.project();
+        this.losses.run(Callback::Device, |_| this.future.set(None));
+    }
+}

@@ -1,0 +1,483 @@
+//! One registration: an ordinary driver with a notifier, a lock and futures of its own.
+//!
+//! It goes through [`Phase`]s under its [`DriverLock`], which its first pass takes like that of any
+//! other driver. It knows its cache only as a [`Shelf`], which may be gone: then it lives on until
+//! its last user and the device have let go (K1).
+//!
+//! Locks are taken in one order: that of a registration, then that of the shelf. References that
+//! may be the last of anything are dropped outside of both.
+#![forbid(unsafe_code)]
+
+use super::device::{Device, Guarded};
+use super::table::{Found, Key};
+use super::task::{Task, Waiter};
+use super::watch::Watched;
+use crate::event::Event;
+use crate::mirror::driver_lock::DriverLock;
+use crate::notifier::{IntervalNotifier, Invalidation, Sequence, WouldBlock};
+use crate::pass::PassFuture;
+use crate::range::AddressRange;
+use crate::subscription::Subscription;
+use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Weak};
+use alloc::borrow::Cow;
+use alloc::vec::Vec;
+use futures::FutureExt;
+use futures::channel::oneshot;
+use std::sync::OnceLock;
+
+/// So often a device may go on at once where nobody waits for it.
+const POKES: u32 = 64;
+
+/// What ended an attempt.
+pub(super) type Change = (Event, AddressRange);
+
+/// What an attempt to register came to.
+pub(super) enum Outcome<E> {
+    /// Look-ups find it, or did until something took it away.
+    Live,
+    /// The memory was invalidated meanwhile, by this if it was while the device registered.
+    Collided(Option<Change>),
+    Failed(Arc<E>),
+    Panicked(Option<Arc<str>>),
+}
+
+impl<E> Default for Outcome<E> {
+    fn default() -> Self {
+        Self::Collided(None)
+    }
+}
+
+impl<E> Clone for Outcome<E> {
+    fn clone(&self) -> Self {
+        match self {
+            Self::Live => Self::Live,
+            Self::Collided(by) => Self::Collided(*by),
+            Self::Failed(error) => Self::Failed(error.clone()),
+            Self::Panicked(message) => Self::Panicked(message.clone()),
+        }
+    }
+}
+
+/// The future that registers.
+pub(super) type Registering<E> = Task<Outcome<E>>;
+
+/// How far a registration is. An invalidation waits for what each phase has to wait for.
+enum Phase<E: Send + Sync + 'static> {
+    /// Callers wait for the range to be stable; the device was not asked. No invalidation waits.
+    Waiting,
+    /// The device registers; an invalidation waits for the task.
+    Registering {
+        task: Registering<E>,
+        by: Option<Change>,
+    },
+    /// Look-ups find it. `leaving` waits for the users, then for the device.
+    Live {
+        leaving: Task<()>,
+    },
+    /// Look-ups do not find it any more.
+    Leaving {
+        leaving: Task<()>,
+    },
+    Gone,
+}
+
+struct Progress<E: Send + Sync + 'static> {
+    phase: Phase<E>,
+    /// Callers that need it.
+    claims: usize,
+    /// The range is watched from before the device is asked until it has let go (M1).
+    watched: Watched,
+}
+
+/// What a registration needs of its cache.
+pub(super) trait Shelf<D: Device>: Send + Sync {
+    /// Lets look-ups find it. Returns what it replaces, or itself if the cache has given it up.
+    fn put(&self, key: Key, live: Arc<Live<D>>) -> Result<Vec<Arc<Live<D>>>, Arc<Live<D>>>;
+    /// Takes it away from look-ups.
+    fn take(&self, key: Key) -> Option<Arc<Live<D>>>;
+    /// Takes an attempt away from those who look for one.
+    fn reject(&self, key: Key);
+    /// Its last user has let go, and the device is to be asked.
+    fn idle(&self, key: Key);
+    /// It is over. Takes no other lock than the shelf's.
+    fn forget(&self, key: Key);
+}
+
+/// A registration, from the first who asks for it until the device has let go.
+pub(super) struct Entry<D: Device> {
+    pub(super) range: AddressRange,
+    pub(super) device: Arc<Guarded<D>>,
+    /// Where look-ups find it; gone with the last handle of the cache.
+    shelf: Weak<dyn Shelf<D>>,
+    /// Set when it comes onto the shelf.
+    key: OnceLock<Key>,
+    progress: DriverLock<Progress<D::Error>>,
+    /// Set before anybody else knows of it.
+    subscription: OnceLock<Subscription<Guardian<D>>>,
+    /// Nobody can ask for what the device registers.
+    pub(super) cancelled: AtomicBool,
+    /// The last user has let go.
+    handed_back: AtomicBool,
+    /// The device refuses to deregister it.
+    pub(super) stuck: AtomicBool,
+}
+
+/// What a caller does next who needs a registration.
+pub(super) enum Step<E: Send + Sync + 'static> {
+    /// Wait for the range to be stable, and begin.
+    Begin,
+    Join(Waiter<Outcome<E>>),
+    Over(Outcome<E>),
+}
+
+impl<D: Device> Entry<D> {
+    pub(super) fn new(range: AddressRange, device: Arc<Guarded<D>>, shelf: Weak<dyn Shelf<D>>) -> Arc<Self> {
+        Arc::new(Self {
+            range,
+            device,
+            shelf,
+            key: OnceLock::new(),
+            progress: DriverLock::new(Progress { phase: Phase::Waiting, claims: 0, watched: Watched::default() }),
+            subscription: OnceLock::new(),
+            cancelled: AtomicBool::new(false),
+            handed_back: AtomicBool::new(false),
+            stuck: AtomicBool::new(false),
+        })
+    }
+
+    /// The notifier of it.
+    pub(super) fn guardian(self: &Arc<Self>) -> Guardian<D> {
+        Guardian(Arc::downgrade(self))
+    }
+
+    /// Is called once, before anybody else knows of it.
+    pub(super) fn subscribed(&self, subscription: Subscription<Guardian<D>>) {
+        let _ = self.subscription.set(subscription);
+    }
+
+    /// Is called once, under the lock of the shelf.
+    pub(super) fn is_at(&self, key: Key) {
+        let _ = self.key.set(key);
+    }
+
+    pub(super) fn subscription(&self) -> &Subscription<Guardian<D>> {
+        self.subscription.get().expect("a registration is subscribed before anybody knows of it")
+    }
+
+    pub(super) fn has_claims(&self) -> bool {
+        self.progress.lock().claims > 0
+    }
+
+    /// Whether the last user has let go.
+    pub(super) fn is_handed_back(&self) -> bool {
+        self.handed_back.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_stuck(&self) -> bool {
+        self.stuck.load(Ordering::Acquire)
+    }
+
+    pub(super) fn step(&self) -> Step<D::Error> {
+        match &self.progress.lock().phase {
+            Phase::Waiting => Step::Begin,
+            Phase::Registering { task, .. } => Step::Join(task.wait()),
+            Phase::Live { .. } => Step::Over(Outcome::Live),
+            Phase::Leaving { .. } | Phase::Gone => Step::Over(Outcome::Collided(None)),
+        }
+    }
+
+    /// Begins to register, unless the memory was invalidated since `read_begin` or somebody else
+    /// was quicker: then the future and the watch come back.
+    pub(super) fn begin(
+        &self,
+        sequence: Sequence,
+        task: Registering<D::Error>,
+        watched: Watched,
+    ) -> Result<Waiter<Outcome<D::Error>>, (Registering<D::Error>, Watched)> {
+        let mut progress = self.progress.lock();
+        // A closed gate does not matter here: it is asked when the registration is looked up.
+        let valid = !self.subscription().entry().own.is_past(sequence.0);
+        if !valid || !matches!(progress.phase, Phase::Waiting) {
+            return Err((task, watched));
+        }
+        let waiter = task.wait();
+        progress.phase = Phase::Registering { task, by: None };
+        // What waits has none.
+        progress.watched = watched;
+        Ok(waiter)
+    }
+
+    /// Lets look-ups find what the device has registered. If the memory was invalidated since
+    /// `read_begin`, it only leaves again; what has invalidated it comes back.
+    pub(super) fn publish(&self, sequence: Sequence, live: Arc<Live<D>>, leaving: &Task<()>) -> Result<(), Option<Change>> {
+        let shelf = self.shelf.upgrade();
+        let (mut live, mut replaced) = (Some(live), Vec::new());
+        let (former, by) = {
+            let mut progress = self.progress.lock();
+            let valid = !self.subscription().entry().own.is_past(sequence.0);
+            let by = match &progress.phase {
+                Phase::Registering { by, .. } => *by,
+                _ => None,
+            };
+            if let (Some(shelf), Some(key)) = (&shelf, self.key.get()) {
+                if valid && let Some(published) = live.take() {
+                    match shelf.put(*key, published) {
+                        Ok(others) => replaced = others,
+                        Err(published) => live = Some(published),
+                    }
+                } else {
+                    shelf.reject(*key);
+                }
+            }
+            let leaving = leaving.clone();
+            let phase = if live.is_none() { Phase::Live { leaving } } else { Phase::Leaving { leaving } };
+            (core::mem::replace(&mut progress.phase, phase), by)
+        };
+        drop((former, shelf));
+        for other in replaced {
+            other.entry.leave();
+        }
+        match live {
+            None => Ok(()),
+            Some(live) => {
+                // Nobody has seen it: the device lets go at once.
+                drop(live);
+                let subscription = self.subscription();
+                subscription.shared().collided(subscription.entry());
+                Err(by)
+            }
+        }
+    }
+
+    /// Waits for the device to register, if it does.
+    pub(super) fn registering(&self) -> Option<Waiter<Outcome<D::Error>>> {
+        match &self.progress.lock().phase {
+            Phase::Registering { task, .. } => Some(task.wait()),
+            _ => None,
+        }
+    }
+
+    /// It was taken away from look-ups.
+    pub(super) fn leave(&self) {
+        let mut progress = self.progress.lock();
+        if let Phase::Live { leaving } = &progress.phase {
+            let leaving = leaving.clone();
+            progress.phase = Phase::Leaving { leaving };
+        }
+    }
+
+    /// What waits for the users and for the device, if it is on its way out.
+    pub(super) fn leaving(&self) -> Option<Task<()>> {
+        match &self.progress.lock().phase {
+            Phase::Leaving { leaving } => Some(leaving.clone()),
+            _ => None,
+        }
+    }
+
+    /// The device has nothing of it: ends it.
+    pub(super) fn over(&self) {
+        let (phase, watched) = {
+            let mut progress = self.progress.lock();
+            (core::mem::replace(&mut progress.phase, Phase::Gone), core::mem::take(&mut progress.watched))
+        };
+        self.leave_shelf();
+        drop((phase, watched));
+    }
+
+    fn leave_shelf(&self) {
+        if let (Some(shelf), Some(key)) = (self.shelf.upgrade(), self.key.get()) {
+            shelf.forget(*key);
+        }
+    }
+
+    /// The cache is gone: nobody can ask for it any more. What is registered lives on until its
+    /// users have let go.
+    pub(super) fn orphan(&self) {
+        let (task, former) = {
+            let mut progress = self.progress.lock();
+            match &progress.phase {
+                Phase::Waiting => (None, Some(core::mem::replace(&mut progress.phase, Phase::Gone))),
+                Phase::Registering { task, .. } => (Some(task.clone()), None),
+                Phase::Live { leaving } => {
+                    let leaving = leaving.clone();
+                    (None, Some(core::mem::replace(&mut progress.phase, Phase::Leaving { leaving })))
+                }
+                Phase::Leaving { .. } | Phase::Gone => (None, None),
+            }
+        };
+        drop(former);
+        if let Some(task) = task {
+            self.cancelled.store(true, Ordering::Release);
+            task.poke(1);
+        }
+        if self.is_handed_back() {
+            self.drive();
+        }
+    }
+
+    /// Asks the device to let go, without anybody who waits for it: what takes time is left to the
+    /// next invalidation, or given up if there can be none.
+    fn drive(&self) {
+        let Some(leaving) = self.leaving() else { return };
+        if !leaving.poke(POKES) && self.is_unreachable() {
+            let former = {
+                let mut progress = self.progress.lock();
+                (core::mem::replace(&mut progress.phase, Phase::Gone), core::mem::take(&mut progress.watched))
+            };
+            // It keeps the registration alive, which keeps the space alive.
+            drop(former);
+        }
+    }
+
+    /// Whether nobody but subscriptions has the space: it cannot be invalidated any more.
+    fn is_unreachable(&self) -> bool {
+        let shared = self.subscription().shared();
+        Arc::strong_count(shared) <= shared.with(|state, _| state.protocol.registered())
+    }
+}
+
+impl<D: Device> Drop for Entry<D> {
+    fn drop(&mut self) {
+        if self.device.source.is_inert() {
+            core::mem::forget(self.subscription.take());
+            let gone = Progress { phase: Phase::Gone, claims: 0, watched: Watched::default() };
+            core::mem::forget(core::mem::replace(&mut self.progress, DriverLock::new(gone)));
+        }
+    }
+}
+
+/// A caller's interest in a registration. Without any, one that the device was not asked for is
+/// over.
+pub(super) struct Claim<D: Device>(Arc<Entry<D>>);
+
+impl<D: Device> Claim<D> {
+    /// `None` if it is over or on its way out.
+    pub(super) fn new(entry: &Arc<Entry<D>>) -> Option<Self> {
+        let mut progress = entry.progress.lock();
+        if matches!(progress.phase, Phase::Leaving { .. } | Phase::Gone) {
+            return None;
+        }
+        progress.claims += 1;
+        drop(progress);
+        Some(Self(entry.clone()))
+    }
+
+    pub(super) fn entry(&self) -> &Arc<Entry<D>> {
+        &self.0
+    }
+}
+
+impl<D: Device> Drop for Claim<D> {
+    fn drop(&mut self) {
+        if self.0.device.source.is_inert() {
+            core::mem::forget(self.0.clone());
+            return;
+        }
+        let mut progress = self.0.progress.lock();
+        progress.claims -= 1;
+        let unwanted = progress.claims == 0 && matches!(progress.phase, Phase::Waiting);
+        if unwanted {
+            progress.phase = Phase::Gone;
+        }
+        drop(progress);
+        if unwanted {
+            self.0.leave_shelf();
+        }
+    }
+}
+
+/// A registration that the device has. The shelf has one reference while look-ups find it, each
+/// user one; the last to go hands the handle to the future that waits for it. What a look-up
+/// touches comes first, mostly on the cache line of the counts.
+#[repr(C)]
+pub(super) struct Live<D: Device> {
+    /// When it was used last, by the clock of misses.
+    used: AtomicU64,
+    /// There is a source, which the process may have lost.
+    watched: bool,
+    handle: Option<D::Handle>,
+    pub(super) range: AddressRange,
+    gone: Option<oneshot::Sender<D::Handle>>,
+    pub(super) entry: Arc<Entry<D>>,
+}
+
+impl<D: Device> Live<D> {
+    pub(super) fn new(entry: Arc<Entry<D>>, handle: D::Handle, gone: oneshot::Sender<D::Handle>, used: u64) -> Arc<Self> {
+        let (range, watched) = (entry.range, entry.device.source.is_set());
+        Arc::new(Self { used: AtomicU64::new(used), handle: Some(handle), range, watched, gone: Some(gone), entry })
+    }
+
+    #[inline]
+    pub(super) fn handle(&self) -> &D::Handle {
+        self.handle.as_ref().expect("the handle goes with the registration")
+    }
+
+    /// Whether nothing may be given up, in a child of `fork`.
+    #[inline]
+    pub(super) fn is_inert(&self) -> bool {
+        self.watched && self.entry.device.source.is_inert()
+    }
+}
+
+impl<D: Device> Found for Live<D> {
+    #[inline]
+    fn used(&self) -> &AtomicU64 {
+        &self.used
+    }
+}
+
+impl<D: Device> Drop for Live<D> {
+    fn drop(&mut self) {
+        if self.is_inert() {
+            core::mem::forget((self.handle.take(), self.gone.take(), self.entry.clone()));
+            return;
+        }
+        let (Some(gone), Some(handle)) = (self.gone.take(), self.handle.take()) else { return };
+        self.entry.handed_back.store(true, Ordering::Release);
+        if let Err(handle) = gone.send(handle) {
+            self.entry.device.drop_handle(handle);
+        }
+        match (self.entry.shelf.upgrade(), self.entry.key.get()) {
+            (Some(shelf), Some(key)) => shelf.idle(*key),
+            _ => self.entry.drive(),
+        }
+    }
+}
+
+/// The notifier of one registration.
+pub(super) struct Guardian<D: Device>(Weak<Entry<D>>);
+
+impl<D: Device> IntervalNotifier for Guardian<D> {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        let Some(entry) = self.0.upgrade() else { return Ok(None) };
+        let shelf = entry.shelf.upgrade();
+        let mut live = None;
+        let pass = {
+            let mut progress = entry.progress.lock_for(invalidation);
+            match &mut progress.phase {
+                Phase::Waiting | Phase::Gone => None,
+                Phase::Registering { task, by } => {
+                    *by = Some((invalidation.event(), invalidation.range()));
+                    Some(PassFuture::new(task.wait().map(drop)))
+                }
+                Phase::Live { leaving } => {
+                    let leaving = leaving.clone();
+                    let pass = leaving.wait();
+                    progress.phase = Phase::Leaving { leaving };
+                    live = shelf.as_ref().zip(entry.key.get()).and_then(|(shelf, key)| shelf.take(*key));
+                    entry.device.invalidations.fetch_add(1, Ordering::Relaxed);
+                    Some(PassFuture::new(pass))
+                }
+                Phase::Leaving { leaving } => Some(PassFuture::new(leaving.wait())),
+            }
+        };
+        // The shelf's reference: without users the device is asked when the pass is polled.
+        drop(live);
+        drop((shelf, entry));
+        Ok(pass)
+    }
+
+    fn name(&self) -> Cow<'static, str> {
+        Cow::Owned(alloc::format!("registration with {}", core::any::type_name::<D>()))
+    }
+}

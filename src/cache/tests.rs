@@ -1,0 +1,74 @@
+//! What only the inside shows: queues, and a process that was forked.
+
+use super::*;
+use crate::event::Event;
+use futures::executor::block_on;
+use std::sync::atomic::AtomicUsize;
+use std::vec::Vec;
+
+#[derive(Default)]
+struct Null {
+    deregistered: Arc<AtomicUsize>,
+}
+
+impl Device for Null {
+    type Handle = ();
+    type Error = ::core::convert::Infallible;
+
+    async fn register(&self, _: AddressRange) -> Result<(), Self::Error> {
+        Ok(())
+    }
+
+    async fn deregister(&self, _: AddressRange, (): &()) -> Result<(), Self::Error> {
+        self.deregistered.fetch_add(1, Ordering::SeqCst);
+        Ok(())
+    }
+}
+
+fn page(page: u64) -> AddressRange {
+    AddressRange::new(page * 4096, 4096).unwrap()
+}
+
+#[test]
+fn what_invalidations_end_does_not_stay_queued() {
+    let space = AddressSpace::new();
+    for limit in [usize::MAX, 10] {
+        let cache = RegistrationCache::<Null>::builder().max_registrations(limit).build(&space, Null::default());
+        for at in 0..1000 {
+            drop(block_on(cache.get(page(at))).unwrap());
+            drop(block_on(space.invalidate(page(at), Event::Unmap)));
+        }
+        let queued = cache.core.queued();
+        assert!(queued <= 1, "{queued} are queued, none is live");
+        assert!(cache.core.write(|table| table.is_empty()));
+        assert_eq!(space.len(), 0);
+    }
+}
+
+#[test]
+fn m4_in_a_child_of_fork_every_handle_is_inert() {
+    let (space, deregistered) = (AddressSpace::new(), Arc::<AtomicUsize>::default());
+    let cache = RegistrationCache::new(&space, Null { deregistered: deregistered.clone() });
+    let held: Vec<_> = (0..4).map(|at| block_on(cache.get(page(at))).unwrap()).collect();
+    drop(block_on(cache.get(page(9))).unwrap());
+    cache.core.device.source.forked.store(true, Ordering::SeqCst);
+    let refused = block_on(cache.get(page(9))).unwrap_err();
+    assert!(matches!(&refused, GetError::Unwatched(why) if why.contains("fork")), "{refused}");
+    // A thread of the parent held these locks when it forked: whoever takes one waits for ever.
+    space.shared().with(|_, _| {
+        let shelf = cache.clone();
+        shelf.core.write(|_| {
+            block_on(cache.flush());
+            let text = std::format!("{cache:?} {:?}", held[0]);
+            assert!(!text.contains("hits"), "{text}");
+            let mut held = held;
+            let last = held.pop();
+            drop(held);
+            drop(cache);
+            // Also one that outlives the cache.
+            drop(last);
+        });
+        drop(shelf);
+    });
+    assert_eq!((deregistered.load(Ordering::SeqCst), space.len()), (0, 5), "all of it is the parent's");
+}

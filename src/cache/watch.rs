@@ -1,0 +1,87 @@
+//! Who says when memory goes away, where it is not the program itself (K5).
+#![forbid(unsafe_code)]
+
+use super::settings::Builder;
+use crate::range::AddressRange;
+use alloc::string::String;
+#[cfg(test)]
+use core::sync::atomic::{AtomicBool, Ordering};
+
+/// What tells the space that registered memory has changed: a userfaultfd, or nobody but the
+/// program.
+pub(super) struct Source {
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    uffd: Option<crate::source::Uffd>,
+    #[cfg(test)]
+    pub(super) forked: AtomicBool,
+}
+
+/// A range is watched as long as this exists. Its drop takes a lock of the source.
+#[derive(Default)]
+pub(super) struct Watched {
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    _watch: Option<crate::source::Watch>,
+}
+
+/// Why a range is not watched.
+pub(super) enum Unwatched {
+    /// The process has no room for a further watch: with others given up there may be some.
+    NoRoom(String),
+    Refused(String),
+}
+
+impl Source {
+    /// Takes what the settings have.
+    #[cfg_attr(not(all(feature = "userfaultfd", target_os = "linux")), allow(unused_variables, reason = "they have none"))]
+    pub(super) fn of(settings: &mut Builder) -> Self {
+        Self {
+            #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+            uffd: settings.uffd.take(),
+            #[cfg(test)]
+            forked: AtomicBool::new(false),
+        }
+    }
+
+    /// Whether there is one, so that its other answers are worth asking for.
+    pub(super) fn is_set(&self) -> bool {
+        #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+        return cfg!(test) || self.uffd.is_some();
+        #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
+        return cfg!(test);
+    }
+
+    /// Whether this is a child of the process that the source belongs to (M4). Its locks may be
+    /// held for ever by threads that do not exist here: nothing may be locked, nothing given up.
+    pub(super) fn is_inert(&self) -> bool {
+        #[cfg(test)]
+        if self.forked.load(Ordering::Relaxed) {
+            return true;
+        }
+        #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+        return self.uffd.as_ref().is_some_and(crate::source::Uffd::is_forked);
+        #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
+        false
+    }
+
+    /// Watches `range`, if there is a source.
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    pub(super) fn watch(&self, range: AddressRange) -> Result<Watched, Unwatched> {
+        use alloc::string::ToString;
+        let watch = self.uffd.as_ref().map(|uffd| uffd.watch_quietly(range)).transpose();
+        let unwatched =
+            |error| if is_full(&error) { Unwatched::NoRoom(error.to_string()) } else { Unwatched::Refused(error.to_string()) };
+        watch.map(|watch| Watched { _watch: watch }).map_err(unwatched)
+    }
+
+    /// Does nothing: there is no source.
+    #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
+    pub(super) fn watch(&self, _range: AddressRange) -> Result<Watched, Unwatched> {
+        Ok(Watched::default())
+    }
+}
+
+/// Whether the process has used up its mappings: each watch may split one.
+#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+fn is_full(error: &crate::source::UffdError) -> bool {
+    matches!(error, crate::source::UffdError::NoRoom { .. })
+}

@@ -1,0 +1,97 @@
+//! Changes of the memory while it is registered: they end an attempt, and it must come to an end.
+
+use crate::support::{Task, now, pages};
+use futures::FutureExt;
+use shootdown::cache::{Device, GetError, RegistrationCache};
+use shootdown::{AddressRange, AddressSpace, Event};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
+
+/// Registering changes memory, and a source says so: this range, or another one.
+struct Changes {
+    space: AddressSpace,
+    what: Option<AddressRange>,
+    times: u32,
+    registered: Arc<AtomicU32>,
+}
+
+impl Device for Changes {
+    type Handle = ();
+    type Error = std::io::Error;
+
+    async fn register(&self, range: AddressRange) -> std::io::Result<()> {
+        if self.registered.fetch_add(1, Ordering::SeqCst) < self.times {
+            // As a source does that has read an event: it does not wait for the delivery.
+            let _ = self.space.invalidate(self.what.unwrap_or(range), Event::Clear).now_or_never();
+        }
+        Ok(())
+    }
+
+    async fn deregister(&self, _: AddressRange, (): &()) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn changes(what: Option<AddressRange>, times: u32) -> (AddressSpace, Arc<AtomicU32>, RegistrationCache<Changes>) {
+    let (space, registered) = (AddressSpace::new(), Arc::default());
+    let device = Changes { space: space.clone(), what, times, registered: Arc::clone(&registered) };
+    let cache = RegistrationCache::new(&space, device);
+    (space, registered, cache)
+}
+
+#[test]
+fn k1_an_attempt_whose_device_changes_the_memory_each_time_ends_after_eight() {
+    let (_space, registered, cache) = changes(None, u32::MAX);
+    let refused = now(cache.get(pages(1, 1))).unwrap_err();
+    assert!(matches!(refused, GetError::Invalidated { tries: 8 }), "{refused:?}");
+    assert_eq!(registered.load(Ordering::SeqCst), 8);
+}
+
+#[test]
+fn k1_an_attempt_whose_device_changes_the_memory_once_succeeds() {
+    let (_space, registered, cache) = changes(None, 1);
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    assert_eq!((registered.load(Ordering::SeqCst), cache.stats().collisions), (2, 1));
+    // What it changes elsewhere is no collision at all.
+    let (_space, registered, cache) = changes(Some(pages(100, 1)), u32::MAX);
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    assert_eq!((registered.load(Ordering::SeqCst), cache.stats().collisions), (1, 0));
+}
+
+/// A source closes the gate before it reads an event, and opens it once the invalidation of exactly
+/// what the event names has started.
+#[cfg(feature = "userfaultfd")]
+#[test]
+fn m1_what_is_registered_while_the_gate_is_closed_counts_once_it_is_open() {
+    struct Slow(crate::support::Gate, AtomicU32);
+    impl Device for Slow {
+        type Handle = ();
+        type Error = std::io::Error;
+
+        async fn register(&self, _: AddressRange) -> std::io::Result<()> {
+            self.1.fetch_add(1, Ordering::SeqCst);
+            self.0.clone().await;
+            Ok(())
+        }
+
+        async fn deregister(&self, _: AddressRange, (): &()) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    for hit in [false, true] {
+        let (space, gate) = (AddressSpace::new(), crate::support::Gate::default());
+        let cache = RegistrationCache::new(&space, Arc::new(Slow(gate.clone(), AtomicU32::new(0))));
+        let mut get = Task::new(cache.get(pages(1, 1)));
+        get.expect_pending();
+        let pause = space.pause();
+        gate.open();
+        get.expect_pending();
+        if hit {
+            // The event was about this range: what was registered is from before it.
+            drop(now(space.invalidate(pages(1, 1), Event::Unmap)));
+        }
+        drop(pause);
+        drop(get.finish().unwrap());
+        assert_eq!(cache.device().1.load(Ordering::SeqCst), if hit { 2 } else { 1 });
+    }
+}

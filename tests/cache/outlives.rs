@@ -1,0 +1,158 @@
+//! K1: an invalidation is over when the last user has let go and the device has deregistered,
+//! whatever became of the cache.
+
+use crate::device::{Act, Card};
+use crate::support::{Gate, Task, now, pages};
+use shootdown::cache::{Merge, RegistrationCache};
+use shootdown::{AddressSpace, Event};
+use std::sync::Arc;
+
+#[test]
+fn k1_an_invalidation_waits_for_a_registration_whose_cache_was_dropped() {
+    for yields in [false, true] {
+        let gate = yields.then(Gate::default);
+        let (space, card) = (AddressSpace::new(), Card { deregister_gate: gate.clone(), ..Card::default() });
+        let cache = RegistrationCache::new(&space, card.clone());
+        let registration = now(cache.get(pages(1, 1))).unwrap();
+        drop(cache);
+        assert_eq!(card.mapped(), [1], "it is in use");
+        let mut unmap = Task::new(space.invalidate(pages(1, 1), Event::Unmap));
+        unmap.expect_pending();
+        drop(registration);
+        if let Some(gate) = gate {
+            unmap.expect_pending();
+            gate.open();
+        }
+        drop(unmap.finish());
+        assert_eq!((card.mapped().len(), space.len()), (0, 0));
+        assert_eq!(Arc::strong_count(&card.state), 1, "the device went with its last registration");
+    }
+}
+
+#[test]
+fn k1_the_last_handle_has_what_is_idle_deregistered_and_leaves_what_takes_time_to_invalidations() {
+    let gate = Gate::default();
+    let (space, card) = (AddressSpace::new(), Card { deregister_gate: Some(gate.clone()), ..Card::default() });
+    let cache = RegistrationCache::new(&space, card.clone());
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    drop(cache);
+    assert!(gate.is_waited_for(), "the device was asked, and nobody waits for it");
+    gate.open();
+    assert_eq!(space.len(), 1, "it can still be invalidated");
+    drop(now(space.invalidate(pages(1, 1), Event::Unmap)));
+    assert_eq!((card.mapped().len(), space.len(), Arc::strong_count(&card.state)), (0, 0, 1));
+    // A device that needs no time.
+    let card = Card::default();
+    let cache = RegistrationCache::new(&space, card.clone());
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    drop(cache);
+    assert_eq!((card.mapped().len(), space.len(), Arc::strong_count(&card.state)), (0, 0, 1));
+}
+
+#[test]
+fn k1_a_registration_that_outlives_cache_and_space_leaves_nothing_behind() {
+    let card = Card::default();
+    for order in 0..2 {
+        let space = AddressSpace::new();
+        let cache = RegistrationCache::new(&space, card.clone());
+        let registration = now(cache.get(pages(1, 1))).unwrap();
+        if order == 0 {
+            drop(cache);
+            drop(space);
+        } else {
+            drop(space);
+            drop(cache);
+        }
+        assert_eq!(card.mapped(), [1]);
+        drop(registration);
+        assert_eq!((card.mapped().len(), Arc::strong_count(&card.state)), (0, 1));
+    }
+    // One that takes time: nobody can wait for it, so its future goes with what would wake it.
+    let gate = Gate::default();
+    let card = Card { deregister_gate: Some(gate.clone()), ..Card::default() };
+    let space = AddressSpace::new();
+    let cache = RegistrationCache::new(&space, card.clone());
+    let registration = now(cache.get(pages(1, 1))).unwrap();
+    drop((cache, space));
+    drop(registration);
+    gate.nudge();
+    assert_eq!(Arc::strong_count(&card.state), 1, "neither the space nor the device is leaked");
+}
+
+#[test]
+fn k1_what_registers_when_the_last_handle_goes_is_given_up_also_under_an_invalidation() {
+    let gate = Gate::default();
+    let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+    let cache = RegistrationCache::new(&space, card.clone());
+    let mut get = Box::pin(cache.get(pages(1, 1)));
+    assert!(futures::FutureExt::now_or_never(get.as_mut()).is_none());
+    let mut unmap = Task::new(space.invalidate(pages(1, 1), Event::Unmap));
+    unmap.expect_pending();
+    drop(get);
+    drop(cache);
+    drop(unmap.finish());
+    assert_eq!((card.mapped().len(), space.len(), Arc::strong_count(&card.state)), (0, 0, 1));
+}
+
+/// openucx/ucx PR #9616: what an event has invalidated was let go only when the cache was used
+/// next.
+#[test]
+fn k1_report_6_what_is_invalidated_is_deregistered_without_a_further_call_of_the_cache() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    let cache = RegistrationCache::new(&space, card.clone());
+    let held = now(cache.get(pages(1, 1))).unwrap();
+    drop(now(cache.get(pages(5, 1))).unwrap());
+    std::thread::scope(|scope| {
+        let unmapping = scope.spawn(|| drop(futures::executor::block_on(space.invalidate(pages(0, 9), Event::Unmap))));
+        // Dropped by a thread that does nothing else.
+        scope.spawn(move || drop(held)).join().unwrap();
+        unmapping.join().unwrap();
+    });
+    assert_eq!(card.mapped().len(), 0);
+    assert_eq!(cache.stats().pinned_bytes, 0);
+}
+
+/// LMCache/LMCache PR #5177: a failed deregistration was taken for a success.
+#[test]
+fn k2_report_7_an_invalidation_drives_further_tries_and_gives_others_their_turn() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    let cache = RegistrationCache::new(&space, card.clone());
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    card.next_deregister(&[Act::Refuse, Act::Panic, Act::PanicLater, Act::Refuse, Act::Panic]);
+    // Nobody calls the cache.
+    drop(now(space.invalidate(pages(1, 1), Event::Unmap)));
+    assert_eq!((card.mapped().len(), cache.stats().deregister_failures), (0, 5));
+    assert_eq!(space.stats().lost_panics, 3, "they have no caller");
+    // One that fails for ever: each poll of the invalidation comes back, and others go on.
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    card.next_deregister(&[Act::Refuse; 100_000]);
+    let mut unmap = Task::new(space.invalidate(pages(1, 1), Event::Unmap));
+    for _ in 0..1000 {
+        assert!(unmap.poll().is_pending() && unmap.is_woken(), "it comes back, and wants to go on");
+    }
+    drop(now(cache.get(pages(3, 1))).unwrap());
+    let tries = card.state.lock().unwrap().calls_of_deregister;
+    assert!((10..2000).contains(&tries), "{tries} tries in 1,000 polls");
+    card.state.lock().unwrap().deregister.clear();
+    drop(unmap.finish());
+    assert_eq!(card.mapped(), [3]);
+}
+
+/// ROCm/rocm-systems PR #10628: a pin that an invalidation took away while the engine read.
+#[test]
+fn k1_report_23_a_registration_in_use_is_mapped_until_it_is_dropped_and_a_new_one_waits() {
+    for merge in [Merge::Never, Merge::Touching] {
+        let (space, card) = (AddressSpace::new(), Card::default());
+        let cache = RegistrationCache::<Card>::builder().merge(merge).build(&space, card.clone());
+        let transfer = now(cache.get(pages(1, 2))).unwrap();
+        let mut discard = Task::new(space.invalidate(pages(2, 1), Event::Clear));
+        discard.expect_pending();
+        let mut again = Task::new(cache.get(pages(1, 2)));
+        again.expect_pending();
+        assert_eq!((card.mapped(), card.state.lock().unwrap().registered), (vec![1], 1));
+        drop(transfer);
+        drop(discard.finish());
+        drop(again.finish().unwrap());
+        assert_eq!(card.state.lock().unwrap().registered, 2);
+    }
+}

@@ -1,0 +1,102 @@
+//! K3: all that is idle can be given up, the least recently used first, whenever it was used.
+
+use crate::device::Card;
+use crate::support::{Gate, now, pages};
+use shootdown::cache::{GetError, RegistrationCache};
+use shootdown::{AddressSpace, Event};
+
+fn card(change: impl FnOnce(&mut crate::device::State)) -> Card {
+    let card = Card::default();
+    change(&mut card.state.lock().unwrap());
+    card
+}
+
+/// Registers pages, or finds them again.
+fn touch(cache: &RegistrationCache<Card>, pages_of: impl IntoIterator<Item = u64>) {
+    for page in pages_of {
+        drop(now(cache.get(pages(page, 1))).unwrap());
+    }
+}
+
+#[test]
+fn k3_a_flush_gives_up_what_was_hit_again() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    let cache = RegistrationCache::new(&space, card.clone());
+    touch(&cache, [1, 2, 3, 1, 2, 3]);
+    now(cache.flush());
+    assert_eq!((cache.stats().registrations, card.mapped().len(), cache.stats().evictions), (0, 0, 3));
+}
+
+#[test]
+fn k3_a_flush_of_a_range_leaves_the_rest() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    let cache = RegistrationCache::new(&space, card.clone());
+    touch(&cache, 1..=5);
+    let held = now(cache.get(pages(3, 1))).unwrap();
+    now(cache.flush_range(pages(2, 3)));
+    assert_eq!(card.mapped(), [1, 3, 5]);
+    drop(held);
+    now(cache.flush_range(pages(100, 1)));
+    assert_eq!(card.mapped(), [1, 3, 5]);
+}
+
+#[test]
+fn k3_a_full_device_gets_room_by_what_was_used_since_it_was_made() {
+    let (space, card) = (AddressSpace::new(), card(|card| card.room = Some(2)));
+    let cache = RegistrationCache::new(&space, card.clone());
+    let held = [now(cache.get(pages(1, 1))).unwrap(), now(cache.get(pages(2, 1))).unwrap()];
+    assert!(matches!(now(cache.get(pages(3, 1))), Err(GetError::Register(_))), "full and in use");
+    drop(held);
+    touch(&cache, [1, 2, 3]);
+    assert_eq!(card.mapped(), [3]);
+}
+
+#[test]
+fn k3_a_limit_finds_all_that_has_become_idle_least_recently_used_first() {
+    for many in [3, 100] {
+        let (space, card) = (AddressSpace::new(), Card::default());
+        let cache = RegistrationCache::<Card>::builder().max_registrations(2).build(&space, card.clone());
+        let held: Vec<_> = (1..=many).map(|page| now(cache.get(pages(page, 1))).unwrap()).collect();
+        assert_eq!(cache.stats().registrations, many, "nothing in use is given up");
+        drop(held);
+        touch(&cache, 1..=many);
+        touch(&cache, [1000]);
+        assert_eq!(card.mapped(), [many, 1000], "of {many} the one used last, and the new one");
+        touch(&cache, [2000]);
+        assert_eq!(card.mapped(), [1000, 2000]);
+    }
+}
+
+#[test]
+fn k3_what_a_dropped_caller_was_giving_up_is_given_up_by_the_next() {
+    let gate = Gate::default();
+    let (space, card) = (AddressSpace::new(), Card { deregister_gate: Some(gate.clone()), ..Card::default() });
+    let cache = RegistrationCache::<Card>::builder().max_registrations(1).build(&space, card.clone());
+    touch(&cache, [1]);
+    let mut get = crate::support::Task::new(cache.get(pages(2, 1)));
+    get.expect_pending();
+    drop(get);
+    gate.open();
+    for page in [3, 4, 5] {
+        touch(&cache, [page]);
+    }
+    assert_eq!(card.mapped(), [5]);
+}
+
+/// lattice/quda PR #1639: a device that refuses ranges that overlap.
+#[test]
+fn k3_report_8_a_device_that_refuses_overlaps_gets_idle_ones_out_of_its_way() {
+    let (space, card) = (AddressSpace::new(), card(|card| card.exclusive = true));
+    let cache = RegistrationCache::new(&space, card.clone());
+    touch(&cache, [0]);
+    let larger = now(cache.get(pages(0, 2))).unwrap();
+    assert_eq!((larger.range(), cache.stats().register_failures), (pages(0, 2), 1));
+    // One in use stays, and the caller gets the device's own error.
+    assert!(matches!(now(cache.get(pages(1, 2))), Err(GetError::Register(_))));
+    drop(larger);
+    drop(now(cache.get(pages(1, 2))).unwrap());
+    // Mapped again at the address, without a call of the program's.
+    drop(now(space.invalidate(pages(0, 9), Event::Unmap)));
+    touch(&cache, [1]);
+    assert_eq!(card.mapped(), [1]);
+}
