@@ -98,6 +98,7 @@ struct Inner {
     /// Dropped by hand, not in children of `fork`: the last handle of a space would take its lock.
     space: ManuallyDrop<Option<AddressSpace>>,
     born: ForkMark,
+    fd: Arc<OwnedFd>,
     promises: Promises,
     /// How long a change is waited for at most.
     settle: Duration,

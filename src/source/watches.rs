@@ -94,13 +94,6 @@ impl Watches {
         free
     }
 
-    /// Whether a part of `range` is watched.
-    pub(super) fn touches(&self, range: AddressRange) -> bool {
-        let mut touches = false;
-        self.index.overlapping(range, |_| touches = true);
-        touches
-    }
-
     /// Ends the watches of what `range` overlaps. Calls `lost` with those that nobody else tells.
     pub(super) fn end(&self, range: AddressRange, mut lost: impl FnMut(AddressRange)) {
         self.index.overlapping(range, |watched| {
@@ -140,10 +133,9 @@ mod tests {
         let mut all = Vec::new();
         watches.for_each(|range| all.push(range));
         assert_eq!(all, [range(0x2000, 0x1000), range(0x4000, 0x4000)]);
-        assert!(watches.touches(range(0x2fff, 2)) && !watches.touches(range(0x3000, 0x1000)));
         watches.remove(behind);
         watches.remove(inside);
-        assert!(watches.states.is_empty() && !watches.touches(AddressRange::ALL));
+        assert!(watches.states.is_empty());
     }
 
     #[test]

@@ -5,12 +5,13 @@ use crate::owner::{PAGES, Slot};
 use crate::ring::{Fixed, Ring};
 use futures::executor::block_on;
 use shootdown::cache::{Device, RegistrationCache};
-use shootdown::source::{Deliveries, Reader, Uffd, UffdBuilder, Unwatched, Watch};
+use shootdown::source::{Uffd, UffdBuilder, Unwatched, Watch};
 use shootdown::{
     AddressRange, AddressSpace, DriverLock, IntervalNotifier, Invalidation, MirrorError, PassFuture, RetryBudget, Subscription,
     WouldBlock,
 };
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
@@ -53,7 +54,7 @@ pub struct Episode {
     pub cache: RegistrationCache<Stamps>,
     /// `None` where io_uring is not permitted.
     pub rings: Option<Rings>,
-    threads: Mutex<Option<(JoinHandle<Reader>, JoinHandle<Deliveries>)>>,
+    threads: Mutex<Option<(JoinHandle<()>, JoinHandle<()>)>>,
 }
 
 fn settings() -> UffdBuilder {
@@ -66,13 +67,25 @@ impl Episode {
     pub fn begin(seed: u64) -> Arc<Self> {
         let space = AddressSpace::new();
         let (uffd, mut reader, mut deliveries) = settings().open(&space).expect("it was permitted before");
+        // Each ends on its own thread, at once or when the other has: nobody else must wait for that who changes watched memory meanwhile.
+        let (reader_first, gone) = ((seed >> 1).is_multiple_of(2), Arc::new(AtomicBool::new(false)));
+        let other = gone.clone();
         let reading = std::thread::spawn(move || {
             reader.run().expect("the reader fails");
-            reader
+            while !reader_first && !other.load(Ordering::Acquire) {
+                reader.read().expect("the reader fails");
+                std::thread::yield_now();
+            }
+            drop(reader);
+            other.store(true, Ordering::Release);
         });
         let delivering = std::thread::spawn(move || {
             deliveries.run().expect("the deliveries fail");
-            deliveries
+            while reader_first && !gone.load(Ordering::Acquire) {
+                std::thread::yield_now();
+            }
+            drop(deliveries);
+            gone.store(true, Ordering::Release);
         });
         let limited = RegistrationCache::<Stamps>::builder().max_registrations(if seed.is_multiple_of(2) { 8 } else { 1000 });
         let cache = limited.watch(uffd.clone()).build(&space, Stamps);
@@ -88,19 +101,12 @@ impl Episode {
         self.uffd.space().insert(slot.range(0, PAGES), Mirror::default()).expect("the space is not released")
     }
 
-    /// Ends the source, in one of several ways.
-    pub fn end(&self, way: u64) {
+    /// Ends the source.
+    pub fn end(&self) {
         let (reading, delivering) = self.threads.lock().unwrap().take().expect("it ends once");
         self.uffd.stop();
-        // Both have stopped, and changes hang until the reader is gone. It must not be waited for by anything that changes watched memory.
-        let (reader, deliveries) = (reading.join().expect("the reader panics"), delivering.join().expect("the deliveries panic"));
-        if way.is_multiple_of(2) {
-            drop(reader);
-            drop(deliveries);
-        } else {
-            drop(deliveries);
-            drop(reader);
-        }
+        reading.join().expect("the reader panics");
+        delivering.join().expect("the deliveries panic");
     }
 }
 

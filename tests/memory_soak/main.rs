@@ -70,7 +70,7 @@ fn main() {
     }));
     let (seconds, seed) = (number("SOAK_SECONDS", 3), number("SOAK_SEED", u64::from(std::process::id())));
     let counts = Arc::new(Counts::default());
-    let slots: Vec<Arc<Slot>> = (0..OWNERS).map(|_| Arc::new(Slot::new())).collect();
+    let slots: Vec<Arc<Slot>> = (0..OWNERS).map(|own| Arc::new(Slot::new(own))).collect();
     let current = Arc::new(Current::new(Episode::begin(seed)));
     let began = Instant::now();
     for (own, slot) in slots.iter().enumerate() {
@@ -89,6 +89,7 @@ fn main() {
             }
             if let Some(what) = &*counts.stale.lock().unwrap() {
                 println!("stale after {:.1} s, seed {seed}: {what}", began.elapsed().as_secs_f64());
+                println!("{:?}", current.get());
                 std::process::exit(1);
             }
             for (at, progress) in counts.progress.iter().enumerate() {
@@ -104,7 +105,7 @@ fn main() {
         }
         // The source ends while everybody goes on, each time in another way; then there is a new one.
         let old = current.get();
-        old.end(seed.wrapping_add(episodes));
+        old.end();
         unsettled += old.uffd.stats().unsettled;
         forks = old.uffd.promises().fork;
         episodes += 1;

@@ -39,9 +39,10 @@ fn map(at: usize, pages: usize, flags: MapFlags) -> usize {
 }
 
 impl Slot {
-    pub fn new() -> Self {
-        // A page between slots that nobody can map at, so that they stay apart.
-        let at = map(0, 2 * PAGES + 2, MapFlags::empty());
+    pub fn new(own: usize) -> Self {
+        // Far below everything else: the kernel maps what asks for no address as high as it can, and so never into a hole that is left here for a moment.
+        let at = map(0x2000_0000_0000 + (own << 30), 2 * PAGES + 2, MapFlags::FIXED_NOREPLACE);
+        // A page that nobody can map at, so that the slot and what is aside stay apart.
         for border in [at + PAGES * PAGE, at + (2 * PAGES + 1) * PAGE] {
             // SAFETY: ours.
             unsafe { rustix::mm::mprotect(pointer(border), PAGE, rustix::mm::MprotectFlags::empty()) }.expect("mprotect");
@@ -78,12 +79,12 @@ impl Slot {
         let (at, len) = (self.page(from), pages * PAGE);
         // SAFETY: pages of this slot, which is this thread's; there are no references into it.
         unsafe {
-            match random.random_range(0..6) {
+            match kind(random) {
                 0 => {
                     munmap(pointer(at), len).expect("munmap");
                     map(at, pages, MapFlags::FIXED);
                 }
-                1 => drop(map(at, pages, MapFlags::FIXED)),
+                1 => assert_ne!(map(at, pages, MapFlags::FIXED), 0),
                 2 => madvise(pointer(at), len, Advice::LinuxDontNeed).expect("MADV_DONTNEED"),
                 3 => {
                     // Freed pages may stay as they are, so they are discarded, too.
@@ -100,10 +101,16 @@ impl Slot {
                     map(at, pages, MapFlags::FIXED);
                     madvise(pointer(aside), len, Advice::LinuxDontNeed).expect("MADV_DONTNEED");
                 }
-                _ => (0..pages).for_each(|page| drop(map(self.page(from + page), 1, MapFlags::FIXED))),
+                _ => (0..pages).for_each(|page| assert_ne!(map(self.page(from + page), 1, MapFlags::FIXED), 0)),
             }
         }
     }
+}
+
+/// A kind of change; one alone with `SOAK_CHANGE`.
+fn kind(random: &mut StdRng) -> u64 {
+    let any = random.random_range(0..6);
+    crate::number("SOAK_CHANGE", any)
 }
 
 /// The first word of each page of a range, read through the page table as a device does.

@@ -27,6 +27,7 @@ crate::list![
     m3_deliveries_that_are_dropped_tell_also_a_driver_behind_one_that_would_block,
     m5_a_discard_keeps_its_range_under_invalidation_until_the_pages_are_gone,
     m5_only_readers_of_the_discarded_range_wait,
+    m5_pages_that_nobody_watches_are_waited_for_by_who_watches_them_next,
     m5_shared_memory_and_huge_pages_are_seen_to_go,
     m5_pages_of_madv_free_stay_and_the_bound_is_reported,
     m5_without_a_bound_nobody_waits_and_the_promise_is_withdrawn,
@@ -442,6 +443,27 @@ fn m5_only_readers_of_the_discarded_range_wait() {
     block_on(delivery).unwrap();
     block_on(readers.read_begin());
     assert_eq!(uffd.stats().unsettled, 0);
+}
+
+/// A registration is left from an earlier watch: the event comes, and who begins to watch the page after it may find what is about to go.
+fn m5_pages_that_nobody_watches_are_waited_for_by_who_watches_them_next() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
+    let memory = Raw::map(2);
+    memory.write(1);
+    let _watch = uffd.watch(memory.part(1, 1).range()).unwrap();
+    // In the same granule, so that it stays registered for the other.
+    let earlier = uffd.watch(memory.part(0, 1).range()).unwrap();
+    drop(earlier);
+    read_during(&mut reader, || memory.part(0, 1).discard(Advice::LinuxFree));
+    let mut delivery = Box::pin(deliveries.deliver());
+    assert!(delivery.as_mut().now_or_never().is_none());
+    let (readers, _told) = log(&space, memory.part(0, 1).range());
+    assert!(readers.read_begin().now_or_never().is_none(), "who begins now does not wait");
+    memory.part(0, 1).write(2);
+    block_on(readers.read_begin());
+    block_on(delivery).unwrap();
 }
 
 fn m5_shared_memory_and_huge_pages_are_seen_to_go() {

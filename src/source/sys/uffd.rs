@@ -142,6 +142,24 @@ struct Region {
     categories: u64,
 }
 
+/// Pages that are looked for: those with all of one, none of another, and some of a third set of categories.
+struct Kind {
+    with: u64,
+    without: u64,
+    any: u64,
+}
+
+/// What is done with what is found.
+#[derive(PartialEq)]
+enum Found {
+    /// All of it is marked.
+    Marked,
+    /// The first of it is returned.
+    Region,
+    /// The first page of it is returned.
+    Page,
+}
+
 const PAGEMAP_SCAN: Opcode = opcode::read_write::<Scan>(b'f', 16);
 const PM_SCAN_WP_MATCHING: u64 = 1;
 const PAGE_IS_WPALLOWED: u64 = 1;
@@ -155,34 +173,45 @@ impl Pagemap {
     pub(crate) fn open() -> Option<Self> {
         let pagemap = Self(File::open("/proc/self/pagemap").ok()?.into());
         // An empty range is refused by a kernel that cannot, and by nobody else.
-        pagemap.scan(0, 0, 0, (0, 0), None).is_ok().then_some(pagemap)
+        pagemap.scan(0, 0, Kind { with: 0, without: 0, any: PAGE_IS_PRESENT }, Found::Page).is_ok().then_some(pagemap)
     }
 
-    /// Scans `start` to `end` (exclusive) for pages that have all of `all.0`, none of `all.1` and one of present and swapped. Returns where
-    /// it stopped and whether it stopped at one.
-    fn scan(&self, flags: u64, start: u64, end: u64, all: (u64, u64), found: Option<&mut Region>) -> io::Result<(u64, bool)> {
-        let (with, without) = all;
+    /// Scans `start` to `end` (exclusive) for pages of a kind. Returns where it stopped and what it found first.
+    fn scan(&self, start: u64, end: u64, of: Kind, found: Found) -> io::Result<(u64, Option<Region>)> {
+        let mut region = Region { start: 0, end: 0, categories: 0 };
         let mut scan = Scan {
             size: size_of::<Scan>() as u64,
-            flags,
+            flags: 0,
             start,
             end,
             walk_end: 0,
             vec: 0,
             vec_len: 0,
             max_pages: 0,
-            category_inverted: without,
-            category_mask: with | without,
-            category_anyof_mask: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
-            return_mask: PAGE_IS_PRESENT,
+            category_inverted: of.without,
+            category_mask: of.with | of.without,
+            category_anyof_mask: of.any,
+            return_mask: PAGE_IS_WPALLOWED,
         };
-        if let Some(found) = found {
-            (scan.vec, scan.vec_len, scan.max_pages) = (ptr::from_mut(found).expose_provenance() as u64, 1, 1);
+        match found {
+            Found::Marked => scan.flags = PM_SCAN_WP_MATCHING,
+            Found::Region | Found::Page => {
+                (scan.vec, scan.vec_len) = (ptr::from_mut(&mut region).expose_provenance() as u64, 1);
+                scan.max_pages = u64::from(found == Found::Page);
+            }
         }
         // SAFETY: `PAGEMAP_SCAN` reads and writes one `pm_scan_arg`, and writes at most `vec_len` regions to `vec`. What it does to
         // the pages of `PM_SCAN_WP_MATCHING` is a mark: `register` says who takes it away.
-        let found = unsafe { ioctl(&self.0, CountedUpdater(&mut scan))? };
-        Ok((scan.walk_end, found > 0))
+        let count = unsafe { ioctl(&self.0, CountedUpdater(&mut scan))? };
+        Ok((scan.walk_end, (count > 0).then_some(region)))
+    }
+
+    /// Whether all of `pages` is mapped and watched, as of one moment.
+    pub(crate) fn is_watched(&self, pages: AddressRange) -> io::Result<bool> {
+        let of = Kind { with: PAGE_IS_WPALLOWED, without: 0, any: 0 };
+        let (_, found) = self.scan(pages.start(), pages.last().wrapping_add(1), of, Found::Region)?;
+        // Adjacent mappings are one region.
+        Ok(found.is_some_and(|found| found.start == pages.start() && found.end == pages.last().wrapping_add(1)))
     }
 
     /// Marks the pages that are there, in memory or swapped out, where they are watched. Takes no
@@ -190,7 +219,8 @@ impl Pagemap {
     pub(crate) fn mark(&self, pages: AddressRange) -> io::Result<()> {
         let (mut at, end) = (pages.start(), pages.last().wrapping_add(1));
         while at < end {
-            let (walked, _) = self.scan(PM_SCAN_WP_MATCHING, at, end, (PAGE_IS_WPALLOWED, 0), None)?;
+            let of = Kind { with: PAGE_IS_WPALLOWED, without: 0, any: PAGE_IS_PRESENT | PAGE_IS_SWAPPED };
+            let (walked, _) = self.scan(at, end, of, Found::Marked)?;
             if walked <= at {
                 return Err(io::Errno::IO);
             }
@@ -203,9 +233,8 @@ impl Pagemap {
     /// is gone. A page of zeros is as good as gone.
     pub(crate) fn has_marked(&self, pages: AddressRange) -> io::Result<bool> {
         let end = pages.last().wrapping_add(1);
-        let mut region = Region { start: 0, end: 0, categories: 0 };
-        let all = (PAGE_IS_WPALLOWED | PAGE_IS_PRESENT, PAGE_IS_WRITTEN | PAGE_IS_PFNZERO);
-        self.scan(0, pages.start(), end, all, Some(&mut region)).map(|(_, found)| found)
+        let of = Kind { with: PAGE_IS_WPALLOWED | PAGE_IS_PRESENT, without: PAGE_IS_WRITTEN | PAGE_IS_PFNZERO, any: 0 };
+        self.scan(pages.start(), end, of, Found::Page).map(|(_, found)| found.is_some())
     }
 }
 

@@ -113,16 +113,17 @@ impl UffdBuilder {
     /// [`UffdError::NotPermitted`], also for a [`Fork::Report`] that was asked for; [`UffdError::Unsupported`]; [`UffdError::Os`].
     pub fn open(self, space: &AddressSpace) -> Result<(Uffd, Reader, Deliveries), UffdError> {
         let (fd, fork, known) = self.handshake()?;
-        let pagemap = if known & WP_ASYNC != 0 && !self.settle.is_zero() { Pagemap::open() } else { None };
+        let pagemap = if known & WP_ASYNC != 0 { Pagemap::open() } else { None };
         let maps = Maps::open();
         let page = crate::source::sys::page_size() as u64;
         let granule = if maps.is_some() { self.granule.max(page) } else { page };
-        let promises = Promises { fork, discards: pagemap.is_some(), granule };
+        let promises = Promises { fork, discards: pagemap.is_some() && !self.settle.is_zero(), granule };
         let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(os);
         let fd = Arc::new(fd);
         let inner = Arc::new(Inner {
             space: ManuallyDrop::new(Some(space.clone())),
             born: ForkMark::new().map_err(os)?,
+            fd: fd.clone(),
             promises,
             settle: self.settle,
             pagemap,

@@ -252,7 +252,7 @@ impl Inner {
         if seen == Seen::Happened {
             self.report_unsettled(range, Duration::ZERO);
         }
-        let seen = if self.pagemap.is_some() { seen } else { Seen::Happened };
+        let seen = if self.promises.discards { seen } else { Seen::Happened };
         changes.ranges.push((range, Event::Clear, seen));
     }
 }

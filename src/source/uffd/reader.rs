@@ -131,9 +131,10 @@ impl Reader {
 
     /// Marks the pages that are about to go, before the thread that drops them has come far (M5).
     fn mark(&self, start: u64, end: u64) -> Change {
-        let marked = match (&self.inner.pagemap, AddressRange::new(start, end.wrapping_sub(start))) {
+        let pagemap = self.inner.pagemap.as_ref().filter(|_| self.inner.promises.discards);
+        let marked = match (pagemap, AddressRange::new(start, end.wrapping_sub(start))) {
             (Some(pagemap), Ok(range)) => pagemap.mark(range).is_ok(),
-            _ => self.inner.pagemap.is_none(),
+            (pagemap, _) => pagemap.is_none(),
         };
         if marked { Change::Remove(start, end) } else { Change::Unseen(start, end) }
     }

@@ -16,8 +16,9 @@ use crate::foreign::Report;
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
 use crate::range::AddressRange;
+use crate::source::sys::uffd;
 use crate::source::watches::Watched;
-use crate::sync::{Arc, AtomicBool, Ordering};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
 use alloc::borrow::Cow;
 use alloc::vec::Vec;
 use core::future::Future;
@@ -33,6 +34,10 @@ const YIELDS: u32 = 16;
 /// How long a sleep between two looks is asked to be: with the timer slack of Linux some 100 µs.
 const SLEEP: Duration = Duration::from_micros(50);
 
+/// How many times longer a change is waited for while threads are seen inside calls that have raised
+/// an event.
+const HELD_UP: u32 = 5;
+
 /// Ranges that are looked at after their time was used up, at most: those that have been longest are
 /// given up for new ones.
 const SUSPECTS: usize = 64;
@@ -46,19 +51,36 @@ pub(super) struct Marked {
     inner: Arc<Inner>,
     watched: Watched,
     began: Instant,
+    /// Nanoseconds from then to the last look that saw a thread inside the call that raised an event.
+    held_up: AtomicU64,
     /// Somebody has waited for them as long as there was time.
     over: AtomicBool,
 }
 
 impl Marked {
-    /// `None` for what nobody watches: it is nobody's to wait for.
+    /// `None` when the source has ended.
     pub(super) fn new(inner: &Arc<Inner>, range: AddressRange) -> Option<Arc<Self>> {
         let watched = inner.table().hold(range, inner.pagemap.as_ref()?)?;
-        Some(Arc::new(Self { inner: inner.clone(), watched, began: Instant::now(), over: AtomicBool::new(false) }))
+        let (began, held_up, over) = (Instant::now(), AtomicU64::new(0), AtomicBool::new(false));
+        Some(Arc::new(Self { inner: inner.clone(), watched, began, held_up, over }))
     }
 
     fn range(&self) -> AddressRange {
         self.watched.range
+    }
+
+    /// Whether they have been waited for as long as there is time. That begins when the thread inside `madvise` has gone on: as long as one has not, for
+    /// want of a processor, nothing is known of its pages; but no longer than [`HELD_UP`] times as long in all.
+    fn is_time_over(&self, waited: Duration) -> bool {
+        let most = self.inner.settle;
+        if waited < most {
+            return false;
+        }
+        if uffd::changing(&*self.inner.fd) {
+            self.held_up.store(u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        }
+        let held_up = Duration::from_nanos(self.held_up.load(Ordering::Relaxed));
+        waited.saturating_sub(held_up) >= most || waited >= most.saturating_mul(HELD_UP)
     }
 
     /// Whether none of the pages is there any more.
@@ -105,7 +127,7 @@ impl Future for Look {
             return Poll::Ready(());
         }
         let waited = self.pages.began.elapsed();
-        if waited >= self.pages.inner.settle {
+        if self.pages.is_time_over(waited) {
             if !self.pages.over.swap(true, Ordering::AcqRel) {
                 self.pages.inner.suspect(self.pages.clone(), waited);
             }

@@ -51,13 +51,18 @@ impl Table {
     }
 
     /// Watches the pages of `range`.
-    fn add(&mut self, range: AddressRange, quiet: bool) -> Result<(Watched, Arc<WatchState>), UffdError> {
-        let range = self.arm(range)?;
+    fn add(
+        &mut self,
+        range: AddressRange,
+        quiet: bool,
+        pagemap: Option<&Pagemap>,
+    ) -> Result<(Watched, Arc<WatchState>), UffdError> {
+        let range = self.arm(range, pagemap)?;
         Ok(self.watches.add(range, quiet))
     }
 
     /// Has the kernel watch the pages of `range`, and what lies around them; returns the pages.
-    fn arm(&mut self, range: AddressRange) -> Result<AddressRange, UffdError> {
+    fn arm(&mut self, range: AddressRange, pagemap: Option<&Pagemap>) -> Result<AddressRange, UffdError> {
         if self.closed {
             return Err(UffdError::Closed);
         }
@@ -79,8 +84,12 @@ impl Table {
         let keep = self.promises.fork == Fork::Keep;
         let kept = armed.and_then(|armed| {
             self.armed.insert(armed);
-            // Asked afterwards: from now on what is unmapped is told of. The kernel takes a range with a hole, and what is mapped there later is not watched.
-            let whole = self.maps.as_ref().is_none_or(|maps| maps.are_whole(range));
+            // The kernel takes a range with a hole, and what is mapped there later is not watched: there must have been a moment without any.
+            let whole = match (pagemap, &self.maps) {
+                (Some(pagemap), _) => pagemap.is_watched(range).unwrap_or(false),
+                (None, Some(maps)) => maps.are_whole(range),
+                (None, None) => true,
+            };
             if !whole {
                 return Err(Errno::INVAL);
             }
@@ -114,7 +123,8 @@ impl Table {
         (asked, piece)
     }
 
-    /// Keeps the pages of `range` registered and marked, if somebody watches a part of it or did so when the change began.
+    /// Keeps the pages of `range` registered and marked. Also what nobody watches: its registration is left from earlier, and who begins to watch it now may find
+    /// what is about to go.
     pub(super) fn hold(&mut self, range: AddressRange, pagemap: &Pagemap) -> Option<Watched> {
         if self.closed {
             return None;
@@ -124,8 +134,6 @@ impl Table {
             uffd::register(&*self.fd, range).ok()?;
             self.armed.insert(range);
             pagemap.mark(range).ok()?;
-        } else if !self.watches.touches(range) {
-            return None;
         }
         Some(self.watches.add(range, true).0)
     }
@@ -239,7 +247,7 @@ pub struct Watch {
 impl Watch {
     pub(super) fn new(inner: &Arc<Inner>, range: AddressRange, quiet: bool) -> Result<Self, UffdError> {
         inner.check()?;
-        let (watched, state) = inner.table().add(range, quiet)?;
+        let (watched, state) = inner.table().add(range, quiet, inner.pagemap.as_ref())?;
         Ok(Self { inner: inner.clone(), watched, state })
     }
 
@@ -262,7 +270,7 @@ impl Watch {
     pub fn renew(&self) -> Result<(), UffdError> {
         self.inner.check()?;
         let mut table = self.inner.table();
-        table.arm(self.watched.range)?;
+        table.arm(self.watched.range, self.inner.pagemap.as_ref())?;
         table.watches.renew(self.watched);
         Ok(())
     }
