@@ -32,6 +32,20 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 //! ```
 //!
+//! # When something fails
+//! - The device refuses to register: [`GetError::Register`], after all idle registrations have been
+//!   given up and it was asked once more. It refuses to deregister: it is asked again by whoever
+//!   waits, because it may still use the memory, so an invalidation waits until it succeeds. Others
+//!   have their turn meanwhile.
+//! - The device panics: [`GetError::Panicked`] for those who asked, or a failure to deregister like
+//!   any other. No other range learns of it. A panic that no caller is told of is counted
+//!   ([`Stats::lost_panics`](crate::Stats::lost_panics)) and reported
+//!   ([`Callback::Device`](crate::Callback::Device)).
+//! - The memory changes while the device registers: the registration is let go of and begun again,
+//!   see [`Builder::tries`]. A device that changes the memory itself each time ends after eight
+//!   tries with [`GetError::Invalidated`]; what it changes elsewhere does not matter.
+//! - The process has no mapping left for a watch: as for a device without room.
+//!
 //! # How it is made
 //! One registration is an ordinary driver of this crate: it has a notifier, a
 //! [`DriverLock`](crate::DriverLock) and futures of its own, and the cache is the shelf on which
@@ -292,16 +306,6 @@ impl<D: Device> Registration<D> {
 impl<D: Device> Clone for Registration<D> {
     fn clone(&self) -> Self {
         Self { live: self.live.clone() }
-    }
-}
-
-impl<D: Device> Drop for Registration<D> {
-    #[inline]
-    fn drop(&mut self) {
-        if self.live.is_inert() {
-            // So that this is never the last.
-            ::core::mem::forget(self.live.clone());
-        }
     }
 }
 

@@ -156,3 +156,21 @@ fn k1_report_23_a_registration_in_use_is_mapped_until_it_is_dropped_and_a_new_on
         assert_eq!(card.state.lock().unwrap().registered, 2);
     }
 }
+
+#[test]
+fn k1_a_caller_that_goes_away_before_the_device_was_asked_leaves_nothing() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    let cache = RegistrationCache::new(&space, card.clone());
+    let guard = now(space.invalidate(pages(1, 1), Event::Unmap));
+    let (mut one, mut two) = (Task::new(cache.get(pages(1, 1))), Task::new(cache.get(pages(1, 1))));
+    one.expect_pending();
+    two.expect_pending();
+    assert_eq!(space.len(), 1, "both wait for one");
+    drop(one);
+    assert_eq!(space.len(), 1);
+    drop(two);
+    assert_eq!(space.len(), 0);
+    drop(guard);
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    assert_eq!(card.state.lock().unwrap().registered, 1);
+}
