@@ -131,18 +131,19 @@ pub(super) enum Step<E: Send + Sync + 'static> {
 }
 
 impl<D: Device> Entry<D> {
-    pub(super) fn new(range: AddressRange, device: Arc<Guarded<D>>, shelf: Weak<dyn Shelf<D>>) -> Arc<Self> {
-        Arc::new(Self {
+    /// Makes one that its maker has claimed.
+    pub(super) fn claimed(range: AddressRange, device: Arc<Guarded<D>>, shelf: Weak<dyn Shelf<D>>) -> Claim<D> {
+        Claim(Arc::new(Self {
             range,
             device,
             shelf,
             key: OnceLock::new(),
-            progress: DriverLock::new(Progress { phase: Phase::Waiting, claims: 0, watched: Watched::default() }),
+            progress: DriverLock::new(Progress { phase: Phase::Waiting, claims: 1, watched: Watched::default() }),
             subscription: OnceLock::new(),
             cancelled: AtomicBool::new(false),
             handed_back: AtomicBool::new(false),
             stuck: AtomicBool::new(false),
-        })
+        }))
     }
 
     /// The notifier of it.

@@ -1,9 +1,12 @@
-//! A registration cache that is never stale: device mappings of the program's own memory, kept for the next use.
+//! A registration cache that is never stale: device mappings of the program's own memory, kept for
+//! the next use.
 //!
-//! To register memory with a device (an RDMA memory region, an io_uring fixed buffer, a GPU's user pointer) takes microseconds, so programs keep
-//! registrations. A kept registration is wrong as soon as its memory is unmapped: the device still has the old pages. [`RegistrationCache`]
-//! is told of that by the [`AddressSpace`]: an invalidation takes the registration out of the look-up in its first pass, and its guard is handed out when the
-//! last user has let go and the device has deregistered it.
+//! To register memory with a device (an RDMA memory region, an io_uring fixed buffer, a GPU's user
+//! pointer) takes microseconds, so programs keep registrations. A kept registration is wrong as soon
+//! as its memory is unmapped: the device still has the old pages. [`RegistrationCache`] is told of
+//! that by the [`AddressSpace`]: an invalidation takes the registration out of the look-up in its
+//! first pass, and its guard is handed out when the last user has let go and the device has
+//! deregistered it.
 //!
 //! ```
 //! use shootdown::cache::{Device, RegistrationCache};
@@ -13,8 +16,12 @@
 //! impl Device for Nic {
 //!     type Handle = u32; // a key
 //!     type Error = std::io::Error;
-//!     async fn register(&self, range: AddressRange) -> Result<u32, std::io::Error> { Ok(range.start() as u32) }
-//!     async fn deregister(&self, _range: AddressRange, _key: &u32) -> Result<(), std::io::Error> { Ok(()) }
+//!     async fn register(&self, range: AddressRange) -> Result<u32, std::io::Error> {
+//!         Ok(range.start() as u32)
+//!     }
+//!     async fn deregister(&self, _: AddressRange, _: &u32) -> Result<(), std::io::Error> {
+//!         Ok(())
+//!     }
 //! }
 //!
 //! # futures::executor::block_on(async {
