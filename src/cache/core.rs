@@ -188,12 +188,12 @@ impl<D: Device> Core<D> {
 
     fn subscribe(self: &Arc<Self>, target: AddressRange) -> Result<Claim<D>, GetError<D::Error>> {
         let shelf: Weak<Self> = Arc::downgrade(self);
-        let entry = Entry::new(target, self.device.clone(), shelf);
-        match self.space.insert(target, entry.guardian()) {
-            Ok(subscription) => entry.subscribed(subscription),
+        let claim = Entry::claimed(target, self.device.clone(), shelf);
+        match self.space.insert(target, claim.entry().guardian()) {
+            Ok(subscription) => claim.entry().subscribed(subscription),
             Err(error) => return Err(GetError::Unwatched(error.to_string())),
         }
-        Ok(Claim::new(&entry).expect("an invalidation does not end what waits"))
+        Ok(claim)
     }
 
     /// Gives up idle registrations that overlap `range`.

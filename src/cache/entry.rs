@@ -131,18 +131,19 @@ pub(super) enum Step<E: Send + Sync + 'static> {
 }
 
 impl<D: Device> Entry<D> {
-    pub(super) fn new(range: AddressRange, device: Arc<Guarded<D>>, shelf: Weak<dyn Shelf<D>>) -> Arc<Self> {
-        Arc::new(Self {
+    /// Makes one that its maker has claimed.
+    pub(super) fn claimed(range: AddressRange, device: Arc<Guarded<D>>, shelf: Weak<dyn Shelf<D>>) -> Claim<D> {
+        Claim(Arc::new(Self {
             range,
             device,
             shelf,
             key: OnceLock::new(),
-            progress: DriverLock::new(Progress { phase: Phase::Waiting, claims: 0, watched: Watched::default() }),
+            progress: DriverLock::new(Progress { phase: Phase::Waiting, claims: 1, watched: Watched::default() }),
             subscription: OnceLock::new(),
             cancelled: AtomicBool::new(false),
             handed_back: AtomicBool::new(false),
             stuck: AtomicBool::new(false),
-        })
+        }))
     }
 
     /// The notifier of it.
@@ -187,24 +188,24 @@ impl<D: Device> Entry<D> {
     }
 
     /// Begins to register, unless the memory was invalidated since `read_begin` or somebody else
-    /// was quicker: then the future and the watch come back.
+    /// was quicker. The future and the watch are dropped then, as arguments are: after the guard.
     pub(super) fn begin(
         &self,
         sequence: Sequence,
         task: Registering<D::Error>,
         watched: Watched,
-    ) -> Result<Waiter<Outcome<D::Error>>, (Registering<D::Error>, Watched)> {
+    ) -> Option<Waiter<Outcome<D::Error>>> {
         let mut progress = self.progress.lock();
         // A closed gate does not matter here: it is asked when the registration is looked up.
         let valid = !self.subscription().entry().own.is_past(sequence.0);
         if !valid || !matches!(progress.phase, Phase::Waiting) {
-            return Err((task, watched));
+            return None;
         }
         let waiter = task.wait();
         progress.phase = Phase::Registering { task, by: None };
         // What waits has none.
         progress.watched = watched;
-        Ok(waiter)
+        Some(waiter)
     }
 
     /// Lets look-ups find what the device has registered. If the memory was invalidated since
@@ -393,8 +394,6 @@ impl<D: Device> Drop for Claim<D> {
 pub(super) struct Live<D: Device> {
     /// When it was used last, by the clock of misses.
     used: AtomicU64,
-    /// There is a source, which the process may have lost.
-    watched: bool,
     handle: Option<D::Handle>,
     pub(super) range: AddressRange,
     gone: Option<oneshot::Sender<D::Handle>>,
@@ -403,19 +402,12 @@ pub(super) struct Live<D: Device> {
 
 impl<D: Device> Live<D> {
     pub(super) fn new(entry: Arc<Entry<D>>, handle: D::Handle, gone: oneshot::Sender<D::Handle>, used: u64) -> Arc<Self> {
-        let (range, watched) = (entry.range, entry.device.source.is_set());
-        Arc::new(Self { used: AtomicU64::new(used), handle: Some(handle), range, watched, gone: Some(gone), entry })
+        Arc::new(Self { used: AtomicU64::new(used), handle: Some(handle), range: entry.range, gone: Some(gone), entry })
     }
 
     #[inline]
     pub(super) fn handle(&self) -> &D::Handle {
         self.handle.as_ref().expect("the handle goes with the registration")
-    }
-
-    /// Whether nothing may be given up, in a child of `fork`.
-    #[inline]
-    pub(super) fn is_inert(&self) -> bool {
-        self.watched && self.entry.device.source.is_inert()
     }
 }
 
@@ -428,7 +420,7 @@ impl<D: Device> Found for Live<D> {
 
 impl<D: Device> Drop for Live<D> {
     fn drop(&mut self) {
-        if self.is_inert() {
+        if self.entry.device.source.is_inert() {
             core::mem::forget((self.handle.take(), self.gone.take(), self.entry.clone()));
             return;
         }

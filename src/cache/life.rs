@@ -28,25 +28,24 @@ pub(super) async fn attempt<D: Device>(
         Step::Over(outcome) => return Ok(outcome),
         Step::Begin => {}
     }
-    let (mut begin, mut early) = (entry.subscription().read_begin(), None);
-    let sequence = core::future::poll_fn(|cx| {
-        let polled = begin.poll_unpin(cx);
-        // What cannot be watched is refused before it is waited for.
-        if polled.is_pending() && early.is_none() {
-            early = Some(watch()?);
-        }
-        polled.map(Ok)
-    })
-    .await?;
-    // M1: what has changed before is not of interest, what changes from now on is told. The memory
-    // that was watched earlier may have gone.
-    let watched = watch()?;
-    drop(early);
+    let (sequence, watched) = {
+        let (mut begin, mut early) = (entry.subscription().read_begin(), None);
+        let sequence = core::future::poll_fn(|cx| {
+            let polled = begin.poll_unpin(cx);
+            // What cannot be watched is refused before it is waited for.
+            if polled.is_pending() && early.is_none() {
+                early = Some(watch()?);
+            }
+            polled.map(Ok)
+        })
+        .await?;
+        // M1: what has changed before is not of interest, what changes from now on is told. The
+        // memory that was watched earlier may have gone.
+        (sequence, watch()?)
+    };
     let task = Task::new(&entry.device.losses, register(entry.clone(), sequence, now));
-    match entry.begin(sequence, task, watched) {
-        Ok(task) => return Ok(task.await),
-        // Outside of the lock.
-        Err(unused) => drop(unused),
+    if let Some(task) = entry.begin(sequence, task, watched) {
+        return Ok(task.await);
     }
     // Somebody else was quicker, or an invalidation was.
     match entry.step() {

@@ -1,9 +1,12 @@
-//! A registration cache that is never stale: device mappings of the program's own memory, kept for the next use.
+//! A registration cache that is never stale: device mappings of the program's own memory, kept for
+//! the next use.
 //!
-//! To register memory with a device (an RDMA memory region, an io_uring fixed buffer, a GPU's user pointer) takes microseconds, so programs keep
-//! registrations. A kept registration is wrong as soon as its memory is unmapped: the device still has the old pages. [`RegistrationCache`]
-//! is told of that by the [`AddressSpace`]: an invalidation takes the registration out of the look-up in its first pass, and its guard is handed out when the
-//! last user has let go and the device has deregistered it.
+//! To register memory with a device (an RDMA memory region, an io_uring fixed buffer, a GPU's user
+//! pointer) takes microseconds, so programs keep registrations. A kept registration is wrong as soon
+//! as its memory is unmapped: the device still has the old pages. [`RegistrationCache`] is told of
+//! that by the [`AddressSpace`]: an invalidation takes the registration out of the look-up in its
+//! first pass, and its guard is handed out when the last user has let go and the device has
+//! deregistered it.
 //!
 //! ```
 //! use shootdown::cache::{Device, RegistrationCache};
@@ -13,8 +16,12 @@
 //! impl Device for Nic {
 //!     type Handle = u32; // a key
 //!     type Error = std::io::Error;
-//!     async fn register(&self, range: AddressRange) -> Result<u32, std::io::Error> { Ok(range.start() as u32) }
-//!     async fn deregister(&self, _range: AddressRange, _key: &u32) -> Result<(), std::io::Error> { Ok(()) }
+//!     async fn register(&self, range: AddressRange) -> Result<u32, std::io::Error> {
+//!         Ok(range.start() as u32)
+//!     }
+//!     async fn deregister(&self, _: AddressRange, _: &u32) -> Result<(), std::io::Error> {
+//!         Ok(())
+//!     }
 //! }
 //!
 //! # futures::executor::block_on(async {
@@ -31,6 +38,20 @@
 //! assert_eq!(cache.stats().registrations, 0);
 //! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 //! ```
+//!
+//! # When something fails
+//! - The device refuses to register: [`GetError::Register`], after all idle registrations have been
+//!   given up and it was asked once more. It refuses to deregister: it is asked again by whoever
+//!   waits, because it may still use the memory, so an invalidation waits until it succeeds. Others
+//!   have their turn meanwhile.
+//! - The device panics: [`GetError::Panicked`] for those who asked, or a failure to deregister like
+//!   any other. No other range learns of it. A panic that no caller is told of is counted
+//!   ([`Stats::lost_panics`](crate::Stats::lost_panics)) and reported
+//!   ([`Callback::Device`](crate::Callback::Device)).
+//! - The memory changes while the device registers: the registration is let go of and begun again,
+//!   see [`Builder::tries`]. A device that changes the memory itself each time ends after eight
+//!   tries with [`GetError::Invalidated`]; what it changes elsewhere does not matter.
+//! - The process has no mapping left for a watch: as for a device without room.
 //!
 //! # How it is made
 //! One registration is an ordinary driver of this crate: it has a notifier, a
@@ -292,16 +313,6 @@ impl<D: Device> Registration<D> {
 impl<D: Device> Clone for Registration<D> {
     fn clone(&self) -> Self {
         Self { live: self.live.clone() }
-    }
-}
-
-impl<D: Device> Drop for Registration<D> {
-    #[inline]
-    fn drop(&mut self) {
-        if self.live.is_inert() {
-            // So that this is never the last.
-            ::core::mem::forget(self.live.clone());
-        }
     }
 }
 

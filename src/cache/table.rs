@@ -44,7 +44,8 @@ const LOOKS: u32 = 8;
 
 /// Entries `E` by key, and what look-ups find of them, `L`.
 pub(super) struct Table<E, L> {
-    /// What look-ups find. The keys in it have serials of their own, which rise with each insertion.
+    /// What look-ups find. The keys in it have serials of their own, which rise with each
+    /// insertion.
     live: IntervalIndex<Ranged<Key>>,
     /// The same, by slot: all that a look-up needs, close together.
     lives: Vec<Option<Arc<L>>>,

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::event::Event;
+use futures::FutureExt;
 use futures::executor::block_on;
 use std::sync::atomic::AtomicUsize;
 use std::vec::Vec;
@@ -51,6 +52,8 @@ fn m4_in_a_child_of_fork_every_handle_is_inert() {
     let cache = RegistrationCache::new(&space, Null { deregistered: deregistered.clone() });
     let held: Vec<_> = (0..4).map(|at| block_on(cache.get(page(at))).unwrap()).collect();
     drop(block_on(cache.get(page(9))).unwrap());
+    // One that look-ups do not find any more: its user is the last who has it.
+    assert!(space.invalidate(page(3), Event::Unmap).now_or_never().is_none());
     cache.core.device.source.forked.store(true, Ordering::SeqCst);
     let refused = block_on(cache.get(page(9))).unwrap_err();
     assert!(matches!(&refused, GetError::Unwatched(why) if why.contains("fork")), "{refused}");
@@ -68,6 +71,7 @@ fn m4_in_a_child_of_fork_every_handle_is_inert() {
             // Also one that outlives the cache.
             drop(last);
         });
+        assert_eq!(shelf.core.queued(), 0, "nothing is to be given up");
         drop(shelf);
     });
     assert_eq!((deregistered.load(Ordering::SeqCst), space.len()), (0, 5), "all of it is the parent's");

@@ -24,6 +24,7 @@ pub(super) struct Watched {
 }
 
 /// Why a range is not watched.
+#[cfg_attr(not(all(feature = "userfaultfd", target_os = "linux")), allow(dead_code, reason = "without a source nobody refuses"))]
 pub(super) enum Unwatched {
     /// The process has no room for a further watch: with others given up there may be some.
     NoRoom(String),

@@ -1,6 +1,6 @@
 //! Changes of the memory while it is registered: they end an attempt, and it must come to an end.
 
-use crate::support::{Task, now, pages};
+use crate::support::{now, pages};
 use futures::FutureExt;
 use shootdown::cache::{Device, GetError, RegistrationCache};
 use shootdown::{AddressRange, AddressSpace, Event};
@@ -81,7 +81,7 @@ fn m1_what_is_registered_while_the_gate_is_closed_counts_once_it_is_open() {
     for hit in [false, true] {
         let (space, gate) = (AddressSpace::new(), crate::support::Gate::default());
         let cache = RegistrationCache::new(&space, Arc::new(Slow(gate.clone(), AtomicU32::new(0))));
-        let mut get = Task::new(cache.get(pages(1, 1)));
+        let mut get = crate::support::Task::new(cache.get(pages(1, 1)));
         get.expect_pending();
         let pause = space.pause();
         gate.open();

@@ -114,4 +114,11 @@ fn k4_registrations_of_one_start_that_are_published_in_any_order_are_all_found()
     }
     drop(now(space.invalidate(pages(7, 1), Event::Unmap)));
     assert_eq!((cache.stats().registrations, card.mapped().len(), space.len()), (0, 0, 0));
+    // Their places are others' now: nobody finds those under a range that has gone.
+    let others: Vec<_> = (0..200).map(|page| now(cache.get(pages(1000 + 2 * page, 1))).unwrap()).collect();
+    for count in 1..=200 {
+        let found = now(cache.get(pages(7, count))).unwrap();
+        assert!(found.range().covers(pages(7, count)), "{:?} for {count} pages", found.range());
+    }
+    drop(others);
 }

@@ -1,4 +1,5 @@
-//! The registration cache on a device that is watched closely: each test is a failure that caches of this kind have had.
+//! The registration cache on a device that is watched closely: each test is a failure that caches
+//! of this kind have had.
 #![cfg(not(any(loom, shuttle)))]
 #![allow(missing_docs, unreachable_pub)]
 
@@ -290,7 +291,8 @@ fn a_registration_that_fails_looks_like_none() {
         assert_eq!((cache.stats().registrations, cache.stats().pinned_bytes, cache.stats().register_failures), (0, 0, 1));
         drop(cache.get(pages(1, 1)).await.unwrap());
     });
-    // A failure of many callers' registration: each learns of it or tries again; nobody gets a registration that is none.
+    // A failure of many callers' registration: each learns of it or tries again; nobody gets a
+    // registration that is none.
     nic.state.lock().unwrap().fail_register = 3;
     let all = block_on(futures::future::join_all((0..5).map(|_| cache.get(pages(7, 1)))));
     for registration in all.into_iter().flatten() {
@@ -320,7 +322,8 @@ fn a_deregistration_that_fails_is_tried_again_and_the_unmap_waits() {
         nic.state.lock().unwrap().fail_deregister = 2;
         remap(&space, &nic, pages(1, 1)).await;
         assert_eq!((nic.mapped(), cache.stats().deregister_failures), (0, 2));
-        // More often than is tried at once: the device may use the memory, so nobody says otherwise.
+        // More often than is tried at once: the device may use the memory, so nobody says
+        // otherwise.
         drop(cache.get(pages(1, 1)).await.unwrap());
         nic.state.lock().unwrap().fail_deregister = 30;
         let mut unmap = Box::pin(remap(&space, &nic, pages(1, 1)));

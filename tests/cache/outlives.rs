@@ -156,3 +156,71 @@ fn k1_report_23_a_registration_in_use_is_mapped_until_it_is_dropped_and_a_new_on
         assert_eq!(card.state.lock().unwrap().registered, 2);
     }
 }
+
+#[test]
+fn k1_a_caller_that_goes_away_before_the_device_was_asked_leaves_nothing() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    let cache = RegistrationCache::new(&space, card.clone());
+    let guard = now(space.invalidate(pages(1, 1), Event::Unmap));
+    let (mut one, mut two) = (Task::new(cache.get(pages(1, 1))), Task::new(cache.get(pages(1, 1))));
+    one.expect_pending();
+    two.expect_pending();
+    assert_eq!(space.len(), 1, "both wait for one");
+    drop(one);
+    assert_eq!(space.len(), 1);
+    drop(two);
+    assert_eq!(space.len(), 0);
+    drop(guard);
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    assert_eq!(card.state.lock().unwrap().registered, 1);
+}
+
+/// Caches come and go beside threads that look up, hold, flush and invalidate, on a device that
+/// fails now and then.
+#[test]
+fn k1_caches_that_are_dropped_under_load_leave_nothing_and_hang_nobody() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    for round in 0..300u64 {
+        if round % 3 == 0 {
+            card.next_register(&[Act::Succeed, Act::PanicLater, Act::Succeed, Act::Refuse]);
+            card.next_deregister(&[Act::Refuse, Act::Succeed, Act::Panic, Act::Refuse, Act::Refuse, Act::Refuse]);
+        }
+        let merge = if round % 2 == 0 { Merge::Never } else { Merge::Touching };
+        let builder = RegistrationCache::<Card>::builder().merge(merge).max_registrations(3);
+        let cache = builder.build(&space, card.clone());
+        std::thread::scope(|scope| {
+            for seed in 0..2 {
+                let cache = cache.clone();
+                scope.spawn(move || {
+                    let mut held = Vec::new();
+                    for step in 0..12 {
+                        let first = (round + 5 * seed + 3 * step) % 8;
+                        let mut get = Box::pin(cache.get(pages(first, 1 + step % 2)));
+                        if step % 4 == 3 {
+                            // Goes away while it waits.
+                            drop(futures::FutureExt::now_or_never(get.as_mut()));
+                        } else {
+                            // Nobody may hold one while he waits for another: that could be a circle.
+                            held.clear();
+                            held.extend(futures::executor::block_on(get));
+                        }
+                    }
+                    // The other one's handle may be gone already, and this registration outlives both.
+                    drop(cache);
+                    drop(held);
+                });
+            }
+            let (space, flushing) = (&space, cache.clone());
+            scope.spawn(move || {
+                for step in 0..12 {
+                    drop(futures::executor::block_on(space.invalidate(pages((round + step) % 8, 2), Event::Unmap)));
+                }
+                futures::executor::block_on(flushing.flush());
+            });
+            drop(cache);
+        });
+    }
+    card.state.lock().unwrap().deregister.clear();
+    drop(futures::executor::block_on(space.invalidate(pages(0, 100), Event::Unmap)));
+    assert_eq!((card.mapped(), space.len(), Arc::strong_count(&card.state)), (vec![], 0, 1));
+}

@@ -7,8 +7,8 @@ use futures::channel::oneshot;
 use futures::executor::block_on;
 use futures::future::Shared;
 use shootdown::cache::{Device, GetError, Merge, RegistrationCache};
-use shootdown::source::Fork;
-use shootdown::{AddressRange, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::source::{Fork, Uffd};
+use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 use std::os::unix::process::CommandExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -292,7 +292,8 @@ fn k3_when_the_process_has_no_mapping_left_for_a_watch_idle_registrations_are_gi
         assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
         return;
     }
-    let source = Running::new();
+    // Only what is asked for is watched, so that each watch of a page takes mappings.
+    let source = Running::of(&AddressSpace::new(), Uffd::builder().granule(4096));
     let (_nic, cache) = cache(&source);
     let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
     if most > 1 << 17 {
