@@ -6,7 +6,7 @@ use crate::devices::random;
 use crate::harness::{Harness, middle};
 use futures::FutureExt;
 use futures::executor::block_on;
-use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
+use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
 use shootdown::cache::{Device, RegistrationCache};
 use shootdown::source::Uffd;
 use shootdown::{AddressRange, AddressSpace, Event};
@@ -95,9 +95,18 @@ pub fn measure(harness: &mut Harness, rows: &mut Vec<Row>) {
     let miss = middle(misses.collect());
     add("cache: a miss, beside the device's own registration", 1000.0, miss);
 
-    match unmap() {
-        Ok((watched, not)) => add("munmap of a watched page, over one that is not", 15_000.0, watched - not),
+    match changes(1, Change::Unmap) {
+        Ok(cost) => add("munmap of a watched page, over one that is not", 15_000.0, cost.more),
         Err(error) => println!("left out: munmap of a watched page, because {error}"),
+    }
+    for (pages, more, wait) in [(1, 15_000.0, 60_000.0), (1000, 60_000.0, 120_000.0)] {
+        match changes(pages, Change::Discard) {
+            Ok(cost) => {
+                add(&format!("madvise(DONTNEED) of {pages} watched pages, over as many that are not"), more, cost.more);
+                add(&format!("a reader right after madvise(DONTNEED) of {pages} pages waits"), wait, cost.wait);
+            }
+            Err(error) => println!("left out: madvise of {pages} watched pages, because {error}"),
+        }
     }
 }
 
@@ -192,40 +201,67 @@ pub fn bounds(curves: &[Curve]) -> Vec<Row> {
     curves.iter().map(row).collect()
 }
 
-/// Nanoseconds until `munmap` has returned, watched and not.
-fn unmap() -> Result<(f64, f64), Box<dyn std::error::Error>> {
+/// What a program does to memory.
+#[derive(Clone, Copy)]
+enum Change {
+    Unmap,
+    /// `madvise(DONTNEED)`, and then it is unmapped by the way.
+    Discard,
+}
+
+/// What a change of watched memory costs, in nanoseconds.
+struct Cost {
+    /// Until the call has returned, over the same where nobody watches.
+    more: f64,
+    /// From then until a reader of the range has begun.
+    wait: f64,
+}
+
+fn changes(pages: usize, change: Change) -> Result<Cost, Box<dyn std::error::Error>> {
     let space = AddressSpace::new();
     let (uffd, mut reader, mut deliveries) = Uffd::open(&space)?;
     let threads = [std::thread::spawn(move || reader.run()), std::thread::spawn(move || deliveries.run())];
-    let time = |watch: bool, times: &mut Vec<f64>| -> Result<(), Box<dyn std::error::Error>> {
-        for _ in 0..200 {
+    let len = pages * PAGE as usize;
+    let time = |watch: bool, times: &mut Vec<f64>, waits: &mut Vec<f64>| -> Result<(), Box<dyn std::error::Error>> {
+        for _ in 0..200 / pages.isqrt() {
             // SAFETY: a new mapping where the kernel chooses.
-            let at = unsafe {
-                mmap_anonymous(std::ptr::null_mut(), PAGE as usize, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)?
-            };
-            let range = AddressRange::new(at.addr() as u64, PAGE)?;
-            let _watch = watch.then(|| uffd.watch(range)).transpose()?;
+            let at = unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)? };
+            // SAFETY: the new mapping, which nothing refers to.
+            unsafe { at.cast::<u8>().write_bytes(1, len) };
+            let range = AddressRange::new(at.addr() as u64, len as u64)?;
+            let watched = watch.then(|| uffd.watch(range)).transpose()?;
             let device = space.insert(range, crate::devices::Device::new(crate::devices::Kind::Single))?;
             let began = Instant::now();
             // SAFETY: nothing refers to the memory.
-            unsafe { munmap(at, PAGE as usize)? };
-            times.push(began.elapsed().as_nanos() as f64);
+            match change {
+                Change::Unmap => unsafe { munmap(at, len)? },
+                Change::Discard => unsafe { madvise(at, len, Advice::LinuxDontNeed)? },
+            }
+            let returned = Instant::now();
             block_on(device.read_begin());
+            let waited = returned.elapsed();
+            times.push(returned.duration_since(began).as_nanos() as f64);
+            waits.push(waited.as_nanos() as f64);
+            drop(watched);
+            if let Change::Discard = change {
+                // SAFETY: nothing refers to the memory.
+                unsafe { munmap(at, len)? };
+            }
             // The threads of the source come to rest.
             std::thread::sleep(Duration::from_micros(20));
         }
         Ok(())
     };
     // In turns, because the machine changes its speed.
-    let (mut watched, mut not) = (Vec::new(), Vec::new());
+    let (mut watched, mut waits, mut not) = (Vec::new(), Vec::new(), Vec::new());
     for _ in 0..20 {
-        time(true, &mut watched)?;
-        time(false, &mut not)?;
+        time(true, &mut watched, &mut waits)?;
+        time(false, &mut not, &mut Vec::new())?;
     }
-    let result = (middle(watched), middle(not));
+    let cost = Cost { more: middle(watched) - middle(not), wait: middle(waits) };
     uffd.stop();
     for thread in threads {
         thread.join().map_err(|_| "a thread of the source has panicked")??;
     }
-    Ok(result)
+    Ok(cost)
 }
