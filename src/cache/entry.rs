@@ -68,7 +68,6 @@ enum Phase<E: Send + Sync + 'static> {
     /// The device registers; an invalidation waits for the task.
     Registering {
         task: Registering<E>,
-        by: Option<Change>,
     },
     /// Look-ups find it. `leaving` waits for the users, then for the device.
     Live {
@@ -85,6 +84,9 @@ struct Progress<E: Send + Sync + 'static> {
     phase: Phase<E>,
     /// Callers that need it.
     claims: usize,
+    /// What has ended it, if that was an invalidation: the last of them that came while the device
+    /// registered, or the one that took it away from look-ups.
+    by: Option<Change>,
     /// The range is watched from before the device is asked until it has let go (M1).
     watched: Watched,
 }
@@ -138,7 +140,7 @@ impl<D: Device> Entry<D> {
             device,
             shelf,
             key: OnceLock::new(),
-            progress: DriverLock::new(Progress { phase: Phase::Waiting, claims: 1, watched: Watched::default() }),
+            progress: DriverLock::new(Progress { phase: Phase::Waiting, claims: 1, by: None, watched: Watched::default() }),
             subscription: OnceLock::new(),
             cancelled: AtomicBool::new(false),
             handed_back: AtomicBool::new(false),
@@ -169,6 +171,11 @@ impl<D: Device> Entry<D> {
         self.progress.lock().claims > 0
     }
 
+    /// The invalidation that has ended it.
+    pub(super) fn ended_by(&self) -> Option<Change> {
+        self.progress.lock().by
+    }
+
     /// Whether the last user has let go.
     pub(super) fn is_handed_back(&self) -> bool {
         self.handed_back.load(Ordering::Acquire)
@@ -181,7 +188,7 @@ impl<D: Device> Entry<D> {
     pub(super) fn step(&self) -> Step<D::Error> {
         match &self.progress.lock().phase {
             Phase::Waiting => Step::Begin,
-            Phase::Registering { task, .. } => Step::Join(task.wait()),
+            Phase::Registering { task } => Step::Join(task.wait()),
             Phase::Live { .. } => Step::Over(Outcome::Live),
             Phase::Leaving { .. } | Phase::Gone => Step::Over(Outcome::Collided(None)),
         }
@@ -202,7 +209,7 @@ impl<D: Device> Entry<D> {
             return None;
         }
         let waiter = task.wait();
-        progress.phase = Phase::Registering { task, by: None };
+        progress.phase = Phase::Registering { task };
         // What waits has none.
         progress.watched = watched;
         Some(waiter)
@@ -216,10 +223,6 @@ impl<D: Device> Entry<D> {
         let (former, by) = {
             let mut progress = self.progress.lock();
             let valid = !self.subscription().entry().own.is_past(sequence.0);
-            let by = match &progress.phase {
-                Phase::Registering { by, .. } => *by,
-                _ => None,
-            };
             if let (Some(shelf), Some(key)) = (&shelf, self.key.get()) {
                 if valid && let Some(published) = live.take() {
                     match shelf.put(*key, published) {
@@ -232,7 +235,7 @@ impl<D: Device> Entry<D> {
             }
             let leaving = leaving.clone();
             let phase = if live.is_none() { Phase::Live { leaving } } else { Phase::Leaving { leaving } };
-            (core::mem::replace(&mut progress.phase, phase), by)
+            (core::mem::replace(&mut progress.phase, phase), progress.by)
         };
         drop((former, shelf));
         for other in replaced {
@@ -253,7 +256,7 @@ impl<D: Device> Entry<D> {
     /// Waits for the device to register, if it does.
     pub(super) fn registering(&self) -> Option<Waiter<Outcome<D::Error>>> {
         match &self.progress.lock().phase {
-            Phase::Registering { task, .. } => Some(task.wait()),
+            Phase::Registering { task } => Some(task.wait()),
             _ => None,
         }
     }
@@ -298,7 +301,7 @@ impl<D: Device> Entry<D> {
             let mut progress = self.progress.lock();
             match &progress.phase {
                 Phase::Waiting => (None, Some(core::mem::replace(&mut progress.phase, Phase::Gone))),
-                Phase::Registering { task, .. } => (Some(task.clone()), None),
+                Phase::Registering { task } => (Some(task.clone()), None),
                 Phase::Live { leaving } => {
                     let leaving = leaving.clone();
                     (None, Some(core::mem::replace(&mut progress.phase, Phase::Leaving { leaving })))
@@ -341,7 +344,7 @@ impl<D: Device> Drop for Entry<D> {
     fn drop(&mut self) {
         if self.device.source.is_inert() {
             core::mem::forget(self.subscription.take());
-            let gone = Progress { phase: Phase::Gone, claims: 0, watched: Watched::default() };
+            let gone = Progress { phase: Phase::Gone, claims: 0, by: None, watched: Watched::default() };
             core::mem::forget(core::mem::replace(&mut self.progress, DriverLock::new(gone)));
         }
     }
@@ -448,14 +451,16 @@ impl<D: Device> IntervalNotifier for Guardian<D> {
             let mut progress = entry.progress.lock_for(invalidation);
             match &mut progress.phase {
                 Phase::Waiting | Phase::Gone => None,
-                Phase::Registering { task, by } => {
-                    *by = Some((invalidation.event(), invalidation.range()));
-                    Some(PassFuture::new(task.wait().map(drop)))
+                Phase::Registering { task } => {
+                    let pass = PassFuture::new(task.wait().map(drop));
+                    progress.by = Some((invalidation.event(), invalidation.range()));
+                    Some(pass)
                 }
                 Phase::Live { leaving } => {
                     let leaving = leaving.clone();
                     let pass = leaving.wait();
                     progress.phase = Phase::Leaving { leaving };
+                    progress.by = Some((invalidation.event(), invalidation.range()));
                     live = shelf.as_ref().zip(entry.key.get()).and_then(|(shelf, key)| shelf.take(*key));
                     entry.device.invalidations.fetch_add(1, Ordering::Relaxed);
                     Some(PassFuture::new(pass))

@@ -91,7 +91,7 @@ use crate::sync::{Arc, Ordering};
 use ::core::fmt;
 use alloc::boxed::Box;
 pub use device::Device;
-use entry::{Live, Outcome};
+use entry::{Entry, Live, Outcome};
 pub use settings::{Builder, CacheStats, Failure, GetError, Merge, Operation};
 use watch::Unwatched;
 
@@ -136,15 +136,16 @@ impl<D: Device> Drop for RegistrationCache<D> {
 }
 
 /// How often a caller has tried to have its range registered.
-#[derive(Default)]
-struct Tries {
+struct Tries<D: Device> {
     made: u32,
+    /// What the device has registered at the last try, if it was not found then.
+    registered: Option<Arc<Entry<D>>>,
     last: Option<entry::Change>,
     same: u32,
     made_room: bool,
 }
 
-impl Tries {
+impl<D: Device> Tries<D> {
     /// Whether the same change has come too often in a row.
     fn collided(&mut self, by: Option<entry::Change>) -> bool {
         self.same = if by.is_some() && by == self.last { self.same + 1 } else { 1 };
@@ -194,7 +195,7 @@ impl<D: Device> RegistrationCache<D> {
     async fn miss(&self, range: AddressRange) -> Result<Registration<D>, GetError<D::Error>> {
         let core = &self.core;
         core.misses.fetch_add(1, Ordering::Relaxed);
-        let mut tries = Tries::default();
+        let mut tries = Tries { made: 0, registered: None, last: None, same: 0, made_room: false };
         loop {
             if core.space.shared().gate.is_closed() {
                 ::core::future::poll_fn(|cx| core.space.shared().poll_gate(cx)).await;
@@ -206,12 +207,17 @@ impl<D: Device> RegistrationCache<D> {
                 Found::Live(live) => return Ok(Registration { live }),
                 Found::Attempt(claim, now) => (claim, now),
             };
-            if tries.made >= core.limits.tries.max(1) {
+            // Registered, and then taken away before the gate had opened.
+            let overtaken = tries.registered.take().and_then(|entry| entry.ended_by()).is_some_and(|by| {
+                core.collisions.fetch_add(1, Ordering::Relaxed);
+                tries.collided(Some(by))
+            });
+            if overtaken || tries.made >= core.limits.tries.max(1) {
                 return Err(GetError::Invalidated { tries: tries.made });
             }
             tries.made += 1;
-            let entry = claim.entry();
-            let attempt = life::attempt(entry, now, || core.device.source.watch(entry.range)).await;
+            let entry = claim.entry().clone();
+            let attempt = life::attempt(&entry, now, || core.device.source.watch(entry.range)).await;
             // From the table, not from the attempt: a `get` that is not polled must not hold a
             // registration. Before the limits are looked at, so that it is in use.
             let registration = core.look_up(range, now).map(|live| Registration { live });
@@ -221,7 +227,10 @@ impl<D: Device> RegistrationCache<D> {
                 return Ok(registration);
             }
             let no_room = match attempt {
-                Ok(Outcome::Live) => continue,
+                Ok(Outcome::Live) => {
+                    tries.registered = Some(entry);
+                    continue;
+                }
                 Ok(Outcome::Collided(by)) => {
                     core.collisions.fetch_add(1, Ordering::Relaxed);
                     if tries.collided(by) {

@@ -95,3 +95,39 @@ fn m1_what_is_registered_while_the_gate_is_closed_counts_once_it_is_open() {
         assert_eq!(cache.device().1.load(Ordering::SeqCst), if hit { 2 } else { 1 });
     }
 }
+
+/// As a userfaultfd does: the gate is closed when the event has been read, and the delivery comes
+/// when the device has registered.
+#[cfg(feature = "userfaultfd")]
+#[test]
+fn m1_an_attempt_whose_device_raises_an_event_that_is_delivered_later_ends_after_eight() {
+    struct Raises(AddressSpace, std::sync::Mutex<Option<shootdown::Pause<'static>>>, AtomicU32);
+    impl Device for Raises {
+        type Handle = ();
+        type Error = std::io::Error;
+
+        async fn register(&self, _: AddressRange) -> std::io::Result<()> {
+            self.2.fetch_add(1, Ordering::SeqCst);
+            let space: &'static AddressSpace = Box::leak(Box::new(self.0.clone()));
+            *self.1.lock().unwrap() = Some(space.pause());
+            Ok(())
+        }
+
+        async fn deregister(&self, _: AddressRange, (): &()) -> std::io::Result<()> {
+            Ok(())
+        }
+    }
+    let space = AddressSpace::new();
+    let device = Arc::new(Raises(space.clone(), std::sync::Mutex::default(), AtomicU32::new(0)));
+    let cache = RegistrationCache::new(&space, device.clone());
+    let mut get = crate::support::Task::new(cache.get(pages(1, 1)));
+    let result = loop {
+        if let std::task::Poll::Ready(result) = get.run() {
+            break result;
+        }
+        drop(now(space.invalidate(pages(1, 1), Event::Clear)));
+        drop(device.1.lock().unwrap().take());
+    };
+    assert!(matches!(result, Err(GetError::Invalidated { tries: 8 })), "{result:?}");
+    assert_eq!(device.2.load(Ordering::SeqCst), 8);
+}
