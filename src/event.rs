@@ -4,7 +4,8 @@
 use core::num::NonZeroU64;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-/// Who causes a migration or an exclusive mapping, so that its own notifier can recognise the event and ignore it.
+/// Who causes a migration or an exclusive mapping, so that its own notifier can recognise the event
+/// and ignore it.
 ///
 /// The kernel compares a `void *` that the driver chooses; so does this type, by value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -30,7 +31,8 @@ impl Owner {
 pub enum Event {
     /// `MMU_NOTIFY_UNMAP`: the range is unmapped or moved; what was there is gone afterwards.
     Unmap,
-    /// `MMU_NOTIFY_CLEAR`: pages are discarded or replaced (`madvise`, copy-on-write, reclaim); the range stays mapped.
+    /// `MMU_NOTIFY_CLEAR`: pages are discarded or replaced (`madvise`, copy-on-write, reclaim); the
+    /// range stays mapped.
     Clear,
     /// `MMU_NOTIFY_PROTECTION_VMA`: the protection of the whole range changes (`mprotect`).
     ProtectionVma,
@@ -38,12 +40,13 @@ pub enum Event {
     ProtectionPage,
     /// `MMU_NOTIFY_SOFT_DIRTY`: pages are write-protected to see which are written next.
     SoftDirty,
-    /// `MMU_NOTIFY_RELEASE`: the address space goes away ([`AddressSpace::release`](crate::AddressSpace::release)).
+    /// `MMU_NOTIFY_RELEASE`: the address space goes away
+    /// ([`AddressSpace::release`](crate::AddressSpace::release)).
     Release,
     /// `MMU_NOTIFY_MIGRATE`: pages move to or from device memory on behalf of `owner`.
     ///
-    /// A notifier that finds its own owner here may ignore the event (rule S4). It must then not wait in
-    /// `read_begin` of the same range before its own migration has ended.
+    /// A notifier that finds its own owner here may ignore the event (rule S4). It must then not
+    /// wait in `read_begin` of the same range before its own migration has ended.
     Migrate {
         /// On whose behalf; `None` when it is nobody's.
         owner: Option<Owner>,
@@ -80,8 +83,9 @@ impl Event {
     }
 }
 
-/// An [`Event`] without its owner, and how the invalidation may be answered. One word, which goes through registers and is stored once: an [`Event`] that was just
-/// put together cannot be copied as a whole before both its words are stored, and that wait is a tenth of a short invalidation.
+/// An [`Event`] without its owner, and how the invalidation may be answered. One word, which goes
+/// through registers and is stored once: an [`Event`] that was just put together cannot be copied
+/// as a whole before both its words are stored, and that wait is a tenth of a short invalidation.
 #[derive(Clone, Copy)]
 pub(crate) struct Terms(u32);
 

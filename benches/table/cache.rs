@@ -233,9 +233,11 @@ fn changes(pages: usize, change: Change) -> Result<Cost, Box<dyn std::error::Err
             let device = space.insert(range, crate::devices::Device::new(crate::devices::Kind::Single))?;
             let began = Instant::now();
             // SAFETY: nothing refers to the memory.
-            match change {
-                Change::Unmap => unsafe { munmap(at, len)? },
-                Change::Discard => unsafe { madvise(at, len, Advice::LinuxDontNeed)? },
+            unsafe {
+                match change {
+                    Change::Unmap => munmap(at, len)?,
+                    Change::Discard => madvise(at, len, Advice::LinuxDontNeed)?,
+                }
             }
             let returned = Instant::now();
             block_on(device.read_begin());

@@ -10,7 +10,7 @@
 //! | hears of the change | before it | when it has happened, before the caller goes on |
 //! | `munmap`, `mremap`, `madvise(DONTNEED)` | yes | yes |
 //! | `mprotect`, holes and lengths of files, `shmat` over it | its own | no: the kernel raises no event, see the guide `memory_changes` |
-//! | needs | a program that calls it | Linux, and a permission |
+//! | needs | a program that calls it | Linux; no privilege, but for events of forks |
 
 #[cfg(target_os = "linux")]
 mod file;

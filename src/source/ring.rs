@@ -1,9 +1,11 @@
-//! Fixed storage between the step that reads events and the step that calls drivers: one producer, one consumer, no lock and no memory.
+//! Fixed storage between the step that reads events and the step that calls drivers: one producer,
+//! one consumer, no lock and no memory.
 #![forbid(unsafe_code)]
 
 use crate::sync::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-/// Events that are kept. When more arrive before they are delivered, the rest becomes "everything that is watched".
+/// Events that are kept. When more arrive before they are delivered, the rest becomes "everything
+/// that is watched".
 const PLACES: usize = 1024;
 
 /// A change of the process's memory, as userfaultfd tells of it.
@@ -42,7 +44,8 @@ impl Ring {
         }
     }
 
-    /// Notes that anything may have changed: what is taken from now on is everything that is watched.
+    /// Notes that anything may have changed: what is taken from now on is everything that is
+    /// watched.
     pub(super) fn overflow(&self) {
         self.overflowed.store(true, Ordering::Release);
     }

@@ -34,60 +34,79 @@ use settle::Suspect;
 use std::sync::{Mutex, PoisonError, TryLockError};
 use watch::Table;
 
-/// Watches ranges of the process's own memory, and turns what happens to them into invalidations of an [`AddressSpace`].
+/// Watches ranges of the process's own memory, and turns what happens to them into invalidations of
+/// an [`AddressSpace`].
 ///
-/// [`Uffd::open`] returns three handles, because three different places need them: this one, which [watches](Self::watch); a
-/// [`Reader`], which reads the kernel's events; and [`Deliveries`], which call the drivers.
+/// [`Uffd::open`] returns three handles, because three different places need them: this one, which
+/// [watches](Self::watch); a [`Reader`], which reads the kernel's events; and [`Deliveries`], which
+/// call the drivers.
 ///
 /// # The promise
-/// Once `munmap`, `mmap(MAP_FIXED)` over, `mremap` or `madvise(DONTNEED)` of a watched range has returned, no
-/// [`read_begin`](crate::Subscription::read_begin) and no look-up in a cache of that range answers from before it, and no
-/// [check](crate::Subscription::read_retry) of a reader that began before succeeds.
+/// Once `munmap`, `mmap(MAP_FIXED)` over, `mremap` or `madvise(DONTNEED)` of a watched range has
+/// returned, no [`read_begin`](crate::Subscription::read_begin) and no look-up in a cache of that
+/// range answers from before it, and no [check](crate::Subscription::read_retry) of a reader that
+/// began before succeeds.
 ///
-/// The kernel lets the caller of `munmap` go on when the event has been *read*, not when it has been handled. So the reader first closes the
-/// [gate of the space](AddressSpace::pause), then reads; the delivery starts the invalidation of exactly what the events name, and opens the gate.
+/// The kernel lets the caller of `munmap` go on when the event has been *read*, not when it has
+/// been handled. So the reader first closes the [gate of the space](AddressSpace::pause), then
+/// reads; the delivery starts the invalidation of exactly what the events name, and opens the gate.
 ///
-/// The invalidations are [late](crate::Invalidation::is_late): the memory may be gone, and nothing may be written back to it.
+/// The invalidations are [late](crate::Invalidation::is_late): the memory may be gone, and nothing
+/// may be written back to it.
 ///
 /// # The order
-/// A watch has to be made *after* `read_begin` has returned and before the memory is looked at, on each try: a watch ends with its memory, and what is mapped there
-/// next is not watched. [`mirror`](Self::mirror) does it so, and so does the [cache](crate::cache).
+/// A watch has to be made *after* `read_begin` has returned and before the memory is looked at, on
+/// each try: a watch ends with its memory, and what is mapped there next is not watched.
+/// [`mirror`](Self::mirror) does it so, and so does the [cache](crate::cache).
 ///
 /// # Two steps
-/// A thread inside `munmap` may hold any lock of the program: the allocator's, a driver's. It waits for the reader. So
-/// **the reader takes no lock and no memory**: it reads into fixed storage. Everything else happens in the delivery, which may wait for that thread.
-/// Run the two on different threads (or the reader on a thread and the delivery as a task); on one thread, a delivery that
-/// waits for a lock which a thread inside `munmap` holds, if only the allocator's, waits for ever.
+/// A thread inside `munmap` may hold any lock of the program: the allocator's, a driver's. It waits
+/// for the reader. So **the reader takes no lock and no memory**: it reads into fixed storage.
+/// Everything else happens in the delivery, which may wait for that thread. Run the two on
+/// different threads (or the reader on a thread and the delivery as a task); on one thread, a
+/// delivery that waits for a lock which a thread inside `munmap` holds, if only the allocator's,
+/// waits for ever.
 ///
-/// A thread inside `fork` holds *all* locks of the allocator and, with [`Fork::Report`], waits for the reader, so the reader's thread must be in
-/// [`run`](Reader::run) before the program forks: a thread allocates while it starts. An executor's thread may be about to allocate at any moment; a
+/// A thread inside `fork` holds *all* locks of the allocator and, with [`Fork::Report`], waits for
+/// the reader, so the reader's thread must be in [`run`](Reader::run) before the program forks: a
+/// thread allocates while it starts. An executor's thread may be about to allocate at any moment; a
 /// program that forks gives the reader a thread of its own.
 ///
 /// # Who may
-/// Everybody: an ordinary user is told of all changes but forks, and [`promises`](Self::promises) says what is done about those.
+/// Everybody: an ordinary user is told of all changes but forks, and [`promises`](Self::promises)
+/// says what is done about those.
 ///
 /// # Discarded pages
-/// `madvise` with `MADV_DONTNEED`, `MADV_REMOVE` or `MADV_FREE` raises its event *before* the pages go. Their range stays under invalidation until the pages
-/// have been seen gone, for 20 ms at most ([`UffdBuilder::settle`]). Only readers of that range wait; who looks gives its turn to other threads and then
-/// sleeps for some 100 µs between two looks, on whatever thread polls the invalidation.
+/// `madvise` with `MADV_DONTNEED`, `MADV_REMOVE` or `MADV_FREE` raises its event *before* the pages
+/// go. Their range stays under invalidation until the pages have been seen gone, for 20 ms at most
+/// ([`UffdBuilder::settle`]). Only readers of that range wait; who looks gives its turn to other
+/// threads and then sleeps for some 100 µs between two looks, on whatever thread polls the
+/// invalidation.
 ///
 /// # The end
-/// When the reader or the deliveries are dropped, all that was watched is invalidated once more, all watches end, and no new one is made (M3).
-/// A panic of a driver ends nothing: it is [counted and reported](crate::Report::Panicked).
+/// When the reader or the deliveries are dropped, all that was watched is invalidated once more,
+/// all watches end, and no new one is made (M3). A panic of a driver ends nothing: it is [counted
+/// and reported](crate::Report::Panicked).
 ///
 /// # Fork
-/// In a child of `fork` all handles are inert (M4): using one is [`UffdError::Forked`], dropping one does nothing, and the parent's watches stay. A child that needs
-/// a source opens one.
+/// In a child of `fork` all handles are inert (M4): using one is [`UffdError::Forked`], dropping
+/// one does nothing, and the parent's watches stay. A child that needs a source opens one.
 ///
 /// # What remains
-/// - For `munmap` and `mremap` the pages are gone before the event is raised. A thread that maps the same address between the two gets memory to
-///   which a device may still have the old mapping, until the invalidation has been delivered. [`OwnedMapping`](super::OwnedMapping)
-///   has no such gap.
-/// - A page that another thread writes while `madvise` is about to drop it looks like one that was written after it was dropped: the wait ends early, and a device
-///   that looks at the page in between gets the old one. Programs do not write memory that they discard.
-/// - Pages that are swapped out, and pages of shared memory that the process has not touched itself (`MADV_REMOVE`), cannot be seen to go.
-/// - Changes that raise no event: `mprotect`, `fallocate(PUNCH_HOLE)` and `ftruncate` of a shared file, `shmdt`, and others. The program invalidates by hand
-///   around them.
+/// - For `munmap` and `mremap` the pages are gone before the event is raised. A thread that maps
+///   the same address between the two gets memory to which a device may still have the old mapping,
+///   until the invalidation has been delivered. [`OwnedMapping`](super::OwnedMapping) has no such
+///   gap.
+/// - A page that another thread writes while `madvise` is about to drop it looks like one that was
+///   written after it was dropped: the wait ends early, and a device that looks at the page in
+///   between gets the old one. Programs do not write memory that they discard.
+/// - Pages that are swapped out, and pages of shared memory that the process has not touched itself
+///   (`MADV_REMOVE`), cannot be seen to go.
+/// - Changes that raise no event: `mprotect`, `fallocate(PUNCH_HOLE)` and `ftruncate` of a shared
+///   file, `shmdt`, the first write to a page that was only read, and others. The guide
+///   [`memory_changes`](crate::docs::memory_changes) lists them, each with what to do: mostly to
+///   invalidate by hand, before the change.
+/// - A process with a userfaultfd open cannot be checkpointed by CRIU.
 /// - Memory that the kernel cannot watch is refused: see [`UffdError::Watch`].
 #[derive(Clone)]
 pub struct Uffd {
@@ -109,7 +128,8 @@ struct Inner {
     /// Ranges whose pages had not gone in time.
     suspects: Mutex<Vec<Suspect>>,
     ring: Ring,
-    /// Times that the reader closed the gate and has read what there was, and the delivery has not opened it yet.
+    /// Times that the reader closed the gate and has read what there was, and the delivery has not
+    /// opened it yet.
     turns: AtomicUsize,
     /// Readable while there is something to deliver.
     bell: OwnedFd,
@@ -137,10 +157,12 @@ impl Uffd {
         UffdBuilder::default()
     }
 
-    /// Watches the pages that `range` touches (whole huge pages in hugetlbfs) until the returned handle is dropped or the memory is gone. May be called for
-    /// ranges that overlap: a page is watched as long as one of its handles exists.
+    /// Watches the pages that `range` touches (whole huge pages in hugetlbfs) until the returned
+    /// handle is dropped or the memory is gone. May be called for ranges that overlap: a page
+    /// is watched as long as one of its handles exists.
     ///
-    /// Call it after `read_begin` and before the memory is looked at (M1), or let [`mirror`](Self::mirror) do that.
+    /// Call it after `read_begin` and before the memory is looked at (M1), or let
+    /// [`mirror`](Self::mirror) do that.
     ///
     /// # Errors
     /// [`UffdError::Watch`], [`UffdError::NoRoom`], [`UffdError::Closed`], [`UffdError::Forked`].
@@ -148,7 +170,8 @@ impl Uffd {
         Watch::new(&self.inner, range, false)
     }
 
-    /// The same for a holder who hears of the end of the watch by the invalidation, so that it is not reported.
+    /// The same for a holder who hears of the end of the watch by the invalidation, so that it is
+    /// not reported.
     pub(crate) fn watch_quietly(&self, range: AddressRange) -> Result<Watch, UffdError> {
         Watch::new(&self.inner, range, true)
     }
@@ -189,7 +212,8 @@ impl Uffd {
 pub struct UffdStats {
     /// Events that were read.
     pub events: u64,
-    /// Discards whose pages were not seen to go in time: [`Report::Unsettled`](crate::Report::Unsettled).
+    /// Discards whose pages were not seen to go in time:
+    /// [`Report::Unsettled`](crate::Report::Unsettled).
     pub unsettled: u64,
 }
 

@@ -1,4 +1,5 @@
-//! Which ranges are watched, and how often: what one user no longer watches another may still watch.
+//! Which ranges are watched, and how often: what one user no longer watches another may still
+//! watch.
 #![forbid(unsafe_code)]
 
 use crate::index::{Indexed, IntervalIndex, Ordered};

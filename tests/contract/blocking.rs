@@ -299,7 +299,7 @@ fn m7_a_late_invalidation_says_so_and_tells_everybody_at_once_whatever_the_budge
     // Nobody is left who could go on calling first passes, and nobody has to.
     drop(invalidate);
     assert!(second.read_retry(before));
-    gates.each_ref().map(Gate::open);
+    gates.iter().for_each(Gate::open);
     now(space.drain());
     // The budget was not touched.
     first.next(Act::pass(Yields(1)));

@@ -521,3 +521,21 @@ fn c8_the_last_handle_of_a_space_may_go_inside_a_callback() {
         assert_eq!(space.active().len(), 0);
     }
 }
+
+/// asomers/futures-locks #1, #2, #3: effects before the first poll; made in one order, awaited in another.
+#[test]
+fn c1_report_18_invalidations_take_effect_in_the_order_in_which_they_are_polled() {
+    let (space, device, log) = one_device();
+    let sequence = || space.sequence().get();
+    let before = sequence();
+    let (a, b) = (space.invalidate(pages(0, 1), Event::Clear), space.invalidate(pages(0, 1), Event::Unmap));
+    drop(now(b));
+    drop(now(a));
+    let events: Vec<_> = log.lock().unwrap().iter().map(|(_, info)| info.event).collect();
+    assert_eq!((events, sequence()), (vec![Event::Unmap, Event::Clear], before + 4));
+    // Never polled, it has never been.
+    let a = space.invalidate(pages(0, 1), Event::Clear);
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    drop(a);
+    assert_eq!((device.calls(), sequence(), space.stats().invalidations), (3, before + 6, 3));
+}

@@ -235,3 +235,34 @@ fn a4_an_inbox_that_is_dropped_with_its_task_wedges_nobody() {
     drop(task);
     drop(invalidate.finish());
 }
+
+/// nutanix/libvfio-user PR #609, #369, spdk/spdk #2074: an unmap was acknowledged with I/O in flight.
+#[test]
+fn report_24_an_unmap_waits_for_the_last_of_64_ios_and_a_second_one_does_not_wait_for_it() {
+    let (space, inbox) = inbox();
+    let begin = |id: u64| {
+        let sequence = now(inbox.read_begin());
+        inbox.install(sequence, |in_flight| in_flight.push(id))
+    };
+    assert!((0..64).all(|id| begin(id) == Ok(())));
+    let sequence = now(inbox.read_begin());
+    let mut unmap = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    unmap.expect_pending();
+    // A new I/O on the range is refused.
+    assert_eq!(inbox.install(sequence, |in_flight| in_flight.push(64)), Err(Collision));
+    assert!(Task::new(inbox.read_begin()).poll().is_pending());
+    let delivery = take(&inbox);
+    // The same region again, whose I/Os the device has no part in (O6).
+    let mut second = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    second.expect_pending();
+    take(&inbox).done();
+    drop(second.finish());
+    for id in 0..64 {
+        unmap.expect_pending();
+        inbox.with(|in_flight| in_flight.retain(|other| *other != id));
+    }
+    assert!(inbox.with(|in_flight| in_flight.is_empty()));
+    delivery.done();
+    drop(unmap.finish());
+    assert_eq!(begin(64), Ok(()));
+}

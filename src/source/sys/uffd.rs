@@ -27,14 +27,16 @@ pub(crate) const USER_MODE_ONLY: u32 = raw::UFFD_USER_MODE_ONLY;
 /// Opens a descriptor by the system call. It does not block.
 pub(crate) fn open(flags: u32) -> io::Result<OwnedFd> {
     let flags = UserfaultfdFlags::from_bits_retain(flags) | UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
-    // SAFETY: what the descriptor can do to the process's memory is done by `register`, which changes nothing that can be read.
+    // SAFETY: what the descriptor can do to the process's memory is done by `register`, which changes
+    // nothing that can be read.
     unsafe { mm::userfaultfd(flags) }
 }
 
 /// `USERFAULTFD_IOC_NEW`: its argument is a number, its result a descriptor.
 struct New(usize);
 
-// SAFETY: the kernel reads no memory through the argument, which is a number, and on success returns a descriptor that is new and the caller's.
+// SAFETY: the kernel reads no memory through the argument, which is a number, and on success
+// returns a descriptor that is new and the caller's.
 unsafe impl Ioctl for New {
     type Output = OwnedFd;
 
@@ -75,7 +77,8 @@ pub(crate) fn api(fd: impl AsFd, features: u64) -> io::Result<u64> {
 pub(crate) fn register(fd: impl AsFd, pages: AddressRange) -> io::Result<()> {
     let range = bounds(pages)?;
     let mut register = raw::uffdio_register { range, mode: u64::from(raw::UFFDIO_REGISTER_MODE_WP), ioctls: 0 };
-    // SAFETY: `UFFDIO_REGISTER` reads and writes one `uffdio_register`; see above for what it does to the memory.
+    // SAFETY: `UFFDIO_REGISTER` reads and writes one `uffdio_register`; see above for what it does to
+    // the memory.
     unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_REGISTER }, _>::new(&mut register)) }
 }
 
@@ -89,11 +92,12 @@ fn bounds(pages: AddressRange) -> io::Result<raw::uffdio_range> {
     Ok(raw::uffdio_range { start: pages.start(), len: pages.len().ok_or(io::Errno::INVAL)? })
 }
 
-/// Whether a change is under way whose event may still be to come. The kernel asks itself that before it fills a page, so it is asked to fill
-/// none.
+/// Whether a change is under way whose event may still be to come. The kernel asks itself that
+/// before it fills a page, so it is asked to fill none.
 pub(crate) fn changing(fd: impl AsFd) -> bool {
     let mut nothing = raw::uffdio_zeropage { range: raw::uffdio_range { start: 0, len: 0 }, mode: 0, zeropage: 0 };
-    // SAFETY: `UFFDIO_ZEROPAGE` reads and writes one `uffdio_zeropage`; it fills no page of an empty range.
+    // SAFETY: `UFFDIO_ZEROPAGE` reads and writes one `uffdio_zeropage`; it fills no page of an empty
+    // range.
     let answer = unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_ZEROPAGE }, _>::new(&mut nothing)) };
     answer == Err(io::Errno::AGAIN)
 }
@@ -142,7 +146,8 @@ struct Region {
     categories: u64,
 }
 
-/// Pages that are looked for: those with all of one, none of another, and some of a third set of categories.
+/// Pages that are looked for: those with all of one, none of another, and some of a third set of
+/// categories.
 struct Kind {
     with: u64,
     without: u64,
@@ -176,7 +181,8 @@ impl Pagemap {
         pagemap.scan(0, 0, Kind { with: 0, without: 0, any: PAGE_IS_PRESENT }, Found::Page).is_ok().then_some(pagemap)
     }
 
-    /// Scans `start` to `end` (exclusive) for pages of a kind. Returns where it stopped and what it found first.
+    /// Scans `start` to `end` (exclusive) for pages of a kind. Returns where it stopped and what it
+    /// found first.
     fn scan(&self, start: u64, end: u64, of: Kind, found: Found) -> io::Result<(u64, Option<Region>)> {
         let mut region = Region { start: 0, end: 0, categories: 0 };
         let mut scan = Scan {
@@ -200,8 +206,9 @@ impl Pagemap {
                 scan.max_pages = u64::from(found == Found::Page);
             }
         }
-        // SAFETY: `PAGEMAP_SCAN` reads and writes one `pm_scan_arg`, and writes at most `vec_len` regions to `vec`. What it does to
-        // the pages of `PM_SCAN_WP_MATCHING` is a mark: `register` says who takes it away.
+        // SAFETY: `PAGEMAP_SCAN` reads and writes one `pm_scan_arg`, and writes at most `vec_len` regions
+        // to `vec`. What it does to the pages of `PM_SCAN_WP_MATCHING` is a mark: `register` says
+        // who takes it away.
         let count = unsafe { ioctl(&self.0, CountedUpdater(&mut scan))? };
         Ok((scan.walk_end, (count > 0).then_some(region)))
     }
@@ -229,8 +236,9 @@ impl Pagemap {
         Ok(())
     }
 
-    /// Whether a page that was marked is still in memory, unwritten. One that is swapped out cannot be told from the mark that the kernel keeps of a page that
-    /// is gone. A page of zeros is as good as gone.
+    /// Whether a page that was marked is still in memory, unwritten. One that is swapped out cannot
+    /// be told from the mark that the kernel keeps of a page that is gone. A page of zeros is
+    /// as good as gone.
     pub(crate) fn has_marked(&self, pages: AddressRange) -> io::Result<bool> {
         let end = pages.last().wrapping_add(1);
         let of = Kind { with: PAGE_IS_WPALLOWED | PAGE_IS_PRESENT, without: PAGE_IS_WRITTEN | PAGE_IS_PFNZERO, any: 0 };
@@ -310,7 +318,8 @@ impl Maps {
         self.query(address, 0)
     }
 
-    /// Calls `each` with the parts of `range` that are mapped, mapping by mapping. Allocates nothing.
+    /// Calls `each` with the parts of `range` that are mapped, mapping by mapping. Allocates
+    /// nothing.
     pub(crate) fn walk(&self, range: AddressRange, mut each: impl FnMut(AddressRange)) {
         let mut from = range.start();
         while let Some(Mapping { range: found, .. }) = self.query(from, COVERING_OR_NEXT) {
@@ -335,7 +344,8 @@ impl Maps {
 
     fn query(&self, address: u64, query_flags: u64) -> Option<Mapping> {
         let mut query = Query { size: size_of::<Query>() as u64, query_flags, query_addr: address, ..Query::default() };
-        // SAFETY: `PROCMAP_QUERY` reads and writes one `procmap_query`; without room for them it writes no names.
+        // SAFETY: `PROCMAP_QUERY` reads and writes one `procmap_query`; without room for them it writes no
+        // names.
         unsafe { ioctl(self.0.as_fd(), Updater::<{ PROCMAP_QUERY }, _>::new(&mut query)).ok()? };
         let range = AddressRange::new(query.vma_start, query.vma_end.checked_sub(query.vma_start)?).ok()?;
         Some(Mapping { range, page: query.vma_page_size.max(page_size() as u64) })
@@ -357,7 +367,8 @@ impl ForkMark {
 
     #[inline]
     pub(crate) fn is_forked(&self) -> bool {
-        // SAFETY: mapped as long as `self` exists, and written by nobody but the kernel, in a process of its own.
+        // SAFETY: mapped as long as `self` exists, and written by nobody but the kernel, in a process of
+        // its own.
         unsafe { AtomicU8::from_ptr(self.0.as_ptr()) }.load(Ordering::Relaxed) == 0
     }
 }

@@ -24,38 +24,45 @@ const WP_ASYNC: u64 = raw::UFFD_FEATURE_WP_ASYNC as u64;
 /// Where the kernel can, every kind of memory is watched, files too.
 const OPTIONAL: u64 = WP_ASYNC | (raw::UFFD_FEATURE_WP_HUGETLBFS_SHMEM | raw::UFFD_FEATURE_WP_UNPOPULATED) as u64;
 
-/// What `fork` without `exec` means for watched memory. (`vfork`, `posix_spawn` and most of [`std::process::Command`] copy no memory, and
-/// mean nothing here.)
+/// What `fork` without `exec` means for watched memory. (`vfork`, `posix_spawn` and most of
+/// [`std::process::Command`] copy no memory, and mean nothing here.)
 ///
-/// After a fork the parent and the child share each page until one of them writes it; if that is the parent, it gets a copy, and a device
-/// that has mapped the page without pinning it for itself goes on using what is the child's from then on.
+/// After a fork the parent and the child share each page until one of them writes it; if that is
+/// the parent, it gets a copy, and a device that has mapped the page without pinning it for itself
+/// goes on using what is the child's from then on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fork {
     /// The kernel says when the process forks, and all that is watched is invalidated
-    /// ([`Event::ProtectionPage`](crate::Event::ProtectionPage)). Needs the capability `CAP_SYS_PTRACE`.
+    /// ([`Event::ProtectionPage`](crate::Event::ProtectionPage)). Needs the capability
+    /// `CAP_SYS_PTRACE`.
     Report,
-    /// Children do not get the pages that are watched (`MADV_DONTFORK`, as libraries of RDMA do it), so nothing happens to them in the
-    /// parent. A child that touches one before it has called `exec` is killed by `SIGSEGV`: watch whole buffers, not single objects of
-    /// a heap, and where many ranges are watched mind what lies [around them](UffdBuilder::granule), which children do not get either. A range that the
-    /// program itself has excluded by `MADV_DONTFORK` is no longer so once it was watched.
+    /// Children do not get the pages that are watched (`MADV_DONTFORK`, as libraries of RDMA do
+    /// it), so nothing happens to them in the parent. A child that touches one before it has
+    /// called `exec` is killed by `SIGSEGV`: watch whole buffers, not single objects of a heap,
+    /// and where many ranges are watched mind what lies [around them](UffdBuilder::granule), which
+    /// children do not get either. A range that the program itself has excluded by
+    /// `MADV_DONTFORK` is no longer so once it was watched.
     Keep,
-    /// Nothing is done. Right for a process that does not fork, and for devices that pin pages for themselves (since Linux 5.19 a page
-    /// that is pinned stays the parent's).
+    /// Nothing is done. Right for a process that does not fork, and for devices that pin pages for
+    /// themselves (since Linux 5.19 a page that is pinned stays the parent's).
     Ignore,
 }
 
-/// What a source promises: what it asked for, as far as the kernel and the process's rights permit it.
+/// What a source promises: what it asked for, as far as the kernel and the process's rights permit
+/// it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Promises {
     /// What a fork means.
     pub fork: Fork,
-    /// Whether `madvise(DONTNEED)` and the like keep their range under invalidation until the pages are seen gone (M5). `false` before Linux 6.7, or
-    /// where `/proc/self/pagemap` cannot be opened, or when [`UffdBuilder::settle`] is zero: then a device that looks at the memory right after such a
-    /// call has begun may get the old page.
+    /// Whether `madvise(DONTNEED)` and the like keep their range under invalidation until the pages
+    /// are seen gone (M5). `false` before Linux 6.7, or where `/proc/self/pagemap` cannot be
+    /// opened, or when [`UffdBuilder::settle`] is zero: then a device that looks at the memory
+    /// right after such a call has begun may get the old page.
     pub discards: bool,
-    /// Bytes of the units in which memory is watched once that is many ranges. One page before Linux 6.11, whatever was asked for.
+    /// Bytes of the units in which memory is watched once that is many ranges. One page before
+    /// Linux 6.11, whatever was asked for.
     pub granule: u64,
 }
 
@@ -74,27 +81,33 @@ impl Default for UffdBuilder {
 }
 
 impl UffdBuilder {
-    /// What a fork means. By default [`Fork::Report`] where that is permitted, and [`Fork::Keep`] where it is not: [`Uffd::promises`] says which.
+    /// What a fork means. By default [`Fork::Report`] where that is permitted, and [`Fork::Keep`]
+    /// where it is not: [`Uffd::promises`] says which.
     pub fn fork(mut self, fork: Fork) -> Self {
         self.fork = Some(fork);
         self
     }
 
-    /// How long the range of a `madvise(DONTNEED)` stays under invalidation at most, until its pages are seen gone (M5); 20 ms by default. When it is
-    /// used up, that is [reported](crate::Report::Unsettled), readers go on, and the range is invalidated once more when the pages do go.
+    /// How long the range of a `madvise(DONTNEED)` stays under invalidation at most, until its
+    /// pages are seen gone (M5); 20 ms by default. When it is used up, that is
+    /// [reported](crate::Report::Unsettled), readers go on, and the range is invalidated once more
+    /// when the pages do go.
     ///
-    /// Pages of `MADV_FREE` do not go before the kernel needs them, and pages that the program writes at once look as if they had stayed: then all of it
-    /// is used up, for readers of that range. Zero: nobody waits, and the promise is withdrawn.
+    /// Pages of `MADV_FREE` do not go before the kernel needs them, and pages that the program
+    /// writes at once look as if they had stayed: then all of it is used up, for readers of
+    /// that range. Zero: nobody waits, and the promise is withdrawn.
     pub fn settle(mut self, most: Duration) -> Self {
         self.settle = most;
         self
     }
 
-    /// Once what is watched consists of more than 64 ranges, watches the mappings around what is asked for, too, up to multiples of `bytes`, a power of two; 2 MiB
-    /// by default. The kernel splits a mapping where a watched part begins and ends, and a process may have 65,530 mappings. One page: only
-    /// what is asked for, however much that is.
+    /// Once what is watched consists of more than 64 ranges, watches the mappings around what is
+    /// asked for, too, up to multiples of `bytes`, a power of two; 2 MiB by default. The kernel
+    /// splits a mapping where a watched part begins and ends, and a process may have 65,530
+    /// mappings. One page: only what is asked for, however much that is.
     ///
-    /// Changes of what lies around cost a turn of the reader, and hit no driver. A program whose reader shares a thread with code that unmaps memory chooses one page.
+    /// Changes of what lies around cost a turn of the reader, and hit no driver. A program whose
+    /// reader shares a thread with code that unmaps memory chooses one page.
     ///
     /// # Panics
     /// When `bytes` is no power of two.
@@ -106,11 +119,12 @@ impl UffdBuilder {
 
     /// Opens a source of invalidations of `space`, and its two other handles.
     ///
-    /// The descriptor comes from the system call, in the mode that ordinary users are permitted (`UFFD_USER_MODE_ONLY`); where that is refused, from
-    /// `/dev/userfaultfd`.
+    /// The descriptor comes from the system call, in the mode that ordinary users are permitted
+    /// (`UFFD_USER_MODE_ONLY`); where that is refused, from `/dev/userfaultfd`.
     ///
     /// # Errors
-    /// [`UffdError::NotPermitted`], also for a [`Fork::Report`] that was asked for; [`UffdError::Unsupported`]; [`UffdError::Os`].
+    /// [`UffdError::NotPermitted`], also for a [`Fork::Report`] that was asked for;
+    /// [`UffdError::Unsupported`]; [`UffdError::Os`].
     pub fn open(self, space: &AddressSpace) -> Result<(Uffd, Reader, Deliveries), UffdError> {
         let (fd, fork, known) = self.handshake()?;
         let pagemap = if known & WP_ASYNC != 0 { Pagemap::open() } else { None };
@@ -168,7 +182,8 @@ impl UffdBuilder {
 
 /// A descriptor before its handshake.
 fn descriptor() -> Result<OwnedFd, UffdError> {
-    // What is marked is unmarked by the kernel, and nothing else faults: so faults of the kernel itself need not be handled.
+    // What is marked is unmarked by the kernel, and nothing else faults: so faults of the kernel itself
+    // need not be handled.
     let by_call = match uffd::open(uffd::USER_MODE_ONLY) {
         // Before Linux 5.11 there was no such mode.
         Err(Errno::INVAL) => uffd::open(0),

@@ -23,16 +23,20 @@ use rustix::fd::{AsFd, BorrowedFd};
 
 /// Turns what was read into invalidations.
 ///
-/// [`run`](Self::run) it on a thread, or wait for its descriptor ([`AsFd`]) to be readable and await [`deliver`](Self::deliver). Dropping it starts what
-/// is left without waiting, ends all watches, and invalidates all that was watched (M3). In a child of `fork` dropping it does nothing.
+/// [`run`](Self::run) it on a thread, or wait for its descriptor ([`AsFd`]) to be readable and
+/// await [`deliver`](Self::deliver). Dropping it starts what is left without waiting, ends all
+/// watches, and invalidates all that was watched (M3). In a child of `fork` dropping it does
+/// nothing.
 #[derive(Debug)]
 pub struct Deliveries {
     pub(super) inner: Arc<Inner>,
 }
 
 impl Deliveries {
-    /// Invalidates what was read so far, and waits until no device uses it and the pages of a `madvise` have been seen gone. The invalidations start in the
-    /// first poll, and every driver is told in it; then the readers of the space go on. Resolves to how many changes there were.
+    /// Invalidates what was read so far, and waits until no device uses it and the pages of a
+    /// `madvise` have been seen gone. The invalidations start in the first poll, and every
+    /// driver is told in it; then the readers of the space go on. Resolves to how many changes
+    /// there were.
     ///
     /// A panic of a driver has no caller here: it is counted and [reported](Report::Panicked) (C5).
     ///
@@ -40,7 +44,8 @@ impl Deliveries {
     /// [`UffdError::Forked`] in a child of `fork`.
     ///
     /// # Cancel safety
-    /// May be dropped at any moment: before the first poll nothing has happened, after it the passes belong to the space.
+    /// May be dropped at any moment: before the first poll nothing has happened, after it the
+    /// passes belong to the space.
     pub fn deliver(&mut self) -> impl Future<Output = Result<usize, UffdError>> + Send + use<> {
         let inner = self.inner.clone();
         async move {
@@ -57,7 +62,8 @@ impl Deliveries {
         }
     }
 
-    /// Delivers on this thread until [`Uffd::stop`](crate::source::Uffd::stop). Passes that are pending do not keep it from starting what is read meanwhile.
+    /// Delivers on this thread until [`Uffd::stop`](crate::source::Uffd::stop). Passes that are
+    /// pending do not keep it from starting what is read meanwhile.
     ///
     /// # Errors
     /// What `poll` returns; in a child of `fork`, [`UffdError::Forked`].
@@ -86,13 +92,15 @@ impl Deliveries {
         }
     }
 
-    /// Returns when to call [`deliver`](Self::deliver) again although nothing was read: a discard was not seen to happen in time
-    /// ([`Report::Unsettled`]), and its range is to be looked at again. `None`: only when the descriptor is readable. [`run`](Self::run) does it by itself.
+    /// Returns when to call [`deliver`](Self::deliver) again although nothing was read: a discard
+    /// was not seen to happen in time ([`Report::Unsettled`]), and its range is to be looked at
+    /// again. `None`: only when the descriptor is readable. [`run`](Self::run) does it by itself.
     pub fn next_look(&self) -> Option<Duration> {
         if self.inner.is_forked() { None } else { self.inner.next_look() }
     }
 
-    /// Makes the descriptor unreadable until more is read. To be called before [`deliver`](Self::deliver) by who waits for the descriptor.
+    /// Makes the descriptor unreadable until more is read. To be called before
+    /// [`deliver`](Self::deliver) by who waits for the descriptor.
     pub fn clear(&mut self) {
         if !self.inner.is_forked() {
             let _ = rustix::io::read(&self.inner.bell, &mut [0; 8]);
@@ -173,12 +181,14 @@ enum Seen {
 }
 
 impl Inner {
-    /// Starts an invalidation of everything that the events name; `pending` gets those whose passes are pending.
+    /// Starts an invalidation of everything that the events name; `pending` gets those whose passes
+    /// are pending.
     fn start(self: &Arc<Self>, cx: &mut Context<'_>, mut pending: impl FnMut(Late)) -> usize {
         let open = Open(self.shared(), self.turns.swap(0, Ordering::AcqRel));
         let changes = self.changes();
         let started = changes.ranges.len();
-        // All of them first: a driver that is told drops its watches, and the marks of another change would go with the registration.
+        // All of them first: a driver that is told drops its watches, and the marks of another change would
+        // go with the registration.
         let lates: Vec<Late> = changes.ranges.into_iter().map(|(range, event, seen)| self.late(range, event, seen)).collect();
         for mut late in lates {
             if Pin::new(&mut late).poll(cx).is_pending() {

@@ -13,23 +13,26 @@ pub enum UffdError {
     NotPermitted,
     /// The kernel has no userfaultfd, or does not raise these events.
     Unsupported,
-    /// The kernel cannot watch this memory: it is not mapped, or of a kind that userfaultfd does not know (a device), or another
-    /// userfaultfd watches it already.
+    /// The kernel cannot watch this memory: it is not mapped, or of a kind that userfaultfd does
+    /// not know (a device), or another userfaultfd watches it already.
     Watch {
         /// What was to be watched, in whole pages.
         range: AddressRange,
         /// The kernel's answer.
         os: std::io::ErrorKind,
     },
-    /// The process has no mappings left to tell apart what is watched and what is not, or watches use up a quarter of them: like a device
-    /// without room. Drop watches that are not needed, and try again.
+    /// The process has no mappings left to tell apart what is watched and what is not, or watches
+    /// use up a quarter of them: like a device without room. Drop watches that are not needed,
+    /// and try again.
     NoRoom {
         /// What was to be watched, in whole pages.
         range: AddressRange,
     },
-    /// The [`Reader`](super::Reader) or the [`Deliveries`](super::Deliveries) have been dropped: nobody would tell of changes.
+    /// The [`Reader`](super::Reader) or the [`Deliveries`](super::Deliveries) have been dropped:
+    /// nobody would tell of changes.
     Closed,
-    /// The process is a child of the one that opened the source, which watches the parent's memory. Open one in the child.
+    /// The process is a child of the one that opened the source, which watches the parent's memory.
+    /// Open one in the child.
     Forked,
     /// Something else that the operating system refused.
     Os(std::io::ErrorKind),

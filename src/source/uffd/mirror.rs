@@ -40,11 +40,14 @@ impl<E: core::error::Error + 'static> core::error::Error for Unwatched<E> {
 }
 
 impl Uffd {
-    /// Runs the whole collision-retry loop of a driver that mirrors watched memory: `read_begin`; a new watch of `range`; `prepare`, which looks at the
-    /// memory; then lock, check and `install`, or all of it again (M1). The watch goes to `install`, to be kept with what it installs and dropped with it.
+    /// Runs the whole collision-retry loop of a driver that mirrors watched memory: `read_begin`; a
+    /// new watch of `range`; `prepare`, which looks at the memory; then lock, check and
+    /// `install`, or all of it again (M1). The watch goes to `install`, to be kept with what it
+    /// installs and dropped with it.
     ///
-    /// [`DriverLock::mirror`] with the one order in which nothing is missed: memory that is mapped over after the watch was made fails the check, and
-    /// memory that was mapped over before is watched as it is now.
+    /// [`DriverLock::mirror`] with the one order in which nothing is missed: memory that is mapped
+    /// over after the watch was made fails the check, and memory that was mapped over before is
+    /// watched as it is now.
     ///
     /// ```no_run
     /// # use shootdown::*;
@@ -73,10 +76,12 @@ impl Uffd {
     /// ```
     ///
     /// # Errors
-    /// [`MirrorError::Prepare`] with [`Unwatched`]; [`MirrorError::RetriesExhausted`]; [`MirrorError::Closed`].
+    /// [`MirrorError::Prepare`] with [`Unwatched`]; [`MirrorError::RetriesExhausted`];
+    /// [`MirrorError::Closed`].
     ///
     /// # Cancel safety
-    /// May be dropped at any moment: nothing is installed, and nothing watched, unless it has resolved.
+    /// May be dropped at any moment: nothing is installed, and nothing watched, unless it has
+    /// resolved.
     pub async fn mirror<N, T, P, E, F, R>(
         &self,
         subscription: &Subscription<N>,
@@ -94,8 +99,9 @@ impl Uffd {
         lock.mirror(subscription, budget, prepare, |mappings, (prepared, watch)| install(mappings, prepared, watch)).await
     }
 
-    /// Makes a `prepare` for [`DriverLock::mirror`] or [`Inbox::mirror`](crate::Inbox::mirror) that first watches `range`, on each try (M1). It resolves to what
-    /// `prepare` resolves to and the watch.
+    /// Makes a `prepare` for [`DriverLock::mirror`] or [`Inbox::mirror`](crate::Inbox::mirror) that
+    /// first watches `range`, on each try (M1). It resolves to what `prepare` resolves to and
+    /// the watch.
     pub fn watched<P, E, F>(
         &self,
         range: AddressRange,

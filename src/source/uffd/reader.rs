@@ -13,13 +13,16 @@ use rustix::io::{Errno, fcntl_dupfd_cloexec};
 /// Messages that are read at once.
 const AT_ONCE: usize = 16;
 
-/// Reads the kernel's events. Threads that unmap watched memory wait for it, so it waits for nobody: no lock, no memory.
+/// Reads the kernel's events. Threads that unmap watched memory wait for it, so it waits for
+/// nobody: no lock, no memory.
 ///
-/// [`run`](Self::run) it on a thread of its own, or wait for its descriptor ([`AsFd`]) to be readable and [`read`](Self::read). While nobody does either,
-/// threads that unmap watched memory hang.
+/// [`run`](Self::run) it on a thread of its own, or wait for its descriptor ([`AsFd`]) to be
+/// readable and [`read`](Self::read). While nobody does either, threads that unmap watched memory
+/// hang.
 ///
-/// Dropping it ends all watches and reads what is left, so that those threads go on; all that was watched is invalidated by the next delivery, and until
-/// then readers of the space wait (M3). In a child of `fork` dropping it does nothing.
+/// Dropping it ends all watches and reads what is left, so that those threads go on; all that was
+/// watched is invalidated by the next delivery, and until then readers of the space wait (M3). In a
+/// child of `fork` dropping it does nothing.
 #[derive(Debug)]
 pub struct Reader {
     pub(super) inner: Arc<Inner>,
@@ -31,12 +34,14 @@ pub struct Reader {
 }
 
 impl Reader {
-    /// Reads what there is, without waiting; returns how many events that were. They are then to be [delivered](crate::source::Deliveries::deliver); readers
-    /// of the space wait until that has begun.
+    /// Reads what there is, without waiting; returns how many events that were. They are then to be
+    /// [delivered](crate::source::Deliveries::deliver); readers of the space wait until that
+    /// has begun.
     ///
     /// # Errors
-    /// What `read` returns, but not for want of data (0 events) or of a descriptor for a fork's event (one is kept in reserve; while another thread has
-    /// taken that, everything watched is invalidated, and the event is read by the next call). In a child of `fork`,
+    /// What `read` returns, but not for want of data (0 events) or of a descriptor for a fork's
+    /// event (one is kept in reserve; while another thread has taken that, everything watched
+    /// is invalidated, and the event is read by the next call). In a child of `fork`,
     /// [`UffdError::Forked`](super::UffdError::Forked).
     pub fn read(&mut self) -> std::io::Result<usize> {
         self.inner.check()?;
@@ -44,8 +49,8 @@ impl Reader {
         let read = self.read_all();
         self.end_turn();
         if self.inner.orphaned.load(Ordering::Acquire) {
-            // Nobody will deliver them: what is left is that readers do not wait for ever. Not while a change is under way, whose thread may hold
-            // a lock that a driver needs.
+            // Nobody will deliver them: what is left is that readers do not wait for ever. Not while a change
+            // is under way, whose thread may hold a lock that a driver needs.
             while uffd::changing(&self.fd) {
                 let _ = self.read_all();
                 std::thread::yield_now();
@@ -103,7 +108,8 @@ impl Reader {
         }
     }
 
-    /// Reads one message of the kernel. The descriptor of a fork, which would tell of the child's memory, is closed.
+    /// Reads one message of the kernel. The descriptor of a fork, which would tell of the child's
+    /// memory, is closed.
     fn parse(&self, message: &[u8; uffd::MESSAGE]) -> Option<Change> {
         let (words, _) = message.as_chunks::<8>();
         let word = |at: usize| words.get(at).map_or(0, |word| u64::from_ne_bytes(*word));
@@ -185,8 +191,9 @@ impl Drop for Reader {
             let _ = self.read_all();
             std::thread::yield_now();
         }
-        // Nothing is watched any more, but a change may be under way whose event has to be read. To close the descriptor would not be enough: a thread
-        // inside `fork` waits for us, and its child, half made, has a copy of the descriptor.
+        // Nothing is watched any more, but a change may be under way whose event has to be read. To close
+        // the descriptor would not be enough: a thread inside `fork` waits for us, and its child,
+        // half made, has a copy of the descriptor.
         while self.read_all().is_ok() && uffd::changing(&self.fd) {
             std::thread::yield_now();
         }

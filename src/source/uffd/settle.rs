@@ -34,12 +34,12 @@ const YIELDS: u32 = 16;
 /// How long a sleep between two looks is asked to be: with the timer slack of Linux some 100 µs.
 const SLEEP: Duration = Duration::from_micros(50);
 
-/// How many times longer a change is waited for while threads are seen inside calls that have raised
-/// an event.
+/// How many times longer a change is waited for while threads are seen inside calls that have
+/// raised an event.
 const HELD_UP: u32 = 5;
 
-/// Ranges that are looked at after their time was used up, at most: those that have been longest are
-/// given up for new ones.
+/// Ranges that are looked at after their time was used up, at most: those that have been longest
+/// are given up for new ones.
 const SUSPECTS: usize = 64;
 
 /// How long after its time was used up a range is looked at.
@@ -51,7 +51,8 @@ pub(super) struct Marked {
     inner: Arc<Inner>,
     watched: Watched,
     began: Instant,
-    /// Nanoseconds from then to the last look that saw a thread inside the call that raised an event.
+    /// Nanoseconds from then to the last look that saw a thread inside the call that raised an
+    /// event.
     held_up: AtomicU64,
     /// Somebody has waited for them as long as there was time.
     over: AtomicBool,
@@ -69,8 +70,9 @@ impl Marked {
         self.watched.range
     }
 
-    /// Whether they have been waited for as long as there is time. That begins when the thread inside `madvise` has gone on: as long as one has not, for
-    /// want of a processor, nothing is known of its pages; but no longer than [`HELD_UP`] times as long in all.
+    /// Whether they have been waited for as long as there is time. That begins when the thread
+    /// inside `madvise` has gone on: as long as one has not, for want of a processor, nothing
+    /// is known of its pages; but no longer than [`HELD_UP`] times as long in all.
     fn is_time_over(&self, waited: Duration) -> bool {
         let most = self.inner.settle;
         if waited < most {
@@ -102,7 +104,8 @@ impl Drop for Marked {
 pub(super) struct Settle(pub(super) Arc<Marked>);
 
 impl IntervalNotifier for Settle {
-    /// There is no device, so no sequence is set (S4). Another invalidation of the range that comes meanwhile waits, too: the pages are not gone.
+    /// There is no device, so no sequence is set (S4). Another invalidation of the range that comes
+    /// meanwhile waits, too: the pages are not gone.
     fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
         let look = Look { pages: self.0.clone(), looks: 0 };
         Ok(Some(PassFuture::new(look)))
@@ -155,7 +158,8 @@ pub(super) struct Suspect {
 }
 
 impl Inner {
-    /// The time is used up: readers go on, and the range is invalidated again once the pages have gone.
+    /// The time is used up: readers go on, and the range is invalidated again once the pages have
+    /// gone.
     fn suspect(&self, pages: Arc<Marked>, waited: Duration) {
         let range = pages.range();
         let (now, pause) = (Instant::now(), Duration::from_millis(1));

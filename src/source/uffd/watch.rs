@@ -16,7 +16,8 @@ use rustix::io::Errno;
 /// As long as what is watched consists of fewer ranges than this, exactly that is watched.
 const EXACT: usize = 64;
 
-/// What users watch, and what the kernel watches for that: [`Table::armed`] holds at least all of it.
+/// What users watch, and what the kernel watches for that: [`Table::armed`] holds at least all of
+/// it.
 pub(super) struct Table {
     fd: Arc<OwnedFd>,
     maps: Option<Maps>,
@@ -24,11 +25,11 @@ pub(super) struct Table {
     /// Set once the reader or the deliveries are gone: nothing is watched any more.
     closed: bool,
     pub(super) watches: Watches,
-    /// What was registered and not unregistered since. The kernel forgets what is unmapped; this does not, so that nothing is left registered
-    /// once nobody reads.
+    /// What was registered and not unregistered since. The kernel forgets what is unmapped; this
+    /// does not, so that nothing is left registered once nobody reads.
     armed: Ranges,
-    /// What was unregistered since there was a moment without a change under way: marks in it are gone. A change that begins later finds
-    /// nothing registered, and raises no event.
+    /// What was unregistered since there was a moment without a change under way: marks in it are
+    /// gone. A change that begins later finds nothing registered, and raises no event.
     dropped: Ranges,
     /// Most ranges that `armed` may consist of.
     room: usize,
@@ -84,7 +85,8 @@ impl Table {
         let keep = self.promises.fork == Fork::Keep;
         let kept = armed.and_then(|armed| {
             self.armed.insert(armed);
-            // The kernel takes a range with a hole, and what is mapped there later is not watched: there must have been a moment without any.
+            // The kernel takes a range with a hole, and what is mapped there later is not watched: there must
+            // have been a moment without any.
             let whole = match (pagemap, &self.maps) {
                 (Some(pagemap), _) => pagemap.is_watched(range).unwrap_or(false),
                 (None, Some(maps)) => maps.are_whole(range),
@@ -103,8 +105,8 @@ impl Table {
         Ok(range)
     }
 
-    /// The whole pages that `range` touches, and what is to be registered for them: the same as long as there is little of it, then also the mappings around
-    /// them, up to a granule.
+    /// The whole pages that `range` touches, and what is to be registered for them: the same as
+    /// long as there is little of it, then also the mappings around them, up to a granule.
     fn piece(&self, range: AddressRange) -> (AddressRange, AddressRange) {
         let page = page_size() as u64;
         let asked = aligned(range, page);
@@ -123,14 +125,15 @@ impl Table {
         (asked, piece)
     }
 
-    /// Keeps the pages of `range` registered and marked. Also what nobody watches: its registration is left from earlier, and who begins to watch it now may find
-    /// what is about to go.
+    /// Keeps the pages of `range` registered and marked. Also what nobody watches: its registration
+    /// is left from earlier, and who begins to watch it now may find what is about to go.
     pub(super) fn hold(&mut self, range: AddressRange, pagemap: &Pagemap) -> Option<Watched> {
         if self.closed {
             return None;
         }
         if !self.dropped.within(range).is_empty() {
-            // The marks went with the registration. What is there now may be what is about to go, or new: it is waited for.
+            // The marks went with the registration. What is there now may be what is about to go, or new: it is
+            // waited for.
             uffd::register(&*self.fd, range).ok()?;
             self.armed.insert(range);
             pagemap.mark(range).ok()?;
@@ -138,7 +141,8 @@ impl Table {
         Some(self.watches.add(range, true).0)
     }
 
-    /// Forgets what was dropped, unless a change is under way that has raised its event: it is not read, or not delivered, and has then `closed` the gate.
+    /// Forgets what was dropped, unless a change is under way that has raised its event: it is not
+    /// read, or not delivered, and has then `closed` the gate.
     pub(super) fn forget_dropped(&mut self, closed: impl FnOnce() -> bool) {
         // In this order: the gate is closed before the event is read.
         if self.dropped.pieces() > 0 && !uffd::changing(&*self.fd) && !closed() {
@@ -177,7 +181,8 @@ impl Table {
         }
     }
 
-    /// What the kernel watches where memory was moved to, it watches no more: nobody asked for that.
+    /// What the kernel watches where memory was moved to, it watches no more: nobody asked for
+    /// that.
     pub(super) fn moved(&mut self, to: AddressRange) {
         for part in self.watches.unwatched(to) {
             unregister(&self.fd, self.maps.as_ref(), part);
@@ -201,9 +206,10 @@ fn aligned(range: AddressRange, unit: u64) -> AddressRange {
 
 /// Ends the kernel's watch of all pages of `range` that are still ours. Allocates nothing.
 ///
-/// It refuses for a range in which there is somebody else's memory by now, or none, as a whole: what it refuses is tried again mapping by mapping, or where
-/// the kernel does not say what those are, in halves: down to a page if there is at most [`HALVED`], else to some 64 pieces, because memory that is gone must
-/// not be asked for page by page.
+/// It refuses for a range in which there is somebody else's memory by now, or none, as a whole:
+/// what it refuses is tried again mapping by mapping, or where the kernel does not say what those
+/// are, in halves: down to a page if there is at most [`HALVED`], else to some 64 pieces, because
+/// memory that is gone must not be asked for page by page.
 pub(super) fn unregister(fd: &OwnedFd, maps: Option<&Maps>, range: AddressRange) {
     if uffd::unregister(fd, range).is_ok() {
         return;
@@ -236,7 +242,8 @@ fn unregister_halves(fd: &OwnedFd, range: AddressRange, least: u64) {
 
 /// A range is watched as long as this exists and its memory does.
 ///
-/// Dropping it does not touch the memory, and does not unwatch what others watch. In a child of `fork` it does nothing.
+/// Dropping it does not touch the memory, and does not unwatch what others watch. In a child of
+/// `fork` it does nothing.
 #[must_use = "a range is watched as long as its handle exists"]
 pub struct Watch {
     inner: Arc<Inner>,
@@ -256,14 +263,17 @@ impl Watch {
         self.watched.range
     }
 
-    /// Returns whether all of the range has been watched without a gap since the watch was made or last renewed, as far as has been
-    /// [delivered](super::Deliveries): `false` once a part of it was unmapped, mapped over or moved, events were lost, or the source has ended (M2). The
-    /// range has been invalidated then, and new memory at its addresses is watched only once the watch is [renewed](Self::renew).
+    /// Returns whether all of the range has been watched without a gap since the watch was made or
+    /// last renewed, as far as has been [delivered](super::Deliveries): `false` once a part of
+    /// it was unmapped, mapped over or moved, events were lost, or the source has ended (M2). The
+    /// range has been invalidated then, and new memory at its addresses is watched only once the
+    /// watch is [renewed](Self::renew).
     pub fn is_armed(&self) -> bool {
         self.state.is_armed() && !self.inner.is_forked()
     }
 
-    /// Watches what is mapped in the range now. As a new watch (M1): *after* [`read_begin`](crate::Subscription::read_begin), and before the memory is looked at.
+    /// Watches what is mapped in the range now. As a new watch (M1): *after*
+    /// [`read_begin`](crate::Subscription::read_begin), and before the memory is looked at.
     ///
     /// # Errors
     /// As [`Uffd::watch`](super::Uffd::watch); the watch is as it was then.
@@ -278,7 +288,8 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // In a child of `fork` the lock may be held by a thread that does not exist there, and the memory is the parent's (M4).
+        // In a child of `fork` the lock may be held by a thread that does not exist there, and the memory
+        // is the parent's (M4).
         if !self.inner.is_forked() {
             self.inner.unwatch(self.watched);
         }
