@@ -209,7 +209,7 @@ MUTATIONS = [
     ("M3: no descriptor is kept in reserve", "src/source/uffd/reader.rs", "if self.reserve.take().is_some() {", "if false {", "source"),
     ("M4: a child of fork unwatches the parent's memory", "src/source/uffd/watch.rs", "        if !self.inner.is_forked() {\n            self.inner.unwatch(self.watched);", "        {\n            self.inner.unwatch(self.watched);", "source"),
     ("M4: a child of fork reads the parent's events", "src/source/uffd/reader.rs", "        self.inner.check()?;\n        self.inner.shared().close_gate();", "        self.inner.shared().close_gate();", "source"),
-    ("M5: a discard is over when its event was read", "src/source/uffd/settle.rs", "        if self.pages.are_gone() {\n", "        if true || self.pages.are_gone() {\n", "source"),
+    ("M5: a discard is over when its event was read", "src/source/uffd/settle.rs", "        if self.pages.look() == Seen::Over {\n", "        if true || self.pages.look() == Seen::Over {\n", "source"),
     ("M5: the marks go with the watch of who is told", "src/source/uffd/watch.rs", "        Some(self.watches.add(range, true).0)\n", "        let held = self.watches.add(range, true).0;\n        self.watches.remove(held);\n        Some(held)\n", "source"),
     ("M5: what nobody watches any more is not waited for", "src/source/uffd/watch.rs", "            pagemap.mark(range).ok()?;\n        }\n", "            pagemap.mark(range).ok()?;\n        } else if self.watches.unwatched(range) == [range] {\n            return None;\n        }\n", "source"),
     ("M5: a range is not looked at again when its time was used up", "src/source/uffd/settle.rs", "                changed.extend(gone.then(|| suspect.pages.range()));\n", "", "source"),

@@ -31,6 +31,7 @@ crate::list![
     m5_shared_memory_and_huge_pages_are_seen_to_go,
     m5_pages_of_madv_free_stay_and_the_bound_is_reported,
     m5_without_a_bound_nobody_waits_and_the_promise_is_withdrawn,
+    m5_a_source_that_is_dropped_while_pages_are_waited_for_leaves_nothing_behind,
     m7_report_5_a_driver_with_dirty_pages_does_not_write_into_memory_that_belongs_to_somebody_else,
     report_15_an_event_between_the_last_read_and_the_bell_is_delivered_without_a_further_one,
     report_20_a_pass_that_panics_is_counted_and_reported_with_the_driver_seen_in_the_list_before,
@@ -667,4 +668,38 @@ fn report_22_a_dead_device_holds_up_only_readers_of_its_range() {
     assert!(began.elapsed() < Duration::from_secs(10));
     open.send(()).unwrap();
     block_on(device.read_begin());
+}
+
+/// A pass that waits for pages belongs to the space, and must not keep the space.
+fn m5_a_source_that_is_dropped_while_pages_are_waited_for_leaves_nothing_behind() {
+    struct Counted(Arc<()>);
+    impl IntervalNotifier for Counted {
+        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            invalidation.set_seq();
+            assert!(Arc::strong_count(&self.0) > 1);
+            Ok(None)
+        }
+    }
+    let _fork = no_fork();
+    let alive = Arc::new(());
+    for settle in [Duration::from_millis(100), Duration::from_secs(3600)] {
+        let space = AddressSpace::new();
+        let (uffd, mut reader, mut deliveries) = Uffd::builder().settle(settle).open(&space).unwrap();
+        let memory = Raw::map(1);
+        memory.write(1);
+        let watch = uffd.watch(memory.range()).unwrap();
+        let device = space.insert(memory.range(), Counted(alive.clone())).unwrap();
+        read_during(&mut reader, || memory.discard(Advice::LinuxFree));
+        let mut delivery = Box::pin(deliveries.deliver());
+        assert!(delivery.as_mut().now_or_never().is_none());
+        // Abandoned: the pass is the space's.
+        drop(delivery);
+        block_on(async {
+            if settle < Duration::from_secs(1) {
+                device.read_begin().await;
+            }
+        });
+        drop((device, watch, uffd, deliveries, reader, space));
+        assert_eq!(Arc::strong_count(&alive), 1, "the space is still there");
+    }
 }

@@ -18,7 +18,7 @@ use crate::pass::PassFuture;
 use crate::range::AddressRange;
 use crate::source::sys::uffd;
 use crate::source::watches::Watched;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Weak};
 use alloc::borrow::Cow;
 use alloc::vec::Vec;
 use core::future::Future;
@@ -48,7 +48,8 @@ const SUSPECTED: Duration = Duration::from_secs(2);
 /// Pages of one such change. They stay registered as long as this exists: the kernel would take the
 /// marks away with the registration, and a driver that is told drops its watch.
 pub(super) struct Marked {
-    inner: Arc<Inner>,
+    /// Weak: a pass of this belongs to the space, which the source holds.
+    inner: Weak<Inner>,
     watched: Watched,
     began: Instant,
     /// Nanoseconds from then to the last look that saw a thread inside the call that raised an
@@ -63,39 +64,56 @@ impl Marked {
     pub(super) fn new(inner: &Arc<Inner>, range: AddressRange) -> Option<Arc<Self>> {
         let watched = inner.table().hold(range, inner.pagemap.as_ref()?)?;
         let (began, held_up, over) = (Instant::now(), AtomicU64::new(0), AtomicBool::new(false));
-        Some(Arc::new(Self { inner: inner.clone(), watched, began, held_up, over }))
+        Some(Arc::new(Self { inner: Arc::downgrade(inner), watched, began, held_up, over }))
     }
 
     fn range(&self) -> AddressRange {
         self.watched.range
     }
 
-    /// Whether they have been waited for as long as there is time. That begins when the thread
-    /// inside `madvise` has gone on: as long as one has not, for want of a processor, nothing
-    /// is known of its pages; but no longer than [`HELD_UP`] times as long in all.
-    fn is_time_over(&self, waited: Duration) -> bool {
-        let most = self.inner.settle;
-        if waited < most {
-            return false;
+    /// Looks at them. Readers of the range go on when it is over.
+    fn look(self: &Arc<Self>) -> Seen {
+        let Some(inner) = self.inner.upgrade() else { return Seen::Over };
+        if self.are_gone(&inner) {
+            return Seen::Over;
         }
-        if uffd::changing(&*self.inner.fd) {
+        let waited = self.began.elapsed();
+        if uffd::changing(&*inner.fd) {
             self.held_up.store(u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
+        // The time begins when the thread inside `madvise` has gone on: as long as one has not, for
+        // want of a processor, nothing is known of its pages.
         let held_up = Duration::from_nanos(self.held_up.load(Ordering::Relaxed));
-        waited.saturating_sub(held_up) >= most || waited >= most.saturating_mul(HELD_UP)
+        if waited.saturating_sub(held_up) < inner.settle && waited < inner.settle.saturating_mul(HELD_UP) {
+            return Seen::There;
+        }
+        if !self.over.swap(true, Ordering::AcqRel) {
+            inner.suspect(self.clone(), waited);
+        }
+        Seen::Over
     }
 
     /// Whether none of the pages is there any more.
-    fn are_gone(&self) -> bool {
-        let Some(pagemap) = &self.inner.pagemap else { return true };
-        self.inner.is_forked() || !pagemap.has_marked(self.range()).unwrap_or(false)
+    fn are_gone(&self, inner: &Inner) -> bool {
+        let Some(pagemap) = &inner.pagemap else { return true };
+        inner.is_forked() || !pagemap.has_marked(self.range()).unwrap_or(false)
     }
+}
+
+/// What a look has seen.
+#[derive(PartialEq)]
+enum Seen {
+    There,
+    /// The pages are gone, or have been waited for as long as there is time, or the source is gone.
+    Over,
 }
 
 impl Drop for Marked {
     fn drop(&mut self) {
-        if !self.inner.is_forked() {
-            self.inner.unwatch(self.watched);
+        if let Some(inner) = self.inner.upgrade()
+            && !inner.is_forked()
+        {
+            inner.unwatch(self.watched);
         }
     }
 }
@@ -126,14 +144,7 @@ impl Future for Look {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        if self.pages.are_gone() {
-            return Poll::Ready(());
-        }
-        let waited = self.pages.began.elapsed();
-        if self.pages.is_time_over(waited) {
-            if !self.pages.over.swap(true, Ordering::AcqRel) {
-                self.pages.inner.suspect(self.pages.clone(), waited);
-            }
+        if self.pages.look() == Seen::Over {
             return Poll::Ready(());
         }
         // The thread inside `madvise` may need this very processor.
@@ -186,7 +197,7 @@ impl Inner {
             let (mut suspects, now) = (self.suspects(), Instant::now());
             let mut at = 0;
             while let Some(suspect) = suspects.get_mut(at) {
-                let gone = suspect.pages.are_gone();
+                let gone = suspect.pages.are_gone(self);
                 changed.extend(gone.then(|| suspect.pages.range()));
                 if gone || now.duration_since(suspect.since) > SUSPECTED {
                     over.push(suspects.remove(at));
