@@ -47,8 +47,12 @@ async fn deliver(mut deliveries: Deliveries) -> io::Result<()> {
     // One that never ends, so that there is always something to select.
     passes.push(Either::Left(future::pending()));
     loop {
-        match future::select(pin!(readable.readable()), passes.select_next_some()).await {
-            Either::Left((rung, _)) => rung?,
+        // Also when it is time to look once more at what a `madvise` was to drop.
+        let look = deliveries.next_look().map_or_else(async_io::Timer::never, async_io::Timer::after);
+        let rings = pin!(readable.readable());
+        match future::select(future::select(rings, look), passes.select_next_some()).await {
+            Either::Left((Either::Left((rung, _)), _)) => rung?,
+            Either::Left((Either::Right(_), _)) => {}
             Either::Right(_) => continue,
         }
         deliveries.clear();
@@ -61,8 +65,9 @@ fn main() -> Result<(), Box<dyn Error>> {
     let (uffd, reader, deliveries) = Uffd::open(&space)?;
     let memory = OwnedMapping::new(&AddressSpace::new(), LEN)?;
     let range = memory.range();
-    let _watch = uffd.watch(range)?;
     let device = space.insert(range, Device)?;
+    // A driver that looks at the memory watches it after `read_begin`: `Uffd::mirror` does. This one only listens.
+    let _watch = uffd.watch(range)?;
 
     // Another part of the program, which knows nothing of the space, gives the memory back.
     let unmapping = std::thread::spawn(move || {

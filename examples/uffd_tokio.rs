@@ -37,7 +37,12 @@ async fn main() -> Result<(), Box<dyn Error>> {
         // SAFETY: the copy is open as long as the `AsyncFd` that owns it.
         let bell = unsafe { AsyncFd::register(deliveries.as_fd().try_clone_to_owned()?)? };
         loop {
-            bell.readable().await?.clear_ready();
+            // Also when it is time to look once more at what a `madvise` was to drop.
+            let look = deliveries.next_look();
+            tokio::select! {
+                ready = bell.readable() => ready?.clear_ready(),
+                () = tokio::time::sleep(look.unwrap_or_default()), if look.is_some() => {}
+            }
             deliveries.clear();
             // A task of its own, so that what is read meanwhile is delivered while this one waits for the device.
             tokio::spawn(deliveries.deliver());
@@ -49,8 +54,9 @@ async fn main() -> Result<(), Box<dyn Error>> {
     // SAFETY: a new mapping where the kernel chooses.
     let memory = unsafe { mmap_anonymous(std::ptr::null_mut(), LEN, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)? };
     let range = AddressRange::new(memory.addr() as u64, LEN as u64)?;
-    let _watch = uffd.watch(range)?;
     let device = space.insert(range, Device)?;
+    // A driver that looks at the memory watches it after `read_begin`: `Uffd::mirror` does. This one only listens.
+    let _watch = uffd.watch(range)?;
 
     // SAFETY: nothing refers to the memory.
     unsafe { munmap(memory, LEN)? };

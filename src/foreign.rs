@@ -83,7 +83,11 @@ impl fmt::Display for Callback {
     }
 }
 
-/// Something that went wrong in foreign code and has no caller to be returned to.
+/// What no caller can be told: mistakes and panics of drivers and other foreign code, and what
+/// became of watched memory.
+///
+/// Reported on whatever thread polls an invalidation or delivers, never on the thread of a
+/// `source::Reader`. A reporter must not wait for the space: let it send to a channel.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Report<'a> {
@@ -107,7 +111,8 @@ pub enum Report<'a> {
         waited: Duration,
     },
     /// The memory of a watch is gone, as a whole or in part, or its source has ended (M2). New
-    /// memory at its addresses is not watched until the watch is renewed.
+    /// memory at its addresses is not watched until the watch is renewed. Not reported for a watch
+    /// that its driver has dropped by then, nor for those of a cache.
     WatchEnded {
         /// What was watched.
         range: AddressRange,

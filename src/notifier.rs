@@ -147,10 +147,17 @@ impl Invalidation<'_> {
         self.request.terms.may_defer()
     }
 
-    /// Returns whether the memory may have changed already (M7): the invalidation comes from a source that hears of changes afterwards.
+    /// Returns whether the change may have been made already (M7): the invalidation comes from a
+    /// source that hears of changes afterwards. Every invalidation of a
+    /// `source::Uffd` is late, also those of a fork and of the end of the source.
     ///
-    /// What the device has not written back yet is lost then. A driver that wrote it to the memory now would write into whatever is mapped there by now,
-    /// which may belong to somebody else. In an invalidation that is not late nothing has changed before its guard is handed out.
+    /// A driver that wrote dirty data back now would write into whatever is mapped there by now,
+    /// which may be somebody else's. So what the device has not written back yet is lost.
+    ///
+    /// `false` says only that *this* change has not been made yet. In memory of an `OwnedMapping`,
+    /// which nobody else unmaps, that is a permission to write back before the pass is done. Memory
+    /// that others unmap may have gone by a change that has not been delivered, or be going at this
+    /// moment: write back there only if the program excludes that by a lock of its own.
     #[inline]
     pub fn is_late(&self) -> bool {
         self.request.terms.is_late()

@@ -100,7 +100,16 @@ const SAME_CHANGE: u32 = 8;
 
 impl Builder {
     /// Makes the cache.
+    ///
+    /// # Panics
+    /// When what [watches](Self::watch) tells another space: then nobody would say when the memory
+    /// goes away.
     pub fn build<D: Device>(self, space: &AddressSpace, device: D) -> RegistrationCache<D> {
+        #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+        assert!(
+            self.uffd.as_ref().is_none_or(|uffd| Arc::ptr_eq(uffd.space().shared(), space.shared())),
+            "the `Uffd` that watches for a cache tells another space than the cache's: open it for this one"
+        );
         RegistrationCache { core: Arc::new(Core::new(space, device, self)) }
     }
 }
@@ -155,7 +164,9 @@ impl<D: Device> Tries<D> {
 }
 
 impl<D: Device> RegistrationCache<D> {
-    /// Makes a cache without limits.
+    /// Makes a cache without limits that watches nothing (K5): it learns only of what is told to the
+    /// space, by [`AddressSpace::invalidate`] or by an `OwnedMapping` of it. For memory that others
+    /// unmap, [`Builder::watch`] it; an open `Uffd` alone is not enough.
     pub fn new(space: &AddressSpace, device: D) -> Self {
         Builder::default().build(space, device)
     }
@@ -171,6 +182,9 @@ impl<D: Device> RegistrationCache<D> {
     /// The registration is of memory as it is: an invalidation that began before this resolves is
     /// over, or waits for the registration to be dropped. What was registered while the space's
     /// gate was closed counts once it is open, unless an invalidation has taken it by then.
+    ///
+    /// Do not await it while you hold a registration of an overlapping range that may have been
+    /// invalidated: it waits for that one to be dropped (K1).
     ///
     /// # Errors
     /// [`GetError`].

@@ -143,8 +143,8 @@ impl Builder {
         self
     }
 
-    /// Watches what is registered, for memory that somebody else unmaps. Its space should be the
-    /// cache's.
+    /// Watches what is registered, for memory that somebody else unmaps (K5). Its space must be the
+    /// cache's: [`build`](Self::build) panics otherwise.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub fn watch(mut self, uffd: crate::source::Uffd) -> Self {
         self.uffd = Some(uffd);

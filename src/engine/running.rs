@@ -86,15 +86,17 @@ impl<'s> Running<'s> {
     }
 
     /// The first passes and all passes are done: what a guard takes over, or the first panic after
-    /// the end (C5). If the thread is unwinding already, the panic is lost and the caller gets
-    /// what the guard takes over.
+    /// the end (C5). If the thread is unwinding already, or the invalidation is late, the panic is
+    /// lost and the caller gets what the guard takes over.
     pub(crate) fn finish_or_resume(self) -> Begun {
-        let shared = self.shared;
+        let (shared, id) = (self.shared, self.id);
         let (begun, panic) = self.finish();
         if !panic.is_some() {
             return begun;
         }
-        if unwinding() {
+        // A change that has happened is nobody's whom a panic could be told (M7).
+        let is_late = shared.with(|state, _| state.protocol.get(id).is_some_and(|active| active.extra.terms.is_late()));
+        if is_late || unwinding() {
             shared.host.losses.lose_first(panic);
             return begun;
         }

@@ -43,11 +43,18 @@ use std::sync::atomic::Ordering;
 /// of the same memory may be used at the same time. If somebody makes the file shorter, accesses
 /// of what is missing end the process (`SIGBUS`); seal it (`F_SEAL_SHRINK`) against others whom
 /// you do not trust.
+///
+/// # Fork
+/// In a child of `fork` it can be read and written; shared memory is the parent's, too. Changing
+/// it is [`MapError::Forked`], and dropping it unmaps it in the child only: the drivers of its
+/// space are the parent's, and are not called (M4).
 #[must_use = "dropping a mapping unmaps it"]
 pub struct OwnedMapping {
     space: AddressSpace,
     /// `None` once it has been unmapped.
     memory: Option<Memory>,
+    /// The process that it was made in.
+    process: u32,
 }
 
 /// What may be done with a part of a mapping.
@@ -82,6 +89,8 @@ pub enum MapError {
         /// Bytes that the file has.
         size: u64,
     },
+    /// The process is a child of the one that made the mapping: the drivers are the parent's.
+    Forked,
     /// The operating system refused; the memory is as it was, unless the method says otherwise.
     Os(io::Error),
     /// New memory could not be put at the address of the old one. The mapping is the new memory, at
@@ -100,15 +109,18 @@ impl fmt::Display for MapError {
             ),
             Self::NotPages { part, len, page } => write!(
                 f,
-                "{:#x}..{:#x} is not a part of a mapping of {len:#x} bytes: it must lie inside, and begin and end at multiples of {page:#x}",
+                "{:#x}..{:#x} is not a part of {len:#x} bytes: it must lie inside, and begin and end at multiples of {page:#x}, also in a file",
                 part.start, part.end
             ),
             Self::BeyondEnd { end, size } => {
                 write!(
                     f,
-                    "the mapping would end at {end:#x} of a file of {size:#x} bytes: make the file longer first (ftruncate)"
+                    "the mapping would end at {end:#x} of a file of {size:#x} bytes: make the file longer first (ftruncate), if it is a file"
                 )
             }
+            Self::Forked => f.write_str(
+                "this process is a child of the one that made the mapping, whose devices cannot be told here: make another one, of the same descriptor if it is shared",
+            ),
             Self::Os(error) => write!(f, "the operating system refused to map the memory or to change it: {error}"),
             Self::AddressLost(error) => {
                 write!(f, "the new memory is at another address, the old one could not be taken over: {error}")
@@ -179,7 +191,7 @@ impl OwnedMapping {
     }
 
     fn of(space: &AddressSpace, memory: Memory) -> Self {
-        Self { space: space.clone(), memory: Some(memory) }
+        Self { space: space.clone(), memory: Some(memory), process: std::process::id() }
     }
 
     /// Returns where the memory is. [`AddressRange::as_ptr`] makes a pointer of it.
@@ -237,6 +249,9 @@ impl OwnedMapping {
     /// # Errors
     /// The mapping, which is still there, and why.
     pub async fn unmap(mut self) -> Result<(), (Self, MapError)> {
+        if let Err(forked) = self.check() {
+            return Err((self, forked));
+        }
         let space = self.space.clone();
         let guard = space.invalidate(self.range(), Event::Unmap).await;
         let unmapped = self.memory.take().map_or(Ok(()), Memory::unmap);
@@ -251,6 +266,8 @@ impl OwnedMapping {
     ///
     /// Without `mremap` (on systems other than Linux) it is copied, and readable and writable
     /// afterwards.
+    ///
+    /// Subscriptions do not move: drivers are inserted anew for the range that is returned.
     ///
     /// # Errors
     /// [`MapError::Os`]; it is then where it was, whole. Once a part has been
@@ -272,6 +289,8 @@ impl OwnedMapping {
     /// readable and writable). [Shared](Self::shared) memory is resized for all who have mapped
     /// it; a [part of a descriptor](Self::from_fd) only as far as the descriptor reaches, and new
     /// pages have what is there.
+    ///
+    /// Subscriptions neither move nor grow: drivers are inserted anew for the range that is returned.
     ///
     /// # Errors
     /// [`MapError`]; the mapping is then where it was, whole. The file of shared memory may be
@@ -362,6 +381,7 @@ impl OwnedMapping {
         event: Event,
         change: impl FnOnce(&mut Memory) -> Result<(), MapError>,
     ) -> Result<(), MapError> {
+        self.check()?;
         let space = self.space.clone();
         let guard = space.invalidate(self.range(), event).await;
         let changed = change(self.memory_mut());
@@ -376,7 +396,13 @@ impl OwnedMapping {
         LEAKED.load(Ordering::Relaxed)
     }
 
+    /// Whether it may be changed in this process (M4).
+    fn check(&self) -> Result<(), MapError> {
+        if self.process == std::process::id() { Ok(()) } else { Err(MapError::Forked) }
+    }
+
     fn part(&self, part: &Range<usize>) -> Result<AddressRange, MapError> {
+        self.check()?;
         let (len, page) = (self.len(), self.memory().unit());
         let whole = part.start < part.end && part.end <= len && part.start.is_multiple_of(page) && part.end.is_multiple_of(page);
         // Added only when it lies inside, so that the sum is an address.
@@ -455,6 +481,11 @@ impl Backing {
 impl Drop for OwnedMapping {
     fn drop(&mut self) {
         let Some(memory) = self.memory.take() else { return };
+        if self.check().is_err() {
+            // Only the child's own view of the memory goes; the space is the parent's, and so are its locks.
+            core::mem::forget(self.space.clone());
+            return;
+        }
         // After a panic of a driver it is not known whether its device has let go.
         match keep(|_| self.space.try_invalidate(memory.range(), Event::Unmap)) {
             Ok(Err(_)) => memory.leak(),
@@ -472,6 +503,9 @@ impl Drop for OwnedMapping {
 
 impl fmt::Debug for OwnedMapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("OwnedMapping").field("range", &self.memory.as_ref().map(Memory::range)).finish_non_exhaustive()
+        match &self.memory {
+            Some(memory) => f.debug_struct("OwnedMapping").field("range", &memory.range()).finish_non_exhaustive(),
+            None => f.write_str("OwnedMapping(unmapped)"),
+        }
     }
 }

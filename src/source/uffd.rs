@@ -84,9 +84,18 @@ use watch::Table;
 /// invalidation.
 ///
 /// # The end
-/// When the reader or the deliveries are dropped, all that was watched is invalidated once more,
-/// all watches end, and no new one is made (M3). A panic of a driver ends nothing: it is [counted
-/// and reported](crate::Report::Panicked).
+/// In this order:
+/// 1. Have dirty data written back while the memory is there: `space.invalidate(range,
+///    Event::ProtectionVma)` is not late, if the program unmaps nothing meanwhile.
+/// 2. Drop registrations, and `flush` caches.
+/// 3. [`stop`](Self::stop), and join the threads of the reader and the deliveries, which drop
+///    them; or cancel the tasks that have them. `stop` before `run` makes `run` return at once.
+/// 4. [`drain`](AddressSpace::drain) the space.
+///
+/// When the reader or the deliveries are dropped, also by a panic of their thread, all watches end,
+/// no new one is made, and all that was watched is invalidated as [`Event::Unmap`](crate::Event::Unmap),
+/// late, by each of the two (M3). A panic of a driver ends nothing: it is [counted and
+/// reported](crate::Report::Panicked).
 ///
 /// # Fork
 /// In a child of `fork` all handles are inert (M4): using one is [`UffdError::Forked`], dropping
@@ -135,6 +144,8 @@ struct Inner {
     bell: OwnedFd,
     /// Readable once the reader shall stop.
     stop: OwnedFd,
+    /// A reader is in its `run`.
+    reading: AtomicBool,
     /// There are no deliveries any more.
     orphaned: AtomicBool,
     /// Events that were read.
@@ -186,13 +197,20 @@ impl Uffd {
         UffdStats { events: self.inner.events.load(Ordering::Relaxed), unsettled: self.inner.unsettled.load(Ordering::Relaxed) }
     }
 
+    /// Returns whether a thread is in [`Reader::run`], so that the program may fork: see [above](Self#two-steps). After
+    /// the reader's thread was spawned, yield until it is.
+    pub fn is_reading(&self) -> bool {
+        self.inner.reading.load(Ordering::Acquire)
+    }
+
     /// Returns whether the process is a child of the one that opened the source (M4).
     #[inline]
     pub fn is_forked(&self) -> bool {
         self.inner.is_forked()
     }
 
-    /// Makes [`Reader::run`] and [`Deliveries::run`] return.
+    /// Makes [`Reader::run`] and [`Deliveries::run`] return, now or when they are called. Loops of
+    /// one's own go on. See [above](Self#the-end).
     pub fn stop(&self) {
         // The descriptor is the parent's, too.
         if !self.is_forked() {

@@ -95,12 +95,19 @@ impl Watches {
         free
     }
 
+    /// Whether a watch exists.
+    pub(super) fn has(&self, watched: Watched) -> bool {
+        let mut has = false;
+        self.index.overlapping(watched.range, |other| has |= other == watched);
+        has
+    }
+
     /// Ends the watches of what `range` overlaps. Calls `lost` with those that nobody else tells.
-    pub(super) fn end(&self, range: AddressRange, mut lost: impl FnMut(AddressRange)) {
+    pub(super) fn end(&self, range: AddressRange, mut lost: impl FnMut(Watched)) {
         self.index.overlapping(range, |watched| {
             let Some(state) = self.states.get(watched.slot) else { return };
             if !state.ended.swap(true, Ordering::AcqRel) && !state.quiet {
-                lost(watched.range);
+                lost(watched);
             }
         });
     }
@@ -146,9 +153,10 @@ mod tests {
         let (_, quiet) = watches.add(range(0x2000, 0x1000), true);
         let (_, other) = watches.add(range(0x4000, 0x1000), false);
         let mut lost = Vec::new();
-        watches.end(range(0x2000, 0x1000), |range| lost.push(range));
-        watches.end(range(0x2000, 0x1000), |range| lost.push(range));
+        watches.end(range(0x2000, 0x1000), |watched| lost.push(watched.range));
+        watches.end(range(0x2000, 0x1000), |watched| lost.push(watched.range));
         assert_eq!(lost, [loud.range]);
+        assert!(watches.has(loud));
         assert!(!state.is_armed() && !quiet.is_armed() && other.is_armed());
         watches.renew(loud);
         assert!(state.is_armed());

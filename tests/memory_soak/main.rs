@@ -51,6 +51,14 @@ fn number(name: &str, otherwise: u64) -> u64 {
     std::env::var(name).ok().map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number, not {text:?}")))
 }
 
+/// Says where each thread is in the kernel.
+fn threads() {
+    for task in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
+        let of = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
+        println!("{:?}: {} in {}: {}", task.file_name(), of("comm").trim(), of("wchan"), of("syscall").trim());
+    }
+}
+
 fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     if arguments.iter().any(|argument| argument == "--list") {
@@ -75,7 +83,10 @@ fn main() {
     let began = Instant::now();
     for (own, slot) in slots.iter().enumerate() {
         let (counts, slot, current) = (counts.clone(), slot.clone(), current.clone());
-        std::thread::spawn(move || owner::own(own, seed, &slot, &current, &counts));
+        std::thread::Builder::new()
+            .name(format!("owner {own}"))
+            .spawn(move || owner::own(own, seed, &slot, &current, &counts))
+            .expect("a thread");
     }
     let looks = (counts.clone(), slots.clone(), current.clone());
     std::thread::spawn(move || owner::look(seed, &looks.1, &looks.2, &looks.0));
@@ -99,6 +110,7 @@ fn main() {
                 } else if since[at].elapsed() > Duration::from_secs(20) {
                     println!("thread {at} gets nowhere after {:.1} s, seed {seed}", began.elapsed().as_secs_f64());
                     println!("{:?}", current.get());
+                    threads();
                     std::process::exit(3);
                 }
             }

@@ -6,7 +6,7 @@ use crate::uffd::{Running, eventually, log};
 use futures::executor::block_on;
 use rustix::mm::Advice;
 use shootdown::cache::{Device, Registration, RegistrationCache};
-use shootdown::source::{Deliveries, Fork, Reader, Uffd, UffdError, Watch};
+use shootdown::source::{Deliveries, Fork, MapError, OwnedMapping, Reader, Uffd, UffdError, Watch};
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -16,6 +16,7 @@ use std::time::{Duration, Instant};
 crate::list![fn isolated_tests:
     m4_h2_in_a_child_every_handle_is_inert_and_the_parents_watches_stay,
     m4_a_thousand_forks_beside_threads_that_get_and_unmap,
+    m4_in_a_child_an_owned_mapping_calls_no_driver_of_the_parent,
     m3_h3_a_fork_at_the_limit_of_descriptors_is_reported_and_nobody_hangs,
     m8_kept_pages_are_not_in_the_child_and_stay_the_parents,
     m8_whoever_ignores_forks_is_not_told_of_them,
@@ -193,6 +194,33 @@ fn m4_a_thousand_forks_beside_threads_that_get_and_unmap() {
     watched.unmap();
     block_on(subscription.read_begin());
     assert!(told.lock().unwrap().contains(&(Event::Unmap, watched.range())));
+}
+
+fn m4_in_a_child_an_owned_mapping_calls_no_driver_of_the_parent() {
+    let space = AddressSpace::new();
+    let mut mapping = OwnedMapping::shared(&space, 2 * PAGE).unwrap();
+    let (_subscription, told) = log(&space, mapping.range());
+    let mut mine = Some(OwnedMapping::shared(&space, PAGE).unwrap());
+    mine.as_mut().unwrap().write(0, b"parent");
+    let process = fork(|| {
+        let refused = matches!(block_on(mapping.discard(0..PAGE)), Err(MapError::Forked))
+            && matches!(block_on(mapping.resize(PAGE)), Err(MapError::Forked))
+            && matches!(block_on(mapping.map_again()), Err(MapError::Forked));
+        let unmapped = block_on(mine.take().unwrap().unmap());
+        let refused = refused && matches!(unmapped, Err((_, MapError::Forked)));
+        mapping.write(0, b"child");
+        drop(unmapped);
+        i32::from(!refused || !told.lock().unwrap().is_empty())
+    });
+    assert_eq!(exit_code(process), Some(0));
+    let mut text = [0; 5];
+    mapping.read(0, &mut text);
+    assert_eq!((&text, told.lock().unwrap().len()), (b"child", 0), "it is shared, and nobody was told of anything");
+    let mut text = [0; 6];
+    mine.unwrap().read(0, &mut text);
+    assert_eq!(&text, b"parent");
+    block_on(mapping.discard(0..PAGE)).unwrap();
+    assert_eq!(told.lock().unwrap().len(), 1);
 }
 
 fn m3_h3_a_fork_at_the_limit_of_descriptors_is_reported_and_nobody_hangs() {

@@ -126,11 +126,14 @@ impl<'a> Invalidate<'a> {
         }
     }
 
-    /// Says that the memory has changed already (M7), for a source of invalidations that hears of changes afterwards. To be called
-    /// before the first poll.
+    /// Says that the memory has changed already (M7), for a source of invalidations that hears of
+    /// changes afterwards. To be called before the first poll.
     ///
-    /// Drivers learn of it by [`Invalidation::is_late`](crate::Invalidation::is_late). All of them are told in the first poll, also beyond the
-    /// [pass budget](crate::Builder::pass_budget) (B4): whoever has not been told yet uses memory that is gone.
+    /// Drivers learn of it by [`Invalidation::is_late`](crate::Invalidation::is_late). All of them
+    /// are told in the first poll, also beyond the [pass budget](crate::Builder::pass_budget) (B4):
+    /// whoever has not been told yet uses memory that is gone. A panic of one has no caller who
+    /// could do anything about it: it is [counted](crate::Stats::lost_panics) and
+    /// [reported](crate::Report::Panicked), and the future resolves.
     pub fn late(mut self) -> Self {
         self.terms = self.terms.late();
         self

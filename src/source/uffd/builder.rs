@@ -147,6 +147,7 @@ impl UffdBuilder {
             turns: AtomicUsize::new(0),
             bell: bell()?,
             stop: bell()?,
+            reading: AtomicBool::new(false),
             orphaned: AtomicBool::new(false),
             events: AtomicU64::new(0),
             unsettled: AtomicU64::new(0),

@@ -2,14 +2,14 @@
 #![forbid(unsafe_code)]
 
 use super::settle::{Marked, Settle};
-use super::watch::Lost;
 use super::{Inner, UffdError, ring, wait};
 use crate::engine::Shared;
 use crate::engine::futures::invalidate::Invalidate;
 use crate::event::Event;
-use crate::foreign::{Callback, Report};
+use crate::foreign::Report;
 use crate::range::AddressRange;
 use crate::source::ring::Change;
+use crate::source::watches::Watched;
 use crate::subscription::Subscription;
 use crate::sync::{Arc, Ordering};
 use alloc::boxed::Box;
@@ -144,10 +144,8 @@ impl Drop for Open<'_> {
     }
 }
 
-/// An invalidation of a change that has happened, or is about to. A panic of a driver in it is
-/// nobody's (C5).
+/// An invalidation of a change that has happened, or is about to.
 struct Late {
-    inner: Arc<Inner>,
     /// Stands in the range while pages are still to go (M5).
     _settle: Option<Subscription<Settle>>,
     invalidation: Pin<Box<Invalidate<'static>>>,
@@ -158,10 +156,8 @@ impl Future for Late {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let this = &mut *self;
-        let losses = &this.inner.shared().host.losses;
         // Its guard ends the range as soon as it is there: there is nothing left to change.
-        let polled = losses.run(Callback::Pass, |_| this.invalidation.as_mut().poll(cx).map(drop));
-        polled.unwrap_or(Poll::Ready(()))
+        this.invalidation.as_mut().poll(cx).map(drop)
     }
 }
 
@@ -169,7 +165,7 @@ impl Future for Late {
 struct Changes {
     ranges: Vec<(AddressRange, Event, Seen)>,
     /// Watches that have ended.
-    lost: Lost,
+    lost: Vec<Watched>,
 }
 
 /// Whether a change has happened when its invalidation starts.
@@ -197,8 +193,11 @@ impl Inner {
         }
         drop(open);
         self.table().forget_dropped(|| self.shared().gate.is_closed_now());
-        for range in changes.lost {
-            self.shared().host.losses.report(&Report::WatchEnded { range });
+        for lost in changes.lost {
+            // Who has heard of it by the invalidation, and has dropped the watch, knows.
+            if self.table().watches.has(lost) {
+                self.shared().host.losses.report(&Report::WatchEnded { range: lost.range });
+            }
         }
         started
     }
@@ -206,11 +205,7 @@ impl Inner {
     fn late(self: &Arc<Self>, range: AddressRange, event: Event, seen: Seen) -> Late {
         let marked = if seen == Seen::ToCome { Marked::new(self, range) } else { None };
         let settle = marked.and_then(|marked| self.space().insert(range, Settle(marked)).ok());
-        Late {
-            inner: self.clone(),
-            _settle: settle,
-            invalidation: Box::pin(self.space().invalidate(range, event).late().into_owned()),
-        }
+        Late { _settle: settle, invalidation: Box::pin(self.space().invalidate(range, event).late().into_owned()) }
     }
 
     /// Without anybody who could wait: the passes are left to the space.
@@ -220,14 +215,14 @@ impl Inner {
 
     /// What the events that were read name.
     fn changes(&self) -> Changes {
-        let mut changes = Changes { ranges: Vec::new(), lost: Lost::new() };
+        let mut changes = Changes { ranges: Vec::new(), lost: Vec::new() };
         let mut again = self.changed_suspects();
         changes.ranges.extend(again.drain(..).map(|range| (range, Event::Clear, Seen::Happened)));
         if self.ring.take_overflow() {
             let table = self.table();
             table.watches.for_each(|range| changes.ranges.push((range, Event::Unmap, Seen::Happened)));
             // Nobody knows which of them have lost their memory.
-            table.watches.end(AddressRange::ALL, |range| changes.lost.push(range));
+            table.watches.end(AddressRange::ALL, |watched| changes.lost.push(watched));
         }
         while let Some(change) = self.ring.take() {
             match change {
@@ -253,7 +248,7 @@ impl Inner {
     fn gone(&self, changes: &mut Changes, start: u64, len: u64) {
         let Ok(range) = AddressRange::new(start, len) else { return };
         changes.ranges.push((range, Event::Unmap, Seen::Happened));
-        self.table().watches.end(range, |range| changes.lost.push(range));
+        self.table().watches.end(range, |watched| changes.lost.push(watched));
     }
 
     /// Pages are about to be dropped.

@@ -95,14 +95,14 @@ impl Uffd {
         N: IntervalNotifier,
         F: Future<Output = Result<P, E>>,
     {
-        let prepare = self.watched(range, prepare);
+        let prepare = self.prepare_watched(range, prepare);
         lock.mirror(subscription, budget, prepare, |mappings, (prepared, watch)| install(mappings, prepared, watch)).await
     }
 
     /// Makes a `prepare` for [`DriverLock::mirror`] or [`Inbox::mirror`](crate::Inbox::mirror) that
     /// first watches `range`, on each try (M1). It resolves to what `prepare` resolves to and
     /// the watch.
-    pub fn watched<P, E, F>(
+    pub fn prepare_watched<P, E, F>(
         &self,
         range: AddressRange,
         mut prepare: impl FnMut(Sequence) -> F,
@@ -120,7 +120,7 @@ impl Uffd {
     }
 }
 
-/// The future of a `prepare` under a watch: see [`Uffd::watched`].
+/// The future of a `prepare` under a watch: see [`Uffd::prepare_watched`].
 #[pin_project::pin_project]
 #[must_use = "futures do nothing unless polled"]
 pub struct Watching<F>(#[pin] Step<F>);

@@ -151,6 +151,8 @@ impl Reader {
     /// What `poll` and [`read`](Self::read) return.
     pub fn run(&mut self) -> std::io::Result<()> {
         self.inner.check()?;
+        self.inner.reading.store(true, Ordering::Release);
+        let _ends = Ends(self.inner.clone());
         loop {
             let [readable, stopped] = wait([self.fd.as_fd(), self.inner.stop.as_fd()], None)?;
             if readable {
@@ -160,6 +162,15 @@ impl Reader {
                 return Ok(());
             }
         }
+    }
+}
+
+/// Says that nobody is in [`Reader::run`] any more.
+struct Ends(Arc<Inner>);
+
+impl Drop for Ends {
+    fn drop(&mut self) {
+        self.0.reading.store(false, Ordering::Release);
     }
 }
 

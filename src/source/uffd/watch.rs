@@ -8,7 +8,6 @@ use crate::source::sys::page_size;
 use crate::source::sys::uffd::{self, Maps, Pagemap};
 use crate::source::watches::{WatchState, Watched, Watches};
 use crate::sync::Arc;
-use alloc::vec::Vec;
 use core::fmt;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -301,6 +300,3 @@ impl fmt::Debug for Watch {
         f.debug_struct("Watch").field("range", &self.range()).field("armed", &self.is_armed()).finish_non_exhaustive()
     }
 }
-
-/// Ranges whose watches have ended, to be reported outside of the lock.
-pub(super) type Lost = Vec<AddressRange>;
