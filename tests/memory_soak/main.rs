@@ -2,7 +2,7 @@
 //! byte by byte.
 //!
 //! `SOAK_SECONDS=60 cargo test --release --features userfaultfd --test memory_soak` is the long form; its last line is one JSON object. It ends at the first
-//! look-up that answers from before a change that had returned, and when a thread gets nowhere for 20 s.
+//! look-up that answers from before a change that had returned, and when a thread gets nowhere for 20 s (with `SOAK_KEEP=1` it then stays, to be looked at).
 //!
 //! Each page that a thread owns holds a stamp, a number that only rises. The thread changes the page, then writes the next stamp, then says which: whoever finds an
 //! earlier stamp than was said before he asked has been given what is gone.
@@ -111,6 +111,9 @@ fn main() {
                     println!("thread {at} gets nowhere after {:.1} s, seed {seed}", began.elapsed().as_secs_f64());
                     println!("{:?}", current.get());
                     threads();
+                    if std::env::var_os("SOAK_KEEP").is_some() {
+                        std::thread::park();
+                    }
                     std::process::exit(3);
                 }
             }

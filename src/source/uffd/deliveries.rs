@@ -83,8 +83,9 @@ impl Deliveries {
             // Also when it is time for another look.
             if rung || !stopped {
                 self.clear();
-                running.push(self.deliver());
-                while let Poll::Ready(Some(_)) = running.poll_next_unpin(&mut cx) {}
+                // At once, however many of those before have something to do.
+                self.inner.start(&mut cx, |late| running.push(late));
+                while let Poll::Ready(Some(())) = running.poll_next_unpin(&mut cx) {}
             }
             if stopped {
                 return Ok(());
