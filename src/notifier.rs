@@ -124,7 +124,13 @@ impl Invalidation<'_> {
     /// On whose behalf, for [`Event::Migrate`] and [`Event::Exclusive`].
     #[inline]
     pub fn owner(&self) -> Option<Owner> {
-        self.request.owner
+        self.event().owner()
+    }
+
+    /// Whether it was [marked](crate::Invalidate::marked) so.
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    pub(crate) fn is_marked(&self, owner: Owner) -> bool {
+        self.request.owner == Some(owner)
     }
 
     /// Whether the driver may leave work to a further pass that takes time. In a non-blockable invalidation it may

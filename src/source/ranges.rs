@@ -57,6 +57,20 @@ impl Ranges {
         overlapping.filter_map(part).collect()
     }
 
+    /// Whether a part of `range` is in the set.
+    pub(super) fn touches(&self, range: AddressRange) -> bool {
+        self.first_in(range).is_some()
+    }
+
+    /// The first address of `range` that is in the set. Allocates nothing.
+    pub(super) fn first_in(&self, range: AddressRange) -> Option<u64> {
+        let before = self.0.range(..=range.start()).next_back();
+        if before.is_some_and(|(_, last)| *last >= range.start()) {
+            return Some(range.start());
+        }
+        self.0.range(range.start()..=range.last()).next().map(|(start, _)| *start)
+    }
+
     /// Calls `each` with every range of the set, in order. Allocates nothing.
     pub(super) fn for_each(&self, mut each: impl FnMut(AddressRange)) {
         self.0.iter().filter_map(|(&start, &last)| AddressRange::try_from(start..=last).ok()).for_each(&mut each);
@@ -92,6 +106,8 @@ mod tests {
                 seen[range.start() as usize..=range.last() as usize].fill(true);
             });
             assert_eq!(seen, model, "step {step}");
+            let first = model[start as usize..=last as usize].iter().position(|set| *set);
+            assert_eq!(ranges.first_in(range), first.map(|at| start + at as u64), "step {step}");
             let probe = AddressRange::try_from(start..=63).unwrap();
             let inside: u64 = ranges.within(probe).iter().filter_map(|part| part.len()).sum();
             assert_eq!(inside, model[start as usize..].iter().filter(|set| **set).count() as u64, "step {step}");

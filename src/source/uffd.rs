@@ -20,18 +20,21 @@ use super::ring::Ring;
 use super::sys::uffd::{ForkMark, Pagemap};
 use super::watches::Watched;
 use crate::engine::Shared;
+use crate::foreign::TaskWaker;
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
-use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering, Weak};
 use alloc::vec::Vec;
 use core::fmt;
 use core::mem::ManuallyDrop;
 use core::time::Duration;
+use deliveries::Starting;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::io::Errno;
-use settle::Suspect;
+use settle::{Marked, Suspect};
 use std::sync::{Mutex, PoisonError, TryLockError};
+use std::time::Instant;
 use watch::Table;
 
 /// Watches ranges of the process's own memory, and turns what happens to them into invalidations of
@@ -126,7 +129,7 @@ struct Inner {
     /// Dropped by hand, not in children of `fork`: the last handle of a space would take its lock.
     space: ManuallyDrop<Option<AddressSpace>>,
     born: ForkMark,
-    fd: Arc<OwnedFd>,
+    opened: Instant,
     promises: Promises,
     /// How long a change is waited for at most.
     settle: Duration,
@@ -134,8 +137,17 @@ struct Inner {
     pagemap: Option<Pagemap>,
     /// What is watched. The reader never takes this lock.
     table: Mutex<Table>,
-    /// Ranges whose pages had not gone in time.
+    /// Pages that are waited for, and ranges whose pages had not gone in time.
+    waited_for: Mutex<Vec<Weak<Marked>>>,
     suspects: Mutex<Vec<Suspect>>,
+    /// Those who look at pages while somebody is in [`Deliveries::run`], who wakes them.
+    lookers: Mutex<Vec<Arc<TaskWaker>>>,
+    running: AtomicUsize,
+    /// It waits for the bell.
+    sleeping: AtomicBool,
+    /// Nanoseconds from `opened` to the last rest between two looks.
+    rested: AtomicU64,
+    starting: Mutex<Starting>,
     ring: Ring,
     /// Times that the reader closed the gate and has read what there was, and the delivery has not
     /// opened it yet.

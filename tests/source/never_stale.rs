@@ -452,12 +452,11 @@ fn m5_pages_that_nobody_watches_are_waited_for_by_who_watches_them_next() {
     let _fork = no_fork();
     let space = AddressSpace::new();
     let (uffd, mut reader, mut deliveries) = Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
-    let memory = Raw::map(2);
-    memory.write(1);
-    let _watch = uffd.watch(memory.part(1, 1).range()).unwrap();
-    // In the same granule, so that it stays registered for the other.
-    let earlier = uffd.watch(memory.part(0, 1).range()).unwrap();
-    drop(earlier);
+    // So many that registrations are given up by granules.
+    let memory = Raw::map(200);
+    memory.part(0, 1).write(1);
+    let mut watches: Vec<_> = (0..80).map(|page| uffd.watch(memory.part(2 * page, 1).range()).unwrap()).collect();
+    drop(watches.remove(0));
     read_during(&mut reader, || memory.part(0, 1).discard(Advice::LinuxFree));
     let mut delivery = Box::pin(deliveries.deliver());
     assert!(delivery.as_mut().now_or_never().is_none());

@@ -501,5 +501,8 @@ fn more_changes_than_there_is_room_for_invalidate_everything_watched() {
     unmapping.join().unwrap();
     assert!(block_on(deliveries.deliver()).unwrap() > 1024);
     block_on(subscription.read_begin());
-    assert_eq!(*told.lock().unwrap(), [(Event::Unmap, other.range())], "what was lost may have been here");
+    let told = told.lock().unwrap();
+    assert_eq!(told[0], (Event::Unmap, other.range()), "what was lost may have been here");
+    // And it may have been a discard whose pages are still there.
+    assert!(told[1..].iter().all(|(event, range)| *event == Event::Clear && range.covers(other.range())), "{told:?}");
 }

@@ -139,6 +139,13 @@ impl<'a> Invalidate<'a> {
         self
     }
 
+    /// Marks it, for a notifier of the library's own that belongs to this invalidation alone.
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    pub(crate) fn marked(mut self, owner: Owner) -> Self {
+        self.owner = Some(owner);
+        self
+    }
+
     /// How often this future lapsed because it was not polled while somebody needed its range (C4).
     pub fn lapses(&self) -> u32 {
         self.lapses

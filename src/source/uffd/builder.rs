@@ -16,6 +16,7 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use std::fs::OpenOptions;
 use std::sync::Mutex;
+use std::time::Instant;
 
 /// Events that every source asks for.
 const EVENTS: u64 = (raw::UFFD_FEATURE_EVENT_REMAP | raw::UFFD_FEATURE_EVENT_REMOVE | raw::UFFD_FEATURE_EVENT_UNMAP) as u64;
@@ -137,12 +138,18 @@ impl UffdBuilder {
         let inner = Arc::new(Inner {
             space: ManuallyDrop::new(Some(space.clone())),
             born: ForkMark::new().map_err(os)?,
-            fd: fd.clone(),
+            opened: Instant::now(),
             promises,
             settle: self.settle,
             pagemap,
             table: Mutex::new(Table::new(fd.clone(), maps, promises)),
+            waited_for: Mutex::default(),
             suspects: Mutex::default(),
+            lookers: Mutex::default(),
+            running: AtomicUsize::new(0),
+            sleeping: AtomicBool::new(false),
+            rested: AtomicU64::new(0),
+            starting: Mutex::default(),
             ring: Ring::new(),
             turns: AtomicUsize::new(0),
             bell: bell()?,

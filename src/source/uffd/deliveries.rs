@@ -1,9 +1,8 @@
 //! The step that calls drivers.
 #![forbid(unsafe_code)]
 
-use super::settle::{Marked, Settle};
+use super::settle::{Marked, REST, Settle, YIELDS};
 use super::{Inner, UffdError, ring, wait};
-use crate::engine::Shared;
 use crate::engine::futures::invalidate::Invalidate;
 use crate::event::Event;
 use crate::foreign::Report;
@@ -20,6 +19,7 @@ use core::task::{Context, Poll, Waker};
 use core::time::Duration;
 use futures::stream::{FuturesUnordered, StreamExt};
 use rustix::fd::{AsFd, BorrowedFd};
+use std::sync::{MutexGuard, PoisonError};
 
 /// Turns what was read into invalidations.
 ///
@@ -77,16 +77,31 @@ impl Deliveries {
         self.inner.check()?;
         let waker = Waker::from(Arc::new(Bell(self.inner.clone())));
         let mut cx = Context::from_waker(&waker);
-        let mut running = FuturesUnordered::new();
+        let mut late = FuturesUnordered::new();
+        self.inner.running.fetch_add(1, Ordering::SeqCst);
+        let _ends = Runs(self.inner.clone());
+        // How often pages were looked at without a rest.
+        let mut looks = 0;
         loop {
-            let [rung, stopped] = wait([self.inner.bell.as_fd(), self.inner.stop.as_fd()], self.next_look())?;
-            // Also when it is time for another look.
-            if rung || !stopped {
+            self.inner.sleeping.store(true, Ordering::SeqCst);
+            let looked_at = self.inner.is_looked_at();
+            looks = if looked_at { looks + 1 } else { 0 };
+            let most = match (looked_at, self.next_look()) {
+                (false, next) => next,
+                (true, _) if looks < YIELDS => Some(Duration::ZERO),
+                (true, next) => Some(next.map_or(REST, |next| next.min(REST))),
+            };
+            let [rung, stopped] = wait([self.inner.bell.as_fd(), self.inner.stop.as_fd()], most)?;
+            self.inner.sleeping.store(false, Ordering::SeqCst);
+            if rung || self.next_look().is_some_and(|next| next.is_zero()) {
                 self.clear();
                 // At once, however many of those before have something to do.
-                self.inner.start(&mut cx, |late| running.push(late));
-                while let Poll::Ready(Some(())) = running.poll_next_unpin(&mut cx) {}
+                self.inner.start(&mut cx, |started| late.push(started));
+            } else if looked_at && looks < YIELDS {
+                std::thread::yield_now();
             }
+            self.inner.wake_lookers();
+            while let Poll::Ready(Some(())) = late.poll_next_unpin(&mut cx) {}
             if stopped {
                 return Ok(());
             }
@@ -136,37 +151,75 @@ impl Drop for Deliveries {
     }
 }
 
-/// Opens the gate when the invalidations have been started.
-struct Open<'a>(&'a Shared, usize);
+/// Somebody is in `run`, until this is dropped.
+struct Runs(Arc<Inner>);
+
+impl Drop for Runs {
+    fn drop(&mut self) {
+        self.0.running.fetch_sub(1, Ordering::SeqCst);
+        self.0.wake_lookers();
+    }
+}
+
+/// What is being started, by several threads if need be.
+#[derive(Default)]
+pub(super) struct Starting {
+    /// Threads that have taken events and not yet told all drivers.
+    threads: usize,
+    /// Closings of the gate that the last of them undoes.
+    closings: usize,
+}
+
+/// Opens the gate when all invalidations of what was taken have been started.
+struct Open<'a>(&'a Inner);
 
 impl Drop for Open<'_> {
     fn drop(&mut self) {
-        self.0.open_gate(self.1);
+        let closings = {
+            let mut starting = self.0.starting();
+            starting.threads -= 1;
+            if starting.threads == 0 { core::mem::take(&mut starting.closings) } else { 0 }
+        };
+        self.0.shared().open_gate(closings);
     }
 }
 
 /// An invalidation of a change that has happened, or is about to.
 struct Late {
+    inner: Arc<Inner>,
+    marked: Option<Arc<Marked>>,
     /// Stands in the range while pages are still to go (M5).
-    _settle: Option<Subscription<Settle>>,
-    invalidation: Pin<Box<Invalidate<'static>>>,
+    settle: Option<Subscription<Settle>>,
+    invalidation: Option<Pin<Box<Invalidate<'static>>>>,
 }
 
 impl Future for Late {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let this = &mut *self;
+        let Some(invalidation) = &mut self.invalidation else { return Poll::Ready(()) };
         // Its guard ends the range as soon as it is there: there is nothing left to change.
-        this.invalidation.as_mut().poll(cx).map(drop)
+        invalidation.as_mut().poll(cx).map(drop)
+    }
+}
+
+impl Drop for Late {
+    fn drop(&mut self) {
+        // In a child of `fork` the locks of the space may be held for ever (M4).
+        if self.inner.is_forked() {
+            core::mem::forget((self.invalidation.take(), self.settle.take(), self.marked.take(), self.inner.clone()));
+        }
     }
 }
 
 /// What events name.
+#[derive(Default)]
 struct Changes {
     ranges: Vec<(AddressRange, Event, Seen)>,
     /// Watches that have ended.
     lost: Vec<Watched>,
+    /// Discards whose pages could not be marked.
+    unseen: Vec<AddressRange>,
 }
 
 /// Whether a change has happened when its invalidation starts.
@@ -178,22 +231,37 @@ enum Seen {
 }
 
 impl Inner {
+    fn starting(&self) -> MutexGuard<'_, Starting> {
+        self.starting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Starts an invalidation of everything that the events name; `pending` gets those whose passes
     /// are pending.
     fn start(self: &Arc<Self>, cx: &mut Context<'_>, mut pending: impl FnMut(Late)) -> usize {
-        let open = Open(self.shared(), self.turns.swap(0, Ordering::AcqRel));
-        let changes = self.changes();
+        let (changes, open) = {
+            let mut starting = self.starting();
+            starting.threads += 1;
+            starting.closings += self.turns.swap(0, Ordering::AcqRel);
+            (self.changes(), Open(self))
+        };
         let started = changes.ranges.len();
         // All of them first: a driver that is told drops its watches, and the marks of another change would
         // go with the registration.
         let lates: Vec<Late> = changes.ranges.into_iter().map(|(range, event, seen)| self.late(range, event, seen)).collect();
         for mut late in lates {
-            if Pin::new(&mut late).poll(cx).is_pending() {
+            let polled = Pin::new(&mut late).poll(cx);
+            if let Some(marked) = &late.marked {
+                self.takes_over(marked);
+            }
+            if polled.is_pending() {
                 pending(late);
             }
         }
         drop(open);
         self.table().forget_dropped(|| self.shared().gate.is_closed_now());
+        for range in changes.unseen {
+            self.report_unsettled(range, Duration::ZERO);
+        }
         for lost in changes.lost {
             // Who has heard of it by the invalidation, and has dropped the watch, knows.
             if self.table().watches.has(lost) {
@@ -205,8 +273,12 @@ impl Inner {
 
     fn late(self: &Arc<Self>, range: AddressRange, event: Event, seen: Seen) -> Late {
         let marked = if seen == Seen::ToCome { Marked::new(self, range) } else { None };
-        let settle = marked.and_then(|marked| self.space().insert(range, Settle(marked)).ok());
-        Late { _settle: settle, invalidation: Box::pin(self.space().invalidate(range, event).late().into_owned()) }
+        let settle = marked.clone().and_then(|marked| self.space().insert(range, Settle(marked)).ok());
+        let mut invalidation = self.space().invalidate(range, event).late();
+        if let Some(marked) = &marked {
+            invalidation = invalidation.marked(marked.owner());
+        }
+        Late { inner: self.clone(), marked, settle, invalidation: Some(Box::pin(invalidation.into_owned())) }
     }
 
     /// Without anybody who could wait: the passes are left to the space.
@@ -214,16 +286,19 @@ impl Inner {
         self.start(&mut Context::from_waker(Waker::noop()), drop);
     }
 
-    /// What the events that were read name.
+    /// What the events that were read name. By one thread at a time.
     fn changes(&self) -> Changes {
-        let mut changes = Changes { ranges: Vec::new(), lost: Vec::new() };
+        let mut changes = Changes::default();
         let mut again = self.changed_suspects();
         changes.ranges.extend(again.drain(..).map(|range| (range, Event::Clear, Seen::Happened)));
         if self.ring.take_overflow() {
             let table = self.table();
             table.watches.for_each(|range| changes.ranges.push((range, Event::Unmap, Seen::Happened)));
-            // Nobody knows which of them have lost their memory.
+            // Nobody knows which of them have lost their memory, nor what is still about to go.
             table.watches.end(AddressRange::ALL, |watched| changes.lost.push(watched));
+            if self.promises.discards {
+                table.for_each_armed(|range| changes.ranges.push((range, Event::Clear, Seen::ToCome)));
+            }
         }
         while let Some(change) = self.ring.take() {
             match change {
@@ -256,7 +331,7 @@ impl Inner {
     fn discarded(&self, changes: &mut Changes, start: u64, end: u64, seen: Seen) {
         let Ok(range) = AddressRange::new(start, end.wrapping_sub(start)) else { return };
         if seen == Seen::Happened {
-            self.report_unsettled(range, Duration::ZERO);
+            changes.unseen.push(range);
         }
         let seen = if self.promises.discards { seen } else { Seen::Happened };
         changes.ranges.push((range, Event::Clear, seen));

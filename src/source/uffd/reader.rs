@@ -208,6 +208,14 @@ impl Drop for Reader {
         while self.read_all().is_ok() && uffd::changing(&self.fd) {
             std::thread::yield_now();
         }
+        // The kernel forgets whatever is left, once the descriptor is closed: that of memory that has grown or was moved meanwhile.
+        loop {
+            if let Some(mut table) = self.inner.try_table() {
+                break table.forget_descriptor();
+            }
+            let _ = self.read_all();
+            std::thread::yield_now();
+        }
         self.inner.ring.overflow();
         self.end_turn();
         if self.inner.orphaned.load(Ordering::Acquire) {

@@ -12,11 +12,11 @@
 #![forbid(unsafe_code)]
 
 use super::{Inner, ring};
-use crate::foreign::Report;
+use crate::event::Owner;
+use crate::foreign::{Report, TaskWaker};
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
 use crate::range::AddressRange;
-use crate::source::sys::uffd;
 use crate::source::watches::Watched;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Weak};
 use alloc::borrow::Cow;
@@ -28,11 +28,11 @@ use core::time::Duration;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Looks between which the one who looks gives its turn to other threads; after that it sleeps.
-const YIELDS: u32 = 16;
+/// Looks between which the one who looks only gives his turn to other threads; after that he rests.
+pub(super) const YIELDS: u32 = 16;
 
-/// How long a sleep between two looks is asked to be: with the timer slack of Linux some 100 µs.
-const SLEEP: Duration = Duration::from_micros(50);
+/// How long a rest between two looks is asked to be: with the timer slack of Linux some 100 µs.
+pub(super) const REST: Duration = Duration::from_micros(50);
 
 /// How many times longer a change is waited for while threads are seen inside calls that have
 /// raised an event.
@@ -51,34 +51,55 @@ pub(super) struct Marked {
     /// Weak: a pass of this belongs to the space, which the source holds.
     inner: Weak<Inner>,
     watched: Watched,
+    /// Told from other invalidations of the range by this.
+    owner: Owner,
+    /// When the first of those changes came that this one has taken over.
     began: Instant,
     /// Nanoseconds from then to the last look that saw a thread inside the call that raised an
     /// event.
     held_up: AtomicU64,
-    /// Somebody has waited for them as long as there was time.
+    /// Nobody waits for them any more: there was no more time, or a later change of the same pages
+    /// is waited for instead.
     over: AtomicBool,
 }
 
 impl Marked {
-    /// `None` when the source has ended.
+    /// `None` when there is nothing to wait for.
     pub(super) fn new(inner: &Arc<Inner>, range: AddressRange) -> Option<Arc<Self>> {
-        let watched = inner.table().hold(range, inner.pagemap.as_ref()?)?;
-        let (began, held_up, over) = (Instant::now(), AtomicU64::new(0), AtomicBool::new(false));
-        Some(Arc::new(Self { inner: Arc::downgrade(inner), watched, began, held_up, over }))
+        let held = inner.table().hold(range, inner.pagemap.as_ref()?);
+        let watched = match held {
+            Ok(watched) => watched?,
+            Err(_) => {
+                inner.report_unsettled(range, Duration::ZERO);
+                return None;
+            }
+        };
+        let (mut began, mut held_up) = (Instant::now(), 0);
+        for earlier in inner.waited_for_within(range) {
+            if earlier.began < began {
+                (began, held_up) = (earlier.began, earlier.held_up.load(Ordering::Relaxed));
+            }
+        }
+        let (held_up, over) = (AtomicU64::new(held_up), AtomicBool::new(false));
+        Some(Arc::new(Self { inner: Arc::downgrade(inner), watched, owner: Owner::new(), began, held_up, over }))
     }
 
-    fn range(&self) -> AddressRange {
+    pub(super) fn owner(&self) -> Owner {
+        self.owner
+    }
+
+    pub(super) fn range(&self) -> AddressRange {
         self.watched.range
     }
 
     /// Looks at them. Readers of the range go on when it is over.
     fn look(self: &Arc<Self>) -> Seen {
         let Some(inner) = self.inner.upgrade() else { return Seen::Over };
-        if self.are_gone(&inner) {
+        if self.over.load(Ordering::Acquire) || self.are_gone(&inner) {
             return Seen::Over;
         }
         let waited = self.began.elapsed();
-        if uffd::changing(&*inner.fd) {
+        if inner.table().is_changing() {
             self.held_up.store(u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
         // The time begins when the thread inside `madvise` has gone on: as long as one has not, for
@@ -122,11 +143,10 @@ impl Drop for Marked {
 pub(super) struct Settle(pub(super) Arc<Marked>);
 
 impl IntervalNotifier for Settle {
-    /// There is no device, so no sequence is set (S4). Another invalidation of the range that comes
-    /// meanwhile waits, too: the pages are not gone.
-    fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-        let look = Look { pages: self.0.clone(), looks: 0 };
-        Ok(Some(PassFuture::new(look)))
+    /// There is no device, so no sequence is set (S4). Other invalidations of the range do not wait.
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        let ours = invalidation.is_marked(self.0.owner);
+        Ok(ours.then(|| PassFuture::new(Look { pages: self.0.clone(), looks: 0 })))
     }
 
     fn name(&self) -> Cow<'static, str> {
@@ -147,14 +167,13 @@ impl Future for Look {
         if self.pages.look() == Seen::Over {
             return Poll::Ready(());
         }
-        // The thread inside `madvise` may need this very processor.
-        if self.looks < YIELDS {
-            std::thread::yield_now();
-        } else {
-            std::thread::sleep(SLEEP);
+        let Some(inner) = self.pages.inner.upgrade() else { return Poll::Ready(()) };
+        if !inner.wakes_lookers(cx) {
+            // Nobody else looks at the clock. The thread inside `madvise` may need this very processor.
+            inner.rest(self.looks);
+            cx.waker().wake_by_ref();
         }
         self.looks = self.looks.saturating_add(1);
-        cx.waker().wake_by_ref();
         Poll::Pending
     }
 }
@@ -169,6 +188,67 @@ pub(super) struct Suspect {
 }
 
 impl Inner {
+    /// Has [`Deliveries::run`](super::Deliveries::run) wake who looks. `false` if nobody is in it.
+    fn wakes_lookers(&self, cx: &mut Context<'_>) -> bool {
+        if self.running.load(Ordering::SeqCst) == 0 {
+            return false;
+        }
+        let looker = TaskWaker::new(cx.waker(), &self.shared().host.losses);
+        self.lookers().push(looker);
+        // It has looked whether there is anybody before, and waits for the bell only.
+        if self.sleeping.load(Ordering::SeqCst) {
+            ring(&self.bell);
+        }
+        // Whoever leaves it wakes those who are here by then.
+        self.running.load(Ordering::SeqCst) != 0
+    }
+
+    /// Whether somebody looks.
+    pub(super) fn is_looked_at(&self) -> bool {
+        !self.lookers().is_empty()
+    }
+
+    /// Has everybody look who does.
+    pub(super) fn wake_lookers(&self) {
+        let lookers = core::mem::take(&mut *self.lookers());
+        lookers.iter().for_each(|looker| looker.rouse());
+    }
+
+    fn lookers(&self) -> MutexGuard<'_, Vec<Arc<TaskWaker>>> {
+        self.lookers.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Leaves the processor to others after so many looks, unless that was done a moment ago: of
+    /// several who look on one thread, one rests.
+    fn rest(&self, looks: u32) {
+        if looks < YIELDS {
+            return std::thread::yield_now();
+        }
+        let now = || u64::try_from(self.opened.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        if now().saturating_sub(self.rested.load(Ordering::Relaxed)) > 30_000 {
+            std::thread::sleep(REST);
+            self.rested.store(now(), Ordering::Relaxed);
+        }
+    }
+
+    /// Those of earlier changes of the same pages that are still waited for.
+    fn waited_for_within(&self, range: AddressRange) -> Vec<Arc<Marked>> {
+        let mut waited_for = self.waited_for.lock().unwrap_or_else(PoisonError::into_inner);
+        waited_for.retain(|marked| marked.strong_count() > 0);
+        let all = waited_for.iter().filter_map(Weak::upgrade).collect::<Vec<_>>();
+        drop(waited_for);
+        all.into_iter().filter(|marked| range.covers(marked.range()) && !marked.over.load(Ordering::Acquire)).collect()
+    }
+
+    /// The invalidation of a change has begun: it is waited for, and earlier ones of the same pages
+    /// are not, as their marks cannot be told from its own.
+    pub(super) fn takes_over(&self, marked: &Arc<Marked>) {
+        for earlier in self.waited_for_within(marked.range()) {
+            earlier.over.store(true, Ordering::Release);
+        }
+        self.waited_for.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(marked));
+    }
+
     /// The time is used up: readers go on, and the range is invalidated again once the pages have
     /// gone.
     fn suspect(&self, pages: Arc<Marked>, waited: Duration) {

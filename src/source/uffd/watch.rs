@@ -18,7 +18,8 @@ const EXACT: usize = 64;
 /// What users watch, and what the kernel watches for that: [`Table::armed`] holds at least all of
 /// it.
 pub(super) struct Table {
-    fd: Arc<OwnedFd>,
+    /// `None` once the reader is gone: the kernel then forgets whatever is left.
+    fd: Option<Arc<OwnedFd>>,
     maps: Option<Maps>,
     promises: Promises,
     /// Set once the reader or the deliveries are gone: nothing is watched any more.
@@ -39,7 +40,7 @@ impl Table {
         // Each takes two mappings.
         let room = uffd::most_mappings() / 8;
         Self {
-            fd,
+            fd: Some(fd),
             maps,
             promises,
             closed: false,
@@ -63,9 +64,7 @@ impl Table {
 
     /// Has the kernel watch the pages of `range`, and what lies around them; returns the pages.
     fn arm(&mut self, range: AddressRange, pagemap: Option<&Pagemap>) -> Result<AddressRange, UffdError> {
-        if self.closed {
-            return Err(UffdError::Closed);
-        }
+        let Some(fd) = self.fd.clone().filter(|_| !self.closed) else { return Err(UffdError::Closed) };
         let (range, piece) = self.piece(range);
         let refused = |error: Errno| match error {
             Errno::NOMEM => UffdError::NoRoom { range },
@@ -75,15 +74,17 @@ impl Table {
             return Err(UffdError::NoRoom { range });
         }
         // Also what is armed already: it may have been mapped over since, and nobody has heard of it yet.
-        let mut armed = uffd::register(&*self.fd, piece).map(|()| piece);
+        // Noted before: the kernel may refuse when it has done some of it.
+        self.armed.insert(piece);
+        let mut armed = uffd::register(&*fd, piece).map(|()| piece);
         if armed.is_err() && piece != range {
             // What lies around it may be of a kind that cannot be watched.
             self.give_up(piece);
-            armed = uffd::register(&*self.fd, range).map(|()| range);
+            self.armed.insert(range);
+            armed = uffd::register(&*fd, range).map(|()| range);
         }
         let keep = self.promises.fork == Fork::Keep;
         let kept = armed.and_then(|armed| {
-            self.armed.insert(armed);
             // The kernel takes a range with a hole, and what is mapped there later is not watched: there must
             // have been a moment without any.
             let whole = match (pagemap, &self.maps) {
@@ -125,26 +126,33 @@ impl Table {
     }
 
     /// Keeps the pages of `range` registered and marked. Also what nobody watches: its registration
-    /// is left from earlier, and who begins to watch it now may find what is about to go.
-    pub(super) fn hold(&mut self, range: AddressRange, pagemap: &Pagemap) -> Option<Watched> {
-        if self.closed {
-            return None;
-        }
-        if !self.dropped.within(range).is_empty() {
+    /// is left from earlier, and who begins to watch it now may find what is about to go. `None`
+    /// when there is nothing to wait for; an error when it cannot be seen.
+    pub(super) fn hold(&mut self, range: AddressRange, pagemap: &Pagemap) -> Result<Option<Watched>, Errno> {
+        let Some(fd) = self.fd.as_ref().filter(|_| !self.closed) else { return Ok(None) };
+        if self.dropped.touches(range) {
             // The marks went with the registration. What is there now may be what is about to go, or new: it is
             // waited for.
-            uffd::register(&*self.fd, range).ok()?;
             self.armed.insert(range);
-            pagemap.mark(range).ok()?;
+            match uffd::register(&**fd, range) {
+                Err(Errno::INVAL) => return Ok(None),
+                registered => registered?,
+            }
+            pagemap.mark(range)?;
         }
-        Some(self.watches.add(range, true).0)
+        Ok(Some(self.watches.add(range, true).0))
+    }
+
+    /// Whether a thread is inside a call that has raised an event.
+    pub(super) fn is_changing(&self) -> bool {
+        self.fd.as_ref().is_some_and(|fd| uffd::changing(&**fd))
     }
 
     /// Forgets what was dropped, unless a change is under way that has raised its event: it is not
     /// read, or not delivered, and has then `closed` the gate.
     pub(super) fn forget_dropped(&mut self, closed: impl FnOnce() -> bool) {
         // In this order: the gate is closed before the event is read.
-        if self.dropped.pieces() > 0 && !uffd::changing(&*self.fd) && !closed() {
+        if self.dropped.pieces() > 0 && !self.is_changing() && !closed() {
             self.dropped = Ranges::default();
         }
     }
@@ -156,36 +164,61 @@ impl Table {
 
     /// Ends what the kernel does for `range` and nobody else needs.
     fn give_up(&mut self, range: AddressRange) {
-        let granule = self.promises.granule;
-        // By whole granules: one in which something else is watched stays registered.
-        for free in self.watches.unwatched(aligned(range, granule)) {
-            let start = free.start().checked_next_multiple_of(granule);
-            let end = free.last().checked_add(1).map_or(u64::MAX, |end| end & !(granule - 1));
+        // By whole granules where there is much: one in which something else is watched stays registered.
+        let few = self.armed.pieces() < EXACT;
+        let unit = if few { page_size() as u64 } else { self.promises.granule };
+        for free in self.watches.unwatched(aligned(range, unit)) {
+            let start = free.start().checked_next_multiple_of(unit);
+            let end = free.last().checked_add(1).map_or(u64::MAX, |end| end & !(unit - 1));
             let whole = start.filter(|start| *start < end).and_then(|start| AddressRange::new(start, end - start).ok());
-            let Some(whole) = whole else { continue };
-            for part in self.armed.within(whole) {
-                self.disarm(part);
+            for part in whole.map(|whole| self.armed.within(whole)).into_iter().flatten() {
+                self.drop_part(part);
             }
-            self.armed.remove(whole);
-            self.dropped.insert(whole);
         }
     }
 
-    /// Has the kernel do nothing more for a part of `armed`.
+    /// Has the kernel do nothing more for a part, and notes that its marks are gone.
+    fn drop_part(&mut self, part: AddressRange) {
+        self.armed.remove(part);
+        self.disarm(part);
+        self.dropped.insert(part);
+    }
+
+    /// Has the kernel do nothing more for a part. Allocates nothing.
     fn disarm(&self, part: AddressRange) {
-        unregister(&self.fd, self.maps.as_ref(), part);
+        let Some(fd) = &self.fd else { return };
+        let part = self.grown(part);
+        unregister(fd, self.maps.as_ref(), part);
         if self.promises.fork == Fork::Keep {
             // It may be gone.
             let _ = uffd::keep_from_children(part, false);
         }
     }
 
+    /// A part and what has grown at its end: `mremap` enlarges a mapping in place, with all that the
+    /// kernel does for it, and raises no event.
+    fn grown(&self, part: AddressRange) -> AddressRange {
+        let mapping = self.maps.as_ref().and_then(|maps| maps.at(part.last()));
+        let (Some(next), Some(mapping)) = (part.last().checked_add(1), mapping) else { return part };
+        let mut last = mapping.range.last();
+        if let Ok(beyond) = AddressRange::try_from(next..=last) {
+            last = self.armed.first_in(beyond).map_or(last, |other| other - 1);
+        }
+        AddressRange::try_from(part.start()..=last.max(part.last())).unwrap_or(part)
+    }
+
     /// What the kernel watches where memory was moved to, it watches no more: nobody asked for
     /// that.
     pub(super) fn moved(&mut self, to: AddressRange) {
         for part in self.watches.unwatched(to) {
-            unregister(&self.fd, self.maps.as_ref(), part);
-            self.armed.remove(part);
+            self.drop_part(part);
+        }
+    }
+
+    /// Calls `each` with all that the kernel may raise events for, unless the source has ended.
+    pub(super) fn for_each_armed(&self, each: impl FnMut(AddressRange)) {
+        if !self.closed {
+            self.armed.for_each(each);
         }
     }
 
@@ -194,6 +227,12 @@ impl Table {
         if !core::mem::replace(&mut self.closed, true) {
             self.armed.for_each(|range| self.disarm(range));
         }
+    }
+
+    /// Gives up the descriptor: once the reader has dropped its own, the kernel forgets what it
+    /// still does for it, whatever that is.
+    pub(super) fn forget_descriptor(&mut self) {
+        self.fd = None;
     }
 }
 
