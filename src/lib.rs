@@ -97,6 +97,8 @@ mod engine;
 mod entry;
 mod event;
 mod foreign;
+#[cfg(all(feature = "cache", not(any(loom, shuttle))))]
+mod fork;
 mod index;
 mod mirror;
 mod notifier;

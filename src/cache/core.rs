@@ -148,7 +148,7 @@ impl<D: Device> Core<D> {
     }
 
     /// What covers `range`, or an attempt to register that will.
-    pub(super) fn find_or_begin(self: &Arc<Self>, range: AddressRange) -> Result<Found<D>, GetError<D::Error>> {
+    pub(super) fn find_or_begin(self: &Arc<Self>, range: AddressRange, alone: bool) -> Result<Found<D>, GetError<D::Error>> {
         let now = self.clock.fetch_add(2, Ordering::Relaxed) + 2;
         let wanted = self.limits.pages(range);
         loop {
@@ -158,7 +158,7 @@ impl<D: Device> Core<D> {
                     return Ok(Found::Live(live));
                 }
                 let known = table.attempt(range).map(|(key, entry)| (key, entry.clone()));
-                let merges = known.is_none() && self.limits.merge == Merge::Touching;
+                let merges = known.is_none() && !alone && self.limits.merge == Merge::Touching;
                 (known, if merges { table.merged(wanted) } else { wanted })
             };
             if let Some((key, entry)) = known {
@@ -223,12 +223,11 @@ impl<D: Device> Core<D> {
             .collect()
     }
 
-    /// Gives up what the limits say, waits for the device to let go of it, and looks after some of
-    /// what is on its way out for other reasons.
-    pub(super) async fn tidy(&self) {
+    /// Gives up what the limits say, and looks after some of what is on its way out for other
+    /// reasons. Returns what the device has still to let go of.
+    pub(super) fn tidy(&self) -> Vec<Arc<Entry<D>>> {
         let mut gone = self.give_up_over();
         gone.append(&mut self.replaced.lock());
-        until_gone(gone).await;
         for _ in 0..LOOKED_AFTER {
             let Some(key) = self.ready.lock().pop_front() else { break };
             let entry = self.read().entry(key).cloned();
@@ -238,6 +237,8 @@ impl<D: Device> Core<D> {
                 self.ready.lock().push_back(key);
             }
         }
+        gone.retain(|entry| entry.leaving().is_some_and(|leaving| !leaving.poke(1)));
+        gone
     }
 
     /// Gives up all that is idle, and waits for the device to let go. Says whether there was
@@ -268,7 +269,7 @@ impl<D: Device> Core<D> {
 
 /// Waits until those that nobody uses are over, or their device refuses: those are tried again
 /// another time.
-async fn until_gone<D: Device>(entries: Vec<Arc<Entry<D>>>) {
+pub(super) async fn until_gone<D: Device>(entries: Vec<Arc<Entry<D>>>) {
     let idle = entries.into_iter().filter(|entry| entry.is_handed_back());
     let mut waits: Vec<_> = idle.filter_map(|entry| Some((entry.leaving()?.wait(), entry))).collect();
     core::future::poll_fn(|cx| {

@@ -328,7 +328,9 @@ impl<D: Device> Entry<D> {
                 let mut progress = self.progress.lock();
                 (core::mem::replace(&mut progress.phase, Phase::Gone), core::mem::take(&mut progress.watched))
             };
-            // It keeps the registration alive, which keeps the space alive.
+            // It keeps the registration alive, which keeps the space alive; also as the pass of an
+            // invalidation that nobody owns.
+            leaving.give_up();
             drop(former);
         }
     }
@@ -336,7 +338,8 @@ impl<D: Device> Entry<D> {
     /// Whether nobody but subscriptions has the space: it cannot be invalidated any more.
     fn is_unreachable(&self) -> bool {
         let shared = self.subscription().shared();
-        Arc::strong_count(shared) <= shared.with(|state, _| state.protocol.registered())
+        let sources = usize::from(self.device.source.is_abandoned());
+        Arc::strong_count(shared) <= shared.with(|state, _| state.protocol.registered()) + sources
     }
 }
 

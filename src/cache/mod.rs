@@ -85,11 +85,12 @@ mod tests;
 mod watch;
 
 use self::core::{Core, Found};
+use crate::foreign::Callback;
+use crate::fork::LeftToParent;
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
 use crate::sync::{Arc, Ordering};
 use ::core::fmt;
-use alloc::boxed::Box;
 pub use device::Device;
 use entry::{Entry, Live, Outcome};
 pub use settings::{Builder, CacheStats, Failure, GetError, Merge, Operation};
@@ -152,6 +153,8 @@ struct Tries<D: Device> {
     last: Option<entry::Change>,
     same: u32,
     made_room: bool,
+    /// Its neighbours were too much, so it is registered without them.
+    alone: bool,
 }
 
 impl<D: Device> Tries<D> {
@@ -203,13 +206,13 @@ impl<D: Device> RegistrationCache<D> {
             return Ok(Registration { live });
         }
         // Boxed, so that the future of a hit is small.
-        Box::pin(self.miss(range)).await
+        LeftToParent::new(self.miss(range), || self.core.is_inert()).await
     }
 
     async fn miss(&self, range: AddressRange) -> Result<Registration<D>, GetError<D::Error>> {
         let core = &self.core;
         core.misses.fetch_add(1, Ordering::Relaxed);
-        let mut tries = Tries { made: 0, registered: None, last: None, same: 0, made_room: false };
+        let mut tries = Tries { made: 0, registered: None, last: None, same: 0, made_room: false, alone: false };
         loop {
             if core.space.shared().gate.is_closed() {
                 ::core::future::poll_fn(|cx| core.space.shared().poll_gate(cx)).await;
@@ -217,7 +220,7 @@ impl<D: Device> RegistrationCache<D> {
             if core.is_inert() {
                 return Err(forked());
             }
-            let (claim, now) = match core.find_or_begin(range)? {
+            let (claim, now) = match core.find_or_begin(range, tries.alone)? {
                 Found::Live(live) => return Ok(Registration { live }),
                 Found::Attempt(claim, now) => (claim, now),
             };
@@ -232,13 +235,20 @@ impl<D: Device> RegistrationCache<D> {
             tries.made += 1;
             let entry = claim.entry().clone();
             let attempt = life::attempt(&entry, now, || core.device.source.watch(entry.range)).await;
-            // From the table, not from the attempt: a `get` that is not polled must not hold a
-            // registration. Before the limits are looked at, so that it is in use.
+            // From the table, not from the attempt. Before the limits are looked at, so that it is in use.
             let registration = core.look_up(range, now).map(|live| Registration { live });
             drop(claim);
-            core.tidy().await;
-            if let Some(registration) = registration {
+            let gone = core.tidy();
+            if gone.is_empty()
+                && let Some(registration) = registration
+            {
                 return Ok(registration);
+            }
+            // A `get` that is not polled must not hold a registration.
+            drop(registration);
+            core::until_gone(gone).await;
+            if let Some(live) = core.look_up(range, now) {
+                return Ok(Registration { live });
             }
             let no_room = match attempt {
                 Ok(Outcome::Live) => {
@@ -258,8 +268,14 @@ impl<D: Device> RegistrationCache<D> {
                 Err(Unwatched::NoRoom(why)) => GetError::Unwatched(why),
             };
             if !core.make_room().await || ::core::mem::replace(&mut tries.made_room, true) {
-                return Err(no_room);
+                // Its neighbours may be what is too much.
+                if tries.alone || entry.range == core.limits.pages(range) {
+                    return Err(no_room);
+                }
+                tries.alone = true;
             }
+            // The device's error is the device's code.
+            core.device.losses.run(Callback::Device, |_| drop(no_room));
             tries.made -= 1;
         }
     }
@@ -279,7 +295,7 @@ impl<D: Device> RegistrationCache<D> {
     /// As of [`flush`](Self::flush).
     pub async fn flush_range(&self, range: AddressRange) {
         if !self.core.is_inert() {
-            self.core.flush(range).await;
+            LeftToParent::new(self.core.flush(range), || self.core.is_inert()).await;
         }
     }
 

@@ -178,6 +178,26 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
         Waiter { task: self.0.clone(), place: None, waker: None }
     }
 
+    /// Ends it unfinished, unless somebody polls it: nobody can see it end any more. What it has is
+    /// dropped.
+    pub(super) fn give_up(&self) {
+        let (future, waiting) = {
+            let mut state = self.0.state.lock();
+            match core::mem::replace(&mut state.stage, Stage::Polled) {
+                Stage::Idle(future) => {
+                    state.stage = Stage::Over(T::default());
+                    (future, state.take_waiting())
+                }
+                other => {
+                    state.stage = other;
+                    return;
+                }
+            }
+        };
+        self.0.losses.run(Callback::Device, |_| drop(future));
+        rouse(waiting);
+    }
+
     /// Polls it without anybody who waits, again as often as it wakes itself, at most so often. If
     /// somebody else polls it, those who wait will do so once more. Says whether it is over.
     pub(super) fn poke(&self, times: u32) -> bool {

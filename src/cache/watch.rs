@@ -64,6 +64,15 @@ impl Source {
         false
     }
 
+    /// Whether there is one that nobody has but the cache: it has the space, and nobody reaches that
+    /// through it.
+    pub(super) fn is_abandoned(&self) -> bool {
+        #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+        return self.uffd.as_ref().is_some_and(crate::source::Uffd::is_abandoned);
+        #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
+        false
+    }
+
     /// Watches `range`, if there is a source.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(super) fn watch(&self, range: AddressRange) -> Result<Watched, Unwatched> {

@@ -112,6 +112,8 @@ use watch::Table;
 /// - A page that another thread writes while `madvise` is about to drop it looks like one that was
 ///   written after it was dropped: the wait ends early, and a device that looks at the page in
 ///   between gets the old one. Programs do not write memory that they discard.
+/// - A discard whose time was used up is looked at for two more seconds (of the last 64 such). Pages of
+///   `MADV_FREE` that go later than that are told to nobody; those that a device has pinned do not go.
 /// - Pages that are swapped out, and pages of shared memory that the process has not touched itself
 ///   (`MADV_REMOVE`), cannot be seen to go.
 /// - Changes that raise no event: `mprotect`, `fallocate(PUNCH_HOLE)` and `ftruncate` of a shared
@@ -160,6 +162,8 @@ struct Inner {
     reading: AtomicBool,
     /// There are no deliveries any more.
     orphaned: AtomicBool,
+    /// Watches that exist.
+    handles: AtomicUsize,
     /// Events that were read.
     events: AtomicU64,
     /// Changes that were not seen to happen within their time.
@@ -197,6 +201,11 @@ impl Uffd {
     /// not reported.
     pub(crate) fn watch_quietly(&self, range: AddressRange) -> Result<Watch, UffdError> {
         Watch::new(&self.inner, range, true)
+    }
+
+    /// Whether nobody has the source but one handle and watches: neither can invalidate anything.
+    pub(crate) fn is_abandoned(&self) -> bool {
+        Arc::strong_count(&self.inner) <= 1 + self.inner.handles.load(Ordering::Relaxed)
     }
 
     /// Returns what the source promises: what was asked for, as far as it is permitted.

@@ -27,6 +27,8 @@ pub struct State {
     pub calls_of_deregister: u64,
     /// More than this it does not map.
     pub room: Option<usize>,
+    /// More pages at once than this it refuses.
+    pub largest: Option<u64>,
     /// It refuses what overlaps something mapped, as CUDA does.
     pub exclusive: bool,
 }
@@ -98,7 +100,8 @@ impl Device for Card {
             let mut state = self.state.lock().unwrap();
             let full = state.room.is_some_and(|room| state.mapped.len() >= room);
             let overlaps = state.exclusive && state.mapped.values().any(|mapped| mapped.overlaps(range));
-            if full || overlaps {
+            let large = state.largest.is_some_and(|most| range.len().is_none_or(|len| len > most * PAGE));
+            if full || overlaps || large {
                 return Err(Refused);
             }
             state.registered += 1;

@@ -1,9 +1,9 @@
 //! K2: a panic or an error of the device concerns the registration that it was asked for.
 
-use crate::device::{Act, Card};
+use crate::device::{Act, Card, throw};
 use crate::support::{now, pages};
-use shootdown::cache::{Failure, GetError, Operation, RegistrationCache};
-use shootdown::{AddressSpace, Callback, Event, Report};
+use shootdown::cache::{Device, Failure, GetError, Operation, RegistrationCache};
+use shootdown::{AddressRange, AddressSpace, Callback, Event, Report};
 use std::sync::{Arc, Mutex};
 
 #[test]
@@ -124,4 +124,38 @@ fn k2_a_waker_that_panics_keeps_nobody_else_asleep() {
     gate.open();
     drop(good.finish().unwrap());
     assert!(space.stats().lost_panics > 0);
+}
+
+/// An error that panics when it is dropped, of a device that has room once something was given up.
+#[test]
+fn k2_an_error_whose_drop_panics_concerns_nobody() {
+    #[derive(Debug)]
+    struct Bomb;
+    impl std::fmt::Display for Bomb {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("full")
+        }
+    }
+    impl std::error::Error for Bomb {}
+    impl Drop for Bomb {
+        fn drop(&mut self) {
+            throw("the drop of an error fails");
+        }
+    }
+    struct Full(std::sync::atomic::AtomicU64);
+    impl Device for Full {
+        type Handle = ();
+        type Error = Bomb;
+        async fn register(&self, _: AddressRange) -> Result<(), Bomb> {
+            if self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 1 { Err(Bomb) } else { Ok(()) }
+        }
+        async fn deregister(&self, _: AddressRange, (): &()) -> Result<(), Bomb> {
+            Ok(())
+        }
+    }
+    let space = AddressSpace::new();
+    let cache = RegistrationCache::new(&space, Full(Default::default()));
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    drop(now(cache.get(pages(2, 1))).unwrap());
+    assert_eq!(space.stats().lost_panics, 1);
 }

@@ -1,8 +1,8 @@
 //! K3: all that is idle can be given up, the least recently used first, whenever it was used.
 
 use crate::device::Card;
-use crate::support::{Gate, now, pages};
-use shootdown::cache::{GetError, RegistrationCache};
+use crate::support::{Gate, Task, now, pages};
+use shootdown::cache::{GetError, Merge, RegistrationCache};
 use shootdown::{AddressSpace, Event};
 
 fn card(change: impl FnOnce(&mut crate::device::State)) -> Card {
@@ -99,4 +99,30 @@ fn k3_report_8_a_device_that_refuses_overlaps_gets_idle_ones_out_of_its_way() {
     drop(now(space.invalidate(pages(0, 9), Event::Unmap)));
     touch(&cache, [1]);
     assert_eq!(card.mapped(), [1]);
+}
+
+/// The `get` is kept and not polled, as the losing arm of a `select!` is.
+#[test]
+fn k1_a_look_up_that_waits_for_room_holds_no_registration() {
+    let (space, mut card) = (AddressSpace::new(), Card::default());
+    let gate = Gate::default();
+    card.deregister_gate = Some(gate.clone());
+    let cache = RegistrationCache::<Card>::builder().max_registrations(1).build(&space, card.clone());
+    touch(&cache, [1]);
+    let mut get = Task::new(cache.get(pages(5, 1)));
+    get.expect_pending();
+    gate.open();
+    // Nobody has a `Registration`.
+    drop(now(space.invalidate(pages(5, 1), Event::Unmap)));
+    assert_eq!(get.finish().unwrap().range(), pages(5, 1), "it begins again");
+}
+
+#[test]
+fn k2_a_neighbour_that_makes_a_registration_too_large_does_not_fail_it() {
+    let (space, card) = (AddressSpace::new(), card(|card| card.largest = Some(1)));
+    let cache = RegistrationCache::<Card>::builder().merge(Merge::Touching).build(&space, card.clone());
+    let held = now(cache.get(pages(1, 1))).unwrap();
+    assert_eq!(now(cache.get(pages(2, 1))).unwrap().range(), pages(2, 1));
+    drop(held);
+    assert!(matches!(now(cache.get(pages(5, 2))), Err(GetError::Register(_))));
 }

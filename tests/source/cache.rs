@@ -19,6 +19,8 @@ crate::list![
     memory_given_back_inside_the_allocators_lock_does_not_deadlock,
     fork_with_registered_memory_registers_again,
     memory_that_cannot_be_watched_is_not_registered,
+    k5_a_cache_whose_source_tells_another_space_is_refused,
+    k1_a_watched_registration_that_nobody_can_reach_leaves_nothing_behind,
     m1_what_get_registers_is_watched_however_long_it_waited,
     m1_a_device_that_changes_the_memory_while_it_registers_comes_to_an_end,
     report_9_a_lock_of_the_device_that_is_held_across_munmap_and_look_ups_blocks_nobody,
@@ -342,4 +344,40 @@ pub fn the_proof_on_io_uring() {
     assert_eq!(nothing.status.code(), Some(1));
     assert!(String::from_utf8_lossy(&nothing.stderr).contains("nothing was shown"));
     assert_eq!(run(&["--reads", "0"]).status.code(), Some(2));
+}
+
+/// A source tells one space; a cache of another would never hear of anything.
+fn k5_a_cache_whose_source_tells_another_space_is_refused() {
+    let _fork = no_fork();
+    let (source, other) = (Running::new(), AddressSpace::new());
+    let build = || RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).build(&other, Nic::default());
+    let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(build)).unwrap_err();
+    assert!(refused.downcast_ref::<&str>().is_some_and(|text| text.contains("another space")));
+}
+
+/// In use when all handles go, and its device takes its time: nobody can wait for it any more, and nothing is left.
+fn k1_a_watched_registration_that_nobody_can_reach_leaves_nothing_behind() {
+    #[derive(Clone)]
+    struct Slow(Arc<()>);
+    impl Device for Slow {
+        type Handle = ();
+        type Error = std::io::Error;
+        async fn register(&self, _: AddressRange) -> std::io::Result<()> {
+            Ok(())
+        }
+        async fn deregister(&self, _: AddressRange, (): &()) -> std::io::Result<()> {
+            std::future::pending().await
+        }
+    }
+    let _fork = no_fork();
+    let device = Slow(Arc::new(()));
+    let space = AddressSpace::new();
+    let (uffd, reader, deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
+    let cache = RegistrationCache::<Slow>::builder().watch(uffd.clone()).build(&space, device.clone());
+    let held = block_on(cache.get(Raw::map(1).range())).unwrap();
+    drop(cache);
+    drop((uffd, reader, deliveries, space));
+    assert_eq!(Arc::strong_count(&device.0), 2, "it is in use");
+    drop(held);
+    assert_eq!(Arc::strong_count(&device.0), 1, "the device is kept for ever");
 }

@@ -43,7 +43,7 @@ impl Device for Nic {
 
 /// Forks. The child runs `child`, which must allocate nothing that another thread of the parent may be allocating (glibc makes that safe), and leaves with what
 /// it returns, without destructors. Returns the child's process.
-fn fork(child: impl FnOnce() -> i32) -> libc::pid_t {
+pub fn fork(child: impl FnOnce() -> i32) -> libc::pid_t {
     // SAFETY: the child runs on this thread's copy of the stack, and ends in `_exit`.
     match unsafe { libc::fork() } {
         -1 => panic!("fork: {}", std::io::Error::last_os_error()),
@@ -57,7 +57,7 @@ fn fork(child: impl FnOnce() -> i32) -> libc::pid_t {
 }
 
 /// Waits for a child, at most some seconds, and returns its exit code; a child that hangs is killed.
-fn exit_code(process: libc::pid_t) -> Option<i32> {
+pub fn exit_code(process: libc::pid_t) -> Option<i32> {
     let (began, mut status) = (Instant::now(), 0);
     loop {
         // SAFETY: `status` is ours.

@@ -2,6 +2,7 @@
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr, clippy::unit_arg)]
 
 mod cache;
+mod corners;
 mod forks;
 mod kinds;
 mod loud;
@@ -65,7 +66,8 @@ fn main() {
     if let Some(name) = std::env::var_os("SHOOTDOWN_BY_ITSELF") {
         return refused::by_itself(name.to_str().unwrap());
     }
-    let isolated_tests: Vec<_> = never_stale::isolated_tests().into_iter().chain(forks::isolated_tests()).collect();
+    let isolated_tests: Vec<_> =
+        never_stale::isolated_tests().into_iter().chain(forks::isolated_tests()).chain(corners::isolated_tests()).collect();
     if let Some(name) = std::env::var_os("SHOOTDOWN_ONE") {
         let test = isolated_tests.iter().find(|(test, _)| *test == name).expect("the parent names a test");
         return (test.1)();
@@ -111,6 +113,7 @@ fn main() {
         .chain(needs_more(loud::tests(), loud::lacking))
         .chain(needs_more(silent::tests(), silent::lacking))
         .chain(needs(never_stale::tests()))
+        .chain(needs(corners::tests()))
         .chain(alone)
         .chain([proof])
         .collect();

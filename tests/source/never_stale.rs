@@ -46,7 +46,7 @@ crate::list![fn isolated_tests:
 
 /// What a mirror has: the contents that it looked at, and their watch.
 #[derive(Default)]
-struct Copying(DriverLock<Option<(u8, Watch)>>);
+pub struct Copying(pub DriverLock<Option<(u8, Watch)>>);
 
 impl IntervalNotifier for Copying {
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
@@ -61,7 +61,7 @@ fn first_byte(memory: Raw) -> u8 {
 }
 
 /// A driver whose device takes until its gate opens.
-struct Slow(futures::future::Shared<futures::channel::oneshot::Receiver<()>>);
+pub struct Slow(pub futures::future::Shared<futures::channel::oneshot::Receiver<()>>);
 
 impl IntervalNotifier for Slow {
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
@@ -70,12 +70,12 @@ impl IntervalNotifier for Slow {
     }
 }
 
-fn gate() -> (futures::channel::oneshot::Sender<()>, futures::future::Shared<futures::channel::oneshot::Receiver<()>>) {
+pub fn gate() -> (futures::channel::oneshot::Sender<()>, futures::future::Shared<futures::channel::oneshot::Receiver<()>>) {
     let (open, gate) = futures::channel::oneshot::channel();
     (open, gate.shared())
 }
 
-async fn mirror(
+pub async fn mirror(
     uffd: &Uffd,
     driver: &Subscription<Copying>,
     memory: Raw,
@@ -321,7 +321,7 @@ impl IntervalNotifier for Busy {
 }
 
 /// Reads until there was an event, while `change` runs on another thread.
-fn read_during(reader: &mut shootdown::source::Reader, change: impl FnOnce() + Send) {
+pub fn read_during(reader: &mut shootdown::source::Reader, change: impl FnOnce() + Send) {
     thread::scope(|scope| {
         let changing = scope.spawn(change);
         eventually("the event is read", || reader.read().unwrap() > 0);

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::{Uffd, UffdError, Watch};
+use crate::fork::LeftToParent;
 use crate::mirror::driver_lock::{DriverLock, MirrorError, RetryBudget};
 use crate::notifier::{IntervalNotifier, Sequence};
 use crate::range::AddressRange;
@@ -96,7 +97,8 @@ impl Uffd {
         F: Future<Output = Result<P, E>>,
     {
         let prepare = self.prepare_watched(range, prepare);
-        lock.mirror(subscription, budget, prepare, |mappings, (prepared, watch)| install(mappings, prepared, watch)).await
+        let install = |mappings: &mut T, (prepared, watch)| install(mappings, prepared, watch);
+        LeftToParent::new(lock.mirror(subscription, budget, prepare, install), || self.is_forked()).await
     }
 
     /// Makes a `prepare` for [`DriverLock::mirror`] or [`Inbox::mirror`](crate::Inbox::mirror) that

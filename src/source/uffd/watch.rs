@@ -7,7 +7,7 @@ use crate::source::ranges::Ranges;
 use crate::source::sys::page_size;
 use crate::source::sys::uffd::{self, Maps, Pagemap};
 use crate::source::watches::{WatchState, Watched, Watches};
-use crate::sync::Arc;
+use crate::sync::{Arc, Ordering};
 use core::fmt;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -293,6 +293,7 @@ impl Watch {
     pub(super) fn new(inner: &Arc<Inner>, range: AddressRange, quiet: bool) -> Result<Self, UffdError> {
         inner.check()?;
         let (watched, state) = inner.table().add(range, quiet, inner.pagemap.as_ref())?;
+        inner.handles.fetch_add(1, Ordering::Relaxed);
         Ok(Self { inner: inner.clone(), watched, state })
     }
 
@@ -330,6 +331,7 @@ impl Drop for Watch {
         // is the parent's (M4).
         if !self.inner.is_forked() {
             self.inner.unwatch(self.watched);
+            self.inner.handles.fetch_sub(1, Ordering::Relaxed);
         }
     }
 }

@@ -1,0 +1,334 @@
+//! Corners that a review found: memory that grows or moves, rings that overflow, deliveries that overlap, storms, and futures of which a child of `fork` has copies.
+
+use crate::forks::{exit_code, fork};
+use crate::memory::Raw;
+use crate::never_stale::{Copying, mirror, read_during};
+use crate::uffd::{Running, eventually, log, no_fork};
+use futures::FutureExt;
+use futures::executor::block_on;
+use rustix::mm::Advice;
+use shootdown::cache::{Device, RegistrationCache};
+use shootdown::source::{Fork, Uffd};
+use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use std::pin::Pin;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::Waker;
+use std::thread;
+use std::time::{Duration, Instant};
+
+crate::list![
+    m3_memory_that_grew_in_place_is_not_watched_behind_the_reader,
+    m3_memory_whose_move_was_not_delivered_is_not_watched_behind_the_reader,
+    m5_a_discard_of_moved_memory_is_waited_for,
+    m5_a_discard_that_found_the_ring_full_is_waited_for,
+    m5_who_waits_for_pages_refuses_nobody_elses_invalidation,
+    m5_a_storm_of_discards_holds_up_no_reader_of_another_range,
+    two_deliveries_at_once_open_the_gate_when_both_have_told_everybody,
+];
+
+crate::list![fn isolated_tests:
+    m8_what_was_moved_or_has_grown_is_in_the_child_once_nobody_watches_it,
+    m4_futures_that_a_child_drops_hang_nobody,
+];
+
+/// Unmaps on a thread of its own; says whether that ends.
+fn can_be_unmapped(memory: Raw) -> bool {
+    let unmapping = thread::spawn(move || memory.unmap());
+    let began = Instant::now();
+    while !unmapping.is_finished() && began.elapsed() < Duration::from_secs(10) {
+        thread::yield_now();
+    }
+    unmapping.is_finished()
+}
+
+/// A page with room behind it, watched, and then made longer in place.
+fn grown(uffd: &Uffd) -> Raw {
+    let room = Raw::map(8);
+    room.part(1, 7).unmap();
+    let watch = uffd.watch(room.part(0, 1).range()).unwrap();
+    let grown = room.part(0, 1).remap(4);
+    drop(watch);
+    grown
+}
+
+fn m3_memory_that_grew_in_place_is_not_watched_behind_the_reader() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
+    let room = Raw::map(8);
+    read_during_any(&mut reader, || room.part(1, 7).unmap());
+    let watch = uffd.watch(room.part(0, 1).range()).unwrap();
+    let grown = room.part(0, 1).remap(4);
+    drop(reader);
+    assert!(can_be_unmapped(grown), "a thread waits for a reader that is gone");
+    drop((watch, deliveries));
+}
+
+/// Reads while `change` runs, whether it raises an event or not.
+fn read_during_any(reader: &mut shootdown::source::Reader, change: impl FnOnce() + Send) {
+    thread::scope(|scope| {
+        let changing = scope.spawn(change);
+        while !changing.is_finished() {
+            reader.read().unwrap();
+            thread::yield_now();
+        }
+    });
+}
+
+fn m3_memory_whose_move_was_not_delivered_is_not_watched_behind_the_reader() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
+    let memory = Raw::map(1);
+    let watch = uffd.watch(memory.range()).unwrap();
+    let moved = Mutex::new(memory);
+    read_during(&mut reader, || *moved.lock().unwrap() = memory.remap(4));
+    drop(reader);
+    assert!(can_be_unmapped(moved.into_inner().unwrap()), "a thread waits for a reader that is gone");
+    drop((watch, deliveries));
+}
+
+fn m5_a_discard_of_moved_memory_is_waited_for() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
+    let memory = Raw::map(1);
+    memory.write(1);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    let moved = Mutex::new(memory);
+    read_during(&mut reader, || *moved.lock().unwrap() = memory.remap(4));
+    let moved = moved.into_inner().unwrap().part(0, 1);
+    // Both are read before one is delivered. `MADV_FREE` leaves the page where it is.
+    read_during(&mut reader, || moved.discard(Advice::LinuxFree));
+    let (readers, _told) = log(&space, moved.range());
+    let mut delivery = Box::pin(deliveries.deliver());
+    assert!(delivery.as_mut().now_or_never().is_none());
+    assert!(readers.read_begin().now_or_never().is_none(), "the page that is about to go is found");
+    moved.write(2);
+    block_on(readers.read_begin());
+    block_on(delivery).unwrap();
+}
+
+fn m5_a_discard_that_found_the_ring_full_is_waited_for() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
+    let (many, memory) = (Raw::map(2 * 1100), Raw::map(1));
+    memory.write(1);
+    let _watches = [uffd.watch(many.range()).unwrap(), uffd.watch(memory.range()).unwrap()];
+    read_during(&mut reader, || {
+        (0..1100).for_each(|page| many.part(2 * page, 1).unmap());
+        memory.discard(Advice::LinuxFree);
+    });
+    let (readers, _told) = log(&space, memory.range());
+    let mut delivery = Box::pin(deliveries.deliver());
+    assert!(delivery.as_mut().now_or_never().is_none());
+    assert!(readers.read_begin().now_or_never().is_none(), "the page that is about to go is found");
+    memory.write(2);
+    block_on(readers.read_begin());
+    block_on(delivery).unwrap();
+}
+
+fn m5_who_waits_for_pages_refuses_nobody_elses_invalidation() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
+    let memory = Raw::map(1);
+    memory.write(1);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    read_during(&mut reader, || memory.discard(Advice::LinuxFree));
+    let mut delivery = Box::pin(deliveries.deliver());
+    assert!(delivery.as_mut().now_or_never().is_none());
+    assert!(space.try_invalidate(memory.range(), Event::Clear).is_ok(), "no device has it");
+    memory.write(2);
+    block_on(delivery).unwrap();
+}
+
+/// A reader looks every now and then at what nobody changes, beside a thread that discards and writes one page every 50 µs.
+fn m5_a_storm_of_discards_holds_up_no_reader_of_another_range() {
+    let _fork = no_fork();
+    let source = Running::of(&AddressSpace::new(), Uffd::builder().fork(Fork::Ignore));
+    let (memory, elsewhere) = (Raw::map(4), Raw::map(1));
+    let _watch = source.uffd.watch(memory.range()).unwrap();
+    let (readers, others) = (log(&source.space, memory.range()).0, log(&source.space, elsewhere.range()).0);
+    let stop = AtomicBool::new(false);
+    let pause = |micros| {
+        let until = Instant::now() + Duration::from_micros(micros);
+        while Instant::now() < until {
+            thread::yield_now();
+        }
+    };
+    let (longest, after) = thread::scope(|scope| {
+        let elsewhere = scope.spawn(|| {
+            let mut longest = Duration::ZERO;
+            while !stop.load(Ordering::Relaxed) {
+                let began = Instant::now();
+                block_on(others.read_begin());
+                longest = longest.max(began.elapsed());
+                pause(200);
+            }
+            longest
+        });
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                block_on(readers.read_begin());
+            }
+        });
+        for round in 0..10_000 {
+            let page = memory.part(round % 4, 1);
+            page.discard(Advice::LinuxDontNeed);
+            page.write(2);
+            pause(50);
+        }
+        let began = Instant::now();
+        block_on(readers.read_begin());
+        let after = began.elapsed();
+        stop.store(true, Ordering::Relaxed);
+        (elsewhere.join().unwrap(), after)
+    });
+    println!("elsewhere at most {longest:?}; right after the storm {after:?}; {:?}", source.uffd.stats());
+    assert!(longest < Duration::from_secs(1) && after < Duration::from_secs(1), "elsewhere {longest:?}, after {after:?}");
+}
+
+/// Takes some time in its first pass.
+struct Slow;
+
+impl IntervalNotifier for Slow {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        (0..20).for_each(|_| thread::yield_now());
+        Ok(None)
+    }
+}
+
+fn two_deliveries_at_once_open_the_gate_when_both_have_told_everybody() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
+    let reading = thread::spawn(move || reader.run().unwrap());
+    let (deliveries, stop) = (Mutex::new(deliveries), AtomicBool::new(false));
+    let stale = thread::scope(|scope| {
+        for _ in 0..3 {
+            scope.spawn(|| {
+                while !stop.load(Ordering::Relaxed) {
+                    let delivery = deliveries.lock().unwrap().deliver();
+                    block_on(delivery).unwrap();
+                    thread::yield_now();
+                }
+            });
+        }
+        let mut stale = 0;
+        for _ in 0..2000 {
+            let memory = Raw::map(2);
+            let _slow = space.insert(memory.part(0, 1).range(), Slow).unwrap();
+            let driver = log(&space, memory.part(1, 1).range()).0;
+            let sequence = block_on(driver.read_begin());
+            let watch = uffd.watch(memory.range()).unwrap();
+            memory.unmap();
+            stale += u32::from(!driver.read_retry(sequence));
+            drop(watch);
+        }
+        stop.store(true, Ordering::Relaxed);
+        stale
+    });
+    uffd.stop();
+    reading.join().unwrap();
+    assert_eq!(stale, 0, "checks that succeeded after `munmap` had returned");
+}
+
+fn m8_what_was_moved_or_has_grown_is_in_the_child_once_nobody_watches_it() {
+    let source = Running::of(&AddressSpace::new(), Uffd::builder().fork(Fork::Keep));
+    let in_child = |memory: Raw| exit_code(fork(|| i32::from(memory.look().is_some()))) == Some(1);
+    let memory = Raw::map(1);
+    memory.write(1);
+    let watch = source.uffd.watch(memory.range()).unwrap();
+    assert!(!in_child(memory));
+    let moved = memory.remap(4);
+    let (probe, _told) = log(&source.space, memory.range());
+    block_on(probe.read_begin());
+    eventually("it is delivered", || in_child(moved.part(0, 1)));
+    drop(watch);
+    let grown = grown(&source.uffd);
+    assert!(in_child(grown));
+    // A neighbour that is watched does not keep what is not.
+    let pair = Raw::map(2);
+    let (one, _other) =
+        (source.uffd.watch(pair.part(0, 1).range()).unwrap(), source.uffd.watch(pair.part(1, 1).range()).unwrap());
+    drop(one);
+    assert!(in_child(pair.part(0, 1)) && !in_child(pair.part(1, 1)));
+}
+
+/// Registers never; says by which waker it would be told.
+#[derive(Default)]
+struct Stuck(Mutex<Option<Waker>>);
+
+impl Device for Stuck {
+    type Handle = ();
+    type Error = std::io::Error;
+
+    async fn register(&self, _: AddressRange) -> std::io::Result<()> {
+        std::future::poll_fn(|cx| {
+            *self.0.lock().unwrap() = Some(cx.waker().clone());
+            std::task::Poll::<()>::Pending
+        })
+        .await;
+        Ok(())
+    }
+
+    async fn deregister(&self, _: AddressRange, (): &()) -> std::io::Result<()> {
+        Ok(())
+    }
+}
+
+fn m4_futures_that_a_child_drops_hang_nobody() {
+    type Any<'a> = Pin<Box<dyn Future<Output = ()> + 'a>>;
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) =
+        Uffd::builder().fork(Fork::Ignore).settle(Duration::from_secs(3600)).open(&space).unwrap();
+    let device = Arc::new(Stuck::default());
+    let cache = RegistrationCache::<Arc<Stuck>>::builder().watch(uffd.clone()).build(&space, device.clone());
+    let memory = Raw::map(4);
+    memory.write(1);
+    let _watch = uffd.watch(memory.part(3, 1).range()).unwrap();
+    let driver = space.insert(memory.part(1, 1).range(), Copying::default()).unwrap();
+    // What the mirror and the second look-up wait for.
+    let (_open, closed) = crate::never_stale::gate();
+    let _slow = space.insert(memory.part(1, 2).range(), crate::never_stale::Slow(closed)).unwrap();
+    let mut other = Box::pin(space.invalidate(memory.part(1, 2).range(), Event::Clear));
+    assert!(other.as_mut().now_or_never().is_none());
+    read_during(&mut reader, || memory.part(3, 1).discard(Advice::LinuxFree));
+    let mut futures: Vec<Any<'_>> = vec![
+        Box::pin(async { drop(cache.get(memory.part(0, 1).range()).await) }),
+        Box::pin(async { drop(deliveries.deliver().await) }),
+        Box::pin(async { drop(cache.get(memory.part(2, 1).range()).await) }),
+        Box::pin(async { drop(mirror(&uffd, &driver, memory.part(1, 1)).await) }),
+    ];
+    // The delivery first: it opens the gate that the others wait for.
+    futures.swap(0, 1);
+    assert!(futures.iter_mut().all(|future| future.as_mut().now_or_never().is_none()));
+    let (stop, waker) = (AtomicBool::new(false), device.0.lock().unwrap().clone().unwrap());
+    let hung = thread::scope(|scope| {
+        // Locks of the space and of the cache's task are mostly held by somebody.
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let elsewhere = AddressRange::new(0x1000, 0x1000).unwrap();
+                while !stop.load(Ordering::Relaxed) {
+                    waker.wake_by_ref();
+                    drop(space.try_invalidate(elsewhere, Event::Clear));
+                }
+            });
+        }
+        let hung = (0..40).filter(|_| {
+            let child = fork(|| {
+                drop(std::mem::take(&mut futures));
+                0
+            });
+            exit_code(child) != Some(0)
+        });
+        let hung = hung.count();
+        stop.store(true, Ordering::Relaxed);
+        hung
+    });
+    assert_eq!(hung, 0, "children hang");
+}
