@@ -326,7 +326,8 @@ fn m4_futures_that_a_child_drops_hang_nobody() {
             });
             exit_code(child) != Some(0)
         });
-        let hung = hung.count();
+        // A few are enough: each is waited for.
+        let hung = hung.take(3).count();
         stop.store(true, Ordering::Relaxed);
         hung
     });
