@@ -82,9 +82,15 @@ use watch::Table;
 /// # Discarded pages
 /// `madvise` with `MADV_DONTNEED`, `MADV_REMOVE` or `MADV_FREE` raises its event *before* the pages
 /// go. Their range stays under invalidation until the pages have been seen gone, for 20 ms at most
-/// ([`UffdBuilder::settle`]). Only readers of that range wait; who looks gives its turn to other
-/// threads and then sleeps for some 100 µs between two looks, on whatever thread polls the
-/// invalidation.
+/// ([`UffdBuilder::settle`]). Only readers of that range wait.
+///
+/// | memory | what becomes of the pages |
+/// | --- | --- |
+/// | private, anonymous or of a file | they are seen to go |
+/// | huge pages | each is seen to go as one |
+/// | shared, `MADV_DONTNEED` | they leave the page table only: whoever has them still has the right ones |
+/// | shared, `MADV_REMOVE` | those that the process has touched are seen to go |
+/// | `MADV_FREE` | they stay until the kernel needs them, so all of the time is used up and reported; those that a device has pinned do not go, and until they are written they may be read as they were or as zeros |
 ///
 /// # The end
 /// In this order:

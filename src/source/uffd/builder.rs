@@ -90,10 +90,12 @@ impl UffdBuilder {
     }
 
     /// How long the range of a `madvise(DONTNEED)` stays under invalidation at most, until its
-    /// pages are seen gone (M5); 20 ms by default. When it is used up, that is
+    /// pages are seen gone (M5); 20 ms by default, from when the thread inside the call has been
+    /// seen to go on, and five times as long in all. When it is used up, that is
     /// [reported](crate::Report::Unsettled), readers go on, and the range is invalidated once more
-    /// when the pages do go.
+    /// if the pages go within two seconds (of the last 64 such ranges).
     ///
+    /// A later discard of the same pages takes the earlier one over, with the time that has passed.
     /// Pages of `MADV_FREE` do not go before the kernel needs them, and pages that the program
     /// writes at once look as if they had stayed: then all of it is used up, for readers of
     /// that range. Zero: nobody waits, and the promise is withdrawn.

@@ -36,7 +36,11 @@ impl Deliveries {
     /// Invalidates what was read so far, and waits until no device uses it and the pages of a
     /// `madvise` have been seen gone. The invalidations start in the first poll, and every
     /// driver is told in it; then the readers of the space go on. Resolves to how many changes
-    /// there were.
+    /// there were. Several may be under way at once: then readers go on when all of them have told
+    /// all drivers.
+    ///
+    /// Between two looks at pages that have not gone, a poll leaves the processor to others and at
+    /// last rests, for some 100 µs; [`run`](Self::run) does not.
     ///
     /// A panic of a driver has no caller here: it is counted and [reported](Report::Panicked) (C5).
     ///

@@ -164,9 +164,16 @@ impl Table {
 
     /// Ends what the kernel does for `range` and nobody else needs.
     fn give_up(&mut self, range: AddressRange) {
-        // By whole granules where there is much: one in which something else is watched stays registered.
-        let few = self.armed.pieces() < EXACT;
-        let unit = if few { page_size() as u64 } else { self.promises.granule };
+        // Exactly where there is little; and granules in which nothing is watched any more, with what was
+        // registered around it. Where there is much, one in which something is watched stays registered.
+        if self.armed.pieces() < EXACT {
+            self.give_up_in(range, page_size() as u64);
+        }
+        self.give_up_in(range, self.promises.granule);
+    }
+
+    /// Does so for those multiples of `unit` that `range` touches and in which nothing is watched.
+    fn give_up_in(&mut self, range: AddressRange, unit: u64) {
         for free in self.watches.unwatched(aligned(range, unit)) {
             let start = free.start().checked_next_multiple_of(unit);
             let end = free.last().checked_add(1).map_or(u64::MAX, |end| end & !(unit - 1));
