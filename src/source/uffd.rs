@@ -305,7 +305,7 @@ impl Inner {
     fn unwatch(&self, watched: Watched) {
         let mut table = self.table();
         table.remove(watched);
-        table.forget_dropped(|| self.shared().gate.is_closed_now());
+        table.tidy(|| self.shared().gate.is_closed_now());
     }
 
     /// The same unless somebody has it.

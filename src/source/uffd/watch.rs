@@ -31,6 +31,8 @@ pub(super) struct Table {
     /// What was unregistered since there was a moment without a change under way: marks in it are
     /// gone. A change that begins later finds nothing registered, and raises no event.
     dropped: Ranges,
+    /// What is to be given up once no change is under way: its marks are needed until then.
+    later: Ranges,
     /// Most ranges that `armed` may consist of.
     room: usize,
 }
@@ -47,6 +49,7 @@ impl Table {
             watches: Watches::new(),
             armed: Ranges::default(),
             dropped: Ranges::default(),
+            later: Ranges::default(),
             room,
         }
     }
@@ -65,6 +68,9 @@ impl Table {
     /// Has the kernel watch the pages of `range`, and what lies around them; returns the pages.
     fn arm(&mut self, range: AddressRange, pagemap: Option<&Pagemap>) -> Result<AddressRange, UffdError> {
         let Some(fd) = self.fd.clone().filter(|_| !self.closed) else { return Err(UffdError::Closed) };
+        if self.armed.pieces() >= self.room / 2 {
+            self.give_up_later();
+        }
         let (range, piece) = self.piece(range);
         let refused = |error: Errno| match error {
             Errno::NOMEM => UffdError::NoRoom { range },
@@ -148,18 +154,24 @@ impl Table {
         self.fd.as_ref().is_some_and(|fd| uffd::changing(&**fd))
     }
 
-    /// Forgets what was dropped, unless a change is under way that has raised its event: it is not
-    /// read, or not delivered, and has then `closed` the gate.
-    pub(super) fn forget_dropped(&mut self, closed: impl FnOnce() -> bool) {
+    /// Gives up what nobody watches any more, and forgets what was dropped before, unless a change is
+    /// under way that has raised its event: it is not read, or not delivered, and has then `closed`
+    /// the gate.
+    pub(super) fn tidy(&mut self, closed: impl FnOnce() -> bool) {
         // In this order: the gate is closed before the event is read.
-        if self.dropped.pieces() > 0 && !self.is_changing() && !closed() {
+        if (self.later.pieces() > 0 || self.dropped.pieces() > 0) && !self.is_changing() && !closed() {
             self.dropped = Ranges::default();
+            self.give_up_later();
         }
+    }
+
+    fn give_up_later(&mut self) {
+        core::mem::take(&mut self.later).for_each(|range| self.give_up(range));
     }
 
     pub(super) fn remove(&mut self, watched: Watched) {
         self.watches.remove(watched);
-        self.give_up(watched.range);
+        self.later.insert(watched.range);
     }
 
     /// Ends what the kernel does for `range` and nobody else needs.
