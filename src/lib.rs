@@ -63,6 +63,7 @@
 //! | which intervals overlap a range, in order | `index` |
 //! | every call of code that is not the library's, and what becomes of its panics: [`Report`], [`Callback`] | `foreign` |
 //! | what is counted: [`NotifierStats`] | `tally` |
+//! | futures that a child of `fork` leaves to its parent (rule M4) | `fork` |
 //! | [`AddressRange`], [`Event`] | `range`, `event` |
 //!
 //! The rules that comments and tests name (`S6`, `L2`, `C4`, …) are those of `CONTRACT.md`.
@@ -97,7 +98,7 @@ mod engine;
 mod entry;
 mod event;
 mod foreign;
-#[cfg(all(feature = "cache", not(any(loom, shuttle))))]
+#[cfg(any(all(feature = "cache", not(any(loom, shuttle))), all(feature = "mapping", unix)))]
 mod fork;
 mod index;
 mod mirror;

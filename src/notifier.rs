@@ -127,9 +127,9 @@ impl Invalidation<'_> {
         self.event().owner()
     }
 
-    /// Whether it was [marked](crate::Invalidate::marked) so.
+    /// Whether it was [tagged](crate::Invalidate::tagged) so.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
-    pub(crate) fn is_marked(&self, owner: Owner) -> bool {
+    pub(crate) fn is_tagged(&self, owner: Owner) -> bool {
         self.request.owner == Some(owner)
     }
 

@@ -101,7 +101,7 @@ fn the_state_calls_nobody_and_work_does_not_know_it() {
 /// only those below it.
 #[test]
 fn lower_modules_never_import_higher_ones() {
-    const ORDER: [&str; 17] = [
+    const ORDER: [&str; 18] = [
         "test_util",
         "cache",
         "source",
@@ -116,6 +116,7 @@ fn lower_modules_never_import_higher_ones() {
         "protocol",
         "index",
         "tally",
+        "fork",
         "foreign",
         "event",
         "range",

@@ -237,7 +237,8 @@ impl<D: Device> Core<D> {
                 self.ready.lock().push_back(key);
             }
         }
-        gone.retain(|entry| entry.leaving().is_some_and(|leaving| !leaving.poke(1)));
+        // Those in use go when their users let go.
+        gone.retain(|entry| entry.is_handed_back() && entry.leaving().is_some_and(|leaving| !leaving.poke(1)));
         gone
     }
 

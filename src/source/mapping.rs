@@ -1,11 +1,17 @@
 //! A mapping that invalidates before it changes.
 #![forbid(unsafe_code)]
 
+mod error;
+
+pub use error::MapError;
+
 #[cfg(target_os = "linux")]
 use super::file::File;
 use super::sys::{Backing, LEAKED, Memory, Refused, page_size};
+use crate::engine::futures::guard::InvalidationGuard;
 use crate::event::Event;
 use crate::foreign::{Callback, FirstPanic, keep};
+use crate::fork::LeftToParent;
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
 use core::fmt;
@@ -13,7 +19,6 @@ use core::ops::Range;
 #[cfg(target_os = "linux")]
 use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::mm::MprotectFlags;
-use std::io;
 use std::sync::atomic::Ordering;
 
 /// Owns memory and brackets every change of it by an invalidation.
@@ -67,69 +72,6 @@ pub enum Protection {
     /// Reading and writing, as in a new mapping.
     ReadWrite,
 }
-
-/// Why a mapping could not be made or changed.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum MapError {
-    /// A length of 0, or a part that is outside of the mapping or does not begin and end at a page.
-    NotPages {
-        /// The part, as offsets in the mapping (in the file, when a mapping is made).
-        part: Range<usize>,
-        /// The mapping's length (the file's).
-        len: usize,
-        /// Bytes of a page.
-        page: usize,
-    },
-    /// The mapping would end behind the end of its descriptor, which the program did not make
-    /// here: an access would end the process. A pipe, a socket or a device has 0 bytes.
-    BeyondEnd {
-        /// Where in the file the mapping would end, exclusive.
-        end: u64,
-        /// Bytes that the file has.
-        size: u64,
-    },
-    /// The process is a child of the one that made the mapping: the drivers are the parent's.
-    Forked,
-    /// The operating system refused; the memory is as it was, unless the method says otherwise.
-    Os(io::Error),
-    /// New memory could not be put at the address of the old one. The mapping is the new memory, at
-    /// another address: see [`OwnedMapping::range`]. The old address is taken for lost, and counted
-    /// by [`OwnedMapping::leaked_bytes`].
-    AddressLost(io::Error),
-}
-
-impl fmt::Display for MapError {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::NotPages { part, page, .. } if part.is_empty() => write!(
-                f,
-                "{:#x}..{:#x} holds no byte: a mapping and a part of it have at least one page of {page:#x} bytes",
-                part.start, part.end
-            ),
-            Self::NotPages { part, len, page } => write!(
-                f,
-                "{:#x}..{:#x} is not a part of {len:#x} bytes: it must lie inside, and begin and end at multiples of {page:#x}, also in a file",
-                part.start, part.end
-            ),
-            Self::BeyondEnd { end, size } => {
-                write!(
-                    f,
-                    "the mapping would end at {end:#x} of a file of {size:#x} bytes: make the file longer first (ftruncate), if it is a file"
-                )
-            }
-            Self::Forked => f.write_str(
-                "this process is a child of the one that made the mapping, whose devices cannot be told here: make another one, of the same descriptor if it is shared",
-            ),
-            Self::Os(error) => write!(f, "the operating system refused to map the memory or to change it: {error}"),
-            Self::AddressLost(error) => {
-                write!(f, "the new memory is at another address, the old one could not be taken over: {error}")
-            }
-        }
-    }
-}
-
-impl core::error::Error for MapError {}
 
 fn os(error: rustix::io::Errno) -> MapError {
     MapError::Os(error.into())
@@ -253,7 +195,7 @@ impl OwnedMapping {
             return Err((self, forked));
         }
         let space = self.space.clone();
-        let guard = space.invalidate(self.range(), Event::Unmap).await;
+        let guard = invalidated(&space, self.process, self.range(), Event::Unmap).await;
         let unmapped = self.memory.take().map_or(Ok(()), Memory::unmap);
         drop(guard);
         unmapped.map_err(|(memory, error)| {
@@ -317,7 +259,7 @@ impl OwnedMapping {
         };
         let range = self.part(&part)?;
         let space = self.space.clone();
-        let guard = space.invalidate(range, Event::ProtectionVma).await;
+        let guard = invalidated(&space, self.process, range, Event::ProtectionVma).await;
         let changed = self.memory_mut().protect(part.start, part.len(), flags);
         drop(guard);
         changed.map_err(os)
@@ -336,7 +278,7 @@ impl OwnedMapping {
     pub async fn discard(&mut self, part: Range<usize>) -> Result<(), MapError> {
         let range = self.part(&part)?;
         let space = self.space.clone();
-        let guard = space.invalidate(range, Event::Clear).await;
+        let guard = invalidated(&space, self.process, range, Event::Clear).await;
         let changed = self.memory_mut().discard(part.start, part.len());
         drop(guard);
         changed.map_err(os)
@@ -383,7 +325,7 @@ impl OwnedMapping {
     ) -> Result<(), MapError> {
         self.check()?;
         let space = self.space.clone();
-        let guard = space.invalidate(self.range(), event).await;
+        let guard = invalidated(&space, self.process, self.range(), event).await;
         let changed = change(self.memory_mut());
         drop(guard);
         changed
@@ -417,6 +359,12 @@ impl OwnedMapping {
     fn memory_mut(&mut self) -> &mut Memory {
         self.memory.as_mut().expect("the memory goes only with the mapping")
     }
+}
+
+/// Invalidates before a change. The future is left to the parent in a child of `fork` (M4), as the
+/// mapping itself is.
+async fn invalidated(space: &AddressSpace, process: u32, range: AddressRange, event: Event) -> InvalidationGuard<'_> {
+    LeftToParent::new(space.invalidate(range, event), move || process != std::process::id()).await
 }
 
 fn whole_pages(len: usize) -> Result<usize, MapError> {

@@ -224,8 +224,8 @@ impl Uffd {
         UffdStats { events: self.inner.events.load(Ordering::Relaxed), unsettled: self.inner.unsettled.load(Ordering::Relaxed) }
     }
 
-    /// Returns whether a thread is in [`Reader::run`], so that the program may fork: see [above](Self#two-steps). After
-    /// the reader's thread was spawned, yield until it is.
+    /// Returns whether a thread is in [`Reader::run`], so that the program may fork: see
+    /// [above](Self#two-steps). After the reader's thread was spawned, yield until it is.
     pub fn is_reading(&self) -> bool {
         self.inner.reading.load(Ordering::Acquire)
     }

@@ -25,6 +25,9 @@ crate::list![
     m1_a_device_that_changes_the_memory_while_it_registers_comes_to_an_end,
     report_9_a_lock_of_the_device_that_is_held_across_munmap_and_look_ups_blocks_nobody,
     report_11_after_a_part_was_unmapped_a_merged_region_is_watched_and_the_hole_is_not,
+];
+
+crate::list![fn isolated_tests:
     k3_when_the_process_has_no_mapping_left_for_a_watch_idle_registrations_are_given_up,
 ];
 
@@ -288,16 +291,8 @@ fn watched(range: AddressRange) -> u64 {
     pages
 }
 
-/// In a process of its own: the others need mappings, too.
+/// The others need mappings, too.
 fn k3_when_the_process_has_no_mapping_left_for_a_watch_idle_registrations_are_given_up() {
-    const ALONE: &str = "SHOOTDOWN_ALONE";
-    if std::env::var_os(ALONE).is_none() {
-        let name = "k3_when_the_process_has_no_mapping_left_for_a_watch_idle_registrations_are_given_up";
-        let mut child = std::process::Command::new(std::env::current_exe().unwrap());
-        let child = child.args(["--exact", name]).env(ALONE, "1").output().unwrap();
-        assert!(child.status.success(), "{}", String::from_utf8_lossy(&child.stdout));
-        return;
-    }
     // Only what is asked for is watched, so that each watch of a page takes mappings.
     let source = Running::of(&AddressSpace::new(), Uffd::builder().granule(4096));
     let (_nic, cache) = cache(&source);

@@ -1,14 +1,14 @@
 //! Corners that a review found: memory that grows or moves, rings that overflow, deliveries that overlap, storms, and futures of which a child of `fork` has copies.
 
 use crate::forks::{exit_code, fork};
-use crate::memory::Raw;
-use crate::never_stale::{Copying, mirror, read_during};
+use crate::memory::{PAGE, Raw};
+use crate::never_stale::{Copying, events_during, mirror, read_during};
 use crate::uffd::{Running, eventually, log, no_fork};
 use futures::FutureExt;
 use futures::executor::block_on;
 use rustix::mm::Advice;
 use shootdown::cache::{Device, RegistrationCache};
-use shootdown::source::{Fork, Uffd};
+use shootdown::source::{Fork, OwnedMapping, Uffd};
 use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +22,7 @@ crate::list![
     m3_memory_whose_move_was_not_delivered_is_not_watched_behind_the_reader,
     m5_a_discard_of_moved_memory_is_waited_for,
     m5_a_discard_that_found_the_ring_full_is_waited_for,
+    m5_marks_outlive_the_watch_that_the_driver_drops_when_it_is_told,
     m5_who_waits_for_pages_refuses_nobody_elses_invalidation,
     m5_a_storm_of_discards_holds_up_no_reader_of_another_range,
     two_deliveries_at_once_open_the_gate_when_both_have_told_everybody,
@@ -57,23 +58,12 @@ fn m3_memory_that_grew_in_place_is_not_watched_behind_the_reader() {
     let space = AddressSpace::new();
     let (uffd, mut reader, deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
     let room = Raw::map(8);
-    read_during_any(&mut reader, || room.part(1, 7).unmap());
+    events_during(&mut reader, || room.part(1, 7).unmap());
     let watch = uffd.watch(room.part(0, 1).range()).unwrap();
     let grown = room.part(0, 1).remap(4);
     drop(reader);
     assert!(can_be_unmapped(grown), "a thread waits for a reader that is gone");
     drop((watch, deliveries));
-}
-
-/// Reads while `change` runs, whether it raises an event or not.
-fn read_during_any(reader: &mut shootdown::source::Reader, change: impl FnOnce() + Send) {
-    thread::scope(|scope| {
-        let changing = scope.spawn(change);
-        while !changing.is_finished() {
-            reader.read().unwrap();
-            thread::yield_now();
-        }
-    });
 }
 
 fn m3_memory_whose_move_was_not_delivered_is_not_watched_behind_the_reader() {
@@ -127,6 +117,27 @@ fn m5_a_discard_that_found_the_ring_full_is_waited_for() {
     assert!(readers.read_begin().now_or_never().is_none(), "the page that is about to go is found");
     memory.write(2);
     block_on(readers.read_begin());
+    block_on(delivery).unwrap();
+}
+
+/// The kernel takes the marks away with the registration.
+fn m5_marks_outlive_the_watch_that_the_driver_drops_when_it_is_told() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
+    let memory = Raw::map(1);
+    memory.write(1);
+    let driver = space.insert(memory.range(), Copying::default()).unwrap();
+    block_on(mirror(&uffd, &driver, memory)).unwrap();
+    read_during(&mut reader, || memory.discard(Advice::LinuxFree));
+    let mut delivery = Box::pin(deliveries.deliver());
+    assert!(delivery.as_mut().now_or_never().is_none());
+    assert!(driver.0.lock().is_none(), "it was told, and nothing else watches the page");
+    for _ in 0..3 {
+        assert!(driver.read_begin().now_or_never().is_none(), "the page that is about to go is found");
+    }
+    memory.write(2);
+    block_on(driver.read_begin());
     block_on(delivery).unwrap();
 }
 
@@ -294,7 +305,9 @@ fn m4_futures_that_a_child_drops_hang_nobody() {
     let driver = space.insert(memory.part(1, 1).range(), Copying::default()).unwrap();
     // What the mirror and the second look-up wait for.
     let (_open, closed) = crate::never_stale::gate();
-    let _slow = space.insert(memory.part(1, 2).range(), crate::never_stale::Slow(closed)).unwrap();
+    let _slow = space.insert(memory.part(1, 2).range(), crate::never_stale::Slow(closed.clone())).unwrap();
+    let mut owned = OwnedMapping::new(&space, PAGE).unwrap();
+    let _owned = space.insert(owned.range(), crate::never_stale::Slow(closed)).unwrap();
     let mut other = Box::pin(space.invalidate(memory.part(1, 2).range(), Event::Clear));
     assert!(other.as_mut().now_or_never().is_none());
     read_during(&mut reader, || memory.part(3, 1).discard(Advice::LinuxFree));
@@ -303,6 +316,7 @@ fn m4_futures_that_a_child_drops_hang_nobody() {
         Box::pin(async { drop(deliveries.deliver().await) }),
         Box::pin(async { drop(cache.get(memory.part(2, 1).range()).await) }),
         Box::pin(async { drop(mirror(&uffd, &driver, memory.part(1, 1)).await) }),
+        Box::pin(async { drop(owned.discard(0..PAGE).await) }),
     ];
     // The delivery first: it opens the gate that the others wait for.
     futures.swap(0, 1);

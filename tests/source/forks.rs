@@ -2,7 +2,7 @@
 //! of their own, because a fork concerns all threads.
 
 use crate::memory::{PAGE, Raw};
-use crate::uffd::{Running, eventually, log};
+use crate::uffd::{Running, eventually, is_readable, log};
 use futures::executor::block_on;
 use rustix::mm::Advice;
 use shootdown::cache::{Device, Registration, RegistrationCache};
@@ -360,11 +360,7 @@ fn m5_a_thread_that_does_not_get_its_processor_inside_madvise_leaves_nothing_sta
             pin(0);
             memory.discard(Advice::LinuxDontNeed);
         });
-        eventually("the event is there", || {
-            let mut polled = libc::pollfd { fd: std::os::fd::AsRawFd::as_raw_fd(&reader), events: libc::POLLIN, revents: 0 };
-            // SAFETY: one structure of ours.
-            unsafe { libc::poll(&raw mut polled, 1, 0) == 1 }
-        });
+        eventually("the event is there", || is_readable(&reader));
         busy.store(true, Ordering::SeqCst);
         assert_eq!(reader.read().unwrap(), 1);
         assert_eq!(block_on(deliveries.deliver()), Ok(1));

@@ -20,12 +20,13 @@ crate::list![
     madv_remove_raises_clear_of_shared_memory,
     the_event_comes_before_pages_are_discarded_and_after_they_are_unmapped,
     a_stack_that_its_thread_leaves_raises_clear,
-    a_heap_made_smaller_by_brk_raises_unmap,
     huge_pages_raise_the_same_events,
     an_owned_mapping_of_which_a_part_is_watched_moves_and_grows,
     a_mapping_of_huge_pages_has_parts_of_huge_pages,
     of_a_misaligned_remove_every_changed_huge_page_is_inside_the_invalidation,
 ];
+
+crate::list![fn isolated_tests: a_heap_made_smaller_by_brk_raises_unmap];
 
 /// What a test needs and this machine does not have.
 pub fn lacking(test: &str) -> Option<String> {
@@ -165,12 +166,8 @@ fn a_stack_that_its_thread_leaves_raises_clear() {
     assert!(given > stack.len().unwrap() / 2, "{stack}: {told:?}");
 }
 
-fn a_heap_made_smaller_by_brk_raises_unmap() {
-    crate::refused::in_a_process_of_its_own("heap");
-}
-
 /// The C library's own heap lies below what is taken here, and must not grow meanwhile.
-pub fn heap_by_itself() {
+fn a_heap_made_smaller_by_brk_raises_unmap() {
     const LEN: usize = 64 * PAGE;
     // SAFETY: sets how much the C library keeps.
     unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, i32::MAX) };

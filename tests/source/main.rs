@@ -62,14 +62,19 @@ fn main() {
         }
         return;
     }
-    // Called again by a test that uses up what the process may have.
-    if let Some(name) = std::env::var_os("SHOOTDOWN_BY_ITSELF") {
-        return refused::by_itself(name.to_str().unwrap());
-    }
-    let isolated_tests: Vec<_> =
-        never_stale::isolated_tests().into_iter().chain(forks::isolated_tests()).chain(corners::isolated_tests()).collect();
+    // Called again by `isolated`. The first need no userfaultfd.
+    let by_themselves = refused::isolated_tests();
+    let watched_by_themselves = [
+        never_stale::isolated_tests(),
+        forks::isolated_tests(),
+        corners::isolated_tests(),
+        cache::isolated_tests(),
+        loud::isolated_tests(),
+    ]
+    .concat();
     if let Some(name) = std::env::var_os("SHOOTDOWN_ONE") {
-        let test = isolated_tests.iter().find(|(test, _)| *test == name).expect("the parent names a test");
+        let all = by_themselves.iter().chain(&watched_by_themselves);
+        let test = all.into_iter().find(|(test, _)| *test == name).expect("the parent names a test");
         return (test.1)();
     }
     let refused = Uffd::open(&AddressSpace::new()).err().map(|error| error.to_string());
@@ -85,14 +90,13 @@ fn main() {
         })
     };
     let needs = |trials| needs_more(trials, |_| None);
-    let alone = isolated_tests.into_iter().map(|(name, _)| {
-        let trial = Trial::test(name, move || Ok(isolated(name)));
-        match &refused {
-            None => trial,
-            Some(why) => trial.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
-        }
+    let alone =
+        |trials: Vec<(&'static str, fn())>| trials.into_iter().map(|(name, _)| Trial::test(name, move || Ok(isolated(name))));
+    let watched_alone = alone(watched_by_themselves).map(|trial| match &refused {
+        None => trial,
+        Some(why) => trial.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
     });
-    let alone: Vec<_> = alone.collect();
+    let watched_alone: Vec<_> = watched_alone.collect();
     let no_ring = io_uring::IoUring::new(2).err().map(|error| format!("io_uring is not permitted: {error}"));
     let proof = Trial::test("the_proof_on_io_uring", || Ok(cache::the_proof_on_io_uring()));
     // The example of the proof is built first.
@@ -105,8 +109,8 @@ fn main() {
     let plain = mapping::tests()
         .into_iter()
         .chain(shared::tests())
-        .chain(refused::tests())
-        .map(|(name, test)| Trial::test(name, move || Ok(test())));
+        .map(|(name, test)| Trial::test(name, move || Ok(test())))
+        .chain(alone(by_themselves));
     let trials = plain
         .chain(needs(uffd::tests()))
         .chain(needs(cache::tests()))
@@ -114,7 +118,7 @@ fn main() {
         .chain(needs_more(silent::tests(), silent::lacking))
         .chain(needs(never_stale::tests()))
         .chain(needs(corners::tests()))
-        .chain(alone)
+        .chain(watched_alone)
         .chain([proof])
         .collect();
     libtest_mimic::run(&Arguments::from_args(), trials).exit();

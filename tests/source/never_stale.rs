@@ -320,16 +320,22 @@ impl IntervalNotifier for Busy {
     }
 }
 
-/// Reads until there was an event, while `change` runs on another thread.
-pub fn read_during(reader: &mut shootdown::source::Reader, change: impl FnOnce() + Send) {
+/// Reads while `change` runs on another thread; returns how many events there were.
+pub fn events_during(reader: &mut shootdown::source::Reader, change: impl FnOnce() + Send) -> usize {
     thread::scope(|scope| {
         let changing = scope.spawn(change);
-        eventually("the event is read", || reader.read().unwrap() > 0);
+        let mut events = 0;
         while !changing.is_finished() {
-            reader.read().unwrap();
+            events += reader.read().unwrap();
             thread::yield_now();
         }
-    });
+        events
+    })
+}
+
+/// Does so for a change that raises an event.
+pub fn read_during(reader: &mut shootdown::source::Reader, change: impl FnOnce() + Send) {
+    assert!(events_during(reader, change) > 0, "it raised no event");
 }
 
 fn m3_a_delivery_that_is_dropped_has_told_everybody_whatever_the_budget() {

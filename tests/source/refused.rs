@@ -9,44 +9,14 @@ use shootdown::source::{MapError, OwnedMapping, Protection};
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-crate::list![
+crate::list![fn isolated_tests:
     a_move_that_is_refused_half_way_leaves_the_mapping_whole,
     a_move_without_room_for_mappings_leaves_the_mapping_whole_wherever_it_stops,
     a_move_without_room_for_addresses_changes_nothing,
 ];
 
-/// Runs one of the tests below in a process of its own, of which it may use up what there is.
-pub fn in_a_process_of_its_own(name: &str) {
-    let output = std::process::Command::new("/proc/self/exe").env("SHOOTDOWN_BY_ITSELF", name).output().unwrap();
-    let said = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
-    print!("{}", said.0);
-    assert!(output.status.success(), "{}: {}{}", output.status, said.0, said.1);
-}
-
-fn a_move_that_is_refused_half_way_leaves_the_mapping_whole() {
-    in_a_process_of_its_own("refused");
-}
-
-fn a_move_without_room_for_mappings_leaves_the_mapping_whole_wherever_it_stops() {
-    in_a_process_of_its_own("mappings");
-}
-
-fn a_move_without_room_for_addresses_changes_nothing() {
-    in_a_process_of_its_own("addresses");
-}
-
-pub fn by_itself(name: &str) {
-    match name {
-        "refused" => refused_by_itself(),
-        "mappings" => without_mappings_by_itself(),
-        "heap" => crate::loud::heap_by_itself(),
-        "addresses" => without_addresses_by_itself(),
-        other => panic!("there is no such test: {other}"),
-    }
-}
-
 /// A page in the middle is sealed (`mseal`, Linux 6.10): what is before it moves, it does not.
-fn refused_by_itself() {
+fn a_move_that_is_refused_half_way_leaves_the_mapping_whole() {
     let space = AddressSpace::new();
     for mut mapping in [OwnedMapping::new(&space, 8 * PAGE).unwrap(), OwnedMapping::shared(&space, 8 * PAGE).unwrap()] {
         in_parts(&mut mapping);
@@ -114,7 +84,7 @@ fn refused_by_itself() {
 }
 
 /// Uses up the mappings of the process, then gives some back, one more each time.
-fn without_mappings_by_itself() {
+fn a_move_without_room_for_mappings_leaves_the_mapping_whole_wherever_it_stops() {
     let space = AddressSpace::new();
     let limit: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
     let mut mappings = [OwnedMapping::new(&space, 8 * PAGE).unwrap(), OwnedMapping::shared(&space, 8 * PAGE).unwrap()];
@@ -190,7 +160,7 @@ fn rights_by_trial(mapping: &OwnedMapping) -> [&'static str; 8] {
 }
 
 /// The process may have some more addresses, but not enough for two places.
-fn without_addresses_by_itself() {
+fn a_move_without_room_for_addresses_changes_nothing() {
     let space = AddressSpace::new();
     let len = 64 << 20;
     for mut mapping in [OwnedMapping::new(&space, len).unwrap(), OwnedMapping::shared(&space, len).unwrap()] {

@@ -2,8 +2,9 @@
 
 use crate::memory::Raw;
 use futures::executor::block_on;
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mm::Advice;
-use shootdown::source::{Fork, Uffd, UffdBuilder, UffdError};
+use shootdown::source::{Fork, Reader, Uffd, UffdBuilder, UffdError};
 use shootdown::{
     AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError, PassFuture, RetryBudget,
     Subscription, WouldBlock,
@@ -412,6 +413,12 @@ fn a_second_userfaultfd_in_the_process_is_an_error_that_names_the_range() {
     memory.part(1, 1).unmap();
 }
 
+/// Whether an event is there to be read.
+pub fn is_readable(reader: &Reader) -> bool {
+    let mut polled = [PollFd::new(reader, PollFlags::IN)];
+    poll(&mut polled, Some(&Timespec::default())).unwrap() == 1
+}
+
 /// Runs this test program as an ordinary user, where nobody may read the original.
 pub fn as_nobody(what: &str) -> std::process::Output {
     let directory = std::env::temp_dir().join(format!("shootdown-nobody-{}", std::process::id()));
@@ -453,8 +460,8 @@ fn when_the_reader_is_dropped_nobody_hangs() {
     let memory = Raw::map(2);
     let _watch = uffd.watch(memory.range()).unwrap();
     let unmapping = thread::spawn(move || memory.unmap());
-    // Nobody reads: the thread waits in the kernel, for as long as we look.
-    thread::sleep(Duration::from_millis(50));
+    // Nobody reads: once the event is there the thread waits in the kernel.
+    eventually("the event is there", || is_readable(&reader));
     assert!(!unmapping.is_finished());
     drop(reader);
     unmapping.join().unwrap();

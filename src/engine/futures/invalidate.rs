@@ -139,9 +139,9 @@ impl<'a> Invalidate<'a> {
         self
     }
 
-    /// Marks it, for a notifier of the library's own that belongs to this invalidation alone.
+    /// Tags it, for a notifier of the library's own that belongs to this invalidation alone.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
-    pub(crate) fn marked(mut self, owner: Owner) -> Self {
+    pub(crate) fn tagged(mut self, owner: Owner) -> Self {
         self.owner = Some(owner);
         self
     }

@@ -23,8 +23,8 @@ use std::sync::{MutexGuard, PoisonError};
 
 /// Turns what was read into invalidations.
 ///
-/// [`run`](Self::run) it on a thread, or wait for its descriptor ([`AsFd`]) to be readable and
-/// await [`deliver`](Self::deliver). Dropping it starts what is left without waiting, ends all
+/// [`run`](Self::run) it on a thread, or wait for its descriptor ([`AsFd`]) to be readable, or until
+/// [`next_look`](Self::next_look), [`clear`](Self::clear) it and await [`deliver`](Self::deliver). Dropping it starts what is left without waiting, ends all
 /// watches, and invalidates all that was watched (M3). In a child of `fork` dropping it does
 /// nothing.
 #[derive(Debug)]
@@ -93,11 +93,7 @@ impl Deliveries {
             let most = match (looked_at, self.next_look()) {
                 (false, next) => next,
                 (true, _) if looks < YIELDS => Some(Duration::ZERO),
-                // Ever less often: who looks takes the processor from the reader, who then marks too late.
-                (true, next) => {
-                    let rest = REST * (1 << ((looks - YIELDS) / 8).min(4));
-                    Some(next.map_or(rest, |next| next.min(rest)))
-                }
+                (true, next) => Some(next.map_or(REST, |next| next.min(REST))),
             };
             let [rung, stopped] = wait([self.inner.bell.as_fd(), self.inner.stop.as_fd()], most)?;
             self.inner.sleeping.store(false, Ordering::SeqCst);
@@ -284,7 +280,7 @@ impl Inner {
         let settle = marked.clone().and_then(|marked| self.space().insert(range, Settle(marked)).ok());
         let mut invalidation = self.space().invalidate(range, event).late();
         if let Some(marked) = &marked {
-            invalidation = invalidation.marked(marked.owner());
+            invalidation = invalidation.tagged(marked.owner());
         }
         Late { inner: self.clone(), marked, settle, invalidation: Some(Box::pin(invalidation.into_owned())) }
     }

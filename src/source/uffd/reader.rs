@@ -1,6 +1,7 @@
 //! The step that reads events: no lock, no memory.
 #![forbid(unsafe_code)]
 
+use super::watch::Table;
 use super::{Inner, ring, wait};
 use crate::range::AddressRange;
 use crate::source::ring::Change;
@@ -58,6 +59,18 @@ impl Reader {
             self.inner.open();
         }
         read
+    }
+
+    /// Takes the table's lock, and reads meanwhile: who has it allocates, and so may be inside `munmap`
+    /// and wait for this reader.
+    fn with_table(&mut self, change: impl FnOnce(&mut Table)) {
+        loop {
+            if let Some(mut table) = self.inner.try_table() {
+                return change(&mut table);
+            }
+            let _ = self.read_all();
+            std::thread::yield_now();
+        }
     }
 
     /// Has the next delivery open the gate that was closed.
@@ -194,28 +207,16 @@ impl Drop for Reader {
         // From here on nothing is found that changes may make stale (M3).
         self.inner.shared().close_gate();
         self.ending = true;
-        // Who has the table allocates, and so may be inside `munmap` and wait for this reader.
-        loop {
-            if let Some(mut table) = self.inner.try_table() {
-                break table.close();
-            }
-            let _ = self.read_all();
-            std::thread::yield_now();
-        }
+        self.with_table(Table::close);
         // Nothing is watched any more, but a change may be under way whose event has to be read. To close
         // the descriptor would not be enough: a thread inside `fork` waits for us, and its child,
         // half made, has a copy of the descriptor.
         while self.read_all().is_ok() && uffd::changing(&self.fd) {
             std::thread::yield_now();
         }
-        // The kernel forgets whatever is left, once the descriptor is closed: that of memory that has grown or was moved meanwhile.
-        loop {
-            if let Some(mut table) = self.inner.try_table() {
-                break table.forget_descriptor();
-            }
-            let _ = self.read_all();
-            std::thread::yield_now();
-        }
+        // The kernel forgets whatever is left, once the descriptor is closed: that of memory that has
+        // grown or was moved meanwhile.
+        self.with_table(Table::forget_descriptor);
         self.inner.ring.overflow();
         self.end_turn();
         if self.inner.orphaned.load(Ordering::Acquire) {
