@@ -6,14 +6,14 @@
 
 #[path = "multi_gpu/gpu.rs"]
 mod gpu;
-#[path = "multi_gpu/memory.rs"]
+#[path = "multi_gpu/memory/mod.rs"]
 mod memory;
+#[path = "multi_gpu/recording/mod.rs"]
+mod recording;
 #[path = "multi_gpu/runtime.rs"]
 mod runtime;
 #[path = "multi_gpu/simulation.rs"]
 mod simulation;
-#[path = "multi_gpu/strace.rs"]
-mod strace;
 
 use plotters::prelude::*;
 use serde::Deserialize;
@@ -53,7 +53,7 @@ fn record(json: &str) -> Result<(), Box<dyn Error>> {
         .include_args(true)
         .build();
     tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer))?;
-    let recording = strace::parse(include_str!("multi_gpu/workloads/numpy.strace"), false).map_err(|error| error.to_string())?;
+    let (_, recording) = recording::open(&[], false)?;
     let model = gpu::Model {
         seed: 1,
         preempt_share: 0.25,

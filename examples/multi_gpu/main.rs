@@ -7,10 +7,10 @@ mod gpu;
 mod html;
 mod memory;
 mod plot;
+mod recording;
 mod report;
 mod runtime;
 mod simulation;
-mod strace;
 
 use clap::{Parser, ValueEnum};
 use gpu::Model;
@@ -33,7 +33,7 @@ struct Options {
     ///
     /// The default is a recording of a Python program that uses NumPy, which is built in.
     #[arg(long, value_name = "FILE")]
-    workload: Option<PathBuf>,
+    workload: Vec<PathBuf>,
 
     /// How many GPUs, as a list
     #[arg(long, value_name = "N,N,…", value_delimiter = ',', default_value = "1,2,4,8,16,32,64", value_parser = clap::value_parser!(u16).range(1..=1024))]
@@ -149,20 +149,7 @@ fn compare_reports(a: &Path, b: &Path) -> Result<(), String> {
 
 /// Runs it all; returns the number of stale accesses.
 fn run(options: &Options) -> Result<u64, String> {
-    let (name, text) = match &options.workload {
-        None => ("numpy.strace (built in)".to_owned(), include_str!("workloads/numpy.strace").to_owned()),
-        Some(path) => {
-            let text = std::fs::read_to_string(path)
-                .map_err(|error| format!("the workload {} cannot be read: {error}", path.display()))?;
-            (path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(), text)
-        }
-    };
-    let recording = strace::parse(&text, options.lenient).map_err(|error| {
-        format!("{name}, {error}\n  Record it with the command in --help, or count such lines with --lenient.")
-    })?;
-    if recording.calls.is_empty() {
-        return Err(format!("{name} holds no system call: record it with the command in --help"));
-    }
+    let (name, recording) = recording::open(&options.workload, options.lenient).map_err(|error| error.to_string())?;
     for skipped in recording.skipped.iter().take(10) {
         eprintln!("skipped {skipped}");
     }

@@ -1,7 +1,7 @@
 //! What the simulation prints: a table, or one JSON object.
 
+use crate::recording::Recording;
 use crate::simulation::{Mode, Row};
-use crate::strace::Recording;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -29,14 +29,10 @@ pub struct Workload {
 
 impl Workload {
     pub fn new(name: &str, recording: &Recording, address_spaces: usize) -> Self {
-        let mut operations = BTreeMap::new();
-        for call in &recording.calls {
-            *operations.entry(call.op.kind().to_owned()).or_insert(0) += 1;
-        }
         Self {
             name: name.into(),
             lines_read: recording.lines,
-            operations,
+            operations: recording.operations(),
             skipped_lines: recording.skipped.len(),
             unfinished_calls: recording.unfinished,
             address_spaces,

@@ -1,9 +1,9 @@
 //! One run: a program's recording, a number of GPUs, a mode.
 
 use crate::gpu::{Command, Current, Gpu, Lane, Mirror, Model, Oracle};
-use crate::memory::{Action, Program};
+use crate::memory::{Action, Change, Program};
+use crate::recording::Recording;
 use crate::runtime::{Runtime, run_real, run_virtual};
-use crate::strace::Recording;
 use hdrhistogram::Histogram;
 use serde::{Deserialize, Serialize};
 use shootdown::{AddressRange, AddressSpace, Event, Subscription};
@@ -129,10 +129,10 @@ impl Simulation {
 
     async fn replay(mut self, recording: &Recording, progress: &(impl Fn(u64) + Send + Sync)) -> Outcome {
         let mut program = Program::default();
-        let mut last_us = 0;
+        let mut last_ns = 0;
         for (at, call) in (0..).zip(&recording.calls) {
-            let pause = Duration::from_micros(call.at_us.saturating_sub(last_us));
-            last_us = last_us.max(call.at_us);
+            let pause = Duration::from_nanos(call.at_ns.saturating_sub(last_ns));
+            last_ns = last_ns.max(call.at_ns);
             if !pause.is_zero() {
                 self.runtime.sleep(pause.min(self.settings.longest_pause)).await;
             }
@@ -145,8 +145,8 @@ impl Simulation {
             }
         }
         // What the recording did not end: devices keep no mapping of a program that is gone.
-        for space in self.spaces.keys().copied().collect::<Vec<_>>() {
-            self.act(Action::Released { space }).await;
+        for action in program.end() {
+            self.act(action).await;
         }
         self.gpus.iter().for_each(|gpu| gpu.stop());
         self.outcome()
@@ -159,10 +159,13 @@ impl Simulation {
                 let builder = AddressSpace::builder().clock(move || clock.now());
                 let builder = if self.settings.mode == Mode::SinglePass { builder.pass_budget(0) } else { builder };
                 self.spaces.insert(space, (builder.build(), Vec::new()));
-                mappings.into_iter().for_each(|range| self.map(space, range));
+                mappings.into_iter().for_each(|(range, _)| self.map(space, range));
             }
-            Action::Mapped { space, range } => self.map(space, range),
-            Action::Invalidate { space, range, event, gone } => self.invalidate(space, range, event, &gone).await,
+            Action::Mapped { space, range, .. } => self.map(space, range),
+            Action::Invalidate { space, range, event, then } => {
+                let gone = if let Change::Unmapped(gone) = then { gone } else { Vec::new() };
+                self.invalidate(space, range, event, &gone).await;
+            }
             Action::Released { space } => {
                 self.invalidate(space, AddressRange::ALL, Event::Release, &[]).await;
                 for mapping in self.spaces.remove(&space).into_iter().flat_map(|(_, mappings)| mappings) {

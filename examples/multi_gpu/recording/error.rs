@@ -1,0 +1,103 @@
+//! What can be wrong with a recording, and what in it is no call.
+
+use std::fmt;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+
+/// Why there is no recording. `Display` says what to do.
+#[derive(Debug)]
+pub enum Error {
+    /// It cannot be read.
+    Unreadable { path: PathBuf, error: io::Error },
+    /// A directory without files, or a pattern that fits no file.
+    NothingThere { path: PathBuf },
+    /// No system call is in it.
+    Empty { name: String },
+    /// No line is strace's.
+    NotStrace { name: String, line: usize },
+    /// It is the table of `strace -c`.
+    OnlyCounts { name: String },
+    /// A line is not understood and may concern memory.
+    Line { name: String, error: ParseError },
+}
+
+const HOW: &str = "Record it with: strace -f -ttt -e trace=%memory,%process -o FILE PROGRAM";
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Unreadable { path, error } => write!(f, "the workload {} cannot be read: {error}", path.display()),
+            Self::NothingThere { path } => write!(f, "the workload {} cannot be read: there is no file", path.display()),
+            Self::Empty { name } => write!(f, "{name} holds no system call\n  {HOW}"),
+            Self::NotStrace { name, line } => {
+                write!(
+                    f,
+                    "{name} is not strace's: no line is a system call as strace writes it (line {line} comes near)\n  {HOW}"
+                )
+            }
+            Self::OnlyCounts { name } => {
+                write!(f, "{name} has only counts of system calls (strace -c), not the calls\n  {HOW}")
+            }
+            Self::Line { name, error } => {
+                write!(f, "{name}, {error}\n  To count such lines and go on, add --lenient. {HOW}")
+            }
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Self::Unreadable { error, .. } => Some(error),
+            Self::Line { error, .. } => Some(error),
+            _ => None,
+        }
+    }
+}
+
+/// A line that is not understood and may concern memory.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ParseError {
+    /// Where there are several files: which.
+    pub file: Option<Arc<str>>,
+    pub line: usize,
+    pub reason: String,
+}
+
+impl fmt::Display for ParseError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(file) = &self.file {
+            write!(f, "{file}, ")?;
+        }
+        write!(f, "line {}: {}", self.line, self.reason)
+    }
+}
+
+impl std::error::Error for ParseError {}
+
+/// A line that is no call.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Note {
+    pub file: Option<Arc<str>>,
+    pub line: usize,
+    /// Its beginning.
+    pub text: String,
+}
+
+/// What a line that is no call is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum NoteKind {
+    /// `--- SIGCHLD … ---`
+    Signal,
+    /// `+++ exited with 0 +++`
+    End,
+    /// `strace: Process 7 attached`
+    Message,
+    /// ` > libc.so.6(mmap+0x17) [0x10ab]`
+    Stack,
+    /// The table of `strace -C`.
+    Summary,
+    /// Not strace's: a prompt, output of the program.
+    Text,
+}
