@@ -31,7 +31,8 @@ use std::time::Duration;
 struct Options {
     /// A recording made by: strace -f -ttt -e trace=%memory,clone,clone3,fork,vfork,execve,exit_group -o FILE PROGRAM
     ///
-    /// The default is a recording of a Python program that uses NumPy, which is built in.
+    /// A file, a directory, a pattern or `-` for standard input; several are one recording (strace -ff). The guide's page `recording`
+    /// says which options of strace are understood. The default is a recording of a Python program that uses NumPy, which is built in.
     #[arg(long, value_name = "FILE")]
     workload: Vec<PathBuf>,
 
@@ -62,6 +63,10 @@ struct Options {
     /// Count lines of the recording that cannot be parsed, instead of ending with an error
     #[arg(long)]
     lenient: bool,
+
+    /// List what was not read as a call: skipped lines, notes, other system calls
+    #[arg(short, long)]
+    verbose: bool,
 
     /// Plant a bug, to see that the check finds it
     #[arg(long, value_name = "BUG")]
@@ -150,17 +155,10 @@ fn compare_reports(a: &Path, b: &Path) -> Result<(), String> {
 /// Runs it all; returns the number of stale accesses.
 fn run(options: &Options) -> Result<u64, String> {
     let (name, recording) = recording::open(&options.workload, options.lenient).map_err(|error| error.to_string())?;
-    for skipped in recording.skipped.iter().take(10) {
-        eprintln!("skipped {skipped}");
+    for remark in recording.remarks(options.verbose) {
+        eprintln!("{remark}");
     }
-    if recording.skipped.len() > 10 {
-        eprintln!("skipped {} more lines", recording.skipped.len() - 10);
-    }
-    let address_spaces = {
-        let mut program = memory::Program::default();
-        recording.calls.iter().for_each(|call| drop(program.run(call)));
-        program.spaces()
-    };
+    let address_spaces = memory::Program::invalidations(&recording).len();
     let workload = Workload::new(&name, &recording, address_spaces);
     let recording = Arc::new(recording);
 

@@ -76,7 +76,7 @@ impl Space {
             Op::Brk { result } => self.brk(result, actions),
             Op::Advise { start, len, advice, partial } => self.advise(start, len, advice, partial, actions),
             Op::Protect { start, len, prot, key, partial } => {
-                if let Some(range) = pages(start, len) {
+                if let Some(range) = pages(start, len).filter(|range| !partial || self.has_hole(*range)) {
                     self.protect(range, prot, key, partial, actions);
                 }
             }
@@ -179,7 +179,7 @@ impl Space {
     }
 
     pub(super) fn advise(&mut self, start: u64, len: u64, advice: Advice, partial: bool, actions: &mut Vec<Action>) {
-        let Some(range) = pages(start, len) else { return };
+        let Some(range) = pages(start, len).filter(|range| !partial || self.has_hole(*range)) else { return };
         let inherit = match advice {
             Advice::DontFork => Inherit::Nothing,
             Advice::WipeOnFork => Inherit::Empty,
@@ -203,6 +203,12 @@ impl Space {
             }
         };
         self.areas.change(range, |area| area.inherit = inherit);
+    }
+
+    /// Without a hole `ENOMEM` has another reason: too many mappings. What was done until then is
+    /// not known.
+    fn has_hole(&self, range: AddressRange) -> bool {
+        !self.areas.holes(range).is_empty()
     }
 
     /// A call that succeeds on memory of which nothing is known says that there is a mapping: what

@@ -152,6 +152,7 @@ impl Program {
     }
 
     /// The address space with the most invalidations; the first of them.
+    #[allow(dead_code, reason = "who follows one process asks for it")]
     pub fn busiest(recording: &Recording) -> Option<usize> {
         let counts = Self::invalidations(recording);
         let most = *counts.iter().max()?;
@@ -167,7 +168,7 @@ impl Program {
                 let (process, ranges, advice) = &**of;
                 let Some(space) = self.space_or(*process, space) else { return };
                 for (start, len) in ranges {
-                    self.spaces[space].advise(*start, *len, *advice, true, actions);
+                    self.spaces[space].advise(*start, *len, *advice, false, actions);
                 }
             }
             Op::MovePages(of) => {

@@ -15,14 +15,14 @@ pub enum Error {
     /// No system call is in it.
     Empty { name: String },
     /// No line is strace's.
-    NotStrace { name: String, line: usize },
+    NotStrace { name: String, near: Option<usize> },
     /// It is the table of `strace -c`.
     OnlyCounts { name: String },
     /// A line is not understood and may concern memory.
     Line { name: String, error: ParseError },
 }
 
-const HOW: &str = "Record it with: strace -f -ttt -e trace=%memory,%process -o FILE PROGRAM";
+const HOW: &str = "Record it with: strace -f -ttt -e trace=%memory,clone,clone3,fork,vfork,execve,exit_group -o FILE PROGRAM";
 
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -30,11 +30,12 @@ impl fmt::Display for Error {
             Self::Unreadable { path, error } => write!(f, "the workload {} cannot be read: {error}", path.display()),
             Self::NothingThere { path } => write!(f, "the workload {} cannot be read: there is no file", path.display()),
             Self::Empty { name } => write!(f, "{name} holds no system call\n  {HOW}"),
-            Self::NotStrace { name, line } => {
-                write!(
-                    f,
-                    "{name} is not strace's: no line is a system call as strace writes it (line {line} comes near)\n  {HOW}"
-                )
+            Self::NotStrace { name, near } => {
+                write!(f, "{name} is not strace's: it holds no system call as strace writes it")?;
+                if let Some(line) = near {
+                    write!(f, " (line {line} comes near)")?;
+                }
+                write!(f, "\n  {HOW}")
             }
             Self::OnlyCounts { name } => {
                 write!(f, "{name} has only counts of system calls (strace -c), not the calls\n  {HOW}")
@@ -67,11 +68,16 @@ pub struct ParseError {
 
 impl fmt::Display for ParseError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        if let Some(file) = &self.file {
-            write!(f, "{file}, ")?;
-        }
-        write!(f, "line {}: {}", self.line, self.reason)
+        at(f, self.file.as_deref(), self.line)?;
+        f.write_str(&self.reason)
     }
+}
+
+fn at(f: &mut fmt::Formatter<'_>, file: Option<&str>, line: usize) -> fmt::Result {
+    if let Some(file) = file {
+        write!(f, "{file}, ")?;
+    }
+    write!(f, "line {line}: ")
 }
 
 impl std::error::Error for ParseError {}
@@ -83,6 +89,13 @@ pub struct Note {
     pub line: usize,
     /// Its beginning.
     pub text: String,
+}
+
+impl fmt::Display for Note {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        at(f, self.file.as_deref(), self.line)?;
+        f.write_str(&self.text)
+    }
 }
 
 /// What a line that is no call is.
@@ -100,4 +113,17 @@ pub enum NoteKind {
     Summary,
     /// Not strace's: a prompt, output of the program.
     Text,
+}
+
+impl NoteKind {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Signal => "signals",
+            Self::End => "ends of tasks",
+            Self::Message => "messages of strace",
+            Self::Stack => "lines of stacks",
+            Self::Summary => "lines of a table",
+            Self::Text => "lines that are not strace's",
+        }
+    }
 }

@@ -4,10 +4,18 @@
 //! memory, in the order in which they take effect.
 
 mod call;
+mod calls;
 mod error;
-mod old;
+mod input;
+mod line;
+mod prefix;
+mod reader;
+mod scan;
+mod tasks;
+#[cfg(test)]
+mod tests;
 
-pub use call::{Advice, Call, MapKind, Op, Prot, Remap};
+pub use call::{Advice, Call, Op, Prot, Remap};
 pub use error::{Error, Note, NoteKind, ParseError};
 
 use std::collections::BTreeMap;
@@ -50,23 +58,48 @@ impl Recording {
                 None => drop(counts.insert(kind.into(), 1)),
             }
         }
-        counts.extend(self.idle.iter().map(|(kind, count)| ((*kind).to_owned(), *count)));
+        for (kind, count) in &self.idle {
+            *counts.entry((*kind).to_owned()).or_default() += count;
+        }
         counts
+    }
+
+    /// What was not read as a call that concerns memory: all of it, or in short.
+    pub fn remarks(&self, all: bool) -> Vec<String> {
+        const SHORT: usize = 10;
+        let some = if all { usize::MAX } else { SHORT };
+        let mut remarks: Vec<String> = self.skipped.iter().take(some).map(|error| format!("skipped {error}")).collect();
+        if self.skipped.len() > some {
+            remarks.push(format!("skipped {} more lines; -v lists them", self.skipped.len() - some));
+        }
+        if all {
+            remarks.extend(self.listed.iter().map(|note| format!("note {note}")));
+            remarks.extend(self.noted.iter().map(|(kind, count)| format!("{count} {}", kind.name())));
+            remarks.extend(self.other.iter().map(|(name, count)| format!("{count} calls of {name}")));
+        }
+        remarks
     }
 }
 
-const BUILT_IN: &str = include_str!("../workloads/numpy.strace");
+const BUILT_IN: &[u8] = include_bytes!("../workloads/numpy-training.strace");
 
-/// Reads what `paths` name, as one recording, and says how it is called. Without paths it is the
-/// recording that is built in.
+/// Reads what `paths` name (files, directories, patterns, `-` for standard input) as one recording,
+/// and says how it is called. Without paths it is the recording that is built in.
+///
+/// With `lenient`, lines that are not understood are counted and kept in
+/// [`skipped`](Recording::skipped); otherwise the first of them is an error.
 pub fn open(paths: &[PathBuf], lenient: bool) -> Result<(String, Recording), Error> {
-    let (name, text) = match paths {
-        [] => ("numpy.strace (built in)".to_owned(), BUILT_IN.to_owned()),
-        [path, ..] => {
-            let text = std::fs::read_to_string(path).map_err(|error| Error::Unreadable { path: path.clone(), error })?;
-            (path.file_name().unwrap_or(path.as_os_str()).to_string_lossy().into_owned(), text)
-        }
-    };
-    let recording = old::parse(&text, lenient).map_err(|error| Error::Line { name: name.clone(), error })?;
-    if recording.calls.is_empty() { Err(Error::Empty { name }) } else { Ok((name, recording)) }
+    if !paths.is_empty() {
+        return input::read_all(paths, lenient);
+    }
+    let name = "numpy-training.strace (built in)";
+    parse(name, BUILT_IN, lenient).map(|recording| (name.into(), recording))
+}
+
+/// Reads a recording that is in memory.
+pub fn parse(name: &str, text: &[u8], lenient: bool) -> Result<Recording, Error> {
+    let part = input::read(text, reader::Reader::new(None, None, u32::MAX, lenient));
+    let part = part.map_err(|error| Error::Unreadable { path: name.into(), error })?;
+    let part = part.map_err(|error| Error::Line { name: name.into(), error })?;
+    input::together(name, vec![part])
 }

@@ -1,0 +1,215 @@
+//! Single lines.
+
+use super::super::{Advice, Error, Op, Prot, Recording, parse};
+
+fn read(text: &str) -> Recording {
+    parse("the test", text.as_bytes(), false).unwrap_or_else(|error| panic!("{error}: {text}"))
+}
+
+fn error(text: &str) -> String {
+    parse("the test", text.as_bytes(), false).unwrap_err().to_string()
+}
+
+fn ops(lines: &[&str]) -> Vec<Op> {
+    let text: String = lines.iter().map(|line| format!("7 1000.000000 {line}\n")).collect();
+    read(&text).calls.into_iter().map(|call| call.op).collect()
+}
+
+#[test]
+fn interleaved_calls_are_put_together_and_take_effect_when_they_return() {
+    let recording = read(
+        "\
+        5 1.000000 mmap(NULL, 4096, PROT_READ|PROT_WRITE, MAP_PRIVATE|MAP_ANONYMOUS, -1, 0 <unfinished ...>\n\
+        6 1.000001 munmap(0x9000, 4096 <unfinished ...>\n\
+        6 1.000002 <... munmap resumed>)        = 0\n\
+        5 1.000003 <... mmap resumed> )         = 0x8000\n",
+    );
+    let calls: Vec<_> = recording.calls.iter().map(|call| (call.pid, call.at_ns, call.line)).collect();
+    assert_eq!(calls, [(6, 1000, 3), (5, 0, 4)]);
+    assert!(matches!(recording.calls[1].op, Op::Map { at: 0x8000, len: 4096, .. }));
+}
+
+#[test]
+fn a_new_task_exists_from_the_beginning_of_the_call_that_makes_it() {
+    let recording = read(
+        "\
+        5 1.000000 brk(NULL) = 0x1000\n\
+        5 1.000000 clone3({flags=CLONE_VM|CLONE_VFORK, exit_signal=SIGCHLD, stack=0x7f, stack_size=0x9000}, 88 <unfinished ...>\n\
+        6 1.000001 brk(NULL) = 0x1000\n\
+        6 1.000001 clone(child_stack=NULL, flags=SIGCHLD <unfinished ...>\n\
+        7 1.000001 brk(NULL) = 0x1000\n\
+        6 1.000001 <... clone resumed>) = 7\n\
+        5 1.000002 <... clone3 resumed> => {parent_tid=[0]}, 88) = 6\n",
+    );
+    let order: Vec<_> = recording.calls.iter().map(|call| (call.pid, call.line)).collect();
+    assert_eq!(order, [(5, 1), (5, 7), (6, 3), (6, 6), (7, 5)]);
+    assert_eq!(recording.calls[1].op, Op::Clone { child: 6, shares_memory: true, thread: false });
+}
+
+#[test]
+fn every_call_is_understood_with_names_and_with_numbers() {
+    let both = [
+        ("madvise(0x1000, 4096, MADV_DONTNEED) = 0", "madvise(0x1000, 4096, 0x4) = 0"),
+        ("mprotect(0x1000, 4096, PROT_READ|PROT_WRITE) = 0", "mprotect(0x1000, 0x1000, 0x3 /* PROT_READ|PROT_WRITE */) = 0"),
+        (
+            "mremap(0x1000, 4096, 8192, MREMAP_MAYMOVE|MREMAP_FIXED, 0x5000) = 0x5000",
+            "mremap(0x1000, 4096, 8192, 3, 0x5000) = 0x5000",
+        ),
+        ("mbind(0x1000, 4096, MPOL_BIND, [0x1], 64, MPOL_MF_MOVE) = 0", "mbind(0x1000, 4096, 0x2, [0x1], 64, 0x2) = 0"),
+        ("msync(0x1000, 4096, MS_SYNC) = 0", "msync(0x1000, 4096, 0x4) = 0"),
+        ("shmat(5, NULL, SHM_RDONLY) = 0x5000", "shmat(5, NULL, 0x1000) = 0x5000"),
+        ("clone(child_stack=NULL, flags=CLONE_VM|SIGCHLD) = 9", "clone(child_stack=NULL, flags=0x100|17) = 9"),
+        ("clone(child_stack=NULL, flags=CLONE_VM|CLONE_THREAD) = 9", "clone(0x10100, 0x7f, 0, 0, 0) = 9"),
+        (
+            "mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE|MAP_ANONYMOUS|MAP_HUGETLB|21<<MAP_HUGE_SHIFT, -1, 0) = 0x200000",
+            "mmap(NULL, 4096, 0, 0x40022, 0xffffffff, 0) = 0x200000",
+        ),
+    ];
+    for (names, numbers) in both {
+        assert_eq!(ops(&[names]), ops(&[numbers]), "{names}");
+        assert_eq!(ops(&[names]).len(), 1, "{names}");
+    }
+    assert_eq!(
+        ops(&[
+            "brk(0x3000)             = 0x3000",
+            "madvise(0x1000, 4096, MADV_HUGEPAGE) = 0",
+            "mbind(0x1000, 4096, MPOL_BIND, [0x1], 64, 0) = 0",
+            "execve(\"a, b) = 1\", [\"x\\\"\"...], 0x7f /* 36 vars */) = 0",
+            "vfork()                 = 10",
+            "mprotect(0x1000, 4096, PROT_NONE) = 0 <0.000012>",
+            "pkey_mprotect(0x1000, 4096, PROT_READ, 3) = 0",
+            "mmap(NULL, 27028, PROT_READ, MAP_SHARED, 3</a, (b>, 0) = 0x7000",
+            "exit_group(0)           = ?",
+        ])
+        .iter()
+        .map(|op| op.kind().unwrap())
+        .collect::<Vec<_>>(),
+        ["brk", "execve", "vfork", "mprotect", "mprotect", "mmap", "exit_group"]
+    );
+}
+
+#[test]
+fn lists_are_read_with_what_each_of_their_members_says() {
+    assert_eq!(
+        ops(&["move_pages(0, 3, [0x1000, 0x2000, 0x3000], [1, 1, 1], [1, -ENOENT, 1], MPOL_MF_MOVE) = 0"]),
+        [Op::MovePages(Box::new((None, vec![0x1000, 0x3000])))]
+    );
+    assert_eq!(ops(&["move_pages(0, 1, [0x1000], NULL, [1], 0) = 0"]), []);
+    let ranges = "[{iov_base=0x1000, iov_len=4096}, {iov_base=0x9000, iov_len=8192}]";
+    assert_eq!(
+        ops(&[&format!("process_madvise(3<pid:42>, {ranges}, 2, MADV_PAGEOUT, 0) = 8192")]),
+        [Op::AdviseMany(Box::new((Some(42), vec![(0x1000, 4096), (0x9000, 4096)], Advice::PageOut)))]
+    );
+    // The size of shared memory is in the call that makes it.
+    let prot = Prot { read: true, write: true, exec: false };
+    assert_eq!(
+        ops(&["shmget(IPC_PRIVATE, 65536, IPC_CREAT|0600) = 5", "shmat(5, NULL, 0) = 0x5000"]),
+        [Op::Attach { at: 0x5000, len: 65536, prot }]
+    );
+}
+
+#[test]
+fn failed_and_interrupted_calls_have_no_effect_with_some_exceptions() {
+    let recording = read(
+        "\
+        munmap(0x1001, 4096) = -1 EINVAL (Invalid argument)\n\
+        execve(\"cc\", [...], 0x7f /* 3 vars */) = -1 ENOENT (No such file or directory)\n\
+        mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, 3, 0) = ?\n\
+        mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, 3, 0) = 0x1000 (INJECTED)\n\
+        madvise(0x1000, 8192, MADV_DONTNEED) = -1 ENOMEM (Cannot allocate memory)\n\
+        mprotect(0x1000, 8192, PROT_READ) = -1 ENOMEM (Cannot allocate memory)\n",
+    );
+    assert_eq!(recording.idle["failed"], 4);
+    assert!(matches!(
+        recording.calls.iter().map(|call| &call.op).collect::<Vec<_>>()[..],
+        [Op::Advise { partial: true, .. }, Op::Protect { partial: true, .. }]
+    ));
+}
+
+#[test]
+fn what_may_concern_memory_and_is_not_understood_is_an_error_with_its_line() {
+    let good = "5 1.000000 brk(NULL) = 0x1000\n";
+    for (bad, says) in [
+        ("nonsense", "line 2: it is no line of strace's"),
+        ("5 1.1 madvise(0x1000, 4096, MADV_WIBBLE) = 0", "line 2: madvise: \"MADV_WIBBLE\" is no advice"),
+        ("5 1.1 mmap(NULL, 4096, PROT_WIBBLE, MAP_PRIVATE, 3, 0) = 0x1000", "line 2: mmap: \"PROT_WIBBLE\" is no flag"),
+        ("5 1.1 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, 3, 0) = 0x1001", "0x1001 is no address of a mapping"),
+        ("5 1.1 mmap(NULL, 4096, PROT_READ, PROT_READ, 3, 0) = 0x1000", "\"PROT_READ\" is no flag"),
+        ("5 1.1 mmap(NULL, 40 96, PROT_READ, MAP_PRIVATE, 3, 0 = 0x1000\n5 1.2 brk(NULL) = 0x1000", "line 2: mmap has no result"),
+        ("5 1.1 munmap(0x1000, 4096hello) = 0", "\"4096hello\", is no number"),
+        ("5 1.1 munmap(0x1000) = 0", "argument 2 is missing"),
+        ("5 1.1 clone(0x7f) = 0x7fffffffffff", "no process id"),
+        (
+            "5 1.1 mmap(NULL, 1, PROT_READ, MAP_PRIVATE, 3, 0 <unfinished ...>\n5 1.2 <... brk resumed>) = 0x0",
+            "another call is resumed",
+        ),
+    ] {
+        let text = format!("{good}{bad}\n{good}");
+        let error = error(&text);
+        assert!(error.contains(says) && error.contains("--lenient"), "{bad}: {error}");
+        let lenient = parse("the test", text.as_bytes(), true).unwrap();
+        assert_eq!(lenient.skipped.len(), 1, "{bad}");
+    }
+    // A program's output, between the lines of a terminal.
+    let mixed = "brk(NULL) = 0x1000\nhello (mmap is fun)\n munmap(0x1000, 4096) = 0\n";
+    assert!(error(mixed).contains("line 3"));
+    assert_eq!(read("brk(NULL) = 0x1000\nhello (mmap is fun)\n").notes, 1);
+}
+
+#[test]
+fn names_of_tasks_contexts_and_pointers_stand_before_a_call() {
+    for prefix in [
+        "5 ",
+        "[pid     5] ",
+        "5<a b> 10:00:00 ",
+        "[pid 5<a b>] 10:00:00.123 ",
+        "5     [unconfined_u:unconfined_r] 1795651278.123456789 ",
+        "5     1795651278 ",
+        "5     1795651278.938 (+     0.000011) [ 59] [00007fc71dfcfad7] ",
+        "[pid     5] 1.5 [????????????????] ",
+    ] {
+        let calls = read(&format!("{prefix}munmap(0x1000, 4096) = 0\n")).calls;
+        assert_eq!((calls[0].pid, calls.len()), (5, 1), "{prefix}");
+    }
+    assert_eq!(read("1795651278.1 munmap(0x1000, 4096) = 0\n").calls[0].pid, u32::MAX);
+}
+
+#[test]
+fn the_kind_of_time_is_told_apart() {
+    let times = |lines: [&str; 3]| -> Vec<u64> {
+        let text: String = lines.iter().map(|time| format!("{time} munmap(0x1000, 4096) = 0\n")).collect();
+        read(&text).calls.iter().map(|call| call.at_ns).collect()
+    };
+    assert_eq!(times(["5 1.0", "5 1.5", "5 3.0"]), [0, 500_000_000, 2_000_000_000]);
+    assert_eq!(times(["5          0.000000", "5          1.500000", "5          0.500000"]), [0, 1_500_000_000, 2_000_000_000]);
+    // `-r` from the middle of a recording, and with its spaces lost.
+    assert_eq!(times(["5          2.000000", "5          1.500000", "5          0.500000"]), [0, 1_500_000_000, 2_000_000_000]);
+    assert_eq!(times(["5 2.0", "5 1.5", "5 0.5"]), [0, 1_500_000_000, 2_000_000_000]);
+    // Midnight.
+    assert_eq!(times(["23:59:59", "23:59:59.5", "00:00:01"]), [0, 500_000_000, 2_000_000_000]);
+}
+
+#[test]
+fn calls_that_never_end_are_counted() {
+    let recording = read(
+        "\
+        5 1.000000 --- SIGCHLD {si_signo=SIGCHLD} ---\n\
+        5 1.000001 munmap(0x1000, 4096 <unfinished ...>\n\
+        6 1.000002 exit_group(1 <unfinished ...>\n\
+        7 1.000002 mmap(NULL, 4096, PROT_REA",
+    );
+    assert_eq!((recording.notes, recording.unfinished), (1, 2));
+    assert_eq!(recording.calls.iter().map(|call| &call.op).collect::<Vec<_>>(), [&Op::Exit]);
+    let left = "[pid 5] munmap(0x1000, 4096 <detached ...>\n[pid 6] munmap(0x1000, 4096 <ptrace(SYSCALL):No such process>\n";
+    assert_eq!(read(left).unfinished, 2);
+}
+
+#[test]
+fn the_first_line_of_a_terminal_may_hold_anything() {
+    let error = parse("the test", b"program E mmap(0x0) = 5\n", true).unwrap_err();
+    assert!(matches!(error, Error::NotStrace { near: Some(1), .. }));
+    assert!(error_of("only words\n").contains("is not strace's"));
+    fn error_of(text: &str) -> String {
+        parse("the test", text.as_bytes(), true).unwrap_err().to_string()
+    }
+}
