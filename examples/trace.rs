@@ -2,7 +2,7 @@
 //!
 //! `cargo run --release --features tracing --example trace -- trace.json trace.svg`. The library makes a span of each invalidation; the driver's own spans, one for each wait
 //! for a device, lie inside it, because first passes run there. In real time, on tokio.
-#![allow(missing_docs, unreachable_pub, dead_code, clippy::print_stdout, clippy::print_stderr)]
+#![allow(missing_docs, unreachable_pub, dead_code, unused_imports, clippy::print_stdout, clippy::print_stderr)]
 
 #[path = "multi_gpu/gpu.rs"]
 mod gpu;

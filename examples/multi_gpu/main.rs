@@ -11,6 +11,8 @@ mod recording;
 mod report;
 mod runtime;
 mod simulation;
+#[cfg(test)]
+mod tests;
 
 use clap::{Parser, ValueEnum};
 use gpu::Model;

@@ -13,10 +13,6 @@
 
 mod area;
 mod change;
-#[cfg(test)]
-mod linux;
-#[cfg(test)]
-mod tests;
 
 use crate::recording::{Call, Op, Prot, Recording};
 use change::Space;

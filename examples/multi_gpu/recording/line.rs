@@ -1,5 +1,6 @@
 //! What kind of line it is.
 
+use super::calls::concerns;
 use winnow::Result;
 use winnow::ascii::digit1;
 use winnow::combinator::{alt, delimited, preceded, terminated};
@@ -120,4 +121,27 @@ pub(super) fn message(text: &[u8]) -> Option<usize> {
         from = at + 8;
     }
     None
+}
+
+/// Whether a call has its end: a bracket, a result.
+pub(super) fn ends(text: &[u8]) -> bool {
+    let mut at = text.len();
+    while let Some(found) = text[..at].iter().rposition(|byte| *byte == b'=') {
+        let (before, after) = (text[..found].trim_ascii_end(), &text[found + 1..]);
+        if before.ends_with(b")") && before.len() < found && after.first() == Some(&b' ') && after.len() > 1 {
+            return true;
+        }
+        at = found;
+    }
+    false
+}
+
+/// Whether a line that is none of strace's may be a call that concerns memory.
+pub(super) fn mentions(text: &[u8]) -> bool {
+    let resumed = text.windows(9).any(|part| part == b" resumed>");
+    let names = text.iter().enumerate().filter(|(_, byte)| **byte == b'(' || (resumed && **byte == b' '));
+    names.into_iter().any(|(at, _)| {
+        let name = text[..at].rsplit(|byte| !byte.is_ascii_alphanumeric() && *byte != b'_').next().unwrap_or_default();
+        concerns(name) && (at == name.len() || resumed || ends(&text[at..]) || text.ends_with(b"<unfinished ...>"))
+    })
 }

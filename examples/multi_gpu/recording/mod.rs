@@ -8,17 +8,17 @@ mod calls;
 mod error;
 mod input;
 mod line;
+mod order;
 mod prefix;
 mod reader;
 mod scan;
 mod tasks;
-#[cfg(test)]
-mod tests;
 
 pub use call::{Advice, Call, Op, Prot, Remap};
 pub use error::{Error, Note, NoteKind, ParseError};
 
 use std::collections::BTreeMap;
+use std::io::BufRead;
 use std::path::PathBuf;
 
 /// What has been read.
@@ -96,8 +96,8 @@ pub fn open(paths: &[PathBuf], lenient: bool) -> Result<(String, Recording), Err
     parse(name, BUILT_IN, lenient).map(|recording| (name.into(), recording))
 }
 
-/// Reads a recording that is in memory.
-pub fn parse(name: &str, text: &[u8], lenient: bool) -> Result<Recording, Error> {
+/// Reads a recording from anywhere, line by line.
+pub fn parse(name: &str, text: impl BufRead, lenient: bool) -> Result<Recording, Error> {
     let part = input::read(text, reader::Reader::new(None, None, u32::MAX, lenient));
     let part = part.map_err(|error| Error::Unreadable { path: name.into(), error })?;
     let part = part.map_err(|error| Error::Line { name: name.into(), error })?;

@@ -4,7 +4,8 @@ use super::Recording;
 use super::call::{Call, Op};
 use super::calls::{Meaning, Segments, concerns, meaning};
 use super::error::{Note, NoteKind, ParseError};
-use super::line::{Body, End, Ending, body, ending, message};
+use super::line::{Body, End, Ending, body, ending, ends, mentions, message};
+use super::order::put_early;
 use super::prefix::{Clock, Prefix, prefix};
 use super::scan::{Parts, parts};
 use super::tasks::Tasks;
@@ -423,44 +424,4 @@ impl Reader {
         self.part.origin = self.clock.origin();
         Ok(self.part)
     }
-}
-
-/// Puts calls in that take effect before others which were recorded earlier.
-fn put_early(calls: &mut Vec<Call>, mut early: Vec<(usize, Call)>) {
-    early.sort_by_key(|(before, _)| *before);
-    let mut from = calls.len();
-    let nothing = || Call { pid: 0, at_ns: 0, line: 0, op: Op::Ended };
-    calls.resize_with(from + early.len(), nothing);
-    let mut to = calls.len();
-    while let Some((before, call)) = early.pop() {
-        while from > before {
-            (from, to) = (from - 1, to - 1);
-            calls.swap(from, to);
-        }
-        to -= 1;
-        calls[to] = call;
-    }
-}
-
-/// Whether a call has its end: a bracket, a result.
-fn ends(text: &[u8]) -> bool {
-    let mut at = text.len();
-    while let Some(found) = text[..at].iter().rposition(|byte| *byte == b'=') {
-        let (before, after) = (text[..found].trim_ascii_end(), &text[found + 1..]);
-        if before.ends_with(b")") && before.len() < found && after.first() == Some(&b' ') && after.len() > 1 {
-            return true;
-        }
-        at = found;
-    }
-    false
-}
-
-/// Whether a line that is none of strace's may be a call that concerns memory.
-fn mentions(text: &[u8]) -> bool {
-    let resumed = text.windows(9).any(|part| part == b" resumed>");
-    let names = text.iter().enumerate().filter(|(_, byte)| **byte == b'(' || (resumed && **byte == b' '));
-    names.into_iter().any(|(at, _)| {
-        let name = text[..at].rsplit(|byte| !byte.is_ascii_alphanumeric() && *byte != b'_').next().unwrap_or_default();
-        concerns(name) && (at == name.len() || resumed || ends(&text[at..]) || text.ends_with(b"<unfinished ...>"))
-    })
 }

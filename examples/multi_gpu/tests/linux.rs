@@ -1,6 +1,6 @@
 //! Small recordings, and what Linux 6.12 does for each: `linux/NAME.strace`, `linux/NAME.expected`.
 
-use super::{Action, Change, Program};
+use crate::memory::{Action, Change, Program};
 use crate::recording::parse;
 use shootdown::AddressRange;
 
@@ -152,7 +152,7 @@ fn thread_execs_real() {
 
 #[test]
 fn every_case_is_tested() {
-    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/multi_gpu/memory/linux");
+    let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/multi_gpu/tests/linux");
     let mut files: Vec<String> =
         std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
     files.sort();

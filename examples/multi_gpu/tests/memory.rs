@@ -1,7 +1,7 @@
 //! What calls do to address spaces, beyond the cases in `linux`.
 
 use super::linux::show;
-use super::{Access, Action, Change, Program};
+use crate::memory::{Access, Action, Change, Program};
 use crate::recording::parse;
 use shootdown::{AddressRange, Event};
 
@@ -196,7 +196,7 @@ fn the_end_of_the_recording_ends_what_is_left_and_the_busiest_space_is_known() {
     let then = Change::Unmapped(vec![range(0x12000, 0x14000)]);
     assert_eq!(end[3], Action::Invalidate { space: 1, range: AddressRange::ALL, event: Event::Unmap, then });
     assert_eq!(program.end(), []);
-    assert_eq!(Program::busiest(&parse("none", b"close(3) = 0\n", false).unwrap()), None);
+    assert_eq!(Program::busiest(&parse("none", &b"close(3) = 0\n"[..], false).unwrap()), None);
 }
 
 #[test]

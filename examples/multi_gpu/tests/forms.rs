@@ -1,14 +1,14 @@
 //! One program, recorded with many options of strace: all recordings say the same. The forms are in
-//! `recording/forms`, what is in them in its `expected.json`.
+//! `tests/forms`, what is in them in its `expected.json`.
 
-use super::super::{Error, NoteKind, Recording, open};
 use crate::memory::{Action, Change, Program};
+use crate::recording::{Error, NoteKind, Recording, open};
 use serde::Deserialize;
 use shootdown::Event;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-const DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/multi_gpu/recording/forms");
+const DIR: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/multi_gpu/tests/forms");
 
 #[derive(Deserialize)]
 struct Expected {

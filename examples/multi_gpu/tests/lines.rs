@@ -1,6 +1,6 @@
 //! Single lines.
 
-use super::super::{Advice, Error, Op, Prot, Recording, parse};
+use crate::recording::{Advice, Error, Op, Prot, Recording, parse};
 
 fn read(text: &str) -> Recording {
     parse("the test", text.as_bytes(), false).unwrap_or_else(|error| panic!("{error}: {text}"))
@@ -206,7 +206,7 @@ fn calls_that_never_end_are_counted() {
 
 #[test]
 fn the_first_line_of_a_terminal_may_hold_anything() {
-    let error = parse("the test", b"program E mmap(0x0) = 5\n", true).unwrap_err();
+    let error = parse("the test", &b"program E mmap(0x0) = 5\n"[..], true).unwrap_err();
     assert!(matches!(error, Error::NotStrace { near: Some(1), .. }));
     assert!(error_of("only words\n").contains("is not strace's"));
     fn error_of(text: &str) -> String {

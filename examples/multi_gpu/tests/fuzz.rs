@@ -1,7 +1,7 @@
 //! No input makes the reader or the memory panic, loop or overflow.
 
-use super::super::{Recording, parse};
 use crate::memory::{Action, Program};
+use crate::recording::{Recording, parse};
 use proptest::prelude::*;
 use proptest::sample::{Index, select};
 
@@ -103,14 +103,14 @@ fn cases() -> ProptestConfig {
 }
 
 const FORMS: [&[u8]; 8] = [
-    include_bytes!("../forms/04-f-tt.strace"),
-    include_bytes!("../forms/05-f-r.strace"),
-    include_bytes!("../forms/12-f-ttt-Xverbose.strace"),
-    include_bytes!("../forms/14-stderr-pid-prefix.strace"),
-    include_bytes!("../forms/20-attached-threads.strace"),
-    include_bytes!("../forms/23-execve-from-a-thread.strace"),
-    include_bytes!("../forms/25-terminal-copy.strace"),
-    include_bytes!("../forms/29-killed-task.strace"),
+    include_bytes!("forms/04-f-tt.strace"),
+    include_bytes!("forms/05-f-r.strace"),
+    include_bytes!("forms/12-f-ttt-Xverbose.strace"),
+    include_bytes!("forms/14-stderr-pid-prefix.strace"),
+    include_bytes!("forms/20-attached-threads.strace"),
+    include_bytes!("forms/23-execve-from-a-thread.strace"),
+    include_bytes!("forms/25-terminal-copy.strace"),
+    include_bytes!("forms/29-killed-task.strace"),
 ];
 
 proptest! {
