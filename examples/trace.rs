@@ -4,21 +4,35 @@
 //! for a device, lie inside it, because first passes run there. In real time, on tokio.
 #![allow(missing_docs, unreachable_pub, dead_code, unused_imports, clippy::print_stdout, clippy::print_stderr)]
 
+#[path = "multi_gpu/driver.rs"]
+mod driver;
+#[path = "multi_gpu/fault.rs"]
+mod fault;
 #[path = "multi_gpu/gpu.rs"]
 mod gpu;
 #[path = "multi_gpu/memory/mod.rs"]
 mod memory;
+#[path = "multi_gpu/oracle.rs"]
+mod oracle;
+#[path = "multi_gpu/profile.rs"]
+mod profile;
+#[path = "multi_gpu/record.rs"]
+mod record;
 #[path = "multi_gpu/recording/mod.rs"]
 mod recording;
 #[path = "multi_gpu/runtime.rs"]
 mod runtime;
+#[path = "multi_gpu/schedule.rs"]
+mod schedule;
 #[path = "multi_gpu/simulation.rs"]
 mod simulation;
+#[path = "multi_gpu/tally.rs"]
+mod tally;
 
 use plotters::prelude::*;
 use serde::Deserialize;
 use simulation::{Mode, Settings};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::error::Error;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -44,7 +58,7 @@ fn main() -> ExitCode {
     }
 }
 
-/// Runs 40 invalidations of a recorded program, and writes their spans.
+/// Runs 60 invalidations of a recorded program, and writes their spans.
 fn record(json: &str) -> Result<(), Box<dyn Error>> {
     let file = std::fs::File::create(json).map_err(|error| format!("{json} cannot be written: {error}"))?;
     let (layer, written) = tracing_chrome::ChromeLayerBuilder::new()
@@ -54,23 +68,30 @@ fn record(json: &str) -> Result<(), Box<dyn Error>> {
         .build();
     tracing::subscriber::set_global_default(tracing_subscriber::registry().with(layer))?;
     let (_, recording) = recording::open(&[], false)?;
-    let model = gpu::Model {
+    let micros = Duration::from_micros;
+    let model = profile::Model {
         seed: 1,
-        preempt_share: 0.25,
-        floor: Duration::from_micros(300),
-        dma_interval: Duration::from_micros(250),
+        profile: profile::Profile::Mixed,
+        costs: profile::Costs { zap: micros(1), submit: micros(2), interrupt: micros(1), wake: micros(2) },
+        floor: micros(300),
+        dma_interval: micros(250),
         resident_pages: 4,
+        fault: micros(30),
+        change: micros(2),
+        reclaim: Duration::ZERO,
     };
     let settings = Settings {
         model,
         gpus: GPUS,
-        mode: Mode::MultiPass,
-        skip_wait: false,
+        mode: Mode::PollDriven,
+        fault: None,
         real_time: true,
-        longest_pause: Duration::from_micros(50),
-        most_invalidations: Some(40),
+        threads: true,
+        all_processes: false,
+        most_invalidations: Some(60),
     };
-    let row = simulation::run(&Arc::new(recording), settings, |_| {})?.row;
+    let plan = schedule::Plan::new(&recording, micros(50));
+    let row = simulation::run(&Arc::new(plan), settings, || ())?.row;
     drop(written);
     println!("{} invalidations of {} GPUs are in {json}: open it at https://ui.perfetto.dev", row.invalidations, row.gpus);
     Ok(())
@@ -106,7 +127,7 @@ struct Bar {
 /// The spans of one invalidation, and those that have not ended: their names and places.
 type Spans = (Vec<Bar>, Vec<(String, usize)>);
 
-/// Draws an invalidation of one mapping in which all GPUs took part and some preempted.
+/// Draws an invalidation in which all GPUs took part; some preempted, some had jobs in flight.
 fn draw(json: &str, svg: &str) -> Result<(), Box<dyn Error>> {
     let events: Vec<TraceEvent> = serde_json::from_str(&std::fs::read_to_string(json)?)?;
     let mut invalidations: BTreeMap<u64, Spans> = BTreeMap::new();
@@ -127,11 +148,13 @@ fn draw(json: &str, svg: &str) -> Result<(), Box<dyn Error>> {
             bars[bar].to = event.ts;
         }
     }
-    let preempts = |bars: &[Bar]| bars.iter().filter(|bar| bar.name.contains("preemption")).count();
-    let finished =
-        invalidations.into_values().filter(|(bars, open)| open.is_empty() && bars.len() == GPUS + 1).map(|(bars, _)| bars);
+    let preempts = |bars: &[Bar]| bars.iter().filter(|bar| bar.name.contains("preemption")).count() + bars.len();
+    let finished = invalidations.into_values().filter(|(bars, open)| open.is_empty() && bars.len() > GPUS).map(|(bars, _)| bars);
+    // One that came while another one had the GPUs has more spans than its own.
+    let once = |bars: &Vec<Bar>| bars.iter().map(|bar| &bar.name).collect::<BTreeSet<_>>().len() == bars.len();
     let bars = finished
-        .max_by_key(|bars| preempts(bars).min(GPUS / 2))
+        .filter(once)
+        .max_by_key(|bars| preempts(bars).min(GPUS * 2))
         .ok_or("the trace has no invalidation of one mapping that all GPUs took part in")?;
     let (began, ended) = bars.iter().fold((f64::MAX, f64::MIN), |(from, to), bar| (from.min(bar.from), to.max(bar.to)));
 
@@ -146,6 +169,7 @@ fn draw(json: &str, svg: &str) -> Result<(), Box<dyn Error>> {
     for (bar, lane) in bars.iter().zip((0..).map(f64::from)) {
         let color = match bar.name.as_str() {
             name if name.contains("preemption") => RGBColor(0xe0, 0x8e, 0x2b),
+            name if name.contains("jobs") => RGBColor(0xc9, 0xc2, 0xb0),
             name if name.contains("flush") => RGBColor(0x7f, 0xb3, 0xd9),
             _ => RGBColor(0xd0, 0xd0, 0xd0),
         };

@@ -1,7 +1,7 @@
 //! `--compare`: two reports side by side.
 
 use crate::report::{Report, time};
-use crate::simulation::{Mode, Row};
+use crate::tally::Row;
 use std::fmt::Write;
 use std::path::Path;
 
@@ -26,6 +26,7 @@ pub fn table(names: [&str; 2], [a, b]: [&Report; 2]) -> Result<String, String> {
     };
     check("workload", a.workload.name.clone(), b.workload.name.clone());
     check("seed", a.seed.to_string(), b.seed.to_string());
+    check("profile", format!("{:?}", a.profile), format!("{:?}", b.profile));
     check("real time", a.real_time.to_string(), b.real_time.to_string());
     let _ = writeln!(out, "A is {}, B is {}", names[0], names[1]);
     for difference in differs {
@@ -40,7 +41,7 @@ pub fn table(names: [&str; 2], [a, b]: [&Report; 2]) -> Result<String, String> {
     for of_a in &a.rows {
         let Some(of_b) = b.rows.iter().find(|row| row.gpus == of_a.gpus && row.mode == of_a.mode) else { continue };
         common += 1;
-        let mode = if of_a.mode == Mode::SinglePass { "single-pass" } else { "multi-pass" };
+        let mode = of_a.mode.name();
         let _ = write!(out, "{:>4} {mode:<11}", of_a.gpus);
         let values: [fn(&Row) -> u64; 3] = [|row| row.p50_ns, |row| row.p99_ns, |row| row.total_ns];
         for value in values {

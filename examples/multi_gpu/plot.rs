@@ -1,29 +1,42 @@
 //! The picture: latency against the number of GPUs, and one invalidation GPU by GPU.
 
-use crate::gpu::Command;
-use crate::report::{Report, pairs, time};
-use crate::simulation::{Row, Timeline};
+use crate::profile::Command;
+use crate::report::{Report, by_gpus, modes, time};
+use crate::simulation::{Mode, Timeline};
+use crate::tally::Row;
 use plotters::coord::{CoordTranslate, Shift};
 use plotters::prelude::*;
+use std::collections::BTreeMap;
 use std::error::Error;
 use std::path::Path;
 
-const SINGLE: RGBColor = RGBColor(0xc0, 0x39, 0x2b);
-const MULTI: RGBColor = RGBColor(0x1f, 0x6f, 0xb2);
+const JOBS: RGBColor = RGBColor(0xc9, 0xc2, 0xb0);
 const PREEMPT: RGBColor = RGBColor(0xe0, 0x8e, 0x2b);
 const FIRST_PASS: RGBColor = RGBColor(0x10, 0x10, 0x10);
 const INK: RGBColor = RGBColor(0x33, 0x33, 0x33);
 
+fn color(mode: Mode) -> RGBColor {
+    match mode {
+        Mode::SinglePass => RGBColor(0xc0, 0x39, 0x2b),
+        Mode::TwoPass => RGBColor(0x8e, 0x44, 0xad),
+        Mode::RoundRobin => RGBColor(0x2a, 0x9d, 0x5c),
+        Mode::PollDriven => RGBColor(0x1f, 0x6f, 0xb2),
+    }
+}
+
+/// One invalidation in each mode.
+pub type Example = BTreeMap<Mode, Timeline>;
+
 pub type Canvas<'a> = DrawingArea<SVGBackend<'a>, Shift>;
 
-/// Writes the picture as SVG. The timelines are of the same invalidation in both modes, single-pass first.
-pub fn write(path: &Path, report: &Report, timelines: &[Timeline; 2]) -> Result<(), Box<dyn Error>> {
+/// Writes the picture as SVG, with the same invalidation in each mode.
+pub fn write(path: &Path, report: &Report, example: &Example) -> Result<(), Box<dyn Error>> {
     let draw = |root: &Canvas<'_>| {
         let (left, right) = root.split_horizontally(470);
         latencies(&left, report)?;
-        lanes(&right, timelines)
+        lanes(&right, example)
     };
-    Ok(std::fs::write(path, svg((1120, 560), draw)?)?)
+    Ok(std::fs::write(path, svg((1200, 720), draw)?)?)
 }
 
 /// A picture of this size, as the text of an SVG file.
@@ -40,11 +53,12 @@ pub fn svg(size: (u32, u32), draw: impl FnOnce(&Canvas<'_>) -> Result<(), Box<dy
 
 /// Which part of the invalidations of the most GPUs took no longer than that.
 pub fn distribution(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error>> {
-    let Some((single, multi)) = pairs(&report.rows).max_by_key(|(single, _)| single.gpus) else { return Ok(()) };
-    let values = || single.percentiles_ns.iter().chain(&multi.percentiles_ns).copied().filter(|ns| *ns > 0);
+    let groups = by_gpus(&report.rows);
+    let Some((gpus, rows)) = groups.last_key_value() else { return Ok(()) };
+    let values = || rows.values().flat_map(|row| row.percentiles_ns.iter().copied()).filter(|ns| *ns > 0);
     let (least, most) = (values().min().unwrap_or(1) as f64, values().max().unwrap_or(1) as f64);
     let mut chart = ChartBuilder::on(area)
-        .caption(format!("Distribution with {} GPUs", single.gpus), ("sans-serif", 19).into_font().color(&INK))
+        .caption(format!("Distribution with {gpus} GPUs"), ("sans-serif", 19).into_font().color(&INK))
         .margin(14)
         .x_label_area_size(44)
         .y_label_area_size(66)
@@ -58,20 +72,20 @@ pub fn distribution(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Er
         .light_line_style(WHITE)
         .label_style(("sans-serif", 14).into_font().color(&INK))
         .draw()?;
-    for (name, row, color) in [("single-pass", single, SINGLE), ("multi-pass", multi, MULTI)] {
+    for (mode, row) in rows {
+        let style = color(*mode).stroke_width(3);
         let points = row.percentiles_ns.iter().zip(0..).map(|(ns, percent)| ((*ns).max(1) as f64, f64::from(percent)));
         chart
-            .draw_series(LineSeries::new(points, color.stroke_width(3)))?
-            .label(name)
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], color.stroke_width(3)));
+            .draw_series(LineSeries::new(points, style))?
+            .label(mode.name())
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
     }
     name_series(&mut chart, SeriesLabelPosition::LowerRight, 14)
 }
 
 pub fn latencies(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error>> {
-    let rows: Vec<(&Row, &Row)> = pairs(&report.rows).collect();
-    let most_gpus = rows.iter().map(|(single, _)| single.gpus).max().unwrap_or(1) as f64;
-    let values = || rows.iter().flat_map(|(single, multi)| [single.p50_ns, single.p99_ns, multi.p50_ns, multi.p99_ns]);
+    let most_gpus = report.rows.iter().map(|row| row.gpus).max().unwrap_or(1) as f64;
+    let values = || report.rows.iter().flat_map(|row| [row.p50_ns, row.p99_ns]);
     let (least, most) = (values().filter(|ns| *ns > 0).min().unwrap_or(1) as f64, values().max().unwrap_or(1) as f64);
     let mut chart = ChartBuilder::on(area)
         .caption("Latency of an invalidation", ("sans-serif", 19).into_font().color(&INK))
@@ -88,43 +102,32 @@ pub fn latencies(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error
         .label_style(("sans-serif", 14).into_font().color(&INK))
         .draw()?;
     type Value = fn(&Row) -> u64;
-    let curves: [(&str, bool, Value, RGBColor, u32); 4] = [
-        ("single-pass, p99", true, |row| row.p99_ns, SINGLE, 1),
-        ("single-pass, median", true, |row| row.p50_ns, SINGLE, 3),
-        ("multi-pass, p99", false, |row| row.p99_ns, MULTI, 1),
-        ("multi-pass, median", false, |row| row.p50_ns, MULTI, 3),
-    ];
-    for (name, single, value, color, width) in curves {
-        let points: Vec<_> = rows
-            .iter()
-            .map(|(of_single, of_multi)| (of_single.gpus as f64, value(if single { of_single } else { of_multi }).max(1) as f64))
-            .collect();
-        let style = color.stroke_width(width);
+    let values: [(&str, Value, u32); 2] = [("p99", |row| row.p99_ns, 1), ("median", |row| row.p50_ns, 3)];
+    for (mode, (name, value, width)) in modes(&report.rows).into_iter().flat_map(|mode| values.map(|value| (mode, value))) {
+        let rows = report.rows.iter().filter(|row| row.mode == mode);
+        let points: Vec<_> = rows.map(|row| (row.gpus as f64, value(row).max(1) as f64)).collect();
+        let style = color(mode).stroke_width(width);
         chart
             .draw_series(LineSeries::new(points.iter().copied(), style))?
-            .label(name)
+            .label(format!("{}, {name}", mode.name()))
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
-        chart.draw_series(points.iter().map(|point| Circle::new(*point, 3, color.filled())))?;
+        chart.draw_series(points.iter().map(|point| Circle::new(*point, 3, color(mode).filled())))?;
     }
-    name_series(&mut chart, SeriesLabelPosition::LowerRight, 14)
+    name_series(&mut chart, SeriesLabelPosition::UpperLeft, 13)
 }
 
-pub fn lanes(area: &Canvas<'_>, timelines: &[Timeline; 2]) -> Result<(), Box<dyn Error>> {
-    let most = timelines.iter().map(|timeline| (timeline.ended - timeline.began).as_nanos()).max().unwrap_or(1).max(1) as f64;
-    let halves = area.split_evenly((2, 1));
-    for ((area, timeline), (name, color, corner)) in halves
-        .iter()
-        .zip(timelines)
-        .zip([("Single-pass", SINGLE, SeriesLabelPosition::LowerLeft), ("Multi-pass", MULTI, SeriesLabelPosition::LowerRight)])
-    {
+pub fn lanes(area: &Canvas<'_>, example: &Example) -> Result<(), Box<dyn Error>> {
+    let took = |timeline: &Timeline| (timeline.ended - timeline.began).as_nanos() as f64;
+    let most = example.values().map(took).fold(1.0, f64::max);
+    let halves = area.split_evenly((example.len().max(1), 1));
+    for (area, (mode, timeline)) in halves.iter().zip(example) {
         let gpus = timeline.lanes.iter().map(|lane| lane.gpu + 1).max().unwrap_or(1);
-        let took = (timeline.ended - timeline.began).as_nanos();
         let what = timeline.event.map_or("no invalidation", |event| event.name());
-        let caption = format!("{name}: one invalidation ({what}) took {}", time(took as u64));
+        let caption = format!("{}: one invalidation ({what}) took {}", mode.name(), time(took(timeline) as u64));
         let mut chart = ChartBuilder::on(area)
-            .caption(caption, ("sans-serif", 19).into_font().color(&INK))
-            .margin(14)
-            .x_label_area_size(40)
+            .caption(caption, ("sans-serif", 17).into_font().color(&INK))
+            .margin(8)
+            .x_label_area_size(34)
             .y_label_area_size(44)
             .build_cartesian_2d(0.0..most * 1.02, gpus as f64..0.0)?;
         chart
@@ -133,32 +136,37 @@ pub fn lanes(area: &Canvas<'_>, timelines: &[Timeline; 2]) -> Result<(), Box<dyn
             .light_line_style(WHITE)
             .x_desc("time since it began")
             .y_desc("GPU")
-            .y_labels(9)
+            .y_labels(5)
             .y_label_formatter(&|gpu| format!("{gpu:.0}"))
             .x_label_formatter(&|ns| time(*ns as u64))
-            .label_style(("sans-serif", 13).into_font().color(&INK))
+            .label_style(("sans-serif", 12).into_font().color(&INK))
             .draw()?;
         let since = |at: std::time::Duration| at.saturating_sub(timeline.began).as_nanos() as f64;
-        // The wait of each GPU, from its first pass to the end of its work …
-        chart.draw_series(timeline.lanes.iter().map(|lane| {
-            let color = if lane.command == Command::Preempt { PREEMPT } else { color };
-            let lane_at = lane.gpu as f64;
-            Rectangle::new([(since(lane.first_pass), lane_at + 0.12), (since(lane.done), lane_at + 0.88)], color.filled())
+        // The steps of each GPU, from the submission of each to its fence …
+        let steps = timeline.lanes.iter().flat_map(|lane| lane.steps.iter().map(|step| (lane.gpu as f64, *step)));
+        chart.draw_series(steps.map(|(at, step)| {
+            let color = match step.command {
+                Command::Jobs => JOBS,
+                Command::Preempt => PREEMPT,
+                Command::TlbFlush => color(*mode),
+            };
+            Rectangle::new([(since(step.submitted), at + 0.12), (since(step.done), at + 0.88)], color.filled())
         }))?;
         // … and its first pass.
-        let width = most * 0.004;
+        let width = most * 0.003;
         chart.draw_series(timeline.lanes.iter().map(|lane| {
             let (at, lane_at) = (since(lane.first_pass), lane.gpu as f64);
             Rectangle::new([(at - width / 2.0, lane_at), (at + width / 2.0, lane_at + 1.0)], FIRST_PASS.filled())
         }))?;
-        let legend = [("first pass", FIRST_PASS), ("wait: TLB flush", color), ("wait: preemption", PREEMPT)];
+        let legend = [("first pass", FIRST_PASS), ("jobs in flight", JOBS), ("preemption", PREEMPT), ("TLB flush", color(*mode))];
         for (text, color) in legend {
             chart
                 .draw_series(std::iter::empty::<Circle<(f64, f64), i32>>())?
                 .label(text)
                 .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], color.filled()));
         }
-        name_series(&mut chart, corner, 13)?;
+        let corner = if *mode == Mode::SinglePass { SeriesLabelPosition::LowerLeft } else { SeriesLabelPosition::LowerRight };
+        name_series(&mut chart, corner, 11)?;
     }
     Ok(())
 }

@@ -1,7 +1,9 @@
 //! What the simulation prints: a table, or one JSON object.
 
+use crate::profile::Profile;
 use crate::recording::Recording;
-use crate::simulation::{Mode, Row};
+use crate::simulation::Mode;
+use crate::tally::Row;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -10,6 +12,8 @@ use std::fmt::Write;
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Report {
     pub workload: Workload,
+    #[serde(default)]
+    pub profile: Option<Profile>,
     pub seed: u64,
     pub real_time: bool,
     pub rows: Vec<Row>,
@@ -24,6 +28,9 @@ pub struct Workload {
     pub skipped_lines: usize,
     /// Calls whose end was not recorded.
     pub unfinished_calls: usize,
+    /// Calls of which too little was recorded.
+    #[serde(default)]
+    pub incomplete_calls: usize,
     pub address_spaces: usize,
 }
 
@@ -35,17 +42,24 @@ impl Workload {
             operations: recording.operations(),
             skipped_lines: recording.skipped.len(),
             unfinished_calls: recording.unfinished,
+            incomplete_calls: recording.incomplete,
             address_spaces,
         }
     }
 }
 
-/// The two rows of each number of GPUs: single-pass, multi-pass.
-pub fn pairs(rows: &[Row]) -> impl Iterator<Item = (&Row, &Row)> {
-    rows.iter().filter(|row| row.mode == Mode::SinglePass).filter_map(|single| {
-        let multi = rows.iter().find(|row| row.mode == Mode::MultiPass && row.gpus == single.gpus)?;
-        Some((single, multi))
-    })
+/// The rows of each number of GPUs.
+pub fn by_gpus(rows: &[Row]) -> BTreeMap<usize, BTreeMap<Mode, &Row>> {
+    let mut groups: BTreeMap<usize, BTreeMap<Mode, &Row>> = BTreeMap::new();
+    for row in rows {
+        groups.entry(row.gpus).or_default().insert(row.mode, row);
+    }
+    groups
+}
+
+/// The modes that there are, in their order.
+pub fn modes(rows: &[Row]) -> Vec<Mode> {
+    Mode::ALL.into_iter().filter(|mode| rows.iter().any(|row| row.mode == *mode)).collect()
 }
 
 /// Three significant digits and a unit.
@@ -65,44 +79,125 @@ pub fn table(report: &Report) -> String {
     let mut out = String::new();
     let workload = &report.workload;
     let operations: Vec<_> = workload.operations.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+    let modes = modes(&report.rows);
+    // Writing to a string does not fail.
     let _ = writeln!(
         out,
-        "{}: {} lines, {} address spaces, {} lines skipped\n  {}\n",
+        "{}: {} lines, {} address spaces, {} lines skipped\n  {}",
         workload.name,
         workload.lines_read,
         workload.address_spaces,
         workload.skipped_lines,
         operations.join(", ")
     );
-    let _ = writeln!(
-        out,
-        "               │ single-pass: one GPU after the other  │ multi-pass: start all, then join      │  speed │ multi /"
-    );
-    let _ = writeln!(
-        out,
-        "GPUs │ invalid. │      p50      p99      max      total │      p50      p99      max      total │     up │   ideal"
-    );
-    let _ = writeln!(
-        out,
-        "─────┼──────────┼───────────────────────────────────────┼───────────────────────────────────────┼────────┼────────"
-    );
-    for (single, multi) in pairs(&report.rows) {
-        let times = |row: &Row| {
-            format!("{:>8} {:>8} {:>8} {:>10}", time(row.p50_ns), time(row.p99_ns), time(row.max_ns), time(row.total_ns))
-        };
+    if let Some(profile) = report.profile {
         let _ = writeln!(
             out,
-            "{:>4} │ {:>8} │ {} │ {} │ {:>5.2}× │ {:>7.3}",
-            single.gpus,
-            multi.invalidations,
-            times(single),
-            times(multi),
-            single.total_ns as f64 / (multi.total_ns as f64).max(1.0),
-            multi.ideal_ratio
+            "GPUs: {profile:?}, in {} time, seed {}",
+            if report.real_time { "real" } else { "virtual" },
+            report.seed
+        );
+    }
+    let head = |out: &mut String, first: &str, second: &str| {
+        let _ = write!(out, "\n{first:>6} {:>6} │", "");
+        for mode in &modes {
+            let _ = write!(out, " {:^26} │", mode.name());
+        }
+        let _ = write!(out, " {:^23}\n{:>6} {:>6} │", second, "GPUs", "inval.");
+        for _ in &modes {
+            let _ = write!(out, " {:>8} {:>8} {:>8} │", "p50", "p99", "total");
+        }
+        for mode in &modes {
+            let _ = write!(out, " {:>6}", short(*mode));
+        }
+        let _ = write!(out, "\n{}┼", "─".repeat(14));
+        for _ in &modes {
+            let _ = write!(out, "{}┼", "─".repeat(28));
+        }
+        let _ = writeln!(out, "{}", "─".repeat(7 * modes.len() + 1));
+    };
+    head(&mut out, "", "total over ideal");
+    for (gpus, rows) in by_gpus(&report.rows) {
+        let with_work = rows.values().map(|row| row.with_work).max().unwrap_or(0);
+        let _ = write!(out, "{gpus:>6} {with_work:>6} │");
+        for mode in &modes {
+            let _ = match rows.get(mode) {
+                Some(row) => write!(out, " {:>8} {:>8} {:>8} │", time(row.p50_ns), time(row.p99_ns), time(row.total_ns)),
+                None => write!(out, " {:26} │", ""),
+            };
+        }
+        for mode in &modes {
+            let _ = match rows.get(mode) {
+                Some(row) => write!(out, " {:>6.2}", row.ideal_ratio),
+                None => write!(out, " {:6}", ""),
+            };
+        }
+        out.push('\n');
+    }
+    out.push('\n');
+    out.push_str(&counts(report));
+    if let Some(finding) = finding(report) {
+        let _ = writeln!(out, "\n{finding}");
+    }
+    out
+}
+
+fn short(mode: Mode) -> &'static str {
+    match mode {
+        Mode::SinglePass => "single",
+        Mode::TwoPass => "two",
+        Mode::RoundRobin => "rounds",
+        Mode::PollDriven => "poll",
+    }
+}
+
+/// What happened besides, and what the check saw.
+fn counts(report: &Report) -> String {
+    let mut out = String::new();
+    if let Some((gpus, rows)) = by_gpus(&report.rows).into_iter().next_back()
+        && let Some(row) = rows.values().next_back()
+    {
+        let _ = writeln!(
+            out,
+            "With {gpus} GPUs, {}: {} invalidations of the program ({} with work for a device; {} more reached no notifier), {} pages reclaimed by the \
+             kernel meanwhile;\n  {} invalidations overlapped another, device faults collided {} times and waited {} times.",
+            row.mode.name(),
+            row.invalidations,
+            row.with_work,
+            row.unheard,
+            row.reclaims,
+            row.overlaps,
+            row.collisions,
+            row.waits
         );
     }
     let accesses: u64 = report.rows.iter().map(|row| row.dma_accesses).sum();
     let stale: u64 = report.rows.iter().map(|row| row.stale_accesses).sum();
-    let _ = writeln!(out, "\n{accesses} DMA accesses checked, {stale} of them stale");
+    let _ = writeln!(out, "{accesses} DMA accesses checked, {stale} of them stale");
     out
+}
+
+/// What a run has found, in a sentence; `None` if it did not compare all four.
+pub fn finding(report: &Report) -> Option<String> {
+    let (gpus, rows) = by_gpus(&report.rows).into_iter().next_back()?;
+    let total = |mode| rows.get(&mode).map(|row| row.total_ns as f64).filter(|total| *total > 0.0);
+    let (single, two) = (total(Mode::SinglePass)?, total(Mode::TwoPass)?);
+    let (rounds, poll) = (total(Mode::RoundRobin)?, total(Mode::PollDriven)?);
+    let what = match report.profile {
+        Some(Profile::Idle) => "idle GPUs",
+        Some(Profile::Busy) => "busy GPUs",
+        Some(Profile::Preempting) => "GPUs that preempt",
+        Some(Profile::Mixed) | None => "GPUs",
+    };
+    let against = |other: f64, name: &str| match other / poll {
+        ratio if ratio > 1.05 => format!("{name} waits {ratio:.2}× as long"),
+        ratio if ratio < 0.95 => format!("{name} is enough, and quicker by {:.0} %", (1.0 - ratio) * 100.0),
+        ratio => format!("{name} is enough ({:+.0} %)", (ratio - 1.0) * 100.0),
+    };
+    Some(format!(
+        "Found: for {gpus} {what}, starting all before waiting for any is worth {:.1}× (two-pass against single-pass); against poll-driven, {}, and {}.",
+        single / two,
+        against(two, "two-pass"),
+        against(rounds, "round-robin")
+    ))
 }

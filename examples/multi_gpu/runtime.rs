@@ -1,34 +1,83 @@
-//! Where the simulation runs: in virtual time, on an executor of its own, or on tokio in real time.
+//! Where the simulation runs: in virtual time, or in real time on tokio.
 //!
-//! The virtual one is a discrete-event simulator in a hundred lines: when no task is ready, time jumps to the next timer. It runs on one
-//! thread and everything in it is ordered, so that the same seed gives the same run.
+//! There are tasks, which are futures (the devices), and threads, which block (the program that was
+//! recorded, and the kernel's own work). The virtual one is a discrete-event simulator: one of all
+//! of them runs at a time, and when none can, time jumps to the next timer. A thread is a thread of
+//! the operating system that waits for its turn, so that a driver may block anywhere in it, as
+//! drivers in a kernel do. Everything is ordered: the same seed gives the same run.
 
+use std::cell::RefCell;
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::future::poll_fn;
-use std::pin::Pin;
+use std::pin::{Pin, pin};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
+use std::thread::{JoinHandle, Thread};
 use std::time::{Duration, Instant};
 
 type BoxFuture = Pin<Box<dyn Future<Output = ()> + Send>>;
 
-/// A handle on the executor: the time, timers and new tasks.
+/// A handle on what runs it all: the time, timers, new tasks and threads.
 #[derive(Clone)]
 pub enum Runtime {
-    Virtual(Arc<Mutex<Core>>),
+    Virtual(Arc<Core>),
     Real { began: Instant, tokio: tokio::runtime::Handle },
 }
 
-/// The state of the virtual executor.
-#[derive(Default)]
+/// The virtual one.
 pub struct Core {
+    state: Mutex<State>,
+    /// The thread that hands out turns.
+    scheduler: Thread,
+    /// The thread that had the turn has given it back.
+    returned: AtomicBool,
+}
+
+impl Core {
+    /// Gives a thread its turn, and waits until it gives it back.
+    fn hand_over(&self, turn: &Turn) {
+        turn.mine.store(true, Ordering::SeqCst);
+        turn.thread.unpark();
+        while !self.returned.swap(false, Ordering::SeqCst) {
+            std::thread::park();
+        }
+    }
+
+    fn give_back(&self) {
+        self.returned.store(true, Ordering::SeqCst);
+        self.scheduler.unpark();
+    }
+}
+
+#[derive(Default)]
+struct State {
     now: Duration,
     timers: BinaryHeap<Reverse<Timer>>,
     /// Rises with each timer, so that those of one moment fire in order.
     timer: u64,
     spawned: Vec<BoxFuture>,
-    ready: VecDeque<usize>,
+    ready: VecDeque<Ready>,
+    /// The task that is being polled.
+    polled: Option<usize>,
+}
+
+/// What it takes at least until a task that has woken itself has its next turn. Otherwise one that
+/// waits in turns, as the library's waiters do while they are patient, would stop the time.
+const TURN: Duration = Duration::from_micros(1);
+
+impl State {
+    fn timer(&mut self, at: Duration, waker: Waker) {
+        self.timer += 1;
+        let order = self.timer;
+        self.timers.push(Reverse(Timer { at, order, waker }));
+    }
+}
+
+enum Ready {
+    Task(usize),
+    Thread(Arc<Turn>),
 }
 
 struct Timer {
@@ -57,15 +106,140 @@ impl Ord for Timer {
     }
 }
 
-/// Wakes task `task` of the virtual executor.
+/// Wakes a task of the virtual executor.
 struct TaskWaker {
-    core: Arc<Mutex<Core>>,
+    core: Arc<Core>,
     task: usize,
 }
 
 impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
-        self.core.lock().unwrap().ready.push_back(self.task);
+        let mut state = self.core.state.lock().unwrap();
+        if state.polled == Some(self.task) {
+            let at = state.now + TURN;
+            state.timer(at, Waker::from(self.clone()));
+        } else {
+            state.ready.push_back(Ready::Task(self.task));
+        }
+    }
+}
+
+/// Whether it is a thread's turn.
+struct Turn {
+    thread: Thread,
+    mine: AtomicBool,
+}
+
+impl Turn {
+    fn wait(&self) {
+        while !self.mine.swap(false, Ordering::SeqCst) {
+            std::thread::park();
+        }
+    }
+}
+
+/// Wakes a thread out of one `block_on`; each has its own, because they nest.
+struct Parker {
+    /// `None` in real time.
+    of: Option<(Arc<Core>, Arc<Turn>)>,
+    thread: Thread,
+    woken: AtomicBool,
+}
+
+impl Wake for Parker {
+    fn wake(self: Arc<Self>) {
+        if self.woken.swap(true, Ordering::SeqCst) {
+            return;
+        }
+        match &self.of {
+            Some((core, turn)) => core.state.lock().unwrap().ready.push_back(Ready::Thread(turn.clone())),
+            None => self.thread.unpark(),
+        }
+    }
+}
+
+/// What a thread of the simulation is told of itself.
+#[derive(Clone)]
+struct Here {
+    turn: Arc<Turn>,
+    /// In virtual time.
+    core: Option<Arc<Core>>,
+}
+
+thread_local! {
+    static HERE: RefCell<Option<Here>> = const { RefCell::new(None) };
+}
+
+fn here() -> Option<Here> {
+    HERE.with_borrow(Clone::clone)
+}
+
+/// Happens once, and can be waited for: the end of a thread, a fence of a device.
+#[derive(Clone, Default)]
+pub struct Flag(Arc<Mutex<FlagState>>);
+
+#[derive(Default)]
+struct FlagState {
+    set: bool,
+    waiting: Vec<Waker>,
+}
+
+impl Flag {
+    pub fn set(&self) {
+        let waiting = {
+            let mut state = self.0.lock().unwrap();
+            state.set = true;
+            std::mem::take(&mut state.waiting)
+        };
+        waiting.into_iter().for_each(Waker::wake);
+    }
+
+    /// Whether it is the same one.
+    pub fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    pub fn is_set(&self) -> bool {
+        self.0.lock().unwrap().set
+    }
+
+    pub async fn wait(&self) {
+        poll_fn(|cx| {
+            let mut state = self.0.lock().unwrap();
+            if state.set {
+                return Poll::Ready(());
+            }
+            if !state.waiting.iter().any(|waker| waker.will_wake(cx.waker())) {
+                state.waiting.push(cx.waker().clone());
+            }
+            Poll::Pending
+        })
+        .await;
+    }
+}
+
+/// Lets the others go on first.
+pub async fn yield_now() {
+    let mut yielded = false;
+    poll_fn(|cx| {
+        if std::mem::replace(&mut yielded, true) {
+            return Poll::Ready(());
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
+/// Says at the end of a thread, also by a panic, that it has ended.
+struct SaysEnd(Flag, Option<Arc<Core>>);
+
+impl Drop for SaysEnd {
+    fn drop(&mut self) {
+        self.0.set();
+        if let Some(core) = &self.1 {
+            core.give_back();
+        }
     }
 }
 
@@ -73,7 +247,7 @@ impl Runtime {
     /// The time since the run began.
     pub fn now(&self) -> Duration {
         match self {
-            Self::Virtual(core) => core.lock().unwrap().now,
+            Self::Virtual(core) => core.state.lock().unwrap().now,
             Self::Real { began, .. } => began.elapsed(),
         }
     }
@@ -83,14 +257,12 @@ impl Runtime {
             Self::Virtual(core) => {
                 let mut set = false;
                 poll_fn(|cx| {
-                    let mut core = core.lock().unwrap();
-                    if core.now >= at {
+                    let mut state = core.state.lock().unwrap();
+                    if state.now >= at {
                         return Poll::Ready(());
                     }
                     if !std::mem::replace(&mut set, true) {
-                        core.timer += 1;
-                        let order = core.timer;
-                        core.timers.push(Reverse(Timer { at, order, waker: cx.waker().clone() }));
+                        state.timer(at, cx.waker().clone());
                     }
                     Poll::Pending
                 })
@@ -104,30 +276,127 @@ impl Runtime {
         self.sleep_until(self.now() + time).await;
     }
 
-    /// Runs a task beside the others. In virtual time it begins when the one that spawned it pauses.
+    /// Runs a task beside the others. In virtual time it begins when whoever spawned it pauses.
     pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         match self {
-            Self::Virtual(core) => core.lock().unwrap().spawned.push(Box::pin(task)),
+            Self::Virtual(core) => core.state.lock().unwrap().spawned.push(Box::pin(task)),
             Self::Real { tokio, .. } => drop(tokio.spawn(task)),
         }
     }
+
+    /// Starts a thread; in virtual time it begins when whoever started it pauses. Returns its end.
+    pub fn thread(&self, run: impl FnOnce() + Send + 'static) -> Flag {
+        let ended = Flag::default();
+        self.start(run, ended.clone());
+        ended
+    }
+
+    fn start(&self, run: impl FnOnce() + Send + 'static, ended: Flag) -> JoinHandle<()> {
+        let (core, tokio) = match self {
+            Self::Virtual(core) => (Some(core.clone()), None),
+            Self::Real { tokio, .. } => (None, Some(tokio.clone())),
+        };
+        let (tell, told) = std::sync::mpsc::sync_channel::<Here>(1);
+        let started = std::thread::spawn(move || {
+            let Ok(here) = told.recv() else { return };
+            let _tokio = tokio.as_ref().map(tokio::runtime::Handle::enter);
+            if here.core.is_some() {
+                here.turn.wait();
+            }
+            let _says = SaysEnd(ended, here.core.clone());
+            HERE.set(Some(here));
+            run();
+        });
+        let turn = Arc::new(Turn { thread: started.thread().clone(), mine: AtomicBool::new(false) });
+        let _ = tell.send(Here { turn: turn.clone(), core });
+        if let Self::Virtual(core) = self {
+            core.state.lock().unwrap().ready.push_back(Ready::Thread(turn));
+        }
+        started
+    }
+
+    /// Whether this may block: on a thread of the simulation, not in a task.
+    pub fn may_block(&self) -> bool {
+        here().is_some()
+    }
+
+    /// Blocks the calling thread until the future is ready. May be called inside of a future that
+    /// the same thread blocks on. Each time that the thread had to be woken costs `wake`.
+    pub fn block_on<T>(&self, future: impl Future<Output = T>, wake: Duration) -> T {
+        let here = here().expect("only threads of the simulation block");
+        let of = match self {
+            Self::Virtual(core) => Some((core.clone(), here.turn.clone())),
+            Self::Real { .. } => None,
+        };
+        let parker = Arc::new(Parker { of, thread: std::thread::current(), woken: AtomicBool::new(false) });
+        let waker = Waker::from(parker.clone());
+        let mut future = pin!(future);
+        loop {
+            if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
+                return output;
+            }
+            let mut slept = false;
+            while !parker.woken.swap(false, Ordering::SeqCst) {
+                slept = true;
+                match &here.core {
+                    // The others' turn.
+                    Some(core) => {
+                        core.give_back();
+                        here.turn.wait();
+                    }
+                    None => std::thread::park(),
+                }
+            }
+            if slept {
+                self.work(wake);
+            }
+        }
+    }
+
+    /// Takes this much of the processor's time on the calling thread; in a task, which has none,
+    /// and in real time, where what is done takes what it takes, nothing.
+    pub fn work(&self, time: Duration) {
+        let Self::Virtual(core) = self else { return };
+        if time.is_zero() || !self.may_block() {
+            return;
+        }
+        let at = {
+            let mut state = core.state.lock().unwrap();
+            let at = state.now + time;
+            // Nobody else has anything to do until then.
+            let alone = state.ready.is_empty() && state.spawned.is_empty();
+            if alone && state.timers.peek().is_none_or(|Reverse(timer)| timer.at > at) {
+                state.now = at;
+                return;
+            }
+            at
+        };
+        self.block_on(self.sleep_until(at), Duration::ZERO);
+    }
 }
 
-/// Runs `main` to its end in virtual time; what it spawned is dropped then.
-pub fn run_virtual<T: Send + 'static>(main: impl FnOnce(Runtime) -> Pin<Box<dyn Future<Output = T> + Send>>) -> T {
-    let core = Arc::new(Mutex::new(Core::default()));
-    let output = Arc::new(Mutex::new(None));
-    let (main, result) = (main(Runtime::Virtual(core.clone())), output.clone());
+/// Runs `main`, which is a thread, to its end in virtual time; tasks that are left are dropped then.
+///
+/// # Panics
+/// When `main` does, and when nothing can go on any more.
+pub fn run_virtual<T: Send + 'static>(main: impl FnOnce(Runtime) -> T + Send + 'static) -> T {
+    let core = Arc::new(Core { state: Mutex::default(), scheduler: std::thread::current(), returned: AtomicBool::new(false) });
+    let runtime = Runtime::Virtual(core.clone());
+    let (output, ended) = (Arc::new(Mutex::new(None)), Flag::default());
+    let (result, of_main) = (output.clone(), runtime.clone());
+    let mut main = Some(runtime.start(
+        move || {
+            let done = main(of_main);
+            *result.lock().unwrap() = Some(done);
+        },
+        ended.clone(),
+    ));
     let mut tasks: Vec<Option<(BoxFuture, Waker)>> = Vec::new();
     let mut free = Vec::new();
-    core.lock().unwrap().spawned.push(Box::pin(async move {
-        let done = main.await;
-        *result.lock().unwrap() = Some(done);
-    }));
     loop {
         let (spawned, next) = {
-            let mut core = core.lock().unwrap();
-            (std::mem::take(&mut core.spawned), core.ready.pop_front())
+            let mut state = core.state.lock().unwrap();
+            (std::mem::take(&mut state.spawned), state.ready.pop_front())
         };
         for future in spawned {
             let task = free.pop().unwrap_or(tasks.len());
@@ -138,44 +407,67 @@ pub fn run_virtual<T: Send + 'static>(main: impl FnOnce(Runtime) -> Pin<Box<dyn 
             } else {
                 tasks[task] = new
             }
-            core.lock().unwrap().ready.push_back(task);
+            core.state.lock().unwrap().ready.push_back(Ready::Task(task));
         }
-        if let Some(task) = next {
-            // A task may have been woken more than once, or have ended since.
-            if let Some((future, waker)) = &mut tasks[task] {
-                let done = future.as_mut().poll(&mut Context::from_waker(&waker.clone())).is_ready();
-                if done {
-                    tasks[task] = None;
-                    free.push(task);
+        match next {
+            Some(Ready::Task(task)) => {
+                // It may have been woken more than once, or have ended since.
+                if let Some((future, waker)) = &mut tasks[task] {
+                    core.state.lock().unwrap().polled = Some(task);
+                    let done = future.as_mut().poll(&mut Context::from_waker(&waker.clone())).is_ready();
+                    core.state.lock().unwrap().polled = None;
+                    if done {
+                        tasks[task] = None;
+                        free.push(task);
+                    }
                 }
             }
-            if let Some(output) = output.lock().unwrap().take() {
-                // Tasks hold the executor's state and it holds wakers of tasks: both go now.
-                core.lock().unwrap().timers.clear();
-                return output;
+            Some(Ready::Thread(turn)) => core.hand_over(&turn),
+            None => {
+                let timer = {
+                    let mut state = core.state.lock().unwrap();
+                    if !state.ready.is_empty() || !state.spawned.is_empty() {
+                        continue;
+                    }
+                    let Some(Reverse(timer)) = state.timers.pop() else {
+                        panic!("the simulation is stuck: nobody is ready and no timer is set");
+                    };
+                    state.now = timer.at;
+                    timer
+                };
+                timer.waker.wake();
             }
-            continue;
         }
-        let timer = {
-            let mut core = core.lock().unwrap();
-            if !core.ready.is_empty() || !core.spawned.is_empty() {
-                continue;
+        if ended.is_set() {
+            if let Some(Err(panic)) = main.take().map(JoinHandle::join) {
+                std::panic::resume_unwind(panic);
             }
-            let Some(Reverse(timer)) = core.timers.pop() else {
-                panic!("the simulation is stuck: no task is ready and no timer is set");
-            };
-            core.now = timer.at;
-            timer
-        };
-        timer.waker.wake();
+            // Tasks hold the simulator's state and it holds wakers of tasks: both go now.
+            core.state.lock().unwrap().timers.clear();
+            return output.lock().unwrap().take().expect("main has ended without a panic");
+        }
     }
 }
 
-/// Runs `main` to its end on tokio, on two worker threads.
-pub fn run_real<T: Send + 'static>(main: impl FnOnce(Runtime) -> Pin<Box<dyn Future<Output = T> + Send>>) -> std::io::Result<T> {
+/// Runs `main`, which is a thread, to its end in real time, with the devices on two threads of tokio.
+///
+/// # Panics
+/// When `main` does.
+pub fn run_real<T: Send + 'static>(main: impl FnOnce(Runtime) -> T + Send + 'static) -> std::io::Result<T> {
     let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build()?;
     let runtime = Runtime::Real { began: Instant::now(), tokio: tokio.handle().clone() };
-    let output = tokio.block_on(main(runtime));
+    let output = Arc::new(Mutex::new(None));
+    let (result, of_main) = (output.clone(), runtime.clone());
+    let main = runtime.start(
+        move || {
+            let done = main(of_main);
+            *result.lock().unwrap() = Some(done);
+        },
+        Flag::default(),
+    );
+    if let Err(panic) = main.join() {
+        std::panic::resume_unwind(panic);
+    }
     tokio.shutdown_background();
-    Ok(output)
+    Ok(output.lock().unwrap().take().expect("main has ended without a panic"))
 }

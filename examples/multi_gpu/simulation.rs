@@ -1,23 +1,52 @@
-//! One run: a program's recording, a number of GPUs, a mode.
+//! One run: a program's recording, a number of GPUs, a way to wait.
 
-use crate::gpu::{Command, Current, Gpu, Lane, Mirror, Model, Oracle};
-use crate::memory::{Action, Change, Program};
-use crate::recording::Recording;
-use crate::runtime::{Runtime, run_real, run_virtual};
-use hdrhistogram::Histogram;
+use crate::driver::Mirror;
+use crate::fault::Fault;
+use crate::gpu::Gpu;
+use crate::memory::{Access, Action, Change};
+use crate::oracle::{Oracle, PAGE, pages};
+use crate::profile::Model;
+use crate::record::{Lane, Record};
+use crate::runtime::{Flag, Runtime, run_real, run_virtual};
+use crate::schedule::Plan;
+use crate::tally::{Row, Tally};
+use clap::ValueEnum;
+use rand::rngs::StdRng;
+use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
 use shootdown::{AddressRange, AddressSpace, Event, Subscription};
 use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::Duration;
 
-/// How passes are waited for.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// How devices are waited for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, ValueEnum)]
 #[serde(rename_all = "kebab-case")]
 pub enum Mode {
-    /// A pass budget of zero: the kernel before the patch.
+    /// Before Linux 7.1: for each GPU, start and wait
     SinglePass,
-    MultiPass,
+    /// Linux 7.1: start all; then, in order, each one's finish, which blocks and does what is left
+    TwoPass,
+    /// The proposal of August 2025: start all; then rounds over those that are not done, each of whose passes blocks until its step is done
+    RoundRobin,
+    /// This library: start all; then whoever is ready goes on
+    #[value(alias = "multi-pass")]
+    #[serde(alias = "multi-pass")]
+    PollDriven,
+}
+
+impl Mode {
+    pub const ALL: [Self; 4] = [Self::SinglePass, Self::TwoPass, Self::RoundRobin, Self::PollDriven];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::SinglePass => "single-pass",
+            Self::TwoPass => "two-pass",
+            Self::RoundRobin => "round-robin",
+            Self::PollDriven => "poll-driven",
+        }
+    }
 }
 
 /// What a run is made of, beside the recording.
@@ -26,38 +55,17 @@ pub struct Settings {
     pub model: Model,
     pub gpus: usize,
     pub mode: Mode,
-    /// The first GPU's driver does not wait for its device.
-    pub skip_wait: bool,
+    pub fault: Option<Fault>,
     pub real_time: bool,
-    /// The program pauses between two calls as long as in the recording, but no longer than this.
-    pub longest_pause: Duration,
-    /// Stop after so many invalidations.
+    /// Threads and processes of the recording run side by side.
+    pub threads: bool,
+    /// GPUs mirror all address spaces, not one.
+    pub all_processes: bool,
+    /// Stop after so many invalidations that a device had work for.
     pub most_invalidations: Option<u64>,
 }
 
-/// A line of the result.
-#[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Row {
-    pub gpus: usize,
-    pub mode: Mode,
-    /// Those that reached a notifier.
-    pub invalidations: u64,
-    pub notifier_calls: u64,
-    pub dma_accesses: u64,
-    pub p50_ns: u64,
-    pub p99_ns: u64,
-    pub max_ns: u64,
-    /// The time that the program waited for invalidations, in all.
-    pub total_ns: u64,
-    /// `total_ns` over the time that the slowest GPU of each invalidation took, in all.
-    pub ideal_ratio: f64,
-    pub stale_accesses: u64,
-    /// Latencies in ns at each percent of the invalidations, from 0 to 100.
-    #[serde(default)]
-    pub percentiles_ns: Vec<u64>,
-}
-
-/// One invalidation, GPU by GPU; times are since it began.
+/// One invalidation, GPU by GPU; times are since the run began.
 #[derive(Clone, Debug, Default)]
 pub struct Timeline {
     pub lanes: Vec<Lane>,
@@ -68,20 +76,14 @@ pub struct Timeline {
 
 pub struct Outcome {
     pub row: Row,
-    /// The invalidations in which every GPU took part and one preempted, by number.
+    /// The invalidations in which every GPU took part, by number.
     pub timelines: BTreeMap<u64, Timeline>,
 }
 
 /// Runs a recording to its end; `progress` hears of each call that was replayed.
-pub fn run(
-    recording: &Arc<Recording>,
-    settings: Settings,
-    progress: impl Fn(u64) + Send + Sync + 'static,
-) -> std::io::Result<Outcome> {
-    let recording = recording.clone();
-    let main = move |runtime: Runtime| -> std::pin::Pin<Box<dyn Future<Output = Outcome> + Send>> {
-        Box::pin(async move { Simulation::new(runtime, settings).replay(&recording, &progress).await })
-    };
+pub fn run(plan: &Arc<Plan>, settings: Settings, progress: impl Fn() + Send + Sync + 'static) -> std::io::Result<Outcome> {
+    let plan = plan.clone();
+    let main = move |runtime: Runtime| World::new(runtime, settings, plan, Box::new(progress)).replay();
     if settings.real_time { run_real(main) } else { Ok(run_virtual(main)) }
 }
 
@@ -93,181 +95,339 @@ struct Mapping {
     mirrors: Vec<Arc<Subscription<Mirror>>>,
 }
 
-struct Simulation {
-    settings: Settings,
-    runtime: Runtime,
-    oracle: Arc<Oracle>,
-    current: Arc<Current>,
-    gpus: Vec<Arc<Gpu>>,
-    spaces: BTreeMap<usize, (AddressSpace, Vec<Mapping>)>,
-    latencies: Histogram<u64>,
-    total: Duration,
-    ideal: Duration,
-    invalidations: u64,
-    timelines: BTreeMap<u64, Timeline>,
+struct Space {
+    address_space: AddressSpace,
+    mappings: Vec<Mapping>,
+    /// Invalidations of it under way.
+    active: usize,
+    released: bool,
 }
 
-impl Simulation {
-    fn new(runtime: Runtime, settings: Settings) -> Self {
-        let (oracle, current) = (Arc::new(Oracle::default()), Arc::new(Current::default()));
-        let gpu = |id| Gpu::new(id, &runtime, settings.model, &oracle, &current, settings.skip_wait && id == 0);
+/// All that runs.
+struct World {
+    settings: Settings,
+    runtime: Runtime,
+    plan: Arc<Plan>,
+    progress: Box<dyn Fn() + Send + Sync>,
+    oracle: Arc<Oracle>,
+    gpus: Vec<Arc<Gpu>>,
+    spaces: Mutex<BTreeMap<usize, Space>>,
+    tally: Mutex<Tally>,
+    /// Which calls are over.
+    over: Vec<Flag>,
+    /// Threads that have begun.
+    begun: Mutex<Vec<Flag>>,
+    stop: AtomicBool,
+    /// Where in the recording the program is, in ns.
+    at: AtomicU64,
+    unmappings: AtomicU64,
+}
+
+/// Numbers of what the kernel does on its own account; those below are the program's.
+const RECLAIM: u64 = 1 << 40;
+
+/// How often it comes to a page before it goes to the next.
+const AGAIN: u64 = 4;
+
+impl World {
+    fn new(runtime: Runtime, settings: Settings, plan: Arc<Plan>, progress: Box<dyn Fn() + Send + Sync>) -> Arc<Self> {
+        let oracle = Arc::new(Oracle::default());
+        let gpu = |id| {
+            let fault = settings.fault.filter(|_| id == 0 || id + 1 == settings.gpus);
+            Gpu::new(id, &runtime, settings.model, settings.mode, &oracle, fault)
+        };
         let gpus = (0..settings.gpus).map(gpu).collect();
-        Self {
+        Arc::new(Self {
             settings,
             gpus,
             oracle,
-            current,
+            progress,
+            spaces: Mutex::default(),
+            tally: Mutex::new(Tally::new(settings.model.costs)),
+            over: plan.calls.iter().map(|_| Flag::default()).collect(),
+            begun: Mutex::default(),
+            stop: AtomicBool::new(false),
+            at: AtomicU64::new(0),
+            unmappings: AtomicU64::new(0),
+            plan,
             runtime,
-            spaces: BTreeMap::new(),
-            latencies: Histogram::new(3).expect("three significant digits are allowed"),
-            total: Duration::ZERO,
-            ideal: Duration::ZERO,
-            invalidations: 0,
-            timelines: BTreeMap::new(),
+        })
+    }
+
+    fn tally(&self) -> MutexGuard<'_, Tally> {
+        self.tally.lock().unwrap()
+    }
+
+    fn sleep(&self, time: Duration) {
+        if !time.is_zero() {
+            self.runtime.block_on(self.runtime.sleep(time), Duration::ZERO);
         }
     }
 
-    async fn replay(mut self, recording: &Recording, progress: &(impl Fn(u64) + Send + Sync)) -> Outcome {
-        let mut program = Program::default();
-        let mut last_ns = 0;
-        for (at, call) in (0..).zip(&recording.calls) {
-            let pause = Duration::from_nanos(call.at_ns.saturating_sub(last_ns));
-            last_ns = last_ns.max(call.at_ns);
-            if !pause.is_zero() {
-                self.runtime.sleep(pause.min(self.settings.longest_pause)).await;
+    fn wait(&self, flag: &Flag) {
+        self.runtime.block_on(flag.wait(), Duration::ZERO);
+    }
+
+    fn replay(self: Arc<Self>) -> Outcome {
+        let kernel = (!self.settings.model.reclaim.is_zero()).then(|| {
+            let world = self.clone();
+            self.runtime.thread(move || world.reclaim())
+        });
+        if self.settings.threads {
+            self.plan.first.iter().for_each(|task| self.begin(*task));
+            let mut waited = 0;
+            // Those that begin meanwhile are waited for, too.
+            while let Some(ended) = { self.begun.lock().unwrap().get(waited).cloned() } {
+                self.wait(&ended);
+                waited += 1;
             }
-            for action in program.run(call) {
-                self.act(action).await;
-            }
-            progress(at + 1);
-            if self.settings.most_invalidations.is_some_and(|most| self.invalidations >= most) {
-                break;
+        } else {
+            let mut last = Duration::ZERO;
+            for call in 0..self.plan.calls.len() {
+                self.sleep(self.plan.calls[call].at.saturating_sub(last));
+                last = self.plan.calls[call].at;
+                if !self.call(call) {
+                    break;
+                }
             }
         }
         // What the recording did not end: devices keep no mapping of a program that is gone.
-        for action in program.end() {
-            self.act(action).await;
+        let rest = if self.stop.load(Ordering::Relaxed) { Vec::new() } else { self.plan.rest.clone() };
+        for (action, number) in rest.into_iter().zip(RECLAIM / 2..) {
+            self.act(action, number, self.now_in_recording());
+        }
+        self.stop.store(true, Ordering::Relaxed);
+        if let Some(kernel) = kernel {
+            self.wait(&kernel);
+        }
+        for space in self.spaces.lock().unwrap().values() {
+            self.tally().space(&space.address_space.stats());
         }
         self.gpus.iter().for_each(|gpu| gpu.stop());
-        self.outcome()
+        let outcome = self.tally().outcome(&self.settings, &self.gpus, &self.oracle);
+        // They hold the mirrors, and the mirrors them.
+        self.spaces.lock().unwrap().clear();
+        outcome
     }
 
-    async fn act(&mut self, action: Action) {
+    fn now_in_recording(&self) -> Duration {
+        Duration::from_nanos(self.at.load(Ordering::Relaxed))
+    }
+
+    /// Starts a thread of the program.
+    fn begin(self: &Arc<Self>, task: u32) {
+        let world = self.clone();
+        let ended = self.runtime.thread(move || {
+            let calls = world.plan.tasks.get(&task).cloned().unwrap_or_default();
+            let mut last = calls.first().map_or(Duration::ZERO, |_| world.now_in_recording());
+            for index in calls {
+                let call = &world.plan.calls[index];
+                world.sleep(call.at.saturating_sub(last));
+                last = call.at;
+                for earlier in &call.after {
+                    world.wait(&world.over[*earlier]);
+                }
+                if !world.call(index) {
+                    return;
+                }
+            }
+        });
+        self.begun.lock().unwrap().push(ended);
+    }
+
+    /// Carries out one call; `false` when the run is to end.
+    fn call(self: &Arc<Self>, index: usize) -> bool {
+        let call = &self.plan.calls[index];
+        let ends = || self.stop.load(Ordering::Relaxed);
+        self.at.fetch_max(u64::try_from(call.at.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        for (action, number) in call.actions.iter().zip(index as u64 * 1024..) {
+            if ends() {
+                break;
+            }
+            self.act(action.clone(), number, call.at);
+        }
+        self.over[index].set();
+        if let Some(task) = call.begins.filter(|_| self.settings.threads && !ends()) {
+            self.begin(task);
+        }
+        (self.progress)();
+        !ends()
+    }
+
+    fn act(&self, action: Action, number: u64, at: Duration) {
         match action {
             Action::Created { space, mappings } => {
                 let clock = self.runtime.clone();
                 let builder = AddressSpace::builder().clock(move || clock.now());
                 let builder = if self.settings.mode == Mode::SinglePass { builder.pass_budget(0) } else { builder };
-                self.spaces.insert(space, (builder.build(), Vec::new()));
-                mappings.into_iter().for_each(|(range, _)| self.map(space, range));
+                let created = Space { address_space: builder.build(), mappings: Vec::new(), active: 0, released: false };
+                self.spaces.lock().unwrap().insert(space, created);
+                mappings.into_iter().for_each(|(range, access)| self.map(space, range, access));
             }
-            Action::Mapped { space, range, .. } => self.map(space, range),
+            Action::Mapped { space, range, access } => self.map(space, range, access),
             Action::Invalidate { space, range, event, then } => {
-                let gone = if let Change::Unmapped(gone) = then { gone } else { Vec::new() };
-                self.invalidate(space, range, event, &gone).await;
+                self.invalidate(space, range, event, &then, &Record::new(number, at));
             }
-            Action::Released { space } => {
-                self.invalidate(space, AddressRange::ALL, Event::Release, &[]).await;
-                for mapping in self.spaces.remove(&space).into_iter().flat_map(|(_, mappings)| mappings) {
-                    self.oracle.unmap(space, mapping.range);
-                    self.forget(mapping);
-                }
-            }
+            Action::Released { space } => self.release(space, &Record::new(number, at)),
         }
     }
 
     /// A new mapping: every GPU registers a notifier for it and begins to work on it.
-    fn map(&mut self, space: usize, range: AddressRange) {
-        self.oracle.map(space, range);
-        let Some((address_space, mappings)) = self.spaces.get_mut(&space) else { return };
+    fn map(&self, space: usize, range: AddressRange, access: Access) {
+        self.oracle.map(space, range, access);
+        if !self.settings.all_processes && space != self.plan.followed {
+            return;
+        }
+        let Some(address_space) = self.spaces.lock().unwrap().get(&space).map(|space| space.address_space.clone()) else {
+            return;
+        };
         let mut mirrors = Vec::with_capacity(self.gpus.len());
         for gpu in &self.gpus {
-            let Ok(mirror) = address_space.insert(range, gpu.mirror(space)) else { return };
+            let Ok(mirror) = address_space.insert(range, Mirror::new(gpu, space)) else { return };
             let mirror = Arc::new(mirror);
             gpu.attach(mirror.clone());
             mirrors.push(mirror);
         }
-        let left = range.len().unwrap_or(u64::MAX);
-        mappings.push(Mapping { left, range, mirrors });
-    }
-
-    async fn invalidate(&mut self, space: usize, range: AddressRange, event: Event, gone: &[AddressRange]) {
-        let Some((address_space, _)) = self.spaces.get(&space) else { return };
-        let address_space = address_space.clone();
-        self.current.begin(self.invalidations);
-        let began = self.runtime.now();
-        if event == Event::Release {
-            let mirrored = !address_space.is_empty();
-            address_space.release().await;
-            if mirrored {
-                self.handed_out(space, range, event, began);
-            }
-        } else {
-            let guard = address_space.invalidate(range, event).await;
-            if guard.hits() > 0 {
-                self.handed_out(space, range, event, began);
-            }
-            // The memory changes while the guard is held.
-            gone.iter().for_each(|part| self.oracle.unmap(space, *part));
-            drop(guard);
-        }
-        let Some((_, mappings)) = self.spaces.get_mut(&space) else { return };
-        let mut kept = Vec::with_capacity(mappings.len());
-        let mut dead = Vec::new();
-        for mut mapping in mappings.drain(..) {
-            for part in gone.iter().filter_map(|part| mapping.range.intersection(*part)) {
-                mapping.left = mapping.left.saturating_sub(part.len().unwrap_or(u64::MAX));
-            }
-            if mapping.left == 0 { dead.push(mapping) } else { kept.push(mapping) }
-        }
-        *mappings = kept;
-        dead.into_iter().for_each(|mapping| self.forget(mapping));
-    }
-
-    /// The guard has been handed out: what the invalidation took, and what it would have at best.
-    fn handed_out(&mut self, space: usize, range: AddressRange, event: Event, began: Duration) {
-        let ended = self.runtime.now();
-        self.oracle.handed_out(space, range);
-        let lanes = self.current.lanes();
-        // What each device worked for it; one that is not waited for does not count.
-        let mut work = vec![Duration::ZERO; self.gpus.len()];
-        for lane in lanes.iter().filter(|lane| !(self.settings.skip_wait && lane.gpu == 0)) {
-            work[lane.gpu] += lane.done.saturating_sub(lane.began);
-        }
-        self.invalidations += 1;
-        self.ideal += work.into_iter().max().unwrap_or_default();
-        self.total += ended - began;
-        // Within the histogram's range, which grows with its values.
-        let _ = self.latencies.record(u64::try_from((ended - began).as_nanos()).unwrap_or(u64::MAX));
-        let preempts = lanes.iter().any(|lane| lane.command == Command::Preempt);
-        if lanes.len() == self.gpus.len() && preempts {
-            self.timelines.insert(self.invalidations, Timeline { lanes, began, ended, event: Some(event) });
+        let mapping = Mapping { left: range.len().unwrap_or(u64::MAX), range, mirrors };
+        if let Some(space) = self.spaces.lock().unwrap().get_mut(&space) {
+            space.mappings.push(mapping);
         }
     }
 
-    fn forget(&self, mapping: Mapping) {
-        for (gpu, mirror) in self.gpus.iter().zip(&mapping.mirrors) {
-            gpu.detach(mirror);
+    /// An invalidation of a space begins; also says whether another one is under way.
+    fn enter(&self, space: usize) -> Option<AddressSpace> {
+        let mut spaces = self.spaces.lock().unwrap();
+        let space = spaces.get_mut(&space)?;
+        space.active += 1;
+        if space.active > 1 {
+            self.tally().overlap();
         }
+        Some(space.address_space.clone())
     }
 
-    fn outcome(self) -> Outcome {
-        let nanos = |time: Duration| u64::try_from(time.as_nanos()).unwrap_or(u64::MAX);
-        let ideal_ratio = if self.ideal.is_zero() { 1.0 } else { self.total.as_secs_f64() / self.ideal.as_secs_f64() };
-        let row = Row {
-            gpus: self.settings.gpus,
-            mode: self.settings.mode,
-            invalidations: self.invalidations,
-            notifier_calls: self.gpus.iter().map(|gpu| gpu.calls()).sum(),
-            dma_accesses: self.oracle.accesses(),
-            p50_ns: self.latencies.value_at_quantile(0.5),
-            p99_ns: self.latencies.value_at_quantile(0.99),
-            max_ns: self.latencies.max(),
-            total_ns: nanos(self.total),
-            ideal_ratio,
-            stale_accesses: self.oracle.stale(),
-            percentiles_ns: (0..=100).map(|percent| self.latencies.value_at_percentile(f64::from(percent))).collect(),
+    fn invalidate(&self, space: usize, range: AddressRange, event: Event, then: &Change, record: &Arc<Record>) {
+        let Some(address_space) = self.enter(space) else { return };
+        let skipped = match (self.settings.fault, event) {
+            (Some(Fault::SkipUnmap), Event::Unmap) => self.unmappings.fetch_add(1, Ordering::Relaxed) % 2 == 1,
+            (Some(Fault::SkipClear), Event::Clear) => true,
+            _ => false,
         };
-        Outcome { row, timelines: self.timelines }
+        let mut guard = None;
+        if !skipped {
+            let began = self.runtime.now();
+            let held = record.during(|| {
+                // Waking is charged where devices block it; who waits in the task is woken here.
+                self.runtime.block_on(address_space.invalidate(range, event), self.settings.model.costs.wake)
+            });
+            self.note(record, event, held.hits(), began);
+            if self.settings.fault == Some(Fault::EarlyEnd) {
+                drop(held);
+                self.runtime.work(self.settings.model.fault * 2);
+            } else {
+                guard = Some(held);
+            }
+        }
+        // The memory changes while the guard is held.
+        let half = self.settings.model.change / 2;
+        self.change_after(half, space, range, then);
+        self.runtime.work(half);
+        drop(guard);
+        self.leave(space, then);
+    }
+
+    fn change_after(&self, pause: Duration, space: usize, range: AddressRange, then: &Change) {
+        self.runtime.work(pause);
+        self.oracle.change(space, range, then);
+        // A device that can still read it does.
+        self.gpus.iter().for_each(|gpu| gpu.read_what_is_mapped(pages(space, range)));
+    }
+
+    /// An invalidation of a space is over. Mappings of which nothing is left are no longer mirrored.
+    fn leave(&self, space: usize, then: &Change) {
+        let mut spaces = self.spaces.lock().unwrap();
+        let Some(of_space) = spaces.get_mut(&space) else { return };
+        of_space.active -= 1;
+        let mut gone = Vec::new();
+        if let Change::Unmapped(parts) = then {
+            let mut kept = Vec::with_capacity(of_space.mappings.len());
+            for mut mapping in of_space.mappings.drain(..) {
+                for part in parts.iter().filter_map(|part| mapping.range.intersection(*part)) {
+                    mapping.left = mapping.left.saturating_sub(part.len().unwrap_or(u64::MAX));
+                }
+                if mapping.left == 0 { gone.push(mapping) } else { kept.push(mapping) }
+            }
+            of_space.mappings = kept;
+        }
+        let over = of_space.released && of_space.active == 0 && matches!(then, Change::Unmapped(_));
+        let ended = if over { spaces.remove(&space) } else { None };
+        drop(spaces);
+        if let Some(ended) = ended {
+            self.tally().space(&ended.address_space.stats());
+            gone.extend(ended.mappings);
+        }
+        for mapping in gone {
+            self.gpus.iter().zip(&mapping.mirrors).for_each(|(gpu, mirror)| gpu.detach(mirror));
+        }
+    }
+
+    fn release(&self, space: usize, record: &Arc<Record>) {
+        let Some(address_space) = self.enter(space) else { return };
+        let (mirrored, began) = (address_space.len(), self.runtime.now());
+        record.during(|| self.runtime.block_on(address_space.release(), self.settings.model.costs.wake));
+        self.note(record, Event::Release, mirrored, began);
+        let mut spaces = self.spaces.lock().unwrap();
+        if let Some(space) = spaces.get_mut(&space) {
+            space.active -= 1;
+            // The memory goes with the unmapping that follows.
+            space.released = true;
+        }
+    }
+
+    /// An invalidation has been waited for.
+    fn note(&self, record: &Arc<Record>, event: Event, hits: usize, began: Duration) {
+        let ended = self.runtime.now();
+        let mut tally = self.tally();
+        if record.number >= RECLAIM {
+            tally.reclaimed();
+            return;
+        }
+        tally.invalidated(record, event, hits, self.settings.gpus, (began, ended));
+        if self.settings.most_invalidations.is_some_and(|most| tally.with_work >= most) {
+            self.stop.store(true, Ordering::Relaxed);
+            // Nobody waits for a call that does not come.
+            self.over.iter().for_each(Flag::set);
+        }
+    }
+
+    /// The kernel, under pressure: takes pages away from the program, and takes them again when devices have come back to them; and writes
+    /// some back, for which it write-protects them.
+    fn reclaim(&self) {
+        let mut random = StdRng::seed_from_u64(self.settings.model.seed ^ 0x5ec1_a1e0);
+        let mut pause = |mean: Duration| self.sleep(mean.mul_f64(-f64::ln(1.0 - random.random::<f64>())));
+        for number in RECLAIM.. {
+            pause(if number % AGAIN == 0 { self.settings.model.reclaim } else { self.settings.model.fault });
+            if self.stop.load(Ordering::Relaxed) {
+                return;
+            }
+            let Some((space, page)) = self.resident((number - RECLAIM) / AGAIN) else { continue };
+            let event = if number % AGAIN == AGAIN - 1 { Event::ProtectionPage } else { Event::Clear };
+            let record = Record::new(number, self.now_in_recording());
+            self.invalidate(space, page, event, &Change::Discarded, &record);
+        }
+    }
+
+    /// Some page that devices work on: the next one of a mapping, and after its last one the first of the next.
+    fn resident(&self, at: u64) -> Option<(usize, AddressRange)> {
+        let spaces = self.spaces.lock().unwrap();
+        let mirrored: Vec<(usize, AddressRange)> = spaces
+            .iter()
+            .filter(|(_, space)| !space.released)
+            .flat_map(|(id, space)| space.mappings.iter().map(|mapping| (*id, mapping.range)))
+            .collect();
+        let resident = self.settings.model.resident_pages.max(1);
+        let (space, range) = *mirrored.get(usize::try_from(at / resident).ok()?.checked_rem(mirrored.len())?)?;
+        let (first, count) = (range.start() / PAGE, range.last() / PAGE - range.start() / PAGE + 1);
+        let page = first + (at % resident * count / resident).min(count - 1);
+        Some((space, AddressRange::new(page * PAGE, PAGE).ok()?))
     }
 }

@@ -14,6 +14,8 @@ mod reader;
 mod scan;
 mod tasks;
 
+#[cfg(test)]
+pub use call::Advised;
 pub use call::{Advice, Call, Op, Prot, Remap};
 pub use error::{Error, Note, NoteKind, ParseError};
 

@@ -1,0 +1,296 @@
+//! The driver of a simulated GPU: its interval notifier, its page faults, and four ways to wait.
+
+use crate::fault::Fault;
+use crate::gpu::Gpu;
+use crate::oracle::{PAGE, Page, pages};
+use crate::profile::Command;
+use crate::record::Record;
+use crate::runtime::{Flag, yield_now};
+use crate::simulation::Mode;
+use rand::Rng;
+use rand::rngs::StdRng;
+use shootdown::{Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget, Subscription, WouldBlock};
+use std::borrow::Cow;
+use std::collections::{BTreeMap, VecDeque};
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+use tracing::Instrument;
+
+/// One GPU's notifier of one mapping.
+pub struct Mirror {
+    gpu: Arc<Gpu>,
+    space: usize,
+    /// Linux 7.1 has one `finish` for each notifier; this one's is in use.
+    in_use: Arc<AtomicBool>,
+}
+
+impl Mirror {
+    pub fn new(gpu: &Arc<Gpu>, space: usize) -> Self {
+        Self { gpu: gpu.clone(), space, in_use: Arc::default() }
+    }
+
+    pub fn space(&self) -> usize {
+        self.space
+    }
+
+    /// Removes the pages from the page table, under the lock that readers install under; returns those that were there.
+    fn zap(&self, invalidation: &Invalidation<'_>, pages: &RangeInclusive<Page>) -> Vec<Page> {
+        let gpu = &self.gpu;
+        let late = gpu.fault == Some(Fault::SetSeqOutsideLock);
+        let mut table =
+            if late || gpu.fault == Some(Fault::NoSetSeq) { gpu.table.lock() } else { gpu.table.lock_for(invalidation) };
+        let mut zapped: Vec<Page> = table.range(pages.clone()).map(|(page, _)| *page).collect();
+        match gpu.fault {
+            Some(Fault::FirstPageOnly) => zapped.truncate(1),
+            // Its pass does it.
+            Some(Fault::FlushBeforeZap) => return zapped,
+            _ => {}
+        }
+        for page in &zapped {
+            table.remove(page);
+        }
+        drop(table);
+        if late {
+            gpu.runtime.work(gpu.model.fault / 2);
+            invalidation.set_seq();
+        }
+        zapped
+    }
+}
+
+impl IntervalNotifier for Mirror {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        let gpu = &self.gpu;
+        gpu.first_passes.fetch_add(1, Ordering::Relaxed);
+        if invalidation.event() == Event::Release {
+            gpu.released.store(true, Ordering::Relaxed);
+        }
+        let deaf = gpu.fault == Some(Fault::IgnoreRelease) && gpu.released.load(Ordering::Relaxed);
+        if deaf || gpu.fault.is_some_and(|fault| fault.ignores(invalidation.event())) {
+            return Ok(None);
+        }
+        let record = Record::current().unwrap_or_else(|| Record::new(0, Duration::ZERO));
+        let (first_pass, pages) = (gpu.runtime.now(), pages(self.space, invalidation.range()));
+        let zapped = self.zap(invalidation, &pages);
+        if !zapped.is_empty() {
+            // A walk that finds nothing is short.
+            gpu.runtime.work(gpu.model.costs.zap);
+        }
+        if zapped.is_empty() && (record.has(gpu.id) || !gpu.is_unfinished(&pages)) {
+            // Another mapping's notifier of this GPU has zapped these pages, and this invalidation waits for what it began; or nothing was
+            // mapped, and no translation can be cached.
+            return Ok(None);
+        }
+        match gpu.fault {
+            Some(Fault::AnyFence) if gpu.any_fence().is_some() => return Ok(gpu.any_fence().map(waits_only)),
+            Some(Fault::OldFence) if gpu.last_fence().is_some() => return Ok(gpu.last_fence().map(waits_only)),
+            _ => {}
+        }
+        let chain = Chain::start(gpu, record, first_pass, pages, zapped);
+        if gpu.fault == Some(Fault::SkipWait) {
+            gpu.runtime.spawn(chain.finish(Wait::InTheTask));
+            return Ok(None);
+        }
+        Ok(match gpu.mode {
+            Mode::PollDriven => Some(PassFuture::new(chain.finish(Wait::InTheTask))),
+            Mode::RoundRobin => Some(PassFuture::new(chain.finish(Wait::InRounds))),
+            // The space's pass budget is zero.
+            Mode::SinglePass => Some(PassFuture::new(chain.finish(Wait::InOrder))),
+            Mode::TwoPass if self.in_use.swap(true, Ordering::Relaxed) => {
+                gpu.in_use.fetch_add(1, Ordering::Relaxed);
+                gpu.runtime.block_on(chain.finish(Wait::InOrder), Duration::ZERO);
+                None
+            }
+            Mode::TwoPass => {
+                let in_use = self.in_use.clone();
+                Some(PassFuture::new(async move {
+                    chain.finish(Wait::InOrder).await;
+                    in_use.store(false, Ordering::Relaxed);
+                }))
+            }
+        })
+    }
+
+    fn name(&self) -> Cow<'static, str> {
+        format!("gpu{}", self.gpu.id).into()
+    }
+}
+
+/// The bug of a driver that waits for a fence that has nothing to do with what it was called for.
+fn waits_only(fence: Flag) -> PassFuture {
+    PassFuture::new(async move { fence.wait().await })
+}
+
+/// Who waits how for the steps of a device.
+#[derive(Clone, Copy, PartialEq)]
+enum Wait {
+    /// The future says that it is not ready.
+    InTheTask,
+    /// The thread blocks in the pass until all steps are done.
+    InOrder,
+    /// The thread blocks in the pass until one step is done; the next is begun, and the pass goes to the back of the list.
+    InRounds,
+}
+
+/// What a device does for an invalidation, step by step. This is the driver in all four modes.
+struct Chain {
+    gpu: Arc<Gpu>,
+    record: Arc<Record>,
+    lane: usize,
+    pages: RangeInclusive<Page>,
+    zapped: Vec<Page>,
+    left: VecDeque<(Command, Duration)>,
+    random: StdRng,
+    command: Command,
+    fence: Flag,
+    over: Flag,
+}
+
+impl Chain {
+    /// Begins the first step.
+    fn start(gpu: &Arc<Gpu>, record: Arc<Record>, first_pass: Duration, pages: RangeInclusive<Page>, zapped: Vec<Page>) -> Self {
+        let steps = gpu.model.steps(gpu.id, record.number, record.at);
+        let lane = record.lane(gpu.id, first_pass);
+        let mut chain = Self {
+            gpu: gpu.clone(),
+            record,
+            lane,
+            pages,
+            zapped,
+            left: steps.steps.into(),
+            random: steps.random,
+            command: Command::TlbFlush,
+            fence: Flag::default(),
+            over: Flag::default(),
+        };
+        gpu.begins(&chain.pages, &chain.over);
+        chain.submit();
+        if gpu.fault != Some(Fault::FlushBeforeZap) {
+            gpu.return_to(&chain.zapped, &mut chain.random);
+        }
+        chain
+    }
+
+    /// Begins the next step, if there is one.
+    fn submit(&mut self) -> bool {
+        let Some(next) = self.left.pop_front() else { return false };
+        self.gpu.runtime.work(self.gpu.model.costs.submit);
+        self.command = next.0;
+        self.fence = self.gpu.submit((&self.record, self.lane), next, &self.pages, &mut self.random);
+        true
+    }
+
+    /// Waits for all steps, and begins each that depends on the one before.
+    async fn finish(mut self, how: Wait) {
+        loop {
+            // For who looks at the run through `tracing`, as the example `trace` does.
+            let span = match self.command {
+                Command::Jobs => tracing::info_span!("jobs in flight", gpu = self.gpu.id),
+                Command::Preempt => tracing::info_span!("preemption", gpu = self.gpu.id),
+                Command::TlbFlush => tracing::info_span!("TLB flush", gpu = self.gpu.id),
+            };
+            let wait = self.fence.wait().instrument(span);
+            if how == Wait::InTheTask || !self.gpu.runtime.may_block() {
+                wait.await;
+            } else {
+                self.gpu.runtime.block_on(wait, self.gpu.model.costs.wake);
+            }
+            if !self.submit() {
+                break;
+            }
+            if how == Wait::InRounds {
+                yield_now().await;
+            }
+        }
+        if self.gpu.fault == Some(Fault::FlushBeforeZap) {
+            let mut table = self.gpu.table.lock();
+            for page in &self.zapped {
+                table.remove(page);
+            }
+        }
+        self.over.set();
+    }
+}
+
+/// What the GPU reads: mirrored mappings, by their first page.
+#[derive(Default)]
+pub struct Mirrors(BTreeMap<Page, Arc<Subscription<Mirror>>>);
+
+impl Mirrors {
+    fn key(mirror: &Subscription<Mirror>) -> Page {
+        (mirror.space, mirror.range().start() / PAGE)
+    }
+
+    pub fn insert(&mut self, mirror: &Arc<Subscription<Mirror>>) {
+        self.0.insert(Self::key(mirror), mirror.clone());
+    }
+
+    pub fn remove(&mut self, mirror: &Arc<Subscription<Mirror>>) {
+        // Another one may have been mapped there since.
+        if self.0.get(&Self::key(mirror)).is_some_and(|known| Arc::ptr_eq(known, mirror)) {
+            self.0.remove(&Self::key(mirror));
+        }
+    }
+
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+
+    /// The one in which a page lies.
+    pub fn of(&self, page: Page) -> Option<Arc<Subscription<Mirror>>> {
+        let (_, mirror) = self.0.range((page.0, 0)..=page).next_back()?;
+        (mirror.range().last() / PAGE >= page.1).then(|| mirror.clone())
+    }
+
+    pub fn any(&self, random: &mut impl Rng) -> Option<Arc<Subscription<Mirror>>> {
+        if self.0.is_empty() {
+            return None;
+        }
+        self.0.values().nth(random.random_range(0..self.0.len())).cloned()
+    }
+}
+
+/// Nothing is mapped there any more, or it may not be read.
+#[derive(Debug)]
+struct Unmapped;
+
+impl Gpu {
+    /// A page fault of the device: looks at the program's memory and installs what is found, unless it changes meanwhile. Whether there is
+    /// an entry now.
+    pub async fn fault_in(&self, mirror: &Subscription<Mirror>, page: Page) -> bool {
+        let half = self.model.fault / 2;
+        let look = async || {
+            self.runtime.sleep(half).await;
+            let found = self.oracle.look(page);
+            self.runtime.sleep(half).await;
+            found
+        };
+        let install = |table: &mut BTreeMap<Page, u64>, generation| {
+            table.insert(page, generation);
+        };
+        match self.fault {
+            Some(Fault::LateBegin) => loop {
+                let Some(generation) = look().await else { return false };
+                let sequence = mirror.read_begin().await;
+                if self.table.install(mirror, sequence, |table| install(table, generation)).is_ok() {
+                    return true;
+                }
+            },
+            Some(Fault::RetryOutsideLock) => loop {
+                let sequence = mirror.read_begin().await;
+                let Some(generation) = look().await else { return false };
+                if !mirror.read_retry(sequence) {
+                    self.runtime.sleep(half).await;
+                    install(&mut self.table.lock(), generation);
+                    return true;
+                }
+            },
+            _ => {
+                let prepare = |_| async { look().await.ok_or(Unmapped) };
+                self.table.mirror(mirror, RetryBudget::retries(64), prepare, install).await.is_ok()
+            }
+        }
+    }
+}

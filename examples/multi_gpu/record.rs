@@ -1,0 +1,86 @@
+//! What is noted of one invalidation: who worked for it, and when.
+
+use crate::profile::Command;
+use std::cell::RefCell;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+/// A step of a device's work.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Step {
+    pub command: Command,
+    pub submitted: Duration,
+    /// When its fence is signalled.
+    pub done: Duration,
+}
+
+/// One device in one invalidation.
+#[derive(Clone, Debug, Default)]
+pub struct Lane {
+    pub gpu: usize,
+    /// When its first pass began.
+    pub first_pass: Duration,
+    pub steps: Vec<Step>,
+}
+
+/// One invalidation, from outside of the library.
+#[derive(Debug)]
+pub struct Record {
+    /// Of the recording's: the same in each mode.
+    pub number: u64,
+    /// Where in the recording it is: the time, without what invalidations took.
+    pub at: Duration,
+    lanes: Mutex<Vec<Lane>>,
+}
+
+thread_local! {
+    /// The invalidation that this thread waits for: first passes run on it.
+    static CURRENT: RefCell<Option<Arc<Record>>> = const { RefCell::new(None) };
+}
+
+impl Record {
+    pub fn new(number: u64, at: Duration) -> Arc<Self> {
+        Arc::new(Self { number, at, lanes: Mutex::default() })
+    }
+
+    /// The one whose first passes run here.
+    pub fn current() -> Option<Arc<Self>> {
+        CURRENT.with_borrow(Clone::clone)
+    }
+
+    /// Runs `wait`, which waits for this invalidation.
+    pub fn during<T>(self: &Arc<Self>, wait: impl FnOnce() -> T) -> T {
+        let before = CURRENT.replace(Some(self.clone()));
+        let output = wait();
+        CURRENT.set(before);
+        output
+    }
+
+    /// A device begins to work for it; returns the number of its lane.
+    pub fn lane(&self, gpu: usize, first_pass: Duration) -> usize {
+        let mut lanes = self.lanes.lock().unwrap();
+        lanes.push(Lane { gpu, first_pass, steps: Vec::new() });
+        lanes.len() - 1
+    }
+
+    /// Whether a device works for it already.
+    pub fn has(&self, gpu: usize) -> bool {
+        self.lanes.lock().unwrap().iter().any(|lane| lane.gpu == gpu)
+    }
+
+    pub fn step(&self, lane: usize, step: Step) -> usize {
+        let steps = &mut self.lanes.lock().unwrap()[lane].steps;
+        steps.push(step);
+        steps.len() - 1
+    }
+
+    /// When a fence was really signalled, which in real time is later than planned.
+    pub fn done(&self, lane: usize, step: usize, at: Duration) {
+        self.lanes.lock().unwrap()[lane].steps[step].done = at;
+    }
+
+    /// In the order of their first passes.
+    pub fn lanes(&self) -> Vec<Lane> {
+        self.lanes.lock().unwrap().clone()
+    }
+}

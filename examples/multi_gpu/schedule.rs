@@ -1,0 +1,102 @@
+//! What is to be replayed: the actions of each call, on which thread, and after which others.
+//!
+//! A recording does not say why a thread did what it did when it did it. So calls keep the order of
+//! their thread, and the order of the recording where they touch the same pages (or a whole address
+//! space: `fork`, `execve`, the end); everything else happens when the thread comes to it.
+
+use crate::memory::{Action, Program};
+use crate::recording::{Op, Recording};
+use shootdown::AddressRange;
+use std::collections::{BTreeMap, BTreeSet};
+use std::time::Duration;
+
+/// One call.
+pub struct Planned {
+    /// When, if nothing takes time and no pause is longer than the longest.
+    pub at: Duration,
+    pub actions: Vec<Action>,
+    /// Earlier calls of other threads that have to be over.
+    pub after: Vec<usize>,
+    /// The task that begins with this call.
+    pub begins: Option<u32>,
+}
+
+pub struct Plan {
+    pub calls: Vec<Planned>,
+    /// The calls of each task.
+    pub tasks: BTreeMap<u32, Vec<usize>>,
+    /// Tasks that the recording begins with.
+    pub first: Vec<u32>,
+    /// What the recording did not end.
+    pub rest: Vec<Action>,
+    pub spaces: usize,
+    /// The address space in which the most is invalidated: the one that GPUs follow, unless they follow all.
+    pub followed: usize,
+}
+
+/// Earlier calls by what they touched, as far as later ones have to know of them.
+#[derive(Default)]
+struct Touched(Vec<(AddressRange, u32, usize)>);
+
+impl Touched {
+    /// Notes that a call touches `range`; returns those of other tasks that it has to come after.
+    fn touch(&mut self, range: AddressRange, task: u32, call: usize) -> Vec<usize> {
+        let before = self.0.iter().filter(|(of, by, _)| of.overlaps(range) && *by != task).map(|(_, _, call)| *call).collect();
+        // Whoever comes after this one comes after these.
+        self.0.retain(|(of, by, earlier)| !range.covers(*of) || (*by == task && *earlier == call));
+        self.0.push((range, task, call));
+        before
+    }
+}
+
+/// What an action touches: a range of a space, or all of it.
+fn touches(action: &Action) -> (usize, AddressRange) {
+    match *action {
+        Action::Mapped { space, range, .. } | Action::Invalidate { space, range, .. } => (space, range),
+        Action::Created { space, .. } | Action::Released { space } => (space, AddressRange::ALL),
+    }
+}
+
+impl Plan {
+    pub fn new(recording: &Recording, longest_pause: Duration) -> Self {
+        let mut program = Program::default();
+        let mut touched: BTreeMap<usize, Touched> = BTreeMap::new();
+        let mut invalidations: BTreeMap<usize, usize> = BTreeMap::new();
+        let mut plan =
+            Self { calls: Vec::new(), tasks: BTreeMap::new(), first: Vec::new(), rest: Vec::new(), spaces: 0, followed: 0 };
+        let mut begun = BTreeSet::new();
+        let (mut at, mut last_ns) = (Duration::ZERO, 0);
+        for call in &recording.calls {
+            at += Duration::from_nanos(call.at_ns.saturating_sub(last_ns)).min(longest_pause);
+            last_ns = last_ns.max(call.at_ns);
+            let task = call.pid;
+            if begun.insert(task) {
+                plan.first.push(task);
+            }
+            let begins = match call.op {
+                Op::Clone { child, .. } if begun.insert(child) => Some(child),
+                _ => None,
+            };
+            let actions = program.run(call);
+            if actions.is_empty() && begins.is_none() {
+                continue;
+            }
+            let index = plan.calls.len();
+            let mut after = BTreeSet::new();
+            for action in &actions {
+                let (space, range) = touches(action);
+                after.extend(touched.entry(space).or_default().touch(range, task, index));
+                if let Action::Invalidate { space, .. } = action {
+                    *invalidations.entry(*space).or_default() += 1;
+                }
+            }
+            plan.calls.push(Planned { at, actions, after: after.into_iter().collect(), begins });
+            plan.tasks.entry(task).or_default().push(index);
+        }
+        plan.rest = program.end();
+        plan.spaces = program.spaces();
+        // Of several the first.
+        plan.followed = invalidations.iter().rev().max_by_key(|(_, count)| **count).map_or(0, |(space, _)| *space);
+        plan
+    }
+}
