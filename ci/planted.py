@@ -1,0 +1,72 @@
+#!/usr/bin/env python3
+"""Plants bugs in the library, one at a time, and lets the simulation find them (`multi_gpu`, exit code 1).
+
+Bugs of drivers, devices and programs are planted by `multi_gpu --fault`, and tests/multi_gpu.rs tries them all. These are the library's own.
+`ci/planted.py` tries all of them on a copy of the tree (about a minute each), `ci/planted.py NAME ...` some; it exits with 1 if the
+simulation does not see one with every number of GPUs and in every mode in which it can do harm.
+"""
+import json
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).resolve().parent.parent
+MODES = ["single-pass", "two-pass", "round-robin", "poll-driven"]
+
+# Name, file, the code as it is, the code as it is not to be; and the number of GPUs from which on it can do harm.
+PLANTED = [
+    ("read_begin never waits", "src/protocol/own.rs", "(word & UNCOVERED != 0).then_some(word)", "Some(word | UNCOVERED)", 1),
+    ("read_retry is always false", "src/subscription.rs", "space.collides(entry, sequence, open)", "_ = space.collides(entry, sequence, open);\n        false", 1),
+    # A search in several leaves finds it all the same; one GPU alone has one notifier for most pages.
+    ("the last hit of a leaf is dropped", "src/protocol.rs", "for at in candidates {", "for at in candidates.start..candidates.end.saturating_sub(1) {", 1),
+    ("every fifth invalidation finds nobody", "src/protocol.rs", "if self.index.may_overlap(range) {", "if (self.started >> PLACE_BITS) % 5 != 0 && self.index.may_overlap(range) {", 1),
+    ("S6 is left out", "src/protocol.rs", "{ after_clash(current) }", "{ sequence }", 1),
+    ("a notifier is uncovered at the first end of two", "src/protocol/own.rs", "        if covering == 0 {\n            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);\n        }\n        true", "        self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);\n        true", 1),
+]
+
+
+def simulate(tree, *options):
+    """The exit code, and the stale accesses of each row."""
+    command = ["cargo", "run", "--quiet", "--release", "--example", "multi_gpu", "--", "--json", "--gpus", "1,4,16", *options]
+    done = subprocess.run(["timeout", "600", *command], cwd=tree, capture_output=True, text=True)
+    if done.returncode not in (0, 1):
+        return done.returncode, {}
+    rows = json.loads(done.stdout)["rows"]
+    return done.returncode, {(row["gpus"], row["mode"]): row["stale_accesses"] for row in rows}
+
+
+def main():
+    wanted = sys.argv[1:]
+    missed = []
+    with tempfile.TemporaryDirectory() as temporary:
+        tree = pathlib.Path(temporary) / "tree"
+        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns("target", ".git"))
+        code, rows = simulate(tree)
+        if code != 0:
+            sys.exit(f"the simulation finds {rows} in the library as it is (exit code {code})")
+        print("| planted | GPUs | " + " | ".join(MODES) + " |\n| --- | ---: |" + " ---: |" * len(MODES), flush=True)
+        for name, file, was, planted, least in PLANTED:
+            if wanted and name not in wanted:
+                continue
+            path = tree / file
+            original = path.read_text()
+            if original.count(was) != 1:
+                sys.exit(f"{name}: its code stands {original.count(was)} times in {file}; bring ci/planted.py up to date")
+            path.write_text(original.replace(was, planted))
+            code, rows = simulate(tree)
+            path.write_text(original)
+            if code != 1:
+                missed.append(f"{name}: exit code {code}")
+            for gpus in (1, 4, 16):
+                stale = [rows.get((gpus, mode), 0) for mode in MODES]
+                print(f"| {name} | {gpus} | " + " | ".join(map(str, stale)) + " |", flush=True)
+                if gpus >= least and 0 in stale:
+                    missed.append(f"{name}, {gpus} GPUs: {stale}")
+    if missed:
+        sys.exit("not found:\n" + "\n".join(missed))
+
+
+if __name__ == "__main__":
+    main()
