@@ -160,7 +160,11 @@ fn run(options: &Options) -> Result<u64, String> {
     for remark in recording.remarks(options.verbose) {
         eprintln!("{remark}");
     }
-    let address_spaces = memory::Program::invalidations(&recording).len();
+    let address_spaces = {
+        let mut program = memory::Program::default();
+        recording.calls.iter().for_each(|call| drop(program.run(call)));
+        program.spaces()
+    };
     let workload = Workload::new(&name, &recording, address_spaces);
     let recording = Arc::new(recording);
 

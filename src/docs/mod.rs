@@ -8,6 +8,7 @@
 //! | [`executors`] | tokio, smol, an executor of one's own, `no_std` |
 //! | [`cancellation`] | dropped, leaked and forgotten futures, and why passes belong to the space |
 //! | [`from_the_kernel`] | each function of `mmu_notifier.h` and what it is here |
+//! | [`recording`] | who wants to know what multi-pass is worth for a program of one's own: recording it, and replaying its memory traffic |
 //! | `from_libfabric` (feature `userfaultfd`) | users of libfabric's memory monitors and UCX's registration cache |
 //! | `memory_changes` (feature `userfaultfd`) | which changes of memory raise an event, and what to do about those that raise none |
 
@@ -28,6 +29,9 @@ pub mod cancellation {}
 
 #[doc = include_str!("from_the_kernel.md")]
 pub mod from_the_kernel {}
+
+#[doc = include_str!("recording.md")]
+pub mod recording {}
 
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
 #[doc = include_str!("from_libfabric.md")]

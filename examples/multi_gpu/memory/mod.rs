@@ -130,6 +130,7 @@ impl Program {
     }
 
     /// How many invalidations each address space has, from the first to the last call.
+    #[allow(dead_code, reason = "for who follows one process")]
     pub fn invalidations(recording: &Recording) -> Vec<usize> {
         let mut program = Self::default();
         let mut counts = Vec::new();
@@ -148,7 +149,7 @@ impl Program {
     }
 
     /// The address space with the most invalidations; the first of them.
-    #[allow(dead_code, reason = "who follows one process asks for it")]
+    #[allow(dead_code, reason = "for who follows one process")]
     pub fn busiest(recording: &Recording) -> Option<usize> {
         let counts = Self::invalidations(recording);
         let most = *counts.iter().max()?;
@@ -161,10 +162,9 @@ impl Program {
             Op::Exec => self.exec(call.pid, actions),
             Op::Exit => self.end_process(call.pid, actions),
             Op::AdviseMany(of) => {
-                let (process, ranges, advice) = &**of;
-                let Some(space) = self.space_or(*process, space) else { return };
-                for (start, len) in ranges {
-                    self.spaces[space].advise(*start, *len, *advice, false, actions);
+                let Some(space) = self.space_or(of.process, space) else { return };
+                for (start, len) in &of.ranges {
+                    self.spaces[space].advise(*start, *len, of.advice, false, actions);
                 }
             }
             Op::MovePages(of) => {

@@ -38,8 +38,8 @@ pub enum Op {
         advice: Advice,
         partial: bool,
     },
-    /// `process_madvise` on ranges (start, length) of `process`, or of the caller.
-    AdviseMany(Box<(Option<u32>, Vec<(u64, u64)>, Advice)>),
+    /// `process_madvise`.
+    AdviseMany(Box<Advised>),
     /// `partial`: there was a hole (`ENOMEM`), and what lies before it was changed.
     Protect {
         start: u64,
@@ -53,7 +53,7 @@ pub enum Op {
         start: u64,
         len: u64,
     },
-    /// `move_pages`: single pages of `process`, or of the caller.
+    /// `move_pages`: single pages of a process, or of the caller.
     MovePages(Box<(Option<u32>, Vec<u64>)>),
     /// `migrate_pages`: everything of `process`, or of the caller.
     MigratePages {
@@ -138,6 +138,16 @@ pub struct Remap {
     pub fixed: bool,
     /// `MREMAP_DONTUNMAP`.
     pub keep_old: bool,
+}
+
+/// What `process_madvise` was asked for.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Advised {
+    /// `None`: of the caller.
+    pub process: Option<u32>,
+    /// Start and length.
+    pub ranges: Vec<(u64, u64)>,
+    pub advice: Advice,
 }
 
 /// `PROT_*`.

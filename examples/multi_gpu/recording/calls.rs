@@ -1,6 +1,6 @@
 //! Which calls concern memory, and what each of them did.
 
-use super::call::{Advice, MapKind, Op, Prot, Remap};
+use super::call::{Advice, Advised, MapKind, Op, Prot, Remap};
 use super::scan::{Parts, flags, list, number};
 use std::collections::HashMap;
 
@@ -249,7 +249,7 @@ fn advise_many(parts: &Parts<'_>) -> Result<Meaning, String> {
         }
         left = left.saturating_sub(range.1);
     }
-    Ok(Meaning::Op(Op::AdviseMany(Box::new((process, advised, advice)))))
+    Ok(Meaning::Op(Op::AdviseMany(Box::new(Advised { process, ranges: advised, advice }))))
 }
 
 /// `move_pages(0, 2, [0x1000, 0x2000], [1, 1], [1, -ENOENT], MPOL_MF_MOVE) = 0`
@@ -281,7 +281,7 @@ fn clone(name: &str, parts: &Parts<'_>) -> Result<Op, String> {
     let named = fields.find_map(|field| field.trim_ascii().strip_prefix(b"flags="));
     // With `-e raw=clone` it is the first argument.
     let text = named.or_else(|| parts.arguments.first().copied().filter(|first| number(first).is_some() && name == "clone"));
-    let text = text.ok_or("its flags are missing")?;
+    let text = text.ok_or("its flags are not recorded: record without -e raw=clone3")?;
     // All other flags, and the signal among them, make no difference here.
     let has = |flag: &str, bit: u64| {
         let mut words = text.split(|byte| matches!(byte, b'|' | b' ' | b'}')).map(<[u8]>::trim_ascii);

@@ -4,7 +4,7 @@
 use super::Recording;
 use super::call::Call;
 use super::error::{Error, ParseError};
-use super::order::{by_birth, by_time};
+use super::order::{OfTask, by_birth, by_time};
 use super::reader::{Part, Reader};
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Read};
@@ -33,8 +33,7 @@ pub(super) fn read_all(paths: &[PathBuf], lenient: bool) -> Result<(String, Reco
             if is_stdin(file) { Box::new(io::stdin().lock()) } else { Box::new(File::open(file).map_err(unreadable)?) };
         let shown = several.then(|| Arc::from(label(file)));
         // `-ff` writes a file for each task, with its number at the end of the name.
-        let of = several.then(|| task_of(file)).flatten();
-        let reader = Reader::new(shown, of, made_up, lenient);
+        let reader = Reader::new(shown, task_of(file), made_up, lenient);
         let read = read(BufReader::with_capacity(1 << 16, source), reader).map_err(unreadable)?;
         parts.push(read.map_err(|error| Error::Line { name: name.clone(), error })?);
     }
@@ -72,10 +71,8 @@ pub(super) fn together(name: &str, parts: Vec<Part>) -> Result<Recording, Error>
         });
     }
     let mut all = Recording::default();
-    let (origins, mut calls): (Vec<Option<u64>>, Vec<(Option<u32>, Vec<Call>)>) = (
-        parts.iter().map(|part| part.origin).collect(),
-        parts.into_iter().map(|part| (part.of, all.add(part.recording))).collect(),
-    );
+    let origins: Vec<Option<u64>> = parts.iter().map(|part| part.origin).collect();
+    let mut calls: Vec<OfTask> = parts.into_iter().map(|part| (part.of, all.add(part.recording))).collect();
     all.calls = match calls.len() {
         1 => calls.pop().map(|(_, calls)| calls).unwrap_or_default(),
         _ => match origins.iter().copied().collect::<Option<Vec<u64>>>() {

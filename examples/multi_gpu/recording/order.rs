@@ -3,6 +3,9 @@
 use super::call::{Call, Op};
 use std::collections::{HashMap, HashSet};
 
+/// The calls of a file, and the task that it is of (`-ff`).
+pub(super) type OfTask = (Option<u32>, Vec<Call>);
+
 /// Puts calls in that take effect before others which were recorded earlier.
 pub(super) fn put_early(calls: &mut Vec<Call>, mut early: Vec<(usize, Call)>) {
     early.sort_by_key(|(before, _)| *before);
@@ -21,7 +24,7 @@ pub(super) fn put_early(calls: &mut Vec<Call>, mut early: Vec<(usize, Call)>) {
 }
 
 /// All files have times of one clock.
-pub(super) fn by_time(origins: &[u64], files: Vec<(Option<u32>, Vec<Call>)>) -> Vec<Call> {
+pub(super) fn by_time(origins: &[u64], files: Vec<OfTask>) -> Vec<Call> {
     let first = origins.iter().min().copied().unwrap_or(0);
     let mut all = Vec::with_capacity(files.iter().map(|(_, calls)| calls.len()).sum());
     for (origin, (_, calls)) in origins.iter().zip(files) {
@@ -33,7 +36,7 @@ pub(super) fn by_time(origins: &[u64], files: Vec<(Option<u32>, Vec<Call>)>) -> 
 }
 
 /// Without times: a new task runs to its end where it is made.
-pub(super) fn by_birth(files: Vec<(Option<u32>, Vec<Call>)>) -> Vec<Call> {
+pub(super) fn by_birth(files: Vec<OfTask>) -> Vec<Call> {
     let mut all = Vec::with_capacity(files.iter().map(|(_, calls)| calls.len()).sum());
     let born: HashSet<u32> = files.iter().flat_map(|(_, calls)| calls).filter_map(child).collect();
     let (later, first): (Vec<_>, Vec<_>) = files.into_iter().partition(|(of, _)| of.is_some_and(|of| born.contains(&of)));

@@ -30,6 +30,8 @@ struct Begun {
 /// A call that its line breaks apart: output of the program, or a message, came in between.
 struct Open {
     pid: u32,
+    /// By a message: the next line that is no other call is the rest.
+    interrupted: bool,
     call: Begun,
 }
 
@@ -69,8 +71,8 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    /// `file`: its name, where there are several. `of`: the task that it is of (`-ff`), else
-    /// `made_up`, which no other file has.
+    /// `file`: its name, where there are several. `of`: the task that its name says (`-ff`); without,
+    /// lines that name no task are of `made_up`, until another line says whose they are.
     pub(super) fn new(file: Option<Arc<str>>, of: Option<u32>, made_up: u32, lenient: bool) -> Self {
         Self {
             file,
@@ -78,7 +80,7 @@ impl Reader {
             line: 0,
             part: Part { of, ..Part::default() },
             clock: Clock::default(),
-            tasks: Tasks::new(of, made_up),
+            tasks: Tasks::new(of.unwrap_or(made_up)),
             segments: Segments::new(),
             begun: HashMap::new(),
             open: None,
@@ -184,15 +186,10 @@ impl Reader {
     /// A line that is not strace's, or the rest of a call.
     fn text(&mut self, line: &[u8], rest: &[u8]) -> Result<(), ParseError> {
         if let Some(mut open) = self.open.take() {
-            let goes_on = [&b")"[..], b",", b" <detached", b"<detached"].iter().any(|start| line.starts_with(start));
-            if goes_on {
-                if let Some(at) = message(line) {
-                    open.call.text.extend_from_slice(&line[..at]);
-                    self.message(&line[at..]);
-                } else {
-                    open.call.text.extend_from_slice(line);
-                }
-                let text = std::mem::take(&mut open.call.text);
+            let rest = [&b")"[..], b",", b"<detached ...>", b"<unfinished ...>"];
+            if open.interrupted || rest.iter().any(|rest| line.trim_ascii_start().starts_with(rest)) {
+                let mut text = std::mem::take(&mut open.call.text);
+                text.extend_from_slice(line);
                 return self.go_on(open.pid, open.call, text);
             }
             self.open = Some(open);
@@ -242,12 +239,7 @@ impl Reader {
         if let (Some(parts), Ok(name)) = (parts(text), std::str::from_utf8(name)) {
             return self.finish(pid, name, at_ns, self.part.recording.calls.len(), &parts);
         }
-        let call = self.begin(name, at_ns);
-        if let Some(at) = message(text) {
-            self.message(&text[at..]);
-            return self.go_on(pid, call, text[..at].to_vec());
-        }
-        self.go_on(pid, call, text.to_vec())
+        self.go_on(pid, self.begin(name, at_ns), text.to_vec())
     }
 
     fn begin(&self, name: &[u8], at_ns: u64) -> Begun {
@@ -279,12 +271,18 @@ impl Reader {
                     self.count(call.name.as_bytes());
                 }
             }
-            Ending::None if memory => match parts(&text) {
-                Some(parts) => return self.finish(pid, &call.name, call.at_ns, call.before, &parts),
-                None => self.open = Some(Open { pid, call: Begun { text, ..call } }),
-            },
-            Ending::None if ends(&text) => self.count(call.name.as_bytes()),
-            Ending::None => self.open = Some(Open { pid, call: Begun { text, ..call } }),
+            Ending::None if memory && let Some(parts) = parts(&text) => {
+                return self.finish(pid, &call.name, call.at_ns, call.before, &parts);
+            }
+            Ending::None if !memory && ends(&text) => self.count(call.name.as_bytes()),
+            Ending::None => {
+                let at = message(&text);
+                if let Some(at) = at {
+                    self.message(&text[at..]);
+                    text.truncate(at);
+                }
+                self.open = Some(Open { pid, interrupted: at.is_some(), call: Begun { text, ..call } });
+            }
         }
         Ok(())
     }

@@ -6,10 +6,8 @@ use std::collections::{BTreeSet, HashSet};
 /// The tasks of a recording. strace writes their numbers only while there are several.
 #[derive(Debug)]
 pub(super) struct Tasks {
-    /// The number that a line without one gets while nothing is known: of the file, or made up.
+    /// The number that a line without one gets while nothing is known.
     own: u32,
-    /// `own` is made up.
-    made_up: bool,
     /// What `own` turned out to be.
     found: Option<u32>,
     live: BTreeSet<u32>,
@@ -20,16 +18,8 @@ pub(super) struct Tasks {
 }
 
 impl Tasks {
-    pub(super) fn new(of_file: Option<u32>, made_up: u32) -> Self {
-        Self {
-            own: of_file.unwrap_or(made_up),
-            made_up: of_file.is_none(),
-            found: None,
-            live: BTreeSet::new(),
-            seen: HashSet::new(),
-            attached: Vec::new(),
-            last: None,
-        }
+    pub(super) fn new(own: u32) -> Self {
+        Self { own, found: None, live: BTreeSet::new(), seen: HashSet::new(), attached: Vec::new(), last: None }
     }
 
     /// The task of a line; and what it says of the task, if it is new.
@@ -66,7 +56,7 @@ impl Tasks {
             *left -= 1;
             return Some(Op::ThreadOf { process: *process });
         }
-        if self.made_up && self.found.is_none() && self.live.remove(&self.own) {
+        if self.found.is_none() && self.live.remove(&self.own) {
             self.found = Some(pid);
         }
         None
@@ -94,7 +84,7 @@ impl Tasks {
         }
     }
 
-    /// The number that was made up, and the one that it turned out to be.
+    /// The number for lines without one, and the one that it turned out to be.
     pub(super) fn renamed(&self) -> Option<(u32, u32)> {
         self.found.map(|found| (self.own, found))
     }

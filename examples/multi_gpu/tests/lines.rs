@@ -1,6 +1,6 @@
 //! Single lines.
 
-use crate::recording::{Advice, Error, Op, Prot, Recording, parse};
+use crate::recording::{Advice, Advised, Error, NoteKind, Op, Prot, Recording, parse};
 
 fn read(text: &str) -> Recording {
     parse("the test", text.as_bytes(), false).unwrap_or_else(|error| panic!("{error}: {text}"))
@@ -98,7 +98,11 @@ fn lists_are_read_with_what_each_of_their_members_says() {
     let ranges = "[{iov_base=0x1000, iov_len=4096}, {iov_base=0x9000, iov_len=8192}]";
     assert_eq!(
         ops(&[&format!("process_madvise(3<pid:42>, {ranges}, 2, MADV_PAGEOUT, 0) = 8192")]),
-        [Op::AdviseMany(Box::new((Some(42), vec![(0x1000, 4096), (0x9000, 4096)], Advice::PageOut)))]
+        [Op::AdviseMany(Box::new(Advised {
+            process: Some(42),
+            ranges: vec![(0x1000, 4096), (0x9000, 4096)],
+            advice: Advice::PageOut
+        }))]
     );
     // The size of shared memory is in the call that makes it.
     let prot = Prot { read: true, write: true, exec: false };
@@ -211,5 +215,23 @@ fn the_first_line_of_a_terminal_may_hold_anything() {
     assert!(error_of("only words\n").contains("is not strace's"));
     fn error_of(text: &str) -> String {
         parse("the test", text.as_bytes(), true).unwrap_err().to_string()
+    }
+}
+
+#[test]
+fn a_message_may_interrupt_a_call_anywhere() {
+    for text in [
+        "munmap(strace: Process 6 attached\n0x1000, 4096) = 0\n",
+        "munmap(0x1000, 4096strace: Process 6 attached\n) = 0\n",
+        "munmap(0x1000strace: Process 6 attached\n, 4096strace: Process 7 attached\n) = 0\n",
+        "munmap(0x1000, 4096Process 6 attached (waiting for parent)\n) = 0\n",
+        "munmap(0x1000, 4096strace: Process 6 attached\n <unfinished ...>\n[pid 5] <... munmap resumed>) = 0\n",
+        "munmap(0x1000, 4096 <unfinished ...>\n[pid 5] <... munmap resumed>strace: Process 6 attached\n) = 0\n",
+        "munmap(0x1000, 4096strace: Process 6 attached\n[pid 5] --- SIGCHLD ---\n) = 0\n",
+    ] {
+        let recording = read(&format!("[pid 5] {text}"));
+        assert_eq!((recording.calls.len(), recording.noted[&NoteKind::Message] > 0), (1, true), "{text}");
+        assert_eq!(recording.calls[0].op, Op::Unmap { start: 0x1000, len: 4096 }, "{text}");
+        assert_eq!((recording.calls[0].pid, recording.unfinished, recording.incomplete), (5, 0, 0), "{text}");
     }
 }
