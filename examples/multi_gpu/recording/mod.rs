@@ -14,7 +14,9 @@ mod reader;
 mod scan;
 mod tasks;
 
-pub use call::{Advice, Advised, Call, Op, Prot, Remap};
+#[cfg(test)]
+pub use call::Advised;
+pub use call::{Advice, Call, Op, Prot, Remap};
 pub use error::{Error, Note, NoteKind, ParseError};
 
 use std::collections::BTreeMap;

@@ -59,7 +59,7 @@ pub(super) fn prefix(line: &mut &[u8]) -> Prefix {
                 Stamp::Seconds { ns, .. } => Stamp::Seconds { ns, padded },
                 of_day => of_day,
             });
-        } else if bracket(line).is_err() {
+        } else if !opt(bracket).parse_next(line).is_ok_and(|bracket| bracket.is_some()) {
             if found == Prefix::default() {
                 *line = checkpoint;
             }

@@ -54,7 +54,8 @@ pub(super) fn parts(text: &[u8]) -> Option<Parts<'_>> {
         match byte {
             b'"' => drop(quoted(&mut rest).ok()?),
             b'/' if rest.starts_with(b"/*") => drop(comment(&mut rest).ok()?),
-            b'<' if before.is_some_and(|byte| byte.is_ascii_alphanumeric()) && path(&mut rest).is_ok() => {}
+            b'<' if before.is_some_and(|byte| byte.is_ascii_alphanumeric())
+                && opt(path).parse_next(&mut rest).is_ok_and(|path| path.is_some()) => {}
             b'(' | b'[' | b'{' => (depth, rest) = (depth + 1, &rest[1..]),
             b')' if depth == 0 => break,
             b')' | b']' | b'}' => (depth, rest) = (depth.saturating_sub(1), &rest[1..]),

@@ -173,4 +173,7 @@ fn deep_brackets_and_long_lines_are_no_matter() {
     read(format!("execve(\"{}\", [], 0x7f) = 0\n", "\\\"".repeat(1 << 20)).as_bytes());
     read(format!("mmap(NULL, {}, PROT_READ, MAP_PRIVATE, 3, 0) = 0x1000\n", "9".repeat(1 << 20)).as_bytes());
     read("= ".repeat(1 << 16).as_bytes());
+    for open in ["3<a", "\"a", "/* a", "[{(", "<unfin", "0<<"] {
+        read(format!("mmap(NULL, {open}, PROT_READ, MAP_PRIVATE, 3, 0) = 0x1000\n7 [{open} brk({open}").as_bytes());
+    }
 }
