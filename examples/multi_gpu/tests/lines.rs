@@ -235,3 +235,19 @@ fn a_message_may_interrupt_a_call_anywhere() {
         assert_eq!((recording.calls[0].pid, recording.unfinished, recording.incomplete), (5, 0, 0), "{text}");
     }
 }
+
+/// Versions of strace name the thread and its process in either order, or move the call themselves.
+#[test]
+fn an_execve_of_a_thread_goes_on_under_the_number_of_its_process() {
+    let end = "1 1.3 <... execve resumed>) = 0\n";
+    for begin in [
+        "2 1.1 execve(\"a\", [], 0x7f <unfinished ...>\n2 1.2 +++ superseded by execve in pid 1 +++\n",
+        "2 1.1 execve(\"a\", [], 0x7f <unfinished ...>\n1 1.2 +++ superseded by execve in pid 2 +++\n",
+        "2 1.1 execve(\"a\", [], 0x7f <pid changed to 1 ...>\n1 1.2 +++ superseded by execve in pid 2 +++\n",
+    ] {
+        let recording = read(&format!("{begin}{end}"));
+        let calls: Vec<_> = recording.calls.iter().map(|call| (call.pid, call.at_ns, &call.op)).collect();
+        assert_eq!(calls, [(1, 0, &Op::Exec)], "{begin}");
+        assert_eq!((recording.unfinished, recording.incomplete), (0, 0), "{begin}");
+    }
+}

@@ -180,6 +180,7 @@ fn a_process_ends_with_its_last_thread_or_by_a_signal() {
     assert_eq!(last(&[MAP, thread, "2 1.2 exit_group(0) = ?", late]), [""; 0]);
     let over = ["2 1.2 exit_group(0) = ?", "1 1.3 +++ exited with 0 +++"];
     assert_eq!(last(&[MAP, thread, over[0], over[1], late]), ["1: created"]);
+    assert_eq!(last(&[MAP, thread, over[0], "5 1.3 fork() = 1", "1 1.4 execve(\"a\", [], 0x7f) = 0"]).len(), 3);
 }
 
 #[test]
@@ -202,4 +203,39 @@ fn the_end_of_the_recording_ends_what_is_left_and_the_busiest_space_is_known() {
 #[test]
 fn access_is_ordered() {
     assert!(Access::None < Access::Read && Access::Read < Access::Write);
+}
+
+#[test]
+fn each_advice_does_what_linux_does_for_it() {
+    let (discarded, paged) =
+        (["0: CLEAR 10000-12000 discarded"], ["0: CLEAR 10000-11000 discarded", "0: CLEAR 11000-12000 discarded"]);
+    for (advice, events) in [
+        ("DONTNEED", &discarded[..]),
+        ("DONTNEED_LOCKED", &discarded),
+        ("FREE", &discarded),
+        ("REMOVE", &discarded),
+        ("PAGEOUT", &paged),
+        ("HWPOISON", &paged),
+        ("SOFT_OFFLINE", &paged),
+        ("COLLAPSE", &[]),
+        ("DONTFORK", &[]),
+    ] {
+        let advise = format!("1 1.1 madvise(0x10000, 8192, MADV_{advice}) = 0");
+        assert_eq!(last(&[MAP, &advise]), events, "{advice}");
+    }
+    let none = [
+        "NORMAL",
+        "RANDOM",
+        "SEQUENTIAL",
+        "WILLNEED",
+        "COLD",
+        "HUGEPAGE",
+        "NOHUGEPAGE",
+        "MERGEABLE",
+        "DONTDUMP",
+        "POPULATE_WRITE",
+    ];
+    let text: String = none.iter().map(|advice| format!("madvise(0x10000, 8192, MADV_{advice}) = 0\n")).collect();
+    let recording = parse("advice", text.as_bytes(), false).unwrap();
+    assert_eq!((recording.calls.len(), recording.operations()["madvise"]), (0, none.len()));
 }
