@@ -122,7 +122,7 @@ fn fork_protects_what_was_written() {
     let made = |lines: &[&str]| last(lines).into_iter().filter(|line| line.contains("PROTECTION_PAGE")).count();
     assert_eq!(made(&[&file("PROT_READ"), fork]), 0);
     assert_eq!(made(&[&file("PROT_READ|PROT_WRITE"), fork]), 0);
-    // A loader relocates, then takes the right to write away: the whole mapping has pages of its own.
+    // A loader relocates, then takes the right to write away: all of it has pages of its own.
     let relro = "1 1.2 mprotect(0x20000, 4096, PROT_READ) = 0";
     assert_eq!(made(&[&file("PROT_READ|PROT_WRITE"), relro, fork]), 2);
     let shared = "1 1.1 mmap(NULL, 16384, PROT_READ|PROT_WRITE, MAP_SHARED, 3, 0) = 0x20000";
