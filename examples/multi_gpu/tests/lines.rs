@@ -1,6 +1,6 @@
 //! Single lines.
 
-use crate::recording::{Advice, Advised, Error, NoteKind, Op, Prot, Recording, parse};
+use crate::recording::{Advice, Advised, Call, Error, NoteKind, Op, Prot, Recording, parse};
 
 fn read(text: &str) -> Recording {
     parse("the test", text.as_bytes(), false).unwrap_or_else(|error| panic!("{error}: {text}"))
@@ -84,7 +84,7 @@ fn every_call_is_understood_with_names_and_with_numbers() {
         .iter()
         .map(|op| op.kind().unwrap())
         .collect::<Vec<_>>(),
-        ["brk", "execve", "vfork", "mprotect", "mprotect", "mmap", "exit_group"]
+        ["brk", "madvise", "execve", "vfork", "mprotect", "mprotect", "mmap", "exit_group"]
     );
 }
 
@@ -110,6 +110,11 @@ fn lists_are_read_with_what_each_of_their_members_says() {
         ops(&["shmget(IPC_PRIVATE, 65536, IPC_CREAT|0600) = 5", "shmat(5, NULL, 0) = 0x5000"]),
         [Op::Attach { at: 0x5000, len: 65536, prot }]
     );
+}
+
+#[test]
+fn a_call_takes_48_bytes() {
+    assert_eq!(size_of::<Call>(), 48);
 }
 
 #[test]
