@@ -1,8 +1,8 @@
 //! How fast recordings are read: `cargo bench --bench recording`.
 //!
-//! A million lines are read from a stream that makes them as it goes, so that what the process
-//! takes is what reading takes. `SHOOTDOWN_LINES=N` reads so many once more, and prints the time and
-//! how much memory the process had at most.
+//! A million lines are read from a stream that makes them as it goes, so that the memory that the
+//! process takes is what reading takes. Before that, `SHOOTDOWN_LINES` lines (a million) are read
+//! once: the time is printed, and how much memory the process had at most.
 #![allow(missing_docs, unreachable_pub, dead_code, unused_imports, clippy::print_stdout)]
 
 #[path = "../examples/multi_gpu/recording/mod.rs"]

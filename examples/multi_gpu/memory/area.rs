@@ -28,6 +28,8 @@ pub(super) struct Area {
     /// Protection key.
     pub(super) key: u8,
     pub(super) inherit: Inherit,
+    /// What else tells it apart.
+    pub(super) marks: u8,
     /// The address that `shmat` returned for it; 0 if it did not.
     pub(super) attached: u64,
     /// Tells files apart. Anonymous memory that did not move has 0.

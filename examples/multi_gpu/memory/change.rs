@@ -65,11 +65,11 @@ impl Space {
     pub(super) fn change(&mut self, op: &Op, actions: &mut Vec<Action>) {
         match *op {
             Op::Map { at, len, prot, kind } => {
-                let (private, anonymous, huge) = (kind.private, kind.anonymous, kind.huge);
+                let (private, anonymous, huge, marks) = (kind.private(), kind.anonymous(), kind.huge(), kind.marks);
                 let origin = if anonymous && private { 0 } else { self.origin() };
                 let written = prot.write && (anonymous || !private);
                 let len = if huge { len.checked_next_multiple_of(HUGE).unwrap_or(len) } else { len };
-                self.map(pages(at, len), Area { private, anonymous, huge, origin, written, ..Area::of(prot) }, actions);
+                self.map(pages(at, len), Area { private, anonymous, huge, marks, origin, written, ..Area::of(prot) }, actions);
             }
             Op::Unmap { start, len } => self.unmap(pages(start, len), actions),
             Op::Remap(ref remap) => self.remap(**remap, actions),
@@ -78,6 +78,11 @@ impl Space {
             Op::Protect { start, len, prot, key, partial } => {
                 if let Some(range) = pages(start, len).filter(|range| !partial || self.has_hole(*range)) {
                     self.protect(range, prot, key, partial, actions);
+                }
+            }
+            Op::Mark { start, len, set, clear, .. } => {
+                if let Some(range) = pages(start, len.min(u64::MAX - start)) {
+                    self.areas.change(range, |area| area.marks = area.marks & !clear | set);
                 }
             }
             Op::Bind { start, len } => {

@@ -48,6 +48,15 @@ pub enum Op {
         key: Option<u8>,
         partial: bool,
     },
+    /// Marks that tell mappings apart (`MADV_HUGEPAGE`, `mlock`, …): no invalidation, but neighbours
+    /// with other marks are other mappings.
+    Mark {
+        start: u64,
+        len: u64,
+        set: u8,
+        clear: u8,
+        advice: bool,
+    },
     /// `mbind` that moves pages.
     Bind {
         start: u64,
@@ -102,12 +111,13 @@ impl Op {
     /// The kind by which operations are counted. Notes have none.
     pub fn kind(&self) -> Option<&'static str> {
         Some(match self {
-            Self::Map { kind, .. } if kind.fixed => "mmap_fixed",
+            Self::Map { kind, .. } if kind.fixed() => "mmap_fixed",
             Self::Map { .. } => "mmap",
             Self::Unmap { .. } => "munmap",
             Self::Remap(_) => "mremap",
             Self::Brk { .. } => "brk",
-            Self::Advise { .. } => "madvise",
+            Self::Advise { .. } | Self::Mark { advice: true, .. } => "madvise",
+            Self::Mark { .. } => "no_effect",
             Self::AdviseMany(_) => "process_madvise",
             Self::Protect { .. } => "mprotect",
             Self::Bind { .. } => "mbind",
@@ -158,13 +168,54 @@ pub struct Prot {
     pub exec: bool,
 }
 
-/// The `MAP_*` flags that matter here.
+/// The `MAP_*` flags that matter here, as Linux numbers them. In two bytes: there are many calls.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct MapKind {
-    pub private: bool,
-    pub anonymous: bool,
-    pub fixed: bool,
-    pub huge: bool,
+    /// Private or shared, fixed, anonymous: the lowest bits.
+    flags: u8,
+    /// [`marks`].
+    pub marks: u8,
+}
+
+impl MapKind {
+    const HUGE: u8 = 0x80;
+
+    pub fn new(flags: u64, marks: u8) -> Self {
+        let huge = if flags & 0x4_0000 != 0 { Self::HUGE } else { 0 };
+        Self { flags: (flags & 0x3f) as u8 | huge, marks }
+    }
+
+    pub fn private(self) -> bool {
+        matches!(self.flags & 0xf, 2 | 8)
+    }
+
+    pub fn shared(self) -> bool {
+        matches!(self.flags & 0xf, 1 | 3)
+    }
+
+    pub fn fixed(self) -> bool {
+        self.flags & 0x10 != 0
+    }
+
+    pub fn anonymous(self) -> bool {
+        self.flags & 0x20 != 0
+    }
+
+    pub fn huge(self) -> bool {
+        self.flags & Self::HUGE != 0
+    }
+}
+
+/// What tells neighbouring mappings apart, beside their protection.
+pub mod marks {
+    pub const HUGE_PAGES: u8 = 1;
+    pub const NO_HUGE_PAGES: u8 = 2;
+    pub const MERGEABLE: u8 = 4;
+    pub const NOT_DUMPED: u8 = 8;
+    pub const RANDOM: u8 = 16;
+    pub const SEQUENTIAL: u8 = 32;
+    pub const LOCKED: u8 = 64;
+    pub const NOT_RESERVED: u8 = 128;
 }
 
 /// `MADV_*`.

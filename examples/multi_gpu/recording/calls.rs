@@ -1,6 +1,6 @@
 //! Which calls concern memory, and what each of them did.
 
-use super::call::{Advice, Advised, MapKind, Op, Prot, Remap};
+use super::call::{Advice, Advised, MapKind, Op, Prot, Remap, marks};
 use super::scan::{Parts, flags, list, number};
 use std::collections::HashMap;
 
@@ -56,35 +56,43 @@ const MOVE: &[(&str, u64)] =
     &[("MPOL_MF_STRICT", 1), ("MPOL_MF_MOVE", 2), ("MPOL_MF_MOVE_ALL", 4), ("MPOL_MF_LAZY", 8), ("MPOL_MF_INTERNAL", 16)];
 const SYNC: &[(&str, u64)] = &[("MS_ASYNC", 1), ("MS_INVALIDATE", 2), ("MS_SYNC", 4)];
 const SHM: &[(&str, u64)] = &[("SHM_RDONLY", 0x1000), ("SHM_RND", 0x2000), ("SHM_REMAP", 0x4000), ("SHM_EXEC", 0x8000)];
-/// Advice that changes a mapping. With any other, pages stay where they are.
-const ADVICE: &[(&str, u64, Option<Advice>)] = &[
-    ("MADV_NORMAL", 0, None),
-    ("MADV_RANDOM", 1, None),
-    ("MADV_SEQUENTIAL", 2, None),
-    ("MADV_WILLNEED", 3, None),
-    ("MADV_DONTNEED", 4, Some(Advice::Discard)),
-    ("MADV_FREE", 8, Some(Advice::Discard)),
-    ("MADV_REMOVE", 9, Some(Advice::Discard)),
-    ("MADV_DONTFORK", 10, Some(Advice::DontFork)),
-    ("MADV_DOFORK", 11, Some(Advice::DoFork)),
-    ("MADV_MERGEABLE", 12, None),
-    ("MADV_UNMERGEABLE", 13, None),
-    ("MADV_HUGEPAGE", 14, None),
-    ("MADV_NOHUGEPAGE", 15, None),
-    ("MADV_DONTDUMP", 16, None),
-    ("MADV_DODUMP", 17, None),
-    ("MADV_WIPEONFORK", 18, Some(Advice::WipeOnFork)),
-    ("MADV_KEEPONFORK", 19, Some(Advice::KeepOnFork)),
-    ("MADV_COLD", 20, None),
-    ("MADV_PAGEOUT", 21, Some(Advice::PageOut)),
-    ("MADV_POPULATE_READ", 22, None),
-    ("MADV_POPULATE_WRITE", 23, None),
-    ("MADV_DONTNEED_LOCKED", 24, Some(Advice::Discard)),
-    ("MADV_COLLAPSE", 25, Some(Advice::Collapse)),
-    ("MADV_HWPOISON", 100, Some(Advice::PageOut)),
-    ("MADV_SOFT_OFFLINE", 101, Some(Advice::PageOut)),
-    ("MADV_GUARD_INSTALL", 102, Some(Advice::Discard)),
-    ("MADV_GUARD_REMOVE", 103, None),
+/// What advice does.
+#[derive(Clone, Copy)]
+enum Does {
+    Nothing,
+    To(Advice),
+    /// Sets marks, and takes others away.
+    Mark(u8, u8),
+}
+
+const ADVICE: &[(&str, u64, Does)] = &[
+    ("MADV_NORMAL", 0, Does::Mark(0, marks::RANDOM | marks::SEQUENTIAL)),
+    ("MADV_RANDOM", 1, Does::Mark(marks::RANDOM, marks::SEQUENTIAL)),
+    ("MADV_SEQUENTIAL", 2, Does::Mark(marks::SEQUENTIAL, marks::RANDOM)),
+    ("MADV_WILLNEED", 3, Does::Nothing),
+    ("MADV_DONTNEED", 4, Does::To(Advice::Discard)),
+    ("MADV_FREE", 8, Does::To(Advice::Discard)),
+    ("MADV_REMOVE", 9, Does::To(Advice::Discard)),
+    ("MADV_DONTFORK", 10, Does::To(Advice::DontFork)),
+    ("MADV_DOFORK", 11, Does::To(Advice::DoFork)),
+    ("MADV_MERGEABLE", 12, Does::Mark(marks::MERGEABLE, 0)),
+    ("MADV_UNMERGEABLE", 13, Does::Mark(0, marks::MERGEABLE)),
+    ("MADV_HUGEPAGE", 14, Does::Mark(marks::HUGE_PAGES, marks::NO_HUGE_PAGES)),
+    ("MADV_NOHUGEPAGE", 15, Does::Mark(marks::NO_HUGE_PAGES, marks::HUGE_PAGES)),
+    ("MADV_DONTDUMP", 16, Does::Mark(marks::NOT_DUMPED, 0)),
+    ("MADV_DODUMP", 17, Does::Mark(0, marks::NOT_DUMPED)),
+    ("MADV_WIPEONFORK", 18, Does::To(Advice::WipeOnFork)),
+    ("MADV_KEEPONFORK", 19, Does::To(Advice::KeepOnFork)),
+    ("MADV_COLD", 20, Does::Nothing),
+    ("MADV_PAGEOUT", 21, Does::To(Advice::PageOut)),
+    ("MADV_POPULATE_READ", 22, Does::Nothing),
+    ("MADV_POPULATE_WRITE", 23, Does::Nothing),
+    ("MADV_DONTNEED_LOCKED", 24, Does::To(Advice::Discard)),
+    ("MADV_COLLAPSE", 25, Does::To(Advice::Collapse)),
+    ("MADV_HWPOISON", 100, Does::To(Advice::PageOut)),
+    ("MADV_SOFT_OFFLINE", 101, Does::To(Advice::PageOut)),
+    ("MADV_GUARD_INSTALL", 102, Does::To(Advice::Discard)),
+    ("MADV_GUARD_REMOVE", 103, Does::Nothing),
 ];
 
 /// Whether a call may concern memory. All others are only counted.
@@ -132,7 +140,8 @@ pub(super) fn meaning(name: &str, parts: &Parts<'_>, segments: &mut Segments) ->
         "msync" if parts.flags(2, SYNC)? & 4 != 0 => Op::Sync { start: parts.address(0)?, len: parts.number(1)? },
         "remap_file_pages" => Op::MapAnew { start: parts.address(0)?, len: parts.number(1)? },
         "map_shadow_stack" => {
-            let kind = MapKind { private: true, anonymous: true, ..MapKind::default() };
+            // Private and anonymous.
+            let kind = MapKind::new(0x22, 0);
             Op::Map { at: aligned(parts.result_address()?)?, len: parts.number(1)?, prot: prot(1), kind }
         }
         "process_madvise" => return advise_many(parts),
@@ -148,6 +157,10 @@ pub(super) fn meaning(name: &str, parts: &Parts<'_>, segments: &mut Segments) ->
             let prot = Prot { read: true, write: how & 0x1000 == 0, exec: how & 0x8000 != 0 };
             Op::Attach { at: aligned(parts.result_address()?)?, len, prot }
         }
+        "mlock" | "mlock2" => mark(parts.address(0)?, parts.number(1)?, marks::LOCKED, 0),
+        "munlock" => mark(parts.address(0)?, parts.number(1)?, 0, marks::LOCKED),
+        "mlockall" => mark(0, u64::MAX, marks::LOCKED, 0),
+        "munlockall" => mark(0, u64::MAX, 0, marks::LOCKED),
         "shmdt" => Op::Detach { at: parts.address(0)? },
         "clone" | "clone2" | "clone3" | "fork" | "vfork" => clone(name, parts)?,
         "execve" | "execveat" => Op::Exec,
@@ -191,13 +204,18 @@ fn aligned(address: u64) -> Result<u64, String> {
 fn map(parts: &Parts<'_>) -> Result<Op, String> {
     let (at, len) = (aligned(parts.result_address()?)?, parts.number(1)?);
     let how = parts.flags(3, MAP)?;
-    let private = matches!(how & 0xf, 2 | 8);
-    if !private && !matches!(how & 0xf, 1 | 3) {
+    let has = |flag: u64, mark: u8| if how & flag != 0 { mark } else { 0 };
+    // Stacks get no huge pages.
+    let marks = has(0x2000, marks::LOCKED) | has(0x4000, marks::NOT_RESERVED) | has(0x2_0000, marks::NO_HUGE_PAGES);
+    let kind = MapKind::new(how, marks);
+    if !kind.private() && !kind.shared() {
         return Err("the mapping is neither private nor shared".into());
     }
-    let (fixed, huge) = (how & 0x10 != 0, how & 0x4_0000 != 0);
-    let kind = MapKind { private, anonymous: how & 0x20 != 0, fixed, huge };
     Ok(Op::Map { at, len, prot: prot(parts.flags(2, PROT)?), kind })
+}
+
+fn mark(start: u64, len: u64, set: u8, clear: u8) -> Op {
+    Op::Mark { start, len, set, clear, advice: false }
 }
 
 fn protect(name: &str, parts: &Parts<'_>, partial: bool) -> Result<Op, String> {
@@ -209,11 +227,11 @@ fn protect(name: &str, parts: &Parts<'_>, partial: bool) -> Result<Op, String> {
     Ok(Op::Protect { start: parts.address(0)?, len: parts.number(1)?, prot: prot(parts.flags(2, PROT)?), key, partial })
 }
 
-fn advice(text: &[u8]) -> Result<Option<Advice>, String> {
+fn advice(text: &[u8]) -> Result<Does, String> {
     let wrong = || format!("{:?} is no advice that is known here", text.escape_ascii().to_string());
-    let known = |(name, value, _): &&(&str, u64, _)| name.as_bytes() == text || number(text) == Some(*value);
+    let known = |(name, value, _): &&(&str, u64, Does)| name.as_bytes() == text || number(text) == Some(*value);
     match ADVICE.iter().find(known) {
-        Some((_, _, advice)) => Ok(*advice),
+        Some((_, _, does)) => Ok(*does),
         // Advice of a newer kernel, by number.
         None => Err(wrong()),
     }
@@ -222,8 +240,9 @@ fn advice(text: &[u8]) -> Result<Option<Advice>, String> {
 fn advise(parts: &Parts<'_>, partial: bool) -> Result<Meaning, String> {
     let (start, len) = (parts.address(0)?, parts.number(1)?);
     Ok(match advice(parts.argument(2)?)? {
-        Some(advice) => Meaning::Op(Op::Advise { start, len, advice, partial }),
-        None => Meaning::Idle("madvise"),
+        Does::To(advice) => Meaning::Op(Op::Advise { start, len, advice, partial }),
+        Does::Mark(set, clear) => Meaning::Op(Op::Mark { start, len, set, clear, advice: true }),
+        Does::Nothing => Meaning::Idle("madvise"),
     })
 }
 
@@ -231,7 +250,7 @@ fn advise(parts: &Parts<'_>, partial: bool) -> Result<Meaning, String> {
 ///
 /// Without `-y` the descriptor says nothing, and it is taken as the caller's own.
 fn advise_many(parts: &Parts<'_>) -> Result<Meaning, String> {
-    let Some(advice) = advice(parts.argument(3)?)? else { return Ok(Meaning::Idle("process_madvise")) };
+    let Does::To(advice) = advice(parts.argument(3)?)? else { return Ok(Meaning::Idle("process_madvise")) };
     let of = parts.argument(0)?.split(|byte| *byte == b'<').nth(1).and_then(|of| of.strip_prefix(b"pid:"));
     let process = of.and_then(|of| std::str::from_utf8(of.strip_suffix(b">").unwrap_or(of)).ok()?.parse().ok());
     let ranges = list(parts.argument(1)?).ok_or("the ranges are no list")?;

@@ -1,7 +1,7 @@
 //! Recordings: what `strace` wrote about a program's memory.
 //!
-//! [`open`] reads files, directories, patterns or standard input, and returns the calls that concern
-//! memory, in the order in which they take effect.
+//! [`open`] reads files, directories, patterns or standard input, and returns the calls that
+//! concern memory, in the order in which they take effect.
 
 mod call;
 mod calls;

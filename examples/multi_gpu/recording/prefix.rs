@@ -17,8 +17,8 @@ const DAY: u64 = 24 * 3600 * SECOND;
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) struct Prefix {
     pub(super) pid: Option<u32>,
-    /// The process id stands alone at the beginning, as in a file (`-f -o FILE`). On a terminal it is
-    /// `[pid 7]`.
+    /// The process id stands alone at the beginning, as in a file (`-f -o FILE`). On a terminal it
+    /// is `[pid 7]`.
     pub(super) plain: bool,
     pub(super) time: Option<Stamp>,
 }

@@ -71,7 +71,7 @@ pub(super) struct Reader {
 }
 
 impl Reader {
-    /// `file`: its name, where there are several. `of`: the task that its name says (`-ff`); without,
+    /// `file`: its name, where there are several. `of`: the task that its name says (`-ff`); else
     /// lines that name no task are of `made_up`, until another line says whose they are.
     pub(super) fn new(file: Option<Arc<str>>, of: Option<u32>, made_up: u32, lenient: bool) -> Self {
         Self {

@@ -85,7 +85,7 @@ fn comment<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8]> {
     delimited("/*", take_until(0.., "*/"), "*/").parse_next(rest)
 }
 
-/// What a descriptor stands for (`-y`): `3</etc/ld.so.cache>`. A shift (`21<<MAP_HUGE_SHIFT`) is none.
+/// What a descriptor stands for (`-y`): `3</etc/ld.so.cache>`. `21<<MAP_HUGE_SHIFT` is a shift.
 fn path<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8]> {
     delimited(('<', peek(one_of(|byte: u8| byte != b'<'))), take_till(0.., b'>'), '>').parse_next(rest)
 }

@@ -43,7 +43,8 @@ fn number() -> impl Strategy<Value = u64> {
 fn call() -> impl Strategy<Value = String> {
     let prot = select(vec!["PROT_NONE", "PROT_READ", "PROT_READ|PROT_WRITE", "PROT_WRITE", "0x7"]);
     let how = select(vec!["MAP_PRIVATE|MAP_ANONYMOUS", "MAP_SHARED", "MAP_PRIVATE|MAP_FIXED", "0x40022", "MAP_PRIVATE"]);
-    let advice = select(vec!["MADV_DONTNEED", "MADV_PAGEOUT", "MADV_COLLAPSE", "MADV_DONTFORK", "MADV_WIPEONFORK", "25"]);
+    let advice =
+        select(vec!["MADV_DONTNEED", "MADV_PAGEOUT", "MADV_COLLAPSE", "MADV_DONTFORK", "MADV_WIPEONFORK", "MADV_HUGEPAGE", "25"]);
     let end = select(vec!["= 0", "= -1 ENOMEM (Cannot allocate memory)", "= ?", "<unfinished ...>"]);
     let what = (number(), number(), number(), number(), prot, how, advice, end, 0usize..19, 0u32..9);
     what.prop_map(|(a, b, c, d, prot, how, advice, end, kind, pid)| match kind {
@@ -82,6 +83,8 @@ fn line() -> impl Strategy<Value = String> {
             "<... execve resumed>) = 0",
             "strace: Process 4 attached with 3 threads",
             "--- SIGCHLD ---",
+            "mlockall(MCL_CURRENT) = 0",
+            "munlock(0x11000, 8192) = 0",
             "% time     seconds  usecs/call     calls    errors syscall",
             "mmap(NULL, 4096, PROT_READstrace: Process 5 attached",
             ", MAP_PRIVATE, 3, 0) = 0x7000",

@@ -1,6 +1,6 @@
 //! Single lines.
 
-use crate::recording::{Advice, Advised, Error, NoteKind, Op, Prot, Recording, parse};
+use crate::recording::{Advice, Advised, Call, Error, NoteKind, Op, Prot, Recording, parse};
 
 fn read(text: &str) -> Recording {
     parse("the test", text.as_bytes(), false).unwrap_or_else(|error| panic!("{error}: {text}"))
@@ -84,7 +84,7 @@ fn every_call_is_understood_with_names_and_with_numbers() {
         .iter()
         .map(|op| op.kind().unwrap())
         .collect::<Vec<_>>(),
-        ["brk", "execve", "vfork", "mprotect", "mprotect", "mmap", "exit_group"]
+        ["brk", "madvise", "execve", "vfork", "mprotect", "mprotect", "mmap", "exit_group"]
     );
 }
 
@@ -110,6 +110,11 @@ fn lists_are_read_with_what_each_of_their_members_says() {
         ops(&["shmget(IPC_PRIVATE, 65536, IPC_CREAT|0600) = 5", "shmat(5, NULL, 0) = 0x5000"]),
         [Op::Attach { at: 0x5000, len: 65536, prot }]
     );
+}
+
+#[test]
+fn a_call_takes_48_bytes() {
+    assert_eq!(size_of::<Call>(), 48);
 }
 
 #[test]
@@ -233,5 +238,21 @@ fn a_message_may_interrupt_a_call_anywhere() {
         assert_eq!((recording.calls.len(), recording.noted[&NoteKind::Message] > 0), (1, true), "{text}");
         assert_eq!(recording.calls[0].op, Op::Unmap { start: 0x1000, len: 4096 }, "{text}");
         assert_eq!((recording.calls[0].pid, recording.unfinished, recording.incomplete), (5, 0, 0), "{text}");
+    }
+}
+
+/// Versions of strace name the thread and its process in either order, or move the call themselves.
+#[test]
+fn an_execve_of_a_thread_goes_on_under_the_number_of_its_process() {
+    let end = "1 1.3 <... execve resumed>) = 0\n";
+    for begin in [
+        "2 1.1 execve(\"a\", [], 0x7f <unfinished ...>\n2 1.2 +++ superseded by execve in pid 1 +++\n",
+        "2 1.1 execve(\"a\", [], 0x7f <unfinished ...>\n1 1.2 +++ superseded by execve in pid 2 +++\n",
+        "2 1.1 execve(\"a\", [], 0x7f <pid changed to 1 ...>\n1 1.2 +++ superseded by execve in pid 2 +++\n",
+    ] {
+        let recording = read(&format!("{begin}{end}"));
+        let calls: Vec<_> = recording.calls.iter().map(|call| (call.pid, call.at_ns, &call.op)).collect();
+        assert_eq!(calls, [(1, 0, &Op::Exec)], "{begin}");
+        assert_eq!((recording.unfinished, recording.incomplete), (0, 0), "{begin}");
     }
 }

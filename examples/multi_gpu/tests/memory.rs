@@ -77,6 +77,12 @@ fn neighbours_that_are_alike_are_one_mapping() {
     assert_eq!(last(&[MAP, next, discard]), ["0: CLEAR 10000-15000 discarded"]);
     let file = "1 1.1 mmap(NULL, 4096, PROT_READ|PROT_WRITE, MAP_PRIVATE, 3, 0) = 0x14000";
     assert_eq!(last(&[MAP, file, discard]).len(), 2);
+    // Marks tell them apart.
+    for mark in ["madvise(0x14000, 4096, MADV_HUGEPAGE)", "madvise(0x10000, 16384, MADV_DONTDUMP)", "mlock(0x14000, 4096)"] {
+        assert_eq!(last(&[MAP, next, &format!("1 1.1 {mark} = 0"), discard]).len(), 2, "{mark}");
+    }
+    let (lock, unlock) = ("1 1.1 mlock(0x14000, 4096) = 0", "1 1.1 munlockall() = 0");
+    assert_eq!(last(&[MAP, next, lock, unlock, discard]).len(), 1);
     // One that was made of two by `mprotect`, and of one again.
     let off = "1 1.1 mprotect(0x11000, 4096, PROT_READ) = 0";
     let on = "1 1.2 mprotect(0x11000, 4096, PROT_READ|PROT_WRITE) = 0";
@@ -122,7 +128,7 @@ fn fork_protects_what_was_written() {
     let made = |lines: &[&str]| last(lines).into_iter().filter(|line| line.contains("PROTECTION_PAGE")).count();
     assert_eq!(made(&[&file("PROT_READ"), fork]), 0);
     assert_eq!(made(&[&file("PROT_READ|PROT_WRITE"), fork]), 0);
-    // A loader relocates, then takes the right to write away: the whole mapping has pages of its own.
+    // A loader relocates, then takes the right to write away: all of it has pages of its own.
     let relro = "1 1.2 mprotect(0x20000, 4096, PROT_READ) = 0";
     assert_eq!(made(&[&file("PROT_READ|PROT_WRITE"), relro, fork]), 2);
     let shared = "1 1.1 mmap(NULL, 16384, PROT_READ|PROT_WRITE, MAP_SHARED, 3, 0) = 0x20000";
@@ -180,6 +186,7 @@ fn a_process_ends_with_its_last_thread_or_by_a_signal() {
     assert_eq!(last(&[MAP, thread, "2 1.2 exit_group(0) = ?", late]), [""; 0]);
     let over = ["2 1.2 exit_group(0) = ?", "1 1.3 +++ exited with 0 +++"];
     assert_eq!(last(&[MAP, thread, over[0], over[1], late]), ["1: created"]);
+    assert_eq!(last(&[MAP, thread, over[0], "5 1.3 fork() = 1", "1 1.4 execve(\"a\", [], 0x7f) = 0"]).len(), 3);
 }
 
 #[test]
@@ -202,4 +209,41 @@ fn the_end_of_the_recording_ends_what_is_left_and_the_busiest_space_is_known() {
 #[test]
 fn access_is_ordered() {
     assert!(Access::None < Access::Read && Access::Read < Access::Write);
+}
+
+#[test]
+fn each_advice_does_what_linux_does_for_it() {
+    let (discarded, paged) =
+        (["0: CLEAR 10000-12000 discarded"], ["0: CLEAR 10000-11000 discarded", "0: CLEAR 11000-12000 discarded"]);
+    for (advice, events) in [
+        ("DONTNEED", &discarded[..]),
+        ("DONTNEED_LOCKED", &discarded),
+        ("FREE", &discarded),
+        ("REMOVE", &discarded),
+        ("PAGEOUT", &paged),
+        ("HWPOISON", &paged),
+        ("SOFT_OFFLINE", &paged),
+        ("COLLAPSE", &[]),
+        ("DONTFORK", &[]),
+    ] {
+        let advise = format!("1 1.1 madvise(0x10000, 8192, MADV_{advice}) = 0");
+        assert_eq!(last(&[MAP, &advise]), events, "{advice}");
+    }
+    let none = [
+        "NORMAL",
+        "RANDOM",
+        "SEQUENTIAL",
+        "WILLNEED",
+        "COLD",
+        "HUGEPAGE",
+        "NOHUGEPAGE",
+        "MERGEABLE",
+        "DONTDUMP",
+        "POPULATE_WRITE",
+    ];
+    let text: String = none.iter().map(|advice| format!("madvise(0x10000, 8192, MADV_{advice}) = 0\n")).collect();
+    let recording = parse("advice", text.as_bytes(), false).unwrap();
+    assert_eq!(recording.operations()["madvise"], none.len());
+    let mut program = Program::default();
+    assert!(recording.calls.iter().flat_map(|call| program.run(call)).all(|action| matches!(action, Action::Created { .. })));
 }
