@@ -35,13 +35,17 @@ impl Mirror {
         self.space
     }
 
-    /// Removes the pages from the page table, under the lock that readers install under; returns those that were there.
-    fn zap(&self, invalidation: &Invalidation<'_>, pages: &RangeInclusive<Page>) -> Vec<Page> {
+    /// Removes the pages from the page table, under the lock that readers install under; returns those that were there. If there are any, this
+    /// first pass has work for the device until `over` is set, and another one that finds nothing left knows of it from the same moment on.
+    fn zap(&self, invalidation: &Invalidation<'_>, pages: &RangeInclusive<Page>, over: &Flag) -> Vec<Page> {
         let gpu = &self.gpu;
         let late = gpu.fault == Some(Fault::SetSeqOutsideLock);
         let mut table =
             if late || gpu.fault == Some(Fault::NoSetSeq) { gpu.table.lock() } else { gpu.table.lock_for(invalidation) };
         let mut zapped: Vec<Page> = table.range(pages.clone()).map(|(page, _)| *page).collect();
+        if !zapped.is_empty() {
+            gpu.begins(pages, over);
+        }
         match gpu.fault {
             Some(Fault::FirstPageOnly) => zapped.truncate(1),
             // Its pass does it.
@@ -73,7 +77,8 @@ impl IntervalNotifier for Mirror {
         }
         let record = Record::current().unwrap_or_else(|| Record::new(0, Duration::ZERO));
         let (first_pass, pages) = (gpu.runtime.now(), pages(self.space, invalidation.range()));
-        let zapped = self.zap(invalidation, &pages);
+        let over = Flag::default();
+        let zapped = self.zap(invalidation, &pages, &over);
         if !zapped.is_empty() {
             // A walk that finds nothing is short.
             gpu.runtime.work(gpu.model.costs.zap);
@@ -88,7 +93,10 @@ impl IntervalNotifier for Mirror {
             Some(Fault::OldFence) if gpu.last_fence().is_some() => return Ok(gpu.last_fence().map(waits_only)),
             _ => {}
         }
-        let chain = Chain::start(gpu, record, first_pass, pages, zapped);
+        if zapped.is_empty() {
+            gpu.begins(&pages, &over);
+        }
+        let chain = Chain::start(gpu, (record, first_pass), (pages, zapped), over);
         if gpu.fault == Some(Fault::SkipWait) {
             gpu.runtime.spawn(chain.finish(Wait::InTheTask));
             return Ok(None);
@@ -150,7 +158,12 @@ struct Chain {
 
 impl Chain {
     /// Begins the first step.
-    fn start(gpu: &Arc<Gpu>, record: Arc<Record>, first_pass: Duration, pages: RangeInclusive<Page>, zapped: Vec<Page>) -> Self {
+    fn start(
+        gpu: &Arc<Gpu>,
+        (record, first_pass): (Arc<Record>, Duration),
+        (pages, zapped): (RangeInclusive<Page>, Vec<Page>),
+        over: Flag,
+    ) -> Self {
         let steps = gpu.model.steps(gpu.id, record.number, record.at);
         let lane = record.lane(gpu.id, first_pass);
         let mut chain = Self {
@@ -163,9 +176,8 @@ impl Chain {
             random: steps.random,
             command: Command::TlbFlush,
             fence: Flag::default(),
-            over: Flag::default(),
+            over,
         };
-        gpu.begins(&chain.pages, &chain.over);
         chain.submit();
         if gpu.fault != Some(Fault::FlushBeforeZap) {
             gpu.return_to(&chain.zapped, &mut chain.random);

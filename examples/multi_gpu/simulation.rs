@@ -126,7 +126,10 @@ struct World {
 /// Numbers of what the kernel does on its own account; those below are the program's.
 const RECLAIM: u64 = 1 << 40;
 
-/// How often it comes to a page before it goes to the next.
+/// The kernel's threads, which go through the same mappings.
+const RECLAIMERS: u64 = 2;
+
+/// How often each comes to a page before it goes to the next.
 const AGAIN: u64 = 4;
 
 impl World {
@@ -169,10 +172,12 @@ impl World {
     }
 
     fn replay(self: Arc<Self>) -> Outcome {
-        let kernel = (!self.settings.model.reclaim.is_zero()).then(|| {
+        let threads = if self.settings.model.reclaim.is_zero() { 0 } else { RECLAIMERS };
+        let reclaim = |thread| {
             let world = self.clone();
-            self.runtime.thread(move || world.reclaim())
-        });
+            self.runtime.thread(move || world.reclaim(thread))
+        };
+        let kernel: Vec<Flag> = (0..threads).map(reclaim).collect();
         if self.settings.threads {
             self.plan.first.iter().for_each(|task| self.begin(*task));
             let mut waited = 0;
@@ -197,9 +202,7 @@ impl World {
             self.act(action, number, self.now_in_recording());
         }
         self.stop.store(true, Ordering::Relaxed);
-        if let Some(kernel) = kernel {
-            self.wait(&kernel);
-        }
+        kernel.iter().for_each(|thread| self.wait(thread));
         for space in self.spaces.lock().unwrap().values() {
             self.tally().space(&space.address_space.stats());
         }
@@ -401,17 +404,18 @@ impl World {
 
     /// The kernel, under pressure: takes pages away from the program, and takes them again when devices have come back to them; and writes
     /// some back, for which it write-protects them.
-    fn reclaim(&self) {
-        let mut random = StdRng::seed_from_u64(self.settings.model.seed ^ 0x5ec1_a1e0);
+    fn reclaim(&self, thread: u64) {
+        let mut random = StdRng::seed_from_u64(self.settings.model.seed ^ (0x5ec1_a1e0 + thread));
         let mut pause = |mean: Duration| self.sleep(mean.mul_f64(-f64::ln(1.0 - random.random::<f64>())));
-        for number in RECLAIM.. {
-            pause(if number % AGAIN == 0 { self.settings.model.reclaim } else { self.settings.model.fault });
+        for turn in 0.. {
+            pause(if turn % AGAIN == 0 { self.settings.model.reclaim } else { self.settings.model.fault });
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
-            let Some((space, page)) = self.resident((number - RECLAIM) / AGAIN) else { continue };
-            let event = if number % AGAIN == AGAIN - 1 { Event::ProtectionPage } else { Event::Clear };
-            let record = Record::new(number, self.now_in_recording());
+            // Each at another page.
+            let Some((space, page)) = self.resident(turn / AGAIN + thread) else { continue };
+            let event = if turn % AGAIN == AGAIN - 1 { Event::ProtectionPage } else { Event::Clear };
+            let record = Record::new(RECLAIM + turn * RECLAIMERS + thread, self.now_in_recording());
             self.invalidate(space, page, event, &Change::Discarded, &record);
         }
     }
