@@ -7,7 +7,10 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 const SINGLE: [u8; 3] = [0xc0, 0x39, 0x2b];
-const MULTI: [u8; 3] = [0x1f, 0x6f, 0xb2];
+const TWO: [u8; 3] = [0x8e, 0x44, 0xad];
+const ROUNDS: [u8; 3] = [0x2a, 0x9d, 0x5c];
+const POLL: [u8; 3] = [0x1f, 0x6f, 0xb2];
+const JOBS: [u8; 3] = [0xc9, 0xc2, 0xb0];
 const PREEMPT: [u8; 3] = [0xe0, 0x8e, 0x2b];
 
 fn main() {
@@ -44,7 +47,7 @@ fn look() -> Result<(), Failed> {
 
 fn look_in(dir: &Path) -> Result<(), Failed> {
     let (report, shot) = (dir.join("report.html"), dir.join("report.png"));
-    let cargo = ["run", "--quiet", "--release", "--example", "multi_gpu", "--", "--limit", "150", "--report"];
+    let cargo = ["run", "--quiet", "--release", "--example", "multi_gpu", "--", "--report"];
     run(Command::new(env!("CARGO")).args(cargo).arg(&report).current_dir(env!("CARGO_MANIFEST_DIR")))?;
     let text = std::fs::read_to_string(&report)?;
     for elsewhere in ["<script", "<link", "<img", "src=", "href=", "@import", "url("] {
@@ -71,29 +74,37 @@ fn look_in(dir: &Path) -> Result<(), Failed> {
     run(Command::new(chromium).args(flags).args([profile, screenshot, format!("file://{}", report.display())]))?;
 
     let picture = Picture::read(&shot)?;
-    // Both curves of both charts, and the bars.
-    for (name, color) in [("single-pass", SINGLE), ("multi-pass", MULTI), ("preemption", PREEMPT)] {
+    // The curves of both charts, and the bars.
+    let colors = [
+        ("single-pass", SINGLE),
+        ("two-pass", TWO),
+        ("round-robin", ROUNDS),
+        ("poll-driven", POLL),
+        ("jobs", JOBS),
+        ("preemption", PREEMPT),
+    ];
+    for (name, color) in colors {
         let pixels =
             (0..picture.height).map(|y| picture.runs(y, color).map(|(from, to)| to - from).sum::<usize>()).sum::<usize>();
-        if pixels < 1500 {
+        if pixels < 800 {
             return Err(format!("{pixels} pixels of {name} in {}", shot.display()).into());
         }
     }
-    // Bars: where each begins. Those that run one after the other begin at many places, those that overlap at one.
-    let begins = |color| -> (usize, BTreeSet<usize>) {
-        let bars: Vec<usize> = (0..picture.height)
-            .flat_map(|y| picture.runs(y, color).filter(|(from, to)| to - from >= 6))
-            .map(|(from, _)| from / 4)
-            .collect();
-        let often = |at: &usize| bars.iter().filter(|begin| *begin == at).count() >= 5;
-        (bars.len(), bars.iter().copied().filter(often).collect())
+    // Flushes: where each begins. One after the other they begin at many places; of those that depend on nothing half begin together.
+    let begins = |color| -> BTreeSet<usize> {
+        let bars =
+            (0..picture.height).flat_map(|y| picture.runs(y, color).filter(|(from, to)| to - from >= 4 && to - from < 200));
+        let at: Vec<usize> = bars.map(|(from, _)| from / 4).collect();
+        let tall = |begin: &usize| at.iter().filter(|at| *at == begin).count() >= 4;
+        at.iter().copied().filter(tall).collect()
     };
-    let ((_, single), (rows, multi)) = (begins(SINGLE), begins(MULTI));
-    if single.len() < 8 {
-        return Err(format!("single-pass bars begin at {single:?}: they should be one after the other").into());
-    }
-    if multi.len() > 4 || rows < 60 {
-        return Err(format!("{rows} rows of multi-pass bars begin at {multi:?}: they should begin together").into());
+    let (single, poll) = (begins(SINGLE), begins(POLL));
+    let last = |begins: &BTreeSet<usize>| begins.last().copied().unwrap_or(0);
+    if single.len() < 8 || last(&single) < 2 * last(&poll).saturating_sub(20) {
+        return Err(format!(
+            "flushes begin at {single:?} in single-pass and at {poll:?} in poll-driven: the first should be spread out"
+        )
+        .into());
     }
     Ok(())
 }

@@ -37,14 +37,14 @@ impl Mirror {
 
     /// Removes the pages from the page table, under the lock that readers install under; returns those that were there. If there are any, this
     /// first pass has work for the device until `over` is set, and another one that finds nothing left knows of it from the same moment on.
-    fn zap(&self, invalidation: &Invalidation<'_>, pages: &RangeInclusive<Page>, over: &Flag) -> Vec<Page> {
+    fn zap(&self, invalidation: &Invalidation<'_>, pages: &RangeInclusive<Page>, (number, over): (u64, &Flag)) -> Vec<Page> {
         let gpu = &self.gpu;
         let late = gpu.fault == Some(Fault::SetSeqOutsideLock);
         let mut table =
             if late || gpu.fault == Some(Fault::NoSetSeq) { gpu.table.lock() } else { gpu.table.lock_for(invalidation) };
         let mut zapped: Vec<Page> = table.range(pages.clone()).map(|(page, _)| *page).collect();
         if !zapped.is_empty() {
-            gpu.begins(pages, over);
+            gpu.begins(number, pages, over);
         }
         match gpu.fault {
             Some(Fault::FirstPageOnly) => zapped.truncate(1),
@@ -78,14 +78,14 @@ impl IntervalNotifier for Mirror {
         let record = Record::current().unwrap_or_else(|| Record::new(0, Duration::ZERO));
         let (first_pass, pages) = (gpu.runtime.now(), pages(self.space, invalidation.range()));
         let over = Flag::default();
-        let zapped = self.zap(invalidation, &pages, &over);
+        let zapped = self.zap(invalidation, &pages, (record.number, &over));
         if !zapped.is_empty() {
             // A walk that finds nothing is short.
             gpu.runtime.work(gpu.model.costs.zap);
         }
-        if zapped.is_empty() && (record.has(gpu.id) || !gpu.is_unfinished(&pages)) {
-            // Another mapping's notifier of this GPU has zapped these pages, and this invalidation waits for what it began; or nothing was
-            // mapped, and no translation can be cached.
+        if zapped.is_empty() && !gpu.is_unfinished(record.number, &pages) {
+            // Nothing was mapped, and no translation can be cached; or another mapping's notifier of this GPU has zapped these pages, and this
+            // invalidation waits for what it began. If another invalidation did, this one has to wait, too.
             return Ok(None);
         }
         match gpu.fault {
@@ -94,7 +94,7 @@ impl IntervalNotifier for Mirror {
             _ => {}
         }
         if zapped.is_empty() {
-            gpu.begins(&pages, &over);
+            gpu.begins(record.number, &pages, &over);
         }
         let chain = Chain::start(gpu, (record, first_pass), (pages, zapped), over);
         if gpu.fault == Some(Fault::SkipWait) {
@@ -294,7 +294,7 @@ impl Gpu {
                 let sequence = mirror.read_begin().await;
                 let Some(generation) = look().await else { return false };
                 if !mirror.read_retry(sequence) {
-                    self.runtime.sleep(half).await;
+                    self.runtime.sleep(self.model.fault * 2).await;
                     install(&mut self.table.lock(), generation);
                     return true;
                 }

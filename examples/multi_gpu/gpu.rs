@@ -20,6 +20,14 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+/// What an invalidation has begun.
+struct Unfinished {
+    pages: RangeInclusive<Page>,
+    /// The number of the invalidation.
+    of: u64,
+    over: Flag,
+}
+
 pub struct Gpu {
     pub id: usize,
     pub runtime: Runtime,
@@ -31,12 +39,12 @@ pub struct Gpu {
     /// What the driver's lock protects: its page table, by page the generation that was found.
     pub table: DriverLock<BTreeMap<Page, u64>>,
     tlb: Mutex<BTreeMap<Page, u64>>,
-    /// When the queue of commands is empty.
-    free_at: Mutex<Duration>,
+    /// When the queue of commands is empty, and the end of the last one.
+    queue: Mutex<(Duration, Option<Flag>)>,
     /// Fences of commands.
     under_way: Mutex<Vec<Flag>>,
     /// What invalidations have begun here and not finished: all steps, not one command.
-    unfinished: Mutex<Vec<(RangeInclusive<Page>, Flag)>>,
+    unfinished: Mutex<Vec<Unfinished>>,
     last: Mutex<Option<Flag>>,
     pub mirrors: Mutex<Mirrors>,
     /// The driver has heard `Release` of a space.
@@ -58,7 +66,7 @@ impl Gpu {
             fault,
             table: DriverLock::default(),
             tlb: Mutex::default(),
-            free_at: Mutex::default(),
+            queue: Mutex::default(),
             under_way: Mutex::default(),
             unfinished: Mutex::default(),
             last: Mutex::default(),
@@ -77,17 +85,18 @@ impl Gpu {
         self.mirrors.lock().unwrap().clear();
     }
 
-    /// An invalidation begins to wait for this device, until `over` is set.
-    pub fn begins(&self, pages: &RangeInclusive<Page>, over: &Flag) {
+    /// The invalidation of number `of` begins to wait for this device, until `over` is set.
+    pub fn begins(&self, of: u64, pages: &RangeInclusive<Page>, over: &Flag) {
         let mut unfinished = self.unfinished.lock().unwrap();
-        unfinished.retain(|(_, over)| !over.is_set());
-        unfinished.push((pages.clone(), over.clone()));
+        unfinished.retain(|begun| !begun.over.is_set());
+        unfinished.push(Unfinished { pages: pages.clone(), of, over: over.clone() });
     }
 
-    /// Whether some invalidation still waits for this device because of some of `pages`.
-    pub fn is_unfinished(&self, pages: &RangeInclusive<Page>) -> bool {
+    /// Whether an invalidation other than this one still waits for this device because of some of `pages`.
+    pub fn is_unfinished(&self, except: u64, pages: &RangeInclusive<Page>) -> bool {
+        let overlaps = |of: &RangeInclusive<Page>| of.start() <= pages.end() && pages.start() <= of.end();
         let unfinished = self.unfinished.lock().unwrap();
-        unfinished.iter().any(|(of, over)| !over.is_set() && of.start() <= pages.end() && pages.start() <= of.end())
+        unfinished.iter().any(|begun| !begun.over.is_set() && begun.of != except && overlaps(&begun.pages))
     }
 
     /// The fence of some command under way.
@@ -109,15 +118,14 @@ impl Gpu {
         random: &mut StdRng,
     ) -> Flag {
         let submitted = self.runtime.now();
-        let began = {
-            let mut free_at = self.free_at.lock().unwrap();
-            if command == Command::Jobs {
-                submitted
-            } else {
-                let began = submitted.max(*free_at);
-                *free_at = began + latency;
-                began
-            }
+        let ended = Flag::default();
+        let (began, before) = if command == Command::Jobs {
+            (submitted, None)
+        } else {
+            let mut queue = self.queue.lock().unwrap();
+            let began = submitted.max(queue.0);
+            queue.0 = began + latency;
+            (began, queue.1.replace(ended.clone()))
         };
         let (done, interrupt) = (began + latency, self.model.costs.interrupt);
         let fence = Flag::default();
@@ -129,6 +137,10 @@ impl Gpu {
         let (gpu, record, pages, signal) = (self.clone(), record.clone(), pages.clone(), fence.clone());
         self.runtime.spawn(async move {
             gpu.runtime.sleep_until(began).await;
+            if let Some(before) = before {
+                // In real time it may take longer than planned.
+                before.wait().await;
+            }
             let in_flight = gpu.transfer_in_flight(&pages, &mut random);
             if gpu.fault == Some(Fault::EarlyFence) {
                 signal.set();
@@ -145,6 +157,7 @@ impl Gpu {
             if let Some((page, generation)) = last {
                 gpu.oracle.access(page, generation);
             }
+            ended.set();
             gpu.runtime.sleep_until(done + interrupt).await;
             record.done(lane, step, gpu.runtime.now());
             gpu.under_way.lock().unwrap().retain(|fence| !fence.is(&signal));
@@ -182,11 +195,11 @@ impl Gpu {
 
     /// The device reads what it can among `pages`, without a fault.
     pub fn read_what_is_mapped(&self, pages: RangeInclusive<Page>) {
-        let of_table = self.table.lock().range(pages.clone()).map(|(page, generation)| (*page, *generation)).collect();
-        let mut found: BTreeMap<Page, u64> = of_table;
-        found.extend(self.tlb.lock().unwrap().range(pages).map(|(page, generation)| (*page, *generation)));
-        for (page, generation) in found {
-            self.oracle.access(page, generation);
+        let table = self.table.lock();
+        let tlb = self.tlb.lock().unwrap();
+        let only_cached = tlb.range(pages.clone());
+        for (page, generation) in table.range(pages).filter(|(page, _)| !tlb.contains_key(page)).chain(only_cached) {
+            self.oracle.access(*page, *generation);
         }
     }
 
@@ -245,25 +258,19 @@ impl Gpu {
 
     /// Reads a page: through the TLB, else the page table, else after a fault.
     async fn read(self: &Arc<Self>, mirror: &Subscription<Mirror>, page: Page) {
-        if let Some(generation) = self.translate(page) {
-            self.oracle.access(page, generation);
-            return;
-        }
-        // Otherwise the program has taken the page away, or keeps changing it: the engine goes on with another.
-        if self.fault_in(mirror, page).await
-            && let Some(generation) = self.translate(page)
-        {
-            self.oracle.access(page, generation);
+        // If nothing can be installed the program has taken the page away, or keeps changing it: the engine goes on with another.
+        if !self.read_mapped(page) && self.fault_in(mirror, page).await {
+            self.read_mapped(page);
         }
     }
 
-    /// Looks a page up in the TLB, and fills it from the page table on a miss.
-    fn translate(&self, page: Page) -> Option<u64> {
+    /// Reads a page if the TLB has it, or the page table, from which the TLB is filled. A flush waits for it.
+    fn read_mapped(&self, page: Page) -> bool {
         let table = self.table.lock();
         let mut tlb = self.tlb.lock().unwrap();
-        let cached = tlb.get(&page).copied();
-        let generation = cached.or_else(|| table.get(&page).copied())?;
+        let Some(generation) = tlb.get(&page).or_else(|| table.get(&page)).copied() else { return false };
         tlb.insert(page, generation);
-        Some(generation)
+        self.oracle.access(page, generation);
+        true
     }
 }

@@ -63,11 +63,6 @@ impl Record {
         lanes.len() - 1
     }
 
-    /// Whether a device works for it already.
-    pub fn has(&self, gpu: usize) -> bool {
-        self.lanes.lock().unwrap().iter().any(|lane| lane.gpu == gpu)
-    }
-
     pub fn step(&self, lane: usize, step: Step) -> usize {
         let steps = &mut self.lanes.lock().unwrap()[lane].steps;
         steps.push(step);
