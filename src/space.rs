@@ -177,8 +177,10 @@ impl AddressSpace {
     /// [`InsertError`], with the notifier in it, after [`release`](Self::release).
     #[inline(always)]
     pub fn insert<N: IntervalNotifier>(&self, range: AddressRange, notifier: N) -> Result<Subscription<N>, InsertError<N>> {
-        match self.shared.register(range, notifier) {
-            Ok(entry) => Ok(Subscription::new(self.shared.clone(), entry)),
+        // Before it registers: there is never a notifier more than there are handles.
+        let shared = self.shared.clone();
+        match shared.register(range, notifier) {
+            Ok(entry) => Ok(Subscription::new(shared, entry)),
             Err(notifier) => Err(InsertError::new(notifier)),
         }
     }

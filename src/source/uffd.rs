@@ -168,8 +168,6 @@ struct Inner {
     reading: AtomicBool,
     /// There are no deliveries any more.
     orphaned: AtomicBool,
-    /// Watches that exist.
-    handles: AtomicUsize,
     /// Events that were read.
     events: AtomicU64,
     /// Changes that were not seen to happen within their time.
@@ -211,7 +209,8 @@ impl Uffd {
 
     /// Whether nobody has the source but one handle and watches: neither can invalidate anything.
     pub(crate) fn is_abandoned(&self) -> bool {
-        Arc::strong_count(&self.inner) <= 1 + self.inner.handles.load(Ordering::Relaxed)
+        let table = self.inner.table();
+        Arc::strong_count(&self.inner) <= 1 + table.handles
     }
 
     /// Returns what the source promises: what was asked for, as far as it is permitted.

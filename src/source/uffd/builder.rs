@@ -158,7 +158,6 @@ impl UffdBuilder {
             stop: bell()?,
             reading: AtomicBool::new(false),
             orphaned: AtomicBool::new(false),
-            handles: AtomicUsize::new(0),
             events: AtomicU64::new(0),
             unsettled: AtomicU64::new(0),
         });

@@ -7,7 +7,7 @@ use crate::source::ranges::Ranges;
 use crate::source::sys::page_size;
 use crate::source::sys::uffd::{self, Maps, Pagemap};
 use crate::source::watches::{WatchState, Watched, Watches};
-use crate::sync::{Arc, Ordering};
+use crate::sync::Arc;
 use core::fmt;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
@@ -35,6 +35,8 @@ pub(super) struct Table {
     later: Ranges,
     /// Most ranges that `armed` may consist of.
     room: usize,
+    /// [`Watch`]es that exist.
+    pub(super) handles: usize,
 }
 
 impl Table {
@@ -51,6 +53,7 @@ impl Table {
             dropped: Ranges::default(),
             later: Ranges::default(),
             room,
+            handles: 0,
         }
     }
 
@@ -311,9 +314,15 @@ pub struct Watch {
 impl Watch {
     pub(super) fn new(inner: &Arc<Inner>, range: AddressRange, quiet: bool) -> Result<Self, UffdError> {
         inner.check()?;
-        let (watched, state) = inner.table().add(range, quiet, inner.pagemap.as_ref())?;
-        inner.handles.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { inner: inner.clone(), watched, state })
+        // Before it is counted: there are never more watches than references.
+        let inner = inner.clone();
+        let (watched, state) = {
+            let mut table = inner.table();
+            let added = table.add(range, quiet, inner.pagemap.as_ref())?;
+            table.handles += 1;
+            added
+        };
+        Ok(Self { inner, watched, state })
     }
 
     /// Returns the pages that are watched.
@@ -350,7 +359,7 @@ impl Drop for Watch {
         // is the parent's (M4).
         if !self.inner.is_forked() {
             self.inner.unwatch(self.watched);
-            self.inner.handles.fetch_sub(1, Ordering::Relaxed);
+            self.inner.table().handles -= 1;
         }
     }
 }
