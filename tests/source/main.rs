@@ -3,6 +3,7 @@
 
 mod cache;
 mod corners;
+mod delivering;
 mod forks;
 mod kinds;
 mod loud;
@@ -118,6 +119,7 @@ fn main() {
         .chain(needs_more(silent::tests(), silent::lacking))
         .chain(needs(never_stale::tests()))
         .chain(needs(corners::tests()))
+        .chain(needs(delivering::tests()))
         .chain(watched_alone)
         .chain([proof])
         .collect();

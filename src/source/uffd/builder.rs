@@ -95,7 +95,7 @@ impl UffdBuilder {
     /// [reported](crate::Report::Unsettled), readers go on, and the range is invalidated once more
     /// if the pages go within two seconds (of the last 64 such ranges).
     ///
-    /// A later discard of the same pages takes the earlier one over, with the time that has passed.
+    /// A later discard of the same pages takes the earlier one over, and has a time of its own.
     /// Pages of `MADV_FREE` do not go before the kernel needs them, and pages that the program
     /// writes at once look as if they had stayed: then all of it is used up, for readers of
     /// that range. Zero: nobody waits, and the promise is withdrawn.

@@ -5,7 +5,7 @@ use super::settle::{Marked, REST, Settle, YIELDS};
 use super::{Inner, UffdError, ring, wait};
 use crate::engine::futures::invalidate::Invalidate;
 use crate::event::Event;
-use crate::foreign::Report;
+use crate::foreign::{Report, TaskWaker};
 use crate::range::AddressRange;
 use crate::source::ring::Change;
 use crate::source::watches::Watched;
@@ -62,6 +62,7 @@ impl Deliveries {
             })
             .await;
             while passes.next().await.is_some() {}
+            inner.check()?;
             Ok(started)
         }
     }
@@ -188,6 +189,15 @@ impl Drop for Open<'_> {
     }
 }
 
+/// Has what was read delivered by the next who comes, if this one goes.
+struct Undelivered<'a>(&'a Inner);
+
+impl Drop for Undelivered<'_> {
+    fn drop(&mut self) {
+        ring(&self.0.bell);
+    }
+}
+
 /// An invalidation of a change that has happened, or is about to.
 struct Late {
     inner: Arc<Inner>,
@@ -201,6 +211,9 @@ impl Future for Late {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if self.inner.is_forked() {
+            return Poll::Ready(());
+        }
         let Some(invalidation) = &mut self.invalidation else { return Poll::Ready(()) };
         // Its guard ends the range as soon as it is there: there is nothing left to change.
         invalidation.as_mut().poll(cx).map(drop)
@@ -242,6 +255,11 @@ impl Inner {
     /// Starts an invalidation of everything that the events name; `pending` gets those whose passes
     /// are pending.
     fn start(self: &Arc<Self>, cx: &mut Context<'_>, mut pending: impl FnMut(Late)) -> usize {
+        // Before anything is taken: the clone of a waker is foreign code, and may panic.
+        let undelivered = Undelivered(self);
+        let waker = Waker::from(TaskWaker::new(cx.waker(), &self.shared().host.losses));
+        core::mem::forget(undelivered);
+        let cx = &mut Context::from_waker(&waker);
         let (changes, open) = {
             let mut starting = self.starting();
             starting.threads += 1;
@@ -254,7 +272,7 @@ impl Inner {
         let lates: Vec<Late> = changes.ranges.into_iter().map(|(range, event, seen)| self.late(range, event, seen)).collect();
         for mut late in lates {
             let polled = Pin::new(&mut late).poll(cx);
-            if let Some(marked) = &late.marked {
+            if let (Some(marked), Some(_)) = (&late.marked, &late.settle) {
                 self.takes_over(marked);
             }
             if polled.is_pending() {

@@ -53,7 +53,8 @@ pub(super) struct Marked {
     watched: Watched,
     /// Told from other invalidations of the range by this.
     owner: Owner,
-    /// When the first of those changes came that this one has taken over.
+    /// When the change came. Earlier ones of the same pages give it none of their time: they may
+    /// have used theirs up, and the pages of this one are there still.
     began: Instant,
     /// Nanoseconds from then to the last look that saw a thread inside the call that raised an
     /// event.
@@ -74,14 +75,8 @@ impl Marked {
                 return None;
             }
         };
-        let (mut began, mut held_up) = (Instant::now(), 0);
-        for earlier in inner.waited_for_within(range) {
-            if earlier.began < began {
-                (began, held_up) = (earlier.began, earlier.held_up.load(Ordering::Relaxed));
-            }
-        }
-        let (held_up, over) = (AtomicU64::new(held_up), AtomicBool::new(false));
-        Some(Arc::new(Self { inner: Arc::downgrade(inner), watched, owner: Owner::new(), began, held_up, over }))
+        let (held_up, over) = (AtomicU64::new(0), AtomicBool::new(false));
+        Some(Arc::new(Self { inner: Arc::downgrade(inner), watched, owner: Owner::new(), began: Instant::now(), held_up, over }))
     }
 
     pub(super) fn owner(&self) -> Owner {
@@ -231,22 +226,20 @@ impl Inner {
         }
     }
 
-    /// Those of earlier changes of the same pages that are still waited for.
-    fn waited_for_within(&self, range: AddressRange) -> Vec<Arc<Marked>> {
-        let mut waited_for = self.waited_for.lock().unwrap_or_else(PoisonError::into_inner);
-        waited_for.retain(|marked| marked.strong_count() > 0);
-        let all = waited_for.iter().filter_map(Weak::upgrade).collect::<Vec<_>>();
-        drop(waited_for);
-        all.into_iter().filter(|marked| range.covers(marked.range()) && !marked.over.load(Ordering::Acquire)).collect()
-    }
-
     /// The invalidation of a change has begun: it is waited for, and earlier ones of the same pages
     /// are not, as their marks cannot be told from its own.
     pub(super) fn takes_over(&self, marked: &Arc<Marked>) {
-        for earlier in self.waited_for_within(marked.range()) {
+        let earlier: Vec<_> = {
+            let mut waited_for = self.waited_for.lock().unwrap_or_else(PoisonError::into_inner);
+            waited_for.retain(|marked| marked.strong_count() > 0);
+            let earlier = waited_for.iter().filter_map(Weak::upgrade).collect();
+            waited_for.push(Arc::downgrade(marked));
+            earlier
+        };
+        // Outside of the lock: what is held for them may be given up.
+        for earlier in earlier.into_iter().filter(|earlier| marked.range().covers(earlier.range())) {
             earlier.over.store(true, Ordering::Release);
         }
-        self.waited_for.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(marked));
     }
 
     /// The time is used up: readers go on, and the range is invalidated again once the pages have
