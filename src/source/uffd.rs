@@ -20,7 +20,6 @@ use super::ring::Ring;
 use super::sys::uffd::{ForkMark, Pagemap};
 use super::watches::Watched;
 use crate::engine::Shared;
-use crate::foreign::TaskWaker;
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
 use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering, Weak};
@@ -148,11 +147,6 @@ struct Inner {
     /// Pages that are waited for, and ranges whose pages had not gone in time.
     waited_for: Mutex<Vec<Weak<Marked>>>,
     suspects: Mutex<Vec<Suspect>>,
-    /// Those who look at pages while somebody is in [`Deliveries::run`], who wakes them.
-    lookers: Mutex<Vec<Arc<TaskWaker>>>,
-    running: AtomicUsize,
-    /// It waits for the bell.
-    sleeping: AtomicBool,
     /// Nanoseconds from `opened` to the last rest between two looks.
     rested: AtomicU64,
     starting: Mutex<Starting>,

@@ -2,19 +2,23 @@
 
 use crate::memory::Raw;
 use crate::never_stale::read_during;
-use crate::uffd::{is_readable, log, no_fork};
+use crate::uffd::{Running, eventually, is_readable, log, no_fork};
 use futures::FutureExt;
 use futures::executor::block_on;
 use rustix::mm::Advice;
-use shootdown::AddressSpace;
-use shootdown::source::Uffd;
-use std::task::{Context, RawWakerVTable, Waker};
+use shootdown::source::{Fork, Uffd};
+use shootdown::{AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, RawWakerVTable, Waker};
 use std::thread;
 use std::time::{Duration, Instant};
 
 crate::list![
     f1_a_waker_that_cannot_be_cloned_loses_nothing_that_was_read,
     m5_a_discard_has_all_of_its_time_whatever_became_of_an_earlier_one,
+    c3_who_waits_for_pages_looks_himself_while_the_delivery_waits_for_a_lock,
+    who_delivers_rests_while_pages_stay,
 ];
 
 /// A waker whose clone panics.
@@ -71,4 +75,76 @@ fn m5_a_discard_has_all_of_its_time_whatever_became_of_an_earlier_one() {
     assert!(readers.read_begin().now_or_never().is_none(), "pages that are about to go are found");
     memory.write(2);
     block_on(delivery).unwrap();
+}
+
+/// Its pass is ready to go on twice, and then waits for a lock of the program.
+struct Locks {
+    lock: Arc<Mutex<()>>,
+    waits: Arc<AtomicBool>,
+}
+
+impl IntervalNotifier for Locks {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        let (lock, waits, mut polls) = (self.lock.clone(), self.waits.clone(), 0);
+        Ok(Some(PassFuture::new(std::future::poll_fn(move |cx| {
+            polls += 1;
+            if polls < 3 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            waits.store(true, Ordering::Release);
+            drop(lock.lock());
+            Poll::Ready(())
+        }))))
+    }
+}
+
+fn c3_who_waits_for_pages_looks_himself_while_the_delivery_waits_for_a_lock() {
+    let _fork = no_fork();
+    let source = Running::of(&AddressSpace::new(), Uffd::builder().fork(Fork::Ignore).settle(Duration::from_millis(100)));
+    let memory = Raw::map(9);
+    memory.write(1);
+    let (unmapped, discarded) = (memory.part(0, 1), memory.part(8, 1));
+    let _watch = source.uffd.watch(memory.range()).unwrap();
+    let (lock, waits) = (Arc::<Mutex<()>>::default(), Arc::<AtomicBool>::default());
+    let _locks = source.space.insert(unmapped.range(), Locks { lock: lock.clone(), waits: waits.clone() }).unwrap();
+    let readers = log(&source.space, discarded.range()).0;
+    let held = lock.lock().unwrap();
+    discarded.discard(Advice::LinuxFree);
+    unmapped.unmap();
+    eventually("the delivery waits", || waits.load(Ordering::Acquire));
+    let alone = thread::scope(|scope| {
+        let reading = scope.spawn(|| block_on(readers.read_begin()));
+        let began = Instant::now();
+        while !reading.is_finished() && began.elapsed() < Duration::from_secs(10) {
+            thread::yield_now();
+        }
+        let alone = reading.is_finished();
+        drop(held);
+        alone
+    });
+    assert!(alone, "the time of the discard is over, and its reader waits for the delivery");
+}
+
+fn who_delivers_rests_while_pages_stay() {
+    let _fork = no_fork();
+    let (space, time) = (AddressSpace::new(), Duration::from_millis(500));
+    let (uffd, mut reader, mut deliveries) = Uffd::builder().fork(Fork::Ignore).settle(time).open(&space).unwrap();
+    let reading = thread::spawn(move || reader.run().unwrap());
+    let delivering = thread::spawn(move || {
+        deliveries.run().unwrap();
+        let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::try_from(used).unwrap()
+    });
+    let memory = Raw::map(1);
+    memory.write(1);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    memory.discard(Advice::LinuxFree);
+    eventually("the time of the discard is over", || uffd.stats().unsettled == 1);
+    uffd.stop();
+    reading.join().unwrap();
+    let used = delivering.join().unwrap();
+    println!("{used:?} of {time:?}");
+    assert!(used < time * 2 / 5, "{used:?} of {time:?}");
 }

@@ -95,7 +95,8 @@ impl UffdBuilder {
     /// [reported](crate::Report::Unsettled), readers go on, and the range is invalidated once more
     /// if the pages go within two seconds (of the last 64 such ranges).
     ///
-    /// A later discard of the same pages takes the earlier one over, and has a time of its own.
+    /// A later discard of the same pages takes the earlier one over, and has a time of its own: readers
+    /// of pages that are discarded again before they have gone wait for as long as that lasts.
     /// Pages of `MADV_FREE` do not go before the kernel needs them, and pages that the program
     /// writes at once look as if they had stayed: then all of it is used up, for readers of
     /// that range. Zero: nobody waits, and the promise is withdrawn.
@@ -147,9 +148,6 @@ impl UffdBuilder {
             table: Mutex::new(Table::new(fd.clone(), maps, promises)),
             waited_for: Mutex::default(),
             suspects: Mutex::default(),
-            lookers: Mutex::default(),
-            running: AtomicUsize::new(0),
-            sleeping: AtomicBool::new(false),
             rested: AtomicU64::new(0),
             starting: Mutex::default(),
             ring: Ring::new(),

@@ -1,7 +1,7 @@
 //! The step that calls drivers.
 #![forbid(unsafe_code)]
 
-use super::settle::{Marked, REST, Settle, YIELDS};
+use super::settle::{Marked, REST, Rounds, Settle, YIELDS};
 use super::{Inner, UffdError, ring, wait};
 use crate::engine::futures::invalidate::Invalidate;
 use crate::event::Event;
@@ -10,7 +10,7 @@ use crate::range::AddressRange;
 use crate::source::ring::Change;
 use crate::source::watches::Watched;
 use crate::subscription::Subscription;
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, AtomicBool, Ordering};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::future::Future;
@@ -73,40 +73,52 @@ impl Deliveries {
     /// # Errors
     /// What `poll` returns; in a child of `fork`, [`UffdError::Forked`].
     pub fn run(&mut self) -> std::io::Result<()> {
-        struct Bell(Arc<Inner>);
+        /// Rings only while this thread waits for that: else it comes by itself.
+        struct Bell {
+            inner: Arc<Inner>,
+            sleeping: AtomicBool,
+        }
         impl alloc::task::Wake for Bell {
             fn wake(self: Arc<Self>) {
-                ring(&self.0.bell);
+                if self.sleeping.load(Ordering::SeqCst) {
+                    ring(&self.inner.bell);
+                }
             }
         }
         self.inner.check()?;
-        let waker = Waker::from(Arc::new(Bell(self.inner.clone())));
+        let bell = Arc::new(Bell { inner: self.inner.clone(), sleeping: AtomicBool::new(false) });
+        let waker = Waker::from(bell.clone());
         let mut cx = Context::from_waker(&waker);
-        let mut late = FuturesUnordered::new();
-        self.inner.running.fetch_add(1, Ordering::SeqCst);
-        let _ends = Runs(self.inner.clone());
+        let mut late = FuturesUnordered::<Late>::new();
+        let rounds = Rounds::begin();
         // How often pages were looked at without a rest.
         let mut looks = 0;
         loop {
-            self.inner.sleeping.store(true, Ordering::SeqCst);
-            let looked_at = self.inner.is_looked_at();
-            looks = if looked_at { looks + 1 } else { 0 };
-            let most = match (looked_at, self.next_look()) {
-                (false, next) => next,
+            rounds.next();
+            while let Poll::Ready(Some(())) = late.poll_next_unpin(&mut cx) {}
+            let looking = rounds.has_looked() || late.iter().any(Late::looks);
+            looks = if looking { looks + 1 } else { 0 };
+            let most = match (looking, self.next_look()) {
                 (true, _) if looks < YIELDS => Some(Duration::ZERO),
                 (true, next) => Some(next.map_or(REST, |next| next.min(REST))),
+                (false, next) => {
+                    bell.sleeping.store(true, Ordering::SeqCst);
+                    // Who was woken until now has not rung.
+                    while let Poll::Ready(Some(())) = late.poll_next_unpin(&mut cx) {}
+                    next
+                }
             };
             let [rung, stopped] = wait([self.inner.bell.as_fd(), self.inner.stop.as_fd()], most)?;
-            self.inner.sleeping.store(false, Ordering::SeqCst);
+            bell.sleeping.store(false, Ordering::SeqCst);
             if rung || self.next_look().is_some_and(|next| next.is_zero()) {
                 self.clear();
                 // At once, however many of those before have something to do.
-                self.inner.start(&mut cx, |started| late.push(started));
-            } else if looked_at && looks < YIELDS {
+                if self.inner.start(&mut cx, |started| late.push(started)) > 0 {
+                    looks = 0;
+                }
+            } else if looking && looks < YIELDS {
                 std::thread::yield_now();
             }
-            self.inner.wake_lookers();
-            while let Poll::Ready(Some(())) = late.poll_next_unpin(&mut cx) {}
             if stopped {
                 return Ok(());
             }
@@ -156,16 +168,6 @@ impl Drop for Deliveries {
     }
 }
 
-/// Somebody is in `run`, until this is dropped.
-struct Runs(Arc<Inner>);
-
-impl Drop for Runs {
-    fn drop(&mut self) {
-        self.0.running.fetch_sub(1, Ordering::SeqCst);
-        self.0.wake_lookers();
-    }
-}
-
 /// What is being started, by several threads if need be.
 #[derive(Default)]
 pub(super) struct Starting {
@@ -205,6 +207,13 @@ struct Late {
     /// Stands in the range while pages are still to go (M5).
     settle: Option<Subscription<Settle>>,
     invalidation: Option<Pin<Box<Invalidate<'static>>>>,
+}
+
+impl Late {
+    /// Whether pages are still to go that it waits for.
+    fn looks(&self) -> bool {
+        self.marked.as_ref().is_some_and(|marked| !marked.is_over())
+    }
 }
 
 impl Future for Late {

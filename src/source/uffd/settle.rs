@@ -13,7 +13,7 @@
 
 use super::{Inner, ring};
 use crate::event::Owner;
-use crate::foreign::{Report, TaskWaker};
+use crate::foreign::Report;
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
 use crate::range::AddressRange;
@@ -21,7 +21,9 @@ use crate::source::watches::Watched;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Weak};
 use alloc::borrow::Cow;
 use alloc::vec::Vec;
+use core::cell::Cell;
 use core::future::Future;
+use core::num::NonZeroU64;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 use core::time::Duration;
@@ -59,8 +61,8 @@ pub(super) struct Marked {
     /// Nanoseconds from then to the last look that saw a thread inside the call that raised an
     /// event.
     held_up: AtomicU64,
-    /// Nobody waits for them any more: there was no more time, or a later change of the same pages
-    /// is waited for instead.
+    /// Nobody waits for them any more: they are gone, or there was no more time, or a later change of
+    /// the same pages is waited for instead.
     over: AtomicBool,
 }
 
@@ -90,7 +92,11 @@ impl Marked {
     /// Looks at them. Readers of the range go on when it is over.
     fn look(self: &Arc<Self>) -> Seen {
         let Some(inner) = self.inner.upgrade() else { return Seen::Over };
-        if self.over.load(Ordering::Acquire) || self.are_gone(&inner) {
+        if self.is_over() {
+            return Seen::Over;
+        }
+        if self.are_gone(&inner) {
+            self.over.store(true, Ordering::Release);
             return Seen::Over;
         }
         let waited = self.began.elapsed();
@@ -107,6 +113,11 @@ impl Marked {
             inner.suspect(self.clone(), waited);
         }
         Seen::Over
+    }
+
+    /// Whether nobody waits for them any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
     }
 
     /// Whether none of the pages is there any more.
@@ -141,7 +152,7 @@ impl IntervalNotifier for Settle {
     /// There is no device, so no sequence is set (S4). Other invalidations of the range do not wait.
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
         let ours = invalidation.is_tagged(self.0.owner);
-        Ok(ours.then(|| PassFuture::new(Look { pages: self.0.clone(), looks: 0 })))
+        Ok(ours.then(|| PassFuture::new(Look { pages: self.0.clone(), looks: 0, round: None })))
     }
 
     fn name(&self) -> Cow<'static, str> {
@@ -149,26 +160,69 @@ impl IntervalNotifier for Settle {
     }
 }
 
+std::thread_local! {
+    /// The round of polls that [`Deliveries::run`](super::Deliveries::run) is in on this thread, and
+    /// whether pages were looked at in it that are still there.
+    static ROUND: Cell<(Option<NonZeroU64>, bool)> = const { Cell::new((None, false)) };
+}
+
+/// Rounds of polls on this thread, which rests between two of them.
+pub(super) struct Rounds(());
+
+impl Rounds {
+    pub(super) fn begin() -> Self {
+        ROUND.set((Some(NonZeroU64::MIN), false));
+        Self(())
+    }
+
+    pub(super) fn next(&self) {
+        let (round, looked) = ROUND.get();
+        ROUND.set((round.and_then(|round| round.checked_add(1)), looked));
+    }
+
+    /// Whether pages were still there when they were looked at since the last question.
+    pub(super) fn has_looked(&self) -> bool {
+        let (round, looked) = ROUND.get();
+        ROUND.set((round, false));
+        looked
+    }
+}
+
+impl Drop for Rounds {
+    fn drop(&mut self) {
+        ROUND.set((None, false));
+    }
+}
+
 /// Looks until the pages are gone.
 struct Look {
     pages: Arc<Marked>,
     looks: u32,
+    /// The round of the last look.
+    round: Option<NonZeroU64>,
 }
 
 impl Future for Look {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let (round, _) = ROUND.get();
+        // Whoever may poll it next, and whatever becomes of this thread (C3).
+        cx.waker().wake_by_ref();
+        if round.is_some() && round == self.round {
+            // Once in each round.
+            return Poll::Pending;
+        }
         if self.pages.look() == Seen::Over {
             return Poll::Ready(());
         }
-        let Some(inner) = self.pages.inner.upgrade() else { return Poll::Ready(()) };
-        if !inner.wakes_lookers(cx) {
-            // Nobody else looks at the clock. The thread inside `madvise` may need this very processor.
-            inner.rest(self.looks);
-            cx.waker().wake_by_ref();
+        match (round, self.pages.inner.upgrade()) {
+            (Some(_), _) => ROUND.set((round, true)),
+            // The thread inside `madvise` may need this very processor.
+            (None, Some(inner)) => inner.rest(self.looks),
+            (None, None) => return Poll::Ready(()),
         }
-        self.looks = self.looks.saturating_add(1);
+        (self.round, self.looks) = (round, self.looks.saturating_add(1));
         Poll::Pending
     }
 }
@@ -183,36 +237,6 @@ pub(super) struct Suspect {
 }
 
 impl Inner {
-    /// Has [`Deliveries::run`](super::Deliveries::run) wake who looks. `false` if nobody is in it.
-    fn wakes_lookers(&self, cx: &mut Context<'_>) -> bool {
-        if self.running.load(Ordering::SeqCst) == 0 {
-            return false;
-        }
-        let looker = TaskWaker::new(cx.waker(), &self.shared().host.losses);
-        self.lookers().push(looker);
-        // It has looked whether there is anybody before, and waits for the bell only.
-        if self.sleeping.load(Ordering::SeqCst) {
-            ring(&self.bell);
-        }
-        // Whoever leaves it wakes those who are here by then.
-        self.running.load(Ordering::SeqCst) != 0
-    }
-
-    /// Whether somebody looks.
-    pub(super) fn is_looked_at(&self) -> bool {
-        !self.lookers().is_empty()
-    }
-
-    /// Has everybody look who does.
-    pub(super) fn wake_lookers(&self) {
-        let lookers = core::mem::take(&mut *self.lookers());
-        lookers.iter().for_each(|looker| looker.rouse());
-    }
-
-    fn lookers(&self) -> MutexGuard<'_, Vec<Arc<TaskWaker>>> {
-        self.lookers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Leaves the processor to others after so many looks, unless that was done a moment ago: of
     /// several who look on one thread, one rests.
     fn rest(&self, looks: u32) {
