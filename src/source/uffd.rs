@@ -141,7 +141,7 @@ struct Inner {
     /// How long a change is waited for at most.
     settle: Duration,
     /// `None` where pages cannot be seen to go.
-    pagemap: Option<Pagemap>,
+    pagemap: Option<Arc<Pagemap>>,
     /// What is watched. The reader never takes this lock.
     table: Mutex<Table>,
     /// Pages that are waited for, and ranges whose pages had not gone in time.
@@ -296,9 +296,14 @@ impl Inner {
 
     /// Ends what was done for a user of a range.
     fn unwatch(&self, watched: Watched) {
-        let mut table = self.table();
-        table.remove(watched);
-        table.tidy(|| self.shared().gate.is_closed_now());
+        let untold = {
+            let mut table = self.table();
+            table.remove(watched);
+            table.tidy(|| self.shared().gate.is_closed_now())
+        };
+        if untold {
+            ring(&self.bell);
+        }
     }
 
     /// The same unless somebody has it.

@@ -5,6 +5,7 @@ mod cache;
 mod corners;
 mod delivering;
 mod forks;
+mod given_up;
 mod kinds;
 mod loud;
 mod mapping;
@@ -120,6 +121,7 @@ fn main() {
         .chain(needs(never_stale::tests()))
         .chain(needs(corners::tests()))
         .chain(needs(delivering::tests()))
+        .chain(needs(given_up::tests()))
         .chain(watched_alone)
         .chain([proof])
         .collect();

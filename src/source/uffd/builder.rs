@@ -131,7 +131,7 @@ impl UffdBuilder {
     /// [`UffdError::Unsupported`]; [`UffdError::Os`].
     pub fn open(self, space: &AddressSpace) -> Result<(Uffd, Reader, Deliveries), UffdError> {
         let (fd, fork, known) = self.handshake()?;
-        let pagemap = if known & WP_ASYNC != 0 { Pagemap::open() } else { None };
+        let pagemap = if known & WP_ASYNC != 0 { Pagemap::open().map(Arc::new) } else { None };
         let maps = Maps::open();
         let page = crate::source::sys::page_size() as u64;
         let granule = if maps.is_some() { self.granule.max(page) } else { page };
@@ -144,8 +144,8 @@ impl UffdBuilder {
             opened: Instant::now(),
             promises,
             settle: self.settle,
-            pagemap,
-            table: Mutex::new(Table::new(fd.clone(), maps, promises)),
+            pagemap: pagemap.clone(),
+            table: Mutex::new(Table::new(fd.clone(), maps, pagemap, promises)),
             waited_for: Mutex::default(),
             suspects: Mutex::default(),
             rested: AtomicU64::new(0),

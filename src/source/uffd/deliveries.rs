@@ -1,7 +1,7 @@
 //! The step that calls drivers.
 #![forbid(unsafe_code)]
 
-use super::settle::{Marked, REST, Rounds, Settle, YIELDS};
+use super::settle::{Marked, REST, Rounds, Settle, Which, YIELDS};
 use super::{Inner, UffdError, ring, wait};
 use crate::engine::futures::invalidate::Invalidate;
 use crate::event::Event;
@@ -57,7 +57,7 @@ impl Deliveries {
             let mut passes = FuturesUnordered::new();
             let mut started = 0;
             core::future::poll_fn(|cx| {
-                started = inner.start(cx, |late| passes.push(late));
+                started = inner.start(Which::All, cx, |late| passes.push(late));
                 Poll::Ready(())
             })
             .await;
@@ -113,7 +113,7 @@ impl Deliveries {
             if rung || self.next_look().is_some_and(|next| next.is_zero()) {
                 self.clear();
                 // At once, however many of those before have something to do.
-                if self.inner.start(&mut cx, |started| late.push(started)) > 0 {
+                if self.inner.start(Which::Due, &mut cx, |started| late.push(started)) > 0 {
                     looks = 0;
                 }
             } else if looking && looks < YIELDS {
@@ -127,9 +127,14 @@ impl Deliveries {
 
     /// Returns when to call [`deliver`](Self::deliver) again although nothing was read: a discard
     /// was not seen to happen in time ([`Report::Unsettled`]), and its range is to be looked at
-    /// again. `None`: only when the descriptor is readable. [`run`](Self::run) does it by itself.
+    /// again; or what nobody watches any more could not be given up, because of a change that was
+    /// under way. `None`: only when the descriptor is readable. [`run`](Self::run) does it by itself.
     pub fn next_look(&self) -> Option<Duration> {
-        if self.inner.is_forked() { None } else { self.inner.next_look() }
+        if self.inner.is_forked() {
+            return None;
+        }
+        let (looks, gives_up) = (self.inner.next_look(), self.inner.table().next_tidy());
+        looks.into_iter().chain(gives_up).min()
     }
 
     /// Makes the descriptor unreadable until more is read. To be called before
@@ -263,7 +268,7 @@ impl Inner {
 
     /// Starts an invalidation of everything that the events name; `pending` gets those whose passes
     /// are pending.
-    fn start(self: &Arc<Self>, cx: &mut Context<'_>, mut pending: impl FnMut(Late)) -> usize {
+    fn start(self: &Arc<Self>, look: Which, cx: &mut Context<'_>, mut pending: impl FnMut(Late)) -> usize {
         // Before anything is taken: the clone of a waker is foreign code, and may panic.
         let undelivered = Undelivered(self);
         let waker = Waker::from(TaskWaker::new(cx.waker(), &self.shared().host.losses));
@@ -273,7 +278,7 @@ impl Inner {
             let mut starting = self.starting();
             starting.threads += 1;
             starting.closings += self.turns.swap(0, Ordering::AcqRel);
-            (self.changes(), Open(self))
+            (self.changes(look), Open(self))
         };
         let started = changes.ranges.len();
         // All of them first: a driver that is told drops its watches, and the marks of another change would
@@ -289,7 +294,8 @@ impl Inner {
             }
         }
         drop(open);
-        self.table().tidy(|| self.shared().gate.is_closed_now());
+        // Who delivers asks himself when to come again.
+        let _ = self.table().tidy(|| self.shared().gate.is_closed_now());
         for range in changes.unseen {
             self.report_unsettled(range, Duration::ZERO);
         }
@@ -314,13 +320,13 @@ impl Inner {
 
     /// Without anybody who could wait: the passes are left to the space.
     pub(super) fn open(self: &Arc<Self>) {
-        self.start(&mut Context::from_waker(Waker::noop()), drop);
+        self.start(Which::All, &mut Context::from_waker(Waker::noop()), drop);
     }
 
     /// What the events that were read name. By one thread at a time.
-    fn changes(&self) -> Changes {
+    fn changes(&self, look: Which) -> Changes {
         let mut changes = Changes::default();
-        let mut again = self.changed_suspects();
+        let mut again = self.changed_suspects(look);
         changes.ranges.extend(again.drain(..).map(|range| (range, Event::Clear, Seen::Happened)));
         if self.ring.take_overflow() {
             let table = self.table();

@@ -69,7 +69,8 @@ pub(super) struct Marked {
 impl Marked {
     /// `None` when there is nothing to wait for.
     pub(super) fn new(inner: &Arc<Inner>, range: AddressRange) -> Option<Arc<Self>> {
-        let held = inner.table().hold(range, inner.pagemap.as_ref()?);
+        inner.pagemap.as_ref()?;
+        let held = inner.table().hold(range);
         let watched = match held {
             Ok(watched) => watched?,
             Err(_) => {
@@ -236,6 +237,13 @@ pub(super) struct Suspect {
     pause: Duration,
 }
 
+/// At which of them to look.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Which {
+    All,
+    Due,
+}
+
 impl Inner {
     /// Leaves the processor to others after so many looks, unless that was done a moment ago: of
     /// several who look on one thread, one rests.
@@ -288,19 +296,24 @@ impl Inner {
     }
 
     /// Takes out what has changed after all.
-    pub(super) fn changed_suspects(&self) -> Vec<AddressRange> {
+    pub(super) fn changed_suspects(&self, look: Which) -> Vec<AddressRange> {
         let (mut over, mut changed) = (Vec::new(), Vec::new());
         {
             let (mut suspects, now) = (self.suspects(), Instant::now());
             let mut at = 0;
             while let Some(suspect) = suspects.get_mut(at) {
+                let due = now >= suspect.next;
+                if !due && look == Which::Due {
+                    at += 1;
+                    continue;
+                }
                 let gone = suspect.pages.are_gone(self);
                 changed.extend(gone.then(|| suspect.pages.range()));
                 if gone || now.duration_since(suspect.since) > SUSPECTED {
                     over.push(suspects.remove(at));
                     continue;
                 }
-                if now >= suspect.next {
+                if due {
                     suspect.pause *= 2;
                     suspect.next = now + suspect.pause;
                 }
