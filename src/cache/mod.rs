@@ -85,6 +85,7 @@ mod tests;
 mod watch;
 
 use self::core::{Core, Found};
+use crate::engine::gate::Since;
 use crate::foreign::Callback;
 use crate::fork::LeftToParent;
 use crate::range::AddressRange;
@@ -231,7 +232,8 @@ impl<D: Device> RegistrationCache<D> {
         let mut tries = Tries { made: 0, registered: None, last: None, same: 0, made_room: false, alone: false, hurried: false };
         loop {
             if core.space.shared().gate.is_closed() {
-                ::core::future::poll_fn(|cx| core.space.shared().poll_gate(cx)).await;
+                let mut since = Since::default();
+                ::core::future::poll_fn(|cx| core.space.shared().poll_gate(&mut since, cx)).await;
             }
             let (claim, now) = match core.find_or_begin(range, tries.alone)? {
                 Found::Live(live) => return Ok(Registration { live }),

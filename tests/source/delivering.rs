@@ -7,7 +7,7 @@ use futures::FutureExt;
 use futures::executor::block_on;
 use rustix::mm::Advice;
 use shootdown::source::{Fork, Uffd};
-use shootdown::{AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, RawWakerVTable, Waker};
@@ -19,6 +19,8 @@ crate::list![
     m5_a_discard_has_all_of_its_time_whatever_became_of_an_earlier_one,
     c3_who_waits_for_pages_looks_himself_while_the_delivery_waits_for_a_lock,
     who_delivers_rests_while_pages_stay,
+    r1_a_reader_waits_for_those_closings_of_the_gate_that_it_finds_and_for_no_later_ones,
+    l2_changes_back_to_back_hold_up_no_reader_of_another_range,
 ];
 
 /// A waker whose clone panics.
@@ -147,4 +149,84 @@ fn who_delivers_rests_while_pages_stay() {
     let used = delivering.join().unwrap();
     println!("{used:?} of {time:?}");
     assert!(used < time * 2 / 5, "{used:?} of {time:?}");
+}
+
+fn r1_a_reader_waits_for_those_closings_of_the_gate_that_it_finds_and_for_no_later_ones() {
+    let space = AddressSpace::new();
+    let reader = log(&space, AddressRange::ALL).0;
+    let begins = || {
+        let mut read = Box::pin(reader.read_begin());
+        assert!(read.as_mut().now_or_never().is_none(), "the gate is closed");
+        read
+    };
+    let first = space.pause();
+    let mut one = begins();
+    let second = space.pause();
+    let mut two = begins();
+    drop((space.pause(), space.pause()));
+    assert!(one.as_mut().now_or_never().is_none());
+    drop(first);
+    let sequence = one.now_or_never().expect("it found the first only");
+    assert!(reader.read_retry(sequence), "the second is not over");
+    let third = space.pause();
+    for _ in 0..3 {
+        drop(space.pause());
+        assert!(two.as_mut().now_or_never().is_none(), "it found the second");
+    }
+    drop(second);
+    two.now_or_never().expect("what it found is over");
+    let mut three = begins();
+    drop(third);
+    let sequence = three.as_mut().now_or_never().expect("the gate is open");
+    assert!(!reader.read_retry(sequence));
+}
+
+/// Takes some time in its first pass.
+struct Slow;
+
+impl IntervalNotifier for Slow {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_micros(300) {
+            thread::yield_now();
+        }
+        Ok(None)
+    }
+}
+
+fn l2_changes_back_to_back_hold_up_no_reader_of_another_range() {
+    let _fork = no_fork();
+    let source = Running::of(&AddressSpace::new(), Uffd::builder().fork(Fork::Ignore));
+    let (memory, elsewhere) = (Raw::map(3), Raw::map(1));
+    let _watch = source.uffd.watch(memory.range()).unwrap();
+    let _slow = source.space.insert(memory.range(), Slow).unwrap();
+    let readers = log(&source.space, elsewhere.range()).0;
+    let stop = AtomicBool::new(false);
+    let answers = thread::scope(|scope| {
+        for page in 0..3 {
+            let (stop, page) = (&stop, memory.part(page, 1));
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    page.discard(Advice::LinuxDontNeed);
+                }
+            });
+        }
+        let reading = scope.spawn(|| {
+            eventually("the drivers are behind", || source.uffd.stats().events > 200);
+            let mut answers = 0;
+            while answers < 5 && !stop.load(Ordering::Relaxed) {
+                block_on(readers.read_begin());
+                answers += 1;
+            }
+            answers
+        });
+        let began = Instant::now();
+        while !reading.is_finished() && began.elapsed() < Duration::from_secs(10) {
+            thread::yield_now();
+        }
+        stop.store(true, Ordering::Relaxed);
+        reading.join().unwrap()
+    });
+    assert_eq!(answers, 5, "while the changes went on");
 }

@@ -7,7 +7,7 @@ use super::{Deliveries, Inner, Reader, Uffd, UffdError};
 use crate::source::ring::Ring;
 use crate::source::sys::uffd::{self, ForkMark, Maps, Pagemap};
 use crate::space::AddressSpace;
-use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize};
+use crate::sync::{Arc, AtomicBool, AtomicU64};
 use core::mem::ManuallyDrop;
 use core::time::Duration;
 use linux_raw_sys::general as raw;
@@ -151,7 +151,8 @@ impl UffdBuilder {
             rested: AtomicU64::new(0),
             starting: Mutex::default(),
             ring: Ring::new(),
-            turns: AtomicUsize::new(0),
+            turns: AtomicU64::new(0),
+            told: AtomicU64::new(0),
             bell: bell()?,
             stop: bell()?,
             reading: AtomicBool::new(false),
@@ -160,7 +161,11 @@ impl UffdBuilder {
             unsettled: AtomicU64::new(0),
         });
         let reserve = Some(bell()?);
-        Ok((Uffd { inner: inner.clone() }, Reader { inner: inner.clone(), fd, reserve, ending: false }, Deliveries { inner }))
+        Ok((
+            Uffd { inner: inner.clone() },
+            Reader { inner: inner.clone(), fd, reserve, ending: false, told: 0 },
+            Deliveries { inner },
+        ))
     }
 
     /// Opens a descriptor and agrees on what it tells.

@@ -4,6 +4,7 @@
 use super::settle::{Marked, REST, Rounds, Settle, Which, YIELDS};
 use super::{Inner, UffdError, ring, wait};
 use crate::engine::futures::invalidate::Invalidate;
+use crate::engine::gate::Closings;
 use crate::event::Event;
 use crate::foreign::{Report, TaskWaker};
 use crate::range::AddressRange;
@@ -164,8 +165,8 @@ impl Drop for Deliveries {
             return;
         }
         // Closed from before the watches end until everything has been invalidated (M3).
-        self.inner.shared().close_gate();
-        self.inner.turns.fetch_add(1, Ordering::AcqRel);
+        let closing = self.inner.shared().close_gate();
+        self.inner.turns.fetch_add(closing.into_bits(), Ordering::AcqRel);
         self.inner.table().close();
         self.inner.ring.overflow();
         self.inner.orphaned.store(true, Ordering::Release);
@@ -179,7 +180,7 @@ pub(super) struct Starting {
     /// Threads that have taken events and not yet told all drivers.
     threads: usize,
     /// Closings of the gate that the last of them undoes.
-    closings: usize,
+    closings: Closings,
 }
 
 /// Opens the gate when all invalidations of what was taken have been started.
@@ -190,7 +191,7 @@ impl Drop for Open<'_> {
         let closings = {
             let mut starting = self.0.starting();
             starting.threads -= 1;
-            if starting.threads == 0 { core::mem::take(&mut starting.closings) } else { 0 }
+            if starting.threads == 0 { core::mem::take(&mut starting.closings) } else { Closings::default() }
         };
         self.0.shared().open_gate(closings);
     }
@@ -277,7 +278,7 @@ impl Inner {
         let (changes, open) = {
             let mut starting = self.starting();
             starting.threads += 1;
-            starting.closings += self.turns.swap(0, Ordering::AcqRel);
+            starting.closings += Closings::from_bits(self.turns.swap(0, Ordering::AcqRel));
             (self.changes(look), Open(self))
         };
         let started = changes.ranges.len();
@@ -286,6 +287,7 @@ impl Inner {
         let lates: Vec<Late> = changes.ranges.into_iter().map(|(range, event, seen)| self.late(range, event, seen)).collect();
         for mut late in lates {
             let polled = Pin::new(&mut late).poll(cx);
+            self.told.fetch_add(1, Ordering::Relaxed);
             if let (Some(marked), Some(_)) = (&late.marked, &late.settle) {
                 self.takes_over(marked);
             }
