@@ -10,7 +10,8 @@ use shootdown::source::{Deliveries, Fork, Reader, Uffd};
 use shootdown::{AddressRange, AddressSpace};
 use std::thread;
 
-crate::list![
+// In processes of their own: what they unmap must not be mapped by the threads of other tests.
+crate::list![fn isolated_tests:
     what_was_dropped_during_a_change_is_given_up_after_it_by_who_delivers_by_hand,
     what_was_dropped_during_a_change_is_given_up_after_it_by_run,
     m8_what_the_program_has_mapped_where_it_was_watched_stays_as_it_is,

@@ -70,6 +70,7 @@ fn main() {
         never_stale::isolated_tests(),
         forks::isolated_tests(),
         corners::isolated_tests(),
+        given_up::isolated_tests(),
         cache::isolated_tests(),
         loud::isolated_tests(),
     ]
@@ -121,7 +122,6 @@ fn main() {
         .chain(needs(never_stale::tests()))
         .chain(needs(corners::tests()))
         .chain(needs(delivering::tests()))
-        .chain(needs(given_up::tests()))
         .chain(watched_alone)
         .chain([proof])
         .collect();
