@@ -9,6 +9,8 @@ use crate::engine::Shared;
 use crate::engine::futures::drain::Drain;
 use crate::engine::futures::guard::{Handle, InvalidationGuard};
 use crate::engine::futures::invalidate::{Invalidate, try_invalidate};
+#[cfg(any(feature = "userfaultfd", loom))]
+use crate::engine::gate::Closings;
 use crate::engine::host::Settings;
 use crate::event::{Event, Terms};
 use crate::foreign::Report;
@@ -177,8 +179,10 @@ impl AddressSpace {
     /// [`InsertError`], with the notifier in it, after [`release`](Self::release).
     #[inline(always)]
     pub fn insert<N: IntervalNotifier>(&self, range: AddressRange, notifier: N) -> Result<Subscription<N>, InsertError<N>> {
-        match self.shared.register(range, notifier) {
-            Ok(entry) => Ok(Subscription::new(self.shared.clone(), entry)),
+        // Before it registers: there is never a notifier more than there are handles.
+        let shared = self.shared.clone();
+        match shared.register(range, notifier) {
+            Ok(entry) => Ok(Subscription::new(shared, entry)),
             Err(notifier) => Err(InsertError::new(notifier)),
         }
     }
@@ -211,7 +215,7 @@ impl AddressSpace {
         Release { invalidate: Invalidate::new(Handle::Borrowed(&self.shared), AddressRange::ALL, Event::Release) }
     }
 
-    /// Closes the space's gate: `read_begin` of every notifier waits from now on, and no driver is called. It takes no lock and no memory, so that it may
+    /// Closes the space's gate: a `read_begin` of any notifier that begins from now on waits for the end of this pause, and no driver is called. It takes no lock and no memory, so that it may
     /// be called wherever somebody else waits for the caller.
     ///
     /// For sources of invalidations that hear of a change *after* it has happened: close the gate, let whoever changed the memory go
@@ -219,8 +223,7 @@ impl AddressSpace {
     /// change, which L2 allows nobody else to do.
     #[cfg(any(feature = "userfaultfd", loom))]
     pub fn pause(&self) -> Pause<'_> {
-        self.shared.close_gate();
-        Pause { shared: &self.shared }
+        Pause { shared: &self.shared, closings: self.shared.close_gate() }
     }
 
     /// Drives what was abandoned to its end: passes of invalidations whose future was dropped, or that could not wait. Invalidations that
@@ -255,6 +258,7 @@ impl AddressSpace {
 #[must_use = "dropping it lets the readers go on"]
 pub struct Pause<'a> {
     shared: &'a Shared,
+    closings: Closings,
 }
 
 #[cfg(any(feature = "userfaultfd", loom))]
@@ -267,7 +271,7 @@ impl fmt::Debug for Pause<'_> {
 #[cfg(any(feature = "userfaultfd", loom))]
 impl Drop for Pause<'_> {
     fn drop(&mut self) {
-        self.shared.open_gate(1);
+        self.shared.open_gate(self.closings);
     }
 }
 

@@ -492,6 +492,42 @@ fn no_reader_that_begins_after_the_change_was_heard_of_gets_an_answer_from_befor
     });
 }
 
+/// Other pauses come and go meanwhile, and overlap so that the gate is never seen open.
+#[test]
+fn who_begins_in_a_pause_waits_for_its_end_also_beside_others_that_overlap_it() {
+    explore("a pause, others that overlap, a reader", 4, || {
+        let (space, device, memory) = model(None);
+        let heard = Arc::new(AtomicU64::new(0));
+        let monitor = {
+            let (space, memory, heard) = (space.clone(), memory.clone(), heard.clone());
+            thread::spawn(move || {
+                memory.0.fetch_add(1, Ordering::Relaxed);
+                let pause = space.pause();
+                heard.store(1, Ordering::Release);
+                let guard = block_on(space.invalidate(range(), Event::Unmap));
+                // What comes next is heard of before the gate is open.
+                let next = space.pause();
+                drop(pause);
+                drop(guard);
+                drop(next);
+            })
+        };
+        let other = space.pause();
+        if heard.load(Ordering::Acquire) == 1 {
+            let mut read = Box::pin(device.read_begin());
+            let polled = std::future::poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx).is_pending()));
+            assert!(at_once(polled), "the other pause is not over");
+            let another = space.pause();
+            drop(other);
+            drop(another);
+            let began = block_on(read);
+            assert!(began.get() >= 3, "the first pass has not run");
+        }
+        monitor.join().unwrap();
+        memory.check(&device);
+    });
+}
+
 /// The other half: a reader that began before looks at the memory when somebody else is using it already.
 #[test]
 fn nothing_that_was_seen_after_the_change_is_accepted_with_a_sequence_from_before_it() {

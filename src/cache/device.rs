@@ -6,7 +6,8 @@ use super::table::bytes;
 use super::watch::Source;
 use crate::foreign::{Callback, Losses, Panic, keep};
 use crate::range::AddressRange;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Lock, Ordering};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Lock, Ordering, Weak};
+use alloc::vec::Vec;
 use core::future::Future;
 use core::pin::Pin;
 use core::task::{Context, Poll};
@@ -80,6 +81,15 @@ pub(super) enum Fault<E> {
     Cancelled,
 }
 
+/// A registration whose cache and last user are gone, and which the device has not let go.
+pub(super) trait Orphan: Send + Sync {
+    /// Whether nobody can invalidate it any more. Once that is so it stays so.
+    fn is_unreachable(&self) -> bool;
+    /// Ends the device's future unfinished. Does nothing when it is over, or while somebody polls
+    /// it: who polls it without waiting then looks at it himself.
+    fn give_up(&self);
+}
+
 /// A device whose panics are caught and whose failures are counted and reported. Lives as long as
 /// the cache or a registration does.
 pub(super) struct Guarded<D: Device> {
@@ -93,6 +103,7 @@ pub(super) struct Guarded<D: Device> {
     pub(super) invalidations: AtomicU64,
     /// Bytes that it has mapped, or may have.
     pinned: Lock<u128>,
+    orphans: Lock<Vec<Weak<dyn Orphan>>>,
 }
 
 impl<D: Device> Guarded<D> {
@@ -106,6 +117,7 @@ impl<D: Device> Guarded<D> {
             deregister_failures: AtomicU64::new(0),
             invalidations: AtomicU64::new(0),
             pinned: Lock::new(0),
+            orphans: Lock::new(Vec::new()),
         }
     }
 
@@ -119,6 +131,38 @@ impl<D: Device> Guarded<D> {
 
     fn unpin(&self, range: AddressRange) {
         *self.pinned.lock() -= bytes(range);
+    }
+
+    /// Gives a registration up if nobody can reach the space, now or when another one of the device
+    /// goes.
+    pub(super) fn left_behind(&self, orphan: &Arc<dyn Orphan>) {
+        // Noted before it is looked at: of two that go at once the later one sees the other.
+        self.orphans.lock().push(Arc::downgrade(orphan));
+        self.look_at_orphans();
+    }
+
+    /// Gives up those that nobody can reach.
+    pub(super) fn look_at_orphans(&self) {
+        while let Some(orphan) = self.an_orphan() {
+            if !orphan.is_unreachable() {
+                return;
+            }
+            // So are all: they are of one space. Their drops look here again, and find nothing.
+            let all = core::mem::take(&mut *self.orphans.lock());
+            all.iter().filter_map(Weak::upgrade).for_each(|orphan| orphan.give_up());
+        }
+    }
+
+    /// One of them.
+    fn an_orphan(&self) -> Option<Arc<dyn Orphan>> {
+        let mut orphans = self.orphans.lock();
+        while let Some(last) = orphans.last() {
+            if let Some(orphan) = last.upgrade() {
+                return Some(orphan);
+            }
+            orphans.pop();
+        }
+        None
     }
 
     /// Registers `range`. `told` says whether somebody waits who is told of a panic.

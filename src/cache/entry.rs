@@ -8,7 +8,7 @@
 //! may be the last of anything are dropped outside of both.
 #![forbid(unsafe_code)]
 
-use super::device::{Device, Guarded};
+use super::device::{Device, Guarded, Orphan};
 use super::table::{Found, Key};
 use super::task::{Task, Waiter};
 use super::watch::Watched;
@@ -296,7 +296,7 @@ impl<D: Device> Entry<D> {
 
     /// The cache is gone: nobody can ask for it any more. What is registered lives on until its
     /// users have let go.
-    pub(super) fn orphan(&self) {
+    pub(super) fn orphan(self: &Arc<Self>) {
         let (task, former) = {
             let mut progress = self.progress.lock();
             match &progress.phase {
@@ -321,25 +321,38 @@ impl<D: Device> Entry<D> {
 
     /// Asks the device to let go, without anybody who waits for it: what takes time is left to the
     /// next invalidation, or given up if there can be none.
-    fn drive(&self) {
+    fn drive(self: &Arc<Self>) {
         let Some(leaving) = self.leaving() else { return };
-        if !leaving.poke(POKES) && self.is_unreachable() {
-            let former = {
-                let mut progress = self.progress.lock();
-                (core::mem::replace(&mut progress.phase, Phase::Gone), core::mem::take(&mut progress.watched))
-            };
-            // It keeps the registration alive, which keeps the space alive; also as the pass of an
-            // invalidation that nobody owns.
-            leaving.give_up();
-            drop(former);
+        if !leaving.poke(POKES) {
+            let orphan: Arc<dyn Orphan> = self.clone();
+            self.device.left_behind(&orphan);
         }
     }
+}
 
+impl<D: Device> Orphan for Entry<D> {
     /// Whether nobody but subscriptions has the space: it cannot be invalidated any more.
     fn is_unreachable(&self) -> bool {
         let shared = self.subscription().shared();
         let sources = usize::from(self.device.source.is_abandoned());
-        Arc::strong_count(shared) <= shared.with(|state, _| state.protocol.registered()) + sources
+        // A notifier enters after its handle was made, and its handle goes after it has left: counted in
+        // between there are handles too many, never too few.
+        shared.with(|state, _| {
+            let registered = state.protocol.registered();
+            Arc::strong_count(shared) <= registered + sources
+        })
+    }
+
+    fn give_up(&self) {
+        let Some(leaving) = self.leaving() else { return };
+        // It keeps the registration alive, which keeps the space alive; also as the pass of an
+        // invalidation that nobody owns.
+        if leaving.give_up() {
+            let mut progress = self.progress.lock();
+            let former = (core::mem::replace(&mut progress.phase, Phase::Gone), core::mem::take(&mut progress.watched));
+            drop(progress);
+            drop(former);
+        }
     }
 }
 
@@ -349,7 +362,11 @@ impl<D: Device> Drop for Entry<D> {
             core::mem::forget(self.subscription.take());
             let gone = Progress { phase: Phase::Gone, claims: 0, by: None, watched: Watched::default() };
             core::mem::forget(core::mem::replace(&mut self.progress, DriverLock::new(gone)));
+            return;
         }
+        // Others of the same device may have found the space in use only because of this one.
+        drop(self.subscription.take());
+        self.device.look_at_orphans();
     }
 }
 

@@ -85,6 +85,7 @@ mod tests;
 mod watch;
 
 use self::core::{Core, Found};
+use crate::engine::gate::Since;
 use crate::foreign::Callback;
 use crate::fork::LeftToParent;
 use crate::range::AddressRange;
@@ -155,6 +156,9 @@ struct Tries<D: Device> {
     made_room: bool,
     /// Its neighbours were too much, so it is registered without them.
     alone: bool,
+    /// What was registered at an earlier try was given up to make room for others: the next is
+    /// taken at once.
+    hurried: bool,
 }
 
 impl<D: Device> Tries<D> {
@@ -163,6 +167,19 @@ impl<D: Device> Tries<D> {
         self.same = if by.is_some() && by == self.last { self.same + 1 } else { 1 };
         self.last = by;
         by.is_some() && self.same >= SAME_CHANGE
+    }
+
+    /// What was registered at the last try was taken away before the caller had it. Whether the same
+    /// change has done so too often.
+    fn overtaken(&mut self, core: &Core<D>, entry: &Entry<D>) -> bool {
+        let Some(by) = entry.ended_by() else {
+            // Nothing has changed: others needed room.
+            self.made -= 1;
+            self.hurried = true;
+            return false;
+        };
+        core.collisions.fetch_add(1, Ordering::Relaxed);
+        self.collided(Some(by))
     }
 }
 
@@ -206,29 +223,24 @@ impl<D: Device> RegistrationCache<D> {
             return Ok(Registration { live });
         }
         // Boxed, so that the future of a hit is small.
-        LeftToParent::new(self.miss(range), || self.core.is_inert()).await
+        LeftToParent::new(self.miss(range), || self.core.is_inert(), || Err(forked())).await
     }
 
     async fn miss(&self, range: AddressRange) -> Result<Registration<D>, GetError<D::Error>> {
         let core = &self.core;
         core.misses.fetch_add(1, Ordering::Relaxed);
-        let mut tries = Tries { made: 0, registered: None, last: None, same: 0, made_room: false, alone: false };
+        let mut tries = Tries { made: 0, registered: None, last: None, same: 0, made_room: false, alone: false, hurried: false };
         loop {
             if core.space.shared().gate.is_closed() {
-                ::core::future::poll_fn(|cx| core.space.shared().poll_gate(cx)).await;
-            }
-            if core.is_inert() {
-                return Err(forked());
+                let mut since = Since::default();
+                ::core::future::poll_fn(|cx| core.space.shared().poll_gate(&mut since, cx)).await;
             }
             let (claim, now) = match core.find_or_begin(range, tries.alone)? {
                 Found::Live(live) => return Ok(Registration { live }),
                 Found::Attempt(claim, now) => (claim, now),
             };
-            // Registered, and then taken away before the gate had opened.
-            let overtaken = tries.registered.take().and_then(|entry| entry.ended_by()).is_some_and(|by| {
-                core.collisions.fetch_add(1, Ordering::Relaxed);
-                tries.collided(Some(by))
-            });
+            // Registered, and then taken away before the gate had opened, or while there was waited for room.
+            let overtaken = tries.registered.take().is_some_and(|entry| tries.overtaken(core, &entry));
             if overtaken || tries.made >= core.limits.tries.max(1) {
                 return Err(GetError::Invalidated { tries: tries.made });
             }
@@ -239,9 +251,10 @@ impl<D: Device> RegistrationCache<D> {
             let registration = core.look_up(range, now).map(|live| Registration { live });
             drop(claim);
             let gone = core.tidy();
-            if gone.is_empty()
+            if (gone.is_empty() || tries.hurried)
                 && let Some(registration) = registration
             {
+                // Those who come later look after what is to go.
                 return Ok(registration);
             }
             // A `get` that is not polled must not hold a registration.
@@ -295,7 +308,7 @@ impl<D: Device> RegistrationCache<D> {
     /// As of [`flush`](Self::flush).
     pub async fn flush_range(&self, range: AddressRange) {
         if !self.core.is_inert() {
-            LeftToParent::new(self.core.flush(range), || self.core.is_inert()).await;
+            LeftToParent::new(self.core.flush(range), || self.core.is_inert(), || ()).await;
         }
     }
 

@@ -178,9 +178,9 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
         Waiter { task: self.0.clone(), place: None, waker: None }
     }
 
-    /// Ends it unfinished, unless somebody polls it: nobody can see it end any more. What it has is
-    /// dropped.
-    pub(super) fn give_up(&self) {
+    /// Ends it unfinished: nobody can see it end any more. What it has is dropped. `false` if
+    /// somebody polls it.
+    pub(super) fn give_up(&self) -> bool {
         let (future, waiting) = {
             let mut state = self.0.state.lock();
             match core::mem::replace(&mut state.stage, Stage::Polled) {
@@ -189,13 +189,15 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
                     (future, state.take_waiting())
                 }
                 other => {
+                    let over = matches!(other, Stage::Over(_));
                     state.stage = other;
-                    return;
+                    return over;
                 }
             }
         };
         self.0.losses.run(Callback::Device, |_| drop(future));
         rouse(waiting);
+        true
     }
 
     /// Polls it without anybody who waits, again as often as it wakes itself, at most so often. If

@@ -195,7 +195,10 @@ impl OwnedMapping {
             return Err((self, forked));
         }
         let space = self.space.clone();
-        let guard = invalidated(&space, self.process, self.range(), Event::Unmap).await;
+        let guard = match invalidated(&space, self.process, self.range(), Event::Unmap).await {
+            Ok(guard) => guard,
+            Err(forked) => return Err((self, forked)),
+        };
         let unmapped = self.memory.take().map_or(Ok(()), Memory::unmap);
         drop(guard);
         unmapped.map_err(|(memory, error)| {
@@ -259,7 +262,7 @@ impl OwnedMapping {
         };
         let range = self.part(&part)?;
         let space = self.space.clone();
-        let guard = invalidated(&space, self.process, range, Event::ProtectionVma).await;
+        let guard = invalidated(&space, self.process, range, Event::ProtectionVma).await?;
         let changed = self.memory_mut().protect(part.start, part.len(), flags);
         drop(guard);
         changed.map_err(os)
@@ -278,7 +281,7 @@ impl OwnedMapping {
     pub async fn discard(&mut self, part: Range<usize>) -> Result<(), MapError> {
         let range = self.part(&part)?;
         let space = self.space.clone();
-        let guard = invalidated(&space, self.process, range, Event::Clear).await;
+        let guard = invalidated(&space, self.process, range, Event::Clear).await?;
         let changed = self.memory_mut().discard(part.start, part.len());
         drop(guard);
         changed.map_err(os)
@@ -325,7 +328,7 @@ impl OwnedMapping {
     ) -> Result<(), MapError> {
         self.check()?;
         let space = self.space.clone();
-        let guard = invalidated(&space, self.process, self.range(), event).await;
+        let guard = invalidated(&space, self.process, self.range(), event).await?;
         let changed = change(self.memory_mut());
         drop(guard);
         changed
@@ -363,8 +366,14 @@ impl OwnedMapping {
 
 /// Invalidates before a change. The future is left to the parent in a child of `fork` (M4), as the
 /// mapping itself is.
-async fn invalidated(space: &AddressSpace, process: u32, range: AddressRange, event: Event) -> InvalidationGuard<'_> {
-    LeftToParent::new(space.invalidate(range, event), move || process != std::process::id()).await
+async fn invalidated(
+    space: &AddressSpace,
+    process: u32,
+    range: AddressRange,
+    event: Event,
+) -> Result<InvalidationGuard<'_>, MapError> {
+    let invalidation = async { Ok(space.invalidate(range, event).await) };
+    LeftToParent::new(invalidation, move || process != std::process::id(), || Err(MapError::Forked)).await
 }
 
 fn whole_pages(len: usize) -> Result<usize, MapError> {

@@ -20,10 +20,9 @@ use super::ring::Ring;
 use super::sys::uffd::{ForkMark, Pagemap};
 use super::watches::Watched;
 use crate::engine::Shared;
-use crate::foreign::TaskWaker;
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
-use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize, Ordering, Weak};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Weak};
 use alloc::vec::Vec;
 use core::fmt;
 use core::mem::ManuallyDrop;
@@ -47,8 +46,8 @@ use watch::Table;
 /// # The promise
 /// Once `munmap`, `mmap(MAP_FIXED)` over, `mremap` or `madvise(DONTNEED)` of a watched range has
 /// returned, no [`read_begin`](crate::Subscription::read_begin) and no look-up in a cache of that
-/// range answers from before it, and no [check](crate::Subscription::read_retry) of a reader that
-/// began before succeeds.
+/// range that begins then answers from before it, and no [check](crate::Subscription::read_retry) of
+/// a reader that began before succeeds.
 ///
 /// The kernel lets the caller of `munmap` go on when the event has been *read*, not when it has
 /// been handled. So the reader first closes the [gate of the space](AddressSpace::pause), then
@@ -120,6 +119,9 @@ use watch::Table;
 ///   between gets the old one. Programs do not write memory that they discard.
 /// - A discard whose time was used up is looked at for two more seconds (of the last 64 such). Pages of
 ///   `MADV_FREE` that go later than that are told to nobody; those that a device has pinned do not go.
+/// - As long as changes of watched memory come faster than drivers are told of them, all readers of
+///   the space begin after a wait for those that are left, and their checks fail. Such changes are
+///   slowed down, by 5 ms each at most.
 /// - Pages that are swapped out, and pages of shared memory that the process has not touched itself
 ///   (`MADV_REMOVE`), cannot be seen to go.
 /// - Changes that raise no event: `mprotect`, `fallocate(PUNCH_HOLE)` and `ftruncate` of a shared
@@ -142,24 +144,21 @@ struct Inner {
     /// How long a change is waited for at most.
     settle: Duration,
     /// `None` where pages cannot be seen to go.
-    pagemap: Option<Pagemap>,
+    pagemap: Option<Arc<Pagemap>>,
     /// What is watched. The reader never takes this lock.
     table: Mutex<Table>,
     /// Pages that are waited for, and ranges whose pages had not gone in time.
     waited_for: Mutex<Vec<Weak<Marked>>>,
     suspects: Mutex<Vec<Suspect>>,
-    /// Those who look at pages while somebody is in [`Deliveries::run`], who wakes them.
-    lookers: Mutex<Vec<Arc<TaskWaker>>>,
-    running: AtomicUsize,
-    /// It waits for the bell.
-    sleeping: AtomicBool,
     /// Nanoseconds from `opened` to the last rest between two looks.
     rested: AtomicU64,
     starting: Mutex<Starting>,
     ring: Ring,
-    /// Times that the reader closed the gate and has read what there was, and the delivery has not
-    /// opened it yet.
-    turns: AtomicUsize,
+    /// [`Closings`](crate::engine::gate::Closings) of the gate after which the reader has read what
+    /// there was, and which no delivery has taken.
+    turns: AtomicU64,
+    /// Invalidations that were started.
+    told: AtomicU64,
     /// Readable while there is something to deliver.
     bell: OwnedFd,
     /// Readable once the reader shall stop.
@@ -168,8 +167,6 @@ struct Inner {
     reading: AtomicBool,
     /// There are no deliveries any more.
     orphaned: AtomicBool,
-    /// Watches that exist.
-    handles: AtomicUsize,
     /// Events that were read.
     events: AtomicU64,
     /// Changes that were not seen to happen within their time.
@@ -211,7 +208,8 @@ impl Uffd {
 
     /// Whether nobody has the source but one handle and watches: neither can invalidate anything.
     pub(crate) fn is_abandoned(&self) -> bool {
-        Arc::strong_count(&self.inner) <= 1 + self.inner.handles.load(Ordering::Relaxed)
+        let table = self.inner.table();
+        Arc::strong_count(&self.inner) <= 1 + table.handles
     }
 
     /// Returns what the source promises: what was asked for, as far as it is permitted.
@@ -303,9 +301,14 @@ impl Inner {
 
     /// Ends what was done for a user of a range.
     fn unwatch(&self, watched: Watched) {
-        let mut table = self.table();
-        table.remove(watched);
-        table.tidy(|| self.shared().gate.is_closed_now());
+        let untold = {
+            let mut table = self.table();
+            table.remove(watched);
+            table.tidy(|| self.shared().gate.is_closed_now())
+        };
+        if untold {
+            ring(&self.bell);
+        }
     }
 
     /// The same unless somebody has it.

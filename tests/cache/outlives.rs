@@ -2,10 +2,12 @@
 //! whatever became of the cache.
 
 use crate::device::{Act, Card};
-use crate::support::{Gate, Task, now, pages};
+use crate::support::{Device, Gate, Log, Task, now, pages};
+use futures::executor::block_on;
 use shootdown::cache::{Merge, RegistrationCache};
 use shootdown::{AddressSpace, Event};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Barrier};
 
 #[test]
 fn k1_an_invalidation_waits_for_a_registration_whose_cache_was_dropped() {
@@ -77,6 +79,64 @@ fn k1_a_registration_that_outlives_cache_and_space_leaves_nothing_behind() {
     drop(registration);
     gate.nudge();
     assert_eq!(Arc::strong_count(&card.state), 1, "neither the space nor the device is leaked");
+}
+
+/// A registration whose cache is gone, and whose device takes until the gate is open.
+fn left_behind(space: &AddressSpace, gate: &Gate) {
+    let cache = RegistrationCache::new(space, Card { deregister_gate: Some(gate.clone()), ..Card::default() });
+    let registration = block_on(cache.get(pages(1, 1))).unwrap();
+    drop(cache);
+    drop(registration);
+}
+
+/// Whether anybody can reach the space is asked beside a thread whose notifiers enter and leave.
+#[test]
+fn k1_nothing_is_given_up_while_the_space_can_be_reached() {
+    let (space, stop, log) = (AddressSpace::new(), AtomicBool::new(false), Log::default());
+    let given_up = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            while !stop.load(Ordering::Relaxed) {
+                drop([2, 3, 4, 5].map(|page| space.insert(pages(page, 1), Device::new("another", &log)).unwrap()));
+            }
+        });
+        let given_up = (0..5000).filter(|_| {
+            let gate = Gate::default();
+            left_behind(&space, &gate);
+            let mut unmap = Task::new(space.invalidate(pages(1, 1), Event::Unmap));
+            let given_up = unmap.run().is_ready();
+            gate.open();
+            if !given_up {
+                drop(unmap.finish());
+            }
+            given_up
+        });
+        let given_up = given_up.take(1).count();
+        stop.store(true, Ordering::Relaxed);
+        given_up
+    });
+    assert_eq!(given_up, 0, "an invalidation was over while the device had the memory");
+}
+
+#[test]
+fn k1_the_last_two_registrations_of_a_space_that_go_at_once_leave_nothing_behind() {
+    let leaked = (0..2000).filter(|_| {
+        let card = Card { deregister_gate: Some(Gate::default()), ..Card::default() };
+        let space = AddressSpace::new();
+        let cache = RegistrationCache::new(&space, card.clone());
+        let [one, two] = [1, 2].map(|page| now(cache.get(pages(page, 1))).unwrap());
+        drop((cache, space));
+        let together = Barrier::new(2);
+        let go = |registration| {
+            together.wait();
+            drop(registration);
+        };
+        std::thread::scope(|scope| {
+            scope.spawn(|| go(one));
+            go(two);
+        });
+        Arc::strong_count(&card.state) > 1
+    });
+    assert_eq!(leaked.count(), 0, "spaces and devices that nobody can reach");
 }
 
 #[test]

@@ -1,9 +1,10 @@
 //! K3: all that is idle can be given up, the least recently used first, whenever it was used.
 
-use crate::device::Card;
-use crate::support::{Gate, Task, now, pages};
-use shootdown::cache::{GetError, Merge, RegistrationCache};
-use shootdown::{AddressSpace, Event};
+use crate::device::{Card, Refused};
+use crate::support::{Gate, Task, Yields, now, pages};
+use shootdown::cache::{Device, GetError, Merge, RegistrationCache};
+use shootdown::{AddressRange, AddressSpace, Event};
+use std::task::Poll;
 
 fn card(change: impl FnOnce(&mut crate::device::State)) -> Card {
     let card = Card::default();
@@ -125,4 +126,47 @@ fn k2_a_neighbour_that_makes_a_registration_too_large_does_not_fail_it() {
     assert_eq!(now(cache.get(pages(2, 1))).unwrap().range(), pages(2, 1));
     drop(held);
     assert!(matches!(now(cache.get(pages(5, 2))), Err(GetError::Register(_))));
+}
+
+/// Takes some turns to register, and more to deregister.
+struct Slow;
+
+impl Device for Slow {
+    type Handle = ();
+    type Error = Refused;
+
+    async fn register(&self, _: AddressRange) -> Result<(), Refused> {
+        Yields(2).await;
+        Ok(())
+    }
+
+    async fn deregister(&self, range: AddressRange, (): &()) -> Result<(), Refused> {
+        Yields(if range == pages(1, 1) { 5 } else { 10 }).await;
+        Ok(())
+    }
+}
+
+#[test]
+fn k3_two_look_ups_that_give_up_each_others_registration_both_succeed() {
+    for tries in [1, 64] {
+        give_up_each_others(tries);
+    }
+}
+
+fn give_up_each_others(tries: u32) {
+    let space = AddressSpace::new();
+    let cache = RegistrationCache::<Slow>::builder().max_registrations(1).tries(tries).build(&space, Slow);
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    let mut both = [2, 3].map(|page| Task::new(cache.get(pages(page, 1))));
+    let mut waiting: Vec<_> = both.iter_mut().collect();
+    for _ in 0..1000 {
+        waiting.retain_mut(|get| match get.poll() {
+            Poll::Ready(registration) => registration.map(drop).is_err_and(|error| panic!("nothing was invalidated: {error}")),
+            Poll::Pending => true,
+        });
+    }
+    assert_eq!(waiting.len(), 0, "they give up each other's registration again and again");
+    now(cache.flush());
+    let stats = cache.stats();
+    assert_eq!((stats.pinned_bytes, stats.collisions, stats.invalidations), (0, 0, 0));
 }

@@ -271,8 +271,13 @@ fn report_11_after_a_part_was_unmapped_a_merged_region_is_watched_and_the_hole_i
     });
 }
 
-/// Pages of a range that the kernel says a userfaultfd watches (`uw` or `um` in `smaps`).
+/// Pages of a range that the kernel says a userfaultfd watches.
 fn watched(range: AddressRange) -> u64 {
+    flagged(range, &["uw", "um"])
+}
+
+/// Pages of a range of which `smaps` has one of these flags.
+pub fn flagged(range: AddressRange, flags_of: &[&str]) -> u64 {
     let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
     let (mut area, mut pages) = (None, 0);
     for line in smaps.lines() {
@@ -282,7 +287,7 @@ fn watched(range: AddressRange) -> u64 {
         {
             area = AddressRange::try_from(start..end).ok();
         } else if let Some(flags) = line.strip_prefix("VmFlags:")
-            && flags.split_whitespace().any(|flag| flag == "uw" || flag == "um")
+            && flags.split_whitespace().any(|flag| flags_of.contains(&flag))
         {
             let common = area.and_then(|area| area.intersection(range)).and_then(AddressRange::len);
             pages += common.unwrap_or(0) / 4096;

@@ -366,7 +366,7 @@ fn m5_a_thread_that_does_not_get_its_processor_inside_madvise_leaves_nothing_sta
         assert_eq!(block_on(deliveries.deliver()), Ok(1));
         let between = *block_on(cache.get(memory.range())).unwrap().handle();
         println!("between: {between:#x}; {:?}; next look: {:?}", uffd.stats(), deliveries.next_look());
-        assert_eq!(uffd.stats().unsettled > 0, deliveries.next_look().is_some());
+        assert!(uffd.stats().unsettled == 0 || deliveries.next_look().is_some());
         busy.store(false, Ordering::SeqCst);
         discarding.join().unwrap();
         stop.store(true, Ordering::SeqCst);

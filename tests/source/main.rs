@@ -3,7 +3,9 @@
 
 mod cache;
 mod corners;
+mod delivering;
 mod forks;
+mod given_up;
 mod kinds;
 mod loud;
 mod mapping;
@@ -68,6 +70,7 @@ fn main() {
         never_stale::isolated_tests(),
         forks::isolated_tests(),
         corners::isolated_tests(),
+        given_up::isolated_tests(),
         cache::isolated_tests(),
         loud::isolated_tests(),
     ]
@@ -118,6 +121,7 @@ fn main() {
         .chain(needs_more(silent::tests(), silent::lacking))
         .chain(needs(never_stale::tests()))
         .chain(needs(corners::tests()))
+        .chain(needs(delivering::tests()))
         .chain(watched_alone)
         .chain([proof])
         .collect();

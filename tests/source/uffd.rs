@@ -4,7 +4,7 @@ use crate::memory::Raw;
 use futures::executor::block_on;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mm::Advice;
-use shootdown::source::{Fork, Reader, Uffd, UffdBuilder, UffdError};
+use shootdown::source::{Fork, Uffd, UffdBuilder, UffdError};
 use shootdown::{
     AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError, PassFuture, RetryBudget,
     Subscription, WouldBlock,
@@ -414,7 +414,7 @@ fn a_second_userfaultfd_in_the_process_is_an_error_that_names_the_range() {
 }
 
 /// Whether an event is there to be read.
-pub fn is_readable(reader: &Reader) -> bool {
+pub fn is_readable(reader: &impl std::os::fd::AsFd) -> bool {
     let mut polled = [PollFd::new(reader, PollFlags::IN)];
     poll(&mut polled, Some(&Timespec::default())).unwrap() == 1
 }

@@ -131,11 +131,14 @@ impl<'a> Invalidate<'a> {
     ///
     /// Drivers learn of it by [`Invalidation::is_late`](crate::Invalidation::is_late). All of them
     /// are told in the first poll, also beyond the [pass budget](crate::Builder::pass_budget) (B4):
-    /// whoever has not been told yet uses memory that is gone. A panic of one has no caller who
+    /// whoever has not been told yet uses memory that is gone. In that poll each of their passes is
+    /// polled once, and no more. A panic of one has no caller who
     /// could do anything about it: it is [counted](crate::Stats::lost_panics) and
     /// [reported](crate::Report::Panicked), and the future resolves.
     pub fn late(mut self) -> Self {
         self.terms = self.terms.late();
+        // The quick way of a first poll is for others.
+        self.space = ManuallyDrop::new(self.space.take().map(|space| -> Handle<'a> { space.into_owned() }));
         self
     }
 
@@ -165,7 +168,7 @@ impl<'a> Invalidate<'a> {
     #[inline(never)]
     fn pend(space: Handle<'a>, begun: Begun, cx: &mut Context<'_>) -> (Self, Poll<InvalidationGuard<'a>>) {
         let (id, work) = begun;
-        match settle(Running::resume(&space, id, 0, work), 0, cx) {
+        match settle(Running::resume(&space, id, 0, work), false, 0, cx) {
             Settled::Ready((id, work)) => (Self::resolved(), Poll::Ready(InvalidationGuard::new(space, id, work))),
             Settled::Parked(Parked { ticket, ready, request: Request { range, owner, terms } }, task) => {
                 let step = ManuallyDrop::new(Step::Joining { ticket, task: Some(task) });
@@ -214,13 +217,14 @@ enum Turn {
 
 /// One turn of a future that is at `step`.
 fn turn(shared: &Shared, request: &Request, lapses: u32, step: &mut Step, cx: &mut Context<'_>) -> Turn {
+    let late = request.terms.is_late();
     let settled = match step {
         Step::Start => {
             let (id, work) = begin(shared, request.range, request.owner, request.terms);
             if !pends(id) {
                 return Turn::Ready((id, work));
             }
-            settle(Running::resume(shared, id, 0, work), lapses, cx)
+            settle(Running::resume(shared, id, 0, work), late, lapses, cx)
         }
         Step::Joining { ticket, task } => {
             // Before the lock: the clone of a waker is foreign code.
@@ -228,7 +232,7 @@ fn turn(shared: &Shared, request: &Request, lapses: u32, step: &mut Step, cx: &m
             match look(shared, *ticket, &task) {
                 Found::Claimed(running, None) => return Turn::Ready(running.finish_or_resume()),
                 Found::Claimed(mut running, Some(from)) => match running.advance(request, from) {
-                    Reached::Pends | Reached::RefusedAndPends => settle(running, lapses, cx),
+                    Reached::Pends | Reached::RefusedAndPends => settle(running, late, lapses, cx),
                     Reached::Plainly | Reached::Done | Reached::Refused => return Turn::Ready(running.finish_or_resume()),
                 },
                 Found::Leased(lease) => return if lease.drive() { Turn::Again } else { Turn::Pending },
@@ -241,8 +245,12 @@ fn turn(shared: &Shared, request: &Request, lapses: u32, step: &mut Step, cx: &m
     match settled {
         Settled::Ready(begun) => Turn::Ready(begun),
         Settled::Parked(Parked { ticket, ready, .. }, task) => {
+            let later = ready && late;
+            if later {
+                task.rouse();
+            }
             *step = Step::Joining { ticket, task: Some(task) };
-            if ready { Turn::Again } else { Turn::Pending }
+            if ready && !later { Turn::Again } else { Turn::Pending }
         }
     }
 }
@@ -254,10 +262,10 @@ enum Settled {
 }
 
 /// Polls the passes once more, and hands them to the space if that is not enough.
-fn settle(mut running: Running<'_>, lapses: u32, cx: &mut Context<'_>) -> Settled {
+fn settle(mut running: Running<'_>, late: bool, lapses: u32, cx: &mut Context<'_>) -> Settled {
     // Who has only yielded is done after one more poll, which comes in any case, and need never be told
-    // of to others.
-    if running.drive(1) && !running.is_deferred() {
+    // of to others. But who starts a late one has others to tell.
+    if !late && running.drive(1) && !running.is_deferred() {
         return Settled::Ready(running.finish_or_resume());
     }
     let task = TaskWaker::new(cx.waker(), running.losses());

@@ -3,6 +3,7 @@
 
 use super::wait::{Goal, Verdict, Wait};
 use crate::engine::Shared;
+use crate::engine::gate::Since;
 use crate::engine::nesting::{Waits, forbid_waiting};
 use crate::engine::state::{Parking, State, WaitFor};
 use crate::entry::EntryRef;
@@ -39,6 +40,8 @@ pub struct ReadBegin<'a> {
 /// A reader that has to wait; leaves the list of those that do when it is dropped.
 struct SlowRead<'a> {
     space: &'a Shared,
+    /// It waits for the gate.
+    gate: Option<Since>,
     wait: Wait,
     /// The own sequence on entry (R1).
     sequence: u64,
@@ -86,18 +89,27 @@ fn wait_for_sequence<'a>(
     slow: Option<Box<SlowRead<'a>>>,
     cx: &mut Context<'_>,
 ) -> (Option<Box<SlowRead<'a>>>, Poll<Sequence>) {
-    let first = slow.is_none();
-    if first {
-        if space.poll_gate(cx).is_pending() {
-            return (None, Poll::Pending);
-        }
-        if let Some(sequence) = entry.own.stable_sequence() {
-            return (None, Poll::Ready(Sequence(sequence)));
+    let mut gate = slow.as_ref().map_or(Some(Since::default()), |slow| slow.gate);
+    let entering = gate.is_some();
+    if let Some(since) = &mut gate {
+        let polled = space.poll_gate(since, cx);
+        if polled.is_ready() {
+            if let Some(sequence) = entry.own.stable_sequence() {
+                return (slow, Poll::Ready(Sequence(sequence)));
+            }
+            gate = None;
         }
     }
-    let mut slow = slow.unwrap_or_else(|| Box::new(SlowRead { space, wait: Wait::default(), sequence: entry.own.sequence() }));
+    let mut slow = slow.unwrap_or_else(|| Box::new(SlowRead { space, gate, wait: Wait::default(), sequence: 0 }));
+    slow.gate = gate;
+    if gate.is_some() {
+        return (Some(slow), Poll::Pending);
+    }
+    if entering {
+        slow.sequence = entry.own.sequence();
+    }
     let polled = slow.wait.poll(space, &mut Uncovered(entry), cx);
-    if polled.is_pending() && first {
+    if polled.is_pending() && entering {
         space.waited(&entry);
     }
     let sequence = Sequence(slow.sequence);

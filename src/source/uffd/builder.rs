@@ -7,7 +7,7 @@ use super::{Deliveries, Inner, Reader, Uffd, UffdError};
 use crate::source::ring::Ring;
 use crate::source::sys::uffd::{self, ForkMark, Maps, Pagemap};
 use crate::space::AddressSpace;
-use crate::sync::{Arc, AtomicBool, AtomicU64, AtomicUsize};
+use crate::sync::{Arc, AtomicBool, AtomicU64};
 use core::mem::ManuallyDrop;
 use core::time::Duration;
 use linux_raw_sys::general as raw;
@@ -95,7 +95,8 @@ impl UffdBuilder {
     /// [reported](crate::Report::Unsettled), readers go on, and the range is invalidated once more
     /// if the pages go within two seconds (of the last 64 such ranges).
     ///
-    /// A later discard of the same pages takes the earlier one over, with the time that has passed.
+    /// A later discard of the same pages takes the earlier one over, and has a time of its own: readers
+    /// of pages that are discarded again before they have gone wait for as long as that lasts.
     /// Pages of `MADV_FREE` do not go before the kernel needs them, and pages that the program
     /// writes at once look as if they had stayed: then all of it is used up, for readers of
     /// that range. Zero: nobody waits, and the promise is withdrawn.
@@ -130,7 +131,7 @@ impl UffdBuilder {
     /// [`UffdError::Unsupported`]; [`UffdError::Os`].
     pub fn open(self, space: &AddressSpace) -> Result<(Uffd, Reader, Deliveries), UffdError> {
         let (fd, fork, known) = self.handshake()?;
-        let pagemap = if known & WP_ASYNC != 0 { Pagemap::open() } else { None };
+        let pagemap = if known & WP_ASYNC != 0 { Pagemap::open().map(Arc::new) } else { None };
         let maps = Maps::open();
         let page = crate::source::sys::page_size() as u64;
         let granule = if maps.is_some() { self.granule.max(page) } else { page };
@@ -143,27 +144,28 @@ impl UffdBuilder {
             opened: Instant::now(),
             promises,
             settle: self.settle,
-            pagemap,
-            table: Mutex::new(Table::new(fd.clone(), maps, promises)),
+            pagemap: pagemap.clone(),
+            table: Mutex::new(Table::new(fd.clone(), maps, pagemap, promises)),
             waited_for: Mutex::default(),
             suspects: Mutex::default(),
-            lookers: Mutex::default(),
-            running: AtomicUsize::new(0),
-            sleeping: AtomicBool::new(false),
             rested: AtomicU64::new(0),
             starting: Mutex::default(),
             ring: Ring::new(),
-            turns: AtomicUsize::new(0),
+            turns: AtomicU64::new(0),
+            told: AtomicU64::new(0),
             bell: bell()?,
             stop: bell()?,
             reading: AtomicBool::new(false),
             orphaned: AtomicBool::new(false),
-            handles: AtomicUsize::new(0),
             events: AtomicU64::new(0),
             unsettled: AtomicU64::new(0),
         });
         let reserve = Some(bell()?);
-        Ok((Uffd { inner: inner.clone() }, Reader { inner: inner.clone(), fd, reserve, ending: false }, Deliveries { inner }))
+        Ok((
+            Uffd { inner: inner.clone() },
+            Reader { inner: inner.clone(), fd, reserve, ending: false, told: 0 },
+            Deliveries { inner },
+        ))
     }
 
     /// Opens a descriptor and agrees on what it tells.

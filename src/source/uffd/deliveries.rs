@@ -1,16 +1,17 @@
 //! The step that calls drivers.
 #![forbid(unsafe_code)]
 
-use super::settle::{Marked, REST, Settle, YIELDS};
+use super::settle::{Marked, REST, Rounds, Settle, Which, YIELDS};
 use super::{Inner, UffdError, ring, wait};
 use crate::engine::futures::invalidate::Invalidate;
+use crate::engine::gate::Closings;
 use crate::event::Event;
-use crate::foreign::Report;
+use crate::foreign::{Report, TaskWaker};
 use crate::range::AddressRange;
 use crate::source::ring::Change;
 use crate::source::watches::Watched;
 use crate::subscription::Subscription;
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, AtomicBool, Ordering};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::future::Future;
@@ -57,11 +58,12 @@ impl Deliveries {
             let mut passes = FuturesUnordered::new();
             let mut started = 0;
             core::future::poll_fn(|cx| {
-                started = inner.start(cx, |late| passes.push(late));
+                started = inner.start(Which::All, cx, |late| passes.push(late));
                 Poll::Ready(())
             })
             .await;
             while passes.next().await.is_some() {}
+            inner.check()?;
             Ok(started)
         }
     }
@@ -72,40 +74,52 @@ impl Deliveries {
     /// # Errors
     /// What `poll` returns; in a child of `fork`, [`UffdError::Forked`].
     pub fn run(&mut self) -> std::io::Result<()> {
-        struct Bell(Arc<Inner>);
+        /// Rings only while this thread waits for that: else it comes by itself.
+        struct Bell {
+            inner: Arc<Inner>,
+            sleeping: AtomicBool,
+        }
         impl alloc::task::Wake for Bell {
             fn wake(self: Arc<Self>) {
-                ring(&self.0.bell);
+                if self.sleeping.load(Ordering::SeqCst) {
+                    ring(&self.inner.bell);
+                }
             }
         }
         self.inner.check()?;
-        let waker = Waker::from(Arc::new(Bell(self.inner.clone())));
+        let bell = Arc::new(Bell { inner: self.inner.clone(), sleeping: AtomicBool::new(false) });
+        let waker = Waker::from(bell.clone());
         let mut cx = Context::from_waker(&waker);
-        let mut late = FuturesUnordered::new();
-        self.inner.running.fetch_add(1, Ordering::SeqCst);
-        let _ends = Runs(self.inner.clone());
+        let mut late = FuturesUnordered::<Late>::new();
+        let rounds = Rounds::begin();
         // How often pages were looked at without a rest.
         let mut looks = 0;
         loop {
-            self.inner.sleeping.store(true, Ordering::SeqCst);
-            let looked_at = self.inner.is_looked_at();
-            looks = if looked_at { looks + 1 } else { 0 };
-            let most = match (looked_at, self.next_look()) {
-                (false, next) => next,
+            rounds.next();
+            while let Poll::Ready(Some(())) = late.poll_next_unpin(&mut cx) {}
+            let looking = rounds.has_looked() || late.iter().any(Late::looks);
+            looks = if looking { looks + 1 } else { 0 };
+            let most = match (looking, self.next_look()) {
                 (true, _) if looks < YIELDS => Some(Duration::ZERO),
                 (true, next) => Some(next.map_or(REST, |next| next.min(REST))),
+                (false, next) => {
+                    bell.sleeping.store(true, Ordering::SeqCst);
+                    // Who was woken until now has not rung.
+                    while let Poll::Ready(Some(())) = late.poll_next_unpin(&mut cx) {}
+                    next
+                }
             };
             let [rung, stopped] = wait([self.inner.bell.as_fd(), self.inner.stop.as_fd()], most)?;
-            self.inner.sleeping.store(false, Ordering::SeqCst);
+            bell.sleeping.store(false, Ordering::SeqCst);
             if rung || self.next_look().is_some_and(|next| next.is_zero()) {
                 self.clear();
                 // At once, however many of those before have something to do.
-                self.inner.start(&mut cx, |started| late.push(started));
-            } else if looked_at && looks < YIELDS {
+                if self.inner.start(Which::Due, &mut cx, |started| late.push(started)) > 0 {
+                    looks = 0;
+                }
+            } else if looking && looks < YIELDS {
                 std::thread::yield_now();
             }
-            self.inner.wake_lookers();
-            while let Poll::Ready(Some(())) = late.poll_next_unpin(&mut cx) {}
             if stopped {
                 return Ok(());
             }
@@ -114,9 +128,14 @@ impl Deliveries {
 
     /// Returns when to call [`deliver`](Self::deliver) again although nothing was read: a discard
     /// was not seen to happen in time ([`Report::Unsettled`]), and its range is to be looked at
-    /// again. `None`: only when the descriptor is readable. [`run`](Self::run) does it by itself.
+    /// again; or what nobody watches any more could not be given up, because of a change that was
+    /// under way. `None`: only when the descriptor is readable. [`run`](Self::run) does it by itself.
     pub fn next_look(&self) -> Option<Duration> {
-        if self.inner.is_forked() { None } else { self.inner.next_look() }
+        if self.inner.is_forked() {
+            return None;
+        }
+        let (looks, gives_up) = (self.inner.next_look(), self.inner.table().next_tidy());
+        looks.into_iter().chain(gives_up).min()
     }
 
     /// Makes the descriptor unreadable until more is read. To be called before
@@ -146,22 +165,12 @@ impl Drop for Deliveries {
             return;
         }
         // Closed from before the watches end until everything has been invalidated (M3).
-        self.inner.shared().close_gate();
-        self.inner.turns.fetch_add(1, Ordering::AcqRel);
+        let closing = self.inner.shared().close_gate();
+        self.inner.turns.fetch_add(closing.into_bits(), Ordering::AcqRel);
         self.inner.table().close();
         self.inner.ring.overflow();
         self.inner.orphaned.store(true, Ordering::Release);
         self.inner.open();
-    }
-}
-
-/// Somebody is in `run`, until this is dropped.
-struct Runs(Arc<Inner>);
-
-impl Drop for Runs {
-    fn drop(&mut self) {
-        self.0.running.fetch_sub(1, Ordering::SeqCst);
-        self.0.wake_lookers();
     }
 }
 
@@ -171,7 +180,7 @@ pub(super) struct Starting {
     /// Threads that have taken events and not yet told all drivers.
     threads: usize,
     /// Closings of the gate that the last of them undoes.
-    closings: usize,
+    closings: Closings,
 }
 
 /// Opens the gate when all invalidations of what was taken have been started.
@@ -182,9 +191,18 @@ impl Drop for Open<'_> {
         let closings = {
             let mut starting = self.0.starting();
             starting.threads -= 1;
-            if starting.threads == 0 { core::mem::take(&mut starting.closings) } else { 0 }
+            if starting.threads == 0 { core::mem::take(&mut starting.closings) } else { Closings::default() }
         };
         self.0.shared().open_gate(closings);
+    }
+}
+
+/// Has what was read delivered by the next who comes, if this one goes.
+struct Undelivered<'a>(&'a Inner);
+
+impl Drop for Undelivered<'_> {
+    fn drop(&mut self) {
+        ring(&self.0.bell);
     }
 }
 
@@ -197,10 +215,20 @@ struct Late {
     invalidation: Option<Pin<Box<Invalidate<'static>>>>,
 }
 
+impl Late {
+    /// Whether pages are still to go that it waits for.
+    fn looks(&self) -> bool {
+        self.marked.as_ref().is_some_and(|marked| !marked.is_over())
+    }
+}
+
 impl Future for Late {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        if self.inner.is_forked() {
+            return Poll::Ready(());
+        }
         let Some(invalidation) = &mut self.invalidation else { return Poll::Ready(()) };
         // Its guard ends the range as soon as it is there: there is nothing left to change.
         invalidation.as_mut().poll(cx).map(drop)
@@ -241,12 +269,17 @@ impl Inner {
 
     /// Starts an invalidation of everything that the events name; `pending` gets those whose passes
     /// are pending.
-    fn start(self: &Arc<Self>, cx: &mut Context<'_>, mut pending: impl FnMut(Late)) -> usize {
+    fn start(self: &Arc<Self>, look: Which, cx: &mut Context<'_>, mut pending: impl FnMut(Late)) -> usize {
+        // Before anything is taken: the clone of a waker is foreign code, and may panic.
+        let undelivered = Undelivered(self);
+        let waker = Waker::from(TaskWaker::new(cx.waker(), &self.shared().host.losses));
+        core::mem::forget(undelivered);
+        let cx = &mut Context::from_waker(&waker);
         let (changes, open) = {
             let mut starting = self.starting();
             starting.threads += 1;
-            starting.closings += self.turns.swap(0, Ordering::AcqRel);
-            (self.changes(), Open(self))
+            starting.closings += Closings::from_bits(self.turns.swap(0, Ordering::AcqRel));
+            (self.changes(look), Open(self))
         };
         let started = changes.ranges.len();
         // All of them first: a driver that is told drops its watches, and the marks of another change would
@@ -254,7 +287,8 @@ impl Inner {
         let lates: Vec<Late> = changes.ranges.into_iter().map(|(range, event, seen)| self.late(range, event, seen)).collect();
         for mut late in lates {
             let polled = Pin::new(&mut late).poll(cx);
-            if let Some(marked) = &late.marked {
+            self.told.fetch_add(1, Ordering::Relaxed);
+            if let (Some(marked), Some(_)) = (&late.marked, &late.settle) {
                 self.takes_over(marked);
             }
             if polled.is_pending() {
@@ -262,7 +296,8 @@ impl Inner {
             }
         }
         drop(open);
-        self.table().tidy(|| self.shared().gate.is_closed_now());
+        // Who delivers asks himself when to come again.
+        let _ = self.table().tidy(|| self.shared().gate.is_closed_now());
         for range in changes.unseen {
             self.report_unsettled(range, Duration::ZERO);
         }
@@ -287,13 +322,13 @@ impl Inner {
 
     /// Without anybody who could wait: the passes are left to the space.
     pub(super) fn open(self: &Arc<Self>) {
-        self.start(&mut Context::from_waker(Waker::noop()), drop);
+        self.start(Which::All, &mut Context::from_waker(Waker::noop()), drop);
     }
 
     /// What the events that were read name. By one thread at a time.
-    fn changes(&self) -> Changes {
+    fn changes(&self, look: Which) -> Changes {
         let mut changes = Changes::default();
-        let mut again = self.changed_suspects();
+        let mut again = self.changed_suspects(look);
         changes.ranges.extend(again.drain(..).map(|range| (range, Event::Clear, Seen::Happened)));
         if self.ring.take_overflow() {
             let table = self.table();

@@ -98,7 +98,8 @@ impl Uffd {
     {
         let prepare = self.prepare_watched(range, prepare);
         let install = |mappings: &mut T, (prepared, watch)| install(mappings, prepared, watch);
-        LeftToParent::new(lock.mirror(subscription, budget, prepare, install), || self.is_forked()).await
+        let forked = || Err(MirrorError::Prepare(Unwatched::Watch(UffdError::Forked)));
+        LeftToParent::new(lock.mirror(subscription, budget, prepare, install), || self.is_forked(), forked).await
     }
 
     /// Makes a `prepare` for [`DriverLock::mirror`] or [`Inbox::mirror`](crate::Inbox::mirror) that

@@ -3,16 +3,25 @@
 
 use super::watch::Table;
 use super::{Inner, ring, wait};
+use crate::engine::gate::Closings;
 use crate::range::AddressRange;
 use crate::source::ring::Change;
 use crate::source::sys::uffd;
 use crate::sync::{Arc, Ordering};
+use core::time::Duration;
 use linux_raw_sys::general as raw;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
+use std::time::Instant;
 
 /// Messages that are read at once.
 const AT_ONCE: usize = 16;
+
+/// How long a change waits for the delivery of those before it.
+const MOMENT: Duration = Duration::from_micros(50);
+
+/// So many times as long at most, while drivers are told.
+const MOMENTS: u64 = 100;
 
 /// Reads the kernel's events. Threads that unmap watched memory wait for it, so it waits for
 /// nobody: no lock, no memory.
@@ -32,12 +41,15 @@ pub struct Reader {
     pub(super) reserve: Option<OwnedFd>,
     /// Being dropped: nothing is watched any more.
     pub(super) ending: bool,
+    /// Invalidations that had been started when it last waited for the delivery.
+    pub(super) told: u64,
 }
 
 impl Reader {
     /// Reads what there is, without waiting; returns how many events that were. They are then to be
     /// [delivered](crate::source::Deliveries::deliver); readers of the space wait until that
-    /// has begun.
+    /// has begun. While a delivery of what was read before is under way it is given some time first,
+    /// for 50 µs, or 5 ms if drivers are being told.
     ///
     /// # Errors
     /// What `read` returns, but not for want of data (0 events) or of a descriptor for a fork's
@@ -46,9 +58,10 @@ impl Reader {
     /// [`UffdError::Forked`](super::UffdError::Forked).
     pub fn read(&mut self) -> std::io::Result<usize> {
         self.inner.check()?;
-        self.inner.shared().close_gate();
+        self.let_readers_go_on();
+        let closing = self.inner.shared().close_gate();
         let read = self.read_all();
-        self.end_turn();
+        self.end_turn(closing);
         if self.inner.orphaned.load(Ordering::Acquire) {
             // Nobody will deliver them: what is left is that readers do not wait for ever. Not while a change
             // is under way, whose thread may hold a lock that a driver needs.
@@ -59,6 +72,31 @@ impl Reader {
             self.inner.open();
         }
         read
+    }
+
+    /// Gives a delivery that is under way a moment to open the gate, and readers one to go on and to
+    /// check: without that a storm of changes has the gate closed again before it was opened. As long
+    /// as drivers are told, the more the longer it is behind, so that it does not fall behind further;
+    /// but if none is, the thread inside the change may hold a lock that a driver needs.
+    fn let_readers_go_on(&mut self) {
+        let gate = &self.inner.shared().gate;
+        let behind = gate.closings().min(MOMENTS);
+        if behind == 0 {
+            return;
+        }
+        let told = self.inner.told.load(Ordering::Relaxed);
+        let goes_on = core::mem::replace(&mut self.told, told) != told;
+        let most = if goes_on { MOMENT * u32::try_from(behind).unwrap_or(1) } else { MOMENT };
+        let began = Instant::now();
+        while gate.is_closed() && began.elapsed() < most {
+            std::thread::yield_now();
+        }
+        if !gate.is_closed() {
+            let closed = began.elapsed();
+            while began.elapsed() < closed + closed.min(MOMENT) {
+                std::thread::yield_now();
+            }
+        }
     }
 
     /// Takes the table's lock, and reads meanwhile: who has it allocates, and so may be inside `munmap`
@@ -74,9 +112,9 @@ impl Reader {
     }
 
     /// Has the next delivery open the gate that was closed.
-    fn end_turn(&self) {
+    fn end_turn(&self, closing: Closings) {
         // The events before the turn: who takes the turn finds them all.
-        self.inner.turns.fetch_add(1, Ordering::AcqRel);
+        self.inner.turns.fetch_add(closing.into_bits(), Ordering::AcqRel);
         ring(&self.inner.bell);
     }
 
@@ -205,7 +243,7 @@ impl Drop for Reader {
             return;
         }
         // From here on nothing is found that changes may make stale (M3).
-        self.inner.shared().close_gate();
+        let closing = self.inner.shared().close_gate();
         self.ending = true;
         self.with_table(Table::close);
         // Nothing is watched any more, but a change may be under way whose event has to be read. To close
@@ -218,7 +256,7 @@ impl Drop for Reader {
         // grown or was moved meanwhile.
         self.with_table(Table::forget_descriptor);
         self.inner.ring.overflow();
-        self.end_turn();
+        self.end_turn(closing);
         if self.inner.orphaned.load(Ordering::Acquire) {
             self.inner.open();
         }

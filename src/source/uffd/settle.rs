@@ -13,7 +13,7 @@
 
 use super::{Inner, ring};
 use crate::event::Owner;
-use crate::foreign::{Report, TaskWaker};
+use crate::foreign::Report;
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
 use crate::range::AddressRange;
@@ -21,7 +21,9 @@ use crate::source::watches::Watched;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Weak};
 use alloc::borrow::Cow;
 use alloc::vec::Vec;
+use core::cell::Cell;
 use core::future::Future;
+use core::num::NonZeroU64;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 use core::time::Duration;
@@ -53,20 +55,22 @@ pub(super) struct Marked {
     watched: Watched,
     /// Told from other invalidations of the range by this.
     owner: Owner,
-    /// When the first of those changes came that this one has taken over.
+    /// When the change came. Earlier ones of the same pages give it none of their time: they may
+    /// have used theirs up, and the pages of this one are there still.
     began: Instant,
     /// Nanoseconds from then to the last look that saw a thread inside the call that raised an
     /// event.
     held_up: AtomicU64,
-    /// Nobody waits for them any more: there was no more time, or a later change of the same pages
-    /// is waited for instead.
+    /// Nobody waits for them any more: they are gone, or there was no more time, or a later change of
+    /// the same pages is waited for instead.
     over: AtomicBool,
 }
 
 impl Marked {
     /// `None` when there is nothing to wait for.
     pub(super) fn new(inner: &Arc<Inner>, range: AddressRange) -> Option<Arc<Self>> {
-        let held = inner.table().hold(range, inner.pagemap.as_ref()?);
+        inner.pagemap.as_ref()?;
+        let held = inner.table().hold(range);
         let watched = match held {
             Ok(watched) => watched?,
             Err(_) => {
@@ -74,14 +78,8 @@ impl Marked {
                 return None;
             }
         };
-        let (mut began, mut held_up) = (Instant::now(), 0);
-        for earlier in inner.waited_for_within(range) {
-            if earlier.began < began {
-                (began, held_up) = (earlier.began, earlier.held_up.load(Ordering::Relaxed));
-            }
-        }
-        let (held_up, over) = (AtomicU64::new(held_up), AtomicBool::new(false));
-        Some(Arc::new(Self { inner: Arc::downgrade(inner), watched, owner: Owner::new(), began, held_up, over }))
+        let (held_up, over) = (AtomicU64::new(0), AtomicBool::new(false));
+        Some(Arc::new(Self { inner: Arc::downgrade(inner), watched, owner: Owner::new(), began: Instant::now(), held_up, over }))
     }
 
     pub(super) fn owner(&self) -> Owner {
@@ -95,7 +93,11 @@ impl Marked {
     /// Looks at them. Readers of the range go on when it is over.
     fn look(self: &Arc<Self>) -> Seen {
         let Some(inner) = self.inner.upgrade() else { return Seen::Over };
-        if self.over.load(Ordering::Acquire) || self.are_gone(&inner) {
+        if self.is_over() {
+            return Seen::Over;
+        }
+        if self.are_gone(&inner) {
+            self.over.store(true, Ordering::Release);
             return Seen::Over;
         }
         let waited = self.began.elapsed();
@@ -112,6 +114,11 @@ impl Marked {
             inner.suspect(self.clone(), waited);
         }
         Seen::Over
+    }
+
+    /// Whether nobody waits for them any more.
+    pub(super) fn is_over(&self) -> bool {
+        self.over.load(Ordering::Acquire)
     }
 
     /// Whether none of the pages is there any more.
@@ -146,7 +153,7 @@ impl IntervalNotifier for Settle {
     /// There is no device, so no sequence is set (S4). Other invalidations of the range do not wait.
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
         let ours = invalidation.is_tagged(self.0.owner);
-        Ok(ours.then(|| PassFuture::new(Look { pages: self.0.clone(), looks: 0 })))
+        Ok(ours.then(|| PassFuture::new(Look { pages: self.0.clone(), looks: 0, round: None })))
     }
 
     fn name(&self) -> Cow<'static, str> {
@@ -154,26 +161,69 @@ impl IntervalNotifier for Settle {
     }
 }
 
+std::thread_local! {
+    /// The round of polls that [`Deliveries::run`](super::Deliveries::run) is in on this thread, and
+    /// whether pages were looked at in it that are still there.
+    static ROUND: Cell<(Option<NonZeroU64>, bool)> = const { Cell::new((None, false)) };
+}
+
+/// Rounds of polls on this thread, which rests between two of them.
+pub(super) struct Rounds(());
+
+impl Rounds {
+    pub(super) fn begin() -> Self {
+        ROUND.set((Some(NonZeroU64::MIN), false));
+        Self(())
+    }
+
+    pub(super) fn next(&self) {
+        let (round, looked) = ROUND.get();
+        ROUND.set((round.and_then(|round| round.checked_add(1)), looked));
+    }
+
+    /// Whether pages were still there when they were looked at since the last question.
+    pub(super) fn has_looked(&self) -> bool {
+        let (round, looked) = ROUND.get();
+        ROUND.set((round, false));
+        looked
+    }
+}
+
+impl Drop for Rounds {
+    fn drop(&mut self) {
+        ROUND.set((None, false));
+    }
+}
+
 /// Looks until the pages are gone.
 struct Look {
     pages: Arc<Marked>,
     looks: u32,
+    /// The round of the last look.
+    round: Option<NonZeroU64>,
 }
 
 impl Future for Look {
     type Output = ();
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
+        let (round, _) = ROUND.get();
+        // Whoever may poll it next, and whatever becomes of this thread (C3).
+        cx.waker().wake_by_ref();
+        if round.is_some() && round == self.round {
+            // Once in each round.
+            return Poll::Pending;
+        }
         if self.pages.look() == Seen::Over {
             return Poll::Ready(());
         }
-        let Some(inner) = self.pages.inner.upgrade() else { return Poll::Ready(()) };
-        if !inner.wakes_lookers(cx) {
-            // Nobody else looks at the clock. The thread inside `madvise` may need this very processor.
-            inner.rest(self.looks);
-            cx.waker().wake_by_ref();
+        match (round, self.pages.inner.upgrade()) {
+            (Some(_), _) => ROUND.set((round, true)),
+            // The thread inside `madvise` may need this very processor.
+            (None, Some(inner)) => inner.rest(self.looks),
+            (None, None) => return Poll::Ready(()),
         }
-        self.looks = self.looks.saturating_add(1);
+        (self.round, self.looks) = (round, self.looks.saturating_add(1));
         Poll::Pending
     }
 }
@@ -187,37 +237,14 @@ pub(super) struct Suspect {
     pause: Duration,
 }
 
+/// At which of them to look.
+#[derive(Clone, Copy, PartialEq)]
+pub(super) enum Which {
+    All,
+    Due,
+}
+
 impl Inner {
-    /// Has [`Deliveries::run`](super::Deliveries::run) wake who looks. `false` if nobody is in it.
-    fn wakes_lookers(&self, cx: &mut Context<'_>) -> bool {
-        if self.running.load(Ordering::SeqCst) == 0 {
-            return false;
-        }
-        let looker = TaskWaker::new(cx.waker(), &self.shared().host.losses);
-        self.lookers().push(looker);
-        // It has looked whether there is anybody before, and waits for the bell only.
-        if self.sleeping.load(Ordering::SeqCst) {
-            ring(&self.bell);
-        }
-        // Whoever leaves it wakes those who are here by then.
-        self.running.load(Ordering::SeqCst) != 0
-    }
-
-    /// Whether somebody looks.
-    pub(super) fn is_looked_at(&self) -> bool {
-        !self.lookers().is_empty()
-    }
-
-    /// Has everybody look who does.
-    pub(super) fn wake_lookers(&self) {
-        let lookers = core::mem::take(&mut *self.lookers());
-        lookers.iter().for_each(|looker| looker.rouse());
-    }
-
-    fn lookers(&self) -> MutexGuard<'_, Vec<Arc<TaskWaker>>> {
-        self.lookers.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Leaves the processor to others after so many looks, unless that was done a moment ago: of
     /// several who look on one thread, one rests.
     fn rest(&self, looks: u32) {
@@ -231,22 +258,20 @@ impl Inner {
         }
     }
 
-    /// Those of earlier changes of the same pages that are still waited for.
-    fn waited_for_within(&self, range: AddressRange) -> Vec<Arc<Marked>> {
-        let mut waited_for = self.waited_for.lock().unwrap_or_else(PoisonError::into_inner);
-        waited_for.retain(|marked| marked.strong_count() > 0);
-        let all = waited_for.iter().filter_map(Weak::upgrade).collect::<Vec<_>>();
-        drop(waited_for);
-        all.into_iter().filter(|marked| range.covers(marked.range()) && !marked.over.load(Ordering::Acquire)).collect()
-    }
-
     /// The invalidation of a change has begun: it is waited for, and earlier ones of the same pages
     /// are not, as their marks cannot be told from its own.
     pub(super) fn takes_over(&self, marked: &Arc<Marked>) {
-        for earlier in self.waited_for_within(marked.range()) {
+        let earlier: Vec<_> = {
+            let mut waited_for = self.waited_for.lock().unwrap_or_else(PoisonError::into_inner);
+            waited_for.retain(|marked| marked.strong_count() > 0);
+            let earlier = waited_for.iter().filter_map(Weak::upgrade).collect();
+            waited_for.push(Arc::downgrade(marked));
+            earlier
+        };
+        // Outside of the lock: what is held for them may be given up.
+        for earlier in earlier.into_iter().filter(|earlier| marked.range().covers(earlier.range())) {
             earlier.over.store(true, Ordering::Release);
         }
-        self.waited_for.lock().unwrap_or_else(PoisonError::into_inner).push(Arc::downgrade(marked));
     }
 
     /// The time is used up: readers go on, and the range is invalidated again once the pages have
@@ -271,19 +296,24 @@ impl Inner {
     }
 
     /// Takes out what has changed after all.
-    pub(super) fn changed_suspects(&self) -> Vec<AddressRange> {
+    pub(super) fn changed_suspects(&self, look: Which) -> Vec<AddressRange> {
         let (mut over, mut changed) = (Vec::new(), Vec::new());
         {
             let (mut suspects, now) = (self.suspects(), Instant::now());
             let mut at = 0;
             while let Some(suspect) = suspects.get_mut(at) {
+                let due = now >= suspect.next;
+                if !due && look == Which::Due {
+                    at += 1;
+                    continue;
+                }
                 let gone = suspect.pages.are_gone(self);
                 changed.extend(gone.then(|| suspect.pages.range()));
                 if gone || now.duration_since(suspect.since) > SUSPECTED {
                     over.push(suspects.remove(at));
                     continue;
                 }
-                if now >= suspect.next {
+                if due {
                     suspect.pause *= 2;
                     suspect.next = now + suspect.pause;
                 }

@@ -7,13 +7,20 @@ use crate::source::ranges::Ranges;
 use crate::source::sys::page_size;
 use crate::source::sys::uffd::{self, Maps, Pagemap};
 use crate::source::watches::{WatchState, Watched, Watches};
-use crate::sync::{Arc, Ordering};
+use crate::sync::Arc;
 use core::fmt;
+use core::time::Duration;
 use rustix::fd::OwnedFd;
 use rustix::io::Errno;
+use std::time::Instant;
 
 /// As long as what is watched consists of fewer ranges than this, exactly that is watched.
 const EXACT: usize = 64;
+
+/// How long after a change was seen to be under way it is asked again whether one is, first and at
+/// last.
+const SOON: Duration = Duration::from_micros(100);
+const LATE: Duration = Duration::from_millis(1);
 
 /// What users watch, and what the kernel watches for that: [`Table::armed`] holds at least all of
 /// it.
@@ -21,6 +28,8 @@ pub(super) struct Table {
     /// `None` once the reader is gone: the kernel then forgets whatever is left.
     fd: Option<Arc<OwnedFd>>,
     maps: Option<Maps>,
+    /// `None` where it cannot be seen what is watched.
+    pagemap: Option<Arc<Pagemap>>,
     promises: Promises,
     /// Set once the reader or the deliveries are gone: nothing is watched any more.
     closed: bool,
@@ -33,40 +42,42 @@ pub(super) struct Table {
     dropped: Ranges,
     /// What is to be given up once no change is under way: its marks are needed until then.
     later: Ranges,
+    /// When to ask for that again, and how long that was to wait.
+    again: Option<(Instant, Duration)>,
     /// Most ranges that `armed` may consist of.
     room: usize,
+    /// [`Watch`]es that exist.
+    pub(super) handles: usize,
 }
 
 impl Table {
-    pub(super) fn new(fd: Arc<OwnedFd>, maps: Option<Maps>, promises: Promises) -> Self {
+    pub(super) fn new(fd: Arc<OwnedFd>, maps: Option<Maps>, pagemap: Option<Arc<Pagemap>>, promises: Promises) -> Self {
         // Each takes two mappings.
         let room = uffd::most_mappings() / 8;
         Self {
             fd: Some(fd),
             maps,
+            pagemap,
             promises,
             closed: false,
             watches: Watches::new(),
             armed: Ranges::default(),
             dropped: Ranges::default(),
             later: Ranges::default(),
+            again: None,
             room,
+            handles: 0,
         }
     }
 
     /// Watches the pages of `range`.
-    fn add(
-        &mut self,
-        range: AddressRange,
-        quiet: bool,
-        pagemap: Option<&Pagemap>,
-    ) -> Result<(Watched, Arc<WatchState>), UffdError> {
-        let range = self.arm(range, pagemap)?;
+    fn add(&mut self, range: AddressRange, quiet: bool) -> Result<(Watched, Arc<WatchState>), UffdError> {
+        let range = self.arm(range)?;
         Ok(self.watches.add(range, quiet))
     }
 
     /// Has the kernel watch the pages of `range`, and what lies around them; returns the pages.
-    fn arm(&mut self, range: AddressRange, pagemap: Option<&Pagemap>) -> Result<AddressRange, UffdError> {
+    fn arm(&mut self, range: AddressRange) -> Result<AddressRange, UffdError> {
         let Some(fd) = self.fd.clone().filter(|_| !self.closed) else { return Err(UffdError::Closed) };
         if self.armed.pieces() >= self.room / 2 {
             self.give_up_later();
@@ -93,7 +104,7 @@ impl Table {
         let kept = armed.and_then(|armed| {
             // The kernel takes a range with a hole, and what is mapped there later is not watched: there must
             // have been a moment without any.
-            let whole = match (pagemap, &self.maps) {
+            let whole = match (&self.pagemap, &self.maps) {
                 (Some(pagemap), _) => pagemap.is_watched(range).unwrap_or(false),
                 (None, Some(maps)) => maps.are_whole(range),
                 (None, None) => true,
@@ -134,8 +145,8 @@ impl Table {
     /// Keeps the pages of `range` registered and marked. Also what nobody watches: its registration
     /// is left from earlier, and who begins to watch it now may find what is about to go. `None`
     /// when there is nothing to wait for; an error when it cannot be seen.
-    pub(super) fn hold(&mut self, range: AddressRange, pagemap: &Pagemap) -> Result<Option<Watched>, Errno> {
-        let Some(fd) = self.fd.as_ref().filter(|_| !self.closed) else { return Ok(None) };
+    pub(super) fn hold(&mut self, range: AddressRange) -> Result<Option<Watched>, Errno> {
+        let (Some(fd), Some(pagemap)) = (self.fd.as_ref().filter(|_| !self.closed), &self.pagemap) else { return Ok(None) };
         if self.dropped.touches(range) {
             // The marks went with the registration. What is there now may be what is about to go, or new: it is
             // waited for.
@@ -154,15 +165,31 @@ impl Table {
         self.fd.as_ref().is_some_and(|fd| uffd::changing(&**fd))
     }
 
-    /// Gives up what nobody watches any more, and forgets what was dropped before, unless a change is
-    /// under way that has raised its event: it is not read, or not delivered, and has then `closed`
-    /// the gate.
-    pub(super) fn tidy(&mut self, closed: impl FnOnce() -> bool) {
-        // In this order: the gate is closed before the event is read.
-        if (self.later.pieces() > 0 || self.dropped.pieces() > 0) && !self.is_changing() && !closed() {
+    /// Gives up what nobody watches any more, and forgets what was dropped, unless a change is under
+    /// way that has raised its event: it is not read, or not delivered, and has then `closed` the
+    /// gate. Returns whether somebody has to be told that this is to be tried again.
+    #[must_use]
+    pub(super) fn tidy(&mut self, closed: impl Fn() -> bool) -> bool {
+        while self.later.pieces() > 0 || self.dropped.pieces() > 0 {
+            // In this order: the gate is closed before the event is read.
+            if self.is_changing() || closed() {
+                let known = self.again.is_some();
+                // Nothing says when the change is over.
+                let pause = self.again.map_or(SOON, |(_, pause)| (2 * pause).min(LATE));
+                self.again = Some((Instant::now() + pause, pause));
+                return !known;
+            }
+            // What is given up now was there until now, and is forgotten when that has been asked once more.
             self.dropped = Ranges::default();
             self.give_up_later();
         }
+        self.again = None;
+        false
+    }
+
+    /// When to try again.
+    pub(super) fn next_tidy(&self) -> Option<Duration> {
+        self.again.map(|(at, _)| at.saturating_duration_since(Instant::now()))
     }
 
     fn give_up_later(&mut self) {
@@ -201,17 +228,32 @@ impl Table {
         self.armed.remove(part);
         self.disarm(part);
         self.dropped.insert(part);
+        self.again.get_or_insert_with(|| (Instant::now() + LATE, LATE));
     }
 
-    /// Has the kernel do nothing more for a part. Allocates nothing.
+    /// Has the kernel do nothing more for a part, as far as it is still ours: what was mapped there
+    /// since may be the program's own or another source's. Allocates nothing.
     fn disarm(&self, part: AddressRange) {
         let Some(fd) = &self.fd else { return };
-        let part = self.grown(part);
-        unregister(fd, self.maps.as_ref(), part);
-        if self.promises.fork == Fork::Keep {
-            // It may be gone.
-            let _ = uffd::keep_from_children(part, false);
+        let give_back = |part: AddressRange| {
+            if self.promises.fork == Fork::Keep {
+                // It may be gone.
+                let _ = uffd::keep_from_children(part, false);
+            }
+        };
+        match &self.maps {
+            Some(maps) => maps.walk(self.grown(part), |part| {
+                if self.is_watched(part) && uffd::unregister(&**fd, part).is_ok() {
+                    give_back(part);
+                }
+            }),
+            None => unregister(fd, part, &give_back),
         }
+    }
+
+    /// Whether all of a part of one mapping is watched, by whomever, as far as that can be seen.
+    fn is_watched(&self, part: AddressRange) -> bool {
+        self.pagemap.as_ref().is_none_or(|pagemap| pagemap.is_watched(part).unwrap_or(false))
     }
 
     /// A part and what has grown at its end: `mremap` enlarges a mapping in place, with all that the
@@ -261,40 +303,28 @@ fn aligned(range: AddressRange, unit: u64) -> AddressRange {
     AddressRange::try_from(start..=last).unwrap_or(AddressRange::ALL)
 }
 
-/// Ends the kernel's watch of all pages of `range` that are still ours. Allocates nothing.
+/// Ends the kernel's watch of the pages of `range`, where the kernel does not say what is mapped
+/// there, and calls `each` with what it has done so for. Allocates nothing.
 ///
 /// It refuses for a range in which there is somebody else's memory by now, or none, as a whole:
-/// what it refuses is tried again mapping by mapping, or where the kernel does not say what those
-/// are, in halves: down to a page if there is at most [`HALVED`], else to some 64 pieces, because
-/// memory that is gone must not be asked for page by page.
-pub(super) fn unregister(fd: &OwnedFd, maps: Option<&Maps>, range: AddressRange) {
-    if uffd::unregister(fd, range).is_ok() {
-        return;
-    }
-    match maps {
-        Some(maps) => maps.walk(range, |part| {
-            let _ = uffd::unregister(fd, part);
-        }),
-        None => {
-            let least =
-                range.len().map_or(u64::MAX, |len| if len <= HALVED { page_size() as u64 } else { (len / 64).max(HALVED) });
-            unregister_halves(fd, range, least);
-        }
-    }
+/// what it refuses is tried again in halves: down to a page if there is at most [`HALVED`], else to
+/// some 64 pieces, because memory that is gone must not be asked for page by page.
+fn unregister(fd: &OwnedFd, range: AddressRange, each: &impl Fn(AddressRange)) {
+    let least = range.len().map_or(u64::MAX, |len| if len <= HALVED { page_size() as u64 } else { (len / 64).max(HALVED) });
+    unregister_halves(fd, range, least, each);
 }
 
 /// A range of so many bytes is unwatched page by page if it must be.
 const HALVED: u64 = 1 << 20;
 
-fn unregister_halves(fd: &OwnedFd, range: AddressRange, least: u64) {
+fn unregister_halves(fd: &OwnedFd, range: AddressRange, least: u64, each: &impl Fn(AddressRange)) {
+    if uffd::unregister(fd, range).is_ok() {
+        return each(range);
+    }
     let Some(len) = range.len().filter(|len| *len > least) else { return };
     let half = (len / 2).next_multiple_of(page_size() as u64);
     let halves = [AddressRange::new(range.start(), half), AddressRange::new(range.start() + half, len - half)];
-    for part in halves.into_iter().flatten() {
-        if uffd::unregister(fd, part).is_err() {
-            unregister_halves(fd, part, least);
-        }
-    }
+    halves.into_iter().flatten().for_each(|part| unregister_halves(fd, part, least, each));
 }
 
 /// A range is watched as long as this exists and its memory does.
@@ -311,9 +341,15 @@ pub struct Watch {
 impl Watch {
     pub(super) fn new(inner: &Arc<Inner>, range: AddressRange, quiet: bool) -> Result<Self, UffdError> {
         inner.check()?;
-        let (watched, state) = inner.table().add(range, quiet, inner.pagemap.as_ref())?;
-        inner.handles.fetch_add(1, Ordering::Relaxed);
-        Ok(Self { inner: inner.clone(), watched, state })
+        // Before it is counted: there are never more watches than references.
+        let inner = inner.clone();
+        let (watched, state) = {
+            let mut table = inner.table();
+            let added = table.add(range, quiet)?;
+            table.handles += 1;
+            added
+        };
+        Ok(Self { inner, watched, state })
     }
 
     /// Returns the pages that are watched.
@@ -338,7 +374,7 @@ impl Watch {
     pub fn renew(&self) -> Result<(), UffdError> {
         self.inner.check()?;
         let mut table = self.inner.table();
-        table.arm(self.watched.range, self.inner.pagemap.as_ref())?;
+        table.arm(self.watched.range)?;
         table.watches.renew(self.watched);
         Ok(())
     }
@@ -350,7 +386,7 @@ impl Drop for Watch {
         // is the parent's (M4).
         if !self.inner.is_forked() {
             self.inner.unwatch(self.watched);
-            self.inner.handles.fetch_sub(1, Ordering::Relaxed);
+            self.inner.table().handles -= 1;
         }
     }
 }

@@ -1,0 +1,232 @@
+//! What a delivery owes whom: the time of a discard, what was read when it fails, readers that depend on nobody.
+
+use crate::memory::Raw;
+use crate::never_stale::read_during;
+use crate::uffd::{Running, eventually, is_readable, log, no_fork};
+use futures::FutureExt;
+use futures::executor::block_on;
+use rustix::mm::Advice;
+use shootdown::source::{Fork, Uffd};
+use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Poll, RawWakerVTable, Waker};
+use std::thread;
+use std::time::{Duration, Instant};
+
+crate::list![
+    f1_a_waker_that_cannot_be_cloned_loses_nothing_that_was_read,
+    m5_a_discard_has_all_of_its_time_whatever_became_of_an_earlier_one,
+    c3_who_waits_for_pages_looks_himself_while_the_delivery_waits_for_a_lock,
+    who_delivers_rests_while_pages_stay,
+    r1_a_reader_waits_for_those_closings_of_the_gate_that_it_finds_and_for_no_later_ones,
+    l2_changes_back_to_back_hold_up_no_reader_of_another_range,
+];
+
+/// A waker whose clone panics.
+fn uncloneable() -> Waker {
+    static VTABLE: RawWakerVTable = RawWakerVTable::new(|_| panic!("the clone of a waker fails"), |_| {}, |_| {}, |_| {});
+    // SAFETY: nothing is behind the pointer, and none of the functions looks there.
+    unsafe { Waker::new(std::ptr::null(), &VTABLE) }
+}
+
+fn f1_a_waker_that_cannot_be_cloned_loses_nothing_that_was_read() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
+    let memory = Raw::map(2);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    // The first has a pass that is pending when it is told.
+    let (_open, closed) = crate::never_stale::gate();
+    let _slow = space.insert(memory.part(0, 1).range(), crate::never_stale::Slow(closed)).unwrap();
+    let driver = log(&space, memory.part(1, 1).range()).0;
+    let before = block_on(driver.read_begin());
+    read_during(&mut reader, || (0..2).for_each(|page| memory.part(page, 1).unmap()));
+    deliveries.clear();
+    let mut delivery = Box::pin(deliveries.deliver());
+    let waker = uncloneable();
+    let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        let _ = delivery.as_mut().poll(&mut Context::from_waker(&waker));
+    }));
+    assert!(polled.is_err());
+    drop(delivery);
+    assert!(is_readable(&deliveries), "who waits for the descriptor is told again");
+    assert!(driver.read_begin().now_or_never().is_none(), "nobody has been told");
+    let _ = deliveries.deliver().now_or_never();
+    assert!(driver.read_retry(before), "the memory has gone");
+}
+
+fn m5_a_discard_has_all_of_its_time_whatever_became_of_an_earlier_one() {
+    let _fork = no_fork();
+    let (space, time) = (AddressSpace::new(), Duration::from_millis(100));
+    let (uffd, mut reader, mut deliveries) = Uffd::builder().settle(time).open(&space).unwrap();
+    let memory = Raw::map(2);
+    memory.write(1);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    let readers = log(&space, memory.range()).0;
+    read_during(&mut reader, || memory.part(0, 1).discard(Advice::LinuxFree));
+    // Told, and then nobody looks at its page until its time is over.
+    assert!(deliveries.deliver().now_or_never().is_none());
+    let began = Instant::now();
+    while began.elapsed() <= time {
+        thread::yield_now();
+    }
+    read_during(&mut reader, || memory.discard(Advice::LinuxFree));
+    let mut delivery = Box::pin(deliveries.deliver());
+    assert!(delivery.as_mut().now_or_never().is_none(), "the pages are still there");
+    assert!(readers.read_begin().now_or_never().is_none(), "pages that are about to go are found");
+    memory.write(2);
+    block_on(delivery).unwrap();
+}
+
+/// Its pass is ready to go on twice, and then waits for a lock of the program.
+struct Locks {
+    lock: Arc<Mutex<()>>,
+    waits: Arc<AtomicBool>,
+}
+
+impl IntervalNotifier for Locks {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        let (lock, waits, mut polls) = (self.lock.clone(), self.waits.clone(), 0);
+        Ok(Some(PassFuture::new(std::future::poll_fn(move |cx| {
+            polls += 1;
+            if polls < 3 {
+                cx.waker().wake_by_ref();
+                return Poll::Pending;
+            }
+            waits.store(true, Ordering::Release);
+            drop(lock.lock());
+            Poll::Ready(())
+        }))))
+    }
+}
+
+fn c3_who_waits_for_pages_looks_himself_while_the_delivery_waits_for_a_lock() {
+    let _fork = no_fork();
+    let source = Running::of(&AddressSpace::new(), Uffd::builder().fork(Fork::Ignore).settle(Duration::from_millis(100)));
+    let memory = Raw::map(9);
+    memory.write(1);
+    let (unmapped, discarded) = (memory.part(0, 1), memory.part(8, 1));
+    let _watch = source.uffd.watch(memory.range()).unwrap();
+    let (lock, waits) = (Arc::<Mutex<()>>::default(), Arc::<AtomicBool>::default());
+    let _locks = source.space.insert(unmapped.range(), Locks { lock: lock.clone(), waits: waits.clone() }).unwrap();
+    let readers = log(&source.space, discarded.range()).0;
+    let held = lock.lock().unwrap();
+    discarded.discard(Advice::LinuxFree);
+    unmapped.unmap();
+    eventually("the delivery waits", || waits.load(Ordering::Acquire));
+    let alone = thread::scope(|scope| {
+        let reading = scope.spawn(|| block_on(readers.read_begin()));
+        let began = Instant::now();
+        while !reading.is_finished() && began.elapsed() < Duration::from_secs(10) {
+            thread::yield_now();
+        }
+        let alone = reading.is_finished();
+        drop(held);
+        alone
+    });
+    assert!(alone, "the time of the discard is over, and its reader waits for the delivery");
+}
+
+fn who_delivers_rests_while_pages_stay() {
+    let _fork = no_fork();
+    let (space, time) = (AddressSpace::new(), Duration::from_millis(500));
+    let (uffd, mut reader, mut deliveries) = Uffd::builder().fork(Fork::Ignore).settle(time).open(&space).unwrap();
+    let reading = thread::spawn(move || reader.run().unwrap());
+    let delivering = thread::spawn(move || {
+        deliveries.run().unwrap();
+        let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+        Duration::try_from(used).unwrap()
+    });
+    let memory = Raw::map(1);
+    memory.write(1);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    memory.discard(Advice::LinuxFree);
+    eventually("the time of the discard is over", || uffd.stats().unsettled == 1);
+    uffd.stop();
+    reading.join().unwrap();
+    let used = delivering.join().unwrap();
+    println!("{used:?} of {time:?}");
+    assert!(used < time * 2 / 5, "{used:?} of {time:?}");
+}
+
+fn r1_a_reader_waits_for_those_closings_of_the_gate_that_it_finds_and_for_no_later_ones() {
+    let space = AddressSpace::new();
+    let reader = log(&space, AddressRange::ALL).0;
+    let begins = || {
+        let mut read = Box::pin(reader.read_begin());
+        assert!(read.as_mut().now_or_never().is_none(), "the gate is closed");
+        read
+    };
+    let first = space.pause();
+    let mut one = begins();
+    let second = space.pause();
+    let mut two = begins();
+    drop((space.pause(), space.pause()));
+    assert!(one.as_mut().now_or_never().is_none());
+    drop(first);
+    let sequence = one.now_or_never().expect("it found the first only");
+    assert!(reader.read_retry(sequence), "the second is not over");
+    let third = space.pause();
+    for _ in 0..3 {
+        drop(space.pause());
+        assert!(two.as_mut().now_or_never().is_none(), "it found the second");
+    }
+    drop(second);
+    two.now_or_never().expect("what it found is over");
+    let mut three = begins();
+    drop(third);
+    let sequence = three.as_mut().now_or_never().expect("the gate is open");
+    assert!(!reader.read_retry(sequence));
+}
+
+/// Takes some time in its first pass.
+struct Slow;
+
+impl IntervalNotifier for Slow {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        let began = Instant::now();
+        while began.elapsed() < Duration::from_micros(300) {
+            thread::yield_now();
+        }
+        Ok(None)
+    }
+}
+
+fn l2_changes_back_to_back_hold_up_no_reader_of_another_range() {
+    let _fork = no_fork();
+    let source = Running::of(&AddressSpace::new(), Uffd::builder().fork(Fork::Ignore));
+    let (memory, elsewhere) = (Raw::map(3), Raw::map(1));
+    let _watch = source.uffd.watch(memory.range()).unwrap();
+    let _slow = source.space.insert(memory.range(), Slow).unwrap();
+    let readers = log(&source.space, elsewhere.range()).0;
+    let stop = AtomicBool::new(false);
+    let answers = thread::scope(|scope| {
+        for page in 0..3 {
+            let (stop, page) = (&stop, memory.part(page, 1));
+            scope.spawn(move || {
+                while !stop.load(Ordering::Relaxed) {
+                    page.discard(Advice::LinuxDontNeed);
+                }
+            });
+        }
+        let reading = scope.spawn(|| {
+            eventually("the drivers are behind", || source.uffd.stats().events > 200);
+            let mut answers = 0;
+            while answers < 5 && !stop.load(Ordering::Relaxed) {
+                block_on(readers.read_begin());
+                answers += 1;
+            }
+            answers
+        });
+        let began = Instant::now();
+        while !reading.is_finished() && began.elapsed() < Duration::from_secs(10) {
+            thread::yield_now();
+        }
+        stop.store(true, Ordering::Relaxed);
+        reading.join().unwrap()
+    });
+    assert_eq!(answers, 5, "while the changes went on");
+}

@@ -1,0 +1,107 @@
+//! What becomes of memory that nobody watches any more.
+
+use crate::cache::flagged;
+use crate::memory::Raw;
+use crate::never_stale::read_during;
+use crate::uffd::{eventually, is_readable, no_fork};
+use futures::executor::block_on;
+use rustix::mm::Advice;
+use shootdown::source::{Deliveries, Fork, Reader, Uffd};
+use shootdown::{AddressRange, AddressSpace};
+use std::thread;
+
+// In processes of their own: what they unmap must not be mapped by the threads of other tests.
+crate::list![fn isolated_tests:
+    what_was_dropped_during_a_change_is_given_up_after_it_by_who_delivers_by_hand,
+    what_was_dropped_during_a_change_is_given_up_after_it_by_run,
+    m8_what_the_program_has_mapped_where_it_was_watched_stays_as_it_is,
+    m8_what_another_source_watches_where_it_was_watched_stays_as_it_is,
+];
+
+fn keeping() -> (Uffd, Reader, Deliveries) {
+    Uffd::builder().fork(Fork::Keep).open(&AddressSpace::new()).unwrap()
+}
+
+/// Pages that the kernel watches, or leaves out of children.
+fn kept(range: AddressRange) -> u64 {
+    flagged(range, &["uw", "um", "dc"])
+}
+
+/// Drops the watch of one page while a thread that unmaps another waits for the reader; then `meanwhile`.
+fn dropped_during_a_change(uffd: &Uffd, reader: &mut Reader, meanwhile: impl FnOnce()) -> Raw {
+    let memory = Raw::map(9);
+    let (changed, other) = (memory.part(0, 1), memory.part(8, 1));
+    let (_watch, watch) = (uffd.watch(changed.range()).unwrap(), uffd.watch(other.range()).unwrap());
+    thread::scope(|scope| {
+        let unmapping = scope.spawn(|| changed.unmap());
+        eventually("the event is there", || is_readable(reader));
+        drop(watch);
+        let held = kept(other.range());
+        meanwhile();
+        eventually("it is read", || reader.read().unwrap() == 0 && unmapping.is_finished());
+        assert_eq!(held, 1, "if it is about to go, its marks are needed");
+    });
+    other
+}
+
+fn what_was_dropped_during_a_change_is_given_up_after_it_by_who_delivers_by_hand() {
+    let _fork = no_fork();
+    let (uffd, mut reader, mut deliveries) = keeping();
+    let mut told = false;
+    let other = dropped_during_a_change(&uffd, &mut reader, || {
+        told = is_readable(&deliveries);
+        deliveries.clear();
+    });
+    assert!(told, "who waits for the descriptor asks when to come again");
+    eventually("no look is to come", || match deliveries.next_look() {
+        Some(_) => block_on(deliveries.deliver()).is_err(),
+        None => true,
+    });
+    assert_eq!(kept(other.range()), 0);
+}
+
+fn what_was_dropped_during_a_change_is_given_up_after_it_by_run() {
+    let _fork = no_fork();
+    let (uffd, mut reader, mut deliveries) = keeping();
+    let delivering = thread::spawn(move || deliveries.run().unwrap());
+    for _ in 0..10 {
+        let other = dropped_during_a_change(&uffd, &mut reader, || {});
+        eventually("it is given up", || kept(other.range()) == 0);
+    }
+    uffd.stop();
+    delivering.join().unwrap();
+}
+
+/// Memory of which the first page is watched as far as `uffd` knows, and which has been mapped anew.
+fn mapped_anew(uffd: &Uffd, reader: &mut Reader, deliveries: &mut Deliveries) -> (Raw, shootdown::source::Watch) {
+    loop {
+        let memory = Raw::map(64);
+        let watch = uffd.watch(memory.part(0, 1).range()).unwrap();
+        read_during(reader, || memory.unmap());
+        block_on(deliveries.deliver()).unwrap();
+        // Another thread may have taken the address.
+        if memory.map_again() {
+            return (memory, watch);
+        }
+    }
+}
+
+fn m8_what_the_program_has_mapped_where_it_was_watched_stays_as_it_is() {
+    let _fork = no_fork();
+    let (uffd, mut reader, mut deliveries) = keeping();
+    let (memory, watch) = mapped_anew(&uffd, &mut reader, &mut deliveries);
+    memory.discard(Advice::LinuxDontFork);
+    drop(watch);
+    assert_eq!(flagged(memory.range(), &["dc"]), 64, "the program has left it out of its children");
+}
+
+fn m8_what_another_source_watches_where_it_was_watched_stays_as_it_is() {
+    let _fork = no_fork();
+    let (uffd, mut reader, mut deliveries) = keeping();
+    let (another, _reader, _deliveries) = keeping();
+    let (memory, watch) = mapped_anew(&uffd, &mut reader, &mut deliveries);
+    let anew = another.watch(memory.range()).unwrap();
+    drop(watch);
+    assert_eq!(flagged(memory.range(), &["dc"]), 64);
+    assert!(anew.is_armed());
+}
