@@ -4,7 +4,7 @@ use crate::fault::Fault;
 use crate::gpu::Gpu;
 use crate::oracle::{PAGE, Page, pages};
 use crate::profile::Command;
-use crate::record::Record;
+use crate::record::{Record, Step};
 use crate::runtime::{Flag, yield_now};
 use crate::simulation::Mode;
 use rand::Rng;
@@ -37,14 +37,14 @@ impl Mirror {
 
     /// Removes the pages from the page table, under the lock that readers install under; returns those that were there. If there are any, this
     /// first pass has work for the device until `over` is set, and another one that finds nothing left knows of it from the same moment on.
-    fn zap(&self, invalidation: &Invalidation<'_>, pages: &RangeInclusive<Page>, (number, over): (u64, &Flag)) -> Vec<Page> {
+    fn zap(&self, invalidation: &Invalidation<'_>, pages: &RangeInclusive<Page>, (record, over): (&Record, &Flag)) -> Vec<Page> {
         let gpu = &self.gpu;
         let late = gpu.fault == Some(Fault::SetSeqOutsideLock);
         let mut table =
             if late || gpu.fault == Some(Fault::NoSetSeq) { gpu.table.lock() } else { gpu.table.lock_for(invalidation) };
         let mut zapped: Vec<Page> = table.range(pages.clone()).map(|(page, _)| *page).collect();
         if !zapped.is_empty() {
-            gpu.begins(number, pages, over);
+            gpu.begins(record, pages, over);
         }
         match gpu.fault {
             Some(Fault::FirstPageOnly) => zapped.truncate(1),
@@ -78,25 +78,35 @@ impl IntervalNotifier for Mirror {
         let record = Record::current().unwrap_or_else(|| Record::new(0, Duration::ZERO));
         let (first_pass, pages) = (gpu.runtime.now(), pages(self.space, invalidation.range()));
         let over = Flag::default();
-        let zapped = self.zap(invalidation, &pages, (record.number, &over));
+        let zapped = self.zap(invalidation, &pages, (&record, &over));
         if !zapped.is_empty() {
             // A walk that finds nothing is short.
             gpu.runtime.work(gpu.model.costs.zap);
         }
-        if zapped.is_empty() && !gpu.is_unfinished(record.number, &pages) {
-            // Nothing was mapped, and no translation can be cached; or another mapping's notifier of this GPU has zapped these pages, and this
-            // invalidation waits for what it began. If another invalidation did, this one has to wait, too.
-            return Ok(None);
+        let mut others = Vec::new();
+        if zapped.is_empty() {
+            // Where nothing was mapped no translation can be cached, unless another invalidation has zapped these pages and the device is not done
+            // with them. (If another mapping's notifier of this GPU did, for this invalidation, that is waited for in any case.)
+            match gpu.unfinished(&record, &pages) {
+                None => return Ok(None),
+                Some(fences) => others = fences,
+            }
+            gpu.begins(&record, &pages, &over);
         }
         match gpu.fault {
             Some(Fault::AnyFence) if gpu.any_fence().is_some() => return Ok(gpu.any_fence().map(waits_only)),
             Some(Fault::OldFence) if gpu.last_fence().is_some() => return Ok(gpu.last_fence().map(waits_only)),
             _ => {}
         }
-        if zapped.is_empty() {
-            gpu.begins(record.number, &pages, &over);
-        }
-        let chain = Chain::start(gpu, (record, first_pass), (pages, zapped), over);
+        let in_use = gpu.mode == Mode::TwoPass && self.in_use.swap(true, Ordering::Relaxed);
+        let todo: VecDeque<Todo> = if zapped.is_empty() {
+            // What the others wait for at this moment, and a flush of its own; not their next step, which is theirs to begin.
+            let flush = gpu.model.steps(gpu.id, record.number, record.at).last().map(Todo::Command);
+            others.into_iter().map(Todo::Other).chain(flush).collect()
+        } else {
+            gpu.model.steps(gpu.id, record.number, record.at).map(Todo::Command).collect()
+        };
+        let chain = Chain::start(gpu, (record, first_pass), (pages, zapped), (todo, over));
         if gpu.fault == Some(Fault::SkipWait) {
             gpu.runtime.spawn(chain.finish(Wait::InTheTask));
             return Ok(None);
@@ -106,7 +116,7 @@ impl IntervalNotifier for Mirror {
             Mode::RoundRobin => Some(PassFuture::new(chain.finish(Wait::InRounds))),
             // The space's pass budget is zero.
             Mode::SinglePass => Some(PassFuture::new(chain.finish(Wait::InOrder))),
-            Mode::TwoPass if self.in_use.swap(true, Ordering::Relaxed) => {
+            Mode::TwoPass if in_use => {
                 gpu.in_use.fetch_add(1, Ordering::Relaxed);
                 gpu.runtime.block_on(chain.finish(Wait::InOrder), Duration::ZERO);
                 None
@@ -149,11 +159,20 @@ struct Chain {
     lane: usize,
     pages: RangeInclusive<Page>,
     zapped: Vec<Page>,
-    left: VecDeque<(Command, Duration)>,
+    todo: VecDeque<Todo>,
     random: StdRng,
     command: Command,
+    /// The step in the record, if the device was not told of it by this invalidation.
+    other: Option<usize>,
     fence: Flag,
     over: Flag,
+}
+
+/// A step.
+enum Todo {
+    Command((Command, Duration)),
+    /// What another invalidation has begun for the same pages.
+    Other(Flag),
 }
 
 impl Chain {
@@ -162,23 +181,23 @@ impl Chain {
         gpu: &Arc<Gpu>,
         (record, first_pass): (Arc<Record>, Duration),
         (pages, zapped): (RangeInclusive<Page>, Vec<Page>),
-        over: Flag,
+        (todo, over): (VecDeque<Todo>, Flag),
     ) -> Self {
-        let steps = gpu.model.steps(gpu.id, record.number, record.at);
         let lane = record.lane(gpu.id, first_pass);
         let mut chain = Self {
             gpu: gpu.clone(),
+            random: gpu.model.random(gpu.id, record.number),
             record,
             lane,
             pages,
             zapped,
-            left: steps.steps.into(),
-            random: steps.random,
+            todo,
             command: Command::TlbFlush,
+            other: None,
             fence: Flag::default(),
             over,
         };
-        chain.submit();
+        chain.begin();
         if gpu.fault != Some(Fault::FlushBeforeZap) {
             gpu.return_to(&chain.zapped, &mut chain.random);
         }
@@ -186,11 +205,20 @@ impl Chain {
     }
 
     /// Begins the next step, if there is one.
-    fn submit(&mut self) -> bool {
-        let Some(next) = self.left.pop_front() else { return false };
-        self.gpu.runtime.work(self.gpu.model.costs.submit);
-        self.command = next.0;
-        self.fence = self.gpu.submit((&self.record, self.lane), next, &self.pages, &mut self.random);
+    fn begin(&mut self) -> bool {
+        match self.todo.pop_front() {
+            None => return false,
+            Some(Todo::Command(next)) => {
+                self.gpu.runtime.work(self.gpu.model.costs.submit);
+                self.command = next.0;
+                self.fence = self.gpu.submit((&self.record, self.lane), next, &self.pages, &mut self.random);
+            }
+            Some(Todo::Other(fence)) => {
+                let now = self.gpu.runtime.now();
+                self.other = Some(self.record.step(self.lane, Step { command: self.command, submitted: now, done: now }));
+                self.fence = fence;
+            }
+        }
         true
     }
 
@@ -209,7 +237,10 @@ impl Chain {
             } else {
                 self.gpu.runtime.block_on(wait, self.gpu.model.costs.wake);
             }
-            if !self.submit() {
+            if let Some(step) = self.other.take() {
+                self.record.done(self.lane, step, self.gpu.runtime.now());
+            }
+            if !self.begin() {
                 break;
             }
             if how == Wait::InRounds {

@@ -22,10 +22,14 @@ use std::time::Duration;
 
 /// What an invalidation has begun.
 struct Unfinished {
+    /// Rises from one to the next.
+    serial: u64,
     pages: RangeInclusive<Page>,
     /// The number of the invalidation.
     of: u64,
     over: Flag,
+    /// Of its last command.
+    fence: Option<Flag>,
 }
 
 pub struct Gpu {
@@ -45,6 +49,7 @@ pub struct Gpu {
     under_way: Mutex<Vec<Flag>>,
     /// What invalidations have begun here and not finished: all steps, not one command.
     unfinished: Mutex<Vec<Unfinished>>,
+    serial: AtomicU64,
     last: Mutex<Option<Flag>>,
     pub mirrors: Mutex<Mirrors>,
     /// The driver has heard `Release` of a space.
@@ -69,6 +74,7 @@ impl Gpu {
             queue: Mutex::default(),
             under_way: Mutex::default(),
             unfinished: Mutex::default(),
+            serial: AtomicU64::new(0),
             last: Mutex::default(),
             mirrors: Mutex::default(),
             released: AtomicBool::new(false),
@@ -85,18 +91,24 @@ impl Gpu {
         self.mirrors.lock().unwrap().clear();
     }
 
-    /// The invalidation of number `of` begins to wait for this device, until `over` is set.
-    pub fn begins(&self, of: u64, pages: &RangeInclusive<Page>, over: &Flag) {
+    /// An invalidation begins to wait for this device, until `over` is set.
+    pub fn begins(&self, record: &Record, pages: &RangeInclusive<Page>, over: &Flag) {
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed) + 1;
+        record.begins(self.id, serial);
         let mut unfinished = self.unfinished.lock().unwrap();
         unfinished.retain(|begun| !begun.over.is_set());
-        unfinished.push(Unfinished { pages: pages.clone(), of, over: over.clone() });
+        unfinished.push(Unfinished { serial, pages: pages.clone(), of: record.number, over: over.clone(), fence: None });
     }
 
-    /// Whether an invalidation other than this one still waits for this device because of some of `pages`.
-    pub fn is_unfinished(&self, except: u64, pages: &RangeInclusive<Page>) -> bool {
+    /// What other invalidations have begun because of some of `pages`, and not finished: the fences for which the device works. `None` if there
+    /// is nothing, or this invalidation has begun something later itself, which is for these pages, too.
+    pub fn unfinished(&self, record: &Record, pages: &RangeInclusive<Page>) -> Option<Vec<Flag>> {
         let overlaps = |of: &RangeInclusive<Page>| of.start() <= pages.end() && pages.start() <= of.end();
+        let since = record.begun(self.id);
         let unfinished = self.unfinished.lock().unwrap();
-        unfinished.iter().any(|begun| !begun.over.is_set() && begun.of != except && overlaps(&begun.pages))
+        let is_open = |begun: &&Unfinished| begun.of != record.number && begun.serial > since && !begun.over.is_set();
+        let others: Vec<&Unfinished> = unfinished.iter().filter(is_open).filter(|begun| overlaps(&begun.pages)).collect();
+        (!others.is_empty()).then(|| others.iter().filter_map(|begun| begun.fence.clone()).collect())
     }
 
     /// The fence of some command under way.
@@ -131,6 +143,9 @@ impl Gpu {
         let fence = Flag::default();
         self.under_way.lock().unwrap().push(fence.clone());
         *self.last.lock().unwrap() = Some(fence.clone());
+        for begun in self.unfinished.lock().unwrap().iter_mut().filter(|begun| begun.of == record.number) {
+            begun.fence = Some(fence.clone());
+        }
         let step = record.step(lane, Step { command, submitted, done: done + interrupt });
         let middle = began + latency.mul_f64(random.random());
         let mut random = StdRng::seed_from_u64(random.random());

@@ -80,25 +80,22 @@ Numbers of the model (log-normal around the median, cut off at the bounds; each 
   page fault        30 µs                 Zheng et al., Towards High Performance Paged Memory for GPUs, HPCA 2016: 20 to 50 µs
   zap, submit, interrupt, wake: 1, 2, 1, 2 µs, assumptions; a direct context switch takes 1 to 4 µs (Li, Ding, Shen: Quantifying the Cost of Context Switch, ExpCS 2007)";
 
-/// The steps of one GPU for one invalidation, each of which depends on the one before.
-pub struct Steps {
-    pub steps: Vec<(Command, Duration)>,
-    pub random: StdRng,
-}
-
 impl Model {
-    /// What GPU `gpu` has to do for invalidation `number`, which the program comes to at `at`: the
-    /// same in every mode and for any number of GPUs.
-    pub fn steps(&self, gpu: usize, number: u64, at: Duration) -> Steps {
+    /// The random numbers of GPU `gpu` for invalidation `number`: the same in every mode and for any number of GPUs.
+    pub fn random(&self, gpu: usize, number: u64) -> StdRng {
         let key = (gpu as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd1b5_4a32_d192_ed03);
-        let mut random = StdRng::seed_from_u64(self.seed ^ key);
-        let mut draw = |command| (command, self.latency(command, &mut random));
+        StdRng::seed_from_u64(self.seed ^ key)
+    }
+
+    /// The steps of GPU `gpu` for invalidation `number`, which the program comes to at `at`, each of which depends on the one before.
+    pub fn steps(&self, gpu: usize, number: u64, at: Duration) -> impl Iterator<Item = (Command, Duration)> {
+        let mut random = self.random(gpu, number ^ 1 << 62);
         let steps = match self.activity(gpu, at) {
-            Activity::Idle => vec![draw(Command::TlbFlush)],
-            Activity::Busy => vec![draw(Command::Jobs), draw(Command::TlbFlush)],
-            Activity::Preempting => vec![draw(Command::Preempt), draw(Command::TlbFlush)],
+            Activity::Idle => [None, Some(Command::TlbFlush)],
+            Activity::Busy => [Some(Command::Jobs), Some(Command::TlbFlush)],
+            Activity::Preempting => [Some(Command::Preempt), Some(Command::TlbFlush)],
         };
-        Steps { steps, random }
+        steps.into_iter().flatten().map(move |command| (command, self.latency(command, &mut random)))
     }
 
     fn latency(&self, command: Command, random: &mut StdRng) -> Duration {

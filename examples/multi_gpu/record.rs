@@ -2,6 +2,7 @@
 
 use crate::profile::Command;
 use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -31,6 +32,8 @@ pub struct Record {
     /// Where in the recording it is: the time, without what invalidations took.
     pub at: Duration,
     lanes: Mutex<Vec<Lane>>,
+    /// The last that each GPU began for it.
+    begun: Mutex<BTreeMap<usize, u64>>,
 }
 
 thread_local! {
@@ -40,7 +43,7 @@ thread_local! {
 
 impl Record {
     pub fn new(number: u64, at: Duration) -> Arc<Self> {
-        Arc::new(Self { number, at, lanes: Mutex::default() })
+        Arc::new(Self { number, at, lanes: Mutex::default(), begun: Mutex::default() })
     }
 
     /// The one whose first passes run here.
@@ -61,6 +64,16 @@ impl Record {
         let mut lanes = self.lanes.lock().unwrap();
         lanes.push(Lane { gpu, first_pass, steps: Vec::new() });
         lanes.len() - 1
+    }
+
+    /// A GPU has begun its work of number `serial` for it.
+    pub fn begins(&self, gpu: usize, serial: u64) {
+        self.begun.lock().unwrap().insert(gpu, serial);
+    }
+
+    /// The number of the last work that a GPU has begun for it; 0 for none.
+    pub fn begun(&self, gpu: usize) -> u64 {
+        self.begun.lock().unwrap().get(&gpu).copied().unwrap_or(0)
     }
 
     pub fn step(&self, lane: usize, step: Step) -> usize {
