@@ -2,7 +2,6 @@
 #![allow(missing_docs, clippy::print_stdout)]
 
 use libtest_mimic::{Arguments, Failed, Trial};
-use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -90,21 +89,19 @@ fn look_in(dir: &Path) -> Result<(), Failed> {
             return Err(format!("{pixels} pixels of {name} in {}", shot.display()).into());
         }
     }
-    // Flushes: where each begins. One after the other they begin at many places; of those that depend on nothing half begin together.
-    let begins = |color| -> BTreeSet<usize> {
-        let bars =
-            (0..picture.height).flat_map(|y| picture.runs(y, color).filter(|(from, to)| to - from >= 4 && to - from < 200));
-        let at: Vec<usize> = bars.map(|(from, _)| from / 4).collect();
-        let tall = |begin: &usize| at.iter().filter(|at| *at == begin).count() >= 4;
-        at.iter().copied().filter(tall).collect()
+    // Flushes: where each ends. One GPU after the other they go on to the right edge; poll-driven ones end long before.
+    let ends = |color: [u8; 3]| -> Vec<u32> {
+        let fill = format!("fill=\"#{:02X}{:02X}{:02X}\"", color[0], color[1], color[2]);
+        let number =
+            |tag: &str, name: &str| -> Option<u32> { tag.split_once(&format!(" {name}=\""))?.1.split('"').next()?.parse().ok() };
+        let timeline = text.split_once("<div id=timeline>").map_or("", |(_, rest)| rest);
+        let bars = timeline.split("<rect").filter(|tag| tag.contains(&fill) && number(tag, "height") != Some(10));
+        bars.filter_map(|tag| Some(number(tag, "x")? + number(tag, "width")?)).collect()
     };
-    let (single, poll) = (begins(SINGLE), begins(POLL));
-    let last = |begins: &BTreeSet<usize>| begins.last().copied().unwrap_or(0);
-    if single.len() < 8 || last(&single) < 2 * last(&poll).saturating_sub(20) {
-        return Err(format!(
-            "flushes begin at {single:?} in single-pass and at {poll:?} in poll-driven: the first should be spread out"
-        )
-        .into());
+    let (single, poll) = (ends(SINGLE), ends(POLL));
+    let (last, soonest) = (single.iter().max().copied().unwrap_or(0), poll.iter().max().copied().unwrap_or(u32::MAX));
+    if single.len() < 16 || poll.len() < 16 || soonest * 2 > last {
+        return Err(format!("flushes end at {single:?} in single-pass and at {poll:?} in poll-driven").into());
     }
     Ok(())
 }

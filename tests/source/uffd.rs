@@ -273,7 +273,7 @@ impl IntervalNotifier for Locks {
     }
 }
 
-/// ofiwg/libfabric#5554, #5580: memory is given back inside the allocator's lock, and the monitor needs that lock.
+/// ofiwg/libfabric#5554, #5687: memory is given back inside the allocator's lock, and the monitor needs that lock.
 fn a_lock_that_is_held_across_munmap_does_not_stop_the_reader() {
     let _fork = no_fork();
     let source = Running::new();
@@ -374,7 +374,7 @@ fn fork_invalidates_what_is_watched() {
     assert_eq!(told.lock().unwrap().last(), Some(&(Event::Unmap, memory.range())));
 }
 
-/// ofiwg/libfabric#5361.
+/// ofiwg/libfabric, pull request #5361.
 fn a_handle_that_is_dropped_does_not_unwatch_a_new_one_at_the_same_address() {
     let _fork = no_fork();
     let source = Running::new();
@@ -392,7 +392,7 @@ fn a_handle_that_is_dropped_does_not_unwatch_a_new_one_at_the_same_address() {
     drop(new);
 }
 
-/// ofiwg/libfabric#6474: two monitors of one process.
+/// ofiwg/libfabric, pull request #6474: two monitors of one process.
 fn a_second_userfaultfd_in_the_process_is_an_error_that_names_the_range() {
     let _fork = no_fork();
     let (one, two) = (Running::new(), Running::new());
