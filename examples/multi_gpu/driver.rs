@@ -66,6 +66,16 @@ impl Mirror {
 
 impl IntervalNotifier for Mirror {
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        Ok(self.gpu.runtime.alone(|| self.first_pass(invalidation)))
+    }
+
+    fn name(&self) -> Cow<'static, str> {
+        format!("gpu{}", self.gpu.id).into()
+    }
+}
+
+impl Mirror {
+    fn first_pass(&self, invalidation: &Invalidation<'_>) -> Option<PassFuture> {
         let gpu = &self.gpu;
         gpu.first_passes.fetch_add(1, Ordering::Relaxed);
         if invalidation.event() == Event::Release {
@@ -73,7 +83,7 @@ impl IntervalNotifier for Mirror {
         }
         let deaf = gpu.fault == Some(Fault::IgnoreRelease) && gpu.released.load(Ordering::Relaxed);
         if deaf || gpu.fault.is_some_and(|fault| fault.ignores(invalidation.event())) {
-            return Ok(None);
+            return None;
         }
         let record = Record::current().unwrap_or_else(|| Record::new(0, Duration::ZERO));
         let (first_pass, pages) = (gpu.runtime.now(), pages(self.space, invalidation.range()));
@@ -88,14 +98,14 @@ impl IntervalNotifier for Mirror {
             // Where nothing was mapped no translation can be cached, unless another invalidation has zapped these pages and the device is not done
             // with them. (If another mapping's notifier of this GPU did, for this invalidation, that is waited for in any case.)
             match gpu.unfinished(&record, &pages) {
-                None => return Ok(None),
+                None => return None,
                 Some(fences) => others = fences,
             }
             gpu.begins(&record, &pages, &over);
         }
         match gpu.fault {
-            Some(Fault::AnyFence) if gpu.any_fence().is_some() => return Ok(gpu.any_fence().map(waits_only)),
-            Some(Fault::OldFence) if gpu.last_fence().is_some() => return Ok(gpu.last_fence().map(waits_only)),
+            Some(Fault::AnyFence) if gpu.any_fence().is_some() => return gpu.any_fence().map(waits_only),
+            Some(Fault::OldFence) if gpu.last_fence().is_some() => return gpu.last_fence().map(waits_only),
             _ => {}
         }
         let in_use = gpu.mode == Mode::TwoPass && self.in_use.swap(true, Ordering::Relaxed);
@@ -108,31 +118,27 @@ impl IntervalNotifier for Mirror {
         };
         let chain = Chain::start(gpu, (record, first_pass), (pages, zapped), (todo, over));
         if gpu.fault == Some(Fault::SkipWait) {
-            gpu.runtime.spawn(chain.finish(Wait::InTheTask));
-            return Ok(None);
+            gpu.runtime.spawn(chain.finish(Wait::Pending));
+            return None;
         }
-        Ok(match gpu.mode {
-            Mode::PollDriven => Some(PassFuture::new(chain.finish(Wait::InTheTask))),
-            Mode::RoundRobin => Some(PassFuture::new(chain.finish(Wait::InRounds))),
+        match gpu.mode {
+            Mode::PollDriven => Some(PassFuture::new(chain.finish(Wait::Pending))),
+            Mode::RoundRobin => Some(PassFuture::new(chain.finish(Wait::Rounds))),
             // The space's pass budget is zero.
-            Mode::SinglePass => Some(PassFuture::new(chain.finish(Wait::InOrder))),
+            Mode::SinglePass => Some(PassFuture::new(chain.finish(Wait::Blocking))),
             Mode::TwoPass if in_use => {
                 gpu.in_use.fetch_add(1, Ordering::Relaxed);
-                gpu.runtime.block_on(chain.finish(Wait::InOrder), Duration::ZERO);
+                gpu.runtime.block_on(chain.finish(Wait::Blocking), Duration::ZERO);
                 None
             }
             Mode::TwoPass => {
                 let in_use = self.in_use.clone();
                 Some(PassFuture::new(async move {
-                    chain.finish(Wait::InOrder).await;
+                    chain.finish(Wait::Blocking).await;
                     in_use.store(false, Ordering::Relaxed);
                 }))
             }
-        })
-    }
-
-    fn name(&self) -> Cow<'static, str> {
-        format!("gpu{}", self.gpu.id).into()
+        }
     }
 }
 
@@ -145,11 +151,11 @@ fn waits_only(fence: Flag) -> PassFuture {
 #[derive(Clone, Copy, PartialEq)]
 enum Wait {
     /// The future says that it is not ready.
-    InTheTask,
+    Pending,
     /// The thread blocks in the pass until all steps are done.
-    InOrder,
+    Blocking,
     /// The thread blocks in the pass until one step is done; the next is begun, and the pass goes to the back of the list.
-    InRounds,
+    Rounds,
 }
 
 /// What a device does for an invalidation, step by step. This is the driver in all four modes.
@@ -232,7 +238,7 @@ impl Chain {
                 Command::TlbFlush => tracing::info_span!("TLB flush", gpu = self.gpu.id),
             };
             let wait = self.fence.wait().instrument(span);
-            if how == Wait::InTheTask || !self.gpu.runtime.may_block() {
+            if how == Wait::Pending || !self.gpu.runtime.may_block() {
                 wait.await;
             } else {
                 self.gpu.runtime.block_on(wait, self.gpu.model.costs.wake);
@@ -243,7 +249,7 @@ impl Chain {
             if !self.begin() {
                 break;
             }
-            if how == Wait::InRounds {
+            if how == Wait::Rounds {
                 yield_now().await;
             }
         }

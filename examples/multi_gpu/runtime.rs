@@ -4,9 +4,10 @@
 //! recorded, and the kernel's own work). The virtual one is a discrete-event simulator: one of all
 //! of them runs at a time, and when none can, time jumps to the next timer. A thread is a thread of
 //! the operating system that waits for its turn, so that a driver may block anywhere in it, as
-//! drivers in a kernel do. Everything is ordered: the same seed gives the same run.
+//! drivers in a kernel do. Whoever has the turn and blocks runs the tasks, until it is a thread's
+//! turn. Everything is ordered: the same seed gives the same run.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
 use std::future::poll_fn;
@@ -29,25 +30,75 @@ pub enum Runtime {
 /// The virtual one.
 pub struct Core {
     state: Mutex<State>,
-    /// The thread that hands out turns.
-    scheduler: Thread,
-    /// The thread that had the turn has given it back.
-    returned: AtomicBool,
+    /// Of the thread that has the turn when no other one can have it: at the end of a thread, and
+    /// when one blocks where it may not run tasks.
+    scheduler: Arc<Turn>,
 }
 
 impl Core {
-    /// Gives a thread its turn, and waits until it gives it back.
-    fn hand_over(&self, turn: &Turn) {
-        turn.mine.store(true, Ordering::SeqCst);
-        turn.thread.unpark();
-        while !self.returned.swap(false, Ordering::SeqCst) {
-            std::thread::park();
+    /// For who has the turn: runs tasks until it is `me`'s turn again, or until `over`.
+    ///
+    /// # Panics
+    /// When nothing can go on any more.
+    fn run(self: &Arc<Self>, me: &Arc<Turn>, over: impl Fn() -> bool) {
+        while !over() {
+            let next = {
+                let mut state = self.state.lock().unwrap();
+                for future in std::mem::take(&mut state.spawned) {
+                    let task = state.free.pop().unwrap_or(state.tasks.len());
+                    let waker = Waker::from(Arc::new(TaskWaker { core: self.clone(), task }));
+                    if task == state.tasks.len() {
+                        state.tasks.push(None);
+                    }
+                    state.tasks[task] = Some((future, waker));
+                    state.ready.push_back(Ready::Task(task));
+                }
+                state.ready.pop_front()
+            };
+            match next {
+                Some(Ready::Task(task)) => self.poll(task),
+                Some(Ready::Thread(turn)) if turn.over.load(Ordering::SeqCst) => {}
+                Some(Ready::Thread(turn)) if Arc::ptr_eq(&turn, me) => return,
+                Some(Ready::Thread(turn)) => {
+                    turn.give();
+                    return me.wait();
+                }
+                None => {
+                    let mut state = self.state.lock().unwrap();
+                    let Some(Reverse(timer)) = state.timers.pop() else {
+                        panic!("the simulation is stuck: nobody is ready and no timer is set");
+                    };
+                    state.now = timer.at;
+                    drop(state);
+                    timer.waker.wake();
+                }
+            }
         }
     }
 
-    fn give_back(&self) {
-        self.returned.store(true, Ordering::SeqCst);
-        self.scheduler.unpark();
+    fn poll(&self, task: usize) {
+        let taken = {
+            let mut state = self.state.lock().unwrap();
+            (state.polled, state.again) = (Some(task), false);
+            // It may have been woken more than once, or have ended since.
+            state.tasks[task].take()
+        };
+        let polled = taken.map(|(mut future, waker)| {
+            let _here = Aside(HERE.take());
+            let done = future.as_mut().poll(&mut Context::from_waker(&waker)).is_ready();
+            (done, (future, waker))
+        });
+        let mut state = self.state.lock().unwrap();
+        state.polled = None;
+        match polled {
+            Some((false, task_again)) => state.tasks[task] = Some(task_again),
+            Some((true, ended)) => {
+                state.free.push(task);
+                drop(state);
+                drop(ended);
+            }
+            None => {}
+        }
     }
 }
 
@@ -59,8 +110,13 @@ struct State {
     timer: u64,
     spawned: Vec<BoxFuture>,
     ready: VecDeque<Ready>,
+    tasks: Vec<Option<(BoxFuture, Waker)>>,
+    /// Places of `tasks` that are empty.
+    free: Vec<usize>,
     /// The task that is being polled.
     polled: Option<usize>,
+    /// It has woken itself.
+    again: bool,
 }
 
 /// What it takes at least until a task that has woken itself has its next turn. Otherwise one that
@@ -116,8 +172,10 @@ impl Wake for TaskWaker {
     fn wake(self: Arc<Self>) {
         let mut state = self.core.state.lock().unwrap();
         if state.polled == Some(self.task) {
-            let at = state.now + TURN;
-            state.timer(at, Waker::from(self.clone()));
+            if !std::mem::replace(&mut state.again, true) {
+                let at = state.now + TURN;
+                state.timer(at, Waker::from(self.clone()));
+            }
         } else {
             state.ready.push_back(Ready::Task(self.task));
         }
@@ -128,9 +186,20 @@ impl Wake for TaskWaker {
 struct Turn {
     thread: Thread,
     mine: AtomicBool,
+    /// The thread has ended; it may have been woken since it last asked.
+    over: AtomicBool,
 }
 
 impl Turn {
+    fn of(thread: Thread) -> Arc<Self> {
+        Arc::new(Self { thread, mine: AtomicBool::new(false), over: AtomicBool::new(false) })
+    }
+
+    fn give(&self) {
+        self.mine.store(true, Ordering::SeqCst);
+        self.thread.unpark();
+    }
+
     fn wait(&self) {
         while !self.mine.swap(false, Ordering::SeqCst) {
             std::thread::park();
@@ -168,6 +237,17 @@ struct Here {
 
 thread_local! {
     static HERE: RefCell<Option<Here>> = const { RefCell::new(None) };
+    /// Code runs here that other code cannot be run in the middle of.
+    static ALONE: Cell<bool> = const { Cell::new(false) };
+}
+
+/// A task is polled, on whatever thread: what it runs is no part of the thread.
+struct Aside(Option<Here>);
+
+impl Drop for Aside {
+    fn drop(&mut self) {
+        HERE.set(self.0.take());
+    }
 }
 
 fn here() -> Option<Here> {
@@ -232,13 +312,14 @@ pub async fn yield_now() {
 }
 
 /// Says at the end of a thread, also by a panic, that it has ended.
-struct SaysEnd(Flag, Option<Arc<Core>>);
+struct SaysEnd(Flag, Here);
 
 impl Drop for SaysEnd {
     fn drop(&mut self) {
+        self.1.turn.over.store(true, Ordering::SeqCst);
         self.0.set();
-        if let Some(core) = &self.1 {
-            core.give_back();
+        if let Some(core) = &self.1.core {
+            core.scheduler.give();
         }
     }
 }
@@ -303,16 +384,24 @@ impl Runtime {
             if here.core.is_some() {
                 here.turn.wait();
             }
-            let _says = SaysEnd(ended, here.core.clone());
+            let _says = SaysEnd(ended, here.clone());
             HERE.set(Some(here));
             run();
         });
-        let turn = Arc::new(Turn { thread: started.thread().clone(), mine: AtomicBool::new(false) });
+        let turn = Turn::of(started.thread().clone());
         let _ = tell.send(Here { turn: turn.clone(), core });
         if let Self::Virtual(core) = self {
             core.state.lock().unwrap().ready.push_back(Ready::Thread(turn));
         }
         started
+    }
+
+    /// Runs a first pass, which the library knows by its thread: others of the simulation that run while it blocks run on other threads.
+    pub fn alone<T>(&self, run: impl FnOnce() -> T) -> T {
+        let before = ALONE.replace(true);
+        let output = run();
+        ALONE.set(before);
+        output
     }
 
     /// Whether this may block: on a thread of the simulation, not in a task.
@@ -340,10 +429,11 @@ impl Runtime {
                 slept = true;
                 match &here.core {
                     // The others' turn.
-                    Some(core) => {
-                        core.give_back();
+                    Some(core) if ALONE.get() => {
+                        core.scheduler.give();
                         here.turn.wait();
                     }
+                    Some(core) => core.run(&here.turn, || false),
                     None => std::thread::park(),
                 }
             }
@@ -380,73 +470,31 @@ impl Runtime {
 /// # Panics
 /// When `main` does, and when nothing can go on any more.
 pub fn run_virtual<T: Send + 'static>(main: impl FnOnce(Runtime) -> T + Send + 'static) -> T {
-    let core = Arc::new(Core { state: Mutex::default(), scheduler: std::thread::current(), returned: AtomicBool::new(false) });
+    let scheduler = Turn::of(std::thread::current());
+    let core = Arc::new(Core { state: Mutex::default(), scheduler: scheduler.clone() });
     let runtime = Runtime::Virtual(core.clone());
     let (output, ended) = (Arc::new(Mutex::new(None)), Flag::default());
     let (result, of_main) = (output.clone(), runtime.clone());
-    let mut main = Some(runtime.start(
+    let main = runtime.start(
         move || {
             let done = main(of_main);
             *result.lock().unwrap() = Some(done);
         },
         ended.clone(),
-    ));
-    let mut tasks: Vec<Option<(BoxFuture, Waker)>> = Vec::new();
-    let mut free = Vec::new();
-    loop {
-        let (spawned, next) = {
-            let mut state = core.state.lock().unwrap();
-            (std::mem::take(&mut state.spawned), state.ready.pop_front())
-        };
-        for future in spawned {
-            let task = free.pop().unwrap_or(tasks.len());
-            let waker = Waker::from(Arc::new(TaskWaker { core: core.clone(), task }));
-            let new = Some((future, waker));
-            if task == tasks.len() {
-                tasks.push(new)
-            } else {
-                tasks[task] = new
-            }
-            core.state.lock().unwrap().ready.push_back(Ready::Task(task));
-        }
-        match next {
-            Some(Ready::Task(task)) => {
-                // It may have been woken more than once, or have ended since.
-                if let Some((future, waker)) = &mut tasks[task] {
-                    core.state.lock().unwrap().polled = Some(task);
-                    let done = future.as_mut().poll(&mut Context::from_waker(&waker.clone())).is_ready();
-                    core.state.lock().unwrap().polled = None;
-                    if done {
-                        tasks[task] = None;
-                        free.push(task);
-                    }
-                }
-            }
-            Some(Ready::Thread(turn)) => core.hand_over(&turn),
-            None => {
-                let timer = {
-                    let mut state = core.state.lock().unwrap();
-                    if !state.ready.is_empty() || !state.spawned.is_empty() {
-                        continue;
-                    }
-                    let Some(Reverse(timer)) = state.timers.pop() else {
-                        panic!("the simulation is stuck: nobody is ready and no timer is set");
-                    };
-                    state.now = timer.at;
-                    timer
-                };
-                timer.waker.wake();
-            }
-        }
-        if ended.is_set() {
-            if let Some(Err(panic)) = main.take().map(JoinHandle::join) {
-                std::panic::resume_unwind(panic);
-            }
-            // Tasks hold the simulator's state and it holds wakers of tasks: both go now.
-            core.state.lock().unwrap().timers.clear();
-            return output.lock().unwrap().take().expect("main has ended without a panic");
-        }
+    );
+    while !ended.is_set() {
+        core.run(&scheduler, || ended.is_set());
     }
+    if let Err(panic) = main.join() {
+        std::panic::resume_unwind(panic);
+    }
+    // Tasks hold the simulator's state and it holds wakers of tasks: both go now.
+    let (timers, tasks) = {
+        let mut state = core.state.lock().unwrap();
+        (std::mem::take(&mut state.timers), std::mem::take(&mut state.tasks))
+    };
+    drop((timers, tasks));
+    output.lock().unwrap().take().expect("main has ended without a panic")
 }
 
 /// Runs `main`, which is a thread, to its end in real time, with the devices on two threads of tokio.
