@@ -24,11 +24,18 @@ pub struct Mirror {
     space: usize,
     /// Linux 7.1 has one `finish` for each notifier; this one's is in use.
     in_use: Arc<AtomicBool>,
+    /// The mapping is gone. Under the table's lock.
+    detached: AtomicBool,
 }
 
 impl Mirror {
     pub fn new(gpu: &Arc<Gpu>, space: usize) -> Self {
-        Self { gpu: gpu.clone(), space, in_use: Arc::default() }
+        Self { gpu: gpu.clone(), space, in_use: Arc::default(), detached: AtomicBool::new(false) }
+    }
+
+    /// The mapping is gone. To be called under the table's lock.
+    pub fn detach(&self) {
+        self.detached.store(true, Ordering::Relaxed);
     }
 
     pub fn space(&self) -> usize {
@@ -37,30 +44,33 @@ impl Mirror {
 
     /// Removes the pages from the page table, under the lock that readers install under; returns those that were there. If there are any, this
     /// first pass has work for the device until `over` is set, and another one that finds nothing left knows of it from the same moment on.
-    fn zap(&self, invalidation: &Invalidation<'_>, pages: &RangeInclusive<Page>, (record, over): (&Record, &Flag)) -> Vec<Page> {
+    fn zap(
+        &self,
+        invalidation: &Invalidation<'_>,
+        pages: &RangeInclusive<Page>,
+        (record, over): (&Record, &Flag),
+    ) -> Option<(Vec<(Page, u64)>, Flag)> {
         let gpu = &self.gpu;
         let late = gpu.fault == Some(Fault::SetSeqOutsideLock);
         let mut table =
             if late || gpu.fault == Some(Fault::NoSetSeq) { gpu.table.lock() } else { gpu.table.lock_for(invalidation) };
-        let mut zapped: Vec<Page> = table.range(pages.clone()).map(|(page, _)| *page).collect();
-        if !zapped.is_empty() {
-            gpu.begins(record, pages, over);
+        let mut zapped: Vec<(Page, u64)> = table.range(pages.clone()).map(|(page, generation)| (*page, *generation)).collect();
+        if gpu.fault == Some(Fault::FirstPageOnly) {
+            zapped.truncate(1);
         }
-        match gpu.fault {
-            Some(Fault::FirstPageOnly) => zapped.truncate(1),
-            // Its pass does it.
-            Some(Fault::FlushBeforeZap) => return zapped,
-            _ => {}
-        }
-        for page in &zapped {
-            table.remove(page);
+        let first = (!zapped.is_empty()).then(|| gpu.begins(record, pages, over));
+        // With this bug its pass does it.
+        if gpu.fault != Some(Fault::FlushBeforeZap) {
+            for (page, _) in &zapped {
+                table.remove(page);
+            }
         }
         drop(table);
         if late {
             gpu.runtime.work(gpu.model.fault / 2);
             invalidation.set_seq();
         }
-        zapped
+        first.map(|first| (zapped, first))
     }
 }
 
@@ -88,35 +98,33 @@ impl Mirror {
         let record = Record::current().unwrap_or_else(|| Record::new(0, Duration::ZERO));
         let (first_pass, pages) = (gpu.runtime.now(), pages(self.space, invalidation.range()));
         let over = Flag::default();
-        let zapped = self.zap(invalidation, &pages, (&record, &over));
-        if !zapped.is_empty() {
-            // A walk that finds nothing is short.
-            gpu.runtime.work(gpu.model.costs.zap);
-        }
-        let mut others = Vec::new();
-        if zapped.is_empty() {
+        let costs = gpu.model.costs;
+        let (work, todo): (_, VecDeque<Todo>) = match self.zap(invalidation, &pages, (&record, &over)) {
+            Some(work) => {
+                // A walk that finds nothing is short.
+                gpu.runtime.work(costs.zap);
+                (work, gpu.model.steps(gpu.id, record.number, record.at).map(Todo::Command).collect())
+            }
             // Where nothing was mapped no translation can be cached, unless another invalidation has zapped these pages and the device is not done
             // with them. (If another mapping's notifier of this GPU did, for this invalidation, that is waited for in any case.)
-            match gpu.unfinished(&record, &pages) {
-                None => return None,
-                Some(fences) => others = fences,
+            None => {
+                let others = gpu.unfinished(&record, &pages)?;
+                // What the others wait for at this moment, and a flush of its own; not their next step, which is theirs to begin.
+                let flush = gpu.model.steps(gpu.id, record.number, record.at).last().map(Todo::Command);
+                gpu.joins(&record);
+                ((Vec::new(), Flag::default()), others.into_iter().map(Todo::Other).chain(flush).collect())
             }
-            gpu.begins(&record, &pages, &over);
-        }
+        };
+        let (zapped, first) = work;
         match gpu.fault {
             Some(Fault::AnyFence) if gpu.any_fence().is_some() => return gpu.any_fence().map(waits_only),
             Some(Fault::OldFence) if gpu.last_fence().is_some() => return gpu.last_fence().map(waits_only),
             _ => {}
         }
         let in_use = gpu.mode == Mode::TwoPass && self.in_use.swap(true, Ordering::Relaxed);
-        let todo: VecDeque<Todo> = if zapped.is_empty() {
-            // What the others wait for at this moment, and a flush of its own; not their next step, which is theirs to begin.
-            let flush = gpu.model.steps(gpu.id, record.number, record.at).last().map(Todo::Command);
-            others.into_iter().map(Todo::Other).chain(flush).collect()
-        } else {
-            gpu.model.steps(gpu.id, record.number, record.at).map(Todo::Command).collect()
-        };
-        let chain = Chain::start(gpu, (record, first_pass), (pages, zapped), (todo, over));
+        let cost = gpu.runtime.charged(if zapped.is_empty() { costs.submit } else { costs.zap + costs.submit });
+        let lane = record.lane(gpu.id, first_pass, cost);
+        let chain = Chain::start(gpu, (record, lane), (pages, zapped), (todo, first, over));
         if gpu.fault == Some(Fault::SkipWait) {
             gpu.runtime.spawn(chain.finish(Wait::Pending));
             return None;
@@ -164,13 +172,15 @@ struct Chain {
     record: Arc<Record>,
     lane: usize,
     pages: RangeInclusive<Page>,
-    zapped: Vec<Page>,
+    zapped: Vec<(Page, u64)>,
     todo: VecDeque<Todo>,
     random: StdRng,
     command: Command,
     /// The step in the record, if the device was not told of it by this invalidation.
     other: Option<usize>,
     fence: Flag,
+    /// What the first command is to signal: others may wait for it already.
+    first: Option<Flag>,
     over: Flag,
 }
 
@@ -185,11 +195,10 @@ impl Chain {
     /// Begins the first step.
     fn start(
         gpu: &Arc<Gpu>,
-        (record, first_pass): (Arc<Record>, Duration),
-        (pages, zapped): (RangeInclusive<Page>, Vec<Page>),
-        (todo, over): (VecDeque<Todo>, Flag),
+        (record, lane): (Arc<Record>, usize),
+        (pages, zapped): (RangeInclusive<Page>, Vec<(Page, u64)>),
+        (todo, first, over): (VecDeque<Todo>, Flag, Flag),
     ) -> Self {
-        let lane = record.lane(gpu.id, first_pass);
         let mut chain = Self {
             gpu: gpu.clone(),
             random: gpu.model.random(gpu.id, record.number),
@@ -201,9 +210,14 @@ impl Chain {
             command: Command::TlbFlush,
             other: None,
             fence: Flag::default(),
+            first: Some(first),
             over,
         };
         chain.begin();
+        if gpu.fault == Some(Fault::SkipJobs) && chain.command != Command::TlbFlush {
+            // The fence that it waits for is that of the flush.
+            chain.begin();
+        }
         if gpu.fault != Some(Fault::FlushBeforeZap) {
             gpu.return_to(&chain.zapped, &mut chain.random);
         }
@@ -217,11 +231,16 @@ impl Chain {
             Some(Todo::Command(next)) => {
                 self.gpu.runtime.work(self.gpu.model.costs.submit);
                 self.command = next.0;
-                self.fence = self.gpu.submit((&self.record, self.lane), next, &self.pages, &mut self.random);
+                self.fence = self.first.take().unwrap_or_default();
+                let (what, how) = ((&self.pages, self.zapped.as_slice()), (&self.fence, &mut self.random));
+                self.gpu.submit((&self.record, self.lane), next, what, how);
             }
             Some(Todo::Other(fence)) => {
                 let now = self.gpu.runtime.now();
-                self.other = Some(self.record.step(self.lane, Step { command: self.command, submitted: now, done: now }));
+                self.other = Some(
+                    self.record
+                        .step(self.lane, Step { command: self.command, submitted: now, latency: Duration::ZERO, done: now }),
+                );
                 self.fence = fence;
             }
         }
@@ -255,7 +274,7 @@ impl Chain {
         }
         if self.gpu.fault == Some(Fault::FlushBeforeZap) {
             let mut table = self.gpu.table.lock();
-            for page in &self.zapped {
+            for (page, _) in &self.zapped {
                 table.remove(page);
             }
         }
@@ -317,14 +336,19 @@ impl Gpu {
             found
         };
         let install = |table: &mut BTreeMap<Page, u64>, generation| {
-            table.insert(page, generation);
+            // Also when its mapping has gone, and another one is there: then it is that one's to install.
+            let open = !mirror.detached.load(Ordering::Relaxed);
+            if open {
+                table.insert(page, generation);
+            }
+            open
         };
         match self.fault {
             Some(Fault::LateBegin) => loop {
                 let Some(generation) = look().await else { return false };
                 let sequence = mirror.read_begin().await;
-                if self.table.install(mirror, sequence, |table| install(table, generation)).is_ok() {
-                    return true;
+                if let Ok(installed) = self.table.install(mirror, sequence, |table| install(table, generation)) {
+                    return installed;
                 }
             },
             Some(Fault::RetryOutsideLock) => loop {
@@ -332,13 +356,12 @@ impl Gpu {
                 let Some(generation) = look().await else { return false };
                 if !mirror.read_retry(sequence) {
                     self.runtime.sleep(self.model.fault * 2).await;
-                    install(&mut self.table.lock(), generation);
-                    return true;
+                    return install(&mut self.table.lock(), generation);
                 }
             },
             _ => {
                 let prepare = |_| async { look().await.ok_or(Unmapped) };
-                self.table.mirror(mirror, RetryBudget::retries(64), prepare, install).await.is_ok()
+                self.table.mirror(mirror, RetryBudget::retries(64), prepare, install).await.unwrap_or(false)
             }
         }
     }

@@ -7,6 +7,8 @@ use shootdown::Event;
 pub enum Fault {
     /// Driver: does not wait for its device
     SkipWait,
+    /// Driver: flushes the TLB without waiting for the jobs in flight, or for the preemption (idle GPUs have neither)
+    SkipJobs,
     /// Driver: takes the fence of a command that has completed before
     OldFence,
     /// Driver: takes the fence of whatever command is under way, although it is for other pages

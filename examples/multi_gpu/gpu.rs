@@ -28,8 +28,8 @@ struct Unfinished {
     /// The number of the invalidation.
     of: u64,
     over: Flag,
-    /// Of its last command.
-    fence: Option<Flag>,
+    /// Of its last command; of the first one also before that is submitted.
+    fence: Flag,
 }
 
 pub struct Gpu {
@@ -91,13 +91,23 @@ impl Gpu {
         self.mirrors.lock().unwrap().clear();
     }
 
-    /// An invalidation begins to wait for this device, until `over` is set.
-    pub fn begins(&self, record: &Record, pages: &RangeInclusive<Page>, over: &Flag) {
-        let serial = self.serial.fetch_add(1, Ordering::Relaxed) + 1;
-        record.begins(self.id, serial);
+    /// An invalidation has zapped some of `pages`, and waits for this device until `over` is set. Returns the fence of its first command, which it
+    /// submits before its first pass returns.
+    pub fn begins(&self, record: &Record, pages: &RangeInclusive<Page>, over: &Flag) -> Flag {
+        let fence = Flag::default();
+        let serial = self.joins(record);
         let mut unfinished = self.unfinished.lock().unwrap();
         unfinished.retain(|begun| !begun.over.is_set());
-        unfinished.push(Unfinished { serial, pages: pages.clone(), of: record.number, over: over.clone(), fence: None });
+        let begun = Unfinished { serial, pages: pages.clone(), of: record.number, over: over.clone(), fence: fence.clone() };
+        unfinished.push(begun);
+        fence
+    }
+
+    /// An invalidation flushes after others that have zapped its pages; it need not be waited for beside them.
+    pub fn joins(&self, record: &Record) -> u64 {
+        let serial = self.serial.fetch_add(1, Ordering::Relaxed) + 1;
+        record.begins(self.id, serial);
+        serial
     }
 
     /// What other invalidations have begun because of some of `pages`, and not finished: the fences for which the device works. `None` if there
@@ -108,7 +118,7 @@ impl Gpu {
         let unfinished = self.unfinished.lock().unwrap();
         let is_open = |begun: &&Unfinished| begun.of != record.number && begun.serial > since && !begun.over.is_set();
         let others: Vec<&Unfinished> = unfinished.iter().filter(is_open).filter(|begun| overlaps(&begun.pages)).collect();
-        (!others.is_empty()).then(|| others.iter().filter_map(|begun| begun.fence.clone()).collect())
+        (!others.is_empty()).then(|| others.iter().map(|begun| begun.fence.clone()).collect())
     }
 
     /// The fence of some command under way.
@@ -120,15 +130,16 @@ impl Gpu {
         self.last.lock().unwrap().clone()
     }
 
-    /// Gives the device a command, for an invalidation of `pages`; returns its fence. It works on
-    /// one after the other, except that jobs in flight are in flight already.
+    /// Gives the device a command, for an invalidation of `pages`, whose `fence` it signals in the
+    /// end. It works on one after the other, except that jobs in flight are in flight already. What
+    /// runs on the device until it is preempted, or its job is done, goes on with what was `zapped`.
     pub fn submit(
         self: &Arc<Self>,
         (record, lane): (&Arc<Record>, usize),
         (command, latency): (Command, Duration),
-        pages: &RangeInclusive<Page>,
-        random: &mut StdRng,
-    ) -> Flag {
+        (pages, zapped): (&RangeInclusive<Page>, &[(Page, u64)]),
+        (fence, random): (&Flag, &mut StdRng),
+    ) {
         let submitted = self.runtime.now();
         let ended = Flag::default();
         let (began, before) = if command == Command::Jobs {
@@ -140,16 +151,16 @@ impl Gpu {
             (began, queue.1.replace(ended.clone()))
         };
         let (done, interrupt) = (began + latency, self.model.costs.interrupt);
-        let fence = Flag::default();
         self.under_way.lock().unwrap().push(fence.clone());
         *self.last.lock().unwrap() = Some(fence.clone());
         for begun in self.unfinished.lock().unwrap().iter_mut().filter(|begun| begun.of == record.number) {
-            begun.fence = Some(fence.clone());
+            begun.fence = fence.clone();
         }
-        let step = record.step(lane, Step { command, submitted, done: done + interrupt });
+        let step = record.step(lane, Step { command, submitted, latency: latency + interrupt, done: done + interrupt });
         let middle = began + latency.mul_f64(random.random());
         let mut random = StdRng::seed_from_u64(random.random());
         let (gpu, record, pages, signal) = (self.clone(), record.clone(), pages.clone(), fence.clone());
+        let held = if command == Command::TlbFlush { Vec::new() } else { zapped.to_vec() };
         self.runtime.spawn(async move {
             gpu.runtime.sleep_until(began).await;
             if let Some(before) = before {
@@ -167,9 +178,8 @@ impl Gpu {
                 gpu.refill(&pages);
             }
             gpu.runtime.sleep_until(done).await;
-            // A flush also waits for the transfers that go on with what they had from the TLB; others ask the TLB to the end.
-            let last = if command == Command::TlbFlush { in_flight } else { gpu.transfer_in_flight(&pages, &mut random) };
-            if let Some((page, generation)) = last {
+            // A flush waits for the transfers that go on with what they had from the TLB.
+            for (page, generation) in held.into_iter().chain(in_flight.filter(|_| command == Command::TlbFlush)) {
                 gpu.oracle.access(page, generation);
             }
             ended.set();
@@ -178,7 +188,6 @@ impl Gpu {
             gpu.under_way.lock().unwrap().retain(|fence| !fence.is(&signal));
             signal.set();
         });
-        fence
     }
 
     fn flush(&self, pages: &RangeInclusive<Page>) {
@@ -229,14 +238,18 @@ impl Gpu {
         });
     }
 
-    /// The mapping is gone.
+    /// The mapping is gone: nothing is installed for it any more.
     pub fn detach(&self, mirror: &Arc<Subscription<Mirror>>) {
+        {
+            let _table = self.table.lock();
+            mirror.detach();
+        }
         self.mirrors.lock().unwrap().remove(mirror);
     }
 
     /// Soon the engine comes to these pages again, which it was working on.
-    pub fn return_to(self: &Arc<Self>, pages: &[Page], random: &mut StdRng) {
-        for page in pages.iter().copied() {
+    pub fn return_to(self: &Arc<Self>, pages: &[(Page, u64)], random: &mut StdRng) {
+        for (page, _) in pages.iter().copied() {
             let Some(mirror) = self.mirrors.lock().unwrap().of(page) else { continue };
             let pause = Duration::from_micros(random.random_range(0..20));
             let gpu = self.clone();

@@ -11,6 +11,8 @@ use std::time::Duration;
 pub struct Step {
     pub command: Command,
     pub submitted: Duration,
+    /// How long it takes by itself, from the moment the device begins to the fence.
+    pub latency: Duration,
     /// When its fence is signalled.
     pub done: Duration,
 }
@@ -21,6 +23,8 @@ pub struct Lane {
     pub gpu: usize,
     /// When its first pass began.
     pub first_pass: Duration,
+    /// The processor's time until the first step was submitted.
+    pub cost: Duration,
     pub steps: Vec<Step>,
 }
 
@@ -60,9 +64,9 @@ impl Record {
     }
 
     /// A device begins to work for it; returns the number of its lane.
-    pub fn lane(&self, gpu: usize, first_pass: Duration) -> usize {
+    pub fn lane(&self, gpu: usize, first_pass: Duration, cost: Duration) -> usize {
         let mut lanes = self.lanes.lock().unwrap();
-        lanes.push(Lane { gpu, first_pass, steps: Vec::new() });
+        lanes.push(Lane { gpu, first_pass, cost, steps: Vec::new() });
         lanes.len() - 1
     }
 

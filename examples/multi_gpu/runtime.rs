@@ -7,6 +7,7 @@
 //! drivers in a kernel do. Whoever has the turn and blocks runs the tasks, until it is a thread's
 //! turn. Everything is ordered: the same seed gives the same run.
 
+use futures::FutureExt;
 use std::cell::{Cell, RefCell};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -316,6 +317,10 @@ struct SaysEnd(Flag, Here);
 
 impl Drop for SaysEnd {
     fn drop(&mut self) {
+        if std::thread::panicking() {
+            // Its message has been printed. The others wait for it, and a result without it would be none.
+            std::process::exit(101);
+        }
         self.1.turn.over.store(true, Ordering::SeqCst);
         self.0.set();
         if let Some(core) = &self.1.core {
@@ -361,7 +366,10 @@ impl Runtime {
     pub fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
         match self {
             Self::Virtual(core) => core.state.lock().unwrap().spawned.push(Box::pin(task)),
-            Self::Real { tokio, .. } => drop(tokio.spawn(task)),
+            Self::Real { tokio, .. } => {
+                let task = std::panic::AssertUnwindSafe(task).catch_unwind();
+                drop(tokio.spawn(task.map(|ended| ended.unwrap_or_else(|_| std::process::exit(101)))));
+            }
         }
     }
 
@@ -441,6 +449,11 @@ impl Runtime {
                 self.work(wake);
             }
         }
+    }
+
+    /// What `work` of the calling thread takes of the time.
+    pub fn charged(&self, time: Duration) -> Duration {
+        if matches!(self, Self::Virtual(_)) && self.may_block() { time } else { Duration::ZERO }
     }
 
     /// Takes this much of the processor's time on the calling thread; in a task, which has none,

@@ -34,18 +34,34 @@ pub struct Plan {
     pub followed: usize,
 }
 
-/// Earlier calls by what they touched, as far as later ones have to know of them.
+/// Earlier calls by what they touched, as far as later ones have to know of them: the last address of each part by its first one, who touched
+/// it last, and with which call. Parts do not overlap.
 #[derive(Default)]
-struct Touched(Vec<(AddressRange, u32, usize)>);
+struct Touched(BTreeMap<u64, (u64, u32, usize)>);
 
 impl Touched {
     /// Notes that a call touches `range`; returns those of other tasks that it has to come after.
     fn touch(&mut self, range: AddressRange, task: u32, call: usize) -> Vec<usize> {
-        let before = self.0.iter().filter(|(of, by, _)| of.overlaps(range) && *by != task).map(|(_, _, call)| *call).collect();
+        let first = self.0.range(..=range.start()).next_back().map_or(range.start(), |(start, _)| *start);
+        let overlapping: Vec<(u64, (u64, u32, usize))> = self
+            .0
+            .range(first..=range.last())
+            .filter(|(_, (last, ..))| *last >= range.start())
+            .map(|(start, part)| (*start, *part))
+            .collect();
+        for (start, (last, by, earlier)) in &overlapping {
+            // What lies beside the range stays that call's.
+            self.0.remove(start);
+            if *start < range.start() {
+                self.0.insert(*start, (range.start() - 1, *by, *earlier));
+            }
+            if *last > range.last() {
+                self.0.insert(range.last() + 1, (*last, *by, *earlier));
+            }
+        }
         // Whoever comes after this one comes after these.
-        self.0.retain(|(of, by, earlier)| !range.covers(*of) || (*by == task && *earlier == call));
-        self.0.push((range, task, call));
-        before
+        self.0.insert(range.start(), (range.last(), task, call));
+        overlapping.into_iter().filter(|(_, (_, by, _))| *by != task).map(|(_, (_, _, earlier))| earlier).collect()
     }
 }
 

@@ -126,8 +126,8 @@ struct World {
 /// Numbers of what the kernel does on its own account; those below are the program's.
 const RECLAIM: u64 = 1 << 40;
 
-/// The kernel's threads, which go through the same mappings.
-const RECLAIMERS: u64 = 2;
+/// The kernel's threads, which go through the same mappings: the last one writes pages back.
+const RECLAIMERS: u64 = 3;
 
 /// How often each comes to a page before it goes to the next.
 const AGAIN: u64 = 4;
@@ -146,7 +146,7 @@ impl World {
             oracle,
             progress,
             spaces: Mutex::default(),
-            tally: Mutex::new(Tally::new(settings.model.costs)),
+            tally: Mutex::new(Tally::new(if settings.real_time { Duration::ZERO } else { settings.model.costs.submit })),
             over: plan.calls.iter().map(|_| Flag::default()).collect(),
             begun: Mutex::default(),
             stop: AtomicBool::new(false),
@@ -179,7 +179,13 @@ impl World {
         };
         let kernel: Vec<Flag> = (0..threads).map(reclaim).collect();
         if self.settings.threads {
-            self.plan.first.iter().for_each(|task| self.begin(*task));
+            for task in &self.plan.first {
+                // One that nobody started begins when the recording comes to it.
+                if let Some(before) = self.plan.tasks.get(task).and_then(|calls| calls.first()?.checked_sub(1)) {
+                    self.wait(&self.over[before]);
+                }
+                self.begin(*task);
+            }
             let mut waited = 0;
             // Those that begin meanwhile are waited for, too.
             while let Some(ended) = { self.begun.lock().unwrap().get(waited).cloned() } {
@@ -414,7 +420,7 @@ impl World {
             }
             // Each at another page.
             let Some((space, page)) = self.resident(turn / AGAIN + thread) else { continue };
-            let event = if turn % AGAIN == AGAIN - 1 { Event::ProtectionPage } else { Event::Clear };
+            let event = if thread == RECLAIMERS - 1 { Event::ProtectionPage } else { Event::Clear };
             let record = Record::new(RECLAIM + turn * RECLAIMERS + thread, self.now_in_recording());
             self.invalidate(space, page, event, &Change::Discarded, &record);
         }

@@ -2,7 +2,6 @@
 
 use crate::gpu::Gpu;
 use crate::oracle::Oracle;
-use crate::profile::Costs;
 use crate::record::{Lane, Record};
 use crate::simulation::{Mode, Outcome, Settings, Timeline};
 use hdrhistogram::Histogram;
@@ -47,7 +46,7 @@ pub struct Row {
     pub max_ns: u64,
     /// The time that the program waited for invalidations, in all.
     pub total_ns: u64,
-    /// The time that it would have waited if each GPU had gone on the moment it could, and no thread had had to be woken.
+    /// The time that it would have waited if each GPU had had nothing else to do, had gone on the moment it could, and no thread had had to be woken.
     #[serde(default)]
     pub ideal_ns: u64,
     /// `total_ns` over `ideal_ns`.
@@ -60,7 +59,8 @@ pub struct Row {
 
 /// What has been counted so far.
 pub struct Tally {
-    costs: Costs,
+    /// The processor's time for a further step.
+    submit: Duration,
     latencies: Histogram<u64>,
     total: Duration,
     ideal: Duration,
@@ -75,9 +75,9 @@ pub struct Tally {
 }
 
 impl Tally {
-    pub fn new(costs: Costs) -> Self {
+    pub fn new(submit: Duration) -> Self {
         Self {
-            costs,
+            submit,
             latencies: Histogram::new(3).expect("three significant digits are allowed"),
             total: Duration::ZERO,
             ideal: Duration::ZERO,
@@ -127,15 +127,16 @@ impl Tally {
         }
     }
 
-    /// First passes come one after the other, since one thread calls them; then each GPU goes on by itself.
+    /// First passes come one after the other, since one thread calls them; then each GPU goes on by itself, and has nothing else to do.
     fn at_best(&self, lanes: &[Lane]) -> Duration {
-        let Costs { zap, submit, .. } = self.costs;
-        let chain = |(lane, first_passes): (&Lane, u32)| {
-            let steps: Duration = lane.steps.iter().map(|step| step.done.saturating_sub(step.submitted)).sum();
+        let mut first_passes = Duration::ZERO;
+        let chain = |lane: &Lane| {
+            first_passes += lane.cost;
+            let steps: Duration = lane.steps.iter().map(|step| step.latency).sum();
             let further = u32::try_from(lane.steps.len().saturating_sub(1)).unwrap_or(u32::MAX);
-            first_passes * (zap + submit) + steps + further * submit
+            first_passes + steps + further * self.submit
         };
-        lanes.iter().zip(1..).map(chain).max().unwrap_or_default()
+        lanes.iter().map(chain).max().unwrap_or_default()
     }
 
     pub fn outcome(&mut self, settings: &Settings, gpus: &[std::sync::Arc<Gpu>], oracle: &Oracle) -> Outcome {
