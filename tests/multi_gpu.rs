@@ -6,8 +6,8 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// Runs the example as the README says, in release form; it is built here, because `cargo test` does not.
-fn multi_gpu(arguments: &[&str]) -> Output {
+/// The example as the README says, in release form; it is built here, because `cargo test` does not.
+fn binary() -> PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     let binary = BINARY.get_or_init(|| {
         let mut build = Command::new(env!("CARGO"));
@@ -16,10 +16,15 @@ fn multi_gpu(arguments: &[&str]) -> Output {
         let test = std::env::current_exe().unwrap();
         test.ancestors().nth(3).unwrap().join("release").join("examples").join("multi_gpu")
     });
+    binary.clone()
+}
+
+fn multi_gpu(arguments: &[&str]) -> Output {
+    let binary = binary();
     // One at a time: the one in real time would not like company.
     static TURN: Mutex<()> = Mutex::new(());
     let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
-    Command::new(binary).args(arguments).output().unwrap_or_else(|error| panic!("{}: {error}", binary.display()))
+    Command::new(&binary).args(arguments).output().unwrap_or_else(|error| panic!("{}: {error}", binary.display()))
 }
 
 fn rows(output: &Output) -> Vec<Value> {
@@ -58,11 +63,11 @@ fn four_ways_to_wait_are_compared_at_every_number_of_gpus() {
         }
         assert_eq!(row["stale_accesses"], 0, "{row}");
         assert!(number(row, "with_work") < number(row, "invalidations"), "those without work are counted apart");
-        if row["mode"] == "poll-driven" {
-            // What is above the ideal is the waking of threads, and the queues of devices.
-            let ratio = row["ideal_ratio"].as_f64().unwrap();
-            assert!((0.99..=1.06).contains(&ratio), "{row}");
-        }
+        assert!(row["ideal_ratio"].as_f64().unwrap() >= 1.0, "the ideal is a bound: {row}");
+    }
+    // Where nobody else invalidates, what is above it is the waking of a thread.
+    for row in rows(&multi_gpu(&["--json", "--modes", "poll-driven", "--reclaim-interval-us", "0"])) {
+        assert!((1.0..=1.1).contains(&row["ideal_ratio"].as_f64().unwrap()), "{row}");
     }
     for rows in [&idle, &busy, &preempting, &mixed] {
         assert_eq!(rows.len(), 28);
@@ -95,8 +100,20 @@ fn real_time_is_within_a_tenth_of_the_ideal_at_16_gpus() {
     let ratios: Vec<f64> = (0..5)
         .map(|seed| {
             let seed = seed.to_string();
-            let options =
-                ["--json", "--real-time", "--gpus", "16", "--limit", "12", "--seed", &seed, "--latency-floor-us", "3000"];
+            let options = [
+                "--json",
+                "--real-time",
+                "--gpus",
+                "16",
+                "--limit",
+                "12",
+                "--seed",
+                &seed,
+                "--latency-floor-us",
+                "3000",
+                "--reclaim-interval-us",
+                "0",
+            ];
             let output = multi_gpu(&options);
             assert!(output.status.success(), "{}", error(&output));
             row(&rows(&output), 16, "poll-driven")["ideal_ratio"].as_f64().unwrap()
@@ -139,13 +156,16 @@ fn faults() -> Vec<String> {
 #[test]
 fn every_planted_bug_is_found_in_every_mode_with_any_number_of_gpus() {
     let (faults, help) = (faults(), String::from_utf8_lossy(&multi_gpu(&["--help"]).stdout).into_owned());
-    assert!(faults.len() >= 19, "{faults:?}");
+    assert!(faults.len() >= 20, "{faults:?}");
     for fault in &faults {
         assert!(help.contains(&format!("- {fault}: ")), "{fault} is not in --help");
         let output = multi_gpu(&["--gpus", "1,4,16", "--json", "--fault", fault]);
         assert_eq!(output.status.code(), Some(1), "{fault}");
         assert!(error(&output).contains("used a mapping of memory that had changed"), "{fault}");
         let rows = rows(&output);
+        // With a driver that is wrong there is nothing to be found about ways to wait.
+        let text = multi_gpu(&["--gpus", "2", "--fault", fault]).stdout;
+        assert!(!String::from_utf8_lossy(&text).contains("Found:"), "{fault}");
         for (gpus, mode) in [1, 4, 16].into_iter().flat_map(|gpus| MODES.map(|mode| (gpus, mode))) {
             assert!(number(row(&rows, gpus, mode), "stale_accesses") > 0, "{fault}, {gpus} GPUs, {mode}");
         }
@@ -207,6 +227,32 @@ fn bad_input_says_what_to_do_and_exits_with_2() {
 }
 
 #[test]
+fn a_result_that_cannot_be_written_is_an_error_and_a_reader_that_goes_away_is_none() {
+    let binary = binary();
+    let to = |stdout: std::process::Stdio| Command::new(&binary).args(["--gpus", "1"]).stdout(stdout).output().unwrap();
+    if let Ok(full) = std::fs::OpenOptions::new().write(true).open("/dev/full") {
+        let output = to(full.into());
+        assert_eq!(output.status.code(), Some(2));
+        assert!(error(&output).contains("the result cannot be written"), "{}", error(&output));
+    }
+    let (reader, writer) = std::io::pipe().unwrap();
+    drop(reader);
+    assert_eq!(to(writer.into()).status.code(), Some(0));
+}
+
+/// A driver is the driver of a mapping only as long as it is there, also where many pages of each are in use.
+#[test]
+fn many_pages_of_many_mappings_are_not_stale() {
+    for seed in ["1", "5"] {
+        let output = multi_gpu(&["--resident-pages", "64", "--profile", "busy", "--gpus", "1,3", "--seed", seed, "--json"]);
+        assert!(output.status.success(), "{}", error(&output));
+    }
+    // A change that takes no time, and so a thread that ends as it is woken.
+    let output = multi_gpu(&["--change-us", "0", "--reclaim-interval-us", "0", "--gpus", "1,2", "--json"]);
+    assert!(output.status.success(), "{}", error(&output));
+}
+
+#[test]
 fn the_picture_shows_all_four() {
     let path = std::env::temp_dir().join(format!("shootdown-{}.svg", std::process::id()));
     let output = multi_gpu(&["--gpus", "1,8", "--plot", path.to_str().unwrap()]);
@@ -247,6 +293,10 @@ fn reports_are_compared_also_with_those_of_before() {
     assert!(output.status.success(), "{}", error(&output));
     let text = String::from_utf8(output.stdout).unwrap();
     assert!(text.contains("4 poll-driven") && text.contains("they differ in the profile"), "{text}");
+    let other = dir.join("other.json");
+    std::fs::write(&other, multi_gpu(&["--gpus", "4", "--json", "--wake-us", "50"]).stdout).unwrap();
+    let differ = multi_gpu(&["--compare", new.to_str().unwrap(), other.to_str().unwrap()]);
+    assert!(String::from_utf8_lossy(&differ.stdout).contains("they differ in the wake: 2µs and 50µs"));
     let itself = multi_gpu(&["--compare", new.to_str().unwrap(), new.to_str().unwrap()]);
     let text = String::from_utf8(itself.stdout).unwrap();
     assert!(MODES.iter().all(|mode| text.contains(&format!("4 {mode}"))) && !text.contains("they differ"), "{text}");

@@ -2,6 +2,7 @@
 
 use crate::report::{Report, time};
 use crate::tally::Row;
+use std::collections::BTreeSet;
 use std::fmt::Write;
 use std::path::Path;
 
@@ -28,6 +29,11 @@ pub fn table(names: [&str; 2], [a, b]: [&Report; 2]) -> Result<String, String> {
     check("seed", a.seed.to_string(), b.seed.to_string());
     check("profile", format!("{:?}", a.profile), format!("{:?}", b.profile));
     check("real time", a.real_time.to_string(), b.real_time.to_string());
+    let known = |report: &Report, option: &str| report.settings.get(option).cloned().unwrap_or_else(|| "not known".into());
+    let options: BTreeSet<&String> = a.settings.keys().chain(b.settings.keys()).collect();
+    for option in options {
+        check(option, known(a, option), known(b, option));
+    }
     let _ = writeln!(out, "A is {}, B is {}", names[0], names[1]);
     for difference in differs {
         let _ = writeln!(out, "they differ in the {difference}: the figures below compare two different things");

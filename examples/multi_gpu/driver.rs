@@ -49,7 +49,7 @@ impl Mirror {
         invalidation: &Invalidation<'_>,
         pages: &RangeInclusive<Page>,
         (record, over): (&Record, &Flag),
-    ) -> Option<(Vec<(Page, u64)>, Flag)> {
+    ) -> Option<Zapped> {
         let gpu = &self.gpu;
         let late = gpu.fault == Some(Fault::SetSeqOutsideLock);
         let mut table =
@@ -58,6 +58,7 @@ impl Mirror {
         if gpu.fault == Some(Fault::FirstPageOnly) {
             zapped.truncate(1);
         }
+        let others = gpu.unfinished(record, pages).unwrap_or_default();
         let first = (!zapped.is_empty()).then(|| gpu.begins(record, pages, over));
         // With this bug its pass does it.
         if gpu.fault != Some(Fault::FlushBeforeZap) {
@@ -70,7 +71,7 @@ impl Mirror {
             gpu.runtime.work(gpu.model.fault / 2);
             invalidation.set_seq();
         }
-        first.map(|first| (zapped, first))
+        first.map(|first| Zapped { pages: zapped, others, first })
     }
 }
 
@@ -99,11 +100,13 @@ impl Mirror {
         let (first_pass, pages) = (gpu.runtime.now(), pages(self.space, invalidation.range()));
         let over = Flag::default();
         let costs = gpu.model.costs;
-        let (work, todo): (_, VecDeque<Todo>) = match self.zap(invalidation, &pages, (&record, &over)) {
-            Some(work) => {
+        let (zapped, first, todo): (_, _, VecDeque<Todo>) = match self.zap(invalidation, &pages, (&record, &over)) {
+            Some(Zapped { pages, others, first }) => {
                 // A walk that finds nothing is short.
                 gpu.runtime.work(costs.zap);
-                (work, gpu.model.steps(gpu.id, record.number, record.at).map(Todo::Command).collect())
+                let steps = gpu.model.steps(gpu.id, record.number, record.at).map(Todo::Command);
+                // Jobs may also go on with pages that others have zapped before.
+                (pages, first, steps.chain(others.into_iter().map(Todo::Other)).collect())
             }
             // Where nothing was mapped no translation can be cached, unless another invalidation has zapped these pages and the device is not done
             // with them. (If another mapping's notifier of this GPU did, for this invalidation, that is waited for in any case.)
@@ -112,14 +115,19 @@ impl Mirror {
                 // What the others wait for at this moment, and a flush of its own; not their next step, which is theirs to begin.
                 let flush = gpu.model.steps(gpu.id, record.number, record.at).last().map(Todo::Command);
                 gpu.joins(&record);
-                ((Vec::new(), Flag::default()), others.into_iter().map(Todo::Other).chain(flush).collect())
+                (Vec::new(), Flag::default(), others.into_iter().map(Todo::Other).chain(flush).collect())
             }
         };
-        let (zapped, first) = work;
-        match gpu.fault {
-            Some(Fault::AnyFence) if gpu.any_fence().is_some() => return gpu.any_fence().map(waits_only),
-            Some(Fault::OldFence) if gpu.last_fence().is_some() => return gpu.last_fence().map(waits_only),
-            _ => {}
+        let another = match gpu.fault {
+            Some(Fault::AnyFence) => gpu.any_fence(),
+            Some(Fault::OldFence) => gpu.last_fence(),
+            _ => None,
+        };
+        if let Some(fence) = another {
+            // It believes that it has nothing else to wait for.
+            first.set();
+            over.set();
+            return Some(PassFuture::new(async move { fence.wait().await }));
         }
         let in_use = gpu.mode == Mode::TwoPass && self.in_use.swap(true, Ordering::Relaxed);
         let cost = gpu.runtime.charged(if zapped.is_empty() { costs.submit } else { costs.zap + costs.submit });
@@ -150,9 +158,13 @@ impl Mirror {
     }
 }
 
-/// The bug of a driver that waits for a fence that has nothing to do with what it was called for.
-fn waits_only(fence: Flag) -> PassFuture {
-    PassFuture::new(async move { fence.wait().await })
+/// What a first pass has taken out of the page table.
+struct Zapped {
+    pages: Vec<(Page, u64)>,
+    /// What other invalidations have begun for some of the pages that it was called for.
+    others: Vec<Flag>,
+    /// What its first command is to signal.
+    first: Flag,
 }
 
 /// Who waits how for the steps of a device.
@@ -263,7 +275,7 @@ impl Chain {
                 self.gpu.runtime.block_on(wait, self.gpu.model.costs.wake);
             }
             if let Some(step) = self.other.take() {
-                self.record.done(self.lane, step, self.gpu.runtime.now());
+                self.record.joined(self.lane, step, self.gpu.runtime.now());
             }
             if !self.begin() {
                 break;

@@ -30,7 +30,7 @@ use report::{Report, Workload};
 use schedule::Plan;
 use simulation::{Outcome, Settings, Timeline};
 use std::collections::BTreeMap;
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -57,8 +57,16 @@ fn main() -> ExitCode {
 
 fn compare_reports(a: &Path, b: &Path) -> Result<(), String> {
     let (of_a, of_b) = (compare::read(a)?, compare::read(b)?);
-    print!("{}", compare::table([&a.display().to_string(), &b.display().to_string()], [&of_a, &of_b])?);
-    Ok(())
+    say(&compare::table([&a.display().to_string(), &b.display().to_string()], [&of_a, &of_b])?)
+}
+
+/// Prints a result. Who reads only its beginning has had enough.
+fn say(text: &str) -> Result<(), String> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(format!("the result cannot be written: {error}")),
+        _ => Ok(()),
+    }
 }
 
 /// Runs it all; returns the number of stale accesses.
@@ -104,7 +112,14 @@ fn run(options: &Options) -> Result<u64, String> {
     }
     bar.finish_and_clear();
 
-    let report = Report { workload, profile: Some(options.profile), seed: options.seed, real_time: options.real_time, rows };
+    let report = Report {
+        workload,
+        profile: Some(options.profile),
+        seed: options.seed,
+        real_time: options.real_time,
+        settings: options.settings(),
+        rows,
+    };
     let example = example(&timelines);
     if let Some(path) = &options.plot {
         plot::write(path, &report, &example)
@@ -115,9 +130,9 @@ fn run(options: &Options) -> Result<u64, String> {
             .map_err(|error| format!("the report {} cannot be written: {error}", path.display()))?;
     }
     if options.json {
-        println!("{}", serde_json::to_string(&report).map_err(|error| error.to_string())?);
+        say(&(serde_json::to_string(&report).map_err(|error| error.to_string())? + "\n"))?;
     } else {
-        print!("{}", report::table(&report));
+        say(&report::table(&report))?;
     }
     Ok(report.rows.iter().map(|row| row.stale_accesses).sum())
 }

@@ -4,6 +4,7 @@ use crate::fault::Fault;
 use crate::profile::{Costs, LATENCIES, Model, Profile};
 use crate::simulation::Mode;
 use clap::Parser;
+use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -48,7 +49,7 @@ pub struct Options {
     pub report: Option<PathBuf>,
 
     /// Compare two files that --json printed, instead of running anything
-    #[arg(long, value_names = ["A.json", "B.json"], num_args = 2, conflicts_with_all = ["workload", "json", "plot", "report", "fault", "real_time"])]
+    #[arg(long, value_names = ["A.json", "B.json"], num_args = 2, exclusive = true)]
     pub compare: Option<Vec<PathBuf>>,
 
     /// Count lines of the recording that cannot be understood, instead of ending with an error
@@ -160,6 +161,29 @@ impl Options {
     /// Each once, in order.
     pub fn modes(&self) -> Vec<Mode> {
         Mode::ALL.into_iter().filter(|mode| self.modes.contains(mode)).collect()
+    }
+
+    /// What a report says of how it was made, beside what it has fields for.
+    pub fn settings(&self) -> BTreeMap<String, String> {
+        let (model, costs) = (self.model(), self.model().costs);
+        let settings = [
+            ("threads", self.threads.to_string()),
+            ("all processes", self.all_processes.to_string()),
+            ("limit", self.limit.map_or("none".into(), |limit| limit.to_string())),
+            ("fault", self.fault.map_or("none".into(), |fault| format!("{fault:?}"))),
+            ("resident pages", model.resident_pages.to_string()),
+            ("latency floor", format!("{:?}", model.floor)),
+            ("DMA interval", format!("{:?}", model.dma_interval)),
+            ("device's page fault", format!("{:?}", model.fault)),
+            ("change of the memory", format!("{:?}", model.change)),
+            ("reclaim interval", format!("{:?}", model.reclaim)),
+            ("zap", format!("{:?}", costs.zap)),
+            ("submit", format!("{:?}", costs.submit)),
+            ("interrupt", format!("{:?}", costs.interrupt)),
+            ("wake", format!("{:?}", costs.wake)),
+            ("longest pause", format!("{:?}", self.longest_pause)),
+        ];
+        settings.into_iter().map(|(option, value)| (option.to_owned(), value)).collect()
     }
 
     pub fn model(&self) -> Model {

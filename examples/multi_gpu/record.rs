@@ -86,8 +86,17 @@ impl Record {
         steps.len() - 1
     }
 
-    /// When a fence was really signalled, which in real time is later than planned.
+    /// When a fence was signalled. In real time that is later than planned, and the step has taken as long.
     pub fn done(&self, lane: usize, step: usize, at: Duration) {
+        let step = &mut self.lanes.lock().unwrap()[lane].steps[step];
+        if at > step.done {
+            step.latency += at - step.done;
+            step.done = at;
+        }
+    }
+
+    /// When something of another invalidation was over, for which this one waited.
+    pub fn joined(&self, lane: usize, step: usize, at: Duration) {
         self.lanes.lock().unwrap()[lane].steps[step].done = at;
     }
 

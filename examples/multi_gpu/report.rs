@@ -16,6 +16,9 @@ pub struct Report {
     pub profile: Option<Profile>,
     pub seed: u64,
     pub real_time: bool,
+    /// What else was asked for, by the name of the option.
+    #[serde(default)]
+    pub settings: BTreeMap<String, String>,
     pub rows: Vec<Row>,
 }
 
@@ -177,9 +180,13 @@ fn counts(report: &Report) -> String {
     out
 }
 
-/// What a run has found, in a sentence; `None` if it did not compare all four.
+/// What a run has found, in a sentence; `None` if it did not compare all four, if it saw too little, or if devices used what had changed.
 pub fn finding(report: &Report) -> Option<String> {
+    const FEW: u64 = 20;
     let (gpus, rows) = by_gpus(&report.rows).into_iter().next_back()?;
+    if report.rows.iter().any(|row| row.stale_accesses > 0) || rows.values().any(|row| row.with_work < FEW) {
+        return None;
+    }
     let total = |mode| rows.get(&mode).map(|row| row.total_ns as f64).filter(|total| *total > 0.0);
     let (single, two) = (total(Mode::SinglePass)?, total(Mode::TwoPass)?);
     let (rounds, poll) = (total(Mode::RoundRobin)?, total(Mode::PollDriven)?);
