@@ -144,6 +144,7 @@ pub fn lanes(area: &Canvas<'_>, example: &Example) -> Result<(), Box<dyn Error>>
         let since = |at: std::time::Duration| at.saturating_sub(timeline.began).as_nanos() as f64;
         // The steps of each GPU, from the submission of each to its fence …
         let steps = timeline.lanes.iter().flat_map(|lane| lane.steps.iter().map(|step| (lane.gpu as f64, *step)));
+        let steps = steps.filter(|(_, step)| !step.latency.is_zero());
         chart.draw_series(steps.map(|(at, step)| {
             let color = match step.command {
                 Command::Jobs => JOBS,
