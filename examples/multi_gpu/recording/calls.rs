@@ -97,15 +97,25 @@ const ADVICE: &[(&str, u64, Does)] = &[
 
 /// Whether a call may concern memory. All others are only counted.
 pub(super) fn concerns(name: &[u8]) -> bool {
+    among(name, false)
+}
+
+/// Whether a name may be one that concerns memory, with output of the program before it:
+/// `donemunmap`. No other call of Linux has a name that ends so.
+pub(super) fn may_concern(name: &[u8]) -> bool {
+    among(name, true)
+}
+
+fn among(name: &[u8], glued: bool) -> bool {
     #[rustfmt::skip]
-    const NAMES: [&str; 44] = [
+    const NAMES: [&str; 43] = [
         "mmap", "mmap2", "old_mmap", "mmap_pgoff", "old_mmap_pgoff", "munmap", "mremap", "brk", "madvise", "mprotect",
         "pkey_mprotect", "mbind", "msync", "remap_file_pages", "map_shadow_stack", "process_madvise", "move_pages",
         "migrate_pages", "shmget", "shmat", "shmdt", "clone", "clone2", "clone3", "fork", "vfork", "execve", "execveat",
         "exit", "exit_group", "munlock", "mlock", "mlock2", "mlockall", "munlockall", "mincore", "get_mempolicy",
-        "set_mempolicy", "set_mempolicy_home_node", "mseal", "io_pgetevents", "memfd_secret", "process_mrelease", "sbrk",
+        "set_mempolicy", "set_mempolicy_home_node", "mseal", "io_pgetevents", "memfd_secret", "process_mrelease",
     ];
-    NAMES.iter().any(|known| known.as_bytes() == name)
+    NAMES.iter().any(|known| if glued { name.ends_with(known.as_bytes()) } else { known.as_bytes() == name })
 }
 
 /// What a call did, or why that cannot be told.

@@ -2,9 +2,9 @@
 
 use super::Recording;
 use super::call::{Call, Op};
-use super::calls::{Meaning, Segments, concerns, meaning};
+use super::calls::{Meaning, Segments, concerns, may_concern, meaning};
 use super::error::{Note, NoteKind, ParseError};
-use super::line::{Body, End, Ending, body, ending, ends, mentions, message};
+use super::line::{Body, End, Ending, body, ending, ends, hides, mentions, message};
 use super::order::put_early;
 use super::prefix::{Clock, Prefix, prefix};
 use super::scan::{Parts, parts};
@@ -106,6 +106,8 @@ impl Reader {
         let mut rest = line;
         let prefix = prefix(&mut rest);
         match body(rest) {
+            // Output of the program stands before a call: `donemunmap(…`, `step(1)munmap(…`.
+            Body::Call { name, text } if !concerns(name) && (may_concern(name) || hides(text)) => self.text(line, rest),
             Body::Call { name, text } => {
                 let (pid, at_ns) = self.known(&prefix)?;
                 self.call(pid, at_ns, name, text)
@@ -198,7 +200,7 @@ impl Reader {
             self.note(NoteKind::Summary);
             return Ok(());
         }
-        let near = mentions(rest);
+        let near = mentions(rest) || matches!(body(rest), Body::Call { .. });
         if self.part.known && (near || (self.plain && self.open.is_none())) {
             let reason = if near { "it looks like a call, and is not as strace writes it" } else { "it is no line of strace's" };
             return self.bad(self.wrong(reason.into()));

@@ -256,3 +256,35 @@ fn an_execve_of_a_thread_goes_on_under_the_number_of_its_process() {
         assert_eq!((recording.unfinished, recording.incomplete), (0, 0), "{begin}");
     }
 }
+
+/// On a terminal, output without an end of line stands before the next call.
+#[test]
+fn output_of_the_program_before_a_call_does_not_hide_it() {
+    let good = "brk(NULL) = 0x1000\n";
+    for bad in [
+        "donemunmap(0x7fca4483c000, 1048576) = 0",
+        "donemunmap(0x7fca4483c000, 1048576 <unfinished ...>",
+        "donemunmap(0x7fca4483c000, 1048576strace: Process 6 attached",
+        "step(1)munmap(0x1000, 4096) = 0",
+        "step(1)munmap(0x1000, 4096 <unfinished ...>",
+        "step(\"1)munmap(0x1000, 4096) = 0",
+        "50% donemunmap(0x1000, 4096) = 0",
+        "doneexit_group(0) = ?",
+        "sbrk(0x1000) = 0x1000",
+    ] {
+        for text in [format!("{good}{bad}\n"), format!("{bad}\n{good}")] {
+            assert!(error(&text).contains("it looks like a call"), "{bad}");
+            let lenient = parse("the test", text.as_bytes(), true).unwrap();
+            assert_eq!((lenient.skipped.len(), lenient.calls.len(), lenient.other.len()), (1, 1, 0), "{bad}");
+        }
+    }
+    for other in [
+        "write(1, \"munmap(0x1000, 4096) = 0\", 24) = 24",
+        "write(1, \"munmap(0x1000, 4096\", 19 <unfinished ...>\n<... write resumed>) = 19",
+        "close(3</tmp/munmap(1, 2) = 0>) = 0",
+        "semop(1, [{0, -1, 0}], 1) = 0",
+    ] {
+        let recording = read(&format!("{good}{other}\n"));
+        assert_eq!((recording.calls.len(), recording.other.values().sum::<usize>()), (1, 1), "{other}");
+    }
+}
