@@ -194,6 +194,13 @@ fn the_kind_of_time_is_told_apart() {
     // `-r` from the middle of a recording, and with its spaces lost.
     assert_eq!(times(["5          2.000000", "5          1.500000", "5          0.500000"]), [0, 1_500_000_000, 2_000_000_000]);
     assert_eq!(times(["5 2.0", "5 1.5", "5 0.5"]), [0, 1_500_000_000, 2_000_000_000]);
+    // `-r` in whole seconds.
+    assert_eq!(times(["     0", "     1", "    12"]), [0, 1_000_000_000, 13_000_000_000]);
+    assert_eq!(times(["19217      0", "7          1", "[pid     7]     12"]), [0, 1_000_000_000, 13_000_000_000]);
+    assert_eq!(read("     0 munmap(0x1000, 4096) = 0\n     3 munmap(0x1000, 4096) = 0\n").calls[1].pid, u32::MAX);
+    // No task has the number 0.
+    assert!(error("0 munmap(0x1000, 4096) = 0\n").contains("is not strace's"));
+    assert!(error("[pid 0] munmap(0x1000, 4096) = 0\n").contains("is not strace's"));
     // Midnight.
     assert_eq!(times(["23:59:59", "23:59:59.5", "00:00:01"]), [0, 500_000_000, 2_000_000_000]);
 }
@@ -286,5 +293,31 @@ fn output_of_the_program_before_a_call_does_not_hide_it() {
     ] {
         let recording = read(&format!("{good}{other}\n"));
         assert_eq!((recording.calls.len(), recording.other.values().sum::<usize>()), (1, 1), "{other}");
+    }
+}
+
+#[test]
+fn a_task_in_another_namespace_has_the_number_that_its_lines_carry() {
+    for call in [
+        "clone(child_stack=NULL, flags=CLONE_NEWPID|SIGCHLD)",
+        "clone3({flags=CLONE_NEWPID, exit_signal=SIGCHLD}, 88)",
+        "fork()",
+        "vfork()",
+    ] {
+        let recording = read(&format!("7 {call} = 2 /* 9 in strace's PID NS */\n9 munmap(0x1000, 4096) = 0\n"));
+        assert!(matches!(recording.calls[0].op, Op::Clone { child: 9, .. }), "{call}");
+    }
+    let moved = Op::MigratePages { process: Some(9) };
+    assert_eq!(ops(&["migrate_pages(2 /* 9 in strace's PID NS */, 64, [1], [2]) = 0"]), [moved]);
+}
+
+/// Three before the first line of strace's, and more than are listed.
+#[test]
+fn all_lines_that_are_skipped_are_counted() {
+    for count in [3, 3000] {
+        let text = format!("{}brk(NULL) = 0x1000\n", "zz: munmap(0x1000, 4096) = 0\n".repeat(count));
+        let recording = parse("the test", text.as_bytes(), true).unwrap();
+        assert_eq!((recording.skipped.len(), recording.skipped.listed().len()), (count, count.min(1000)));
+        assert!(error(&text).contains("line 1"));
     }
 }
