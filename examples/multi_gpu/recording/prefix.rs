@@ -94,8 +94,8 @@ fn plain_pid(line: &mut &[u8]) -> Result<u32> {
     found
 }
 
-/// `     0 ` (`-r` in whole seconds): six columns, filled from the left. Process ids are filled from
-/// the right.
+/// `     0 ` (`-r` in whole seconds): six columns, filled from the left. Process ids are filled
+/// from the right.
 fn padded_seconds(line: &[u8]) -> bool {
     let spaces = line.iter().take_while(|byte| **byte == b' ').count();
     let digits = line[spaces..].iter().take_while(|byte| byte.is_ascii_digit()).count();

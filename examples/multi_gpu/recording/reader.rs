@@ -15,8 +15,8 @@ use std::sync::Arc;
 /// So many notes that are not strace's are kept, to be listed on request.
 const LISTED: usize = 100;
 
-/// A call comes in at most so many pieces, and is at most so long if it comes in several: each piece
-/// has all of it read again.
+/// A call comes in at most so many pieces, and is at most so long if it comes in several: each
+/// piece has all of it read again.
 const PIECES: usize = 64;
 const LONGEST: usize = 1 << 20;
 
