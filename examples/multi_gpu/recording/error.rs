@@ -92,6 +92,9 @@ impl Skipped {
 
     /// Adds them to those that are skipped; or the first is an error.
     pub(super) fn allowed(self, lenient: bool, skipped: &mut Self) -> Result<(), ParseError> {
+        if self.is_empty() {
+            return Ok(());
+        }
         let unlisted = self.count - self.listed.len();
         for error in self.listed {
             if !lenient {
