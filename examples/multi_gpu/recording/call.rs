@@ -78,7 +78,7 @@ pub enum Op {
         start: u64,
         len: u64,
     },
-    /// `shmat`.
+    /// `shmat`. Until all files are read, `len` is the number of the segment.
     Attach {
         at: u64,
         len: u64,

@@ -1,6 +1,6 @@
 //! Which calls concern memory, and what each of them did.
 
-use super::call::{Advice, Advised, MapKind, Op, Prot, Remap, marks};
+use super::call::{Advice, Advised, Call, MapKind, Op, Prot, Remap, marks};
 use super::scan::{Parts, flags, list, number};
 use std::collections::HashMap;
 
@@ -97,15 +97,34 @@ const ADVICE: &[(&str, u64, Does)] = &[
 
 /// Whether a call may concern memory. All others are only counted.
 pub(super) fn concerns(name: &[u8]) -> bool {
+    among(name, false)
+}
+
+/// Whether a name may be one that concerns memory, with output of the program before it:
+/// `donemunmap`. No other call of Linux has a name that ends so.
+pub(super) fn may_concern(name: &[u8]) -> bool {
+    among(name, true)
+}
+
+fn among(name: &[u8], glued: bool) -> bool {
     #[rustfmt::skip]
-    const NAMES: [&str; 44] = [
+    const NAMES: [&str; 43] = [
         "mmap", "mmap2", "old_mmap", "mmap_pgoff", "old_mmap_pgoff", "munmap", "mremap", "brk", "madvise", "mprotect",
         "pkey_mprotect", "mbind", "msync", "remap_file_pages", "map_shadow_stack", "process_madvise", "move_pages",
         "migrate_pages", "shmget", "shmat", "shmdt", "clone", "clone2", "clone3", "fork", "vfork", "execve", "execveat",
         "exit", "exit_group", "munlock", "mlock", "mlock2", "mlockall", "munlockall", "mincore", "get_mempolicy",
-        "set_mempolicy", "set_mempolicy_home_node", "mseal", "io_pgetevents", "memfd_secret", "process_mrelease", "sbrk",
+        "set_mempolicy", "set_mempolicy_home_node", "mseal", "io_pgetevents", "memfd_secret", "process_mrelease",
     ];
-    NAMES.iter().any(|known| known.as_bytes() == name)
+    NAMES.iter().any(|known| if glued { name.ends_with(known.as_bytes()) } else { known.as_bytes() == name })
+}
+
+/// Puts the sizes of segments in, once all files are read: another file may say them.
+pub(super) fn sized(calls: &mut [Call], segments: &Segments) {
+    for call in calls {
+        if let Op::Attach { len, .. } = &mut call.op {
+            *len = segments.get(len).copied().filter(|size| *size > 0).unwrap_or(PAGE);
+        }
+    }
 }
 
 /// What a call did, or why that cannot be told.
@@ -148,12 +167,14 @@ pub(super) fn meaning(name: &str, parts: &Parts<'_>, segments: &mut Segments) ->
         "move_pages" => return move_pages(parts),
         "migrate_pages" => Op::MigratePages { process: process(parts.argument(0)?)? },
         "shmget" => {
-            segments.insert(parts.result_address()?, parts.number(1)?);
+            // A call for a segment that is there already may name a smaller size.
+            let size = segments.entry(parts.result_address()?).or_default();
+            *size = parts.number(1)?.max(*size);
             return Ok(Meaning::Idle("no_effect"));
         }
         "shmat" => {
             let how = parts.flags(2, SHM)?;
-            let len = segments.get(&parts.number(0)?).copied().unwrap_or(PAGE);
+            let len = parts.number(0)?;
             let prot = Prot { read: true, write: how & 0x1000 == 0, exec: how & 0x8000 != 0 };
             Op::Attach { at: aligned(parts.result_address()?)?, len, prot }
         }
@@ -287,12 +308,22 @@ fn move_pages(parts: &Parts<'_>) -> Result<Meaning, String> {
 /// A process that a call names; 0 is the caller.
 fn process(text: &[u8]) -> Result<Option<u32>, String> {
     let wrong = || format!("{:?} is no process", text.escape_ascii().to_string());
-    let pid = number(text).and_then(|pid| u32::try_from(pid).ok()).ok_or_else(wrong)?;
+    let pid = task(text).ok_or_else(wrong)?;
     Ok((pid != 0).then_some(pid))
 }
 
+/// `2 /* 9 in strace's PID NS */`: the lines of the task carry the number in the comment.
+fn task(text: &[u8]) -> Option<u32> {
+    let comment = text.windows(3).position(|part| part == b"/* ").map(|at| &text[at + 3..]);
+    let pid = match comment {
+        Some(comment) if comment.windows(18).any(|part| part == b" in strace's PID N") => number(comment)?,
+        _ => number(text)?,
+    };
+    u32::try_from(pid).ok()
+}
+
 fn clone(name: &str, parts: &Parts<'_>) -> Result<Op, String> {
-    let child = number(parts.result).and_then(|pid| u32::try_from(pid).ok()).ok_or("the result is no process id")?;
+    let child = task(parts.result).ok_or("the result is no process id")?;
     if name == "fork" || name == "vfork" {
         return Ok(Op::Clone { child, shares_memory: name == "vfork", thread: false });
     }

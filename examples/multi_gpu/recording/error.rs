@@ -73,6 +73,53 @@ impl fmt::Display for ParseError {
     }
 }
 
+/// Lines that are not understood and may concern memory: their number, and the first of them.
+#[derive(Debug, Default)]
+pub struct Skipped {
+    count: usize,
+    listed: Vec<ParseError>,
+}
+
+impl Skipped {
+    const LISTED: usize = 1000;
+
+    pub(super) fn add(&mut self, error: ParseError) {
+        self.count += 1;
+        if self.listed.len() < Self::LISTED {
+            self.listed.push(error);
+        }
+    }
+
+    /// Adds them to those that are skipped; or the first is an error.
+    pub(super) fn allowed(self, lenient: bool, skipped: &mut Self) -> Result<(), ParseError> {
+        if self.is_empty() {
+            return Ok(());
+        }
+        let unlisted = self.count - self.listed.len();
+        for error in self.listed {
+            if !lenient {
+                return Err(error);
+            }
+            skipped.add(error);
+        }
+        skipped.count += unlisted;
+        Ok(())
+    }
+
+    pub fn len(&self) -> usize {
+        self.count
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// The first of them.
+    pub fn listed(&self) -> &[ParseError] {
+        &self.listed
+    }
+}
+
 fn at(f: &mut fmt::Formatter<'_>, file: Option<&str>, line: usize) -> fmt::Result {
     if let Some(file) = file {
         write!(f, "{file}, ")?;

@@ -3,6 +3,7 @@
 
 use super::Recording;
 use super::call::Call;
+use super::calls::{Segments, sized};
 use super::error::{Error, ParseError};
 use super::order::{OfTask, by_birth, by_time};
 use super::reader::{Part, Reader};
@@ -61,7 +62,7 @@ pub(super) fn read(mut from: impl BufRead, mut reader: Reader) -> io::Result<Res
 pub(super) fn together(name: &str, parts: Vec<Part>) -> Result<Recording, Error> {
     let name = || name.to_owned();
     if !parts.iter().any(|part| part.known) {
-        let near = parts.iter().find_map(|part| part.near.as_ref());
+        let near = parts.iter().find_map(|part| part.near.listed().first());
         let text = parts.iter().any(|part| !part.recording.listed.is_empty());
         return Err(match near {
             Some(near) => Error::NotStrace { name: name(), near: Some(near.line) },
@@ -72,7 +73,16 @@ pub(super) fn together(name: &str, parts: Vec<Part>) -> Result<Recording, Error>
     }
     let mut all = Recording::default();
     let origins: Vec<Option<u64>> = parts.iter().map(|part| part.origin).collect();
-    let mut calls: Vec<OfTask> = parts.into_iter().map(|part| (part.of, all.add(part.recording))).collect();
+    let (mut calls, mut segments) = (Vec::<OfTask>::with_capacity(parts.len()), Segments::new());
+    for part in parts {
+        calls.push((part.of, all.add(part.recording)));
+        // Another file is strace's: this one is of the same run.
+        part.near.allowed(part.lenient, &mut all.skipped).map_err(|error| Error::Line { name: name(), error })?;
+        for (segment, size) in part.segments {
+            let known = segments.entry(segment).or_default();
+            *known = size.max(*known);
+        }
+    }
     all.calls = match calls.len() {
         1 => calls.pop().map(|(_, calls)| calls).unwrap_or_default(),
         _ => match origins.iter().copied().collect::<Option<Vec<u64>>>() {
@@ -80,6 +90,7 @@ pub(super) fn together(name: &str, parts: Vec<Part>) -> Result<Recording, Error>
             None => by_birth(calls),
         },
     };
+    sized(&mut all.calls, &segments);
     Ok(all)
 }
 
@@ -90,7 +101,8 @@ impl Recording {
         self.notes += other.notes;
         self.unfinished += other.unfinished;
         self.incomplete += other.incomplete;
-        self.skipped.extend(other.skipped);
+        // None of them is an error: they have been skipped.
+        let _: Result<(), ParseError> = other.skipped.allowed(true, &mut self.skipped);
         self.listed.extend(other.listed);
         for (name, count) in other.other {
             *self.other.entry(name).or_default() += count;

@@ -1,6 +1,7 @@
 //! What kind of line it is.
 
-use super::calls::concerns;
+use super::calls::{concerns, may_concern};
+use super::scan::skip;
 use winnow::Result;
 use winnow::ascii::digit1;
 use winnow::combinator::{alt, delimited, preceded, terminated};
@@ -125,23 +126,57 @@ pub(super) fn message(text: &[u8]) -> Option<usize> {
 
 /// Whether a call has its end: a bracket, a result.
 pub(super) fn ends(text: &[u8]) -> bool {
+    last_end(text).is_some()
+}
+
+/// Where the last bracket is that a result follows.
+fn last_end(text: &[u8]) -> Option<usize> {
     let mut at = text.len();
     while let Some(found) = text[..at].iter().rposition(|byte| *byte == b'=') {
         let (before, after) = (text[..found].trim_ascii_end(), &text[found + 1..]);
         if before.ends_with(b")") && before.len() < found && after.first() == Some(&b' ') && after.len() > 1 {
-            return true;
+            return Some(before.len() - 1);
         }
         at = found;
     }
-    false
+    None
 }
 
 /// Whether a line that is none of strace's may be a call that concerns memory.
 pub(super) fn mentions(text: &[u8]) -> bool {
     let resumed = text.windows(9).any(|part| part == b" resumed>");
+    // Of the whole line, once: a line may have many brackets.
+    let (end, unfinished) = (last_end(text), text.ends_with(b"<unfinished ...>"));
     let names = text.iter().enumerate().filter(|(_, byte)| **byte == b'(' || (resumed && **byte == b' '));
     names.into_iter().any(|(at, _)| {
-        let name = text[..at].rsplit(|byte| !byte.is_ascii_alphanumeric() && *byte != b'_').next().unwrap_or_default();
-        concerns(name) && (at == name.len() || resumed || ends(&text[at..]) || text.ends_with(b"<unfinished ...>"))
+        let name = last_word(&text[..at]);
+        let whole = || at == name.len() || unfinished || end.is_some_and(|end| end > at);
+        (resumed && concerns(name)) || (may_concern(name) && text[at] == b'(' && whole())
     })
+}
+
+/// Whether an unknown call has another within it that concerns memory: what looks like a call is
+/// output of the program, and the other stands behind it (`step(1)munmap(0x1000, 4096) = 0`).
+pub(super) fn hides(text: &[u8]) -> bool {
+    let (mut at, mut whole) = (0, true);
+    let paths = text.iter().rposition(|byte| *byte == b'>').unwrap_or(0);
+    while let Some(byte) = text.get(at) {
+        match byte {
+            b'(' if may_concern(last_word(&text[..at])) => return true,
+            b'<' if at < paths && at.checked_sub(1).is_some_and(|at| text[at].is_ascii_alphanumeric()) => {
+                at += skip(&text[at..]).unwrap_or(1);
+            }
+            // What stands in quotes is no call. If there is no other quote it is an ordinary byte.
+            b'"' | b'/' if whole => match skip(&text[at..]) {
+                Some(len) => at += len,
+                None => (whole, at) = (false, at + 1),
+            },
+            _ => at += 1,
+        }
+    }
+    false
+}
+
+fn last_word(text: &[u8]) -> &[u8] {
+    text.rsplit(|byte| !byte.is_ascii_alphanumeric() && *byte != b'_').next().unwrap_or_default()
 }

@@ -17,7 +17,7 @@ mod tasks;
 #[cfg(test)]
 pub use call::Advised;
 pub use call::{Advice, Call, Op, Prot, Remap};
-pub use error::{Error, Note, NoteKind, ParseError};
+pub use error::{Error, Note, NoteKind, Skipped};
 
 use std::collections::BTreeMap;
 use std::io::BufRead;
@@ -32,7 +32,7 @@ pub struct Recording {
     /// have no effect are only counted.
     pub calls: Vec<Call>,
     /// Lines that are not understood and may concern memory (`--lenient`).
-    pub skipped: Vec<ParseError>,
+    pub skipped: Skipped,
     /// Lines that are no calls: signals, exits, messages, stacks, output of the program.
     pub notes: usize,
     /// Calls that concern memory and whose end was not recorded. They have no effect.
@@ -70,9 +70,11 @@ impl Recording {
     pub fn remarks(&self, all: bool) -> Vec<String> {
         const SHORT: usize = 10;
         let some = if all { usize::MAX } else { SHORT };
-        let mut remarks: Vec<String> = self.skipped.iter().take(some).map(|error| format!("skipped {error}")).collect();
-        if self.skipped.len() > some {
-            remarks.push(format!("skipped {} more lines; -v lists them", self.skipped.len() - some));
+        let mut remarks: Vec<String> = self.skipped.listed().iter().take(some).map(|error| format!("skipped {error}")).collect();
+        let more = self.skipped.len() - remarks.len();
+        if more > 0 {
+            let how = if all { "" } else { "; -v lists the first of them" };
+            remarks.push(format!("skipped {more} more lines{how}"));
         }
         if all {
             remarks.extend(self.listed.iter().map(|note| format!("note {note}")));

@@ -51,9 +51,10 @@ pub(super) fn prefix(line: &mut &[u8]) -> Prefix {
     }
     loop {
         let checkpoint = *line;
+        let whole = padded_seconds(line);
         let padded = space0::<_, winnow::error::ContextError>.parse_next(line).is_ok_and(|spaces: &[u8]| !spaces.is_empty());
         if found.time.is_none()
-            && let Ok(time) = time(line)
+            && let Ok(time) = time(line, whole)
         {
             found.time = Some(match time {
                 Stamp::Seconds { ns, .. } => Stamp::Seconds { ns, padded },
@@ -74,7 +75,7 @@ fn spaces<'a>(most: usize) -> impl FnMut(&mut &'a [u8]) -> Result<&'a [u8]> {
 
 /// `7`, `7<comm>`
 fn pid(line: &mut &[u8]) -> Result<u32> {
-    let number = digit1.parse_to::<u32>().verify(|pid| *pid <= MOST_PID);
+    let number = digit1.parse_to::<u32>().verify(|pid| (1..=MOST_PID).contains(pid));
     terminated(number, opt(comm)).parse_next(line)
 }
 
@@ -85,20 +86,30 @@ fn comm<'a>(line: &mut &'a [u8]) -> Result<&'a [u8]> {
 
 fn plain_pid(line: &mut &[u8]) -> Result<u32> {
     let checkpoint = *line;
-    let found = delimited(space0, pid, ' ').parse_next(line);
+    let found =
+        if padded_seconds(line) { Err(winnow::error::ContextError::new()) } else { delimited(space0, pid, ' ').parse_next(line) };
     if found.is_err() {
         *line = checkpoint;
     }
     found
 }
 
-/// `[00007fc71dfcfad7] ` (`-i`), `[  59] ` (`-n`), a security context.
-fn bracket<'a>(line: &mut &'a [u8]) -> Result<&'a [u8]> {
-    preceded(not("[ Process"), delimited('[', take_till(1..=256, b']'), "] ")).parse_next(line)
+/// `     0 ` (`-r` in whole seconds): six columns, filled from the left. Process ids are filled
+/// from the right.
+fn padded_seconds(line: &[u8]) -> bool {
+    let spaces = line.iter().take_while(|byte| **byte == b' ').count();
+    let digits = line[spaces..].iter().take_while(|byte| byte.is_ascii_digit()).count();
+    spaces > 0 && digits > 0 && spaces + digits == 6 && line.get(6) == Some(&b' ')
 }
 
-fn time(line: &mut &[u8]) -> Result<Stamp> {
+/// `[00007fc71dfcfad7] ` (`-i`), `[  59] ` (`-n`), a security context.
+fn bracket<'a>(line: &mut &'a [u8]) -> Result<&'a [u8]> {
+    preceded(not(alt(("[ Process", "[pid "))), delimited('[', take_till(1..=256, b']'), "] ")).parse_next(line)
+}
+
+fn time(line: &mut &[u8], whole: bool) -> Result<Stamp> {
     let checkpoint = *line;
+    let seconds = |line: &mut &[u8]| seconds(line, whole);
     let found =
         terminated(alt((of_day, seconds)), (' ', opt((space0, "(+", take_until(0..=32, ")"), ")", space1)))).parse_next(line);
     if found.is_err() {
@@ -113,11 +124,11 @@ fn of_day(line: &mut &[u8]) -> Result<Stamp> {
     Ok(Stamp::OfDay(((hours * 60 + minutes) * 60 + seconds) * SECOND + ns.unwrap_or(0)))
 }
 
-fn seconds(line: &mut &[u8]) -> Result<Stamp> {
+fn seconds(line: &mut &[u8], padded: bool) -> Result<Stamp> {
     let (digits, ns): (&[u8], _) = (digit1, opt(fraction)).parse_next(line)?;
-    // Without a fraction it is a time only if it is too long for anything else.
+    // Without a fraction it is a time only if it is too long for anything else, or in its column.
     let whole = std::str::from_utf8(digits).ok().and_then(|digits| digits.parse::<u64>().ok());
-    let whole = whole.filter(|_| ns.is_some() || digits.len() >= 9).and_then(|whole| whole.checked_mul(SECOND));
+    let whole = whole.filter(|_| ns.is_some() || padded || digits.len() >= 9).and_then(|whole| whole.checked_mul(SECOND));
     let ns = whole.and_then(|whole| whole.checked_add(ns.unwrap_or(0)));
     ns.map(|ns| Stamp::Seconds { ns, padded: false }).ok_or_else(winnow::error::ContextError::new)
 }

@@ -2,9 +2,9 @@
 
 use super::Recording;
 use super::call::{Call, Op};
-use super::calls::{Meaning, Segments, concerns, meaning};
-use super::error::{Note, NoteKind, ParseError};
-use super::line::{Body, End, Ending, body, ending, ends, mentions, message};
+use super::calls::{Meaning, Segments, concerns, may_concern, meaning};
+use super::error::{Note, NoteKind, ParseError, Skipped};
+use super::line::{Body, End, Ending, body, ending, ends, hides, mentions, message};
 use super::order::put_early;
 use super::prefix::{Clock, Prefix, prefix};
 use super::scan::{Parts, parts};
@@ -15,6 +15,11 @@ use std::sync::Arc;
 /// So many notes that are not strace's are kept, to be listed on request.
 const LISTED: usize = 100;
 
+/// A call comes in at most so many pieces, and is at most so long if it comes in several: each
+/// piece has all of it read again.
+const PIECES: usize = 64;
+const LONGEST: usize = 1 << 20;
+
 /// A call that concerns memory and whose end has not come yet.
 struct Begun {
     name: String,
@@ -23,6 +28,8 @@ struct Begun {
     line: usize,
     /// How many calls took effect before it began.
     before: usize,
+    /// In how many pieces it has come.
+    pieces: usize,
     /// It goes on under another number: `execve` from a thread.
     moved: bool,
 }
@@ -48,7 +55,9 @@ pub(super) struct Part {
     /// It has the table of `strace -c`.
     pub(super) counts: bool,
     /// A line that may be a call of another tool's.
-    pub(super) near: Option<ParseError>,
+    pub(super) near: Skipped,
+    pub(super) segments: Segments,
+    pub(super) lenient: bool,
 }
 
 pub(super) struct Reader {
@@ -58,7 +67,6 @@ pub(super) struct Reader {
     part: Part,
     clock: Clock,
     tasks: Tasks,
-    segments: Segments,
     begun: HashMap<u32, Begun>,
     open: Option<Open>,
     /// New tasks, with how many calls took effect before the one that made them began.
@@ -78,10 +86,9 @@ impl Reader {
             file,
             lenient,
             line: 0,
-            part: Part { of, ..Part::default() },
+            part: Part { of, lenient, ..Part::default() },
             clock: Clock::default(),
             tasks: Tasks::new(of.unwrap_or(made_up)),
-            segments: Segments::new(),
             begun: HashMap::new(),
             open: None,
             early: Vec::new(),
@@ -106,6 +113,8 @@ impl Reader {
         let mut rest = line;
         let prefix = prefix(&mut rest);
         match body(rest) {
+            // Output of the program stands before a call: `donemunmap(…`, `step(1)munmap(…`.
+            Body::Call { name, text } if !concerns(name) && (may_concern(name) || hides(text)) => self.text(line, rest),
             Body::Call { name, text } => {
                 let (pid, at_ns) = self.known(&prefix)?;
                 self.call(pid, at_ns, name, text)
@@ -142,9 +151,8 @@ impl Reader {
     fn known(&mut self, prefix: &Prefix) -> Result<(u32, u64), ParseError> {
         if !self.part.known {
             (self.part.known, self.plain) = (true, prefix.plain);
-            if let Some(near) = self.part.near.take() {
-                self.bad(near)?;
-            }
+            let near = std::mem::take(&mut self.part.near);
+            near.allowed(self.lenient, &mut self.part.recording.skipped)?;
         }
         self.table = false;
         let task = self.task(prefix);
@@ -179,7 +187,7 @@ impl Reader {
         if !self.lenient {
             return Err(error);
         }
-        self.part.recording.skipped.push(error);
+        self.part.recording.skipped.add(error);
         Ok(())
     }
 
@@ -198,13 +206,13 @@ impl Reader {
             self.note(NoteKind::Summary);
             return Ok(());
         }
-        let near = mentions(rest);
+        let near = mentions(rest) || matches!(body(rest), Body::Call { .. });
         if self.part.known && (near || (self.plain && self.open.is_none())) {
             let reason = if near { "it looks like a call, and is not as strace writes it" } else { "it is no line of strace's" };
             return self.bad(self.wrong(reason.into()));
         }
-        if near && self.part.near.is_none() {
-            self.part.near = Some(self.wrong("it looks like a call, and is not as strace writes it".into()));
+        if near {
+            self.part.near.add(self.wrong("it looks like a call, and is not as strace writes it".into()));
         }
         self.note(NoteKind::Text);
         if self.part.recording.listed.len() < LISTED {
@@ -245,12 +253,21 @@ impl Reader {
     fn begin(&self, name: &[u8], at_ns: u64) -> Begun {
         let name = String::from_utf8_lossy(name).into_owned();
         let before = self.part.recording.calls.len();
-        Begun { name, text: Vec::new(), at_ns, line: self.line, before, moved: false }
+        Begun { name, text: Vec::new(), at_ns, line: self.line, before, pieces: 0, moved: false }
     }
 
     /// A call of which there is as much as this.
     fn go_on(&mut self, pid: u32, mut call: Begun, mut text: Vec<u8>) -> Result<(), ParseError> {
         let memory = concerns(call.name.as_bytes());
+        call.pieces += 1;
+        if call.pieces > PIECES || (call.pieces > 1 && text.len() > LONGEST) {
+            if memory {
+                let error = self.wrong(format!("{} is broken into too many or too long pieces", call.name));
+                return self.bad(ParseError { line: call.line, ..error });
+            }
+            self.note(NoteKind::Text);
+            return Ok(());
+        }
         let (end, len) = ending(&text);
         text.truncate(len);
         match end {
@@ -326,7 +343,7 @@ impl Reader {
 
     /// A whole call.
     fn finish(&mut self, pid: u32, name: &str, at_ns: u64, before: usize, parts: &Parts<'_>) -> Result<(), ParseError> {
-        let op = match meaning(name, parts, &mut self.segments) {
+        let op = match meaning(name, parts, &mut self.part.segments) {
             Ok(Meaning::Op(op)) => op,
             Ok(Meaning::Idle(kind)) => {
                 *self.part.recording.idle.entry(kind).or_default() += 1;

@@ -47,6 +47,8 @@ fn address(number: u64) -> u64 {
 /// Splits what stands behind the opening bracket of a call, if it is complete.
 pub(super) fn parts(text: &[u8]) -> Option<Parts<'_>> {
     let (mut arguments, mut depth, mut from, mut rest) = (Vec::new(), 0usize, 0, text);
+    // No path can begin behind the last bracket that ends one.
+    let paths = text.iter().rposition(|byte| *byte == b'>').unwrap_or(0);
     loop {
         let at = text.len() - rest.len();
         let before = at.checked_sub(1).and_then(|at| text.get(at)).copied();
@@ -54,7 +56,8 @@ pub(super) fn parts(text: &[u8]) -> Option<Parts<'_>> {
         match byte {
             b'"' => drop(quoted(&mut rest).ok()?),
             b'/' if rest.starts_with(b"/*") => drop(comment(&mut rest).ok()?),
-            b'<' if before.is_some_and(|byte| byte.is_ascii_alphanumeric())
+            b'<' if at < paths
+                && before.is_some_and(|byte| byte.is_ascii_alphanumeric())
                 && opt(path).parse_next(&mut rest).is_ok_and(|path| path.is_some()) => {}
             b'(' | b'[' | b'{' => (depth, rest) = (depth + 1, &rest[1..]),
             b')' if depth == 0 => break,
@@ -74,6 +77,18 @@ pub(super) fn parts(text: &[u8]) -> Option<Parts<'_>> {
     let result = preceded((')', space0, '=', space0), winnow::token::rest::<_, winnow::error::ContextError>);
     let result: &[u8] = { result }.parse_next(&mut rest).ok()?;
     (!result.is_empty()).then(|| Parts { arguments, result: result.trim_ascii() })
+}
+
+/// How long what is quoted here, or a comment, or a path, is; 1 for a single slash.
+pub(super) fn skip(text: &[u8]) -> Option<usize> {
+    let mut rest = text;
+    let found = match text {
+        [b'"', ..] => quoted(&mut rest),
+        [b'/', b'*', ..] => comment(&mut rest),
+        [b'<', ..] => path(&mut rest),
+        _ => return Some(1),
+    };
+    found.ok().map(|_| text.len() - rest.len())
 }
 
 fn quoted<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8]> {

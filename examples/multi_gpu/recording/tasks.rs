@@ -1,7 +1,7 @@
 //! Who made a call, where a line does not say so.
 
 use super::call::Op;
-use std::collections::{BTreeSet, HashSet};
+use std::collections::{BTreeMap, BTreeSet, HashSet};
 
 /// The tasks of a recording. strace writes their numbers only while there are several.
 #[derive(Debug)]
@@ -13,13 +13,13 @@ pub(super) struct Tasks {
     live: BTreeSet<u32>,
     seen: HashSet<u32>,
     /// Processes that strace attached to, with how many threads have not been seen yet.
-    attached: Vec<(u32, u32)>,
+    attached: BTreeMap<u32, u32>,
     last: Option<u32>,
 }
 
 impl Tasks {
     pub(super) fn new(own: u32) -> Self {
-        Self { own, found: None, live: BTreeSet::new(), seen: HashSet::new(), attached: Vec::new(), last: None }
+        Self { own, found: None, live: BTreeSet::new(), seen: HashSet::new(), attached: BTreeMap::new(), last: None }
     }
 
     /// The task of a line; and what it says of the task, if it is new.
@@ -49,12 +49,14 @@ impl Tasks {
             return None;
         }
         // A thread has a higher number than its process, most of the time.
-        let waiting = || self.attached.iter().enumerate().filter(|(_, (_, left))| *left > 0);
-        let of = waiting().filter(|(_, (process, _))| *process < pid).max_by_key(|(_, (process, _))| *process);
-        if let Some((at, _)) = of.or_else(|| waiting().next()) {
-            let (process, left) = &mut self.attached[at];
-            *left -= 1;
-            return Some(Op::ThreadOf { process: *process });
+        let of = self.attached.range(..pid).next_back().or_else(|| self.attached.first_key_value());
+        if let Some((&process, &left)) = of {
+            if left > 1 {
+                self.attached.insert(process, left - 1);
+            } else {
+                self.attached.remove(&process);
+            }
+            return Some(Op::ThreadOf { process });
         }
         if self.found.is_none() && self.live.remove(&self.own) {
             self.found = Some(pid);
@@ -67,7 +69,7 @@ impl Tasks {
         self.live.insert(pid);
         self.seen.insert(pid);
         if threads > 1 {
-            self.attached.push((pid, threads - 1));
+            self.attached.insert(pid, threads - 1);
         }
     }
 

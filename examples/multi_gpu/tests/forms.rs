@@ -196,3 +196,14 @@ fn the_recordings_that_are_built_in_are_read_without_a_rest() {
         assert_eq!((recording.lines, recording.unfinished, recording.incomplete), (lines, 0, 0), "{file}");
     }
 }
+
+#[test]
+fn the_size_of_a_segment_may_be_in_another_file() {
+    let dir = std::env::temp_dir().join(format!("shootdown-segments-{}", std::process::id()));
+    std::fs::create_dir_all(&dir).unwrap();
+    std::fs::write(dir.join("trace.7"), "1.1 shmat(5, NULL, 0) = 0x5000\n").unwrap();
+    std::fs::write(dir.join("trace.8"), "1.0 shmget(1, 65536, IPC_CREAT|0600) = 5\n1.2 shmget(1, 0, 0) = 5\n").unwrap();
+    let (_, recording) = open(std::slice::from_ref(&dir), false).unwrap();
+    assert!(matches!(recording.calls[0].op, crate::recording::Op::Attach { at: 0x5000, len: 65536, .. }));
+    std::fs::remove_dir_all(dir).unwrap();
+}

@@ -180,3 +180,15 @@ fn deep_brackets_and_long_lines_are_no_matter() {
         read(format!("mmap(NULL, {open}, PROT_READ, MAP_PRIVATE, 3, 0) = 0x1000\n7 [{open} brk({open}").as_bytes());
     }
 }
+
+/// Each of these would take minutes if the whole was looked at again for each piece of it.
+#[test]
+fn many_pieces_take_no_more_than_their_length() {
+    read(format!("brk(NULL) = 0x1000\n- {}\n", "brk(".repeat(1 << 18)).as_bytes());
+    read(format!("mmap(NULL, {}\n", "a<".repeat(1 << 19)).as_bytes());
+    for piece in [",1\n", "<... mmap resumed>,1 <unfinished ...>\n"] {
+        let text = format!("mmap(1 <unfinished ...>\nmmap(1\n{}", piece.repeat(1 << 17));
+        read(text.as_bytes());
+        assert!(parse("pieces", text.as_bytes(), false).is_err());
+    }
+}

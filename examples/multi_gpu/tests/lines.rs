@@ -194,6 +194,13 @@ fn the_kind_of_time_is_told_apart() {
     // `-r` from the middle of a recording, and with its spaces lost.
     assert_eq!(times(["5          2.000000", "5          1.500000", "5          0.500000"]), [0, 1_500_000_000, 2_000_000_000]);
     assert_eq!(times(["5 2.0", "5 1.5", "5 0.5"]), [0, 1_500_000_000, 2_000_000_000]);
+    // `-r` in whole seconds.
+    assert_eq!(times(["     0", "     1", "    12"]), [0, 1_000_000_000, 13_000_000_000]);
+    assert_eq!(times(["19217      0", "7          1", "[pid     7]     12"]), [0, 1_000_000_000, 13_000_000_000]);
+    assert_eq!(read("     0 munmap(0x1000, 4096) = 0\n     3 munmap(0x1000, 4096) = 0\n").calls[1].pid, u32::MAX);
+    // No task has the number 0.
+    assert!(error("0 munmap(0x1000, 4096) = 0\n").contains("is not strace's"));
+    assert!(error("[pid 0] munmap(0x1000, 4096) = 0\n").contains("is not strace's"));
     // Midnight.
     assert_eq!(times(["23:59:59", "23:59:59.5", "00:00:01"]), [0, 500_000_000, 2_000_000_000]);
 }
@@ -254,5 +261,63 @@ fn an_execve_of_a_thread_goes_on_under_the_number_of_its_process() {
         let calls: Vec<_> = recording.calls.iter().map(|call| (call.pid, call.at_ns, &call.op)).collect();
         assert_eq!(calls, [(1, 0, &Op::Exec)], "{begin}");
         assert_eq!((recording.unfinished, recording.incomplete), (0, 0), "{begin}");
+    }
+}
+
+/// On a terminal, output without an end of line stands before the next call.
+#[test]
+fn output_of_the_program_before_a_call_does_not_hide_it() {
+    let good = "brk(NULL) = 0x1000\n";
+    for bad in [
+        "donemunmap(0x7fca4483c000, 1048576) = 0",
+        "donemunmap(0x7fca4483c000, 1048576 <unfinished ...>",
+        "donemunmap(0x7fca4483c000, 1048576strace: Process 6 attached",
+        "step(1)munmap(0x1000, 4096) = 0",
+        "step(1)munmap(0x1000, 4096 <unfinished ...>",
+        "step(\"1)munmap(0x1000, 4096) = 0",
+        "50% donemunmap(0x1000, 4096) = 0",
+        "doneexit_group(0) = ?",
+        "sbrk(0x1000) = 0x1000",
+    ] {
+        for text in [format!("{good}{bad}\n"), format!("{bad}\n{good}")] {
+            assert!(error(&text).contains("it looks like a call"), "{bad}");
+            let lenient = parse("the test", text.as_bytes(), true).unwrap();
+            assert_eq!((lenient.skipped.len(), lenient.calls.len(), lenient.other.len()), (1, 1, 0), "{bad}");
+        }
+    }
+    for other in [
+        "write(1, \"munmap(0x1000, 4096) = 0\", 24) = 24",
+        "write(1, \"munmap(0x1000, 4096\", 19 <unfinished ...>\n<... write resumed>) = 19",
+        "close(3</tmp/munmap(1, 2) = 0>) = 0",
+        "semop(1, [{0, -1, 0}], 1) = 0",
+    ] {
+        let recording = read(&format!("{good}{other}\n"));
+        assert_eq!((recording.calls.len(), recording.other.values().sum::<usize>()), (1, 1), "{other}");
+    }
+}
+
+#[test]
+fn a_task_in_another_namespace_has_the_number_that_its_lines_carry() {
+    for call in [
+        "clone(child_stack=NULL, flags=CLONE_NEWPID|SIGCHLD)",
+        "clone3({flags=CLONE_NEWPID, exit_signal=SIGCHLD}, 88)",
+        "fork()",
+        "vfork()",
+    ] {
+        let recording = read(&format!("7 {call} = 2 /* 9 in strace's PID NS */\n9 munmap(0x1000, 4096) = 0\n"));
+        assert!(matches!(recording.calls[0].op, Op::Clone { child: 9, .. }), "{call}");
+    }
+    let moved = Op::MigratePages { process: Some(9) };
+    assert_eq!(ops(&["migrate_pages(2 /* 9 in strace's PID NS */, 64, [1], [2]) = 0"]), [moved]);
+}
+
+/// Three before the first line of strace's, and more than are listed.
+#[test]
+fn all_lines_that_are_skipped_are_counted() {
+    for count in [3, 3000] {
+        let text = format!("{}brk(NULL) = 0x1000\n", "zz: munmap(0x1000, 4096) = 0\n".repeat(count));
+        let recording = parse("the test", text.as_bytes(), true).unwrap();
+        assert_eq!((recording.skipped.len(), recording.skipped.listed().len()), (count, count.min(1000)));
+        assert!(error(&text).contains("line 1"));
     }
 }
