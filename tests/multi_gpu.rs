@@ -165,7 +165,7 @@ fn every_planted_bug_is_found_in_every_mode_with_any_number_of_gpus() {
         let rows = rows(&output);
         // With a driver that is wrong there is nothing to be found about ways to wait.
         let text = multi_gpu(&["--gpus", "2", "--fault", fault]).stdout;
-        assert!(!String::from_utf8_lossy(&text).contains("Found:"), "{fault}");
+        assert!(String::from_utf8_lossy(&text).contains("Found: nothing, because devices used"), "{fault}");
         for (gpus, mode) in [1, 4, 16].into_iter().flat_map(|gpus| MODES.map(|mode| (gpus, mode))) {
             assert!(number(row(&rows, gpus, mode), "stale_accesses") > 0, "{fault}, {gpus} GPUs, {mode}");
         }
@@ -275,7 +275,11 @@ fn a_run_says_what_it_has_found() {
     assert!(busy.contains("Found: for 32 busy GPUs") && busy.contains("two-pass waits 1."), "{busy}");
     // Not of one way alone.
     let alone = multi_gpu(&["--gpus", "1", "--modes", "multi-pass"]);
-    assert!(alone.status.success() && !String::from_utf8_lossy(&alone.stdout).contains("Found:"));
+    assert!(alone.status.success() && String::from_utf8_lossy(&alone.stdout).contains("Found: nothing, because not all"));
+    let few = multi_gpu(&["--gpus", "1", "--limit", "3"]);
+    assert!(String::from_utf8_lossy(&few.stdout).contains("Found: nothing, because only 3 invalidations"));
+    let harmless = multi_gpu(&["--gpus", "1", "--profile", "idle", "--fault", "skip-jobs"]);
+    assert!(harmless.status.success() && String::from_utf8_lossy(&harmless.stdout).contains("not the planted bug either"));
 }
 
 #[test]

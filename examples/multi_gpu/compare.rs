@@ -27,7 +27,8 @@ pub fn table(names: [&str; 2], [a, b]: [&Report; 2]) -> Result<String, String> {
     };
     check("workload", a.workload.name.clone(), b.workload.name.clone());
     check("seed", a.seed.to_string(), b.seed.to_string());
-    check("profile", format!("{:?}", a.profile), format!("{:?}", b.profile));
+    let profile = |report: &Report| report.profile.map_or("not known", |profile| profile.name()).to_owned();
+    check("profile", profile(a), profile(b));
     check("real time", a.real_time.to_string(), b.real_time.to_string());
     let known = |report: &Report, option: &str| report.settings.get(option).cloned().unwrap_or_else(|| "not known".into());
     let options: BTreeSet<&String> = a.settings.keys().chain(b.settings.keys()).collect();

@@ -51,17 +51,25 @@ fn page(report: &Report, example: &Example) -> Result<String, Box<dyn Error>> {
          <h1>Four ways to wait for GPUs</h1>\n\
          <p>The memory calls of <b>{name}</b>, replayed in {time_is} time with seed {seed}, while simulated GPUs mirror the memory. Single-pass waits for \
          one GPU after the other. Two-pass (Linux 7.1) starts all, then finishes one after the other; round-robin (the proposal of August 2025) goes round \
-         those that are not done; poll-driven (this library) goes on with whichever is ready.</p>\n<p id=finding>{finding}</p>\n\
+         those that are not done; poll-driven (this library) goes on with whichever is ready.</p>\n<p>{settings}</p>\n<p id=finding>{finding}</p>\n\
          <div class=charts>\n<div id=latency>{latencies}</div>\n<div id=distribution>{distribution}</div>\n</div>\n\
-         <h2>One invalidation, GPU by GPU</h2>\n<p>A bar is a step of a GPU, from its submission to its fence; the mark is the first pass.</p>\n\
+         <h2>One invalidation, GPU by GPU</h2>\n<p>A bar is a step of a GPU, from when it was asked for until its fence; it may have waited for another invalidation's. The mark is the first pass.</p>\n\
          <div id=timeline>{lanes}</div>\n\
-         <h2>The figures</h2>\n<table>\n\
+         <h2>The figures</h2>\n<p>Invalidations that a device had work for; \"/ ideal\" is the total over a lower bound (see --help).</p>\n<table>\n\
          <tr><th rowspan=2>GPUs<th rowspan=2>invalidations<br>with work{head}<th rowspan=2>stale accesses</tr>\n<tr>{units}</tr>\n{rows}</table>\n\
          <details><summary>As text</summary><pre>{text}</pre></details>\n</html>\n",
         seed = report.seed,
-        finding = escape(&finding(report).unwrap_or_default()),
+        finding = escape(&finding(report).unwrap_or_else(|why| format!("Found: nothing, {why}."))),
+        settings = escape(&settings(report)),
         text = escape(&table(report)),
     ))
+}
+
+/// What was asked for, as far as it shows what is compared.
+fn settings(report: &Report) -> String {
+    let profile = report.profile.map_or("not known", |profile| profile.name());
+    let options: Vec<String> = report.settings.iter().map(|(option, value)| format!("{option} {value}")).collect();
+    format!("Profile {profile}; {}.", options.join(", "))
 }
 
 fn escape(text: &str) -> String {

@@ -76,7 +76,7 @@ fn run(options: &Options) -> Result<u64, String> {
         eprintln!("{remark}");
     }
     let plan = Arc::new(Plan::new(&recording, options.longest_pause));
-    let workload = Workload::new(&name, &recording, plan.spaces);
+    let workload = Workload::new(&name, &recording, plan.spaces, plan.followed_process.filter(|_| !options.all_processes));
     drop(recording);
 
     let gpus = options.gpus();

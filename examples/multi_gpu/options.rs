@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Replays what a real program did with its memory while G simulated GPUs mirror that memory, and compares four ways to wait for the GPUs:
+/// Replays what a real program did with its memory while 1 to 1024 simulated GPUs mirror that memory (`--gpus`), and compares four ways to wait for the GPUs:
 /// single-pass (before Linux 7.1), two-pass (Linux 7.1), round-robin (the proposal of August 2025) and poll-driven (this library).
 #[derive(Parser)]
 #[command(name = "multi_gpu", after_long_help = format!("{LATENCIES}\n\n{EXAMPLES}"))]
@@ -80,7 +80,7 @@ pub struct Options {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub limit: Option<u64>,
 
-    /// Raise every latency of the hardware to this, in µs
+    /// Raise every latency of the hardware to this, in µs; beyond some 100 raise --reclaim-interval-us as well, or devices do nothing else
     #[arg(long, value_name = "µs", value_parser = micros)]
     latency_floor_us: Option<Duration>,
 
@@ -133,7 +133,7 @@ Examples:
   multi_gpu --report out.html                 and a report for the browser
   multi_gpu --compare a.json b.json           what changed between two runs with --json
   multi_gpu --gpus 1,4,16 --seed 7 --json     for scripts
-  multi_gpu --workload cargo-build.strace     another program's memory
+  multi_gpu --workload program.strace         another program's memory (examples/multi_gpu/workloads has some)
   multi_gpu --fault skip-wait --gpus 4        a driver that does not wait: exit code 1
   multi_gpu --real-time --gpus 16             in real time, with latencies of 1 ms and more
 

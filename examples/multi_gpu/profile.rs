@@ -20,6 +20,17 @@ pub enum Profile {
     Mixed,
 }
 
+impl Profile {
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Idle => "idle",
+            Self::Busy => "busy",
+            Self::Preempting => "preempting",
+            Self::Mixed => "mixed",
+        }
+    }
+}
+
 /// What one GPU is doing for a while.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Activity {
@@ -73,12 +84,17 @@ pub struct Model {
 
 /// For `--help`.
 pub const LATENCIES: &str = "\
-Numbers of the model (log-normal around the median, cut off at the bounds; each GPU and invalidation has its own, the same in all modes):
+Numbers of the model (log-normal around the median, cut off at the bounds; each GPU and invalidation has its own, the same in all modes. What else a device has
+in its queue differs, because it depends on when things happen):
   TLB flush         40 µs (20 to 100)     i915, drivers/gpu/drm/i915/gt/intel_tlb.c: typically 40 µs, 100 µs at worst (and a time-out of 1 ms recommended)
   jobs in flight   300 µs (10 to 10,000)  an assumption: what is left of kernels of some 100 µs to some ms
   preemption       500 µs (100 to 5,000)  an assumption, between draining and saving a whole GPU (Park, Park, Mahlke: Chimera, ASPLOS 2015); i915 gives up after CONFIG_DRM_I915_PREEMPT_TIMEOUT, 100 ms and more
   page fault        30 µs                 Zheng et al., Towards High Performance Paged Memory for GPUs, HPCA 2016: 20 to 50 µs
-  zap, submit, interrupt, wake: 1, 2, 1, 2 µs, assumptions; a direct context switch takes 1 to 4 µs (Li, Ding, Shen: Quantifying the Cost of Context Switch, ExpCS 2007)";
+  zap, submit, interrupt, wake: 1, 2, 1, 2 µs, assumptions; a direct context switch takes 1 to 4 µs (Li, Ding, Shen: Quantifying the Cost of Context Switch, ExpCS 2007)
+
+\"Total over ideal\": the ideal is a lower bound, what the program would have waited if no GPU had had anything else to do, each had gone on the moment it could, and no thread had
+had to be woken. What is above 1.00 is what the way to wait costs, and what other invalidations (mostly the kernel's) have under way on the same GPUs; that is in all ways, so compare the
+columns of a row. Each change of an option shifts all later events: to see what one is worth use --profile idle or busy with --reclaim-interval-us 0, or several seeds.";
 
 impl Model {
     /// The random numbers of GPU `gpu` for invalidation `number`: the same in every mode and for any number of GPUs.

@@ -35,10 +35,13 @@ pub struct Workload {
     #[serde(default)]
     pub incomplete_calls: usize,
     pub address_spaces: usize,
+    /// The process whose memory GPUs mirror, if it is one only.
+    #[serde(default)]
+    pub followed_process: Option<u32>,
 }
 
 impl Workload {
-    pub fn new(name: &str, recording: &Recording, address_spaces: usize) -> Self {
+    pub fn new(name: &str, recording: &Recording, address_spaces: usize, followed_process: Option<u32>) -> Self {
         Self {
             name: name.into(),
             lines_read: recording.lines,
@@ -47,6 +50,7 @@ impl Workload {
             unfinished_calls: recording.unfinished,
             incomplete_calls: recording.incomplete,
             address_spaces,
+            followed_process,
         }
     }
 }
@@ -94,19 +98,19 @@ pub fn table(report: &Report) -> String {
         operations.join(", ")
     );
     if let Some(profile) = report.profile {
-        let _ = writeln!(
-            out,
-            "GPUs: {profile:?}, in {} time, seed {}",
-            if report.real_time { "real" } else { "virtual" },
-            report.seed
-        );
+        let time = if report.real_time { "real" } else { "virtual" };
+        let _ = write!(out, "GPUs: {}, in {time} time, seed {}", profile.name(), report.seed);
+        let _ = match workload.followed_process {
+            Some(process) => writeln!(out, "; they follow process {process} (--all-processes: all)"),
+            None => writeln!(out),
+        };
     }
     let head = |out: &mut String, first: &str, second: &str| {
         let _ = write!(out, "\n{first:>6} {:>6} │", "");
         for mode in &modes {
             let _ = write!(out, " {:^26} │", mode.name());
         }
-        let _ = write!(out, " {:^23}\n{:>6} {:>6} │", second, "GPUs", "inval.");
+        let _ = write!(out, " {:^23}\n{:>5} {:>7} │", second, "GPUs", "inval.");
         for _ in &modes {
             let _ = write!(out, " {:>8} {:>8} {:>8} │", "p50", "p99", "total");
         }
@@ -121,8 +125,11 @@ pub fn table(report: &Report) -> String {
     };
     head(&mut out, "", "total over ideal");
     for (gpus, rows) in by_gpus(&report.rows) {
-        let with_work = rows.values().map(|row| row.with_work).max().unwrap_or(0);
-        let _ = write!(out, "{gpus:>6} {with_work:>6} │");
+        let with_work = || rows.values().map(|row| row.with_work);
+        let (least, most) = (with_work().min().unwrap_or(0), with_work().max().unwrap_or(0));
+        // It differs a little: what devices hold depends on when they came to it.
+        let with_work = if least == most { most.to_string() } else { format!("{least}–{most}") };
+        let _ = write!(out, "{gpus:>5} {with_work:>7} │");
         for mode in &modes {
             let _ = match rows.get(mode) {
                 Some(row) => write!(out, " {:>8} {:>8} {:>8} │", time(row.p50_ns), time(row.p99_ns), time(row.total_ns)),
@@ -139,9 +146,7 @@ pub fn table(report: &Report) -> String {
     }
     out.push('\n');
     out.push_str(&counts(report));
-    if let Some(finding) = finding(report) {
-        let _ = writeln!(out, "\n{finding}");
-    }
+    let _ = writeln!(out, "\n{}", finding(report).unwrap_or_else(|why| format!("Found: nothing, {why}.")));
     out
 }
 
@@ -180,16 +185,25 @@ fn counts(report: &Report) -> String {
     out
 }
 
-/// What a run has found, in a sentence; `None` if it did not compare all four, if it saw too little, or if devices used what had changed.
-pub fn finding(report: &Report) -> Option<String> {
+/// What a run has found, in a sentence.
+///
+/// # Errors
+/// Why it has found nothing.
+pub fn finding(report: &Report) -> Result<String, String> {
     const FEW: u64 = 20;
-    let (gpus, rows) = by_gpus(&report.rows).into_iter().next_back()?;
-    if report.rows.iter().any(|row| row.stale_accesses > 0) || rows.values().any(|row| row.with_work < FEW) {
-        return None;
+    let (gpus, rows) = by_gpus(&report.rows).into_iter().next_back().ok_or("because nothing was run")?;
+    if report.rows.iter().any(|row| row.stale_accesses > 0) {
+        return Err("because devices used memory that had changed".into());
+    }
+    if report.settings.get("fault").is_some_and(|fault| fault != "none") {
+        return Err("and not the planted bug either: see its line in --help for when it can do harm".into());
+    }
+    if let Some(few) = rows.values().map(|row| row.with_work).min().filter(|few| *few < FEW) {
+        return Err(format!("because only {few} invalidations had work for a device"));
     }
     let total = |mode| rows.get(&mode).map(|row| row.total_ns as f64).filter(|total| *total > 0.0);
-    let (single, two) = (total(Mode::SinglePass)?, total(Mode::TwoPass)?);
-    let (rounds, poll) = (total(Mode::RoundRobin)?, total(Mode::PollDriven)?);
+    let all = (total(Mode::SinglePass), total(Mode::TwoPass), total(Mode::RoundRobin), total(Mode::PollDriven));
+    let (Some(single), Some(two), Some(rounds), Some(poll)) = all else { return Err("because not all ways were run".into()) };
     let what = match report.profile {
         Some(Profile::Idle) => "idle GPUs",
         Some(Profile::Busy) => "busy GPUs",
@@ -201,7 +215,7 @@ pub fn finding(report: &Report) -> Option<String> {
         ratio if ratio < 0.95 => format!("{name} is enough, and quicker by {:.0} %", (1.0 - ratio) * 100.0),
         ratio => format!("{name} is enough ({:+.0} %)", (ratio - 1.0) * 100.0),
     };
-    Some(format!(
+    Ok(format!(
         "Found: for {gpus} {what}, starting all before waiting for any is worth {:.1}× (two-pass against single-pass); against poll-driven, {}, and {}.",
         single / two,
         against(two, "two-pass"),

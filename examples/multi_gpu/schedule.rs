@@ -32,6 +32,8 @@ pub struct Plan {
     pub spaces: usize,
     /// The address space in which the most is invalidated: the one that GPUs follow, unless they follow all.
     pub followed: usize,
+    /// The process that was the first in it.
+    pub followed_process: Option<u32>,
 }
 
 /// Earlier calls by what they touched, as far as later ones have to know of them: the last address of each part by its first one, who touched
@@ -78,9 +80,17 @@ impl Plan {
         let mut program = Program::default();
         let mut touched: BTreeMap<usize, Touched> = BTreeMap::new();
         let mut invalidations: BTreeMap<usize, usize> = BTreeMap::new();
-        let mut plan =
-            Self { calls: Vec::new(), tasks: BTreeMap::new(), first: Vec::new(), rest: Vec::new(), spaces: 0, followed: 0 };
+        let mut plan = Self {
+            calls: Vec::new(),
+            tasks: BTreeMap::new(),
+            first: Vec::new(),
+            rest: Vec::new(),
+            spaces: 0,
+            followed: 0,
+            followed_process: None,
+        };
         let mut begun = BTreeSet::new();
+        let mut first_in: BTreeMap<usize, u32> = BTreeMap::new();
         let (mut at, mut last_ns) = (Duration::ZERO, 0);
         for call in &recording.calls {
             at += Duration::from_nanos(call.at_ns.saturating_sub(last_ns)).min(longest_pause);
@@ -101,6 +111,10 @@ impl Plan {
             let mut after = BTreeSet::new();
             for action in &actions {
                 let (space, range) = touches(action);
+                first_in.entry(space).or_insert(match (action, begins) {
+                    (Action::Created { .. }, Some(child)) => child,
+                    _ => task,
+                });
                 after.extend(touched.entry(space).or_default().touch(range, task, index));
                 if let Action::Invalidate { space, .. } = action {
                     *invalidations.entry(*space).or_default() += 1;
@@ -113,6 +127,7 @@ impl Plan {
         plan.spaces = program.spaces();
         // Of several the first.
         plan.followed = invalidations.iter().rev().max_by_key(|(_, count)| **count).map_or(0, |(space, _)| *space);
+        plan.followed_process = first_in.get(&plan.followed).copied();
         plan
     }
 }

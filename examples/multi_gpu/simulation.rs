@@ -28,7 +28,7 @@ pub enum Mode {
     SinglePass,
     /// Linux 7.1: start all; then, in order, each one's finish, which blocks and does what is left
     TwoPass,
-    /// The proposal of August 2025: start all; then rounds over those that are not done, each of whose passes blocks until its step is done
+    /// The proposal of August 2025: start all; then go round those that are not done, and block for each until its present step is
     RoundRobin,
     /// This library: start all; then whoever is ready goes on
     #[value(alias = "multi-pass")]
