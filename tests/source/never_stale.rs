@@ -164,9 +164,9 @@ fn m2_report_13_a_watch_whose_memory_was_mapped_over_says_so_is_reported_and_can
         Report::WatchEnded { range } => Some(*range),
         _ => None,
     });
-    let source = Running::of(&space, Uffd::builder());
+    // Before there is a source: what it is tried with is then elsewhere, and its end is none of these.
     let memory = Raw::map(3);
-    // Whatever becomes of the watch with which the source was tried.
+    let source = Running::of(&space, Uffd::builder());
     let reports = |of: Raw| ended.lock().unwrap().iter().filter(|range| **range == of.range()).count();
     let watches = [source.uffd.watch(memory.part(0, 2).range()).unwrap(), source.uffd.watch(memory.part(2, 1).range()).unwrap()];
     let (subscription, told) = log(&space, memory.range());
