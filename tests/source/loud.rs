@@ -18,7 +18,6 @@ crate::list![
     dontneed_raises_clear_and_the_range_stays_watched,
     madv_free_raises_clear_also_where_it_is_refused,
     madv_remove_raises_clear_of_shared_memory,
-    the_event_comes_before_pages_are_discarded_and_after_they_are_unmapped,
     a_stack_that_its_thread_leaves_raises_clear,
     huge_pages_raise_the_same_events,
     an_owned_mapping_of_which_a_part_is_watched_moves_and_grows,
@@ -26,7 +25,11 @@ crate::list![
     of_a_misaligned_remove_every_changed_huge_page_is_inside_the_invalidation,
 ];
 
-crate::list![fn isolated_tests: a_heap_made_smaller_by_brk_raises_unmap];
+// In processes of their own: what they unmap must not be mapped by the threads of other tests.
+crate::list![fn isolated_tests:
+    a_heap_made_smaller_by_brk_raises_unmap,
+    the_event_comes_before_pages_are_discarded_and_after_they_are_unmapped,
+];
 
 /// What a test needs and this machine does not have.
 pub fn lacking(test: &str) -> Option<String> {
