@@ -215,12 +215,14 @@ impl AddressSpace {
         Release { invalidate: Invalidate::new(Handle::Borrowed(&self.shared), AddressRange::ALL, Event::Release) }
     }
 
-    /// Closes the space's gate: a `read_begin` of any notifier that begins from now on waits for the end of this pause, and no driver is called. It takes no lock and no memory, so that it may
-    /// be called wherever somebody else waits for the caller.
+    /// Closes the space's gate: a `read_begin` of any notifier that begins from now on waits for
+    /// the end of this pause, and no driver is called. It takes no lock and no memory, so that it
+    /// may be called wherever somebody else waits for the caller.
     ///
-    /// For sources of invalidations that hear of a change *after* it has happened: close the gate, let whoever changed the memory go
-    /// on, [start the invalidation](Self::invalidate) (poll it once), and drop the pause. Keep it short: it holds up readers of ranges that have nothing to do with the
-    /// change, which L2 allows nobody else to do.
+    /// For sources of invalidations that hear of a change *after* it has happened: close the gate,
+    /// let whoever changed the memory go on, [start the invalidation](Self::invalidate) (poll it
+    /// once), and drop the pause. Keep it short: it holds up readers of ranges that have nothing to
+    /// do with the change, which L2 allows nobody else to do.
     #[cfg(any(feature = "userfaultfd", loom))]
     pub fn pause(&self) -> Pause<'_> {
         Pause { shared: &self.shared, closings: self.shared.close_gate() }

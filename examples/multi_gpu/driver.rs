@@ -42,13 +42,14 @@ impl Mirror {
         self.space
     }
 
-    /// Removes the pages from the page table, under the lock that readers install under; returns those that were there. If there are any, this
-    /// first pass has work for the device until `over` is set, and another one that finds nothing left knows of it from the same moment on.
+    /// Removes the pages from the page table, under the lock that readers install under; returns
+    /// those that were there. If there are any, this first pass has work for the device until
+    /// `over` is set, and another one that finds nothing left knows of it from the same moment on.
     fn zap(
         &self,
         invalidation: &Invalidation<'_>,
         pages: &RangeInclusive<Page>,
-        (record, over): (&Record, &Flag),
+        (record, over): (&Arc<Record>, &Flag),
     ) -> Option<Zapped> {
         let gpu = &self.gpu;
         let late = gpu.fault == Some(Fault::SetSeqOutsideLock);
@@ -108,11 +109,13 @@ impl Mirror {
                 // Jobs may also go on with pages that others have zapped before.
                 (pages, first, steps.chain(others.into_iter().map(Todo::Other)).collect())
             }
-            // Where nothing was mapped no translation can be cached, unless another invalidation has zapped these pages and the device is not done
-            // with them. (If another mapping's notifier of this GPU did, for this invalidation, that is waited for in any case.)
+            // Where nothing was mapped no translation can be cached, unless another invalidation
+            // has zapped these pages and the device is not done with them. (If another mapping's
+            // notifier of this GPU did, for this invalidation, that is waited for in any case.)
             None => {
                 let others = gpu.unfinished(&record, &pages)?;
-                // What the others wait for at this moment, and a flush of its own; not their next step, which is theirs to begin.
+                // What the others wait for at this moment, and a flush of its own; not their next
+                // step, which is theirs to begin.
                 let flush = gpu.model.steps(gpu.id, record.number, record.at).last().map(Todo::Command);
                 gpu.joins(&record);
                 (Vec::new(), Flag::default(), others.into_iter().map(Todo::Other).chain(flush).collect())
@@ -174,7 +177,8 @@ enum Wait {
     Pending,
     /// The thread blocks in the pass until all steps are done.
     Blocking,
-    /// The thread blocks in the pass until one step is done; the next is begun, and the pass goes to the back of the list.
+    /// The thread blocks in the pass until one step is done; the next is begun, and the pass goes
+    /// to the back of the list.
     Rounds,
 }
 
@@ -337,8 +341,8 @@ impl Mirrors {
 struct Unmapped;
 
 impl Gpu {
-    /// A page fault of the device: looks at the program's memory and installs what is found, unless it changes meanwhile. Whether there is
-    /// an entry now.
+    /// A page fault of the device: looks at the program's memory and installs what is found, unless
+    /// it changes meanwhile. Whether there is an entry now.
     pub async fn fault_in(&self, mirror: &Subscription<Mirror>, page: Page) -> bool {
         let half = self.model.fault / 2;
         let look = async || {
@@ -348,7 +352,8 @@ impl Gpu {
             found
         };
         let install = |table: &mut BTreeMap<Page, u64>, generation| {
-            // Also when its mapping has gone, and another one is there: then it is that one's to install.
+            // Also when its mapping has gone, and another one is there: then it is that one's to
+            // install.
             let open = !mirror.detached.load(Ordering::Relaxed);
             if open {
                 table.insert(page, generation);

@@ -25,8 +25,8 @@ struct Unfinished {
     /// Rises from one to the next.
     serial: u64,
     pages: RangeInclusive<Page>,
-    /// The number of the invalidation.
-    of: u64,
+    /// The invalidation.
+    of: Arc<Record>,
     over: Flag,
     /// Of its last command; of the first one also before that is submitted.
     fence: Flag,
@@ -91,32 +91,34 @@ impl Gpu {
         self.mirrors.lock().unwrap().clear();
     }
 
-    /// An invalidation has zapped some of `pages`, and waits for this device until `over` is set. Returns the fence of its first command, which it
-    /// submits before its first pass returns.
-    pub fn begins(&self, record: &Record, pages: &RangeInclusive<Page>, over: &Flag) -> Flag {
+    /// An invalidation has zapped some of `pages`, and waits for this device until `over` is set.
+    /// Returns the fence of its first command, which it submits before its first pass returns.
+    pub fn begins(&self, record: &Arc<Record>, pages: &RangeInclusive<Page>, over: &Flag) -> Flag {
         let fence = Flag::default();
         let serial = self.joins(record);
         let mut unfinished = self.unfinished.lock().unwrap();
         unfinished.retain(|begun| !begun.over.is_set());
-        let begun = Unfinished { serial, pages: pages.clone(), of: record.number, over: over.clone(), fence: fence.clone() };
+        let begun = Unfinished { serial, pages: pages.clone(), of: record.clone(), over: over.clone(), fence: fence.clone() };
         unfinished.push(begun);
         fence
     }
 
-    /// An invalidation flushes after others that have zapped its pages; it need not be waited for beside them.
+    /// An invalidation flushes after others that have zapped its pages; it need not be waited for
+    /// beside them.
     pub fn joins(&self, record: &Record) -> u64 {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed) + 1;
         record.begins(self.id, serial);
         serial
     }
 
-    /// What other invalidations have begun because of some of `pages`, and not finished: the fences for which the device works. `None` if there
-    /// is nothing, or this invalidation has begun something later itself, which is for these pages, too.
-    pub fn unfinished(&self, record: &Record, pages: &RangeInclusive<Page>) -> Option<Vec<Flag>> {
+    /// What other invalidations have begun because of some of `pages`, and not finished: the fences
+    /// for which the device works. `None` if there is nothing, or this invalidation has begun
+    /// something later itself, which is for these pages, too.
+    pub fn unfinished(&self, record: &Arc<Record>, pages: &RangeInclusive<Page>) -> Option<Vec<Flag>> {
         let overlaps = |of: &RangeInclusive<Page>| of.start() <= pages.end() && pages.start() <= of.end();
         let since = record.begun(self.id);
         let unfinished = self.unfinished.lock().unwrap();
-        let is_open = |begun: &&Unfinished| begun.of != record.number && begun.serial > since && !begun.over.is_set();
+        let is_open = |begun: &&Unfinished| !Arc::ptr_eq(&begun.of, record) && begun.serial > since && !begun.over.is_set();
         let others: Vec<&Unfinished> = unfinished.iter().filter(is_open).filter(|begun| overlaps(&begun.pages)).collect();
         (!others.is_empty()).then(|| others.iter().map(|begun| begun.fence.clone()).collect())
     }
@@ -132,7 +134,8 @@ impl Gpu {
 
     /// Gives the device a command, for an invalidation of `pages`, whose `fence` it signals in the
     /// end. It works on one after the other, except that jobs in flight are in flight already. What
-    /// runs on the device until it is preempted, or its job is done, goes on with what was `zapped`.
+    /// runs on the device until it is preempted, or its job is done, goes on with what was
+    /// `zapped`.
     pub fn submit(
         self: &Arc<Self>,
         (record, lane): (&Arc<Record>, usize),
@@ -153,7 +156,7 @@ impl Gpu {
         let (done, interrupt) = (began + latency, self.model.costs.interrupt);
         self.under_way.lock().unwrap().push(fence.clone());
         *self.last.lock().unwrap() = Some(fence.clone());
-        for begun in self.unfinished.lock().unwrap().iter_mut().filter(|begun| begun.of == record.number) {
+        for begun in self.unfinished.lock().unwrap().iter_mut().filter(|begun| Arc::ptr_eq(&begun.of, record)) {
             begun.fence = fence.clone();
         }
         let step = record.step(lane, Step { command, submitted, latency: latency + interrupt, done: done + interrupt });
@@ -286,13 +289,15 @@ impl Gpu {
 
     /// Reads a page: through the TLB, else the page table, else after a fault.
     async fn read(self: &Arc<Self>, mirror: &Subscription<Mirror>, page: Page) {
-        // If nothing can be installed the program has taken the page away, or keeps changing it: the engine goes on with another.
+        // If nothing can be installed the program has taken the page away, or keeps changing it:
+        // the engine goes on with another.
         if !self.read_mapped(page) && self.fault_in(mirror, page).await {
             self.read_mapped(page);
         }
     }
 
-    /// Reads a page if the TLB has it, or the page table, from which the TLB is filled. A flush waits for it.
+    /// Reads a page if the TLB has it, or the page table, from which the TLB is filled. A flush
+    /// waits for it.
     fn read_mapped(&self, page: Page) -> bool {
         let table = self.table.lock();
         let mut tlb = self.tlb.lock().unwrap();

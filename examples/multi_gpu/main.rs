@@ -1,5 +1,5 @@
-//! G simulated GPUs mirror the memory of a program whose memory calls were recorded: what four ways to wait for them are worth.
-//! See `--help`.
+//! G simulated GPUs mirror the memory of a program whose memory calls were recorded: what four ways
+//! to wait for them are worth. See `--help`.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 mod compare;
@@ -142,7 +142,8 @@ fn own(timeline: &Timeline) -> impl Iterator<Item = &record::Step> {
     timeline.lanes.iter().flat_map(|lane| &lane.steps).filter(|step| !step.latency.is_zero())
 }
 
-/// The same invalidation in all modes: of those in which many GPUs have dependent steps the one in which devices have the least else to do.
+/// The same invalidation in all modes: of those in which many GPUs have dependent steps the one in
+/// which devices have the least else to do.
 fn example(timelines: &BTreeMap<simulation::Mode, BTreeMap<u64, Timeline>>) -> Example {
     let in_all = |number: &u64| -> Option<Example> {
         timelines.iter().map(|(mode, of_mode)| Some((*mode, of_mode.get(number)?.clone()))).collect()

@@ -31,7 +31,7 @@ pub struct Lane {
 /// One invalidation, from outside of the library.
 #[derive(Debug)]
 pub struct Record {
-    /// Of the recording's: the same in each mode.
+    /// By which its random numbers are drawn: the same in each mode.
     pub number: u64,
     /// Where in the recording it is: the time, without what invalidations took.
     pub at: Duration,
@@ -86,7 +86,8 @@ impl Record {
         steps.len() - 1
     }
 
-    /// When a fence was signalled. In real time that is later than planned, and the step has taken as long.
+    /// When a fence was signalled. In real time that is later than planned, and the step has taken
+    /// as long.
     pub fn done(&self, lane: usize, step: usize, at: Duration) {
         let step = &mut self.lanes.lock().unwrap()[lane].steps[step];
         if at > step.done {

@@ -318,7 +318,8 @@ struct SaysEnd(Flag, Here);
 impl Drop for SaysEnd {
     fn drop(&mut self) {
         if std::thread::panicking() {
-            // Its message has been printed. The others wait for it, and a result without it would be none.
+            // Its message has been printed. The others wait for it, and a result without it would
+            // be none.
             std::process::exit(101);
         }
         self.1.turn.over.store(true, Ordering::SeqCst);
@@ -404,7 +405,8 @@ impl Runtime {
         started
     }
 
-    /// Runs a first pass, which the library knows by its thread: others of the simulation that run while it blocks run on other threads.
+    /// Runs a first pass, which the library knows by its thread: others of the simulation that run
+    /// while it blocks run on other threads.
     pub fn alone<T>(&self, run: impl FnOnce() -> T) -> T {
         let before = ALONE.replace(true);
         let output = run();
@@ -478,10 +480,9 @@ impl Runtime {
     }
 }
 
-/// Runs `main`, which is a thread, to its end in virtual time; tasks that are left are dropped then.
-///
-/// # Panics
-/// When `main` does, and when nothing can go on any more.
+/// Runs `main`, which is a thread, to its end in virtual time; tasks that are left are dropped
+/// then. A panic of a thread ends the process with exit code 101, so does it when nothing can go
+/// on.
 pub fn run_virtual<T: Send + 'static>(main: impl FnOnce(Runtime) -> T + Send + 'static) -> T {
     let scheduler = Turn::of(std::thread::current());
     let core = Arc::new(Core { state: Mutex::default(), scheduler: scheduler.clone() });
@@ -498,9 +499,7 @@ pub fn run_virtual<T: Send + 'static>(main: impl FnOnce(Runtime) -> T + Send + '
     while !ended.is_set() {
         core.run(&scheduler, || ended.is_set());
     }
-    if let Err(panic) = main.join() {
-        std::panic::resume_unwind(panic);
-    }
+    main.join().expect("a thread that panics ends the process");
     // Tasks hold the simulator's state and it holds wakers of tasks: both go now.
     let (timers, tasks) = {
         let mut state = core.state.lock().unwrap();
@@ -510,10 +509,8 @@ pub fn run_virtual<T: Send + 'static>(main: impl FnOnce(Runtime) -> T + Send + '
     output.lock().unwrap().take().expect("main has ended without a panic")
 }
 
-/// Runs `main`, which is a thread, to its end in real time, with the devices on two threads of tokio.
-///
-/// # Panics
-/// When `main` does.
+/// Runs `main`, which is a thread, to its end in real time, with the devices on two threads of
+/// tokio. A panic of a thread or a device ends the process with exit code 101.
 pub fn run_real<T: Send + 'static>(main: impl FnOnce(Runtime) -> T + Send + 'static) -> std::io::Result<T> {
     let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build()?;
     let runtime = Runtime::Real { began: Instant::now(), tokio: tokio.handle().clone() };
@@ -526,9 +523,7 @@ pub fn run_real<T: Send + 'static>(main: impl FnOnce(Runtime) -> T + Send + 'sta
         },
         Flag::default(),
     );
-    if let Err(panic) = main.join() {
-        std::panic::resume_unwind(panic);
-    }
+    main.join().expect("a thread that panics ends the process");
     tokio.shutdown_background();
     Ok(output.lock().unwrap().take().expect("main has ended without a panic"))
 }

@@ -30,14 +30,15 @@ pub struct Plan {
     /// What the recording did not end.
     pub rest: Vec<Action>,
     pub spaces: usize,
-    /// The address space in which the most is invalidated: the one that GPUs follow, unless they follow all.
+    /// The address space in which the most is invalidated: the one that GPUs follow, unless they
+    /// follow all.
     pub followed: usize,
     /// The process that was the first in it.
     pub followed_process: Option<u32>,
 }
 
-/// Earlier calls by what they touched, as far as later ones have to know of them: the last address of each part by its first one, who touched
-/// it last, and with which call. Parts do not overlap.
+/// Earlier calls by what they touched, as far as later ones have to know of them: the last address
+/// of each part by its first one, who touched it last, and with which call. Parts do not overlap.
 #[derive(Default)]
 struct Touched(BTreeMap<u64, (u64, u32, usize)>);
 

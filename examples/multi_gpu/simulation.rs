@@ -228,7 +228,7 @@ impl World {
         let world = self.clone();
         let ended = self.runtime.thread(move || {
             let calls = world.plan.tasks.get(&task).cloned().unwrap_or_default();
-            let mut last = calls.first().map_or(Duration::ZERO, |_| world.now_in_recording());
+            let mut last = world.now_in_recording();
             for index in calls {
                 let call = &world.plan.calls[index];
                 world.sleep(call.at.saturating_sub(last));
@@ -303,7 +303,7 @@ impl World {
         }
     }
 
-    /// An invalidation of a space begins; also says whether another one is under way.
+    /// An invalidation of a space begins.
     fn enter(&self, space: usize) -> Option<AddressSpace> {
         let mut spaces = self.spaces.lock().unwrap();
         let space = spaces.get_mut(&space)?;
@@ -338,17 +338,13 @@ impl World {
         }
         // The memory changes while the guard is held.
         let half = self.settings.model.change / 2;
-        self.change_after(half, space, range, then);
         self.runtime.work(half);
-        drop(guard);
-        self.leave(space, then);
-    }
-
-    fn change_after(&self, pause: Duration, space: usize, range: AddressRange, then: &Change) {
-        self.runtime.work(pause);
         self.oracle.change(space, range, then);
         // A device that can still read it does.
         self.gpus.iter().for_each(|gpu| gpu.read_what_is_mapped(pages(space, range)));
+        self.runtime.work(half);
+        drop(guard);
+        self.leave(space, then);
     }
 
     /// An invalidation of a space is over. Mappings of which nothing is left are no longer mirrored.

@@ -46,7 +46,8 @@ pub struct Row {
     pub max_ns: u64,
     /// The time that the program waited for invalidations, in all.
     pub total_ns: u64,
-    /// The time that it would have waited if each GPU had had nothing else to do, had gone on the moment it could, and no thread had had to be woken.
+    /// The time that it would have waited if each GPU had had nothing else to do, had gone on the
+    /// moment it could, and no thread had had to be woken.
     #[serde(default)]
     pub ideal_ns: u64,
     /// `total_ns` over `ideal_ns`.
@@ -127,7 +128,8 @@ impl Tally {
         }
     }
 
-    /// First passes come one after the other, since one thread calls them; then each GPU goes on by itself, and has nothing else to do.
+    /// First passes come one after the other, since one thread calls them; then each GPU goes on by
+    /// itself, and has nothing else to do.
     fn at_best(&self, lanes: &[Lane]) -> Duration {
         let mut first_passes = Duration::ZERO;
         let chain = |lane: &Lane| {

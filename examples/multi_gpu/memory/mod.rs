@@ -14,7 +14,7 @@
 mod area;
 mod change;
 
-use crate::recording::{Call, Op, Prot, Recording};
+use crate::recording::{Call, Op, Prot};
 use change::Space;
 use shootdown::{AddressRange, Event};
 use std::collections::{HashMap, HashSet};
@@ -127,33 +127,6 @@ impl Program {
         self.tasks.clear();
         self.processes.clear();
         actions
-    }
-
-    /// How many invalidations each address space has, from the first to the last call.
-    #[allow(dead_code, reason = "for who follows one process")]
-    pub fn invalidations(recording: &Recording) -> Vec<usize> {
-        let mut program = Self::default();
-        let mut counts = Vec::new();
-        let mut count = |actions: Vec<Action>| {
-            for action in actions {
-                match action {
-                    Action::Created { .. } => counts.push(0),
-                    Action::Invalidate { space, .. } | Action::Released { space } => counts[space] += 1,
-                    Action::Mapped { .. } => {}
-                }
-            }
-        };
-        recording.calls.iter().for_each(|call| count(program.run(call)));
-        count(program.end());
-        counts
-    }
-
-    /// The address space with the most invalidations; the first of them.
-    #[allow(dead_code, reason = "for who follows one process")]
-    pub fn busiest(recording: &Recording) -> Option<usize> {
-        let counts = Self::invalidations(recording);
-        let most = *counts.iter().max()?;
-        counts.iter().position(|count| *count == most)
     }
 
     fn change(&mut self, call: &Call, space: usize, actions: &mut Vec<Action>) {

@@ -190,11 +190,9 @@ fn a_process_ends_with_its_last_thread_or_by_a_signal() {
 }
 
 #[test]
-fn the_end_of_the_recording_ends_what_is_left_and_the_busiest_space_is_known() {
+fn the_end_of_the_recording_ends_what_is_left() {
     let text = format!("{MAP}\n1 1.1 fork() = 2\n2 1.2 munmap(0x10000, 4096) = 0\n2 1.3 munmap(0x11000, 4096) = 0\n");
     let recording = parse("the test", text.as_bytes(), false).unwrap();
-    assert_eq!(Program::invalidations(&recording), [3, 4]);
-    assert_eq!(Program::busiest(&recording), Some(1));
     let mut program = Program::default();
     recording.calls.iter().for_each(|call| drop(program.run(call)));
     assert_eq!((program.spaces(), program.space_of(1), program.space_of(2), program.space_of(3)), (2, Some(0), Some(1), None));
@@ -203,7 +201,6 @@ fn the_end_of_the_recording_ends_what_is_left_and_the_busiest_space_is_known() {
     let then = Change::Unmapped(vec![range(0x12000, 0x14000)]);
     assert_eq!(end[3], Action::Invalidate { space: 1, range: AddressRange::ALL, event: Event::Unmap, then });
     assert_eq!(program.end(), []);
-    assert_eq!(Program::busiest(&parse("none", &b"close(3) = 0\n"[..], false).unwrap()), None);
 }
 
 #[test]

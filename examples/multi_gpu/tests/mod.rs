@@ -6,3 +6,4 @@ mod fuzz;
 mod lines;
 mod linux;
 mod memory;
+mod schedule;

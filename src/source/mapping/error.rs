@@ -31,8 +31,9 @@ pub enum MapError {
     /// The operating system refused; the memory is as it was, unless the method says otherwise.
     Os(io::Error),
     /// New memory could not be put at the address of the old one. The mapping is the new memory, at
-    /// another address: see [`OwnedMapping::range`](super::OwnedMapping::range). The old address is taken for lost, and counted
-    /// by [`OwnedMapping::leaked_bytes`](super::OwnedMapping::leaked_bytes).
+    /// another address: see [`OwnedMapping::range`](super::OwnedMapping::range). The old address is
+    /// taken for lost, and counted by
+    /// [`OwnedMapping::leaked_bytes`](super::OwnedMapping::leaked_bytes).
     AddressLost(io::Error),
 }
 

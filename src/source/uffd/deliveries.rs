@@ -24,10 +24,10 @@ use std::sync::{MutexGuard, PoisonError};
 
 /// Turns what was read into invalidations.
 ///
-/// [`run`](Self::run) it on a thread, or wait for its descriptor ([`AsFd`]) to be readable, or until
-/// [`next_look`](Self::next_look), [`clear`](Self::clear) it and await [`deliver`](Self::deliver). Dropping it starts what is left without waiting, ends all
-/// watches, and invalidates all that was watched (M3). In a child of `fork` dropping it does
-/// nothing.
+/// [`run`](Self::run) it on a thread, or wait for its descriptor ([`AsFd`]) to be readable, or
+/// until [`next_look`](Self::next_look), [`clear`](Self::clear) it and await
+/// [`deliver`](Self::deliver). Dropping it starts what is left without waiting, ends all watches,
+/// and invalidates all that was watched (M3). In a child of `fork` dropping it does nothing.
 #[derive(Debug)]
 pub struct Deliveries {
     pub(super) inner: Arc<Inner>,
@@ -129,7 +129,8 @@ impl Deliveries {
     /// Returns when to call [`deliver`](Self::deliver) again although nothing was read: a discard
     /// was not seen to happen in time ([`Report::Unsettled`]), and its range is to be looked at
     /// again; or what nobody watches any more could not be given up, because of a change that was
-    /// under way. `None`: only when the descriptor is readable. [`run`](Self::run) does it by itself.
+    /// under way. `None`: only when the descriptor is readable. [`run`](Self::run) does it by
+    /// itself.
     pub fn next_look(&self) -> Option<Duration> {
         if self.inner.is_forked() {
             return None;
