@@ -64,7 +64,7 @@
 //! | every call of code that is not the library's, and what becomes of its panics: [`Report`], [`Callback`] | `foreign` |
 //! | what is counted: [`NotifierStats`] | `tally` |
 //! | futures that a child of `fork` leaves to its parent (rule M4) | `fork` |
-//! | [`AddressRange`], [`Event`] | `range`, `event` |
+//! | [`AddressRange`], [`RangeSet`], [`Event`] | `range`, `event` |
 //!
 //! The rules that comments and tests name (`S6`, `L2`, `C4`, …) are those of `CONTRACT.md`.
 //!
@@ -128,7 +128,7 @@ pub use mirror::driver_lock::{Collision, DriverGuard, DriverLock, MirrorError, R
 pub use mirror::inbox::{Delivery, Inbox};
 pub use notifier::{IntervalNotifier, Invalidation, InvalidationInfo, Sequence, WouldBlock};
 pub use pass::PassFuture;
-pub use range::{AddressRange, RangeError};
+pub use range::{AddressRange, RangeError, RangeSet};
 #[cfg(any(feature = "userfaultfd", loom))]
 pub use space::Pause;
 pub use space::{ActiveInvalidation, AddressSpace, Builder, InsertError, Phase, Release, Stats};

@@ -4,7 +4,7 @@
 use crate::event::{Event, Owner, Terms};
 use crate::pass::PassFuture;
 use crate::protocol::Own;
-use crate::range::AddressRange;
+use crate::range::{AddressRange, RangeSet};
 use alloc::borrow::Cow;
 use core::fmt;
 
@@ -87,13 +87,16 @@ impl Sequence {
 
 /// What to invalidate and how.
 #[derive(Clone, Copy)]
-pub(crate) struct Request {
+pub(crate) struct Request<'a> {
     pub(crate) range: AddressRange,
     pub(crate) owner: Option<Owner>,
     pub(crate) terms: Terms,
+    /// The ranges, if it is of many: sorted, with gaps. `range` is from the first address to the
+    /// last one.
+    pub(crate) parts: Option<&'a [AddressRange]>,
 }
 
-impl Request {
+impl Request<'_> {
     #[inline]
     pub(crate) fn event(&self) -> Event {
         self.terms.event(self.owner)
@@ -103,16 +106,29 @@ impl Request {
 /// One call of a first pass: what is invalidated, why, and how the driver may answer.
 #[derive(Clone, Copy)]
 pub struct Invalidation<'a> {
-    pub(crate) request: &'a Request,
+    pub(crate) request: &'a Request<'a>,
     pub(crate) sequence: u64,
     pub(crate) own: &'a Own,
 }
 
 impl Invalidation<'_> {
-    /// What is invalidated: all of it, not only the part that the notifier watches.
+    /// What is invalidated: all of it, not only the part that the notifier watches. If it is of
+    /// [several ranges](Self::ranges), from the first address to the last one of those that concern
+    /// the notifier; what lies in the gaps is not invalidated, and may be zapped all the same.
     #[inline]
     pub fn range(&self) -> AddressRange {
         self.request.range
+    }
+
+    /// What is invalidated, without the gaps: sorted ranges that neither overlap nor touch, all that
+    /// share a byte with what the notifier watches, each of them whole. More than one only if the
+    /// invalidation was started with [`invalidate_all`](crate::AddressSpace::invalidate_all), by
+    /// hand or by a source that has heard of several changes.
+    ///
+    /// A device is told of all of them and flushed once.
+    #[inline]
+    pub fn ranges(&self) -> &[AddressRange] {
+        self.request.parts.unwrap_or(core::slice::from_ref(&self.request.range))
     }
 
     /// Why.
@@ -177,6 +193,7 @@ impl Invalidation<'_> {
             sequence: self.sequence(),
             blockable: self.blockable(),
             late: self.is_late(),
+            parts: self.request.parts.filter(|parts| parts.len() > 1).map(RangeSet::of_parts),
         }
     }
 
@@ -191,10 +208,10 @@ impl Invalidation<'_> {
 }
 
 /// What an [`Invalidation`] says, to be kept beyond the first pass.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InvalidationInfo {
-    /// What is invalidated: all of it, not only the part that the notifier watches.
+    /// What is invalidated, as [`Invalidation::range`] says it.
     pub range: AddressRange,
     /// Why.
     pub event: Event,
@@ -204,12 +221,21 @@ pub struct InvalidationInfo {
     pub blockable: bool,
     /// Whether the memory may have changed already (M7): then nothing may be written back to it. See [`Invalidation::is_late`].
     pub late: bool,
+    /// The ranges, if there is more than one.
+    parts: Option<RangeSet>,
+}
+
+impl InvalidationInfo {
+    /// What is invalidated, without the gaps: see [`Invalidation::ranges`].
+    pub fn ranges(&self) -> &[AddressRange] {
+        self.parts.as_deref().unwrap_or(core::slice::from_ref(&self.range))
+    }
 }
 
 impl fmt::Debug for Invalidation<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Invalidation")
-            .field("range", &self.range())
+            .field("ranges", &self.ranges())
             .field("event", &self.event())
             .field("sequence", &self.sequence)
             .field("blockable", &self.blockable())

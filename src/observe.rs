@@ -87,7 +87,7 @@ mod told {
     }
 
     impl Trace {
-        pub(crate) fn start(losses: &Arc<Losses>, request: &Request, _sequence: u64, _hits: usize) -> Self {
+        pub(crate) fn start(losses: &Arc<Losses>, request: &Request<'_>, _sequence: u64, _hits: usize) -> Self {
             let event = request.event().name();
             #[cfg(feature = "metrics")]
             tell(losses, || {
@@ -227,7 +227,7 @@ mod told {
 
     impl Trace {
         #[inline(always)]
-        pub(crate) fn start(_losses: &Arc<Losses>, _request: &Request, _sequence: u64, _hits: usize) -> Self {
+        pub(crate) fn start(_losses: &Arc<Losses>, _request: &Request<'_>, _sequence: u64, _hits: usize) -> Self {
             Self
         }
 

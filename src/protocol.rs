@@ -5,6 +5,7 @@
 #![forbid(unsafe_code)]
 
 mod active;
+mod batch;
 mod own;
 
 pub(crate) use active::{Active, Id, Kept, PLACES};
@@ -56,6 +57,12 @@ impl<M: Member, X: Default> Protocol<M, X> {
     /// Notifiers that new invalidations are checked against.
     pub(crate) fn registered(&self) -> usize {
         self.index.len()
+    }
+
+    /// Those that an invalidation of `range` would hit now.
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    pub(crate) fn overlapping(&self, range: AddressRange, member: impl FnMut(M)) {
+        self.index.overlapping(range, member);
     }
 
     pub(crate) fn active(&self) -> &ActiveSet<M, X> {

@@ -1,6 +1,11 @@
 //! Ranges of addresses, with both ends inclusive so that the last byte of the address space can be named.
 #![forbid(unsafe_code)]
 
+mod set;
+
+pub use set::RangeSet;
+pub(crate) use set::{hull, overlapping};
+
 use core::fmt;
 use core::ops::{Range, RangeInclusive};
 
@@ -40,6 +45,8 @@ pub enum RangeError {
         /// The length in bytes that was given.
         len: u64,
     },
+    /// A [`RangeSet`] was to be made of no range. Skip the call, as for an empty range.
+    NoRange,
 }
 
 impl fmt::Display for RangeError {
@@ -52,6 +59,7 @@ impl fmt::Display for RangeError {
                 f,
                 "the range of {len:#x} bytes at {start:#x} goes beyond the last address: shorten it, or write start..=u64::MAX"
             ),
+            Self::NoRange => f.write_str("a set of ranges needs at least one: skip the call, there is nothing to invalidate"),
         }
     }
 }

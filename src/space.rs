@@ -15,7 +15,7 @@ use crate::engine::host::Settings;
 use crate::event::{Event, Terms};
 use crate::foreign::Report;
 use crate::notifier::{IntervalNotifier, Request, Sequence, WouldBlock};
-use crate::range::AddressRange;
+use crate::range::{AddressRange, RangeSet};
 use crate::subscription::Subscription;
 use crate::sync::Arc;
 use alloc::boxed::Box;
@@ -194,6 +194,28 @@ impl AddressSpace {
         Invalidate::new(Handle::Borrowed(&self.shared), range, event)
     }
 
+    /// Invalidates several ranges as one (N1): one first pass for each notifier that overlaps any of
+    /// them, in the order of O1, with the [ranges that concern it](crate::Invalidation::ranges);
+    /// then all passes are joined, and one guard holds all the ranges. For whoever unmaps a thousand
+    /// pages and has a device that is flushed once.
+    ///
+    /// Those who watch or read only what lies in the gaps are neither called nor held up (L2).
+    ///
+    /// ```
+    /// # use shootdown::{AddressRange, AddressSpace, Event, RangeSet};
+    /// # futures::executor::block_on(async {
+    /// let space = AddressSpace::new();
+    /// let pages = (0..1000).map(|page| AddressRange::new(page * 0x4000, 0x1000));
+    /// let pages = RangeSet::new(pages.collect::<Result<Vec<_>, _>>()?)?;
+    /// let guard = space.invalidate_all(pages, Event::Unmap).await;
+    /// // … unmap the pages …
+    /// drop(guard);
+    /// # Ok::<(), shootdown::RangeError>(()) }).unwrap();
+    /// ```
+    pub fn invalidate_all(&self, ranges: RangeSet, event: Event) -> Invalidate<'_> {
+        Invalidate::of_set(Handle::Borrowed(&self.shared), ranges, event)
+    }
+
     /// Invalidates `range` without waiting (B2, B3): the kernel's non-blockable form.
     ///
     /// Passes are polled as long as one of them is ready to go on and some finish: after 32 polls of all that are ready in which none
@@ -206,7 +228,10 @@ impl AddressSpace {
     /// # Panics
     /// Resumes a panic of a first pass or pass (C5), or returns [`WouldBlock`] if the thread is unwinding already.
     pub fn try_invalidate(&self, range: AddressRange, event: Event) -> Result<InvalidationGuard<'_>, WouldBlock> {
-        try_invalidate(Handle::Borrowed(&self.shared), Request { range, owner: event.owner(), terms: Terms::new(event, false) })
+        try_invalidate(
+            Handle::Borrowed(&self.shared),
+            Request { range, owner: event.owner(), terms: Terms::new(event, false), parts: None },
+        )
     }
 
     /// The end of the address space: calls every notifier with [`Event::Release`] and waits for all passes. From the first poll on

@@ -8,7 +8,7 @@
 mod support;
 
 use proptest::prelude::*;
-use shootdown::{AddressRange, AddressSpace, Event, Invalidate, InvalidationGuard, Subscription, WouldBlock};
+use shootdown::{AddressRange, AddressSpace, Event, Invalidate, InvalidationGuard, RangeSet, Subscription, WouldBlock};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
@@ -26,7 +26,7 @@ struct Notifier {
 /// What the rules say of one invalidation.
 struct Running {
     name: usize,
-    range: AddressRange,
+    set: RangeSet,
     /// Fences of the devices that have to complete.
     gates: Vec<Gate>,
     /// Dropped by its caller: ends by itself.
@@ -79,8 +79,9 @@ impl Machine {
     /// Notes all that can be seen, but for times.
     fn look(&mut self) {
         let active: Vec<_> = self.space.active();
-        let active =
-            active.iter().map(|one| (one.range, one.sequence, one.phase, one.abandoned, one.blockable, one.pending.len()));
+        let active = active
+            .iter()
+            .map(|one| (one.ranges.clone(), one.sequence, one.phase, one.abandoned, one.blockable, one.pending.len()));
         let active: Vec<_> = active.collect();
         let shootdown::Stats { invalidations, collisions, retries, waits, lapses, abandoned, .. } = self.space.stats();
         let calls = self.log.lock().unwrap().len();
@@ -93,7 +94,7 @@ impl Machine {
 
     fn insert(&mut self, range: AddressRange) {
         let subscription = self.space.insert(range, Device::new("device", &self.log)).unwrap();
-        let covering = self.running.iter().filter(|running| running.range.overlaps(range));
+        let covering = self.running.iter().filter(|running| running.set.iter().any(|covered| covered.overlaps(range)));
         let covered_by: Vec<usize> = covering.map(|running| running.name).collect();
         let own = if covered_by.is_empty() {
             self.sequence - if self.sequence.is_multiple_of(2) { 1 } else { 2 }
@@ -105,11 +106,13 @@ impl Machine {
     }
 
     /// Starts an invalidation; bit n of `pending` says whether the n-th device that it hits has something to wait for.
-    fn start(&mut self, range: AddressRange, pending: u8, blockable: bool) -> Result<(), TestCaseError> {
+    fn start(&mut self, set: RangeSet, pending: u8, blockable: bool) -> Result<(), TestCaseError> {
         let name = self.names;
         self.names += 1;
         let mut hits: Vec<usize> = (0..self.notifiers.len())
-            .filter(|at| self.notifiers[*at].subscription.is_some() && self.notifiers[*at].range.overlaps(range))
+            .filter(|at| {
+                self.notifiers[*at].subscription.is_some() && set.iter().any(|range| self.notifiers[*at].range.overlaps(*range))
+            })
             .collect();
         hits.sort_by_key(|at| self.notifiers[*at].range.start());
         let separate = |at: &usize| self.notifiers[*at].own == self.sequence && self.notifiers[*at].covered_by.is_empty();
@@ -132,11 +135,18 @@ impl Machine {
                 notifier.subscription.as_ref().unwrap().next(Act::Finish);
             }
         }
-        let mut running = Running { name, range, gates, abandoned: false, future: None, guard: None };
+        let mut running = Running { name, set: set.clone(), gates, abandoned: false, future: None, guard: None };
         if blockable {
-            running.future = Some(Task::new(Box::pin(self.space.invalidate(range, Event::Clear).into_owned())));
+            running.future = Some(Task::new(Box::pin(
+                if let [range] = set[..] {
+                    self.space.invalidate(range, Event::Clear)
+                } else {
+                    self.space.invalidate_all(set, Event::Clear)
+                }
+                .into_owned(),
+            )));
         } else {
-            match self.space.try_invalidate(range, Event::Clear) {
+            match self.space.try_invalidate(set.hull(), Event::Clear) {
                 Ok(guard) => running.guard = Some(guard.into_owned()),
                 Err(WouldBlock) => running.abandoned = true,
             }
@@ -210,8 +220,14 @@ impl Machine {
         let pick = |len: usize| (len > 0).then(|| usize::from(a) % len);
         match op % 10 {
             0 | 1 => self.insert(range),
-            2 | 3 => self.start(range, c, true)?,
-            4 => self.start(range, if c < 128 { 0 } else { c }, false)?,
+            2 => self.start(range.into(), c, true)?,
+            // Of every page whose bit is set, or of all.
+            3 => {
+                let bits = u16::from_le_bytes([a, b]) & 0x7ff;
+                let bits = (0..11).filter(|bit| bits >> bit & 1 == 1).map(|bit| pages(bit, 1));
+                self.start(RangeSet::new(bits).unwrap_or_else(|_| AddressRange::ALL.into()), c, true)?;
+            }
+            4 => self.start(range.into(), if c < 128 { 0 } else { c }, false)?,
             5 => {
                 if let Some(at) = pick(self.running.len()) {
                     self.running[at].gates.iter().for_each(Gate::open);

@@ -38,6 +38,10 @@ use crate::notifier::Sequence;
 use crate::observe;
 use crate::protocol::Id;
 use crate::sync::{Arc, Lock, Ordering, Weak};
+#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+use crate::{index::Ordered, range::AddressRange};
+#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+use alloc::vec::Vec;
 use core::time::Duration;
 use gate::Gate;
 use host::{Host, Settings};
@@ -91,6 +95,15 @@ impl Shared {
     /// Whether an invalidation may still call first passes. Under the lock.
     pub(crate) fn calls(&self, id: Id, in_crowd: bool) -> bool {
         self.host.flags.is_up(id).unwrap_or(in_crowd)
+    }
+
+    /// What tells the notifiers that an invalidation of `range` would call from those of another
+    /// range.
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    pub(crate) fn concerned(&self, range: AddressRange) -> Vec<u64> {
+        let mut orders = Vec::new();
+        self.with(|state, _| state.protocol.overlapping(range, |entry| orders.push(entry.order())));
+        orders
     }
 
     /// Whether a reader has to start over (R2) that finds its notifier not as it was, or the gate

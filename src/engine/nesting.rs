@@ -11,16 +11,37 @@
 #![forbid(unsafe_code)]
 
 use crate::entry::EntryRef;
-use crate::range::AddressRange;
+use crate::notifier::Request;
+use crate::range::{AddressRange, RangeSet};
 
 /// A first pass: its space, its notifier, and what its invalidation covers.
-#[derive(Clone, Copy)]
+#[derive(Clone)]
 #[cfg_attr(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))), allow(dead_code, reason = "for the check"))]
 pub(crate) struct FirstPassOf {
     /// [`Host::address`](super::host::Host::address).
     pub(crate) space: usize,
     pub(crate) entry: EntryRef,
-    pub(crate) invalidates: AddressRange,
+    pub(crate) invalidates: Covers,
+}
+
+/// What an invalidation covers.
+#[derive(Clone)]
+pub(crate) enum Covers {
+    One(AddressRange),
+    Many(RangeSet),
+}
+
+impl Covers {
+    pub(crate) fn of(request: &Request<'_>) -> Self {
+        request.parts.map_or(Self::One(request.range), |parts| Self::Many(RangeSet::of_parts(parts)))
+    }
+
+    pub(crate) fn overlaps(&self, range: AddressRange) -> bool {
+        match self {
+            Self::One(one) => one.overlaps(range),
+            Self::Many(set) => set.overlaps(range),
+        }
+    }
 }
 
 /// A future that is about to wait.
@@ -102,19 +123,19 @@ mod check {
                 return None;
             }
             let depth = Inline::depth();
-            let blocked = nesting.first_passes.iter().rev().take_while(|(_, of)| *of == depth).map(|(of, _)| *of);
-            let of = blocked.filter(|of| of.space == host.address()).find(|of| stuck(of))?;
+            let blocked = nesting.first_passes.iter().rev().take_while(|(_, of)| *of == depth).map(|(of, _)| of);
+            let of = blocked.filter(|of| of.space == host.address()).find(|of| stuck(of))?.entry;
             if !suspected {
                 nesting.suspects.push(suspect);
             }
             Some((of, suspected))
         });
         match found {
-            Ok(Some((of, true))) => panic!(
+            Ok(Some((entry, true))) => panic!(
                 "{} waits inside the first pass of {}, which the invalidation under way waits for in its turn: \
                  start the work there and wait in the future that the first pass returns",
                 waits.what,
-                of.entry.name(&host.losses)
+                entry.name(&host.losses)
             ),
             // Who blocks on it polls it again now.
             Ok(Some((_, false))) => _ = host.losses.run(Callback::Waker, |_| waits.waker.wake_by_ref()),

@@ -16,7 +16,7 @@ use crate::event::{Owner, Terms};
 use crate::notifier::Request;
 use crate::observe;
 use crate::protocol::{Id, Started};
-use crate::range::AddressRange;
+use crate::range::{AddressRange, RangeSet};
 use alloc::boxed::Box;
 use core::ops::DerefMut;
 use core::time::Duration;
@@ -63,8 +63,8 @@ pub(crate) fn begin(shared: &Shared, range: AddressRange, owner: Option<Owner>, 
         return begin_plainly(shared, range, owner, terms);
     };
     state.protocol.expect(range);
-    let request = Request { range, owner, terms };
-    match start_locked(shared, state, &request, None) {
+    let request = Request { range, owner, terms, parts: None };
+    match start_locked(shared, state, &request, None, None) {
         (id, sequence, Some(work)) => call(shared, id, work, &request, sequence),
         (id, _, None) => (id, None),
     }
@@ -74,9 +74,17 @@ pub(crate) fn begin(shared: &Shared, range: AddressRange, owner: Option<Owner>, 
 #[cold]
 #[inline(never)]
 fn begin_plainly(shared: &Shared, range: AddressRange, owner: Option<Owner>, terms: Terms) -> Begun {
-    let request = Request { range, owner, terms };
-    let mut running = Running::start(shared, &request);
-    match running.advance(&request, 0) {
+    begin_request(shared, &Request { range, owner, terms, parts: None }, None)
+}
+
+/// [`begin`] for the ranges of `set`.
+pub(crate) fn begin_set(shared: &Shared, owner: Option<Owner>, terms: Terms, set: &RangeSet) -> Begun {
+    begin_request(shared, &Request { range: set.hull(), owner, terms, parts: Some(set) }, Some(set))
+}
+
+fn begin_request(shared: &Shared, request: &Request<'_>, set: Option<&RangeSet>) -> Begun {
+    let mut running = Running::start(shared, request, set);
+    match running.advance(request, 0) {
         Reached::Pends | Reached::RefusedAndPends => running.into_begun(),
         Reached::Plainly | Reached::Done | Reached::Refused => running.finish_or_resume(),
     }
@@ -84,7 +92,7 @@ fn begin_plainly(shared: &Shared, range: AddressRange, owner: Option<Owner>, ter
 
 /// First passes, and what follows.
 #[inline(always)]
-fn call(shared: &Shared, id: Id, mut work: Box<Work>, request: &Request, sequence: u64) -> Begun {
+fn call(shared: &Shared, id: Id, mut work: Box<Work>, request: &Request<'_>, sequence: u64) -> Begun {
     match advance(&shared.host, &mut work, request, sequence) {
         Reached::Plainly => {
             shared.first_passes_over(id);
@@ -110,13 +118,17 @@ type Start = (Id, u64, Option<Box<Work>>);
 pub(crate) fn start_locked(
     shared: &Shared,
     mut state: impl DerefMut<Target = State>,
-    request: &Request,
+    request: &Request<'_>,
+    set: Option<&RangeSet>,
     since: Option<Duration>,
 ) -> Start {
     // Once its first passes are over, nobody looks at its flag any more, which is that of its place.
     let is_movable = |id| shared.host.flags.is_up(id) == Some(false);
-    let Started { id, sequence, hit, extra } =
-        state.protocol.start(request.range, is_movable, |record, id| record.fill(request, id, since), Record::hits);
+    let fill = |record: &mut Record, id| record.fill(request, id, since);
+    let Started { id, sequence, hit, extra } = match set {
+        None => state.protocol.start(request.range, is_movable, fill, Record::hits),
+        Some(set) => state.protocol.start_set(set, fill, Record::hits),
+    };
     if !hit {
         return (id, sequence, None);
     }

@@ -10,6 +10,7 @@ use crate::foreign::{FirstPanic, Losses, TaskWaker, unwinding};
 use crate::notifier::Request;
 use crate::observe::{self, Trace};
 use crate::protocol::Id;
+use crate::range::RangeSet;
 use crate::sync::Arc;
 use alloc::boxed::Box;
 
@@ -25,12 +26,13 @@ pub(crate) struct Running<'s> {
 }
 
 impl<'s> Running<'s> {
-    /// S2: starts an invalidation, the plain way.
-    pub(crate) fn start(shared: &'s Shared, request: &Request) -> Self {
+    /// S2: starts an invalidation, the plain way. `set` has what `request` has, if that is of many
+    /// ranges.
+    pub(crate) fn start(shared: &'s Shared, request: &Request<'_>, set: Option<&RangeSet>) -> Self {
         let since = if shared.host.clock.is_some() { shared.host.now() } else { None };
         let state = shared.state.lock();
         state.protocol.expect(request.range);
-        let (id, sequence, work) = start_locked(shared, state, request, since);
+        let (id, sequence, work) = start_locked(shared, state, request, set, since);
         let mut running = Self { shared, id, sequence, work, armed: true };
         if let Some(work) = &mut running.work {
             work.timed = since.is_some();
@@ -51,7 +53,7 @@ impl<'s> Running<'s> {
     }
 
     /// O1 to O3, B1, B2, B4: calls the first passes from hit `from` on, and polls each pass once.
-    pub(crate) fn advance(&mut self, request: &Request, from: u32) -> Reached {
+    pub(crate) fn advance(&mut self, request: &Request<'_>, from: u32) -> Reached {
         match &mut self.work {
             Some(work) => advance_from(&self.shared.host, work, request, self.sequence, from as usize),
             None => Reached::Done,

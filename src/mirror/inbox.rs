@@ -286,7 +286,7 @@ impl<T: Send + 'static> Inbox<T> {
             if let Some(letter) = post.queue.pop_front() {
                 let of = &mut post.letters[letter];
                 (of.deliveries, of.queued) = (of.deliveries.saturating_add(1), false);
-                let (serial, info, deliveries) = (of.serial, of.info, of.deliveries);
+                let (serial, info, deliveries) = (of.serial, of.info.clone(), of.deliveries);
                 drop(post);
                 return Poll::Ready(Some(Delivery { desk: self.desk.clone(), letter, serial, info, deliveries }));
             }
@@ -376,9 +376,14 @@ impl<T: Send + 'static> fmt::Debug for Inbox<T> {
 }
 
 impl<T: Send + 'static> Delivery<T> {
-    /// What is invalidated.
+    /// What is invalidated, from the first address to the last one.
     pub fn range(&self) -> AddressRange {
         self.info.range
+    }
+
+    /// What is invalidated, without the gaps: see [`Invalidation::ranges`].
+    pub fn ranges(&self) -> &[AddressRange] {
+        self.info.ranges()
     }
 
     /// Why.
@@ -394,7 +399,7 @@ impl<T: Send + 'static> Delivery<T> {
 
     /// All that the first pass was told.
     pub fn info(&self) -> InvalidationInfo {
-        self.info
+        self.info.clone()
     }
 
     /// How often it has been delivered, this time included: above 1, a handler may have begun

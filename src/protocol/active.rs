@@ -3,7 +3,7 @@
 
 use super::own;
 use crate::index::{IntervalIndex, Ordered, Ranged};
-use crate::range::AddressRange;
+use crate::range::{AddressRange, RangeSet};
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
@@ -107,7 +107,10 @@ pub(crate) struct ActiveSet<M, X> {
     pub(super) heads: Heads,
     /// By serial.
     pub(super) crowd: BTreeMap<u64, Box<Active<M, X>>>,
+    /// From the first address of each to its last.
     crowd_ranges: IntervalIndex<Ranged<InCrowd>>,
+    /// Of those in the crowd that have gaps, the ranges. By serial.
+    sets: BTreeMap<u64, RangeSet>,
     /// How many may be active at once.
     pub(super) most: u32,
 }
@@ -144,6 +147,7 @@ impl<M, X> ActiveSet<M, X> {
             heads: Heads { free: 0, live: 0 },
             crowd: BTreeMap::new(),
             crowd_ranges: IntervalIndex::new(),
+            sets: BTreeMap::new(),
             most: own::MOST_ACTIVE,
         }
     }
@@ -194,7 +198,8 @@ impl<M, X> ActiveSet<M, X> {
         if !any && !self.crowd.is_empty() {
             self.crowd_ranges.overlapping(range, |Ranged { value: InCrowd(serial), .. }| {
                 let id = Id::new(serial, PLACES as u32);
-                any = any || self.crowd.get(&serial).is_some_and(|active| wanted(id, active));
+                let overlaps = || overlaps_set(&self.sets, serial, range);
+                any = any || overlaps() && self.crowd.get(&serial).is_some_and(|active| wanted(id, active));
             });
         }
         any
@@ -203,13 +208,25 @@ impl<M, X> ActiveSet<M, X> {
     pub(super) fn for_overlapping(&mut self, range: AddressRange, mut each: impl FnMut(&mut Active<M, X>)) {
         self.places.iter_mut().filter(|active| active.is_live() && active.range.overlaps(range)).for_each(&mut each);
         if !self.crowd.is_empty() {
-            let Self { crowd, crowd_ranges, .. } = self;
+            let Self { crowd, crowd_ranges, sets, .. } = self;
             crowd_ranges.overlapping(range, |Ranged { value: InCrowd(serial), .. }| {
-                if let Some(active) = crowd.get_mut(&serial) {
+                if overlaps_set(sets, serial, range)
+                    && let Some(active) = crowd.get_mut(&serial)
+                {
                     each(active);
                 }
             });
         }
+    }
+
+    /// The ranges of each invalidation of many ranges, by serial.
+    pub(crate) fn sets(&self) -> BTreeMap<u64, RangeSet> {
+        self.sets.clone()
+    }
+
+    /// Whether one that overlaps `range` from its first address to its last does so in truth.
+    pub(crate) fn overlaps(&self, id: Id, range: AddressRange) -> bool {
+        overlaps_set(&self.sets, id.serial(), range)
     }
 
     /// A place that was free and is live now, made or vacated if there was none, or one in the
@@ -255,7 +272,7 @@ impl<M, X> ActiveSet<M, X> {
     }
 
     /// Panics before anything has changed if one more would be more than can be counted.
-    fn assert_room(&self) {
+    pub(super) fn assert_room(&self) {
         assert!(
             self.heads.live < self.most,
             "{} invalidations are active at once: drop the guards of those that have ended",
@@ -275,11 +292,21 @@ impl<M, X> ActiveSet<M, X> {
         (id, self.crowd.entry(serial).or_insert_with(|| Box::new(Active::new(range, id))))
     }
 
+    /// One in the crowd, live, that has gaps.
+    pub(super) fn take_set_in_crowd(&mut self, serial: u64, set: &RangeSet) -> (Id, &mut Active<M, X>)
+    where
+        X: Default,
+    {
+        self.sets.insert(serial, set.clone());
+        self.take_in_crowd(serial, set.hull())
+    }
+
     /// Takes one out of the crowd.
     pub(super) fn leave_crowd(&mut self, id: Id) -> Option<Box<Active<M, X>>> {
         let active = self.crowd.remove(&id.serial())?;
         self.crowd_ranges.remove(Ranged { range: active.range, value: InCrowd(id.serial()) });
         self.heads.live -= 1;
+        self.sets.remove(&id.serial());
         if self.crowd.is_empty() {
             // Also the memory of the index.
             self.crowd_ranges = IntervalIndex::new();
@@ -292,6 +319,11 @@ impl<M, X: Default> Active<M, X> {
     pub(super) fn new(range: AddressRange, id: Id) -> Self {
         Self { range, sequence: 0, id: id.0, late: Vec::new(), extra: X::default() }
     }
+}
+
+/// Whether one of the ranges of an invalidation in the crowd overlaps `range`, which its hull does.
+fn overlaps_set(sets: &BTreeMap<u64, RangeSet>, serial: u64, range: AddressRange) -> bool {
+    sets.get(&serial).is_none_or(|set| set.overlaps(range))
 }
 
 /// The place of an invalidation is free again. Returns how many remain active.

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::index::{Ordered, Place};
+use crate::range::RangeSet;
 use proptest::prelude::*;
 use std::boxed::Box;
 use std::vec;
@@ -63,8 +64,8 @@ struct Running {
 enum Op {
     Insert(u64, u64),
     Remove(prop::sample::Index),
-    /// Start; the bits say which hits set their sequence (S4).
-    Start(u64, u64, u8),
+    /// Start, of one range or many; the bits say which hits set their sequence (S4).
+    Start(Vec<(u64, u64)>, u8),
     End(prop::sample::Index),
 }
 
@@ -72,7 +73,8 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         3 => (0..30u64, 1..12u64).prop_map(|(start, len)| Op::Insert(start, len)),
         1 => any::<prop::sample::Index>().prop_map(Op::Remove),
-        4 => (0..40u64, 1..12u64, any::<u8>()).prop_map(|(start, len, sets)| Op::Start(start, len, sets | 0x33)),
+        3 => (0..40u64, 1..12u64, any::<u8>()).prop_map(|(start, len, sets)| Op::Start(vec![(start, len)], sets | 0x33)),
+        2 => (prop::collection::vec((0..42u64, 1..5u64), 2..12), any::<u8>()).prop_map(|(ranges, sets)| Op::Start(ranges, sets | 0x33)),
         4 => any::<prop::sample::Index>().prop_map(Op::End),
     ]
 }
@@ -104,7 +106,7 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
     let mut sequence = first;
     let mut model: Vec<Model> = vec![];
     let mut running: Vec<Running> = vec![];
-    let mut ranges: Vec<(u64, AddressRange)> = vec![];
+    let mut ranges: Vec<(u64, RangeSet)> = vec![];
     for (order, op) in (1u64..).zip(ops.iter().cloned()) {
         match op {
             Op::Insert(start, len) => {
@@ -114,7 +116,7 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
                 member.own().mark(WATCHED, order % 2 == 0);
                 member.own().mark(MARKS[order as usize % MARKS.len()], order % 3 == 0);
                 protocol.insert(member);
-                let covering = ranges.iter().filter(|(_, active)| active.overlaps(range));
+                let covering = ranges.iter().filter(|(_, active)| active.iter().any(|active| active.overlaps(range)));
                 let covered_by: Vec<u64> = covering.map(|(serial, _)| *serial).collect();
                 // S5.
                 let own = if covered_by.is_empty() {
@@ -137,16 +139,21 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
                     prop_assert!(protocol.remove(registered[at].member));
                 }
             }
-            Op::Start(start, len, sets) => {
-                let range = AddressRange::new(start, len).unwrap();
-                // Some may be moved into the crowd, and some not.
-                let started = protocol.start(range, |id| id.serial() % 3 != 0, |_, _| (), |hits| hits);
+            Op::Start(of, sets) => {
+                let set = RangeSet::new(of.iter().map(|(start, len)| AddressRange::new(*start, *len).unwrap())).unwrap();
+                let started = match set[..] {
+                    // Some may be moved into the crowd, and some not.
+                    [range] => protocol.start(range, |id| id.serial() % 3 != 0, |_, _| (), |hits| hits),
+                    _ => protocol.start_set(&set, |_, _| (), |hits| hits),
+                };
                 let hits = core::mem::take(started.extra);
                 prop_assert_eq!(started.hit, !hits.is_empty());
                 let started = (started.id, started.sequence);
                 let serial = protocol.last_serial();
-                let mut expected: Vec<_> =
-                    model.iter_mut().filter(|notifier| notifier.registered && notifier.range.overlaps(range)).collect();
+                let mut expected: Vec<_> = model
+                    .iter_mut()
+                    .filter(|notifier| notifier.registered && set.iter().any(|range| range.overlaps(notifier.range)))
+                    .collect();
                 // O1.
                 expected.sort_by_key(|notifier| (notifier.range.start(), notifier.member.order()));
                 let same = expected.iter().map(|notifier| notifier.member).eq(hits.iter().copied());
@@ -168,7 +175,7 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
                         notifier.own = sequence;
                     }
                 }
-                ranges.push((serial, range));
+                ranges.push((serial, set));
                 running.push(Running { id: started.0, serial, hits });
             }
             Op::End(at) => {
@@ -217,6 +224,19 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
             }
         }
         compare(&model, &protocol, sequence)?;
+        for at in (0..44).map(|start| AddressRange::new(start, 2).unwrap()) {
+            let overlaps = |(_, set): &&(u64, RangeSet)| set.iter().any(|range| range.overlaps(at));
+            let mut found = vec![];
+            protocol.active.any_overlapping(at, |id, _| {
+                found.push(id.serial());
+                false
+            });
+            found.sort_unstable();
+            let mut expected: Vec<_> = ranges.iter().filter(overlaps).map(|(serial, _)| *serial).collect();
+            expected.sort_unstable();
+            prop_assert_eq!(found, expected, "L2");
+        }
+        prop_assert_eq!(protocol.active.sets().len(), ranges.iter().filter(|(_, set)| set.len() > 1).count());
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Memory that somebody else unmaps: userfaultfd's events as invalidations.
 #![forbid(unsafe_code)]
 
+mod batch;
 mod builder;
 mod deliveries;
 mod error;

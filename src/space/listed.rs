@@ -6,7 +6,7 @@ use crate::engine::Shared;
 use crate::entry::EntryRef;
 use crate::event::Event;
 use crate::notifier::Sequence;
-use crate::range::AddressRange;
+use crate::range::{AddressRange, RangeSet};
 use crate::sync::Ordering;
 use alloc::borrow::Cow;
 use alloc::vec::Vec;
@@ -30,8 +30,11 @@ pub enum Phase {
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ActiveInvalidation {
-    /// What is under invalidation.
+    /// What is under invalidation, from the first address to the last one.
     pub range: AddressRange,
+    /// The same without the gaps: one range, or those of
+    /// [`AddressSpace::invalidate_all`].
+    pub ranges: RangeSet,
     /// Why.
     pub event: Event,
     /// Whether it may wait.
@@ -102,6 +105,7 @@ impl AddressSpace {
         let mut listed = self.shared.with(|state, _| {
             let mut listed = Vec::with_capacity(state.protocol.active().len());
             let mut longest = state.counts.longest;
+            let sets = state.protocol.active().sets();
             for (id, active) in state.protocol.active_mut().iter_mut() {
                 let since = active.seen_to_last(now).unwrap_or_default();
                 if let Some(now) = now {
@@ -119,6 +123,7 @@ impl AddressSpace {
                 };
                 let invalidation = ActiveInvalidation {
                     range: active.range,
+                    ranges: sets.get(&id.serial()).cloned().unwrap_or_else(|| active.range.into()),
                     event: active.extra.terms.event(active.extra.owner),
                     blockable: active.extra.terms.blockable(),
                     sequence: Sequence(active.sequence),

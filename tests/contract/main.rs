@@ -12,6 +12,7 @@ mod executors;
 #[cfg(feature = "std")]
 mod foreign_code;
 mod life_cycle;
+mod many_ranges;
 mod order;
 #[cfg(feature = "std")]
 mod panics;

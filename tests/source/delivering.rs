@@ -20,6 +20,7 @@ crate::list![
     c3_who_waits_for_pages_looks_himself_while_the_delivery_waits_for_a_lock,
     who_delivers_rests_while_pages_stay,
     r1_a_reader_waits_for_those_closings_of_the_gate_that_it_finds_and_for_no_later_ones,
+    n4_what_was_read_is_told_of_as_one_and_flushed_once,
     l2_changes_back_to_back_hold_up_no_reader_of_another_range,
 ];
 
@@ -229,4 +230,45 @@ fn l2_changes_back_to_back_hold_up_no_reader_of_another_range() {
         reading.join().unwrap()
     });
     assert_eq!(answers, 5, "while the changes went on");
+}
+
+/// Counts the flushes, and notes the ranges.
+#[derive(Default)]
+struct Flushes(Mutex<Vec<Vec<AddressRange>>>);
+
+impl IntervalNotifier for Flushes {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        self.0.lock().unwrap().push(invalidation.ranges().to_vec());
+        Ok(None)
+    }
+}
+
+fn n4_what_was_read_is_told_of_as_one_and_flushed_once() {
+    const PAGES: usize = 200;
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
+    let (gone, discarded) = (Raw::map(PAGES), Raw::map(PAGES));
+    discarded.write(1);
+    let _watches = [uffd.watch(gone.range()).unwrap(), uffd.watch(discarded.range()).unwrap()];
+    let driver = space.insert(AddressRange::ALL, Flushes::default()).unwrap();
+    let of_a_part = space.insert(gone.part(0, 3).range(), Flushes::default()).unwrap();
+    let every_other = || (0..PAGES).step_by(2);
+    read_during(&mut reader, || {
+        for page in every_other() {
+            gone.part(page, 1).unmap();
+            discarded.part(page, 1).discard(Advice::LinuxDontNeed);
+        }
+    });
+    assert_eq!(block_on(deliveries.deliver()), Ok(PAGES), "each change is counted");
+    let mut told = std::mem::take(&mut *driver.0.lock().unwrap());
+    // Two kinds, and of the first one the two pages that concern both drivers.
+    assert_eq!(told.iter().map(Vec::len).collect::<Vec<_>>(), [2, PAGES / 2, PAGES / 2 - 2]);
+    let of = |memory: &Raw, pages: &mut dyn Iterator<Item = usize>| pages.map(|page| memory.part(page, 1).range()).collect();
+    let gone_of_both = of(&gone, &mut every_other().take(2));
+    assert_eq!(*of_a_part.0.lock().unwrap(), [gone_of_both]);
+    told.sort_by_key(Vec::len);
+    let expected: [Vec<AddressRange>; 2] = [of(&gone, &mut every_other().skip(2)), of(&discarded, &mut every_other())];
+    assert_eq!(told[1..], expected);
 }

@@ -144,7 +144,7 @@ pub struct Log(pub Arc<Mutex<Vec<(Event, AddressRange)>>>);
 
 impl IntervalNotifier for Log {
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-        self.0.lock().unwrap().push((invalidation.event(), invalidation.range()));
+        self.0.lock().unwrap().extend(invalidation.ranges().iter().map(|range| (invalidation.event(), *range)));
         invalidation.set_seq();
         Ok(None)
     }
@@ -177,7 +177,12 @@ pub fn outcome(range: AddressRange, change: impl FnOnce() -> io::Result<()> + Se
     let made = thread::scope(|scope| {
         let thread = scope.spawn(change);
         while !thread.is_finished() {
-            events += reader.read().unwrap();
+            let read = reader.read().unwrap();
+            if read > 0 {
+                // What comes later is not told of together with it.
+                let _ = block_on(deliveries.deliver());
+            }
+            events += read;
             thread::yield_now();
         }
         thread.join().unwrap()

@@ -68,7 +68,7 @@ impl<'a> InvalidationGuard<'a> {
         Self { space: ManuallyDrop::new(Some(space)), id, work: ManuallyDrop::new(work) }
     }
 
-    /// What is under invalidation.
+    /// What is under invalidation, from the first address to the last one.
     pub fn range(&self) -> AddressRange {
         self.space().with(|state, _| state.protocol.active().get(self.id).map_or(AddressRange::ALL, |active| active.range))
     }

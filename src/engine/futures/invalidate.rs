@@ -5,15 +5,16 @@ use super::guard::{Handle, InvalidationGuard};
 use crate::engine::Shared;
 use crate::engine::lease::Lease;
 use crate::engine::nesting::{Waits, forbid_waiting};
-use crate::engine::quick::{Begun, begin, pends};
+use crate::engine::quick::{Begun, begin, begin_set, pends};
 use crate::engine::running::Running;
 use crate::engine::state::{Look, Parked, Ticket};
 use crate::engine::work::first_passes::Reached;
 use crate::event::{Event, Owner, Terms};
 use crate::foreign::TaskWaker;
 use crate::notifier::{Request, WouldBlock};
-use crate::range::AddressRange;
+use crate::range::{AddressRange, RangeSet};
 use crate::sync::Arc;
+use alloc::boxed::Box;
 use core::fmt;
 use core::future::Future;
 use core::mem::ManuallyDrop;
@@ -26,10 +27,10 @@ use core::task::{Context, Poll};
 const IDLE_ROUNDS: usize = 32;
 
 /// A non-blockable invalidation (B2, B3).
-pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request) -> Result<InvalidationGuard<'a>, WouldBlock> {
+pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request<'_>) -> Result<InvalidationGuard<'a>, WouldBlock> {
     let shared: &Shared = &space;
     let losses = shared.host.losses.clone();
-    let mut running = Running::start(shared, &request);
+    let mut running = Running::start(shared, &request, None);
     let mut reached = running.advance(&request, 0);
     let refused = loop {
         match reached {
@@ -99,6 +100,8 @@ enum Step {
         task: Option<Arc<TaskWaker>>,
     },
     Done,
+    /// One of the first two, of an invalidation of many ranges. Here these cost the others nothing.
+    OfSet(Box<(RangeSet, Step)>),
 }
 
 impl<'a> Invalidate<'a> {
@@ -106,6 +109,20 @@ impl<'a> Invalidate<'a> {
     pub(crate) fn new(space: Handle<'a>, range: AddressRange, event: Event) -> Self {
         let (owner, terms) = (event.owner(), Terms::new(event, true));
         Self { space: ManuallyDrop::new(Some(space)), range, owner, terms, step: ManuallyDrop::new(Step::Start), lapses: 0 }
+    }
+
+    /// N1: an invalidation of all ranges of `set`.
+    pub(crate) fn of_set(space: Handle<'a>, set: RangeSet, event: Event) -> Self {
+        let mut future = Self::new(space, set.hull(), event);
+        if set.len() > 1 {
+            future.step = ManuallyDrop::new(Step::OfSet(Box::new((set, Step::Start))));
+        }
+        future
+    }
+
+    /// The ranges, if there are many.
+    fn set(&self) -> Option<&RangeSet> {
+        if let Step::OfSet(of) = &*self.step { Some(&of.0) } else { None }
     }
 
     /// What is left of a future that has resolved or was moved.
@@ -170,7 +187,7 @@ impl<'a> Invalidate<'a> {
         let (id, work) = begun;
         match settle(Running::resume(&space, id, 0, work), false, 0, cx) {
             Settled::Ready((id, work)) => (Self::resolved(), Poll::Ready(InvalidationGuard::new(space, id, work))),
-            Settled::Parked(Parked { ticket, ready, request: Request { range, owner, terms } }, task) => {
+            Settled::Parked(Parked { ticket, ready, request: Request { range, owner, terms, .. } }, task) => {
                 let step = ManuallyDrop::new(Step::Joining { ticket, task: Some(task) });
                 let future = Self { space: ManuallyDrop::new(Some(space)), range, owner, terms, step, lapses: 0 };
                 if ready { future.go_on(cx) } else { (future, Poll::Pending) }
@@ -189,12 +206,16 @@ impl<'a> Invalidate<'a> {
             let Some(space) = &*self.space else {
                 panic!("`Invalidate` polled after it has resolved");
             };
-            let request = Request { range: self.range, owner: self.owner, terms: self.terms };
-            match turn(space, &request, self.lapses, &mut self.step, cx) {
+            let (set, step) = match &mut *self.step {
+                Step::OfSet(of) => (Some(&of.0), &mut of.1),
+                step => (None, step),
+            };
+            let request = Request { range: self.range, owner: self.owner, terms: self.terms, parts: set.map(|set| &**set) };
+            match turn(space, &request, set, self.lapses, step, cx) {
                 Turn::Again => {}
                 Turn::Lapsed => {
                     self.lapses = self.lapses.saturating_add(1);
-                    *self.step = Step::Start;
+                    *step = Step::Start;
                 }
                 Turn::Pending => return (self, Poll::Pending),
                 Turn::Ready((id, work)) => {
@@ -216,11 +237,21 @@ enum Turn {
 }
 
 /// One turn of a future that is at `step`.
-fn turn(shared: &Shared, request: &Request, lapses: u32, step: &mut Step, cx: &mut Context<'_>) -> Turn {
+fn turn(
+    shared: &Shared,
+    request: &Request<'_>,
+    set: Option<&RangeSet>,
+    lapses: u32,
+    step: &mut Step,
+    cx: &mut Context<'_>,
+) -> Turn {
     let late = request.terms.is_late();
     let settled = match step {
         Step::Start => {
-            let (id, work) = begin(shared, request.range, request.owner, request.terms);
+            let (id, work) = match set {
+                None => begin(shared, request.range, request.owner, request.terms),
+                Some(set) => begin_set(shared, request.owner, request.terms, set),
+            };
             if !pends(id) {
                 return Turn::Ready((id, work));
             }
@@ -240,7 +271,7 @@ fn turn(shared: &Shared, request: &Request, lapses: u32, step: &mut Step, cx: &m
                 Found::Lapsed => return Turn::Lapsed,
             }
         }
-        Step::Done => unreachable!("the handle is gone then"),
+        Step::Done | Step::OfSet(_) => unreachable!("the handle is gone then, or it is the one in the box"),
     };
     match settled {
         Settled::Ready(begun) => Turn::Ready(begun),
@@ -326,7 +357,11 @@ impl<'a> Future for Invalidate<'a> {
             && let Some(space) = &*this.space
         {
             let waits = Waits { what: "an invalidation", first, waker: cx.waker() };
-            forbid_waiting(&space.host, &waits, |of| of.entry.range.overlaps(range));
+            let set = this.set();
+            forbid_waiting(&space.host, &waits, |of| match set {
+                None => of.entry.range.overlaps(range),
+                Some(set) => set.overlaps(of.entry.range),
+            });
         }
         polled
     }
@@ -345,6 +380,7 @@ impl Drop for Invalidate<'_> {
 /// C1, C2: the future is dropped before it has resolved.
 #[cold]
 fn leave(space: Handle<'_>, step: Step) {
+    let step = if let Step::OfSet(of) = step { of.1 } else { step };
     if let Step::Joining { ticket, .. } = step {
         let now = space.now();
         space.with(|state, outbox| state.leave(ticket, now, outbox));
@@ -353,13 +389,14 @@ fn leave(space: Handle<'_>, step: Step) {
 
 impl fmt::Debug for Invalidate<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let step = match *self.step {
+        let step = if let Step::OfSet(of) = &*self.step { &of.1 } else { &*self.step };
+        let step = match step {
             Step::Start => "not started",
             Step::Joining { .. } => "passes pending",
-            Step::Done => "resolved",
+            Step::Done | Step::OfSet(_) => "resolved",
         };
         f.debug_struct("Invalidate")
-            .field("range", &self.range)
+            .field("ranges", &self.set().map_or(core::slice::from_ref(&self.range), |set| &**set))
             .field("event", &self.terms.event(self.owner))
             .field("step", &step)
             .field("lapses", &self.lapses)

@@ -179,7 +179,12 @@ impl Wait {
         let range = goal.queue().map_or(AddressRange::ALL, |(entry, _)| entry.range);
         let backlog = &mut self.backlog;
         backlog.clear();
-        state.parked.overlapping(range, |parked| backlog.push(parked.value));
+        state.parked.overlapping(range, |parked| {
+            // Not those with a gap there (L2).
+            if state.protocol.active().overlaps(parked.value, range) {
+                backlog.push(parked.value);
+            }
+        });
     }
 
     #[allow(clippy::too_many_arguments, reason = "what a poll knows")]

@@ -68,7 +68,8 @@ pub(crate) struct Parked {
     pub(crate) ticket: Ticket,
     /// There is something for the caller to do at once: the passes are done, or can go on.
     pub(crate) ready: bool,
-    pub(crate) request: Request,
+    /// Without its ranges, if there are many: for whom the quick way has brought here.
+    pub(crate) request: Request<'static>,
 }
 
 /// What the caller of a parked invalidation finds when it looks.
@@ -207,7 +208,7 @@ impl State {
         active.seen_to_last(now);
         work.timed = true;
         let (range, ticket) = (active.range, id);
-        let request = Request { range, owner: active.extra.owner, terms: active.extra.terms };
+        let request = Request { range, owner: active.extra.owner, terms: active.extra.terms, parts: None };
         // Whoever sleeps because of this invalidation can now help with it (C3).
         let sleeps = |entry: &EntryRef| entry.first_waiter().is_some();
         let asleep: Vec<EntryRef> = work.hits.iter().copied().chain(active.late()).filter(sleeps).collect();

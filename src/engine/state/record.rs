@@ -97,7 +97,7 @@ impl Default for Record {
 impl Record {
     /// Notes why the range is under invalidation, and when that began if it is timed.
     #[inline(always)]
-    pub(crate) fn fill(&mut self, request: &Request, id: Id, since: Option<Duration>) {
+    pub(crate) fn fill(&mut self, request: &Request<'_>, id: Id, since: Option<Duration>) {
         (self.owner, self.terms) = (request.owner, request.terms);
         if let Some(since) = since {
             self.since = Some((id.serial(), since));

@@ -3,11 +3,12 @@
 
 use super::{Passes, Work};
 use crate::engine::host::{Host, Permit};
-use crate::engine::nesting::{FirstPassOf, InFirstPass};
+use crate::engine::nesting::{Covers, FirstPassOf, InFirstPass};
 use crate::entry::{Answer, EntryRef};
 use crate::foreign::{Callback, Inside, Panic, Report, keep};
 use crate::notifier::{Invalidation, Request};
 use crate::observe::Moment;
+use crate::range::{hull, overlapping};
 use crate::sync::Ordering;
 
 /// Why the calls of first passes stopped.
@@ -46,7 +47,7 @@ fn call_from<'a, const BUDGET: bool>(
     inside: Inside,
     host: &Host,
     invalidation: &mut Invalidation<'a>,
-    at_once: &'a Request,
+    at_once: &'a Request<'a>,
     hits: &'a [EntryRef],
     passes: &mut Passes,
     at: &mut usize,
@@ -64,9 +65,18 @@ fn call_from<'a, const BUDGET: bool>(
             }
             let began = Moment::now(&host.losses);
             let answer = {
-                let of = || FirstPassOf { space: host.address(), entry, invalidates: request.range };
+                let of = || FirstPassOf { space: host.address(), entry, invalidates: Covers::of(request) };
                 let (_here, _entered) = (InFirstPass::enter(of), passes.trace.enter());
-                entry.first_pass(inside, invalidation, passes.next.as_mut())
+                match request.parts {
+                    // Those have the plain way only, and each notifier its own of them.
+                    Some(parts) if BUDGET => {
+                        let own = overlapping(parts, entry.range);
+                        let own = Request { range: hull(own), parts: Some(own), ..*invalidation.request };
+                        let invalidation = Invalidation { request: &own, ..*invalidation };
+                        entry.first_pass(inside, &invalidation, passes.next.as_mut())
+                    }
+                    _ => entry.first_pass(inside, invalidation, passes.next.as_mut()),
+                }
             };
             match answer {
                 Answer::Done => passes.trace.first_pass(entry, answer, began),
@@ -103,7 +113,7 @@ fn call_from<'a, const BUDGET: bool>(
 ///
 /// Inlined into one place, for most invalidations; all others call [`advance_from`].
 #[inline(always)]
-pub(crate) fn advance(host: &Host, work: &mut Work, request: &Request, sequence: u64) -> Reached {
+pub(crate) fn advance(host: &Host, work: &mut Work, request: &Request<'_>, sequence: u64) -> Reached {
     if host.budget.is_some() || host.is_plain_only() {
         return advance_from(host, work, request, sequence, 0);
     }
@@ -129,7 +139,7 @@ pub(crate) fn advance(host: &Host, work: &mut Work, request: &Request, sequence:
 /// Plain form of [`advance`], from hit `at` on.
 #[cold]
 #[inline(never)]
-pub(crate) fn advance_from(host: &Host, work: &mut Work, request: &Request, sequence: u64, at: usize) -> Reached {
+pub(crate) fn advance_from(host: &Host, work: &mut Work, request: &Request<'_>, sequence: u64, at: usize) -> Reached {
     go_on(host, work, request, sequence, at, Ok(Called::Some))
 }
 
@@ -140,7 +150,7 @@ pub(crate) fn advance_from(host: &Host, work: &mut Work, request: &Request, sequ
 fn go_on(
     host: &Host,
     work: &mut Work,
-    request: &Request,
+    request: &Request<'_>,
     sequence: u64,
     mut at: usize,
     mut called: Result<Called, Panic>,
@@ -180,7 +190,7 @@ fn go_on(
 }
 
 #[cold]
-fn refused_blockable(host: &Host, request: &Request, entry: EntryRef) {
+fn refused_blockable(host: &Host, request: &Request<'_>, entry: EntryRef) {
     host.counters.refused_blockable.fetch_add(1, Ordering::Relaxed);
     let name = entry.name(&host.losses);
     host.losses.report(&Report::RefusedBlockable { notifier: &name, range: request.range, event: request.event() });

@@ -1,13 +1,14 @@
 //! The step that calls drivers.
 #![forbid(unsafe_code)]
 
+use super::batch::{Batch, Changed, Seen, batches};
 use super::settle::{Marked, REST, Rounds, Settle, Which, YIELDS};
 use super::{Inner, UffdError, ring, wait};
 use crate::engine::futures::invalidate::Invalidate;
 use crate::engine::gate::Closings;
-use crate::event::Event;
+use crate::event::{Event, Owner};
 use crate::foreign::{Report, TaskWaker};
-use crate::range::AddressRange;
+use crate::range::{AddressRange, RangeSet};
 use crate::source::ring::Change;
 use crate::source::watches::Watched;
 use crate::subscription::Subscription;
@@ -35,7 +36,8 @@ pub struct Deliveries {
 
 impl Deliveries {
     /// Invalidates what was read so far, and waits until no device uses it and the pages of a
-    /// `madvise` have been seen gone. The invalidations start in the first poll, and every
+    /// `madvise` have been seen gone. What is of one kind and concerns the same notifiers is one
+    /// invalidation of [many ranges](crate::Invalidation::ranges) (N4). The invalidations start in the first poll, and every
     /// driver is told in it; then the readers of the space go on. Resolves to how many changes
     /// there were. Several may be under way at once: then readers go on when all of them have told
     /// all drivers.
@@ -207,19 +209,19 @@ impl Drop for Undelivered<'_> {
     }
 }
 
-/// An invalidation of a change that has happened, or is about to.
+/// An invalidation of changes that have happened, or are about to.
 struct Late {
     inner: Arc<Inner>,
-    marked: Option<Arc<Marked>>,
-    /// Stands in the range while pages are still to go (M5).
-    settle: Option<Subscription<Settle>>,
+    marked: Vec<Arc<Marked>>,
+    /// Stand in their ranges while pages are still to go (M5).
+    settle: Vec<Subscription<Settle>>,
     invalidation: Option<Pin<Box<Invalidate<'static>>>>,
 }
 
 impl Late {
     /// Whether pages are still to go that it waits for.
     fn looks(&self) -> bool {
-        self.marked.as_ref().is_some_and(|marked| !marked.is_over())
+        self.marked.iter().any(|marked| !marked.is_over())
     }
 }
 
@@ -240,7 +242,8 @@ impl Drop for Late {
     fn drop(&mut self) {
         // In a child of `fork` the locks of the space may be held for ever (M4).
         if self.inner.is_forked() {
-            core::mem::forget((self.invalidation.take(), self.settle.take(), self.marked.take(), self.inner.clone()));
+            let (settle, marked) = (core::mem::take(&mut self.settle), core::mem::take(&mut self.marked));
+            core::mem::forget((self.invalidation.take(), settle, marked, self.inner.clone()));
         }
     }
 }
@@ -248,19 +251,11 @@ impl Drop for Late {
 /// What events name.
 #[derive(Default)]
 struct Changes {
-    ranges: Vec<(AddressRange, Event, Seen)>,
+    ranges: Vec<Changed>,
     /// Watches that have ended.
     lost: Vec<Watched>,
     /// Discards whose pages could not be marked.
     unseen: Vec<AddressRange>,
-}
-
-/// Whether a change has happened when its invalidation starts.
-#[derive(Clone, Copy, PartialEq)]
-enum Seen {
-    Happened,
-    /// It is about to: the pages are marked.
-    ToCome,
 }
 
 impl Inner {
@@ -276,22 +271,21 @@ impl Inner {
         let waker = Waker::from(TaskWaker::new(cx.waker(), &self.shared().host.losses));
         core::mem::forget(undelivered);
         let cx = &mut Context::from_waker(&waker);
-        let (changes, open) = {
+        let (mut changes, open) = {
             let mut starting = self.starting();
             starting.threads += 1;
             starting.closings += Closings::from_bits(self.turns.swap(0, Ordering::AcqRel));
             (self.changes(look), Open(self))
         };
         let started = changes.ranges.len();
+        let batches = batches(core::mem::take(&mut changes.ranges), |range| self.shared().concerned(range));
         // All of them first: a driver that is told drops its watches, and the marks of another change would
         // go with the registration.
-        let lates: Vec<Late> = changes.ranges.into_iter().map(|(range, event, seen)| self.late(range, event, seen)).collect();
+        let lates: Vec<Late> = batches.into_iter().filter_map(|batch| self.late(batch)).collect();
         for mut late in lates {
             let polled = Pin::new(&mut late).poll(cx);
             self.told.fetch_add(1, Ordering::Relaxed);
-            if let (Some(marked), Some(_)) = (&late.marked, &late.settle) {
-                self.takes_over(marked);
-            }
+            late.marked.iter().for_each(|marked| self.takes_over(marked));
             if polled.is_pending() {
                 pending(late);
             }
@@ -311,14 +305,24 @@ impl Inner {
         started
     }
 
-    fn late(self: &Arc<Self>, range: AddressRange, event: Event, seen: Seen) -> Late {
-        let marked = if seen == Seen::ToCome { Marked::new(self, range) } else { None };
-        let settle = marked.clone().and_then(|marked| self.space().insert(range, Settle(marked)).ok());
-        let mut invalidation = self.space().invalidate(range, event).late();
-        if let Some(marked) = &marked {
-            invalidation = invalidation.tagged(marked.owner());
+    /// N4: the invalidation of a batch.
+    fn late(self: &Arc<Self>, batch: Batch) -> Option<Late> {
+        let (mut marked, mut settle, owner) = (Vec::new(), Vec::new(), Owner::new());
+        if batch.seen == Seen::ToCome {
+            for change in batch.ranges.iter().filter_map(|range| Marked::new(self, *range, owner)) {
+                let range = change.range();
+                if let Ok(settles) = self.space().insert(range, Settle(change.clone())) {
+                    settle.push(settles);
+                    marked.push(change);
+                }
+            }
         }
-        Late { inner: self.clone(), marked, settle, invalidation: Some(Box::pin(invalidation.into_owned())) }
+        let ranges = RangeSet::new(batch.ranges).ok()?;
+        let mut invalidation = self.space().invalidate_all(ranges, batch.event).late();
+        if !marked.is_empty() {
+            invalidation = invalidation.tagged(owner);
+        }
+        Some(Late { inner: self.clone(), marked, settle, invalidation: Some(Box::pin(invalidation.into_owned())) })
     }
 
     /// Without anybody who could wait: the passes are left to the space.

@@ -53,7 +53,7 @@ pub(super) struct Marked {
     /// Weak: a pass of this belongs to the space, which the source holds.
     inner: Weak<Inner>,
     watched: Watched,
-    /// Told from other invalidations of the range by this.
+    /// Its invalidation is told from others of the range by this.
     owner: Owner,
     /// When the change came. Earlier ones of the same pages give it none of their time: they may
     /// have used theirs up, and the pages of this one are there still.
@@ -67,8 +67,8 @@ pub(super) struct Marked {
 }
 
 impl Marked {
-    /// `None` when there is nothing to wait for.
-    pub(super) fn new(inner: &Arc<Inner>, range: AddressRange) -> Option<Arc<Self>> {
+    /// `None` when there is nothing to wait for. `owner` tags the invalidation.
+    pub(super) fn new(inner: &Arc<Inner>, range: AddressRange, owner: Owner) -> Option<Arc<Self>> {
         inner.pagemap.as_ref()?;
         let held = inner.table().hold(range);
         let watched = match held {
@@ -79,11 +79,7 @@ impl Marked {
             }
         };
         let (held_up, over) = (AtomicU64::new(0), AtomicBool::new(false));
-        Some(Arc::new(Self { inner: Arc::downgrade(inner), watched, owner: Owner::new(), began: Instant::now(), held_up, over }))
-    }
-
-    pub(super) fn owner(&self) -> Owner {
-        self.owner
+        Some(Arc::new(Self { inner: Arc::downgrade(inner), watched, owner, began: Instant::now(), held_up, over }))
     }
 
     pub(super) fn range(&self) -> AddressRange {

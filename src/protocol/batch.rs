@@ -1,0 +1,56 @@
+//! An invalidation of many ranges at once (N1 to N4).
+#![forbid(unsafe_code)]
+
+use super::{Id, Member, PLACE_BITS, PLACES, Protocol, Started, cover_one};
+use crate::range::RangeSet;
+use alloc::vec::Vec;
+
+impl<M: Member, X: Default> Protocol<M, X> {
+    /// [`start`](Self::start) for all ranges of `set`. It is in the crowd from the beginning, which
+    /// knows of gaps; places do not.
+    pub(crate) fn start_set(
+        &mut self,
+        set: &RangeSet,
+        fill: impl FnOnce(&mut X, Id),
+        hits: impl FnOnce(&mut X) -> &mut Vec<M>,
+    ) -> Started<'_, X> {
+        let Self { sequence: current, index, active, started } = self;
+        active.assert_room();
+        *started += 1 << PLACE_BITS;
+        let (id, active) = active.take_set_in_crowd(Id(*started).serial(), set);
+        debug_assert!(id.place() == PLACES, "it has no place");
+        fill(&mut active.extra, id);
+        let hits = hits(&mut active.extra);
+        debug_assert!(hits.is_empty(), "an invalidation that has ended left its hits");
+        let mut sequence = *current | 1;
+        if index.len() < set.len() {
+            // Fewer notifiers than ranges.
+            sequence = index.search(set.hull(), sequence, |sequence, member| {
+                if !set.overlaps(member.range()) {
+                    return sequence;
+                }
+                hits.push(member);
+                cover_one(member, *current, sequence)
+            });
+        } else {
+            // Those that begin in front of a gap or in it were found by the range before the gap, if at all.
+            let mut found_to = None;
+            for range in set.iter() {
+                sequence = index.search(*range, sequence, |sequence, member| {
+                    if found_to.is_some_and(|last| member.range().start() <= last) {
+                        return sequence;
+                    }
+                    hits.push(member);
+                    cover_one(member, *current, sequence)
+                });
+                found_to = Some(range.last());
+            }
+        }
+        let hit = !hits.is_empty();
+        if hit {
+            *current = sequence;
+        }
+        active.sequence = *current;
+        Started { id, sequence: *current, hit, extra: &mut active.extra }
+    }
+}
