@@ -26,6 +26,8 @@
 //! Its [`Spare`], from [`Spare::put`] until [`Spare::take`] or [`Spare::clear`]; then the [`Room`] or [`Vacant`]. Nobody else knows of it, because it was put there in place of being
 //! freed. A removal whose future is leaked has reserved the `Spare` and never fills it: the space does without from then on.
 
+mod rare;
+
 use crate::foreign::{Callback, Inside, Losses};
 use crate::index::{Indexed, Ordered, Place};
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
@@ -33,7 +35,6 @@ use crate::pass::PassFuture;
 use crate::protocol::{MARKS, Member, Own, WATCHED};
 use crate::range::AddressRange;
 use crate::sync::{AtomicPtr, AtomicU32, AtomicU64, OnceBox, Ordering};
-use crate::tally::{NotifierStats, Tally};
 use alloc::borrow::Cow;
 use alloc::boxed::Box;
 use core::alloc::Layout;
@@ -41,10 +42,7 @@ use core::mem::{ManuallyDrop, MaybeUninit};
 use core::ops::Deref;
 use core::pin::Pin;
 use core::ptr::{self, NonNull};
-use core::time::Duration;
-
-/// No waiter: see [`Entry::first_waiter`].
-const NO_WAITER: u32 = u32::MAX;
+use rare::Rare;
 
 /// The subscription is gone.
 const DETACHED: u32 = MARKS[0];
@@ -78,50 +76,13 @@ pub(crate) struct Entry {
 #[cfg(all(target_pointer_width = "64", not(any(loom, shuttle, debug_assertions, feature = "test-util"))))]
 const _: () = assert!(size_of::<Entry>() == 64);
 
-/// What is needed of a notifier only when a reader collides or waits, when an invalidation of it lapses, or while it is asked for its name.
-struct Rare {
-    tally: Tally,
-    /// How many hold the entry.
-    holds: AtomicU32,
-    /// Head of the list of futures that wait for this notifier, a key of the space's waiters.
-    first_waiter: AtomicU32,
-}
-
 impl Entry {
-    #[cold]
-    fn rare(&self) -> &Rare {
-        self.rare.get_or_init(|| {
-            Box::new(Rare { tally: Tally::new(), holds: AtomicU32::new(0), first_waiter: AtomicU32::new(NO_WAITER) })
-        })
-    }
-
-    /// The counters of what waits or fails. The first count allocates them.
-    pub(crate) fn tally(&self) -> &Tally {
-        &self.rare().tally
-    }
-
-    pub(crate) fn stats(&self) -> NotifierStats {
-        let longest = Duration::from_micros(self.longest.load(Ordering::Relaxed).into());
-        self.rare.get().map_or(NotifierStats { longest, ..NotifierStats::default() }, |rare| rare.tally.stats(longest))
-    }
-
     /// An invalidation that hit the notifier was active for `micros`. Only under the space's lock, so that no read-modify-write is needed.
     #[inline]
     pub(crate) fn lasted(&self, micros: u32) {
         if self.longest.load(Ordering::Relaxed) < micros {
             self.longest.store(micros, Ordering::Relaxed);
         }
-    }
-
-    /// The first of the futures that wait for this notifier.
-    pub(crate) fn first_waiter(&self) -> Option<u32> {
-        let first = self.rare.get()?.first_waiter.load(Ordering::Relaxed);
-        (first != NO_WAITER).then_some(first)
-    }
-
-    pub(crate) fn set_first_waiter(&self, waiter: Option<u32>) {
-        self.rare().first_waiter.store(waiter.unwrap_or(NO_WAITER), Ordering::Relaxed);
-        self.own.mark(WATCHED, waiter.is_some() || self.own.is_marked(DETACHED));
     }
 
     /// The subscription is gone.
@@ -136,23 +97,8 @@ impl Entry {
         self.own.quick_close(DETACHED | WATCHED)
     }
 
-    pub(crate) fn hold(&self) {
-        let holds =
-            self.rare().holds.load(Ordering::Relaxed).checked_add(1).expect("fewer than 2^32 lists name one notifier at once");
-        self.set_holds(holds);
-    }
-
     pub(crate) fn is_held(&self) -> bool {
         self.own.is_marked(HELD)
-    }
-
-    pub(crate) fn unhold(&self) {
-        self.set_holds(self.rare().holds.load(Ordering::Relaxed) - 1);
-    }
-
-    fn set_holds(&self, holds: u32) {
-        self.rare().holds.store(holds, Ordering::Relaxed);
-        self.own.mark(HELD, holds != 0);
     }
 
     /// Whether the notifier was moved out.

@@ -101,6 +101,15 @@ pub enum Report<'a> {
         /// Why.
         event: Event,
     },
+    /// A device was cut off from the memory ([`Subscription::fence`](crate::Subscription::fence), L5).
+    Fenced {
+        /// [`IntervalNotifier::name`](crate::IntervalNotifier::name) of its driver.
+        notifier: &'a str,
+        /// What it watched.
+        range: AddressRange,
+        /// Passes of it that were pending, and are over.
+        passes: usize,
+    },
     /// Pages that a `madvise` was about to drop had not been seen to go when the source's time for
     /// that was used up (M5). Readers of the range went on; it is invalidated again when the pages
     /// do go.
@@ -134,6 +143,12 @@ impl fmt::Display for Report<'_> {
                 f,
                 "{notifier} refused a blockable invalidation of {range} ({event:?}): its device may still use the old mapping"
             ),
+            Self::Fenced { notifier, range, passes } => {
+                write!(
+                    f,
+                    "{notifier} was fenced off from {range}: {passes} of its passes were pending, and nobody waits for them any more"
+                )
+            }
             Self::Unsettled { range, waited } => {
                 write!(
                     f,

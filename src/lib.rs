@@ -126,7 +126,7 @@ pub use foreign::{Callback, Report};
 pub use mirror::async_notifier::{AsyncIntervalNotifier, AsyncNotifier};
 pub use mirror::driver_lock::{Collision, DriverGuard, DriverLock, MirrorError, RetryBudget};
 pub use mirror::inbox::{Delivery, Inbox};
-pub use notifier::{IntervalNotifier, Invalidation, InvalidationInfo, Sequence, WouldBlock};
+pub use notifier::{IntervalNotifier, Invalidation, InvalidationInfo, NotifierId, Sequence, WouldBlock};
 pub use pass::PassFuture;
 pub use range::{AddressRange, RangeError, RangeSet};
 #[cfg(any(feature = "userfaultfd", loom))]

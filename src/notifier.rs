@@ -85,6 +85,18 @@ impl Sequence {
     }
 }
 
+/// Names a subscription among all that its space has had
+/// ([`Subscription::id`](crate::Subscription::id)); it is given to no other one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct NotifierId(pub(crate) u64);
+
+impl NotifierId {
+    /// The number behind it, for logs: 1 for the first subscription of a space, then upwards.
+    pub const fn get(self) -> u64 {
+        self.0
+    }
+}
+
 /// What to invalidate and how.
 #[derive(Clone, Copy)]
 pub(crate) struct Request<'a> {

@@ -6,10 +6,9 @@ use crate::engine::futures::read::ReadBegin;
 use crate::engine::futures::remove::{Close, Remove};
 use crate::engine::registration::Registered;
 use crate::entry::EntryBox;
-use crate::notifier::{IntervalNotifier, Sequence};
+use crate::notifier::{IntervalNotifier, NotifierId, Sequence};
 use crate::range::AddressRange;
 use crate::sync::Arc;
-#[cfg(feature = "test-util")]
 use crate::sync::Ordering;
 use crate::tally::NotifierStats;
 use alloc::borrow::Cow;
@@ -33,6 +32,12 @@ impl<N: IntervalNotifier> Subscription<N> {
     /// What the notifier watches.
     pub fn range(&self) -> AddressRange {
         self.registered.entry.range
+    }
+
+    /// What tells this subscription from all others of the space, also in
+    /// [lists of what is pending](crate::ActiveInvalidation::pending_ids).
+    pub fn id(&self) -> NotifierId {
+        NotifierId(self.registered.entry.order.load(Ordering::Relaxed))
     }
 
     /// The notifier's own sequence at this moment, without waiting. For diagnostics: readers use [`read_begin`](Self::read_begin).
@@ -105,6 +110,27 @@ impl<N: IntervalNotifier> Subscription<N> {
     /// does, but leaves the subscription in place: for drivers that share it with readers. May be called again.
     pub fn close(&self) -> Close<'_> {
         Close::new(&self.registered.space, self.registered.entry.erase())
+    }
+
+    /// Says that the device is cut off from the memory: it was reset, lost its bus mastering or its
+    /// IOMMU domain, or is gone, so that **nothing of it can reach the memory any more**. The way out
+    /// for a device that never answers (L5). To be called by its driver or by an operator; who says so
+    /// of a device that still runs corrupts memory.
+    ///
+    /// In the call the notifier is [closed](Self::close), and its passes that are pending are over:
+    /// they are dropped unfinished, and whoever waited for them goes on. A pass that another thread polls at
+    /// this moment, and one that a first pass leaves that runs at this moment, is dropped as soon as
+    /// that returns; one whose poll never returns cannot be ended. Passes of other notifiers are not
+    /// polled here. May be called from anywhere, also from a pass of the notifier itself, and again.
+    ///
+    /// Counted ([`Stats::fences`](crate::Stats::fences)) and reported
+    /// ([`Report::Fenced`](crate::Report::Fenced)). [`remove`](Self::remove) gives the notifier back afterwards;
+    /// a device that works again is registered anew. Returns how many passes were pending.
+    ///
+    /// # Panics
+    /// A panic in the drop of a pass goes on in the caller of its invalidation (C5), not here.
+    pub fn fence(&self) -> usize {
+        self.registered.space.fence(self.registered.entry.erase())
     }
 
     /// Ends the subscription (stop the device before) and waits until the notifier is neither called nor has a pass pending; returns it (L1).

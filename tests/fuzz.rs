@@ -27,12 +27,22 @@ struct Notifier {
 struct Running {
     name: usize,
     set: RangeSet,
-    /// Fences of the devices that have to complete.
-    gates: Vec<Gate>,
+    /// Fences of the devices that have to complete, each with its notifier.
+    gates: Vec<(usize, Gate)>,
     /// Dropped by its caller: ends by itself.
     abandoned: bool,
     future: Option<Task<Pin<Box<Invalidate<'static>>>>>,
     guard: Option<InvalidationGuard<'static>>,
+}
+
+impl Running {
+    fn open(&self) {
+        self.gates.iter().for_each(|(_, gate)| gate.open());
+    }
+
+    fn is_done(&self) -> bool {
+        self.gates.iter().all(|(_, gate)| gate.is_open())
+    }
 }
 
 struct Reader {
@@ -130,7 +140,7 @@ impl Machine {
             if pending >> (bit % 8) & 1 == 1 {
                 let gate = Gate::default();
                 notifier.subscription.as_ref().unwrap().next(Act::pass(gate.clone()));
-                gates.push(gate);
+                gates.push((*at, gate));
             } else {
                 notifier.subscription.as_ref().unwrap().next(Act::Finish);
             }
@@ -179,15 +189,15 @@ impl Machine {
             {
                 running.future = None;
                 running.guard = Some(guard);
-                prop_assert!(running.gates.iter().all(Gate::is_open), "a guard although a device is at work");
+                prop_assert!(running.is_done(), "a guard although a device is at work");
             }
         }
         let _ = Task::new(self.space.drain()).run();
-        let over = |running: &Running| running.abandoned && running.gates.iter().all(Gate::is_open);
+        let over = |running: &Running| running.abandoned && running.is_done();
         for name in self.running.iter().filter(|running| over(running)).map(|running| running.name).collect::<Vec<_>>() {
             self.ended(name);
         }
-        for running in self.running.iter().filter(|running| running.gates.iter().all(Gate::is_open)) {
+        for running in self.running.iter().filter(|running| running.is_done()) {
             prop_assert!(running.guard.is_some(), "all devices are done and there is no guard");
         }
         let mut left = Vec::new();
@@ -218,8 +228,22 @@ impl Machine {
         let [op, a, b, c] = bytes;
         let range = pages(u64::from(a % 12), 1 + u64::from(b % 5));
         let pick = |len: usize| (len > 0).then(|| usize::from(a) % len);
-        match op % 10 {
+        match op % 11 {
             0 | 1 => self.insert(range),
+            // L5. As if it was removed, and its device done.
+            10 => {
+                let live: Vec<usize> =
+                    (0..self.notifiers.len()).filter(|at| self.notifiers[*at].subscription.is_some()).collect();
+                if let Some(at) = pick(live.len()) {
+                    let subscription = self.notifiers[live[at]].subscription.take().unwrap();
+                    let mut pending = 0;
+                    for running in &mut self.running {
+                        pending += running.gates.iter().filter(|(of, gate)| *of == live[at] && !gate.is_open()).count();
+                        running.gates.retain(|(of, _)| *of != live[at]);
+                    }
+                    prop_assert_eq!(subscription.fence(), pending);
+                }
+            }
             2 => self.start(range.into(), c, true)?,
             // Of every page whose bit is set, or of all.
             3 => {
@@ -230,7 +254,7 @@ impl Machine {
             4 => self.start(range.into(), if c < 128 { 0 } else { c }, false)?,
             5 => {
                 if let Some(at) = pick(self.running.len()) {
-                    self.running[at].gates.iter().for_each(Gate::open);
+                    self.running[at].open();
                 }
             }
             6 => {
@@ -291,7 +315,7 @@ fn run(bytes: &[u8], plain: bool) -> Result<Vec<String>, TestCaseError> {
         machine.look();
     }
     // Everything comes to an end.
-    machine.running.iter().for_each(|running| running.gates.iter().for_each(Gate::open));
+    machine.running.iter().for_each(|running| running.open());
     machine.settle()?;
     while let Some(running) = machine.running.first_mut() {
         let name = running.name;

@@ -835,3 +835,57 @@ fn memory_of_a_notifier_goes_to_the_next_one_after_all_that_was_done_with_it() {
         insertion.join().unwrap();
     });
 }
+
+#[test]
+fn l5_a_device_that_is_fenced_at_any_moment_holds_up_neither_the_owner_nor_a_reader() {
+    for readers in [0, 1] {
+        explore(&format!("fence beside {readers} readers"), 2, move || {
+            // Its fence is never signalled.
+            let space = AddressSpace::new();
+            let dead = Arc::new(space.insert(range(), Device::new(Some(Fence::new()))).unwrap());
+            let well = (readers > 0).then(|| Arc::new(space.insert(range(), Device::new(None)).unwrap()));
+            let reader = well.clone().map(|well| {
+                thread::spawn(move || {
+                    block_on(well.read_begin());
+                })
+            });
+            let operator = {
+                let dead = dead.clone();
+                thread::spawn(move || {
+                    dead.fence();
+                })
+            };
+            drop(block_on(space.invalidate(range(), Event::Unmap)));
+            operator.join().unwrap();
+            reader.into_iter().for_each(|reader| reader.join().unwrap());
+            assert!(space.active().is_empty());
+        });
+    }
+}
+
+#[test]
+fn n2_of_many_ranges_a_reader_of_one_waits_and_one_that_is_inserted_into_a_gap_does_not() {
+    explore("many ranges", 2, || {
+        let fence = Fence::new();
+        let (space, device, memory) = model(Some(fence.clone()));
+        let set = shootdown::RangeSet::new([range(), pages(5, 1)]).unwrap();
+        let reader = {
+            let (memory, device) = (memory.clone(), device.clone());
+            thread::spawn(move || block_on(memory.mirror(&device)))
+        };
+        let inserter = {
+            let space = space.clone();
+            thread::spawn(move || {
+                let gap = space.insert(pages(3, 1), Device::new(None)).unwrap();
+                at_once(gap.read_begin());
+                fence.signal();
+            })
+        };
+        let guard = block_on(space.invalidate_all(set, Event::Unmap));
+        memory.change(&device);
+        drop(guard);
+        reader.join().unwrap();
+        inserter.join().unwrap();
+        memory.check(&device);
+    });
+}

@@ -32,6 +32,8 @@ pub(crate) struct Host {
     pub(crate) counters: Counters,
     /// How many waiting futures are about to take the lock, and will wake who rests.
     pub(crate) coming: AtomicUsize,
+    /// How many notifiers were fenced (L5). Changes under the lock.
+    pub(crate) fences: AtomicU64,
     #[cfg(feature = "test-util")]
     plain_only: bool,
 }
@@ -54,6 +56,7 @@ impl Host {
             losses: Arc::new(Losses::new(settings.reporter)),
             counters: Counters::default(),
             coming: AtomicUsize::new(0),
+            fences: AtomicU64::new(0),
             #[cfg(feature = "test-util")]
             plain_only: settings.plain_only,
         }

@@ -4,6 +4,7 @@
 use crate::engine::Shared;
 use crate::engine::state::Ticket;
 use crate::engine::work::{Progress, Work};
+use crate::sync::Ordering;
 use alloc::boxed::Box;
 
 /// The work of a parked invalidation, taken out of the state to be polled. There is one for an
@@ -26,10 +27,24 @@ impl<'s> Lease<'s> {
     /// Polls the passes and gives them back. Returns whether the joined ones are all done.
     pub(crate) fn drive(mut self) -> bool {
         if let Some(work) = &mut self.work {
-            self.progress = work.passes().drive(&self.shared.host);
+            let (passes, host) = (work.passes(), &self.shared.host);
+            self.progress = passes.drive(host);
+            // By one of them, perhaps, that was polled.
+            while passes.is_behind(host.fences.load(Ordering::Acquire)) {
+                self.progress = passes.drive(host);
+            }
         }
         self.give_back();
         self.done
+    }
+
+    /// Drops the passes of notifiers that were fenced, and gives the others back (L5). Who waits is to
+    /// poll them: they lost their wakers.
+    pub(crate) fn cut(mut self) {
+        if let Some(work) = &mut self.work {
+            work.passes().cut(&self.shared.host);
+            self.progress = Progress::Yielded;
+        }
     }
 
     fn give_back(&mut self) {

@@ -5,7 +5,8 @@ use super::AddressSpace;
 use crate::engine::Shared;
 use crate::entry::EntryRef;
 use crate::event::Event;
-use crate::notifier::Sequence;
+use crate::index::Ordered;
+use crate::notifier::{NotifierId, Sequence};
 use crate::range::{AddressRange, RangeSet};
 use crate::sync::Ordering;
 use alloc::borrow::Cow;
@@ -50,6 +51,9 @@ pub struct ActiveInvalidation {
     pub age: Option<Duration>,
     /// Names of the notifiers whose passes are pending.
     pub pending: Vec<Cow<'static, str>>,
+    /// The [ids](crate::Subscription::id) of the same notifiers, in the same order: to find the device
+    /// that a name speaks of, and [fence](crate::Subscription::fence) it.
+    pub pending_ids: Vec<NotifierId>,
 }
 
 /// What happened in a space so far.
@@ -73,6 +77,8 @@ pub struct Stats {
     pub abandoned: u64,
     /// First passes that answered `WouldBlock` in a blockable invalidation: a driver's bug (B1).
     pub refused_blockable: u64,
+    /// Notifiers whose devices were cut off ([`Subscription::fence`](crate::Subscription::fence), L5).
+    pub fences: u64,
     /// Panics of code that is not the library's and that had no caller to be resumed in (C5): passes of abandoned invalidations,
     /// wakers, names, the reporter, the clock, observers, and the
     /// further panics of an invalidation whose first one was resumed. Each is [reported](crate::Report::Panicked), too.
@@ -82,7 +88,8 @@ pub struct Stats {
 impl AddressSpace {
     /// What happened so far.
     pub fn stats(&self) -> Stats {
-        let (counts, invalidations) = self.shared.with(|state, _| (state.counts, state.protocol.last_serial()));
+        let (counts, invalidations, fences) =
+            self.shared.with(|state, _| (state.counts, state.protocol.last_serial(), state.fences));
         let counters = &self.shared.host.counters;
         Stats {
             invalidations,
@@ -93,6 +100,7 @@ impl AddressSpace {
             lapses: counts.lapses,
             abandoned: counts.abandoned,
             refused_blockable: counters.refused_blockable.load(Ordering::Relaxed),
+            fences,
             lost_panics: self.shared.host.losses.count(),
         }
     }
@@ -131,6 +139,7 @@ impl AddressSpace {
                     abandoned: parked.is_some_and(|parking| parking.stage.is_abandoned()),
                     age: now.map(|now| now.saturating_sub(since)),
                     pending: Vec::new(),
+                    pending_ids: held[from..].iter().map(|entry| NotifierId(entry.order())).collect(),
                 };
                 listed.push((active.serial(), from..held.len(), invalidation));
             }

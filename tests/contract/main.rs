@@ -8,6 +8,7 @@ mod blocking;
 mod cancellation;
 mod driver_tasks;
 mod executors;
+mod fenced;
 // Without `std` there is nothing to catch a panic with.
 #[cfg(feature = "std")]
 mod foreign_code;

@@ -48,6 +48,8 @@ pub(crate) struct State {
     pub(crate) gated: Vec<Arc<TaskWaker>>,
     next_order: u64,
     pub(crate) released: bool,
+    /// How many notifiers were fenced (L5).
+    pub(crate) fences: u64,
     pub(crate) counts: Counts,
 }
 
@@ -110,6 +112,7 @@ impl State {
             gated: Vec::new(),
             next_order: 0,
             released: false,
+            fences: 0,
             counts: Counts::default(),
         }
     }
@@ -224,8 +227,10 @@ impl State {
         };
         work.passes().list(&mut parking.pending);
         let claim = Claim { resume_at: work.deferred_at.take(), lapses };
+        let behind = work.passes().is_behind(self.fences);
         parking.stage.park(work, claim);
-        let mut ready = parking.note_done(now);
+        // Then some of them may be over.
+        let mut ready = parking.note_done(now) || behind;
         if let Some(task) = task {
             let (old, woken) = parking.wakers.await_as_owner(task);
             ready |= woken;
@@ -320,6 +325,7 @@ impl State {
         outbox: &mut Outbox,
     ) -> bool {
         let mut quiet = Vec::new();
+        let fences = self.fences;
         let Some(parking) = self.parking_mut(ticket) else {
             unreachable!("an invalidation whose passes are being polled is neither claimed nor ended");
         };
@@ -328,13 +334,14 @@ impl State {
                 quiet.push(entry);
             }
         });
+        let behind = work.passes().is_behind(fences);
         let next = parking.stage.give_back(work);
         let done = parking.note_done(now) || matches!(next, Next::End(_));
         // Only now, when others can take the passes again.
         let woken = parking.wakers.end();
         // Then something is to be done for those who wait: to claim, to poll on, or to wait for something
         // else.
-        if woken || progress != Progress::Waiting || matches!(next, Next::Drive) {
+        if woken || behind || progress != Progress::Waiting || matches!(next, Next::Drive) {
             outbox.contents().sets.push(parking.wakers.clone());
         }
         for entry in quiet {

@@ -1,6 +1,8 @@
 //! What the first passes left to be waited for: first polls in order, then the join.
 #![forbid(unsafe_code)]
 
+mod cut;
+
 use super::{PendingNotifiers, UNLISTED};
 use crate::engine::host::Host;
 use crate::engine::wakers::WakerSet;
@@ -72,6 +74,8 @@ pub(crate) struct Passes {
     join: Option<Join>,
     /// Passes in the join of which no recorder of metrics has been told.
     untold: usize,
+    /// As many notifiers had been fenced when these passes were looked at for that (L5).
+    fences: u64,
 }
 
 impl Default for Passes {
@@ -86,6 +90,7 @@ impl Default for Passes {
             spare_slots: Vec::new(),
             join: None,
             untold: 0,
+            fences: 0,
         }
     }
 }
@@ -385,6 +390,9 @@ impl Passes {
     /// where others can take them: a waiter that was woken earlier would find nothing to poll,
     /// and the wake-up would be lost.
     pub(crate) fn drive(&mut self, host: &Host) -> Progress {
+        if self.join.is_some() {
+            self.cut(host);
+        }
         let Some(join) = &mut self.join else {
             return Progress::AllFinished;
         };
