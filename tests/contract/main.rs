@@ -17,3 +17,5 @@ mod order;
 mod panics;
 mod readers;
 mod sequences;
+#[cfg(feature = "std")]
+mod waits;

@@ -108,6 +108,12 @@ impl<'a> Invalidate<'a> {
         Self { space: ManuallyDrop::new(Some(space)), range, owner, terms, step: ManuallyDrop::new(Step::Start), lapses: 0 }
     }
 
+    /// Blocks the thread until no device uses the range (W1).
+    #[cfg(feature = "std")]
+    pub fn wait(self) -> InvalidationGuard<'a> {
+        crate::block::wait(self)
+    }
+
     /// What is left of a future that has resolved or was moved.
     fn resolved() -> Self {
         let (space, step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
