@@ -63,8 +63,9 @@
 //! | which intervals overlap a range, in order | `index` |
 //! | every call of code that is not the library's, and what becomes of its panics: [`Report`], [`Callback`] | `foreign` |
 //! | what is counted: [`NotifierStats`] | `tally` |
-//! | threads that wait: [`Waitable`], each `wait()` | `block` |
+//! | fences: [`Timeline`], [`Reached`] | `timeline` |
 //! | futures that a child of `fork` leaves to its parent (rule M4) | `fork` |
+//! | threads that wait: [`Waitable`], each `wait()` | `block` |
 //! | [`AddressRange`], [`Event`] | `range`, `event` |
 //!
 //! The rules that comments and tests name (`S6`, `L2`, `C4`, …) are those of `CONTRACT.md`.
@@ -117,6 +118,7 @@ mod sync;
 mod tally;
 #[cfg(feature = "test-util")]
 pub mod test_util;
+mod timeline;
 
 pub use block::Waitable;
 pub use engine::futures::drain::Drain;
@@ -138,3 +140,4 @@ pub use space::Pause;
 pub use space::{ActiveInvalidation, AddressSpace, Builder, InsertError, Phase, Release, Stats};
 pub use subscription::Subscription;
 pub use tally::NotifierStats;
+pub use timeline::{Reached, Timeline};

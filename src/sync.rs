@@ -8,9 +8,7 @@
 mod real {
     use super::held::Held;
     use core::ops::DerefMut;
-    #[cfg(feature = "userfaultfd")]
-    pub(crate) use core::sync::atomic::fence;
-    pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+    pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
     /// What a thread sleeps on.
     #[cfg(feature = "std")]
     pub(crate) use event_listener::{Event, Listener};
@@ -80,9 +78,7 @@ mod checked {
     #[cfg(shuttle)]
     use shuttle::sync as of;
 
-    #[cfg(any(feature = "userfaultfd", loom))]
-    pub(crate) use of::atomic::fence;
-    pub(crate) use of::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+    pub(crate) use of::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
     #[derive(Default)]
     pub(crate) struct Lock<T>(of::Mutex<T>);

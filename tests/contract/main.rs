@@ -17,5 +17,6 @@ mod order;
 mod panics;
 mod readers;
 mod sequences;
+mod timelines;
 #[cfg(feature = "std")]
 mod waits;
