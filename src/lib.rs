@@ -43,8 +43,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 //! ```
 //!
-//! The guide is in `docs`: writing a driver, the collision-retry loop, choosing between the notifier traits, executors and `no_std`, cancellation, coming from
-//! the kernel, coming from libfabric or UCX.
+//! The guide is in `docs`: writing a driver, the collision-retry loop, choosing between the notifier traits, executors and `no_std`, threads that wait,
+//! fences, cancellation, coming from the kernel, coming from libfabric or UCX.
 //!
 //! # Map
 //! Each module uses only those below it.

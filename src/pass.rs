@@ -40,8 +40,8 @@ impl PassFuture {
 
     /// Blocks the thread until the pass is done: for tests of a driver, which the engine polls otherwise (W1).
     #[cfg(feature = "std")]
-    pub fn wait(self) -> () {
-        crate::block::wait(self)
+    pub fn wait(self) {
+        crate::block::wait(self);
     }
 }
 

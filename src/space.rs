@@ -312,8 +312,8 @@ impl Release<'_> {
 
     /// Blocks the thread until all drivers have released (W1).
     #[cfg(feature = "std")]
-    pub fn wait(self) -> () {
-        crate::block::wait(self)
+    pub fn wait(self) {
+        crate::block::wait(self);
     }
 }
 

@@ -29,8 +29,8 @@ impl<'a> Drain<'a> {
 
     /// Blocks the thread until all is driven (W1).
     #[cfg(feature = "std")]
-    pub fn wait(self) -> () {
-        crate::block::wait(self)
+    pub fn wait(self) {
+        crate::block::wait(self);
     }
 }
 

@@ -84,8 +84,8 @@ impl<'a> Close<'a> {
 
     /// Blocks the thread until the notifier is quiet (W1).
     #[cfg(feature = "std")]
-    pub fn wait(self) -> () {
-        crate::block::wait(self)
+    pub fn wait(self) {
+        crate::block::wait(self);
     }
 }
 
