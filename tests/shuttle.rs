@@ -14,6 +14,7 @@ use shuttle::sync::Mutex;
 use shuttle::thread;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Context;
 
 const PAGES: u64 = 6;
 
