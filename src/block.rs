@@ -12,7 +12,8 @@ use core::pin::Pin;
 use core::task::{Context, Poll};
 use pin_project::pin_project;
 
-/// The future of a function of this crate, which a thread can [wait](Self::wait) for, too.
+/// The future of a function of this crate, which a thread can wait for, too: `wait` (feature
+/// `std`).
 ///
 /// It is what an `async fn` would return: nothing happens before it is polled, and it is `Send` and
 /// `Sync` where what it holds is.

@@ -6,8 +6,8 @@
 //! | [`retry_loop`] | the read side: how a mapping is installed that is never stale |
 //! | [`notifiers`] | choosing between [`IntervalNotifier`](crate::IntervalNotifier), [`AsyncIntervalNotifier`](crate::AsyncIntervalNotifier) and [`Inbox`](crate::Inbox) |
 //! | [`executors`] | tokio, smol, an executor of one's own, `no_std` |
-//! | [`threads`] | threads that wait: fault handlers, wrappers of `munmap`, C callers |
-//! | [`fences`] | how a pass learns that its device is done: [`Timeline`](crate::Timeline) |
+//! | `threads` (feature `std`) | threads that wait: fault handlers, wrappers of `munmap`, C callers |
+//! | `fences` (feature `std`) | how a pass learns that its device is done: [`Timeline`](crate::Timeline) |
 //! | [`cancellation`] | dropped, leaked and forgotten futures, and why passes belong to the space |
 //! | [`from_the_kernel`] | each function of `mmu_notifier.h` and what it is here |
 //! | [`recording`] | who wants to know what multi-pass is worth for a program of one's own: recording it, and replaying its memory traffic |
