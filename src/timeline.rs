@@ -6,7 +6,7 @@
 #![forbid(unsafe_code)]
 
 use crate::foreign::{Losses, TaskWaker};
-use crate::sync::{Arc, AtomicBool, AtomicU64, Lock, Ordering, fence};
+use crate::sync::{Arc, AtomicBool, AtomicU64, Lock, Ordering, fence, spin_hint};
 use alloc::collections::BTreeMap;
 use core::fmt;
 use core::future::Future;
@@ -183,7 +183,12 @@ impl Reached {
     /// Takes it back from those who wait. Returns what is to be dropped outside of the lock.
     fn leave(&mut self) -> Option<Arc<TaskWaker>> {
         let ticket = self.ticket.take()?;
-        let task = self.core.waiting.lock().tasks.remove(&(self.value, ticket.get()));
+        let task = {
+            let mut waiting = self.core.waiting.lock();
+            // Nothing here is a step to a model checker: it may let another one try for the lock now.
+            spin_hint();
+            waiting.tasks.remove(&(self.value, ticket.get()))
+        };
         self.core.look_again();
         task
     }
