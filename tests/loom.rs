@@ -899,6 +899,25 @@ fn t2_a_signal_is_seen_with_all_that_came_before_it() {
 }
 
 #[test]
+fn t2_a_look_that_need_not_wait_sees_what_came_before_the_signal() {
+    explore("timeline, a look without the lock", 6, || {
+        let (timeline, before) = (Timeline::new(), Arc::new(AtomicU64::new(0)));
+        // On a thread of its own, so that loom begins with a look after the signal.
+        let looks = {
+            let (timeline, before) = (timeline.clone(), before.clone());
+            thread::spawn(move || {
+                if futures::FutureExt::now_or_never(timeline.reached(1)).is_some() {
+                    assert_eq!(before.load(Ordering::Relaxed), 1);
+                }
+            })
+        };
+        before.store(1, Ordering::Relaxed);
+        timeline.signal(1);
+        looks.join().unwrap();
+    });
+}
+
+#[test]
 fn t3_no_wake_up_is_lost_between_two_signals() {
     // Who does not get the lock leaves its waiter to the other, or to the one that registers.
     explore("timeline, two signals, two waiters", 3, || {
