@@ -43,8 +43,8 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 //! ```
 //!
-//! The guide is in `docs`: writing a driver, the collision-retry loop, choosing between the notifier traits, executors and `no_std`, cancellation, coming from
-//! the kernel, coming from libfabric or UCX.
+//! The guide is in `docs`: writing a driver, the collision-retry loop, choosing between the notifier traits, executors and `no_std`, threads that wait,
+//! fences, cancellation, coming from the kernel, coming from libfabric or UCX.
 //!
 //! # Map
 //! Each module uses only those below it.
@@ -63,14 +63,16 @@
 //! | which intervals overlap a range, in order | `index` |
 //! | every call of code that is not the library's, and what becomes of its panics: [`Report`], [`Callback`] | `foreign` |
 //! | what is counted: [`NotifierStats`] | `tally` |
+//! | fences: [`Timeline`], [`Reached`] | `timeline` |
 //! | futures that a child of `fork` leaves to its parent (rule M4) | `fork` |
+//! | threads that wait: [`Waitable`], each `wait()` | `block` |
 //! | [`AddressRange`], [`RangeSet`], [`Event`] | `range`, `event` |
 //!
 //! The rules that comments and tests name (`S6`, `L2`, `C4`, …) are those of `CONTRACT.md`.
 //!
 //! # Features
-//! `std` (default): contending threads yield to the operating system, panics of driver code are caught and resumed in the caller, and
-//! invalidations have an age. Without it the crate is `no_std` + `alloc`; a panic of driver code that unwinds may then leave its
+//! `std` (default): contending threads yield to the operating system, panics of driver code are caught and resumed in the caller,
+//! invalidations have an age, and threads can wait for every future with its `wait()`. Without it the crate is `no_std` + `alloc`; a panic of driver code that unwinds may then leave its
 //! range under invalidation, because there is nothing to catch it with.
 //!
 //! `tracing`: a span (`DEBUG`, target `shootdown`) for each invalidation, with its range, event, sequence and hits; inside it an event (`TRACE`) for each first pass and for
@@ -90,6 +92,7 @@ extern crate alloc;
 #[cfg(all(test, not(feature = "std")))]
 extern crate std;
 
+mod block;
 #[cfg(all(feature = "cache", not(any(loom, shuttle))))]
 pub mod cache;
 #[cfg(any(doc, doctest))]
@@ -115,7 +118,9 @@ mod sync;
 mod tally;
 #[cfg(feature = "test-util")]
 pub mod test_util;
+mod timeline;
 
+pub use block::Waitable;
 pub use engine::futures::drain::Drain;
 pub use engine::futures::guard::InvalidationGuard;
 pub use engine::futures::invalidate::Invalidate;
@@ -126,6 +131,7 @@ pub use foreign::{Callback, Report};
 pub use mirror::async_notifier::{AsyncIntervalNotifier, AsyncNotifier};
 pub use mirror::driver_lock::{Collision, DriverGuard, DriverLock, MirrorError, RetryBudget};
 pub use mirror::inbox::{Delivery, Inbox};
+pub use mirror::recv::Recv;
 pub use notifier::{IntervalNotifier, Invalidation, InvalidationInfo, NotifierId, Sequence, WouldBlock};
 pub use pass::PassFuture;
 pub use range::{AddressRange, RangeError, RangeSet};
@@ -134,3 +140,4 @@ pub use space::Pause;
 pub use space::{ActiveInvalidation, AddressSpace, Builder, InsertError, Phase, Release, Stats};
 pub use subscription::Subscription;
 pub use tally::NotifierStats;
+pub use timeline::{Reached, Timeline};

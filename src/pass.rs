@@ -37,6 +37,12 @@ impl PassFuture {
     pub fn new(future: impl Future<Output = ()> + Send + 'static) -> Self {
         Self(StackFuture::from_or_box(future))
     }
+
+    /// Blocks the thread until the pass is done: for tests of a driver, which the engine polls otherwise (W1).
+    #[cfg(feature = "std")]
+    pub fn wait(self) {
+        crate::block::wait(self);
+    }
 }
 
 impl From<Pin<Box<dyn Future<Output = ()> + Send>>> for PassFuture {

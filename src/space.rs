@@ -334,6 +334,12 @@ impl Release<'_> {
     pub fn into_owned(self) -> Release<'static> {
         Release { invalidate: self.invalidate.into_owned() }
     }
+
+    /// Blocks the thread until all drivers have released (W1).
+    #[cfg(feature = "std")]
+    pub fn wait(self) {
+        crate::block::wait(self);
+    }
 }
 
 impl Future for Release<'_> {

@@ -8,9 +8,10 @@
 mod real {
     use super::held::Held;
     use core::ops::DerefMut;
-    #[cfg(feature = "userfaultfd")]
-    pub(crate) use core::sync::atomic::fence;
-    pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+    pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+    /// What a thread sleeps on.
+    #[cfg(feature = "std")]
+    pub(crate) use event_listener::{Event, Listener};
 
     /// Spins; where there is an operating system, gives it the processor now and then.
     struct Relax;
@@ -77,9 +78,7 @@ mod checked {
     #[cfg(shuttle)]
     use shuttle::sync as of;
 
-    #[cfg(any(feature = "userfaultfd", loom))]
-    pub(crate) use of::atomic::fence;
-    pub(crate) use of::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+    pub(crate) use of::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
 
     #[derive(Default)]
     pub(crate) struct Lock<T>(of::Mutex<T>);
@@ -103,6 +102,60 @@ mod checked {
 
         pub(crate) fn get_mut(&mut self) -> &mut T {
             self.0.get_mut().unwrap_or_else(std::sync::PoisonError::into_inner)
+        }
+    }
+}
+
+/// What `event-listener` promises of one thread that listens: a listener is woken by a notification
+/// that comes after `listen`, and by none before it.
+#[cfg(all(feature = "std", any(loom, shuttle)))]
+mod event {
+    #[cfg(loom)]
+    use loom::sync::{Condvar, Mutex};
+    #[cfg(shuttle)]
+    use shuttle::sync::{Condvar, Mutex};
+    use std::sync::PoisonError;
+
+    /// Has a `wait`, as the trait of that name.
+    pub(crate) trait Listener: Sized {
+        fn wait(self);
+    }
+
+    #[derive(Default)]
+    pub(crate) struct Event {
+        /// Whether somebody listens, and has been notified.
+        listening: Mutex<Option<bool>>,
+        notified: Condvar,
+    }
+
+    pub(crate) struct EventListener<'a>(&'a Event);
+
+    impl Event {
+        pub(crate) fn listen(&self) -> EventListener<'_> {
+            *self.listening.lock().unwrap_or_else(PoisonError::into_inner) = Some(false);
+            EventListener(self)
+        }
+
+        pub(crate) fn notify(&self, _most: usize) {
+            if let Some(notified) = &mut *self.listening.lock().unwrap_or_else(PoisonError::into_inner) {
+                *notified = true;
+            }
+            self.notified.notify_all();
+        }
+    }
+
+    impl Listener for EventListener<'_> {
+        fn wait(self) {
+            let mut listening = self.0.listening.lock().unwrap_or_else(PoisonError::into_inner);
+            while *listening == Some(false) {
+                listening = self.0.notified.wait(listening).unwrap_or_else(PoisonError::into_inner);
+            }
+        }
+    }
+
+    impl Drop for EventListener<'_> {
+        fn drop(&mut self) {
+            *self.0.listening.lock().unwrap_or_else(PoisonError::into_inner) = None;
         }
     }
 }
@@ -141,6 +194,8 @@ mod once {
 pub(crate) use alloc::sync::{Arc, Weak};
 #[cfg(any(loom, shuttle))]
 pub(crate) use checked::*;
+#[cfg(all(feature = "std", any(loom, shuttle)))]
+pub(crate) use event::{Event, Listener};
 #[cfg(loom)]
 pub(crate) use once::OnceBox;
 #[cfg(not(loom))]

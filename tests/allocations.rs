@@ -2,7 +2,9 @@
 #![cfg(all(feature = "std", not(any(loom, shuttle))))]
 #![allow(missing_docs, clippy::print_stdout)]
 
-use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, Timeline, WouldBlock,
+};
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::pin::Pin;
 use std::sync::Mutex;
@@ -230,6 +232,48 @@ fn working_memory(kind: Burst, burst: usize) -> [i64; 3] {
     })
 }
 
+/// Allocations of a pass that waits for a timeline: to make it, to find it ready, to wait; and whether all that
+/// waiters left is free again.
+fn fences() {
+    let timeline = Timeline::new();
+    timeline.signal(1);
+    let count = |work: &mut dyn FnMut()| {
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        work();
+        ALLOCATIONS.load(Ordering::Relaxed) - before
+    };
+    let mut cx = Context::from_waker(std::task::Waker::noop());
+    let [ready, waits] = [1, 2].map(|number| PassFuture::new(timeline.reached(number)));
+    let (mut ready, mut waits) = (std::pin::pin!(Some(ready)), std::pin::pin!(Some(waits)));
+    assert_eq!(count(&mut || drop(PassFuture::new(timeline.reached(2)))), 0, "a pass holds it in place");
+    assert_eq!(count(&mut || assert!(ready.as_mut().as_pin_mut().unwrap().poll(&mut cx).is_ready())), 0, "it is reached");
+    // The task's waker, and the first node of the tree.
+    assert_eq!(count(&mut || assert!(waits.as_mut().as_pin_mut().unwrap().poll(&mut cx).is_pending())), 2, "it waits");
+    assert_eq!(count(&mut || timeline.signal(2)), 0, "a signal");
+    waits.set(None);
+    let bytes = BYTES.load(Ordering::Relaxed);
+    for number in 0..10_000 {
+        let mut waits: Vec<_> = (0..10).map(|more| timeline.reached(3 + number + more)).collect();
+        for reached in &mut waits {
+            assert!(Pin::new(reached).poll(&mut cx).is_pending());
+        }
+    }
+    assert_eq!(BYTES.load(Ordering::Relaxed), bytes, "waiters that have gone leave nothing");
+}
+
+/// Allocations of waits of a thread, the first and the second.
+fn threads_that_wait() -> [u64; 2] {
+    let space = AddressSpace::new();
+    let range = AddressRange::new(0x1000, 0x1000).unwrap();
+    let _devices = [Kind::Ready, Kind::Single].map(|kind| space.insert(range, Device(kind)).unwrap());
+    drop(futures::executor::block_on(space.invalidate(range, Event::Unmap)));
+    [(); 2].map(|()| {
+        let before = ALLOCATIONS.load(Ordering::Relaxed);
+        drop(space.invalidate(range, Event::Unmap).wait());
+        ALLOCATIONS.load(Ordering::Relaxed) - before
+    })
+}
+
 struct Empty;
 
 impl IntervalNotifier for Empty {
@@ -249,6 +293,8 @@ fn allocations_and_bytes_are_within_their_bounds() {
     }
     assert_eq!(collisions(), [1, 0], "a notifier's counters are made once");
     comings_and_goings();
+    fences();
+    assert_eq!(threads_that_wait(), [1, 0], "what a thread sleeps on is made once");
     let burst = if cfg!(debug_assertions) { 10_000 } else { 100_000 };
     for (kind, each) in [(Burst::Guards, 0), (Burst::Passes, 0)] {
         // What the process keeps for ever is allocated.

@@ -315,6 +315,13 @@ fn blocks_in_a_first_pass(
 fn c7_a_first_pass_that_blocks_fails_loudly() {
     assert_eq!(blocks_in_a_first_pass(false, futures::executor::block_on), Ok(()));
     assert_eq!(blocks_in_a_first_pass(false, smol::block_on), Ok(()));
+    assert_eq!(blocks_in_a_first_pass(false, |future| shootdown::PassFuture::new(future).wait()), Ok(()));
+}
+
+#[cfg(debug_assertions)]
+#[test]
+fn c7_a_first_pass_that_blocks_fails_loudly_on_a_thread_that_has_waited_before_wait() {
+    assert_eq!(blocks_in_a_first_pass(true, |future| shootdown::PassFuture::new(future).wait()), Ok(()));
 }
 
 #[cfg(debug_assertions)]

@@ -10,7 +10,7 @@ use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 use shootdown::{
     AddressRange, AddressSpace, AsyncIntervalNotifier, AsyncNotifier, DriverLock, Event, IntervalNotifier, Invalidation,
-    InvalidationGuard, InvalidationInfo, PassFuture, Subscription, WouldBlock,
+    InvalidationGuard, InvalidationInfo, PassFuture, Subscription, Timeline, WouldBlock,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -887,5 +887,140 @@ fn n2_of_many_ranges_a_reader_of_one_waits_and_one_that_is_inserted_into_a_gap_d
         reader.join().unwrap();
         inserter.join().unwrap();
         memory.check(&device);
+    });
+}
+
+#[test]
+fn w4_a_thread_that_waits_is_woken_whenever_that_comes() {
+    // `event-listener` is not loom's: what stands in for it in `src/sync.rs` has what it promises.
+    explore("wait(), one wake", 6, || {
+        let fence = Fence::new();
+        let signals = fence.clone();
+        let hardware = thread::spawn(move || signals.signal());
+        PassFuture::new(fence).wait();
+        hardware.join().unwrap();
+    });
+    explore("wait(), two wakes, one of which says nothing", 4, || {
+        let fence = Fence::new();
+        let (nudges, signals) = (fence.clone(), fence.clone());
+        let nudging = thread::spawn(move || {
+            let wakers = std::mem::take(&mut nudges.0.lock().unwrap().1);
+            wakers.iter().for_each(Waker::wake_by_ref);
+            // Late, and once more.
+            wakers.into_iter().for_each(Waker::wake);
+        });
+        let hardware = thread::spawn(move || signals.signal());
+        PassFuture::new(fence).wait();
+        nudging.join().unwrap();
+        hardware.join().unwrap();
+    });
+}
+
+#[test]
+fn w2_two_threads_that_wait_end_an_invalidation() {
+    explore("wait() of an invalidation and of a reader", 2, || {
+        let fence = Fence::new();
+        let (space, device, memory) = model(Some(fence.clone()));
+        let hardware = thread::spawn(move || fence.signal());
+        let reader = {
+            let (memory, device) = (memory.clone(), device.clone());
+            thread::spawn(move || PassFuture::new(async move { memory.mirror(&device).await }).wait())
+        };
+        let guard = space.invalidate(range(), Event::Unmap).wait();
+        memory.change(&device);
+        drop(guard);
+        reader.join().unwrap();
+        hardware.join().unwrap();
+        memory.check(&device);
+    });
+}
+
+#[test]
+fn t2_a_signal_is_seen_with_all_that_came_before_it() {
+    explore("timeline, one signal", 6, || {
+        let (timeline, before) = (Timeline::new(), Arc::new(AtomicU64::new(0)));
+        let device = {
+            let (timeline, before) = (timeline.clone(), before.clone());
+            thread::spawn(move || {
+                before.store(1, Ordering::Relaxed);
+                timeline.signal(2);
+            })
+        };
+        block_on(timeline.reached(1));
+        assert_eq!(before.load(Ordering::Relaxed), 1);
+        device.join().unwrap();
+    });
+}
+
+#[test]
+fn t2_a_look_that_need_not_wait_sees_what_came_before_the_signal() {
+    explore("timeline, a look without the lock", 6, || {
+        let (timeline, before) = (Timeline::new(), Arc::new(AtomicU64::new(0)));
+        // On a thread of its own, so that loom begins with a look after the signal.
+        let looks = {
+            let (timeline, before) = (timeline.clone(), before.clone());
+            thread::spawn(move || {
+                if futures::FutureExt::now_or_never(timeline.reached(1)).is_some() {
+                    assert_eq!(before.load(Ordering::Relaxed), 1);
+                }
+            })
+        };
+        before.store(1, Ordering::Relaxed);
+        timeline.signal(1);
+        looks.join().unwrap();
+    });
+}
+
+#[test]
+fn t3_no_wake_up_is_lost_between_two_signals() {
+    // Who does not get the lock leaves its waiter to the other, or to the one that registers.
+    explore("timeline, two signals, two waiters", 3, || {
+        let timeline = Timeline::new();
+        let first = {
+            let timeline = timeline.clone();
+            thread::spawn(move || timeline.signal(1))
+        };
+        let second = {
+            let timeline = timeline.clone();
+            thread::spawn(move || timeline.signal(2))
+        };
+        block_on(async { futures::join!(timeline.reached(2), timeline.reached(1)) });
+        first.join().unwrap();
+        second.join().unwrap();
+        assert_eq!(timeline.value(), 2);
+    });
+    explore("timeline, two signals, two threads that wait", 2, || {
+        let timeline = Timeline::new();
+        let other = {
+            let timeline = timeline.clone();
+            thread::spawn(move || timeline.reached(1).wait())
+        };
+        let signals = {
+            let timeline = timeline.clone();
+            thread::spawn(move || {
+                timeline.signal(1);
+                timeline.signal(2);
+            })
+        };
+        timeline.reached(2).wait();
+        other.join().unwrap();
+        signals.join().unwrap();
+    });
+}
+
+#[test]
+fn t4_a_waiter_that_goes_leaves_the_others_their_wake_up() {
+    explore("timeline, signal against drop", 4, || {
+        let timeline = Timeline::new();
+        let mut goes = Box::pin(timeline.reached(1));
+        assert!(goes.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
+        let device = {
+            let timeline = timeline.clone();
+            thread::spawn(move || timeline.signal(1))
+        };
+        let dropping = thread::spawn(move || drop(goes));
+        block_on(timeline.reached(1));
+        device.join().unwrap();
+        dropping.join().unwrap();
     });
 }

@@ -5,16 +5,16 @@
 #![allow(missing_docs, clippy::print_stdout)]
 
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, Phase, Subscription, WouldBlock,
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, Phase, Subscription, Timeline,
+    WouldBlock,
 };
 use shuttle::future::block_on;
 use shuttle::rand::{Rng, thread_rng};
 use shuttle::sync::Mutex;
 use shuttle::thread;
-use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll, Waker};
+use std::task::Context;
 
 const PAGES: u64 = 6;
 
@@ -25,32 +25,8 @@ fn pages(first: u64, count: u64) -> AddressRange {
 /// What a device may use: a page's generation rises when a guard that covers it is handed out.
 type Oracle = Arc<Mutex<[u64; PAGES as usize]>>;
 
-#[derive(Clone, Default)]
-struct Fence(Arc<Mutex<(bool, Vec<Waker>)>>);
-
-impl Fence {
-    fn signal(&self) {
-        let wakers = {
-            let mut fence = self.0.lock().unwrap();
-            fence.0 = true;
-            std::mem::take(&mut fence.1)
-        };
-        wakers.into_iter().for_each(Waker::wake);
-    }
-}
-
-impl Future for Fence {
-    type Output = ();
-
-    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        let mut fence = self.0.lock().unwrap();
-        if fence.0 {
-            return Poll::Ready(());
-        }
-        fence.1.push(cx.waker().clone());
-        Poll::Pending
-    }
-}
+/// One for each command: of another one's at the same device it is told apart by its address.
+type Fence = Arc<Timeline>;
 
 /// A device that maps pages; what it has zapped stays in flight until the hardware has completed a command.
 struct Device {
@@ -73,8 +49,8 @@ struct Command {
 
 impl Command {
     fn complete(self) {
-        self.table.lock().in_flight.retain(|(_, _, fence)| !Arc::ptr_eq(&fence.0, &self.fence.0));
-        self.fence.signal();
+        self.table.lock().in_flight.retain(|(_, _, fence)| !Arc::ptr_eq(fence, &self.fence));
+        self.fence.signal(1);
     }
 }
 
@@ -107,7 +83,7 @@ impl IntervalNotifier for Device {
         let removed = self.removed.clone();
         Ok(Some(PassFuture::new(async move {
             for fence in waits_for {
-                fence.await;
+                fence.reached(1).await;
             }
             assert!(!removed.load(Ordering::SeqCst), "a pass ran after remove");
         })))

@@ -101,7 +101,7 @@ fn the_state_calls_nobody_and_work_does_not_know_it() {
 /// only those below it.
 #[test]
 fn lower_modules_never_import_higher_ones() {
-    const ORDER: [&str; 18] = [
+    const ORDER: [&str; 20] = [
         "test_util",
         "cache",
         "source",
@@ -116,8 +116,10 @@ fn lower_modules_never_import_higher_ones() {
         "protocol",
         "index",
         "tally",
+        "timeline",
         "fork",
         "foreign",
+        "block",
         "event",
         "range",
     ];
@@ -134,6 +136,56 @@ fn lower_modules_never_import_higher_ones() {
             }
         }
     }
+}
+
+/// W1: every public future has `wait`, and what a public function returns is such a future.
+#[test]
+fn w1_a_thread_can_wait_for_every_public_future() {
+    let sources = sources();
+    let name = |text: &str| text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
+    // The type of `impl<...> [Future for] Type<...> {`.
+    let implements = |block: &str, of: &str| {
+        let header = block.split('{').next().unwrap_or_default();
+        let header = header.split("where").next().unwrap_or_default();
+        match (of, header.split_once(" for ")) {
+            ("", None) => {
+                // Behind the parameters.
+                let mut depth = 0i32;
+                let own = header.find(|c| {
+                    depth += i32::from(c == '<') - i32::from(c == '>');
+                    depth == 0 && c == ' '
+                })?;
+                Some(name(header[own..].trim_start()))
+            }
+            ("", Some(_)) | (_, None) => None,
+            (of, Some((what, own))) => what.ends_with(of).then(|| name(own.trim_start_matches('&'))),
+        }
+    };
+    let mut futures = 0;
+    for (file, code) in &sources {
+        let blocks: Vec<&str> = code.split("\nimpl").skip(1).collect();
+        for own in blocks.iter().filter_map(|block| implements(block, " Future")) {
+            let public = [format!("pub struct {own}<"), format!("pub struct {own} "), format!("pub struct {own}(")];
+            if !public.iter().any(|public| code.contains(public)) {
+                continue;
+            }
+            let waits = blocks.iter().any(|block| {
+                let block = &block[..block.find("\n}").unwrap_or(block.len())];
+                implements(block, "").as_ref() == Some(&own) && block.contains("pub fn wait(self)")
+            });
+            assert!(waits, "{file}: {own} is a public future that no thread can wait for");
+            futures += 1;
+        }
+        // A method of a trait for drivers has no `pub`.
+        assert!(!code.contains("pub async fn"), "{file}: an `async fn` has no `wait`: return a `Waitable`");
+        for function in code.split("pub fn ").skip(1) {
+            let signature = function.split(['{', ';']).next().unwrap_or_default();
+            let returns = signature.rsplit_once(") -> ").map_or("", |(_, returns)| returns);
+            assert!(!returns.starts_with("impl Future"), "{file}: {} returns what has no `wait`", name(function));
+            assert!(!returns.starts_with("Pin<Box<"), "{file}: {} returns what has no `wait`", name(function));
+        }
+    }
+    assert!(futures >= 10, "{futures} public futures are too few: is the search right?");
 }
 
 /// The files of the cache from the highest to the lowest, as `cache/mod.rs` draws them.

@@ -8,6 +8,7 @@
 //! turn. Everything is ordered: the same seed gives the same run.
 
 use futures::FutureExt;
+use shootdown::Timeline;
 use std::cell::{Cell, RefCell};
 use std::cmp::Reverse;
 use std::collections::{BinaryHeap, VecDeque};
@@ -257,22 +258,11 @@ fn here() -> Option<Here> {
 
 /// Happens once, and can be waited for: the end of a thread, a fence of a device.
 #[derive(Clone, Default)]
-pub struct Flag(Arc<Mutex<FlagState>>);
-
-#[derive(Default)]
-struct FlagState {
-    set: bool,
-    waiting: Vec<Waker>,
-}
+pub struct Flag(Arc<Timeline>);
 
 impl Flag {
     pub fn set(&self) {
-        let waiting = {
-            let mut state = self.0.lock().unwrap();
-            state.set = true;
-            std::mem::take(&mut state.waiting)
-        };
-        waiting.into_iter().for_each(Waker::wake);
+        self.0.signal(1);
     }
 
     /// Whether it is the same one.
@@ -281,21 +271,11 @@ impl Flag {
     }
 
     pub fn is_set(&self) -> bool {
-        self.0.lock().unwrap().set
+        self.0.value() == 1
     }
 
     pub async fn wait(&self) {
-        poll_fn(|cx| {
-            let mut state = self.0.lock().unwrap();
-            if state.set {
-                return Poll::Ready(());
-            }
-            if !state.waiting.iter().any(|waker| waker.will_wake(cx.waker())) {
-                state.waiting.push(cx.waker().clone());
-            }
-            Poll::Pending
-        })
-        .await;
+        self.0.reached(1).await;
     }
 }
 

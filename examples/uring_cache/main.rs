@@ -127,19 +127,19 @@ fn cached(options: &Options, file: &File) -> Result<Run, Box<dyn Error>> {
         .build(&space, fixed);
     let (wrong_reads, remaps) = run(options, file, |buffers, buffer, block| {
         let range = buffers.range(buffer);
-        let registration = block_on(cache.get(range))?;
+        let registration = cache.get(range).wait()?;
         // The registration is held until the device is done with the memory.
         Ok(cache.device().ring.read(file, block, *registration.handle(), range)?)
     })?;
     let buffers = Buffers::map(1)?;
     let range = buffers.range(0);
-    drop(block_on(cache.get(range))?);
+    drop(cache.get(range).wait()?);
     let hit_ns = nanoseconds(100_000, || {
-        drop(block_on(cache.get(range))?);
+        drop(cache.get(range).wait()?);
         Ok(())
     })?;
     let registrations = cache.stats().misses;
-    block_on(cache.flush());
+    cache.flush().wait();
     uffd.stop();
     for thread in threads {
         thread.join().map_err(|_| "a thread of the source has panicked")??;

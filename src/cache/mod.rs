@@ -85,6 +85,7 @@ mod tests;
 mod watch;
 
 use self::core::{Core, Found};
+use crate::block::Waitable;
 use crate::engine::gate::Since;
 use crate::foreign::Callback;
 use crate::fork::LeftToParent;
@@ -215,7 +216,11 @@ impl<D: Device> RegistrationCache<D> {
     /// # Cancel safety
     /// May be dropped at any moment. A registration that has begun belongs to the cache and is
     /// finished by whoever needs it next.
-    pub async fn get(&self, range: AddressRange) -> Result<Registration<D>, GetError<D::Error>> {
+    pub fn get(&self, range: AddressRange) -> Waitable<impl Future<Output = Result<Registration<D>, GetError<D::Error>>>> {
+        Waitable::new(self.get_or_register(range))
+    }
+
+    async fn get_or_register(&self, range: AddressRange) -> Result<Registration<D>, GetError<D::Error>> {
         if self.core.is_inert() {
             return Err(forked());
         }
@@ -298,15 +303,19 @@ impl<D: Device> RegistrationCache<D> {
     ///
     /// # Cancel safety
     /// May be dropped at any moment: what was given up is deregistered by whoever comes next.
-    pub async fn flush(&self) {
-        self.flush_range(AddressRange::ALL).await;
+    pub fn flush(&self) -> Waitable<impl Future<Output = ()>> {
+        self.flush_range(AddressRange::ALL)
     }
 
     /// Does what [`flush`](Self::flush) does for registrations that overlap `range` only.
     ///
     /// # Cancel safety
     /// As of [`flush`](Self::flush).
-    pub async fn flush_range(&self, range: AddressRange) {
+    pub fn flush_range(&self, range: AddressRange) -> Waitable<impl Future<Output = ()>> {
+        Waitable::new(self.flush_all_in(range))
+    }
+
+    async fn flush_all_in(&self, range: AddressRange) {
         if !self.core.is_inert() {
             LeftToParent::new(self.core.flush(range), || self.core.is_inert(), || ()).await;
         }

@@ -6,6 +6,8 @@
 //! | [`retry_loop`] | the read side: how a mapping is installed that is never stale |
 //! | [`notifiers`] | choosing between [`IntervalNotifier`](crate::IntervalNotifier), [`AsyncIntervalNotifier`](crate::AsyncIntervalNotifier) and [`Inbox`](crate::Inbox) |
 //! | [`executors`] | tokio, smol, an executor of one's own, `no_std` |
+//! | `threads` (feature `std`) | threads that wait: fault handlers, wrappers of `munmap`, C callers |
+//! | `fences` (feature `std`) | how a pass learns that its device is done: [`Timeline`](crate::Timeline) |
 //! | [`cancellation`] | dropped, leaked and forgotten futures, and why passes belong to the space |
 //! | [`from_the_kernel`] | each function of `mmu_notifier.h` and what it is here |
 //! | [`recording`] | who wants to know what multi-pass is worth for a program of one's own: recording it, and replaying its memory traffic |
@@ -23,6 +25,14 @@ pub mod notifiers {}
 
 #[doc = include_str!("executors.md")]
 pub mod executors {}
+
+#[cfg(feature = "std")]
+#[doc = include_str!("threads.md")]
+pub mod threads {}
+
+#[cfg(feature = "std")]
+#[doc = include_str!("fences.md")]
+pub mod fences {}
 
 #[doc = include_str!("cancellation.md")]
 pub mod cancellation {}

@@ -1,5 +1,6 @@
 //! The lock under which a driver's first pass zaps its mappings and its readers install them.
 
+use crate::block::Waitable;
 use crate::notifier::{IntervalNotifier, Invalidation, Sequence};
 use crate::subscription::Subscription;
 use core::fmt;
@@ -335,18 +336,18 @@ impl<T> DriverLock<T> {
     ///
     /// # Cancel safety
     /// May be dropped at any moment: nothing is installed then unless it has resolved.
-    pub async fn mirror<N, P, E, F, R>(
+    pub fn mirror<N, P, E, F, R>(
         &self,
         subscription: &Subscription<N>,
         budget: RetryBudget,
         prepare: impl FnMut(Sequence) -> F,
         install: impl FnMut(&mut T, P) -> R,
-    ) -> Result<R, MirrorError<E>>
+    ) -> Waitable<impl Future<Output = Result<R, MirrorError<E>>>>
     where
         N: IntervalNotifier,
         F: Future<Output = Result<P, E>>,
     {
-        self.mirror_if(subscription, budget, |_| true, prepare, install).await
+        Waitable::new(self.mirror_if(subscription, budget, |_| true, prepare, install))
     }
 
     /// [`mirror`](Self::mirror) as long as what the lock protects is `open` to it.

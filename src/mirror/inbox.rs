@@ -1,5 +1,6 @@
 //! Drivers that are tasks: invalidations as a stream.
 
+use crate::block::Waitable;
 use crate::event::Event;
 use crate::foreign::{Losses, TaskWaker};
 use crate::mirror::consumers::{Consumers, wake};
@@ -252,16 +253,16 @@ impl<T: Send + 'static> Inbox<T> {
     ///
     /// # Cancel safety
     /// May be dropped at any moment: nothing is installed then unless it has resolved.
-    pub async fn mirror<P, E, F, R>(
+    pub fn mirror<P, E, F, R>(
         &self,
         budget: RetryBudget,
         prepare: impl FnMut(Sequence) -> F,
         install: impl FnMut(&mut T, P) -> R,
-    ) -> Result<R, MirrorError<E>>
+    ) -> Waitable<impl Future<Output = Result<R, MirrorError<E>>>>
     where
         F: Future<Output = Result<P, E>>,
     {
-        self.desk.mappings.mirror_if(&self.subscription, budget, |_| self.desk.is_open(), prepare, install).await
+        Waitable::new(self.desk.mappings.mirror_if(&self.subscription, budget, |_| self.desk.is_open(), prepare, install))
     }
 
     /// Ends the subscription in the call: invalidations that start from now on are not queued. The
@@ -278,7 +279,7 @@ impl<T: Send + 'static> Inbox<T> {
         close
     }
 
-    fn poll_delivery(&self, cx: &mut Context<'_>) -> Poll<Option<Delivery<T>>> {
+    pub(super) fn poll_delivery(&self, cx: &mut Context<'_>) -> Poll<Option<Delivery<T>>> {
         // Cloned and dropped outside of the lock.
         let task = TaskWaker::new(cx.waker(), &self.desk.losses);
         let changed = {

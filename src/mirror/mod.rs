@@ -5,3 +5,4 @@ pub(crate) mod async_notifier;
 mod consumers;
 pub(crate) mod driver_lock;
 pub(crate) mod inbox;
+pub(crate) mod recv;

@@ -8,6 +8,7 @@ pub use error::MapError;
 #[cfg(target_os = "linux")]
 use super::file::File;
 use super::sys::{Backing, LEAKED, Memory, Refused, page_size};
+use crate::block::Waitable;
 use crate::engine::futures::guard::InvalidationGuard;
 use crate::event::Event;
 use crate::foreign::{Callback, FirstPanic, keep};
@@ -190,20 +191,22 @@ impl OwnedMapping {
     ///
     /// # Errors
     /// The mapping, which is still there, and why.
-    pub async fn unmap(mut self) -> Result<(), (Self, MapError)> {
-        if let Err(forked) = self.check() {
-            return Err((self, forked));
-        }
-        let space = self.space.clone();
-        let guard = match invalidated(&space, self.process, self.range(), Event::Unmap).await {
-            Ok(guard) => guard,
-            Err(forked) => return Err((self, forked)),
-        };
-        let unmapped = self.memory.take().map_or(Ok(()), Memory::unmap);
-        drop(guard);
-        unmapped.map_err(|(memory, error)| {
-            self.memory = Some(memory);
-            (self, os(error))
+    pub fn unmap(mut self) -> Waitable<impl Future<Output = Result<(), (Self, MapError)>>> {
+        Waitable::new(async move {
+            if let Err(forked) = self.check() {
+                return Err((self, forked));
+            }
+            let space = self.space.clone();
+            let guard = match invalidated(&space, self.process, self.range(), Event::Unmap).await {
+                Ok(guard) => guard,
+                Err(forked) => return Err((self, forked)),
+            };
+            let unmapped = self.memory.take().map_or(Ok(()), Memory::unmap);
+            drop(guard);
+            unmapped.map_err(|(memory, error)| {
+                self.memory = Some(memory);
+                (self, os(error))
+            })
         })
     }
 
@@ -222,9 +225,11 @@ impl OwnedMapping {
     /// # Panics
     /// When the kernel has moved a part, refuses another and refuses to take the first one back,
     /// which it does for want of its own memory only.
-    pub async fn remap(&mut self) -> Result<AddressRange, MapError> {
-        self.bracketed(Event::Unmap, |memory| memory.relocated(memory.len())).await?;
-        Ok(self.range())
+    pub fn remap(&mut self) -> Waitable<impl Future<Output = Result<AddressRange, MapError>>> {
+        Waitable::new(async move {
+            self.bracketed(Event::Unmap, |memory| memory.relocated(memory.len())).await?;
+            Ok(self.range())
+        })
     }
 
     /// Makes it longer or shorter, `len` rounded up to whole pages.
@@ -243,10 +248,12 @@ impl OwnedMapping {
     ///
     /// # Panics
     /// As [`remap`](Self::remap).
-    pub async fn resize(&mut self, len: usize) -> Result<AddressRange, MapError> {
-        let len = whole_units(len, self.memory().unit())?;
-        self.bracketed(Event::Unmap, |memory| memory.resize(len)).await?;
-        Ok(self.range())
+    pub fn resize(&mut self, len: usize) -> Waitable<impl Future<Output = Result<AddressRange, MapError>>> {
+        Waitable::new(async move {
+            let len = whole_units(len, self.memory().unit())?;
+            self.bracketed(Event::Unmap, |memory| memory.resize(len)).await?;
+            Ok(self.range())
+        })
     }
 
     /// Changes what may be done with a part: offsets, end exclusive, whole pages.
@@ -254,18 +261,24 @@ impl OwnedMapping {
     /// # Errors
     /// [`MapError`]. A part that has several protections and is refused may have changed up to
     /// where it was refused.
-    pub async fn protect(&mut self, part: Range<usize>, protection: Protection) -> Result<(), MapError> {
-        let flags = match protection {
-            Protection::None => MprotectFlags::empty(),
-            Protection::Read => MprotectFlags::READ,
-            Protection::ReadWrite => MprotectFlags::READ | MprotectFlags::WRITE,
-        };
-        let range = self.part(&part)?;
-        let space = self.space.clone();
-        let guard = invalidated(&space, self.process, range, Event::ProtectionVma).await?;
-        let changed = self.memory_mut().protect(part.start, part.len(), flags);
-        drop(guard);
-        changed.map_err(os)
+    pub fn protect(
+        &mut self,
+        part: Range<usize>,
+        protection: Protection,
+    ) -> Waitable<impl Future<Output = Result<(), MapError>>> {
+        Waitable::new(async move {
+            let flags = match protection {
+                Protection::None => MprotectFlags::empty(),
+                Protection::Read => MprotectFlags::READ,
+                Protection::ReadWrite => MprotectFlags::READ | MprotectFlags::WRITE,
+            };
+            let range = self.part(&part)?;
+            let space = self.space.clone();
+            let guard = invalidated(&space, self.process, range, Event::ProtectionVma).await?;
+            let changed = self.memory_mut().protect(part.start, part.len(), flags);
+            drop(guard);
+            changed.map_err(os)
+        })
     }
 
     /// Discards the pages of a part: offsets, end exclusive, whole pages. They read as zeros
@@ -278,13 +291,15 @@ impl OwnedMapping {
     /// # Errors
     /// [`MapError`]. Memory that is locked (`mlock`) is refused; what lies before it in the part
     /// may have been discarded.
-    pub async fn discard(&mut self, part: Range<usize>) -> Result<(), MapError> {
-        let range = self.part(&part)?;
-        let space = self.space.clone();
-        let guard = invalidated(&space, self.process, range, Event::Clear).await?;
-        let changed = self.memory_mut().discard(part.start, part.len());
-        drop(guard);
-        changed.map_err(os)
+    pub fn discard(&mut self, part: Range<usize>) -> Waitable<impl Future<Output = Result<(), MapError>>> {
+        Waitable::new(async move {
+            let range = self.part(&part)?;
+            let space = self.space.clone();
+            let guard = invalidated(&space, self.process, range, Event::Clear).await?;
+            let changed = self.memory_mut().discard(part.start, part.len());
+            drop(guard);
+            changed.map_err(os)
+        })
     }
 
     /// Discards all of it and maps new memory of the same kind at the same address, under one
@@ -296,12 +311,14 @@ impl OwnedMapping {
     ///
     /// # Errors
     /// [`MapError::Os`]: nothing has changed. [`MapError::AddressLost`].
-    pub async fn map_again(&mut self) -> Result<(), MapError> {
-        self.bracketed(Event::Unmap, |memory| {
-            let backing = memory.backing().again(memory.len()).map_err(os)?;
-            replaced(memory.replace(backing))
+    pub fn map_again(&mut self) -> Waitable<impl Future<Output = Result<(), MapError>>> {
+        Waitable::new(async move {
+            self.bracketed(Event::Unmap, |memory| {
+                let backing = memory.backing().again(memory.len()).map_err(os)?;
+                replaced(memory.replace(backing))
+            })
+            .await
         })
-        .await
     }
 
     /// Discards all of it and maps a descriptor from `offset` on at the same address, with the same
@@ -311,13 +328,15 @@ impl OwnedMapping {
     /// # Errors
     /// [`MapError`]; but for [`MapError::AddressLost`] nothing has changed.
     #[cfg(target_os = "linux")]
-    pub async fn map_again_from_fd(&mut self, fd: OwnedFd, offset: u64) -> Result<(), MapError> {
-        let len = self.len();
-        let (file, whole) = File::adopt(fd, offset, len)?;
-        if whole != len || !(self.range().start() as usize).is_multiple_of(file.unit()) {
-            return Err(MapError::NotPages { part: 0..len, len, page: file.unit() });
-        }
-        self.bracketed(Event::Unmap, |memory| replaced(memory.replace(Backing::Shared(file)))).await
+    pub fn map_again_from_fd(&mut self, fd: OwnedFd, offset: u64) -> Waitable<impl Future<Output = Result<(), MapError>>> {
+        Waitable::new(async move {
+            let len = self.len();
+            let (file, whole) = File::adopt(fd, offset, len)?;
+            if whole != len || !(self.range().start() as usize).is_multiple_of(file.unit()) {
+                return Err(MapError::NotPages { part: 0..len, len, page: file.unit() });
+            }
+            self.bracketed(Event::Unmap, |memory| replaced(memory.replace(Backing::Shared(file)))).await
+        })
     }
 
     /// Changes all of it between the beginning and the end of an invalidation.

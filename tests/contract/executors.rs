@@ -2,7 +2,7 @@ use crate::support::*;
 use async_trait::async_trait;
 use shootdown::{
     AddressSpace, AsyncIntervalNotifier, AsyncNotifier, Close, Delivery, Drain, DriverLock, Event, Inbox, Invalidate,
-    InvalidationGuard, InvalidationInfo, ReadBegin, Release, Remove, Subscription,
+    InvalidationGuard, InvalidationInfo, Reached, ReadBegin, Recv, Release, Remove, RetryBudget, Subscription, Timeline,
 };
 use std::sync::Arc;
 
@@ -27,6 +27,16 @@ fn x2_everything_public_is_send_and_sync() {
     both::<DriverLock<Vec<u64>>>();
     both::<Inbox<Vec<u64>>>();
     both::<Delivery<Vec<u64>>>();
+    both::<Recv<'_, Vec<u64>>>();
+    both::<Timeline>();
+    both::<Reached>();
+    let (_space, device, _log) = one_device();
+    let lock = DriverLock::new(0);
+    let mirror = lock.mirror(&device, RetryBudget::default(), |_| std::future::ready(Ok::<_, ()>(1)), |value, one| *value = one);
+    fn is_send<T: Send>(value: T) -> T {
+        value
+    }
+    assert_eq!(now(is_send(mirror)), Ok(()));
     send::<shootdown::PassFuture>();
 }
 

@@ -19,3 +19,6 @@ mod order;
 mod panics;
 mod readers;
 mod sequences;
+mod timelines;
+#[cfg(feature = "std")]
+mod waits;

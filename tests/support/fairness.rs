@@ -9,14 +9,14 @@ use futures::channel::oneshot;
 use futures::executor::{ThreadPool, block_on};
 use futures::future::{maybe_done, poll_immediate};
 use futures::stream::{FuturesUnordered, StreamExt};
-use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
+use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, Timeline, WouldBlock};
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::sync::{Arc, Mutex};
-use std::task::{Poll, Waker};
+use std::task::Poll;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -262,7 +262,8 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
     let (space, timer) = (AddressSpace::new(), Timer::start());
     let ranges = [pages(0, 1), pages(10, 1)];
     let devices = Arc::new(ranges.map(|range| space.insert(range, Timed(timer.clone())).unwrap()));
-    let (stop, bell) = (Arc::new(AtomicBool::new(false)), Arc::new(EndBell::default()));
+    // It says how many invalidations have ended.
+    let (stop, bell) = (Arc::new(AtomicBool::new(false)), Timeline::new());
     let used = Arc::new(AtomicU64::new(0));
     let waiter = |work: Box<dyn FnOnce() + Send>| {
         let used = used.clone();
@@ -310,7 +311,7 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
                 waiter(Box::new(move || {
                     began.fetch_add(1, Ordering::AcqRel);
                     for end in 1.. {
-                        block_on(bell.wait_for(end));
+                        block_on(bell.reached(end));
                         if stop.load(Ordering::Acquire) {
                             break;
                         }
@@ -330,7 +331,7 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
         for turn in 0..invalidations {
             drop(current);
             if waiters == Waiters::Woken(threads.len()) {
-                bell.ring();
+                bell.signal(bell.value() + 1);
             }
             let mut ends = std::mem::replace(&mut next, start(ranges[turn % 2]));
             poll_immediate(&mut next).await;
@@ -347,40 +348,13 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
         };
         stop.store(true, Ordering::Release);
         drop(current);
-        bell.ring();
+        bell.signal(bell.value() + 1);
         next.await;
         result
     });
     threads.into_iter().for_each(|thread| thread.join().unwrap());
     let polls = std::mem::take(&mut *polls.lock().unwrap());
     Waited { polls, of_waiters: Duration::from_nanos(used.load(Ordering::Acquire)), ..result }
-}
-
-/// Says how many invalidations have ended.
-#[derive(Default)]
-struct EndBell(Mutex<(u64, Vec<Waker>)>);
-
-impl EndBell {
-    fn ring(&self) {
-        let wakers = {
-            let mut bell = self.0.lock().unwrap();
-            bell.0 += 1;
-            std::mem::take(&mut bell.1)
-        };
-        wakers.into_iter().for_each(Waker::wake);
-    }
-
-    async fn wait_for(&self, end: u64) {
-        poll_fn(|cx| {
-            let mut bell = self.0.lock().unwrap();
-            if bell.0 >= end {
-                return Poll::Ready(());
-            }
-            bell.1.push(cx.waker().clone());
-            Poll::Pending
-        })
-        .await;
-    }
 }
 
 /// Who has polled the future that is in the way of a reader, and polls it no more.

@@ -26,6 +26,12 @@ impl<'a> Drain<'a> {
     pub(crate) fn new(space: &'a Shared) -> Self {
         Self { space, wait: Wait::default(), until: None }
     }
+
+    /// Blocks the thread until all is driven (W1).
+    #[cfg(feature = "std")]
+    pub fn wait(self) {
+        crate::block::wait(self);
+    }
 }
 
 /// That no invalidation up to this serial is parked that is abandoned or has passes pending.

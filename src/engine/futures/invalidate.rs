@@ -125,6 +125,12 @@ impl<'a> Invalidate<'a> {
         if let Step::OfSet(of) = &*self.step { Some(&of.0) } else { None }
     }
 
+    /// Blocks the thread until no device uses the range (W1).
+    #[cfg(feature = "std")]
+    pub fn wait(self) -> InvalidationGuard<'a> {
+        crate::block::wait(self)
+    }
+
     /// What is left of a future that has resolved or was moved.
     fn resolved() -> Self {
         let (space, step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));

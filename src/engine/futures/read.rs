@@ -76,6 +76,12 @@ impl<'a> ReadBegin<'a> {
     pub(crate) fn new(space: &'a Arc<Shared>, entry: EntryRef) -> Self {
         Self { space, entry, slow: None, subscription: PhantomData }
     }
+
+    /// Blocks the thread until no invalidation covers the notifier (W1).
+    #[cfg(feature = "std")]
+    pub fn wait(self) -> Sequence {
+        crate::block::wait(self)
+    }
 }
 
 /// What is left to do for a reader that may have to wait, and whether it waits.

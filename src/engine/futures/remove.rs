@@ -81,6 +81,12 @@ impl<'a> Close<'a> {
         space.with(|state, _| state.close(entry));
         Self { space, entry, wait: QuietWait::default(), subscription: PhantomData }
     }
+
+    /// Blocks the thread until the notifier is quiet (W1).
+    #[cfg(feature = "std")]
+    pub fn wait(self) {
+        crate::block::wait(self);
+    }
 }
 
 impl Future for Close<'_> {
@@ -150,6 +156,12 @@ impl<N: IntervalNotifier> Remove<N> {
             RemoveStep::Wait(Box::new(Waiting { wait: QuietWait::default(), registered }))
         };
         Self { step }
+    }
+
+    /// Blocks the thread until the notifier is quiet, and returns it (W1).
+    #[cfg(feature = "std")]
+    pub fn wait(self) -> N {
+        crate::block::wait(self)
     }
 }
 

@@ -4,6 +4,7 @@
 use super::batch::{Batch, Changed, Seen, batches};
 use super::settle::{Marked, REST, Rounds, Settle, Which, YIELDS};
 use super::{Inner, UffdError, ring, wait};
+use crate::block::Waitable;
 use crate::engine::futures::invalidate::Invalidate;
 use crate::engine::gate::Closings;
 use crate::event::{Event, Owner};
@@ -53,9 +54,9 @@ impl Deliveries {
     /// # Cancel safety
     /// May be dropped at any moment: before the first poll nothing has happened, after it the
     /// passes belong to the space.
-    pub fn deliver(&mut self) -> impl Future<Output = Result<usize, UffdError>> + Send + use<> {
+    pub fn deliver(&mut self) -> Waitable<impl Future<Output = Result<usize, UffdError>> + Send + use<>> {
         let inner = self.inner.clone();
-        async move {
+        Waitable::new(async move {
             inner.check()?;
             let mut passes = FuturesUnordered::new();
             let mut started = 0;
@@ -67,7 +68,7 @@ impl Deliveries {
             while passes.next().await.is_some() {}
             inner.check()?;
             Ok(started)
-        }
+        })
     }
 
     /// Delivers on this thread until [`Uffd::stop`](crate::source::Uffd::stop). Passes that are

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::{Uffd, UffdError, Watch};
+use crate::block::Waitable;
 use crate::fork::LeftToParent;
 use crate::mirror::driver_lock::{DriverLock, MirrorError, RetryBudget};
 use crate::notifier::{IntervalNotifier, Sequence};
@@ -83,7 +84,7 @@ impl Uffd {
     /// # Cancel safety
     /// May be dropped at any moment: nothing is installed, and nothing watched, unless it has
     /// resolved.
-    pub async fn mirror<N, T, P, E, F, R>(
+    pub fn mirror<N, T, P, E, F, R>(
         &self,
         subscription: &Subscription<N>,
         lock: &DriverLock<T>,
@@ -91,15 +92,17 @@ impl Uffd {
         budget: RetryBudget,
         prepare: impl FnMut(Sequence) -> F,
         mut install: impl FnMut(&mut T, P, Watch) -> R,
-    ) -> Result<R, MirrorError<Unwatched<E>>>
+    ) -> Waitable<impl Future<Output = Result<R, MirrorError<Unwatched<E>>>>>
     where
         N: IntervalNotifier,
         F: Future<Output = Result<P, E>>,
     {
         let prepare = self.prepare_watched(range, prepare);
-        let install = |mappings: &mut T, (prepared, watch)| install(mappings, prepared, watch);
-        let forked = || Err(MirrorError::Prepare(Unwatched::Watch(UffdError::Forked)));
-        LeftToParent::new(lock.mirror(subscription, budget, prepare, install), || self.is_forked(), forked).await
+        Waitable::new(async move {
+            let install = |mappings: &mut T, (prepared, watch)| install(mappings, prepared, watch);
+            let forked = || Err(MirrorError::Prepare(Unwatched::Watch(UffdError::Forked)));
+            LeftToParent::new(lock.mirror(subscription, budget, prepare, install), || self.is_forked(), forked).await
+        })
     }
 
     /// Makes a `prepare` for [`DriverLock::mirror`] or [`Inbox::mirror`](crate::Inbox::mirror) that
@@ -154,6 +157,17 @@ where
                 prepared.map(|prepared| (prepared, watch)).map_err(Unwatched::Prepare)
             }
         })
+    }
+}
+
+impl<F, P, E> Watching<F>
+where
+    F: Future<Output = Result<P, E>>,
+{
+    /// Blocks the thread until `prepare` has resolved (W1).
+    #[cfg(feature = "std")]
+    pub fn wait(self) -> Result<(P, Watch), Unwatched<E>> {
+        crate::block::wait(self)
     }
 }
 

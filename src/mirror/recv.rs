@@ -1,0 +1,66 @@
+//! The next delivery of an inbox, for a task or a thread.
+#![forbid(unsafe_code)]
+
+use crate::mirror::inbox::{Delivery, Inbox};
+use core::fmt;
+use core::future::Future;
+use core::pin::Pin;
+use core::task::{Context, Poll};
+
+/// The future of [`Inbox::recv`].
+///
+/// # Cancel safety
+/// May be dropped at any moment, and several may wait at once: what is queued stays queued until a
+/// poll has returned it.
+#[must_use = "nothing is taken before the future is polled"]
+pub struct Recv<'a, T: Send + 'static>(&'a Inbox<T>);
+
+impl<T: Send + 'static> Recv<'_, T> {
+    /// Blocks the thread until there is a delivery, or `None` when there will be no more (W1).
+    #[cfg(feature = "std")]
+    pub fn wait(self) -> Option<Delivery<T>> {
+        crate::block::wait(self)
+    }
+}
+
+impl<T: Send + 'static> Inbox<T> {
+    /// Takes the next delivery, as the stream's `next` does, by a shared reference: `None` when the
+    /// stream has ended (A4).
+    ///
+    /// A driver that is a thread:
+    /// ```
+    /// # use shootdown::*;
+    /// # fn zap(_range: AddressRange) {}
+    /// # let space = AddressSpace::new();
+    /// # let range = AddressRange::new(0x10000, 0x4000)?;
+    /// let inbox = space.inbox(range, ())?;
+    /// std::thread::scope(|threads| {
+    ///     threads.spawn(|| {
+    ///         while let Some(invalidation) = inbox.recv().wait() {
+    ///             zap(invalidation.range());
+    ///             invalidation.done();
+    ///         }
+    ///     });
+    ///     drop(space.invalidate(range, Event::Unmap).wait());
+    ///     space.release().wait(); // ends the loop
+    /// });
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn recv(&self) -> Recv<'_, T> {
+        Recv(self)
+    }
+}
+
+impl<T: Send + 'static> Future for Recv<'_, T> {
+    type Output = Option<Delivery<T>>;
+
+    fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
+        self.0.poll_delivery(cx)
+    }
+}
+
+impl<T: Send + 'static> fmt::Debug for Recv<'_, T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Recv").field("inbox", self.0).finish()
+    }
+}
