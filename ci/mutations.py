@@ -220,6 +220,12 @@ MUTATIONS = [
     ("M8: forks are asked for although they are not permitted", "src/source/uffd/builder.rs", "Err(UffdError::NotPermitted | UffdError::Unsupported) => Ok((agree(features)?, Fork::Keep, known)),", "Err(UffdError::NotPermitted | UffdError::Unsupported) => Ok((agree(features)?, Fork::Ignore, known)),", "source"),
     ("M8: kept pages are in the child", "src/source/uffd/watch.rs", "if keep { uffd::keep_from_children(armed, true) } else { Ok(()) }", "{\n                let _ = keep;\n                Ok(())\n            }", "source"),
     ("a hole is taken for watched", "src/source/uffd/watch.rs", "            if !whole {\n", "            if false && !whole {\n", "source"),
+    ("a thread that listens does not look at its flag again", "src/block.rs", "let listener = self.event.listen();\n                // Who woke before that has notified nobody.\n                if self.woken.swap(false, Ordering::AcqRel) {\n                    return;\n                }\n", "let listener = self.event.listen();\n", "loom"),
+    ("two waits of a thread look like polls of one task", "src/block.rs", "if let Some(unshared) = Arc::get_mut(&mut sleeper) {\n                *unshared.woken.get_mut() = false;\n", "if Arc::strong_count(&sleeper) > 0 {\n                sleeper.woken.swap(false, core::sync::atomic::Ordering::AcqRel);\n"),
+    ("a waiter of a timeline that registers does not look again", "src/timeline.rs", "        this.core.look_again();\n        if reached", "        if reached", "loom"),
+    ("a waiter of a timeline that goes does not look again", "src/timeline.rs", "        self.core.look_again();\n        task\n", "        task\n", "loom"),
+    ("a signal that had the lock does not look again", "src/timeline.rs", "batch.iter().flatten().for_each(|task| task.rouse());\n", "batch.iter().flatten().for_each(|task| task.rouse());\n            return;\n"),
+    ("what came before a signal is not seen with it", "src/timeline.rs", "fetch_max(value, Ordering::AcqRel)", "fetch_max(value, Ordering::Relaxed)", "loom"),
 ]
 
 # Cheap ones first; the first that fails is named. With the seconds after which it hangs, the build included.

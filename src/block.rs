@@ -126,8 +126,8 @@ mod thread {
             SPARE.try_with(Cell::take).ok().flatten().unwrap_or_default()
         }
 
-        /// Keeps it for the next wait of this thread, unless somebody still has its waker: two waits
-        /// must not look like polls of one task (C4).
+        /// Keeps it for the next wait of this thread, unless somebody still has its waker: two
+        /// waits must not look like polls of one task (C4).
         pub(super) fn put(mut sleeper: Arc<Sleeper>) {
             if let Some(unshared) = Arc::get_mut(&mut sleeper) {
                 *unshared.woken.get_mut() = false;

@@ -17,8 +17,9 @@ use core::task::{Context, Poll};
 /// A number that rises, and that tasks and threads wait for: the fence of a device's queue, as
 /// `dma_fence` with its sequence numbers or a timeline semaphore of Vulkan.
 ///
-/// A driver numbers what it submits; the device, or whoever hears of it, [signals](Self::signal) the
-/// number of what is done; whoever waits for that holds the future of [`reached`](Self::reached).
+/// A driver numbers what it submits. The device, or whoever hears of it, [signals](Self::signal)
+/// the number of what is done. Whoever waits for that holds the future of
+/// [`reached`](Self::reached).
 /// Clones are handles of the same timeline.
 ///
 /// ```
@@ -108,8 +109,8 @@ impl Timeline {
         Reached { core: self.0.clone(), value, ticket: None, task: None }
     }
 
-    /// How many wakers have panicked, when they were woken or dropped: a timeline belongs to no space
-    /// that would count them, and who signals has nothing to do with them.
+    /// How many wakers have panicked, when they were woken or dropped: a timeline belongs to no
+    /// space that would count them, and who signals has nothing to do with them.
     pub fn lost_panics(&self) -> u64 {
         self.0.losses.count()
     }
@@ -124,8 +125,8 @@ impl Core {
     /// number is reached, or leaves that to who has the lock, and will call this.
     fn look_again(&self) {
         loop {
-            // Between the note and the try, and between giving the lock back and the look: one of two
-            // threads sees what the other did.
+            // Between the note and the try, and between giving the lock back and the look: one of
+            // two threads sees what the other did.
             fence(Ordering::SeqCst);
             if !self.risen.load(Ordering::Relaxed) {
                 return;
@@ -185,7 +186,7 @@ impl Reached {
         let ticket = self.ticket.take()?;
         let task = {
             let mut waiting = self.core.waiting.lock();
-            // Nothing here is a step to a model checker: it may let another one try for the lock now.
+            // Nothing else here is a step to a model checker: another one may try for the lock now.
             spin_hint();
             waiting.tasks.remove(&(self.value, ticket.get()))
         };
