@@ -1,23 +1,69 @@
-//! A watchdog that names the driver whose device hangs.
+//! A GPU hangs; a watchdog finds out whose passes are pending, resets it, and everybody goes on.
 //!
-//! `AddressSpace::active` lists what is under invalidation, for how long, and whose passes are pending; a thread or task of the program's own
-//! looks at it now and then. Here one of three GPUs takes far too long.
+//! `AddressSpace::active` lists what is under invalidation, for how long, and who is waited for. Here a thread of the program looks at it now
+//! and then. When a GPU has not answered for too long, the thread resets it, so that nothing of it can reach the memory, says so with
+//! `Subscription::fence`, and registers it anew.
 #![allow(missing_docs, clippy::print_stdout)]
 
-use shootdown::{AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, Phase, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, Phase, Subscription, Timeline,
+    WouldBlock,
+};
 use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::error::Error;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::{Sender, channel};
+use std::sync::{Arc, Mutex};
+use std::thread;
 use std::time::Duration;
 
+/// The device: a thread that carries out one TLB flush after the other, and signals the number of each.
+#[derive(Clone)]
+struct Hardware {
+    flushes: Sender<u64>,
+    done: Timeline,
+}
+
+impl Hardware {
+    /// A device whose flushes take so long, and which hangs at this one.
+    fn start(takes: Duration, hangs_at: Option<u64>) -> Self {
+        let (flushes, queue) = channel();
+        let done = Timeline::new();
+        let signals = done.clone();
+        thread::spawn(move || {
+            for flush in queue {
+                if Some(flush) == hangs_at {
+                    return;
+                }
+                thread::sleep(takes);
+                signals.signal(flush);
+            }
+        });
+        Self { flushes, done }
+    }
+}
+
+/// The driver.
 struct Gpu {
     name: &'static str,
-    takes: Duration,
-    page_table: DriverLock<Vec<u64>>,
+    page_table: DriverLock<BTreeMap<u64, u64>>,
+    hardware: Hardware,
+    submitted: AtomicU64,
+}
+
+impl Gpu {
+    fn new(name: &'static str, hardware: Hardware) -> Self {
+        Self { name, page_table: DriverLock::default(), hardware, submitted: AtomicU64::new(0) }
+    }
 }
 
 impl IntervalNotifier for Gpu {
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
         self.page_table.lock_for(invalidation).clear();
-        Ok(Some(PassFuture::new(tokio::time::sleep(self.takes))))
+        let flush = self.submitted.fetch_add(1, Ordering::Relaxed) + 1;
+        let _ = self.hardware.flushes.send(flush); // a device that is gone does not hear it
+        Ok(Some(PassFuture::new(self.hardware.done.reached(flush))))
     }
 
     fn name(&self) -> Cow<'static, str> {
@@ -25,35 +71,57 @@ impl IntervalNotifier for Gpu {
     }
 }
 
-/// Looks every `interval`, and says what has been active for longer than `limit`, each time that it looks.
-async fn watchdog(space: AddressSpace, limit: Duration, interval: Duration) {
-    loop {
-        tokio::time::sleep(interval).await;
-        for stuck in space.active().iter().filter(|active| active.age.is_some_and(|age| age >= limit)) {
-            let (range, event, age) = (stuck.range, stuck.event.name(), stuck.age.unwrap_or_default());
-            match stuck.phase {
-                Phase::Passes => println!("{event} of {range} has been waiting for {} for {age:.0?}", stuck.pending.join(", ")),
-                Phase::Held => println!("{event} of {range}: all devices are done, and its guard has been held for {age:.0?}"),
-                phase => println!("{event} of {range}: {phase:?} for {age:.0?}"),
-            }
+/// All GPUs that are registered.
+type Gpus = Arc<Mutex<Vec<Subscription<Gpu>>>>;
+
+/// Looks once. A GPU that has been waited for for longer than `limit` is reset and replaced.
+fn look(space: &AddressSpace, gpus: &Gpus, limit: Duration) {
+    for stuck in space.active().iter().filter(|active| active.age.is_some_and(|age| age >= limit)) {
+        let (range, event) = (stuck.range, stuck.event.name());
+        if stuck.phase != Phase::Passes {
+            println!("{event} of {range}: {:?} for more than {limit:.0?}", stuck.phase);
+            continue;
+        }
+        println!("{event} of {range} has been waiting for {} for more than {limit:.0?}", stuck.pending.join(", "));
+        let mut gpus = gpus.lock().unwrap();
+        for id in &stuck.pending_ids {
+            let Some(at) = gpus.iter().position(|gpu| gpu.id() == *id) else { continue };
+            let dead = gpus.swap_remove(at);
+            // A function-level reset. Only when it is done can nothing of the old state reach the memory any more …
+            let hardware = Hardware::start(Duration::from_millis(2), None);
+            // … and only then this may be said.
+            println!("{} has been reset: {} of its passes were pending", dead.name, dead.fence());
+            let (name, range) = (dead.name, dead.range());
+            drop(dead.remove().wait());
+            gpus.extend(space.insert(range, Gpu::new(name, hardware)));
         }
     }
 }
 
-#[tokio::main(flavor = "current_thread")]
-async fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let (space, range) = (AddressSpace::new(), AddressRange::new(0x7f00_0000_0000, 0x20_0000)?);
-    let gpu = |name, millis| Gpu { name, takes: Duration::from_millis(millis), page_table: DriverLock::default() };
-    let _gpus =
-        [space.insert(range, gpu("gpu0", 1))?, space.insert(range, gpu("gpu1", 350))?, space.insert(range, gpu("gpu2", 2))?];
-    let watchdog = tokio::spawn(watchdog(space.clone(), Duration::from_millis(100), Duration::from_millis(100)));
-
-    drop(space.invalidate(range, Event::Unmap).await);
-    watchdog.abort();
-    let stats = space.stats();
-    println!("{} invalidations, the longest took {:.0?}", stats.invalidations, stats.longest.unwrap_or_default());
-    for gpu in &_gpus {
-        println!("{}: an invalidation that hit it was active for {:.0?} at most", gpu.name, gpu.stats().longest);
+fn main() -> Result<(), Box<dyn Error>> {
+    let space = AddressSpace::builder().on_report(|report| println!("report: {report}")).build();
+    let range = AddressRange::new(0x7f00_0000_0000, 0x20_0000)?;
+    let gpus = Gpus::default();
+    for (name, hangs_at) in [("gpu0", None), ("gpu1", Some(3)), ("gpu2", None)] {
+        let gpu = Gpu::new(name, Hardware::start(Duration::from_millis(2), hangs_at));
+        gpus.lock().unwrap().push(space.insert(range, gpu)?);
     }
+
+    let unmaps = {
+        let space = space.clone();
+        thread::spawn(move || {
+            for _ in 0..5 {
+                drop(space.invalidate(range, Event::Unmap).wait());
+            }
+        })
+    };
+    while !unmaps.is_finished() {
+        thread::sleep(Duration::from_millis(20));
+        look(&space, &gpus, Duration::from_millis(200));
+    }
+    unmaps.join().expect("nothing panics");
+
+    let stats = space.stats();
+    println!("{} invalidations, {} GPU fenced off, {} registered", stats.invalidations, stats.fences, space.len());
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! | --- | --- |
 //! | [`driver`] | who writes a driver: what a first pass does, what its pass waits for, what may go wrong |
 //! | [`retry_loop`] | the read side: how a mapping is installed that is never stale |
+//! | [`many_ranges`] | who unmaps in bulk, and drivers that flush once for it |
 //! | [`notifiers`] | choosing between [`IntervalNotifier`](crate::IntervalNotifier), [`AsyncIntervalNotifier`](crate::AsyncIntervalNotifier) and [`Inbox`](crate::Inbox) |
 //! | [`executors`] | tokio, smol, an executor of one's own, `no_std` |
 //! | `threads` (feature `std`) | threads that wait: fault handlers, wrappers of `munmap`, C callers |
@@ -19,6 +20,9 @@ pub mod driver {}
 
 #[doc = include_str!("retry_loop.md")]
 pub mod retry_loop {}
+
+#[doc = include_str!("many_ranges.md")]
+pub mod many_ranges {}
 
 #[doc = include_str!("notifiers.md")]
 pub mod notifiers {}

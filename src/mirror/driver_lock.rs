@@ -294,11 +294,7 @@ impl<T> DriverLock<T> {
         install: impl FnOnce(&mut T) -> R,
     ) -> Result<R, Collision> {
         let mut guard = self.lock();
-        assert!(
-            subscription.entry().own.is_driver_lock(self.address()),
-            "mapping installed for {} under another lock than its first pass takes with `lock_for`: take this one there, or install under that one",
-            subscription.notifier_name()
-        );
+        self.assert_locked_by_first_pass_of(subscription);
         if subscription.read_retry(sequence) || !open(&guard) { Err(Collision) } else { Ok(install(&mut guard)) }
     }
 
@@ -384,6 +380,15 @@ impl<T> DriverLock<T> {
             space.retried(subscription.entry());
             retries += 1;
         }
+    }
+
+    /// Panics in debug builds when the first pass is known to take another lock.
+    pub(super) fn assert_locked_by_first_pass_of<N: IntervalNotifier>(&self, subscription: &Subscription<N>) {
+        assert!(
+            subscription.entry().own.is_driver_lock(self.address()),
+            "mapping installed for {} under another lock than its first pass takes with `lock_for`: take this one there, or install under that one",
+            subscription.notifier_name()
+        );
     }
 
     /// What tells this lock from others.

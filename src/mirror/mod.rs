@@ -6,3 +6,4 @@ mod consumers;
 pub(crate) mod driver_lock;
 pub(crate) mod inbox;
 pub(crate) mod recv;
+mod set;

@@ -19,6 +19,7 @@ mod order;
 mod panics;
 mod readers;
 mod sequences;
+mod sets;
 mod timelines;
 #[cfg(feature = "std")]
 mod waits;
