@@ -2,9 +2,11 @@
 #![forbid(unsafe_code)]
 
 use super::device::{Device, Fault};
-use super::entry::{Entry, Live, Outcome, Step};
+use super::entry::{Entry, Live};
+use super::error::Unwatched;
+use super::phase::{Outcome, Step};
 use super::task::Task;
-use super::watch::{Unwatched, Watched};
+use super::watch::Watched;
 use crate::notifier::Sequence;
 use crate::sync::{Arc, Ordering};
 use core::task::Poll;
@@ -86,9 +88,15 @@ async fn register<D: Device>(entry: Arc<Entry<D>>, sequence: Sequence, now: u64)
 /// still use the memory (K2).
 async fn deregister<D: Device>(entry: Arc<Entry<D>>, handed_back: oneshot::Receiver<D::Handle>) {
     let Ok(handle) = handed_back.await else { return };
-    let mut failures = 0;
-    while !entry.device.deregister(entry.range, &handle).await {
+    let (mut handle, mut failures) = (Some(handle), 0);
+    while let Err(kept) = entry.device.deregister(entry.range, handle.take()).await {
+        handle = kept;
         failures += 1;
+        if handle.is_none() {
+            // Those who do not wait for such a one are told by the turn.
+            entry.lost.store(true, Ordering::Release);
+            failures = failures.max(AT_ONCE);
+        }
         if failures >= AT_ONCE {
             entry.stuck.store(true, Ordering::Release);
             let turns = 1u32 << (failures - AT_ONCE).min(MOST_TURNS);
@@ -98,12 +106,11 @@ async fn deregister<D: Device>(entry: Arc<Entry<D>>, handed_back: oneshot::Recei
             failures = failures.min(AT_ONCE + MOST_TURNS);
         }
     }
-    entry.device.drop_handle(handle);
     entry.over();
 }
 
 /// Lets the other tasks of whoever polls have their turn.
-async fn yield_now() {
+pub(super) async fn yield_now() {
     let mut polled = false;
     core::future::poll_fn(|cx| {
         if core::mem::replace(&mut polled, true) {
