@@ -59,17 +59,18 @@ pub trait Device: Send + Sync + 'static {
     ) -> impl Future<Output = Result<(), StillRegistered<Self::Handle, Self::Error>>> + Send;
 
     /// Ends a registration whose handle is gone, because [`deregister`](Self::deregister) panicked:
-    /// `Ok` says that the device does not use `range` through it any more, whatever it takes (a
+    /// `true` says that the device does not use `range` through it any more, whatever that takes (a
     /// reset of the device). Other registrations that overlap `range` may exist. Called again after
     /// an error or a panic, as `deregister` is.
     ///
-    /// By default it never ends. Then the device is taken to use the memory for ever: invalidations
-    /// of `range` do not end and [`AddressSpace::active`](crate::AddressSpace::active) names the
-    /// registration, `flush` and limits do not wait for it, and where nothing may overlap, a `get`
-    /// beside it is [`GetError::Lost`](super::GetError::Lost).
-    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<(), Self::Error>> + Send {
+    /// `false`, the default, says that nobody can know. Then the device is taken to use the memory
+    /// for ever: invalidations of `range` do not end, which
+    /// [`AddressSpace::active`](crate::AddressSpace::active) shows; `flush` and limits do not wait
+    /// for it; and where nothing may overlap, a `get` beside it is
+    /// [`GetError::Lost`](super::GetError::Lost).
+    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<bool, Self::Error>> + Send {
         let _ = range;
-        core::future::pending()
+        core::future::ready(Ok(false))
     }
 
     /// Says whether a registration that a look-up has found is still one of the memory at its
@@ -113,7 +114,7 @@ impl<D: Device> Device for Arc<D> {
         D::deregister(self, range, handle)
     }
 
-    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<(), D::Error>> + Send {
+    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<bool, D::Error>> + Send {
         D::deregister_lost(self, range)
     }
 
@@ -139,7 +140,7 @@ impl<D: Device> Device for &'static D {
         D::deregister(self, range, handle)
     }
 
-    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<(), D::Error>> + Send {
+    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<bool, D::Error>> + Send {
         D::deregister_lost(self, range)
     }
 
@@ -147,6 +148,15 @@ impl<D: Device> Device for &'static D {
     fn still_valid(&self, range: AddressRange, handle: &D::Handle) -> bool {
         D::still_valid(self, range, handle)
     }
+}
+
+/// What a deregistration came to.
+pub(super) enum Deregistered<H> {
+    Gone,
+    /// It is to be tried again; without the handle if a panic has taken it.
+    Kept(Option<H>),
+    /// Nobody can know, now or later.
+    Never,
 }
 
 /// Why a device did not register.
@@ -269,15 +279,14 @@ impl<D: Device> Guarded<D> {
         Err(fault)
     }
 
-    /// Deregisters. If the device has not let go, that was counted and reported; the handle comes
-    /// back unless a panic has taken it.
-    pub(super) async fn deregister(&self, range: AddressRange, handle: Option<D::Handle>) -> Result<(), Option<D::Handle>> {
+    /// Deregisters. A failure was counted and reported.
+    pub(super) async fn deregister(&self, range: AddressRange, handle: Option<D::Handle>) -> Deregistered<D::Handle> {
         let ended = match handle {
             Some(handle) => match keep(|_| self.device().deregister(range, handle)) {
                 Ok(future) => Caught { future: Some(future), losses: &self.losses, cancelled: None }.await,
                 Err(panic) => Ended::Panicked(panic),
             }
-            .map(|ended| ended.map_err(|StillRegistered { handle, error }| (Some(handle), error))),
+            .map(|ended| ended.map(|()| true).map_err(|StillRegistered { handle, error }| (Some(handle), error))),
             None => match keep(|_| self.device().deregister_lost(range)) {
                 Ok(future) => Caught { future: Some(future), losses: &self.losses, cancelled: None }.await,
                 Err(panic) => Ended::Panicked(panic),
@@ -285,20 +294,21 @@ impl<D: Device> Guarded<D> {
             .map(|ended| ended.map_err(|error| (None, error))),
         };
         match ended {
-            Ended::Done(Ok(())) => {
+            Ended::Done(Ok(true)) => {
                 self.unpin(range);
-                Ok(())
+                Deregistered::Gone
             }
+            Ended::Done(Ok(false)) => Deregistered::Never,
             Ended::Done(Err((handle, error))) => {
                 self.failed(&self.deregister_failures, range, Operation::Deregister, &error, false);
                 self.losses.run(Callback::Device, |_| drop(error));
-                Err(handle)
+                Deregistered::Kept(handle)
             }
             Ended::Panicked(panic) => {
                 self.panicked(&self.deregister_failures, range, Operation::Deregister, panic, false);
-                Err(None)
+                Deregistered::Kept(None)
             }
-            Ended::Cancelled => Err(None),
+            Ended::Cancelled => Deregistered::Kept(None),
         }
     }
 

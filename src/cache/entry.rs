@@ -59,7 +59,7 @@ pub(super) struct Entry<D: Device> {
     handed_back: AtomicBool,
     /// The device refuses to deregister it.
     pub(super) stuck: AtomicBool,
-    /// A panic of the device has taken its handle.
+    /// A panic of the device has taken its handle, and nobody can know whether it was deregistered.
     pub(super) lost: AtomicBool,
 }
 

@@ -29,8 +29,8 @@ pub enum GetError<E> {
         /// The most that one registration may hold, in bytes ([`Builder::max_registration`](super::Builder::max_registration)).
         max: u64,
     },
-    /// Nothing may overlap, and the device may have a registration there for ever: a panic of
-    /// [`Device::deregister`](super::Device::deregister) has taken its handle.
+    /// Nothing may overlap, and the device may have a registration there for ever: see
+    /// [`Device::deregister_lost`](super::Device::deregister_lost).
     Lost {
         /// What was registered.
         range: AddressRange,

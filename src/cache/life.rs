@@ -1,7 +1,7 @@
 //! How a registration comes and goes: all that waits.
 #![forbid(unsafe_code)]
 
-use super::device::{Device, Fault};
+use super::device::{Deregistered, Device, Fault};
 use super::entry::{Entry, Live};
 use super::error::Unwatched;
 use super::phase::{Outcome, Step};
@@ -89,14 +89,19 @@ async fn register<D: Device>(entry: Arc<Entry<D>>, sequence: Sequence, now: u64)
 async fn deregister<D: Device>(entry: Arc<Entry<D>>, handed_back: oneshot::Receiver<D::Handle>) {
     let Ok(handle) = handed_back.await else { return };
     let (mut handle, mut failures) = (Some(handle), 0);
-    while let Err(kept) = entry.device.deregister(entry.range, handle.take()).await {
-        handle = kept;
-        failures += 1;
-        if handle.is_none() {
-            // Those who do not wait for such a one are told by the turn.
-            entry.lost.store(true, Ordering::Release);
-            failures = failures.max(AT_ONCE);
+    loop {
+        match entry.device.deregister(entry.range, handle.take()).await {
+            Deregistered::Gone => break,
+            Deregistered::Kept(kept) => handle = kept,
+            Deregistered::Never => {
+                entry.lost.store(true, Ordering::Release);
+                entry.stuck.store(true, Ordering::Release);
+                // Those who do not wait for such a one see it.
+                yield_now().await;
+                return core::future::pending().await;
+            }
         }
+        failures += 1;
         if failures >= AT_ONCE {
             entry.stuck.store(true, Ordering::Release);
             let turns = 1u32 << (failures - AT_ONCE).min(MOST_TURNS);

@@ -4,7 +4,7 @@ use super::*;
 use crate::event::Event;
 use futures::FutureExt;
 use futures::executor::block_on;
-use std::sync::atomic::AtomicUsize;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::vec::Vec;
 
 #[derive(Default)]

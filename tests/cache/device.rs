@@ -140,9 +140,9 @@ impl Device for Card {
     }
 
     /// As by a reset of the device. What the panic left mapped is the oldest of the range.
-    async fn deregister_lost(&self, range: AddressRange) -> Result<(), Refused> {
+    async fn deregister_lost(&self, range: AddressRange) -> Result<bool, Refused> {
         if self.state.lock().unwrap().never_resets {
-            std::future::pending::<()>().await;
+            return Ok(false);
         }
         let act = self.state.lock().unwrap().deregister.pop_front().unwrap_or(Act::Succeed);
         if act == Act::Panic {
@@ -152,7 +152,7 @@ impl Device for Card {
         let mut state = self.state.lock().unwrap();
         let left = state.mapped.iter().find(|(_, mapped)| **mapped == range).map(|(key, _)| *key).expect("it is mapped still");
         state.mapped.remove(&left);
-        Ok(())
+        Ok(true)
     }
 
     fn still_valid(&self, range: AddressRange, key: &u64) -> bool {

@@ -5,9 +5,13 @@
 
 mod changes;
 mod device;
+mod exact;
 mod growth;
+mod model;
 mod outlives;
+mod overlap;
 mod panics;
+mod pieces;
 mod room;
 #[path = "../support/mod.rs"]
 mod support;

@@ -146,10 +146,10 @@ impl Device for Bad {
         Pointed { future: Box::pin(future), poll: Kind::DeregisterPoll, drop: Kind::DeregisterDrop }
     }
 
-    async fn deregister_lost(&self, range: AddressRange) -> Result<(), Refused> {
+    async fn deregister_lost(&self, range: AddressRange) -> Result<bool, Refused> {
         Yields(1).await;
         self.mapped.lock().unwrap().retain(|_, mapped| *mapped != range);
-        Ok(())
+        Ok(true)
     }
 }
 
