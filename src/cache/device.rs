@@ -32,7 +32,8 @@ pub trait Device: Send + Sync + 'static {
     type Error: core::error::Error + Send + Sync + 'static;
 
     /// Maps `range` for the device: whole [pages](super::Builder::page) around what was asked for,
-    /// more with [`Merge::Touching`](super::Merge::Touching). Once begun it is polled to its end, unless the last handle of
+    /// or more or less than that by [`Merge`](super::Merge), [`Match`](super::Match) and
+    /// [`Overlap`](super::Overlap). Once begun it is polled to its end, unless the last handle of
     /// the cache is dropped: then it is dropped, and must leave nothing mapped.
     ///
     /// If it changes the memory itself in a way that the space hears of, the registration is one

@@ -26,7 +26,8 @@ pub enum GetError<E> {
     /// The range is larger than one registration may be:
     /// [`get_all`](super::RegistrationCache::get_all) registers it in pieces.
     TooLarge {
-        /// The most that one registration may hold, in bytes ([`Builder::max_registration`](super::Builder::max_registration)).
+        /// The most that one registration may hold, in bytes: what
+        /// [`max_registration`](super::Builder::max_registration) was given, in whole pages.
         max: u64,
     },
     /// Nothing may overlap, and the device may have a registration there for ever: see

@@ -77,7 +77,7 @@ async fn keep<D: Device>(
     core: &Arc<Core<D>>,
     range: AddressRange,
     target: impl Fn(AddressRange) -> Option<AddressRange>,
-) -> Result<Vec<Claim<D>>, GetError<D::Error>> {
+) -> Kept<D> {
     let mut kept = Vec::new();
     for piece in core.limits.pieces(range) {
         let live = match core.hit(piece) {
@@ -89,10 +89,13 @@ async fn keep<D: Device>(
     Ok(kept)
 }
 
+/// Claims on all pieces of a range, in order.
+type Kept<D> = Result<Vec<Claim<D>>, GetError<<D as Device>::Error>>;
+
 /// What a turn came to.
 struct Answer<D: Device> {
     losses: Arc<Losses>,
-    kept: Lock<Option<Result<Vec<Claim<D>>, GetError<D::Error>>>>,
+    kept: Lock<Option<Kept<D>>>,
 }
 
 impl<D: Device> Drop for Answer<D> {
@@ -105,7 +108,7 @@ impl<D: Device> Drop for Answer<D> {
 
 /// Does the same in a turn: once no earlier caller needs what overlaps. The work belongs to nobody,
 /// so that those behind need not wait for this caller to be polled.
-async fn in_turn<D: Device>(core: &Arc<Core<D>>, range: AddressRange) -> Result<Vec<Claim<D>>, GetError<D::Error>> {
+async fn in_turn<D: Device>(core: &Arc<Core<D>>, range: AddressRange) -> Kept<D> {
     let pages = core.limits.pages(range);
     let single = core.limits.fits(pages);
     let union = if single { core.union(range) } else { pages };

@@ -19,7 +19,11 @@
 //!     async fn register(&self, range: AddressRange) -> Result<u32, std::io::Error> {
 //!         Ok(range.start() as u32)
 //!     }
-//!     async fn deregister(&self, _: AddressRange, _: u32) -> Result<(), StillRegistered<u32, std::io::Error>> {
+//!     async fn deregister(
+//!         &self,
+//!         _: AddressRange,
+//!         _: u32,
+//!     ) -> Result<(), StillRegistered<u32, std::io::Error>> {
 //!         Ok(())
 //!     }
 //! }
@@ -174,11 +178,16 @@ impl<D: Device> RegistrationCache<D> {
     /// #     async fn register(&self, _: AddressRange) -> std::io::Result<u32> {
     /// #         Ok(1)
     /// #     }
-    /// #     async fn deregister(&self, _: AddressRange, _: u32) -> Result<(), StillRegistered<u32, std::io::Error>> {
+    /// #     async fn deregister(
+    /// #         &self,
+    /// #         _: AddressRange,
+    /// #         _: u32,
+    /// #     ) -> Result<(), StillRegistered<u32, std::io::Error>> {
     /// #         Ok(())
     /// #     }
     /// # }
-    /// let cache = RegistrationCache::builder().max_registrations(1000).build(&AddressSpace::new(), Nic);
+    /// let space = AddressSpace::new();
+    /// let cache = RegistrationCache::builder().max_registrations(1000).build(&space, Nic);
     /// ```
     pub fn builder() -> Builder<D> {
         Builder::default()

@@ -59,8 +59,8 @@ pub enum Match {
 /// Whether the device may have two registrations that share a byte.
 ///
 /// Where it may not (CUDA's `cudaHostRegister` answers error 712), a `get` that finds a smaller or
-/// shifted registration in its way takes that one away from look-ups, waits until its users have let
-/// go and the device has deregistered it, and then registers. Callers whose ranges overlap have
+/// shifted registration in its way takes that one away from look-ups, waits until its users have
+/// let go and the device has deregistered it, and then registers. Callers whose ranges overlap have
 /// their turns in the order in which they asked. No two are ever in the device, whatever fails, is
 /// cancelled or invalidated meanwhile.
 ///

@@ -1,8 +1,8 @@
 //! Turns of callers whose ranges overlap, where the device may have no two registrations that do.
 //!
-//! A caller enters with a range and has its turn when no earlier caller with an overlapping range is
-//! left. What it does in its turn is a [`Task`]: those behind it poll it as well, so a caller that is
-//! not polled holds up nobody.
+//! A caller enters with a range and has its turn when no earlier caller with an overlapping range
+//! is left. What it does in its turn is a [`Task`]: those behind it poll it as well, so a caller
+//! that is not polled holds up nobody (K7).
 #![forbid(unsafe_code)]
 
 use super::task::{Task, TaskRef, Waiter};

@@ -179,7 +179,7 @@ fn run(build: impl FnOnce(Builder<Model>) -> Builder<Model>, exclusive: bool, ex
     let cache = build(RegistrationCache::builder()).build(&space, model.clone());
     let mut asked: Vec<Asked<'_>> = Vec::new();
     let (mut held, mut unmaps, mut flushes) = (Vec::new(), Vec::new(), Vec::new());
-    let mut poll = |asked: &mut Vec<Asked<'_>>, held: &mut Vec<_>, at: usize| {
+    let poll = |asked: &mut Vec<Asked<'_>>, held: &mut Vec<_>, at: usize| {
         let Poll::Ready(done) = asked[at].1.poll() else { return };
         let (range, _) = asked.remove(at);
         match done {
@@ -243,7 +243,6 @@ fn run(build: impl FnOnce(Builder<Model>) -> Builder<Model>, exclusive: bool, ex
         poll(&mut asked, &mut held, at);
         held.clear();
     }
-    drop(poll);
     unmaps.iter_mut().for_each(|unmap| drop(unmap.run()));
     drop((unmaps, flushes, asked));
     now(cache.flush());
