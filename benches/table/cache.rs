@@ -7,7 +7,7 @@ use crate::harness::{Harness, middle};
 use futures::FutureExt;
 use futures::executor::block_on;
 use rustix::mm::{Advice, MapFlags, ProtFlags, madvise, mmap_anonymous, munmap};
-use shootdown::cache::{Device, RegistrationCache};
+use shootdown::cache::{Device, RegistrationCache, StillRegistered};
 use shootdown::source::Uffd;
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::hint::black_box;
@@ -27,7 +27,7 @@ impl Device for Nic {
         Ok(range.start())
     }
 
-    async fn deregister(&self, _range: AddressRange, _handle: &u64) -> std::io::Result<()> {
+    async fn deregister(&self, _range: AddressRange, _handle: u64) -> Result<(), StillRegistered<u64, std::io::Error>> {
         Ok(())
     }
 }
@@ -127,7 +127,7 @@ impl Device for Stuck {
         if range.start() < HIGH * PAGE { std::future::pending().await } else { Ok(range.start()) }
     }
 
-    async fn deregister(&self, _range: AddressRange, _handle: &u64) -> std::io::Result<()> {
+    async fn deregister(&self, _range: AddressRange, _handle: u64) -> Result<(), StillRegistered<u64, std::io::Error>> {
         Ok(())
     }
 }

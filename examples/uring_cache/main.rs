@@ -153,7 +153,7 @@ fn report(options: &Options) -> Result<Report, Box<dyn Error>> {
     let (fixed, buffers) = (Fixed::new(Ring::new(1)?), Buffers::map(1)?);
     let register_every_time_ns = nanoseconds(2000, || {
         let index = block_on(fixed.register(buffers.range(0)))?;
-        Ok(block_on(fixed.deregister(buffers.range(0), &index))?)
+        Ok(block_on(fixed.deregister(buffers.range(0), index)).map_err(|still| still.error)?)
     })?;
     Ok(Report { plain, cached, register_every_time_ns })
 }

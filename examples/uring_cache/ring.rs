@@ -3,7 +3,7 @@
 use crate::memory::{File, PAGE};
 use io_uring::{IoUring, opcode, types};
 use shootdown::AddressRange;
-use shootdown::cache::Device;
+use shootdown::cache::{Device, StillRegistered};
 use std::io;
 use std::sync::Mutex;
 
@@ -78,9 +78,9 @@ impl Device for Fixed {
         }
     }
 
-    async fn deregister(&self, _range: AddressRange, slot: &u32) -> io::Result<()> {
-        self.ring.update(*slot, EMPTY)?;
-        self.ring.free.lock().unwrap().push(*slot);
+    async fn deregister(&self, _range: AddressRange, slot: u32) -> Result<(), StillRegistered<u32, io::Error>> {
+        self.ring.update(slot, EMPTY).map_err(|error| StillRegistered { handle: slot, error })?;
+        self.ring.free.lock().unwrap().push(slot);
         Ok(())
     }
 }

@@ -1,16 +1,18 @@
 //! What all handles of a cache share: the shelf on which registrations stand.
 #![forbid(unsafe_code)]
 
+use super::claim::Claim;
 use super::device::{Device, Guarded};
-use super::entry::{Claim, Entry, Live, Shelf};
-use super::settings::{Builder, CacheStats, GetError, Limits, Merge};
+use super::entry::{Entry, Live, Shelf};
+use super::error::{GetError, Unwatched};
+use super::settings::{Builder, CacheStats, Limits, Merge, Overlap};
 use super::table::{Key, Table};
+use super::turns::Turns;
 use super::watch::Source;
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
 use crate::sync::{Arc, AtomicU64, AtomicUsize, Lock, Ordering, Weak};
 use alloc::collections::VecDeque;
-use alloc::string::ToString;
 use alloc::vec::Vec;
 use crossbeam_utils::CachePadded;
 use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
@@ -35,6 +37,9 @@ pub(super) struct Core<D: Device> {
     pub(super) collisions: AtomicU64,
     merges: AtomicU64,
     evictions: AtomicU64,
+    outdated: AtomicU64,
+    /// Callers for whose registrations the device has to let go of others.
+    pub(super) turns: Arc<Turns>,
     /// Registrations whose last user has let go, and which the device has still to let go.
     ready: Lock<VecDeque<Key>>,
     /// Registrations that larger ones have replaced.
@@ -67,23 +72,26 @@ fn counter() -> usize {
 }
 
 impl<D: Device> Core<D> {
-    pub(super) fn new(space: &AddressSpace, device: D, mut settings: Builder) -> Self {
+    pub(super) fn new(space: &AddressSpace, device: D, mut settings: Builder<D>) -> Self {
+        let limits = settings.checked();
         let source = Source::of(&mut settings);
         let losses = space.shared().host.losses.clone();
         Self {
             space: space.clone(),
             watched: source.is_set(),
             device: Arc::new(Guarded::new(device, settings.on_failure, losses, source)),
-            limits: settings.limits,
+            limits,
             hits: core::array::from_fn(|_| CachePadded::new(AtomicU64::new(0))),
             clock: AtomicU64::new(0),
             misses: AtomicU64::new(0),
             collisions: AtomicU64::new(0),
             merges: AtomicU64::new(0),
             evictions: AtomicU64::new(0),
+            outdated: AtomicU64::new(0),
+            turns: Arc::default(),
             ready: Lock::new(VecDeque::new()),
             replaced: Lock::new(Vec::new()),
-            table: Standing(ShardedLock::new(Table::new(settings.limits.are_set()))),
+            table: Standing(ShardedLock::new(Table::new(limits.are_set(), limits.overlap != Overlap::Allowed))),
         }
     }
 
@@ -114,6 +122,7 @@ impl<D: Device> Core<D> {
             merges: of(&self.merges),
             evictions: of(&self.evictions),
             invalidations: of(&self.device.invalidations),
+            outdated: of(&self.outdated),
             collisions: of(&self.collisions),
             register_failures: of(&self.device.register_failures),
             deregister_failures: of(&self.device.deregister_failures),
@@ -126,6 +135,10 @@ impl<D: Device> Core<D> {
     #[inline]
     pub(super) fn hit(&self, range: AddressRange) -> Option<Arc<Live<D>>> {
         let live = self.look_up(range, self.clock.load(Ordering::Relaxed) + 1)?;
+        if !self.device.still_valid(live.range, live.handle()) {
+            self.outdate(live);
+            return None;
+        }
         let ours = counter();
         let hits = &self.hits[ours];
         if ours < COUNTERS - 1 {
@@ -144,22 +157,65 @@ impl<D: Device> Core<D> {
         if self.space.shared().gate.is_closed() {
             return None;
         }
-        self.read().covering(range, now)
+        self.find(&self.read(), range, now)
     }
 
-    /// What covers `range`, or an attempt to register that will.
-    pub(super) fn find_or_begin(self: &Arc<Self>, range: AddressRange, alone: bool) -> Result<Found<D>, GetError<D::Error>> {
+    #[inline]
+    fn find(&self, table: &Table<Entry<D>, Live<D>>, range: AddressRange, now: u64) -> Option<Arc<Live<D>>> {
+        if self.limits.exact {
+            return table.exactly(self.limits.pages(range), now);
+        }
+        table.covering(range, now)
+    }
+
+    /// What is being registered and will do for `range`.
+    fn attempt<'a>(&self, table: &'a Table<Entry<D>, Live<D>>, range: AddressRange) -> Option<(Key, &'a Arc<Entry<D>>)> {
+        if self.limits.exact {
+            return table.attempt(self.limits.pages(range), true);
+        }
+        table.attempt(range, false)
+    }
+
+    /// Takes one away whose device says that it is not of the memory there any more.
+    #[cold]
+    pub(super) fn outdate(&self, live: Arc<Live<D>>) {
+        let found = live.entry.key().and_then(|key| self.take(key));
+        self.outdated.fetch_add(u64::from(found.is_some()), Ordering::Relaxed);
+        live.entry.leave();
+    }
+
+    /// What a miss of `range` registers where the device may have nothing that overlaps it.
+    pub(super) fn union(&self, range: AddressRange) -> AddressRange {
+        let wanted = self.limits.pages(range);
+        if self.limits.overlap != Overlap::Merge {
+            return wanted;
+        }
+        let table = self.read();
+        let mut union = table.united(wanted);
+        if self.limits.merge == Merge::Touching {
+            union = table.merged(union);
+        }
+        if self.limits.fits(union) { union } else { wanted }
+    }
+
+    /// What covers `range`, or an attempt to register that will: `target`, if somebody has said so.
+    pub(super) fn find_or_begin(
+        self: &Arc<Self>,
+        range: AddressRange,
+        target: Option<AddressRange>,
+    ) -> Result<Found<D>, GetError<D::Error>> {
         let now = self.clock.fetch_add(2, Ordering::Relaxed) + 2;
         let wanted = self.limits.pages(range);
         loop {
             let (known, target) = {
                 let table = self.read();
-                if let Some(live) = table.covering(range, now) {
+                if let Some(live) = self.find(&table, range, now) {
                     return Ok(Found::Live(live));
                 }
-                let known = table.attempt(range).map(|(key, entry)| (key, entry.clone()));
-                let merges = known.is_none() && !alone && self.limits.merge == Merge::Touching;
-                (known, if merges { table.merged(wanted) } else { wanted })
+                let known = self.attempt(&table, range).map(|(key, entry)| (key, entry.clone()));
+                let merges = known.is_none() && target.is_none() && self.limits.merge == Merge::Touching;
+                let merged = if merges { table.merged(wanted) } else { wanted };
+                (known, target.unwrap_or(if self.limits.fits(merged) { merged } else { wanted }))
             };
             if let Some((key, entry)) = known {
                 match Claim::new(&entry) {
@@ -173,7 +229,7 @@ impl<D: Device> Core<D> {
             let claim = self.subscribe(target)?;
             let entry = claim.entry();
             let begun = self.write(|table| {
-                let late = table.covering(range, now).is_some() || table.attempt(range).is_some();
+                let late = self.find(table, range, now).is_some() || self.attempt(table, range).is_some();
                 if !late {
                     entry.is_at(table.begin(target, entry.clone()));
                 }
@@ -188,10 +244,10 @@ impl<D: Device> Core<D> {
 
     fn subscribe(self: &Arc<Self>, target: AddressRange) -> Result<Claim<D>, GetError<D::Error>> {
         let shelf: Weak<Self> = Arc::downgrade(self);
-        let claim = Entry::claimed(target, self.device.clone(), shelf);
+        let claim = Claim::begin(target, self.device.clone(), shelf);
         match self.space.insert(target, claim.entry().guardian()) {
             Ok(subscription) => claim.entry().subscribed(subscription),
-            Err(error) => return Err(GetError::Unwatched(error.to_string())),
+            Err(_) => return Err(GetError::Unwatched(Unwatched::Released)),
         }
         Ok(claim)
     }
@@ -253,28 +309,52 @@ impl<D: Device> Core<D> {
         any
     }
 
-    /// Gives up all that is idle and overlaps `range`, and waits until that and what is on its way
-    /// out there is over.
+    /// What is in the way of registering `target` for `range`: all that overlaps it. `None` if
+    /// something will do for `range` already.
+    pub(super) fn in_the_way(&self, target: AddressRange, range: AddressRange) -> Option<Vec<Arc<Entry<D>>>> {
+        let table = self.read();
+        if self.find(&table, range, 0).is_some() || self.attempt(&table, range).is_some() {
+            return None;
+        }
+        Some(table.overlapping(target))
+    }
+
+    /// Takes one away because another is to have its place.
+    pub(super) fn give_way(&self, entry: &Entry<D>) {
+        let Some(live) = entry.key().and_then(|key| self.take(key)) else { return };
+        let merged = self.limits.overlap == Overlap::Merge;
+        let count = if merged { &self.merges } else { &self.evictions };
+        count.fetch_add(1, Ordering::Relaxed);
+        entry.leave();
+        drop(live);
+    }
+
+    /// Takes all that overlaps `range` away from look-ups, and waits until what nobody uses there
+    /// is over.
     pub(super) async fn flush(&self, range: AddressRange) {
         let (begun, _) = self.read().unsettled(range);
         // What nobody waits for any more is finished first.
         let begun = begun.into_iter().filter(|entry| !entry.has_claims());
         join_all(begun.filter_map(|entry| entry.registering())).await;
-        let mut all = self.give_up_idle(range);
+        let mut all = self.given_up(self.write(|table| table.give_up(range)));
         all.extend(self.read().unsettled(range).1);
-        let leaving: Vec<_> = all.iter().filter_map(|entry| entry.leaving()).collect();
-        drop(all);
-        join_all(leaving.iter().map(|leaving| leaving.wait())).await;
+        all.retain(|entry| entry.is_handed_back());
+        gone(all, Entry::is_lost).await;
     }
 }
 
 /// Waits until those that nobody uses are over, or their device refuses: those are tried again
 /// another time.
-pub(super) async fn until_gone<D: Device>(entries: Vec<Arc<Entry<D>>>) {
-    let idle = entries.into_iter().filter(|entry| entry.is_handed_back());
-    let mut waits: Vec<_> = idle.filter_map(|entry| Some((entry.leaving()?.wait(), entry))).collect();
+pub(super) async fn until_gone<D: Device>(mut entries: Vec<Arc<Entry<D>>>) {
+    entries.retain(|entry| entry.is_handed_back());
+    gone(entries, Entry::is_stuck).await;
+}
+
+/// Waits until those on their way out are over, or not worth waiting for.
+pub(super) async fn gone<D: Device>(entries: Vec<Arc<Entry<D>>>, hopeless: impl Fn(&Entry<D>) -> bool) {
+    let mut waits: Vec<_> = entries.into_iter().filter_map(|entry| Some((entry.leaving()?.wait(), entry))).collect();
     core::future::poll_fn(|cx| {
-        waits.retain_mut(|(leaving, entry)| leaving.poll_unpin(cx).is_pending() && !entry.is_stuck());
+        waits.retain_mut(|(leaving, entry)| leaving.poll_unpin(cx).is_pending() && !hopeless(entry));
         if waits.is_empty() { core::task::Poll::Ready(()) } else { core::task::Poll::Pending }
     })
     .await;

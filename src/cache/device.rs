@@ -1,7 +1,8 @@
 //! What memory is registered with, and the one place that calls it (K2).
 #![forbid(unsafe_code)]
 
-use super::settings::{DevicePanic, Failure, Operation, Reporter};
+use super::error::DevicePanic;
+use super::settings::{Failure, Operation, Reporter};
 use super::table::bytes;
 use super::watch::Source;
 use crate::foreign::{Callback, Losses, Panic, keep};
@@ -22,7 +23,8 @@ use pin_project::{pin_project, pinned_drop};
 ///
 /// A panic, of a method or of a future of it, concerns the one registration that it was asked for:
 /// of [`register`](Self::register) it is [`GetError::Panicked`](super::GetError::Panicked), of
-/// [`deregister`](Self::deregister) a failure like any other.
+/// [`deregister`](Self::deregister) a failure that has taken the handle
+/// ([`deregister_lost`](Self::deregister_lost)), of [`still_valid`](Self::still_valid) a `false`.
 pub trait Device: Send + Sync + 'static {
     /// What a registration is known by: a key, an index.
     type Handle: Send + Sync + 'static;
@@ -30,7 +32,8 @@ pub trait Device: Send + Sync + 'static {
     type Error: core::error::Error + Send + Sync + 'static;
 
     /// Maps `range` for the device: whole [pages](super::Builder::page) around what was asked for,
-    /// more with [`Merge::Touching`](super::Merge::Touching). Once begun it is polled to its end, unless the last handle of
+    /// or more or less than that by [`Merge`](super::Merge), [`Match`](super::Match) and
+    /// [`Overlap`](super::Overlap). Once begun it is polled to its end, unless the last handle of
     /// the cache is dropped: then it is dropped, and must leave nothing mapped.
     ///
     /// If it changes the memory itself in a way that the space hears of, the registration is one
@@ -38,13 +41,62 @@ pub trait Device: Send + Sync + 'static {
     fn register(&self, range: AddressRange) -> impl Future<Output = Result<Self::Handle, Self::Error>> + Send;
 
     /// Ends a registration: when this resolves to `Ok`, the device does not use the memory any
-    /// more. Called once the last user has let go.
+    /// more. Called once the last user has let go. Work of the device that is still in flight is
+    /// waited for here: await its fence first.
     ///
-    /// After an error or a panic the device is taken to use the memory still. It is called again:
-    /// at once, three times in all, and then by whoever waits, who gives the other tasks their turn
-    /// between two calls, ever more often. It is dropped unfinished only when neither the cache nor
+    /// The handle is the device's to drop. A failure gives it back in [`StillRegistered`]: the
+    /// device is taken to use the memory still, and is called again: at once, three times in all,
+    /// and then by whoever waits, who gives the other tasks their turn between two calls, ever more
+    /// often. The future is dropped unfinished, with the handle, only when neither the cache nor
     /// the space can be reached any more.
-    fn deregister(&self, range: AddressRange, handle: &Self::Handle) -> impl Future<Output = Result<(), Self::Error>> + Send;
+    ///
+    /// # Panics
+    /// A panic takes the handle with it. The device is taken to use the memory still, and
+    /// [`deregister_lost`](Self::deregister_lost) is called from then on.
+    fn deregister(
+        &self,
+        range: AddressRange,
+        handle: Self::Handle,
+    ) -> impl Future<Output = Result<(), StillRegistered<Self::Handle, Self::Error>>> + Send;
+
+    /// Ends a registration whose handle is gone, because [`deregister`](Self::deregister) panicked:
+    /// `true` says that the device does not use `range` through it any more, whatever that takes (a
+    /// reset of the device). Other registrations that overlap `range` may exist. Called again after
+    /// an error or a panic, as `deregister` is.
+    ///
+    /// `false`, the default, says that nobody can know. Then the device is taken to use the memory
+    /// for ever: invalidations of `range` do not end, which
+    /// [`AddressSpace::active`](crate::AddressSpace::active) shows; `flush` and limits do not wait
+    /// for it; and where nothing may overlap, a `get` beside it is
+    /// [`GetError::Lost`](super::GetError::Lost).
+    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<bool, Self::Error>> + Send {
+        let _ = range;
+        core::future::ready(Ok(false))
+    }
+
+    /// Says whether a registration that a look-up has found is still one of the memory at its
+    /// addresses; `true` by default, which costs nothing.
+    ///
+    /// For memory whose changes nobody reports, such as a GPU's, whose driver numbers its buffers:
+    /// the handle keeps the number. `false` treats the registration as invalidated: it is not found
+    /// again and deregistered when its users have let go, and the caller gets a new one.
+    ///
+    /// Asked at each hit with the registration's own range, on the caller's thread, without a lock
+    /// held. It must not call the cache. What has just been registered is not asked about.
+    #[inline]
+    fn still_valid(&self, range: AddressRange, handle: &Self::Handle) -> bool {
+        let _ = (range, handle);
+        true
+    }
+}
+
+/// A deregistration that failed: the handle comes back, since the device may use the memory still.
+#[derive(Debug)]
+pub struct StillRegistered<H, E> {
+    /// What the registration is known by. The next try gets it.
+    pub handle: H,
+    /// Why the device did not let go.
+    pub error: E,
 }
 
 impl<D: Device> Device for Arc<D> {
@@ -55,8 +107,21 @@ impl<D: Device> Device for Arc<D> {
         D::register(self, range)
     }
 
-    fn deregister(&self, range: AddressRange, handle: &D::Handle) -> impl Future<Output = Result<(), D::Error>> + Send {
+    fn deregister(
+        &self,
+        range: AddressRange,
+        handle: D::Handle,
+    ) -> impl Future<Output = Result<(), StillRegistered<D::Handle, D::Error>>> + Send {
         D::deregister(self, range, handle)
+    }
+
+    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<bool, D::Error>> + Send {
+        D::deregister_lost(self, range)
+    }
+
+    #[inline]
+    fn still_valid(&self, range: AddressRange, handle: &D::Handle) -> bool {
+        D::still_valid(self, range, handle)
     }
 }
 
@@ -68,9 +133,31 @@ impl<D: Device> Device for &'static D {
         D::register(self, range)
     }
 
-    fn deregister(&self, range: AddressRange, handle: &D::Handle) -> impl Future<Output = Result<(), D::Error>> + Send {
+    fn deregister(
+        &self,
+        range: AddressRange,
+        handle: D::Handle,
+    ) -> impl Future<Output = Result<(), StillRegistered<D::Handle, D::Error>>> + Send {
         D::deregister(self, range, handle)
     }
+
+    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<bool, D::Error>> + Send {
+        D::deregister_lost(self, range)
+    }
+
+    #[inline]
+    fn still_valid(&self, range: AddressRange, handle: &D::Handle) -> bool {
+        D::still_valid(self, range, handle)
+    }
+}
+
+/// What a deregistration came to.
+pub(super) enum Deregistered<H> {
+    Gone,
+    /// It is to be tried again; without the handle if a panic has taken it.
+    Kept(Option<H>),
+    /// Nobody can know, now or later.
+    Never,
 }
 
 /// Why a device did not register.
@@ -193,27 +280,50 @@ impl<D: Device> Guarded<D> {
         Err(fault)
     }
 
-    /// Deregisters. Says whether the device has let go; if not, that was counted and reported.
-    pub(super) async fn deregister(&self, range: AddressRange, handle: &D::Handle) -> bool {
-        let ended = match keep(|_| self.device().deregister(range, handle)) {
-            Ok(future) => Caught { future: Some(future), losses: &self.losses, cancelled: None }.await,
-            Err(panic) => Ended::Panicked(panic),
+    /// Deregisters. A failure was counted and reported.
+    pub(super) async fn deregister(&self, range: AddressRange, handle: Option<D::Handle>) -> Deregistered<D::Handle> {
+        let ended = match handle {
+            Some(handle) => match keep(|_| self.device().deregister(range, handle)) {
+                Ok(future) => Caught { future: Some(future), losses: &self.losses, cancelled: None }.await,
+                Err(panic) => Ended::Panicked(panic),
+            }
+            .map(|ended| ended.map(|()| true).map_err(|StillRegistered { handle, error }| (Some(handle), error))),
+            None => match keep(|_| self.device().deregister_lost(range)) {
+                Ok(future) => Caught { future: Some(future), losses: &self.losses, cancelled: None }.await,
+                Err(panic) => Ended::Panicked(panic),
+            }
+            .map(|ended| ended.map_err(|error| (None, error))),
         };
         match ended {
-            Ended::Done(Ok(())) => {
+            Ended::Done(Ok(true)) => {
                 self.unpin(range);
-                return true;
+                Deregistered::Gone
             }
-            Ended::Done(Err(error)) => {
+            Ended::Done(Ok(false)) => Deregistered::Never,
+            Ended::Done(Err((handle, error))) => {
                 self.failed(&self.deregister_failures, range, Operation::Deregister, &error, false);
                 self.losses.run(Callback::Device, |_| drop(error));
+                Deregistered::Kept(handle)
             }
             Ended::Panicked(panic) => {
                 self.panicked(&self.deregister_failures, range, Operation::Deregister, panic, false);
+                Deregistered::Kept(None)
             }
-            Ended::Cancelled => {}
+            Ended::Cancelled => Deregistered::Kept(None),
         }
-        false
+    }
+
+    /// Whether what a look-up has found is still a registration of the memory there.
+    #[inline]
+    pub(super) fn still_valid(&self, range: AddressRange, handle: &D::Handle) -> bool {
+        let Some(device) = &self.device else { return true };
+        match keep(|_| device.still_valid(range, handle)) {
+            Ok(valid) => valid,
+            Err(panic) => {
+                self.losses.lose(Callback::Device, panic);
+                false
+            }
+        }
     }
 
     /// Drops what a device made, without a panic.
@@ -265,6 +375,16 @@ enum Ended<T> {
     Done(T),
     Panicked(Panic),
     Cancelled,
+}
+
+impl<T> Ended<T> {
+    fn map<U>(self, change: impl FnOnce(T) -> U) -> Ended<U> {
+        match self {
+            Self::Done(done) => Ended::Done(change(done)),
+            Self::Panicked(panic) => Ended::Panicked(panic),
+            Self::Cancelled => Ended::Cancelled,
+        }
+    }
 }
 
 /// A future of a device: its panics are caught, in its poll and in its drop.

@@ -9,10 +9,10 @@
 #![forbid(unsafe_code)]
 
 use super::device::{Device, Guarded, Orphan};
+use super::phase::{Change, Outcome, Phase, Progress, Registering, Step};
 use super::table::{Found, Key};
 use super::task::{Task, Waiter};
 use super::watch::Watched;
-use crate::event::Event;
 use crate::mirror::driver_lock::DriverLock;
 use crate::notifier::{IntervalNotifier, Invalidation, Sequence, WouldBlock};
 use crate::pass::PassFuture;
@@ -27,69 +27,6 @@ use std::sync::OnceLock;
 
 /// So often a device may go on at once where nobody waits for it.
 const POKES: u32 = 64;
-
-/// What ended an attempt.
-pub(super) type Change = (Event, AddressRange);
-
-/// What an attempt to register came to.
-pub(super) enum Outcome<E> {
-    /// Look-ups find it, or did until something took it away.
-    Live,
-    /// The memory was invalidated meanwhile, by this if it was while the device registered.
-    Collided(Option<Change>),
-    Failed(Arc<E>),
-    Panicked(Option<Arc<str>>),
-}
-
-impl<E> Default for Outcome<E> {
-    fn default() -> Self {
-        Self::Collided(None)
-    }
-}
-
-impl<E> Clone for Outcome<E> {
-    fn clone(&self) -> Self {
-        match self {
-            Self::Live => Self::Live,
-            Self::Collided(by) => Self::Collided(*by),
-            Self::Failed(error) => Self::Failed(error.clone()),
-            Self::Panicked(message) => Self::Panicked(message.clone()),
-        }
-    }
-}
-
-/// The future that registers.
-pub(super) type Registering<E> = Task<Outcome<E>>;
-
-/// How far a registration is. An invalidation waits for what each phase has to wait for.
-enum Phase<E: Send + Sync + 'static> {
-    /// Callers wait for the range to be stable; the device was not asked. No invalidation waits.
-    Waiting,
-    /// The device registers; an invalidation waits for the task.
-    Registering {
-        task: Registering<E>,
-    },
-    /// Look-ups find it. `leaving` waits for the users, then for the device.
-    Live {
-        leaving: Task<()>,
-    },
-    /// Look-ups do not find it any more.
-    Leaving {
-        leaving: Task<()>,
-    },
-    Gone,
-}
-
-struct Progress<E: Send + Sync + 'static> {
-    phase: Phase<E>,
-    /// Callers that need it.
-    claims: usize,
-    /// What has ended it, if that was an invalidation: the last of them that came while the device
-    /// registered, or the one that took it away from look-ups.
-    by: Option<Change>,
-    /// The range is watched from before the device is asked until it has let go (M1).
-    watched: Watched,
-}
 
 /// What a registration needs of its cache.
 pub(super) trait Shelf<D: Device>: Send + Sync {
@@ -113,7 +50,7 @@ pub(super) struct Entry<D: Device> {
     shelf: Weak<dyn Shelf<D>>,
     /// Set when it comes onto the shelf.
     key: OnceLock<Key>,
-    progress: DriverLock<Progress<D::Error>>,
+    progress: DriverLock<Progress<D::Error, Live<D>>>,
     /// Set before anybody else knows of it.
     subscription: OnceLock<Subscription<Guardian<D>>>,
     /// Nobody can ask for what the device registers.
@@ -122,30 +59,25 @@ pub(super) struct Entry<D: Device> {
     handed_back: AtomicBool,
     /// The device refuses to deregister it.
     pub(super) stuck: AtomicBool,
-}
-
-/// What a caller does next who needs a registration.
-pub(super) enum Step<E: Send + Sync + 'static> {
-    /// Wait for the range to be stable, and begin.
-    Begin,
-    Join(Waiter<Outcome<E>>),
-    Over(Outcome<E>),
+    /// A panic of the device has taken its handle, and nobody can know whether it was deregistered.
+    pub(super) lost: AtomicBool,
 }
 
 impl<D: Device> Entry<D> {
     /// Makes one that its maker has claimed.
-    pub(super) fn claimed(range: AddressRange, device: Arc<Guarded<D>>, shelf: Weak<dyn Shelf<D>>) -> Claim<D> {
-        Claim(Arc::new(Self {
+    pub(super) fn claimed(range: AddressRange, device: Arc<Guarded<D>>, shelf: Weak<dyn Shelf<D>>) -> Self {
+        Self {
             range,
             device,
             shelf,
             key: OnceLock::new(),
-            progress: DriverLock::new(Progress { phase: Phase::Waiting, claims: 1, by: None, watched: Watched::default() }),
+            progress: DriverLock::new(Progress::new(Phase::Waiting, 1)),
             subscription: OnceLock::new(),
             cancelled: AtomicBool::new(false),
             handed_back: AtomicBool::new(false),
             stuck: AtomicBool::new(false),
-        }))
+            lost: AtomicBool::new(false),
+        }
     }
 
     /// The notifier of it.
@@ -167,8 +99,53 @@ impl<D: Device> Entry<D> {
         self.subscription.get().expect("a registration is subscribed before anybody knows of it")
     }
 
+    /// Where the shelf has it.
+    pub(super) fn key(&self) -> Option<Key> {
+        self.key.get().copied()
+    }
+
     pub(super) fn has_claims(&self) -> bool {
         self.progress.lock().claims > 0
+    }
+
+    /// Whether look-ups find it, and a caller for whom it was registered has still to do so.
+    pub(super) fn is_kept(&self) -> bool {
+        let progress = self.progress.lock();
+        progress.claims > 0 && matches!(progress.phase, Phase::Live { .. })
+    }
+
+    /// `false` if it is over or on its way out.
+    pub(super) fn claim(&self) -> bool {
+        let mut progress = self.progress.lock();
+        let open = !matches!(progress.phase, Phase::Leaving { .. } | Phase::Gone);
+        progress.claims += usize::from(open);
+        open
+    }
+
+    /// Keeps its registration as if a claim used it. `false` if it is on its way out.
+    pub(super) fn keep(&self, live: Arc<Live<D>>) -> bool {
+        let mut progress = self.progress.lock();
+        let found = matches!(progress.phase, Phase::Live { .. });
+        let former = if found { progress.kept.replace(live) } else { Some(live) };
+        drop(progress);
+        drop(former);
+        found
+    }
+
+    pub(super) fn unclaim(&self) {
+        let mut progress = self.progress.lock();
+        progress.claims -= 1;
+        let last = progress.claims == 0;
+        let kept = if last { progress.kept.take() } else { None };
+        let unwanted = last && matches!(progress.phase, Phase::Waiting);
+        if unwanted {
+            progress.phase = Phase::Gone;
+        }
+        drop(progress);
+        drop(kept);
+        if unwanted {
+            self.leave_shelf();
+        }
     }
 
     /// The invalidation that has ended it.
@@ -183,6 +160,10 @@ impl<D: Device> Entry<D> {
 
     pub(super) fn is_stuck(&self) -> bool {
         self.stuck.load(Ordering::Acquire)
+    }
+
+    pub(super) fn is_lost(&self) -> bool {
+        self.lost.load(Ordering::Acquire)
     }
 
     pub(super) fn step(&self) -> Step<D::Error> {
@@ -268,6 +249,9 @@ impl<D: Device> Entry<D> {
             let leaving = leaving.clone();
             progress.phase = Phase::Leaving { leaving };
         }
+        let kept = progress.kept.take();
+        drop(progress);
+        drop(kept);
     }
 
     /// What waits for the users and for the device, if it is on its way out.
@@ -297,9 +281,10 @@ impl<D: Device> Entry<D> {
     /// The cache is gone: nobody can ask for it any more. What is registered lives on until its
     /// users have let go.
     pub(super) fn orphan(self: &Arc<Self>) {
-        let (task, former) = {
+        let (task, former, kept) = {
             let mut progress = self.progress.lock();
-            match &progress.phase {
+            let kept = progress.kept.take();
+            let (task, former) = match &progress.phase {
                 Phase::Waiting => (None, Some(core::mem::replace(&mut progress.phase, Phase::Gone))),
                 Phase::Registering { task } => (Some(task.clone()), None),
                 Phase::Live { leaving } => {
@@ -307,9 +292,10 @@ impl<D: Device> Entry<D> {
                     (None, Some(core::mem::replace(&mut progress.phase, Phase::Leaving { leaving })))
                 }
                 Phase::Leaving { .. } | Phase::Gone => (None, None),
-            }
+            };
+            (task, former, kept)
         };
-        drop(former);
+        drop((former, kept));
         if let Some(task) = task {
             self.cancelled.store(true, Ordering::Release);
             task.poke(1);
@@ -360,53 +346,13 @@ impl<D: Device> Drop for Entry<D> {
     fn drop(&mut self) {
         if self.device.source.is_inert() {
             core::mem::forget(self.subscription.take());
-            let gone = Progress { phase: Phase::Gone, claims: 0, by: None, watched: Watched::default() };
-            core::mem::forget(core::mem::replace(&mut self.progress, DriverLock::new(gone)));
+            let gone = DriverLock::new(Progress::new(Phase::Gone, 0));
+            core::mem::forget(core::mem::replace(&mut self.progress, gone));
             return;
         }
         // Others of the same device may have found the space in use only because of this one.
         drop(self.subscription.take());
         self.device.look_at_orphans();
-    }
-}
-
-/// A caller's interest in a registration. Without any, one that the device was not asked for is
-/// over.
-pub(super) struct Claim<D: Device>(Arc<Entry<D>>);
-
-impl<D: Device> Claim<D> {
-    /// `None` if it is over or on its way out.
-    pub(super) fn new(entry: &Arc<Entry<D>>) -> Option<Self> {
-        let mut progress = entry.progress.lock();
-        if matches!(progress.phase, Phase::Leaving { .. } | Phase::Gone) {
-            return None;
-        }
-        progress.claims += 1;
-        drop(progress);
-        Some(Self(entry.clone()))
-    }
-
-    pub(super) fn entry(&self) -> &Arc<Entry<D>> {
-        &self.0
-    }
-}
-
-impl<D: Device> Drop for Claim<D> {
-    fn drop(&mut self) {
-        if self.0.device.source.is_inert() {
-            core::mem::forget(self.0.clone());
-            return;
-        }
-        let mut progress = self.0.progress.lock();
-        progress.claims -= 1;
-        let unwanted = progress.claims == 0 && matches!(progress.phase, Phase::Waiting);
-        if unwanted {
-            progress.phase = Phase::Gone;
-        }
-        drop(progress);
-        if unwanted {
-            self.0.leave_shelf();
-        }
     }
 }
 
@@ -466,7 +412,7 @@ impl<D: Device> IntervalNotifier for Guardian<D> {
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
         let Some(entry) = self.0.upgrade() else { return Ok(None) };
         let shelf = entry.shelf.upgrade();
-        let mut live = None;
+        let (mut live, mut kept) = (None, None);
         let pass = {
             let mut progress = entry.progress.lock_for(invalidation);
             match &mut progress.phase {
@@ -481,6 +427,7 @@ impl<D: Device> IntervalNotifier for Guardian<D> {
                     let pass = leaving.wait();
                     progress.phase = Phase::Leaving { leaving };
                     progress.by = Some((invalidation.event(), invalidation.range()));
+                    kept = progress.kept.take();
                     live = shelf.as_ref().zip(entry.key.get()).and_then(|(shelf, key)| shelf.take(*key));
                     entry.device.invalidations.fetch_add(1, Ordering::Relaxed);
                     Some(PassFuture::new(pass))
@@ -488,8 +435,8 @@ impl<D: Device> IntervalNotifier for Guardian<D> {
                 Phase::Leaving { leaving } => Some(PassFuture::new(leaving.wait())),
             }
         };
-        // The shelf's reference: without users the device is asked when the pass is polled.
-        drop(live);
+        // The shelf's references: without users the device is asked when the pass is polled.
+        drop((live, kept));
         drop((shelf, entry));
         Ok(pass)
     }

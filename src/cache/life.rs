@@ -1,10 +1,12 @@
 //! How a registration comes and goes: all that waits.
 #![forbid(unsafe_code)]
 
-use super::device::{Device, Fault};
-use super::entry::{Entry, Live, Outcome, Step};
+use super::device::{Deregistered, Device, Fault};
+use super::entry::{Entry, Live};
+use super::error::Unwatched;
+use super::phase::{Outcome, Step};
 use super::task::Task;
-use super::watch::{Unwatched, Watched};
+use super::watch::Watched;
 use crate::notifier::Sequence;
 use crate::sync::{Arc, Ordering};
 use core::task::Poll;
@@ -86,8 +88,19 @@ async fn register<D: Device>(entry: Arc<Entry<D>>, sequence: Sequence, now: u64)
 /// still use the memory (K2).
 async fn deregister<D: Device>(entry: Arc<Entry<D>>, handed_back: oneshot::Receiver<D::Handle>) {
     let Ok(handle) = handed_back.await else { return };
-    let mut failures = 0;
-    while !entry.device.deregister(entry.range, &handle).await {
+    let (mut handle, mut failures) = (Some(handle), 0);
+    loop {
+        match entry.device.deregister(entry.range, handle.take()).await {
+            Deregistered::Gone => break,
+            Deregistered::Kept(kept) => handle = kept,
+            Deregistered::Never => {
+                entry.lost.store(true, Ordering::Release);
+                entry.stuck.store(true, Ordering::Release);
+                // Those who do not wait for such a one see it.
+                yield_now().await;
+                return core::future::pending().await;
+            }
+        }
         failures += 1;
         if failures >= AT_ONCE {
             entry.stuck.store(true, Ordering::Release);
@@ -98,12 +111,11 @@ async fn deregister<D: Device>(entry: Arc<Entry<D>>, handed_back: oneshot::Recei
             failures = failures.min(AT_ONCE + MOST_TURNS);
         }
     }
-    entry.device.drop_handle(handle);
     entry.over();
 }
 
 /// Lets the other tasks of whoever polls have their turn.
-async fn yield_now() {
+pub(super) async fn yield_now() {
     let mut polled = false;
     core::future::poll_fn(|cx| {
         if core::mem::replace(&mut polled, true) {

@@ -9,7 +9,7 @@
 //! deregistered it.
 //!
 //! ```
-//! use shootdown::cache::{Device, RegistrationCache};
+//! use shootdown::cache::{Device, RegistrationCache, StillRegistered};
 //! use shootdown::{AddressRange, AddressSpace, Event};
 //!
 //! struct Nic;
@@ -19,7 +19,11 @@
 //!     async fn register(&self, range: AddressRange) -> Result<u32, std::io::Error> {
 //!         Ok(range.start() as u32)
 //!     }
-//!     async fn deregister(&self, _: AddressRange, _: &u32) -> Result<(), std::io::Error> {
+//!     async fn deregister(
+//!         &self,
+//!         _: AddressRange,
+//!         _: u32,
+//!     ) -> Result<(), StillRegistered<u32, std::io::Error>> {
 //!         Ok(())
 //!     }
 //! }
@@ -60,54 +64,61 @@
 //! registration.
 //!
 //! ```text
-//! mod       RegistrationCache, Registration: get, flush
-//!  └ core      what all handles share: limits, counts, the shelf
-//!     └ life      all that waits: an attempt, the end of a registration
-//!        └ entry     one registration: its phases, its notifier, its users
-//!           └ device    Device, and the one place that calls it
-//!              └ watch     who says when memory goes away
-//!                 └ settings  what goes in and comes out
+//! mod       RegistrationCache, Registration: get, get_all, flush
+//!  └ miss      what a get does that finds nothing
+//!     └ core      what all handles share: limits, counts, the shelf
+//!        └ life      all that waits: an attempt, the end of a registration
+//!           └ claim     a caller's interest in a registration
+//!              └ entry     one registration: its notifier, its users
+//!                 └ phase     how far it is
+//!                    └ device    Device, and the one place that calls it
+//!                       └ watch     who says when memory goes away
+//!                          └ settings, error   what goes in and comes out
+//! turns     whose turn it is where nothing may overlap (uses only task)
 //! task      a future that belongs to nobody (uses none of the above)
 //! table     look-up, attempts, what is given up first (knows no device)
 //! ```
 //! Each file imports only those below it (`tests/source_rules.rs` looks).
 #![forbid(unsafe_code)]
 
+mod claim;
 mod core;
 mod device;
 mod entry;
+mod error;
 mod life;
+mod miss;
+mod phase;
 mod settings;
 mod table;
 mod task;
 #[cfg(test)]
 mod tests;
+mod turns;
 mod watch;
 
-use self::core::{Core, Found};
+use self::core::Core;
 use crate::block::Waitable;
-use crate::engine::gate::Since;
-use crate::foreign::Callback;
 use crate::fork::LeftToParent;
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
-use crate::sync::{Arc, Ordering};
+use crate::sync::Arc;
 use ::core::fmt;
-pub use device::Device;
-use entry::{Entry, Live, Outcome};
-pub use settings::{Builder, CacheStats, Failure, GetError, Merge, Operation};
-use watch::Unwatched;
+use alloc::vec::Vec;
+pub use device::{Device, StillRegistered};
+use entry::Live;
+pub use error::{GetError, Unwatched};
+pub use settings::{Builder, CacheStats, Failure, Match, Merge, Operation, Overlap};
 
-/// So often in a row the same change ends an attempt before the device is taken to raise it itself.
-const SAME_CHANGE: u32 = 8;
-
-impl Builder {
+impl<D: Device> Builder<D> {
     /// Makes the cache.
     ///
     /// # Panics
     /// When what [watches](Self::watch) tells another space: then nobody would say when the memory
-    /// goes away.
-    pub fn build<D: Device>(self, space: &AddressSpace, device: D) -> RegistrationCache<D> {
+    /// goes away. When settings contradict each other: [`Match::Exact`] with [`Merge::Touching`] or
+    /// [`Overlap::Merge`], [`Merge::Touching`] with [`Overlap::Wait`], a
+    /// [`max_registration`](Self::max_registration) of less than one page.
+    pub fn build(self, space: &AddressSpace, device: D) -> RegistrationCache<D> {
         #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
         assert!(
             self.uffd.as_ref().is_none_or(|uffd| Arc::ptr_eq(uffd.space().shared(), space.shared())),
@@ -147,43 +158,6 @@ impl<D: Device> Drop for RegistrationCache<D> {
     }
 }
 
-/// How often a caller has tried to have its range registered.
-struct Tries<D: Device> {
-    made: u32,
-    /// What the device has registered at the last try, if it was not found then.
-    registered: Option<Arc<Entry<D>>>,
-    last: Option<entry::Change>,
-    same: u32,
-    made_room: bool,
-    /// Its neighbours were too much, so it is registered without them.
-    alone: bool,
-    /// What was registered at an earlier try was given up to make room for others: the next is
-    /// taken at once.
-    hurried: bool,
-}
-
-impl<D: Device> Tries<D> {
-    /// Whether the same change has come too often in a row.
-    fn collided(&mut self, by: Option<entry::Change>) -> bool {
-        self.same = if by.is_some() && by == self.last { self.same + 1 } else { 1 };
-        self.last = by;
-        by.is_some() && self.same >= SAME_CHANGE
-    }
-
-    /// What was registered at the last try was taken away before the caller had it. Whether the same
-    /// change has done so too often.
-    fn overtaken(&mut self, core: &Core<D>, entry: &Entry<D>) -> bool {
-        let Some(by) = entry.ended_by() else {
-            // Nothing has changed: others needed room.
-            self.made -= 1;
-            self.hurried = true;
-            return false;
-        };
-        core.collisions.fetch_add(1, Ordering::Relaxed);
-        self.collided(Some(by))
-    }
-}
-
 impl<D: Device> RegistrationCache<D> {
     /// Makes a cache without limits that watches nothing (K5): it learns only of what is told to the
     /// space, by [`AddressSpace::invalidate`] or by an `OwnedMapping` of it. For memory that others
@@ -192,8 +166,31 @@ impl<D: Device> RegistrationCache<D> {
         Builder::default().build(space, device)
     }
 
-    /// Returns settings for a cache.
-    pub fn builder() -> Builder {
+    /// Returns settings for a cache. The device's type follows from what
+    /// [`build`](Builder::build) is given.
+    ///
+    /// ```
+    /// # use shootdown::cache::{Device, RegistrationCache, StillRegistered};
+    /// # use shootdown::{AddressRange, AddressSpace};
+    /// # struct Nic;
+    /// # impl Device for Nic {
+    /// #     type Handle = u32;
+    /// #     type Error = std::io::Error;
+    /// #     async fn register(&self, _: AddressRange) -> std::io::Result<u32> {
+    /// #         Ok(1)
+    /// #     }
+    /// #     async fn deregister(
+    /// #         &self,
+    /// #         _: AddressRange,
+    /// #         _: u32,
+    /// #     ) -> Result<(), StillRegistered<u32, std::io::Error>> {
+    /// #         Ok(())
+    /// #     }
+    /// # }
+    /// let space = AddressSpace::new();
+    /// let cache = RegistrationCache::builder().max_registrations(1000).build(&space, Nic);
+    /// ```
+    pub fn builder() -> Builder<D> {
         Builder::default()
     }
 
@@ -228,78 +225,48 @@ impl<D: Device> RegistrationCache<D> {
             return Ok(Registration { live });
         }
         // Boxed, so that the future of a hit is small.
-        LeftToParent::new(self.miss(range), || self.core.is_inert(), || Err(forked())).await
+        let miss = miss::one(&self.core, range);
+        LeftToParent::new(miss, || self.core.is_inert(), || Err(forked())).await.map(|live| Registration { live })
     }
 
-    async fn miss(&self, range: AddressRange) -> Result<Registration<D>, GetError<D::Error>> {
-        let core = &self.core;
-        core.misses.fetch_add(1, Ordering::Relaxed);
-        let mut tries = Tries { made: 0, registered: None, last: None, same: 0, made_room: false, alone: false, hurried: false };
-        loop {
-            if core.space.shared().gate.is_closed() {
-                let mut since = Since::default();
-                ::core::future::poll_fn(|cx| core.space.shared().poll_gate(&mut since, cx)).await;
-            }
-            let (claim, now) = match core.find_or_begin(range, tries.alone)? {
-                Found::Live(live) => return Ok(Registration { live }),
-                Found::Attempt(claim, now) => (claim, now),
-            };
-            // Registered, and then taken away before the gate had opened, or while there was waited for room.
-            let overtaken = tries.registered.take().is_some_and(|entry| tries.overtaken(core, &entry));
-            if overtaken || tries.made >= core.limits.tries.max(1) {
-                return Err(GetError::Invalidated { tries: tries.made });
-            }
-            tries.made += 1;
-            let entry = claim.entry().clone();
-            let attempt = life::attempt(&entry, now, || core.device.source.watch(entry.range)).await;
-            // From the table, not from the attempt. Before the limits are looked at, so that it is in use.
-            let registration = core.look_up(range, now).map(|live| Registration { live });
-            drop(claim);
-            let gone = core.tidy();
-            if (gone.is_empty() || tries.hurried)
-                && let Some(registration) = registration
-            {
-                // Those who come later look after what is to go.
-                return Ok(registration);
-            }
-            // A `get` that is not polled must not hold a registration.
-            drop(registration);
-            core::until_gone(gone).await;
-            if let Some(live) = core.look_up(range, now) {
-                return Ok(Registration { live });
-            }
-            let no_room = match attempt {
-                Ok(Outcome::Live) => {
-                    tries.registered = Some(entry);
-                    continue;
-                }
-                Ok(Outcome::Collided(by)) => {
-                    core.collisions.fetch_add(1, Ordering::Relaxed);
-                    if tries.collided(by) {
-                        return Err(GetError::Invalidated { tries: tries.made });
-                    }
-                    continue;
-                }
-                Ok(Outcome::Panicked(message)) => return Err(GetError::Panicked { message }),
-                Err(Unwatched::Refused(why)) => return Err(GetError::Unwatched(why)),
-                Ok(Outcome::Failed(error)) => GetError::Register(error),
-                Err(Unwatched::NoRoom(why)) => GetError::Unwatched(why),
-            };
-            if !core.make_room().await || ::core::mem::replace(&mut tries.made_room, true) {
-                // Its neighbours may be what is too much.
-                if tries.alone || entry.range == core.limits.pages(range) {
-                    return Err(no_room);
-                }
-                tries.alone = true;
-            }
-            // The device's error is the device's code.
-            core.device.losses.run(Callback::Device, |_| drop(no_room));
-            tries.made -= 1;
+    /// Returns registrations that cover `range` together, in order of their addresses: as many as
+    /// [`Builder::max_registration`] makes necessary, one without it. The range is cut from its
+    /// first page on, so that only the last piece is smaller than the limit; what was registered
+    /// before in the same pieces is found again.
+    ///
+    /// All or none: it holds no registration while it waits, and on an error or when it is dropped
+    /// none is in use because of it. What it has registered by then stays in the cache like
+    /// anything idle. Limits leave the pieces alone meanwhile; an invalidation does not wait for
+    /// them, and makes them be registered again ([`Builder::tries`]).
+    ///
+    /// # Errors
+    /// [`GetError`], of the first piece that fails; never [`GetError::TooLarge`].
+    ///
+    /// # Panics
+    /// Never because of the device.
+    ///
+    /// # Cancel safety
+    /// As of [`get`](Self::get).
+    #[expect(clippy::type_complexity, reason = "an alias cannot have the future in it")]
+    pub fn get_all(
+        &self,
+        range: AddressRange,
+    ) -> Waitable<impl Future<Output = Result<Vec<Registration<D>>, GetError<D::Error>>>> {
+        Waitable::new(self.get_or_register_all(range))
+    }
+
+    async fn get_or_register_all(&self, range: AddressRange) -> Result<Vec<Registration<D>>, GetError<D::Error>> {
+        if self.core.is_inert() {
+            return Err(forked());
         }
+        let all = miss::all(&self.core, range);
+        let all = LeftToParent::new(all, || self.core.is_inert(), || Err(forked())).await?;
+        Ok(all.into_iter().map(|live| Registration { live }).collect())
     }
 
-    /// Gives up all registrations that nobody uses, and waits until they and those on their way
-    /// out, which some may use, are deregistered.
+    /// Gives up all registrations: none that was made before is found again. Waits until those that
+    /// nobody uses are deregistered. What is in use is deregistered when its users have let go, and
+    /// not waited for.
     ///
     /// # Cancel safety
     /// May be dropped at any moment: what was given up is deregistered by whoever comes next.
@@ -333,7 +300,7 @@ impl<D: Device> RegistrationCache<D> {
 }
 
 fn forked<E>() -> GetError<E> {
-    GetError::Unwatched("the cache belongs to the process that this one was forked from: make another one".into())
+    GetError::Unwatched(Unwatched::Forked)
 }
 
 impl<D: Device> fmt::Debug for RegistrationCache<D> {
@@ -362,6 +329,16 @@ impl<D: Device> Registration<D> {
     #[inline]
     pub fn range(&self) -> AddressRange {
         self.live.range
+    }
+
+    /// Returns how many bytes `address` lies after the first byte of what is registered: devices
+    /// address memory by a handle and an offset. `None` if it is not registered with this.
+    ///
+    /// A registration may begin before what was asked for: take the offset from here, and not from
+    /// the range that `get` was given.
+    #[inline]
+    pub fn offset_of(&self, address: u64) -> Option<u64> {
+        self.live.range.contains(address).then(|| address - self.live.range.start())
     }
 
     /// Returns what the device knows it by.

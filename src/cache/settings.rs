@@ -2,10 +2,9 @@
 #![forbid(unsafe_code)]
 
 use crate::range::AddressRange;
-use crate::sync::Arc;
 use alloc::boxed::Box;
-use alloc::string::String;
 use core::fmt;
+use core::marker::PhantomData;
 
 /// A device that failed, as [`Builder::on_failure`] is told of it.
 #[derive(Debug)]
@@ -38,11 +37,6 @@ pub(super) type Reporter = Box<dyn Fn(&Failure<'_>) + Send + Sync>;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Merge {
     /// Each miss registers its own pages.
-    ///
-    /// For a device that refuses ranges that overlap: a miss beside an *idle* registration that
-    /// overlaps gives that up and succeeds, one beside a registration in *use* is answered with the
-    /// device's error. [`Touching`](Self::Touching) does not help there, because the larger range
-    /// is registered before the smaller ones go.
     #[default]
     Never,
     /// A miss registers its pages and those of all registrations that overlap or touch them, which
@@ -50,12 +44,58 @@ pub enum Merge {
     Touching,
 }
 
-/// Settings of a [`RegistrationCache`](super::RegistrationCache).
-pub struct Builder {
+/// Which registration a `get` may be given.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Match {
+    /// Any that covers the range.
+    #[default]
+    Covering,
+    /// One of the range, neither larger nor smaller: for devices that must not be given more than
+    /// was asked for. Nothing is rounded, unless [`Builder::page`] is set: then a registration is
+    /// of the whole pages of the range, and ranges within the same pages share it.
+    Exact,
+}
+
+/// Whether the device may have two registrations that share a byte.
+///
+/// Where it may not (CUDA's `cudaHostRegister` answers error 712), a `get` that finds a smaller or
+/// shifted registration in its way takes that one away from look-ups, waits until its users have
+/// let go and the device has deregistered it, and then registers. Callers whose ranges overlap have
+/// their turns in the order in which they asked. No two are ever in the device, whatever fails, is
+/// cancelled or invalidated meanwhile.
+///
+/// # Deadlocks
+/// Do not await a `get` while your task holds a registration that overlaps its range without
+/// covering it: it waits for you. Nor hold one while you wait for another of any range, unless
+/// all tasks take theirs in the same order: two tasks may wait for each other. A
+/// [`get_all`](super::RegistrationCache::get_all) is safe: it holds nothing while it waits. The
+/// library cannot see who holds a registration, so neither is detected.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Overlap {
+    /// It may.
+    #[default]
+    Allowed,
+    /// It may not. Each `get` registers its own pages when what overlaps them has gone.
+    Wait,
+    /// It may not. A `get` registers the union of its pages with all registrations that overlap
+    /// them, when those have gone, also those in use: their users find it from then on. With
+    /// [`Merge::Touching`] those that touch belong to the union, too.
+    ///
+    /// If the union is more than [`Builder::max_registration`], or the device refuses it, the `get`
+    /// registers its own pages.
+    Merge,
+}
+
+/// Settings of a [`RegistrationCache`](super::RegistrationCache) of a device `D`, which
+/// [`build`](Self::build) is given.
+pub struct Builder<D> {
     pub(super) limits: Limits,
     pub(super) on_failure: Option<Reporter>,
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(super) uffd: Option<crate::source::Uffd>,
+    /// Unless the default is right.
+    page: Option<u64>,
+    device: PhantomData<fn() -> D>,
 }
 
 /// What of the settings is a number.
@@ -65,6 +105,10 @@ pub(super) struct Limits {
     pub(super) max_registrations: usize,
     pub(super) page: u64,
     pub(super) merge: Merge,
+    pub(super) exact: bool,
+    pub(super) overlap: Overlap,
+    /// In bytes, whole pages of them.
+    pub(super) max_registration: u64,
     pub(super) tries: u32,
 }
 
@@ -79,21 +123,51 @@ impl Limits {
         let mask = self.page - 1;
         AddressRange::try_from(range.start() & !mask..=range.last() | mask).unwrap_or(AddressRange::ALL)
     }
+
+    /// Whether one registration may be as large.
+    pub(super) fn fits(&self, pages: AddressRange) -> bool {
+        self.max_registration == u64::MAX || pages.last() - pages.start() < self.max_registration
+    }
+
+    /// The registrations that a range takes, in order.
+    pub(super) fn pieces(&self, range: AddressRange) -> impl Iterator<Item = AddressRange> + use<> {
+        let (all, more) =
+            (self.pages(range), self.max_registration.checked_add(1).map_or(u64::MAX, |_| self.max_registration - 1));
+        let next = move |start: u64| {
+            let last = start.saturating_add(more).min(all.last());
+            AddressRange::try_from(start..=last).ok()
+        };
+        core::iter::successors(next(all.start()), move |piece| {
+            let start = piece.last().checked_add(1).filter(|start| *start <= all.last())?;
+            next(start)
+        })
+    }
 }
 
-impl Default for Builder {
+impl<D> Default for Builder<D> {
     fn default() -> Self {
-        let limits = Limits { max_bytes: u64::MAX, max_registrations: usize::MAX, page: 4096, merge: Merge::Never, tries: 64 };
+        let limits = Limits {
+            max_bytes: u64::MAX,
+            max_registrations: usize::MAX,
+            page: 4096,
+            merge: Merge::Never,
+            exact: false,
+            overlap: Overlap::Allowed,
+            max_registration: u64::MAX,
+            tries: 64,
+        };
         Self {
             limits,
             on_failure: None,
             #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
             uffd: None,
+            page: None,
+            device: PhantomData,
         }
     }
 }
 
-impl Builder {
+impl<D> Builder<D> {
     /// Gives up idle registrations, the one used longest ago first, while more than `bytes` are
     /// registered; no limit by default.
     pub fn max_bytes(mut self, bytes: u64) -> Self {
@@ -108,14 +182,60 @@ impl Builder {
     }
 
     /// Makes registrations begin and end at multiples of `page` bytes, a power of two; 4096 by
-    /// default.
+    /// default, and 1 with [`Match::Exact`].
     ///
     /// # Panics
     /// When it is none.
     pub fn page(mut self, page: u64) -> Self {
         assert!(page.is_power_of_two(), "a page is a power of two, not {page}");
-        self.limits.page = page;
+        self.page = Some(page);
         self
+    }
+
+    /// Says which registration a `get` may be given; [`Match::Covering`] by default.
+    pub fn matching(mut self, matching: Match) -> Self {
+        self.limits.exact = matching == Match::Exact;
+        self
+    }
+
+    /// Says whether the device may have two registrations that overlap; [`Overlap::Allowed`] by
+    /// default.
+    pub fn overlap(mut self, overlap: Overlap) -> Self {
+        self.limits.overlap = overlap;
+        self
+    }
+
+    /// Lets no registration be of more than `bytes`, rounded down to whole pages; no limit by
+    /// default. What is larger is registered in pieces, by
+    /// [`get_all`](super::RegistrationCache::get_all).
+    pub fn max_registration(mut self, bytes: u64) -> Self {
+        self.limits.max_registration = bytes;
+        self
+    }
+
+    /// The numbers, once it is known what was set.
+    ///
+    /// # Panics
+    /// As [`build`](Self::build).
+    pub(super) fn checked(&self) -> Limits {
+        let mut limits = self.limits;
+        limits.page = self.page.unwrap_or(if limits.exact { 1 } else { limits.page });
+        if limits.max_registration != u64::MAX {
+            limits.max_registration &= !(limits.page - 1);
+        }
+        assert!(
+            limits.max_registration > 0,
+            "a registration of at most less than one page ({} bytes) holds nothing",
+            limits.page
+        );
+        let merges = limits.merge == Merge::Touching || limits.overlap == Overlap::Merge;
+        assert!(
+            !(limits.exact && merges),
+            "`Match::Exact` gives what was asked for: it excludes `Merge::Touching` and `Overlap::Merge`"
+        );
+        let replaces = limits.merge == Merge::Touching && limits.overlap == Overlap::Wait;
+        assert!(!replaces, "`Merge::Touching` registers beside what it replaces: with `Overlap::Wait` use `Merge::Never`");
+        limits
     }
 
     /// Says which registrations become one; [`Merge::Never`] by default.
@@ -152,80 +272,18 @@ impl Builder {
     }
 }
 
-impl fmt::Debug for Builder {
+impl<D> fmt::Debug for Builder<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Builder")
             .field("max_bytes", &self.limits.max_bytes)
             .field("max_registrations", &self.limits.max_registrations)
+            .field("max_registration", &self.limits.max_registration)
             .field("merge", &self.limits.merge)
+            .field("exact", &self.limits.exact)
+            .field("overlap", &self.limits.overlap)
             .finish_non_exhaustive()
     }
 }
-
-/// Why there is no registration.
-#[derive(Debug)]
-#[non_exhaustive]
-pub enum GetError<E> {
-    /// The device refused, also after all idle registrations had been given up.
-    Register(Arc<E>),
-    /// The device panicked. The next call starts anew.
-    Panicked {
-        /// The panic's message, if it was a string.
-        message: Option<Arc<str>>,
-    },
-    /// The memory was invalidated during each try: see [`Builder::tries`].
-    Invalidated {
-        /// Tries that were made.
-        tries: u32,
-    },
-    /// The space was [released](crate::AddressSpace::release), or the source of its invalidations
-    /// refused to watch the memory, for this reason.
-    Unwatched(String),
-}
-
-impl<E: fmt::Display> fmt::Display for GetError<E> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Register(error) => write!(f, "the device refused to register the memory: {error}"),
-            Self::Panicked { message } => {
-                write!(f, "the memory is not registered, because {}", DevicePanic { message: message.clone() })
-            }
-            Self::Invalidated { tries } => {
-                write!(
-                    f,
-                    "the memory was invalidated during each of {tries} registrations: register it when it no longer changes"
-                )
-            }
-            Self::Unwatched(why) => write!(f, "nobody would say when the memory goes away, so it is not registered: {why}"),
-        }
-    }
-}
-
-impl<E: core::error::Error + 'static> core::error::Error for GetError<E> {
-    fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
-        match self {
-            Self::Register(error) => Some(&**error),
-            _ => None,
-        }
-    }
-}
-
-/// What [`Failure::error`] is for a panic.
-#[derive(Debug)]
-pub(super) struct DevicePanic {
-    pub(super) message: Option<Arc<str>>,
-}
-
-impl fmt::Display for DevicePanic {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match &self.message {
-            Some(message) => write!(f, "the device panicked: {message}"),
-            None => f.write_str("the device panicked"),
-        }
-    }
-}
-
-impl core::error::Error for DevicePanic {}
 
 /// What happened in a cache so far, and what is in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -237,11 +295,13 @@ pub struct CacheStats {
     pub misses: u64,
     /// Registrations that a larger one replaced.
     pub merges: u64,
-    /// Registrations that were given up because of a limit, a flush, or so that the device had
-    /// room.
+    /// Registrations that were given up because of a limit, a flush, so that the device had room,
+    /// or because they overlapped another.
     pub evictions: u64,
     /// Registrations that an invalidation ended.
     pub invalidations: u64,
+    /// Registrations that [`Device::still_valid`](super::Device::still_valid) did not vouch for.
+    pub outdated: u64,
     /// Registrations that were begun again because of an invalidation.
     pub collisions: u64,
     /// Times that the device failed to register, panics included.

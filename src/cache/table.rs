@@ -51,6 +51,8 @@ pub(super) struct Table<E, L> {
     lives: Vec<Option<Arc<L>>>,
     /// What is being registered.
     attempts: IntervalIndex<Ranged<Key>>,
+    /// All of it until it is forgotten, where nothing may overlap.
+    held: Option<IntervalIndex<Ranged<Key>>>,
     slots: Slab<Slot<E>>,
     /// Of the next key.
     serial: NonZeroU64,
@@ -88,11 +90,13 @@ struct Queue {
 }
 
 impl<E, L: Found> Table<E, L> {
-    pub(super) fn new(limited: bool) -> Self {
+    /// `limited`: it says what to give up first. `exclusive`: it says what overlaps a range.
+    pub(super) fn new(limited: bool, exclusive: bool) -> Self {
         Self {
             live: IntervalIndex::new(),
             lives: Vec::new(),
             attempts: IntervalIndex::new(),
+            held: exclusive.then(IntervalIndex::new),
             slots: Slab::new(),
             serial: NonZeroU64::MIN,
             queue: limited.then(Queue::default),
@@ -110,7 +114,8 @@ impl<E, L: Found> Table<E, L> {
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         let queued = self.queue.as_ref().map_or(0, |queue| queue.oldest.len() + queue.busy.len());
-        self.slots.is_empty() && queued == 0 && self.live.len() == 0 && self.attempts.len() == 0
+        let held = self.held.as_ref().map_or(0, IntervalIndex::len);
+        self.slots.is_empty() && queued + held == 0 && self.live.len() == 0 && self.attempts.len() == 0
     }
 
     fn next(&mut self, slot: usize) -> Key {
@@ -127,11 +132,22 @@ impl<E, L: Found> Table<E, L> {
         self.get(key).map(|slot| &slot.entry)
     }
 
+    /// What covers `range`, and is used at the time `now`.
     #[inline]
     pub(super) fn covering(&self, range: AddressRange, now: u64) -> Option<Arc<L>> {
+        self.find(range, now, |own| own.covers(range))
+    }
+
+    /// What is `range`, neither more nor less.
+    pub(super) fn exactly(&self, range: AddressRange, now: u64) -> Option<Arc<L>> {
+        self.find(range, now, |own| own == range)
+    }
+
+    #[inline(always)]
+    fn find(&self, range: AddressRange, now: u64, fits: impl Fn(AddressRange) -> bool) -> Option<Arc<L>> {
         let mut found = None;
         self.live.overlapping(range, |Ranged { range: own, value: key }| {
-            if own.covers(range)
+            if fits(own)
                 && found.is_none()
                 && let Some(Some(live)) = self.lives.get(key.slot())
             {
@@ -144,11 +160,11 @@ impl<E, L: Found> Table<E, L> {
         found
     }
 
-    /// What is being registered and covers `range`.
-    pub(super) fn attempt(&self, range: AddressRange) -> Option<(Key, &Arc<E>)> {
+    /// What is being registered and covers `range`, or is it.
+    pub(super) fn attempt(&self, range: AddressRange, exact: bool) -> Option<(Key, &Arc<E>)> {
         let mut found = None;
         self.attempts.overlapping(range, |Ranged { range: own, value: key }| {
-            if found.is_none() && own.covers(range) {
+            if found.is_none() && if exact { own == range } else { own.covers(range) } {
                 found = self.entry(key).map(|entry| (key, entry));
             }
         });
@@ -170,10 +186,33 @@ impl<E, L: Found> Table<E, L> {
         }
     }
 
+    /// `wanted` with all that overlaps it and is found by look-ups or being registered.
+    pub(super) fn united(&self, wanted: AddressRange) -> AddressRange {
+        let (mut start, mut last) = (wanted.start(), wanted.last());
+        for index in [&self.live, &self.attempts] {
+            index.overlapping(wanted, |Ranged { range, .. }| {
+                (start, last) = (start.min(range.start()), last.max(range.last()));
+            });
+        }
+        span(start, last)
+    }
+
+    /// All that overlaps `range`, however far it is. Only where nothing may overlap.
+    pub(super) fn overlapping(&self, range: AddressRange) -> Vec<Arc<E>> {
+        let mut all = Vec::new();
+        if let Some(held) = &self.held {
+            held.overlapping(range, |Ranged { value: key, .. }| all.extend(self.entry(key).cloned()));
+        }
+        all
+    }
+
     /// Adds an attempt.
     pub(super) fn begin(&mut self, range: AddressRange, entry: Arc<E>) -> Key {
         let key = self.next(self.slots.vacant_key());
         self.attempts.insert(Ranged { range, value: key });
+        if let Some(held) = &mut self.held {
+            held.insert(Ranged { range, value: key });
+        }
         self.slots.insert(Slot { key, range, entry, stage: Stage::Attempt });
         key
     }
@@ -232,7 +271,11 @@ impl<E, L: Found> Table<E, L> {
         let live = self.withdraw(key);
         self.reject(key);
         let known = self.get(key).is_some();
-        (known.then(|| self.slots.remove(key.slot()).entry), live)
+        let slot = known.then(|| self.slots.remove(key.slot()));
+        if let (Some(held), Some(slot)) = (&mut self.held, &slot) {
+            held.remove(Ranged { range: slot.range, value: key });
+        }
+        (slot.map(|slot| slot.entry), live)
     }
 
     /// Takes what `range`, just published as `key`, replaces away from look-ups.
@@ -276,6 +319,13 @@ impl<E, L: Found> Table<E, L> {
             live.map(|(_, slot)| (self.used(slot.key), slot.key)).filter(|(_, key)| self.is_idle(*key)).collect();
         idle.sort_unstable();
         idle.into_iter().filter_map(|(_, key)| self.withdraw(key)).collect()
+    }
+
+    /// Takes all that overlaps `range` away from look-ups, whether it is used or not.
+    pub(super) fn give_up(&mut self, range: AddressRange) -> Vec<Arc<L>> {
+        let live = self.slots.iter().filter(|(_, slot)| matches!(slot.stage, Stage::Live(..)) && slot.range.overlaps(range));
+        let live: Vec<_> = live.map(|(_, slot)| slot.key).collect();
+        live.into_iter().filter_map(|key| self.withdraw(key)).collect()
     }
 
     /// Takes what was used longest ago and is idle away from look-ups, while there is too much.

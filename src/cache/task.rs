@@ -5,7 +5,7 @@
 #![forbid(unsafe_code)]
 
 use crate::foreign::{Callback, Losses, TaskWaker};
-use crate::sync::{Arc, Lock};
+use crate::sync::{Arc, Lock, Weak};
 use alloc::task::Wake;
 use alloc::vec::Vec;
 use core::future::Future;
@@ -178,6 +178,21 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
         Waiter { task: self.0.clone(), place: None, waker: None }
     }
 
+    /// A reference that does not keep it.
+    pub(super) fn downgrade(&self) -> TaskRef<T> {
+        TaskRef(Arc::downgrade(&self.0))
+    }
+
+    /// Whether it is the same one.
+    pub(super) fn is(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Lets those who wait poll it once more.
+    pub(super) fn look_again(&self) {
+        self.0.wake_by_ref();
+    }
+
     /// Ends it unfinished: nobody can see it end any more. What it has is dropped. `false` if
     /// somebody polls it.
     pub(super) fn give_up(&self) -> bool {
@@ -215,6 +230,16 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
             }
         }
         false
+    }
+}
+
+/// A [`Task`] if somebody still has it.
+pub(super) struct TaskRef<T: Send + 'static>(Weak<Inner<T>>);
+
+impl<T: Send + 'static> TaskRef<T> {
+    /// The last to go drops the future: outside of locks.
+    pub(super) fn upgrade(&self) -> Option<Task<T>> {
+        self.0.upgrade().map(Task)
     }
 }
 

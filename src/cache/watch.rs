@@ -1,9 +1,9 @@
 //! Who says when memory goes away, where it is not the program itself (K5).
 #![forbid(unsafe_code)]
 
+use super::error::Unwatched;
 use super::settings::Builder;
 use crate::range::AddressRange;
-use alloc::string::String;
 #[cfg(test)]
 use core::sync::atomic::{AtomicBool, Ordering};
 
@@ -23,18 +23,10 @@ pub(super) struct Watched {
     _watch: Option<crate::source::Watch>,
 }
 
-/// Why a range is not watched.
-#[cfg_attr(not(all(feature = "userfaultfd", target_os = "linux")), allow(dead_code, reason = "without a source nobody refuses"))]
-pub(super) enum Unwatched {
-    /// The process has no room for a further watch: with others given up there may be some.
-    NoRoom(String),
-    Refused(String),
-}
-
 impl Source {
     /// Takes what the settings have.
     #[cfg_attr(not(all(feature = "userfaultfd", target_os = "linux")), allow(unused_variables, reason = "they have none"))]
-    pub(super) fn of(settings: &mut Builder) -> Self {
+    pub(super) fn of<D>(settings: &mut Builder<D>) -> Self {
         Self {
             #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
             uffd: settings.uffd.take(),
@@ -76,11 +68,8 @@ impl Source {
     /// Watches `range`, if there is a source.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(super) fn watch(&self, range: AddressRange) -> Result<Watched, Unwatched> {
-        use alloc::string::ToString;
         let watch = self.uffd.as_ref().map(|uffd| uffd.watch_quietly(range)).transpose();
-        let unwatched =
-            |error| if is_full(&error) { Unwatched::NoRoom(error.to_string()) } else { Unwatched::Refused(error.to_string()) };
-        watch.map(|watch| Watched { _watch: watch }).map_err(unwatched)
+        watch.map(|watch| Watched { _watch: watch }).map_err(Unwatched::Source)
     }
 
     /// Does nothing: there is no source.
@@ -90,8 +79,13 @@ impl Source {
     }
 }
 
-/// Whether the process has used up its mappings: each watch may split one.
-#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
-fn is_full(error: &crate::source::UffdError) -> bool {
-    matches!(error, crate::source::UffdError::NoRoom { .. })
+impl Unwatched {
+    /// Whether the process has used up its mappings: each watch may split one. With others given up
+    /// there may be room for a further watch.
+    pub(super) fn is_full(&self) -> bool {
+        #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+        return matches!(self, Self::Source(crate::source::UffdError::NoRoom { .. }));
+        #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
+        false
+    }
 }

@@ -12,6 +12,7 @@
 //! | [`cancellation`] | dropped, leaked and forgotten futures, and why passes belong to the space |
 //! | [`from_the_kernel`] | each function of `mmu_notifier.h` and what it is here |
 //! | [`recording`] | who wants to know what multi-pass is worth for a program of one's own: recording it, and replaying its memory traffic |
+//! | `registration_cache` (feature `cache`) | who registers memory with a device: fences, devices that refuse overlaps, and what waits for itself |
 //! | `from_libfabric` (feature `userfaultfd`) | users of libfabric's memory monitors and UCX's registration cache |
 //! | `memory_changes` (feature `userfaultfd`) | which changes of memory raise an event, and what to do about those that raise none |
 
@@ -46,6 +47,10 @@ pub mod from_the_kernel {}
 
 #[doc = include_str!("recording.md")]
 pub mod recording {}
+
+#[cfg(feature = "cache")]
+#[doc = include_str!("registration_cache.md")]
+pub mod registration_cache {}
 
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
 #[doc = include_str!("from_libfabric.md")]

@@ -90,9 +90,9 @@ impl<T> DriverLock<T> {
         F: Future<Output = Result<P, E>>,
     {
         let mut prepared: Vec<Prepared<P>> = subscriptions.iter().map(|_| None).collect();
-        let clock = || subscriptions.first().and_then(|first| first.shared().now());
+        let now = || subscriptions.first().and_then(|first| first.shared().now());
         // The clock is asked only when there is a bound on the time and a collision.
-        let began = budget.time.and_then(|_| clock());
+        let began = budget.time.and_then(|_| now());
         let mut retries = 0;
         loop {
             // Only those that are missing: the others are as good as they were (G2).
@@ -120,7 +120,7 @@ impl<T> DriverLock<T> {
             if subscriptions.iter().any(|subscription| subscription.is_closed()) {
                 return Err(MirrorError::Closed);
             }
-            let elapsed = began.and_then(|began| Some(clock()?.saturating_sub(began)));
+            let elapsed = began.and_then(|began| Some(now()?.saturating_sub(began)));
             let too_late = matches!((budget.time, elapsed), (Some(most), Some(elapsed)) if elapsed > most);
             if retries == budget.retries || too_late {
                 return Err(MirrorError::RetriesExhausted { retries, elapsed });

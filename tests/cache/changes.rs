@@ -2,7 +2,7 @@
 
 use crate::support::{now, pages};
 use futures::FutureExt;
-use shootdown::cache::{Device, GetError, RegistrationCache};
+use shootdown::cache::{Device, GetError, RegistrationCache, StillRegistered};
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -27,7 +27,7 @@ impl Device for Changes {
         Ok(())
     }
 
-    async fn deregister(&self, _: AddressRange, (): &()) -> std::io::Result<()> {
+    async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), std::io::Error>> {
         Ok(())
     }
 }
@@ -74,7 +74,7 @@ fn m1_what_is_registered_while_the_gate_is_closed_counts_once_it_is_open() {
             Ok(())
         }
 
-        async fn deregister(&self, _: AddressRange, (): &()) -> std::io::Result<()> {
+        async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), std::io::Error>> {
             Ok(())
         }
     }
@@ -113,7 +113,7 @@ fn m1_an_attempt_whose_device_raises_an_event_that_is_delivered_later_ends_after
             Ok(())
         }
 
-        async fn deregister(&self, _: AddressRange, (): &()) -> std::io::Result<()> {
+        async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), std::io::Error>> {
             Ok(())
         }
     }

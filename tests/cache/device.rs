@@ -3,7 +3,7 @@
 
 use crate::support::{Gate, PAGE, Yields};
 use shootdown::AddressRange;
-use shootdown::cache::Device;
+use shootdown::cache::{Device, StillRegistered};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::{Arc, Mutex};
 
@@ -24,6 +24,9 @@ pub struct State {
     pub register: VecDeque<Act>,
     pub deregister: VecDeque<Act>,
     pub registered: u64,
+    /// Whether what it has registered is still valid: what it answers next, and how often it was asked.
+    pub valid: VecDeque<Act>,
+    pub asked: u64,
     pub calls_of_deregister: u64,
     /// More than this it does not map.
     pub room: Option<usize>,
@@ -31,6 +34,8 @@ pub struct State {
     pub largest: Option<u64>,
     /// It refuses what overlaps something mapped, as CUDA does.
     pub exclusive: bool,
+    /// What a panic has left mapped stays so.
+    pub never_resets: bool,
 }
 
 #[derive(Clone, Default)]
@@ -111,7 +116,11 @@ impl Device for Card {
         }
     }
 
-    fn deregister(&self, range: AddressRange, key: &u64) -> impl Future<Output = Result<(), Refused>> + Send {
+    fn deregister(
+        &self,
+        range: AddressRange,
+        key: u64,
+    ) -> impl Future<Output = Result<(), StillRegistered<u64, Refused>>> + Send {
         let act = {
             let mut state = self.state.lock().unwrap();
             state.calls_of_deregister += 1;
@@ -121,10 +130,41 @@ impl Device for Card {
             throw("the card fails at once");
         }
         async move {
-            does(act, self.deregister_gate.clone()).await?;
+            if let Err(error) = does(act, self.deregister_gate.clone()).await {
+                return Err(StillRegistered { handle: key, error });
+            }
             let _lock = self.lock.lock().unwrap();
-            assert_eq!(self.state.lock().unwrap().mapped.remove(key), Some(range), "twice, or with another range");
+            assert_eq!(self.state.lock().unwrap().mapped.remove(&key), Some(range), "twice, or with another range");
             Ok(())
         }
+    }
+
+    /// As by a reset of the device. What the panic left mapped is the oldest of the range.
+    async fn deregister_lost(&self, range: AddressRange) -> Result<bool, Refused> {
+        if self.state.lock().unwrap().never_resets {
+            return Ok(false);
+        }
+        let act = self.state.lock().unwrap().deregister.pop_front().unwrap_or(Act::Succeed);
+        if act == Act::Panic {
+            throw("the card fails at once");
+        }
+        does(act, self.deregister_gate.clone()).await?;
+        let mut state = self.state.lock().unwrap();
+        let left = state.mapped.iter().find(|(_, mapped)| **mapped == range).map(|(key, _)| *key).expect("it is mapped still");
+        state.mapped.remove(&left);
+        Ok(true)
+    }
+
+    fn still_valid(&self, range: AddressRange, key: &u64) -> bool {
+        let asked = {
+            let mut state = self.state.lock().unwrap();
+            assert_eq!(state.mapped.get(key), Some(&range), "it is asked about what is registered");
+            state.asked += 1;
+            state.valid.pop_front().unwrap_or(Act::Succeed)
+        };
+        if asked == Act::Panic {
+            throw("the card cannot say");
+        }
+        asked == Act::Succeed
     }
 }

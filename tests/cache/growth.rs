@@ -22,7 +22,7 @@ impl shootdown::cache::Device for Never {
         if range.start() < 1 << 40 { std::future::pending().await } else { Ok(()) }
     }
 
-    async fn deregister(&self, _: AddressRange, (): &()) -> std::io::Result<()> {
+    async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), shootdown::cache::StillRegistered<(), std::io::Error>> {
         Ok(())
     }
 }

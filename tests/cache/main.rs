@@ -5,9 +5,13 @@
 
 mod changes;
 mod device;
+mod exact;
 mod growth;
+mod model;
 mod outlives;
+mod overlap;
 mod panics;
+mod pieces;
 mod room;
 #[path = "../support/mod.rs"]
 mod support;
@@ -15,7 +19,7 @@ mod sweep;
 
 use futures::FutureExt;
 use futures::executor::block_on;
-use shootdown::cache::{CacheStats, Device, Failure, GetError, Merge, Operation, RegistrationCache};
+use shootdown::cache::{CacheStats, Device, Failure, GetError, Merge, Operation, RegistrationCache, StillRegistered, Unwatched};
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -96,14 +100,14 @@ impl Device for Nic {
         Ok(key)
     }
 
-    async fn deregister(&self, range: AddressRange, key: &u64) -> Result<(), Refused> {
+    async fn deregister(&self, range: AddressRange, key: u64) -> Result<(), StillRegistered<u64, Refused>> {
         yields(1).await;
         let mut state = self.state.lock().unwrap();
         if state.fail_deregister > 0 {
             state.fail_deregister -= 1;
-            return Err(Refused("busy"));
+            return Err(StillRegistered { handle: key, error: Refused("busy") });
         }
-        assert_eq!(state.mapped.remove(key).map(|mapped| mapped.0), Some(range), "deregistered twice, or with another range");
+        assert_eq!(state.mapped.remove(&key).map(|mapped| mapped.0), Some(range), "deregistered twice, or with another range");
         Ok(())
     }
 }
@@ -385,7 +389,7 @@ fn in_a_released_space_nothing_is_registered() {
         drop(cache.get(pages(1, 1)).await.unwrap());
         space.release().await;
         assert_eq!(nic.mapped(), 0);
-        assert!(matches!(cache.get(pages(1, 1)).await, Err(GetError::Unwatched(_))));
+        assert!(matches!(cache.get(pages(1, 1)).await, Err(GetError::Unwatched(Unwatched::Released))));
     });
 }
 

@@ -2,7 +2,7 @@
 
 use crate::device::{Act, Card, throw};
 use crate::support::{now, pages};
-use shootdown::cache::{Device, Failure, GetError, Operation, RegistrationCache};
+use shootdown::cache::{Device, Failure, GetError, Operation, RegistrationCache, StillRegistered};
 use shootdown::{AddressRange, AddressSpace, Callback, Event, Report};
 use std::sync::{Arc, Mutex};
 
@@ -149,7 +149,7 @@ fn k2_an_error_whose_drop_panics_concerns_nobody() {
         async fn register(&self, _: AddressRange) -> Result<(), Bomb> {
             if self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 1 { Err(Bomb) } else { Ok(()) }
         }
-        async fn deregister(&self, _: AddressRange, (): &()) -> Result<(), Bomb> {
+        async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), Bomb>> {
             Ok(())
         }
     }

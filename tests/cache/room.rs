@@ -2,7 +2,7 @@
 
 use crate::device::{Card, Refused};
 use crate::support::{Gate, Task, Yields, now, pages};
-use shootdown::cache::{Device, GetError, Merge, RegistrationCache};
+use shootdown::cache::{Device, GetError, Merge, RegistrationCache, StillRegistered};
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::task::Poll;
 
@@ -140,7 +140,7 @@ impl Device for Slow {
         Ok(())
     }
 
-    async fn deregister(&self, range: AddressRange, (): &()) -> Result<(), Refused> {
+    async fn deregister(&self, range: AddressRange, (): ()) -> Result<(), StillRegistered<(), Refused>> {
         Yields(if range == pages(1, 1) { 5 } else { 10 }).await;
         Ok(())
     }

@@ -7,7 +7,7 @@
 
 use crate::device::throw;
 use crate::support::{Task, Yields, now, pages};
-use shootdown::cache::{Device, GetError, Merge, RegistrationCache};
+use shootdown::cache::{Device, GetError, Merge, RegistrationCache, StillRegistered};
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::cell::Cell;
 use std::collections::BTreeMap;
@@ -129,17 +129,27 @@ impl Device for Bad {
         Pointed { future: Box::pin(future), poll: Kind::RegisterPoll, drop: Kind::RegisterDrop }
     }
 
-    fn deregister(&self, _: AddressRange, handle: &Handle) -> impl Future<Output = Result<(), Refused>> + Send {
+    fn deregister(
+        &self,
+        _: AddressRange,
+        handle: Handle,
+    ) -> impl Future<Output = Result<(), StillRegistered<Handle, Refused>>> + Send {
         point(Kind::Deregister);
         let future = async move {
             Yields(1).await;
             if self.refuses() {
-                return Err(Refused);
+                return Err(StillRegistered { handle, error: Refused });
             }
             self.mapped.lock().unwrap().remove(&handle.0);
             Ok(())
         };
         Pointed { future: Box::pin(future), poll: Kind::DeregisterPoll, drop: Kind::DeregisterDrop }
+    }
+
+    async fn deregister_lost(&self, range: AddressRange) -> Result<bool, Refused> {
+        Yields(1).await;
+        self.mapped.lock().unwrap().retain(|_, mapped| *mapped != range);
+        Ok(true)
     }
 }
 

@@ -4,7 +4,7 @@ use crate::memory::File;
 use crate::owner::{PAGES, Slot};
 use crate::ring::{Fixed, Ring};
 use futures::executor::block_on;
-use shootdown::cache::{Device, RegistrationCache};
+use shootdown::cache::{Device, RegistrationCache, StillRegistered};
 use shootdown::source::{Uffd, UffdBuilder, Unwatched, Watch};
 use shootdown::{
     AddressRange, AddressSpace, DriverLock, IntervalNotifier, Invalidation, MirrorError, PassFuture, RetryBudget, Subscription,
@@ -27,7 +27,7 @@ impl Device for Stamps {
         crate::owner::first_words(range)
     }
 
-    async fn deregister(&self, _: AddressRange, _: &Vec<u64>) -> io::Result<()> {
+    async fn deregister(&self, _: AddressRange, _: Vec<u64>) -> Result<(), StillRegistered<Vec<u64>, std::io::Error>> {
         Ok(())
     }
 }

@@ -3,7 +3,7 @@
 use crate::soak::{Oracle, PAGE, Soak};
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use shootdown::cache::{Device, Merge, RegistrationCache};
+use shootdown::cache::{Device, Merge, RegistrationCache, StillRegistered};
 use shootdown::{AddressRange, AddressSpace};
 use std::sync::atomic::{AtomicI64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -52,12 +52,12 @@ impl Device for Nic {
         Ok(Pinned { first: range.start() / PAGE, generations })
     }
 
-    async fn deregister(&self, _: AddressRange, pinned: &Pinned) -> Result<(), std::io::Error> {
+    async fn deregister(&self, _: AddressRange, pinned: Pinned) -> Result<(), StillRegistered<Pinned, std::io::Error>> {
         self.works().await;
         // Transfers that it had begun used the memory until now.
         pinned.accesses(&self.oracle);
         if self.chance(0.02) {
-            return Err(std::io::Error::other("soak: busy"));
+            return Err(StillRegistered { handle: pinned, error: std::io::Error::other("soak: busy") });
         }
         self.mapped.fetch_sub(1, Ordering::SeqCst);
         Ok(())

@@ -7,7 +7,7 @@ use crate::uffd::{Running, eventually, log, no_fork};
 use futures::FutureExt;
 use futures::executor::block_on;
 use rustix::mm::Advice;
-use shootdown::cache::{Device, RegistrationCache};
+use shootdown::cache::{Device, RegistrationCache, StillRegistered};
 use shootdown::source::{Deliveries, Fork, OwnedMapping, Reader, Uffd};
 use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
 use std::pin::Pin;
@@ -278,7 +278,7 @@ impl Device for Stuck {
         Ok(())
     }
 
-    async fn deregister(&self, _: AddressRange, (): &()) -> std::io::Result<()> {
+    async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), std::io::Error>> {
         Ok(())
     }
 }

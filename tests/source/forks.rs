@@ -5,7 +5,7 @@ use crate::memory::{PAGE, Raw};
 use crate::uffd::{Running, eventually, is_readable, log};
 use futures::executor::block_on;
 use rustix::mm::Advice;
-use shootdown::cache::{Device, Registration, RegistrationCache};
+use shootdown::cache::{Device, Registration, RegistrationCache, StillRegistered};
 use shootdown::source::{Deliveries, Fork, MapError, OwnedMapping, Reader, Uffd, UffdError, Watch};
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::sync::Arc;
@@ -36,7 +36,7 @@ impl Device for Nic {
         Ok(self.0.fetch_add(1, Ordering::Relaxed))
     }
 
-    async fn deregister(&self, _: AddressRange, _: &u64) -> std::io::Result<()> {
+    async fn deregister(&self, _: AddressRange, _: u64) -> Result<(), StillRegistered<u64, std::io::Error>> {
         Ok(())
     }
 }
@@ -329,7 +329,7 @@ impl Device for Contents {
         page.look().map(|bytes| bytes[0]).ok_or_else(|| std::io::Error::other("not mapped"))
     }
 
-    async fn deregister(&self, _: AddressRange, _: &u8) -> std::io::Result<()> {
+    async fn deregister(&self, _: AddressRange, _: u8) -> Result<(), StillRegistered<u8, std::io::Error>> {
         Ok(())
     }
 }

@@ -1,0 +1,105 @@
+//! K8: a greatest registration, and ranges that take several.
+
+use crate::device::{Act, Card, State};
+use crate::support::{Gate, PAGE, Task, now, pages};
+use shootdown::cache::{GetError, Overlap, RegistrationCache};
+use shootdown::{AddressRange, AddressSpace, Event};
+
+fn cache(change: impl FnOnce(&mut State)) -> (AddressSpace, Card, RegistrationCache<Card>) {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    change(&mut card.state.lock().unwrap());
+    let cache = RegistrationCache::builder().max_registration(4 * PAGE + 1).build(&space, card.clone());
+    (space, card, cache)
+}
+
+#[test]
+fn k8_a_get_of_more_than_one_registration_names_get_all() {
+    let (_space, card, cache) = cache(|_| ());
+    drop(now(cache.get(pages(0, 4))).unwrap());
+    // Five pages, once rounded.
+    let refused = now(cache.get(AddressRange::new(1, 4 * PAGE).unwrap())).unwrap_err();
+    assert!(matches!(refused, GetError::TooLarge { max } if max == 4 * PAGE), "{refused:?}");
+    assert!(refused.to_string().contains("`get_all`"), "{refused}");
+    assert_eq!(card.mapped(), [0]);
+}
+
+#[test]
+fn k8_pieces_come_in_order_and_cover_the_range_and_are_found_again() {
+    let (_space, card, cache) = cache(|state| state.largest = Some(4));
+    let asked = AddressRange::new(PAGE + 5, 9 * PAGE).unwrap();
+    let all = now(cache.get_all(asked)).unwrap();
+    let ranges: Vec<_> = all.iter().map(|one| one.range()).collect();
+    assert_eq!(ranges, [pages(1, 4), pages(5, 4), pages(9, 2)]);
+    let again = now(cache.get_all(asked)).unwrap();
+    assert!(all.iter().zip(&again).all(|(one, two)| one.handle() == two.handle()));
+    assert_eq!((card.state.lock().unwrap().registered, cache.stats().hits), (3, 3));
+    let one = now(cache.get_all(pages(1, 4))).unwrap();
+    assert_eq!((one.len(), one[0].handle()), (1, all[0].handle()));
+}
+
+#[test]
+fn k8_all_or_none_an_error_of_one_piece_leaves_none_in_use() {
+    for act in [Act::Refuse, Act::Panic] {
+        let (space, card, cache) = cache(|_| ());
+        // The device refuses once more after idle ones were given up.
+        card.next_register(&[Act::Succeed, Act::Succeed, act, act]);
+        let error = now(cache.get_all(pages(0, 12))).unwrap_err();
+        assert!(matches!(error, GetError::Register(_) | GetError::Panicked { .. }), "{error:?}");
+        drop(now(space.invalidate(pages(0, 12), Event::Unmap)));
+        assert_eq!((card.mapped().len(), cache.stats().pinned_bytes), (0, 0));
+        card.state.lock().unwrap().register.clear();
+        assert_eq!(now(cache.get_all(pages(0, 12))).unwrap().len(), 3);
+    }
+}
+
+#[test]
+fn k8_an_invalidation_does_not_wait_for_pieces_that_a_caller_has_not_been_given() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    let cache = RegistrationCache::builder().max_registration(4 * PAGE).max_registrations(1).build(&space, card.clone());
+    // The second piece waits for an invalidation, which is under way; the first one is kept.
+    let held = now(space.invalidate(pages(4, 1), Event::Clear));
+    let mut all = Task::new(cache.get_all(pages(0, 8)));
+    all.expect_pending();
+    // Limits leave it alone: it is one of two.
+    drop(now(cache.get(pages(100, 1))).unwrap());
+    assert!(card.mapped().contains(&0));
+    // An invalidation of it does not wait, although the caller is not polled.
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert!(!card.mapped().contains(&0));
+    drop(held);
+    let all = all.finish().unwrap();
+    let ranges: Vec<_> = all.iter().map(|one| one.range()).collect();
+    assert_eq!(ranges, [pages(0, 4), pages(4, 4)], "what was invalidated was registered again");
+    assert_eq!(cache.stats().collisions, 1);
+}
+
+#[test]
+fn k8_more_pieces_than_a_limit_allows_are_all_in_use() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    for overlap in [Overlap::Allowed, Overlap::Wait, Overlap::Merge] {
+        let builder = RegistrationCache::builder().max_registration(PAGE).max_registrations(2).overlap(overlap);
+        let cache = builder.build(&space, card.clone());
+        let all = now(cache.get_all(pages(0, 10))).unwrap();
+        assert_eq!((all.len(), card.mapped().len()), (10, 10));
+        drop(all);
+        drop(now(cache.get(pages(50, 1))).unwrap());
+        assert_eq!(card.mapped().len(), 2);
+        now(cache.flush());
+    }
+}
+
+#[test]
+fn k8_a_dropped_call_leaves_none_in_use() {
+    for overlap in [Overlap::Allowed, Overlap::Wait] {
+        let gate = Gate::default();
+        let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+        let cache = RegistrationCache::builder().max_registration(PAGE).overlap(overlap).build(&space, card.clone());
+        let mut all = Task::new(cache.get_all(pages(0, 3)));
+        all.expect_pending();
+        drop(all);
+        gate.open();
+        drop(now(space.invalidate(pages(0, 3), Event::Unmap)));
+        assert!(card.mapped().is_empty());
+        assert_eq!(now(cache.get_all(pages(0, 3))).unwrap().len(), 3);
+    }
+}
