@@ -51,7 +51,7 @@
 //! - The device panics: [`GetError::Panicked`] for those who asked, or a failure to deregister like
 //!   any other. No other range learns of it. A panic that no caller is told of is counted
 //!   ([`Stats::lost_panics`](crate::Stats::lost_panics)) and reported
-//!   ([`Callback::Device`]).
+//!   ([`Callback::Device`](crate::Callback::Device)).
 //! - The memory changes while the device registers: the registration is let go of and begun again,
 //!   see [`Builder::tries`]. A device that changes the memory itself each time ends after eight
 //!   tries with [`GetError::Invalidated`]; what it changes elsewhere does not matter.
