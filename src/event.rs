@@ -95,6 +95,7 @@ impl Terms {
     const BLOCKABLE: u32 = 8;
     const MAY_DEFER: u32 = 16;
     const LATE: u32 = 32;
+    const PAST: u32 = 64;
 
     /// Those of an invalidation whose passes may stay pending.
     #[inline(always)]
@@ -145,6 +146,18 @@ impl Terms {
     #[inline]
     pub(crate) fn late(self) -> Self {
         Self(self.0 | Self::LATE)
+    }
+
+    /// Marks one of many changes that all have happened: who comes from now on sees what is there
+    /// now, and need not wait (N4).
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    pub(crate) fn past(self) -> Self {
+        Self(self.0 | Self::PAST)
+    }
+
+    #[inline]
+    pub(crate) fn is_past(self) -> bool {
+        self.0 & Self::PAST != 0
     }
 
     /// The same, for a pass that must not stay pending (B4).

@@ -4,7 +4,7 @@
 use crate::event::{Event, Owner, Terms};
 use crate::pass::PassFuture;
 use crate::protocol::Own;
-use crate::range::{AddressRange, RangeSet};
+use crate::range::{AddressRange, Parts, RangeSet};
 use alloc::borrow::Cow;
 use core::fmt;
 
@@ -105,7 +105,7 @@ pub(crate) struct Request<'a> {
     pub(crate) terms: Terms,
     /// The ranges, if it is of many: sorted, with gaps. `range` is from the first address to the
     /// last one.
-    pub(crate) parts: Option<&'a [AddressRange]>,
+    pub(crate) parts: Option<Parts<'a>>,
 }
 
 impl Request<'_> {
@@ -140,7 +140,7 @@ impl Invalidation<'_> {
     /// A device is told of all of them and flushed once.
     #[inline]
     pub fn ranges(&self) -> &[AddressRange] {
-        self.request.parts.unwrap_or(core::slice::from_ref(&self.request.range))
+        self.request.parts.map_or(core::slice::from_ref(&self.request.range), Parts::as_slice)
     }
 
     /// Why.
@@ -205,7 +205,7 @@ impl Invalidation<'_> {
             sequence: self.sequence(),
             blockable: self.blockable(),
             late: self.is_late(),
-            parts: self.request.parts.filter(|parts| parts.len() > 1).map(RangeSet::of_parts),
+            parts: self.request.parts.filter(|parts| parts.as_slice().len() > 1).map(Parts::to_set),
         }
     }
 

@@ -19,7 +19,8 @@ const INLINE: usize = 64;
 /// driver's own pace.
 ///
 /// # Cancel safety
-/// The engine drops it unfinished only when the whole space is dropped: passes belong to the space (C2).
+/// The engine drops it unfinished only when the whole space is dropped, or its notifier is
+/// [fenced](crate::Subscription::fence): passes belong to the space (C2).
 ///
 /// ```
 /// use shootdown::PassFuture;

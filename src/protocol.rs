@@ -60,7 +60,6 @@ impl<M: Member, X: Default> Protocol<M, X> {
     }
 
     /// Those that an invalidation of `range` would hit now.
-    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(crate) fn overlapping(&self, range: AddressRange, member: impl FnMut(M)) {
         self.index.overlapping(range, member);
     }

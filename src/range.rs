@@ -3,8 +3,8 @@
 
 mod set;
 
+pub(crate) use set::Parts;
 pub use set::RangeSet;
-pub(crate) use set::{hull, overlapping};
 
 use core::fmt;
 use core::ops::{Range, RangeInclusive};

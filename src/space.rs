@@ -14,7 +14,7 @@ use crate::engine::gate::Closings;
 use crate::engine::host::Settings;
 use crate::event::{Event, Terms};
 use crate::foreign::Report;
-use crate::notifier::{IntervalNotifier, Request, Sequence, WouldBlock};
+use crate::notifier::{IntervalNotifier, NotifierId, Request, Sequence, WouldBlock};
 use crate::range::{AddressRange, RangeSet};
 use crate::subscription::Subscription;
 use crate::sync::Arc;
@@ -257,6 +257,16 @@ impl AddressSpace {
     /// start after the first poll are not waited for.
     pub fn drain(&self) -> Drain<'_> {
         Drain::new(&self.shared)
+    }
+
+    /// Says that the devices of these notifiers are cut off from the memory, whoever has their
+    /// subscriptions: what [`Subscription::fence`] says of one, for an operator who has the
+    /// [list of what is pending](crate::ActiveInvalidation::pending_ids) only, for a device with many
+    /// subscriptions that is reset, and for a driver that waits in [`remove`](Subscription::remove)
+    /// for its dead device. Looks once at all that is registered and pending. Ids of nobody are
+    /// ignored. Returns how many passes were pending.
+    pub fn fence(&self, ids: impl IntoIterator<Item = NotifierId>) -> usize {
+        self.shared.fence_all(ids.into_iter().map(NotifierId::get))
     }
 
     /// The space's sequence: even when no invalidation that hit a notifier is active, odd otherwise (S1).

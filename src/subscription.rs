@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::engine::Shared;
+use crate::engine::futures::hit::Hit;
 use crate::engine::futures::read::ReadBegin;
 use crate::engine::futures::remove::{Close, Remove};
 use crate::engine::registration::Registered;
@@ -119,8 +120,8 @@ impl<N: IntervalNotifier> Subscription<N> {
     ///
     /// In the call the notifier is [closed](Self::close), and its passes that are pending are over:
     /// they are dropped unfinished, and whoever waited for them goes on. A pass that another thread polls at
-    /// this moment, and one that a first pass leaves that runs at this moment, is dropped as soon as
-    /// that returns; one whose poll never returns cannot be ended. Passes of other notifiers are not
+    /// this moment is dropped as soon as that returns, and one that a first pass leaves that runs at
+    /// this moment after one more poll at most; one whose poll never returns cannot be ended. Passes of other notifiers are not
     /// polled here. May be called from anywhere, also from a pass of the notifier itself, and again.
     ///
     /// Counted ([`Stats::fences`](crate::Stats::fences)) and reported
@@ -144,6 +145,11 @@ impl<N: IntervalNotifier> Subscription<N> {
     /// What the notifier calls itself; without a panic of that (F1).
     pub(crate) fn notifier_name(&self) -> Cow<'static, str> {
         self.registered.entry.erase().name(&self.registered.space.host.losses)
+    }
+
+    /// Waits until something has happened since the notifier had this sequence.
+    pub(crate) fn hit(&self, sequence: Sequence) -> Hit<'_> {
+        Hit::new(&self.registered.space, self.registered.entry.erase(), sequence)
     }
 
     pub(crate) fn shared(&self) -> &Arc<Shared> {

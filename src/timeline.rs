@@ -2,7 +2,7 @@
 //!
 //! `signal` is called where nothing may be waited for, so it only tries for the lock. Who has the
 //! lock looks again after giving it back: either `signal` gets it, or its holder sees what `signal`
-//! has noted before it tried.
+//! has noted before it tried. In the same way one wakes at a time, and looks again after that.
 #![forbid(unsafe_code)]
 
 use crate::foreign::{Losses, TaskWaker};
@@ -52,6 +52,8 @@ struct Core {
     value: AtomicU64,
     /// It has risen since somebody last looked who waits for that.
     risen: AtomicBool,
+    /// Somebody calls wakers, and looks again afterwards. Set under the lock.
+    waking: AtomicBool,
     waiting: Lock<Waiting>,
     losses: Arc<Losses>,
 }
@@ -65,8 +67,8 @@ struct Waiting {
 
 impl Default for Core {
     fn default() -> Self {
-        let (value, risen) = (AtomicU64::new(0), AtomicBool::new(false));
-        Self { value, risen, waiting: Lock::new(Waiting::default()), losses: Arc::new(Losses::new(None)) }
+        let (value, risen, waking) = (AtomicU64::new(0), AtomicBool::new(false), AtomicBool::new(false));
+        Self { value, risen, waking, waiting: Lock::new(Waiting::default()), losses: Arc::new(Losses::new(None)) }
     }
 }
 
@@ -88,9 +90,9 @@ impl Timeline {
     /// Raises the value to `value`, and wakes who waits for it or for less; nobody else is looked
     /// at. A number that is not above the value changes nothing.
     ///
-    /// From any thread, and from where nothing may be waited for: it takes no lock that somebody
-    /// has, and allocates nothing. It calls the wakers of those it wakes, unless another thread is
-    /// at it, which then does; a waker may do anything, this included (C8). It also frees memory:
+    /// From any thread, and from where nothing may be waited for: it takes no lock of the timeline
+    /// that somebody has, and allocates nothing. It calls the wakers of those it wakes, unless another thread is
+    /// at it, or a waker that was called by it, which then does; a waker may do anything, this included (C8). It also frees memory:
     /// what must not do that, such as a POSIX signal handler, has a thread signal for it.
     ///
     /// # Panics
@@ -134,6 +136,11 @@ impl Core {
             let mut batch = [const { None }; BATCH];
             {
                 let Some(mut waiting) = self.waiting.try_lock() else { return };
+                // A swap, as below: either it comes after that, or whoever is at it sees what we have seen.
+                if self.waking.swap(true, Ordering::AcqRel) {
+                    // Perhaps below us on this stack: those that it has taken come first.
+                    return;
+                }
                 self.risen.swap(false, Ordering::AcqRel);
                 let value = self.value.load(Ordering::Acquire);
                 for place in &mut batch {
@@ -144,6 +151,7 @@ impl Core {
                 }
             }
             batch.iter().flatten().for_each(|task| task.rouse());
+            self.waking.swap(false, Ordering::AcqRel);
         }
     }
 }

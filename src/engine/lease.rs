@@ -38,12 +38,10 @@ impl<'s> Lease<'s> {
         self.done
     }
 
-    /// Drops the passes of notifiers that were fenced, and gives the others back (L5). Who waits is to
-    /// poll them: they lost their wakers.
+    /// Drops the passes of notifiers that were fenced, and gives the others back (L5).
     pub(crate) fn cut(mut self) {
         if let Some(work) = &mut self.work {
             work.passes().cut(&self.shared.host);
-            self.progress = Progress::Yielded;
         }
     }
 
@@ -51,7 +49,11 @@ impl<'s> Lease<'s> {
         let Some(mut work) = self.work.take() else { return };
         // Then it is unclaimed from now on, or over.
         let now = if work.passes().running() == 0 { self.shared.host.now() } else { None };
-        self.done = self.shared.with(|state, outbox| state.give_back(self.ticket, work, self.progress, now, outbox));
+        let (done, behind) = self.shared.with(|state, outbox| state.give_back(self.ticket, work, self.progress, now, outbox));
+        self.done = done;
+        if behind {
+            self.shared.cut(self.ticket);
+        }
     }
 }
 

@@ -33,7 +33,7 @@ pub(crate) enum Covers {
 
 impl Covers {
     pub(crate) fn of(request: &Request<'_>) -> Self {
-        request.parts.map_or(Self::One(request.range), |parts| Self::Many(RangeSet::of_parts(parts)))
+        request.parts.map_or(Self::One(request.range), |parts| Self::Many(parts.to_set()))
     }
 
     pub(crate) fn overlaps(&self, range: AddressRange) -> bool {
@@ -128,7 +128,8 @@ mod check {
             if !suspected {
                 nesting.suspects.push(suspect);
             }
-            Some((of, suspected))
+            // Another one with the same waker begins to wait: the former one blocked nobody.
+            Some((of, suspected && !waits.first))
         });
         match found {
             Ok(Some((entry, true))) => panic!(

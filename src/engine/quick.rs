@@ -16,7 +16,7 @@ use crate::event::{Owner, Terms};
 use crate::notifier::Request;
 use crate::observe;
 use crate::protocol::{Id, Started};
-use crate::range::{AddressRange, RangeSet};
+use crate::range::{AddressRange, Parts, RangeSet};
 use alloc::boxed::Box;
 use core::ops::DerefMut;
 use core::time::Duration;
@@ -79,7 +79,7 @@ fn begin_plainly(shared: &Shared, range: AddressRange, owner: Option<Owner>, ter
 
 /// [`begin`] for the ranges of `set`.
 pub(crate) fn begin_set(shared: &Shared, owner: Option<Owner>, terms: Terms, set: &RangeSet) -> Begun {
-    begin_request(shared, &Request { range: set.hull(), owner, terms, parts: Some(set) }, Some(set))
+    begin_request(shared, &Request { range: set.hull(), owner, terms, parts: Some(Parts::all(set)) }, Some(set))
 }
 
 fn begin_request(shared: &Shared, request: &Request<'_>, set: Option<&RangeSet>) -> Begun {
@@ -127,7 +127,7 @@ pub(crate) fn start_locked(
     let fill = |record: &mut Record, id| record.fill(request, id, since);
     let Started { id, sequence, hit, extra } = match set {
         None => state.protocol.start(request.range, is_movable, fill, Record::hits),
-        Some(set) => state.protocol.start_set(set, fill, Record::hits),
+        Some(set) => state.protocol.start_set(set, request.terms.is_past(), fill, Record::hits),
     };
     if !hit {
         return (id, sequence, None);

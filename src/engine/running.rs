@@ -129,9 +129,13 @@ impl<'s> Running<'s> {
     /// Hands it to the space and gives it up (B3).
     pub(crate) fn leave(self) {
         let shared = self.shared;
-        let Parked { ticket, .. } = self.park(0, None);
+        let Parked { ticket, ready, .. } = self.park(0, None);
         let now = shared.host.now();
         shared.with(|state, outbox| state.leave(ticket, now, outbox));
+        if ready {
+            // There is nobody who would look.
+            shared.cut(ticket);
+        }
     }
 
     /// The panic that was kept so far.

@@ -3,14 +3,116 @@
 
 use super::driver_lock::{DriverLock, MirrorError, RetryBudget};
 use crate::block::Waitable;
+use crate::engine::futures::hit::Hit;
+use crate::engine::futures::read::ReadBegin;
 use crate::notifier::{IntervalNotifier, Sequence};
 use crate::subscription::Subscription;
+use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::future::Future;
-use futures::future::try_join_all;
+use core::pin::Pin;
+use core::task::{Context, Poll};
 
-/// What was prepared for one of the ranges, and with which sequence.
-type Prepared<P> = Option<(Sequence, P)>;
+/// What was prepared for one of the ranges.
+struct Prepared<'a, P> {
+    sequence: Sequence,
+    found: P,
+    /// A pass of its notifier may wait for what was found, so it goes at the next invalidation,
+    /// whatever else is waited for meanwhile.
+    hit: Hit<'a>,
+}
+
+/// A set in the making.
+struct Set<'s, 'a, N: IntervalNotifier, P> {
+    subscriptions: &'s [&'a Subscription<N>],
+    prepared: Vec<Option<Prepared<'a, P>>>,
+}
+
+impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
+    /// Drops what was hit. With the task's waker, so that it is polled when more is.
+    fn drop_what_was_hit(&mut self, cx: &mut Context<'_>) {
+        for (subscription, prepared) in self.subscriptions.iter().zip(&mut self.prepared) {
+            if let Some(hit) = prepared.take_if(|prepared| prepared.hit.poll(cx).is_ready()) {
+                drop(hit);
+                subscription.shared().collided(subscription.entry());
+            }
+        }
+    }
+
+    /// `read_begin` of those for which nothing is prepared, until all of them have a sequence that is
+    /// good: who was hit while another one was waited for has prepared nothing that could be stale.
+    /// Those that are prepared are as good as they were (G2).
+    async fn begin(&mut self) -> Vec<(usize, Sequence)> {
+        enum Step<'a> {
+            Prepared,
+            Waits(ReadBegin<'a>),
+            Begun(Sequence),
+        }
+        let mut steps: Vec<Step<'a>> = self.subscriptions.iter().map(|_| Step::Prepared).collect();
+        core::future::poll_fn(|cx| {
+            loop {
+                self.drop_what_was_hit(cx);
+                let (mut waits, mut changed) = (false, false);
+                for ((subscription, prepared), step) in self.subscriptions.iter().zip(&self.prepared).zip(&mut steps) {
+                    let own = &subscription.entry().own;
+                    let is_good = match step {
+                        Step::Prepared => prepared.is_some(),
+                        Step::Begun(sequence) => own.is_stable_at(sequence.0) || own.is_closed(),
+                        Step::Waits(_) => true,
+                    };
+                    if !is_good {
+                        *step = Step::Waits(subscription.read_begin());
+                    }
+                    if let Step::Waits(read) = step {
+                        match Pin::new(read).poll(cx) {
+                            Poll::Ready(sequence) => (*step, changed) = (Step::Begun(sequence), true),
+                            Poll::Pending => waits = true,
+                        }
+                    }
+                }
+                if waits {
+                    return Poll::Pending;
+                }
+                if !changed {
+                    return Poll::Ready(());
+                }
+                // Once more: none of them may have been hit meanwhile.
+            }
+        })
+        .await;
+        let begun = |(at, step): (usize, Step<'a>)| if let Step::Begun(sequence) = step { Some((at, sequence)) } else { None };
+        steps.into_iter().enumerate().filter_map(begun).collect()
+    }
+
+    /// Prepares those that have begun, together.
+    async fn prepare<E, F: Future<Output = Result<P, E>>>(
+        &mut self,
+        mut preparing: Vec<(usize, Sequence, Pin<Box<F>>)>,
+    ) -> Result<(), E> {
+        core::future::poll_fn(|cx| {
+            let mut failed = None;
+            preparing.retain_mut(|(at, sequence, future)| match (&failed, future.as_mut().poll(cx)) {
+                (None, Poll::Ready(Ok(found))) => {
+                    let hit = self.subscriptions[*at].hit(*sequence);
+                    self.prepared[*at] = Some(Prepared { sequence: *sequence, found, hit });
+                    false
+                }
+                (None, Poll::Ready(Err(error))) => {
+                    failed = Some(error);
+                    false
+                }
+                _ => true,
+            });
+            self.drop_what_was_hit(cx);
+            match failed {
+                Some(error) => Poll::Ready(Err(error)),
+                None if preparing.is_empty() => Poll::Ready(Ok(())),
+                None => Poll::Pending,
+            }
+        })
+        .await
+    }
+}
 
 impl<T> DriverLock<T> {
     /// The [collision-retry loop](Self::mirror) of several ranges: all are prepared, all are checked,
@@ -23,6 +125,9 @@ impl<T> DriverLock<T> {
     /// collisions of single ranges together, and the loop ends as soon as no invalidation hits any of
     /// them while those that were hit last are prepared. A loop for each range in turn, or one that prepares all of them
     /// again, does not end while invalidations come faster than all of the ranges can be prepared.
+    ///
+    /// What was prepared for a range is dropped at its next invalidation, also while others are waited
+    /// for: a pass of its notifier may wait for that (a pin, a registration).
     ///
     /// The first passes of all subscriptions have to take this lock. They may belong to several
     /// spaces. With none `install` runs at once.
@@ -89,30 +194,26 @@ impl<T> DriverLock<T> {
         N: IntervalNotifier,
         F: Future<Output = Result<P, E>>,
     {
-        let mut prepared: Vec<Prepared<P>> = subscriptions.iter().map(|_| None).collect();
+        let mut set = Set { subscriptions, prepared: subscriptions.iter().map(|_| None).collect() };
         let now = || subscriptions.first().and_then(|first| first.shared().now());
         // The clock is asked only when there is a bound on the time and a collision.
         let began = budget.time.and_then(|_| now());
         let mut retries = 0;
         loop {
-            // Only those that are missing: the others are as good as they were (G2).
-            let missing: Vec<usize> = (0..prepared.len()).filter(|at| prepared[*at].is_none()).collect();
-            let sequences = futures::future::join_all(missing.iter().map(|at| subscriptions[*at].read_begin())).await;
-            let preparing: Vec<F> = missing.iter().zip(&sequences).map(|(at, sequence)| prepare(*at, *sequence)).collect();
-            let found = try_join_all(preparing).await.map_err(MirrorError::Prepare)?;
-            for ((at, sequence), found) in missing.into_iter().zip(sequences).zip(found) {
-                prepared[at] = Some((sequence, found));
-            }
+            let begun = set.begin().await;
+            let preparing = begun.into_iter().map(|(at, sequence)| (at, sequence, Box::pin(prepare(at, sequence)))).collect();
+            set.prepare(preparing).await.map_err(MirrorError::Prepare)?;
             let mut stale = Vec::new();
             {
                 let mut guard = self.lock();
-                for (subscription, prepared) in subscriptions.iter().zip(&mut prepared) {
+                for (subscription, prepared) in subscriptions.iter().zip(&mut set.prepared) {
                     self.assert_locked_by_first_pass_of(subscription);
-                    let collides = |(sequence, _): &mut (Sequence, P)| subscription.read_retry(*sequence);
+                    let collides = |prepared: &mut Prepared<'_, P>| subscription.read_retry(prepared.sequence);
                     stale.extend(prepared.take_if(collides));
                 }
-                if stale.is_empty() {
-                    return Ok(install(&mut guard, prepared.into_iter().flatten().map(|(_, found)| found).collect()));
+                if set.prepared.iter().all(Option::is_some) {
+                    let prepared = core::mem::take(&mut set.prepared);
+                    return Ok(install(&mut guard, prepared.into_iter().flatten().map(|prepared| prepared.found).collect()));
                 }
             }
             // What the driver has prepared may have a drop of its own, which may want the lock.
@@ -125,7 +226,7 @@ impl<T> DriverLock<T> {
             if retries == budget.retries || too_late {
                 return Err(MirrorError::RetriesExhausted { retries, elapsed });
             }
-            for (subscription, _) in subscriptions.iter().zip(&prepared).filter(|(_, prepared)| prepared.is_none()) {
+            for (subscription, _) in subscriptions.iter().zip(&set.prepared).filter(|(_, prepared)| prepared.is_none()) {
                 subscription.shared().retried(subscription.entry());
             }
             retries += 1;

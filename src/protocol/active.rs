@@ -110,9 +110,16 @@ pub(crate) struct ActiveSet<M, X> {
     /// From the first address of each to its last.
     crowd_ranges: IntervalIndex<Ranged<InCrowd>>,
     /// Of those in the crowd that have gaps, the ranges. By serial.
-    sets: BTreeMap<u64, RangeSet>,
+    sets: BTreeMap<u64, Set>,
     /// How many may be active at once.
     pub(super) most: u32,
+}
+
+/// The ranges of an invalidation of many.
+pub(super) struct Set {
+    ranges: RangeSet,
+    /// Who is inserted from now on is not covered: what has changed is not seen any more (N4).
+    is_past: bool,
 }
 
 /// The places that are free, and how many invalidations are active.
@@ -205,12 +212,14 @@ impl<M, X> ActiveSet<M, X> {
         any
     }
 
+    /// Those that cover who is inserted into `range`.
     pub(super) fn for_overlapping(&mut self, range: AddressRange, mut each: impl FnMut(&mut Active<M, X>)) {
         self.places.iter_mut().filter(|active| active.is_live() && active.range.overlaps(range)).for_each(&mut each);
         if !self.crowd.is_empty() {
             let Self { crowd, crowd_ranges, sets, .. } = self;
             crowd_ranges.overlapping(range, |Ranged { value: InCrowd(serial), .. }| {
                 if overlaps_set(sets, serial, range)
+                    && sets.get(&serial).is_none_or(|set| !set.is_past)
                     && let Some(active) = crowd.get_mut(&serial)
                 {
                     each(active);
@@ -221,7 +230,7 @@ impl<M, X> ActiveSet<M, X> {
 
     /// The ranges of each invalidation of many ranges, by serial.
     pub(crate) fn sets(&self) -> BTreeMap<u64, RangeSet> {
-        self.sets.clone()
+        self.sets.iter().map(|(serial, set)| (*serial, set.ranges.clone())).collect()
     }
 
     /// Whether one that overlaps `range` from its first address to its last does so in truth.
@@ -293,11 +302,11 @@ impl<M, X> ActiveSet<M, X> {
     }
 
     /// One in the crowd, live, that has gaps.
-    pub(super) fn take_set_in_crowd(&mut self, serial: u64, set: &RangeSet) -> (Id, &mut Active<M, X>)
+    pub(super) fn take_set_in_crowd(&mut self, serial: u64, set: &RangeSet, is_past: bool) -> (Id, &mut Active<M, X>)
     where
         X: Default,
     {
-        self.sets.insert(serial, set.clone());
+        self.sets.insert(serial, Set { ranges: set.clone(), is_past });
         self.take_in_crowd(serial, set.hull())
     }
 
@@ -322,8 +331,8 @@ impl<M, X: Default> Active<M, X> {
 }
 
 /// Whether one of the ranges of an invalidation in the crowd overlaps `range`, which its hull does.
-fn overlaps_set(sets: &BTreeMap<u64, RangeSet>, serial: u64, range: AddressRange) -> bool {
-    sets.get(&serial).is_none_or(|set| set.overlaps(range))
+fn overlaps_set(sets: &BTreeMap<u64, Set>, serial: u64, range: AddressRange) -> bool {
+    sets.get(&serial).is_none_or(|set| set.ranges.overlaps(range))
 }
 
 /// The place of an invalidation is free again. Returns how many remain active.

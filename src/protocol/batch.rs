@@ -7,17 +7,18 @@ use alloc::vec::Vec;
 
 impl<M: Member, X: Default> Protocol<M, X> {
     /// [`start`](Self::start) for all ranges of `set`. It is in the crowd from the beginning, which
-    /// knows of gaps; places do not.
+    /// knows of gaps; places do not. `is_past`: it does not cover who is inserted from now on (N4).
     pub(crate) fn start_set(
         &mut self,
         set: &RangeSet,
+        is_past: bool,
         fill: impl FnOnce(&mut X, Id),
         hits: impl FnOnce(&mut X) -> &mut Vec<M>,
     ) -> Started<'_, X> {
         let Self { sequence: current, index, active, started } = self;
         active.assert_room();
         *started += 1 << PLACE_BITS;
-        let (id, active) = active.take_set_in_crowd(Id(*started).serial(), set);
+        let (id, active) = active.take_set_in_crowd(Id(*started).serial(), set, is_past);
         debug_assert!(id.place() == PLACES, "it has no place");
         fill(&mut active.extra, id);
         let hits = hits(&mut active.extra);

@@ -49,7 +49,7 @@ impl RangeSet {
     }
 
     /// The ranges of another set, or some of them.
-    pub(crate) fn of_parts(parts: &[AddressRange]) -> Self {
+    fn of_parts(parts: &[AddressRange]) -> Self {
         debug_assert!(!parts.is_empty(), "a set has at least one range");
         Self { ranges: parts.into() }
     }
@@ -62,28 +62,55 @@ impl RangeSet {
     /// Whether one of the ranges shares a byte with `range`: in the logarithm of how many there
     /// are.
     pub fn overlaps(&self, range: AddressRange) -> bool {
-        !overlapping(self, range).is_empty()
+        !self.overlapping(range).is_empty()
     }
 
     /// Those of the ranges that share a byte with `range`, whole.
     pub fn overlapping(&self, range: AddressRange) -> &[AddressRange] {
-        overlapping(self, range)
+        Parts::all(self).overlapping(range).as_slice()
+    }
+}
+
+/// Neighbours in a set.
+#[derive(Clone, Copy)]
+pub(crate) struct Parts<'a> {
+    set: &'a RangeSet,
+    from: usize,
+    count: usize,
+}
+
+impl<'a> Parts<'a> {
+    pub(crate) fn all(set: &'a RangeSet) -> Self {
+        Self { set, from: 0, count: set.len() }
+    }
+
+    pub(crate) fn as_slice(self) -> &'a [AddressRange] {
+        &self.set.ranges[self.from..][..self.count]
+    }
+
+    /// Those that overlap `range`.
+    pub(crate) fn overlapping(self, range: AddressRange) -> Self {
+        let ranges = self.as_slice();
+        let before = ranges.partition_point(|part| part.last < range.start);
+        let count = ranges[before..].partition_point(|part| part.start <= range.last);
+        Self { from: self.from + before, count, ..self }
+    }
+
+    pub(crate) fn hull(self) -> AddressRange {
+        hull(self.as_slice())
+    }
+
+    pub(crate) fn to_set(self) -> RangeSet {
+        if self.count == self.set.len() { self.set.clone() } else { RangeSet::of_parts(self.as_slice()) }
     }
 }
 
 /// From the first address of sorted ranges to the last one.
-pub(crate) fn hull(parts: &[AddressRange]) -> AddressRange {
+fn hull(parts: &[AddressRange]) -> AddressRange {
     match (parts.first(), parts.last()) {
         (Some(first), Some(last)) => AddressRange { start: first.start, last: last.last },
         _ => unreachable!("there is at least one range"),
     }
-}
-
-/// Those of sorted ranges without overlaps that overlap `range`.
-pub(crate) fn overlapping(parts: &[AddressRange], range: AddressRange) -> &[AddressRange] {
-    let from = parts.partition_point(|part| part.last < range.start);
-    let parts = &parts[from..];
-    &parts[..parts.partition_point(|part| part.start <= range.last)]
 }
 
 impl From<AddressRange> for RangeSet {

@@ -24,6 +24,7 @@ use crate::engine::Shared;
 use crate::range::AddressRange;
 use crate::space::AddressSpace;
 use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Weak};
+use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 use core::fmt;
 use core::mem::ManuallyDrop;
@@ -151,6 +152,8 @@ struct Inner {
     /// Pages that are waited for, and ranges whose pages had not gone in time.
     waited_for: Mutex<Vec<Weak<Marked>>>,
     suspects: Mutex<Vec<Suspect>>,
+    /// Ids of the notifiers that stand where pages are waited for.
+    settles: Mutex<BTreeSet<u64>>,
     /// Nanoseconds from `opened` to the last rest between two looks.
     rested: AtomicU64,
     starting: Mutex<Starting>,

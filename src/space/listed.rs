@@ -52,7 +52,9 @@ pub struct ActiveInvalidation {
     /// Names of the notifiers whose passes are pending.
     pub pending: Vec<Cow<'static, str>>,
     /// The [ids](crate::Subscription::id) of the same notifiers, in the same order: to find the device
-    /// that a name speaks of, and [fence](crate::Subscription::fence) it.
+    /// that a name speaks of, and [fence](crate::Subscription::fence) it. With a
+    /// [pass budget](crate::Builder::pass_budget) some of them may be well: their passes wait for
+    /// their first poll behind another one.
     pub pending_ids: Vec<NotifierId>,
 }
 
@@ -64,7 +66,8 @@ pub struct Stats {
     pub invalidations: u64,
     /// Times that a reader's check said that its notifier was invalidated.
     pub collisions: u64,
-    /// Times that [`DriverLock::mirror`](crate::DriverLock::mirror) started over.
+    /// Times that [`DriverLock::mirror`](crate::DriverLock::mirror) started over; of
+    /// [`mirror_all`](crate::DriverLock::mirror_all) each range that did.
     pub retries: u64,
     /// Times that a reader had to wait for an invalidation (a pause is not counted).
     pub waits: u64,

@@ -9,6 +9,8 @@ mod cancellation;
 mod driver_tasks;
 mod executors;
 mod fenced;
+#[cfg(feature = "std")]
+mod fenced_hard;
 // Without `std` there is nothing to catch a panic with.
 #[cfg(feature = "std")]
 mod foreign_code;
@@ -20,6 +22,8 @@ mod panics;
 mod readers;
 mod sequences;
 mod sets;
+mod sets_hard;
 mod timelines;
+mod timelines_hard;
 #[cfg(feature = "std")]
 mod waits;

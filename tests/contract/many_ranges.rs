@@ -1,7 +1,11 @@
 //! N: one invalidation of many ranges.
 use crate::support::*;
-use shootdown::{AddressRange, AddressSpace, Event, Phase, RangeSet};
-use std::time::Duration;
+use futures::future::{Either, select};
+use shootdown::{AddressRange, AddressSpace, Event, PassFuture, Phase, RangeSet};
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::pin::pin;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 /// Single pages.
 fn set(numbers: impl IntoIterator<Item = u64>) -> RangeSet {
@@ -193,4 +197,69 @@ fn n3_the_ends_of_the_address_space_may_belong_to_one() {
     drop(now(space.invalidate_all(RangeSet::new(ends).unwrap(), Event::Unmap)));
     let log = log.lock().unwrap();
     assert_eq!((log[0].1.range, log[0].1.ranges()), (AddressRange::ALL, &ends[..]));
+}
+
+#[cfg(feature = "std")]
+#[test]
+fn c7_an_invalidation_of_many_ranges_that_waits_in_a_first_pass_fails_too() {
+    if cfg!(not(debug_assertions)) {
+        return;
+    }
+    for many in [false, true] {
+        let (space, device, log) = one_device();
+        let reader = Arc::new(space.insert(pages(0, 1), Device::new("reader", &log)).unwrap());
+        reader.next(Act::pass(Gate::default()));
+        let inside = space.clone();
+        device.next(Act::Run(Box::new(move |_| {
+            let set = if many { RangeSet::new([pages(0, 1), pages(8, 1)]).unwrap() } else { pages(0, 1).into() };
+            // What `wait` does, without its sleep: it would hang.
+            let mut waits = Task::new(inside.invalidate_all(set, Event::Clear));
+            let _ = waits.run();
+            waits.forget();
+        })));
+        let panic = catch_unwind(AssertUnwindSafe(|| {
+            let mut outer = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+            let _ = outer.run();
+            outer.forget();
+        }));
+        assert!(panic.is_err(), "many ranges: {many}: a wait that never ends is not noticed");
+    }
+}
+
+#[cfg(feature = "std")]
+#[test]
+fn f3_two_waits_in_one_first_pass_that_block_nobody_are_not_one_that_does() {
+    let (space, device, log) = one_device();
+    let reader = Arc::new(space.insert(pages(0, 1), Device::new("reader", &log)).unwrap());
+    let inside = reader.clone();
+    device.next(Act::Run(Box::new(move |_| {
+        for _ in 0..2 {
+            let reader = inside.clone();
+            // Looks whether it would wait, and goes on.
+            PassFuture::new(async move {
+                let ready = pin!(std::future::ready(()));
+                if let Either::Left(_) = select(pin!(reader.read_begin()), ready).await {
+                    unreachable!("it is under invalidation");
+                }
+            })
+            .wait();
+        }
+    })));
+    let done = catch_unwind(AssertUnwindSafe(|| drop(now(space.invalidate(pages(0, 1), Event::Unmap)))));
+    assert!(done.is_ok(), "{:?}", done.unwrap_err().downcast_ref::<String>());
+}
+
+#[test]
+fn n1_many_ranges_and_many_notifiers_cost_no_product() {
+    let time = |notifiers: u64| {
+        let space = AddressSpace::new();
+        let device = |_| space.insert(pages(0, 1), Device::new("device", &Log::default())).unwrap();
+        let _devices: Vec<_> = (0..notifiers).map(device).collect();
+        let set = RangeSet::new((0..200_000).map(|at| pages(at * 2, 1))).unwrap();
+        let began = Instant::now();
+        drop(now(space.invalidate_all(set, Event::Unmap)));
+        began.elapsed()
+    };
+    let (few, many) = (time(1), time(2000));
+    assert!(many < few * 4 + std::time::Duration::from_millis(200), "each first pass looks at all ranges: {few:?}, {many:?}");
 }

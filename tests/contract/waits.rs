@@ -263,3 +263,29 @@ fn w1_a_panic_goes_on_in_the_thread_that_waits() {
     // And the thread may wait again.
     drop(space.invalidate(pages(0, 1), Event::Unmap).wait());
 }
+
+/// A task of tokio may do so much until it gives its turn; after that what it polls is pending and wakes it at once.
+#[test]
+fn w3_a_wait_inside_an_unconstrained_task_of_tokio_ends_whatever_its_budget() {
+    for turns in [1_usize, 1000] {
+        let (done, is_done) = std::sync::mpsc::channel();
+        std::thread::spawn(move || {
+            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+            let task = runtime.spawn(tokio::task::unconstrained(async move {
+                // The device's answers are all there.
+                let (sender, mut answers) = tokio::sync::mpsc::unbounded_channel();
+                (0..turns).for_each(|turn| sender.send(turn).unwrap());
+                PassFuture::new(async move {
+                    for _ in 0..turns {
+                        answers.recv().await.unwrap();
+                    }
+                })
+                .wait();
+            }));
+            runtime.block_on(task).unwrap();
+            let _ = done.send(());
+        });
+        let ended = is_done.recv_timeout(std::time::Duration::from_secs(5)).is_ok();
+        assert!(ended, "a pass that has {turns} answers to take, all of which are there, is waited for for ever");
+    }
+}

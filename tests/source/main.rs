@@ -1,6 +1,7 @@
 //! `source` on real memory. Where userfaultfd is not permitted, the tests that need it count as ignored, and say why.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr, clippy::unit_arg)]
 
+mod batches;
 mod cache;
 mod corners;
 mod delivering;
@@ -121,6 +122,7 @@ fn main() {
         .chain(needs_more(silent::tests(), silent::lacking))
         .chain(needs(never_stale::tests()))
         .chain(needs(corners::tests()))
+        .chain(needs(batches::tests()))
         .chain(needs(delivering::tests()))
         .chain(watched_alone)
         .chain([proof])

@@ -227,6 +227,17 @@ impl<F: Future> Task<F> {
         assert!(self.run().is_pending(), "it should have waited");
     }
 
+    /// Polls it unless it is done, woken or not; drops what it resolves to.
+    pub fn poll_again(&mut self) {
+        if self.future.is_some() {
+            let _ = self.poll();
+        }
+    }
+
+    pub fn is_done(&self) -> bool {
+        self.future.is_none()
+    }
+
     pub fn is_woken(&self) -> bool {
         self.flag.0.load(Ordering::SeqCst)
     }

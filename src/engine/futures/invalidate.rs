@@ -12,7 +12,7 @@ use crate::engine::work::first_passes::Reached;
 use crate::event::{Event, Owner, Terms};
 use crate::foreign::TaskWaker;
 use crate::notifier::{Request, WouldBlock};
-use crate::range::{AddressRange, RangeSet};
+use crate::range::{AddressRange, Parts, RangeSet};
 use crate::sync::Arc;
 use alloc::boxed::Box;
 use core::fmt;
@@ -165,6 +165,18 @@ impl<'a> Invalidate<'a> {
         self
     }
 
+    /// Says of several changes that all have happened (N4).
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    pub(crate) fn past(mut self) -> Self {
+        self.terms = self.terms.past();
+        if let Step::Start = *self.step {
+            // Also if they are one range together: places know of no such thing.
+            let set = RangeSet::from(self.range);
+            self.step = ManuallyDrop::new(Step::OfSet(Box::new((set, Step::Start))));
+        }
+        self
+    }
+
     /// Tags it, for a notifier of the library's own that belongs to this invalidation alone.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(crate) fn tagged(mut self, owner: Owner) -> Self {
@@ -216,7 +228,7 @@ impl<'a> Invalidate<'a> {
                 Step::OfSet(of) => (Some(&of.0), &mut of.1),
                 step => (None, step),
             };
-            let request = Request { range: self.range, owner: self.owner, terms: self.terms, parts: set.map(|set| &**set) };
+            let request = Request { range: self.range, owner: self.owner, terms: self.terms, parts: set.map(Parts::all) };
             match turn(space, &request, set, self.lapses, step, cx) {
                 Turn::Again => {}
                 Turn::Lapsed => {
@@ -345,7 +357,11 @@ impl<'a> Future for Invalidate<'a> {
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
-        let (first, range) = (matches!(&*this.step, Step::Start), this.range);
+        let range = this.range;
+        let first = match &*this.step {
+            Step::OfSet(of) => matches!(of.1, Step::Start),
+            step => matches!(step, Step::Start),
+        };
         let (future, polled) = if let (Step::Start, Some(Handle::Borrowed(space))) = (&*this.step, &*this.space) {
             let space: &'a Shared = space;
             // Nothing in these is to be dropped: plain stores. Before the start, which may panic.

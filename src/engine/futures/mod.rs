@@ -3,6 +3,7 @@
 
 pub(crate) mod drain;
 pub(crate) mod guard;
+pub(crate) mod hit;
 pub(crate) mod invalidate;
 pub(crate) mod read;
 pub(crate) mod remove;

@@ -13,7 +13,7 @@ mod waiters;
 
 use crate::engine::outbox::Outbox;
 use crate::engine::wakers::Bell;
-use crate::engine::work::{Progress, Work};
+use crate::engine::work::{Progress, Unpolled, Work};
 use crate::entry::EntryRef;
 use crate::foreign::TaskWaker;
 use crate::index::{IntervalIndex, Ranged};
@@ -314,8 +314,8 @@ impl State {
         parking.stage.lease().map_or(Help::Busy, Help::Leased)
     }
 
-    /// The end of a lease: the work comes back. Returns whether the joined passes are all done.
-    /// `now` if they are.
+    /// The end of a lease: the work comes back. Returns whether the joined passes are all done, and
+    /// whether some of them may be over since (L5). `now` if they are done.
     pub(crate) fn give_back(
         &mut self,
         ticket: Ticket,
@@ -323,7 +323,7 @@ impl State {
         progress: Progress,
         now: Option<Duration>,
         outbox: &mut Outbox,
-    ) -> bool {
+    ) -> (bool, bool) {
         let mut quiet = Vec::new();
         let fences = self.fences;
         let Some(parking) = self.parking_mut(ticket) else {
@@ -341,7 +341,7 @@ impl State {
         let woken = parking.wakers.end();
         // Then something is to be done for those who wait: to claim, to poll on, or to wait for something
         // else.
-        if woken || behind || progress != Progress::Waiting || matches!(next, Next::Drive) {
+        if woken || progress != Progress::Waiting || matches!(next, Next::Drive) {
             outbox.contents().sets.push(parking.wakers.clone());
         }
         for entry in quiet {
@@ -350,7 +350,25 @@ impl State {
         if let Next::End(work) = next {
             self.end_abandoned(ticket, work, now, outbox);
         }
-        done
+        (done, behind)
+    }
+
+    /// L5: what waits for its first poll of fenced notifiers, in an invalidation that waits for its
+    /// caller.
+    pub(crate) fn cut_unclaimed(
+        &mut self,
+        ticket: Ticket,
+        of: impl Fn(EntryRef) -> bool,
+        outbox: &mut Outbox,
+    ) -> Option<Unpolled> {
+        let parking = self.parking_mut(ticket)?;
+        let Stage::Unclaimed { work, .. } = &mut parking.stage else { return None };
+        let (mut quiet, pending) = (Vec::new(), &mut parking.pending);
+        let unpolled = work.passes().take_unpolled_of(of, |listed| quiet.extend(pending.remove(listed)));
+        for entry in quiet {
+            self.nudge(entry, None, outbox);
+        }
+        Some(unpolled)
     }
 
     /// Ends an abandoned invalidation all of whose passes are done.

@@ -8,7 +8,6 @@ use crate::entry::{Answer, EntryRef};
 use crate::foreign::{Callback, Inside, Panic, Report, keep};
 use crate::notifier::{Invalidation, Request};
 use crate::observe::Moment;
-use crate::range::{hull, overlapping};
 use crate::sync::Ordering;
 
 /// Why the calls of first passes stopped.
@@ -70,8 +69,8 @@ fn call_from<'a, const BUDGET: bool>(
                 match request.parts {
                     // Those have the plain way only, and each notifier its own of them.
                     Some(parts) if BUDGET => {
-                        let own = overlapping(parts, entry.range);
-                        let own = Request { range: hull(own), parts: Some(own), ..*invalidation.request };
+                        let own = parts.overlapping(entry.range);
+                        let own = Request { range: own.hull(), parts: Some(own), ..*invalidation.request };
                         let invalidation = Invalidation { request: &own, ..*invalidation };
                         entry.first_pass(inside, &invalidation, passes.next.as_mut())
                     }

@@ -13,7 +13,7 @@ use crate::entry::EntryRef;
 use crate::sync::Ordering;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
-pub(crate) use passes::{Passes, Progress};
+pub(crate) use passes::{Passes, Progress, Unpolled};
 use slab::Slab;
 use sync_wrapper::SyncWrapper;
 

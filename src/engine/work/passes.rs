@@ -3,6 +3,8 @@
 
 mod cut;
 
+pub(crate) use cut::Unpolled;
+
 use super::{PendingNotifiers, UNLISTED};
 use crate::engine::host::Host;
 use crate::engine::wakers::WakerSet;
@@ -10,7 +12,7 @@ use crate::entry::EntryRef;
 use crate::foreign::{Callback, FirstPanic, Losses, Panic, keep};
 use crate::observe::{self, Moment, Trace};
 use crate::pass::PassFuture;
-use crate::sync::Arc;
+use crate::sync::{Arc, Ordering};
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 use core::pin::Pin;
@@ -98,6 +100,8 @@ impl Default for Passes {
 /// The passes that stayed pending at their first poll.
 struct Join {
     running: FuturesUnordered<Pass>,
+    /// As many of them are over and only still there (L5).
+    shells: usize,
     wakers: Arc<WakerSet>,
     /// `wakers` as a waker.
     waker: Waker,
@@ -144,7 +148,8 @@ pub(crate) enum Progress {
 
 /// What the poll of a pass that is done leaves.
 struct Outcome {
-    finished: Finished,
+    /// `None` for one that was over before (L5).
+    finished: Option<Finished>,
     began: Moment,
     slot: Option<Slot>,
     panic: Option<Panic>,
@@ -157,7 +162,7 @@ impl Future for Pass {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
         let this = &mut *self;
         let Some(slot) = &mut this.future else {
-            panic!("a pass is not polled after it is done");
+            return Poll::Ready(Outcome { finished: None, began: this.began, slot: None, panic: None });
         };
         let polled = keep(|_| match slot.as_mut().as_pin_mut() {
             Some(future) => future.poll(cx),
@@ -173,7 +178,7 @@ impl Future for Pass {
         }
         let slot = this.future.take().filter(|_| panic.is_none());
         let finished = Finished { entry: this.entry, listed: this.listed, budgeted: this.budgeted };
-        Poll::Ready(Outcome { finished, began: this.began, slot, panic })
+        Poll::Ready(Outcome { finished: Some(finished), began: this.began, slot, panic })
     }
 }
 
@@ -248,7 +253,7 @@ impl Passes {
     #[inline(never)]
     fn make_join(&mut self) {
         let wakers = Arc::new(WakerSet::default());
-        self.join = Some(Join { running: FuturesUnordered::new(), waker: Waker::from(wakers.clone()), wakers });
+        self.join = Some(Join { running: FuturesUnordered::new(), shells: 0, waker: Waker::from(wakers.clone()), wakers });
     }
 
     /// Who is woken when a pass can go on.
@@ -258,7 +263,7 @@ impl Passes {
 
     /// Passes that were polled and are not done.
     pub(crate) fn running(&self) -> usize {
-        self.join.as_ref().map_or(0, |join| join.running.len())
+        self.join.as_ref().map_or(0, |join| join.running.len() - join.shells)
     }
 
     /// Polls each started pass from `from` on once, in order (O3). What stays pending goes into the
@@ -339,7 +344,7 @@ impl Passes {
     pub(crate) fn list(&mut self, pending: &mut PendingNotifiers) {
         let running = self.join.iter_mut().flat_map(|join| join.running.iter_mut());
         for pass in self.slots[..self.started].iter_mut().chain(running) {
-            if pass.listed == UNLISTED {
+            if pass.listed == UNLISTED && pass.future.is_some() {
                 pass.listed = pending.add(pass.entry);
             }
         }
@@ -377,7 +382,8 @@ impl Passes {
             }
             self.finished.clear();
             left -= 1;
-            let goes_on = progress == Progress::Yielded || (woken && progress == Progress::Waiting);
+            let behind = self.is_behind(host.fences.load(Ordering::Acquire));
+            let goes_on = progress == Progress::Yielded || (woken && progress == Progress::Waiting) || behind;
             if !goes_on || left == 0 {
                 return;
             }
@@ -390,9 +396,14 @@ impl Passes {
     /// where others can take them: a waiter that was woken earlier would find nothing to poll,
     /// and the wake-up would be lost.
     pub(crate) fn drive(&mut self, host: &Host) -> Progress {
-        if self.join.is_some() {
-            self.cut(host);
-        }
+        self.cut(host);
+        let progress = self.drive_joined(host);
+        self.tidy();
+        // Also if those that were left have been cut.
+        if self.running() == 0 { Progress::AllFinished } else { progress }
+    }
+
+    fn drive_joined(&mut self, host: &Host) -> Progress {
         let Some(join) = &mut self.join else {
             return Progress::AllFinished;
         };
@@ -404,7 +415,8 @@ impl Passes {
         let _entered = self.trace.enter();
         loop {
             match join.running.poll_next_unpin(&mut cx) {
-                Poll::Ready(Some(Outcome { finished, began, slot, panic })) => {
+                Poll::Ready(Some(Outcome { finished: None, .. })) => join.shells -= 1,
+                Poll::Ready(Some(Outcome { finished: Some(finished), began, slot, panic })) => {
                     let (entry, panicked) = (finished.entry, panic.is_some());
                     if finished.budgeted {
                         host.give_permit_back();
@@ -421,7 +433,7 @@ impl Passes {
                     if count < FINISHED_AT_ONCE {
                         continue;
                     }
-                    if join.running.is_empty() {
+                    if join.running.len() == join.shells {
                         return Progress::AllFinished;
                     }
                     // The join wakes nobody for what it has found ready already.

@@ -148,6 +148,7 @@ impl UffdBuilder {
             table: Mutex::new(Table::new(fd.clone(), maps, pagemap, promises)),
             waited_for: Mutex::default(),
             suspects: Mutex::default(),
+            settles: Mutex::default(),
             rested: AtomicU64::new(0),
             starting: Mutex::default(),
             ring: Ring::new(),

@@ -15,6 +15,7 @@ use crate::source::watches::Watched;
 use crate::subscription::Subscription;
 use crate::sync::{Arc, AtomicBool, Ordering};
 use alloc::boxed::Box;
+use alloc::collections::BTreeSet;
 use alloc::vec::Vec;
 use core::future::Future;
 use core::pin::Pin;
@@ -245,6 +246,9 @@ impl Drop for Late {
         if self.inner.is_forked() {
             let (settle, marked) = (core::mem::take(&mut self.settle), core::mem::take(&mut self.marked));
             core::mem::forget((self.invalidation.take(), settle, marked, self.inner.clone()));
+        } else if !self.settle.is_empty() {
+            let mut settles = self.inner.settles();
+            self.settle.iter().for_each(|settle| _ = settles.remove(&settle.id().get()));
         }
     }
 }
@@ -279,7 +283,7 @@ impl Inner {
             (self.changes(look), Open(self))
         };
         let started = changes.ranges.len();
-        let batches = batches(core::mem::take(&mut changes.ranges), |range| self.shared().concerned(range));
+        let batches = batches(core::mem::take(&mut changes.ranges), |range| self.concerned(range));
         // All of them first: a driver that is told drops its watches, and the marks of another change would
         // go with the registration.
         let lates: Vec<Late> = batches.into_iter().filter_map(|batch| self.late(batch)).collect();
@@ -306,6 +310,18 @@ impl Inner {
         started
     }
 
+    /// What tells the drivers of a range from those of another one. Ours are none.
+    fn concerned(&self, range: AddressRange) -> Vec<u64> {
+        let mut concerned = self.shared().concerned(range);
+        let settles = self.settles();
+        concerned.retain(|id| !settles.contains(id));
+        concerned
+    }
+
+    fn settles(&self) -> MutexGuard<'_, BTreeSet<u64>> {
+        self.settles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// N4: the invalidation of a batch.
     fn late(self: &Arc<Self>, batch: Batch) -> Option<Late> {
         let (mut marked, mut settle, owner) = (Vec::new(), Vec::new(), Owner::new());
@@ -313,15 +329,20 @@ impl Inner {
             for change in batch.ranges.iter().filter_map(|range| Marked::new(self, *range, owner)) {
                 let range = change.range();
                 if let Ok(settles) = self.space().insert(range, Settle(change.clone())) {
+                    self.settles().insert(settles.id().get());
                     settle.push(settles);
                     marked.push(change);
                 }
             }
         }
+        let several = batch.ranges.len() > 1;
         let ranges = RangeSet::new(batch.ranges).ok()?;
         let mut invalidation = self.space().invalidate_all(ranges, batch.event).late();
         if !marked.is_empty() {
             invalidation = invalidation.tagged(owner);
+        }
+        if several && batch.seen == Seen::Happened {
+            invalidation = invalidation.past();
         }
         Some(Late { inner: self.clone(), marked, settle, invalidation: Some(Box::pin(invalidation.into_owned())) })
     }

@@ -1,8 +1,9 @@
 //! The passes of devices that were cut off (L5).
 #![forbid(unsafe_code)]
 
-use super::{Finished, Pass, Passes, Slot};
+use super::{Finished, Pass, Passes, Slot, UNLISTED};
 use crate::engine::host::Host;
+use crate::entry::EntryRef;
 use crate::foreign::Callback;
 use crate::observe;
 use crate::sync::Ordering;
@@ -16,48 +17,97 @@ impl Passes {
 
     /// Drops the passes of notifiers that were fenced since the last look, unfinished: they are done.
     pub(crate) fn cut(&mut self, host: &Host) {
-        let fences = host.fences.load(Ordering::Acquire);
-        if core::mem::replace(&mut self.fences, fences) != fences {
+        loop {
+            let fences = host.fences.load(Ordering::Acquire);
+            // Another one may be fenced by what is dropped.
+            if core::mem::replace(&mut self.fences, fences) == fences {
+                return;
+            }
             self.cut_fenced(host);
         }
     }
 
     #[cold]
     fn cut_fenced(&mut self, host: &Host) {
-        // Those that nobody has polled are skipped when their turn comes.
-        for pass in self.slots[..self.started].iter_mut().filter(|pass| pass.entry.is_fenced()) {
-            if let Some(Err(panic)) = pass.future.as_mut().map(Slot::clear) {
-                self.panic.note(&host.losses, Callback::Pass, panic);
-                // A slot whose drop may have panicked is not used again.
-                pass.future = None;
-            }
-        }
-        let Some(join) = &mut self.join else { return };
-        if !join.running.iter().any(|pass| pass.entry.is_fenced()) {
-            return;
+        for pass in self.take_unpolled(|entry| entry.is_fenced()).0 {
+            self.end(pass, host);
         }
         (0..core::mem::take(&mut self.untold)).for_each(|_| observe::pass_pends(&host.losses));
-        // There is no way to take one out of the join, so it is made anew: who stays is polled again.
-        let mut passes: Vec<Pass> = core::mem::take(&mut join.running).into_iter().collect();
-        // The youngest comes first there.
-        passes.reverse();
-        for mut pass in passes {
-            if !pass.entry.is_fenced() {
-                join.running.push(pass);
-                continue;
+        let Some(join) = &mut self.join else { return };
+        // There is no way to take one out of the join before it is done, so a shell stays there.
+        let cut = |pass: &&mut Pass| pass.future.is_some() && pass.entry.is_fenced();
+        let cut: Vec<Pass> = join.running.iter_mut().filter(cut).map(Pass::move_out).collect();
+        join.shells += cut.len();
+        for pass in cut {
+            observe::pass_pends_no_more(&host.losses);
+            self.end(pass, host);
+        }
+    }
+
+    /// Ends a pass that is not done.
+    fn end(&mut self, mut pass: Pass, host: &Host) {
+        let dropped = pass.future.as_mut().map_or(Ok(()), Slot::clear);
+        if pass.budgeted {
+            host.give_permit_back();
+        }
+        self.finished.push(Finished { entry: pass.entry, listed: pass.listed, budgeted: pass.budgeted });
+        self.trace.pass(&host.losses, pass.entry, pass.began, dropped.is_err());
+        match dropped {
+            Ok(()) => self.spare_slots.extend(pass.future),
+            Err(panic) => self.panic.note(&host.losses, Callback::Pass, panic),
+        }
+    }
+
+    /// Takes out those that wait for their first poll, of some notifiers.
+    fn take_unpolled(&mut self, of: impl Fn(EntryRef) -> bool) -> Unpolled {
+        let mut taken = Vec::new();
+        let mut at = 0;
+        while at < self.started {
+            if of(self.slots[at].entry) {
+                taken.push(self.slots.remove(at));
+                self.started -= 1;
+            } else {
+                at += 1;
             }
-            let dropped = pass.future.as_mut().map_or(Ok(()), Slot::clear);
+        }
+        Unpolled(taken)
+    }
+
+    /// The same, off the list of what is pending. Under the lock, where nothing is dropped.
+    pub(crate) fn take_unpolled_of(&mut self, of: impl Fn(EntryRef) -> bool, mut unlist: impl FnMut(usize)) -> Unpolled {
+        let mut taken = self.take_unpolled(of);
+        for pass in &mut taken.0 {
+            unlist(core::mem::replace(&mut pass.listed, UNLISTED));
+        }
+        taken
+    }
+
+    /// Forgets the shells when nothing else is left in the join.
+    pub(super) fn tidy(&mut self) {
+        if let Some(join) = &mut self.join
+            && join.shells > 0
+            && join.shells == join.running.len()
+        {
+            join.running.clear();
+            join.shells = 0;
+        }
+    }
+}
+
+/// Passes of a fenced notifier that nobody has polled, and nobody will.
+#[must_use]
+pub(crate) struct Unpolled(Vec<Pass>);
+
+impl Unpolled {
+    /// Drops them, whatever that does: the invalidation that they were of waits for its caller, who is not told of a panic.
+    pub(crate) fn discard(self, host: &Host) {
+        for mut pass in self.0 {
+            if let Some(Err(panic)) = pass.future.as_mut().map(Slot::clear) {
+                host.losses.lose(Callback::Pass, panic);
+            }
             if pass.budgeted {
                 host.give_permit_back();
             }
-            self.finished.push(Finished { entry: pass.entry, listed: pass.listed, budgeted: pass.budgeted });
-            observe::pass_pends_no_more(&host.losses);
-            self.trace.pass(&host.losses, pass.entry, pass.began, dropped.is_err());
-            match dropped {
-                Ok(()) => self.spare_slots.extend(pass.future),
-                Err(panic) => self.panic.note(&host.losses, Callback::Pass, panic),
-            }
         }
-        join.wakers.note_woken();
     }
 }

@@ -1,0 +1,58 @@
+//! Waiting for the next invalidation of a notifier.
+#![forbid(unsafe_code)]
+
+use super::wait::{Goal, Verdict, Wait};
+use crate::engine::Shared;
+use crate::engine::state::{Parking, State, WaitFor};
+use crate::entry::EntryRef;
+use crate::notifier::Sequence;
+use core::marker::PhantomData;
+use core::task::{Context, Poll};
+
+/// Tells when a notifier does not have the sequence any more that it had, or is under invalidation,
+/// or closed. For who holds something that its passes may wait for.
+///
+/// It is woken if an invalidation has passes pending: only then somebody may wait.
+pub(crate) struct Hit<'a> {
+    space: &'a Shared,
+    entry: EntryRef,
+    sequence: Sequence,
+    wait: Wait,
+    /// Borrows the subscription, which keeps the entry alive.
+    subscription: PhantomData<&'a ()>,
+}
+
+/// That the sequence is not what it was.
+struct Changed(EntryRef, Sequence);
+
+impl Goal for Changed {
+    fn queue(&self) -> Option<(EntryRef, WaitFor)> {
+        // Woken at each turn of the notifier's, and never taken off the list before it goes.
+        Some((self.0, WaitFor::Quiet))
+    }
+
+    fn look(&mut self, _: &State, _: bool, _: bool) -> Verdict {
+        if self.0.own.is_stable_at(self.1.0) { Verdict::Wait } else { Verdict::Over }
+    }
+
+    fn wants(&self, _: &Parking, _: u64) -> bool {
+        false
+    }
+}
+
+impl<'a> Hit<'a> {
+    /// The entry lives as long as `'a`.
+    pub(crate) fn new(space: &'a Shared, entry: EntryRef, sequence: Sequence) -> Self {
+        Self { space, entry, sequence, wait: Wait::default(), subscription: PhantomData }
+    }
+
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.wait.poll(self.space, &mut Changed(self.entry, self.sequence), cx)
+    }
+}
+
+impl Drop for Hit<'_> {
+    fn drop(&mut self) {
+        self.wait.give_up(self.space);
+    }
+}
