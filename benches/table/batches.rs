@@ -101,7 +101,8 @@ impl Memory {
     fn unmap(&self, number: u64) -> Result<(), Failure> {
         let at = std::ptr::without_provenance_mut(self.page(number)?.start() as usize);
         // SAFETY: a page of the mapping, which nothing refers to.
-        Ok(unsafe { munmap(at, PAGE as usize)? })
+        unsafe { munmap(at, PAGE as usize)? };
+        Ok(())
     }
 
     /// Runs `unmap_all`, and waits until the device uses nothing of it any more.
