@@ -7,6 +7,9 @@
 //! sections and the options.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
+#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+#[path = "table/batches.rs"]
+mod batches;
 #[path = "table/bounds.rs"]
 mod bounds;
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
@@ -84,6 +87,8 @@ struct Report<'a> {
     rows: &'a [Row],
     bounds: &'a [Bound],
     fairness: &'a Option<fairness::Fairness>,
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    batches: &'a Option<batches::Batches>,
     curves: &'a [curves::Curve],
 }
 
@@ -331,6 +336,12 @@ fn main() {
         curves.extend(costs);
     }
     let fairness = wants(Section::Fairness).then(fairness::measure);
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    let batches = wants(Section::Batches).then(batches::measure);
+    #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
+    if wants(Section::Batches) {
+        println!("left out: a thousand unmappings, which need --features userfaultfd");
+    }
 
     print(&calibration, &rows, &curves);
     if !bounds.is_empty() {
@@ -340,13 +351,26 @@ fn main() {
         fairness.print();
         bounds.extend_from_slice(&fairness.rows);
     }
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    if let Some(batches) = &batches {
+        batches.print();
+        bounds.extend_from_slice(&batches.rows);
+    }
     if !curves.is_empty() {
         let picture = options.picture();
         plot::write(&picture, &curves).unwrap_or_else(|error| fail(&options::cannot_be_written(&picture, &error)));
         println!("\nthe curves are in {}", picture.display());
     }
     if let Some(file) = &options.json {
-        let report = Report { calibration: &calibration, rows: &rows, bounds: &bounds, fairness: &fairness, curves: &curves };
+        let report = Report {
+            calibration: &calibration,
+            rows: &rows,
+            bounds: &bounds,
+            fairness: &fairness,
+            #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+            batches: &batches,
+            curves: &curves,
+        };
         let text = serde_json::to_string_pretty(&report).unwrap_or_else(|error| fail(&error.to_string()));
         std::fs::write(file, text).unwrap_or_else(|error| fail(&options::cannot_be_written(file, &error)));
     }

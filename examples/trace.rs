@@ -90,7 +90,7 @@ fn record(json: &str) -> Result<(), Box<dyn Error>> {
         all_processes: false,
         most_invalidations: Some(60),
     };
-    let plan = schedule::Plan::new(&recording, micros(50));
+    let plan = schedule::Plan::new(&recording, micros(50), 1);
     let row = simulation::run(&Arc::new(plan), settings, || ())?.row;
     drop(written);
     println!("{} invalidations of {} GPUs are in {json}: open it at https://ui.perfetto.dev", row.invalidations, row.gpus);

@@ -172,6 +172,48 @@ fn every_planted_bug_is_found_in_every_mode_with_any_number_of_gpus() {
     }
 }
 
+#[test]
+fn a_program_that_gathers_its_changes_waits_less_and_nothing_is_stale() {
+    let run = |options: &[&str]| {
+        let options: Vec<&str> = [&["--json", "--gpus", "1,4,16"], options].concat();
+        let output = multi_gpu(&options);
+        assert!(output.status.success(), "{options:?}: {}", error(&output));
+        rows(&output)
+    };
+    for profile in ["busy", "mixed"] {
+        let [alone, gathered] = ["1", "64"].map(|batch| run(&["--profile", profile, "--batch", batch]));
+        for (gpus, mode) in [1, 4, 16].into_iter().flat_map(|gpus| MODES.map(|mode| (gpus, mode))) {
+            let of = |field| [&alone, &gathered].map(|rows| number(row(rows, gpus, mode), field));
+            assert_eq!(of("stale_accesses"), [0, 0], "{profile}, {gpus} GPUs, {mode}");
+            assert!(of("with_work")[1] < of("with_work")[0], "{profile}, {gpus} GPUs, {mode}: fewer invalidations");
+        }
+        let total = |rows: &[Value]| number(row(rows, 16, "poll-driven"), "total_ns") as f64;
+        assert!(total(&gathered) < 0.85 * total(&alone), "{profile}: {} and {}", total(&gathered), total(&alone));
+    }
+    // Here first passes are told of several ranges, and of others than those before them: each of these runs finds a driver that
+    // does not keep them apart.
+    let build = format!("{}/examples/multi_gpu/workloads/cargo-build.strace", env!("CARGO_MANIFEST_DIR"));
+    for (profile, seed) in [("busy", "1"), ("busy", "2"), ("mixed", "1")] {
+        run(&["--workload", &build, "--all-processes", "--batch", "64", "--profile", profile, "--seed", seed]);
+    }
+    run(&["--workload", &build, "--all-processes", "--batch", "65536", "--threads", "false"]);
+    let said = String::from_utf8(multi_gpu(&["--gpus", "1", "--batch", "64"]).stdout).unwrap();
+    assert!(said.contains("Up to 64 changes of the memory are invalidated at once"), "{said}");
+}
+
+/// What a batch adds to the driver: several ranges in one first pass, one command and one wait.
+#[test]
+fn planted_bugs_are_found_if_changes_are_gathered() {
+    for fault in faults() {
+        let output = multi_gpu(&["--gpus", "1,4,16", "--json", "--batch", "64", "--fault", &fault]);
+        assert_eq!(output.status.code(), Some(1), "{fault}");
+        let rows = rows(&output);
+        for (gpus, mode) in [1, 4, 16].into_iter().flat_map(|gpus| MODES.map(|mode| (gpus, mode))) {
+            assert!(number(row(&rows, gpus, mode), "stale_accesses") > 0, "{fault}, {gpus} GPUs, {mode}");
+        }
+    }
+}
+
 /// Long form: `MULTI_GPU_SEEDS=100 cargo test --release --test multi_gpu nothing_is_stale`.
 #[test]
 fn nothing_is_stale_whatever_the_seed_the_workload_and_the_profile() {
@@ -207,6 +249,8 @@ fn bad_input_says_what_to_do_and_exits_with_2() {
         (&["--workload", &empty], "holds no system call"),
         (&["--workload", &bad], "line 2"),
         (&["--gpus", "0"], "0 is not in 1..=1024"),
+        (&["--batch", "0"], "0 is not in 1..=65536"),
+        (&["--batch", "65537"], "65537 is not in 1..=65536"),
         (&["--wibble"], "unexpected argument"),
         (&["--profile", "asleep"], "possible values: idle, busy, preempting, mixed"),
         (&["--modes", "three-pass"], "possible values: single-pass"),
@@ -301,6 +345,10 @@ fn reports_are_compared_also_with_those_of_before() {
     std::fs::write(&other, multi_gpu(&["--gpus", "4", "--json", "--wake-us", "50"]).stdout).unwrap();
     let differ = multi_gpu(&["--compare", new.to_str().unwrap(), other.to_str().unwrap()]);
     assert!(String::from_utf8_lossy(&differ.stdout).contains("they differ in the wake: 2µs and 50µs"));
+    let batches = dir.join("batches.json");
+    std::fs::write(&batches, multi_gpu(&["--gpus", "4", "--json", "--batch", "64"]).stdout).unwrap();
+    let differ = multi_gpu(&["--compare", new.to_str().unwrap(), batches.to_str().unwrap()]);
+    assert!(String::from_utf8_lossy(&differ.stdout).contains("they differ in the batch: 1 and 64"));
     let itself = multi_gpu(&["--compare", new.to_str().unwrap(), new.to_str().unwrap()]);
     let text = String::from_utf8(itself.stdout).unwrap();
     assert!(MODES.iter().all(|mode| text.contains(&format!("4 {mode}"))) && !text.contains("they differ"), "{text}");

@@ -1,5 +1,6 @@
 //! `--compare`: two reports side by side.
 
+use crate::options::BATCH;
 use crate::report::{Report, time};
 use crate::tally::Row;
 use std::collections::BTreeSet;
@@ -30,7 +31,10 @@ pub fn table(names: [&str; 2], [a, b]: [&Report; 2]) -> Result<String, String> {
     let profile = |report: &Report| report.profile.map_or("not known", |profile| profile.name()).to_owned();
     check("profile", profile(a), profile(b));
     check("real time", a.real_time.to_string(), b.real_time.to_string());
-    let known = |report: &Report, option: &str| report.settings.get(option).cloned().unwrap_or_else(|| "not known".into());
+    let known = |report: &Report, option: &str| {
+        let unnamed = if option == BATCH { "1" } else { "not known" };
+        report.settings.get(option).cloned().unwrap_or_else(|| unnamed.into())
+    };
     let options: BTreeSet<&String> = a.settings.keys().chain(b.settings.keys()).collect();
     for option in options {
         check(option, known(a, option), known(b, option));

@@ -2,7 +2,7 @@
 
 use crate::fault::Fault;
 use crate::gpu::Gpu;
-use crate::oracle::{PAGE, Page, pages};
+use crate::oracle::{PAGE, Page, Pages};
 use crate::profile::Command;
 use crate::record::{Record, Step};
 use crate::runtime::{Flag, yield_now};
@@ -12,7 +12,6 @@ use rand::rngs::StdRng;
 use shootdown::{Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget, Subscription, WouldBlock};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -45,17 +44,12 @@ impl Mirror {
     /// Removes the pages from the page table, under the lock that readers install under; returns
     /// those that were there. If there are any, this first pass has work for the device until
     /// `over` is set, and another one that finds nothing left knows of it from the same moment on.
-    fn zap(
-        &self,
-        invalidation: &Invalidation<'_>,
-        pages: &RangeInclusive<Page>,
-        (record, over): (&Arc<Record>, &Flag),
-    ) -> Option<Zapped> {
+    fn zap(&self, invalidation: &Invalidation<'_>, pages: &Pages, (record, over): (&Arc<Record>, &Flag)) -> Option<Zapped> {
         let gpu = &self.gpu;
         let late = gpu.fault == Some(Fault::SetSeqOutsideLock);
         let mut table =
             if late || gpu.fault == Some(Fault::NoSetSeq) { gpu.table.lock() } else { gpu.table.lock_for(invalidation) };
-        let mut zapped: Vec<(Page, u64)> = table.range(pages.clone()).map(|(page, generation)| (*page, *generation)).collect();
+        let mut zapped: Vec<(Page, u64)> = pages.of(&table).collect();
         if gpu.fault == Some(Fault::FirstPageOnly) {
             zapped.truncate(1);
         }
@@ -98,7 +92,7 @@ impl Mirror {
             return None;
         }
         let record = Record::current().unwrap_or_else(|| Record::new(0, Duration::ZERO));
-        let (first_pass, pages) = (gpu.runtime.now(), pages(self.space, invalidation.range()));
+        let (first_pass, pages) = (gpu.runtime.now(), Pages::new(self.space, invalidation.ranges()));
         let over = Flag::default();
         let costs = gpu.model.costs;
         let (zapped, first, todo): (_, _, VecDeque<Todo>) = match self.zap(invalidation, &pages, (&record, &over)) {
@@ -117,7 +111,7 @@ impl Mirror {
                 // What the others wait for at this moment, and a flush of its own; not their next
                 // step, which is theirs to begin.
                 let flush = gpu.model.steps(gpu.id, record.number, record.at).last().map(Todo::Command);
-                gpu.joins(&record);
+                gpu.joins(&record, &pages);
                 (Vec::new(), Flag::default(), others.into_iter().map(Todo::Other).chain(flush).collect())
             }
         };
@@ -187,7 +181,7 @@ struct Chain {
     gpu: Arc<Gpu>,
     record: Arc<Record>,
     lane: usize,
-    pages: RangeInclusive<Page>,
+    pages: Pages,
     zapped: Vec<(Page, u64)>,
     todo: VecDeque<Todo>,
     random: StdRng,
@@ -212,7 +206,7 @@ impl Chain {
     fn start(
         gpu: &Arc<Gpu>,
         (record, lane): (Arc<Record>, usize),
-        (pages, zapped): (RangeInclusive<Page>, Vec<(Page, u64)>),
+        (pages, zapped): (Pages, Vec<(Page, u64)>),
         (todo, first, over): (VecDeque<Todo>, Flag, Flag),
     ) -> Self {
         let mut chain = Self {

@@ -6,7 +6,7 @@
 
 use crate::driver::{Mirror, Mirrors};
 use crate::fault::Fault;
-use crate::oracle::{Oracle, PAGE, Page};
+use crate::oracle::{Oracle, PAGE, Page, Pages};
 use crate::profile::{Command, Model};
 use crate::record::{Record, Step};
 use crate::runtime::{Flag, Runtime};
@@ -24,7 +24,7 @@ use std::time::Duration;
 struct Unfinished {
     /// Rises from one to the next.
     serial: u64,
-    pages: RangeInclusive<Page>,
+    pages: Pages,
     /// The invalidation.
     of: Arc<Record>,
     over: Flag,
@@ -93,9 +93,9 @@ impl Gpu {
 
     /// An invalidation has zapped some of `pages`, and waits for this device until `over` is set.
     /// Returns the fence of its first command, which it submits before its first pass returns.
-    pub fn begins(&self, record: &Arc<Record>, pages: &RangeInclusive<Page>, over: &Flag) -> Flag {
+    pub fn begins(&self, record: &Arc<Record>, pages: &Pages, over: &Flag) -> Flag {
         let fence = Flag::default();
-        let serial = self.joins(record);
+        let serial = self.joins(record, pages);
         let mut unfinished = self.unfinished.lock().unwrap();
         unfinished.retain(|begun| !begun.over.is_set());
         let begun = Unfinished { serial, pages: pages.clone(), of: record.clone(), over: over.clone(), fence: fence.clone() };
@@ -103,23 +103,22 @@ impl Gpu {
         fence
     }
 
-    /// An invalidation flushes after others that have zapped its pages; it need not be waited for
+    /// An invalidation flushes after others that have zapped `pages`; it need not be waited for
     /// beside them.
-    pub fn joins(&self, record: &Record) -> u64 {
+    pub fn joins(&self, record: &Record, pages: &Pages) -> u64 {
         let serial = self.serial.fetch_add(1, Ordering::Relaxed) + 1;
-        record.begins(self.id, serial);
+        record.begins(self.id, serial, pages);
         serial
     }
 
     /// What other invalidations have begun because of some of `pages`, and not finished: the fences
     /// for which the device works. `None` if there is nothing, or this invalidation has begun
     /// something later itself, which is for these pages, too.
-    pub fn unfinished(&self, record: &Arc<Record>, pages: &RangeInclusive<Page>) -> Option<Vec<Flag>> {
-        let overlaps = |of: &RangeInclusive<Page>| of.start() <= pages.end() && pages.start() <= of.end();
-        let since = record.begun(self.id);
+    pub fn unfinished(&self, record: &Arc<Record>, pages: &Pages) -> Option<Vec<Flag>> {
+        let since = record.begun(self.id, pages);
         let unfinished = self.unfinished.lock().unwrap();
         let is_open = |begun: &&Unfinished| !Arc::ptr_eq(&begun.of, record) && begun.serial > since && !begun.over.is_set();
-        let others: Vec<&Unfinished> = unfinished.iter().filter(is_open).filter(|begun| overlaps(&begun.pages)).collect();
+        let others: Vec<&Unfinished> = unfinished.iter().filter(is_open).filter(|begun| pages.overlap(&begun.pages)).collect();
         (!others.is_empty()).then(|| others.iter().map(|begun| begun.fence.clone()).collect())
     }
 
@@ -140,7 +139,7 @@ impl Gpu {
         self: &Arc<Self>,
         (record, lane): (&Arc<Record>, usize),
         (command, latency): (Command, Duration),
-        (pages, zapped): (&RangeInclusive<Page>, &[(Page, u64)]),
+        (pages, zapped): (&Pages, &[(Page, u64)]),
         (fence, random): (&Flag, &mut StdRng),
     ) {
         let submitted = self.runtime.now();
@@ -156,7 +155,9 @@ impl Gpu {
         let (done, interrupt) = (began + latency, self.model.costs.interrupt);
         self.under_way.lock().unwrap().push(fence.clone());
         *self.last.lock().unwrap() = Some(fence.clone());
-        for begun in self.unfinished.lock().unwrap().iter_mut().filter(|begun| Arc::ptr_eq(&begun.of, record)) {
+        // The command says nothing of what was begun for other pages of the invalidation.
+        let is_for = |begun: &&mut Unfinished| Arc::ptr_eq(&begun.of, record) && pages.cover(&begun.pages);
+        for begun in self.unfinished.lock().unwrap().iter_mut().filter(is_for) {
             begun.fence = fence.clone();
         }
         let step = record.step(lane, Step { command, submitted, latency: latency + interrupt, done: done + interrupt });
@@ -193,9 +194,10 @@ impl Gpu {
         });
     }
 
-    fn flush(&self, pages: &RangeInclusive<Page>) {
+    /// All of `pages` with one command.
+    fn flush(&self, pages: &Pages) {
         let mut tlb = self.tlb.lock().unwrap();
-        let mut flushed: Vec<Page> = tlb.range(pages.clone()).map(|(page, _)| *page).collect();
+        let mut flushed: Vec<Page> = pages.of(&tlb).map(|(page, _)| page).collect();
         if self.fault == Some(Fault::ShortFlush) {
             flushed.pop();
         }
@@ -204,20 +206,19 @@ impl Gpu {
         }
     }
 
-    fn refill(&self, pages: &RangeInclusive<Page>) {
+    fn refill(&self, pages: &Pages) {
         let table = self.table.lock();
-        let found = table.range(pages.clone()).map(|(page, generation)| (*page, *generation));
-        self.tlb.lock().unwrap().extend(found);
+        self.tlb.lock().unwrap().extend(pages.of(&table));
     }
 
     /// A transfer that is under way, of some page among `pages` whose translation is cached.
-    fn transfer_in_flight(&self, pages: &RangeInclusive<Page>, random: &mut StdRng) -> Option<(Page, u64)> {
+    fn transfer_in_flight(&self, pages: &Pages, random: &mut StdRng) -> Option<(Page, u64)> {
         let tlb = self.tlb.lock().unwrap();
-        let count = tlb.range(pages.clone()).count();
+        let count = pages.of(&tlb).count();
         if count == 0 {
             return None;
         }
-        tlb.range(pages.clone()).nth(random.random_range(0..count)).map(|(page, generation)| (*page, *generation))
+        pages.of(&tlb).nth(random.random_range(0..count))
     }
 
     /// The device reads what it can among `pages`, without a fault.

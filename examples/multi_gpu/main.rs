@@ -75,7 +75,7 @@ fn run(options: &Options) -> Result<u64, String> {
     for remark in recording.remarks(options.verbose) {
         eprintln!("{remark}");
     }
-    let plan = Arc::new(Plan::new(&recording, options.longest_pause));
+    let plan = Arc::new(Plan::new(&recording, options.longest_pause, options.batch()));
     let workload = Workload::new(&name, &recording, plan.spaces, plan.followed_process.filter(|_| !options.all_processes));
     drop(recording);
 

@@ -76,6 +76,14 @@ pub struct Options {
     #[arg(long)]
     pub all_processes: bool,
 
+    /// The program gathers what it unmaps, discards or protects, and has it invalidated up to so many at once
+    ///
+    /// As a garbage collector does, or an allocator with a deferred list. What a thread does in calls that follow one another is put together if it is of one
+    /// kind and in one address space, and made where the last of these calls was; at the latest before another thread does what comes after one of them. Each
+    /// driver is told of the ranges that concern it in one first pass. 1: each by itself.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65536))]
+    batch: u32,
+
     /// Stop each row after so many invalidations that a device had work for
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub limit: Option<u64>,
@@ -125,6 +133,9 @@ pub struct Options {
     pub longest_pause: Duration,
 }
 
+/// The name of the setting.
+pub const BATCH: &str = "batch";
+
 const EXAMPLES: &str = "\
 Examples:
   multi_gpu                                   the table for 1 to 64 GPUs
@@ -134,6 +145,7 @@ Examples:
   multi_gpu --compare a.json b.json           what changed between two runs with --json
   multi_gpu --gpus 1,4,16 --seed 7 --json     for scripts
   multi_gpu --workload program.strace         another program's memory (examples/multi_gpu/workloads has some)
+  multi_gpu --batch 64                        for a program that gathers what it unmaps
   multi_gpu --fault skip-wait --gpus 4        a driver that does not wait: exit code 1
   multi_gpu --real-time --gpus 16             in real time, with latencies of 1 ms and more
 
@@ -156,6 +168,11 @@ impl Options {
         gpus.sort_unstable();
         gpus.dedup();
         gpus
+    }
+
+    /// Changes of the memory that are invalidated at once, at most.
+    pub fn batch(&self) -> usize {
+        self.batch as usize
     }
 
     /// Each once, in order.
@@ -183,7 +200,9 @@ impl Options {
             ("wake", format!("{:?}", costs.wake)),
             ("longest pause", format!("{:?}", self.longest_pause)),
         ];
-        settings.into_iter().map(|(option, value)| (option.to_owned(), value)).collect()
+        // Where none is named it is 1, as in reports of before.
+        let batch = (self.batch > 1).then(|| (BATCH, self.batch.to_string()));
+        settings.into_iter().chain(batch).map(|(option, value)| (option.to_owned(), value)).collect()
     }
 
     pub fn model(&self) -> Model {

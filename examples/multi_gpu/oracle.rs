@@ -4,8 +4,9 @@
 use crate::memory::{Access, Change};
 use shootdown::AddressRange;
 use std::collections::BTreeMap;
-use std::sync::Mutex;
+use std::ops::RangeInclusive;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 
 pub const PAGE: u64 = 4096;
 
@@ -13,8 +14,41 @@ pub const PAGE: u64 = 4096;
 pub type Page = (usize, u64);
 
 /// The pages of a range.
-pub fn pages(space: usize, range: AddressRange) -> std::ops::RangeInclusive<Page> {
+pub fn pages(space: usize, range: AddressRange) -> RangeInclusive<Page> {
     (space, range.start() / PAGE)..=(space, range.last() / PAGE)
+}
+
+/// The pages of an invalidation: ranges of them, sorted and without overlaps.
+#[derive(Clone)]
+pub struct Pages(Arc<[RangeInclusive<Page>]>);
+
+impl Pages {
+    /// Of ranges that are sorted, do not overlap and begin and end with a page.
+    pub fn new(space: usize, ranges: &[AddressRange]) -> Self {
+        Self(ranges.iter().map(|range| pages(space, *range)).collect())
+    }
+
+    /// The first range that does not end before `page`.
+    fn from(&self, page: &Page) -> Option<&RangeInclusive<Page>> {
+        self.0.get(self.0.partition_point(|range| range.end() < page))
+    }
+
+    pub fn overlap(&self, others: &Self) -> bool {
+        self.0.iter().any(|range| others.from(range.start()).is_some_and(|other| other.start() <= range.end()))
+    }
+
+    /// Whether each range of `others` lies in one of these.
+    pub fn cover(&self, others: &Self) -> bool {
+        let covers = |range: &RangeInclusive<Page>, other: &RangeInclusive<Page>| {
+            range.start() <= other.start() && other.end() <= range.end()
+        };
+        others.0.iter().all(|other| self.from(other.start()).is_some_and(|range| covers(range, other)))
+    }
+
+    /// What is known of them, in order.
+    pub fn of<T: Copy>(&self, map: &BTreeMap<Page, T>) -> impl Iterator<Item = (Page, T)> {
+        self.0.iter().flat_map(|range| map.range(range.clone())).map(|(page, known)| (*page, *known))
+    }
 }
 
 /// The program's memory: what is mapped, and the generation of each page that a device has looked

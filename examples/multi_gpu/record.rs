@@ -1,5 +1,6 @@
 //! What is noted of one invalidation: who worked for it, and when.
 
+use crate::oracle::Pages;
 use crate::profile::Command;
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -29,15 +30,14 @@ pub struct Lane {
 }
 
 /// One invalidation, from outside of the library.
-#[derive(Debug)]
 pub struct Record {
     /// By which its random numbers are drawn: the same in each mode.
     pub number: u64,
     /// Where in the recording it is: the time, without what invalidations took.
     pub at: Duration,
     lanes: Mutex<Vec<Lane>>,
-    /// The last that each GPU began for it.
-    begun: Mutex<BTreeMap<usize, u64>>,
+    /// What each GPU began for it, and for which pages.
+    begun: Mutex<BTreeMap<usize, Vec<(u64, Pages)>>>,
 }
 
 thread_local! {
@@ -70,14 +70,16 @@ impl Record {
         lanes.len() - 1
     }
 
-    /// A GPU has begun its work of number `serial` for it.
-    pub fn begins(&self, gpu: usize, serial: u64) {
-        self.begun.lock().unwrap().insert(gpu, serial);
+    /// A GPU has begun its work of number `serial` for `pages` of it.
+    pub fn begins(&self, gpu: usize, serial: u64, pages: &Pages) {
+        self.begun.lock().unwrap().entry(gpu).or_default().push((serial, pages.clone()));
     }
 
-    /// The number of the last work that a GPU has begun for it; 0 for none.
-    pub fn begun(&self, gpu: usize) -> u64 {
-        self.begun.lock().unwrap().get(&gpu).copied().unwrap_or(0)
+    /// The number of the last work for all of `pages` that a GPU has begun for it; 0 for none.
+    pub fn begun(&self, gpu: usize, pages: &Pages) -> u64 {
+        let begun = self.begun.lock().unwrap();
+        let of_gpu = begun.get(&gpu).map_or(&[][..], Vec::as_slice);
+        of_gpu.iter().rev().find(|(_, of)| of.cover(pages)).map_or(0, |(serial, _)| *serial)
     }
 
     pub fn step(&self, lane: usize, step: Step) -> usize {

@@ -1,5 +1,6 @@
 //! What the simulation prints: a table, or one JSON object.
 
+use crate::options::BATCH;
 use crate::profile::Profile;
 use crate::recording::Recording;
 use crate::simulation::Mode;
@@ -104,6 +105,9 @@ pub fn table(report: &Report) -> String {
             Some(process) => writeln!(out, "; they follow process {process} (--all-processes: all)"),
             None => writeln!(out),
         };
+    }
+    if let Some(batch) = report.settings.get(BATCH) {
+        let _ = writeln!(out, "Up to {batch} changes of the memory are invalidated at once (--batch).");
     }
     let head = |out: &mut String, first: &str, second: &str| {
         let _ = write!(out, "\n{first:>6} {:>6} │", "");

@@ -8,13 +8,13 @@ use crate::oracle::{Oracle, PAGE, pages};
 use crate::profile::Model;
 use crate::record::{Lane, Record};
 use crate::runtime::{Flag, Runtime, run_real, run_virtual};
-use crate::schedule::Plan;
+use crate::schedule::{Plan, at_once};
 use crate::tally::{Row, Tally};
 use clap::ValueEnum;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::{Deserialize, Serialize};
-use shootdown::{AddressRange, AddressSpace, Event, Subscription};
+use shootdown::{AddressRange, AddressSpace, Event, RangeSet, Subscription};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -204,8 +204,8 @@ impl World {
         }
         // What the recording did not end: devices keep no mapping of a program that is gone.
         let rest = if self.stop.load(Ordering::Relaxed) { Vec::new() } else { self.plan.rest.clone() };
-        for (action, number) in rest.into_iter().zip(RECLAIM / 2..) {
-            self.act(action, number, self.now_in_recording());
+        for (actions, number) in at_once(&rest, self.plan.batch).zip(RECLAIM / 2..) {
+            self.act(actions, number, self.now_in_recording());
         }
         self.stop.store(true, Ordering::Relaxed);
         kernel.iter().for_each(|thread| self.wait(thread));
@@ -249,11 +249,11 @@ impl World {
         let call = &self.plan.calls[index];
         let ends = || self.stop.load(Ordering::Relaxed);
         self.at.fetch_max(u64::try_from(call.at.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        for (action, number) in call.actions.iter().zip(index as u64 * 1024..) {
+        for (actions, number) in at_once(&call.actions, self.plan.batch).zip(index as u64 * 1024..) {
             if ends() {
                 break;
             }
-            self.act(action.clone(), number, call.at);
+            self.act(actions, number, call.at);
         }
         self.over[index].set();
         if let Some(task) = call.begins.filter(|_| self.settings.threads && !ends()) {
@@ -263,19 +263,25 @@ impl World {
         !ends()
     }
 
-    fn act(&self, action: Action, number: u64, at: Duration) {
-        match action {
-            Action::Created { space, mappings } => {
+    /// What is done at once: one action, or changes that are invalidated together.
+    fn act(&self, actions: &[Action], number: u64, at: Duration) {
+        let changes = actions.iter().filter_map(|action| match action {
+            Action::Invalidate { range, then, .. } => Some((*range, then)),
+            _ => None,
+        });
+        let Some(first) = actions.first() else { return };
+        match *first {
+            Action::Created { space, ref mappings } => {
                 let clock = self.runtime.clone();
                 let builder = AddressSpace::builder().clock(move || clock.now());
                 let builder = if self.settings.mode == Mode::SinglePass { builder.pass_budget(0) } else { builder };
                 let created = Space { address_space: builder.build(), mappings: Vec::new(), active: 0, released: false };
                 self.spaces.lock().unwrap().insert(space, created);
-                mappings.into_iter().for_each(|(range, access)| self.map(space, range, access));
+                mappings.iter().for_each(|(range, access)| self.map(space, *range, *access));
             }
             Action::Mapped { space, range, access } => self.map(space, range, access),
-            Action::Invalidate { space, range, event, then } => {
-                self.invalidate(space, range, event, &then, &Record::new(number, at));
+            Action::Invalidate { space, event, .. } => {
+                self.invalidate(space, event, &changes.collect::<Vec<_>>(), &Record::new(number, at));
             }
             Action::Released { space } => self.release(space, &Record::new(number, at)),
         }
@@ -314,19 +320,20 @@ impl World {
         Some(space.address_space.clone())
     }
 
-    fn invalidate(&self, space: usize, range: AddressRange, event: Event, then: &Change, record: &Arc<Record>) {
+    /// Invalidates the ranges of `changes` at once, and makes these.
+    fn invalidate(&self, space: usize, event: Event, changes: &[(AddressRange, &Change)], record: &Arc<Record>) {
         let Some(address_space) = self.enter(space) else { return };
-        let skipped = match (self.settings.fault, event) {
+        let skips = || match (self.settings.fault, event) {
             (Some(Fault::SkipUnmap), Event::Unmap) => self.unmappings.fetch_add(1, Ordering::Relaxed) % 2 == 1,
             (Some(Fault::SkipClear), Event::Clear) => true,
             _ => false,
         };
         let mut guard = None;
-        if !skipped {
+        if let Ok(ranges) = RangeSet::new(changes.iter().map(|(range, _)| *range).filter(|_| !skips())) {
             let began = self.runtime.now();
             let held = record.during(|| {
                 // Waking is charged where devices block it; who waits in the task is woken here.
-                self.runtime.block_on(address_space.invalidate(range, event), self.settings.model.costs.wake)
+                self.runtime.block_on(address_space.invalidate_all(ranges, event), self.settings.model.costs.wake)
             });
             self.note(record, event, held.hits(), began);
             if self.settings.fault == Some(Fault::EarlyEnd) {
@@ -338,22 +345,26 @@ impl World {
         }
         // The memory changes while the guard is held.
         let half = self.settings.model.change / 2;
-        self.runtime.work(half);
-        self.oracle.change(space, range, then);
-        // A device that can still read it does.
-        self.gpus.iter().for_each(|gpu| gpu.read_what_is_mapped(pages(space, range)));
-        self.runtime.work(half);
+        for (range, then) in changes {
+            self.runtime.work(half);
+            self.oracle.change(space, *range, then);
+            // A device that can still read it does.
+            self.gpus.iter().for_each(|gpu| gpu.read_what_is_mapped(pages(space, *range)));
+            self.runtime.work(half);
+        }
         drop(guard);
-        self.leave(space, then);
+        self.leave(space, changes);
     }
 
     /// An invalidation of a space is over. Mappings of which nothing is left are no longer mirrored.
-    fn leave(&self, space: usize, then: &Change) {
+    fn leave(&self, space: usize, changes: &[(AddressRange, &Change)]) {
         let mut spaces = self.spaces.lock().unwrap();
         let Some(of_space) = spaces.get_mut(&space) else { return };
         of_space.active -= 1;
-        let mut gone = Vec::new();
-        if let Change::Unmapped(parts) = then {
+        let (mut gone, mut unmaps) = (Vec::new(), false);
+        for (_, then) in changes {
+            let Change::Unmapped(parts) = then else { continue };
+            unmaps = true;
             let mut kept = Vec::with_capacity(of_space.mappings.len());
             for mut mapping in of_space.mappings.drain(..) {
                 for part in parts.iter().filter_map(|part| mapping.range.intersection(*part)) {
@@ -363,7 +374,7 @@ impl World {
             }
             of_space.mappings = kept;
         }
-        let over = of_space.released && of_space.active == 0 && matches!(then, Change::Unmapped(_));
+        let over = of_space.released && of_space.active == 0 && unmaps;
         let ended = if over { spaces.remove(&space) } else { None };
         drop(spaces);
         if let Some(ended) = ended {
@@ -418,7 +429,7 @@ impl World {
             let Some((space, page)) = self.resident(turn / AGAIN + thread) else { continue };
             let event = if thread == RECLAIMERS - 1 { Event::ProtectionPage } else { Event::Clear };
             let record = Record::new(RECLAIM + turn * RECLAIMERS + thread, self.now_in_recording());
-            self.invalidate(space, page, event, &Change::Discarded, &record);
+            self.invalidate(space, event, &[(page, &Change::Discarded)], &record);
         }
     }
 
