@@ -28,6 +28,12 @@ use core::fmt;
 /// }
 /// # fn submit_tlb_flush() -> impl Future<Output = ()> { async {} }
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no `IntervalNotifier`",
+    label = "it cannot be inserted into an address space",
+    note = "a driver that implements `AsyncIntervalNotifier` is wrapped: `AsyncNotifier::new(driver)`",
+    note = "a driver that is a task has an inbox: `AddressSpace::inbox`"
+)]
 pub trait IntervalNotifier: Send + Sync + 'static {
     /// First pass: start the work on the device, do not wait for it.
     ///
@@ -159,6 +165,12 @@ impl Invalidation<'_> {
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(crate) fn is_tagged(&self, owner: Owner) -> bool {
         self.request.owner == Some(owner)
+    }
+
+    /// Says that the notifier has no readers, so that a pass may be left without a sequence.
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    pub(crate) fn is_unread(&self) {
+        self.own.note_unread();
     }
 
     /// Whether the driver may leave work to a further pass that takes time. In a non-blockable invalidation it may

@@ -131,6 +131,7 @@ use watch::Table;
 ///   invalidate by hand, before the change.
 /// - A process with a userfaultfd open cannot be checkpointed by CRIU.
 /// - Memory that the kernel cannot watch is refused: see [`UffdError::Watch`].
+#[must_use = "watches are made through this handle"]
 #[derive(Clone)]
 pub struct Uffd {
     inner: Arc<Inner>,

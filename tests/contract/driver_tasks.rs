@@ -12,7 +12,7 @@ fn inbox() -> (AddressSpace, Inbox<Pages>) {
 }
 
 #[track_caller]
-fn take(inbox: &Inbox<Pages>) -> Delivery<Pages> {
+fn take(inbox: &Inbox<Pages>) -> Delivery {
     let mut stream = inbox;
     now(stream.next()).expect("the stream goes on")
 }
@@ -117,7 +117,7 @@ fn a4_remove_handles_first_what_is_pending_and_then_the_stream_ends() {
     let (space, inbox) = inbox();
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Clear));
     invalidate.expect_pending();
-    let mut remove = Task::new(inbox.remove());
+    let mut remove = Task::new(inbox.close());
     remove.expect_pending();
     drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
     assert_eq!(inbox.queued(), 1, "the second was not queued any more");

@@ -21,4 +21,6 @@ mod readers;
 mod sequences;
 mod timelines;
 #[cfg(feature = "std")]
+mod traps;
+#[cfg(feature = "std")]
 mod waits;

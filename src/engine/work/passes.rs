@@ -5,6 +5,7 @@ mod cut;
 
 use super::{PendingNotifiers, UNLISTED};
 use crate::engine::host::Host;
+use crate::engine::nesting::passes::Suspicion;
 use crate::engine::wakers::WakerSet;
 use crate::entry::EntryRef;
 use crate::foreign::{Callback, FirstPanic, Losses, Panic, keep};
@@ -113,13 +114,15 @@ struct Pass {
     budgeted: bool,
     /// Its first pass was called then.
     began: Moment,
+    /// C7.
+    suspicion: Suspicion,
 }
 
 impl Pass {
     /// The pass itself; what stays is a record without a slot, that nobody lists.
     fn move_out(&mut self) -> Self {
         let listed = core::mem::replace(&mut self.listed, UNLISTED);
-        Self { future: self.future.take(), listed, ..*self }
+        Self { future: self.future.take(), listed, suspicion: Suspicion::default(), ..*self }
     }
 }
 
@@ -159,9 +162,11 @@ impl Future for Pass {
         let Some(slot) = &mut this.future else {
             panic!("a pass is not polled after it is done");
         };
-        let polled = keep(|_| match slot.as_mut().as_pin_mut() {
-            Some(future) => future.poll(cx),
-            None => Poll::Ready(()),
+        let polled = this.suspicion.poll(this.entry, cx, |cx| {
+            keep(|_| match slot.as_mut().as_pin_mut() {
+                Some(future) => future.poll(cx),
+                None => Poll::Ready(()),
+            })
         });
         let mut panic = match polled {
             Ok(Poll::Pending) => return Poll::Pending,
@@ -221,7 +226,7 @@ impl Passes {
     fn start_in_new_slot(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
         let spare = self.spare_slots.pop().unwrap_or_else(Slot::empty);
         let slot = core::mem::replace(&mut self.next, spare);
-        let pass = Pass { future: Some(slot), entry, listed: UNLISTED, budgeted, began };
+        let pass = Pass { future: Some(slot), entry, listed: UNLISTED, budgeted, began, suspicion: Suspicion::default() };
         match self.slots.get_mut(self.started) {
             Some(record) => *record = pass,
             None => self.slots.push(pass),

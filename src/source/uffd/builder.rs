@@ -68,6 +68,7 @@ pub struct Promises {
 }
 
 /// Settings of a [`Uffd`].
+#[must_use = "a builder does nothing until `open` is called"]
 #[derive(Clone, Copy, Debug)]
 pub struct UffdBuilder {
     fork: Option<Fork>,

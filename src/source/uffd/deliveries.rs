@@ -30,6 +30,7 @@ use std::sync::{MutexGuard, PoisonError};
 /// until [`next_look`](Self::next_look), [`clear`](Self::clear) it and await
 /// [`deliver`](Self::deliver). Dropping it starts what is left without waiting, ends all watches,
 /// and invalidates all that was watched (M3). In a child of `fork` dropping it does nothing.
+#[must_use = "dropping the deliveries ends all watches and invalidates what was watched: run them"]
 #[derive(Debug)]
 pub struct Deliveries {
     pub(super) inner: Arc<Inner>,
