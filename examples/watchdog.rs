@@ -4,20 +4,42 @@
 //! looks at it now and then. Here one of three GPUs takes far too long.
 #![allow(missing_docs, clippy::print_stdout)]
 
-use shootdown::{AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, Phase, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, Phase, Timeline, WouldBlock,
+};
 use std::borrow::Cow;
 use std::time::Duration;
+use tokio::runtime::Handle;
 
 struct Gpu {
     name: &'static str,
     takes: Duration,
-    page_table: DriverLock<Vec<u64>>,
+    state: DriverLock<State>,
+    flushed: Timeline,
+    /// Where its timers run: a pass may be polled on any thread.
+    runtime: Handle,
+}
+
+#[derive(Default)]
+struct State {
+    page_table: Vec<u64>,
+    submitted: u64,
 }
 
 impl IntervalNotifier for Gpu {
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-        self.page_table.lock_for(invalidation).clear();
-        Ok(Some(PassFuture::new(tokio::time::sleep(self.takes))))
+        let number = {
+            let mut state = self.state.lock_for(invalidation);
+            state.page_table.clear();
+            state.submitted += 1;
+            state.submitted
+        };
+        let (takes, flushed) = (self.takes, self.flushed.clone());
+        self.runtime.spawn(async move {
+            tokio::time::sleep(takes).await;
+            flushed.signal(number);
+        });
+        Ok(Some(PassFuture::new(self.flushed.reached(number))))
     }
 
     fn name(&self) -> Cow<'static, str> {
@@ -43,7 +65,13 @@ async fn watchdog(space: AddressSpace, limit: Duration, interval: Duration) {
 #[tokio::main(flavor = "current_thread")]
 async fn main() -> Result<(), Box<dyn std::error::Error>> {
     let (space, range) = (AddressSpace::new(), AddressRange::new(0x7f00_0000_0000, 0x20_0000)?);
-    let gpu = |name, millis| Gpu { name, takes: Duration::from_millis(millis), page_table: DriverLock::default() };
+    let gpu = |name, millis| Gpu {
+        name,
+        takes: Duration::from_millis(millis),
+        state: DriverLock::default(),
+        flushed: Timeline::new(),
+        runtime: Handle::current(),
+    };
     let _gpus =
         [space.insert(range, gpu("gpu0", 1))?, space.insert(range, gpu("gpu1", 350))?, space.insert(range, gpu("gpu2", 2))?];
     let watchdog = tokio::spawn(watchdog(space.clone(), Duration::from_millis(100), Duration::from_millis(100)));

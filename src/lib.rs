@@ -80,7 +80,8 @@
 //!
 //! `metrics`: through the `metrics` facade the counters `shootdown_invalidations_total` (by event), `shootdown_hits_total`, `shootdown_collisions_total`,
 //! `shootdown_retries_total`, `shootdown_waits_total`, `shootdown_lapses_total`, the gauge `shootdown_passes_pending`, and the histogram
-//! `shootdown_pass_latency_seconds`. Without either feature, [`AddressSpace::stats`] and [`Subscription::stats`] have the counts.
+//! `shootdown_pass_latency_seconds` (by `notifier`, its [name](IntervalNotifier::name): a recorder keeps one for each, so a name says which device
+//! it is and not which buffer). With this feature a pass allocates for its label. Without either feature, [`AddressSpace::stats`] and [`Subscription::stats`] have the counts.
 //!
 //! `cache`: the registration cache. `mapping` (Unix): memory that invalidates before it changes. `userfaultfd` (Linux): memory that somebody else
 //! unmaps; includes the other two.

@@ -102,7 +102,6 @@ fn use_in_child(handles: &mut Handles, memory: Raw) -> i32 {
         // A source of its own works in the child.
         Uffd::builder().fork(Fork::Ignore).open(&AddressSpace::new()).is_ok_and(|(own, ..)| own.watch(memory.range()).is_ok()),
     ];
-    deliveries.clear();
     uffd.stop();
     checks.iter().position(|check| !check).map_or(0, |failed| failed as i32 + 1)
 }

@@ -156,6 +156,7 @@ impl UffdBuilder {
             told: AtomicU64::new(0),
             bell: bell()?,
             stop: bell()?,
+            stopped: AtomicBool::new(false),
             reading: AtomicBool::new(false),
             orphaned: AtomicBool::new(false),
             events: AtomicU64::new(0),
