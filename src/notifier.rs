@@ -167,10 +167,11 @@ impl Invalidation<'_> {
         self.request.owner == Some(owner)
     }
 
-    /// Says that the notifier has no readers, so that a pass may be left without a sequence.
-    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
-    pub(crate) fn is_unread(&self) {
-        self.own.note_unread();
+    /// Says that the pass which this call leaves is not the device's, so that no sequence is due.
+    #[cfg(any(feature = "test-util", all(feature = "userfaultfd", target_os = "linux")))]
+    pub(crate) fn is_not_the_devices(&self) {
+        #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+        let _ = NO_SEQUENCE_IS_DUE.try_with(|due| due.set(true));
     }
 
     /// Whether the driver may leave work to a further pass that takes time. In a non-blockable invalidation it may
@@ -229,6 +230,15 @@ impl Invalidation<'_> {
     pub fn set_seq(&self) {
         self.own.set(self.sequence);
     }
+}
+
+#[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+std::thread_local!(static NO_SEQUENCE_IS_DUE: core::cell::Cell<bool> = const { core::cell::Cell::new(false) });
+
+/// Whether the first pass that has just left a pass on this thread has said that no sequence is due.
+#[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+pub(crate) fn take_no_sequence_is_due() -> bool {
+    NO_SEQUENCE_IS_DUE.try_with(core::cell::Cell::take).unwrap_or(false)
 }
 
 /// What an [`Invalidation`] says, to be kept beyond the first pass.

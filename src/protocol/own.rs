@@ -2,8 +2,6 @@
 #![forbid(unsafe_code)]
 
 use crate::index::Place;
-#[cfg(debug_assertions)]
-use crate::sync::AtomicBool;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
 /// A notifier's own sequence, how many active invalidations cover it, and what the owner of the protocol marks it with.
@@ -27,9 +25,6 @@ pub(crate) struct Own {
     /// that readers take one that the first pass takes.
     #[cfg(debug_assertions)]
     driver_lock: AtomicU32,
-    /// Nobody reads under it, so its first pass need not set the sequence.
-    #[cfg(debug_assertions)]
-    unread: AtomicBool,
     /// Checks until one is forced to fail; 0 when none is. Nothing to the protocol; it stands here because there is room.
     #[cfg(feature = "test-util")]
     pub(crate) collide_on: AtomicU32,
@@ -66,8 +61,6 @@ impl Own {
             place: AtomicU32::new(Place::UNKNOWN.raw()),
             #[cfg(debug_assertions)]
             driver_lock: AtomicU32::new(0),
-            #[cfg(debug_assertions)]
-            unread: AtomicBool::new(false),
             #[cfg(feature = "test-util")]
             collide_on: AtomicU32::new(0),
         }
@@ -94,18 +87,10 @@ impl Own {
         }
     }
 
-    /// Notes that the notifier is the library's own and has no readers (debug builds).
-    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
-    pub(crate) fn note_unread(&self) {
-        #[cfg(debug_assertions)]
-        self.unread.store(true, Ordering::Relaxed);
-    }
-
-    /// Whether a first pass of an invalidation with `sequence` has set it, or need not.
-    #[cfg(debug_assertions)]
-    #[cfg_attr(not(feature = "std"), allow(dead_code, reason = "a panic of it could not be caught"))]
+    /// Whether a first pass of an invalidation with `sequence`, or a later one, has set it.
+    #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
     pub(crate) fn has_reached(&self, sequence: u64) -> bool {
-        (sequence.wrapping_sub(self.sequence())).cast_signed() <= 0 || self.unread.load(Ordering::Relaxed)
+        (sequence.wrapping_sub(self.sequence())).cast_signed() <= 0
     }
 
     /// Whether a reader that holds the lock at `_address` is safe from the first pass; always `true` in release builds.

@@ -266,3 +266,21 @@ fn report_24_an_unmap_waits_for_the_last_of_64_ios_and_a_second_one_does_not_wai
     drop(unmap.finish());
     assert_eq!(begin(64), Ok(()));
 }
+
+#[test]
+fn c6_an_inbox_says_who_it_is_and_what_has_happened_to_it() {
+    let space = AddressSpace::new();
+    let inbox = space.named_inbox(pages(0, 1), Pages::default(), "ring 7").unwrap();
+    let other = space.inbox(pages(4, 1), ()).unwrap();
+    assert!(inbox.name() == "ring 7" && other.name().contains("Inbox"), "{}", other.name());
+    let began = now(inbox.read_begin());
+    let mut unmap = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    unmap.expect_pending();
+    let listed = &space.active()[0];
+    assert_eq!((&listed.pending[..], &listed.pending_ids[..]), (&["ring 7".into()][..], &[inbox.id()][..]));
+    assert_ne!(inbox.id(), other.id());
+    assert!(inbox.install(began, |_| ()).is_err());
+    assert_eq!((inbox.stats().collisions, other.stats().collisions), (1, 0));
+    take(&inbox).done();
+    drop(unmap.finish());
+}

@@ -233,6 +233,21 @@ fn s4_a_first_pass_that_leaves_the_device_alone_needs_no_sequence() {
     assert!(!device.read_retry(sequence));
 }
 
+#[test]
+#[cfg(feature = "test-util")]
+fn s4_a_fault_on_demand_is_no_fault_of_the_driver() {
+    let (space, log) = (AddressSpace::new(), Log::default());
+    let device = space.insert(pages(0, 1), shootdown::test_util::Faulty::new(Device::new("device", &log))).unwrap();
+    device.next(Act::Ignore);
+    let delay = device.delay_next();
+    let sequence = now(device.read_begin());
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    drop(delay);
+    drop(invalidate.finish());
+    assert!(!device.read_retry(sequence), "it has left the device alone");
+}
+
 trait MapToUnit: Future + Sized {
     fn map_to_unit(self) -> impl Future<Output = ()> + Send
     where

@@ -148,8 +148,10 @@ pub(super) struct Settle(pub(super) Arc<Marked>);
 impl IntervalNotifier for Settle {
     /// There is no device, so no sequence is set (S4). Other invalidations of the range do not wait.
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-        invalidation.is_unread();
         let ours = invalidation.is_tagged(self.0.owner);
+        if ours {
+            invalidation.is_not_the_devices();
+        }
         Ok(ours.then(|| PassFuture::new(Look { pages: self.0.clone(), looks: 0, round: None })))
     }
 
