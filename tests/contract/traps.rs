@@ -56,6 +56,28 @@ fn c7_a_pass_that_waits_for_itself_fails_with_the_notifiers_name() {
 
 #[test]
 #[cfg(debug_assertions)]
+fn c7_a_pass_that_blocks_its_thread_in_a_wait_for_itself_fails_too() {
+    for (waits, later) in OWN_WAITS.into_iter().flat_map(|waits| [(waits, 0), (waits, 1), (waits, 3)]) {
+        let (space, device, _log) = one_device();
+        let (device, mut polls) = (Arc::new(device), 0);
+        let own = device.clone();
+        device.next(Act::pass(async move {
+            std::future::poll_fn(|cx| {
+                polls += 1;
+                cx.waker().wake_by_ref();
+                if polls <= later { std::task::Poll::Pending } else { std::task::Poll::Ready(()) }
+            })
+            .await;
+            PassFuture::new(waits(own)).wait();
+        }));
+        let message = invalidated(&space).unwrap_err();
+        assert!(message.contains("a pass of device waits for itself"), "{message}");
+        assert_eq!(invalidated(&space), Ok(()), "the space is as usable as before");
+    }
+}
+
+#[test]
+#[cfg(debug_assertions)]
 fn c7_a_pass_that_first_waits_for_its_device_and_then_for_itself_fails_too() {
     let (space, device, _log) = one_device();
     let (device, gate) = (Arc::new(device), Gate::default());

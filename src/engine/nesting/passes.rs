@@ -9,10 +9,13 @@
 //! waker whose clones are counted. It fails if it is pending after that, has not been woken, and
 //! each clone is that of such a wait. Whatever else it awaits has a clone of its own then, as each
 //! poll renews the waker that a future is to wake.
+//!
+//! A pass whose poll blocks its thread, in `wait` for such a wait, fails at once.
 #![forbid(unsafe_code)]
 
 #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
 mod check {
+    use crate::block::is_of_a_thread;
     use crate::engine::host::Host;
     use crate::entry::EntryRef;
     use crate::foreign::{Panic, keep};
@@ -86,6 +89,18 @@ mod check {
     pub(crate) struct Suspicion(Option<Arc<Counted>>);
 
     impl Suspicion {
+        /// The first poll of a pass of `entry`, with a waker that is not the pass's own. It may be
+        /// pending: it is polled again in any case.
+        pub(crate) fn first_poll(
+            entry: EntryRef,
+            cx: &mut Context<'_>,
+            poll: impl FnOnce(&mut Context<'_>) -> Poll<()>,
+        ) -> Poll<()> {
+            let waker = cx.waker().clone();
+            let _entered = Entered::new(Polled { entry, waker, watched: false, waits: 0, message: None });
+            poll(cx)
+        }
+
         /// Polls a pass of `entry`.
         pub(crate) fn poll(
             &mut self,
@@ -129,17 +144,26 @@ mod check {
     /// To be called where a future that waits until the passes of `entry` are done is pending, with
     /// no lock.
     pub(crate) fn note_wait(host: &Host, what: &'static str, entry: EntryRef, waker: &Waker) {
-        let is_own = |polled: &Polled| polled.entry == entry && polled.waker.will_wake(waker);
-        let own = POLLED.try_with(|list| list.borrow().last().and_then(|polled| is_own(polled).then_some(polled.watched)));
-        let Ok(Some(watched)) = own else { return };
+        let own = POLLED.try_with(|list| {
+            let list = list.borrow();
+            let polled = list.last().filter(|polled| polled.entry == entry)?;
+            Some((polled.watched, polled.waker.will_wake(waker)))
+        });
+        let Ok(Some((watched, awaits))) = own else { return };
         // Driver code: nothing is borrowed meanwhile.
-        let message = watched.then(|| {
+        let message = || {
             format!(
                 "a pass of {} waits for itself: it awaits {what} of its own notifier, which waits for the pass: \
                  let the pass end first, and do that in a task of its own",
                 entry.name(&host.losses)
             )
-        });
+        };
+        if !awaits {
+            // The thread that polls the pass is in `wait`, so the poll never returns.
+            assert!(!is_of_a_thread(waker), "{}", message());
+            return;
+        }
+        let message = watched.then(message);
         let _ = POLLED.try_with(|list| {
             if let Some(polled) = list.borrow_mut().last_mut() {
                 polled.waits += 1;
@@ -160,6 +184,15 @@ mod check {
     pub(crate) struct Suspicion;
 
     impl Suspicion {
+        #[inline(always)]
+        pub(crate) fn first_poll(
+            _entry: EntryRef,
+            cx: &mut Context<'_>,
+            poll: impl FnOnce(&mut Context<'_>) -> Poll<()>,
+        ) -> Poll<()> {
+            poll(cx)
+        }
+
         #[inline(always)]
         pub(crate) fn poll(
             &mut self,

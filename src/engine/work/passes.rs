@@ -191,7 +191,7 @@ fn poll_from(started: &mut [Pass], at: &mut usize, pend: &mut usize, trace: &Tra
         if let Some(slot) = &mut pass.future
             && let Some(future) = slot.as_mut().as_pin_mut()
         {
-            if future.poll(cx).is_ready() {
+            if Suspicion::first_poll(pass.entry, cx, |cx| future.poll(cx)).is_ready() {
                 slot.as_mut().set(None);
                 trace.pass(losses, pass.entry, pass.began, false);
             } else {
