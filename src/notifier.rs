@@ -44,7 +44,11 @@ pub trait IntervalNotifier: Send + Sync + 'static {
     /// The driver takes its lock, calls [`set_seq`](Invalidation::set_seq) (or does both with
     /// [`DriverLock::lock_for`](crate::DriverLock::lock_for)), zaps its mappings of
     /// [`range`](Invalidation::range) and returns what remains to be waited for. A first pass that leaves the device alone
-    /// sets no sequence (S4) and returns `Ok(None)`.
+    /// sets no sequence (S4) and returns `Ok(None)`; one that returns a pass has set it, or panics in debug builds.
+    ///
+    /// The pass waits for the device and for nothing of the space: one that awaits its own notifier's `read_begin`, `mirror` or
+    /// `remove` waits for itself, and panics in debug builds. It is polled on any thread that waits, so it needs no timer or
+    /// socket of a runtime: see the guide, `driver`.
     ///
     /// A notifier may be called again for another invalidation while a pass of it is pending (O6). Each call has to answer for itself:
     /// one that finds nothing left to zap, because an earlier call zapped it, still has to wait for the device to be done with it.
@@ -65,6 +69,10 @@ pub trait IntervalNotifier: Send + Sync + 'static {
 }
 
 /// A first pass cannot start, or an invalidation cannot end, without waiting: the kernel's `-EAGAIN`.
+///
+/// To be answered only where the invalidation is not [`blockable`](Invalidation::blockable). In a blockable one it changes
+/// nothing but a [count](crate::Stats::refused_blockable) and a [report](crate::Report::RefusedBlockable): the memory changes under the
+/// device (B1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WouldBlock;
 
