@@ -85,10 +85,13 @@ mod check {
     }
 
     /// Whether a pass is suspected of waiting for itself.
-    #[derive(Default)]
     pub(crate) struct Suspicion(Option<Arc<Counted>>);
 
     impl Suspicion {
+        pub(crate) fn none() -> Self {
+            Self(None)
+        }
+
         /// The first poll of a pass of `entry`, with a waker that is not the pass's own. It may be
         /// pending: it is polled again in any case.
         pub(crate) fn first_poll(
@@ -180,10 +183,14 @@ mod check {
     use crate::foreign::Panic;
     use core::task::{Context, Poll, Waker};
 
-    #[derive(Default)]
     pub(crate) struct Suspicion;
 
     impl Suspicion {
+        #[inline(always)]
+        pub(crate) fn none() -> Self {
+            Self
+        }
+
         #[inline(always)]
         pub(crate) fn first_poll(
             _entry: EntryRef,

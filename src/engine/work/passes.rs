@@ -122,7 +122,7 @@ impl Pass {
     /// The pass itself; what stays is a record without a slot, that nobody lists.
     fn move_out(&mut self) -> Self {
         let listed = core::mem::replace(&mut self.listed, UNLISTED);
-        Self { future: self.future.take(), listed, suspicion: Suspicion::default(), ..*self }
+        Self { future: self.future.take(), listed, suspicion: Suspicion::none(), ..*self }
     }
 }
 
@@ -226,7 +226,7 @@ impl Passes {
     fn start_in_new_slot(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
         let spare = self.spare_slots.pop().unwrap_or_else(Slot::empty);
         let slot = core::mem::replace(&mut self.next, spare);
-        let pass = Pass { future: Some(slot), entry, listed: UNLISTED, budgeted, began, suspicion: Suspicion::default() };
+        let pass = Pass { future: Some(slot), entry, listed: UNLISTED, budgeted, began, suspicion: Suspicion::none() };
         match self.slots.get_mut(self.started) {
             Some(record) => *record = pass,
             None => self.slots.push(pass),
