@@ -13,6 +13,7 @@
 //! | [`recording`] | who wants to know what multi-pass is worth for a program of one's own: recording it, and replaying its memory traffic |
 //! | `from_libfabric` (feature `userfaultfd`) | users of libfabric's memory monitors and UCX's registration cache |
 //! | `memory_changes` (feature `userfaultfd`) | which changes of memory raise an event, and what to do about those that raise none |
+//! | [`contract`] | what the library promises, rule by rule: where tags such as C4 lead |
 
 #[doc = include_str!("driver.md")]
 pub mod driver {}
@@ -25,6 +26,9 @@ pub mod notifiers {}
 
 #[doc = include_str!("executors.md")]
 pub mod executors {}
+
+#[doc = include_str!("../../CONTRACT.md")]
+pub mod contract {}
 
 #[cfg(feature = "std")]
 #[doc = include_str!("threads.md")]

@@ -44,11 +44,11 @@ pub(super) trait Counter: Send + Sync {
     fn is_held_here(&self) -> bool;
 }
 
-/// An invalidation that the driver's task has taken from its [`Inbox`](crate::Inbox); call [`done`](Self::done)
-/// when the device has stopped using the range.
+/// An invalidation that the driver's task has taken from its [`Inbox`](crate::Inbox); call
+/// [`done`](Self::done) when the device has stopped using the range.
 ///
-/// Dropped without that it goes back to the head of the queue. While it is held, readers of the range
-/// wait: see [`Inbox`](crate::Inbox#what-the-task-must-not-wait-for).
+/// Dropped without that it goes back to the head of the queue. While it is held, readers of the
+/// range wait: see [`Inbox`](crate::Inbox#what-the-task-must-not-wait-for).
 #[must_use = "the invalidation waits until `done` is called; dropped, it is delivered again"]
 pub struct Delivery {
     desk: Arc<dyn Counter>,
@@ -80,7 +80,8 @@ impl Delivery {
         self.info.range
     }
 
-    /// What is invalidated, without the gaps: see [`Invalidation::ranges`](crate::Invalidation::ranges).
+    /// What is invalidated, without the gaps: see
+    /// [`Invalidation::ranges`](crate::Invalidation::ranges).
     pub fn ranges(&self) -> &[AddressRange] {
         self.info.ranges()
     }
@@ -90,8 +91,8 @@ impl Delivery {
         self.info.event
     }
 
-    /// Returns whether the memory may have changed already (M7): then nothing may be written back to
-    /// it. See [`Invalidation::is_late`](crate::Invalidation::is_late).
+    /// Returns whether the memory may have changed already (M7): then nothing may be written back
+    /// to it. See [`Invalidation::is_late`](crate::Invalidation::is_late).
     pub fn is_late(&self) -> bool {
         self.info.late
     }
@@ -110,9 +111,9 @@ impl Delivery {
     /// The device has stopped using the range: completes the pass.
     ///
     /// # Panics
-    /// When called inside [`with`](crate::Inbox::with) or [`install`](crate::Inbox::install) of its own inbox:
-    /// what it wakes may need the lock that is held there. The delivery then goes back to the
-    /// head of the queue.
+    /// When called inside [`with`](crate::Inbox::with) or [`install`](crate::Inbox::install) of its
+    /// own inbox: what it wakes may need the lock that is held there. The delivery then goes back
+    /// to the head of the queue.
     pub fn done(self) {
         assert!(
             !self.desk.is_held_here(),

@@ -53,10 +53,10 @@ use futures::stream::Stream;
 /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 /// ```
 ///
-/// The stream ends after [`release`](AddressSpace::release) or [`close`](Self::close), and not because the
-/// handles of the space are gone: the inbox keeps the space itself, and so do guards, futures, memory
-/// sources and caches, any of which may still invalidate. A program that is done with a space
-/// releases it.
+/// The stream ends after [`release`](AddressSpace::release) or [`close`](Self::close), and not
+/// because the handles of the space are gone: the inbox keeps the space itself, and so do guards,
+/// futures, memory sources and caches, any of which may still invalidate. A program that is done
+/// with a space releases it.
 ///
 /// # What the task must not wait for
 /// An invalidation is pending until `done()` is called for it. A task that has taken one and then
@@ -70,8 +70,8 @@ use futures::stream::Stream;
 /// Dropping the inbox ends the subscription and completes what is pending: by that the driver says
 /// that its device maps the range no longer (A4). To handle first what is pending, call
 /// [`close`](Self::close) and go on until the stream ends. A task that stops before the stream has
-/// ended, after [`Event::Release`] for instance, drops the inbox: the next invalidation waits for it
-/// otherwise.
+/// ended, after [`Event::Release`] for instance, drops the inbox: the next invalidation waits for
+/// it otherwise.
 #[must_use = "dropping an inbox ends its subscription at once: keep it as long as the device may use the range"]
 pub struct Inbox<T: Send + 'static> {
     subscription: Subscription<InboxNotifier<T>>,

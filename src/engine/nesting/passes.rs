@@ -1,9 +1,10 @@
 //! C7: in debug builds, a pass that waits for itself fails with its notifier's name.
 //!
 //! A reader of a notifier waits until no invalidation covers it, so until the passes of the
-//! notifier are done. A pass that awaits such a reader, or the notifier's removal, waits for itself.
-//! But a pass may poll one that it does not wait for, beside a timer that ends it (F3). The two
-//! differ in who can wake the pass: nobody, if what waits for the pass is all that has its waker.
+//! notifier are done. A pass that awaits such a reader, or the notifier's removal, waits for
+//! itself. But a pass may poll one that it does not wait for, beside a timer that ends it (F3). The
+//! two differ in who can wake the pass: nobody, if what waits for the pass is all that has its
+//! waker.
 //!
 //! So a pass that is seen to poll such a wait with its own waker is polled again, at once, with a
 //! waker whose clones are counted. It fails if it is pending after that, has not been woken, and
@@ -127,8 +128,8 @@ mod check {
             }
             match (&self.0, message) {
                 (Some(counted), Some(message)) => {
-                    // Ours are the one in `self` and the one that it was polled with. Whoever wakes has woken before
-                    // its clone goes.
+                    // Ours are the one in `self` and the one that it was polled with. Whoever wakes
+                    // has woken before its clone goes.
                     let clones = Arc::strong_count(counted).saturating_sub(2);
                     fence(Ordering::Acquire);
                     if clones == waits && !counted.woken.load(Ordering::Acquire) {

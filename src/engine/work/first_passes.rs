@@ -192,8 +192,8 @@ fn go_on(
     }
 }
 
-/// S4: in debug builds, a first pass that has left a pass without having set the sequence fails. Its
-/// pass is waited for all the same.
+/// S4: in debug builds, a first pass that has left a pass without having set the sequence fails.
+/// Its pass is waited for all the same.
 #[inline(always)]
 fn assert_sequence_is_set(_host: &Host, _entry: EntryRef, _sequence: u64) {
     #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]

@@ -54,7 +54,8 @@ impl OwnedMapping {
 
     /// [`unmap`](Self::unmap) with what the owner does between the two: no device uses the memory
     /// any more, and it is still there. For its own bookkeeping, or a last look at what the devices
-    /// have left. Runs at most once, under the invalidation: it must not wait for readers of the range.
+    /// have left. Runs at most once, under the invalidation: it must not wait for readers of the
+    /// range.
     ///
     /// ```
     /// # use shootdown::{AddressSpace, source::OwnedMapping};

@@ -27,9 +27,10 @@ use std::sync::{MutexGuard, PoisonError};
 /// Turns what was read into invalidations.
 ///
 /// [`run`](Self::run) it on a thread, or wait for its descriptor ([`AsFd`]) to be readable, or
-/// until [`next_look`](Self::next_look), and await [`deliver`](Self::deliver), again and again until
-/// it [is stopped](Self::is_stopped). Dropping it starts what is left without waiting, ends all watches,
-/// and invalidates all that was watched (M3). In a child of `fork` dropping it does nothing.
+/// until [`next_look`](Self::next_look), and await [`deliver`](Self::deliver), again and again
+/// until it [is stopped](Self::is_stopped). Dropping it starts what is left without waiting, ends
+/// all watches, and invalidates all that was watched (M3). In a child of `fork` dropping it does
+/// nothing.
 #[must_use = "dropping the deliveries ends all watches and invalidates what was watched: run them"]
 #[derive(Debug)]
 pub struct Deliveries {
@@ -44,8 +45,8 @@ impl Deliveries {
     /// there were. Several may be under way at once: then readers go on when all of them have told
     /// all drivers.
     ///
-    /// The call makes the descriptor unreadable until more is read; a future that is dropped before its
-    /// first poll makes it readable again.
+    /// The call makes the descriptor unreadable until more is read; a future that is dropped before
+    /// its first poll makes it readable again.
     ///
     /// Between two looks at pages that have not gone, a poll leaves the processor to others and at
     /// last rests, for some 100 µs; [`run`](Self::run) does not.
@@ -148,8 +149,8 @@ impl Deliveries {
         looks.into_iter().chain(gives_up).min()
     }
 
-    /// Returns whether [`Uffd::stop`](crate::source::Uffd::stop) was called, which makes the descriptor readable: a loop
-    /// of one's own ends then, after a last [`deliver`](Self::deliver).
+    /// Returns whether [`Uffd::stop`](crate::source::Uffd::stop) was called, which makes the
+    /// descriptor readable: a loop of one's own ends then, after a last [`deliver`](Self::deliver).
     pub fn is_stopped(&self) -> bool {
         self.inner.stopped.load(Ordering::Acquire)
     }
