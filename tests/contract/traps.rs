@@ -132,6 +132,23 @@ fn f3_a_pass_may_poll_a_wait_for_itself_beside_what_ends_it() {
 }
 
 #[test]
+fn f3_a_pass_that_has_fenced_its_own_device_may_wait_for_itself() {
+    for (waits, later) in OWN_WAITS.into_iter().flat_map(|waits| [(waits, 0), (waits, 1)]) {
+        let (space, device, _log) = one_device();
+        let device = Arc::new(device);
+        let own = device.clone();
+        device.next(Act::pass(async move {
+            Yields(later).await;
+            own.fence();
+            waits(own.clone()).await;
+        }));
+        let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+        drop(invalidate.finish());
+        assert_eq!((device.is_closed(), space.stats().fences), (true, 1));
+    }
+}
+
+#[test]
 fn f3_a_pass_may_begin_a_wait_for_itself_and_leave_it() {
     for waits in OWN_WAITS {
         let (space, device, _log) = one_device();
