@@ -23,6 +23,7 @@ impl IntervalNotifier for Device {
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
         println!("first pass: {} of {}", invalidation.event().name(), invalidation.range());
         invalidation.set_seq();
+        // A timer of async-io runs on a thread of its own, whoever polls it.
         Ok(Some(PassFuture::new(async {
             async_io::Timer::after(std::time::Duration::from_millis(1)).await;
             println!("the device has let go");
@@ -46,7 +47,7 @@ async fn deliver(mut deliveries: Deliveries) -> io::Result<()> {
     let mut passes = FuturesUnordered::new();
     // One that never ends, so that there is always something to select.
     passes.push(Either::Left(future::pending()));
-    loop {
+    while !deliveries.is_stopped() {
         // Also when it is time to look once more at what a `madvise` was to drop.
         let look = deliveries.next_look().map_or_else(async_io::Timer::never, async_io::Timer::after);
         let rings = pin!(readable.readable());
@@ -55,9 +56,9 @@ async fn deliver(mut deliveries: Deliveries) -> io::Result<()> {
             Either::Left((Either::Right(_), _)) => {}
             Either::Right(_) => continue,
         }
-        deliveries.clear();
         passes.push(Either::Right(deliveries.deliver()));
     }
+    Ok(())
 }
 
 fn main() -> Result<(), Box<dyn Error>> {

@@ -6,24 +6,32 @@
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use shootdown::source::Uffd;
-use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, Timeline, WouldBlock};
 use std::error::Error;
 use std::os::fd::AsFd;
 use tokio::io::unix::AsyncFd;
+use tokio::runtime::Handle;
 
 const LEN: usize = 1 << 20;
 
 /// Says what it is told; its device needs a millisecond.
-struct Device;
+///
+/// The timer runs on the driver's runtime, and the pass waits for its end: a pass is polled on whatever thread waits for it, and
+/// not every thread has a runtime.
+struct Device(Handle);
 
 impl IntervalNotifier for Device {
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
         println!("first pass: {} of {}", invalidation.event().name(), invalidation.range());
         invalidation.set_seq();
-        Ok(Some(PassFuture::new(async {
+        let (number, flushed) = (1, Timeline::new());
+        let pass = flushed.reached(number);
+        self.0.spawn(async move {
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
             println!("the device has let go");
-        })))
+            flushed.signal(number);
+        });
+        Ok(Some(PassFuture::new(pass)))
     }
 }
 
@@ -32,29 +40,27 @@ async fn main() -> Result<(), Box<dyn Error>> {
     let space = AddressSpace::new();
     let (uffd, mut reader, mut deliveries) = Uffd::open(&space)?;
     let reading = std::thread::spawn(move || reader.run());
-    tokio::spawn(async move {
+    let delivering = tokio::spawn(async move {
         // A copy of the descriptor to wait for, so that the handle stays free to be used.
         // SAFETY: the copy is open as long as the `AsyncFd` that owns it.
         let bell = unsafe { AsyncFd::register(deliveries.as_fd().try_clone_to_owned()?)? };
-        loop {
+        while !deliveries.is_stopped() {
             // Also when it is time to look once more at what a `madvise` was to drop.
             let look = deliveries.next_look();
             tokio::select! {
                 ready = bell.readable() => ready?.clear_ready(),
                 () = tokio::time::sleep(look.unwrap_or_default()), if look.is_some() => {}
             }
-            deliveries.clear();
             // A task of its own, so that what is read meanwhile is delivered while this one waits for the device.
             tokio::spawn(deliveries.deliver());
         }
-        #[expect(unreachable_code, reason = "says of what type errors are")]
         Ok::<_, std::io::Error>(())
     });
 
     // SAFETY: a new mapping where the kernel chooses.
     let memory = unsafe { mmap_anonymous(std::ptr::null_mut(), LEN, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)? };
     let range = AddressRange::new(memory.addr() as u64, LEN as u64)?;
-    let device = space.insert(range, Device)?;
+    let device = space.insert(range, Device(Handle::current()))?;
     // A driver that looks at the memory watches it after `read_begin`: `Uffd::mirror` does. This one only listens.
     let _watch = uffd.watch(range)?;
 
@@ -66,5 +72,6 @@ async fn main() -> Result<(), Box<dyn Error>> {
 
     uffd.stop();
     reading.join().expect("the reader does not panic")?;
+    delivering.await??;
     Ok(())
 }

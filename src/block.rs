@@ -51,6 +51,8 @@ impl<F> fmt::Debug for Waitable<F> {
     }
 }
 
+#[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+pub(crate) use thread::is_of_a_thread;
 #[cfg(feature = "std")]
 pub(crate) use thread::wait;
 
@@ -96,6 +98,12 @@ mod thread {
                 listener.wait();
             }
         }
+    }
+
+    /// Whether it is the waker of a thread that is in [`wait`].
+    #[cfg(all(debug_assertions, not(any(loom, shuttle))))]
+    pub(crate) fn is_of_a_thread(waker: &Waker) -> bool {
+        waker.vtable() == Waker::from(Arc::<Sleeper>::default()).vtable()
     }
 
     /// Blocks the thread until the future resolves.

@@ -46,29 +46,7 @@
 //! The guide is in `docs`: writing a driver, the collision-retry loop, choosing between the notifier traits, executors and `no_std`, threads that wait,
 //! fences, cancellation, coming from the kernel, coming from libfabric or UCX.
 //!
-//! # Map
-//! Each module uses only those below it.
-//!
-//! | what | where |
-//! | --- | --- |
-//! | registrations of memory with a device, kept and never stale (feature `cache`) | `cache` |
-//! | where invalidations come from: owned mappings, userfaultfd (features `mapping`, `userfaultfd`) | `source` |
-//! | drivers: [`DriverLock`] with the collision-retry loop, [`Inbox`] for drivers that are tasks, [`AsyncIntervalNotifier`] | `mirror` |
-//! | [`AddressSpace`], [`Subscription`] | `space`, `subscription` |
-//! | start, join, end; whoever waits helps: [`Invalidate`], [`InvalidationGuard`], [`ReadBegin`], [`Remove`] | `engine` |
-//! | what the features `tracing` and `metrics` are told | `observe` |
-//! | a registered notifier in memory (all the `unsafe` there is, but for the system calls of `source`) | `entry` |
-//! | what a driver implements and is told: [`IntervalNotifier`], [`Invalidation`], [`PassFuture`] | `notifier`, `pass` |
-//! | the sequence protocol, a plain state machine | `protocol` |
-//! | which intervals overlap a range, in order | `index` |
-//! | every call of code that is not the library's, and what becomes of its panics: [`Report`], [`Callback`] | `foreign` |
-//! | what is counted: [`NotifierStats`] | `tally` |
-//! | fences: [`Timeline`], [`Reached`] | `timeline` |
-//! | futures that a child of `fork` leaves to its parent (rule M4) | `fork` |
-//! | threads that wait: [`Waitable`], each `wait()` | `block` |
-//! | [`AddressRange`], [`RangeSet`], [`Event`] | `range`, `event` |
-//!
-//! The rules that comments and tests name (`S6`, `L2`, `C4`, …) are those of `CONTRACT.md`.
+//! Tags such as S6, L2 or C4 are rules of the contract, `docs::contract`.
 //!
 //! # Features
 //! `std` (default): contending threads yield to the operating system, panics of driver code are caught and resumed in the caller,
@@ -80,13 +58,36 @@
 //!
 //! `metrics`: through the `metrics` facade the counters `shootdown_invalidations_total` (by event), `shootdown_hits_total`, `shootdown_collisions_total`,
 //! `shootdown_retries_total`, `shootdown_waits_total`, `shootdown_lapses_total`, the gauge `shootdown_passes_pending`, and the histogram
-//! `shootdown_pass_latency_seconds`. Without either feature, [`AddressSpace::stats`] and [`Subscription::stats`] have the counts.
+//! `shootdown_pass_latency_seconds` (by `notifier`, its [name](IntervalNotifier::name): a recorder keeps one for each, so a name says which device
+//! it is and not which buffer). With this feature a pass allocates for its label. Without either feature, [`AddressSpace::stats`] and [`Subscription::stats`] have the counts.
 //!
 //! `cache`: the registration cache. `mapping` (Unix): memory that invalidates before it changes. `userfaultfd` (Linux): memory that somebody else
 //! unmaps; includes the other two.
 //!
 //! `test-util`: faults on demand for the tests of drivers, in `test_util`.
 #![cfg_attr(not(feature = "std"), no_std)]
+
+// Map of the modules.
+// Each module uses only those below it.
+//
+// | what | where |
+// | --- | --- |
+// | registrations of memory with a device, kept and never stale (feature `cache`) | `cache` |
+// | where invalidations come from: owned mappings, userfaultfd (features `mapping`, `userfaultfd`) | `source` |
+// | drivers: `DriverLock` with the collision-retry loop, `Inbox` for drivers that are tasks, `AsyncIntervalNotifier` | `mirror` |
+// | `AddressSpace`, `Subscription` | `space`, `subscription` |
+// | start, join, end; whoever waits helps: `Invalidate`, `InvalidationGuard`, `ReadBegin`, `Remove` | `engine` |
+// | what the features `tracing` and `metrics` are told | `observe` |
+// | a registered notifier in memory (all the `unsafe` there is, but for the system calls of `source`) | `entry` |
+// | what a driver implements and is told: `IntervalNotifier`, `Invalidation`, `PassFuture` | `notifier`, `pass` |
+// | the sequence protocol, a plain state machine | `protocol` |
+// | which intervals overlap a range, in order | `index` |
+// | every call of code that is not the library's, and what becomes of its panics: `Report`, `Callback` | `foreign` |
+// | what is counted: `NotifierStats` | `tally` |
+// | fences: `Timeline`, `Reached` | `timeline` |
+// | futures that a child of `fork` leaves to its parent (rule M4) | `fork` |
+// | threads that wait: `Waitable`, each `wait()` | `block` |
+// | `AddressRange`, `RangeSet`, `Event` | `range`, `event` |
 
 extern crate alloc;
 #[cfg(all(test, not(feature = "std")))]
@@ -129,8 +130,9 @@ pub use engine::futures::remove::{Close, Remove};
 pub use event::{Event, Owner};
 pub use foreign::{Callback, Report};
 pub use mirror::async_notifier::{AsyncIntervalNotifier, AsyncNotifier};
+pub use mirror::delivery::Delivery;
 pub use mirror::driver_lock::{Collision, DriverGuard, DriverLock, MirrorError, RetryBudget};
-pub use mirror::inbox::{Delivery, Inbox};
+pub use mirror::inbox::Inbox;
 pub use mirror::recv::Recv;
 pub use notifier::{IntervalNotifier, Invalidation, InvalidationInfo, NotifierId, Sequence, WouldBlock};
 pub use pass::PassFuture;

@@ -28,6 +28,12 @@ use core::fmt;
 /// }
 /// # fn submit_tlb_flush() -> impl Future<Output = ()> { async {} }
 /// ```
+#[diagnostic::on_unimplemented(
+    message = "`{Self}` is no `IntervalNotifier`",
+    label = "it cannot be inserted into an address space",
+    note = "a driver that implements `AsyncIntervalNotifier` is wrapped: `AsyncNotifier::new(driver)`",
+    note = "a driver that is a task has an inbox: `AddressSpace::inbox`"
+)]
 pub trait IntervalNotifier: Send + Sync + 'static {
     /// First pass: start the work on the device, do not wait for it.
     ///
@@ -38,7 +44,11 @@ pub trait IntervalNotifier: Send + Sync + 'static {
     /// The driver takes its lock, calls [`set_seq`](Invalidation::set_seq) (or does both with
     /// [`DriverLock::lock_for`](crate::DriverLock::lock_for)), zaps its mappings of
     /// [`range`](Invalidation::range) and returns what remains to be waited for. A first pass that leaves the device alone
-    /// sets no sequence (S4) and returns `Ok(None)`.
+    /// sets no sequence (S4) and returns `Ok(None)`; one that returns a pass has set it, or panics in debug builds.
+    ///
+    /// The pass waits for the device and for nothing of the space: one that awaits its own notifier's `read_begin`, `mirror` or
+    /// `remove` waits for itself, and panics in debug builds. It is polled on any thread that waits, so it needs no timer or
+    /// socket of a runtime: see the guide, `driver`.
     ///
     /// A notifier may be called again for another invalidation while a pass of it is pending (O6). Each call has to answer for itself:
     /// one that finds nothing left to zap, because an earlier call zapped it, still has to wait for the device to be done with it.
@@ -59,6 +69,10 @@ pub trait IntervalNotifier: Send + Sync + 'static {
 }
 
 /// A first pass cannot start, or an invalidation cannot end, without waiting: the kernel's `-EAGAIN`.
+///
+/// To be answered only where the invalidation is not [`blockable`](Invalidation::blockable). In a blockable one it changes
+/// nothing but a [count](crate::Stats::refused_blockable) and a [report](crate::Report::RefusedBlockable): the memory changes under the
+/// device (B1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WouldBlock;
 
@@ -161,6 +175,13 @@ impl Invalidation<'_> {
         self.request.owner == Some(owner)
     }
 
+    /// Says that the pass which this call leaves is not the device's, so that no sequence is due.
+    #[cfg(any(feature = "test-util", all(feature = "userfaultfd", target_os = "linux")))]
+    pub(crate) fn is_not_the_devices(&self) {
+        #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+        let _ = NO_SEQUENCE_IS_DUE.try_with(|due| due.set(true));
+    }
+
     /// Whether the driver may leave work to a further pass that takes time. In a non-blockable invalidation it may
     /// answer [`WouldBlock`] instead.
     #[inline]
@@ -217,6 +238,15 @@ impl Invalidation<'_> {
     pub fn set_seq(&self) {
         self.own.set(self.sequence);
     }
+}
+
+#[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+std::thread_local!(static NO_SEQUENCE_IS_DUE: core::cell::Cell<bool> = const { core::cell::Cell::new(false) });
+
+/// Whether the first pass that has just left a pass on this thread has said that no sequence is due.
+#[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+pub(crate) fn take_no_sequence_is_due() -> bool {
+    NO_SEQUENCE_IS_DUE.try_with(core::cell::Cell::take).unwrap_or(false)
 }
 
 /// What an [`Invalidation`] says, to be kept beyond the first pass.

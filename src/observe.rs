@@ -152,7 +152,12 @@ mod told {
         pub(crate) fn pass(&self, _losses: &Losses, _entry: EntryRef, began: Moment, _panicked: bool) {
             let _latency = began.elapsed();
             #[cfg(feature = "metrics")]
-            tell(_losses, || metrics::histogram!("shootdown_pass_latency_seconds").record(_latency.as_secs_f64()));
+            {
+                let name = _entry.name(_losses);
+                tell(_losses, || {
+                    metrics::histogram!("shootdown_pass_latency_seconds", "notifier" => name).record(_latency.as_secs_f64());
+                });
+            }
             #[cfg(feature = "tracing")]
             if let Some((span, losses)) = &self.span {
                 tell(losses, || {

@@ -160,6 +160,36 @@ impl AddressRange {
         (self.last - self.start).checked_add(1)
     }
 
+    /// Length in bytes, for slices and system calls; `None` where it does not fit in a `usize`.
+    pub const fn len_usize(self) -> Option<usize> {
+        match self.len() {
+            Some(len) if len <= usize::MAX as u64 => Some(len as usize),
+            _ => None,
+        }
+    }
+
+    /// The pages of `bytes` that the range touches, in order, each whole: the first one may begin
+    /// before the range, and the last one end behind it.
+    ///
+    /// ```
+    /// # use shootdown::{AddressRange, RangeError};
+    /// let buffer = AddressRange::new(0x1ff0, 0x20)?;
+    /// let pages: Vec<u64> = buffer.pages(0x1000).map(|page| page.start()).collect();
+    /// assert_eq!(pages, [0x1000, 0x2000]);
+    /// # Ok::<(), RangeError>(())
+    /// ```
+    ///
+    /// # Panics
+    /// When `bytes` is no power of two.
+    pub fn pages(self, bytes: u64) -> impl DoubleEndedIterator<Item = Self> + Clone {
+        assert!(bytes.is_power_of_two(), "a page has a power of two of bytes, not {bytes}");
+        let (more, shift) = (bytes - 1, bytes.trailing_zeros());
+        (self.start >> shift..=self.last >> shift).map(move |page| {
+            let start = page << shift;
+            Self { start, last: start + more }
+        })
+    }
+
     /// Always `false`: a range holds at least one byte.
     pub const fn is_empty(self) -> bool {
         false
@@ -268,6 +298,19 @@ mod tests {
         let text = RangeError::Overflow { start: u64::MAX, len: 2 }.to_string();
         assert!(text.contains("0xffffffffffffffff"), "{text}");
         assert_eq!((std::format!("{range}"), std::format!("{range:?}")), ("0x1000..=0x1fff".into(), "0x1000..=0x1fff".into()));
+    }
+
+    #[test]
+    fn the_pages_of_a_range_are_those_that_it_touches() {
+        let part = |start, last| AddressRange::try_from(start..=last).unwrap();
+        let pages =
+            |range: AddressRange| range.pages(0x1000).map(|page| (page.start(), page.last())).collect::<std::vec::Vec<_>>();
+        assert_eq!(pages(part(0x1fff, 0x2000)), [(0x1000, 0x1fff), (0x2000, 0x2fff)]);
+        assert_eq!(pages(part(0x1000, 0x1fff)), [(0x1000, 0x1fff)]);
+        assert_eq!(pages(part(u64::MAX, u64::MAX)), [(u64::MAX - 0xfff, u64::MAX)]);
+        assert_eq!(AddressRange::ALL.pages(1 << 63).rev().map(AddressRange::start).collect::<std::vec::Vec<_>>(), [1 << 63, 0]);
+        assert_eq!(part(7, 8).pages(1).collect::<std::vec::Vec<_>>(), [part(7, 7), part(8, 8)]);
+        assert_eq!((AddressRange::ALL.len_usize(), part(7, 9).len_usize()), (None, Some(3)));
     }
 
     #[test]

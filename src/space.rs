@@ -58,6 +58,7 @@ pub struct AddressSpace {
 
 /// Settings of a new [`AddressSpace`].
 #[derive(Default)]
+#[must_use = "a builder makes no space until `build` is called"]
 pub struct Builder {
     settings: Settings,
 }

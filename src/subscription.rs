@@ -21,6 +21,7 @@ use core::ops::Deref;
 /// Made by [`AddressSpace::insert`](crate::AddressSpace::insert); dereferences to the notifier. Dropping it ends the subscription without waiting: no
 /// call begins any more, but one that runs on another thread may still be running, and passes that are pending still complete. To wait
 /// for both, and to get the notifier back, use [`remove`](Self::remove).
+#[must_use = "dropping a subscription removes the notifier at once: keep it as long as the device may use the range"]
 pub struct Subscription<N: IntervalNotifier> {
     registered: Registered<N>,
 }

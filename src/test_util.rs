@@ -143,6 +143,9 @@ impl<N: IntervalNotifier> IntervalNotifier for Faulty<N> {
             return Err(WouldBlock);
         }
         let pass = self.notifier.invalidate(invalidation)?;
+        if pass.is_none() && matches!(fault, Some(Fault::PanicInPass | Fault::Delay(_))) {
+            invalidation.is_not_the_devices();
+        }
         match fault {
             Some(Fault::PanicInFirstPass) => panic!("injected into the first pass of {}", self.name()),
             Some(Fault::PanicInPass) => {

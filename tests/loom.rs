@@ -580,7 +580,6 @@ fn nothing_is_accepted_after_a_close_whether_an_invalidation_covers_the_notifier
 /// Sets the sequence without a lock, as [`AsyncNotifier`] does for a driver with no `begin` of its own.
 struct Lockless;
 
-#[async_trait::async_trait]
 impl AsyncIntervalNotifier for Lockless {
     async fn invalidate(self: Arc<Self>, _: InvalidationInfo) {}
 }

@@ -127,7 +127,10 @@ fn metrics_count_what_stats_count_and_time_the_passes() {
         assert_eq!(after["shootdown_hits_total"], 2.0);
         assert_eq!(after["shootdown_waits_total"], 1.0);
         assert_eq!(after["shootdown_collisions_total"], 1.0);
-        assert_eq!(after["shootdown_pass_latency_seconds"], 2.0, "passes that were timed");
+        for notifier in ["device", "ready"] {
+            let timed = after[&format!("shootdown_pass_latency_seconds notifier={notifier}")];
+            assert_eq!(timed, 1.0, "passes of {notifier} that were timed");
+        }
     });
     assert_eq!(pending, [1.0, 0.0]);
 }

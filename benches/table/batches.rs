@@ -239,7 +239,6 @@ fn deliver(way: Way, mut deliveries: Deliveries, ready: &Barrier, stop: &AtomicB
     }
     while !stop.load(Ordering::Relaxed) {
         if poll(&mut [PollFd::new(&deliveries, PollFlags::IN)], Some(&MOMENT))? > 0 {
-            deliveries.clear();
             block_on(deliveries.deliver())?;
         }
     }

@@ -21,7 +21,7 @@ pub enum Fault {
     FirstPageOnly,
     /// Driver: zaps its page table after the flush
     FlushBeforeZap,
-    /// Driver: zaps without set_seq
+    /// Driver: zaps without set_seq (debug builds of the library panic)
     NoSetSeq,
     /// Driver: calls set_seq a moment after it has released its lock
     SetSeqOutsideLock,

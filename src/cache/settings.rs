@@ -88,6 +88,7 @@ pub enum Overlap {
 
 /// Settings of a [`RegistrationCache`](super::RegistrationCache) of a device `D`, which
 /// [`build`](Self::build) is given.
+#[must_use = "there is no cache before `build`"]
 pub struct Builder<D> {
     pub(super) limits: Limits,
     pub(super) on_failure: Option<Reporter>,

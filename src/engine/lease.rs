@@ -73,7 +73,8 @@ mod tests {
     struct Yields;
 
     impl IntervalNotifier for Yields {
-        fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            invalidation.set_seq();
             Ok(Some(PassFuture::new(async {
                 for _ in 0..100 {
                     futures::pending!();

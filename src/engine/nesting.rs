@@ -8,7 +8,14 @@
 //! the future began to wait there, with a waker that nothing outside of a first pass was polled
 //! with. Whether somebody blocks on it shows when it is woken: who blocks polls it again inside the
 //! same first pass, and that fails. What is polled once and left for later goes on.
+//!
+//! An invalidation inside a first pass of what it overlaps calls this first pass again, and so on:
+//! that fails before the stack is used up.
+//!
+//! What a *pass* waits for is checked in [`passes`].
 #![forbid(unsafe_code)]
+
+pub(crate) mod passes;
 
 use crate::entry::EntryRef;
 use crate::notifier::Request;
@@ -84,12 +91,27 @@ mod check {
         (waker.data(), core::ptr::from_ref(waker.vtable()))
     }
 
+    /// As often a first pass of one notifier may be on the stack of a thread: many more than any
+    /// that ends has been seen to need, and few enough for a small stack.
+    const MOST_NESTED: usize = 32;
+
     /// A first pass runs while this exists. There is no stack in the destructor of a thread-local.
     pub(crate) struct InFirstPass(bool);
 
     impl InFirstPass {
-        pub(crate) fn enter(of: impl FnOnce() -> FirstPassOf) -> Self {
+        #[track_caller]
+        pub(crate) fn enter(host: &Host, of: impl FnOnce() -> FirstPassOf) -> Self {
             let frame = (of(), Inline::depth());
+            let entry = frame.0.entry;
+            let nested = NESTING.try_with(|nesting| {
+                nesting.borrow().first_passes.iter().filter(|(of, _)| of.entry == entry).count() >= MOST_NESTED
+            });
+            assert!(
+                nested != Ok(true),
+                "the first pass of {} invalidates what it watches itself: it is called {MOST_NESTED} times within itself, and would \
+                 be for ever: start the invalidation in a task of its own",
+                entry.name(&host.losses)
+            );
             Self(NESTING.try_with(|nesting| nesting.borrow_mut().first_passes.push(frame)).is_ok())
         }
     }
@@ -154,7 +176,7 @@ mod check {
 
     impl InFirstPass {
         #[inline(always)]
-        pub(crate) fn enter(_of: impl FnOnce() -> FirstPassOf) -> Self {
+        pub(crate) fn enter(_host: &Host, _of: impl FnOnce() -> FirstPassOf) -> Self {
             Self
         }
     }

@@ -6,9 +6,10 @@ use crate::pass::PassFuture;
 use crate::sync::Arc;
 use alloc::borrow::Cow;
 use alloc::boxed::Box;
-use async_trait::async_trait;
 use core::fmt;
+use core::future::Future;
 use core::ops::Deref;
+use core::pin::Pin;
 use core::task::{Context, Waker};
 
 /// A driver whose invalidation is one `async fn`: its first poll is the first pass, the rest is the pass future. Register it as
@@ -23,7 +24,6 @@ use core::task::{Context, Waker};
 /// # #[derive(Default)]
 /// # struct Gpu { page_table: DriverLock<Vec<u64>> }
 /// # impl Gpu { async fn flush(&self, _: AddressRange) {} }
-/// #[async_trait::async_trait]
 /// impl AsyncIntervalNotifier for Gpu {
 ///     async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo) {
 ///         self.page_table.lock().retain(|page| !invalidation.range.contains(*page)); // first pass: do not wait before this
@@ -38,7 +38,6 @@ use core::task::{Context, Waker};
 /// # drop(gpu);
 /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 /// ```
-#[async_trait]
 pub trait AsyncIntervalNotifier: Send + Sync + 'static {
     /// Decides, without waiting, whether the invalidation concerns the device, before `invalidate` is called.
     ///
@@ -59,7 +58,9 @@ pub trait AsyncIntervalNotifier: Send + Sync + 'static {
 
     /// Stops the device from using the range. Up to the first await that is not ready it runs as the first pass: take the driver lock and
     /// zap the mappings before that.
-    async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo);
+    ///
+    /// A driver writes `async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo)`.
+    fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo) -> impl Future<Output = ()> + Send + 'static;
 
     /// As [`IntervalNotifier::name`].
     fn name(&self) -> Cow<'static, str> {
@@ -68,6 +69,7 @@ pub trait AsyncIntervalNotifier: Send + Sync + 'static {
 }
 
 /// Makes an [`AsyncIntervalNotifier`] an [`IntervalNotifier`]; dereferences to it.
+#[must_use = "nothing calls the notifier before it is inserted into a space"]
 pub struct AsyncNotifier<A: ?Sized>(Arc<A>);
 
 impl<A: AsyncIntervalNotifier> AsyncNotifier<A> {
@@ -84,7 +86,7 @@ impl<A: AsyncIntervalNotifier> IntervalNotifier for AsyncNotifier<A> {
         }
         // What the future waits for is waited for by the pass that it becomes, not by this call (F3).
         let _inline = Inline::enter();
-        let mut pass = self.0.clone().invalidate(invalidation.info());
+        let mut pass: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(self.0.clone().invalidate(invalidation.info()));
         // The engine polls it again with a waker of its own, so that nothing that happens in between is lost.
         let first = pass.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         Ok(first.is_pending().then(|| PassFuture::from(pass)))

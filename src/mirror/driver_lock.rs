@@ -122,6 +122,7 @@ pub struct DriverLock<T> {
 }
 
 /// Access to what a [`DriverLock`] protects. Not `Send` with `std`: do not hold it across an await.
+#[must_use = "dropping the guard unlocks at once"]
 pub struct DriverGuard<'a, T> {
     // Dropped first: before the lock is free.
     _held: Held<'a>,
@@ -211,7 +212,8 @@ impl<E: fmt::Display> fmt::Display for MirrorError<E> {
 impl<E: core::error::Error + 'static> core::error::Error for MirrorError<E> {
     fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
         match self {
-            Self::Prepare(error) => Some(error),
+            // Its own text stands in this one.
+            Self::Prepare(error) => error.source(),
             Self::Closed | Self::RetriesExhausted { .. } => None,
         }
     }
@@ -301,6 +303,9 @@ impl<T> DriverLock<T> {
     /// The whole collision-retry loop of a mirroring driver: `read_begin`; `prepare`, which looks at the memory and may wait for it; then lock, check and
     /// `install`, or start over when an invalidation came in between.
     ///
+    /// `prepare` runs on each try, `install` at most once, with what `prepare` resolved to. What may fail belongs into
+    /// `prepare`; a `prepare` that cannot fail resolves to `Ok::<_, Infallible>(…)`.
+    ///
     /// ```
     /// # use shootdown::*;
     /// # #[derive(Default)]
@@ -337,7 +342,7 @@ impl<T> DriverLock<T> {
         subscription: &Subscription<N>,
         budget: RetryBudget,
         prepare: impl FnMut(Sequence) -> F,
-        install: impl FnMut(&mut T, P) -> R,
+        install: impl FnOnce(&mut T, P) -> R,
     ) -> Waitable<impl Future<Output = Result<R, MirrorError<E>>>>
     where
         N: IntervalNotifier,
@@ -353,7 +358,7 @@ impl<T> DriverLock<T> {
         budget: RetryBudget,
         open: impl Fn(&T) -> bool,
         mut prepare: impl FnMut(Sequence) -> F,
-        mut install: impl FnMut(&mut T, P) -> R,
+        install: impl FnOnce(&mut T, P) -> R,
     ) -> Result<R, MirrorError<E>>
     where
         N: IntervalNotifier,
@@ -363,10 +368,15 @@ impl<T> DriverLock<T> {
         // The clock is asked only when there is a bound on the time and a collision.
         let began = budget.time.and_then(|_| space.now());
         let mut retries = 0;
+        let mut install = Some(install);
         loop {
             let sequence = subscription.read_begin().await;
             let prepared = prepare(sequence).await.map_err(MirrorError::Prepare)?;
-            if let Ok(installed) = self.install_if(subscription, sequence, &open, |mappings| install(mappings, prepared)) {
+            let once = |mappings: &mut T| {
+                let Some(install) = install.take() else { unreachable!("the loop ends when it has run") };
+                install(mappings, prepared)
+            };
+            if let Ok(installed) = self.install_if(subscription, sequence, &open, once) {
                 return Ok(installed);
             }
             if subscription.is_closed() || !open(&self.lock()) {

@@ -3,24 +3,23 @@
 use crate::block::Waitable;
 use crate::event::Event;
 use crate::foreign::{Losses, TaskWaker};
-use crate::mirror::consumers::{Consumers, wake};
+use crate::mirror::consumers::wake;
+use crate::mirror::delivery::{Counter, Delivery, Letter, Post};
 use crate::mirror::driver_lock::{Collision, DriverLock, MirrorError, RetryBudget};
-use crate::notifier::{IntervalNotifier, Invalidation, InvalidationInfo, Sequence, WouldBlock};
+use crate::notifier::{IntervalNotifier, Invalidation, NotifierId, Sequence, WouldBlock};
 use crate::pass::PassFuture;
 use crate::range::AddressRange;
 use crate::space::{AddressSpace, InsertError};
 use crate::subscription::Subscription;
 use crate::sync::{Arc, Lock};
+use crate::tally::NotifierStats;
 use crate::{Close, ReadBegin};
 use alloc::borrow::Cow;
-use alloc::collections::VecDeque;
-use alloc::vec::Vec;
 use core::fmt;
 use core::future::Future;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 use futures::stream::Stream;
-use slab::Slab;
 
 /// A notifier whose invalidations are handled by a task: registered like any other, and a
 /// [`Stream`] on the driver's side.
@@ -54,11 +53,26 @@ use slab::Slab;
 /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 /// ```
 ///
+/// The stream ends after [`release`](AddressSpace::release) or [`close`](Self::close), and not
+/// because the handles of the space are gone: the inbox keeps the space itself, and so do guards,
+/// futures, memory sources and caches, any of which may still invalidate. A program that is done
+/// with a space releases it.
+///
+/// # What the task must not wait for
+/// An invalidation is pending until `done()` is called for it. A task that has taken one and then
+/// awaits what needs it to be over, before `done()`, waits for itself, for ever and in silence: a
+/// [`read_begin`](Self::read_begin) or [`mirror`](Self::mirror) of this inbox or of another driver
+/// of the same range, a [`close`](Self::close), an invalidation. So does one that waits for a task
+/// that does. The library cannot see it, because a delivery may be completed by any task. Call
+/// `done()` first, or mirror in a task of its own.
+///
+/// # Dropping
 /// Dropping the inbox ends the subscription and completes what is pending: by that the driver says
 /// that its device maps the range no longer (A4). To handle first what is pending, call
-/// [`remove`](Self::remove) and go on until the stream ends. A task that stops before the stream has
-/// ended, after [`Event::Release`] for instance, drops the inbox: the next invalidation waits for it
-/// otherwise.
+/// [`close`](Self::close) and go on until the stream ends. A task that stops before the stream has
+/// ended, after [`Event::Release`] for instance, drops the inbox: the next invalidation waits for
+/// it otherwise.
+#[must_use = "dropping an inbox ends its subscription at once: keep it as long as the device may use the range"]
 pub struct Inbox<T: Send + 'static> {
     subscription: Subscription<InboxNotifier<T>>,
     desk: Arc<Desk<T>>,
@@ -80,60 +94,10 @@ struct Desk<T> {
     losses: Arc<Losses>,
 }
 
-/// What waits to be handled.
-#[derive(Default)]
-struct Post {
-    /// Invalidations whose pass is pending.
-    letters: Slab<Letter>,
-    /// Those that wait to be taken, in order.
-    queue: VecDeque<usize>,
-    consumers: Consumers,
-    /// No further invalidation comes: the inbox was removed, or the space released.
-    closing: bool,
-    /// The stream has ended, or the inbox is gone: nobody handles what comes now.
-    ended: bool,
-    serial: u64,
-}
-
-struct Letter {
-    info: InvalidationInfo,
-    serial: u64,
-    deliveries: u32,
-    /// It is in the queue.
-    queued: bool,
-    done: bool,
-    task: Option<Arc<TaskWaker>>,
-}
-
 /// The pass of a queued invalidation.
 struct InboxPass<T: Send + 'static> {
     desk: Arc<Desk<T>>,
     letter: usize,
-}
-
-/// An invalidation that the driver's task has taken from its [`Inbox`]; call [`done`](Self::done)
-/// when the device has stopped using the range.
-///
-/// Dropped without that it goes back to the head of the queue.
-#[must_use = "the invalidation waits until `done` is called; dropped, it is delivered again"]
-pub struct Delivery<T: Send + 'static> {
-    desk: Arc<Desk<T>>,
-    letter: usize,
-    serial: u64,
-    info: InvalidationInfo,
-    deliveries: u32,
-}
-
-impl Post {
-    /// The letter that a delivery stands for, unless its pass is gone or done.
-    fn letter(&mut self, letter: usize, serial: u64) -> Option<&mut Letter> {
-        self.letters.get_mut(letter).filter(|letter| letter.serial == serial && !letter.done)
-    }
-
-    /// Whether nothing is left to be handled and nothing will come.
-    fn is_over(&self) -> bool {
-        self.closing && self.letters.iter().all(|(_, letter)| letter.done)
-    }
 }
 
 impl<T: Send + 'static> IntervalNotifier for InboxNotifier<T> {
@@ -210,12 +174,28 @@ impl<T: Send + 'static> Inbox<T> {
         look(&mut self.desk.mappings.lock())
     }
 
+    /// What tells its subscription from all others of the space, also in
+    /// [lists of what is pending](crate::ActiveInvalidation::pending_ids).
+    pub fn id(&self) -> NotifierId {
+        self.subscription.id()
+    }
+
+    /// What it is called in those lists: see [`AddressSpace::named_inbox`].
+    pub fn name(&self) -> &str {
+        &self.subscription.name
+    }
+
+    /// What has happened to it so far, as [`Subscription::stats`] says it.
+    pub fn stats(&self) -> NotifierStats {
+        self.subscription.stats()
+    }
+
     /// How many invalidations wait to be taken from the stream.
     pub fn queued(&self) -> usize {
         self.desk.post.lock().queue.len()
     }
 
-    /// Whether the stream has ended, or [`remove`](Self::remove) was called: nothing can be
+    /// Whether the stream has ended, or [`close`](Self::close) was called: nothing can be
     /// installed any more (A5).
     pub fn is_closed(&self) -> bool {
         self.subscription.is_closed() || self.desk.post.lock().ended
@@ -249,7 +229,7 @@ impl<T: Send + 'static> Inbox<T> {
     /// # Errors
     /// [`MirrorError::Prepare`] with the first error of `prepare`;
     /// [`MirrorError::RetriesExhausted`] when the budget is used up; [`MirrorError::Closed`]
-    /// after [`remove`](Self::remove) and after the stream has ended (A5).
+    /// after [`close`](Self::close) and after the stream has ended (A5).
     ///
     /// # Cancel safety
     /// May be dropped at any moment: nothing is installed then unless it has resolved.
@@ -257,7 +237,7 @@ impl<T: Send + 'static> Inbox<T> {
         &self,
         budget: RetryBudget,
         prepare: impl FnMut(Sequence) -> F,
-        install: impl FnMut(&mut T, P) -> R,
+        install: impl FnOnce(&mut T, P) -> R,
     ) -> Waitable<impl Future<Output = Result<R, MirrorError<E>>>>
     where
         F: Future<Output = Result<P, E>>,
@@ -267,8 +247,8 @@ impl<T: Send + 'static> Inbox<T> {
 
     /// Ends the subscription in the call: invalidations that start from now on are not queued. The
     /// future waits until what is pending has been handled, so somebody has to go on with the
-    /// stream, which ends after that (A4).
-    pub fn remove(&self) -> Close<'_> {
+    /// stream, which ends after that (A4). Nothing can be installed any more.
+    pub fn close(&self) -> Close<'_> {
         let close = self.subscription.close();
         let consumers = {
             let mut post = self.desk.post.lock();
@@ -279,7 +259,7 @@ impl<T: Send + 'static> Inbox<T> {
         close
     }
 
-    pub(super) fn poll_delivery(&self, cx: &mut Context<'_>) -> Poll<Option<Delivery<T>>> {
+    pub(super) fn poll_delivery(&self, cx: &mut Context<'_>) -> Poll<Option<Delivery>> {
         // Cloned and dropped outside of the lock.
         let task = TaskWaker::new(cx.waker(), &self.desk.losses);
         let changed = {
@@ -289,7 +269,7 @@ impl<T: Send + 'static> Inbox<T> {
                 (of.deliveries, of.queued) = (of.deliveries.saturating_add(1), false);
                 let (serial, info, deliveries) = (of.serial, of.info.clone(), of.deliveries);
                 drop(post);
-                return Poll::Ready(Some(Delivery { desk: self.desk.clone(), letter, serial, info, deliveries }));
+                return Poll::Ready(Some(Delivery::new(self.desk.clone(), letter, serial, info, deliveries)));
             }
             if post.is_over() {
                 drop(post);
@@ -327,6 +307,16 @@ impl<T: Send + 'static> Inbox<T> {
     }
 }
 
+impl<T: Send> Counter for Desk<T> {
+    fn post(&self) -> &Lock<Post> {
+        &self.post
+    }
+
+    fn is_held_here(&self) -> bool {
+        self.mappings.is_held_here()
+    }
+}
+
 impl<T> Desk<T> {
     /// Whether something may be installed. Under the driver lock.
     fn is_open(&self) -> bool {
@@ -335,18 +325,18 @@ impl<T> Desk<T> {
 }
 
 impl<T: Send + 'static> Stream for Inbox<T> {
-    type Item = Delivery<T>;
+    type Item = Delivery;
 
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Delivery<T>>> {
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Delivery>> {
         self.poll_delivery(cx)
     }
 }
 
 /// So that a task can take from the stream while others read: `(&inbox).next()`.
 impl<T: Send + 'static> Stream for &Inbox<T> {
-    type Item = Delivery<T>;
+    type Item = Delivery;
 
-    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Delivery<T>>> {
+    fn poll_next(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Delivery>> {
         self.poll_delivery(cx)
     }
 }
@@ -373,85 +363,6 @@ impl<T: Send + 'static> Drop for Inbox<T> {
 impl<T: Send + 'static> fmt::Debug for Inbox<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Inbox").field("range", &self.range()).field("queued", &self.queued()).finish_non_exhaustive()
-    }
-}
-
-impl<T: Send + 'static> Delivery<T> {
-    /// What is invalidated, from the first address to the last one.
-    pub fn range(&self) -> AddressRange {
-        self.info.range
-    }
-
-    /// What is invalidated, without the gaps: see [`Invalidation::ranges`].
-    pub fn ranges(&self) -> &[AddressRange] {
-        self.info.ranges()
-    }
-
-    /// Why.
-    pub fn event(&self) -> Event {
-        self.info.event
-    }
-
-    /// Returns whether the memory may have changed already (M7): then nothing may be written back to
-    /// it. See [`Invalidation::is_late`].
-    pub fn is_late(&self) -> bool {
-        self.info.late
-    }
-
-    /// All that the first pass was told.
-    pub fn info(&self) -> InvalidationInfo {
-        self.info.clone()
-    }
-
-    /// How often it has been delivered, this time included: above 1, a handler may have begun
-    /// already (A2).
-    pub fn deliveries(&self) -> u32 {
-        self.deliveries
-    }
-
-    /// The device has stopped using the range: completes the pass.
-    ///
-    /// # Panics
-    /// When called inside [`with`](Inbox::with) or [`install`](Inbox::install) of its own inbox:
-    /// what it wakes may need the lock that is held there. The delivery then goes back to the
-    /// head of the queue.
-    pub fn done(self) {
-        assert!(
-            !self.desk.mappings.is_held_here(),
-            "`done` is called while this thread holds the inbox's lock: call it after `with` or `install` has returned"
-        );
-        let (task, consumers) = {
-            let mut post = self.desk.post.lock();
-            let task = post.letter(self.letter, self.serial).and_then(|letter| {
-                letter.done = true;
-                letter.task.take()
-            });
-            (task, if post.is_over() { post.consumers.take() } else { Vec::new() })
-        };
-        if let Some(task) = task {
-            task.rouse();
-        }
-        wake(consumers);
-        // The drop that follows finds it done.
-    }
-}
-
-impl<T: Send + 'static> Drop for Delivery<T> {
-    fn drop(&mut self) {
-        let consumers = {
-            let mut post = self.desk.post.lock();
-            let Some(letter) = post.letter(self.letter, self.serial) else { return };
-            letter.queued = true;
-            post.queue.push_front(self.letter);
-            post.consumers.take()
-        };
-        wake(consumers);
-    }
-}
-
-impl<T: Send + 'static> fmt::Debug for Delivery<T> {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Delivery").field("info", &self.info).field("deliveries", &self.deliveries).finish_non_exhaustive()
     }
 }
 

@@ -3,6 +3,7 @@
 
 pub(crate) mod async_notifier;
 mod consumers;
+pub(crate) mod delivery;
 pub(crate) mod driver_lock;
 pub(crate) mod inbox;
 pub(crate) mod recv;

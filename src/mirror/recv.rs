@@ -1,7 +1,8 @@
 //! The next delivery of an inbox, for a task or a thread.
 #![forbid(unsafe_code)]
 
-use crate::mirror::inbox::{Delivery, Inbox};
+use crate::mirror::delivery::Delivery;
+use crate::mirror::inbox::Inbox;
 use core::fmt;
 use core::future::Future;
 use core::pin::Pin;
@@ -18,7 +19,7 @@ pub struct Recv<'a, T: Send + 'static>(&'a Inbox<T>);
 impl<T: Send + 'static> Recv<'_, T> {
     /// Blocks the thread until there is a delivery, or `None` when there will be no more (W1).
     #[cfg(feature = "std")]
-    pub fn wait(self) -> Option<Delivery<T>> {
+    pub fn wait(self) -> Option<Delivery> {
         crate::block::wait(self)
     }
 }
@@ -52,7 +53,7 @@ impl<T: Send + 'static> Inbox<T> {
 }
 
 impl<T: Send + 'static> Future for Recv<'_, T> {
-    type Output = Option<Delivery<T>>;
+    type Output = Option<Delivery>;
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         self.0.poll_delivery(cx)

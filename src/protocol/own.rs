@@ -87,6 +87,12 @@ impl Own {
         }
     }
 
+    /// Whether a first pass of an invalidation with `sequence`, or a later one, has set it.
+    #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+    pub(crate) fn has_reached(&self, sequence: u64) -> bool {
+        (sequence.wrapping_sub(self.sequence())).cast_signed() <= 0
+    }
+
     /// Whether a reader that holds the lock at `_address` is safe from the first pass; always `true` in release builds.
     #[inline]
     pub(crate) fn is_driver_lock(&self, _address: usize) -> bool {

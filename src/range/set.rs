@@ -22,6 +22,7 @@ use core::ops::Deref;
 /// assert!(!set.overlaps(page(5)?));
 /// # Ok::<(), RangeError>(())
 /// ```
+#[must_use = "a set of ranges does nothing by itself: give it to `invalidate_all`"]
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct RangeSet {
     /// Sorted, with a gap before each but the first; at least one.

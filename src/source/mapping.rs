@@ -2,8 +2,10 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod unmap;
 
 pub use error::MapError;
+pub use unmap::UnmapError;
 
 #[cfg(target_os = "linux")]
 use super::file::File;
@@ -185,29 +187,6 @@ impl OwnedMapping {
     /// As [`read`](Self::read).
     pub fn write(&mut self, offset: usize, from: &[u8]) {
         self.memory_mut().write(offset, from);
-    }
-
-    /// Unmaps it, once no device uses it.
-    ///
-    /// # Errors
-    /// The mapping, which is still there, and why.
-    pub fn unmap(mut self) -> Waitable<impl Future<Output = Result<(), (Self, MapError)>>> {
-        Waitable::new(async move {
-            if let Err(forked) = self.check() {
-                return Err((self, forked));
-            }
-            let space = self.space.clone();
-            let guard = match invalidated(&space, self.process, self.range(), Event::Unmap).await {
-                Ok(guard) => guard,
-                Err(forked) => return Err((self, forked)),
-            };
-            let unmapped = self.memory.take().map_or(Ok(()), Memory::unmap);
-            drop(guard);
-            unmapped.map_err(|(memory, error)| {
-                self.memory = Some(memory);
-                (self, os(error))
-            })
-        })
     }
 
     /// Moves it to another address; what is in it stays, and so do the protections of its parts.

@@ -25,6 +25,6 @@ mod uffd;
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
 mod watches;
 
-pub use mapping::{MapError, OwnedMapping, Protection};
+pub use mapping::{MapError, OwnedMapping, Protection, UnmapError};
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
 pub use uffd::{Deliveries, Fork, Promises, Reader, Uffd, UffdBuilder, UffdError, UffdStats, Unwatched, Watch, Watching};

@@ -132,6 +132,7 @@ use watch::Table;
 ///   invalidate by hand, before the change.
 /// - A process with a userfaultfd open cannot be checkpointed by CRIU.
 /// - Memory that the kernel cannot watch is refused: see [`UffdError::Watch`].
+#[must_use = "watches are made through this handle"]
 #[derive(Clone)]
 pub struct Uffd {
     inner: Arc<Inner>,
@@ -167,6 +168,8 @@ struct Inner {
     bell: OwnedFd,
     /// Readable once the reader shall stop.
     stop: OwnedFd,
+    /// `stop` was called.
+    stopped: AtomicBool,
     /// A reader is in its `run`.
     reading: AtomicBool,
     /// There are no deliveries any more.
@@ -239,11 +242,14 @@ impl Uffd {
     }
 
     /// Makes [`Reader::run`] and [`Deliveries::run`] return, now or when they are called. Loops of
-    /// one's own go on. See [above](Self#the-end).
+    /// one's own learn of it by [`Deliveries::is_stopped`], whose descriptor becomes readable. See
+    /// [above](Self#the-end).
     pub fn stop(&self) {
-        // The descriptor is the parent's, too.
+        // The descriptors are the parent's, too.
         if !self.is_forked() {
+            self.inner.stopped.store(true, Ordering::Release);
             ring(&self.inner.stop);
+            ring(&self.inner.bell);
         }
     }
 

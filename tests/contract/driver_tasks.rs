@@ -12,7 +12,7 @@ fn inbox() -> (AddressSpace, Inbox<Pages>) {
 }
 
 #[track_caller]
-fn take(inbox: &Inbox<Pages>) -> Delivery<Pages> {
+fn take(inbox: &Inbox<Pages>) -> Delivery {
     let mut stream = inbox;
     now(stream.next()).expect("the stream goes on")
 }
@@ -117,7 +117,7 @@ fn a4_remove_handles_first_what_is_pending_and_then_the_stream_ends() {
     let (space, inbox) = inbox();
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Clear));
     invalidate.expect_pending();
-    let mut remove = Task::new(inbox.remove());
+    let mut remove = Task::new(inbox.close());
     remove.expect_pending();
     drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
     assert_eq!(inbox.queued(), 1, "the second was not queued any more");
@@ -265,4 +265,22 @@ fn report_24_an_unmap_waits_for_the_last_of_64_ios_and_a_second_one_does_not_wai
     delivery.done();
     drop(unmap.finish());
     assert_eq!(begin(64), Ok(()));
+}
+
+#[test]
+fn c6_an_inbox_says_who_it_is_and_what_has_happened_to_it() {
+    let space = AddressSpace::new();
+    let inbox = space.named_inbox(pages(0, 1), Pages::default(), "ring 7").unwrap();
+    let other = space.inbox(pages(4, 1), ()).unwrap();
+    assert!(inbox.name() == "ring 7" && other.name().contains("Inbox"), "{}", other.name());
+    let began = now(inbox.read_begin());
+    let mut unmap = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    unmap.expect_pending();
+    let listed = &space.active()[0];
+    assert_eq!((&listed.pending[..], &listed.pending_ids[..]), (&["ring 7".into()][..], &[inbox.id()][..]));
+    assert_ne!(inbox.id(), other.id());
+    assert!(inbox.install(began, |_| ()).is_err());
+    assert_eq!((inbox.stats().collisions, other.stats().collisions), (1, 0));
+    take(&inbox).done();
+    drop(unmap.finish());
 }

@@ -1,5 +1,4 @@
 use crate::support::*;
-use async_trait::async_trait;
 use shootdown::{
     AddressSpace, AsyncIntervalNotifier, AsyncNotifier, Close, Delivery, Drain, DriverLock, Event, Inbox, Invalidate,
     InvalidationGuard, InvalidationInfo, Reached, ReadBegin, Recv, Release, Remove, RetryBudget, Subscription, Timeline,
@@ -26,7 +25,7 @@ fn x2_everything_public_is_send_and_sync() {
     both::<Drain<'_>>();
     both::<DriverLock<Vec<u64>>>();
     both::<Inbox<Vec<u64>>>();
-    both::<Delivery<Vec<u64>>>();
+    both::<Delivery>();
     both::<Recv<'_, Vec<u64>>>();
     both::<Timeline>();
     both::<Reached>();
@@ -58,7 +57,6 @@ struct Gpu {
     fence: Gate,
 }
 
-#[async_trait]
 impl AsyncIntervalNotifier for Gpu {
     async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo) {
         self.page_table.lock().retain(|page| !invalidation.range.contains(*page));

@@ -373,7 +373,6 @@ fn f3_a_task_that_a_waker_polls_inline_in_a_first_pass_may_wait() {
 #[test]
 fn f3_the_pass_of_an_async_notifier_may_wait_for_another_range() {
     struct Nested(AddressSpace, u64);
-    #[async_trait::async_trait]
     impl AsyncIntervalNotifier for Nested {
         async fn invalidate(self: Arc<Self>, _: InvalidationInfo) {
             drop(self.0.invalidate(pages(self.1, 1), Event::Unmap).await);

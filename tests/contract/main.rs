@@ -26,4 +26,6 @@ mod sets_hard;
 mod timelines;
 mod timelines_hard;
 #[cfg(feature = "std")]
+mod traps;
+#[cfg(feature = "std")]
 mod waits;

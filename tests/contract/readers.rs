@@ -156,3 +156,29 @@ fn the_retry_loop_passes_a_failed_step_on() {
     let error = now(gpu.pages.mirror(&gpu, RetryBudget::default(), prepare, |_, ()| ()));
     assert_eq!(error, Err(MirrorError::Prepare("no such page")));
 }
+
+/// An error that is printed as far as it goes, by who walks from source to source.
+#[cfg(feature = "std")]
+fn printed(error: &dyn std::error::Error) -> Vec<String> {
+    std::iter::successors(Some(error), |error| error.source()).map(ToString::to_string).collect()
+}
+
+#[test]
+#[cfg(feature = "std")]
+fn an_error_of_the_retry_loop_is_printed_once() {
+    #[derive(Debug)]
+    struct Pin(std::num::ParseIntError);
+    impl std::fmt::Display for Pin {
+        fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+            f.write_str("the page cannot be pinned")
+        }
+    }
+    impl std::error::Error for Pin {
+        fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+            Some(&self.0)
+        }
+    }
+    let error = shootdown::MirrorError::Prepare(Pin("page".parse::<u64>().unwrap_err()));
+    let printed = printed(&error);
+    assert_eq!(printed, ["the mapping could not be prepared: the page cannot be pinned", "invalid digit found in string"]);
+}

@@ -163,7 +163,7 @@ fn g1_what_was_prepared_and_is_stale_is_dropped_without_the_lock() {
     struct Locks(Gpu);
     impl Drop for Locks {
         fn drop(&mut self) {
-            self.0.0.lock();
+            drop(self.0.0.lock());
         }
     }
     let busy = Busy::<2>::new(2);

@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 
 crate::list![
     f1_a_waker_that_cannot_be_cloned_loses_nothing_that_was_read,
+    a_delivery_clears_the_descriptor_and_one_that_is_never_polled_rings_again,
+    a_loop_of_ones_own_learns_that_it_is_to_stop,
     m5_a_discard_has_all_of_its_time_whatever_became_of_an_earlier_one,
     c3_who_waits_for_pages_looks_himself_while_the_delivery_waits_for_a_lock,
     who_delivers_rests_while_pages_stay,
@@ -31,6 +33,35 @@ fn uncloneable() -> Waker {
     unsafe { Waker::new(std::ptr::null(), &VTABLE) }
 }
 
+fn a_delivery_clears_the_descriptor_and_one_that_is_never_polled_rings_again() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
+    let memory = Raw::map(1);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    let (driver, told) = log(&space, memory.range());
+    assert!(!is_readable(&deliveries));
+    read_during(&mut reader, || memory.unmap());
+    assert!(is_readable(&deliveries));
+    let never_polled = deliveries.deliver();
+    assert!(!is_readable(&deliveries), "the call clears it");
+    drop(never_polled);
+    assert!(is_readable(&deliveries), "what was read is there still");
+    assert_eq!(block_on(deliveries.deliver()), Ok(1));
+    assert!(!is_readable(&deliveries));
+    assert_eq!(told.lock().unwrap().len(), 1);
+    drop(driver);
+}
+
+fn a_loop_of_ones_own_learns_that_it_is_to_stop() {
+    let _fork = no_fork();
+    let (uffd, _reader, mut deliveries) = Uffd::open(&AddressSpace::new()).unwrap();
+    assert!(!deliveries.is_stopped() && !is_readable(&deliveries));
+    uffd.stop();
+    assert!(deliveries.is_stopped() && is_readable(&deliveries), "who waits for the descriptor is woken");
+    assert_eq!(block_on(deliveries.deliver()), Ok(0));
+}
+
 fn f1_a_waker_that_cannot_be_cloned_loses_nothing_that_was_read() {
     let _fork = no_fork();
     let space = AddressSpace::new();
@@ -43,7 +74,6 @@ fn f1_a_waker_that_cannot_be_cloned_loses_nothing_that_was_read() {
     let driver = log(&space, memory.part(1, 1).range()).0;
     let before = block_on(driver.read_begin());
     read_during(&mut reader, || (0..2).for_each(|page| memory.part(page, 1).unmap()));
-    deliveries.clear();
     let mut delivery = Box::pin(deliveries.deliver());
     let waker = uncloneable();
     let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {

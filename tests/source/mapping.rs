@@ -14,6 +14,8 @@ crate::list![
     every_change_is_announced_before_it_happens,
     a_part_that_is_no_part_is_refused_and_nothing_is_invalidated,
     dropped_without_a_device_it_is_unmapped,
+    the_owners_last_act_comes_between_the_invalidation_and_the_unmapping,
+    a_last_act_that_panics_drops_the_mapping,
     dropped_under_a_device_that_needs_time_it_stays_mapped,
     a_change_whose_future_is_dropped_does_not_happen,
     a_part_beyond_the_address_space_is_an_error_that_names_it,
@@ -144,6 +146,32 @@ pub fn rights(mapping: &OwnedMapping) -> Vec<String> {
         pages.filter(|(page, _)| (start..end).contains(page)).for_each(|(_, known)| known.clone_from(&right));
     }
     rights
+}
+
+fn the_owners_last_act_comes_between_the_invalidation_and_the_unmapping() {
+    let (space, mapping, log, _subscription) = mapped(3 * PAGE);
+    let (range, mut seen) = (mapping.range(), None);
+    let unmapped: Result<(), Box<dyn std::error::Error + Send + Sync>> = block_on(async {
+        mapping
+            .unmap_with(|of| {
+                // SAFETY: the promise under test is that the memory is still there.
+                let text = unsafe { std::slice::from_raw_parts(of.as_ptr(), 4) }.to_vec();
+                seen = Some((of, text, log.told.lock().unwrap().len(), space.active().len()));
+            })
+            .await?;
+        Ok(())
+    });
+    unmapped.unwrap();
+    assert_eq!(seen, Some((range, b"abcd".to_vec(), 1, 1)), "all devices have been told, and it is under invalidation");
+    assert_eq!((log.told.lock().unwrap().len(), space.active().len()), (1, 0));
+}
+
+fn a_last_act_that_panics_drops_the_mapping() {
+    let (space, mapping, log, _subscription) = mapped(3 * PAGE);
+    let unmapped = catch_unwind(AssertUnwindSafe(|| block_on(mapping.unmap_with(|_| panic!("the last act fails"))).is_ok()));
+    assert!(unmapped.is_err(), "its caller is told");
+    assert_eq!(space.active().len(), 0, "it is over");
+    assert_eq!(log.told.lock().unwrap().len(), 2, "the drop invalidates as every drop does");
 }
 
 fn dropped_without_a_device_it_is_unmapped() {

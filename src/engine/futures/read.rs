@@ -4,6 +4,7 @@
 use super::wait::{Goal, Verdict, Wait};
 use crate::engine::Shared;
 use crate::engine::gate::Since;
+use crate::engine::nesting::passes::note_wait;
 use crate::engine::nesting::{Waits, forbid_waiting};
 use crate::engine::state::{Parking, State, WaitFor};
 use crate::entry::EntryRef;
@@ -141,6 +142,7 @@ impl Future for ReadBegin<'_> {
         if polled.is_pending() {
             let waits = Waits { what: "read_begin", first, waker: cx.waker() };
             forbid_waiting(&self.space.host, &waits, |of| of.invalidates.overlaps(self.entry.range));
+            note_wait(&self.space.host, "read_begin", self.entry, cx.waker());
         }
         polled
     }

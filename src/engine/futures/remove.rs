@@ -3,6 +3,7 @@
 
 use super::wait::{Goal, Verdict, Wait};
 use crate::engine::Shared;
+use crate::engine::nesting::passes::note_wait;
 use crate::engine::nesting::{Waits, forbid_waiting};
 use crate::engine::registration::{Quiet, Registered};
 use crate::engine::state::{Parking, State, WaitFor};
@@ -50,6 +51,7 @@ impl QuietWait {
         if polled.is_pending() {
             let waits = Waits { what: "remove", first, waker: cx.waker() };
             forbid_waiting(&space.host, &waits, |of| of.invalidates.overlaps(entry.range));
+            note_wait(&space.host, "remove or close", entry, cx.waker());
         }
         polled
     }

@@ -381,7 +381,8 @@ mod tests {
     struct Fence(Arc<Mutex<Option<Vec<Waker>>>>);
 
     impl IntervalNotifier for Fence {
-        fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            invalidation.set_seq();
             let fence = self.clone();
             Ok(Some(PassFuture::new(core::future::poll_fn(move |cx| match &mut *fence.0.lock().unwrap() {
                 Some(waiting) => {

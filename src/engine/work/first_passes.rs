@@ -6,6 +6,8 @@ use crate::engine::host::{Host, Permit};
 use crate::engine::nesting::{Covers, FirstPassOf, InFirstPass};
 use crate::entry::{Answer, EntryRef};
 use crate::foreign::{Callback, Inside, Panic, Report, keep};
+#[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+use crate::notifier::take_no_sequence_is_due;
 use crate::notifier::{Invalidation, Request};
 use crate::observe::Moment;
 use crate::sync::Ordering;
@@ -65,7 +67,7 @@ fn call_from<'a, const BUDGET: bool>(
             let began = Moment::now(&host.losses);
             let answer = {
                 let of = || FirstPassOf { space: host.address(), entry, invalidates: Covers::of(request) };
-                let (_here, _entered) = (InFirstPass::enter(of), passes.trace.enter());
+                let (_here, _entered) = (InFirstPass::enter(host, of), passes.trace.enter());
                 match request.parts {
                     // Those have the plain way only, and each notifier its own of them.
                     Some(parts) if BUDGET => {
@@ -85,6 +87,7 @@ fn call_from<'a, const BUDGET: bool>(
                     // Before anybody is told.
                     passes.start_pass::<BUDGET>(entry, has_permit == Some(true), began);
                     passes.trace.first_pass(entry, answer, began);
+                    assert_sequence_is_set(host, entry, invalidation.sequence);
                     if !may_defer {
                         // Those before it wait until all have been called (O2).
                         let last = passes.started() - 1;
@@ -186,6 +189,20 @@ fn go_on(
         (false, false) => Reached::Pends,
         (false, true) => Reached::RefusedAndPends,
     }
+}
+
+/// S4: in debug builds, a first pass that has left a pass without having set the sequence fails.
+/// Its pass is waited for all the same.
+#[inline(always)]
+fn assert_sequence_is_set(_host: &Host, _entry: EntryRef, _sequence: u64) {
+    #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+    assert!(
+        take_no_sequence_is_due() || _entry.own.has_reached(_sequence),
+        "the first pass of {} returned a pass without having set the sequence, so that readers install stale mappings: call \
+         `set_seq` under the lock under which they install, or `DriverLock::lock_for`; a first pass that leaves the device alone \
+         returns `Ok(None)`",
+        _entry.name(&_host.losses)
+    );
 }
 
 #[cold]

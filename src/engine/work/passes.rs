@@ -7,6 +7,7 @@ pub(crate) use cut::Unpolled;
 
 use super::{PendingNotifiers, UNLISTED};
 use crate::engine::host::Host;
+use crate::engine::nesting::passes::Suspicion;
 use crate::engine::wakers::WakerSet;
 use crate::entry::EntryRef;
 use crate::foreign::{Callback, FirstPanic, Losses, Panic, keep};
@@ -117,13 +118,15 @@ struct Pass {
     budgeted: bool,
     /// Its first pass was called then.
     began: Moment,
+    /// C7.
+    suspicion: Suspicion,
 }
 
 impl Pass {
     /// The pass itself; what stays is a record without a slot, that nobody lists.
     fn move_out(&mut self) -> Self {
         let listed = core::mem::replace(&mut self.listed, UNLISTED);
-        Self { future: self.future.take(), listed, ..*self }
+        Self { future: self.future.take(), listed, suspicion: Suspicion::none(), ..*self }
     }
 }
 
@@ -164,9 +167,11 @@ impl Future for Pass {
         let Some(slot) = &mut this.future else {
             return Poll::Ready(Outcome { finished: None, began: this.began, slot: None, panic: None });
         };
-        let polled = keep(|_| match slot.as_mut().as_pin_mut() {
-            Some(future) => future.poll(cx),
-            None => Poll::Ready(()),
+        let polled = this.suspicion.poll(this.entry, cx, |cx| {
+            keep(|_| match slot.as_mut().as_pin_mut() {
+                Some(future) => future.poll(cx),
+                None => Poll::Ready(()),
+            })
         });
         let mut panic = match polled {
             Ok(Poll::Pending) => return Poll::Pending,
@@ -191,7 +196,7 @@ fn poll_from(started: &mut [Pass], at: &mut usize, pend: &mut usize, trace: &Tra
         if let Some(slot) = &mut pass.future
             && let Some(future) = slot.as_mut().as_pin_mut()
         {
-            if future.poll(cx).is_ready() {
+            if Suspicion::first_poll(pass.entry, cx, |cx| future.poll(cx)).is_ready() {
                 slot.as_mut().set(None);
                 trace.pass(losses, pass.entry, pass.began, false);
             } else {
@@ -226,7 +231,7 @@ impl Passes {
     fn start_in_new_slot(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
         let spare = self.spare_slots.pop().unwrap_or_else(Slot::empty);
         let slot = core::mem::replace(&mut self.next, spare);
-        let pass = Pass { future: Some(slot), entry, listed: UNLISTED, budgeted, began };
+        let pass = Pass { future: Some(slot), entry, listed: UNLISTED, budgeted, began, suspicion: Suspicion::none() };
         match self.slots.get_mut(self.started) {
             Some(record) => *record = pass,
             None => self.slots.push(pass),

@@ -68,6 +68,7 @@ pub struct Promises {
 }
 
 /// Settings of a [`Uffd`].
+#[must_use = "a builder does nothing until `open` is called"]
 #[derive(Clone, Copy, Debug)]
 pub struct UffdBuilder {
     fork: Option<Fork>,
@@ -156,6 +157,7 @@ impl UffdBuilder {
             told: AtomicU64::new(0),
             bell: bell()?,
             stop: bell()?,
+            stopped: AtomicBool::new(false),
             reading: AtomicBool::new(false),
             orphaned: AtomicBool::new(false),
             events: AtomicU64::new(0),

@@ -28,9 +28,11 @@ use std::sync::{MutexGuard, PoisonError};
 /// Turns what was read into invalidations.
 ///
 /// [`run`](Self::run) it on a thread, or wait for its descriptor ([`AsFd`]) to be readable, or
-/// until [`next_look`](Self::next_look), [`clear`](Self::clear) it and await
-/// [`deliver`](Self::deliver). Dropping it starts what is left without waiting, ends all watches,
-/// and invalidates all that was watched (M3). In a child of `fork` dropping it does nothing.
+/// until [`next_look`](Self::next_look), and await [`deliver`](Self::deliver), again and again
+/// until it [is stopped](Self::is_stopped). Dropping it starts what is left without waiting, ends
+/// all watches, and invalidates all that was watched (M3). In a child of `fork` dropping it does
+/// nothing.
+#[must_use = "dropping the deliveries ends all watches and invalidates what was watched: run them"]
 #[derive(Debug)]
 pub struct Deliveries {
     pub(super) inner: Arc<Inner>,
@@ -44,6 +46,9 @@ impl Deliveries {
     /// there were. Several may be under way at once: then readers go on when all of them have told
     /// all drivers.
     ///
+    /// The call makes the descriptor unreadable until more is read; a future that is dropped before
+    /// its first poll makes it readable again.
+    ///
     /// Between two looks at pages that have not gone, a poll leaves the processor to others and at
     /// last rests, for some 100 µs; [`run`](Self::run) does not.
     ///
@@ -56,8 +61,10 @@ impl Deliveries {
     /// May be dropped at any moment: before the first poll nothing has happened, after it the
     /// passes belong to the space.
     pub fn deliver(&mut self) -> Waitable<impl Future<Output = Result<usize, UffdError>> + Send + use<>> {
-        let inner = self.inner.clone();
+        self.clear();
+        let taken = Taken(Some(self.inner.clone()));
         Waitable::new(async move {
+            let inner = taken.begin();
             inner.check()?;
             let mut passes = FuturesUnordered::new();
             let mut started = 0;
@@ -143,11 +150,35 @@ impl Deliveries {
         looks.into_iter().chain(gives_up).min()
     }
 
-    /// Makes the descriptor unreadable until more is read. To be called before
-    /// [`deliver`](Self::deliver) by who waits for the descriptor.
-    pub fn clear(&mut self) {
+    /// Returns whether [`Uffd::stop`](crate::source::Uffd::stop) was called, which makes the
+    /// descriptor readable: a loop of one's own ends then, after a last [`deliver`](Self::deliver).
+    pub fn is_stopped(&self) -> bool {
+        self.inner.stopped.load(Ordering::Acquire)
+    }
+
+    /// Makes the descriptor unreadable until more is read.
+    fn clear(&mut self) {
         if !self.inner.is_forked() {
             let _ = rustix::io::read(&self.inner.bell, &mut [0; 8]);
+        }
+    }
+}
+
+/// What a delivery that has not begun has cleared: the bell is rung again if it never does.
+struct Taken(Option<Arc<Inner>>);
+
+impl Taken {
+    fn begin(mut self) -> Arc<Inner> {
+        self.0.take().expect("a delivery begins once")
+    }
+}
+
+impl Drop for Taken {
+    fn drop(&mut self) {
+        if let Some(inner) = &self.0
+            && !inner.is_forked()
+        {
+            ring(&inner.bell);
         }
     }
 }

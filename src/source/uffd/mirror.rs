@@ -35,8 +35,9 @@ impl<E: fmt::Display> fmt::Display for Unwatched<E> {
 impl<E: core::error::Error + 'static> core::error::Error for Unwatched<E> {
     fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
         match self {
-            Self::Watch(error) => Some(error),
-            Self::Prepare(error) => Some(error),
+            // The text is theirs.
+            Self::Watch(error) => error.source(),
+            Self::Prepare(error) => error.source(),
         }
     }
 }
@@ -91,7 +92,7 @@ impl Uffd {
         range: AddressRange,
         budget: RetryBudget,
         prepare: impl FnMut(Sequence) -> F,
-        mut install: impl FnMut(&mut T, P, Watch) -> R,
+        install: impl FnOnce(&mut T, P, Watch) -> R,
     ) -> Waitable<impl Future<Output = Result<R, MirrorError<Unwatched<E>>>>>
     where
         N: IntervalNotifier,

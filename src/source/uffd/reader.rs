@@ -34,6 +34,7 @@ const MOMENTS: u64 = 100;
 /// watched is invalidated by the next delivery, and until then readers of the space wait (M3). In a
 /// child of `fork` dropping it does nothing.
 #[derive(Debug)]
+#[must_use = "dropping the reader ends all watches and invalidates what was watched: run it"]
 pub struct Reader {
     pub(super) inner: Arc<Inner>,
     pub(super) fd: Arc<OwnedFd>,

@@ -149,6 +149,9 @@ impl IntervalNotifier for Settle {
     /// There is no device, so no sequence is set (S4). Other invalidations of the range do not wait.
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
         let ours = invalidation.is_tagged(self.0.owner);
+        if ours {
+            invalidation.is_not_the_devices();
+        }
         Ok(ours.then(|| PassFuture::new(Look { pages: self.0.clone(), looks: 0, round: None })))
     }
 

@@ -1,0 +1,223 @@
+//! C7: in debug builds, a pass that waits for itself fails with its notifier's name.
+//!
+//! A reader of a notifier waits until no invalidation covers it, so until the passes of the
+//! notifier are done. A pass that awaits such a reader, or the notifier's removal, waits for
+//! itself. But a pass may poll one that it does not wait for, beside a timer that ends it (F3). The
+//! two differ in who can wake the pass: nobody, if what waits for the pass is all that has its
+//! waker.
+//!
+//! So a pass that is seen to poll such a wait with its own waker is polled again, at once, with a
+//! waker whose clones are counted. It fails if it is pending after that, has not been woken, and
+//! each clone is that of such a wait. Whatever else it awaits has a clone of its own then, as each
+//! poll renews the waker that a future is to wake.
+//!
+//! A pass whose poll blocks its thread, in `wait` for such a wait, fails at once.
+#![forbid(unsafe_code)]
+
+#[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
+mod check {
+    use crate::block::is_of_a_thread;
+    use crate::engine::host::Host;
+    use crate::entry::EntryRef;
+    use crate::foreign::{Panic, keep};
+    use crate::sync::{Arc, AtomicBool, Ordering, fence};
+    use alloc::format;
+    use alloc::string::String;
+    use alloc::task::Wake;
+    use core::cell::RefCell;
+    use core::task::{Context, Poll, Waker};
+    use std::vec::Vec;
+
+    /// A pass that is being polled on this thread.
+    struct Polled {
+        entry: EntryRef,
+        waker: Waker,
+        /// The clones of its waker are counted.
+        watched: bool,
+        /// How many pending waits for the pass itself have been polled with its waker.
+        waits: usize,
+        /// What the last of them says.
+        message: Option<String>,
+    }
+
+    std::thread_local! {
+        /// Innermost last.
+        static POLLED: RefCell<Vec<Polled>> = const { RefCell::new(Vec::new()) };
+    }
+
+    /// Takes the pass off the list, whoever unwinds.
+    struct Entered(bool);
+
+    impl Entered {
+        /// There is no list in the destructor of a thread-local.
+        fn new(polled: Polled) -> Self {
+            Self(POLLED.try_with(|list| list.borrow_mut().push(polled)).is_ok())
+        }
+
+        fn leave(mut self) -> Option<Polled> {
+            core::mem::take(&mut self.0).then(|| POLLED.try_with(|list| list.borrow_mut().pop()).ok().flatten()).flatten()
+        }
+    }
+
+    impl Drop for Entered {
+        fn drop(&mut self) {
+            if self.0 {
+                let polled = POLLED.try_with(|list| list.borrow_mut().pop());
+                drop(polled);
+            }
+        }
+    }
+
+    /// A waker of the join whose clones are counted, by its `Arc`.
+    struct Counted {
+        waker: Waker,
+        woken: AtomicBool,
+    }
+
+    impl Wake for Counted {
+        fn wake(self: Arc<Self>) {
+            Wake::wake_by_ref(&self);
+        }
+
+        fn wake_by_ref(self: &Arc<Self>) {
+            self.woken.store(true, Ordering::Release);
+            self.waker.wake_by_ref();
+        }
+    }
+
+    /// Whether a pass is suspected of waiting for itself.
+    pub(crate) struct Suspicion(Option<Arc<Counted>>);
+
+    impl Suspicion {
+        pub(crate) fn none() -> Self {
+            Self(None)
+        }
+
+        /// The first poll of a pass of `entry`, with a waker that is not the pass's own. It may be
+        /// pending: it is polled again in any case.
+        pub(crate) fn first_poll(
+            entry: EntryRef,
+            cx: &mut Context<'_>,
+            poll: impl FnOnce(&mut Context<'_>) -> Poll<()>,
+        ) -> Poll<()> {
+            let waker = cx.waker().clone();
+            let _entered = Entered::new(Polled { entry, waker, watched: false, waits: 0, message: None });
+            poll(cx)
+        }
+
+        /// Polls a pass of `entry`.
+        pub(crate) fn poll(
+            &mut self,
+            entry: EntryRef,
+            cx: &mut Context<'_>,
+            poll: impl FnOnce(&mut Context<'_>) -> Result<Poll<()>, Panic>,
+        ) -> Result<Poll<()>, Panic> {
+            let watched = self.0.is_some();
+            let waker = match &self.0 {
+                Some(counted) => {
+                    counted.woken.store(false, Ordering::Release);
+                    Waker::from(counted.clone())
+                }
+                None => cx.waker().clone(),
+            };
+            let entered = Entered::new(Polled { entry, waker: waker.clone(), watched, waits: 0, message: None });
+            let answer = poll(&mut Context::from_waker(&waker));
+            let Some(Polled { waits, message, .. }) = entered.leave() else { return answer };
+            if waits == 0 || !matches!(answer, Ok(Poll::Pending)) {
+                return answer;
+            }
+            match (&self.0, message) {
+                (Some(counted), Some(message)) => {
+                    // Ours are the one in `self` and the one that it was polled with. Whoever wakes
+                    // has woken before its clone goes.
+                    let clones = Arc::strong_count(counted).saturating_sub(2);
+                    fence(Ordering::Acquire);
+                    if clones == waits && !counted.woken.load(Ordering::Acquire) {
+                        return keep(|_| panic!("{message}"));
+                    }
+                }
+                _ => {
+                    self.0 = Some(Arc::new(Counted { waker, woken: AtomicBool::new(false) }));
+                    cx.waker().wake_by_ref();
+                }
+            }
+            answer
+        }
+    }
+
+    /// To be called where a future that waits until the passes of `entry` are done is pending, with
+    /// no lock.
+    pub(crate) fn note_wait(host: &Host, what: &'static str, entry: EntryRef, waker: &Waker) {
+        let own = POLLED.try_with(|list| {
+            let list = list.borrow();
+            let polled = list.last().filter(|polled| polled.entry == entry)?;
+            Some((polled.watched, polled.waker.will_wake(waker)))
+        });
+        let Ok(Some((watched, awaits))) = own else { return };
+        // Driver code: nothing is borrowed meanwhile.
+        let message = || {
+            format!(
+                "a pass of {} waits for itself: it awaits {what} of its own notifier, which waits for the pass: \
+                 let the pass end first, and do that in a task of its own",
+                entry.name(&host.losses)
+            )
+        };
+        if !awaits {
+            // The thread that polls the pass is in `wait`, so the poll never returns.
+            assert!(!is_of_a_thread(waker), "{}", message());
+            return;
+        }
+        if entry.is_fenced() {
+            // The pass is dropped as soon as its poll returns (L5).
+            return;
+        }
+        let message = watched.then(message);
+        let _ = POLLED.try_with(|list| {
+            if let Some(polled) = list.borrow_mut().last_mut() {
+                polled.waits += 1;
+                polled.message = message;
+            }
+        });
+    }
+}
+
+#[cfg(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))))]
+mod check {
+    use crate::engine::host::Host;
+    use crate::entry::EntryRef;
+    use crate::foreign::Panic;
+    use core::task::{Context, Poll, Waker};
+
+    pub(crate) struct Suspicion;
+
+    impl Suspicion {
+        #[inline(always)]
+        pub(crate) fn none() -> Self {
+            Self
+        }
+
+        #[inline(always)]
+        pub(crate) fn first_poll(
+            _entry: EntryRef,
+            cx: &mut Context<'_>,
+            poll: impl FnOnce(&mut Context<'_>) -> Poll<()>,
+        ) -> Poll<()> {
+            poll(cx)
+        }
+
+        #[inline(always)]
+        pub(crate) fn poll(
+            &mut self,
+            _entry: EntryRef,
+            cx: &mut Context<'_>,
+            poll: impl FnOnce(&mut Context<'_>) -> Result<Poll<()>, Panic>,
+        ) -> Result<Poll<()>, Panic> {
+            poll(cx)
+        }
+    }
+
+    #[inline(always)]
+    pub(crate) fn note_wait(_host: &Host, _what: &'static str, _entry: EntryRef, _waker: &Waker) {}
+}
+
+pub(crate) use check::{Suspicion, note_wait};
