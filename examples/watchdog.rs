@@ -12,9 +12,11 @@ use shootdown::{
 use std::borrow::Cow;
 use std::collections::BTreeMap;
 use std::error::Error;
+use std::pin::pin;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Waker};
 use std::thread;
 use std::time::Duration;
 
@@ -76,6 +78,8 @@ type Gpus = Arc<Mutex<Vec<Subscription<Gpu>>>>;
 
 /// Looks once. A GPU that has been waited for for longer than `limit` is reset and replaced.
 fn look(space: &AddressSpace, gpus: &Gpus, limit: Duration) {
+    // What has been answered and nobody has polled is not pending any more afterwards.
+    let _ = pin!(space.drain()).poll(&mut Context::from_waker(Waker::noop()));
     for stuck in space.active().iter().filter(|active| active.age.is_some_and(|age| age >= limit)) {
         let (range, event) = (stuck.range, stuck.event.name());
         if stuck.phase != Phase::Passes {

@@ -156,7 +156,10 @@ impl fmt::Display for Report<'_> {
                 )
             }
             Self::WatchEnded { range } => {
-                write!(f, "the watch of {range} has ended with its memory: renew it, or drop it")
+                write!(
+                    f,
+                    "memory of the watch of {range} has gone, some or all: drop the watch when no mapping of the range is left, and make a new one for what is mapped there now"
+                )
             }
             Self::Panicked { callback, message: Some(message) } => write!(f, "{callback} panicked: {message}"),
             Self::Panicked { callback, message: None } => write!(f, "{callback} panicked"),

@@ -42,7 +42,9 @@ use core::task::{Context, Poll};
 /// What is never signalled is waited for for ever, as a `dma_fence` is: a future that resolved
 /// because the last handle was dropped would say that the device is done, when nobody has. A pass
 /// that hangs is in [`AddressSpace::active`](crate::AddressSpace::active) with its driver's name. A
-/// driver whose device is reset, so that it reaches no memory any more, signals [`u64::MAX`].
+/// driver whose device is reset, so that it reaches no memory any more, signals the last number
+/// that it has given out, or [`u64::MAX`], after which every number is reached: the device goes on
+/// with a new timeline.
 /// Waiting futures keep the state alive, and need no handle to.
 #[derive(Clone, Default)]
 pub struct Timeline(Arc<Core>);

@@ -53,8 +53,9 @@ pub struct ActiveInvalidation {
     pub pending: Vec<Cow<'static, str>>,
     /// The [ids](crate::Subscription::id) of the same notifiers, in the same order: to find the device
     /// that a name speaks of, and [fence](crate::Subscription::fence) it. With a
-    /// [pass budget](crate::Builder::pass_budget) some of them may be well: their passes wait for
-    /// their first poll behind another one.
+    /// [pass budget](crate::Builder::pass_budget) some of them may be well, as their passes wait for
+    /// their first poll behind another one; and so may those whose passes nobody polls: poll
+    /// [`drain`](AddressSpace::drain) once before the look.
     pub pending_ids: Vec<NotifierId>,
 }
 
