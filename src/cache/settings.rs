@@ -1,6 +1,7 @@
 //! What a cache is told when it is made, and what it answers with.
 #![forbid(unsafe_code)]
 
+use super::table::bytes;
 use crate::range::AddressRange;
 use alloc::boxed::Box;
 use core::fmt;
@@ -127,6 +128,12 @@ impl Limits {
     /// Whether one registration may be as large.
     pub(super) fn fits(&self, pages: AddressRange) -> bool {
         self.max_registration == u64::MAX || pages.last() - pages.start() < self.max_registration
+    }
+
+    /// Whether `union` may be registered in the place of `wanted`, which is part of it.
+    pub(super) fn allow(&self, union: AddressRange, wanted: AddressRange) -> bool {
+        let few = self.max_bytes == u64::MAX || bytes(union) <= u128::from(self.max_bytes);
+        union == wanted || self.fits(union) && few
     }
 
     /// The registrations that a range takes, in order.
