@@ -375,7 +375,7 @@ impl<D: Device> Core<D> {
         let (awaited, left): (Vec<_>, Vec<_>) = begun.into_iter().partition(|entry| entry.has_claims());
         for entry in awaited.into_iter().filter(|entry| entry.registering().is_some()) {
             entry.flushed.store(true, Ordering::Release);
-            for key in entry.key() {
+            if let Some(key) = entry.key() {
                 self.reject(key);
                 // Those who wait for it may go away.
                 self.idle(key);
