@@ -266,8 +266,9 @@ impl<D: Device> RegistrationCache<D> {
         Ok(all.into_iter().map(|live| Registration { live }).collect())
     }
 
-    /// Gives up all registrations: none that was made before is found again. Waits until those that
-    /// nobody uses are deregistered. What is in use is deregistered when its users have let go, and
+    /// Gives up all registrations: none that was made before is found again, and what the device was
+    /// asked for and has not finished is asked for again. Waits until those that nobody uses are
+    /// deregistered. What is in use is deregistered when its users have let go, and
     /// not waited for.
     ///
     /// # Cancel safety

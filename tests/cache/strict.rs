@@ -136,7 +136,7 @@ impl Device for Strict {
             key
         };
         Yields((key % 4) as u32).await;
-        if key % 11 == 0 {
+        if key.is_multiple_of(11) {
             self.0.lock().unwrap().mapped.remove(&key);
             return Err(Refused);
         }
@@ -147,7 +147,7 @@ impl Device for Strict {
         Yields((key % 3) as u32).await;
         let mut inside = self.0.lock().unwrap();
         inside.next += 1;
-        if inside.next % 7 == 0 {
+        if inside.next.is_multiple_of(7) {
             return Err(StillRegistered { handle: key, error: Refused });
         }
         inside.mapped.remove(&key).expect("deregistered once");

@@ -104,7 +104,7 @@ impl Device for Calls {
             let _ = cache.flush().now_or_never();
             drop(cache);
         }
-        self.1.fetch_add(1, Ordering::Relaxed) % 2 == 0
+        self.1.fetch_add(1, Ordering::Relaxed).is_multiple_of(2)
     }
 }
 
