@@ -238,8 +238,8 @@ fn what_must_be_kept_or_awaited_says_so_with_a_reason() {
 /// The files of the cache from the highest to the lowest, as `cache/mod.rs` draws them.
 #[test]
 fn the_files_of_the_cache_import_only_those_below_them() {
-    const ORDER: [&str; 14] = [
-        "mod", "miss", "core", "life", "claim", "entry", "phase", "device", "watch", "settings", "error", "turns", "task",
+    const ORDER: [&str; 15] = [
+        "mod", "miss", "way", "core", "life", "claim", "entry", "phase", "device", "watch", "settings", "error", "turns", "task",
         "table",
     ];
     let sources = sources();

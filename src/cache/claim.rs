@@ -8,37 +8,41 @@ use crate::sync::{Arc, Weak};
 
 /// A caller's interest in a registration. Without any, one that the device was not asked for is
 /// over.
-pub(super) struct Claim<D: Device>(Arc<Entry<D>>);
+pub(super) struct Claim<D: Device> {
+    entry: Arc<Entry<D>>,
+    keeps: bool,
+}
 
 impl<D: Device> Claim<D> {
     /// On a new registration.
     pub(super) fn begin(range: AddressRange, device: Arc<Guarded<D>>, shelf: Weak<dyn Shelf<D>>) -> Self {
-        Self(Arc::new(Entry::claimed(range, device, shelf)))
+        Self { entry: Arc::new(Entry::claimed(range, device, shelf)), keeps: false }
     }
 
     /// `None` if it is over or on its way out.
     pub(super) fn new(entry: &Arc<Entry<D>>) -> Option<Self> {
-        entry.claim().then(|| Self(entry.clone()))
+        entry.claim().then(|| Self { entry: entry.clone(), keeps: false })
     }
 
     /// On one that its caller needs together with others: limits leave it alone as if it were in
     /// use, and no invalidation waits for it (K7). `None` if it is on its way out.
     pub(super) fn keep(live: Arc<Live<D>>) -> Option<Self> {
-        let claim = Self::new(&live.entry)?;
-        claim.0.keep(live).then_some(claim)
+        let mut claim = Self::new(&live.entry)?;
+        claim.keeps = claim.entry.keep(live);
+        claim.keeps.then_some(claim)
     }
 
     pub(super) fn entry(&self) -> &Arc<Entry<D>> {
-        &self.0
+        &self.entry
     }
 }
 
 impl<D: Device> Drop for Claim<D> {
     fn drop(&mut self) {
-        if self.0.device.source.is_inert() {
-            core::mem::forget(self.0.clone());
+        if self.entry.device.source.is_inert() {
+            core::mem::forget(self.entry.clone());
             return;
         }
-        self.0.unclaim();
+        self.entry.unclaim(self.keeps);
     }
 }

@@ -55,6 +55,8 @@ pub(super) enum Found<D: Device> {
     Live(Arc<Live<D>>),
     /// What will cover the range, and the time.
     Attempt(Claim<D>, u64),
+    /// Something is in its way again.
+    Blocked,
 }
 
 /// Which counter this thread counts in: one of its own, or the last, which is everybody's once
@@ -91,7 +93,7 @@ impl<D: Device> Core<D> {
             turns: Arc::default(),
             ready: Lock::new(VecDeque::new()),
             replaced: Lock::new(Vec::new()),
-            table: Standing(ShardedLock::new(Table::new(limits.are_set(), limits.overlap != Overlap::Allowed))),
+            table: Standing(ShardedLock::new(Table::new(limits.are_set(), limits.overlap != Overlap::Allowed, limits.exact))),
         }
     }
 
@@ -116,6 +118,8 @@ impl<D: Device> Core<D> {
 
     pub(super) fn stats(&self) -> CacheStats {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
+        // A thread of the parent may have held the locks when it forked (M4).
+        let counted = !self.is_inert();
         CacheStats {
             hits: self.hits.iter().map(|hits| of(hits)).sum(),
             misses: of(&self.misses),
@@ -126,19 +130,37 @@ impl<D: Device> Core<D> {
             collisions: of(&self.collisions),
             register_failures: of(&self.device.register_failures),
             deregister_failures: of(&self.device.deregister_failures),
-            registrations: self.read().len() as u64,
-            pinned_bytes: self.device.pinned(),
+            registrations: if counted { self.read().len() as u64 } else { 0 },
+            pinned_bytes: if counted { self.device.pinned() } else { 0 },
         }
     }
 
     /// A look-up, counted.
     #[inline]
     pub(super) fn hit(&self, range: AddressRange) -> Option<Arc<Live<D>>> {
-        let live = self.look_up(range, self.clock.load(Ordering::Relaxed) + 1)?;
-        if !self.device.still_valid(live.range, live.handle()) {
+        let live = self.vouched(range, self.clock.load(Ordering::Relaxed) + 1)?;
+        self.count_hit();
+        Some(live)
+    }
+
+    /// A look-up at a time. What its device does not vouch for is not found.
+    #[inline]
+    pub(super) fn vouched(&self, range: AddressRange, now: u64) -> Option<Arc<Live<D>>> {
+        self.look_up(range, now).filter(|live| self.is_vouched_for(live))
+    }
+
+    /// Whether the device vouches for what a look-up has found. It is not found again otherwise.
+    #[inline]
+    pub(super) fn is_vouched_for(&self, live: &Arc<Live<D>>) -> bool {
+        let valid = self.device.still_valid(live.range, live.handle());
+        if !valid {
             self.outdate(live);
-            return None;
         }
+        valid
+    }
+
+    #[inline]
+    fn count_hit(&self) {
         let ours = counter();
         let hits = &self.hits[ours];
         if ours < COUNTERS - 1 {
@@ -147,7 +169,14 @@ impl<D: Device> Core<D> {
         } else {
             hits.fetch_add(1, Ordering::Relaxed);
         }
-        Some(live)
+    }
+
+    /// Look-ups of all that `range` takes, counted if all find something.
+    pub(super) fn hit_all(&self, range: AddressRange) -> Option<Vec<Arc<Live<D>>>> {
+        let now = self.clock.load(Ordering::Relaxed) + 1;
+        let all: Vec<_> = self.limits.pieces(range).map(|piece| self.vouched(piece, now)).collect::<Option<_>>()?;
+        all.iter().for_each(|_| self.count_hit());
+        Some(all)
     }
 
     /// A look-up at a time. The gate first: whoever finds it open sees what was invalidated while
@@ -178,27 +207,33 @@ impl<D: Device> Core<D> {
 
     /// Takes one away whose device says that it is not of the memory there any more.
     #[cold]
-    pub(super) fn outdate(&self, live: Arc<Live<D>>) {
+    fn outdate(&self, live: &Arc<Live<D>>) {
         let found = live.entry.key().and_then(|key| self.take(key));
         self.outdated.fetch_add(u64::from(found.is_some()), Ordering::Relaxed);
         live.entry.leave();
     }
 
-    /// What a miss of `range` registers where the device may have nothing that overlaps it.
-    pub(super) fn union(&self, range: AddressRange) -> AddressRange {
-        let wanted = self.limits.pages(range);
-        if self.limits.overlap != Overlap::Merge {
-            return wanted;
-        }
+    /// `wanted` with all that overlaps it, or touches it where that merges, and is registered or
+    /// being so.
+    pub(super) fn united(&self, wanted: AddressRange) -> AddressRange {
         let table = self.read();
-        let mut union = table.united(wanted);
-        if self.limits.merge == Merge::Touching {
-            union = table.merged(union);
-        }
-        if self.limits.fits(union) { union } else { wanted }
+        let union = table.united(wanted);
+        if self.limits.merge == Merge::Touching { table.merged(union) } else { union }
     }
 
-    /// What covers `range`, or an attempt to register that will: `target`, if somebody has said so.
+    /// Takes away what is registered of `range` and its device does not vouch for. Says whether
+    /// there was anything.
+    pub(super) fn outdate_all(&self, range: AddressRange) -> bool {
+        let lives = self.read().lives(range);
+        let mut any = false;
+        for live in lives {
+            any |= !self.is_vouched_for(&live);
+        }
+        any
+    }
+
+    /// What covers `range`, or an attempt to register that will: `target`, if somebody has said so,
+    /// who has seen that nothing is in its way.
     pub(super) fn find_or_begin(
         self: &Arc<Self>,
         range: AddressRange,
@@ -215,7 +250,7 @@ impl<D: Device> Core<D> {
                 let known = self.attempt(&table, range).map(|(key, entry)| (key, entry.clone()));
                 let merges = known.is_none() && target.is_none() && self.limits.merge == Merge::Touching;
                 let merged = if merges { table.merged(wanted) } else { wanted };
-                (known, target.unwrap_or(if self.limits.fits(merged) { merged } else { wanted }))
+                (known, target.unwrap_or(if self.limits.allow(merged, wanted) { merged } else { wanted }))
             };
             if let Some((key, entry)) = known {
                 match Claim::new(&entry) {
@@ -230,15 +265,19 @@ impl<D: Device> Core<D> {
             let entry = claim.entry();
             let begun = self.write(|table| {
                 let late = self.find(table, range, now).is_some() || self.attempt(table, range).is_some();
-                if !late {
+                // What has been leaving since it was looked at, too.
+                let free = !late && table.is_free(target);
+                if free {
                     entry.is_at(table.begin(target, entry.clone()));
                 }
-                !late
+                (free, late)
             });
-            if begun {
-                return Ok(Found::Attempt(claim, now));
+            match begun {
+                (true, _) => return Ok(Found::Attempt(claim, now)),
+                // Another caller was quicker.
+                (false, true) => {}
+                (false, false) => return Ok(Found::Blocked),
             }
-            // Another caller was quicker.
         }
     }
 
@@ -287,9 +326,7 @@ impl<D: Device> Core<D> {
         for _ in 0..LOOKED_AFTER {
             let Some(key) = self.ready.lock().pop_front() else { break };
             let entry = self.read().entry(key).cloned();
-            if let Some(leaving) = entry.and_then(|entry| entry.leaving())
-                && !leaving.poke(1)
-            {
+            if entry.is_some_and(|entry| !entry.goes_on()) {
                 self.ready.lock().push_back(key);
             }
         }
@@ -319,23 +356,33 @@ impl<D: Device> Core<D> {
         Some(table.overlapping(target))
     }
 
-    /// Takes one away because another is to have its place.
-    pub(super) fn give_way(&self, entry: &Entry<D>) {
-        let Some(live) = entry.key().and_then(|key| self.take(key)) else { return };
+    /// Takes one away because another is to have its place. Says whether look-ups found it.
+    pub(super) fn give_way(&self, entry: &Entry<D>) -> bool {
+        let Some(live) = entry.key().and_then(|key| self.take(key)) else { return false };
         let merged = self.limits.overlap == Overlap::Merge;
         let count = if merged { &self.merges } else { &self.evictions };
         count.fetch_add(1, Ordering::Relaxed);
         entry.leave();
         drop(live);
+        true
     }
 
     /// Takes all that overlaps `range` away from look-ups, and waits until what nobody uses there
     /// is over.
     pub(super) async fn flush(&self, range: AddressRange) {
-        let (begun, _) = self.read().unsettled(range);
-        // What nobody waits for any more is finished first.
-        let begun = begun.into_iter().filter(|entry| !entry.has_claims());
-        join_all(begun.filter_map(|entry| entry.registering())).await;
+        let (begun, leaving) = self.read().unsettled(range);
+        // What nobody waits for any more is finished first. What somebody waits for is begun again.
+        let (awaited, left): (Vec<_>, Vec<_>) = begun.into_iter().partition(|entry| entry.has_claims());
+        for entry in awaited.into_iter().filter(|entry| entry.registering().is_some()) {
+            entry.flushed.store(true, Ordering::Release);
+            if let Some(key) = entry.key() {
+                self.reject(key);
+                // Those who wait for it may go away.
+                self.idle(key);
+            }
+        }
+        let left = left.into_iter().chain(leaving.into_iter().filter(|entry| !entry.has_claims()));
+        join_all(left.filter_map(|entry| entry.registering())).await;
         let mut all = self.given_up(self.write(|table| table.give_up(range)));
         all.extend(self.read().unsettled(range).1);
         all.retain(|entry| entry.is_handed_back());
@@ -384,7 +431,16 @@ impl<D: Device> Shelf<D> for Core<D> {
     }
 
     fn idle(&self, key: Key) {
-        self.ready.lock().push_back(key);
+        let table = self.read();
+        let mut ready = self.ready.lock();
+        // Those that others have ended meanwhile go, also if nobody else looks.
+        for _ in 0..2 {
+            match ready.pop_front() {
+                Some(key) if table.entry(key).is_some() => ready.push_back(key),
+                _ => {}
+            }
+        }
+        ready.push_back(key);
     }
 
     fn forget(&self, key: Key) {

@@ -13,14 +13,16 @@ use super::phase::{Change, Outcome, Phase, Progress, Registering, Step};
 use super::table::{Found, Key};
 use super::task::{Task, Waiter};
 use super::watch::Watched;
+use crate::foreign::Callback;
 use crate::mirror::driver_lock::DriverLock;
 use crate::notifier::{IntervalNotifier, Invalidation, Sequence, WouldBlock};
 use crate::pass::PassFuture;
 use crate::range::AddressRange;
 use crate::subscription::Subscription;
-use crate::sync::{Arc, AtomicBool, AtomicU64, Ordering, Weak};
+use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, Weak};
 use alloc::borrow::Cow;
 use alloc::vec::Vec;
+use core::future::Future;
 use futures::FutureExt;
 use futures::channel::oneshot;
 use std::sync::OnceLock;
@@ -61,6 +63,12 @@ pub(super) struct Entry<D: Device> {
     pub(super) stuck: AtomicBool,
     /// A panic of the device has taken its handle, and nobody can know whether it was deregistered.
     pub(super) lost: AtomicBool,
+    /// The memory was invalidated when look-ups did not find it any more.
+    changed: AtomicBool,
+    /// A flush has come while the device registered.
+    pub(super) flushed: AtomicBool,
+    /// How often what was registered for its caller was given to others who waited.
+    pub(super) thefts: AtomicU32,
 }
 
 impl<D: Device> Entry<D> {
@@ -77,6 +85,9 @@ impl<D: Device> Entry<D> {
             handed_back: AtomicBool::new(false),
             stuck: AtomicBool::new(false),
             lost: AtomicBool::new(false),
+            changed: AtomicBool::new(false),
+            flushed: AtomicBool::new(false),
+            thefts: AtomicU32::new(0),
         }
     }
 
@@ -122,22 +133,28 @@ impl<D: Device> Entry<D> {
         open
     }
 
+    /// Whether look-ups find it.
+    pub(super) fn is_live(&self) -> bool {
+        matches!(self.progress.lock().phase, Phase::Live { .. })
+    }
+
     /// Keeps its registration as if a claim used it. `false` if it is on its way out.
     pub(super) fn keep(&self, live: Arc<Live<D>>) -> bool {
         let mut progress = self.progress.lock();
         let found = matches!(progress.phase, Phase::Live { .. });
+        progress.keepers += usize::from(found);
         let former = if found { progress.kept.replace(live) } else { Some(live) };
         drop(progress);
         drop(former);
         found
     }
 
-    pub(super) fn unclaim(&self) {
+    pub(super) fn unclaim(&self, keeps: bool) {
         let mut progress = self.progress.lock();
         progress.claims -= 1;
-        let last = progress.claims == 0;
-        let kept = if last { progress.kept.take() } else { None };
-        let unwanted = last && matches!(progress.phase, Phase::Waiting);
+        progress.keepers -= usize::from(keeps);
+        let kept = if progress.keepers == 0 { progress.kept.take() } else { None };
+        let unwanted = progress.claims == 0 && matches!(progress.phase, Phase::Waiting);
         if unwanted {
             progress.phase = Phase::Gone;
         }
@@ -151,6 +168,11 @@ impl<D: Device> Entry<D> {
     /// The invalidation that has ended it.
     pub(super) fn ended_by(&self) -> Option<Change> {
         self.progress.lock().by
+    }
+
+    /// Whether the memory has changed since it was registered: then nothing says that there is any.
+    pub(super) fn has_changed(&self) -> bool {
+        self.changed.load(Ordering::Acquire) || self.ended_by().is_some()
     }
 
     /// Whether the last user has let go.
@@ -235,11 +257,19 @@ impl<D: Device> Entry<D> {
     }
 
     /// Waits for the device to register, if it does.
-    pub(super) fn registering(&self) -> Option<Waiter<Outcome<D::Error>>> {
+    pub(super) fn registering(&self) -> Option<impl Future<Output = ()> + Send + use<D>> {
         match &self.progress.lock().phase {
-            Phase::Registering { task } => Some(task.wait()),
+            Phase::Registering { task } => Some(self.ended(task)),
             _ => None,
         }
+    }
+
+    /// Waits for the device, for one who does not want to know more: an error is the device's code.
+    fn ended(&self, task: &Registering<D::Error>) -> impl Future<Output = ()> + Send + use<D> {
+        let losses = self.device.losses.clone();
+        task.wait().map(move |outcome| {
+            losses.run(Callback::Device, |_| drop(outcome));
+        })
     }
 
     /// It was taken away from look-ups.
@@ -260,6 +290,17 @@ impl<D: Device> Entry<D> {
             Phase::Leaving { leaving } => Some(leaving.clone()),
             _ => None,
         }
+    }
+
+    /// Asks the device to go on with what look-ups do not find. Says whether that is over.
+    pub(super) fn goes_on(&self) -> bool {
+        let (registering, leaving) = match &self.progress.lock().phase {
+            Phase::Registering { task } => (Some(task.clone()), None),
+            Phase::Leaving { leaving } => (None, Some(leaving.clone())),
+            _ => return true,
+        };
+        let over = registering.is_none_or(|task| task.poke(1));
+        over && leaving.is_none_or(|leaving| leaving.poke(1))
     }
 
     /// The device has nothing of it: ends it.
@@ -416,9 +457,13 @@ impl<D: Device> IntervalNotifier for Guardian<D> {
         let pass = {
             let mut progress = entry.progress.lock_for(invalidation);
             match &mut progress.phase {
-                Phase::Waiting | Phase::Gone => None,
+                Phase::Waiting => None,
+                Phase::Gone => {
+                    entry.changed.store(true, Ordering::Release);
+                    None
+                }
                 Phase::Registering { task } => {
-                    let pass = PassFuture::new(task.wait().map(drop));
+                    let pass = PassFuture::new(entry.ended(task));
                     progress.by = Some((invalidation.event(), invalidation.range()));
                     Some(pass)
                 }
@@ -432,7 +477,10 @@ impl<D: Device> IntervalNotifier for Guardian<D> {
                     entry.device.invalidations.fetch_add(1, Ordering::Relaxed);
                     Some(PassFuture::new(pass))
                 }
-                Phase::Leaving { leaving } => Some(PassFuture::new(leaving.wait())),
+                Phase::Leaving { leaving } => {
+                    entry.changed.store(true, Ordering::Release);
+                    Some(PassFuture::new(leaving.wait()))
+                }
             }
         };
         // The shelf's references: without users the device is asked when the pass is polled.

@@ -78,7 +78,11 @@ async fn register<D: Device>(entry: Arc<Entry<D>>, sequence: Sequence, now: u64)
     match entry.publish(sequence, live, &leaving) {
         Ok(()) => Outcome::Live,
         Err(by) => {
-            leaving.wait().await;
+            // An invalidation that came meanwhile waits for this only. Without one it is taken care
+            // of like anything that is idle.
+            if by.is_some() {
+                leaving.wait().await;
+            }
             Outcome::Collided(by)
         }
     }

@@ -3,27 +3,36 @@
 #![forbid(unsafe_code)]
 
 use super::claim::Claim;
-use super::core::{Core, Found, gone, until_gone};
+use super::core::{Core, Found, until_gone};
 use super::device::Device;
 use super::entry::{Entry, Live};
 use super::error::GetError;
-use super::life::{self, yield_now};
+use super::life;
 use super::phase::{Change, Outcome};
 use super::settings::Overlap;
 use super::task::Task;
 use super::turns::{Placed, unless};
+use super::way::{Place, Way};
 use crate::engine::gate::Since;
 use crate::foreign::{Callback, Losses};
 use crate::range::AddressRange;
-use crate::sync::{Arc, Lock, Ordering};
+use crate::sync::{Arc, AtomicU64, Lock, Ordering};
 use alloc::vec::Vec;
-use futures::future::join_all;
+use core::future::Future;
+use futures::FutureExt;
 
 /// So often in a row the same change ends an attempt before the device is taken to raise it itself.
 const SAME_CHANGE: u32 = 8;
-/// So many turns of the other tasks a caller has to take what was registered for it, before the
-/// next one that needs the place takes it away.
-const TURNS: u32 = 64;
+
+/// Counts the polls of `future`: what was seen in an earlier one is not certain any more.
+async fn counted<F: Future>(polls: &AtomicU64, future: F) -> F::Output {
+    let mut future = core::pin::pin!(future);
+    core::future::poll_fn(|cx| {
+        polls.fetch_add(1, Ordering::Relaxed);
+        future.as_mut().poll(cx)
+    })
+    .await
+}
 
 /// Registers what `range` takes, which is one registration.
 pub(super) async fn one<D: Device>(core: &Arc<Core<D>>, range: AddressRange) -> Result<Arc<Live<D>>, GetError<D::Error>> {
@@ -41,26 +50,65 @@ pub(super) async fn one<D: Device>(core: &Arc<Core<D>>, range: AddressRange) -> 
 /// Registers what `range` takes. Holds nothing while it waits: what it has it only
 /// [keeps](Claim::keep), and takes all of it at once in the end.
 pub(super) async fn all<D: Device>(core: &Arc<Core<D>>, range: AddressRange) -> Result<Vec<Arc<Live<D>>>, GetError<D::Error>> {
-    let tries = core.limits.tries.max(1);
-    for _ in 0..tries {
+    if let Some(all) = core.hit_all(range) {
+        return Ok(all);
+    }
+    let polls = AtomicU64::new(0);
+    counted(&polls, keep_and_take(core, range, &polls)).await
+}
+
+async fn keep_and_take<D: Device>(
+    core: &Arc<Core<D>>,
+    range: AddressRange,
+    polls: &AtomicU64,
+) -> Result<Vec<Arc<Live<D>>>, GetError<D::Error>> {
+    let most = core.limits.tries.max(1);
+    let (mut tries, mut thefts, mut number) = (0, 0, None);
+    while tries < most {
         let kept = match core.limits.overlap {
-            Overlap::Allowed => keep(core, range, |_| None).await?,
-            _ => in_turn(core, range).await?,
+            Overlap::Allowed => keep(core, range, polls, None).await?,
+            _ => in_turn(core, range, polls, &mut number, thefts).await?,
         };
-        loop {
+        let taken = loop {
             open(core).await;
-            let found = core.limits.pieces(range).map(|piece| core.look_up(piece, 0));
-            if let Some(found) = found.collect::<Option<Vec<_>>>() {
-                return Ok(found);
+            let taken = take(core, range, &kept, polls.load(Ordering::Relaxed));
+            if !matches!(taken, Taken::Gone) || !core.space.shared().gate.is_closed() {
+                break taken;
             }
-            if !core.space.shared().gate.is_closed() {
-                break;
+        };
+        match taken {
+            Taken::All(all) => return Ok(all),
+            Taken::Outdated => tries += 1,
+            Taken::Gone if kept.is_empty() || kept.iter().any(|piece| piece.entry.ended_by().is_some()) => {
+                core.collisions.fetch_add(1, Ordering::Relaxed);
+                tries += 1;
             }
+            // Nothing has changed: others have taken it away. It goes on before those who came later.
+            Taken::Gone => thefts += 1,
         }
-        core.collisions.fetch_add(1, Ordering::Relaxed);
-        drop(kept);
     }
     Err(GetError::Invalidated { tries })
+}
+
+/// What a caller finds when all of its pieces have been registered.
+enum Taken<D: Device> {
+    All(Vec<Arc<Live<D>>>),
+    Gone,
+    /// The device does not vouch for one of them.
+    Outdated,
+}
+
+/// Takes all pieces. The device is asked about those of another poll than `now`.
+fn take<D: Device>(core: &Core<D>, range: AddressRange, kept: &[Piece<D>], now: u64) -> Taken<D> {
+    let found = core.limits.pieces(range).map(|piece| core.look_up(piece, 0));
+    let Some(found) = found.collect::<Option<Vec<_>>>() else { return Taken::Gone };
+    for (at, live) in found.iter().enumerate() {
+        let fresh = kept.get(at).is_some_and(|piece| piece.vouched == now && Arc::ptr_eq(&piece.entry, &live.entry));
+        if !fresh && !core.is_vouched_for(live) {
+            return Taken::Outdated;
+        }
+    }
+    Taken::All(found)
 }
 
 /// Waits until the gate is open, or has been since this began.
@@ -71,31 +119,42 @@ async fn open<D: Device>(core: &Core<D>) {
     }
 }
 
-/// Finds or registers all pieces of `range`, and keeps them. In a turn, `target` is what may be
-/// registered for a piece.
-async fn keep<D: Device>(
-    core: &Arc<Core<D>>,
-    range: AddressRange,
-    target: impl Fn(AddressRange) -> Option<AddressRange>,
-) -> Kept<D> {
+/// Finds or registers all pieces of `range`, and keeps them if there are several: limits may take a
+/// single one away like anything idle.
+async fn keep<D: Device>(core: &Arc<Core<D>>, range: AddressRange, polls: &AtomicU64, place: Option<Place>) -> Kept<D> {
+    let several = !core.limits.fits(core.limits.pages(range));
     let mut kept = Vec::new();
     for piece in core.limits.pieces(range) {
         let live = match core.hit(piece) {
             Some(live) => live,
-            None => miss(core, piece, target(piece)).await?,
+            None => miss(core, piece, place.map(|place| Way::new(core, piece, place))).await?,
         };
-        kept.extend(Claim::keep(live));
+        let entry = live.entry.clone();
+        entry.thefts.store(place.map_or(0, |place| place.thefts), Ordering::Relaxed);
+        let claim = if several { Claim::keep(live) } else { Claim::new(&entry) };
+        kept.push(Piece { entry, vouched: polls.load(Ordering::Relaxed), _claim: claim });
     }
     Ok(kept)
 }
 
-/// Claims on all pieces of a range, in order.
-type Kept<D> = Result<Vec<Claim<D>>, GetError<<D as Device>::Error>>;
+/// One piece of a range, kept.
+struct Piece<D: Device> {
+    entry: Arc<Entry<D>>,
+    /// In which poll it was certain that it is of the memory there; 0 for none that counts.
+    vouched: u64,
+    /// `None` if it was on its way out already.
+    _claim: Option<Claim<D>>,
+}
+
+/// All pieces of a range, in order.
+type Kept<D> = Result<Vec<Piece<D>>, GetError<<D as Device>::Error>>;
 
 /// What a turn came to.
 struct Answer<D: Device> {
     losses: Arc<Losses>,
     kept: Lock<Option<Kept<D>>>,
+    /// Of the turn.
+    polls: AtomicU64,
 }
 
 impl<D: Device> Drop for Answer<D> {
@@ -107,55 +166,49 @@ impl<D: Device> Drop for Answer<D> {
 }
 
 /// Does the same in a turn: once no earlier caller needs what overlaps. The work belongs to nobody,
-/// so that those behind need not wait for this caller to be polled.
-async fn in_turn<D: Device>(core: &Arc<Core<D>>, range: AddressRange) -> Kept<D> {
+/// so that those behind need not wait for this caller to be polled. `number` is its place, which it
+/// keeps from try to try.
+async fn in_turn<D: Device>(
+    core: &Arc<Core<D>>,
+    range: AddressRange,
+    polls: &AtomicU64,
+    number: &mut Option<u64>,
+    thefts: u32,
+) -> Kept<D> {
     let pages = core.limits.pages(range);
-    let single = core.limits.fits(pages);
-    let union = if single { core.union(range) } else { pages };
+    let merges = core.limits.overlap == Overlap::Merge && core.limits.fits(pages);
+    // What it will be is known in the turn only.
+    let union = if merges { core.united(pages) } else { pages };
+    let union = if core.limits.allow(union, pages) { union } else { pages };
     let losses = &core.device.losses;
-    let answer = Arc::new(Answer { losses: losses.clone(), kept: Lock::new(None) });
-    let turn = core.turns.enter(union, |number, cancelled| {
+    let answer = Arc::new(Answer { losses: losses.clone(), kept: Lock::new(None), polls: AtomicU64::new(0) });
+    let turn = core.turns.enter(*number, union, |number, cancelled| {
         let placed = Placed { turns: core.turns.clone(), number };
         let (core, answer) = (core.clone(), answer.clone());
         let work = async move {
             placed.turns.come(number).await;
-            let kept = keep(&core, range, |piece| Some(if single { union } else { piece })).await;
+            let kept = keep(&core, range, &answer.polls, Some(Place { number, range: union, thefts }));
+            let kept = counted(&answer.polls, kept).await;
             *answer.kept.lock() = Some(kept);
             drop(placed);
         };
         Task::new(losses, unless(cancelled, work))
     });
-    turn.wait().await;
+    *number = Some(turn.number());
+    let (mut waiter, mut early) = (turn.wait(), false);
+    core::future::poll_fn(|cx| {
+        early = answer.kept.lock().is_some();
+        waiter.poll_unpin(cx)
+    })
+    .await;
     let kept = answer.kept.lock().take();
-    kept.unwrap_or(Ok(Vec::new()))
-}
-
-/// Waits until nothing of the device overlaps `target`, or something will do for `range`. In a turn
-/// only: nobody else begins anything there.
-async fn make_way<D: Device>(core: &Core<D>, target: AddressRange, range: AddressRange) -> Result<(), GetError<D::Error>> {
-    let mut patience = TURNS;
-    while let Some(way) = core.in_the_way(target, range).filter(|way| !way.is_empty()) {
-        if let Some(lost) = way.iter().find(|entry| entry.is_lost()) {
-            return Err(GetError::Lost { range: lost.range });
-        }
-        // What its caller has left is finished first.
-        let registering: Vec<_> = way.iter().filter_map(|entry| entry.registering()).collect();
-        if !registering.is_empty() {
-            drop(way);
-            join_all(registering).await;
-        } else if patience > 0 && way.iter().any(|entry| entry.is_kept()) {
-            patience -= 1;
-            drop(way);
-            yield_now().await;
-        } else {
-            way.iter().for_each(|entry| core.give_way(entry));
-            if way.iter().all(|entry| entry.leaving().is_none()) {
-                yield_now().await;
-            }
-            gone(way, Entry::is_lost).await;
-        }
+    let mut kept = kept.unwrap_or(Ok(Vec::new()))?;
+    let last = answer.polls.load(Ordering::Relaxed);
+    for piece in &mut kept {
+        let fresh = !early && piece.vouched == last;
+        piece.vouched = if fresh { polls.load(Ordering::Relaxed) } else { 0 };
     }
-    Ok(())
+    Ok(kept)
 }
 
 /// How often a caller has tried to have its range registered.
@@ -171,8 +224,6 @@ struct Tries<D: Device> {
     /// What was registered at an earlier try was given up to make room for others: the next is
     /// taken at once.
     hurried: bool,
-    /// How often the device did not vouch for what was found.
-    outdated: u32,
 }
 
 impl<D: Device> Tries<D> {
@@ -197,47 +248,53 @@ impl<D: Device> Tries<D> {
     }
 }
 
-/// Has `range` registered, or finds it. In a turn, `target` is what may be registered for it once
-/// nothing overlaps that.
+/// Has `range` registered, or finds it; in a turn, once there is a way to it.
 async fn miss<D: Device>(
     core: &Arc<Core<D>>,
     range: AddressRange,
-    target: Option<AddressRange>,
+    mut way: Option<Way<'_, D>>,
 ) -> Result<Arc<Live<D>>, GetError<D::Error>> {
     core.misses.fetch_add(1, Ordering::Relaxed);
-    let mut tries =
-        Tries { made: 0, registered: None, last: None, same: 0, made_room: false, alone: false, hurried: false, outdated: 0 };
+    let own = core.limits.pages(range);
+    let mut tries = Tries { made: 0, registered: None, last: None, same: 0, made_room: false, alone: false, hurried: false };
     loop {
         open(core).await;
-        let own = tries.alone.then(|| core.limits.pages(range));
-        if let Some(target) = target {
-            make_way(core, own.unwrap_or(target), range).await?;
-        }
-        let (claim, now) = match core.find_or_begin(range, own.or(target))? {
-            Found::Live(live) if core.device.still_valid(live.range, live.handle()) => return Ok(live),
-            Found::Live(live) => {
-                core.outdate(live);
-                tries.outdated += 1;
-                if tries.outdated >= core.limits.tries.max(1) {
-                    return Err(GetError::Invalidated { tries: tries.made });
-                }
-                continue;
-            }
+        let target = match &mut way {
+            Some(way) => Some(way.make(tries.alone).await?),
+            None => tries.alone.then_some(own),
+        };
+        let (claim, now) = match core.find_or_begin(range, target)? {
+            Found::Live(live) if core.is_vouched_for(&live) => return Ok(live),
+            Found::Live(_) | Found::Blocked => continue,
             Found::Attempt(claim, now) => (claim, now),
         };
+        let entry = claim.entry().clone();
+        if way.as_mut().is_some_and(|way| way.has_changed(entry.range)) {
+            continue;
+        }
         // Registered, and then taken away before the gate had opened, or while there was waited for room.
         let overtaken = tries.registered.take().is_some_and(|entry| tries.overtaken(core, &entry));
         if overtaken || tries.made >= core.limits.tries.max(1) {
             return Err(GetError::Invalidated { tries: tries.made });
         }
         tries.made += 1;
-        let entry = claim.entry().clone();
-        let attempt = life::attempt(&entry, now, || core.device.source.watch(entry.range)).await;
+        // What this poll has registered is not asked about.
+        let mut fresh = false;
+        let attempt = {
+            let mut attempt = core::pin::pin!(life::attempt(&entry, now, || core.device.source.watch(entry.range)));
+            core::future::poll_fn(|cx| {
+                fresh = !entry.is_live();
+                attempt.as_mut().poll(cx)
+            })
+            .await
+        };
         // From the table, not from the attempt. Before the limits are looked at, so that it is in use.
         let registration = core.look_up(range, now);
         drop(claim);
+        let outdated = !fresh && registration.as_ref().is_some_and(|live| !core.is_vouched_for(live));
         let gone = core.tidy();
         if (gone.is_empty() || tries.hurried)
+            && !outdated
             && let Some(registration) = registration
         {
             // Those who come later look after what is to go.
@@ -246,12 +303,19 @@ async fn miss<D: Device>(
         // A `get` that is not polled must not hold a registration.
         drop(registration);
         until_gone(gone).await;
-        if let Some(live) = core.look_up(range, now) {
+        if let Some(live) = core.vouched(range, now) {
+            // It may have the device's error.
+            core.device.losses.run(Callback::Device, |_| drop(attempt));
             return Ok(live);
         }
         let no_room = match attempt {
             Ok(Outcome::Live) => {
-                tries.registered = Some(entry);
+                tries.registered = (!outdated).then_some(entry);
+                continue;
+            }
+            Ok(Outcome::Collided(None)) if entry.flushed.load(Ordering::Acquire) => {
+                // Nothing has changed, only nothing from before the flush is to be found.
+                tries.made -= 1;
                 continue;
             }
             Ok(Outcome::Collided(by)) => {
@@ -264,14 +328,16 @@ async fn miss<D: Device>(
             Ok(Outcome::Panicked(message)) => return Err(GetError::Panicked { message }),
             Ok(Outcome::Failed(error)) => GetError::Register(error),
             Err(why) if why.is_full() => GetError::Unwatched(why),
-            Err(why) => return Err(GetError::Unwatched(why)),
+            Err(why) if entry.range == own => return Err(GetError::Unwatched(why)),
+            Err(why) => GetError::Unwatched(why),
         };
-        if !core.make_room().await || core::mem::replace(&mut tries.made_room, true) {
-            // Its neighbours may be what is too much.
-            if tries.alone || entry.range == core.limits.pages(range) {
-                return Err(no_room);
-            }
+        // Its neighbours may be what is too much, or may have gone.
+        if !tries.alone && entry.range != own {
             tries.alone = true;
+        } else if core::mem::replace(&mut tries.made_room, true) || !core.make_room().await {
+            return Err(no_room);
+        } else {
+            tries.alone = false;
         }
         // The device's error is the device's code.
         core.device.losses.run(Callback::Device, |_| drop(no_room));

@@ -66,14 +66,15 @@
 //! ```text
 //! mod       RegistrationCache, Registration: get, get_all, flush
 //!  └ miss      what a get does that finds nothing
-//!     └ core      what all handles share: limits, counts, the shelf
-//!        └ life      all that waits: an attempt, the end of a registration
-//!           └ claim     a caller's interest in a registration
-//!              └ entry     one registration: its notifier, its users
-//!                 └ phase     how far it is
-//!                    └ device    Device, and the one place that calls it
-//!                       └ watch     who says when memory goes away
-//!                          └ settings, error   what goes in and comes out
+//!     └ way       what a caller in its turn takes out of its way
+//!        └ core      what all handles share: limits, counts, the shelf
+//!           └ life      all that waits: an attempt, the end of a registration
+//!              └ claim     a caller's interest in a registration
+//!                 └ entry     one registration: its notifier, its users
+//!                    └ phase     how far it is
+//!                       └ device    Device, and the one place that calls it
+//!                          └ watch     who says when memory goes away
+//!                             └ settings, error   what goes in and comes out
 //! turns     whose turn it is where nothing may overlap (uses only task)
 //! task      a future that belongs to nobody (uses none of the above)
 //! table     look-up, attempts, what is given up first (knows no device)
@@ -96,6 +97,7 @@ mod task;
 mod tests;
 mod turns;
 mod watch;
+mod way;
 
 use self::core::Core;
 use crate::block::Waitable;
@@ -264,8 +266,9 @@ impl<D: Device> RegistrationCache<D> {
         Ok(all.into_iter().map(|live| Registration { live }).collect())
     }
 
-    /// Gives up all registrations: none that was made before is found again. Waits until those that
-    /// nobody uses are deregistered. What is in use is deregistered when its users have let go, and
+    /// Gives up all registrations: none that was made before is found again, and what the device was
+    /// asked for and has not finished is asked for again. Waits until those that nobody uses are
+    /// deregistered. What is in use is deregistered when its users have let go, and
     /// not waited for.
     ///
     /// # Cancel safety

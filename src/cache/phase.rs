@@ -63,8 +63,9 @@ pub(super) struct Progress<E: Send + Sync + 'static, L> {
     pub(super) phase: Phase<E>,
     /// Callers that need it.
     pub(super) claims: usize,
-    /// A user on behalf of a claim that needs others besides it: limits leave it alone, and no
-    /// invalidation waits for it.
+    /// Those of them that need others besides it.
+    pub(super) keepers: usize,
+    /// A user on their behalf: limits leave it alone, and no invalidation waits for it.
     pub(super) kept: Option<Arc<L>>,
     /// What has ended it, if that was an invalidation: the last of them that came while the device
     /// registered, or the one that took it away from look-ups.
@@ -76,7 +77,7 @@ pub(super) struct Progress<E: Send + Sync + 'static, L> {
 impl<E: Send + Sync + 'static, L> Progress<E, L> {
     /// With so many claims, and nothing begun.
     pub(super) fn new(phase: Phase<E>, claims: usize) -> Self {
-        Self { phase, claims, kept: None, by: None, watched: Watched::default() }
+        Self { phase, claims, keepers: 0, kept: None, by: None, watched: Watched::default() }
     }
 }
 

@@ -1,6 +1,7 @@
 //! What a cache is told when it is made, and what it answers with.
 #![forbid(unsafe_code)]
 
+use super::table::bytes;
 use crate::range::AddressRange;
 use alloc::boxed::Box;
 use core::fmt;
@@ -40,7 +41,8 @@ pub enum Merge {
     #[default]
     Never,
     /// A miss registers its pages and those of all registrations that overlap or touch them, which
-    /// it replaces. Users of those keep them until they let go.
+    /// it replaces, as far as [`Builder::max_registration`] and [`Builder::max_bytes`] allow. Users
+    /// of those keep them until they let go.
     Touching,
 }
 
@@ -65,11 +67,15 @@ pub enum Match {
 /// cancelled or invalidated meanwhile.
 ///
 /// # Deadlocks
-/// Do not await a `get` while your task holds a registration that overlaps its range without
-/// covering it: it waits for you. Nor hold one while you wait for another of any range, unless
-/// all tasks take theirs in the same order: two tasks may wait for each other. A
-/// [`get_all`](super::RegistrationCache::get_all) is safe: it holds nothing while it waits. The
-/// library cannot see who holds a registration, so neither is detected.
+/// Do not await a `get` while your task holds a registration that overlaps its range, unless it is
+/// sure to be given that one: it waits for you. One that covers the range is not enough with
+/// [`Match::Exact`], nor after a [`flush_range`](super::RegistrationCache::flush_range), an
+/// invalidation or a `get` of anybody else has taken it away from look-ups. The same goes for an
+/// [`InvalidationGuard`](crate::InvalidationGuard): a `get` of other memory may stand behind a
+/// wider one that overlaps it and waits for the guard. Nor hold a registration while you wait for
+/// another of any range, unless all tasks take theirs in the same order: two tasks may wait for
+/// each other. A [`get_all`](super::RegistrationCache::get_all) is safe: it holds nothing while it
+/// waits. The library cannot see who holds a registration, so neither is detected.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Overlap {
     /// It may.
@@ -81,8 +87,11 @@ pub enum Overlap {
     /// them, when those have gone, also those in use: their users find it from then on. With
     /// [`Merge::Touching`] those that touch belong to the union, too.
     ///
-    /// If the union is more than [`Builder::max_registration`], or the device refuses it, the `get`
-    /// registers its own pages.
+    /// If the union is more than [`Builder::max_registration`] or [`Builder::max_bytes`], or the
+    /// device refuses it, the `get` registers its own pages. What was invalidated while it waited
+    /// does not belong to the union, nor what the device does
+    /// [not vouch for](super::Device::still_valid). A window that moves along a buffer registers
+    /// ever more: set a limit, or use [`Wait`](Self::Wait).
     Merge,
 }
 
@@ -128,6 +137,12 @@ impl Limits {
     /// Whether one registration may be as large.
     pub(super) fn fits(&self, pages: AddressRange) -> bool {
         self.max_registration == u64::MAX || pages.last() - pages.start() < self.max_registration
+    }
+
+    /// Whether `union` may be registered in the place of `wanted`, which is part of it.
+    pub(super) fn allow(&self, union: AddressRange, wanted: AddressRange) -> bool {
+        let few = self.max_bytes == u64::MAX || bytes(union) <= u128::from(self.max_bytes);
+        union == wanted || self.fits(union) && few
     }
 
     /// The registrations that a range takes, in order.
@@ -245,8 +260,8 @@ impl<D> Builder<D> {
         self
     }
 
-    /// Says how often a registration is begun because its memory was invalidated meanwhile; 64
-    /// by default.
+    /// Says how often a registration is begun because its memory was invalidated meanwhile, or
+    /// outdated by the time that the caller could be given it; 64 by default.
     ///
     /// It ends earlier when the same change (one event of one range) comes eight times in a row
     /// while the device registers: then the device raises it itself, and would do so again.
@@ -309,9 +324,9 @@ pub struct CacheStats {
     pub register_failures: u64,
     /// Times that the device failed to deregister, panics included.
     pub deregister_failures: u64,
-    /// Registrations that look-ups find.
+    /// Registrations that look-ups find; 0 in a child of `fork` if the cache watches.
     pub registrations: u64,
     /// Bytes that the device has mapped, those included that are on their way out; at most
-    /// `u64::MAX`.
+    /// `u64::MAX`, and 0 in a child of `fork` if the cache watches.
     pub pinned_bytes: u64,
 }

@@ -7,7 +7,8 @@
 use crate::index::{IntervalIndex, Ordered, Ranged};
 use crate::range::AddressRange;
 use crate::sync::{Arc, AtomicU64, Ordering};
-use alloc::collections::BTreeSet;
+use alloc::collections::btree_map::Entry;
+use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 use core::num::NonZeroU64;
 use core::ops::Bound;
@@ -53,6 +54,10 @@ pub(super) struct Table<E, L> {
     attempts: IntervalIndex<Ranged<Key>>,
     /// All of it until it is forgotten, where nothing may overlap.
     held: Option<IntervalIndex<Ranged<Key>>>,
+    /// What look-ups find, by its range, where they look for that range only.
+    ranges: Option<BTreeMap<(u64, u64), Key>>,
+    /// What look-ups do not find any more, or never did: few.
+    leaving: BTreeSet<Key>,
     slots: Slab<Slot<E>>,
     /// Of the next key.
     serial: NonZeroU64,
@@ -91,12 +96,15 @@ struct Queue {
 
 impl<E, L: Found> Table<E, L> {
     /// `limited`: it says what to give up first. `exclusive`: it says what overlaps a range.
-    pub(super) fn new(limited: bool, exclusive: bool) -> Self {
+    /// `exact`: look-ups are for a range, neither more nor less.
+    pub(super) fn new(limited: bool, exclusive: bool, exact: bool) -> Self {
         Self {
             live: IntervalIndex::new(),
             lives: Vec::new(),
             attempts: IntervalIndex::new(),
             held: exclusive.then(IntervalIndex::new),
+            ranges: exact.then(BTreeMap::new),
+            leaving: BTreeSet::new(),
             slots: Slab::new(),
             serial: NonZeroU64::MIN,
             queue: limited.then(Queue::default),
@@ -115,7 +123,8 @@ impl<E, L: Found> Table<E, L> {
     pub(super) fn is_empty(&self) -> bool {
         let queued = self.queue.as_ref().map_or(0, |queue| queue.oldest.len() + queue.busy.len());
         let held = self.held.as_ref().map_or(0, IntervalIndex::len);
-        self.slots.is_empty() && queued + held == 0 && self.live.len() == 0 && self.attempts.len() == 0
+        let named = self.ranges.as_ref().map_or(0, BTreeMap::len) + self.leaving.len();
+        self.slots.is_empty() && queued + held + named == 0 && self.live.len() == 0 && self.attempts.len() == 0
     }
 
     fn next(&mut self, slot: usize) -> Key {
@@ -132,38 +141,47 @@ impl<E, L: Found> Table<E, L> {
         self.get(key).map(|slot| &slot.entry)
     }
 
-    /// What covers `range`, and is used at the time `now`.
+    /// What covers `range`, and is used at the time `now`. Looks only at what holds the first byte
+    /// of `range`: not at what lies within it.
     #[inline]
     pub(super) fn covering(&self, range: AddressRange, now: u64) -> Option<Arc<L>> {
-        self.find(range, now, |own| own.covers(range))
-    }
-
-    /// What is `range`, neither more nor less.
-    pub(super) fn exactly(&self, range: AddressRange, now: u64) -> Option<Arc<L>> {
-        self.find(range, now, |own| own == range)
-    }
-
-    #[inline(always)]
-    fn find(&self, range: AddressRange, now: u64, fits: impl Fn(AddressRange) -> bool) -> Option<Arc<L>> {
         let mut found = None;
-        self.live.overlapping(range, |Ranged { range: own, value: key }| {
-            if fits(own)
-                && found.is_none()
-                && let Some(Some(live)) = self.lives.get(key.slot())
-            {
-                if live.used().load(Ordering::Relaxed) < now {
-                    live.used().store(now, Ordering::Relaxed);
-                }
-                found = Some(live.clone());
+        self.live.overlapping(first_byte(range), |Ranged { range: own, value: key }| {
+            if found.is_none() && own.covers(range) {
+                found = self.used_at(key, now);
             }
         });
         found
     }
 
+    /// What is `range`, neither more nor less.
+    pub(super) fn exactly(&self, range: AddressRange, now: u64) -> Option<Arc<L>> {
+        let key = self.ranges.as_ref()?.get(&(range.start(), range.last()))?;
+        self.used_at(*key, now)
+    }
+
+    #[inline(always)]
+    fn used_at(&self, key: Key, now: u64) -> Option<Arc<L>> {
+        let Some(Some(live)) = self.lives.get(key.slot()) else { return None };
+        if live.used().load(Ordering::Relaxed) < now {
+            live.used().store(now, Ordering::Relaxed);
+        }
+        Some(live.clone())
+    }
+
+    /// All that look-ups find of `range`.
+    pub(super) fn lives(&self, range: AddressRange) -> Vec<Arc<L>> {
+        let mut all = Vec::new();
+        self.live.overlapping(range, |Ranged { value: key, .. }| {
+            all.extend(self.lives.get(key.slot()).and_then(Clone::clone));
+        });
+        all
+    }
+
     /// What is being registered and covers `range`, or is it.
     pub(super) fn attempt(&self, range: AddressRange, exact: bool) -> Option<(Key, &Arc<E>)> {
         let mut found = None;
-        self.attempts.overlapping(range, |Ranged { range: own, value: key }| {
+        self.attempts.overlapping(first_byte(range), |Ranged { range: own, value: key }| {
             if found.is_none() && if exact { own == range } else { own.covers(range) } {
                 found = self.entry(key).map(|entry| (key, entry));
             }
@@ -206,6 +224,15 @@ impl<E, L: Found> Table<E, L> {
         all
     }
 
+    /// Whether nothing overlaps `range` that must not.
+    pub(super) fn is_free(&self, range: AddressRange) -> bool {
+        let mut free = true;
+        if let Some(held) = &self.held {
+            held.overlapping(range, |_| free = false);
+        }
+        free
+    }
+
     /// Adds an attempt.
     pub(super) fn begin(&mut self, range: AddressRange, entry: Arc<E>) -> Key {
         let key = self.next(self.slots.vacant_key());
@@ -222,6 +249,7 @@ impl<E, L: Found> Table<E, L> {
         let Some(slot) = self.slots.get_mut(key.slot()).filter(|slot| slot.key == key) else { return };
         if let Stage::Attempt = slot.stage {
             slot.stage = Stage::Leaving;
+            self.leaving.insert(key);
             self.attempts.remove(Ranged { range: slot.range, value: key });
         }
     }
@@ -231,17 +259,20 @@ impl<E, L: Found> Table<E, L> {
         if !self.get(key).is_some_and(|slot| matches!(slot.stage, Stage::Attempt)) {
             return Err(live);
         }
-        self.reject(key);
         let at = self.next(key.slot());
         let used = live.used().load(Ordering::Relaxed);
         let slot = &mut self.slots[key.slot()];
         slot.stage = Stage::Live(at, used);
         let range = slot.range;
+        self.attempts.remove(Ranged { range, value: key });
         if self.lives.len() <= key.slot() {
             self.lives.resize_with(key.slot() + 1, || None);
         }
         self.lives[key.slot()] = Some(live);
         self.live.insert(Ranged { range, value: at });
+        if let Some(ranges) = &mut self.ranges {
+            ranges.insert((range.start(), range.last()), key);
+        }
         if let Some(queue) = &mut self.queue {
             queue.oldest.insert((used, key));
         }
@@ -256,7 +287,14 @@ impl<E, L: Found> Table<E, L> {
         let Stage::Live(at, queued) = slot.stage else { return None };
         slot.stage = Stage::Leaving;
         let range = slot.range;
+        self.leaving.insert(key);
         self.live.remove(Ranged { range, value: at });
+        if let Some(ranges) = &mut self.ranges
+            && let Entry::Occupied(known) = ranges.entry((range.start(), range.last()))
+            && *known.get() == key
+        {
+            known.remove();
+        }
         if let Some(queue) = &mut self.queue {
             queue.oldest.remove(&(queued, key));
             queue.busy.remove(&key);
@@ -270,6 +308,7 @@ impl<E, L: Found> Table<E, L> {
     pub(super) fn forget(&mut self, key: Key) -> (Option<Arc<E>>, Option<Arc<L>>) {
         let live = self.withdraw(key);
         self.reject(key);
+        self.leaving.remove(&key);
         let known = self.get(key).is_some();
         let slot = known.then(|| self.slots.remove(key.slot()));
         if let (Some(held), Some(slot)) = (&mut self.held, &slot) {
@@ -291,15 +330,17 @@ impl<E, L: Found> Table<E, L> {
 
     /// All entries that are being registered, or on their way out, and touch `range`.
     pub(super) fn unsettled(&self, range: AddressRange) -> (Vec<Arc<E>>, Vec<Arc<E>>) {
-        let (mut attempts, mut leaving) = (Vec::new(), Vec::new());
-        for (_, slot) in self.slots.iter().filter(|(_, slot)| slot.range.overlaps(range)) {
-            match slot.stage {
-                Stage::Attempt => attempts.push(slot.entry.clone()),
-                Stage::Leaving => leaving.push(slot.entry.clone()),
-                Stage::Live(..) => {}
-            }
-        }
-        (attempts, leaving)
+        let mut attempts = Vec::new();
+        self.attempts.overlapping(range, |Ranged { value: key, .. }| attempts.extend(self.entry(key).cloned()));
+        let leaving = self.leaving.iter().filter_map(|key| self.get(*key)).filter(|slot| slot.range.overlaps(range));
+        (attempts, leaving.map(|slot| slot.entry.clone()).collect())
+    }
+
+    /// The keys of what look-ups find of `range`.
+    fn keys(&self, range: AddressRange) -> Vec<Key> {
+        let mut keys = Vec::new();
+        self.live.overlapping(range, |Ranged { value, .. }| keys.extend(self.slots.get(value.slot()).map(|slot| slot.key)));
+        keys
     }
 
     /// Whether nobody but the table has it. Under the lock that keeps look-ups out.
@@ -314,17 +355,15 @@ impl<E, L: Found> Table<E, L> {
     /// Takes all that nobody uses and that overlaps `range` away from look-ups, what was used
     /// longest ago first.
     pub(super) fn give_up_idle(&mut self, range: AddressRange) -> Vec<Arc<L>> {
-        let live = self.slots.iter().filter(|(_, slot)| matches!(slot.stage, Stage::Live(..)) && slot.range.overlaps(range));
-        let mut idle: Vec<_> =
-            live.map(|(_, slot)| (self.used(slot.key), slot.key)).filter(|(_, key)| self.is_idle(*key)).collect();
+        let idle = self.keys(range).into_iter().filter(|key| self.is_idle(*key));
+        let mut idle: Vec<_> = idle.map(|key| (self.used(key), key)).collect();
         idle.sort_unstable();
         idle.into_iter().filter_map(|(_, key)| self.withdraw(key)).collect()
     }
 
     /// Takes all that overlaps `range` away from look-ups, whether it is used or not.
     pub(super) fn give_up(&mut self, range: AddressRange) -> Vec<Arc<L>> {
-        let live = self.slots.iter().filter(|(_, slot)| matches!(slot.stage, Stage::Live(..)) && slot.range.overlaps(range));
-        let live: Vec<_> = live.map(|(_, slot)| slot.key).collect();
+        let live = self.keys(range);
         live.into_iter().filter_map(|key| self.withdraw(key)).collect()
     }
 
@@ -405,11 +444,15 @@ pub(super) fn bytes(range: AddressRange) -> u128 {
     u128::from(range.last() - range.start()) + 1
 }
 
-fn span(start: u64, last: u64) -> AddressRange {
+pub(super) fn span(start: u64, last: u64) -> AddressRange {
     AddressRange::try_from(start..=last).unwrap_or(AddressRange::ALL)
 }
 
+fn first_byte(range: AddressRange) -> AddressRange {
+    span(range.start(), range.start())
+}
+
 /// The range and one byte on either side.
-fn touching(range: AddressRange) -> AddressRange {
+pub(super) fn touching(range: AddressRange) -> AddressRange {
     span(range.start().saturating_sub(1), range.last().saturating_add(1))
 }

@@ -15,7 +15,7 @@ use core::ops::Deref;
 /// ```
 /// use shootdown::{AddressRange, RangeError, RangeSet};
 ///
-/// let page = |number| AddressRange::new(number * 0x1000, 0x1000);
+/// let page = |number: u64| AddressRange::new(number * 0x1000, 0x1000);
 /// let set = RangeSet::new([page(9)?, page(1)?, page(2)?, page(1)?])?;
 /// assert_eq!(*set, [AddressRange::new(0x1000, 0x2000)?, page(9)?]);
 /// assert_eq!(set.hull(), AddressRange::try_from(0x1000..0xa000)?); // end exclusive

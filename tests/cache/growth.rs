@@ -2,7 +2,7 @@
 
 use crate::device::Card;
 use crate::support::{Gate, Task, now, pages};
-use shootdown::cache::{Merge, RegistrationCache};
+use shootdown::cache::{Match, Merge, Overlap, RegistrationCache};
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::time::{Duration, Instant};
 
@@ -29,8 +29,14 @@ impl shootdown::cache::Device for Never {
 
 #[test]
 fn k4_a_miss_does_not_look_at_others_that_register() {
+    for overlap in [Overlap::Allowed, Overlap::Wait] {
+        miss_beside_others_that_register(overlap);
+    }
+}
+
+fn miss_beside_others_that_register(overlap: Overlap) {
     let beside = |others: u64| {
-        let cache = RegistrationCache::new(&AddressSpace::new(), Never);
+        let cache = RegistrationCache::builder().overlap(overlap).build(&AddressSpace::new(), Never);
         let mut gets: Vec<_> = (0..others).map(|page| Task::new(cache.get(pages(2 * page, 1)))).collect();
         gets.iter_mut().for_each(Task::expect_pending);
         let mut page = 1 << 30;
@@ -121,4 +127,42 @@ fn k4_registrations_of_one_start_that_are_published_in_any_order_are_all_found()
         assert!(found.range().covers(pages(7, count)), "{:?} for {count} pages", found.range());
     }
     drop(others);
+}
+
+#[test]
+fn k4_a_look_up_does_not_look_at_what_lies_within_its_range() {
+    for matching in [Match::Covering, Match::Exact] {
+        let among = |count: u64| {
+            let cache = RegistrationCache::builder().matching(matching).build(&AddressSpace::new(), Card::default());
+            // Messages within a buffer, and the buffer.
+            for at in 0..count {
+                drop(now(cache.get(pages(at, 1))).unwrap());
+            }
+            drop(now(cache.get(pages(0, count))).unwrap());
+            least(|| {
+                let began = Instant::now();
+                (0..100).for_each(|_| drop(now(cache.get(pages(0, count))).unwrap()));
+                began.elapsed()
+            })
+        };
+        let (few, many) = (among(16), among(8_000));
+        assert!(many < few * 8, "{matching:?}: {few:?} for a hit over 16, {many:?} over 8,000");
+    }
+}
+
+#[test]
+fn k4_a_flush_of_a_range_does_not_look_at_what_is_registered_elsewhere() {
+    let beside = |count: u64| {
+        let cache = RegistrationCache::new(&AddressSpace::new(), Card::default());
+        for at in 1..=count {
+            drop(now(cache.get(pages(10 * at, 1))).unwrap());
+        }
+        least(|| {
+            let began = Instant::now();
+            (0..100).for_each(|_| now(cache.flush_range(pages(0, 1))));
+            began.elapsed()
+        })
+    };
+    let (few, many) = (beside(16), beside(8_000));
+    assert!(many < few * 8, "{few:?} beside 16, {many:?} beside 8,000");
 }

@@ -7,15 +7,20 @@ mod changes;
 mod device;
 mod exact;
 mod growth;
+mod idle;
 mod model;
 mod outlives;
 mod overlap;
 mod panics;
 mod pieces;
 mod room;
+mod strict;
 #[path = "../support/mod.rs"]
 mod support;
 mod sweep;
+mod turns;
+mod union;
+mod vouched;
 
 use futures::FutureExt;
 use futures::executor::block_on;

@@ -2,17 +2,10 @@
 
 use crate::device::{Act, Card};
 use crate::support::{Gate, Task, now, pages};
+use crate::turns::exclusive;
 use futures::FutureExt;
 use shootdown::cache::{GetError, Merge, Overlap, RegistrationCache};
 use shootdown::{AddressSpace, Event};
-
-/// A card that answers as CUDA does, with error 712.
-fn exclusive(overlap: Overlap) -> (AddressSpace, Card, RegistrationCache<Card>) {
-    let (space, card) = (AddressSpace::new(), Card::default());
-    card.state.lock().unwrap().exclusive = true;
-    let cache = RegistrationCache::builder().overlap(overlap).build(&space, card.clone());
-    (space, card, cache)
-}
 
 #[test]
 fn k7_idle_registrations_that_overlap_are_deregistered_first() {
@@ -223,4 +216,27 @@ fn k2_k7_a_handle_that_a_panic_has_taken_is_for_ever_and_nobody_waits_in_silence
     let mut unmap = space.invalidate(pages(0, 1), Event::Unmap);
     assert!((&mut unmap).now_or_never().is_none());
     assert!(format!("{:?}", space.active()).contains("registration with"));
+}
+
+/// A deregistration that panics while somebody waits for its place, and the reset fails at first.
+#[test]
+fn k2_k7_a_lost_handle_is_reset_before_the_next_registers() {
+    for overlap in [Overlap::Wait, Overlap::Merge] {
+        for acts in [
+            vec![Act::Panic],
+            vec![Act::PanicLater],
+            vec![Act::Panic; 5],
+            vec![Act::Panic, Act::Refuse, Act::PanicLater, Act::Refuse],
+        ] {
+            let (_space, card, cache) = exclusive(overlap);
+            drop(now(cache.get(pages(0, 2))).unwrap());
+            card.next_deregister(&acts);
+            let got = now(cache.get(pages(1, 2))).unwrap();
+            assert_eq!((card.mapped().len(), cache.stats().register_failures), (1, 0));
+            assert_eq!(cache.stats().deregister_failures, acts.len() as u64);
+            drop(got);
+            now(cache.flush());
+            assert_eq!((card.mapped().len(), cache.stats().pinned_bytes), (0, 0));
+        }
+    }
 }

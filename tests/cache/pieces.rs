@@ -2,6 +2,7 @@
 
 use crate::device::{Act, Card, State};
 use crate::support::{Gate, PAGE, Task, now, pages};
+use futures::FutureExt;
 use shootdown::cache::{GetError, Overlap, RegistrationCache};
 use shootdown::{AddressRange, AddressSpace, Event};
 
@@ -101,5 +102,24 @@ fn k8_a_dropped_call_leaves_none_in_use() {
         drop(now(space.invalidate(pages(0, 3), Event::Unmap)));
         assert!(card.mapped().is_empty());
         assert_eq!(now(cache.get_all(pages(0, 3))).unwrap().len(), 3);
+    }
+}
+
+#[test]
+fn k8_at_the_ends_of_the_address_space() {
+    let top = AddressRange::try_from(u64::MAX - 3 * PAGE + 1..=u64::MAX).unwrap();
+    for overlap in [Overlap::Allowed, Overlap::Wait, Overlap::Merge] {
+        for most in [PAGE, 2 * PAGE, 3 * PAGE, u64::MAX - 1, u64::MAX] {
+            let space = AddressSpace::new();
+            let cache = RegistrationCache::builder().overlap(overlap).max_registration(most).build(&space, Card::default());
+            let all = now(cache.get_all(top)).unwrap();
+            assert_eq!((all[0].range().start(), all.last().unwrap().range().last()), (top.start(), u64::MAX));
+            drop(all);
+            if most > 3 * PAGE && most < u64::MAX {
+                let whole = now(cache.get_all(AddressRange::ALL)).unwrap();
+                assert_eq!(whole.len(), 2);
+                assert!(matches!(cache.get(AddressRange::ALL).now_or_never(), Some(Err(GetError::TooLarge { .. }))));
+            }
+        }
     }
 }

@@ -6,7 +6,7 @@ use futures::FutureExt;
 use futures::channel::oneshot;
 use futures::executor::block_on;
 use futures::future::Shared;
-use shootdown::cache::{Device, GetError, Merge, RegistrationCache, StillRegistered, Unwatched};
+use shootdown::cache::{Device, GetError, Match, Merge, Overlap, RegistrationCache, StillRegistered, Unwatched};
 use shootdown::source::{Fork, Uffd, UffdError};
 use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 use std::os::unix::process::CommandExt;
@@ -25,6 +25,8 @@ crate::list![
     m1_a_device_that_changes_the_memory_while_it_registers_comes_to_an_end,
     report_9_a_lock_of_the_device_that_is_held_across_munmap_and_look_ups_blocks_nobody,
     report_11_after_a_part_was_unmapped_a_merged_region_is_watched_and_the_hole_is_not,
+    k7_m1_a_union_is_not_refused_because_a_neighbour_was_unmapped_while_it_was_waited_for,
+    k6_m1_exact_bytes_are_watched_by_their_pages,
 ];
 
 crate::list![fn isolated_tests:
@@ -269,6 +271,48 @@ fn report_11_after_a_part_was_unmapped_a_merged_region_is_watched_and_the_hole_i
         drop(source.uffd.watch(b.range()));
         watched(memory.range()) == 0
     });
+}
+
+fn k7_m1_a_union_is_not_refused_because_a_neighbour_was_unmapped_while_it_was_waited_for() {
+    let _fork = no_fork();
+    let source = Running::new();
+    let builder = RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).overlap(Overlap::Merge);
+    let cache = builder.build(&source.space, Nic::default());
+    // A hole of one page between others, which no other thread's memory fits in.
+    let memory = Raw::map(5);
+    memory.write(1);
+    let held = cache.get(memory.part(1, 2).range()).wait().unwrap();
+    let mut waits = Box::pin(cache.get(memory.part(2, 3).range()));
+    assert!((&mut waits).now_or_never().is_none());
+    memory.part(1, 1).unmap();
+    drop(held);
+    drop(block_on(waits).expect("its own pages are mapped"));
+    // New memory in the hole is not what the device was given.
+    assert!(memory.part(1, 1).map_again());
+    let before = cache.stats().misses;
+    let new = cache.get(memory.part(1, 1).range()).wait().unwrap();
+    assert_eq!(cache.stats().misses, before + 1, "{} was registered before this page was mapped", new.range());
+}
+
+fn k6_m1_exact_bytes_are_watched_by_their_pages() {
+    let _fork = no_fork();
+    let source = Running::new();
+    let builder = RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).matching(Match::Exact);
+    let cache = builder.build(&source.space, Nic::default());
+    let memory = Raw::map(2);
+    memory.write(1);
+    let start = memory.range().start();
+    let (one, two) = (AddressRange::new(start + 10, 20).unwrap(), AddressRange::new(start + 100, 4096).unwrap());
+    for _ in 0..20 {
+        for range in [one, two] {
+            assert_eq!(cache.get(range).wait().unwrap().range(), range);
+        }
+        let before = cache.stats().misses;
+        memory.map_over();
+        drop(cache.get(one).wait().unwrap());
+        drop(cache.get(two).wait().unwrap());
+        assert_eq!(cache.stats().misses, before + 2, "both were of memory that is gone");
+    }
 }
 
 /// Pages of a range that the kernel says a userfaultfd watches.
