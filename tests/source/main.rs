@@ -66,7 +66,7 @@ fn main() {
         return;
     }
     // Called again by `isolated`. The first need no userfaultfd.
-    let by_themselves = refused::isolated_tests();
+    let by_themselves = [refused::isolated_tests(), mapping::isolated_tests()].concat();
     let watched_by_themselves = [
         never_stale::isolated_tests(),
         forks::isolated_tests(),

@@ -16,16 +16,20 @@ crate::list![
     dropped_without_a_device_it_is_unmapped,
     the_owners_last_act_comes_between_the_invalidation_and_the_unmapping,
     a_last_act_that_panics_drops_the_mapping,
-    dropped_under_a_device_that_needs_time_it_stays_mapped,
     a_change_whose_future_is_dropped_does_not_happen,
     a_part_beyond_the_address_space_is_an_error_that_names_it,
     a_copy_outside_of_the_mapping_panics_before_it_touches_anything,
-    a_mapping_whose_parts_are_protected_is_moved_and_resized_with_them,
     a_mapping_of_which_a_part_was_advised_otherwise_grows_and_moves,
     a_mapping_that_is_dropped_while_a_first_pass_unwinds_stays_mapped,
     a_driver_with_dirty_pages_writes_back_before_every_change,
     protect_invalidates_before_the_protection_changes,
     changes_that_are_never_polled_have_never_been,
+];
+
+// In processes of their own: they count what was left mapped in the whole process.
+crate::list![fn isolated_tests:
+    dropped_under_a_device_that_needs_time_it_stays_mapped,
+    a_mapping_whose_parts_are_protected_is_moved_and_resized_with_them,
 ];
 
 /// Why, where, how much, and what was there.
