@@ -973,7 +973,7 @@ fn t2_a_look_that_need_not_wait_sees_what_came_before_the_signal() {
 #[test]
 fn t3_no_wake_up_is_lost_between_two_signals() {
     // Who does not get the lock leaves its waiter to the other, or to the one that registers.
-    explore("timeline, two signals, two waiters", 3, || {
+    explore("timeline, two signals, two waiters", 2, || {
         let timeline = Timeline::new();
         let first = {
             let timeline = timeline.clone();
@@ -1009,7 +1009,7 @@ fn t3_no_wake_up_is_lost_between_two_signals() {
 
 #[test]
 fn t4_a_waiter_that_goes_leaves_the_others_their_wake_up() {
-    explore("timeline, signal against drop", 4, || {
+    explore("timeline, signal against drop", 3, || {
         let timeline = Timeline::new();
         let mut goes = Box::pin(timeline.reached(1));
         assert!(goes.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
