@@ -141,7 +141,13 @@ impl Core {
                 // A swap, as below: either it comes after that, or whoever is at it sees what we have seen.
                 if self.waking.swap(true, Ordering::AcqRel) {
                     // Perhaps below us on this stack: those that it has taken come first.
-                    return;
+                    drop(waiting);
+                    // It may have found the lock taken by us when it looked again.
+                    fence(Ordering::SeqCst);
+                    if self.waking.load(Ordering::Relaxed) {
+                        return;
+                    }
+                    continue;
                 }
                 self.risen.swap(false, Ordering::AcqRel);
                 let value = self.value.load(Ordering::Acquire);
