@@ -159,10 +159,11 @@ impl<M: Member, X: Default> Protocol<M, X> {
             return self.tell(id, hits, uncovered).map(Kept::InPlace);
         }
         let mut active = self.active.leave_crowd(id)?;
+        let set = self.active.take_set(id);
         hits.iter().for_each(|member| _ = member.own().uncover());
         settle(&mut self.sequence, self.active.heads.live);
         tell(hits, &mut active.late, uncovered);
-        Some(Kept::Gone(active.extra))
+        Some(Kept::Gone(active.extra, set))
     }
 
     /// First half of [`end`](Self::end) for an invalidation that has a place: `true` if somebody may have to be told, by

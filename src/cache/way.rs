@@ -10,7 +10,7 @@ use super::life::yield_now;
 use super::settings::{Merge, Overlap};
 use super::table::{span, touching};
 use crate::range::AddressRange;
-use crate::sync::{Arc, Ordering};
+use crate::sync::{Arc, Ordering, give_turn};
 use alloc::vec::Vec;
 use core::time::Duration;
 use futures::future::join_all;
@@ -172,7 +172,7 @@ impl Patience {
     /// caller as well.
     fn is_over<D: Device>(&mut self, core: &Core<D>) -> bool {
         // It may be what the caller waits for.
-        std::thread::yield_now();
+        give_turn();
         let now = core.space.shared().now();
         let passed = match (now, self.shown) {
             (Some(now), Some(shown)) if now > shown => {

@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::Shared;
+use super::held::Held;
 use super::lease::Lease;
 use super::outbox::Outbox;
 use super::state::{Help, State, Ticket};
@@ -59,22 +60,12 @@ impl Shared {
             }
             (fenced, self.find(state, AddressRange::ALL, |of| of.is_fenced(), outbox))
         });
+        let (entries, passes): (Vec<_>, Vec<_>) = fenced.into_iter().unzip();
+        let held = Held { shared: self, entries };
         self.end(Some(found));
-        let passes = fenced.iter().map(|(_, passes)| passes).sum();
-        for (entry, passes) in &fenced {
-            self.report_fenced(*entry, *passes);
-        }
-        self.with(|state, outbox| {
-            for (entry, _) in fenced {
-                entry.unhold();
-                if !entry.is_held() {
-                    // Somebody may wait in `remove` for just that.
-                    state.nudge(entry, None, outbox);
-                    state.reap(entry, outbox);
-                }
-            }
-        });
-        passes
+        held.entries.iter().zip(&passes).for_each(|(entry, passes)| self.report_fenced(*entry, *passes));
+        drop(held);
+        passes.into_iter().sum()
     }
 
     /// Under the lock. Returns whether it was fenced before.

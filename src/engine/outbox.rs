@@ -7,6 +7,7 @@ use crate::engine::work::Work;
 use crate::entry::EntryRef;
 use crate::foreign::{Callback, FirstPanic, Losses, TaskWaker};
 use crate::observe::Trace;
+use crate::range::RangeSet;
 use crate::sync::Arc;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
@@ -34,6 +35,8 @@ pub(crate) struct Contents {
     /// Memory of invalidations that have ended. All passes in it are done.
     pub(crate) works: Vec<Work>,
     pub(crate) records: Vec<Record>,
+    /// What invalidations of many ranges covered.
+    pub(crate) ranges: Vec<RangeSet>,
 }
 
 impl Outbox {

@@ -176,6 +176,31 @@ impl Default for RetryBudget {
     }
 }
 
+/// How much of a [`RetryBudget`] is used up.
+pub(super) struct Tries {
+    budget: RetryBudget,
+    retries: u32,
+    began: Option<Duration>,
+}
+
+impl Tries {
+    /// The clock is asked only when there is a bound on the time and a collision.
+    pub(super) fn begin(budget: RetryBudget, now: impl FnOnce() -> Option<Duration>) -> Self {
+        Self { budget, retries: 0, began: budget.time.and_then(|_| now()) }
+    }
+
+    /// Starts over, if it may.
+    pub(super) fn again<E>(&mut self, now: impl FnOnce() -> Option<Duration>) -> Result<(), MirrorError<E>> {
+        let elapsed = self.began.and_then(|began| Some(now()?.saturating_sub(began)));
+        let too_late = matches!((self.budget.time, elapsed), (Some(most), Some(elapsed)) if elapsed > most);
+        if self.retries == self.budget.retries || too_late {
+            return Err(MirrorError::RetriesExhausted { retries: self.retries, elapsed });
+        }
+        self.retries += 1;
+        Ok(())
+    }
+}
+
 /// Why [`DriverLock::mirror`] gave up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
@@ -365,9 +390,7 @@ impl<T> DriverLock<T> {
         F: Future<Output = Result<P, E>>,
     {
         let space = subscription.shared();
-        // The clock is asked only when there is a bound on the time and a collision.
-        let began = budget.time.and_then(|_| space.now());
-        let mut retries = 0;
+        let mut tries = Tries::begin(budget, || space.now());
         let mut install = Some(install);
         loop {
             let sequence = subscription.read_begin().await;
@@ -382,13 +405,8 @@ impl<T> DriverLock<T> {
             if subscription.is_closed() || !open(&self.lock()) {
                 return Err(MirrorError::Closed);
             }
-            let elapsed = began.and_then(|began| Some(space.now()?.saturating_sub(began)));
-            let too_late = matches!((budget.time, elapsed), (Some(most), Some(elapsed)) if elapsed > most);
-            if retries == budget.retries || too_late {
-                return Err(MirrorError::RetriesExhausted { retries, elapsed });
-            }
+            tries.again(|| space.now())?;
             space.retried(subscription.entry());
-            retries += 1;
         }
     }
 

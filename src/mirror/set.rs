@@ -1,7 +1,7 @@
 //! Mirroring several ranges at once (G).
 #![forbid(unsafe_code)]
 
-use super::driver_lock::{DriverLock, MirrorError, RetryBudget};
+use super::driver_lock::{DriverLock, MirrorError, RetryBudget, Tries};
 use crate::block::Waitable;
 use crate::engine::futures::hit::Hit;
 use crate::engine::futures::read::ReadBegin;
@@ -196,9 +196,7 @@ impl<T> DriverLock<T> {
     {
         let mut set = Set { subscriptions, prepared: subscriptions.iter().map(|_| None).collect() };
         let now = || subscriptions.first().and_then(|first| first.shared().now());
-        // The clock is asked only when there is a bound on the time and a collision.
-        let began = budget.time.and_then(|_| now());
-        let mut retries = 0;
+        let mut tries = Tries::begin(budget, now);
         loop {
             let begun = set.begin().await;
             let preparing = begun.into_iter().map(|(at, sequence)| (at, sequence, Box::pin(prepare(at, sequence)))).collect();
@@ -221,15 +219,10 @@ impl<T> DriverLock<T> {
             if subscriptions.iter().any(|subscription| subscription.is_closed()) {
                 return Err(MirrorError::Closed);
             }
-            let elapsed = began.and_then(|began| Some(now()?.saturating_sub(began)));
-            let too_late = matches!((budget.time, elapsed), (Some(most), Some(elapsed)) if elapsed > most);
-            if retries == budget.retries || too_late {
-                return Err(MirrorError::RetriesExhausted { retries, elapsed });
-            }
+            tries.again(now)?;
             for (subscription, _) in subscriptions.iter().zip(&set.prepared).filter(|(_, prepared)| prepared.is_none()) {
                 subscription.shared().retried(subscription.entry());
             }
-            retries += 1;
         }
     }
 }

@@ -143,8 +143,8 @@ impl Ordered for InCrowd {
 pub(crate) enum Kept<'a, X> {
     /// It stays for the next one in this place.
     InPlace(&'a mut X),
-    /// Nobody will use it again.
-    Gone(X),
+    /// Nobody will use it again. With the ranges, if there were many, to be freed without a lock.
+    Gone(X, Option<RangeSet>),
 }
 
 impl<M, X> ActiveSet<M, X> {
@@ -310,12 +310,16 @@ impl<M, X> ActiveSet<M, X> {
         self.take_in_crowd(serial, set.hull())
     }
 
+    /// The ranges of one that leaves the crowd, if it has many.
+    pub(super) fn take_set(&mut self, id: Id) -> Option<RangeSet> {
+        self.sets.remove(&id.serial()).map(|set| set.ranges)
+    }
+
     /// Takes one out of the crowd.
     pub(super) fn leave_crowd(&mut self, id: Id) -> Option<Box<Active<M, X>>> {
         let active = self.crowd.remove(&id.serial())?;
         self.crowd_ranges.remove(Ranged { range: active.range, value: InCrowd(id.serial()) });
         self.heads.live -= 1;
-        self.sets.remove(&id.serial());
         if self.crowd.is_empty() {
             // Also the memory of the index.
             self.crowd_ranges = IntervalIndex::new();

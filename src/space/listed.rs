@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::AddressSpace;
-use crate::engine::Shared;
+use crate::engine::held::Held;
 use crate::entry::EntryRef;
 use crate::event::Event;
 use crate::index::Ordered;
@@ -152,36 +152,12 @@ impl AddressSpace {
             listed
         });
         // Names are driver code: asked for without the lock, while the holds keep the notifiers alive.
-        let names = Names { shared: &self.shared, held };
+        let held = Held { shared: &self.shared, entries: held };
         for (_, of, invalidation) in &mut listed {
-            invalidation.pending = names.held[of.clone()].iter().map(|entry| entry.name(&self.shared.host.losses)).collect();
+            invalidation.pending = held.entries[of.clone()].iter().map(|entry| entry.name(&self.shared.host.losses)).collect();
         }
-        drop(names);
+        drop(held);
         listed.sort_by_key(|(serial, ..)| *serial);
         listed.into_iter().map(|(_, _, invalidation)| invalidation).collect()
-    }
-}
-
-/// Notifiers that are kept alive to be asked for their names.
-struct Names<'a> {
-    shared: &'a Shared,
-    held: Vec<EntryRef>,
-}
-
-impl Drop for Names<'_> {
-    fn drop(&mut self) {
-        if self.held.is_empty() {
-            return;
-        }
-        self.shared.with(|state, outbox| {
-            for &entry in &self.held {
-                entry.unhold();
-                if !entry.is_held() {
-                    // Somebody may wait in `remove` for just that.
-                    state.nudge(entry, None, outbox);
-                    state.reap(entry, outbox);
-                }
-            }
-        });
     }
 }

@@ -156,7 +156,8 @@ impl State {
             (Some(Kept::InPlace(record)), Some(work)) => record.recycle(work),
             (Some(Kept::InPlace(_)) | None, None) => {}
             (None, Some(work)) => outbox.contents().works.push(*work),
-            (Some(Kept::Gone(record)), work) => {
+            (Some(Kept::Gone(record, set)), work) => {
+                outbox.contents().ranges.extend(set);
                 outbox.contents().records.push(record);
                 outbox.contents().works.extend(work.map(|work| *work));
             }
@@ -475,7 +476,7 @@ impl State {
                     outbox.contents().dead.push(entry);
                 }
             });
-            if let Some(Kept::Gone(record)) = kept {
+            if let Some(Kept::Gone(record, _)) = kept {
                 outbox.contents().records.push(record);
             }
             works.extend(work.map(|work| *work));

@@ -60,16 +60,13 @@ impl Passes {
 
     /// Takes out those that wait for their first poll, of some notifiers.
     fn take_unpolled(&mut self, of: impl Fn(EntryRef) -> bool) -> Unpolled {
-        let mut taken = Vec::new();
-        let mut at = 0;
-        while at < self.started {
-            if of(self.slots[at].entry) {
-                taken.push(self.slots.remove(at));
-                self.started -= 1;
-            } else {
-                at += 1;
-            }
+        if !self.slots[..self.started].iter().any(|pass| of(pass.entry)) {
+            return Unpolled(Vec::new());
         }
+        let unpolled = self.slots.drain(..self.started);
+        let (taken, left): (Vec<_>, Vec<_>) = unpolled.partition(|pass| of(pass.entry));
+        self.started = left.len();
+        self.slots.splice(..0, left);
         Unpolled(taken)
     }
 

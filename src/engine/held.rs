@@ -1,0 +1,31 @@
+//! Notifiers that are kept alive without the lock, to be asked for their names.
+#![forbid(unsafe_code)]
+
+use super::Shared;
+use crate::entry::EntryRef;
+use alloc::vec::Vec;
+
+/// Each of them was [held](crate::entry::Entry::hold) under the lock, once for each time that it is
+/// in the list.
+pub(crate) struct Held<'a> {
+    pub(crate) shared: &'a Shared,
+    pub(crate) entries: Vec<EntryRef>,
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        if self.entries.is_empty() {
+            return;
+        }
+        self.shared.with(|state, outbox| {
+            for &entry in &self.entries {
+                entry.unhold();
+                if !entry.is_held() {
+                    // Somebody may wait in `remove` for just that.
+                    state.nudge(entry, None, outbox);
+                    state.reap(entry, outbox);
+                }
+            }
+        });
+    }
+}
