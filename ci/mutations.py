@@ -242,6 +242,7 @@ MUTATIONS = [
     ("a fence keeps what a pass had of the budget", "src/engine/work/passes/cut.rs", "        if pass.budgeted {\n            host.give_permit_back();\n        }\n        self.finished", "        self.finished"),
     ("a set prepares all again", "src/mirror/set.rs", "            drop(stale);\n", "            drop(stale);\n            set.prepared.iter_mut().for_each(|prepared| *prepared = None);\n"),
     ("what is stale is dropped under the lock", "src/mirror/set.rs", "stale.extend(prepared.take_if(collides));", "if prepared.take_if(collides).is_some() { stale.push(()); }"),
+    ("forks in a row are taken for changes of the device", "src/cache/miss.rs", "let by = by.filter(|(event, _)| !matches!(event, Event::ProtectionPage | Event::ProtectionVma));", "", "cache"),
     ("a set installs what has collided", "src/mirror/set.rs", "if set.prepared.iter().all(Option::is_some) {", "if true {"),
     ("two wake for a timeline at a time", "src/timeline.rs", "if self.waking.swap(true, Ordering::AcqRel) {", "if false {", "contract"),
     ("what was prepared stays when its range is hit", "src/mirror/set.rs", "prepared.take_if(|prepared| prepared.hit.poll(cx).is_ready())", "prepared.take_if(|_| false)", "contract"),

@@ -14,6 +14,7 @@ use super::task::Task;
 use super::turns::{Placed, unless};
 use super::way::{Place, Way};
 use crate::engine::gate::Since;
+use crate::event::Event;
 use crate::foreign::{Callback, Losses};
 use crate::range::AddressRange;
 use crate::sync::{Arc, AtomicU64, Lock, Ordering};
@@ -227,8 +228,10 @@ struct Tries<D: Device> {
 }
 
 impl<D: Device> Tries<D> {
-    /// Whether the same change has come too often in a row.
+    /// Whether the same change has come too often in a row. A change of protection is what each
+    /// `fork` of the process is: many of them come from elsewhere, and count as any other try.
     fn collided(&mut self, by: Option<Change>) -> bool {
+        let by = by.filter(|(event, _)| !matches!(event, Event::ProtectionPage | Event::ProtectionVma));
         self.same = if by.is_some() && by == self.last { self.same + 1 } else { 1 };
         self.last = by;
         by.is_some() && self.same >= SAME_CHANGE

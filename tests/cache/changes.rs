@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 struct Changes {
     space: AddressSpace,
     what: Option<AddressRange>,
+    event: Event,
     times: u32,
     registered: Arc<AtomicU32>,
 }
@@ -22,7 +23,7 @@ impl Device for Changes {
     async fn register(&self, range: AddressRange) -> std::io::Result<()> {
         if self.registered.fetch_add(1, Ordering::SeqCst) < self.times {
             // As a source does that has read an event: it does not wait for the delivery.
-            let _ = self.space.invalidate(self.what.unwrap_or(range), Event::Clear).now_or_never();
+            let _ = self.space.invalidate(self.what.unwrap_or(range), self.event).now_or_never();
         }
         Ok(())
     }
@@ -33,8 +34,12 @@ impl Device for Changes {
 }
 
 fn changes(what: Option<AddressRange>, times: u32) -> (AddressSpace, Arc<AtomicU32>, RegistrationCache<Changes>) {
+    raised(what, Event::Clear, times)
+}
+
+fn raised(what: Option<AddressRange>, event: Event, times: u32) -> (AddressSpace, Arc<AtomicU32>, RegistrationCache<Changes>) {
     let (space, registered) = (AddressSpace::new(), Arc::default());
-    let device = Changes { space: space.clone(), what, times, registered: Arc::clone(&registered) };
+    let device = Changes { space: space.clone(), what, event, times, registered: Arc::clone(&registered) };
     let cache = RegistrationCache::new(&space, device);
     (space, registered, cache)
 }
@@ -45,6 +50,18 @@ fn k1_an_attempt_whose_device_changes_the_memory_each_time_ends_after_eight() {
     let refused = now(cache.get(pages(1, 1))).unwrap_err();
     assert!(matches!(refused, GetError::Invalidated { tries: 8 }), "{refused:?}");
     assert_eq!(registered.load(Ordering::SeqCst), 8);
+}
+
+/// A process that forks changes the protection of all that it has, each time.
+#[test]
+fn k1_forks_in_a_row_are_not_taken_for_changes_of_the_device() {
+    let (_space, registered, cache) = raised(None, Event::ProtectionPage, 40);
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    assert_eq!((registered.load(Ordering::SeqCst), cache.stats().collisions), (41, 40));
+    let (_space, registered, cache) = raised(None, Event::ProtectionPage, u32::MAX);
+    let refused = now(cache.get(pages(1, 1))).unwrap_err();
+    assert!(matches!(refused, GetError::Invalidated { tries: 64 }), "{refused:?}");
+    assert_eq!(registered.load(Ordering::SeqCst), 64);
 }
 
 #[test]
