@@ -1,0 +1,1 @@
+//! A vhost-user back-end with an IOMMU.
