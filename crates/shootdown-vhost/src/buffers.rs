@@ -1,0 +1,96 @@
+//! The buffers of a request, as if they were one.
+#![forbid(unsafe_code)]
+
+use crate::mapping::{AccessError, Mapping};
+use std::ops::Range;
+
+/// Mappings in a row.
+#[derive(Debug, Default)]
+pub struct Buffers(Vec<Mapping>);
+
+impl Buffers {
+    /// These, in order.
+    pub fn new(mappings: Vec<Mapping>) -> Self {
+        Self(mappings)
+    }
+
+    /// The mappings, one for each descriptor.
+    pub fn mappings(&self) -> &[Mapping] {
+        &self.0
+    }
+
+    /// The number of bytes.
+    pub fn len(&self) -> usize {
+        self.0.iter().map(Mapping::len).sum()
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.0.is_empty()
+    }
+
+    /// The parts of the mappings that `range` is made of: which, from where, how long, how far from
+    /// the start of `range`.
+    fn parts(&self, range: Range<usize>) -> impl Iterator<Item = (&Mapping, usize, usize, usize)> {
+        let mut at = 0;
+        self.0.iter().filter_map(move |mapping| {
+            let (start, end) = (at, at + mapping.len());
+            at = end;
+            let (from, to) = (range.start.max(start), range.end.min(end));
+            (from < to).then(|| (mapping, from - start, to - from, from - range.start))
+        })
+    }
+
+    fn check(&self, offset: usize, len: usize) -> Result<Range<usize>, AccessError> {
+        let size = self.len();
+        let end = offset.checked_add(len).filter(|end| *end <= size);
+        end.map(|end| offset..end).ok_or(AccessError::Outside { offset, len, size })
+    }
+
+    /// Copies from `offset` on into `into`.
+    ///
+    /// # Errors
+    /// As for [`Mapping::read`].
+    pub fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), AccessError> {
+        let range = self.check(offset, into.len())?;
+        for (mapping, from, len, at) in self.parts(range) {
+            mapping.read(from, &mut into[at..at + len])?;
+        }
+        Ok(())
+    }
+
+    /// Copies `from` to `offset`.
+    ///
+    /// # Errors
+    /// As for [`Mapping::write`].
+    pub fn write(&self, offset: usize, from: &[u8]) -> Result<(), AccessError> {
+        let range = self.check(offset, from.len())?;
+        for (mapping, start, len, at) in self.parts(range) {
+            mapping.write(start, &from[at..at + len])?;
+        }
+        Ok(())
+    }
+
+    /// Pointers for `readv`, `io_uring` and their kin, to the bytes of `range`. They are valid as
+    /// long as the buffers exist: keep them until the kernel has completed the request.
+    ///
+    /// # Errors
+    /// [`AccessError::Outside`] when `range` goes beyond the end.
+    pub fn iovecs(&self, range: Range<usize>) -> Result<Vec<libc::iovec>, AccessError> {
+        let range = self.check(range.start, range.end.saturating_sub(range.start))?;
+        let mut all = Vec::new();
+        for (mapping, from, len, _) in self.parts(range) {
+            let (mut skip, mut left) = (from, len);
+            for slice in mapping.slices() {
+                let here = slice.len().saturating_sub(skip).min(left);
+                if here > 0 {
+                    let part = slice.subslice(skip, here).expect("it is inside");
+                    all.push(libc::iovec { iov_base: part.ptr_guard_mut().as_ptr().cast(), iov_len: here });
+                    left -= here;
+                }
+                skip = skip.saturating_sub(slice.len());
+            }
+        }
+        Ok(all)
+    }
+}

@@ -1,0 +1,66 @@
+//! A driver that is a plain thread.
+#![forbid(unsafe_code)]
+
+use super::ServeError;
+use super::lines::{Lines, Step};
+use crate::device::Device;
+use crate::session::Session;
+use futures::task::{ArcWake, waker};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use std::io;
+use std::os::fd::OwnedFd;
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::task::Context;
+
+/// Wakes the thread out of `poll`.
+struct Bell(OwnedFd);
+
+impl ArcWake for Bell {
+    fn wake_by_ref(bell: &Arc<Self>) {
+        // Full: then the thread wakes up anyway.
+        let _ = rustix::io::write(&bell.0, &1u64.to_ne_bytes());
+    }
+}
+
+/// Serves one front-end on the calling thread, until it goes away. Returns when all rings have ended,
+/// so that the next session of the device may begin.
+///
+/// # Errors
+/// [`ServeError`]: the connection is closed then, after the same wait.
+pub fn serve<D: Device>(socket: UnixStream, mut session: Session<D>) -> Result<(), ServeError> {
+    let bell = Arc::new(Bell(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?));
+    let waker = waker(bell.clone());
+    let mut cx = Context::from_waker(&waker);
+    let mut lines = Lines::new(socket.into());
+    let ended = loop {
+        match lines.step(&mut session, &mut cx) {
+            Ok(Step::Idle) => {}
+            Ok(Step::Ended) => break Ok(()),
+            Err(error) => break Err(error),
+        }
+        if let Err(error) = wait(&bell, &lines) {
+            break Err(error.into());
+        }
+    };
+    // Before the socket is closed: who sees that takes it for an answer.
+    while session.poll_closed(&mut cx).is_pending() {
+        wait(&bell, &Lines::none())?;
+    }
+    ended
+}
+
+/// Waits until a socket is ready or the bell has rung.
+fn wait(bell: &Bell, lines: &Lines) -> io::Result<()> {
+    let mut fds = vec![PollFd::new(&bell.0, PollFlags::IN)];
+    for line in lines.all() {
+        let out = if line.is_full() { PollFlags::OUT } else { PollFlags::empty() };
+        fds.push(PollFd::new(&*line.socket, PollFlags::IN | out));
+    }
+    match poll(&mut fds, None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(error.into()),
+    }
+    let _ = rustix::io::read(&bell.0, &mut [0; 8]);
+    Ok(())
+}

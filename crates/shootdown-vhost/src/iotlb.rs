@@ -1,0 +1,420 @@
+//! The IOTLB of a device: what its I/O virtual addresses are, for as long as the front-end lets it
+//! know.
+//!
+//! What is in flight is a driver of an [`AddressSpace`] of I/O virtual addresses: a
+//! [`Mapping`] is a notifier of its range, whose pass ends when the mapping is dropped. So an
+//! INVALIDATE is an invalidation: translations are taken out of the table first, then everything
+//! that overlaps is waited for, and only that. A mapping registers its range *before* it looks into
+//! the table. So whoever has found a translation is registered when that is taken out, and whoever
+//! registers later does not find it.
+#![forbid(unsafe_code)]
+
+mod asked;
+mod table;
+
+use crate::mapping::Mapping;
+use crate::memory::{MemoryTable, Place};
+use crate::stats::{Counters, IotlbStats, count};
+use crate::sync::Lock;
+use asked::{Answers, Asked, Miss};
+use futures::task::AtomicWaker;
+use shootdown::{
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidate, Invalidation, PassFuture, Timeline, WouldBlock,
+};
+use std::borrow::Cow;
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::{Arc, Weak};
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+pub(crate) use table::Pieces;
+use table::Table;
+use vm_memory::Permissions;
+
+/// As many translations one look asks for at most.
+const AHEAD: usize = 16;
+
+/// What a device wants to access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Want {
+    /// The first I/O virtual address.
+    pub iova: u64,
+    /// The number of bytes, at least 1.
+    pub len: u64,
+    /// What the device does there.
+    pub access: Permissions,
+}
+
+impl Want {
+    /// The device reads `len` bytes at `iova`.
+    pub fn read(iova: u64, len: u64) -> Self {
+        Self { iova, len, access: Permissions::Read }
+    }
+
+    /// The device writes `len` bytes at `iova`.
+    pub fn write(iova: u64, len: u64) -> Self {
+        Self { iova, len, access: Permissions::Write }
+    }
+
+    fn range(self) -> Result<AddressRange, MapError> {
+        AddressRange::new(self.iova, self.len).map_err(|_| MapError::NoRange { iova: self.iova, len: self.len })
+    }
+}
+
+/// Why there is no mapping.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum MapError {
+    /// The range is empty or wraps around.
+    #[error("{len} bytes at {iova:#x} are no range of I/O virtual addresses")]
+    NoRange {
+        /// The first address that was asked for.
+        iova: u64,
+        /// The length that was asked for.
+        len: u64,
+    },
+    /// The front-end has no translation, or one that does not allow the access.
+    #[error("the front-end has no translation of {iova:#x} that allows {access:?}")]
+    Refused {
+        /// The first address without one.
+        iova: u64,
+        /// What was to be done there.
+        access: Permissions,
+    },
+    /// Nobody would answer: the session has ended or has no back-end channel, or the device has been
+    /// stopped.
+    #[error("{iova:#x} is not known, and there is nobody to ask")]
+    Nobody {
+        /// The first address without a translation.
+        iova: u64,
+    },
+}
+
+/// IOTLBs whose devices share an IOMMU domain: an INVALIDATE of one is an invalidation of all.
+///
+/// A guest's IOMMU driver that unmaps a range sends one INVALIDATE to each device of the domain,
+/// one after the other, each after the answer to the one before. With one domain in this process the first of them begins to
+/// wait for all devices at once, and the others find nothing left to wait for.
+#[derive(Clone, Default)]
+pub struct Domain(Arc<Members>);
+
+#[derive(Default)]
+struct Members {
+    space: AddressSpace,
+    all: Lock<Vec<Weak<Inner>>>,
+}
+
+impl Domain {
+    /// A domain without devices.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// The I/O virtual addresses of all of its devices; its notifiers are what is in flight.
+    pub fn space(&self) -> &AddressSpace {
+        &self.0.space
+    }
+}
+
+impl fmt::Debug for Domain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Domain({} in flight)", self.0.space.len())
+    }
+}
+
+/// The IOTLB of one device. Clones are handles of the same.
+#[derive(Clone)]
+pub struct Iotlb(Arc<Inner>);
+
+pub(crate) struct Inner {
+    domain: Domain,
+    state: Lock<State>,
+    /// The session, which sends what is asked for.
+    sender: AtomicWaker,
+    counters: Counters,
+}
+
+#[derive(Default)]
+struct State {
+    table: Table,
+    asked: Asked,
+}
+
+/// What a look has found.
+enum Found {
+    All,
+    Asked(Arc<Miss>),
+}
+
+/// Is registered for the range of a mapping while that exists.
+pub(crate) struct InFlight {
+    gone: Timeline,
+}
+
+impl InFlight {
+    pub(crate) fn end(&self) {
+        self.gone.signal(1);
+    }
+}
+
+impl IntervalNotifier for InFlight {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        Ok((self.gone.value() == 0).then(|| PassFuture::new(self.gone.reached(1))))
+    }
+
+    fn name(&self) -> Cow<'static, str> {
+        Cow::Borrowed("a mapping in flight")
+    }
+}
+
+impl Default for Iotlb {
+    fn default() -> Self {
+        Self::new(&Domain::new())
+    }
+}
+
+impl Iotlb {
+    /// An empty one in `domain`. There is nobody to ask until a [`Session`](crate::Session) has it.
+    pub fn new(domain: &Domain) -> Self {
+        let (state, sender, counters) = (Lock::new(State::default()), AtomicWaker::new(), Counters::default());
+        let iotlb = Self(Arc::new(Inner { domain: domain.clone(), state, sender, counters }));
+        let mut all = domain.0.all.lock();
+        all.retain(|member| member.strong_count() > 0);
+        all.push(Arc::downgrade(&iotlb.0));
+        drop(all);
+        iotlb
+    }
+
+    /// The domain of the device.
+    pub fn domain(&self) -> &Domain {
+        &self.0.domain
+    }
+
+    /// What has happened so far.
+    pub fn stats(&self) -> IotlbStats {
+        self.0.counters.read()
+    }
+
+    /// How many translations are known.
+    pub fn len(&self) -> usize {
+        self.0.state.lock().table.len()
+    }
+
+    /// Whether no translation is known.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A mapping of one range, if all of it is known and may be accessed so. Asks nobody.
+    pub fn try_map(&self, want: Want) -> Option<Mapping> {
+        let (mut mapping, range) = self.register(want).ok()?;
+        let found = self.0.state.lock().table.look_up(range, want.access, mapping.pieces_mut());
+        found.is_ok().then_some(mapping)
+    }
+
+    /// A mapping of one range. What is not known is asked for, and waited for.
+    ///
+    /// While it waits it holds nothing, so an INVALIDATE is never answered later for it. Dropped, it
+    /// leaves what was asked for to others.
+    ///
+    /// # Errors
+    /// [`MapError`]. It says nothing of later: the guest may map the address at any time.
+    pub async fn map(&self, want: Want) -> Result<Mapping, MapError> {
+        loop {
+            let (mut mapping, range) = self.register(want)?;
+            match self.look(&[(range, want.access)], std::slice::from_mut(&mut mapping))? {
+                Found::All => return Ok(mapping),
+                Found::Asked(miss) => {
+                    drop(mapping);
+                    answer(&miss).await?;
+                }
+            }
+        }
+    }
+
+    /// Mappings of all ranges at once, in order, or none: while one of them is asked for, no other
+    /// is held. This is what a request needs that has several buffers: one that held the first of
+    /// them while it waits for the second would keep the front-end, which may be waiting for the
+    /// first, from telling of the second.
+    ///
+    /// # Errors
+    /// As for [`map`](Self::map), of the first that fails.
+    pub async fn map_all(&self, wants: &[Want]) -> Result<Vec<Mapping>, MapError> {
+        let ranges = wants.iter().map(|want| Ok((want.range()?, want.access))).collect::<Result<Vec<_>, _>>()?;
+        loop {
+            let mappings = wants.iter().map(|want| Ok(self.register(*want)?.0));
+            let mut mappings = mappings.collect::<Result<Vec<_>, _>>()?;
+            match self.look(&ranges, &mut mappings)? {
+                Found::All => return Ok(mappings),
+                Found::Asked(miss) => {
+                    drop(mappings);
+                    answer(&miss).await?;
+                }
+            }
+        }
+    }
+
+    /// Puts a mapping without memory in flight.
+    fn register(&self, want: Want) -> Result<(Mapping, AddressRange), MapError> {
+        let (range, gone) = (want.range()?, Timeline::new());
+        let registered = self.0.domain.0.space.insert(range, InFlight { gone });
+        let registered = registered.map_err(|_| MapError::Nobody { iova: want.iova })?;
+        Ok((Mapping::new(registered, want.access), range))
+    }
+
+    /// Looks for all ranges, which are in flight already, and asks for what is missing.
+    fn look(&self, ranges: &[(AddressRange, Permissions)], mappings: &mut [Mapping]) -> Result<Found, MapError> {
+        let mut state = self.0.state.lock();
+        let State { table, asked } = &mut *state;
+        let mut first = None;
+        for (at, (range, access)) in ranges.iter().enumerate() {
+            let Err(mut gap) = table.look_up(*range, *access, mappings[at].pieces_mut()) else { continue };
+            if asked.answers == Answers::Nobody {
+                return Err(MapError::Nobody { iova: gap });
+            }
+            // The pages after it are likely to be missing, too.
+            for _ in 0..AHEAD {
+                let miss = asked.ask(gap, *access);
+                first.get_or_insert(miss);
+                let next = (gap | 0xfff).checked_add(1).filter(|next| *next <= range.last());
+                let Some(next) = next.and_then(|next| table.next_gap(next, range.last(), *access)) else { break };
+                gap = next;
+            }
+        }
+        drop(state);
+        let Some(miss) = first else { return Ok(Found::All) };
+        self.0.sender.wake();
+        Ok(Found::Asked(miss))
+    }
+
+    /// UPDATE: `range` is at `place` of the front-end's memory, for this access.
+    pub fn update(&self, range: AddressRange, place: Place, access: Permissions) {
+        let mut state = self.0.state.lock();
+        let full = state.table.insert(range, place, access);
+        let over = state.asked.filled(range, access);
+        drop(state);
+        count(&self.0.counters.updates, 1);
+        count(&self.0.counters.overflows, u64::from(full));
+        self.tell(over);
+    }
+
+    /// INVALIDATE: all devices of the domain forget `range` before this returns. The future resolves
+    /// when whatever overlaps it has let go, to how many mappings that were. Poll it once before
+    /// the front-end is heard again.
+    pub fn invalidate(&self, range: AddressRange) -> Invalidated {
+        self.forget_in_domain(range);
+        count(&self.0.counters.invalidates, 1);
+        Invalidated { future: self.wait_for(range), iotlb: self.clone(), began: Instant::now() }
+    }
+
+    fn forget_in_domain(&self, range: AddressRange) {
+        let members: Vec<_> = self.0.domain.0.all.lock().iter().filter_map(Weak::upgrade).collect();
+        for member in members {
+            member.state.lock().table.remove(range);
+        }
+    }
+
+    /// Waits for what is in flight in `range`, and forgets nothing.
+    pub(crate) fn wait_for(&self, range: AddressRange) -> Invalidate<'static> {
+        self.0.domain.0.space.invalidate(range, Event::Unmap).into_owned()
+    }
+
+    /// Forgets all translations. What is in flight keeps its own.
+    pub fn forget_all(&self) {
+        self.0.state.lock().table.clear();
+    }
+
+    /// The guest's memory as it is, without an IOMMU: there is nobody to ask.
+    pub(crate) fn without_iommu(&self, memory: &MemoryTable) {
+        let mut state = self.0.state.lock();
+        state.table.clear();
+        let over = state.asked.end();
+        for region in memory.regions() {
+            if let Ok(range) = AddressRange::new(region.guest(), region.len() as u64) {
+                state.table.insert(range, Place { region: region.clone(), offset: 0 }, Permissions::ReadWrite);
+            }
+        }
+        drop(state);
+        self.tell(over);
+    }
+
+    /// With an IOMMU: misses are asked for, and each has an answer if `each` is set.
+    pub(crate) fn with_iommu(&self, each: bool) {
+        let mut state = self.0.state.lock();
+        state.table.clear();
+        state.asked.answers = if each { Answers::Each } else { Answers::Silent };
+    }
+
+    /// There is nobody to ask any more: all that waits fails.
+    pub(crate) fn end(&self) {
+        let mut state = self.0.state.lock();
+        state.table.clear();
+        let over = state.asked.end();
+        drop(state);
+        self.tell(over);
+    }
+
+    /// What is to be asked for next.
+    pub(crate) fn poll_ask(&self, cx: &mut Context<'_>) -> Poll<(u64, Permissions)> {
+        self.0.sender.register(cx.waker());
+        let miss = self.0.state.lock().asked.next();
+        let Some(miss) = miss else { return Poll::Pending };
+        count(&self.0.counters.misses, 1);
+        Poll::Ready((miss.iova, miss.access))
+    }
+
+    /// The front-end has answered what was asked for first. `false`: nothing was.
+    pub(crate) fn answered(&self, ok: bool) -> bool {
+        let over = self.0.state.lock().asked.answered();
+        count(&self.0.counters.refused, u64::from(!ok));
+        let known = over.is_some();
+        self.tell(over);
+        known
+    }
+
+    /// Lets who waits for them look again; the next may be sent.
+    fn tell(&self, over: impl IntoIterator<Item = Arc<Miss>>) {
+        over.into_iter().for_each(|miss| miss.over.signal(1));
+        self.0.sender.wake();
+    }
+}
+
+/// Waits until it is over. The answer counts, not the translation: that may have gone by now.
+async fn answer(miss: &Miss) -> Result<(), MapError> {
+    miss.over.reached(1).await;
+    if miss.is_refused() { Err(MapError::Refused { iova: miss.iova, access: miss.access }) } else { Ok(()) }
+}
+
+impl fmt::Debug for Iotlb {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Iotlb").field("translations", &self.len()).field("stats", &self.stats()).finish_non_exhaustive()
+    }
+}
+
+/// The future of [`Iotlb::invalidate`].
+#[must_use = "the answer to an INVALIDATE is sent when this has resolved"]
+pub struct Invalidated {
+    future: Invalidate<'static>,
+    iotlb: Iotlb,
+    began: Instant,
+}
+
+impl Future for Invalidated {
+    type Output = u64;
+
+    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<u64> {
+        let guard = ready!(Pin::new(&mut self.future).poll(cx));
+        let met = guard.hits() as u64;
+        drop(guard);
+        self.iotlb.0.counters.answered(self.began.elapsed(), met);
+        Poll::Ready(met)
+    }
+}
+
+impl fmt::Debug for Invalidated {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Invalidated(since {:?})", self.began.elapsed())
+    }
+}

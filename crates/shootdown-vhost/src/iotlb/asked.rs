@@ -1,0 +1,140 @@
+//! Translations that are asked for: once for all that miss the same page.
+#![forbid(unsafe_code)]
+
+use shootdown::{AddressRange, Timeline};
+use std::collections::{BTreeMap, VecDeque};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use vm_memory::Permissions;
+
+/// Those that miss addresses of one such page ask together.
+const PAGE: u64 = 0x1000;
+
+/// A translation that is asked for.
+#[derive(Debug)]
+pub(super) struct Miss {
+    pub(super) iova: u64,
+    pub(super) access: Permissions,
+    /// 1 when who waits is to look again.
+    pub(super) over: Timeline,
+    /// There is none.
+    refused: AtomicBool,
+    /// An UPDATE has told of it.
+    filled: AtomicBool,
+}
+
+impl Miss {
+    pub(super) fn is_refused(&self) -> bool {
+        self.refused.load(Ordering::Acquire)
+    }
+
+    fn key(&self) -> Key {
+        key(self.iova, self.access)
+    }
+}
+
+type Key = (u64, u8);
+
+fn key(iova: u64, access: Permissions) -> Key {
+    (iova / PAGE, access as u8)
+}
+
+/// How misses are answered.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub(super) enum Answers {
+    /// There is nobody to ask.
+    #[default]
+    Nobody,
+    /// By an UPDATE, or not at all.
+    Silent,
+    /// Each has an answer, after its UPDATE if there is one.
+    Each,
+}
+
+/// What is asked for. Whoever is no longer waited for is signalled outside of the lock.
+#[derive(Debug, Default)]
+pub(super) struct Asked {
+    pub(super) answers: Answers,
+    /// By page and access, until who waits is to look again.
+    waiting: BTreeMap<Key, Arc<Miss>>,
+    /// Not sent yet.
+    unsent: VecDeque<Arc<Miss>>,
+    /// Sent, and not answered.
+    sent: VecDeque<Arc<Miss>>,
+}
+
+impl Asked {
+    /// Asks for the translation of `iova`, alone or with others.
+    pub(super) fn ask(&mut self, iova: u64, access: Permissions) -> Arc<Miss> {
+        let miss = self.waiting.entry(key(iova, access)).or_insert_with(|| {
+            let (over, refused, filled) = (Timeline::new(), AtomicBool::new(false), AtomicBool::new(false));
+            let miss = Arc::new(Miss { iova, access, over, refused, filled });
+            self.unsent.push_back(miss.clone());
+            miss
+        });
+        miss.clone()
+    }
+
+    /// The next one that is to be sent. One at a time if each has an answer: the front-end serves
+    /// one after the other, and its UPDATE may tell of more than was asked for.
+    pub(super) fn next(&mut self) -> Option<Arc<Miss>> {
+        if self.answers == Answers::Each && !self.sent.is_empty() {
+            return None;
+        }
+        let miss = loop {
+            let miss = self.unsent.pop_front()?;
+            if !miss.filled.load(Ordering::Relaxed) {
+                break miss;
+            }
+        };
+        if self.answers == Answers::Each {
+            self.sent.push_back(miss.clone());
+        }
+        Some(miss)
+    }
+
+    /// An UPDATE has told of `range`. Returns those whose waiters look again.
+    #[must_use = "who waits for them is to be told"]
+    pub(super) fn filled(&mut self, range: AddressRange, access: Permissions) -> Vec<Arc<Miss>> {
+        let (first, last) = (range.start() / PAGE, range.last() / PAGE);
+        let near = self.waiting.range((first, 0)..=(last, u8::MAX));
+        let of_these: Vec<_> = near.map(|(_, miss)| miss).filter(|miss| range.contains(miss.iova)).cloned().collect();
+        of_these.into_iter().filter(|miss| self.is_over(miss, access)).collect()
+    }
+
+    fn is_over(&mut self, miss: &Arc<Miss>, access: Permissions) -> bool {
+        let allowed = access.allow(miss.access);
+        if allowed {
+            miss.filled.store(true, Ordering::Relaxed);
+        } else if self.answers == Answers::Each {
+            // Its own UPDATE may be still to come.
+            return false;
+        } else {
+            miss.refused.store(true, Ordering::Release);
+        }
+        self.waiting.remove(&miss.key());
+        true
+    }
+
+    /// The front-end has answered the first that was sent. `None`: nobody has asked. Without an
+    /// UPDATE it is refused whatever the answer says: then the access is not allowed.
+    pub(super) fn answered(&mut self) -> Option<Arc<Miss>> {
+        let miss = self.sent.pop_front()?;
+        if !miss.filled.load(Ordering::Relaxed) {
+            miss.refused.store(true, Ordering::Release);
+            self.waiting.remove(&miss.key());
+        }
+        Some(miss)
+    }
+
+    /// There is nobody to ask any more. Returns all that waits.
+    #[must_use = "who waits for them is to be told"]
+    pub(super) fn end(&mut self) -> Vec<Arc<Miss>> {
+        self.answers = Answers::Nobody;
+        self.unsent.clear();
+        self.sent.clear();
+        let all: Vec<_> = std::mem::take(&mut self.waiting).into_values().collect();
+        all.iter().for_each(|miss| miss.refused.store(true, Ordering::Release));
+        all
+    }
+}

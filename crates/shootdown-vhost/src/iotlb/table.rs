@@ -1,0 +1,183 @@
+//! Translations by I/O virtual address. A plain data structure.
+#![forbid(unsafe_code)]
+
+use crate::memory::{Place, Region};
+use shootdown::AddressRange;
+use smallvec::SmallVec;
+use std::collections::BTreeMap;
+use std::sync::Arc;
+use vm_memory::Permissions;
+
+/// As many translations are kept at most.
+pub(super) const MOST: usize = 65_536;
+
+/// Contiguous memory that a part of a mapping is in.
+#[derive(Clone, Debug)]
+pub(crate) struct Piece {
+    pub(crate) region: Arc<Region>,
+    pub(crate) offset: usize,
+    pub(crate) len: usize,
+}
+
+pub(crate) type Pieces = SmallVec<[Piece; 1]>;
+
+#[derive(Clone, Debug)]
+struct Translation {
+    last: u64,
+    place: Place,
+    access: Permissions,
+}
+
+impl Translation {
+    /// What is left of it from `by` bytes on.
+    fn after(&self, by: u64) -> Self {
+        let offset = self.place.offset + usize::try_from(by).expect("it is inside of the region");
+        Self { place: Place { region: self.place.region.clone(), offset }, ..self.clone() }
+    }
+}
+
+/// No two of them overlap.
+#[derive(Debug, Default)]
+pub(super) struct Table {
+    by_start: BTreeMap<u64, Translation>,
+}
+
+impl Table {
+    /// Where all of `range` is. Otherwise the first address that may not be accessed so.
+    pub(super) fn look_up(&self, range: AddressRange, access: Permissions, pieces: &mut Pieces) -> Result<(), u64> {
+        let mut at = range.start();
+        loop {
+            let found = self.by_start.range(..=at).next_back();
+            let (start, translation) = found.filter(|(_, found)| found.last >= at && found.access.allow(access)).ok_or(at)?;
+            let (skip, last) = (at - start, translation.last.min(range.last()));
+            let offset = translation.place.offset + usize::try_from(skip).map_err(|_| at)?;
+            let len = usize::try_from(last - at).ok().and_then(|len| len.checked_add(1)).ok_or(at)?;
+            match pieces.last_mut() {
+                // Contiguous in the guest's memory, too.
+                Some(before)
+                    if before.offset + before.len == offset && Arc::ptr_eq(&before.region, &translation.place.region) =>
+                {
+                    before.len += len;
+                }
+                _ => pieces.push(Piece { region: translation.place.region.clone(), offset, len }),
+            }
+            if last == range.last() {
+                return Ok(());
+            }
+            at = last + 1;
+        }
+    }
+
+    /// The next address after `at` up to `last` that may not be accessed so.
+    pub(super) fn next_gap(&self, at: u64, last: u64, access: Permissions) -> Option<u64> {
+        let range = AddressRange::new(at, (last - at).checked_add(1)?).ok()?;
+        self.look_up(range, access, &mut Pieces::new()).err()
+    }
+
+    /// `range` is at `place`, whatever it was before. Says whether there were too many, so that all
+    /// others were forgotten.
+    pub(super) fn insert(&mut self, range: AddressRange, place: Place, access: Permissions) -> bool {
+        self.remove(range);
+        let full = self.by_start.len() >= MOST;
+        if full {
+            self.by_start.clear();
+        }
+        self.by_start.insert(range.start(), Translation { last: range.last(), place, access });
+        full
+    }
+
+    /// Forgets `range`, and no more than that.
+    pub(super) fn remove(&mut self, range: AddressRange) {
+        if let Some((start, before)) = self.by_start.range_mut(..range.start()).next_back()
+            && before.last >= range.start()
+        {
+            let rest = (before.last > range.last()).then(|| before.after(range.last() - start + 1));
+            before.last = range.start() - 1;
+            if let Some(rest) = rest {
+                self.by_start.insert(range.last() + 1, rest);
+                return;
+            }
+        }
+        while let Some((&start, _)) = self.by_start.range(range.start()..=range.last()).next() {
+            let Some(translation) = self.by_start.remove(&start) else { return };
+            if translation.last > range.last() {
+                self.by_start.insert(range.last() + 1, translation.after(range.last() - start + 1));
+            }
+        }
+    }
+
+    pub(super) fn clear(&mut self) {
+        self.by_start.clear();
+    }
+
+    pub(super) fn len(&self) -> usize {
+        self.by_start.len()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::tests_support::region;
+
+    const PAGE: u64 = 0x1000;
+
+    fn pages(first: u64, count: u64) -> AddressRange {
+        AddressRange::new(first * PAGE, count * PAGE).unwrap()
+    }
+
+    /// Against a map from pages to pages.
+    #[test]
+    fn a_table_is_a_map_of_pages() {
+        let region = region(64);
+        let (mut table, mut model) = (Table::default(), BTreeMap::<u64, (u64, Permissions)>::new());
+        let mut random = 1u64;
+        let mut next = |below: u64| {
+            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            (random >> 33) % below
+        };
+        for _ in 0..20_000 {
+            let (first, count) = (next(16), 1 + next(4));
+            let range = pages(first, count);
+            match next(3) {
+                0 => {
+                    let (to, access) = (next(60), if next(2) == 0 { Permissions::Read } else { Permissions::ReadWrite });
+                    let place = Place { region: region.clone(), offset: (to * PAGE) as usize };
+                    assert!(!table.insert(range, place, access));
+                    (0..count).for_each(|page| drop(model.insert(first + page, (to + page, access))));
+                }
+                1 => {
+                    table.remove(range);
+                    (0..count).for_each(|page| drop(model.remove(&(first + page))));
+                }
+                _ => {
+                    let access = if next(2) == 0 { Permissions::Read } else { Permissions::Write };
+                    let mut pieces = Pieces::new();
+                    let found = table.look_up(range, access, &mut pieces);
+                    let gap = (first..first + count).find(|page| !model.get(page).is_some_and(|(_, has)| has.allow(access)));
+                    assert_eq!(found.err(), gap.map(|page| page * PAGE));
+                    if gap.is_none() {
+                        let places: Vec<_> = pieces
+                            .iter()
+                            .flat_map(|piece| (0..piece.len).step_by(PAGE as usize).map(move |at| piece.offset + at))
+                            .collect();
+                        let expected: Vec<_> = (first..first + count).map(|page| (model[&page].0 * PAGE) as usize).collect();
+                        assert_eq!(places, expected);
+                    }
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_last_byte_of_the_address_space_can_be_translated() {
+        let (region, mut table) = (region(2), Table::default());
+        let range = AddressRange::new(u64::MAX - 0xfff, 0x1000).unwrap();
+        table.insert(range, Place { region: region.clone(), offset: 0 }, Permissions::ReadWrite);
+        let mut pieces = Pieces::new();
+        assert_eq!(table.look_up(range, Permissions::Write, &mut pieces), Ok(()));
+        assert_eq!((pieces.len(), pieces[0].len), (1, 0x1000));
+        table.remove(AddressRange::ALL);
+        assert_eq!(table.look_up(range, Permissions::Read, &mut Pieces::new()), Err(range.start()));
+    }
+}

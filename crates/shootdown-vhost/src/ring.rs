@@ -1,0 +1,364 @@
+//! A split virtqueue of a device behind an IOMMU.
+//!
+//! The ring's own memory is translated like any other, and can be invalidated like any other. So it
+//! is mapped for as long as one look takes, never while something is waited for: the front-end
+//! serves no miss while it waits for the answer to an INVALIDATE.
+#![forbid(unsafe_code)]
+
+mod split;
+
+use crate::buffers::Buffers;
+use crate::iotlb::{Iotlb, MapError, Want};
+use crate::mapping::AccessError;
+use crate::sync::Lock;
+use futures::channel::oneshot;
+use futures::future::{Either, select};
+use shootdown::{Reached, Timeline};
+use split::{Descriptor, Layout};
+use std::fmt;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+
+/// A descriptor that may be replaced while the ring runs.
+pub(crate) type Bell = Arc<Lock<Option<Arc<OwnedFd>>>>;
+
+/// What the front-end has said of a ring.
+pub(crate) struct Setup {
+    pub(crate) index: u16,
+    pub(crate) layout: Layout,
+    /// The next entry of the available ring.
+    pub(crate) base: u16,
+    pub(crate) features: u64,
+    pub(crate) kick: Arc<OwnedFd>,
+    pub(crate) call: Bell,
+    pub(crate) error: Bell,
+    pub(crate) iotlb: Iotlb,
+}
+
+/// Where a ring is, and how it is laid out. For the session.
+pub(crate) fn layout(size: u16, descriptors: u64, available: u64, used: u64, event_idx: bool) -> Layout {
+    Layout { size, descriptors, available, used, event_idx }
+}
+
+/// A ring that runs. The device that has it takes [chains](Self::next) from it until the ring is
+/// [stopping](Next::Stopping), and drops it then. The front-end hears that the ring has stopped when the
+/// ring and all of its chains are gone.
+pub struct Ring {
+    shared: Arc<Shared>,
+    next: u16,
+}
+
+struct Shared {
+    setup: Setup,
+    /// 1 when it is to stop.
+    stop: Timeline,
+    base: AtomicU16,
+    /// The next entry of the used ring, once that has been read.
+    used: Lock<Option<u16>>,
+    unreported: AtomicU64,
+    ended: Option<oneshot::Sender<u16>>,
+}
+
+impl Drop for Shared {
+    fn drop(&mut self) {
+        let lost = *self.unreported.get_mut();
+        if lost > 0 {
+            tracing::warn!(ring = self.setup.index, lost, "completed requests that the used ring could not be told of");
+        }
+        if let Some(ended) = self.ended.take() {
+            let _ = ended.send(*self.base.get_mut());
+        }
+    }
+}
+
+/// How the session stops a ring.
+pub(crate) struct Running {
+    stop: Timeline,
+    shared: std::sync::Weak<Shared>,
+    pub(crate) ended: oneshot::Receiver<u16>,
+}
+
+impl Running {
+    pub(crate) fn stop(&self) {
+        self.stop.signal(1);
+    }
+
+    /// The next entry of the available ring, as far as it has come.
+    pub(crate) fn base(&self) -> Option<u16> {
+        self.shared.upgrade().map(|shared| shared.base.load(Ordering::Acquire))
+    }
+}
+
+/// What a ring has.
+#[derive(Debug)]
+#[non_exhaustive]
+pub enum Next {
+    /// A request, with all of its buffers mapped.
+    Chain(Chain),
+    /// Nothing. The driver kicks when that changes: wait for [`Ring::kick`] to be readable.
+    Empty,
+    /// The front-end stops the ring: end what is in flight, and drop the ring.
+    Stopping,
+}
+
+/// Why a ring cannot go on. The guest's driver has to reset the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum RingError {
+    /// The ring's own memory, or a buffer, has no translation.
+    #[error("{what}: {source}")]
+    Map {
+        /// What was to be mapped.
+        what: &'static str,
+        /// Why it is not.
+        source: MapError,
+    },
+    /// A part of the ring is not accessible as a whole.
+    #[error("the ring: {0}")]
+    Access(#[from] AccessError),
+    /// The driver has made more available than the ring has room for.
+    #[error("the available ring is {0} entries ahead, which is more than it has")]
+    Ahead(u16),
+    /// A chain of descriptors that loops, leaves its table, or has a table inside of a table.
+    #[error("the chain of descriptors at {head} is malformed")]
+    Chain {
+        /// Its first descriptor.
+        head: u16,
+    },
+}
+
+/// Why the used ring was not told of a request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[non_exhaustive]
+pub enum CompleteError {
+    /// The ring is stopping, and its used ring has no translation now.
+    #[error("the ring is stopping, and its used ring is not mapped")]
+    Stopping,
+    /// The used ring cannot be written.
+    #[error(transparent)]
+    Ring(#[from] RingError),
+}
+
+impl Ring {
+    pub(crate) fn start(setup: Setup) -> (Self, Running) {
+        let (sender, ended) = oneshot::channel();
+        let (next, stop) = (setup.base, Timeline::new());
+        let base = AtomicU16::new(next);
+        let (used, unreported) = (Lock::new(None), AtomicU64::new(0));
+        let shared = Arc::new(Shared { setup, stop: stop.clone(), base, used, unreported, ended: Some(sender) });
+        let running = Running { stop, shared: Arc::downgrade(&shared), ended };
+        (Self { shared, next }, running)
+    }
+
+    /// Which of the device's queues it is.
+    pub fn index(&self) -> u16 {
+        self.shared.setup.index
+    }
+
+    /// How many descriptors it has.
+    pub fn size(&self) -> u16 {
+        self.shared.setup.layout.size
+    }
+
+    /// The features of virtio that the guest's driver has accepted.
+    pub fn features(&self) -> u64 {
+        self.shared.setup.features
+    }
+
+    /// The IOTLB of its device.
+    pub fn iotlb(&self) -> &Iotlb {
+        &self.shared.setup.iotlb
+    }
+
+    /// An eventfd that is readable when the driver has made something available. Read it before the
+    /// ring is looked at again.
+    pub fn kick(&self) -> BorrowedFd<'_> {
+        self.shared.setup.kick.as_fd()
+    }
+
+    /// Resolves when the front-end stops the ring.
+    pub fn stopping(&self) -> Reached {
+        self.shared.stop.reached(1)
+    }
+
+    /// The next request. It waits for translations only; while it waits it holds none.
+    ///
+    /// # Errors
+    /// [`RingError`]; the front-end is told (SET_VRING_ERR). Drop the ring then.
+    ///
+    /// # Cancel safety
+    /// Dropped, it has taken nothing.
+    pub async fn next(&mut self) -> Result<Next, RingError> {
+        let stopping = pin!(self.shared.stop.reached(1));
+        let taken = match select(stopping, pin!(self.take())).await {
+            Either::Left(_) => return Ok(Next::Stopping),
+            Either::Right((taken, _)) => taken,
+        };
+        match taken {
+            Ok(Some(chain)) => {
+                self.next = self.next.wrapping_add(1);
+                self.shared.base.store(self.next, Ordering::Release);
+                Ok(Next::Chain(chain))
+            }
+            Ok(None) => Ok(Next::Empty),
+            Err(error) => {
+                ring_bell(&self.shared.setup.error);
+                Err(error)
+            }
+        }
+    }
+
+    async fn take(&self) -> Result<Option<Chain>, RingError> {
+        let Setup { layout, iotlb, .. } = &self.shared.setup;
+        let Some((head, mut found)) = self.find().await? else { return Ok(None) };
+        if let Some(table) = found.pop_if(|last| last.is_indirect()) {
+            let len = split::table_len(table).filter(|_| found.is_empty()).ok_or(RingError::Chain { head })?;
+            let mapped = iotlb.map(Want::read(table.address, len)).await;
+            let mapped = mapped.map_err(|source| RingError::Map { what: "a table of descriptors", source })?;
+            found = split::chain(&mapped, 0, len / split::DESCRIPTOR, head)?;
+            if found.iter().any(Descriptor::is_indirect) {
+                return Err(RingError::Chain { head });
+            }
+        }
+        debug_assert!(found.len() <= usize::from(layout.size).max(split::LONGEST_TABLE as usize));
+        found.retain(|descriptor| descriptor.len > 0);
+        let wants: Vec<_> = found.iter().map(Descriptor::want).collect();
+        let mapped = iotlb.map_all(&wants).await.map_err(|source| RingError::Map { what: "a buffer", source })?;
+        let (mut readable, mut writable) = (Vec::new(), Vec::new());
+        for (descriptor, mapping) in found.iter().zip(mapped) {
+            if descriptor.is_writable() { writable.push(mapping) } else { readable.push(mapping) }
+        }
+        let (readable, writable) = (Buffers::new(readable), Buffers::new(writable));
+        Ok(Some(Chain { head, readable, writable, shared: self.shared.clone() }))
+    }
+
+    /// The next head, and its descriptors in the ring's table.
+    async fn find(&self) -> Result<Option<(u16, Vec<Descriptor>)>, RingError> {
+        let Setup { layout, iotlb, .. } = &self.shared.setup;
+        let mapped = iotlb.map_all(&layout.all()).await.map_err(|source| RingError::Map { what: "the ring", source })?;
+        let [descriptors, available, used] = mapped.as_slice() else { unreachable!("one for each") };
+        // Known from now on: who stops has no translation to wait for.
+        self.shared.used_index(used)?;
+        let mut ahead = layout.ahead(available, self.next)?;
+        if ahead == 0 {
+            layout.want_kick(used, self.next)?;
+            ahead = layout.ahead(available, self.next)?;
+        }
+        if ahead == 0 {
+            return Ok(None);
+        }
+        if ahead > layout.size {
+            return Err(RingError::Ahead(ahead));
+        }
+        let head = layout.head(available, self.next)?;
+        let found = split::chain(descriptors, head, u64::from(layout.size), head)?;
+        Ok(Some((head, found)))
+    }
+}
+
+impl Shared {
+    fn used_index(&self, used: &crate::mapping::Mapping) -> Result<u16, RingError> {
+        let mut index = self.used.lock();
+        match *index {
+            Some(index) => Ok(index),
+            None => Ok(*index.insert(self.setup.layout.used_index(used)?)),
+        }
+    }
+
+    /// Tells the driver of a request. The used ring is translated first, then its entry is taken:
+    /// another one that completes meanwhile has the entry before.
+    async fn push(&self, head: u16, len: u32) -> Result<(), CompleteError> {
+        let Setup { layout, iotlb, .. } = &self.setup;
+        let wants = [layout.want_available(), layout.want_used()];
+        let mapping = pin!(iotlb.map_all(&wants));
+        // Polled first, so that it succeeds in the end too if that is possible without an answer.
+        let mapped = match select(mapping, self.stop.reached(1)).await {
+            Either::Left((mapped, _)) => mapped,
+            Either::Right(_) => {
+                self.unreported.fetch_add(1, Ordering::Relaxed);
+                return Err(CompleteError::Stopping);
+            }
+        };
+        let mapped = mapped.map_err(|source| RingError::Map { what: "the used ring", source })?;
+        let [available, used] = mapped.as_slice() else { unreachable!("one for each") };
+        let first = self.used_index(used)?;
+        let mut index = self.used.lock();
+        let at = index.unwrap_or(first);
+        layout.put_used(used, at, head, len).map_err(RingError::from)?;
+        *index = Some(at.wrapping_add(1));
+        drop(index);
+        let calls = layout.wants_call(available, at).map_err(RingError::from)?;
+        drop(mapped);
+        if calls {
+            ring_bell(&self.setup.call);
+        }
+        Ok(())
+    }
+}
+
+fn ring_bell(bell: &Bell) {
+    let bell = bell.lock().clone();
+    // Full: then it is readable.
+    bell.map(|bell| rustix::io::write(&*bell, &1u64.to_ne_bytes()));
+}
+
+/// A request of the driver: what the device may read, and what it may write. Its buffers are in
+/// flight as long as it exists.
+pub struct Chain {
+    head: u16,
+    readable: Buffers,
+    writable: Buffers,
+    shared: Arc<Shared>,
+}
+
+impl Chain {
+    /// Its first descriptor, by which the driver knows it.
+    pub fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// What the device may read.
+    pub fn readable(&self) -> &Buffers {
+        &self.readable
+    }
+
+    /// What the device may write.
+    pub fn writable(&self) -> &Buffers {
+        &self.writable
+    }
+
+    /// The device has ended its access, and has written `len` bytes from the start of what it may
+    /// write. The buffers are let go first, then the used ring is told.
+    ///
+    /// # Errors
+    /// [`CompleteError`]: the driver does not hear of it. A ring that stops with requests that the
+    /// driver does not hear of logs how many those are.
+    ///
+    /// # Cancel safety
+    /// Dropped, the buffers have been let go, and the driver may hear of it or not.
+    pub async fn complete(self, len: u32) -> Result<(), CompleteError> {
+        let Self { head, readable, writable, shared } = self;
+        drop((readable, writable));
+        shared.push(head, len).await
+    }
+
+    /// Tells the used ring while the buffers are in use still: a fault, for tests of guests.
+    #[doc(hidden)]
+    pub async fn complete_early(&self, len: u32) -> Result<(), CompleteError> {
+        self.shared.push(self.head, len).await
+    }
+}
+
+impl fmt::Debug for Chain {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Chain({}, reads {}, writes {})", self.head, self.readable.len(), self.writable.len())
+    }
+}
+
+impl fmt::Debug for Ring {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Ring({}, next {})", self.index(), self.next)
+    }
+}

@@ -1,0 +1,231 @@
+//! A connection of a front-end, as a state machine without I/O: messages go in, messages come out.
+//!
+//! Messages are handled in their order at once; only answers wait. An answer that waits (an
+//! INVALIDATE, a ring that stops) holds up the answers after it, as the protocol says, and nothing
+//! else.
+#![forbid(unsafe_code)]
+
+mod handle;
+mod queue;
+
+use crate::device::Device;
+use crate::iotlb::{Invalidated, Iotlb};
+use crate::memory::MemoryTable;
+use crate::message::{Channel, Message, ProtocolError, iotlb_bytes, vhost_access};
+use queue::Queue;
+use shootdown::Invalidate;
+use std::collections::VecDeque;
+use std::fmt;
+use std::future::Future;
+use std::os::fd::OwnedFd;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use vhost::vhost_user::message::{BackendReq, VhostUserHeaderFlag, VhostUserProtocolFeatures};
+use vhost::{VhostIotlbMsg, VhostIotlbType};
+
+/// A mistake on purpose, to see what a guest makes of it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Fault {
+    /// Answers INVALIDATE and GET_VRING_BASE at once, whatever is in flight.
+    AnswerEarly,
+    /// Keeps translations: INVALIDATE waits for what is in flight, and forgets nothing.
+    KeepTranslations,
+}
+
+/// What a session wants to be done.
+#[derive(Debug)]
+pub enum Output {
+    /// Send this.
+    Send(Channel, Message),
+    /// Receive from this socket, too, and send what is for the back-end channel there.
+    Open(OwnedFd),
+}
+
+/// A connection of a front-end to a device.
+///
+/// Whoever drives it [receives](Self::receive) what comes, and does what
+/// [`poll_output`](Self::poll_output) says after each message and whenever it is woken. [`crate::driver`] has two that do so. When
+/// the front-end is gone, [close](Self::poll_closed) it: rings that have something in flight may
+/// take their time.
+pub struct Session<D: Device> {
+    device: Arc<D>,
+    iotlb: Iotlb,
+    fault: Option<Fault>,
+    features: u64,
+    protocol: VhostUserProtocolFeatures,
+    memory: MemoryTable,
+    queues: Vec<Queue>,
+    backend: Backend,
+    replies: VecDeque<Reply>,
+}
+
+/// The back-end channel.
+enum Backend {
+    None,
+    /// The driver has not been told.
+    New(OwnedFd),
+    Open,
+}
+
+/// An answer that is due.
+struct Reply {
+    request: u32,
+    state: Due,
+}
+
+enum Due {
+    Now(Vec<u8>),
+    /// When an INVALIDATE has been carried out; `true` if it is to be answered.
+    Invalidated(Invalidated, bool),
+    /// When nothing of before is in flight.
+    Quiet(Invalidate<'static>, bool),
+    /// When this queue has stopped.
+    Base(usize),
+}
+
+impl<D: Device> Session<D> {
+    /// A connection to `device`, whose translations go into `iotlb`, which no other session has.
+    pub fn new(device: Arc<D>, iotlb: Iotlb) -> Self {
+        let queues = (0..device.queues()).map(|_| Queue::default()).collect();
+        Self {
+            device,
+            iotlb,
+            fault: None,
+            features: 0,
+            protocol: VhostUserProtocolFeatures::empty(),
+            memory: MemoryTable::default(),
+            queues,
+            backend: Backend::None,
+            replies: VecDeque::new(),
+        }
+    }
+
+    /// Makes a mistake on purpose.
+    pub fn fault(mut self, fault: Option<Fault>) -> Self {
+        self.fault = fault;
+        self
+    }
+
+    /// The IOTLB of the device.
+    pub fn iotlb(&self) -> &Iotlb {
+        &self.iotlb
+    }
+
+    /// The features that the front-end has accepted.
+    pub fn features(&self) -> u64 {
+        self.features
+    }
+
+    /// How many answers are due.
+    pub fn due(&self) -> usize {
+        self.replies.len()
+    }
+
+    /// Takes a message. Poll the [output](Self::poll_output) afterwards, before the next message.
+    ///
+    /// # Errors
+    /// [`ProtocolError`]: close the connection. What the protocol allows and this side refuses is no
+    /// error: it is answered so.
+    pub fn receive(&mut self, channel: Channel, message: Message) -> Result<(), ProtocolError> {
+        tracing::trace!(?channel, ?message, "received");
+        match channel {
+            Channel::Frontend => self.handle(message),
+            Channel::Backend if !message.is_reply() => Err(ProtocolError::NoAnswer(message.request)),
+            Channel::Backend => {
+                let answer: u64 = message.body()?;
+                if self.iotlb.answered(answer == 0) { Ok(()) } else { Err(ProtocolError::Answer) }
+            }
+        }
+    }
+
+    /// What is to be done next. `Pending`: nothing until a message comes or the waker is woken.
+    ///
+    /// It also lets rings go on that were stopped and started again.
+    pub fn poll_output(&mut self, cx: &mut Context<'_>) -> Poll<Output> {
+        self.poll_queues(cx);
+        if let Backend::New(_) = &self.backend
+            && let Backend::New(socket) = std::mem::replace(&mut self.backend, Backend::Open)
+        {
+            return Poll::Ready(Output::Open(socket));
+        }
+        if let Poll::Ready(message) = self.poll_reply(cx) {
+            return Poll::Ready(Output::Send(Channel::Frontend, message));
+        }
+        if let Backend::Open = self.backend
+            && let Poll::Ready((iova, access)) = self.iotlb.poll_ask(cx)
+        {
+            let perm = vhost_access(access);
+            let miss = VhostIotlbMsg { iova, size: 0, userspace_addr: 0, perm, msg_type: VhostIotlbType::Miss };
+            let each = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+            let flags = if each { VhostUserHeaderFlag::NEED_REPLY } else { VhostUserHeaderFlag::empty() };
+            let message = Message::new(BackendReq::IOTLB_MSG, flags, &iotlb_bytes(&miss));
+            return Poll::Ready(Output::Send(Channel::Backend, message));
+        }
+        Poll::Pending
+    }
+
+    /// The next answer. All that are due are polled, so that none begins later than it could.
+    fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Message> {
+        let (queues, iotlb, fault) = (&self.queues, &self.iotlb, self.fault);
+        for reply in &mut self.replies {
+            let answer = |needed: bool| if needed { 0u64.to_ne_bytes().to_vec() } else { Vec::new() };
+            let over = match &mut reply.state {
+                Due::Now(_) => continue,
+                Due::Invalidated(future, needed) => Pin::new(future).poll(cx).map(|_| answer(*needed)),
+                Due::Quiet(future, needed) => Pin::new(future).poll(cx).map(|_| answer(*needed)),
+                Due::Base(index) => match queues[*index].base() {
+                    Some(base) => {
+                        // What is unmapped while a ring is stopped is never told.
+                        if fault != Some(Fault::KeepTranslations) {
+                            iotlb.forget_all();
+                        }
+                        Poll::Ready(handle::vring_state(*index, base))
+                    }
+                    None => Poll::Pending,
+                },
+            };
+            if let Poll::Ready(payload) = over {
+                reply.state = Due::Now(payload);
+            }
+        }
+        while let Some(Reply { request, state: Due::Now(payload) }) =
+            self.replies.pop_front_if(|reply| matches!(reply.state, Due::Now(_)))
+        {
+            if !payload.is_empty() {
+                return Poll::Ready(Message::new(request, VhostUserHeaderFlag::REPLY, &payload));
+            }
+        }
+        Poll::Pending
+    }
+
+    /// Lets queues notice that their ring has ended, and starts those that are to run.
+    fn poll_queues(&mut self, cx: &mut Context<'_>) {
+        for queue in &mut self.queues {
+            queue.poll_ended(cx);
+        }
+        self.start_queues();
+    }
+
+    /// The front-end is gone, or is not to be heard any more: all rings stop, and what waits for a
+    /// translation fails. Resolves when no ring is left, so nothing of the guest's memory is in
+    /// flight through one.
+    pub fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        self.iotlb.end();
+        self.replies.clear();
+        let mut left = false;
+        for queue in &mut self.queues {
+            queue.disconnect();
+            queue.poll_ended(cx);
+            left |= queue.base().is_none();
+        }
+        if left { Poll::Pending } else { Poll::Ready(()) }
+    }
+}
+
+impl<D: Device> fmt::Debug for Session<D> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Session").field("features", &self.features).field("iotlb", &self.iotlb).finish_non_exhaustive()
+    }
+}

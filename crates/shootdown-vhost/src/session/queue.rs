@@ -1,0 +1,122 @@
+//! A queue, as far as the front-end has set it up, and its ring while that runs.
+#![forbid(unsafe_code)]
+
+use crate::iotlb::Iotlb;
+use crate::memory::MemoryTable;
+use crate::ring::{Bell, Ring, Running, Setup, layout};
+use futures::FutureExt;
+use std::os::fd::OwnedFd;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
+
+/// Addresses of a ring: I/O virtual ones, or the front-end's own without an IOMMU.
+#[derive(Clone, Copy)]
+pub(super) struct Addresses {
+    pub(super) descriptors: u64,
+    pub(super) available: u64,
+    pub(super) used: u64,
+}
+
+enum Phase {
+    Stopped {
+        base: u16,
+    },
+    Running(Running),
+    /// Was told to stop.
+    Ending(Running),
+}
+
+pub(super) struct Queue {
+    pub(super) size: u16,
+    pub(super) addresses: Option<Addresses>,
+    pub(super) enabled: bool,
+    pub(super) kick: Option<Arc<OwnedFd>>,
+    pub(super) call: Bell,
+    pub(super) error: Bell,
+    phase: Phase,
+}
+
+impl Default for Queue {
+    fn default() -> Self {
+        let phase = Phase::Stopped { base: 0 };
+        Self { size: 0, addresses: None, enabled: false, kick: None, call: Bell::default(), error: Bell::default(), phase }
+    }
+}
+
+impl Queue {
+    /// Where a stopped ring goes on.
+    pub(super) fn base(&self) -> Option<u16> {
+        if let Phase::Stopped { base } = self.phase { Some(base) } else { None }
+    }
+
+    /// As far as it has come, whether it has stopped or not.
+    pub(super) fn base_now(&self) -> u16 {
+        match &self.phase {
+            Phase::Stopped { base } => *base,
+            Phase::Running(running) | Phase::Ending(running) => running.base().unwrap_or(0),
+        }
+    }
+
+    /// Says whether it could be set: a ring that runs keeps its place.
+    pub(super) fn set_base(&mut self, base: u16) -> bool {
+        let stopped = self.base().is_some();
+        if stopped {
+            self.phase = Phase::Stopped { base };
+        }
+        stopped
+    }
+
+    pub(super) fn stop(&mut self) {
+        let phase = std::mem::replace(&mut self.phase, Phase::Stopped { base: 0 });
+        self.phase = match phase {
+            Phase::Running(running) => {
+                running.stop();
+                Phase::Ending(running)
+            }
+            other => other,
+        };
+    }
+
+    /// Its front-end is gone.
+    pub(super) fn disconnect(&mut self) {
+        self.kick = None;
+        self.stop();
+    }
+
+    pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) {
+        if let Phase::Running(running) | Phase::Ending(running) = &mut self.phase
+            && let Poll::Ready(base) = running.ended.poll_unpin(cx)
+        {
+            // The device may also have dropped it by itself: then it needs a new kick.
+            if let Phase::Running(_) = self.phase {
+                self.kick = None;
+            }
+            self.phase = Phase::Stopped { base: base.unwrap_or(0) };
+        }
+    }
+
+    /// A ring, if one is to run and none does.
+    pub(super) fn start(&mut self, index: u16, features: u64, memory: Option<&MemoryTable>, iotlb: &Iotlb) -> Option<Ring> {
+        let (base, addresses, kick) = (self.base()?, self.addresses?, self.kick.clone()?);
+        if !self.enabled || self.size == 0 {
+            return None;
+        }
+        let place = |user: u64| match memory {
+            None => Some(user),
+            Some(memory) => memory.find_user(user).map(|(place, _)| place.region.guest() + place.offset as u64),
+        };
+        let parts = (place(addresses.descriptors), place(addresses.available), place(addresses.used));
+        let (Some(descriptors), Some(available), Some(used)) = parts else {
+            tracing::warn!(index, "a ring that is not in the guest's memory does not start");
+            self.kick = None;
+            return None;
+        };
+        let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
+        let layout = layout(self.size, descriptors, available, used, event_idx);
+        let (call, error, iotlb) = (self.call.clone(), self.error.clone(), iotlb.clone());
+        let (ring, running) = Ring::start(Setup { index, layout, base, features, kick, call, error, iotlb });
+        self.phase = Phase::Running(running);
+        Some(ring)
+    }
+}
