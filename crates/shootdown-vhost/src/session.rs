@@ -190,10 +190,10 @@ impl<D: Device> Session<D> {
                 reply.state = Due::Now(payload);
             }
         }
-        while let Some(Reply { request, state: Due::Now(payload) }) =
-            self.replies.pop_front_if(|reply| matches!(reply.state, Due::Now(_)))
-        {
-            if !payload.is_empty() {
+        while self.replies.front().is_some_and(|reply| matches!(reply.state, Due::Now(_))) {
+            if let Some(Reply { request, state: Due::Now(payload) }) = self.replies.pop_front()
+                && !payload.is_empty()
+            {
                 return Poll::Ready(Message::new(request, VhostUserHeaderFlag::REPLY, &payload));
             }
         }

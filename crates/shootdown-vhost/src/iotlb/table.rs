@@ -144,11 +144,11 @@ mod tests {
                     let (to, access) = (next(60), if next(2) == 0 { Permissions::Read } else { Permissions::ReadWrite });
                     let place = Place { region: region.clone(), offset: (to * PAGE) as usize };
                     assert!(!table.insert(range, place, access));
-                    (0..count).for_each(|page| drop(model.insert(first + page, (to + page, access))));
+                    model.extend((0..count).map(|page| (first + page, (to + page, access))));
                 }
                 1 => {
                     table.remove(range);
-                    (0..count).for_each(|page| drop(model.remove(&(first + page))));
+                    model.retain(|page, _| !(first..first + count).contains(page));
                 }
                 _ => {
                     let access = if next(2) == 0 { Permissions::Read } else { Permissions::Write };
