@@ -29,6 +29,8 @@ pub struct Request {
     pub pages: Vec<(u64, u64)>,
     /// Those of the buffer.
     buffer: Vec<u64>,
+    /// The length of the buffer in bytes.
+    pub len: u64,
     /// Its pages were taken away while it was in flight.
     pub orphaned: bool,
 }
@@ -112,6 +114,10 @@ impl Guest {
 
     fn put_short(&self, at: u64, value: u16) {
         self.memory.as_volatile_slice().store(value, at as usize, Ordering::Release).unwrap();
+    }
+
+    pub fn first_word(&self, page: u64) -> u64 {
+        self.word(page * PAGE)
     }
 
     /// The first word of a page that is not `word`, among those that are looked at.
@@ -200,7 +206,7 @@ impl Guest {
         state.next_available = index.wrapping_add(1);
         let words = buffer.iter().map(|(_, page)| *page).collect();
         pages.extend(buffer);
-        state.requests.push(Request { token, head, pages, buffer: words, orphaned: false });
+        state.requests.push(Request { token, head, pages, buffer: words, len: u64::from(length), orphaned: false });
         self.put_short(available + 4 + 2 * u64::from(index % SIZE), head);
         if self.event_idx {
             // Wants to be called at the next one.

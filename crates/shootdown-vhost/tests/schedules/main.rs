@@ -2,7 +2,7 @@
 //! no deadlock, nothing stale, whatever the order.
 //!
 //! 2,000 schedules by default; `SHOOTDOWN_SCHEDULES=100000` asks for more, `SHOOTDOWN_SEED` for one.
-#![allow(missing_docs, unreachable_pub, clippy::print_stdout, reason = "a test")]
+#![allow(missing_docs, unreachable_pub, dead_code, clippy::print_stdout, reason = "a test")]
 
 mod device;
 mod frontend;
