@@ -6,7 +6,7 @@ use loom::sync as imp;
 #[cfg(not(loom))]
 use std::sync as imp;
 
-use imp::PoisonError;
+use std::sync::PoisonError;
 
 /// A mutex without poison: what it guards is changed in steps that do not panic.
 #[derive(Debug, Default)]
