@@ -234,6 +234,25 @@ impl Iotlb {
         }
     }
 
+    /// The same, for a thread: it blocks until the front-end has answered. Not for the thread that
+    /// drives the session.
+    ///
+    /// # Errors
+    /// As for [`map`](Self::map).
+    pub fn map_wait(&self, want: Want) -> Result<Mapping, MapError> {
+        loop {
+            let (mut mapping, range) = self.register(want)?;
+            match self.look(&[(range, want.access)], std::slice::from_mut(&mut mapping))? {
+                Found::All => return Ok(mapping),
+                Found::Asked(miss) => {
+                    drop(mapping);
+                    miss.over.reached(1).wait();
+                    miss.outcome()?;
+                }
+            }
+        }
+    }
+
     /// Mappings of all ranges at once, in order, or none: while one of them is asked for, no other
     /// is held. This is what a request needs that has several buffers: one that held the first of
     /// them while it waits for the second would keep the front-end, which may be waiting for the
@@ -391,7 +410,7 @@ impl Iotlb {
 /// Waits until it is over. The answer counts, not the translation: that may have gone by now.
 async fn answer(miss: &Miss) -> Result<(), MapError> {
     miss.over.reached(1).await;
-    if miss.is_refused() { Err(MapError::Refused { iova: miss.iova, access: miss.access }) } else { Ok(()) }
+    miss.outcome()
 }
 
 impl fmt::Debug for Iotlb {

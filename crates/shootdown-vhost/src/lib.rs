@@ -19,6 +19,7 @@ mod ring;
 mod session;
 mod stats;
 mod sync;
+mod vm;
 
 pub use buffers::Buffers;
 pub use device::Device;
@@ -28,4 +29,5 @@ pub use memory::{MemoryError, MemoryTable, Place, Region};
 pub use ring::{Chain, CompleteError, Next, Ring, RingError};
 pub use session::{Fault, Output, Session};
 pub use stats::IotlbStats;
+pub use vm::{BlockingIommu, Held};
 pub use vm_memory::Permissions;

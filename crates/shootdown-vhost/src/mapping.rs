@@ -76,6 +76,11 @@ impl Mapping {
         self.pieces.iter().map(|piece| piece.region.slice(piece.offset, piece.len).expect("it was looked up there"))
     }
 
+    /// Where the parts are in the guest's physical memory, and how long they are.
+    pub(crate) fn guest_parts(&self) -> impl Iterator<Item = (u64, usize)> {
+        self.pieces.iter().map(|piece| (piece.region.guest() + piece.offset as u64, piece.len))
+    }
+
     /// Pointers for `readv`, `io_uring` and their kin. They are valid as long as the mapping exists: keep it until the kernel has
     /// completed the request.
     pub fn iovecs(&self) -> impl ExactSizeIterator<Item = libc::iovec> {

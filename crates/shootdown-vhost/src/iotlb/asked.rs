@@ -1,6 +1,7 @@
 //! Translations that are asked for: once for all that miss the same page.
 #![forbid(unsafe_code)]
 
+use super::MapError;
 use shootdown::{AddressRange, Timeline};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -24,8 +25,10 @@ pub(super) struct Miss {
 }
 
 impl Miss {
-    pub(super) fn is_refused(&self) -> bool {
-        self.refused.load(Ordering::Acquire)
+    /// Once it is over.
+    pub(super) fn outcome(&self) -> Result<(), MapError> {
+        let refused = self.refused.load(Ordering::Acquire);
+        if refused { Err(MapError::Refused { iova: self.iova, access: self.access }) } else { Ok(()) }
     }
 
     fn key(&self) -> Key {

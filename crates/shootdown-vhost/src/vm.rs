@@ -1,0 +1,80 @@
+//! `vm-memory`'s trait for IOMMUs, on the IOTLB.
+#![forbid(unsafe_code)]
+
+use crate::iotlb::{Iotlb, MapError, Want};
+use crate::mapping::Mapping;
+use std::fmt;
+use std::ops::Deref;
+use vm_memory::iommu::{Error, IotlbIterator, IovaRange};
+use vm_memory::{GuestAddress, Iommu, Permissions};
+
+/// An [`Iotlb`] as [`vm_memory::Iommu`], for code that is written on [`vm_memory::IommuMemory`].
+///
+/// A translation's guard is a [`Mapping`]: while the iterator of [`translate`](Iommu::translate) exists,
+/// an INVALIDATE that overlaps it is not answered. This suffices for what ends within the call:
+/// `Bytes::read`, `write`, `load`, `store` and their kin.
+///
+/// It does **not** suffice for slices that are kept: those of `GuestMemory::get_slices` outlive the iterator, and
+/// with it the guard, so that the front-end takes the memory for free while they are in use. For asynchronous I/O take a [`Mapping`] by
+/// [`Iotlb::map`], and keep it until the I/O has ended.
+///
+/// A miss blocks the thread until the front-end has answered, so the thread that drives the
+/// [`Session`](crate::Session) must not translate.
+#[derive(Clone, Debug)]
+pub struct BlockingIommu(Iotlb);
+
+impl BlockingIommu {
+    /// The same translations.
+    pub fn new(iotlb: Iotlb) -> Self {
+        Self(iotlb)
+    }
+}
+
+/// What keeps a translation in use: see [`BlockingIommu`].
+pub struct Held {
+    /// This translation, and no other.
+    view: vm_memory::Iotlb,
+    /// `None` for a range without bytes.
+    _mapping: Option<Mapping>,
+}
+
+impl Deref for Held {
+    type Target = vm_memory::Iotlb;
+
+    fn deref(&self) -> &vm_memory::Iotlb {
+        &self.view
+    }
+}
+
+impl fmt::Debug for Held {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self._mapping.fmt(f)
+    }
+}
+
+fn unresolved(iova: GuestAddress, length: usize, reason: impl fmt::Display) -> Error {
+    Error::CannotResolve { iova_range: IovaRange { base: iova, length }, reason: reason.to_string() }
+}
+
+impl Iommu for BlockingIommu {
+    type IotlbGuard<'a> = Held;
+
+    fn translate(&self, iova: GuestAddress, length: usize, access: Permissions) -> Result<IotlbIterator<Held>, Error> {
+        let mut view = vm_memory::Iotlb::new();
+        let mapping = match length {
+            0 => None,
+            _ => {
+                let want = Want { iova: iova.0, len: length as u64, access };
+                let mapping = self.0.map_wait(want).map_err(|error: MapError| unresolved(iova, length, error))?;
+                let mut at = iova;
+                for (guest, len) in mapping.guest_parts() {
+                    view.set_mapping(at, GuestAddress(guest), len, access)?;
+                    at = GuestAddress(at.0.saturating_add(len as u64));
+                }
+                Some(mapping)
+            }
+        };
+        let held = Held { view, _mapping: mapping };
+        vm_memory::Iotlb::lookup(held, iova, length, access).map_err(|fails| unresolved(iova, length, format!("{fails:?}")))
+    }
+}
