@@ -71,14 +71,22 @@ fn measure(translations: u64) {
         all[0].push(time(translations, |iova| drop(black_box(iotlb.try_map(Want::read(iova, 512)).unwrap()))));
         all[1].push(time(translations, |iova| {
             let translated = ours.iommu().translate(GuestAddress(iova), 512, Permissions::Read).unwrap();
-            translated.for_each(|part| drop(black_box(part)));
+            translated.for_each(|part| {
+                black_box(part);
+            });
         }));
         all[2].push(time(translations, |iova| {
             let translated = theirs.iommu().translate(GuestAddress(iova), 512, Permissions::Read).unwrap();
-            translated.for_each(|part| drop(black_box(part)));
+            translated.for_each(|part| {
+                black_box(part);
+            });
         }));
-        all[3].push(time(translations, |iova| drop(black_box(ours.read_obj::<u64>(GuestAddress(iova)).unwrap()))));
-        all[4].push(time(translations, |iova| drop(black_box(theirs.read_obj::<u64>(GuestAddress(iova)).unwrap()))));
+        all[3].push(time(translations, |iova| {
+            black_box(ours.read_obj::<u64>(GuestAddress(iova)).unwrap());
+        }));
+        all[4].push(time(translations, |iova| {
+            black_box(theirs.read_obj::<u64>(GuestAddress(iova)).unwrap());
+        }));
     }
     let [mapping, trait_ours, trait_theirs, read_ours, read_theirs] = all.map(median);
     println!(

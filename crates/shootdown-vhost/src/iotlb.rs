@@ -14,21 +14,22 @@ mod table;
 
 use crate::mapping::Mapping;
 use crate::memory::{MemoryTable, Place};
+use crate::parts::Parts;
 use crate::stats::{Counters, IotlbStats, count};
-use crate::sync::Lock;
+use crate::sync::{AtomicU8, Lock, Ordering, Shared};
 use asked::{Answers, Asked, Miss};
 use futures::task::AtomicWaker;
 use shootdown::{
     AddressRange, AddressSpace, Event, IntervalNotifier, Invalidate, Invalidation, PassFuture, Timeline, WouldBlock,
 };
+use smallvec::SmallVec;
 use std::borrow::Cow;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, Weak};
+use std::sync::{Arc, OnceLock, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
-pub(crate) use table::Pieces;
 use table::Table;
 use vm_memory::Permissions;
 
@@ -129,16 +130,12 @@ pub struct Iotlb(Arc<Inner>);
 
 pub(crate) struct Inner {
     domain: Domain,
-    state: Lock<State>,
+    /// Changes under the lock of `asked` only when something is added.
+    table: Shared<Table>,
+    asked: Lock<Asked>,
     /// The session, which sends what is asked for.
     sender: AtomicWaker,
     counters: Counters,
-}
-
-#[derive(Default)]
-struct State {
-    table: Table,
-    asked: Asked,
 }
 
 /// What a look has found.
@@ -148,20 +145,33 @@ enum Found {
 }
 
 /// Is registered for the range of a mapping while that exists.
+#[derive(Default)]
 pub(crate) struct InFlight {
-    gone: Timeline,
+    state: AtomicU8,
+    /// Made when it is waited for, which is rare.
+    gone: OnceLock<Timeline>,
 }
+
+/// The states of what is in flight.
+const WAITED_FOR: u8 = 1;
+const GONE: u8 = 2;
 
 impl InFlight {
     pub(crate) fn end(&self) {
-        self.gone.signal(1);
+        if self.state.swap(GONE, Ordering::AcqRel) == WAITED_FOR
+            && let Some(gone) = self.gone.get()
+        {
+            gone.signal(1);
+        }
     }
 }
 
 impl IntervalNotifier for InFlight {
     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
-        Ok((self.gone.value() == 0).then(|| PassFuture::new(self.gone.reached(1))))
+        let gone = self.gone.get_or_init(Timeline::new);
+        let waits = self.state.compare_exchange(0, WAITED_FOR, Ordering::AcqRel, Ordering::Acquire) != Err(GONE);
+        Ok(waits.then(|| PassFuture::new(gone.reached(1))))
     }
 
     fn name(&self) -> Cow<'static, str> {
@@ -178,8 +188,9 @@ impl Default for Iotlb {
 impl Iotlb {
     /// An empty one in `domain`. There is nobody to ask until a [`Session`](crate::Session) has it.
     pub fn new(domain: &Domain) -> Self {
-        let (state, sender, counters) = (Lock::new(State::default()), AtomicWaker::new(), Counters::default());
-        let iotlb = Self(Arc::new(Inner { domain: domain.clone(), state, sender, counters }));
+        let (table, asked) = (Shared::new(Table::default()), Lock::new(Asked::default()));
+        let (sender, counters) = (AtomicWaker::new(), Counters::default());
+        let iotlb = Self(Arc::new(Inner { domain: domain.clone(), table, asked, sender, counters }));
         let mut all = domain.0.all.lock();
         all.retain(|member| member.strong_count() > 0);
         all.push(Arc::downgrade(&iotlb.0));
@@ -199,7 +210,7 @@ impl Iotlb {
 
     /// How many translations are known.
     pub fn len(&self) -> usize {
-        self.0.state.lock().table.len()
+        self.0.table.read().len()
     }
 
     /// Whether no translation is known.
@@ -210,7 +221,7 @@ impl Iotlb {
     /// A mapping of one range, if all of it is known and may be accessed so. Asks nobody.
     pub fn try_map(&self, want: Want) -> Option<Mapping> {
         let (mut mapping, range) = self.register(want).ok()?;
-        let found = self.0.state.lock().table.look_up(range, want.access, mapping.pieces_mut());
+        let found = self.0.table.read().look_up(range, want.access, mapping.parts_mut());
         found.is_ok().then_some(mapping)
     }
 
@@ -224,7 +235,7 @@ impl Iotlb {
     pub async fn map(&self, want: Want) -> Result<Mapping, MapError> {
         loop {
             let (mut mapping, range) = self.register(want)?;
-            match self.look(&[(range, want.access)], std::slice::from_mut(&mut mapping))? {
+            match self.look(&[(range, want.access)], std::iter::once(mapping.parts_mut()))? {
                 Found::All => return Ok(mapping),
                 Found::Asked(miss) => {
                     drop(mapping);
@@ -242,7 +253,7 @@ impl Iotlb {
     pub fn map_wait(&self, want: Want) -> Result<Mapping, MapError> {
         loop {
             let (mut mapping, range) = self.register(want)?;
-            match self.look(&[(range, want.access)], std::slice::from_mut(&mut mapping))? {
+            match self.look(&[(range, want.access)], std::iter::once(mapping.parts_mut()))? {
                 Found::All => return Ok(mapping),
                 Found::Asked(miss) => {
                     drop(mapping);
@@ -265,7 +276,7 @@ impl Iotlb {
         loop {
             let mappings = wants.iter().map(|want| Ok(self.register(*want)?.0));
             let mut mappings = mappings.collect::<Result<Vec<_>, _>>()?;
-            match self.look(&ranges, &mut mappings)? {
+            match self.look(&ranges, mappings.iter_mut().map(Mapping::parts_mut))? {
                 Found::All => return Ok(mappings),
                 Found::Asked(miss) => {
                     drop(mappings);
@@ -275,21 +286,67 @@ impl Iotlb {
         }
     }
 
+    /// Calls `f` with the memory of all `wants` under the lock of the table, once all is known. An
+    /// INVALIDATE takes that lock: what has been told of it is not in use when it goes on.
+    pub(crate) async fn peek<R, const N: usize>(
+        &self,
+        wants: &[Want; N],
+        mut f: impl FnMut(&[Parts; N]) -> R,
+    ) -> Result<R, MapError> {
+        let mut ranges = [(AddressRange::ALL, Permissions::No); N];
+        for (range, want) in ranges.iter_mut().zip(wants) {
+            *range = (want.range()?, want.access);
+        }
+        let mut parts = [const { Parts::new() }; N];
+        loop {
+            {
+                let table = self.0.table.read();
+                let known =
+                    ranges.iter().zip(&mut parts).all(|((range, access), parts)| table.look_up(*range, *access, parts).is_ok());
+                if known {
+                    return Ok(f(&parts));
+                }
+            }
+            parts.iter_mut().for_each(Parts::clear);
+            if let Found::Asked(miss) = self.ask(&ranges, &mut parts)? {
+                parts.iter_mut().for_each(Parts::clear);
+                answer(&miss).await?;
+            }
+        }
+    }
+
     /// Puts a mapping without memory in flight.
     fn register(&self, want: Want) -> Result<(Mapping, AddressRange), MapError> {
-        let (range, gone) = (want.range()?, Timeline::new());
-        let registered = self.0.domain.0.space.insert(range, InFlight { gone });
+        let range = want.range()?;
+        let registered = self.0.domain.0.space.insert(range, InFlight::default());
         let registered = registered.map_err(|_| MapError::Nobody { iova: want.iova })?;
         Ok((Mapping::new(registered, want.access), range))
     }
 
     /// Looks for all ranges, which are in flight already, and asks for what is missing.
-    fn look(&self, ranges: &[(AddressRange, Permissions)], mappings: &mut [Mapping]) -> Result<Found, MapError> {
-        let mut state = self.0.state.lock();
-        let State { table, asked } = &mut *state;
+    fn look<'p>(
+        &self,
+        ranges: &[(AddressRange, Permissions)],
+        parts: impl Iterator<Item = &'p mut Parts>,
+    ) -> Result<Found, MapError> {
+        let mut parts: SmallVec<[&mut Parts; 4]> = parts.collect();
+        let table = self.0.table.read();
+        let known = ranges.iter().zip(&mut parts).all(|((range, access), parts)| table.look_up(*range, *access, parts).is_ok());
+        drop(table);
+        if known { Ok(Found::All) } else { self.ask(ranges, parts) }
+    }
+
+    /// The same, where something was missing: nothing comes in between that look and the question.
+    fn ask<'p>(
+        &self,
+        ranges: &[(AddressRange, Permissions)],
+        parts: impl IntoIterator<Item = &'p mut Parts>,
+    ) -> Result<Found, MapError> {
+        let mut asked = self.0.asked.lock();
+        let table = self.0.table.read();
         let mut first = None;
-        for (at, (range, access)) in ranges.iter().enumerate() {
-            let Err(mut gap) = table.look_up(*range, *access, mappings[at].pieces_mut()) else { continue };
+        for ((range, access), parts) in ranges.iter().zip(parts) {
+            let Err(mut gap) = table.look_up(*range, *access, parts) else { continue };
             if asked.answers == Answers::Nobody {
                 return Err(MapError::Nobody { iova: gap });
             }
@@ -302,7 +359,7 @@ impl Iotlb {
                 gap = next;
             }
         }
-        drop(state);
+        drop((table, asked));
         let Some(miss) = first else { return Ok(Found::All) };
         self.0.sender.wake();
         Ok(Found::Asked(miss))
@@ -310,10 +367,10 @@ impl Iotlb {
 
     /// UPDATE: `range` is at `place` of the front-end's memory, for this access.
     pub fn update(&self, range: AddressRange, place: Place, access: Permissions) {
-        let mut state = self.0.state.lock();
-        let full = state.table.insert(range, place, access);
-        let over = state.asked.filled(range, access);
-        drop(state);
+        let mut asked = self.0.asked.lock();
+        let full = self.0.table.write().insert(range, place, access);
+        let over = asked.filled(range, access);
+        drop(asked);
         count(&self.0.counters.updates, 1);
         count(&self.0.counters.overflows, u64::from(full));
         self.tell(over);
@@ -331,7 +388,7 @@ impl Iotlb {
     fn forget_in_domain(&self, range: AddressRange) {
         let members: Vec<_> = self.0.domain.0.all.lock().iter().filter_map(Weak::upgrade).collect();
         for member in members {
-            member.state.lock().table.remove(range);
+            member.table.write().remove(range);
         }
     }
 
@@ -342,28 +399,29 @@ impl Iotlb {
 
     /// Forgets all translations. What is in flight keeps its own.
     pub fn forget_all(&self) {
-        self.0.state.lock().table.clear();
+        self.0.table.write().clear();
     }
 
     /// The guest's memory as it is, without an IOMMU: there is nobody to ask.
     pub(crate) fn without_iommu(&self, memory: &MemoryTable) {
-        let mut state = self.0.state.lock();
-        state.table.clear();
-        let over = state.asked.end();
+        let mut asked = self.0.asked.lock();
+        let over = asked.end();
+        let mut table = self.0.table.write();
+        table.clear();
         for region in memory.regions() {
             if let Ok(range) = AddressRange::new(region.guest(), region.len() as u64) {
-                state.table.insert(range, Place { region: region.clone(), offset: 0 }, Permissions::ReadWrite);
+                table.insert(range, Place { region: region.clone(), offset: 0 }, Permissions::ReadWrite);
             }
         }
-        drop(state);
+        drop((table, asked));
         self.tell(over);
     }
 
     /// With an IOMMU: misses are asked for, and each has an answer if `each` is set.
     pub(crate) fn with_iommu(&self, each: bool) {
-        let mut state = self.0.state.lock();
-        state.table.clear();
-        state.asked.answers = if each { Answers::Each } else { Answers::Silent };
+        let mut asked = self.0.asked.lock();
+        self.0.table.write().clear();
+        asked.answers = if each { Answers::Each } else { Answers::Silent };
     }
 
     /// As with a front-end that answers no misses, for models.
@@ -375,17 +433,17 @@ impl Iotlb {
 
     /// There is nobody to ask any more: all that waits fails.
     pub(crate) fn end(&self) {
-        let mut state = self.0.state.lock();
-        state.table.clear();
-        let over = state.asked.end();
-        drop(state);
+        let mut asked = self.0.asked.lock();
+        self.0.table.write().clear();
+        let over = asked.end();
+        drop(asked);
         self.tell(over);
     }
 
     /// What is to be asked for next.
     pub(crate) fn poll_ask(&self, cx: &mut Context<'_>) -> Poll<(u64, Permissions)> {
         self.0.sender.register(cx.waker());
-        let miss = self.0.state.lock().asked.next();
+        let miss = self.0.asked.lock().next();
         let Some(miss) = miss else { return Poll::Pending };
         count(&self.0.counters.misses, 1);
         Poll::Ready((miss.iova, miss.access))
@@ -393,7 +451,7 @@ impl Iotlb {
 
     /// The front-end has answered what was asked for first. `false`: nothing was.
     pub(crate) fn answered(&self, ok: bool) -> bool {
-        let over = self.0.state.lock().asked.answered();
+        let over = self.0.asked.lock().answered();
         count(&self.0.counters.refused, u64::from(!ok));
         let known = over.is_some();
         self.tell(over);

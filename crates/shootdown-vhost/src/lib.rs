@@ -15,6 +15,7 @@ mod iotlb;
 mod mapping;
 mod memory;
 pub mod message;
+mod parts;
 mod ring;
 mod session;
 mod stats;

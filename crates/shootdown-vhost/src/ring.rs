@@ -1,7 +1,7 @@
 //! A split virtqueue of a device behind an IOMMU.
 //!
 //! The ring's own memory is translated like any other, and can be invalidated like any other. So it
-//! is mapped for as long as one look takes, never while something is waited for: the front-end
+//! is looked at under the lock of the IOTLB, never while something is waited for: the front-end
 //! serves no miss while it waits for the answer to an INVALIDATE.
 #![forbid(unsafe_code)]
 
@@ -9,7 +9,7 @@ mod split;
 
 use crate::buffers::Buffers;
 use crate::iotlb::{Iotlb, MapError, Want};
-use crate::mapping::AccessError;
+use crate::parts::Parts;
 use crate::sync::Lock;
 use futures::channel::oneshot;
 use futures::future::{Either, select};
@@ -115,9 +115,9 @@ pub enum RingError {
         /// Why it is not.
         source: MapError,
     },
-    /// A part of the ring is not accessible as a whole.
-    #[error("the ring: {0}")]
-    Access(#[from] AccessError),
+    /// An index of the ring is not aligned, or not in one piece of memory.
+    #[error("the ring is not laid out as a ring")]
+    Layout,
     /// The driver has made more available than the ring has room for.
     #[error("the available ring is {0} entries ahead, which is more than it has")]
     Ahead(u16),
@@ -215,9 +215,9 @@ impl Ring {
         let Some((head, mut found)) = self.find().await? else { return Ok(None) };
         if let Some(table) = found.pop_if(|last| last.is_indirect()) {
             let len = split::table_len(table).filter(|_| found.is_empty()).ok_or(RingError::Chain { head })?;
-            let mapped = iotlb.map(Want::read(table.address, len)).await;
-            let mapped = mapped.map_err(|source| RingError::Map { what: "a table of descriptors", source })?;
-            found = split::chain(&mapped, 0, len / split::DESCRIPTOR, head)?;
+            let want = [Want::read(table.address, len)];
+            let read = iotlb.peek(&want, |[table]| split::chain(table, 0, len / split::DESCRIPTOR, head));
+            found = read.await.map_err(|source| RingError::Map { what: "a table of descriptors", source })??;
             if found.iter().any(Descriptor::is_indirect) {
                 return Err(RingError::Chain { head });
             }
@@ -237,33 +237,36 @@ impl Ring {
     /// The next head, and its descriptors in the ring's table.
     async fn find(&self) -> Result<Option<(u16, Vec<Descriptor>)>, RingError> {
         let Setup { layout, iotlb, .. } = &self.shared.setup;
-        let mapped = iotlb.map_all(&layout.all()).await.map_err(|source| RingError::Map { what: "the ring", source })?;
-        let [descriptors, available, used] = mapped.as_slice() else { unreachable!("one for each") };
-        // Known from now on: who stops has no translation to wait for.
-        self.shared.used_index(used)?;
-        let mut ahead = layout.ahead(available, self.next)?;
-        if ahead == 0 {
-            layout.want_kick(used, self.next)?;
-            ahead = layout.ahead(available, self.next)?;
+        let wants = layout.all();
+        let looked = iotlb.peek(&wants, |[descriptors, available, used]| {
+            // Known from now on: who stops has no translation to wait for.
+            self.shared.used_index(used)?;
+            let mut ahead = layout.ahead(available, self.next)?;
+            if ahead == 0 {
+                layout.want_kick(used, self.next)?;
+                ahead = layout.ahead(available, self.next)?;
+            }
+            if ahead == 0 || ahead > layout.size {
+                return Some(Err(ahead));
+            }
+            let head = layout.head(available, self.next)?;
+            Some(Ok((head, split::chain(descriptors, head, u64::from(layout.size), head))))
+        });
+        let looked = looked.await.map_err(|source| RingError::Map { what: "the ring", source })?;
+        match looked.ok_or(RingError::Layout)? {
+            Err(0) => Ok(None),
+            Err(ahead) => Err(RingError::Ahead(ahead)),
+            Ok((head, found)) => Ok(Some((head, found?))),
         }
-        if ahead == 0 {
-            return Ok(None);
-        }
-        if ahead > layout.size {
-            return Err(RingError::Ahead(ahead));
-        }
-        let head = layout.head(available, self.next)?;
-        let found = split::chain(descriptors, head, u64::from(layout.size), head)?;
-        Ok(Some((head, found)))
     }
 }
 
 impl Shared {
-    fn used_index(&self, used: &crate::mapping::Mapping) -> Result<u16, RingError> {
+    fn used_index(&self, used: &Parts) -> Option<u16> {
         let mut index = self.used.lock();
         match *index {
-            Some(index) => Ok(index),
-            None => Ok(*index.insert(self.setup.layout.used_index(used)?)),
+            Some(index) => Some(index),
+            None => Some(*index.insert(self.setup.layout.used_index(used)?)),
         }
     }
 
@@ -271,26 +274,25 @@ impl Shared {
     /// another one that completes meanwhile has the entry before.
     async fn push(&self, head: u16, len: u32) -> Result<(), CompleteError> {
         let Setup { layout, iotlb, .. } = &self.setup;
-        let wants = [layout.want_available(), layout.want_used()];
-        let mapping = pin!(iotlb.map_all(&wants));
+        let wants = layout.to_put();
+        let put = pin!(iotlb.peek(&wants, |[available, used]| {
+            let first = self.used_index(used)?;
+            let mut index = self.used.lock();
+            let at = index.unwrap_or(first);
+            layout.put_used(used, at, head, len)?;
+            *index = Some(at.wrapping_add(1));
+            drop(index);
+            layout.wants_call(available, at)
+        }));
         // Polled first, so that it succeeds in the end too if that is possible without an answer.
-        let mapped = match select(mapping, self.stop.reached(1)).await {
-            Either::Left((mapped, _)) => mapped,
+        let calls = match select(put, self.stop.reached(1)).await {
+            Either::Left((put, _)) => put.map_err(|source| RingError::Map { what: "the used ring", source })?,
             Either::Right(_) => {
                 self.unreported.fetch_add(1, Ordering::Relaxed);
                 return Err(CompleteError::Stopping);
             }
         };
-        let mapped = mapped.map_err(|source| RingError::Map { what: "the used ring", source })?;
-        let [available, used] = mapped.as_slice() else { unreachable!("one for each") };
-        let first = self.used_index(used)?;
-        let mut index = self.used.lock();
-        let at = index.unwrap_or(first);
-        layout.put_used(used, at, head, len).map_err(RingError::from)?;
-        *index = Some(at.wrapping_add(1));
-        drop(index);
-        let calls = layout.wants_call(available, at).map_err(RingError::from)?;
-        drop(mapped);
+        let calls = calls.ok_or(RingError::Layout)?;
         if calls {
             ring_bell(&self.setup.call);
         }

@@ -6,6 +6,7 @@ use loom::sync as imp;
 #[cfg(not(loom))]
 use std::sync as imp;
 
+pub(crate) use imp::atomic::{AtomicU8, Ordering};
 use std::sync::PoisonError;
 
 /// A mutex without poison: what it guards is changed in steps that do not panic.
@@ -21,5 +22,23 @@ impl<T> Lock<T> {
 
     pub(crate) fn lock(&self) -> Guard<'_, T> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A lock that many may read under. Nothing but this package's own code runs under it.
+#[derive(Debug, Default)]
+pub(crate) struct Shared<T>(imp::RwLock<T>);
+
+impl<T> Shared<T> {
+    pub(crate) fn new(value: T) -> Self {
+        Self(imp::RwLock::new(value))
+    }
+
+    pub(crate) fn read(&self) -> imp::RwLockReadGuard<'_, T> {
+        self.0.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub(crate) fn write(&self) -> imp::RwLockWriteGuard<'_, T> {
+        self.0.write().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -21,7 +21,7 @@ fn memory() -> (Iotlb, IommuMemory<GuestMemoryMmap, BlockingIommu>) {
         let place = Place { region: Arc::clone(&region), offset: (page * PAGE) as usize };
         iotlb.update(AddressRange::new(iova, PAGE).unwrap(), place, Permissions::ReadWrite);
     }
-    let memory = IommuMemory::new(backend, BlockingIommu::new(iotlb.clone()), true, Default::default());
+    let memory = IommuMemory::new(backend, BlockingIommu::new(iotlb.clone()), true, ());
     (iotlb, memory)
 }
 

@@ -1,25 +1,14 @@
 //! Translations by I/O virtual address. A plain data structure.
 #![forbid(unsafe_code)]
 
-use crate::memory::{Place, Region};
+use crate::memory::Place;
+use crate::parts::Parts;
 use shootdown::AddressRange;
-use smallvec::SmallVec;
 use std::collections::BTreeMap;
-use std::sync::Arc;
 use vm_memory::Permissions;
 
 /// As many translations are kept at most.
 pub(super) const MOST: usize = 65_536;
-
-/// Contiguous memory that a part of a mapping is in.
-#[derive(Clone, Debug)]
-pub(crate) struct Piece {
-    pub(crate) region: Arc<Region>,
-    pub(crate) offset: usize,
-    pub(crate) len: usize,
-}
-
-pub(crate) type Pieces = SmallVec<[Piece; 1]>;
 
 #[derive(Clone, Debug)]
 struct Translation {
@@ -44,23 +33,16 @@ pub(super) struct Table {
 
 impl Table {
     /// Where all of `range` is. Otherwise the first address that may not be accessed so.
-    pub(super) fn look_up(&self, range: AddressRange, access: Permissions, pieces: &mut Pieces) -> Result<(), u64> {
+    pub(super) fn look_up(&self, range: AddressRange, access: Permissions, parts: &mut Parts) -> Result<(), u64> {
         let mut at = range.start();
+        parts.clear();
         loop {
             let found = self.by_start.range(..=at).next_back();
             let (start, translation) = found.filter(|(_, found)| found.last >= at && found.access.allow(access)).ok_or(at)?;
             let (skip, last) = (at - start, translation.last.min(range.last()));
             let offset = translation.place.offset + usize::try_from(skip).map_err(|_| at)?;
             let len = usize::try_from(last - at).ok().and_then(|len| len.checked_add(1)).ok_or(at)?;
-            match pieces.last_mut() {
-                // Contiguous in the guest's memory, too.
-                Some(before)
-                    if before.offset + before.len == offset && Arc::ptr_eq(&before.region, &translation.place.region) =>
-                {
-                    before.len += len;
-                }
-                _ => pieces.push(Piece { region: translation.place.region.clone(), offset, len }),
-            }
+            parts.push(&translation.place.region, offset, len);
             if last == range.last() {
                 return Ok(());
             }
@@ -71,7 +53,7 @@ impl Table {
     /// The next address after `at` up to `last` that may not be accessed so.
     pub(super) fn next_gap(&self, at: u64, last: u64, access: Permissions) -> Option<u64> {
         let range = AddressRange::new(at, (last - at).checked_add(1)?).ok()?;
-        self.look_up(range, access, &mut Pieces::new()).err()
+        self.look_up(range, access, &mut Parts::default()).err()
     }
 
     /// `range` is at `place`, whatever it was before. Says whether there were too many, so that all
@@ -152,12 +134,13 @@ mod tests {
                 }
                 _ => {
                     let access = if next(2) == 0 { Permissions::Read } else { Permissions::Write };
-                    let mut pieces = Pieces::new();
+                    let mut pieces = Parts::default();
                     let found = table.look_up(range, access, &mut pieces);
                     let gap = (first..first + count).find(|page| !model.get(page).is_some_and(|(_, has)| has.allow(access)));
                     assert_eq!(found.err(), gap.map(|page| page * PAGE));
                     if gap.is_none() {
                         let places: Vec<_> = pieces
+                            .pieces()
                             .iter()
                             .flat_map(|piece| (0..piece.len).step_by(PAGE as usize).map(move |at| piece.offset + at))
                             .collect();
@@ -174,10 +157,10 @@ mod tests {
         let (region, mut table) = (region(2), Table::default());
         let range = AddressRange::new(u64::MAX - 0xfff, 0x1000).unwrap();
         table.insert(range, Place { region: region.clone(), offset: 0 }, Permissions::ReadWrite);
-        let mut pieces = Pieces::new();
+        let mut pieces = Parts::default();
         assert_eq!(table.look_up(range, Permissions::Write, &mut pieces), Ok(()));
-        assert_eq!((pieces.len(), pieces[0].len), (1, 0x1000));
+        assert_eq!((pieces.pieces().len(), pieces.len()), (1, 0x1000));
         table.remove(AddressRange::ALL);
-        assert_eq!(table.look_up(range, Permissions::Read, &mut Pieces::new()), Err(range.start()));
+        assert_eq!(table.look_up(range, Permissions::Read, &mut Parts::default()), Err(range.start()));
     }
 }

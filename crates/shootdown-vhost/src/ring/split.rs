@@ -3,7 +3,7 @@
 
 use super::RingError;
 use crate::iotlb::Want;
-use crate::mapping::{AccessError, Mapping};
+use crate::parts::Parts;
 use std::sync::atomic::{Ordering, fence};
 use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
 use vm_memory::Permissions;
@@ -61,13 +61,13 @@ pub(super) fn table_len(table: Descriptor) -> Option<u64> {
     (fits && !table.has(VRING_DESC_F_NEXT)).then_some(len)
 }
 
-fn descriptor(table: &Mapping, at: u16) -> Result<Descriptor, AccessError> {
+fn descriptor(table: &Parts, at: u16) -> Option<Descriptor> {
     let mut bytes = [0; DESCRIPTOR as usize];
     table.read(usize::from(at) * bytes.len(), &mut bytes)?;
     let (mut address, mut len) = ([0; 8], [0; 4]);
     address.copy_from_slice(&bytes[..8]);
     len.copy_from_slice(&bytes[8..12]);
-    Ok(Descriptor {
+    Some(Descriptor {
         address: u64::from_le_bytes(address),
         len: u32::from_le_bytes(len),
         flags: u16::from_le_bytes([bytes[12], bytes[13]]),
@@ -76,13 +76,13 @@ fn descriptor(table: &Mapping, at: u16) -> Result<Descriptor, AccessError> {
 }
 
 /// The chain from `first` on in a table of `size` descriptors. An indirect one ends it.
-pub(super) fn chain(table: &Mapping, first: u16, size: u64, head: u16) -> Result<Vec<Descriptor>, RingError> {
+pub(super) fn chain(table: &Parts, first: u16, size: u64, head: u16) -> Result<Vec<Descriptor>, RingError> {
     let (mut found, mut at) = (Vec::new(), first);
     loop {
         if u64::from(at) >= size || found.len() as u64 >= size {
             return Err(RingError::Chain { head });
         }
-        let next = descriptor(table, at)?;
+        let next = descriptor(table, at).ok_or(RingError::Chain { head })?;
         found.push(next);
         if next.is_indirect() || !next.has(VRING_DESC_F_NEXT) {
             return Ok(found);
@@ -96,11 +96,16 @@ impl Layout {
         if self.event_idx { 2 } else { 0 }
     }
 
-    pub(super) fn want_available(self) -> Want {
+    /// The available ring, the used ring.
+    pub(super) fn to_put(self) -> [Want; 2] {
+        [self.want_available(), self.want_used()]
+    }
+
+    fn want_available(self) -> Want {
         Want::read(self.available, 4 + 2 * u64::from(self.size) + self.event())
     }
 
-    pub(super) fn want_used(self) -> Want {
+    fn want_used(self) -> Want {
         let len = 4 + USED as u64 * u64::from(self.size) + self.event();
         Want { iova: self.used, len, access: Permissions::ReadWrite }
     }
@@ -115,30 +120,30 @@ impl Layout {
     }
 
     /// How many entries the available ring has beyond `next`.
-    pub(super) fn ahead(self, available: &Mapping, next: u16) -> Result<u16, AccessError> {
-        Ok(available.load_u16(2)?.wrapping_sub(next))
+    pub(super) fn ahead(self, available: &Parts, next: u16) -> Option<u16> {
+        Some(available.load_u16(2)?.wrapping_sub(next))
     }
 
-    pub(super) fn head(self, available: &Mapping, next: u16) -> Result<u16, AccessError> {
+    pub(super) fn head(self, available: &Parts, next: u16) -> Option<u16> {
         available.load_u16(4 + 2 * self.entry(next))
     }
 
     /// Asks for a kick once there is more than `next`. What came just before is seen afterwards.
-    pub(super) fn want_kick(self, used: &Mapping, next: u16) -> Result<(), AccessError> {
+    pub(super) fn want_kick(self, used: &Parts, next: u16) -> Option<()> {
         if self.event_idx {
             used.store_u16(4 + USED * usize::from(self.size), next)?;
         } else {
             used.store_u16(0, 0)?;
         }
         fence(Ordering::SeqCst);
-        Ok(())
+        Some(())
     }
 
-    pub(super) fn used_index(self, used: &Mapping) -> Result<u16, AccessError> {
+    pub(super) fn used_index(self, used: &Parts) -> Option<u16> {
         used.load_u16(2)
     }
 
-    pub(super) fn put_used(self, used: &Mapping, index: u16, head: u16, len: u32) -> Result<(), AccessError> {
+    pub(super) fn put_used(self, used: &Parts, index: u16, head: u16, len: u32) -> Option<()> {
         let mut entry = [0; USED];
         entry[..4].copy_from_slice(&u32::from(head).to_le_bytes());
         entry[4..].copy_from_slice(&len.to_le_bytes());
@@ -147,12 +152,12 @@ impl Layout {
     }
 
     /// Whether the driver wants to be called for the entry `index`, which has been put.
-    pub(super) fn wants_call(self, available: &Mapping, index: u16) -> Result<bool, AccessError> {
+    pub(super) fn wants_call(self, available: &Parts, index: u16) -> Option<bool> {
         fence(Ordering::SeqCst);
         if self.event_idx {
-            return Ok(available.load_u16(4 + 2 * usize::from(self.size))? == index);
+            return Some(available.load_u16(4 + 2 * usize::from(self.size))? == index);
         }
         let flags = available.load_u16(0)?;
-        Ok(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
+        Some(u32::from(flags) & VRING_AVAIL_F_NO_INTERRUPT == 0)
     }
 }

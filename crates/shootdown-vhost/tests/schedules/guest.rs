@@ -51,6 +51,8 @@ pub struct Guest {
     free_iovas: Vec<u64>,
     pub queues: Vec<Queue>,
     event_idx: bool,
+    /// Without an IOMMU: addresses are those of memory.
+    identity: bool,
 }
 
 /// Requests have different tokens in all guests.
@@ -68,8 +70,16 @@ impl Guest {
         let offset = FileOffset::new(file.try_clone().unwrap().into(), 0);
         let memory = MmapRegion::from_file(offset, (PAGES * PAGE) as usize).unwrap();
         let queues = (0..QUEUES).map(|_| Queue::default()).collect();
-        let mut guest =
-            Self { file, memory, table: BTreeMap::new(), free: Vec::new(), free_iovas: Vec::new(), queues, event_idx };
+        let mut guest = Self {
+            file,
+            memory,
+            table: BTreeMap::new(),
+            free: Vec::new(),
+            free_iovas: Vec::new(),
+            queues,
+            event_idx,
+            identity: false,
+        };
         guest.reset(random);
         guest
     }
@@ -93,6 +103,12 @@ impl Guest {
             }
             self.queues[usize::from(queue)] = Queue::default();
         }
+    }
+
+    /// From now on without an IOMMU.
+    pub fn identity(&mut self) {
+        self.identity = true;
+        self.free.sort_unstable_by(|one, other| other.cmp(one));
     }
 
     fn fill(&self, page: u64, word: u64) {
@@ -137,7 +153,11 @@ impl Guest {
             return None;
         }
         let iovas: Vec<_> = iovas.drain(at..at + count).collect();
-        let pages: Vec<_> = iovas.into_iter().map(|iova| (iova, self.free.pop().unwrap())).collect();
+        let mut pages: Vec<_> = iovas.into_iter().map(|iova| (iova, self.free.pop().unwrap())).collect();
+        if self.identity {
+            // Contiguous as long as nothing is given back out of order.
+            pages.iter_mut().for_each(|(iova, page)| *iova = *page);
+        }
         for (iova, page) in &pages {
             self.table.insert(*iova, *page);
             self.fill(*page, word);
