@@ -1,0 +1,133 @@
+//! One device on its socket: one front-end after the other.
+#![forbid(unsafe_code)]
+
+use crate::disk::{Disk, Served};
+use crate::options::{Driver, Options};
+use anyhow::{Context as _, Result, bail};
+use shootdown_vhost::{Domain, Fault, Iotlb, Session, driver};
+use std::fs;
+use std::io;
+use std::net::Shutdown;
+use std::os::unix::fs::FileTypeExt;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+pub struct Server {
+    index: usize,
+    pub disk: Arc<Disk>,
+    path: PathBuf,
+    listener: UnixListener,
+    /// Of all devices, if they share one.
+    domain: Option<Domain>,
+    fault: Option<Fault>,
+    driver: Driver,
+    once: bool,
+    now: Mutex<Now>,
+}
+
+enum Now {
+    Waiting,
+    /// Another descriptor of the front-end's socket.
+    Serving(UnixStream),
+    /// No front-end is to come any more.
+    Ended,
+}
+
+impl Server {
+    pub fn new(index: usize, options: &Options, domain: Option<Domain>) -> Result<Self> {
+        let (path, file) = (options.sockets[index].clone(), &options.files[index]);
+        let disk = Arc::new(Disk::open(index, file, options)?);
+        let listener = listen(&path)?;
+        tracing::info!(device = index, socket = %path.display(), file = %file.display(), sectors = disk.sectors(), "listening");
+        let (fault, driver, once) = (options.session_fault(), options.driver, options.once);
+        Ok(Self { index, disk, path, listener, domain, fault, driver, once, now: Mutex::new(Now::Waiting) })
+    }
+
+    fn now(&self) -> MutexGuard<'_, Now> {
+        self.now.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Serves one front-end after the other until the [end](Self::end). `gone` is called after each.
+    pub fn run(&self, gone: impl Fn()) -> Result<()> {
+        loop {
+            let socket = match self.listener.accept() {
+                Ok((socket, _)) => socket,
+                Err(_) if matches!(*self.now(), Now::Ended) => return Ok(()),
+                Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => continue,
+                Err(error) => return Err(error).with_context(|| format!("{} is not listened to", self.path.display())),
+            };
+            let other = socket.try_clone()?;
+            match &mut *self.now() {
+                Now::Ended => return Ok(()),
+                now => *now = Now::Serving(other),
+            }
+            self.serve(socket);
+            gone();
+            match &mut *self.now() {
+                Now::Ended => return Ok(()),
+                now if self.once => {
+                    *now = Now::Ended;
+                    return Ok(());
+                }
+                now => *now = Now::Waiting,
+            }
+        }
+    }
+
+    fn serve(&self, socket: UnixStream) {
+        let device = self.index;
+        tracing::info!(device, "a front-end has come");
+        let iotlb = Iotlb::new(&self.domain.clone().unwrap_or_default());
+        self.disk.counters.session(Some(iotlb.clone()));
+        let session = Session::new(Arc::new(Served(self.disk.clone())), iotlb).fault(self.fault);
+        let served = match self.driver {
+            Driver::Thread => driver::serve(socket, session),
+            #[cfg(feature = "tokio")]
+            Driver::Tokio => with_tokio(socket, session),
+        };
+        self.disk.counters.session(None);
+        match served {
+            Ok(()) => tracing::info!(device, "the front-end has gone"),
+            Err(error) => tracing::warn!(device, %error, "the front-end was sent away"),
+        }
+    }
+
+    /// Has [`run`](Self::run) return once nothing of the guest's memory is in flight.
+    pub fn end(&self) {
+        let now = std::mem::replace(&mut *self.now(), Now::Ended);
+        let ended = match now {
+            // The session hears no more, as if the front-end had gone.
+            Now::Serving(socket) => socket.shutdown(Shutdown::Read),
+            Now::Waiting => rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both).map_err(io::Error::from),
+            Now::Ended => Ok(()),
+        };
+        if let Err(error) = ended {
+            tracing::debug!(device = self.index, %error, "the socket");
+        }
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        if let Err(error) = fs::remove_file(&self.path) {
+            tracing::debug!(%error, socket = %self.path.display(), "the socket's file stays");
+        }
+    }
+}
+
+/// One runtime for each session, on the thread of its device.
+#[cfg(feature = "tokio")]
+fn with_tokio(socket: UnixStream, session: Session<Served>) -> Result<(), driver::ServeError> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
+    runtime.block_on(driver::serve_tokio(socket, session))
+}
+
+fn listen(path: &Path) -> Result<UnixListener> {
+    match fs::symlink_metadata(path) {
+        Ok(found) if !found.file_type().is_socket() => bail!("{} exists, and is no socket", path.display()),
+        Ok(_) => fs::remove_file(path).with_context(|| format!("{} cannot be replaced", path.display()))?,
+        Err(_) => {}
+    }
+    UnixListener::bind(path).with_context(|| format!("{} cannot be listened to", path.display()))
+}
