@@ -14,7 +14,7 @@ pub(crate) const QUEUES: u64 = 0x10_0000;
 /// Where they see the data.
 pub(crate) const DATA: u64 = 0x4000_0000;
 /// How long a read may take.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(10);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 
 /// What all jobs with VFIO are told.
 pub(crate) struct Reads {
@@ -67,10 +67,12 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
     let group = Group::open(number)?;
     let device = |(index, address): (u64, &String)| Block::new(&group, address, QUEUES + index * PAGE as u64);
     let mut devices = (0..).zip(&addresses).map(device).collect::<Result<Vec<_>>>()?;
-    // One range: each device has a part of it, and all of it is unmapped by one call.
-    let data = Pages::new(reads.bytes * count)?;
-    group.map(&data, DATA)?;
+    // The pages of the round before: they are not this round's, at the same address.
+    let mut before = None;
     for round in 0..reads.rounds {
+        // One range: each device has a part of it, and all of it is unmapped by one call.
+        let data = Pages::new(reads.bytes * count)?;
+        group.map(&data, DATA)?;
         for device in &mut devices {
             device.start()?;
         }
@@ -100,8 +102,9 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
             unmap.as_micros(),
             held.as_micros(),
         ));
-        group.map(&data, DATA)?;
+        before = Some(data);
     }
+    drop(before);
     Ok(())
 }
 
