@@ -106,7 +106,7 @@ impl Disk {
         };
         thread::scope(|scope| {
             let running: Vec<_> = (0..self.threads).map(|_| scope.spawn(worker)).collect();
-            running.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("a thread has panicked".into()))).collect()
+            running.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err("a thread has panicked".into())))
         })
     }
 

@@ -6,7 +6,7 @@ pub(crate) const WORD: usize = 8;
 
 /// The word at the byte `offset` (a multiple of 8, below 2^43) of the disk `disk` (below 256).
 pub(crate) fn word(seed: u16, disk: usize, offset: u64) -> u64 {
-    u64::from(seed) << 48 | (disk as u64) << 40 | offset / WORD as u64
+    (u64::from(seed) << 48) + ((disk as u64) << 40) + offset / WORD as u64
 }
 
 /// Fills `bytes` with the words of the disk from the byte `offset` on.

@@ -7,9 +7,9 @@ use serde_json::Value;
 crate::list![the_guest_reads_what_it_has_written, the_guest_notices_foreign_words, the_guest_survives_a_killed_driver];
 crate::list![fn tests_of_both: reads_of_a_guest_with_and_without_an_iommu];
 
-const BY_QEMU: Served = Served::ByQemu { throttle: 0 };
+const BY_QEMU: Served = Served::Qemu { throttle: 0 };
 /// A read takes a tenth of a second.
-const SLOW: Served = Served::ByQemu { throttle: 10 };
+const SLOW: Served = Served::Qemu { throttle: 5 };
 
 fn the_guest_reads_what_it_has_written() {
     let seen = Setup { served: BY_QEMU, devices: 2, queues: 2, cpus: 2, ..Setup::default() }.boot().whole();
@@ -45,7 +45,7 @@ fn reads_of_a_guest_with_and_without_an_iommu() {
     let speed = |served, iommu| -> Seen {
         Setup { served, iommu, job: "speed", set: vec![("ms", 400)], filled: true, ..Setup::default() }.boot().whole()
     };
-    let (ours, theirs, plain) = (speed(Served::ByProcesses, true), speed(BY_QEMU, true), speed(BY_QEMU, false));
+    let (ours, theirs, plain) = (speed(Served::Processes, true), speed(BY_QEMU, true), speed(BY_QEMU, false));
     let iops = |result: &Value| result["iops"].as_f64().unwrap();
     println!("reads per second, block and queue depth: this back-end; QEMU's own device, with the IOMMU and without");
     assert_eq!((ours.results.len(), theirs.results.len(), plain.results.len()), (4, 4, 4));

@@ -68,7 +68,7 @@ fn the_answer_to_a_flush_waits_only_for_what_is_in_flight() {
 
 fn a_used_entry_that_comes_too_early_is_noticed() {
     let fault = Some("early-used");
-    let served = Served::ByProcesses;
+    let served = Served::Processes;
     let seen = Setup { served, fault, latency: Duration::from_millis(5), mib: 16, ..Setup::default() }.boot();
     println!("early-used: {:?}, {:?}", seen.results, seen.error.as_deref().and_then(|error| error.lines().next()));
     assert!(seen.error.is_some() || seen.sum("wrong") > 0, "{:?}", seen.results);

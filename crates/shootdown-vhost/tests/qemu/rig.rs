@@ -82,12 +82,12 @@ fn backend() -> &'static Path {
 /// Who serves the disks.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Served {
-    /// The back-end, in a process for each.
-    ByProcesses,
-    /// The back-end in one process, with the devices in one IOMMU domain or each in its own.
-    ByOneProcess { domain: bool },
-    /// QEMU's own device, with so many operations per second (0: no limit).
-    ByQemu { throttle: u32 },
+    /// By the back-end, in a process for each.
+    Processes,
+    /// By the back-end in one process, with the devices in one IOMMU domain or each in its own.
+    OneProcess { domain: bool },
+    /// By QEMU itself, with so many operations per second (0: no limit).
+    Qemu { throttle: u32 },
 }
 
 /// What is booted.
@@ -116,7 +116,7 @@ pub struct Setup {
 impl Default for Setup {
     fn default() -> Self {
         Self {
-            served: Served::ByProcesses,
+            served: Served::Processes,
             job: "disk",
             set: Vec::new(),
             devices: 1,
@@ -179,7 +179,7 @@ impl Setup {
         command.args(["boot", "--job", self.job, "--image"]).args([kernel, initramfs]);
         for (file, socket) in files.iter().zip(&sockets) {
             match self.served {
-                Served::ByQemu { throttle } => command.arg("--own").arg(file).args(["--throttle", &throttle.to_string()]),
+                Served::Qemu { throttle } => command.arg("--own").arg(file).args(["--throttle", &throttle.to_string()]),
                 _ => command.arg("--socket").arg(socket),
             };
         }
@@ -211,9 +211,9 @@ impl Setup {
     fn start_backends(&self, sockets: &[PathBuf], files: &[PathBuf], folder: &Path) -> Vec<Backend> {
         let disks: Vec<_> = sockets.iter().zip(files).collect();
         let (each, domain) = match self.served {
-            Served::ByProcesses => (1, false),
-            Served::ByOneProcess { domain } => (disks.len(), domain),
-            Served::ByQemu { .. } => return Vec::new(),
+            Served::Processes => (1, false),
+            Served::OneProcess { domain } => (disks.len(), domain),
+            Served::Qemu { .. } => return Vec::new(),
         };
         let start = |(index, disks): (usize, &[(&PathBuf, &PathBuf)])| {
             let stats = folder.join(format!("stats{index}.json"));

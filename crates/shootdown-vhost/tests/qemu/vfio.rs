@@ -69,9 +69,9 @@ fn an_answer_that_comes_too_early_overwrites_memory() {
 
 fn one_unmap_waits_for_both_devices_of_a_group() {
     let cases = [
-        ("two processes", Served::ByProcesses),
-        ("one process", Served::ByOneProcess { domain: false }),
-        ("one process, one domain", Served::ByOneProcess { domain: true }),
+        ("two processes", Served::Processes),
+        ("one process", Served::OneProcess { domain: false }),
+        ("one process, one domain", Served::OneProcess { domain: true }),
     ];
     for (title, served) in cases {
         let seen = Setup { served, job: "vfio-pair", devices: 2, shared_slot: true, ..setup() }.boot().whole();
