@@ -1,5 +1,6 @@
 //! The back-end under a real QEMU, with a guest that uses its disks. Where QEMU or a kernel for the guest are missing the tests
 //! count as ignored, and say why. `guest.sh` of this package builds and boots the guest.
+//! `SHOOTDOWN_BACKEND` names another back-end that has the options of the example `blk`.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout)]
 
 mod compare;

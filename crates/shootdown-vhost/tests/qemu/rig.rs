@@ -46,8 +46,14 @@ pub fn missing() -> Option<String> {
     cargo.err().map(|error| format!("cargo cannot be run by this user: {error}"))
 }
 
+/// Names another program with the example's options.
+const BACKEND: &str = "SHOOTDOWN_BACKEND";
+
 /// Why there is no back-end.
 pub fn no_backend() -> Option<String> {
+    if env::var_os(BACKEND).is_some() {
+        return None;
+    }
     let source = Path::new(PACKAGE).join("examples/blk.rs").exists() || Path::new(PACKAGE).join("examples/blk").exists();
     (!source).then(|| "this package has no example `blk`".to_owned())
 }
@@ -69,8 +75,11 @@ fn guest_sh() -> Command {
 
 /// The example, built once and optimised.
 fn backend() -> &'static Path {
-    static BACKEND: OnceLock<PathBuf> = OnceLock::new();
-    BACKEND.get_or_init(|| {
+    static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
+    PROGRAM.get_or_init(|| {
+        if let Some(program) = env::var_os(BACKEND) {
+            return program.into();
+        }
         let mut cargo = Command::new(env!("CARGO"));
         cargo.current_dir(PACKAGE).args(["build", "--quiet", "--release", "--all-features", "--example", "blk", "--target-dir"]);
         let output = cargo.arg(folder()).output().unwrap();
