@@ -102,7 +102,7 @@ boot() {
         mapfile -t image <<<"$built"
     fi
 
-    local append="console=ttyS0 quiet panic=-1 guest.job=$job ${sets[*]}" platform="" qemu=()
+    local append="console=ttyS0 quiet panic=-1 oops=panic guest.job=$job ${sets[*]}" platform="" qemu=()
     if [ "$iommu" = 1 ]; then
         append+=" intel_iommu=on iommu.strict=$strict"
         platform=,iommu_platform=on,ats=on

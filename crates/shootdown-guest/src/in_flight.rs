@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 pub(crate) const QUEUES: u64 = 0x10_0000;
 /// Where they see the data.
 pub(crate) const DATA: u64 = 0x4000_0000;
+/// Where a page is that no read goes to.
+const APART: u64 = 0x8000_0000;
 /// How long a read may take.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 
@@ -73,6 +75,8 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
         // One range: each device has a part of it, and all of it is unmapped by one call.
         let data = Pages::new(reads.bytes * count)?;
         group.map(&data, DATA)?;
+        let apart = Pages::new(PAGE)?;
+        group.map(&apart, APART)?;
         for device in &mut devices {
             device.start()?;
         }
@@ -89,6 +93,8 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
         begin(&mut devices, &reads, 2 * round + 1)?;
         thread::sleep(reads.delay);
         let early = devices.iter().filter(|device| device.ended()).count();
+        // This meets nothing that is in flight.
+        let unmap_apart = group.unmap(APART, apart.bytes())?;
         let unmap = group.unmap(DATA, data.bytes())?;
         let held = begun.elapsed();
         // The memory is the program's again, which has another use for it.
@@ -97,8 +103,9 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
         thread::sleep(reads.settle);
         let foreign = data.foreign();
         report(&format!(
-            r#"{{"job":"vfio","round":{round},"devices":{count},"statuses":{statuses:?},"wrong":{wrong},"read_us":{},"ended_before":{early},"unmap_us":{},"held_us":{},"statuses_later":{later:?},"foreign":{foreign}}}"#,
+            r#"{{"job":"vfio","round":{round},"devices":{count},"statuses":{statuses:?},"wrong":{wrong},"read_us":{},"ended_before":{early},"apart_us":{},"unmap_us":{},"held_us":{},"statuses_later":{later:?},"foreign":{foreign}}}"#,
             read.as_micros(),
+            unmap_apart.as_micros(),
             unmap.as_micros(),
             held.as_micros(),
         ));

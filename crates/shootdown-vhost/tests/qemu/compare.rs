@@ -13,7 +13,7 @@ const SLOW: Served = Served::Qemu { throttle: 5 };
 
 fn the_guest_reads_what_it_has_written() {
     let seen = Setup { served: BY_QEMU, devices: 2, queues: 2, cpus: 2, ..Setup::default() }.boot().whole();
-    println!("{:?}", seen.results);
+    seen.print("QEMU's own");
     check_words(&seen, 2);
     assert_eq!(seen.each("queues"), [2, 2]);
 }
@@ -35,7 +35,7 @@ fn the_guest_notices_foreign_words() {
 fn the_guest_survives_a_killed_driver() {
     let set = vec![("rounds", 3)];
     let seen = Setup { served: SLOW, job: "vfio-exit", set, filled: true, mib: 4, ..Setup::default() }.boot().whole();
-    println!("{:?}", seen.results);
+    seen.print("QEMU's own, exit");
     assert_eq!(seen.results.len(), 3);
     assert_eq!((seen.sum("wrong"), seen.sum("changed")), (0, 0), "{:?}", seen.results);
     assert!(seen.results.iter().all(|result| result["crashed"] == false), "{:?}", seen.results);

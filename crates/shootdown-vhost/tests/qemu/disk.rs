@@ -1,13 +1,12 @@
 //! The guest's own driver: every word that was written is read, by the guest and by the host.
 
-use crate::rig::{Seen, Served, Setup, number};
+use crate::rig::{Seen, Setup, number};
 use std::time::Duration;
 
 crate::list![
     all_words_are_right_in_strict_mode,
     all_words_are_right_in_lazy_mode,
     the_answer_to_a_flush_waits_only_for_what_is_in_flight,
-    a_used_entry_that_comes_too_early_is_noticed,
 ];
 
 /// No word is wrong, the sums of the guest and the host agree, and the device has discarded.
@@ -22,19 +21,12 @@ pub fn check_words(seen: &Seen, devices: usize) {
     }
 }
 
-/// What the back-end has counted, a line for each device.
-fn print_stats(title: &str, seen: &Seen) {
-    for device in &seen.stats {
-        println!("{title}: {device}");
-    }
-}
-
 fn all_words_are_right(strict: bool) {
     for (devices, queues) in [(1, 1), (1, 4), (2, 1), (2, 4)] {
         // A guest uses no more queues than it has processors.
         let seen = Setup { devices, queues, cpus: queues, strict, ..Setup::default() }.boot().whole();
         let mode = if strict { "strict" } else { "lazy" };
-        print_stats(&format!("{mode}, {devices} device(s), {queues} queue(s), {:?} ms", seen.each("ms")), &seen);
+        seen.print(&format!("{mode}, {devices} device(s), {queues} queue(s)"));
         check_words(&seen, devices);
         assert_eq!(seen.each("queues"), vec![u64::from(queues); devices]);
         assert!(seen.stat("invalidates").iter().all(|count| *count > 0), "{:?}", seen.stats);
@@ -56,20 +48,12 @@ fn all_words_are_right_in_lazy_mode() {
 fn the_answer_to_a_flush_waits_only_for_what_is_in_flight() {
     let latency = Duration::from_millis(5);
     let seen = Setup { latency, ..Setup::default() }.boot().whole();
-    print_stats(&format!("lazy, {latency:?} of latency"), &seen);
+    seen.print(&format!("lazy, {latency:?} of latency"));
     check_words(&seen, 1);
     assert!(seen.stat("met_in_flight")[0] > 0, "a flush of everything meets reads and writes: {:?}", seen.stats);
     let longest = Duration::from_micros(seen.stat("longest_answer_us")[0]);
-    // There is always something in flight: who waits for what comes later as well waits for as long as the job takes.
+    // There is always something in flight: an answer that waits for what begins later, too, takes as long as the job.
     let job = Duration::from_millis(seen.sum("ms"));
     println!("the longest answer took {longest:?}, the job {job:?}");
     assert!(longest < 20 * latency && longest < job / 4, "{longest:?} of {job:?}");
-}
-
-fn a_used_entry_that_comes_too_early_is_noticed() {
-    let fault = Some("early-used");
-    let served = Served::Processes;
-    let seen = Setup { served, fault, latency: Duration::from_millis(5), mib: 16, ..Setup::default() }.boot();
-    println!("early-used: {:?}, {:?}", seen.results, seen.error.as_deref().and_then(|error| error.lines().next()));
-    assert!(seen.error.is_some() || seen.sum("wrong") > 0, "{:?}", seen.results);
 }

@@ -11,20 +11,13 @@ crate::list![
 ];
 
 const ROUNDS: u64 = 3;
+/// For a guest that may crash or hang.
+const SHORT: Duration = Duration::from_secs(30);
 
 fn setup() -> Setup {
     let set = vec![("rounds", ROUNDS), ("watch_ms", 1000)];
     // The neighbour takes all its memory within the latency, which is several times as long as that of an unmap.
     Setup { job: "vfio-exit", set, latency: 5 * LATENCY, filled: true, mib: 4, ..Setup::default() }
-}
-
-fn print_rounds(title: &str, seen: &Seen) {
-    for result in &seen.results {
-        println!("{title}: {result}");
-    }
-    if let Some(error) = &seen.error {
-        println!("{title}: {error}");
-    }
 }
 
 /// Words changed, a process or the whole guest has crashed.
@@ -37,7 +30,7 @@ fn damage(seen: &Seen) -> bool {
 fn nobody_gets_the_memory_of_a_killed_process_before_its_read_has_ended() {
     let setup = setup();
     let seen = setup.boot().whole();
-    print_rounds("exit", &seen);
+    seen.print("exit");
     assert!(!damage(&seen), "{:?}", seen.results);
     assert_eq!(seen.sum("wrong"), 0, "the device is in order in the next round: {:?}", seen.results);
     assert_eq!(seen.sum("ended_before"), 0, "the reads were in flight: {:?}", seen.results);
@@ -49,14 +42,14 @@ fn nobody_gets_the_memory_of_a_killed_process_before_its_read_has_ended() {
 }
 
 fn somebody_crashes_if_the_device_stops_before_the_read_has_ended() {
-    let seen = Setup { fault: Some("answer-early"), ..setup() }.boot();
-    print_rounds("exit, answer-early", &seen);
+    let seen = Setup { fault: Some("answer-early"), patience: SHORT, ..setup() }.boot();
+    seen.print("exit, answer-early");
     assert!(damage(&seen), "{:?}", seen.results);
 }
 
 fn translations_that_are_kept_over_a_stop_are_noticed() {
-    let seen = Setup { fault: Some("keep-translations"), latency: Duration::from_millis(50), ..setup() }.boot();
-    print_rounds("exit, keep-translations", &seen);
+    let seen = Setup { fault: Some("keep-translations"), latency: LATENCY / 2, patience: SHORT, ..setup() }.boot();
+    seen.print("exit, keep-translations");
     // The next driver has other pages at the same addresses: its queue is not found, or its read goes elsewhere.
     assert!(damage(&seen) || seen.sum("wrong") > 0, "{:?}", seen.results);
 }

@@ -2,7 +2,6 @@
 
 use crate::pattern;
 use serde_json::Value;
-use std::fmt::Write as _;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
@@ -16,8 +15,10 @@ use tempfile::TempDir;
 
 /// The seed of what is in the disks.
 pub const SEED: u16 = 7;
-/// How long a boot with its job may take.
-const PATIENCE: Duration = Duration::from_secs(90);
+/// A kernel that says more than so many lines has lost its mind.
+const MOST_LINES: usize = 1000;
+/// Lines of the console that an error shows.
+const SHOWN_LINES: usize = 60;
 /// How long a back-end may take to begin and to end.
 const SOON: Duration = Duration::from_secs(10);
 
@@ -120,6 +121,8 @@ pub struct Setup {
     pub mib: u64,
     /// Whether the disks have their words before the guest begins.
     pub filled: bool,
+    /// How long the boot with its job may take.
+    pub patience: Duration,
 }
 
 impl Default for Setup {
@@ -138,6 +141,7 @@ impl Default for Setup {
             fault: None,
             mib: 64,
             filled: false,
+            patience: Duration::from_secs(90),
         }
     }
 }
@@ -202,7 +206,7 @@ impl Setup {
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors).spawn().unwrap();
         let mut qemu = Process(child);
         let console = lines(qemu.0.stdout.take().unwrap());
-        let (results, error) = listen(&console);
+        let (results, error) = listen(&console, self.patience);
         drop(qemu);
 
         let mut stats = Vec::new();
@@ -305,28 +309,32 @@ fn lines(console: impl Read + Send + 'static) -> Receiver<String> {
 }
 
 /// The results until the guest's end, and what went wrong.
-fn listen(console: &Receiver<String>) -> (Vec<Value>, Option<String>) {
+fn listen(console: &Receiver<String>, patience: Duration) -> (Vec<Value>, Option<String>) {
     let begun = Instant::now();
-    let (mut results, mut all, mut ended) = (Vec::new(), String::new(), None);
-    loop {
-        let line = match console.recv_timeout(PATIENCE.saturating_sub(begun.elapsed())) {
+    let (mut results, mut others, mut ended) = (Vec::new(), Vec::new(), None);
+    let why = loop {
+        let line = match console.recv_timeout(patience.saturating_sub(begun.elapsed())) {
             Ok(line) => line,
-            Err(RecvTimeoutError::Disconnected) => break,
-            Err(RecvTimeoutError::Timeout) => {
-                return (results, Some(format!("the guest has not ended within {PATIENCE:?}:\n{all}")));
-            }
+            Err(RecvTimeoutError::Disconnected) => break "has crashed".to_owned(),
+            Err(RecvTimeoutError::Timeout) => break format!("has not ended within {patience:?}"),
         };
-        writeln!(all, "{line}").unwrap();
         // Before the first one are the firmware's control characters.
-        let Some((_, text)) = line.split_once("GUEST ") else { continue };
+        let Some((_, text)) = line.split_once("GUEST ") else {
+            others.push(line);
+            if others.len() > MOST_LINES {
+                break "has crashed".to_owned();
+            }
+            continue;
+        };
         let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
         match (value.get("end"), value.get("error")) {
             (Some(_), _) => ended = Some(None),
             (None, Some(error)) => ended = Some(Some(format!("the guest says: {error}"))),
             (None, None) => results.push(value),
         }
-    }
-    (results, ended.unwrap_or_else(|| Some(format!("the guest has crashed:\n{all}"))))
+    };
+    others.truncate(SHOWN_LINES);
+    (results, ended.unwrap_or_else(|| Some(format!("the guest {why}:\n{}", others.join("\n")))))
 }
 
 impl Seen {
@@ -337,6 +345,14 @@ impl Seen {
         }
         assert!(!self.results.is_empty());
         self
+    }
+
+    /// What is printed of each boot: the guest's results, the back-end's figures, and the error's first line.
+    pub fn print(&self, title: &str) {
+        self.results.iter().chain(&self.stats).for_each(|object| println!("{title}: {object}"));
+        if let Some(line) = self.error.as_deref().and_then(|error| error.lines().next()) {
+            println!("{title}: {line}");
+        }
     }
 
     /// A number of each result.

@@ -6,6 +6,7 @@ use std::time::Duration;
 crate::list![
     an_unmap_takes_as_long_as_the_read_it_meets_and_nothing_is_overwritten,
     an_answer_that_comes_too_early_overwrites_memory,
+    a_used_entry_that_comes_too_early_is_noticed,
     one_unmap_waits_for_both_devices_of_a_group,
 ];
 
@@ -20,11 +21,13 @@ fn setup() -> Setup {
 }
 
 fn print_rounds(title: &str, seen: &Seen) {
+    seen.stats.iter().for_each(|stats| println!("{title}: {stats}"));
     for result in &seen.results {
         let number = |name| number(result, name);
         println!(
-            "{title}: a read takes {} us; unmap {} us, {} us after the read began; {} foreign words",
+            "{title}: a read takes {} us; unmap of another page {} us, of its own {} us, until {} us after it began; {} foreign words",
             number("read_us"),
+            number("apart_us"),
             number("unmap_us"),
             number("held_us"),
             number("foreign")
@@ -46,15 +49,27 @@ fn held(seen: &Seen) -> Vec<Duration> {
     held
 }
 
+/// A machine that is busy with something else lengthens some rounds, and not most.
+fn median(mut times: Vec<Duration>) -> Duration {
+    times.sort();
+    times[times.len() / 2]
+}
+
+/// An unmap of what no read goes to waits for none.
+fn check_apart(seen: &Seen) {
+    let apart = median(seen.each("apart_us").into_iter().map(Duration::from_micros).collect());
+    assert!(apart < LATENCY / 2, "{apart:?}: the unmap has waited for a read elsewhere");
+}
+
 fn an_unmap_takes_as_long_as_the_read_it_meets_and_nothing_is_overwritten() {
     for strict in [false, true] {
         let seen = Setup { strict, ..setup() }.boot().whole();
         print_rounds(if strict { "strict" } else { "lazy" }, &seen);
         assert_eq!(seen.sum("foreign"), 0, "{:?}", seen.results);
-        for held in held(&seen) {
-            assert!(held >= LATENCY, "{held:?}: the unmap has not waited for the read");
-            assert!(held < 5 * LATENCY, "{held:?}: the unmap has waited for something else");
-        }
+        check_apart(&seen);
+        let held = held(&seen);
+        assert!(held.iter().all(|held| *held >= LATENCY), "the unmap has not waited for the read: {held:?}");
+        assert!(median(held.clone()) < 2 * LATENCY, "the unmap has waited for something else: {held:?}");
         assert!(seen.stat("met_in_flight")[0] > 0, "{:?}", seen.stats);
     }
 }
@@ -67,6 +82,12 @@ fn an_answer_that_comes_too_early_overwrites_memory() {
     assert!(seen.sum("foreign") >= held.len() as u64 * WORDS, "the whole read is in memory of another use: {:?}", seen.results);
 }
 
+fn a_used_entry_that_comes_too_early_is_noticed() {
+    let seen = Setup { fault: Some("early-used"), ..setup() }.boot();
+    seen.print("early-used");
+    assert!(seen.sum("wrong") > 0, "the driver looks before the words are there: {:?}", seen.results);
+}
+
 fn one_unmap_waits_for_both_devices_of_a_group() {
     let cases = [
         ("two processes", Served::Processes),
@@ -76,13 +97,13 @@ fn one_unmap_waits_for_both_devices_of_a_group() {
     for (title, served) in cases {
         let seen = Setup { served, job: "vfio-pair", devices: 2, shared_slot: true, ..setup() }.boot().whole();
         print_rounds(title, &seen);
-        println!("{title}: {:?}", seen.stats);
         assert_eq!(seen.sum("foreign"), 0, "{:?}", seen.results);
-        for held in held(&seen) {
-            assert!(held >= LATENCY, "{title}: {held:?}");
-            // The reads were begun together: the second wait finds its read done.
-            assert!(held < 2 * LATENCY, "{title}: {held:?}: one read after the other");
-        }
+        check_apart(&seen);
+        check_apart(&seen);
+        let held = held(&seen);
+        assert!(held.iter().all(|held| *held >= LATENCY), "{title}: {held:?}");
+        // The reads were begun together: the second wait finds its read done.
+        assert!(median(held.clone()) < 2 * LATENCY, "{title}: one read after the other: {held:?}");
         let both = |name| seen.stat(name).iter().all(|count| *count >= ROUNDS);
         assert!(both("invalidates"), "an unmap invalidates both: {:?}", seen.stats);
     }
