@@ -69,8 +69,6 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
     let group = Group::open(number)?;
     let device = |(index, address): (u64, &String)| Block::new(&group, address, QUEUES + index * PAGE as u64);
     let mut devices = (0..).zip(&addresses).map(device).collect::<Result<Vec<_>>>()?;
-    // The pages of the round before: they are not this round's, at the same address.
-    let mut before = None;
     for round in 0..reads.rounds {
         // One range: each device has a part of it, and all of it is unmapped by one call.
         let data = Pages::new(reads.bytes * count)?;
@@ -83,14 +81,14 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
         // One read to its end: it is right, and says how long a read takes.
         data.fill_own();
         let begun = Instant::now();
-        begin(&mut devices, &reads, 2 * round)?;
-        let statuses = finish(&devices)?;
+        begin(&mut devices, &reads, 3 * round)?;
+        let before = finish(&devices)?;
         let read = begun.elapsed();
-        let wrong = wrong(&data, &devices, &reads, 2 * round);
+        let wrong_before = wrong(&data, &devices, &reads, 3 * round);
         // One that is still in flight when its memory is taken away.
         data.fill_own();
         let begun = Instant::now();
-        begin(&mut devices, &reads, 2 * round + 1)?;
+        begin(&mut devices, &reads, 3 * round + 1)?;
         thread::sleep(reads.delay);
         let early = devices.iter().filter(|device| device.ended()).count();
         // This meets nothing that is in flight.
@@ -101,6 +99,13 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
         data.fill_own();
         let later = finish(&devices)?;
         thread::sleep(reads.settle);
+        // Other pages at the same address, and the device has not been reset: it has to ask for them.
+        let other = Pages::new(reads.bytes * count)?;
+        other.fill_own();
+        group.map(&other, DATA)?;
+        begin(&mut devices, &reads, 3 * round + 2)?;
+        let statuses = [before, finish(&devices)?].concat();
+        let wrong = wrong_before + wrong(&other, &devices, &reads, 3 * round + 2);
         let foreign = data.foreign();
         report(&format!(
             r#"{{"job":"vfio","round":{round},"devices":{count},"statuses":{statuses:?},"wrong":{wrong},"read_us":{},"ended_before":{early},"apart_us":{},"unmap_us":{},"held_us":{},"statuses_later":{later:?},"foreign":{foreign}}}"#,
@@ -109,9 +114,8 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
             unmap.as_micros(),
             held.as_micros(),
         ));
-        before = Some(data);
+        group.unmap(DATA, other.bytes())?;
     }
-    drop(before);
     Ok(())
 }
 

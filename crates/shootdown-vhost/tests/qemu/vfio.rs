@@ -7,6 +7,7 @@ crate::list![
     an_unmap_takes_as_long_as_the_read_it_meets_and_nothing_is_overwritten,
     an_answer_that_comes_too_early_overwrites_memory,
     a_used_entry_that_comes_too_early_is_noticed,
+    a_translation_that_is_kept_is_noticed,
     one_unmap_waits_for_both_devices_of_a_group,
 ];
 
@@ -86,6 +87,14 @@ fn a_used_entry_that_comes_too_early_is_noticed() {
     let seen = Setup { fault: Some("early-used"), ..setup() }.boot();
     seen.print("early-used");
     assert!(seen.sum("wrong") > 0, "the driver looks before the words are there: {:?}", seen.results);
+}
+
+fn a_translation_that_is_kept_is_noticed() {
+    let seen = Setup { fault: Some("keep-translations"), ..setup() }.boot();
+    seen.print("keep-translations");
+    // Each round ends with a read into other pages at the same address.
+    assert!(seen.sum("wrong") >= ROUNDS * WORDS, "the read has gone elsewhere: {:?}", seen.results);
+    assert!(seen.sum("foreign") >= ROUNDS * WORDS, "it has gone where the address was before: {:?}", seen.results);
 }
 
 fn one_unmap_waits_for_both_devices_of_a_group() {
