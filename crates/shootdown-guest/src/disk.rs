@@ -115,6 +115,10 @@ impl Disk {
         self.each(blocks, |bytes, offset, turn| {
             pattern::fill(bytes, self.seed, self.index, offset);
             self.file.write_all_at(bytes, offset)?;
+            if turn == 64 {
+                // From here on there is always something in flight.
+                system::report(&format!(r#"{{"begun":{}}}"#, self.index));
+            }
             if turn % 64 == 63 { Ok(self.file.sync_data()?) } else { Ok(()) }
         })?;
         Ok(self.file.sync_all()?)

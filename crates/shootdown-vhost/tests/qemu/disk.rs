@@ -7,6 +7,7 @@ crate::list![
     all_words_are_right_in_strict_mode,
     all_words_are_right_in_lazy_mode,
     the_answer_to_a_flush_waits_only_for_what_is_in_flight,
+    a_front_end_that_is_killed_under_load_is_followed_by_another,
 ];
 
 /// No word is wrong, the sums of the guest and the host agree, and the device has discarded.
@@ -56,4 +57,11 @@ fn the_answer_to_a_flush_waits_only_for_what_is_in_flight() {
     let job = Duration::from_millis(seen.sum("ms"));
     println!("the longest answer took {longest:?}, the job {job:?}");
     assert!(longest < 20 * latency && longest < job / 4, "{longest:?} of {job:?}");
+}
+
+fn a_front_end_that_is_killed_under_load_is_followed_by_another() {
+    let latency = Duration::from_millis(5);
+    let seen = Setup { devices: 2, kill_one_before: true, mib: 16, latency, ..Setup::default() }.boot().whole();
+    seen.print("after another guest");
+    check_words(&seen, 2);
 }

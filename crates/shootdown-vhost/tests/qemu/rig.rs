@@ -17,6 +17,8 @@ use tempfile::TempDir;
 pub const SEED: u16 = 7;
 /// A kernel that says more than so many lines has lost its mind.
 const MOST_LINES: usize = 1000;
+/// The job `disk` says so when it has requests in flight.
+const BEGUN: &str = "GUEST {\"begun\"";
 /// Lines of the console that an error shows.
 const SHOWN_LINES: usize = 60;
 /// How long a back-end may take to begin and to end.
@@ -121,6 +123,8 @@ pub struct Setup {
     pub mib: u64,
     /// Whether the disks have their words before the guest begins.
     pub filled: bool,
+    /// Before this guest, another one with the same back-end is killed in the middle of its job.
+    pub kill_one_before: bool,
     /// How long the boot with its job may take.
     pub patience: Duration,
 }
@@ -141,6 +145,7 @@ impl Default for Setup {
             fault: None,
             mib: 64,
             filled: false,
+            kill_one_before: false,
             patience: Duration::from_secs(90),
         }
     }
@@ -187,10 +192,34 @@ impl Setup {
         let sockets: Vec<PathBuf> = (0..self.devices).map(|disk| path(&format!("socket{disk}"))).collect();
         let mut backends = self.start_backends(&sockets, &files, folder.path());
 
+        if self.kill_one_before {
+            let (qemu, console) = self.start_qemu(&sockets, &files, folder.path());
+            let begun = console.iter().any(|line| line.contains(BEGUN));
+            drop(qemu);
+            assert!(begun, "{}", log(folder.path(), "qemu"));
+        }
+        let (qemu, console) = self.start_qemu(&sockets, &files, folder.path());
+        let (results, error) = listen(&console, self.patience);
+        drop(qemu);
+
+        let mut stats = Vec::new();
+        for (index, backend) in backends.iter_mut().enumerate() {
+            if let Some(status) = backend.process.0.try_wait().unwrap() {
+                let log = log(folder.path(), &format!("backend{index}"));
+                assert!(status.success(), "a back-end has ended with {status}: {log}");
+            }
+            stats.extend(backend.end());
+        }
+        let error = error.map(|error| format!("{error}\n{}", log(folder.path(), "qemu")));
+        Seen { results, stats, error, files, _folder: folder }
+    }
+
+    /// QEMU, and the lines of the guest's console.
+    fn start_qemu(&self, sockets: &[PathBuf], files: &[PathBuf], folder: &Path) -> (Process, Receiver<String>) {
         let [kernel, initramfs] = image();
         let mut command = guest_sh();
         command.args(["boot", "--job", self.job, "--image"]).args([kernel, initramfs]);
-        for (file, socket) in files.iter().zip(&sockets) {
+        for (file, socket) in files.iter().zip(sockets) {
             match self.served {
                 Served::Qemu { throttle } => command.arg("--own").arg(file).args(["--throttle", &throttle.to_string()]),
                 _ => command.arg("--socket").arg(socket),
@@ -202,23 +231,11 @@ impl Setup {
         for (name, value) in [("mib", self.mib), ("seed", SEED.into())].iter().chain(&self.set) {
             command.args(["--set", &format!("{name}={value}")]);
         }
-        let errors = File::create(path("qemu.log")).unwrap();
+        let errors = File::create(folder.join("qemu.log")).unwrap();
         let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors).spawn().unwrap();
         let mut qemu = Process(child);
         let console = lines(qemu.0.stdout.take().unwrap());
-        let (results, error) = listen(&console, self.patience);
-        drop(qemu);
-
-        let mut stats = Vec::new();
-        for (index, backend) in backends.iter_mut().enumerate() {
-            let log = || fs::read_to_string(path(&format!("backend{index}.log"))).unwrap_or_default();
-            if let Some(status) = backend.process.0.try_wait().unwrap() {
-                assert!(status.success(), "a back-end has ended with {status}: {}", log());
-            }
-            stats.extend(backend.end());
-        }
-        let error = error.map(|error| format!("{error}\n{}", fs::read_to_string(path("qemu.log")).unwrap_or_default()));
-        Seen { results, stats, error, files, _folder: folder }
+        (qemu, console)
     }
 
     fn start_backends(&self, sockets: &[PathBuf], files: &[PathBuf], folder: &Path) -> Vec<Backend> {
@@ -244,8 +261,7 @@ impl Setup {
             if domain {
                 command.arg("--domain");
             }
-            let log = || File::create(folder.join(format!("backend{index}.log"))).unwrap();
-            let log = log();
+            let log = File::create(folder.join(format!("backend{index}.log"))).unwrap();
             let child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
             Backend { process: Process(child), stats }
         };
@@ -254,8 +270,7 @@ impl Setup {
         let begun = Instant::now();
         while !sockets.iter().all(|socket| socket.exists()) {
             let ended = backends.iter_mut().any(|backend| backend.process.0.try_wait().unwrap().is_some());
-            let log = || fs::read_to_string(folder.join("backend0.log")).unwrap_or_default();
-            assert!(!ended && begun.elapsed() < SOON, "a back-end does not listen: {}", log());
+            assert!(!ended && begun.elapsed() < SOON, "a back-end does not listen: {}", log(folder, "backend0"));
             thread::sleep(Duration::from_millis(5));
         }
         backends
@@ -295,6 +310,11 @@ fn create(file: &Path, disk: usize, bytes: u64, filled: bool) {
     file.set_len(bytes).unwrap();
 }
 
+/// What a process has said.
+fn log(folder: &Path, name: &str) -> String {
+    fs::read_to_string(folder.join(format!("{name}.log"))).unwrap_or_default()
+}
+
 /// The console's lines.
 fn lines(console: impl Read + Send + 'static) -> Receiver<String> {
     let (send, receive) = mpsc::channel();
@@ -326,6 +346,9 @@ fn listen(console: &Receiver<String>, patience: Duration) -> (Vec<Value>, Option
             }
             continue;
         };
+        if line.contains(BEGUN) {
+            continue;
+        }
         let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
         match (value.get("end"), value.get("error")) {
             (Some(_), _) => ended = Some(None),
