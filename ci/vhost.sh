@@ -11,7 +11,7 @@ if ! command -v qemu-system-x86_64 >/dev/null 2>&1 && command -v apt-get >/dev/n
     (apt-get install -y --no-install-recommends qemu-system-x86 || (apt-get update && apt-get install -y --no-install-recommends qemu-system-x86)) \
         >/dev/null 2>&1 || echo "== left out: guests, because QEMU cannot be installed"
 fi
-crates/shootdown-vhost/guest.sh kernel || echo "== left out: guests, because there is no kernel for them"
+crates/shootdown-vhost/guest.sh fetch || echo "== left out: guests, because there is no kernel for them"
 export SHOOTDOWN_SCHEDULES="${SHOOTDOWN_SCHEDULES:-20000}"
 cargo test --release -p shootdown-vhost
 RUSTFLAGS="--cfg loom ${RUSTFLAGS:-}" CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-target}/loom" \

@@ -11,6 +11,9 @@ use vm_memory::Permissions;
 /// Those that miss addresses of one such page ask together.
 const PAGE: u64 = 0x1000;
 
+/// So many are asked for before the first is answered, at most.
+const SENT: usize = 16;
+
 /// A translation that is asked for.
 #[derive(Debug)]
 pub(super) struct Miss {
@@ -64,6 +67,8 @@ pub(super) struct Asked {
     unsent: VecDeque<Arc<Miss>>,
     /// Sent, and not answered.
     sent: VecDeque<Arc<Miss>>,
+    /// The last UPDATE told of more than a page.
+    large: bool,
 }
 
 impl Asked {
@@ -78,10 +83,11 @@ impl Asked {
         miss.clone()
     }
 
-    /// The next one that is to be sent. One at a time if each has an answer: the front-end serves
-    /// one after the other, and its UPDATE may tell of more than was asked for.
+    /// The next one that is to be sent. Where UPDATEs tell of more than a page, one at a time: the
+    /// next may be known by its answer.
     pub(super) fn next(&mut self) -> Option<Arc<Miss>> {
-        if self.answers == Answers::Each && !self.sent.is_empty() {
+        let most = if self.large { 1 } else { SENT };
+        if self.answers == Answers::Each && self.sent.len() >= most {
             return None;
         }
         let miss = loop {
@@ -100,6 +106,7 @@ impl Asked {
     #[must_use = "who waits for them is to be told"]
     pub(super) fn filled(&mut self, range: AddressRange, access: Permissions) -> Vec<Arc<Miss>> {
         let (first, last) = (range.start() / PAGE, range.last() / PAGE);
+        self.large = last > first;
         let near = self.waiting.range((first, 0)..=(last, u8::MAX));
         let of_these: Vec<_> = near.map(|(_, miss)| miss).filter(|miss| range.contains(miss.iova)).cloned().collect();
         of_these.into_iter().filter(|miss| self.is_over(miss, access)).collect()

@@ -6,7 +6,7 @@ use rand::Rng;
 use rand::rngs::SmallRng;
 use rustix::event::{EventfdFlags, eventfd};
 use shootdown_vhost::message::{Message, iotlb_bytes, iotlb_message};
-use std::collections::VecDeque;
+use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use vhost::vhost_user::message::{
     BackendReq, FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion, VhostUserVringAddr,
@@ -35,6 +35,8 @@ pub struct Frontend {
     /// What is waited for.
     waiting: Option<(u32, After)>,
     misses: VecDeque<VhostIotlbMsg>,
+    /// Pages and accesses that were asked for, and not told of since.
+    untold: BTreeSet<(u64, u8)>,
     /// Unmapped, and not told yet.
     lazy: Option<Vec<(u64, u64)>>,
     pub answered: u64,
@@ -74,8 +76,14 @@ impl Frontend {
     /// Connects, and starts the device.
     pub fn new(guest: &Guest, lazy: bool, backend: OwnedFd, event_idx: bool) -> Self {
         let features: u64 = 1 << 32 | 1 << 33 | 1 << 30 | 1 << 28 | if event_idx { 1 << 29 } else { 0 };
-        let mut frontend =
-            Self { script: VecDeque::new(), waiting: None, misses: VecDeque::new(), lazy: lazy.then(Vec::new), answered: 0 };
+        let mut frontend = Self {
+            script: VecDeque::new(),
+            waiting: None,
+            misses: VecDeque::new(),
+            untold: BTreeSet::new(),
+            lazy: lazy.then(Vec::new),
+            answered: 0,
+        };
         frontend.script.extend([
             (Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[]), true, After::Nothing),
             plain(FrontendReq::SET_PROTOCOL_FEATURES, &0x229u64.to_ne_bytes()),
@@ -140,6 +148,10 @@ impl Frontend {
 
     pub fn send(&mut self) -> Option<Message> {
         let (message, answered, after) = self.script.pop_front()?;
+        if let Some(update) = iotlb_message(&message.payload).filter(|update| update.msg_type == VhostIotlbType::Update) {
+            let told = update.iova / PAGE..(update.iova + update.size) / PAGE;
+            self.untold.retain(|(page, _)| !told.contains(page));
+        }
         if answered {
             self.waiting = Some((message.request, after));
         }
@@ -150,8 +162,10 @@ impl Frontend {
     pub fn serve_miss(&mut self, guest: &Guest, random: &mut SmallRng) -> Option<Sent> {
         let miss = self.misses.front()?;
         let iova = miss.iova & !(PAGE - 1);
+        let asked = (iova / PAGE, miss.perm as u8);
         let Some(page) = guest.table.get(&(iova / PAGE)) else {
             self.misses.pop_front();
+            self.untold.remove(&asked);
             return Some(Sent::Backend(answer(1)));
         };
         // As large as it is contiguous, sometimes.
@@ -194,11 +208,11 @@ impl Frontend {
     /// The session has sent something on the back-end channel.
     pub fn asked(&mut self, message: &Message) -> Result<(), String> {
         let miss = iotlb_message(&message.payload).filter(|miss| miss.msg_type == VhostIotlbType::Miss);
-        let known = self.misses.iter().any(|known| known.iova / PAGE == miss.as_ref().map_or(0, |miss| miss.iova) / PAGE);
-        if known {
-            return Err("a page is asked for twice at a time".to_owned());
+        let miss = miss.ok_or(format!("{message:?} is no MISS"))?;
+        if !self.untold.insert((miss.iova / PAGE, miss.perm as u8)) {
+            return Err("a page is asked for twice, and nothing was told of it in between".to_owned());
         }
-        self.misses.push_back(miss.ok_or(format!("{message:?} is no MISS"))?);
+        self.misses.push_back(miss);
         Ok(())
     }
 

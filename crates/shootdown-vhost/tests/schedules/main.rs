@@ -278,7 +278,7 @@ fn no_schedule_deadlocks_or_sees_anything_stale() {
     println!("{completed} requests, {total:?}");
     if seeds().end - seeds().start > 1000 {
         let (all, met) = (seeds().end, total.met_in_flight);
-        assert!(completed > 3 * all && met > all && total.refused > all / 20, "{completed}, {total:?}: they show too little");
+        assert!(completed > 3 * all && met > all / 2 && total.refused > all / 20, "{completed}, {total:?}: they show too little");
     }
 }
 
