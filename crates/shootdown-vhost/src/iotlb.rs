@@ -340,10 +340,13 @@ impl Iotlb {
         self.tell(over);
     }
 
-    /// With an IOMMU: misses are asked for, and each has an answer if `each` is set.
-    pub(crate) fn with_iommu(&self, each: bool) {
+    /// With an IOMMU: misses are asked for, and each has an answer if `each` is set. `keep`: a
+    /// fault, what is known from an IOMMU is not forgotten.
+    pub(crate) fn with_iommu(&self, each: bool, keep: bool) {
         let mut state = self.0.state.lock();
-        state.table.clear();
+        if !keep || state.asked.answers == Answers::Nobody {
+            state.table.clear();
+        }
         state.asked.answers = if each { Answers::Each } else { Answers::Silent };
     }
 

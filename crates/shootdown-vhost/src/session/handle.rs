@@ -188,7 +188,10 @@ impl<D: Device> Session<D> {
         match (&self.backend, self.has_iommu()) {
             (_, false) => self.iotlb.without_iommu(&self.memory),
             (Backend::None, true) => self.iotlb.end(),
-            (_, true) => self.iotlb.with_iommu(self.protocol.contains(Protocol::REPLY_ACK)),
+            (_, true) => {
+                let keep = self.fault == Some(Fault::KeepTranslations);
+                self.iotlb.with_iommu(self.protocol.contains(Protocol::REPLY_ACK), keep);
+            }
         }
     }
 
