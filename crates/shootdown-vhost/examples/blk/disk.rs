@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::mem::offset_of;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
@@ -52,6 +52,8 @@ impl Disk {
         let flags = if options.direct { libc::O_DIRECT } else { 0 };
         let opened = File::options().read(true).write(!options.read_only).custom_flags(flags).open(path);
         let mut file = opened.with_context(|| format!("{} cannot be opened", path.display()))?;
+        let kind = file.metadata()?.file_type();
+        ensure!(kind.is_file() || kind.is_block_device(), "{} is neither a file nor a block device", path.display());
         // The metadata of a block device has no length.
         let len = file.seek(SeekFrom::End(0)).with_context(|| format!("{} has no length", path.display()))?;
         let block = if options.direct { direct_block(&file)? } else { SECTOR as u32 };

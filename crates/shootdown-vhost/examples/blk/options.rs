@@ -10,7 +10,7 @@ use std::time::Duration;
 /// A vhost-user block device for guests with an IOMMU: its data path is io_uring straight into the
 /// guest's memory.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "blk", version)]
 pub struct Options {
     /// Listens on this socket; an existing one is replaced. Once for each device
     #[arg(long = "socket", value_name = "PATH", required = true)]
