@@ -7,7 +7,7 @@ use crate::uring::Uring;
 use crate::{executor, stats::Counters};
 use anyhow::{Context as _, Result, ensure};
 use futures::StreamExt;
-use futures::future::select;
+use futures::future::{Either, select};
 use futures::stream::unfold;
 use rustix::fs::{AtFlags, StatxFlags, statx};
 use shootdown_vhost::{Chain, Device, Next, Ring};
@@ -169,6 +169,7 @@ fn serve(disk: &Disk, ring: Ring) -> io::Result<()> {
     let uring = Uring::new()?;
     // Of its own: the kernel may still poll it when the ring's is closed.
     let kick = Arc::new(ring.kick().try_clone_to_owned()?);
+    // Somebody else may have read it first.
     rustix::io::ioctl_fionbio(&kick, true)?;
     let writeback = ring.features() & 1 << blk::VIRTIO_BLK_F_FLUSH != 0;
     let most = usize::from(ring.size());
@@ -184,13 +185,13 @@ async fn next(uring: &Uring, kick: &Arc<OwnedFd>, mut ring: Ring) -> Option<(Cha
             Ok(Next::Chain(chain)) => return Some((chain, ring)),
             Ok(Next::Empty) => {
                 let kicked = pin!(uring.readable(kick));
-                if let futures::future::Either::Right((Err(error), _)) = select(ring.stopping(), kicked).await {
+                if let Either::Right((Err(error), _)) = select(ring.stopping(), kicked).await {
                     tracing::error!(queue = ring.index(), %error, "kicks cannot be waited for");
                     return None;
                 }
                 let _ = rustix::io::read(kick.as_fd(), &mut [0; 8]);
             }
-            Ok(Next::Stopping) => return None,
+            // Stopping.
             Ok(_) => return None,
             Err(error) => {
                 tracing::error!(queue = ring.index(), %error, "a ring cannot go on");
