@@ -81,7 +81,7 @@ fn report(completed: Result<(), CompleteError>) {
     match completed {
         Ok(()) => {}
         Err(CompleteError::Stopping) => tracing::debug!("the ring stops; the guest does not hear of a request"),
-        Err(error) => tracing::error!(%error, "the guest does not hear of a request"),
+        Err(error) => tracing::warn!(%error, "the guest does not hear of a request"),
     }
 }
 
