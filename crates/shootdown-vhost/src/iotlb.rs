@@ -381,6 +381,11 @@ impl Iotlb {
     /// the front-end is heard again.
     pub fn invalidate(&self, range: AddressRange) -> Invalidated {
         self.forget_in_domain(range);
+        self.invalidate_in_flight(range)
+    }
+
+    /// The same, and forgets nothing.
+    pub(crate) fn invalidate_in_flight(&self, range: AddressRange) -> Invalidated {
         count(&self.0.counters.invalidates, 1);
         Invalidated { future: self.wait_for(range), iotlb: self.clone(), began: Instant::now() }
     }
@@ -417,10 +422,13 @@ impl Iotlb {
         self.tell(over);
     }
 
-    /// With an IOMMU: misses are asked for, and each has an answer if `each` is set.
-    pub(crate) fn with_iommu(&self, each: bool) {
+    /// With an IOMMU: misses are asked for, and each has an answer if `each` is set. `keep`: a
+    /// fault, what is known from an IOMMU is not forgotten.
+    pub(crate) fn with_iommu(&self, each: bool, keep: bool) {
         let mut asked = self.0.asked.lock();
-        self.0.table.write().clear();
+        if !keep || asked.answers == Answers::Nobody {
+            self.0.table.write().clear();
+        }
         asked.answers = if each { Answers::Each } else { Answers::Silent };
     }
 
@@ -428,7 +436,7 @@ impl Iotlb {
     #[cfg(loom)]
     #[doc(hidden)]
     pub fn ask_silently(&self) {
-        self.with_iommu(false);
+        self.with_iommu(false, false);
     }
 
     /// There is nobody to ask any more: all that waits fails.

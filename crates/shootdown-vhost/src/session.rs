@@ -30,7 +30,8 @@ use vhost::{VhostIotlbMsg, VhostIotlbType};
 pub enum Fault {
     /// Answers INVALIDATE and GET_VRING_BASE at once, whatever is in flight.
     AnswerEarly,
-    /// Keeps translations: INVALIDATE waits for what is in flight, and forgets nothing.
+    /// Keeps translations: INVALIDATE waits for what is in flight, and forgets nothing. Nor does a
+    /// device that stops.
     KeepTranslations,
 }
 

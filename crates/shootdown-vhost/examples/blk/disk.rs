@@ -7,7 +7,7 @@ use crate::uring::Uring;
 use crate::{executor, stats::Counters};
 use anyhow::{Context as _, Result, ensure};
 use futures::StreamExt;
-use futures::future::select;
+use futures::future::{Either, select};
 use futures::stream::unfold;
 use rustix::fs::{AtFlags, StatxFlags, statx};
 use shootdown_vhost::{Chain, Device, Next, Ring};
@@ -15,7 +15,7 @@ use std::fs::File;
 use std::io::{self, Seek, SeekFrom};
 use std::mem::offset_of;
 use std::os::fd::{AsFd, OwnedFd};
-use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 use std::path::Path;
 use std::pin::pin;
 use std::sync::Arc;
@@ -52,6 +52,8 @@ impl Disk {
         let flags = if options.direct { libc::O_DIRECT } else { 0 };
         let opened = File::options().read(true).write(!options.read_only).custom_flags(flags).open(path);
         let mut file = opened.with_context(|| format!("{} cannot be opened", path.display()))?;
+        let kind = file.metadata()?.file_type();
+        ensure!(kind.is_file() || kind.is_block_device(), "{} is neither a file nor a block device", path.display());
         // The metadata of a block device has no length.
         let len = file.seek(SeekFrom::End(0)).with_context(|| format!("{} has no length", path.display()))?;
         let block = if options.direct { direct_block(&file)? } else { SECTOR as u32 };
@@ -167,6 +169,7 @@ fn serve(disk: &Disk, ring: Ring) -> io::Result<()> {
     let uring = Uring::new()?;
     // Of its own: the kernel may still poll it when the ring's is closed.
     let kick = Arc::new(ring.kick().try_clone_to_owned()?);
+    // Somebody else may have read it first.
     rustix::io::ioctl_fionbio(&kick, true)?;
     let writeback = ring.features() & 1 << blk::VIRTIO_BLK_F_FLUSH != 0;
     let most = usize::from(ring.size());
@@ -182,13 +185,13 @@ async fn next(uring: &Uring, kick: &Arc<OwnedFd>, mut ring: Ring) -> Option<(Cha
             Ok(Next::Chain(chain)) => return Some((chain, ring)),
             Ok(Next::Empty) => {
                 let kicked = pin!(uring.readable(kick));
-                if let futures::future::Either::Right((Err(error), _)) = select(ring.stopping(), kicked).await {
+                if let Either::Right((Err(error), _)) = select(ring.stopping(), kicked).await {
                     tracing::error!(queue = ring.index(), %error, "kicks cannot be waited for");
                     return None;
                 }
                 let _ = rustix::io::read(kick.as_fd(), &mut [0; 8]);
             }
-            Ok(Next::Stopping) => return None,
+            // Stopping.
             Ok(_) => return None,
             Err(error) => {
                 tracing::error!(queue = ring.index(), %error, "a ring cannot go on");

@@ -3,7 +3,6 @@
 #![forbid(unsafe_code)]
 
 use crate::uring::Uring;
-use futures::FutureExt;
 use futures::task::{ArcWake, noop_waker_ref, waker};
 use rustix::event::{EventfdFlags, eventfd};
 use std::future::Future;
@@ -42,16 +41,16 @@ pub fn run<T>(uring: &Uring, future: impl Future<Output = T>) -> io::Result<T> {
     let bell = Arc::new(Bell { state: AtomicU8::new(AWAKE), fd: fd.clone() });
     let waker = waker(bell.clone());
     let mut future = pin!(future);
-    let mut rung = Box::pin(uring.readable(&fd).fuse());
+    let mut rung = Box::pin(uring.readable(&fd));
     loop {
         if let Poll::Ready(output) = future.as_mut().poll(&mut Context::from_waker(&waker)) {
             return Ok(output);
         }
         // Once for each time it rings. The loop goes round anyway then, so no waker is needed.
-        while let Poll::Ready(ready) = rung.poll_unpin(&mut Context::from_waker(noop_waker_ref())) {
+        while let Poll::Ready(ready) = rung.as_mut().poll(&mut Context::from_waker(noop_waker_ref())) {
             ready?;
             let _ = rustix::io::read(&fd, &mut [0; 8]);
-            rung.set(uring.readable(&fd).fuse());
+            rung.set(uring.readable(&fd));
         }
         let sleeps = bell.state.compare_exchange(AWAKE, ASLEEP, Ordering::AcqRel, Ordering::Acquire).is_ok();
         uring.enter(usize::from(sleeps))?;

@@ -30,11 +30,13 @@ mod uring;
 
 #[cfg(target_os = "linux")]
 fn main() -> std::process::ExitCode {
+    use std::io::IsTerminal;
     use tracing_subscriber::EnvFilter;
 
     let options = options::Options::read();
     let filter = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
     match run(&options) {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {

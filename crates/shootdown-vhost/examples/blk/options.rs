@@ -10,12 +10,12 @@ use std::time::Duration;
 /// A vhost-user block device for guests with an IOMMU: its data path is io_uring straight into the
 /// guest's memory.
 #[derive(Debug, Parser)]
-#[command(version)]
+#[command(name = "blk", version)]
 pub struct Options {
     /// Listens on this socket; an existing one is replaced. Once for each device
     #[arg(long = "socket", value_name = "PATH", required = true)]
     pub sockets: Vec<PathBuf>,
-    /// The disk's content, a file or a block device. The first belongs to the first socket, and so on
+    /// A disk's content: a file or a block device. The first is that of the first socket, and so on
     #[arg(long = "file", value_name = "PATH", required = true)]
     pub files: Vec<PathBuf>,
     /// Queues of each device
@@ -33,7 +33,7 @@ pub struct Options {
     /// Writes figures of all devices here, as JSON: when a front-end goes, and at the end
     #[arg(long, value_name = "PATH")]
     pub stats: Option<PathBuf>,
-    /// Opens the files with O_DIRECT. The guest's buffers have to be aligned as the file system wants
+    /// Opens the files with O_DIRECT. The guest's buffers have to be aligned as each of them needs it
     #[arg(long)]
     pub direct: bool,
     /// The guest may not write

@@ -47,8 +47,8 @@ struct Outcome {
     written: usize,
 }
 
-/// Does what the chain asks for, and tells the guest. `writeback`: what has been written may be lost
-/// until the guest flushes.
+/// Does what the chain asks for, and tells the guest. `writeback`: what has been written may be
+/// lost until the guest flushes.
 pub async fn serve(disk: &Disk, uring: &Uring, chain: Chain, writeback: bool) {
     let Some(status_at) = chain.writable().len().checked_sub(1) else {
         tracing::warn!(?chain, "a request without room for its status");
@@ -81,7 +81,7 @@ fn report(completed: Result<(), CompleteError>) {
     match completed {
         Ok(()) => {}
         Err(CompleteError::Stopping) => tracing::debug!("the ring stops; the guest does not hear of a request"),
-        Err(error) => tracing::error!(%error, "the guest does not hear of a request"),
+        Err(error) => tracing::warn!(%error, "the guest does not hear of a request"),
     }
 }
 

@@ -8,7 +8,7 @@ use shootdown_vhost::{Domain, Fault, Iotlb, Session, driver};
 use std::fs;
 use std::io;
 use std::net::Shutdown;
-use std::os::unix::fs::FileTypeExt;
+use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -17,6 +17,8 @@ pub struct Server {
     index: usize,
     pub disk: Arc<Disk>,
     path: PathBuf,
+    /// The file at `path`, as long as nobody else has replaced it.
+    inode: u64,
     listener: UnixListener,
     /// Of all devices, if they share one.
     domain: Option<Domain>,
@@ -40,15 +42,16 @@ impl Server {
         let disk = Arc::new(Disk::open(index, file, options)?);
         let listener = listen(&path)?;
         tracing::info!(device = index, socket = %path.display(), file = %file.display(), sectors = disk.sectors(), "listening");
+        let inode = fs::symlink_metadata(&path)?.ino();
         let (fault, driver, once) = (options.session_fault(), options.driver, options.once);
-        Ok(Self { index, disk, path, listener, domain, fault, driver, once, now: Mutex::new(Now::Waiting) })
+        Ok(Self { index, disk, path, inode, listener, domain, fault, driver, once, now: Mutex::new(Now::Waiting) })
     }
 
     fn now(&self) -> MutexGuard<'_, Now> {
         self.now.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Serves one front-end after the other until the [end](Self::end). `gone` is called after each.
+    /// Serves one front-end after the other until its [end](Self::end). After each it calls `gone`.
     pub fn run(&self, gone: impl Fn()) -> Result<()> {
         loop {
             let socket = match self.listener.accept() {
@@ -110,7 +113,9 @@ impl Server {
 
 impl Drop for Server {
     fn drop(&mut self) {
-        if let Err(error) = fs::remove_file(&self.path) {
+        if fs::symlink_metadata(&self.path).is_ok_and(|found| found.ino() == self.inode)
+            && let Err(error) = fs::remove_file(&self.path)
+        {
             tracing::debug!(%error, socket = %self.path.display(), "the socket's file stays");
         }
     }

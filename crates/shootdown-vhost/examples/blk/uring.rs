@@ -118,7 +118,7 @@ impl Uring {
     /// `entry` refers to nothing but `held` has it.
     fn start(&self, entry: squeue::Entry, held: Held) -> io::Result<Operation> {
         let inner = &self.0;
-        let key = inner.slots.borrow_mut().insert(Slot { state: State::Pending(None), held: held });
+        let key = inner.slots.borrow_mut().insert(Slot { state: State::Pending(None), held });
         let pushed = inner.push(&entry.user_data(key as u64));
         if pushed.is_err() {
             let slot = inner.slots.borrow_mut().remove(key);
@@ -127,7 +127,7 @@ impl Uring {
         pushed.map(|()| Operation { inner: inner.clone(), key, done: false })
     }
 
-    /// Submits what has been started, and waits until at least `want` operations are complete.
+    /// Submits what has been started, and waits until `want` operations are complete, or more.
     pub fn enter(&self, want: usize) -> io::Result<()> {
         self.0.enter(want)
     }
@@ -191,7 +191,9 @@ impl Inner {
             if entry.user_data() != NOBODY {
                 let (held, waker) = self.complete(entry.user_data() as usize, entry.result());
                 drop(held);
-                waker.map(Waker::wake);
+                if let Some(waker) = waker {
+                    waker.wake();
+                }
             }
         }
     }
@@ -214,6 +216,7 @@ impl Drop for Inner {
             if let Err(error) = self.enter(1) {
                 tracing::error!(%error, "operations that cannot be waited for keep the guest's memory for ever");
                 std::mem::forget(self.slots.take());
+                return;
             }
             self.reap();
         }

@@ -17,11 +17,20 @@ pub(super) struct Line {
     channel: Channel,
     receiver: Receiver,
     sender: Sender,
+    /// The front-end has closed it.
+    gone: bool,
 }
 
 impl Line {
     fn new(socket: OwnedFd, channel: Channel) -> Self {
-        Self { socket: Arc::new(socket), channel, receiver: Receiver::default(), sender: Sender::default() }
+        Self { socket: Arc::new(socket), channel, receiver: Receiver::default(), sender: Sender::default(), gone: false }
+    }
+
+    /// A front-end that is gone is no error, whichever socket says so first.
+    fn fail(&mut self, error: ServeError) -> Result<(), ServeError> {
+        let gone = |error: &io::Error| matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe);
+        self.gone = matches!(&error, ServeError::Io(error) if gone(error));
+        if self.gone { Ok(()) } else { Err(error) }
     }
 
     /// Whether something is left to be sent.
@@ -65,21 +74,24 @@ impl Lines {
             }
             for line in &mut self.0 {
                 match line.sender.send(line.socket.as_fd()) {
-                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => return ended(line.channel, error.into()),
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => line.fail(error.into())?,
                     _ => {}
                 }
             }
+            if self.0.iter().any(|line| line.gone && line.channel == Channel::Frontend) {
+                return Ok(Step::Ended);
+            }
+            // Whoever waits for a translation learns when the front-end goes, too.
+            self.0.retain(|line| !line.gone);
             let Some(line) = self.0.get_mut(at) else { return Ok(Step::Idle) };
             match line.receiver.receive(line.socket.as_fd()) {
                 Ok(Received::Message(message)) => {
                     session.receive(line.channel, message)?;
                     at = 0;
                 }
-                Ok(Received::End) if line.channel == Channel::Frontend => return Ok(Step::Ended),
-                // Whoever waits for a translation learns when the front-end goes, too.
-                Ok(Received::End) => drop(self.0.remove(at)),
+                Ok(Received::End) => line.gone = true,
                 Err(ServeError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => at += 1,
-                Err(error) => return ended(line.channel, error),
+                Err(error) => line.fail(error)?,
             }
         }
     }
@@ -96,14 +108,5 @@ impl Lines {
                 }
             }
         }
-    }
-}
-
-/// A front-end that is gone is no error.
-fn ended(channel: Channel, error: ServeError) -> Result<Step, ServeError> {
-    let gone = |error: &io::Error| matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe);
-    match error {
-        ServeError::Io(error) if channel == Channel::Frontend && gone(&error) => Ok(Step::Ended),
-        error => Err(error),
     }
 }

@@ -23,6 +23,8 @@ pub(super) struct Miss {
     pub(super) over: Timeline,
     /// There is none.
     refused: AtomicBool,
+    /// Nobody will answer.
+    left: AtomicBool,
     /// An UPDATE has told of it.
     filled: AtomicBool,
 }
@@ -30,8 +32,13 @@ pub(super) struct Miss {
 impl Miss {
     /// Once it is over.
     pub(super) fn outcome(&self) -> Result<(), MapError> {
-        let refused = self.refused.load(Ordering::Acquire);
-        if refused { Err(MapError::Refused { iova: self.iova, access: self.access }) } else { Ok(()) }
+        if self.left.load(Ordering::Acquire) {
+            Err(MapError::Nobody { iova: self.iova })
+        } else if self.refused.load(Ordering::Acquire) {
+            Err(MapError::Refused { iova: self.iova, access: self.access })
+        } else {
+            Ok(())
+        }
     }
 
     fn key(&self) -> Key {
@@ -75,8 +82,9 @@ impl Asked {
     /// Asks for the translation of `iova`, alone or with others.
     pub(super) fn ask(&mut self, iova: u64, access: Permissions) -> Arc<Miss> {
         let miss = self.waiting.entry(key(iova, access)).or_insert_with(|| {
-            let (over, refused, filled) = (Timeline::new(), AtomicBool::new(false), AtomicBool::new(false));
-            let miss = Arc::new(Miss { iova, access, over, refused, filled });
+            let [refused, left, filled] = [const { AtomicBool::new(false) }; 3];
+            let over = Timeline::new();
+            let miss = Arc::new(Miss { iova, access, over, refused, left, filled });
             self.unsent.push_back(miss.clone());
             miss
         });
@@ -144,7 +152,7 @@ impl Asked {
         self.unsent.clear();
         self.sent.clear();
         let all: Vec<_> = std::mem::take(&mut self.waiting).into_values().collect();
-        all.iter().for_each(|miss| miss.refused.store(true, Ordering::Release));
+        all.iter().for_each(|miss| miss.left.store(true, Ordering::Release));
         all
     }
 }

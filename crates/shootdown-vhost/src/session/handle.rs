@@ -188,7 +188,10 @@ impl<D: Device> Session<D> {
         match (&self.backend, self.has_iommu()) {
             (_, false) => self.iotlb.without_iommu(&self.memory),
             (Backend::None, true) => self.iotlb.end(),
-            (_, true) => self.iotlb.with_iommu(self.protocol.contains(Protocol::REPLY_ACK)),
+            (_, true) => {
+                let keep = self.fault == Some(Fault::KeepTranslations);
+                self.iotlb.with_iommu(self.protocol.contains(Protocol::REPLY_ACK), keep);
+            }
         }
     }
 
@@ -300,7 +303,7 @@ impl<D: Device> Session<D> {
             return;
         };
         let due = match self.fault {
-            Some(Fault::KeepTranslations) => Due::Quiet(self.iotlb.wait_for(range), answered),
+            Some(Fault::KeepTranslations) => Due::Invalidated(self.iotlb.invalidate_in_flight(range), answered),
             Some(Fault::AnswerEarly) => {
                 // The passes belong to the space when it is dropped, and nobody waits for them.
                 drop(self.iotlb.invalidate(range));
