@@ -22,8 +22,14 @@ pub fn check_words(seen: &Seen, devices: usize) {
     }
 }
 
+/// Half of them, so that each pair is met in one mode or the other; all with `SHOOTDOWN_GUESTS=all`.
 fn all_words_are_right(strict: bool) {
+    let all = std::env::var("SHOOTDOWN_GUESTS").is_ok_and(|guests| guests == "all");
     for (devices, queues) in [(1, 1), (1, 4), (2, 1), (2, 4)] {
+        let mixed = (devices == 1) != (queues == 1);
+        if !all && mixed != strict {
+            continue;
+        }
         // A guest uses no more queues than it has processors.
         let seen = Setup { devices, queues, cpus: queues, strict, ..Setup::default() }.boot().whole();
         let mode = if strict { "strict" } else { "lazy" };
