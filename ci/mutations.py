@@ -246,6 +246,17 @@ MUTATIONS = [
     ("a set installs what has collided", "src/mirror/set.rs", "if set.prepared.iter().all(Option::is_some) {", "if true {"),
     ("two wake for a timeline at a time", "src/timeline.rs", "if self.waking.swap(true, Ordering::AcqRel) {", "if false {", "contract"),
     ("what was prepared stays when its range is hit", "src/mirror/set.rs", "prepared.take_if(|prepared| prepared.hit.poll(cx).is_ready())", "prepared.take_if(|_| false)", "contract"),
+    ("a request holds buffers while it waits for another", "crates/shootdown-vhost/src/iotlb.rs", "                    drop(mappings);\n", "", "vhost"),
+    ("translations survive a ring that stops", "crates/shootdown-vhost/src/session.rs", "                            iotlb.forget_all();", "", "vhost"),
+    ("an INVALIDATE waits for nothing", "crates/shootdown-vhost/src/iotlb.rs", "Ok(waits.then(|| PassFuture::new(gone.reached(1))))", "{ let _ = waits; Ok(None) }", "vhost"),
+    ("an INVALIDATE forgets nothing", "crates/shootdown-vhost/src/iotlb.rs", "        self.forget_in_domain(range);\n        self.inval", "        self.inval", "vhost"),
+    ("a refusal is taken for a translation", "crates/shootdown-vhost/src/iotlb/asked.rs", "        } else if self.refused.load(Ordering::Acquire) {", "        } else if false {", "vhost"),
+    ("SET_MEM_TABLE is answered at once", "crates/shootdown-vhost/src/session/handle.rs", "self.reply(&message, Due::Quiet(quiet, answered));", "drop(quiet); let _ = answered; self.reply(&message, Due::Now(vec![0; 8]));", "vhost"),
+    ("an INVALIDATE forgets the rest of a translation", "crates/shootdown-vhost/src/iotlb/table.rs", "                self.by_start.insert(range.last() + 1, rest);\n                return;", "                drop(rest);\n                return;", "vhost"),
+    ("GET_VRING_BASE is answered at once", "crates/shootdown-vhost/src/session.rs", "Due::Base(index) => match queues[*index].base() {", "Due::Base(index) => match Some(queues[*index].base_now()) {", "vhost"),
+    ("the used ring is told before the buffers are let go", "crates/shootdown-vhost/src/ring.rs", "        drop((readable, writable));\n        shared.push(head, len).await", "        let told = shared.push(head, len).await;\n        drop((readable, writable));\n        told", "vhost"),
+    ("a ring that stops waits for translations", "crates/shootdown-vhost/src/ring.rs", "select(put, self.stop.reached(1))", "select(put, Timeline::new().reached(1))", "vhost"),
+    ("a mapping looks before it is registered", "crates/shootdown-vhost/src/iotlb.rs", "        let (mut mapping, range) = self.register(want).ok()?;\n        let found = self.0.table.read().look_up(range, want.access, mapping.parts_mut());\n", "        let mut parts = Parts::default();\n        let found = self.0.table.read().look_up(want.range().ok()?, want.access, &mut parts);\n        let (mut mapping, _) = self.register(want).ok()?;\n        *mapping.parts_mut() = parts;\n", "vhost, loom"),
     ("changes that have happened cover who comes later", "src/protocol/active.rs", "&& sets.get(&serial).is_none_or(|set| !set.is_past)", "", "unit and property tests"),
 ]
 
@@ -267,6 +278,8 @@ CHECKS = [
     ("cache", "cargo test --all-features --test cache", 150),
     ("cache on real memory", "cargo test --all-features --test source -- m1_", 150),
     ("AddressSanitizer", "ci/asan.sh", 300),
+    ("vhost", "cargo test --release -p shootdown-vhost --lib --test pitfalls --test schedules", 200),
+    ("vhost, loom", "ci/vhost.sh loom", 300),
 ]
 
 
