@@ -344,14 +344,15 @@ impl Iotlb {
     ) -> Result<Found, MapError> {
         let mut asked = self.0.asked.lock();
         let table = self.0.table.read();
-        let mut first = None;
+        let (mut first, mut left) = (None, AHEAD);
         for ((range, access), parts) in ranges.iter().zip(parts) {
             let Err(mut gap) = table.look_up(*range, *access, parts) else { continue };
             if asked.answers == Answers::Nobody {
                 return Err(MapError::Nobody { iova: gap });
             }
             // The pages after it are likely to be missing, too.
-            for _ in 0..AHEAD {
+            while left > 0 {
+                left -= 1;
                 let miss = asked.ask(gap, *access);
                 first.get_or_insert(miss);
                 let next = (gap | 0xfff).checked_add(1).filter(|next| *next <= range.last());

@@ -225,6 +225,14 @@ impl<D: Device> Session<D> {
     }
 }
 
+impl<D: Device> Drop for Session<D> {
+    /// Rings that nobody waits for stop all the same.
+    fn drop(&mut self) {
+        self.iotlb.end();
+        self.queues.iter_mut().for_each(Queue::disconnect);
+    }
+}
+
 impl<D: Device> fmt::Debug for Session<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Session").field("features", &self.features).field("iotlb", &self.iotlb).finish_non_exhaustive()

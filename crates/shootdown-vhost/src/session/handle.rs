@@ -10,8 +10,8 @@ use shootdown::AddressRange;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserConfig, VhostUserMemory, VhostUserMemoryRegion, VhostUserProtocolFeatures as Protocol,
-    VhostUserVirtioFeatures, VhostUserVringAddr, VhostUserVringState,
+    FrontendReq, VhostUserConfig, VhostUserMemory, VhostUserMemoryRegion, VhostUserMsgValidator,
+    VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures, VhostUserVringAddr, VhostUserVringState,
 };
 use vhost::{VhostIotlbMsg, VhostIotlbType};
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
@@ -207,7 +207,7 @@ impl<D: Device> Session<D> {
     fn get_config(&mut self, message: &Message) -> Result<(), ProtocolError> {
         let (head, rest): (VhostUserConfig, _) = message.head()?;
         let (offset, size) = (head.offset as usize, head.size as usize);
-        if size != rest.len() {
+        if size != rest.len() || !head.is_valid() {
             return Err(message.malformed());
         }
         let mut config = self.device.config();
@@ -327,7 +327,11 @@ impl<D: Device> Session<D> {
         };
         let queue = &mut self.queues[at];
         let former = match request {
-            FrontendReq::SET_VRING_KICK => std::mem::replace(&mut queue.kick, descriptor),
+            FrontendReq::SET_VRING_KICK => {
+                // A ring that runs listens to the former one: it goes on with this one when it has stopped.
+                queue.stop();
+                std::mem::replace(&mut queue.kick, descriptor)
+            }
             FrontendReq::SET_VRING_CALL => std::mem::replace(&mut *queue.call.lock(), descriptor),
             _ => std::mem::replace(&mut *queue.error.lock(), descriptor),
         };

@@ -31,6 +31,8 @@ pub struct Machine {
     pub refused: usize,
     /// Requests whose descriptors were in a table of their own.
     pub tables: usize,
+    /// Rings that were started.
+    pub rings: usize,
     hardware: Arc<Hardware>,
     tasks: Vec<BoxFuture<'static, ()>>,
     answers: Vec<Message>,
@@ -56,8 +58,8 @@ impl Machine {
         let hardware = Arc::new(Hardware { kicks, ..Hardware::default() });
         let session = Session::new(hardware.clone(), Iotlb::default());
         let (misses, tasks, answers) = (Vec::new(), Vec::new(), Vec::new());
-        let (refused, tables, base, kicks) = (0, 0, 0, 0);
-        let mut machine = Self { session, guest, misses, refused, tables, hardware, tasks, answers, base, random, kicks };
+        let (refused, tables, rings, base, kicks) = (0, 0, 0, 0, 0);
+        let mut machine = Self { session, guest, misses, refused, tables, rings, hardware, tasks, answers, base, random, kicks };
         machine.plain(FrontendReq::SET_PROTOCOL_FEATURES, &0x229u64.to_ne_bytes());
         machine.with_fds(FrontendReq::SET_BACKEND_REQ_FD, &[], vec![fd()]);
         machine.plain(FrontendReq::SET_FEATURES, &FEATURES.to_ne_bytes());
@@ -183,6 +185,22 @@ impl Machine {
             self.run_tasks();
             self.poll_session();
         }
+    }
+
+    /// A new descriptor for the kicks of a queue.
+    pub fn kick(&mut self, queue: u16) {
+        self.with_fds(FrontendReq::SET_VRING_KICK, &u64::from(queue).to_ne_bytes(), vec![fd()]);
+    }
+
+    /// The session is dropped, without a word. How many rings are left?
+    pub fn without_session(self) -> usize {
+        let Self { session, mut tasks, .. } = self;
+        drop(session);
+        let waker = noop_waker();
+        for _ in 0..20 {
+            tasks.retain_mut(|task| task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+        }
+        tasks.len()
     }
 
     pub fn poll_closed(&mut self) -> bool {

@@ -11,8 +11,10 @@ mod machine;
 use guest::{PAGE, PAGES, QUEUES, ring_iova};
 use machine::Machine;
 use shootdown::AddressRange;
+use shootdown_vhost::message::{Channel, Message};
 use shootdown_vhost::{MapError, Permissions, Want};
-use vhost::vhost_user::message::FrontendReq;
+use vhost::vhost_user::message::{FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserHeaderFlag};
+use vm_memory::ByteValued;
 
 #[test]
 fn p1_an_invalidate_of_everything_needs_no_translation_to_be_answered() {
@@ -247,6 +249,51 @@ fn answers_come_in_the_order_of_the_requests() {
     drop(held);
     machine.poll_session();
     assert_eq!(machine.answers(), 2);
+}
+
+#[test]
+fn a_ring_whose_kick_is_replaced_begins_anew_where_it_was() {
+    let mut machine = Machine::started();
+    machine.submit(0);
+    machine.serve_misses();
+    machine.access();
+    machine.serve_misses();
+    machine.take_completed(0);
+    assert_eq!(machine.rings, 2);
+    machine.kick(0);
+    machine.run();
+    assert_eq!(machine.rings, 3);
+    machine.submit(0);
+    machine.serve_misses();
+    machine.access();
+    machine.serve_misses();
+    machine.take_completed(0);
+    machine.get_vring_base(0);
+    machine.run();
+    assert_eq!(machine.last_base(), 2);
+}
+
+#[test]
+fn a_session_that_is_dropped_stops_its_rings() {
+    let mut machine = Machine::started();
+    // One of them waits for a translation.
+    machine.submit(0);
+    machine.run();
+    assert_eq!(machine.without_session(), 0);
+}
+
+#[test]
+fn configuration_spaces_are_short() {
+    let mut machine = Machine::connected();
+    let config = |offset, size: u32| {
+        let head = VhostUserConfig::new(offset, size, VhostUserConfigFlags::empty());
+        let payload = [head.as_slice(), &vec![0; size as usize]].concat();
+        Message::new(FrontendReq::GET_CONFIG, VhostUserHeaderFlag::empty(), &payload)
+    };
+    machine.session.receive(Channel::Frontend, config(60, 8)).unwrap();
+    for (offset, size) in [(u32::MAX, 8), (u32::MAX - 7, 8), (1 << 20, 8), (0, 0)] {
+        assert!(machine.session.receive(Channel::Frontend, config(offset, size)).is_err(), "{offset} {size}");
+    }
 }
 
 #[test]
