@@ -167,6 +167,7 @@ impl Machine {
             }
         }
         let started = std::mem::take(&mut *self.hardware.started.lock().unwrap());
+        self.rings += started.len();
         self.tasks.extend(
             started.into_iter().map(|ring| -> BoxFuture<'static, ()> { Box::pin(device::run(self.hardware.clone(), ring)) }),
         );
