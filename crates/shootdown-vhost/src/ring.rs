@@ -52,7 +52,7 @@ pub struct Ring {
 
 struct Shared {
     setup: Setup,
-    /// 1 when it is to stop.
+    /// [`STOP`], then [`HURRY`].
     stop: Timeline,
     base: AtomicU16,
     /// The next entry of the used ring, once that has been read.
@@ -73,6 +73,11 @@ impl Drop for Shared {
     }
 }
 
+/// The ring takes nothing any more.
+const STOP: u64 = 1;
+/// Nor does it wait for a translation: the front-end is waiting itself, or has gone.
+const HURRY: u64 = 2;
+
 /// How the session stops a ring.
 pub(crate) struct Running {
     stop: Timeline,
@@ -82,7 +87,11 @@ pub(crate) struct Running {
 
 impl Running {
     pub(crate) fn stop(&self) {
-        self.stop.signal(1);
+        self.stop.signal(STOP);
+    }
+
+    pub(crate) fn hurry(&self) {
+        self.stop.signal(HURRY);
     }
 
     /// The next entry of the available ring, as far as it has come.
@@ -180,7 +189,7 @@ impl Ring {
 
     /// Resolves when the front-end stops the ring.
     pub fn stopping(&self) -> Reached {
-        self.shared.stop.reached(1)
+        self.shared.stop.reached(STOP)
     }
 
     /// The next request. It waits for translations only; while it waits it holds none.
@@ -191,7 +200,7 @@ impl Ring {
     /// # Cancel safety
     /// Dropped, it has taken nothing.
     pub async fn next(&mut self) -> Result<Next, RingError> {
-        let stopping = pin!(self.shared.stop.reached(1));
+        let stopping = pin!(self.shared.stop.reached(STOP));
         let taken = match select(stopping, pin!(self.take())).await {
             Either::Left(_) => return Ok(Next::Stopping),
             Either::Right((taken, _)) => taken,
@@ -285,7 +294,7 @@ impl Shared {
             layout.wants_call(available, at)
         }));
         // Polled first, so that it succeeds in the end too if that is possible without an answer.
-        let calls = match select(put, self.stop.reached(1)).await {
+        let calls = match select(put, self.stop.reached(HURRY)).await {
             Either::Left((put, _)) => put.map_err(|source| RingError::Map { what: "the used ring", source })?,
             Either::Right(_) => {
                 self.unreported.fetch_add(1, Ordering::Relaxed);

@@ -78,10 +78,13 @@ impl Queue {
         };
     }
 
-    /// Its front-end is gone.
+    /// Its front-end waits for its end, or is gone.
     pub(super) fn disconnect(&mut self) {
         self.kick = None;
         self.stop();
+        if let Phase::Ending(running) = &self.phase {
+            running.hurry();
+        }
     }
 
     pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) {

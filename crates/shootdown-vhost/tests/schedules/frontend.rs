@@ -249,6 +249,21 @@ impl Frontend {
         self.memory_table(guest);
     }
 
+    /// Disables a ring for a while, or gives it another descriptor for kicks: it goes on where it was.
+    pub fn pause(&mut self, random: &mut SmallRng) {
+        let queue = random.random_range(0..QUEUES);
+        if random.random_bool(0.5) {
+            let mut kick = plain(FrontendReq::SET_VRING_KICK, &u64::from(queue).to_ne_bytes());
+            kick.0.fds.push(eventfd_());
+            self.script.push_back(kick);
+            return;
+        }
+        for enabled in [0, 1] {
+            let state = VhostUserVringState::new(u32::from(queue), enabled);
+            self.script.push_back(plain(FrontendReq::SET_VRING_ENABLE, state.as_slice()));
+        }
+    }
+
     /// Stops the device, and starts it again.
     pub fn reset(&mut self, disable: bool) {
         let state = |queue: u16| VhostUserVringState::new(u32::from(queue), 0).as_slice().to_vec();

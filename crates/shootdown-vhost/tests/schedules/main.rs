@@ -201,7 +201,8 @@ impl Run {
                 }
             }
             78..90 => self.frontend.flush(),
-            90..96 => self.frontend.spurious(&mut self.random),
+            90..94 => self.frontend.spurious(&mut self.random),
+            94..96 => self.frontend.pause(&mut self.random),
             96..98 => self.frontend.new_memory(&self.guest),
             _ => self.reset(),
         }
