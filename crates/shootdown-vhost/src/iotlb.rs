@@ -10,87 +10,35 @@
 #![forbid(unsafe_code)]
 
 mod asked;
+mod in_flight;
 mod table;
+mod want;
 
 use crate::mapping::Mapping;
 use crate::memory::{MemoryTable, Place};
 use crate::parts::Parts;
 use crate::stats::{Counters, IotlbStats, count};
-use crate::sync::{AtomicU8, Lock, Ordering, Shared};
+use crate::sync::{Lock, Shared};
 use asked::{Answers, Asked, Miss};
 use futures::task::AtomicWaker;
-use shootdown::{
-    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidate, Invalidation, PassFuture, Timeline, WouldBlock,
-};
+pub(crate) use in_flight::InFlight;
+use shootdown::{AddressRange, AddressSpace, Event, Invalidate};
 use smallvec::SmallVec;
-use std::borrow::Cow;
 use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
-use std::sync::{Arc, OnceLock, Weak};
+use std::sync::{Arc, Weak};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 use table::Table;
 use vm_memory::Permissions;
+pub use want::{MapError, Want};
+
+/// The least that an IOMMU translates.
+const PAGE: u64 = 0x1000;
 
 /// As many translations one look asks for at most.
 const AHEAD: usize = 16;
-
-/// What a device wants to access.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Want {
-    /// The first I/O virtual address.
-    pub iova: u64,
-    /// The number of bytes, at least 1.
-    pub len: u64,
-    /// What the device does there.
-    pub access: Permissions,
-}
-
-impl Want {
-    /// The device reads `len` bytes at `iova`.
-    pub fn read(iova: u64, len: u64) -> Self {
-        Self { iova, len, access: Permissions::Read }
-    }
-
-    /// The device writes `len` bytes at `iova`.
-    pub fn write(iova: u64, len: u64) -> Self {
-        Self { iova, len, access: Permissions::Write }
-    }
-
-    fn range(self) -> Result<AddressRange, MapError> {
-        AddressRange::new(self.iova, self.len).map_err(|_| MapError::NoRange { iova: self.iova, len: self.len })
-    }
-}
-
-/// Why there is no mapping.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[non_exhaustive]
-pub enum MapError {
-    /// The range is empty or wraps around.
-    #[error("{len} bytes at {iova:#x} are no range of I/O virtual addresses")]
-    NoRange {
-        /// The first address that was asked for.
-        iova: u64,
-        /// The length that was asked for.
-        len: u64,
-    },
-    /// The front-end has no translation, or one that does not allow the access.
-    #[error("the front-end has no translation of {iova:#x} that allows {access:?}")]
-    Refused {
-        /// The first address without one.
-        iova: u64,
-        /// What was to be done there.
-        access: Permissions,
-    },
-    /// Nobody would answer: the session has ended or has no back-end channel, or the device has been
-    /// stopped.
-    #[error("{iova:#x} is not known, and there is nobody to ask")]
-    Nobody {
-        /// The first address without a translation.
-        iova: u64,
-    },
-}
 
 /// IOTLBs whose devices share an IOMMU domain: an INVALIDATE of one is an invalidation of all.
 ///
@@ -142,41 +90,6 @@ pub(crate) struct Inner {
 enum Found {
     All,
     Asked(Arc<Miss>),
-}
-
-/// Is registered for the range of a mapping while that exists.
-#[derive(Default)]
-pub(crate) struct InFlight {
-    state: AtomicU8,
-    /// Made when it is waited for, which is rare.
-    gone: OnceLock<Timeline>,
-}
-
-/// The states of what is in flight.
-const WAITED_FOR: u8 = 1;
-const GONE: u8 = 2;
-
-impl InFlight {
-    pub(crate) fn end(&self) {
-        if self.state.swap(GONE, Ordering::AcqRel) == WAITED_FOR
-            && let Some(gone) = self.gone.get()
-        {
-            gone.signal(1);
-        }
-    }
-}
-
-impl IntervalNotifier for InFlight {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-        invalidation.set_seq();
-        let gone = self.gone.get_or_init(Timeline::new);
-        let waits = self.state.compare_exchange(0, WAITED_FOR, Ordering::AcqRel, Ordering::Acquire) != Err(GONE);
-        Ok(waits.then(|| PassFuture::new(gone.reached(1))))
-    }
-
-    fn name(&self) -> Cow<'static, str> {
-        Cow::Borrowed("a mapping in flight")
-    }
 }
 
 impl Default for Iotlb {
@@ -233,6 +146,7 @@ impl Iotlb {
     /// # Errors
     /// [`MapError`]. It says nothing of later: the guest may map the address at any time.
     pub async fn map(&self, want: Want) -> Result<Mapping, MapError> {
+        let patience = self.patience(&[want]);
         loop {
             let (mut mapping, range) = self.register(want)?;
             match self.look(&[(range, want.access)], std::iter::once(mapping.parts_mut()))? {
@@ -240,6 +154,7 @@ impl Iotlb {
                 Found::Asked(miss) => {
                     drop(mapping);
                     answer(&miss).await?;
+                    patience.check(self, &miss)?;
                 }
             }
         }
@@ -251,6 +166,7 @@ impl Iotlb {
     /// # Errors
     /// As for [`map`](Self::map).
     pub fn map_wait(&self, want: Want) -> Result<Mapping, MapError> {
+        let patience = self.patience(&[want]);
         loop {
             let (mut mapping, range) = self.register(want)?;
             match self.look(&[(range, want.access)], std::iter::once(mapping.parts_mut()))? {
@@ -259,6 +175,7 @@ impl Iotlb {
                     drop(mapping);
                     miss.over.reached(1).wait();
                     miss.outcome()?;
+                    patience.check(self, &miss)?;
                 }
             }
         }
@@ -273,6 +190,7 @@ impl Iotlb {
     /// As for [`map`](Self::map), of the first that fails.
     pub async fn map_all(&self, wants: &[Want]) -> Result<Vec<Mapping>, MapError> {
         let ranges = wants.iter().map(|want| Ok((want.range()?, want.access))).collect::<Result<Vec<_>, _>>()?;
+        let patience = self.patience(wants);
         loop {
             let mappings = wants.iter().map(|want| Ok(self.register(*want)?.0));
             let mut mappings = mappings.collect::<Result<Vec<_>, _>>()?;
@@ -281,6 +199,7 @@ impl Iotlb {
                 Found::Asked(miss) => {
                     drop(mappings);
                     answer(&miss).await?;
+                    patience.check(self, &miss)?;
                 }
             }
         }
@@ -313,6 +232,11 @@ impl Iotlb {
                 answer(&miss).await?;
             }
         }
+    }
+
+    fn patience(&self, wants: &[Want]) -> Patience {
+        let pages = wants.iter().fold(0, |pages: u64, want| pages.saturating_add(want.len / PAGE));
+        Patience { many: pages > table::MOST as u64 / 2, overflows: self.stats().overflows }
     }
 
     /// Puts a mapping without memory in flight.
@@ -394,7 +318,7 @@ impl Iotlb {
     fn forget_in_domain(&self, range: AddressRange) {
         let members: Vec<_> = self.0.domain.0.all.lock().iter().filter_map(Weak::upgrade).collect();
         for member in members {
-            member.table.write().remove(range);
+            member.table.write().invalidate(range);
         }
     }
 
@@ -405,7 +329,7 @@ impl Iotlb {
 
     /// Forgets all translations. What is in flight keeps its own.
     pub fn forget_all(&self) {
-        self.0.table.write().clear();
+        self.0.table.write().forget_all();
     }
 
     /// The guest's memory as it is, without an IOMMU: there is nobody to ask.
@@ -413,7 +337,7 @@ impl Iotlb {
         let mut asked = self.0.asked.lock();
         let over = asked.end();
         let mut table = self.0.table.write();
-        table.clear();
+        table.clear(true);
         for region in memory.regions() {
             if let Ok(range) = AddressRange::new(region.guest(), region.len() as u64) {
                 table.insert(range, Place { region: region.clone(), offset: 0 }, Permissions::ReadWrite);
@@ -428,9 +352,18 @@ impl Iotlb {
     pub(crate) fn with_iommu(&self, each: bool, keep: bool) {
         let mut asked = self.0.asked.lock();
         if !keep || asked.answers == Answers::Nobody {
-            self.0.table.write().clear();
+            self.0.table.write().clear(false);
         }
         asked.answers = if each { Answers::Each } else { Answers::Silent };
+        let over = asked.anew();
+        drop(asked);
+        self.tell(over);
+    }
+
+    /// The channel on which misses are asked for is another one.
+    pub(crate) fn new_channel(&self) {
+        let over = self.0.asked.lock().channel();
+        self.tell(over);
     }
 
     /// As with a front-end that answers no misses, for models.
@@ -440,10 +373,16 @@ impl Iotlb {
         self.with_iommu(false, false);
     }
 
-    /// There is nobody to ask any more: all that waits fails.
+    /// There is nobody to ask any more: all that waits fails. What is known stays.
     pub(crate) fn end(&self) {
+        let over = self.0.asked.lock().end();
+        self.tell(over);
+    }
+
+    /// Nothing is known any more, and there is nobody to ask.
+    pub(crate) fn clear(&self) {
         let mut asked = self.0.asked.lock();
-        self.0.table.write().clear();
+        self.0.table.write().clear(false);
         let over = asked.end();
         drop(asked);
         self.tell(over);
@@ -462,8 +401,8 @@ impl Iotlb {
     pub(crate) fn answered(&self, ok: bool) -> bool {
         let over = self.0.asked.lock().answered();
         count(&self.0.counters.refused, u64::from(!ok));
-        let known = over.is_some();
-        self.tell(over);
+        let known = over.is_ok();
+        self.tell(over.ok().flatten());
         known
     }
 
@@ -471,6 +410,19 @@ impl Iotlb {
     fn tell(&self, over: impl IntoIterator<Item = Arc<Miss>>) {
         over.into_iter().for_each(|miss| miss.over.signal(1));
         self.0.sender.wake();
+    }
+}
+
+/// Says when a range that may have more translations than are kept is not to be asked for any more.
+struct Patience {
+    many: bool,
+    overflows: u64,
+}
+
+impl Patience {
+    fn check(&self, iotlb: &Iotlb, miss: &Miss) -> Result<(), MapError> {
+        let again = self.many && iotlb.stats().overflows - self.overflows > 1;
+        if again { Err(MapError::TooMany { iova: miss.iova }) } else { Ok(()) }
     }
 }
 

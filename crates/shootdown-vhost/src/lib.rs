@@ -28,7 +28,7 @@ pub use iotlb::{Domain, Invalidated, Iotlb, MapError, Want};
 pub use mapping::{AccessError, Mapping};
 pub use memory::{MemoryError, MemoryTable, Place, Region};
 pub use ring::{Chain, CompleteError, Next, Ring, RingError};
-pub use session::{Fault, Output, Session};
+pub use session::{Fault, Output, Session, Stopper};
 pub use stats::IotlbStats;
 pub use vm::{BlockingIommu, Held};
 pub use vm_memory::Permissions;

@@ -5,12 +5,14 @@
 //! serves no miss while it waits for the answer to an INVALIDATE.
 #![forbid(unsafe_code)]
 
+mod end;
 mod split;
 
 use crate::buffers::Buffers;
 use crate::iotlb::{Iotlb, MapError, Want};
-use crate::parts::Parts;
 use crate::sync::Lock;
+pub(crate) use end::End;
+use end::Progress;
 use futures::channel::oneshot;
 use futures::future::{Either, select};
 use shootdown::{Reached, Timeline};
@@ -19,7 +21,7 @@ use std::fmt;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::pin::pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU16, AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU16, Ordering};
 
 /// A descriptor that may be replaced while the ring runs.
 pub(crate) type Bell = Arc<Lock<Option<Arc<OwnedFd>>>>;
@@ -28,8 +30,8 @@ pub(crate) type Bell = Arc<Lock<Option<Arc<OwnedFd>>>>;
 pub(crate) struct Setup {
     pub(crate) index: u16,
     pub(crate) layout: Layout,
-    /// The next entry of the available ring.
-    pub(crate) base: u16,
+    /// Where it begins, and what the ring before has left.
+    pub(crate) before: End,
     pub(crate) features: u64,
     pub(crate) kick: Arc<OwnedFd>,
     pub(crate) call: Bell,
@@ -55,20 +57,15 @@ struct Shared {
     /// [`STOP`], then [`HURRY`].
     stop: Timeline,
     base: AtomicU16,
-    /// The next entry of the used ring, once that has been read.
-    used: Lock<Option<u16>>,
-    unreported: AtomicU64,
-    ended: Option<oneshot::Sender<u16>>,
+    progress: Lock<Progress>,
+    ended: Option<oneshot::Sender<End>>,
 }
 
 impl Drop for Shared {
     fn drop(&mut self) {
-        let lost = *self.unreported.get_mut();
-        if lost > 0 {
-            tracing::warn!(ring = self.setup.index, lost, "completed requests that the used ring could not be told of");
-        }
+        let end = self.progress.lock().end(*self.base.get_mut());
         if let Some(ended) = self.ended.take() {
-            let _ = ended.send(*self.base.get_mut());
+            let _ = ended.send(end);
         }
     }
 }
@@ -82,7 +79,7 @@ const HURRY: u64 = 2;
 pub(crate) struct Running {
     stop: Timeline,
     shared: std::sync::Weak<Shared>,
-    pub(crate) ended: oneshot::Receiver<u16>,
+    pub(crate) ended: oneshot::Receiver<End>,
 }
 
 impl Running {
@@ -151,12 +148,12 @@ pub enum CompleteError {
 }
 
 impl Ring {
-    pub(crate) fn start(setup: Setup) -> (Self, Running) {
+    pub(crate) fn start(mut setup: Setup) -> (Self, Running) {
         let (sender, ended) = oneshot::channel();
-        let (next, stop) = (setup.base, Timeline::new());
-        let base = AtomicU16::new(next);
-        let (used, unreported) = (Lock::new(None), AtomicU64::new(0));
-        let shared = Arc::new(Shared { setup, stop: stop.clone(), base, used, unreported, ended: Some(sender) });
+        let before = std::mem::take(&mut setup.before);
+        let (next, stop) = (before.base, Timeline::new());
+        let (base, progress) = (AtomicU16::new(next), Lock::new(Progress::after(before)));
+        let shared = Arc::new(Shared { setup, stop: stop.clone(), base, progress, ended: Some(sender) });
         let running = Running { stop, shared: Arc::downgrade(&shared), ended };
         (Self { shared, next }, running)
     }
@@ -207,6 +204,7 @@ impl Ring {
         };
         match taken {
             Ok(Some(chain)) => {
+                self.shared.progress.lock().take(self.next);
                 self.next = self.next.wrapping_add(1);
                 self.shared.base.store(self.next, Ordering::Release);
                 Ok(Next::Chain(chain))
@@ -220,18 +218,22 @@ impl Ring {
     }
 
     async fn take(&self) -> Result<Option<Chain>, RingError> {
-        let Setup { layout, iotlb, .. } = &self.shared.setup;
+        let iotlb = &self.shared.setup.iotlb;
         let Some((head, mut found)) = self.find().await? else { return Ok(None) };
         if let Some(table) = found.pop_if(|last| last.is_indirect()) {
-            let len = split::table_len(table).filter(|_| found.is_empty()).ok_or(RingError::Chain { head })?;
+            let len = split::table_len(table).ok_or(RingError::Chain { head })?;
             let want = [Want::read(table.address, len)];
             let read = iotlb.peek(&want, |[table]| split::chain(table, 0, len / split::DESCRIPTOR, head));
-            found = read.await.map_err(|source| RingError::Map { what: "a table of descriptors", source })??;
-            if found.iter().any(Descriptor::is_indirect) {
+            let mut rest = read.await.map_err(|source| RingError::Map { what: "a table of descriptors", source })??;
+            if rest.iter().any(Descriptor::is_indirect) {
                 return Err(RingError::Chain { head });
             }
+            // A table may follow descriptors of the ring.
+            found.append(&mut rest);
         }
-        debug_assert!(found.len() <= usize::from(layout.size).max(split::LONGEST_TABLE as usize));
+        if found.iter().map(|descriptor| u64::from(descriptor.len)).sum::<u64>() > split::LONGEST_CHAIN {
+            return Err(RingError::Chain { head });
+        }
         found.retain(|descriptor| descriptor.len > 0);
         let wants: Vec<_> = found.iter().map(Descriptor::want).collect();
         let mapped = iotlb.map_all(&wants).await.map_err(|source| RingError::Map { what: "a buffer", source })?;
@@ -240,16 +242,16 @@ impl Ring {
             if descriptor.is_writable() { writable.push(mapping) } else { readable.push(mapping) }
         }
         let (readable, writable) = (Buffers::new(readable), Buffers::new(writable));
-        Ok(Some(Chain { head, readable, writable, shared: self.shared.clone() }))
+        Ok(Some(Chain { head, entry: self.next, readable, writable, shared: self.shared.clone() }))
     }
 
     /// The next head, and its descriptors in the ring's table.
     async fn find(&self) -> Result<Option<(u16, Vec<Descriptor>)>, RingError> {
         let Setup { layout, iotlb, .. } = &self.shared.setup;
-        let wants = layout.all();
+        let (wants, mut calls) = (layout.all(), false);
         let looked = iotlb.peek(&wants, |[descriptors, available, used]| {
             // Known from now on: who stops has no translation to wait for.
-            self.shared.used_index(used)?;
+            calls |= self.shared.progress.lock().begin(*layout, used)?;
             let mut ahead = layout.ahead(available, self.next)?;
             if ahead == 0 {
                 layout.want_kick(used, self.next)?;
@@ -261,7 +263,11 @@ impl Ring {
             let head = layout.head(available, self.next)?;
             Some(Ok((head, split::chain(descriptors, head, u64::from(layout.size), head))))
         });
-        let looked = looked.await.map_err(|source| RingError::Map { what: "the ring", source })?;
+        let looked = looked.await;
+        if calls {
+            ring_bell(&self.shared.setup.call);
+        }
+        let looked = looked.map_err(|source| RingError::Map { what: "the ring", source })?;
         match looked.ok_or(RingError::Layout)? {
             Err(0) => Ok(None),
             Err(ahead) => Err(RingError::Ahead(ahead)),
@@ -271,33 +277,23 @@ impl Ring {
 }
 
 impl Shared {
-    fn used_index(&self, used: &Parts) -> Option<u16> {
-        let mut index = self.used.lock();
-        match *index {
-            Some(index) => Some(index),
-            None => Some(*index.insert(self.setup.layout.used_index(used)?)),
-        }
-    }
-
     /// Tells the driver of a request. The used ring is translated first, then its entry is taken:
     /// another one that completes meanwhile has the entry before.
-    async fn push(&self, head: u16, len: u32) -> Result<(), CompleteError> {
+    async fn push(&self, entry: u16, head: u16, len: u32) -> Result<(), CompleteError> {
         let Setup { layout, iotlb, .. } = &self.setup;
         let wants = layout.to_put();
         let put = pin!(iotlb.peek(&wants, |[available, used]| {
-            let first = self.used_index(used)?;
-            let mut index = self.used.lock();
-            let at = index.unwrap_or(first);
-            layout.put_used(used, at, head, len)?;
-            *index = Some(at.wrapping_add(1));
-            drop(index);
-            layout.wants_call(available, at)
+            let mut progress = self.progress.lock();
+            let others = progress.begin(*layout, used)?;
+            let at = progress.tell(*layout, used, entry, head, len)?;
+            drop(progress);
+            Some(layout.wants_call(available, at)? || others)
         }));
         // Polled first, so that it succeeds in the end too if that is possible without an answer.
         let calls = match select(put, self.stop.reached(HURRY)).await {
             Either::Left((put, _)) => put.map_err(|source| RingError::Map { what: "the used ring", source })?,
             Either::Right(_) => {
-                self.unreported.fetch_add(1, Ordering::Relaxed);
+                self.progress.lock().keep(entry, head, len);
                 return Err(CompleteError::Stopping);
             }
         };
@@ -316,9 +312,12 @@ fn ring_bell(bell: &Bell) {
 }
 
 /// A request of the driver: what the device may read, and what it may write. Its buffers are in
-/// flight as long as it exists.
+/// flight as long as it exists. One that is dropped without [`complete`](Self::complete) is taken
+/// again when the ring is stopped and goes on, unless later ones are done: then it is lost.
 pub struct Chain {
     head: u16,
+    /// Where it is in the available ring.
+    entry: u16,
     readable: Buffers,
     writable: Buffers,
     shared: Arc<Shared>,
@@ -344,21 +343,21 @@ impl Chain {
     /// write. The buffers are let go first, then the used ring is told.
     ///
     /// # Errors
-    /// [`CompleteError`]: the driver does not hear of it. A ring that stops with requests that the
-    /// driver does not hear of logs how many those are.
+    /// [`CompleteError`]: the driver does not hear of it. Where the ring is stopping, it hears of it
+    /// when the ring goes on.
     ///
     /// # Cancel safety
     /// Dropped, the buffers have been let go, and the driver may hear of it or not.
     pub async fn complete(self, len: u32) -> Result<(), CompleteError> {
-        let Self { head, readable, writable, shared } = self;
+        let Self { head, entry, readable, writable, shared } = self;
         drop((readable, writable));
-        shared.push(head, len).await
+        shared.push(entry, head, len).await
     }
 
     /// Tells the used ring while the buffers are in use still: a fault, for tests of guests.
     #[doc(hidden)]
     pub async fn complete_early(&self, len: u32) -> Result<(), CompleteError> {
-        self.shared.push(self.head, len).await
+        self.shared.push(self.entry, self.head, len).await
     }
 }
 

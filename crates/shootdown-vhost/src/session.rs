@@ -13,7 +13,7 @@ use crate::iotlb::{Invalidated, Iotlb};
 use crate::memory::MemoryTable;
 use crate::message::{Channel, Message, ProtocolError, iotlb_bytes, vhost_access};
 use queue::Queue;
-use shootdown::Invalidate;
+use shootdown::{Invalidate, Reached, Timeline};
 use std::collections::VecDeque;
 use std::fmt;
 use std::future::Future;
@@ -23,6 +23,7 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use vhost::vhost_user::message::{BackendReq, VhostUserHeaderFlag, VhostUserProtocolFeatures};
 use vhost::{VhostIotlbMsg, VhostIotlbType};
+use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 
 /// A mistake on purpose, to see what a guest makes of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -42,6 +43,23 @@ pub enum Output {
     Send(Channel, Message),
     /// Receive from this socket, too, and send what is for the back-end channel there.
     Open(OwnedFd),
+    /// No ring is left, as [`Stopper::stop`] has asked for: close the connection.
+    Close,
+}
+
+/// Ends a session from elsewhere.
+#[derive(Clone, Debug, Default)]
+pub struct Stopper(Timeline);
+
+impl Stopper {
+    /// All rings take no more requests, end what they have, and tell the driver of it; then the
+    /// session closes the connection. Until then the front-end has its answers: a connection that is
+    /// closed before is an answer to an INVALIDATE, too.
+    ///
+    /// From any thread, and more than once.
+    pub fn stop(&self) {
+        self.0.signal(1);
+    }
 }
 
 /// A connection of a front-end to a device.
@@ -60,6 +78,9 @@ pub struct Session<D: Device> {
     queues: Vec<Queue>,
     backend: Backend,
     replies: VecDeque<Reply>,
+    stopper: Stopper,
+    /// Resolves when it was stopped; `None` once it has.
+    stopping: Option<Reached>,
 }
 
 /// The back-end channel.
@@ -84,12 +105,15 @@ enum Due {
     Quiet(Invalidate<'static>, bool),
     /// When this queue has stopped.
     Base(usize),
+    /// When all have.
+    Bases(bool),
 }
 
 impl<D: Device> Session<D> {
     /// A connection to `device`, whose translations go into `iotlb`, which no other session has.
     pub fn new(device: Arc<D>, iotlb: Iotlb) -> Self {
         let queues = (0..device.queues()).map(|_| Queue::default()).collect();
+        let stopper = Stopper::default();
         Self {
             device,
             iotlb,
@@ -100,7 +124,14 @@ impl<D: Device> Session<D> {
             queues,
             backend: Backend::None,
             replies: VecDeque::new(),
+            stopping: Some(stopper.0.reached(1)),
+            stopper,
         }
+    }
+
+    /// Ends the session from elsewhere, such as when the process is to end.
+    pub fn stopper(&self) -> Stopper {
+        self.stopper.clone()
     }
 
     /// Makes a mistake on purpose.
@@ -145,13 +176,20 @@ impl<D: Device> Session<D> {
     ///
     /// It also lets rings go on that were stopped and started again.
     pub fn poll_output(&mut self, cx: &mut Context<'_>) -> Poll<Output> {
-        self.poll_queues(cx);
+        if self.stopping.as_mut().is_some_and(|stopping| Pin::new(stopping).poll(cx).is_ready()) {
+            self.stopping = None;
+            self.queues.iter_mut().for_each(Queue::stop);
+        }
+        self.queues.iter_mut().for_each(|queue| queue.poll_ended(cx));
         if let Backend::New(_) = &self.backend
             && let Backend::New(socket) = std::mem::replace(&mut self.backend, Backend::Open)
         {
             return Poll::Ready(Output::Open(socket));
         }
-        if let Poll::Ready(message) = self.poll_reply(cx) {
+        let reply = self.poll_reply(cx);
+        // Only now: an answer that says where a ring has stopped comes before the next one starts.
+        self.start_queues();
+        if let Poll::Ready(message) = reply {
             return Poll::Ready(Output::Send(Channel::Frontend, message));
         }
         if let Backend::Open = self.backend
@@ -164,12 +202,15 @@ impl<D: Device> Session<D> {
             let message = Message::new(BackendReq::IOTLB_MSG, flags, &iotlb_bytes(&miss));
             return Poll::Ready(Output::Send(Channel::Backend, message));
         }
+        if self.stopping.is_none() && self.replies.is_empty() && self.queues.iter().all(|queue| queue.base().is_some()) {
+            return Poll::Ready(Output::Close);
+        }
         Poll::Pending
     }
 
     /// The next answer. All that are due are polled, so that none begins later than it could.
     fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Message> {
-        let (queues, iotlb, fault) = (&self.queues, &self.iotlb, self.fault);
+        let (queues, mut stopped) = (&mut self.queues, false);
         for reply in &mut self.replies {
             let answer = |needed: bool| if needed { 0u64.to_ne_bytes().to_vec() } else { Vec::new() };
             let over = match &mut reply.state {
@@ -178,18 +219,30 @@ impl<D: Device> Session<D> {
                 Due::Quiet(future, needed) => Pin::new(future).poll(cx).map(|_| answer(*needed)),
                 Due::Base(index) => match queues[*index].base() {
                     Some(base) => {
-                        // What is unmapped while a ring is stopped is never told.
-                        if fault != Some(Fault::KeepTranslations) {
-                            iotlb.forget_all();
-                        }
+                        stopped = true;
+                        queues[*index].answered();
                         Poll::Ready(handle::vring_state(*index, base))
                     }
                     None => Poll::Pending,
                 },
+                Due::Bases(needed) => {
+                    if queues.iter().all(|queue| queue.base().is_some()) {
+                        stopped = true;
+                        queues.iter_mut().for_each(Queue::answered);
+                        Poll::Ready(answer(*needed))
+                    } else {
+                        Poll::Pending
+                    }
+                }
             };
             if let Poll::Ready(payload) = over {
                 reply.state = Due::Now(payload);
             }
+        }
+        // What is unmapped while no ring runs is never told. As long as one does, it is: and that may need what is known to end.
+        let quiet = queues.iter().all(|queue| queue.base().is_some());
+        if stopped && quiet && self.fault != Some(Fault::KeepTranslations) {
+            self.iotlb.forget_all();
         }
         while self.replies.front().is_some_and(|reply| matches!(reply.state, Due::Now(_))) {
             if let Some(Reply { request, state: Due::Now(payload) }) = self.replies.pop_front()
@@ -201,35 +254,42 @@ impl<D: Device> Session<D> {
         Poll::Pending
     }
 
-    /// Lets queues notice that their ring has ended, and starts those that are to run.
-    fn poll_queues(&mut self, cx: &mut Context<'_>) {
-        for queue in &mut self.queues {
-            queue.poll_ended(cx);
-        }
-        self.start_queues();
-    }
-
     /// The front-end is gone, or is not to be heard any more: all rings stop, and what waits for a
     /// translation fails. Resolves when no ring is left, so nothing of the guest's memory is in
     /// flight through one.
     pub fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        // What is known stays until then: the front-end has no answer to anything, so it holds, and
+        // completions are told.
+        self.queues.iter_mut().for_each(Queue::disconnect);
         self.iotlb.end();
         self.replies.clear();
         let mut left = false;
         for queue in &mut self.queues {
-            queue.disconnect();
             queue.poll_ended(cx);
             left |= queue.base().is_none();
         }
-        if left { Poll::Pending } else { Poll::Ready(()) }
+        if left {
+            return Poll::Pending;
+        }
+        self.iotlb.clear();
+        Poll::Ready(())
+    }
+
+    /// The front-end has closed its back-end channel: there is nobody to ask for translations.
+    pub fn backend_closed(&mut self) {
+        self.backend = Backend::None;
+        self.iotlb.new_channel();
+        if self.features & (1 << VIRTIO_F_ACCESS_PLATFORM) != 0 {
+            self.iotlb.end();
+        }
     }
 }
 
 impl<D: Device> Drop for Session<D> {
     /// Rings that nobody waits for stop all the same.
     fn drop(&mut self) {
-        self.iotlb.end();
         self.queues.iter_mut().for_each(Queue::disconnect);
+        self.iotlb.clear();
     }
 }
 

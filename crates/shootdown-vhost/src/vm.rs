@@ -34,8 +34,7 @@ impl BlockingIommu {
 pub struct Held {
     /// This translation, and no other.
     view: vm_memory::Iotlb,
-    /// `None` for a range without bytes.
-    _mapping: Option<Mapping>,
+    mapping: Mapping,
 }
 
 impl Deref for Held {
@@ -48,7 +47,7 @@ impl Deref for Held {
 
 impl fmt::Debug for Held {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self._mapping.fmt(f)
+        self.mapping.fmt(f)
     }
 }
 
@@ -61,20 +60,17 @@ impl Iommu for BlockingIommu {
 
     fn translate(&self, iova: GuestAddress, length: usize, access: Permissions) -> Result<IotlbIterator<Held>, Error> {
         let mut view = vm_memory::Iotlb::new();
-        let mapping = match length {
-            0 => None,
-            _ => {
-                let want = Want { iova: iova.0, len: length as u64, access };
-                let mapping = self.0.map_wait(want).map_err(|error: MapError| unresolved(iova, length, error))?;
-                let mut at = iova;
-                for (guest, len) in mapping.guest_parts() {
-                    view.set_mapping(at, GuestAddress(guest), len, access)?;
-                    at = GuestAddress(at.0.saturating_add(len as u64));
-                }
-                Some(mapping)
-            }
-        };
-        let held = Held { view, _mapping: mapping };
+        if length == 0 || iova.0.checked_add(length as u64).is_none() {
+            return Err(unresolved(iova, length, "`vm-memory` has no ranges that are empty or reach the last address"));
+        }
+        let want = Want { iova: iova.0, len: length as u64, access };
+        let mapping = self.0.map_wait(want).map_err(|error: MapError| unresolved(iova, length, error))?;
+        let mut at = iova;
+        for (guest, len) in mapping.guest_parts() {
+            view.set_mapping(at, GuestAddress(guest), len, access)?;
+            at = GuestAddress(at.0 + len as u64);
+        }
+        let held = Held { view, mapping };
         vm_memory::Iotlb::lookup(held, iova, length, access).map_err(|fails| unresolved(iova, length, format!("{fails:?}")))
     }
 }

@@ -4,10 +4,9 @@
 use crate::disk::{Disk, Served};
 use crate::options::{Driver, Options};
 use anyhow::{Context as _, Result, bail};
-use shootdown_vhost::{Domain, Fault, Iotlb, Session, driver};
+use shootdown_vhost::{Domain, Fault, Iotlb, Session, Stopper, driver};
 use std::fs;
 use std::io;
-use std::net::Shutdown;
 use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
@@ -30,8 +29,8 @@ pub struct Server {
 
 enum Now {
     Waiting,
-    /// Another descriptor of the front-end's socket.
-    Serving(UnixStream),
+    /// Ends the session.
+    Serving(Stopper),
     /// No front-end is to come any more.
     Ended,
 }
@@ -60,12 +59,12 @@ impl Server {
                 Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => continue,
                 Err(error) => return Err(error).with_context(|| format!("{} is not listened to", self.path.display())),
             };
-            let other = socket.try_clone()?;
+            let session = self.session();
             match &mut *self.now() {
                 Now::Ended => return Ok(()),
-                now => *now = Now::Serving(other),
+                now => *now = Now::Serving(session.stopper()),
             }
-            self.serve(socket);
+            self.serve(socket, session);
             gone();
             match &mut *self.now() {
                 Now::Ended => return Ok(()),
@@ -78,12 +77,15 @@ impl Server {
         }
     }
 
-    fn serve(&self, socket: UnixStream) {
-        let device = self.index;
-        tracing::info!(device, "a front-end has come");
+    fn session(&self) -> Session<Served> {
         let iotlb = Iotlb::new(&self.domain.clone().unwrap_or_default());
         self.disk.counters.session(Some(iotlb.clone()));
-        let session = Session::new(Arc::new(Served(self.disk.clone())), iotlb).fault(self.fault);
+        Session::new(Arc::new(Served(self.disk.clone())), iotlb).fault(self.fault)
+    }
+
+    fn serve(&self, socket: UnixStream, session: Session<Served>) {
+        let device = self.index;
+        tracing::info!(device, "a front-end has come");
         let served = match self.driver {
             Driver::Thread => driver::serve(socket, session),
             #[cfg(feature = "tokio")]
@@ -100,8 +102,10 @@ impl Server {
     pub fn end(&self) {
         let now = std::mem::replace(&mut *self.now(), Now::Ended);
         let ended = match now {
-            // The session hears no more, as if the front-end had gone.
-            Now::Serving(socket) => socket.shutdown(Shutdown::Read),
+            Now::Serving(stopper) => {
+                stopper.stop();
+                Ok(())
+            }
             Now::Waiting => rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both).map_err(io::Error::from),
             Now::Ended => Ok(()),
         };

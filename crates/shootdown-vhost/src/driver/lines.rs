@@ -4,7 +4,7 @@
 use super::ServeError;
 use super::socket::{Received, Receiver, Sender};
 use crate::device::Device;
-use crate::message::Channel;
+use crate::message::{Channel, Message};
 use crate::session::{Output, Session};
 use std::io;
 use std::os::fd::{AsFd, OwnedFd};
@@ -33,80 +33,123 @@ impl Line {
         if self.gone { Ok(()) } else { Err(error) }
     }
 
+    /// Whether it is listened to: not while the peer does not take what it is sent.
+    pub(super) fn listens(&self) -> bool {
+        self.sender.len() < FULL
+    }
+
     /// Whether something is left to be sent.
     pub(super) fn is_full(&self) -> bool {
         !self.sender.is_empty()
     }
 }
 
-pub(super) struct Lines(Vec<Line>);
+pub(super) struct Lines {
+    all: Vec<Line>,
+    /// Received on the back-end channel, and not handled.
+    answer: Option<Message>,
+}
+
+/// So many messages are moved before others have their turn.
+const AT_ONCE: usize = 64;
+/// As many bytes may wait to be sent before nothing more is received.
+const FULL: usize = 1 << 16;
 
 /// How far it went.
 #[derive(PartialEq)]
 pub(super) enum Step {
     /// Nothing is left to do until a socket is ready or the session wakes.
     Idle,
+    /// There may be more to do.
+    More,
     /// The front-end has gone.
     Ended,
 }
 
 impl Lines {
     pub(super) fn new(frontend: OwnedFd) -> Self {
-        Self(vec![Line::new(frontend, Channel::Frontend)])
+        Self { all: vec![Line::new(frontend, Channel::Frontend)], answer: None }
     }
 
     /// When nobody is listened to any more.
     pub(super) fn none() -> Self {
-        Self(Vec::new())
+        Self { all: Vec::new(), answer: None }
     }
 
     pub(super) fn all(&self) -> &[Line] {
-        &self.0
+        &self.all
     }
 
-    /// Moves all messages that can be moved. After each that is received the session's output comes
+    /// Moves messages that can be moved. After each that is received the session's output comes
     /// first.
     pub(super) fn step<D: Device>(&mut self, session: &mut Session<D>, cx: &mut Context<'_>) -> Result<Step, ServeError> {
-        let mut at = 0;
-        loop {
+        for _ in 0..AT_ONCE {
+            let mut closes = false;
             while let Poll::Ready(output) = session.poll_output(cx) {
+                if let Output::Close = output {
+                    closes = true;
+                    break;
+                }
                 self.take(output);
             }
-            for line in &mut self.0 {
+            for line in &mut self.all {
                 match line.sender.send(line.socket.as_fd()) {
                     Err(error) if error.kind() != io::ErrorKind::WouldBlock => line.fail(error.into())?,
                     _ => {}
                 }
             }
-            if self.0.iter().any(|line| line.gone && line.channel == Channel::Frontend) {
+            if closes || self.all.iter().any(|line| line.gone && line.channel == Channel::Frontend) {
                 return Ok(Step::Ended);
             }
-            // Whoever waits for a translation learns when the front-end goes, too.
-            self.0.retain(|line| !line.gone);
-            let Some(line) = self.0.get_mut(at) else { return Ok(Step::Idle) };
-            match line.receiver.receive(line.socket.as_fd()) {
-                Ok(Received::Message(message)) => {
-                    session.receive(line.channel, message)?;
-                    at = 0;
+            if self.all.iter().any(|line| line.gone) {
+                self.all.retain(|line| !line.gone);
+                session.backend_closed();
+                continue;
+            }
+            if let Some(message) = self.receive(Channel::Frontend)? {
+                session.receive(Channel::Frontend, message)?;
+            } else if let Some(answer) = self.answer.take() {
+                session.receive(Channel::Backend, answer)?;
+            } else {
+                // What the front-end has sent before its answer comes before it, on the other channel.
+                self.answer = self.receive(Channel::Backend)?;
+                let ended = self.all.iter().any(|line| line.gone);
+                if self.answer.is_none() && !ended {
+                    return Ok(Step::Idle);
                 }
-                Ok(Received::End) => line.gone = true,
-                Err(ServeError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => at += 1,
-                Err(error) => line.fail(error)?,
             }
         }
+        Ok(Step::More)
+    }
+
+    /// The next message of a channel, if there is one now and its peer takes what it is sent.
+    fn receive(&mut self, channel: Channel) -> Result<Option<Message>, ServeError> {
+        let Some(line) = self.all.iter_mut().find(|line| line.channel == channel) else { return Ok(None) };
+        if !line.listens() {
+            return Ok(None);
+        }
+        match line.receiver.receive(line.socket.as_fd()) {
+            Ok(Received::Message(message)) => return Ok(Some(message)),
+            Ok(Received::End) => line.gone = true,
+            Err(ServeError::Io(error)) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => line.fail(error)?,
+        }
+        Ok(None)
     }
 
     fn take(&mut self, output: Output) {
         match output {
             Output::Open(socket) => {
-                self.0.retain(|line| line.channel == Channel::Frontend);
-                self.0.push(Line::new(socket, Channel::Backend));
+                self.all.retain(|line| line.channel == Channel::Frontend);
+                self.answer = None;
+                self.all.push(Line::new(socket, Channel::Backend));
             }
             Output::Send(channel, message) => {
-                if let Some(line) = self.0.iter_mut().find(|line| line.channel == channel) {
+                if let Some(line) = self.all.iter_mut().find(|line| line.channel == channel) {
                     line.sender.put(message);
                 }
             }
+            Output::Close => {}
         }
     }
 }

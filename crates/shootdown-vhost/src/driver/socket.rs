@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::ServeError;
-use crate::message::{HEADER, Message};
+use crate::message::{HEADER, Message, ProtocolError};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
@@ -59,15 +59,19 @@ impl Receiver {
         }
     }
 
-    fn some(&mut self, socket: BorrowedFd<'_>, bytes: &mut [u8]) -> io::Result<usize> {
+    fn some(&mut self, socket: BorrowedFd<'_>, bytes: &mut [u8]) -> Result<usize, ServeError> {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-        let received = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags)?;
+        let received = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags).map_err(io::Error::from)?;
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(fds) = message {
                 self.fds.extend(fds);
             }
+        }
+        if self.fds.len() > DESCRIPTORS {
+            let (request, found) = (0, self.fds.len());
+            return Err(ProtocolError::Descriptors { request, found, expected: DESCRIPTORS }.into());
         }
         Ok(received.bytes)
     }
@@ -84,6 +88,11 @@ impl Sender {
     pub(super) fn put(&mut self, message: Message) {
         self.bytes.extend_from_slice(&message.bytes());
         self.fds.extend(message.fds);
+    }
+
+    /// How many bytes the peer has not taken.
+    pub(super) fn len(&self) -> usize {
+        self.bytes.len()
     }
 
     pub(super) fn is_empty(&self) -> bool {

@@ -36,6 +36,7 @@ pub fn serve<D: Device>(socket: UnixStream, mut session: Session<D>) -> Result<(
     let ended = loop {
         match lines.step(&mut session, &mut cx) {
             Ok(Step::Idle) => {}
+            Ok(Step::More) => continue,
             Ok(Step::Ended) => break Ok(()),
             Err(error) => break Err(error),
         }
@@ -55,7 +56,8 @@ fn wait(bell: &Bell, lines: &Lines) -> io::Result<()> {
     let mut fds = vec![PollFd::new(&bell.0, PollFlags::IN)];
     for line in lines.all() {
         let out = if line.is_full() { PollFlags::OUT } else { PollFlags::empty() };
-        fds.push(PollFd::new(&*line.socket, PollFlags::IN | out));
+        let read = if line.listens() { PollFlags::IN } else { PollFlags::empty() };
+        fds.push(PollFd::new(&*line.socket, read | out));
     }
     match poll(&mut fds, None) {
         Ok(_) | Err(rustix::io::Errno::INTR) => {}

@@ -31,6 +31,11 @@ pub async fn serve<D: Device>(socket: UnixStream, mut session: Session<D>) -> Re
         loop {
             match lines.step(&mut session, cx)? {
                 Step::Idle => {}
+                Step::More => {
+                    // Other tasks have their turn.
+                    cx.waker().wake_by_ref();
+                    return Poll::Pending;
+                }
                 Step::Ended => return Poll::Ready(Ok(())),
             }
             register(&lines, &mut watched)?;
@@ -75,7 +80,9 @@ fn register(lines: &Lines, watched: &mut Vec<Watched>) -> io::Result<()> {
 /// Whether the socket may have become ready since it was last tried; otherwise the task is woken.
 fn is_ready(line: &Line, stream: &tokio::net::UnixStream, cx: &mut Context<'_>) -> io::Result<bool> {
     let mut again = false;
-    if let Poll::Ready(ready) = stream.poll_read_ready(cx) {
+    if line.listens()
+        && let Poll::Ready(ready) = stream.poll_read_ready(cx)
+    {
         ready?;
         clear(stream, Interest::READABLE);
         again = true;

@@ -121,37 +121,50 @@ impl Asked {
     }
 
     fn is_over(&mut self, miss: &Arc<Miss>, access: Permissions) -> bool {
-        let allowed = access.allow(miss.access);
-        if allowed {
+        if access.allow(miss.access) {
             miss.filled.store(true, Ordering::Relaxed);
-        } else if self.answers == Answers::Each {
-            // Its own UPDATE may be still to come.
-            return false;
         } else {
-            miss.refused.store(true, Ordering::Release);
+            // Another UPDATE may be still to come, and where each miss has an answer that says so.
+            return false;
         }
         self.waiting.remove(&miss.key());
         true
     }
 
-    /// The front-end has answered the first that was sent. `None`: nobody has asked. Without an
-    /// UPDATE it is refused whatever the answer says: then the access is not allowed.
-    pub(super) fn answered(&mut self) -> Option<Arc<Miss>> {
-        let miss = self.sent.pop_front()?;
-        if !miss.filled.load(Ordering::Relaxed) {
-            miss.refused.store(true, Ordering::Release);
-            self.waiting.remove(&miss.key());
+    /// The front-end has answered the first that was sent. Returns it if somebody waits for it still;
+    /// `Err`: nobody has asked. Without an UPDATE it is refused whatever the answer says: then the
+    /// access is not allowed.
+    pub(super) fn answered(&mut self) -> Result<Option<Arc<Miss>>, ()> {
+        let miss = self.sent.pop_front().ok_or(())?;
+        let key = miss.key();
+        if !self.waiting.get(&key).is_some_and(|waiting| Arc::ptr_eq(waiting, &miss)) {
+            return Ok(None);
         }
-        Some(miss)
+        miss.refused.store(true, Ordering::Release);
+        self.waiting.remove(&key);
+        Ok(Some(miss))
+    }
+
+    /// Whoever waits is to look, and to ask, again: an answer that is still to come is one to
+    /// nobody. Returns all that waits.
+    #[must_use = "who waits for them is to be told"]
+    pub(super) fn anew(&mut self) -> Vec<Arc<Miss>> {
+        self.unsent.clear();
+        std::mem::take(&mut self.waiting).into_values().collect()
+    }
+
+    /// The channel is another one: what was asked on the former is not answered any more.
+    #[must_use = "who waits for them is to be told"]
+    pub(super) fn channel(&mut self) -> Vec<Arc<Miss>> {
+        self.sent.clear();
+        self.anew()
     }
 
     /// There is nobody to ask any more. Returns all that waits.
     #[must_use = "who waits for them is to be told"]
     pub(super) fn end(&mut self) -> Vec<Arc<Miss>> {
         self.answers = Answers::Nobody;
-        self.unsent.clear();
-        self.sent.clear();
-        let all: Vec<_> = std::mem::take(&mut self.waiting).into_values().collect();
+        let all = self.anew();
         all.iter().for_each(|miss| miss.left.store(true, Ordering::Release));
         all
     }

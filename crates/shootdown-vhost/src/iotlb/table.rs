@@ -29,6 +29,8 @@ impl Translation {
 #[derive(Debug, Default)]
 pub(super) struct Table {
     by_start: BTreeMap<u64, Translation>,
+    /// It is the guest's memory as it is: nothing of it is ever invalidated.
+    identity: bool,
 }
 
 impl Table {
@@ -76,7 +78,10 @@ impl Table {
             let rest = (before.last > range.last()).then(|| before.after(range.last() - start + 1));
             before.last = range.start() - 1;
             if let Some(rest) = rest {
-                self.by_start.insert(range.last() + 1, rest);
+                // Otherwise it is asked for again.
+                if self.by_start.len() < MOST {
+                    self.by_start.insert(range.last() + 1, rest);
+                }
                 return;
             }
         }
@@ -88,8 +93,24 @@ impl Table {
         }
     }
 
-    pub(super) fn clear(&mut self) {
+    /// INVALIDATE: forgets `range`, where there is an IOMMU.
+    pub(super) fn invalidate(&mut self, range: AddressRange) {
+        if !self.identity {
+            self.remove(range);
+        }
+    }
+
+    /// Forgets all that an IOMMU has said.
+    pub(super) fn forget_all(&mut self) {
+        if !self.identity {
+            self.by_start.clear();
+        }
+    }
+
+    /// Begins anew, with an IOMMU or without.
+    pub(super) fn clear(&mut self, identity: bool) {
         self.by_start.clear();
+        self.identity = identity;
     }
 
     pub(super) fn len(&self) -> usize {

@@ -12,6 +12,8 @@ use vm_memory::Permissions;
 pub(super) const DESCRIPTOR: u64 = 16;
 /// As many descriptors an indirect table may have.
 pub(super) const LONGEST_TABLE: u64 = 4096;
+/// As many bytes all buffers of a chain have at most (virtio 1.2, section 2.7.5).
+pub(super) const LONGEST_CHAIN: u64 = 1 << 32;
 /// The size of an entry of the used ring in bytes.
 const USED: usize = 8;
 

@@ -71,11 +71,7 @@ impl<D: Device> Session<D> {
                 Done::Ok
             }
             FrontendReq::SET_OWNER => Done::Ok,
-            FrontendReq::RESET_OWNER => {
-                self.queues.iter_mut().for_each(super::Queue::disconnect);
-                self.iotlb.forget_all();
-                Done::Ok
-            }
+            FrontendReq::RESET_OWNER => return self.reset_owner(&message),
             FrontendReq::SET_CONFIG => {
                 let (head, bytes): (VhostUserConfig, _) = message.head()?;
                 let allowed = head.size as usize == bytes.len() && self.device.set_config(head.offset, bytes);
@@ -83,6 +79,7 @@ impl<D: Device> Session<D> {
             }
             FrontendReq::SET_BACKEND_REQ_FD => {
                 self.backend = Backend::New(one_descriptor(message.request, message.fds)?);
+                self.iotlb.new_channel();
                 self.translate();
                 let needs = Message { fds: Vec::new(), ..message };
                 self.finish(&needs, Done::Ok);
@@ -175,19 +172,15 @@ impl<D: Device> Session<D> {
             return Done::Refused("features that were not offered");
         }
         self.features = features;
-        if features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0 {
-            // Then there is no SET_VRING_ENABLE.
-            self.queues.iter_mut().for_each(|queue| queue.enabled = true);
-        }
         self.translate();
         Done::Ok
     }
 
     /// Forgets all translations, and asks from now on as the front-end can answer.
-    fn translate(&self) {
+    pub(super) fn translate(&self) {
         match (&self.backend, self.has_iommu()) {
             (_, false) => self.iotlb.without_iommu(&self.memory),
-            (Backend::None, true) => self.iotlb.end(),
+            (Backend::None, true) => self.iotlb.clear(),
             (_, true) => {
                 let keep = self.fault == Some(Fault::KeepTranslations);
                 self.iotlb.with_iommu(self.protocol.contains(Protocol::REPLY_ACK), keep);
@@ -197,9 +190,14 @@ impl<D: Device> Session<D> {
 
     pub(super) fn start_queues(&mut self) {
         let memory = (!self.has_iommu()).then_some(&self.memory);
+        // Then there is no SET_VRING_ENABLE.
+        let implicit = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
         let mut rings = Vec::new();
+        if self.stopping.is_none() {
+            return;
+        }
         for (index, queue) in (0..).zip(&mut self.queues) {
-            rings.extend(queue.start(index, self.features, memory, &self.iotlb));
+            rings.extend(queue.start(index, self.features, implicit, memory, &self.iotlb));
         }
         rings.into_iter().for_each(|ring| self.device.start(ring));
     }
@@ -226,9 +224,24 @@ impl<D: Device> Session<D> {
             self.iotlb.forget_all();
             Due::Now(vring_state(at, self.queues[at].base_now()))
         } else {
+            self.queues[at].awaited += 1;
             Due::Base(at)
         };
         self.reply(message, due);
+        Ok(())
+    }
+
+    /// All rings stop. Not used any more by front-ends that know better.
+    fn reset_owner(&mut self, message: &Message) -> Result<(), ProtocolError> {
+        if !message.payload.is_empty() {
+            return Err(message.malformed());
+        }
+        for queue in &mut self.queues {
+            queue.disconnect();
+            queue.awaited += 1;
+        }
+        let answered = self.is_answered(message);
+        self.reply(message, Due::Bases(answered));
         Ok(())
     }
 

@@ -3,7 +3,7 @@
 
 use crate::iotlb::Iotlb;
 use crate::memory::MemoryTable;
-use crate::ring::{Bell, Ring, Running, Setup, layout};
+use crate::ring::{Bell, End, Ring, Running, Setup, layout};
 use futures::FutureExt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -19,9 +19,7 @@ pub(super) struct Addresses {
 }
 
 enum Phase {
-    Stopped {
-        base: u16,
-    },
+    Stopped(End),
     Running(Running),
     /// Was told to stop.
     Ending(Running),
@@ -34,41 +32,66 @@ pub(super) struct Queue {
     pub(super) kick: Option<Arc<OwnedFd>>,
     pub(super) call: Bell,
     pub(super) error: Bell,
+    /// So many answers wait for the ring's end: no other one starts before.
+    pub(super) awaited: u32,
+    /// Where the next ring begins, if the front-end has said so before this one had ended.
+    next: Option<u16>,
     phase: Phase,
 }
 
 impl Default for Queue {
     fn default() -> Self {
-        let phase = Phase::Stopped { base: 0 };
-        Self { size: 0, addresses: None, enabled: false, kick: None, call: Bell::default(), error: Bell::default(), phase }
+        let phase = Phase::Stopped(End::default());
+        let (call, error) = (Bell::default(), Bell::default());
+        Self { size: 0, addresses: None, enabled: false, kick: None, call, error, awaited: 0, next: None, phase }
     }
 }
 
 impl Queue {
     /// Where a stopped ring goes on.
     pub(super) fn base(&self) -> Option<u16> {
-        if let Phase::Stopped { base } = self.phase { Some(base) } else { None }
+        if let Phase::Stopped(end) = &self.phase { Some(end.base) } else { None }
     }
 
     /// As far as it has come, whether it has stopped or not.
     pub(super) fn base_now(&self) -> u16 {
         match &self.phase {
-            Phase::Stopped { base } => *base,
+            Phase::Stopped(end) => end.base,
             Phase::Running(running) | Phase::Ending(running) => running.base().unwrap_or(0),
         }
     }
 
     /// Says whether it could be set: a ring that runs keeps its place.
     pub(super) fn set_base(&mut self, base: u16) -> bool {
-        let stopped = self.base().is_some();
-        if stopped {
-            self.phase = Phase::Stopped { base };
+        match self.phase {
+            Phase::Stopped(_) => self.begin_at(base),
+            Phase::Ending(_) => self.next = Some(base),
+            Phase::Running(_) => return false,
         }
-        stopped
+        true
+    }
+
+    /// Its end has been answered.
+    pub(super) fn answered(&mut self) {
+        self.awaited -= 1;
+        self.go_on();
+    }
+
+    fn go_on(&mut self) {
+        if let Some(base) = self.next.take() {
+            self.begin_at(base);
+        }
+    }
+
+    /// What could not be told is told by a ring that goes on where the one before has ended.
+    fn begin_at(&mut self, base: u16) {
+        if self.base() != Some(base) {
+            self.phase = Phase::Stopped(End::at(base));
+        }
     }
 
     pub(super) fn stop(&mut self) {
-        let phase = std::mem::replace(&mut self.phase, Phase::Stopped { base: 0 });
+        let phase = std::mem::replace(&mut self.phase, Phase::Stopped(End::default()));
         self.phase = match phase {
             Phase::Running(running) => {
                 running.stop();
@@ -89,20 +112,31 @@ impl Queue {
 
     pub(super) fn poll_ended(&mut self, cx: &mut Context<'_>) {
         if let Phase::Running(running) | Phase::Ending(running) = &mut self.phase
-            && let Poll::Ready(base) = running.ended.poll_unpin(cx)
+            && let Poll::Ready(end) = running.ended.poll_unpin(cx)
         {
             // The device may also have dropped it by itself: then it needs a new kick.
             if let Phase::Running(_) = self.phase {
                 self.kick = None;
             }
-            self.phase = Phase::Stopped { base: base.unwrap_or(0) };
+            self.phase = Phase::Stopped(end.unwrap_or_default());
+            if self.awaited == 0 {
+                self.go_on();
+            }
         }
     }
 
     /// A ring, if one is to run and none does.
-    pub(super) fn start(&mut self, index: u16, features: u64, memory: Option<&MemoryTable>, iotlb: &Iotlb) -> Option<Ring> {
-        let (base, addresses, kick) = (self.base()?, self.addresses?, self.kick.clone()?);
-        if !self.enabled || self.size == 0 {
+    pub(super) fn start(
+        &mut self,
+        index: u16,
+        features: u64,
+        implicit: bool,
+        memory: Option<&MemoryTable>,
+        iotlb: &Iotlb,
+    ) -> Option<Ring> {
+        let Phase::Stopped(before) = &self.phase else { return None };
+        let (before, addresses, kick) = (before.clone(), self.addresses?, self.kick.clone()?);
+        if !(self.enabled || implicit) || self.size == 0 || self.awaited > 0 {
             return None;
         }
         let place = |user: u64| match memory {
@@ -118,7 +152,7 @@ impl Queue {
         let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         let layout = layout(self.size, descriptors, available, used, event_idx);
         let (call, error, iotlb) = (self.call.clone(), self.error.clone(), iotlb.clone());
-        let (ring, running) = Ring::start(Setup { index, layout, base, features, kick, call, error, iotlb });
+        let (ring, running) = Ring::start(Setup { index, layout, before, features, kick, call, error, iotlb });
         self.phase = Phase::Running(running);
         Some(ring)
     }

@@ -104,12 +104,17 @@ impl Machine {
     }
 
     pub fn start_rings(&mut self) {
+        self.start_rings_at(0);
+    }
+
+    /// The rings go on at this entry.
+    pub fn start_rings_at(&mut self, base: u32) {
         for queue in 0..QUEUES {
             let [descriptors, available, used] = [0, 1, 2].map(|part| ring_iova(queue, part));
             let none = VhostUserVringAddrFlags::empty();
             let addresses = VhostUserVringAddr::new(u32::from(queue), none, descriptors, used, available, 0);
             self.plain(FrontendReq::SET_VRING_NUM, &state(queue, u32::from(SIZE)));
-            self.plain(FrontendReq::SET_VRING_BASE, &state(queue, 0));
+            self.plain(FrontendReq::SET_VRING_BASE, &state(queue, base));
             self.plain(FrontendReq::SET_VRING_ADDR, addresses.as_slice());
             self.with_fds(FrontendReq::SET_VRING_CALL, &u64::from(queue).to_ne_bytes(), vec![fd()]);
             self.with_fds(FrontendReq::SET_VRING_KICK, &u64::from(queue).to_ne_bytes(), vec![fd()]);
@@ -156,7 +161,7 @@ impl Machine {
         let waker = noop_waker();
         while let Poll::Ready(output) = self.session.poll_output(&mut Context::from_waker(&waker)) {
             match output {
-                Output::Open(_) => {}
+                Output::Open(_) | Output::Close => {}
                 Output::Send(Channel::Backend, message) => self.misses.push(message),
                 Output::Send(Channel::Frontend, message) => {
                     if message.request == u32::from(FrontendReq::GET_VRING_BASE) {

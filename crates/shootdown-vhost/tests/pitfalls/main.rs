@@ -6,7 +6,11 @@
 mod device;
 #[path = "../schedules/guest.rs"]
 mod guest;
+mod hostile;
 mod machine;
+mod misses;
+mod stops;
+mod support;
 
 use guest::{PAGE, PAGES, QUEUES, ring_iova};
 use machine::Machine;
@@ -71,6 +75,10 @@ fn p3_what_was_known_is_forgotten_when_a_ring_stops_and_when_features_are_set() 
     machine.serve_misses();
     assert!(!machine.session.iotlb().is_empty());
     machine.get_vring_base(0);
+    machine.run();
+    assert_eq!(machine.answers(), 1);
+    assert!(!machine.session.iotlb().is_empty(), "another ring runs, and what is unmapped is told");
+    machine.get_vring_base(1);
     machine.run();
     assert_eq!((machine.answers(), machine.session.iotlb().len()), (1, 0));
     machine.update(7 * PAGE, PAGE, 7);

@@ -148,6 +148,11 @@ impl Frontend {
 
     pub fn send(&mut self) -> Option<Message> {
         let (message, answered, after) = self.script.pop_front()?;
+        let anew = [FrontendReq::SET_MEM_TABLE, FrontendReq::SET_FEATURES, FrontendReq::SET_PROTOCOL_FEATURES].map(u32::from);
+        if anew.contains(&message.request) {
+            // Who waits asks again.
+            self.untold.clear();
+        }
         if let Some(update) = iotlb_message(&message.payload).filter(|update| update.msg_type == VhostIotlbType::Update) {
             let told = update.iova / PAGE..(update.iova + update.size) / PAGE;
             self.untold.retain(|(page, _)| !told.contains(page));

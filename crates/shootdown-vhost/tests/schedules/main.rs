@@ -107,7 +107,7 @@ impl Run {
         let mut cx = Context::from_waker(&waker);
         while let Poll::Ready(output) = self.session.poll_output(&mut cx) {
             match output {
-                Output::Open(_) => {}
+                Output::Open(_) | Output::Close => {}
                 Output::Send(Channel::Backend, message) => self.frontend.asked(&message)?,
                 Output::Send(Channel::Frontend, message) => {
                     let next = self.frontend.receive(&message, &mut self.guest, &mut self.random)?;

@@ -1,0 +1,42 @@
+//! What is in flight, as a notifier.
+#![forbid(unsafe_code)]
+
+use crate::sync::{AtomicU8, Ordering};
+use shootdown::{IntervalNotifier, Invalidation, PassFuture, Timeline, WouldBlock};
+use std::borrow::Cow;
+use std::sync::OnceLock;
+
+/// Is registered for the range of a mapping while that exists.
+#[derive(Default)]
+pub(crate) struct InFlight {
+    state: AtomicU8,
+    /// Made when it is waited for, which is rare.
+    gone: OnceLock<Timeline>,
+}
+
+/// The states of what is in flight.
+const WAITED_FOR: u8 = 1;
+const GONE: u8 = 2;
+
+impl InFlight {
+    pub(crate) fn end(&self) {
+        if self.state.swap(GONE, Ordering::AcqRel) == WAITED_FOR
+            && let Some(gone) = self.gone.get()
+        {
+            gone.signal(1);
+        }
+    }
+}
+
+impl IntervalNotifier for InFlight {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        let gone = self.gone.get_or_init(Timeline::new);
+        let waits = self.state.compare_exchange(0, WAITED_FOR, Ordering::AcqRel, Ordering::Acquire) != Err(GONE);
+        Ok(waits.then(|| PassFuture::new(gone.reached(1))))
+    }
+
+    fn name(&self) -> Cow<'static, str> {
+        Cow::Borrowed("a mapping in flight")
+    }
+}

@@ -1,0 +1,289 @@
+//! Front-ends on sockets that do what QEMU does not, and sessions that are ended from this side.
+#![allow(missing_docs)]
+
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
+use shootdown::AddressRange;
+use shootdown_vhost::driver::{serve, serve_tokio};
+use shootdown_vhost::message::{Message, iotlb_bytes, iotlb_message};
+use shootdown_vhost::{Device, Iotlb, Ring, Session, Want};
+use std::io::{IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, OwnedFd};
+use std::os::unix::net::UnixStream;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+use std::thread;
+use std::time::{Duration, Instant};
+use vhost::vhost_user::message::{BackendReq, FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion};
+use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
+use vm_memory::ByteValued;
+
+const PAGE: u64 = 0x1000;
+const USER: u64 = 0x7f00_0000_0000;
+
+struct Nothing;
+
+impl Device for Nothing {
+    fn features(&self) -> u64 {
+        0
+    }
+    fn queues(&self) -> u16 {
+        1
+    }
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    fn start(&self, _: Ring) {}
+}
+
+fn send(mut socket: &UnixStream, message: &Message) {
+    let fds: Vec<_> = message.fds.iter().map(AsFd::as_fd).collect();
+    if fds.is_empty() {
+        return socket.write_all(&message.bytes()).unwrap();
+    }
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(2))];
+    let mut ancillary = SendAncillaryBuffer::new(&mut space);
+    assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+    sendmsg(socket, &[IoSlice::new(&message.bytes())], &mut ancillary, SendFlags::empty()).unwrap();
+}
+
+fn receive(mut socket: &UnixStream) -> Option<Message> {
+    let mut header = [0; 12];
+    socket.read_exact(&mut header).ok()?;
+    let (mut message, len) = Message::of_header(header).unwrap();
+    message.payload.resize(len, 0);
+    socket.read_exact(&mut message.payload).unwrap();
+    Some(message)
+}
+
+fn serving(tokio: bool) -> (UnixStream, Iotlb) {
+    let (frontend, backend) = UnixStream::pair().unwrap();
+    let iotlb = Iotlb::default();
+    let session = Session::new(Arc::new(Nothing), iotlb.clone());
+    thread::spawn(move || {
+        if tokio {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+            runtime.block_on(serve_tokio(backend, session)).unwrap();
+        } else {
+            serve(backend, session).unwrap();
+        }
+    });
+    (frontend, iotlb)
+}
+
+/// With an IOMMU, REPLY_ACK and one page of memory: its socket, its back-end channel.
+fn connected(tokio: bool) -> (UnixStream, UnixStream, Iotlb) {
+    let (socket, iotlb) = serving(tokio);
+    let (backend, theirs) = UnixStream::pair().unwrap();
+    let tell = |request: FrontendReq, payload: &[u8], fds: Vec<OwnedFd>| {
+        let mut message = Message::new(request, VhostUserHeaderFlag::NEED_REPLY, payload);
+        message.fds = fds;
+        send(&socket, &message);
+        receive(&socket).unwrap();
+    };
+    tell(FrontendReq::SET_PROTOCOL_FEATURES, &0x229u64.to_ne_bytes(), Vec::new());
+    tell(FrontendReq::SET_BACKEND_REQ_FD, &[], vec![theirs.into()]);
+    tell(FrontendReq::SET_FEATURES, &(1u64 << 30 | 1 << 32 | 1 << 33).to_ne_bytes(), Vec::new());
+    let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, PAGE).unwrap();
+    let region = VhostUserMemoryRegion::new(0, PAGE, USER, 0);
+    tell(FrontendReq::SET_MEM_TABLE, &[VhostUserMemory::new(1).as_slice(), region.as_slice()].concat(), vec![file]);
+    (socket, backend, iotlb)
+}
+
+/// A front-end that does not want its UPDATEs to be answered: it sends the UPDATE, then the answer to
+/// the MISS, each on its channel.
+fn update_then_answer(tokio: bool) {
+    let (socket, backend, iotlb) = connected(tokio);
+    thread::spawn(move || {
+        while let Some(miss) = receive(&backend) {
+            let iova = iotlb_message(&miss.payload).unwrap().iova & !(PAGE - 1);
+            let (perm, msg_type) = (VhostAccess::ReadWrite, VhostIotlbType::Update);
+            let update = VhostIotlbMsg { iova, size: PAGE, userspace_addr: USER, perm, msg_type };
+            send(&socket, &Message::new(FrontendReq::IOTLB_MSG, VhostUserHeaderFlag::empty(), &iotlb_bytes(&update)));
+            send(&backend, &Message::new(BackendReq::IOTLB_MSG, VhostUserHeaderFlag::REPLY, &0u64.to_ne_bytes()));
+        }
+    });
+    for turn in 0..100_000 {
+        let found = iotlb.map_wait(Want::write(5 * PAGE, 8));
+        assert!(found.is_ok(), "the UPDATE was there first, turn {turn}: {found:?}");
+        drop(found);
+        assert!(iotlb.invalidate(AddressRange::new(5 * PAGE, PAGE).unwrap()).await_now());
+    }
+}
+
+trait Now {
+    fn await_now(self) -> bool;
+}
+
+impl<F: Future> Now for F {
+    fn await_now(self) -> bool {
+        futures::FutureExt::now_or_never(self).is_some()
+    }
+}
+
+#[test]
+fn a_thread_hears_of_an_update_before_the_answer_that_follows_it() {
+    update_then_answer(false);
+}
+
+#[test]
+fn tokio_hears_of_an_update_before_the_answer_that_follows_it() {
+    update_then_answer(true);
+}
+
+/// The front-end closes its back-end channel, and stays.
+#[test]
+fn nobody_waits_for_an_answer_when_the_back_end_channel_is_closed() {
+    let (socket, backend, iotlb) = connected(false);
+    let (sender, ended) = channel();
+    thread::spawn(move || sender.send(iotlb.map_wait(Want::write(5 * PAGE, 8)).map(drop)));
+    receive(&backend).unwrap();
+    drop(backend);
+    let found = ended.recv_timeout(Duration::from_secs(3));
+    drop(socket);
+    assert!(found.is_ok(), "it waits for ever");
+}
+
+fn descriptors() -> usize {
+    std::fs::read_dir("/proc/self/fd").unwrap().count()
+}
+
+/// One message, byte by byte, with descriptors at each byte.
+#[test]
+fn a_message_that_is_not_complete_holds_few_descriptors() {
+    let (socket, _) = serving(false);
+    let some = rustix::fs::memfd_create("some", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    let before = descriptors();
+    let mut message = Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[0; 4000]).bytes();
+    message.truncate(60);
+    let fds = [some.as_fd(); 8];
+    for byte in &message {
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
+        let mut ancillary = SendAncillaryBuffer::new(&mut space);
+        assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
+        if sendmsg(&socket, &[IoSlice::new(&[*byte])], &mut ancillary, SendFlags::NOSIGNAL).is_err() {
+            return;
+        }
+    }
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(2) {
+        let more = descriptors().saturating_sub(before);
+        // Those of the tests beside it are few.
+        assert!(more <= 60, "{more} descriptors, and the message goes on");
+        thread::yield_now();
+    }
+}
+
+/// A front-end that sends without a pause.
+#[test]
+fn other_tasks_of_the_runtime_have_their_turns() {
+    let (mut socket, backend) = UnixStream::pair().unwrap();
+    let session = Session::new(Arc::new(Nothing), Iotlb::default());
+    let (sender, gap) = channel();
+    thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        runtime.block_on(async {
+            let ticks = tokio::spawn(async move {
+                let (begin, mut last, mut longest) = (Instant::now(), Instant::now(), Duration::ZERO);
+                while begin.elapsed() < Duration::from_secs(4) {
+                    tokio::task::yield_now().await;
+                    longest = longest.max(last.elapsed());
+                    last = Instant::now();
+                }
+                sender.send(longest).unwrap();
+            });
+            let _ = serve_tokio(backend, session).await;
+            ticks.await.unwrap();
+        });
+    });
+    let message = Message::new(FrontendReq::SET_OWNER, VhostUserHeaderFlag::empty(), &[]).bytes().repeat(10_000);
+    let begin = Instant::now();
+    while begin.elapsed() < Duration::from_secs(2) {
+        socket.write_all(&message).unwrap();
+    }
+    drop(socket);
+    let longest = gap.recv().unwrap();
+    assert!(longest < Duration::from_millis(300), "nobody else ran for {longest:?}");
+}
+
+/// A front-end that asks, and does not read the answers.
+#[test]
+fn answers_that_nobody_reads_take_little_memory() {
+    fn peak_kib() -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with("VmHWM")).unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+    let (mut socket, _) = serving(false);
+    let message = Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[]).bytes().repeat(10_000);
+    let before = peak_kib();
+    for _ in 0..60 {
+        let begin = Instant::now();
+        socket.set_write_timeout(Some(Duration::from_secs(5))).unwrap();
+        if socket.write_all(&message).is_err() {
+            eprintln!("it waits, {:?}", begin.elapsed());
+            return;
+        }
+    }
+    let grown = peak_kib() - before;
+    assert!(grown < 4096, "{grown} KiB of answers");
+}
+
+/// Keeps its ring for as long as something is in flight.
+#[derive(Default)]
+struct Keeps(std::sync::Mutex<Option<Ring>>);
+
+impl Device for Keeps {
+    fn features(&self) -> u64 {
+        0
+    }
+    fn queues(&self) -> u16 {
+        1
+    }
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+    fn start(&self, ring: Ring) {
+        *self.0.lock().unwrap() = Some(ring);
+    }
+}
+
+/// What the example does at SIGTERM (`Server::end`): the front-end must not see an end while something
+/// is in flight, because to QEMU an INVALIDATE that fails is one that is answered.
+#[test]
+fn a_front_end_sees_no_end_while_something_is_in_flight() {
+    let (mut frontend, backend) = UnixStream::pair().unwrap();
+    let other = backend.try_clone().unwrap();
+    let device = Arc::new(Keeps::default());
+    let session = Session::new(device.clone(), Iotlb::default());
+    let server = thread::spawn(move || serve(backend, session));
+    let tell = |request: FrontendReq, payload: &[u8], fds: Vec<OwnedFd>| {
+        let mut message = Message::new(request, VhostUserHeaderFlag::NEED_REPLY, payload);
+        message.fds = fds;
+        send(&frontend, &message);
+        receive(&frontend).unwrap();
+    };
+    let state = |num: u32| vhost::vhost_user::message::VhostUserVringState::new(0, num).as_slice().to_vec();
+    let none = vhost::vhost_user::message::VhostUserVringAddrFlags::empty();
+    let ring = vhost::vhost_user::message::VhostUserVringAddr::new(0, none, USER, USER + 0x800, USER + 0x400, 0);
+    let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
+    rustix::fs::ftruncate(&file, PAGE).unwrap();
+    let region = VhostUserMemoryRegion::new(0, PAGE, USER, 0);
+    let kick = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap();
+    tell(FrontendReq::SET_PROTOCOL_FEATURES, &0x229u64.to_ne_bytes(), Vec::new());
+    tell(FrontendReq::SET_FEATURES, &(1u64 << 32).to_ne_bytes(), Vec::new());
+    tell(FrontendReq::SET_MEM_TABLE, &[VhostUserMemory::new(1).as_slice(), region.as_slice()].concat(), vec![file]);
+    tell(FrontendReq::SET_VRING_NUM, &state(8), Vec::new());
+    tell(FrontendReq::SET_VRING_ADDR, ring.as_slice(), Vec::new());
+    tell(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), vec![kick]);
+    assert!(device.0.lock().unwrap().is_some());
+    other.shutdown(std::net::Shutdown::Read).unwrap();
+    let (perm, msg_type) = (VhostAccess::No, VhostIotlbType::Invalidate);
+    let message = VhostIotlbMsg { iova: 0, size: PAGE, userspace_addr: 0, perm, msg_type };
+    let message = Message::new(FrontendReq::IOTLB_MSG, VhostUserHeaderFlag::NEED_REPLY, &iotlb_bytes(&message));
+    let sent = frontend.write_all(&message.bytes());
+    let in_flight = device.0.lock().unwrap().take().is_some();
+    server.join().unwrap().unwrap();
+    assert!(in_flight && sent.is_ok(), "the INVALIDATE is over at once ({sent:?}), with a ring in flight");
+}
