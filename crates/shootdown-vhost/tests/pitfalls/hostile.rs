@@ -74,9 +74,9 @@ fn v7_a_table_may_follow_descriptors() {
     };
     let (header, table, data) = (20, 21, 22);
     for page in [header, table, data] {
-        machine.guest.table.insert(0xffff_0 + page, page);
+        machine.guest.table.insert(0xf_fff0 + page, page);
     }
-    let iova = |page: u64| (0xffff_0 + page) * PAGE;
+    let iova = |page: u64| (0xf_fff0 + page) * PAGE;
     put(&machine, 0, &[descriptor(iova(header), 8, 1, 1), descriptor(iova(table), 16, 4, 0)].concat());
     put(&machine, table * PAGE, &descriptor(iova(data), 8, 2, 0));
     put(&machine, PAGE, &[0, 0, 1, 0, 0, 0]);
@@ -100,14 +100,14 @@ fn v7_a_chain_of_more_than_4_gib_is_refused() {
     }
     let table = 10;
     for at in 0..16 {
-        machine.guest.table.insert(0xffff_0 + at, table + at);
-        machine.update((0xffff_0 + at) * PAGE, PAGE, table + at);
+        machine.guest.table.insert(0xf_fff0 + at, table + at);
+        machine.update((0xf_fff0 + at) * PAGE, PAGE, table + at);
     }
     for at in 0..4096u64 {
         let next = u16::from(at < 4095);
         put(&machine, table * PAGE + at * 16, &descriptor(0x5_0000 * PAGE, 257 * PAGE as u32, next, at as u16 + 1));
     }
-    put(&machine, 0, &descriptor(0xffff_0 * PAGE, 4096 * 16, 4, 0));
+    put(&machine, 0, &descriptor(0xf_fff0 * PAGE, 4096 * 16, 4, 0));
     put(&machine, PAGE, &[0, 0, 1, 0, 0, 0]);
     let before = peak_kib();
     machine.start_rings();
