@@ -12,7 +12,7 @@ pub trait Device: Send + Sync + 'static {
     /// How many queues it has at most.
     fn queues(&self) -> u16;
 
-    /// The whole of its configuration space.
+    /// Its configuration space from the start. What a front-end reads beyond the end is zero.
     fn config(&self) -> Vec<u8>;
 
     /// The driver writes to the configuration space. Says whether that is allowed.
@@ -22,6 +22,6 @@ pub trait Device: Send + Sync + 'static {
     }
 
     /// A ring begins. Called by the session's driver: spawn a task or a thread that has the ring,
-    /// and return. Translate nothing here: the front-end is waiting.
+    /// and return. Translate nothing here: the session that would ask is waiting for this call.
     fn start(&self, ring: Ring);
 }

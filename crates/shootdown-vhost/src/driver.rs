@@ -20,8 +20,20 @@ use std::io;
 pub enum ServeError {
     /// A socket failed.
     #[error("the front-end's socket: {0}")]
-    Io(#[from] io::Error),
+    Io(io::Error),
     /// The front-end has sent what the protocol does not allow.
     #[error("the front-end: {0}")]
-    Protocol(#[from] ProtocolError),
+    Protocol(ProtocolError),
+}
+
+impl From<io::Error> for ServeError {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+impl From<ProtocolError> for ServeError {
+    fn from(error: ProtocolError) -> Self {
+        Self::Protocol(error)
+    }
 }

@@ -72,7 +72,10 @@ impl fmt::Debug for Domain {
     }
 }
 
-/// The IOTLB of one device. Clones are handles of the same.
+/// The IOTLB of one device. Clones are handles of the same. `default` is one in a domain of its own.
+///
+/// A device [maps](Self::map). What the front-end says ([`update`](Self::update),
+/// [`invalidate`](Self::invalidate), [`forget_all`](Self::forget_all)) is the session's to tell.
 #[derive(Clone)]
 pub struct Iotlb(Arc<Inner>);
 
@@ -81,6 +84,8 @@ pub(crate) struct Inner {
     /// Changes under the lock of `asked` only when something is added.
     table: Shared<Table>,
     asked: Lock<Asked>,
+    /// What the front-end shares.
+    memory: Lock<MemoryTable>,
     /// The session, which sends what is asked for.
     sender: AtomicWaker,
     counters: Counters,
@@ -102,8 +107,8 @@ impl Iotlb {
     /// An empty one in `domain`. There is nobody to ask until a [`Session`](crate::Session) has it.
     pub fn new(domain: &Domain) -> Self {
         let (table, asked) = (Shared::new(Table::default()), Lock::new(Asked::default()));
-        let (sender, counters) = (AtomicWaker::new(), Counters::default());
-        let iotlb = Self(Arc::new(Inner { domain: domain.clone(), table, asked, sender, counters }));
+        let (sender, counters, memory) = (AtomicWaker::new(), Counters::default(), Lock::new(MemoryTable::default()));
+        let iotlb = Self(Arc::new(Inner { domain: domain.clone(), table, asked, memory, sender, counters }));
         let mut all = domain.0.all.lock();
         all.retain(|member| member.strong_count() > 0);
         all.push(Arc::downgrade(&iotlb.0));
@@ -114,6 +119,16 @@ impl Iotlb {
     /// The domain of the device.
     pub fn domain(&self) -> &Domain {
         &self.0.domain
+    }
+
+    /// The memory that the front-end shares now. Empty before it has said so.
+    pub fn memory(&self) -> MemoryTable {
+        self.0.memory.lock().clone()
+    }
+
+    pub(crate) fn set_memory(&self, memory: MemoryTable) {
+        let former = std::mem::replace(&mut *self.0.memory.lock(), memory);
+        drop(former);
     }
 
     /// What has happened so far.

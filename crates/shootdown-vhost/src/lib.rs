@@ -6,8 +6,60 @@
 //!      ▲                        │                   │
 //!      └── answers, misses ─────┴───── Iotlb ◀──────┘  Mapping: a translation in flight
 //! ```
+//!
+//! A device with plain threads:
+//!
+//! ```no_run
+//! use shootdown_vhost::{Device, Iotlb, Ring, Session, driver};
+//! use std::os::unix::net::UnixListener;
+//! use std::sync::Arc;
+//!
+//! /// Fills what the driver gives it with zeros.
+//! struct Zeros;
+//!
+//! impl Device for Zeros {
+//!     fn features(&self) -> u64 {
+//!         0 // of the device's type
+//!     }
+//!     fn queues(&self) -> u16 {
+//!         1
+//!     }
+//!     fn config(&self) -> Vec<u8> {
+//!         Vec::new()
+//!     }
+//!     fn start(&self, mut ring: Ring) {
+//!         std::thread::spawn(move || {
+//!             // An error means that the guest's ring makes no sense, or has no translation.
+//!             while let Ok(Some(chain)) = ring.next_wait() {
+//!                 let len = chain.writable().len();
+//!                 let written = chain.writable().write(0, &vec![0; len]);
+//!                 // `Stopping`: it is told when the ring goes on.
+//!                 let _ = chain.complete_wait(if written.is_ok() { len as u32 } else { 0 });
+//!             }
+//!         });
+//!     }
+//! }
+//!
+//! # fn main() -> Result<(), Box<dyn std::error::Error>> {
+//! let (device, iotlb) = (Arc::new(Zeros), Iotlb::default());
+//! let listener = UnixListener::bind("/tmp/zeros.sock")?;
+//! loop {
+//!     // One front-end after the other; `Session::stopper` ends one from elsewhere.
+//!     let (socket, _) = listener.accept()?;
+//!     driver::serve(socket, Session::new(device.clone(), iotlb.clone()))?;
+//! }
+//! # }
+//! ```
+//!
+//! With an executor: [`Ring::next`] and [`Chain::complete`] are futures, and [`driver::serve_tokio`] drives the session. QEMU needs
+//! `iommu_platform=on,ats=on` on a device behind a root port, `intel-iommu,device-iotlb=on`, and memory that is a shared file
+//! (`memory-backend-memfd,share=on`); `guest.sh` has such a command line.
+//!
+//! Offered to the driver besides the device's own features: VERSION_1, ACCESS_PLATFORM (the IOMMU), INDIRECT_DESC, EVENT_IDX. Offered to the
+//! front-end: MQ, REPLY_ACK, BACKEND_REQ, CONFIG.
 #![forbid(unsafe_code)]
 
+mod bell;
 mod buffers;
 mod device;
 pub mod driver;
@@ -29,6 +81,9 @@ pub use mapping::{AccessError, Mapping};
 pub use memory::{MemoryError, MemoryTable, Place, Region};
 pub use ring::{Chain, CompleteError, Next, Ring, RingError};
 pub use session::{Fault, Output, Session, Stopper};
+pub use shootdown::AddressRange;
 pub use stats::IotlbStats;
 pub use vm::{BlockingIommu, Held};
+pub use vm_memory;
 pub use vm_memory::Permissions;
+pub use {shootdown, vhost};

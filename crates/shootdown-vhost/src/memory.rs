@@ -5,12 +5,15 @@ use std::fmt;
 use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
-use vm_memory::{FileOffset, MmapRegion, VolatileMemory, VolatileSlice};
+use vm_memory::{
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion, VolatileMemory,
+    VolatileSlice,
+};
 
 /// Memory that the front-end shares, mapped into this process. It is unmapped when the last user
 /// lets go: the table that has it, and each [`Mapping`](crate::Mapping) of a part of it.
 pub struct Region {
-    map: MmapRegion,
+    map: Arc<MmapRegion>,
     guest: u64,
     user: u64,
 }
@@ -20,14 +23,14 @@ pub struct Region {
 #[non_exhaustive]
 pub enum MemoryError {
     /// The file is too short, or the kernel refused.
-    #[error("{len:#x} bytes of guest memory at {guest:#x} cannot be mapped: {source}")]
+    #[error("{len:#x} bytes of guest memory at {guest:#x} cannot be mapped: {error}")]
     Map {
         /// The guest's physical address of the region.
         guest: u64,
         /// Its length in bytes.
         len: u64,
         /// What the kernel or `vm-memory` said.
-        source: vm_memory::mmap::MmapRegionError,
+        error: vm_memory::mmap::MmapRegionError,
     },
     /// Addresses of a region wrap around, or two regions overlap.
     #[error("the region of {len:#x} bytes at {guest:#x} wraps around or overlaps another one")]
@@ -48,12 +51,12 @@ impl Region {
     pub fn map(file: OwnedFd, offset: u64, len: u64, guest: u64, user: u64) -> Result<Arc<Self>, MemoryError> {
         let wraps = [guest, user, offset].iter().any(|start| start.checked_add(len).is_none());
         let size = usize::try_from(len).ok().filter(|size| *size > 0 && !wraps).ok_or(MemoryError::Overlap { guest, len })?;
-        let map = MmapRegion::from_file(FileOffset::new(File::from(file), offset), size).map_err(|source| MemoryError::Map {
+        let map = MmapRegion::from_file(FileOffset::new(File::from(file), offset), size).map_err(|error| MemoryError::Map {
             guest,
             len,
-            source,
+            error,
         })?;
-        Ok(Arc::new(Self { map, guest, user }))
+        Ok(Arc::new(Self { map: Arc::new(map), guest, user }))
     }
 
     /// The length in bytes.
@@ -118,6 +121,20 @@ impl MemoryTable {
     /// The regions, in the front-end's order.
     pub fn regions(&self) -> &[Arc<Region>] {
         &self.regions
+    }
+
+    /// The same memory by the guest's physical addresses, for `vm-memory`: what
+    /// [`BlockingIommu`](crate::BlockingIommu) translates to, as the backend of a
+    /// [`vm_memory::IommuMemory`]. It keeps the memory mapped.
+    ///
+    /// # Errors
+    /// What `vm-memory` says of a table that is empty.
+    pub fn guest_memory(&self) -> Result<GuestMemoryMmap, GuestRegionCollectionError> {
+        let mut regions: Vec<_> = self.regions.iter().collect();
+        regions.sort_by_key(|region| region.guest);
+        let regions = regions.into_iter().map(|region| GuestRegionMmap::with_arc(region.map.clone(), GuestAddress(region.guest)));
+        // No region ends beyond the last address: that was checked.
+        GuestMemoryMmap::from_regions(regions.flatten().collect())
     }
 
     /// Where the front-end's address `user` is, and how many bytes of that region follow it.

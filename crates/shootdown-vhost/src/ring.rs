@@ -7,7 +7,9 @@
 
 mod end;
 mod split;
+mod wait;
 
+use crate::bell::Bell;
 use crate::buffers::Buffers;
 use crate::iotlb::{Iotlb, MapError, Want};
 use crate::sync::Lock;
@@ -24,7 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 /// A descriptor that may be replaced while the ring runs.
-pub(crate) type Bell = Arc<Lock<Option<Arc<OwnedFd>>>>;
+pub(crate) type Replaceable = Arc<Lock<Option<Arc<OwnedFd>>>>;
 
 /// What the front-end has said of a ring.
 pub(crate) struct Setup {
@@ -34,8 +36,8 @@ pub(crate) struct Setup {
     pub(crate) before: End,
     pub(crate) features: u64,
     pub(crate) kick: Arc<OwnedFd>,
-    pub(crate) call: Bell,
-    pub(crate) error: Bell,
+    pub(crate) call: Replaceable,
+    pub(crate) error: Replaceable,
     pub(crate) iotlb: Iotlb,
 }
 
@@ -47,9 +49,13 @@ pub(crate) fn layout(size: u16, descriptors: u64, available: u64, used: u64, eve
 /// A ring that runs. The device that has it takes [chains](Self::next) from it until the ring is
 /// [stopping](Next::Stopping), and drops it then. The front-end hears that the ring has stopped when the
 /// ring and all of its chains are gone.
+///
+/// Dropped before, the queue is dead until the guest's driver resets the device (SET_VRING_ERR tells
+/// the front-end).
 pub struct Ring {
     shared: Arc<Shared>,
     next: u16,
+    bell: Option<Arc<Bell>>,
 }
 
 struct Shared {
@@ -114,12 +120,12 @@ pub enum Next {
 #[non_exhaustive]
 pub enum RingError {
     /// The ring's own memory, or a buffer, has no translation.
-    #[error("{what}: {source}")]
+    #[error("{what}: {error}")]
     Map {
         /// What was to be mapped.
         what: &'static str,
         /// Why it is not.
-        source: MapError,
+        error: MapError,
     },
     /// An index of the ring is not aligned, or not in one piece of memory.
     #[error("the ring is not laid out as a ring")]
@@ -127,6 +133,12 @@ pub enum RingError {
     /// The driver has made more available than the ring has room for.
     #[error("the available ring is {0} entries ahead, which is more than it has")]
     Ahead(u16),
+    /// The thread cannot wait.
+    #[error("the thread cannot wait for the ring: {error}")]
+    Wait {
+        /// What the kernel said.
+        error: std::io::ErrorKind,
+    },
     /// A chain of descriptors that loops, leaves its table, or has a table inside of a table.
     #[error("the chain of descriptors at {head} is malformed")]
     Chain {
@@ -155,7 +167,7 @@ impl Ring {
         let (base, progress) = (AtomicU16::new(next), Lock::new(Progress::after(before)));
         let shared = Arc::new(Shared { setup, stop: stop.clone(), base, progress, ended: Some(sender) });
         let running = Running { stop, shared: Arc::downgrade(&shared), ended };
-        (Self { shared, next }, running)
+        (Self { shared, next, bell: None }, running)
     }
 
     /// Which of the device's queues it is.
@@ -178,8 +190,9 @@ impl Ring {
         &self.shared.setup.iotlb
     }
 
-    /// An eventfd that is readable when the driver has made something available. Read it before the
-    /// ring is looked at again.
+    /// An eventfd that is readable when the driver has made something available. Read it (it may block
+    /// if it is not readable), then look at the ring again. A stop does not make it readable: wait for
+    /// [`stopping`](Self::stopping), too, or leave both to [`next_wait`](Self::next_wait).
     pub fn kick(&self) -> BorrowedFd<'_> {
         self.shared.setup.kick.as_fd()
     }
@@ -224,7 +237,7 @@ impl Ring {
             let len = split::table_len(table).ok_or(RingError::Chain { head })?;
             let want = [Want::read(table.address, len)];
             let read = iotlb.peek(&want, |[table]| split::chain(table, 0, len / split::DESCRIPTOR, head));
-            let mut rest = read.await.map_err(|source| RingError::Map { what: "a table of descriptors", source })??;
+            let mut rest = read.await.map_err(|error| RingError::Map { what: "a table of descriptors", error })??;
             if rest.iter().any(Descriptor::is_indirect) {
                 return Err(RingError::Chain { head });
             }
@@ -236,7 +249,7 @@ impl Ring {
         }
         found.retain(|descriptor| descriptor.len > 0);
         let wants: Vec<_> = found.iter().map(Descriptor::want).collect();
-        let mapped = iotlb.map_all(&wants).await.map_err(|source| RingError::Map { what: "a buffer", source })?;
+        let mapped = iotlb.map_all(&wants).await.map_err(|error| RingError::Map { what: "a buffer", error })?;
         let (mut readable, mut writable) = (Vec::new(), Vec::new());
         for (descriptor, mapping) in found.iter().zip(mapped) {
             if descriptor.is_writable() { writable.push(mapping) } else { readable.push(mapping) }
@@ -267,7 +280,7 @@ impl Ring {
         if calls {
             ring_bell(&self.shared.setup.call);
         }
-        let looked = looked.map_err(|source| RingError::Map { what: "the ring", source })?;
+        let looked = looked.map_err(|error| RingError::Map { what: "the ring", error })?;
         match looked.ok_or(RingError::Layout)? {
             Err(0) => Ok(None),
             Err(ahead) => Err(RingError::Ahead(ahead)),
@@ -290,14 +303,20 @@ impl Shared {
             Some(layout.wants_call(available, at)? || others)
         }));
         // Polled first, so that it succeeds in the end too if that is possible without an answer.
-        let calls = match select(put, self.stop.reached(HURRY)).await {
-            Either::Left((put, _)) => put.map_err(|source| RingError::Map { what: "the used ring", source })?,
-            Either::Right(_) => {
+        let put = match select(put, self.stop.reached(HURRY)).await {
+            Either::Left((put, _)) => Some(put),
+            Either::Right(_) => None,
+        };
+        let calls = match put {
+            Some(Ok(put)) => put.ok_or(RingError::Layout)?,
+            // A front-end that has stopped the device refuses to translate. The next ring tells it.
+            failed => {
                 self.progress.lock().keep(entry, head, len);
-                return Err(CompleteError::Stopping);
+                let error = failed.and_then(Result::err).filter(|_| self.stop.value() < STOP);
+                let error = error.map(|error| RingError::Map { what: "the used ring", error });
+                return Err(error.map_or(CompleteError::Stopping, CompleteError::Ring));
             }
         };
-        let calls = calls.ok_or(RingError::Layout)?;
         if calls {
             ring_bell(&self.setup.call);
         }
@@ -305,7 +324,7 @@ impl Shared {
     }
 }
 
-fn ring_bell(bell: &Bell) {
+fn ring_bell(bell: &Replaceable) {
     let bell = bell.lock().clone();
     // Full: then it is readable.
     bell.map(|bell| rustix::io::write(&*bell, &1u64.to_ne_bytes()));
@@ -313,7 +332,9 @@ fn ring_bell(bell: &Bell) {
 
 /// A request of the driver: what the device may read, and what it may write. Its buffers are in
 /// flight as long as it exists. One that is dropped without [`complete`](Self::complete) is taken
-/// again when the ring is stopped and goes on, unless later ones are done: then it is lost.
+/// again when the ring is stopped and goes on, unless later ones are done: then it is lost. One that is
+/// leaked keeps its ring, and a front-end that stops it, waiting for ever. Ask for no other translation
+/// while you have one: the front-end may be waiting for this.
 pub struct Chain {
     head: u16,
     /// Where it is in the available ring.
@@ -339,8 +360,8 @@ impl Chain {
         &self.writable
     }
 
-    /// The device has ended its access, and has written `len` bytes from the start of what it may
-    /// write. The buffers are let go first, then the used ring is told.
+    /// The device has ended its access, and has written the first `len` bytes of what it may write, or
+    /// more that the driver is not to look at (0 where it is to look at the status only). The buffers are let go first, then the used ring is told.
     ///
     /// # Errors
     /// [`CompleteError`]: the driver does not hear of it. Where the ring is stopping, it hears of it
@@ -364,6 +385,16 @@ impl Chain {
 impl fmt::Debug for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Chain({}, reads {}, writes {})", self.head, self.readable.len(), self.writable.len())
+    }
+}
+
+impl Drop for Ring {
+    /// A ring that the device drops by itself is dead: the guest waits for what it has.
+    fn drop(&mut self) {
+        if self.shared.stop.value() == 0 {
+            tracing::warn!(ring = self.index(), "the device has dropped a ring that was not to stop");
+            ring_bell(&self.shared.setup.error);
+        }
     }
 }
 

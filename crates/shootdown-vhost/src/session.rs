@@ -25,7 +25,7 @@ use vhost::vhost_user::message::{BackendReq, VhostUserHeaderFlag, VhostUserProto
 use vhost::{VhostIotlbMsg, VhostIotlbType};
 use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 
-/// A mistake on purpose, to see what a guest makes of it.
+/// A mistake on purpose, to see what a guest makes of it: it overwrites memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fault {
@@ -36,7 +36,7 @@ pub enum Fault {
     KeepTranslations,
 }
 
-/// What a session wants to be done.
+/// What a session wants to be done. All of it has to be, so a further one is a breaking change.
 #[derive(Debug)]
 pub enum Output {
     /// Send this.
@@ -110,7 +110,8 @@ enum Due {
 }
 
 impl<D: Device> Session<D> {
-    /// A connection to `device`, whose translations go into `iotlb`, which no other session has.
+    /// A connection to `device`, whose translations go into `iotlb`. One session after the other may
+    /// have the same one, and its statistics go on; no two at a time.
     pub fn new(device: Arc<D>, iotlb: Iotlb) -> Self {
         let queues = (0..device.queues()).map(|_| Queue::default()).collect();
         let stopper = Stopper::default();

@@ -19,7 +19,7 @@ pub struct IotlbStats {
     /// Those of them that met something in flight.
     pub met_in_flight: u64,
     /// Mappings that all of them together met.
-    pub in_flight: u64,
+    pub mappings_met: u64,
     /// The longest time from an INVALIDATE to its answer.
     pub longest_answer: Duration,
     /// How often all was forgotten because there were too many translations.
@@ -59,7 +59,7 @@ impl Counters {
             refused: read(&self.refused),
             invalidates: read(&self.invalidates),
             met_in_flight: read(&self.met),
-            in_flight: read(&self.in_flight),
+            mappings_met: read(&self.in_flight),
             longest_answer: Duration::from_nanos(read(&self.longest)),
             overflows: read(&self.overflows),
         }

@@ -18,6 +18,10 @@ use vm_memory::{GuestAddress, Iommu, Permissions};
 /// with it the guard, so that the front-end takes the memory for free while they are in use. For asynchronous I/O take a [`Mapping`] by
 /// [`Iotlb::map`], and keep it until the I/O has ended.
 ///
+/// Addresses that it translates to are the guest's physical ones:
+/// [`MemoryTable::guest_memory`](crate::MemoryTable::guest_memory) of [`Iotlb::memory`] is the backend
+/// that has them.
+///
 /// A miss blocks the thread until the front-end has answered, so the thread that drives the
 /// [`Session`](crate::Session) must not translate.
 #[derive(Clone, Debug)]

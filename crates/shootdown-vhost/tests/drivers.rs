@@ -5,8 +5,6 @@
 #[path = "schedules/guest.rs"]
 mod guest;
 
-use futures::executor::block_on;
-use futures::future::{Either, select};
 use guest::{Guest, PAGE, PAGES, QUEUES, SIZE, USER, ring_iova};
 use rand::SeedableRng;
 use rand::rngs::SmallRng;
@@ -14,12 +12,11 @@ use rustix::event::{EventfdFlags, eventfd};
 use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use shootdown_vhost::driver::{ServeError, serve, serve_tokio};
 use shootdown_vhost::message::{Message, iotlb_bytes, iotlb_message};
-use shootdown_vhost::{Chain, Device, Iotlb, Next, Ring, Session};
+use shootdown_vhost::{Device, Iotlb, Ring, Session};
 use std::io::{IoSlice, Read, Write};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::unix::net::UnixStream;
-use std::pin::pin;
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, channel};
 use std::thread;
@@ -48,33 +45,17 @@ impl Device for Echo {
         (0..60).collect()
     }
 
-    fn start(&self, ring: Ring) {
-        thread::spawn(move || block_on(echo(ring)));
-    }
-}
-
-async fn echo(mut ring: Ring) {
-    loop {
-        match ring.next().await {
-            Ok(Next::Chain(chain)) => answer(chain).await,
-            Ok(Next::Empty) => {
-                let kick = async_io::Async::new(ring.kick().try_clone_to_owned().unwrap()).unwrap();
-                if let Either::Left(_) = select(ring.stopping(), pin!(kick.readable())).await {
-                    return;
-                }
-                let _ = rustix::io::read(kick.as_fd(), &mut [0; 8]);
+    fn start(&self, mut ring: Ring) {
+        thread::spawn(move || {
+            while let Some(chain) = ring.next_wait().unwrap() {
+                let mut token = [0; 8];
+                chain.readable().read(0, &mut token).unwrap();
+                let len = chain.writable().len();
+                chain.writable().write(0, &token.repeat(len / 8)).unwrap();
+                chain.complete_wait(u32::try_from(len).unwrap()).unwrap();
             }
-            _ => return,
-        }
+        });
     }
-}
-
-async fn answer(chain: Chain) {
-    let mut token = [0; 8];
-    chain.readable().read(0, &mut token).unwrap();
-    let len = chain.writable().len();
-    chain.writable().write(0, &token.repeat(len / 8)).unwrap();
-    chain.complete(u32::try_from(len).unwrap()).await.unwrap();
 }
 
 #[derive(Clone, Copy, Debug)]

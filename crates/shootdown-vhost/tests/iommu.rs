@@ -3,9 +3,9 @@
 
 use futures::FutureExt;
 use shootdown::AddressRange;
-use shootdown_vhost::{BlockingIommu, Iotlb, Permissions, Place, Region};
+use shootdown_vhost::{BlockingIommu, Iotlb, MemoryTable, Permissions, Place, Region};
 use std::sync::Arc;
-use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap, Iommu, IommuMemory};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap, Iommu, IommuMemory};
 
 const PAGE: u64 = 0x1000;
 
@@ -13,9 +13,8 @@ const PAGE: u64 = 0x1000;
 fn memory() -> (Iotlb, IommuMemory<GuestMemoryMmap, BlockingIommu>) {
     let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, 4 * PAGE).unwrap();
-    let whole = FileOffset::new(file.try_clone().unwrap().into(), 0);
-    let backend = GuestMemoryMmap::from_ranges_with_files([(GuestAddress(0x10_0000), 4 * PAGE as usize, Some(whole))]).unwrap();
     let region = Region::map(file, 0, 4 * PAGE, 0x10_0000, 1 << 40).unwrap();
+    let backend = MemoryTable::new(vec![region.clone()]).unwrap().guest_memory().unwrap();
     let iotlb = Iotlb::default();
     for (iova, page) in [(0x8000, 2), (0x9000, 1)] {
         let place = Place { region: Arc::clone(&region), offset: (page * PAGE) as usize };

@@ -46,7 +46,7 @@ impl IotlbFigures {
             invalidates: self.invalidates + stats.invalidates,
             longest_answer_us: self.longest_answer_us.max(longest),
             met_in_flight: self.met_in_flight + stats.met_in_flight,
-            in_flight: self.in_flight + stats.in_flight,
+            in_flight: self.in_flight + stats.mappings_met,
         }
     }
 }

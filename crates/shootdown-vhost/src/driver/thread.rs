@@ -3,33 +3,22 @@
 
 use super::ServeError;
 use super::lines::{Lines, Step};
+use crate::bell::Bell;
 use crate::device::Device;
 use crate::session::Session;
-use futures::task::{ArcWake, waker};
-use rustix::event::{EventfdFlags, PollFd, PollFlags, eventfd, poll};
+use futures::task::waker;
+use rustix::event::{PollFd, PollFlags, poll};
 use std::io;
-use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::task::Context;
 
-/// Wakes the thread out of `poll`.
-struct Bell(OwnedFd);
-
-impl ArcWake for Bell {
-    fn wake_by_ref(bell: &Arc<Self>) {
-        // Full: then the thread wakes up anyway.
-        let _ = rustix::io::write(&bell.0, &1u64.to_ne_bytes());
-    }
-}
-
 /// Serves one front-end on the calling thread, until it goes away. Returns when all rings have ended,
-/// so that the next session of the device may begin.
+/// so that the next session of the device may begin. [`Session::stopper`] ends it from elsewhere.
 ///
 /// # Errors
 /// [`ServeError`]: the connection is closed then, after the same wait.
 pub fn serve<D: Device>(socket: UnixStream, mut session: Session<D>) -> Result<(), ServeError> {
-    let bell = Arc::new(Bell(eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(io::Error::from)?));
+    let bell = Bell::new()?;
     let waker = waker(bell.clone());
     let mut cx = Context::from_waker(&waker);
     let mut lines = Lines::new(socket.into());
@@ -53,7 +42,7 @@ pub fn serve<D: Device>(socket: UnixStream, mut session: Session<D>) -> Result<(
 
 /// Waits until a socket is ready or the bell has rung.
 fn wait(bell: &Bell, lines: &Lines) -> io::Result<()> {
-    let mut fds = vec![PollFd::new(&bell.0, PollFlags::IN)];
+    let mut fds = vec![PollFd::new(bell, PollFlags::IN)];
     for line in lines.all() {
         let out = if line.is_full() { PollFlags::OUT } else { PollFlags::empty() };
         let read = if line.listens() { PollFlags::IN } else { PollFlags::empty() };
@@ -63,6 +52,6 @@ fn wait(bell: &Bell, lines: &Lines) -> io::Result<()> {
         Ok(_) | Err(rustix::io::Errno::INTR) => {}
         Err(error) => return Err(error.into()),
     }
-    let _ = rustix::io::read(&bell.0, &mut [0; 8]);
+    bell.clear();
     Ok(())
 }

@@ -265,7 +265,10 @@ impl<D: Device> Session<D> {
             return Err(ProtocolError::Descriptors { request: message.request, found: fds.len(), expected: regions.len() });
         }
         match map(&regions, fds) {
-            Ok(memory) => self.memory = memory,
+            Ok(memory) => {
+                self.iotlb.set_memory(memory.clone());
+                self.memory = memory;
+            }
             Err(error) => {
                 tracing::error!(%error, "the front-end's memory");
                 self.finish(&message, Done::Refused("memory that cannot be mapped"));

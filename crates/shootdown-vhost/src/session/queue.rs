@@ -3,7 +3,7 @@
 
 use crate::iotlb::Iotlb;
 use crate::memory::MemoryTable;
-use crate::ring::{Bell, End, Ring, Running, Setup, layout};
+use crate::ring::{End, Replaceable, Ring, Running, Setup, layout};
 use futures::FutureExt;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
@@ -30,8 +30,8 @@ pub(super) struct Queue {
     pub(super) addresses: Option<Addresses>,
     pub(super) enabled: bool,
     pub(super) kick: Option<Arc<OwnedFd>>,
-    pub(super) call: Bell,
-    pub(super) error: Bell,
+    pub(super) call: Replaceable,
+    pub(super) error: Replaceable,
     /// So many answers wait for the ring's end: no other one starts before.
     pub(super) awaited: u32,
     /// Where the next ring begins, if the front-end has said so before this one had ended.
@@ -42,7 +42,7 @@ pub(super) struct Queue {
 impl Default for Queue {
     fn default() -> Self {
         let phase = Phase::Stopped(End::default());
-        let (call, error) = (Bell::default(), Bell::default());
+        let (call, error) = (Replaceable::default(), Replaceable::default());
         Self { size: 0, addresses: None, enabled: false, kick: None, call, error, awaited: 0, next: None, phase }
     }
 }

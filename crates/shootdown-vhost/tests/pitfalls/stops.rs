@@ -60,6 +60,30 @@ fn v4_no_request_is_lost_when_a_flush_comes_before_the_stop() {
     assert_eq!(machine.in_flight(), 0, "it is not done again");
 }
 
+/// QEMU refuses every translation of a device that it has stopped, also those that were asked for before.
+#[test]
+fn v4_no_request_is_lost_when_the_used_ring_is_refused_during_a_stop() {
+    let mut machine = Machine::started();
+    machine.submit(0);
+    machine.serve_misses();
+    machine.invalidate(0, 1 << 63);
+    machine.access();
+    machine.run();
+    stop_both(&mut machine);
+    machine.run();
+    assert!(!machine.misses.is_empty(), "who has been disabled still asks");
+    while !machine.misses.is_empty() {
+        machine.answer_miss(1);
+        machine.run();
+    }
+    machine.get_vring_base(0);
+    machine.run();
+    assert_eq!(machine.last_base(), 1);
+    machine.start_rings_at(1);
+    machine.serve_misses();
+    assert!(machine.guest.completed(0).unwrap().is_some(), "done, and never told");
+}
+
 /// A device that is reset begins anew: what was done before is nobody's any more.
 #[test]
 fn v4_what_could_not_be_told_before_a_reset_is_not_told_after_it() {

@@ -7,6 +7,7 @@ crate::list![
     all_words_are_right_in_strict_mode,
     all_words_are_right_in_lazy_mode,
     the_answer_to_a_flush_waits_only_for_what_is_in_flight,
+    a_guest_that_is_stopped_and_goes_on_loses_no_request,
     a_front_end_that_is_killed_under_load_is_followed_by_another,
 ];
 
@@ -63,6 +64,16 @@ fn the_answer_to_a_flush_waits_only_for_what_is_in_flight() {
     let job = Duration::from_millis(seen.sum("ms"));
     println!("the longest answer took {longest:?}, the job {job:?}");
     assert!(longest < 20 * latency && longest < job / 4, "{longest:?} of {job:?}");
+}
+
+/// QEMU stops the rings, with requests in flight, and starts them again where they were.
+fn a_guest_that_is_stopped_and_goes_on_loses_no_request() {
+    let latency = Duration::from_millis(5);
+    for (queues, stops) in [(1, 20), (4, 10)] {
+        let seen = Setup { queues, cpus: queues, stops, latency, ..Setup::default() }.boot().whole();
+        seen.print(&format!("lazy, {queues} queue(s), stopped {stops} times"));
+        check_words(&seen, 1);
+    }
 }
 
 fn a_front_end_that_is_killed_under_load_is_followed_by_another() {

@@ -5,6 +5,7 @@ use serde_json::Value;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::OnceLock;
@@ -21,6 +22,11 @@ const MOST_LINES: usize = 1000;
 const BEGUN: &str = "GUEST {\"begun\"";
 /// Lines of the console that an error shows.
 const SHOWN_LINES: usize = 60;
+/// QEMU's monitor, in the folder of a boot.
+const MONITOR: &str = "monitor";
+/// Between two stops, and during one.
+const WORKING: Duration = Duration::from_millis(100);
+const STILL: Duration = Duration::from_millis(20);
 /// How long a back-end may take to begin and to end.
 const SOON: Duration = Duration::from_secs(10);
 
@@ -128,6 +134,8 @@ pub struct Setup {
     pub filled: bool,
     /// Before this guest, another one with the same back-end is killed in the middle of its job.
     pub kill_one_before: bool,
+    /// So often QEMU stops the guest in the middle of its job, and lets it go on.
+    pub stops: u32,
     /// How long the boot with its job may take.
     pub patience: Duration,
 }
@@ -149,6 +157,7 @@ impl Default for Setup {
             mib: 64,
             filled: false,
             kill_one_before: false,
+            stops: 0,
             patience: Duration::from_secs(90),
         }
     }
@@ -202,7 +211,8 @@ impl Setup {
             assert!(begun, "{}", log(folder.path(), "qemu"));
         }
         let (qemu, console) = self.start_qemu(&sockets, &files, folder.path());
-        let (results, error) = listen(&console, self.patience);
+        let (stops, monitor) = (self.stops, path(MONITOR));
+        let (results, error) = listen(&console, self.patience, || stop_and_go(stops, &monitor));
         drop(qemu);
 
         let mut stats = Vec::new();
@@ -231,6 +241,9 @@ impl Setup {
         command.args(["--queues", &self.queues.to_string(), "--cpus", &self.cpus.to_string()]);
         let flags = [("--strict", self.strict), ("--no-iommu", !self.iommu), ("--shared-slot", self.shared_slot)];
         command.args(flags.into_iter().filter(|(_, set)| *set).map(|(flag, _)| flag));
+        if self.stops > 0 {
+            command.arg("--monitor").arg(folder.join(MONITOR));
+        }
         for (name, value) in [("mib", self.mib), ("seed", SEED.into())].iter().chain(&self.set) {
             command.args(["--set", &format!("{name}={value}")]);
         }
@@ -300,6 +313,28 @@ impl Backend {
     }
 }
 
+/// Stops the guest so often, and lets it go on, while its job runs.
+fn stop_and_go(stops: u32, monitor: &Path) {
+    if stops == 0 {
+        return;
+    }
+    let mut monitor = UnixStream::connect(monitor).unwrap();
+    thread::spawn(move || {
+        // A prompt, `(qemu)`, is the answer; the first comes unasked.
+        let mut answers = BufReader::new(monitor.try_clone().unwrap());
+        let mut answered = answers.read_until(b')', &mut Vec::new()).is_ok();
+        for command in ["stop", "cont"].into_iter().cycle().take(2 * stops as usize) {
+            // The guest works for a while, and is still for a while.
+            thread::sleep(if command == "stop" { WORKING } else { STILL });
+            answered = answered && writeln!(monitor, "{command}").is_ok() && answers.read_until(b')', &mut Vec::new()).is_ok();
+            if !answered {
+                // QEMU has ended, with the job.
+                return;
+            }
+        }
+    });
+}
+
 /// A disk of zeros, or with its words.
 fn create(file: &Path, disk: usize, bytes: u64, filled: bool) {
     let mut file = File::create(file).unwrap();
@@ -332,7 +367,8 @@ fn lines(console: impl Read + Send + 'static) -> Receiver<String> {
 }
 
 /// The results until the guest's end, and what went wrong.
-fn listen(console: &Receiver<String>, patience: Duration) -> (Vec<Value>, Option<String>) {
+fn listen(console: &Receiver<String>, patience: Duration, begun_now: impl FnOnce()) -> (Vec<Value>, Option<String>) {
+    let mut begun_now = Some(begun_now);
     let begun = Instant::now();
     let (mut results, mut others, mut ended) = (Vec::new(), Vec::new(), None);
     let why = loop {
@@ -350,6 +386,7 @@ fn listen(console: &Receiver<String>, patience: Duration) -> (Vec<Value>, Option
             continue;
         };
         if line.contains(BEGUN) {
+            begun_now.take().into_iter().for_each(|begun| begun());
             continue;
         }
         let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));

@@ -1,0 +1,91 @@
+//! A ring for a plain thread.
+#![forbid(unsafe_code)]
+
+use super::{Chain, CompleteError, Next, Ring, RingError};
+use crate::bell::Bell;
+use futures::task::waker;
+use rustix::event::{PollFd, PollFlags, poll};
+use smallvec::{SmallVec, smallvec};
+use std::io;
+use std::os::fd::BorrowedFd;
+use std::pin::{Pin, pin};
+use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::Thread;
+
+impl Ring {
+    /// The next request, for a thread: it blocks until the driver has made one available. `None`: the
+    /// ring is [stopping](Next::Stopping).
+    ///
+    /// # Errors
+    /// As for [`next`](Self::next); [`RingError::Wait`] when there is no descriptor left to wait with.
+    pub fn next_wait(&mut self) -> Result<Option<Chain>, RingError> {
+        let bell = match &self.bell {
+            Some(bell) => bell.clone(),
+            None => self.bell.insert(Bell::new().map_err(|error| RingError::Wait { error: error.kind() })?).clone(),
+        };
+        let waker = waker(bell.clone());
+        let mut cx = Context::from_waker(&waker);
+        loop {
+            let next = {
+                let mut next = pin!(self.next());
+                loop {
+                    match next.as_mut().poll(&mut cx) {
+                        Poll::Ready(next) => break next?,
+                        // A translation, or a stop.
+                        Poll::Pending => wait(&bell, None)?,
+                    };
+                }
+            };
+            match next {
+                Next::Chain(chain) => return Ok(Some(chain)),
+                Next::Stopping => return Ok(None),
+                Next::Empty => {}
+            }
+            let mut stopping = self.stopping();
+            while Pin::new(&mut stopping).poll(&mut cx).is_pending() {
+                if wait(&bell, Some(self.kick()))? {
+                    let _ = rustix::io::read(self.kick(), &mut [0; 8]);
+                    break;
+                }
+            }
+        }
+    }
+}
+
+/// Waits until the bell has rung or there was a kick. Says whether there was a kick.
+fn wait(bell: &Bell, kick: Option<BorrowedFd<'_>>) -> Result<bool, RingError> {
+    let mut fds: SmallVec<[PollFd<'_>; 2]> = smallvec![PollFd::new(bell, PollFlags::IN)];
+    fds.extend(kick.map(|kick| PollFd::from_borrowed_fd(kick, PollFlags::IN)));
+    match poll(&mut fds, None) {
+        Ok(_) | Err(rustix::io::Errno::INTR) => {}
+        Err(error) => return Err(RingError::Wait { error: io::Error::from(error).kind() }),
+    }
+    bell.clear();
+    Ok(fds.get(1).is_some_and(|kick| kick.revents().contains(PollFlags::IN)))
+}
+
+impl Chain {
+    /// The same as [`complete`](Self::complete), for a thread: it blocks until the driver has been told.
+    ///
+    /// # Errors
+    /// As for [`complete`](Self::complete).
+    pub fn complete_wait(self, len: u32) -> Result<(), CompleteError> {
+        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+        let (mut future, mut cx) = (pin!(self.complete(len)), Context::from_waker(&waker));
+        loop {
+            if let Poll::Ready(completed) = future.as_mut().poll(&mut cx) {
+                return completed;
+            }
+            std::thread::park();
+        }
+    }
+}
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
+    }
+}
