@@ -5,6 +5,7 @@
 //! ended, and a [`Gpu`] when nothing is in flight. What Vulkan calls externally synchronized (queue, command pool) is behind a mutex.
 //! What a device *reads* is the program's memory, which may be replaced meanwhile: that is what this example is about. It reads by itself, no
 //! reference of this program is involved, and the address is never without a mapping while a job is in flight ([`memory`](crate::memory)).
+//! As with `RegistrationCache::get`, nobody checks that a range is memory: what is imported here are whole buffers and mappings.
 
 use crate::problem::Problem;
 use crate::vulkan::{Card, Vulkan};
@@ -80,16 +81,12 @@ impl Gpu {
         // SAFETY: the extensions and the feature are there, see `Vulkan::card`.
         let device = unsafe { vulkan.instance.create_device(card.physical, &info, None) }?;
         let host = ash::ext::external_memory_host::Device::new(&vulkan.instance, &device);
+        // SAFETY: one queue of this family was asked for.
+        let queue = unsafe { device.get_device_queue(card.family, 0) };
         // From here on dropping it destroys what there is: a null handle is none.
         let mut this = Self {
             card: card.clone(),
-            // SAFETY: the family is the one that a queue was asked for of.
-            queue: Mutex::new(Queue {
-                queue: unsafe { device.get_device_queue(card.family, 0) },
-                submitted: 0,
-                gate: 0,
-                fences: None,
-            }),
+            queue: Mutex::new(Queue { queue, submitted: 0, gate: 0, fences: None }),
             device,
             host,
             pool: Mutex::default(),
@@ -107,7 +104,8 @@ impl Gpu {
         let pool = vk::CommandPoolCreateInfo::default().queue_family_index(card.family);
         // SAFETY: the device is alive.
         *lock(&this.pool) = unsafe { this.device.create_command_pool(&pool, None) }?;
-        (this.done, this.gate) = (this.timeline()?, this.timeline()?);
+        this.done = this.timeline()?;
+        this.gate = this.timeline()?;
         this.make_target()?;
         this.start(fence_fd)?;
         Ok(Arc::new(this))

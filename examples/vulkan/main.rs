@@ -38,6 +38,9 @@ fn main() -> ExitCode {
 
 /// Runs what was asked for, and prints it. Returns what is not as it should be.
 fn run(options: &Options) -> Result<Vec<String>, Problem> {
+    if options.plot.is_some() && !options.runs(Part::Passes) {
+        return Err(Problem::Options("--plot: there is no picture without passes".into()));
+    }
     let vulkan = Vulkan::open(options.validate)?;
     if options.validate && vulkan.messages().is_none() {
         eprintln!("the validation layer is not installed (Debian: apt-get install vulkan-validationlayers): nobody looks");

@@ -299,10 +299,11 @@ pub fn run(options: &Options, vulkan: &Arc<Vulkan>, cards: &[Card]) -> Result<Pa
         let of = |mode| Set::new(options, mode, &gpus[..devices]);
         let mut sets = Mode::BOTH.into_iter().map(of).collect::<Result<Vec<_>, _>>()?;
         let mut samples = [Vec::new(), Vec::new()];
-        // In turns, so that both meet the same machine.
+        // In turns, so that both meet the same machine, and with the same jobs.
         for _ in 0..options.repeats {
+            let round: u64 = random.random();
             for (set, samples) in sets.iter_mut().zip(&mut samples) {
-                samples.push(set.invalidate(&feed, &copies, &mut random)?);
+                samples.push(set.invalidate(&feed, &copies, &mut StdRng::seed_from_u64(round))?);
             }
         }
         rows.extend(sets.iter().zip(&samples).map(|(set, samples)| Row {

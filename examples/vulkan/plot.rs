@@ -36,7 +36,7 @@ fn draw(area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, passes: &Pas
         .build_cartesian_2d((0.9..most * 1.15).log_scale().base(2.0), (least / 1.6..longest * 1.6).log_scale())?;
     chart
         .configure_mesh()
-        .x_desc(format!("devices, each with {} jobs of {} ms in flight", passes.depth, passes.work_ms))
+        .x_desc(format!("devices, each with {} × {} ms of work in flight", passes.depth, passes.work_ms))
         .x_label_formatter(&|devices| format!("{devices:.0}"))
         .y_label_formatter(&|ns| millis(*ns as u64))
         .light_line_style(WHITE)

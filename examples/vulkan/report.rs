@@ -129,7 +129,7 @@ pub fn millis(ns: u64) -> String {
 
 fn passes_table(passes: &Passes) -> String {
     let mut out = format!(
-        "One invalidation, devices with {} jobs of {} ms in flight; medians of {}.\n",
+        "One invalidation; each device has {} × {} ms of work in flight until its first pass. Medians of {}.\n",
         passes.depth, passes.work_ms, passes.repeats
     );
     out += "         │    one after the other    │        all at once        │\n";

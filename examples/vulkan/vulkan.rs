@@ -73,15 +73,13 @@ impl Vulkan {
         let extensions: &[_] = if validate { &[ash::ext::debug_utils::NAME.as_ptr()] } else { &[] };
         let messages = Arc::new(Messages::default());
         let mut on_message = Self::on_message(&messages);
-        let hazards = [vk::ValidationFeatureEnableEXT::SYNCHRONIZATION_VALIDATION];
-        let mut features = vk::ValidationFeaturesEXT::default().enabled_validation_features(&hazards);
         let program = vk::ApplicationInfo::default().application_name(c"shootdown").api_version(vk::API_VERSION_1_2);
         let mut info = vk::InstanceCreateInfo::default()
             .application_info(&program)
             .enabled_layer_names(layers)
             .enabled_extension_names(extensions);
         if validate {
-            info = info.push_next(&mut features).push_next(&mut on_message);
+            info = info.push_next(&mut on_message);
         }
         // SAFETY: as above; the messenger's data outlives the instance.
         let instance = unsafe { entry.create_instance(&info, None) }.map_err(|error| match error {
