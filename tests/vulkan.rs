@@ -186,7 +186,8 @@ struct Lacking {
 }
 
 fn lacking() -> Lacking {
-    let reason = |output: &Output| (output.status.code() == Some(3)).then(|| error(output));
+    let said = |output: &Output| error(output).trim_start_matches("error: ").to_owned();
+    let reason = |output: &Output| (output.status.code() == Some(3)).then(|| said(output));
     let passes = vulkan("passes --devices 1 --repeats 1 --work-ms 1 --validate");
     let driver = reason(&passes);
     let source = driver.clone().or_else(|| reason(&vulkan("uploads --uploads 1")));

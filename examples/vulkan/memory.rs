@@ -61,6 +61,10 @@ fn memfd(len: usize) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
+/// Where nobody else maps: the kernel gives the highest gap that is wide enough, and another thread that maps something (an allocator, a driver)
+/// would be given the place of a buffer between its unmap and its map.
+const FAR_FROM_OTHERS: usize = 64 << 30;
+
 /// Memory that is mapped and unmapped by system calls, and nobody is told by the program.
 pub struct Raw {
     region: *mut u8,
@@ -76,11 +80,11 @@ impl Raw {
     /// Maps `count` buffers of `len` bytes that begin at multiples of `alignment`: private memory, or shared with `files`.
     pub fn map(count: usize, len: usize, alignment: usize, files: Option<Files>) -> Result<Self, Problem> {
         let region_len = count * len + alignment;
-        // SAFETY: a new mapping where the kernel chooses.
-        let region =
-            unsafe { mmap_anonymous(ptr::null_mut(), region_len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE) }
-                .map_err(io::Error::from)?
-                .cast::<u8>();
+        let low = ptr::without_provenance_mut(FAR_FROM_OTHERS);
+        // SAFETY: a new mapping, there or where the kernel chooses.
+        let region = unsafe { mmap_anonymous(low, region_len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE) }
+            .map_err(io::Error::from)?
+            .cast::<u8>();
         let skip = region.addr().next_multiple_of(alignment) - region.addr();
         let this = Self { region, region_len, skip, len, count, files };
         // So that its pages are known by `second`.
