@@ -142,7 +142,10 @@ impl Feed<'_> {
     /// Keeps a device at work until it has nothing to copy from. `at_work` is signalled when its first job is done.
     fn run(&self, driver: &Driver, phase: Duration, at_work: &Timeline) -> Result<(), Problem> {
         let fed = self.feed(driver, phase, at_work);
-        // Also if it has failed, so that nobody waits.
+        if fed.is_err() {
+            // So that nobody waits for what it has left.
+            let _ = driver.gpu.open_gate(self.gates.load(Ordering::Relaxed));
+        }
         at_work.signal(1);
         fed
     }
