@@ -10,6 +10,9 @@ use serde::Serialize;
 use std::fmt::Write as _;
 use std::io::Write as _;
 
+/// So many messages of the validation layer are failures with a line of their own.
+const SHOWN: usize = 5;
+
 #[derive(Serialize)]
 pub struct Report {
     cards: Vec<Named>,
@@ -48,7 +51,11 @@ impl Report {
         };
         let mut failures = uploads.as_ref().map(Uploads::failures).unwrap_or_default();
         failures.extend(passes.iter().flat_map(Passes::failures));
-        failures.extend(validation.iter().flatten().map(|message| format!("the validation layer says: {message}")));
+        let said = validation.as_deref().unwrap_or_default();
+        failures.extend(said.iter().take(SHOWN).map(|message| format!("the validation layer says: {message}")));
+        if said.len() > SHOWN {
+            failures.push(format!("the validation layer says {} things more (--json has them)", said.len() - SHOWN));
+        }
         Self { cards: cards.iter().map(of).collect(), seed: options.seed, validation, uploads, passes, failures }
     }
 
