@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# What only exists with all features: faults on demand, real memory, the registration cache, and every example in the documentation.
+# What only exists with all features: faults on demand, real memory, the registration cache, Vulkan, and every example in the documentation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-cargo test --all-features --lib --test test_util --test contract --test cache --test soak --test observe --test hmm --test allocations --test stats --test sweep --test source_rules
+cargo test --all-features --lib --test test_util --test contract --test cache --test soak --test observe --test hmm --test allocations --test stats --test sweep --test source_rules --test vulkan
 # Each case with the quick ways and without: tracing and metrics would turn them off.
 cargo test --features test-util --test fuzz
 cargo test --all-features --doc
