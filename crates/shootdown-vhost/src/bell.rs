@@ -1,8 +1,9 @@
-//! Wakes a thread out of `poll`.
+//! Event descriptors: one that wakes a thread out of `poll`, and those of the front-end.
 #![forbid(unsafe_code)]
 
 use futures::task::ArcWake;
-use rustix::event::{EventfdFlags, eventfd};
+use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
+use rustix::fs::{OFlags, fcntl_getfl};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -29,5 +30,28 @@ impl Bell {
 impl AsFd for Bell {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()
+    }
+}
+
+/// A descriptor of the front-end's that is written to.
+pub(crate) struct Call {
+    fd: OwnedFd,
+    /// Whether a write may block: then nobody writes who would.
+    blocks: bool,
+}
+
+impl Call {
+    pub(crate) fn new(fd: OwnedFd) -> Self {
+        let blocks = fcntl_getfl(&fd).is_ok_and(|flags| !flags.contains(OFlags::NONBLOCK));
+        Self { fd, blocks }
+    }
+
+    /// If it is full already it is readable, and that is all that is wanted.
+    pub(crate) fn ring(&self) {
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        if self.blocks && !poll(&mut [PollFd::new(&self.fd, PollFlags::OUT)], Some(&now)).is_ok_and(|ready| ready > 0) {
+            return;
+        }
+        let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
     }
 }

@@ -250,7 +250,9 @@ impl Iotlb {
     }
 
     fn patience(&self, wants: &[Want]) -> Patience {
-        let pages = wants.iter().fold(0, |pages: u64, want| pages.saturating_add(want.len / PAGE));
+        let pages = wants
+            .iter()
+            .fold(0, |pages: u64, want| pages.saturating_add(want.iova.saturating_add(want.len) / PAGE - want.iova / PAGE + 1));
         Patience { many: pages > table::MOST as u64 / 2, overflows: self.stats().overflows }
     }
 
@@ -333,7 +335,11 @@ impl Iotlb {
     fn forget_in_domain(&self, range: AddressRange) {
         let members: Vec<_> = self.0.domain.0.all.lock().iter().filter_map(Weak::upgrade).collect();
         for member in members {
+            let mut asked = member.asked.lock();
             member.table.write().invalidate(range);
+            let over = asked.invalidated(range);
+            drop(asked);
+            Iotlb(member).tell(over);
         }
     }
 

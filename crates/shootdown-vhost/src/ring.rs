@@ -9,7 +9,7 @@ mod end;
 mod split;
 mod wait;
 
-use crate::bell::Bell;
+use crate::bell::{Bell, Call};
 use crate::buffers::Buffers;
 use crate::iotlb::{Iotlb, MapError, Want};
 use crate::sync::Lock;
@@ -26,7 +26,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU16, Ordering};
 
 /// A descriptor that may be replaced while the ring runs.
-pub(crate) type Replaceable = Arc<Lock<Option<Arc<OwnedFd>>>>;
+pub(crate) type Replaceable = Arc<Lock<Option<Arc<Call>>>>;
 
 /// What the front-end has said of a ring.
 pub(crate) struct Setup {
@@ -223,6 +223,8 @@ impl Ring {
                 Ok(Next::Chain(chain))
             }
             Ok(None) => Ok(Next::Empty),
+            // A front-end that has stopped the device refuses to translate.
+            Err(_) if self.shared.stop.value() >= STOP => Ok(Next::Stopping),
             Err(error) => {
                 ring_bell(&self.shared.setup.error);
                 Err(error)
@@ -270,7 +272,9 @@ impl Ring {
                 layout.want_kick(used, self.next)?;
                 ahead = layout.ahead(available, self.next)?;
             }
-            if ahead == 0 || ahead > layout.size {
+            // Each request has a descriptor of its own for as long as the driver was not told of it.
+            let full = self.shared.progress.lock().in_flight() >= usize::from(layout.size);
+            if ahead == 0 || ahead > layout.size || full {
                 return Some(Err(ahead));
             }
             let head = layout.head(available, self.next)?;
@@ -326,8 +330,9 @@ impl Shared {
 
 fn ring_bell(bell: &Replaceable) {
     let bell = bell.lock().clone();
-    // Full: then it is readable.
-    bell.map(|bell| rustix::io::write(&*bell, &1u64.to_ne_bytes()));
+    if let Some(bell) = bell {
+        bell.ring();
+    }
 }
 
 /// A request of the driver: what the device may read, and what it may write. Its buffers are in

@@ -103,8 +103,8 @@ enum Due {
     Invalidated(Invalidated, bool),
     /// When nothing of before is in flight.
     Quiet(Invalidate<'static>, bool),
-    /// When this queue has stopped.
-    Base(usize),
+    /// When this queue has stopped. The base may have been set since the ring was told to stop.
+    Base(usize, Option<u16>),
     /// When all have.
     Bases(bool),
 }
@@ -166,6 +166,8 @@ impl<D: Device> Session<D> {
         match channel {
             Channel::Frontend => self.handle(message),
             Channel::Backend if !message.is_reply() => Err(ProtocolError::NoAnswer(message.request)),
+            // From before it was closed.
+            Channel::Backend if matches!(self.backend, Backend::None) => Ok(()),
             Channel::Backend => {
                 let answer: u64 = message.body()?;
                 if self.iotlb.answered(answer == 0) { Ok(()) } else { Err(ProtocolError::Answer) }
@@ -179,7 +181,9 @@ impl<D: Device> Session<D> {
     pub fn poll_output(&mut self, cx: &mut Context<'_>) -> Poll<Output> {
         if self.stopping.as_mut().is_some_and(|stopping| Pin::new(stopping).poll(cx).is_ready()) {
             self.stopping = None;
-            self.queues.iter_mut().for_each(Queue::stop);
+            // Where a miss may have no answer, none is waited for.
+            let each = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
+            self.queues.iter_mut().for_each(if each { Queue::stop } else { Queue::disconnect });
         }
         self.queues.iter_mut().for_each(|queue| queue.poll_ended(cx));
         if let Backend::New(_) = &self.backend
@@ -190,6 +194,7 @@ impl<D: Device> Session<D> {
         let reply = self.poll_reply(cx);
         // Only now: an answer that says where a ring has stopped comes before the next one starts.
         self.start_queues();
+        self.queues.iter_mut().for_each(|queue| queue.poll_ended(cx));
         if let Poll::Ready(message) = reply {
             return Poll::Ready(Output::Send(Channel::Frontend, message));
         }
@@ -218,11 +223,11 @@ impl<D: Device> Session<D> {
                 Due::Now(_) => continue,
                 Due::Invalidated(future, needed) => Pin::new(future).poll(cx).map(|_| answer(*needed)),
                 Due::Quiet(future, needed) => Pin::new(future).poll(cx).map(|_| answer(*needed)),
-                Due::Base(index) => match queues[*index].base() {
+                Due::Base(index, set) => match queues[*index].base() {
                     Some(base) => {
                         stopped = true;
                         queues[*index].answered();
-                        Poll::Ready(handle::vring_state(*index, base))
+                        Poll::Ready(handle::vring_state(*index, set.unwrap_or(base)))
                     }
                     None => Poll::Pending,
                 },

@@ -22,7 +22,8 @@ use vm_memory::ByteValued;
 const PAGE: u64 = 0x1000;
 const USER: u64 = 0x7f00_0000_0000;
 
-struct Nothing;
+#[derive(Default)]
+struct Nothing(std::sync::atomic::AtomicUsize);
 
 impl Device for Nothing {
     fn features(&self) -> u64 {
@@ -32,6 +33,7 @@ impl Device for Nothing {
         1
     }
     fn config(&self) -> Vec<u8> {
+        self.0.fetch_add(1, std::sync::atomic::Ordering::SeqCst);
         Vec::new()
     }
     fn start(&self, _: Ring) {}
@@ -60,7 +62,7 @@ fn receive(mut socket: &UnixStream) -> Option<Message> {
 fn serving(tokio: bool) -> (UnixStream, Iotlb) {
     let (frontend, backend) = UnixStream::pair().unwrap();
     let iotlb = Iotlb::default();
-    let session = Session::new(Arc::new(Nothing), iotlb.clone());
+    let session = Session::new(Arc::new(Nothing::default()), iotlb.clone());
     thread::spawn(move || {
         if tokio {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
@@ -173,7 +175,7 @@ fn a_message_that_is_not_complete_holds_few_descriptors() {
 fn other_tasks_of_the_runtime_have_their_turns() {
     const MESSAGES: usize = 20_000;
     let (mut socket, backend) = UnixStream::pair().unwrap();
-    let session = Session::new(Arc::new(Nothing), Iotlb::default());
+    let session = Session::new(Arc::new(Nothing::default()), Iotlb::default());
     let (sender, turns) = channel();
     let server = thread::spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
@@ -290,4 +292,87 @@ fn a_front_end_sees_no_end_while_something_is_in_flight() {
     assert!(device.0.lock().unwrap().take().is_some(), "the ring");
     server.join().unwrap().unwrap();
     assert!(receive(&frontend).is_none(), "then the connection is closed");
+}
+
+/// Sends `message` over and over, and reads nothing, until the back-end listens no more. Says how often it was sent.
+fn flood(socket: &UnixStream, message: &Message, most: usize) -> usize {
+    let bytes = message.bytes();
+    socket.set_nonblocking(true).unwrap();
+    let mut sent = 0;
+    let mut tries = 0;
+    while sent < most && tries < 40 {
+        match (&*socket).write(&bytes) {
+            Ok(len) => {
+                assert_eq!(len, bytes.len());
+                (sent, tries) = (sent + 1, 0);
+            }
+            Err(_) => {
+                thread::park_timeout(Duration::from_millis(10));
+                tries += 1;
+            }
+        }
+    }
+    socket.set_nonblocking(false).unwrap();
+    sent
+}
+
+/// A session that is ended from this side, to a front-end that reads slowly.
+fn all_that_was_heard_is_answered(tokio: bool) {
+    use std::sync::atomic::Ordering;
+    let (socket, theirs) = UnixStream::pair().unwrap();
+    let device = Arc::new(Nothing::default());
+    let session = Session::new(device.clone(), Iotlb::default());
+    let stopper = session.stopper();
+    let server = thread::spawn(move || {
+        if tokio {
+            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+            runtime.block_on(serve_tokio(theirs, session)).unwrap();
+        } else {
+            serve(theirs, session).unwrap();
+        }
+    });
+    let config = [0u32, 8, 0].into_iter().flat_map(u32::to_ne_bytes).chain([0; 8]).collect::<Vec<_>>();
+    let question = Message::new(FrontendReq::GET_CONFIG, VhostUserHeaderFlag::empty(), &config);
+    flood(&socket, &question, 100_000);
+    stopper.stop();
+    // It reads a little later.
+    thread::park_timeout(Duration::from_millis(300));
+    let mut answers = Vec::new();
+    let mut part = vec![0; 1 << 16];
+    // Whatever comes before the end.
+    while let Ok(read @ 1..) = (&socket).read(&mut part) {
+        answers.extend_from_slice(&part[..read]);
+    }
+    server.join().unwrap();
+    let (heard, len) = (device.0.load(Ordering::SeqCst), 12 + config.len());
+    assert_eq!((answers.len() / len, answers.len() % len), (heard, 0), "answers, and bytes of the next one");
+}
+
+#[test]
+fn v5_a_thread_that_is_stopped_answers_all_it_has_heard() {
+    all_that_was_heard_is_answered(false);
+}
+
+#[test]
+fn v5_tokio_that_is_stopped_answers_all_it_has_heard() {
+    all_that_was_heard_is_answered(true);
+}
+
+/// An INVALIDATE waits for a request that takes its time; all that is asked after it has an answer due.
+#[test]
+fn v7_answers_that_wait_for_another_one_are_bounded() {
+    let (socket, _backend, iotlb) = connected(false);
+    let (perm, msg_type) = (VhostAccess::ReadWrite, VhostIotlbType::Update);
+    let update = VhostIotlbMsg { iova: 5 * PAGE, size: PAGE, userspace_addr: USER, perm, msg_type };
+    send(&socket, &Message::new(FrontendReq::IOTLB_MSG, VhostUserHeaderFlag::NEED_REPLY, &iotlb_bytes(&update)));
+    receive(&socket).unwrap();
+    let _held = iotlb.map_wait(Want::write(5 * PAGE, 8)).unwrap();
+    let (perm, msg_type) = (VhostAccess::No, VhostIotlbType::Invalidate);
+    let invalidate = VhostIotlbMsg { iova: 5 * PAGE, size: PAGE, userspace_addr: 0, perm, msg_type };
+    let message = Message::new(FrontendReq::IOTLB_MSG, VhostUserHeaderFlag::NEED_REPLY, &iotlb_bytes(&invalidate));
+    send(&socket, &message);
+    // Each has an answer of 20 bytes; the socket takes a few thousand questions that nobody hears.
+    let most = 60_000;
+    let sent = flood(&socket, &Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[]), most);
+    assert!(sent < most, "{sent} answers are due, and more are listened to");
 }

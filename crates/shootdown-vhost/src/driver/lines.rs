@@ -19,11 +19,19 @@ pub(super) struct Line {
     sender: Sender,
     /// The front-end has closed it.
     gone: bool,
+    muted: bool,
 }
 
 impl Line {
     fn new(socket: OwnedFd, channel: Channel) -> Self {
-        Self { socket: Arc::new(socket), channel, receiver: Receiver::default(), sender: Sender::default(), gone: false }
+        Self {
+            socket: Arc::new(socket),
+            channel,
+            receiver: Receiver::default(),
+            sender: Sender::default(),
+            gone: false,
+            muted: false,
+        }
     }
 
     /// A front-end that is gone is no error, whichever socket says so first.
@@ -33,9 +41,10 @@ impl Line {
         if self.gone { Ok(()) } else { Err(error) }
     }
 
-    /// Whether it is listened to: not while the peer does not take what it is sent.
+    /// Whether it is listened to: not while the peer does not take what it is sent, or has too many
+    /// answers due.
     pub(super) fn listens(&self) -> bool {
-        self.sender.len() < FULL
+        self.sender.len() < FULL && !self.muted
     }
 
     /// Whether something is left to be sent.
@@ -54,6 +63,8 @@ pub(super) struct Lines {
 const AT_ONCE: usize = 64;
 /// As many bytes may wait to be sent before nothing more is received.
 const FULL: usize = 1 << 16;
+/// As many answers may be due before nothing more is received.
+const DUE: usize = 1024;
 
 /// How far it went.
 #[derive(PartialEq)]
@@ -98,13 +109,25 @@ impl Lines {
                     _ => {}
                 }
             }
+            // What was heard is answered first.
+            if closes && self.all.iter().any(Line::is_full) {
+                return Ok(Step::Idle);
+            }
             if closes || self.all.iter().any(|line| line.gone && line.channel == Channel::Frontend) {
                 return Ok(Step::Ended);
             }
             if self.all.iter().any(|line| line.gone) {
                 self.all.retain(|line| !line.gone);
+                self.answer = None;
                 session.backend_closed();
                 continue;
+            }
+            for line in &mut self.all {
+                line.muted = session.due() >= DUE;
+            }
+            if self.all.iter().any(|line| line.channel == Channel::Frontend && !line.listens()) {
+                // Nor the other one: what the front-end has sent before is not heard.
+                return Ok(Step::Idle);
             }
             if let Some(message) = self.receive(Channel::Frontend)? {
                 session.receive(Channel::Frontend, message)?;

@@ -153,6 +153,19 @@ impl Asked {
         std::mem::take(&mut self.waiting).into_values().collect()
     }
 
+    /// The same for those that wait for a part of `range`: what was to be said of it may be said of
+    /// what was there before.
+    #[must_use = "who waits for them is to be told"]
+    pub(super) fn invalidated(&mut self, range: AddressRange) -> Vec<Arc<Miss>> {
+        let near = self.waiting.range((range.start() / PAGE, 0)..=(range.last() / PAGE, u8::MAX));
+        let of_these: Vec<_> = near.map(|(_, miss)| miss).filter(|miss| range.contains(miss.iova)).cloned().collect();
+        for miss in &of_these {
+            self.waiting.remove(&miss.key());
+            self.unsent.retain(|unsent| !Arc::ptr_eq(unsent, miss));
+        }
+        of_these
+    }
+
     /// The channel is another one: what was asked on the former is not answered any more.
     #[must_use = "who waits for them is to be told"]
     pub(super) fn channel(&mut self) -> Vec<Arc<Miss>> {

@@ -40,6 +40,11 @@ impl Progress {
         Self { before, ..Self::default() }
     }
 
+    /// How many requests the device has.
+    pub(super) fn in_flight(&self) -> usize {
+        self.taken.len()
+    }
+
     pub(super) fn take(&mut self, entry: u16) {
         self.taken.push(entry);
     }
@@ -72,13 +77,20 @@ impl Progress {
     pub(super) fn tell(&mut self, layout: Layout, used: &Parts, entry: u16, head: u16, len: u32) -> Option<u16> {
         let index = self.index?;
         self.put(layout, used, head, len)?;
-        self.taken.retain(|taken| *taken != entry);
+        self.forget(entry);
         Some(index)
+    }
+
+    /// Once: one that is 65,536 entries older may have the same number.
+    fn forget(&mut self, entry: u16) {
+        if let Some(at) = self.taken.iter().position(|taken| *taken == entry) {
+            self.taken.swap_remove(at);
+        }
     }
 
     /// It cannot be told now.
     pub(super) fn keep(&mut self, entry: u16, head: u16, len: u32) {
-        self.taken.retain(|taken| *taken != entry);
+        self.forget(entry);
         self.untold.push((head, len));
     }
 

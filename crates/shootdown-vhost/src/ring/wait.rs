@@ -33,7 +33,7 @@ impl Ring {
                     match next.as_mut().poll(&mut cx) {
                         Poll::Ready(next) => break next?,
                         // A translation, or a stop.
-                        Poll::Pending => wait(&bell, None)?,
+                        Poll::Pending => drop(wait(&bell, None)?),
                     };
                 }
             };
@@ -43,18 +43,25 @@ impl Ring {
                 Next::Empty => {}
             }
             let mut stopping = self.stopping();
+            let mut deaf = false;
             while Pin::new(&mut stopping).poll(&mut cx).is_pending() {
-                if wait(&bell, Some(self.kick()))? {
-                    let _ = rustix::io::read(self.kick(), &mut [0; 8]);
-                    break;
+                let kick = (!deaf).then(|| self.kick());
+                match wait(&bell, kick)? {
+                    Some(events) if events.contains(PollFlags::IN) => {
+                        let _ = rustix::io::read(self.kick(), &mut [0; 8]);
+                        break;
+                    }
+                    // Nobody can kick any more.
+                    Some(events) => deaf |= !events.is_empty(),
+                    None => {}
                 }
             }
         }
     }
 }
 
-/// Waits until the bell has rung or there was a kick. Says whether there was a kick.
-fn wait(bell: &Bell, kick: Option<BorrowedFd<'_>>) -> Result<bool, RingError> {
+/// Waits until the bell has rung or something has happened to `kick`. Says what.
+fn wait(bell: &Bell, kick: Option<BorrowedFd<'_>>) -> Result<Option<PollFlags>, RingError> {
     let mut fds: SmallVec<[PollFd<'_>; 2]> = smallvec![PollFd::new(bell, PollFlags::IN)];
     fds.extend(kick.map(|kick| PollFd::from_borrowed_fd(kick, PollFlags::IN)));
     match poll(&mut fds, None) {
@@ -62,7 +69,7 @@ fn wait(bell: &Bell, kick: Option<BorrowedFd<'_>>) -> Result<bool, RingError> {
         Err(error) => return Err(RingError::Wait { error: io::Error::from(error).kind() }),
     }
     bell.clear();
-    Ok(fds.get(1).is_some_and(|kick| kick.revents().contains(PollFlags::IN)))
+    Ok(fds.get(1).map(PollFd::revents))
 }
 
 impl Chain {

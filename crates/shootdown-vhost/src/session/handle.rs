@@ -3,6 +3,7 @@
 
 use super::queue::Addresses;
 use super::{Backend, Due, Fault, Reply, Session};
+use crate::bell::Call;
 use crate::device::Device;
 use crate::memory::{MemoryError, MemoryTable, Region};
 use crate::message::{Message, ProtocolError, iotlb_message, permissions};
@@ -225,7 +226,7 @@ impl<D: Device> Session<D> {
             Due::Now(vring_state(at, self.queues[at].base_now()))
         } else {
             self.queues[at].awaited += 1;
-            Due::Base(at)
+            Due::Base(at, self.queues[at].next_base())
         };
         self.reply(message, due);
         Ok(())
@@ -338,20 +339,19 @@ impl<D: Device> Session<D> {
         let fds = std::mem::take(&mut message.fds);
         let descriptor = match (number & NONE != 0, fds.is_empty()) {
             (true, true) => None,
-            (false, _) => Some(Arc::new(one_descriptor(message.request, fds)?)),
+            (false, _) => Some(one_descriptor(message.request, fds)?),
             (true, false) => return Err(ProtocolError::Descriptors { request: message.request, found: fds.len(), expected: 0 }),
         };
         let queue = &mut self.queues[at];
-        let former = match request {
-            FrontendReq::SET_VRING_KICK => {
-                // A ring that runs listens to the former one: it goes on with this one when it has stopped.
-                queue.stop();
-                std::mem::replace(&mut queue.kick, descriptor)
-            }
-            FrontendReq::SET_VRING_CALL => std::mem::replace(&mut *queue.call.lock(), descriptor),
-            _ => std::mem::replace(&mut *queue.error.lock(), descriptor),
-        };
-        drop(former);
+        if request == FrontendReq::SET_VRING_KICK {
+            // A ring that runs listens to the former one: it goes on with this one when it has stopped.
+            queue.stop();
+            queue.kick = descriptor.map(Arc::new);
+        } else {
+            let bell = if request == FrontendReq::SET_VRING_CALL { &queue.call } else { &queue.error };
+            let former = std::mem::replace(&mut *bell.lock(), descriptor.map(|fd| Arc::new(Call::new(fd))));
+            drop(former);
+        }
         self.finish(&message, Done::Ok);
         Ok(())
     }

@@ -5,6 +5,7 @@ use crate::iotlb::Iotlb;
 use crate::memory::MemoryTable;
 use crate::ring::{End, Replaceable, Ring, Running, Setup, layout};
 use futures::FutureExt;
+use futures::task::noop_waker;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -63,6 +64,8 @@ impl Queue {
 
     /// Says whether it could be set: a ring that runs keeps its place.
     pub(super) fn set_base(&mut self, base: u16) -> bool {
+        // The device may have dropped its ring just now.
+        self.poll_ended(&mut Context::from_waker(&noop_waker()));
         match self.phase {
             Phase::Stopped(_) => self.begin_at(base),
             Phase::Ending(_) => self.next = Some(base),
@@ -71,10 +74,17 @@ impl Queue {
         true
     }
 
+    /// Where the next ring begins, if that is known before this one has ended.
+    pub(super) fn next_base(&self) -> Option<u16> {
+        self.next
+    }
+
     /// Its end has been answered.
     pub(super) fn answered(&mut self) {
         self.awaited -= 1;
-        self.go_on();
+        if self.awaited == 0 {
+            self.go_on();
+        }
     }
 
     fn go_on(&mut self) {

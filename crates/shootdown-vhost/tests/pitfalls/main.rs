@@ -7,6 +7,7 @@ mod device;
 #[path = "../schedules/guest.rs"]
 mod guest;
 mod hostile;
+mod limits;
 mod machine;
 mod misses;
 mod stops;

@@ -153,7 +153,10 @@ impl Frontend {
             // Who waits asks again.
             self.untold.clear();
         }
-        if let Some(update) = iotlb_message(&message.payload).filter(|update| update.msg_type == VhostIotlbType::Update) {
+        if message.request == u32::from(FrontendReq::IOTLB_MSG)
+            && let Some(update) = iotlb_message(&message.payload)
+        {
+            // Also by an INVALIDATE.
             let told = update.iova / PAGE..(update.iova + update.size) / PAGE;
             self.untold.retain(|(page, _)| !told.contains(page));
         }
