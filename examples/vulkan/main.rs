@@ -12,6 +12,7 @@ mod problem;
 mod report;
 mod uploads;
 mod vulkan;
+mod waiting;
 
 use clap::Parser;
 use gpu::Gpu;
