@@ -33,6 +33,8 @@ pub struct Report {
 struct Named {
     name: String,
     driver: String,
+    /// A processor, and no card.
+    processor: bool,
     alignment: u64,
     max_memory_allocation_count: u32,
     /// How finished jobs are heard of.
@@ -51,6 +53,7 @@ impl Report {
         let of = |card: &Card| Named {
             name: card.name.clone(),
             driver: card.driver.clone(),
+            processor: card.is_processor,
             alignment: card.alignment,
             max_memory_allocation_count: card.allocations,
             heard_by: if options.fence_fd && card.has_fence_fd { "fence descriptors" } else { "timeline semaphore" },

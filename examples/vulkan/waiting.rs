@@ -4,7 +4,7 @@
 //! `unsafe` here is calls of Vulkan with handles that exist until the thread that makes them was joined.
 
 use ash::vk;
-use rustix::event::{PollFd, PollFlags, poll};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use shootdown::Timeline;
 use std::os::fd::{FromRawFd, OwnedFd};
 use std::sync::Arc;
@@ -110,7 +110,7 @@ pub(crate) fn wait_for_descriptors(
             // Signalled already.
             Ok(-1) => true,
             // SAFETY: a new descriptor, which is ours.
-            Ok(fd) => is_signalled(&unsafe { OwnedFd::from_raw_fd(fd) }),
+            Ok(fd) => is_signalled(&unsafe { OwnedFd::from_raw_fd(fd) }, heard),
             Err(vk::Result::ERROR_DEVICE_LOST) => {
                 heard.lose();
                 false
@@ -129,14 +129,16 @@ pub(crate) fn wait_for_descriptors(
     }
 }
 
-/// Waits for a descriptor. `false` if that says nothing.
-fn is_signalled(fd: &OwnedFd) -> bool {
-    loop {
+/// Waits for a descriptor. `false` if that says nothing, or the device is lost.
+fn is_signalled(fd: &OwnedFd, heard: &Heard) -> bool {
+    let bound = Timespec { tv_sec: 0, tv_nsec: BOUND as i64 };
+    while !heard.is_lost() {
         let mut polled = [PollFd::new(fd, PollFlags::IN)];
-        match poll(&mut polled, None) {
+        match poll(&mut polled, Some(&bound)) {
+            Ok(0) | Err(rustix::io::Errno::INTR) => {}
             Ok(_) => return polled[0].revents() == PollFlags::IN,
-            Err(rustix::io::Errno::INTR) => {}
             Err(_) => return false,
         }
     }
+    false
 }
