@@ -69,6 +69,12 @@ fn nothing_stale_arrives_while_a_plain_cache_uploads_old_memory() {
         assert!(number(plain, "wrong") > 60 && number(plain, "wrong_words") > number(plain, "wrong"), "{plain}");
         assert_eq!(number(plain, "imports"), 64, "{plain}");
     }
+    // Pages that are kept cannot be seen to go too early: whether the job was done is asked.
+    let (plain, owned) = (upload(&report, "plain", true), upload(&report, "owned", true));
+    assert_eq!(number(plain, "unfinished"), number(plain, "replaced"), "{plain}");
+    assert_eq!(number(owned, "unfinished"), 0, "{owned}");
+    let asked = (&report["uploads"]["pages"], &report["uploads"]["replace_one_in"], &report["device"], &report["fault"]);
+    assert_eq!(asked, (&Value::Bool(true), &Value::from(8), &Value::Null, &Value::Null));
     assert!(report["uploads"]["import_ns"].as_f64() > report["uploads"]["hit_ns"].as_f64(), "{report}");
 }
 
@@ -77,6 +83,7 @@ fn a_device_that_reads_by_address_is_waited_for_before_owned_memory_changes() {
     for (cache, in_flight) in [("uffd", false), ("owned", false), ("owned", true)] {
         assert_eq!(number(upload(&report, cache, in_flight), "wrong"), 0, "{report}");
     }
+    assert_eq!(number(upload(&report, "owned", true), "unfinished"), 0, "{report}");
     let plain = upload(&report, "plain", true);
     assert!(number(plain, "wrong") > 0, "{plain}");
     // The processor's driver pins nothing; then nothing is promised for `Uffd` with work in flight, and the example says so.
@@ -98,7 +105,7 @@ fn devices_are_waited_for_all_at_once_or_one_after_the_other() {
     let row =
         |devices, mode| rows.iter().find(|row| row["devices"] == devices && row["mode"] == mode).expect("a row of each kind");
     for row in rows {
-        assert_eq!(number(row, "stale_words"), 0, "{row}");
+        assert_eq!((number(row, "stale_words"), number(row, "unfinished")), (0, 0), "{row}");
         assert!(number(row, "slowest_ns") <= number(row, "sum_ns") && number(row, "slowest_ns") > 1_000_000, "{row}");
     }
     let (one, all) = (row(4, "one-by-one"), row(4, "all-at-once"));
@@ -111,7 +118,7 @@ fn devices_are_waited_for_all_at_once_or_one_after_the_other() {
 fn copies_are_work_too() {
     let report = report("passes --work copy --work-ms 1 --devices 2 --repeats 2");
     for row in report["passes"]["rows"].as_array().expect("passes") {
-        assert_eq!(number(row, "stale_words"), 0, "{row}");
+        assert_eq!((number(row, "stale_words"), number(row, "unfinished")), (0, 0), "{row}");
     }
 }
 
@@ -127,12 +134,23 @@ fn the_validation_layer_has_nothing_to_say() {
     }
 }
 
+fn what_the_validation_layer_says_is_reported_beside_an_error() {
+    let chatty = [("VK_LAYER_ENABLES", "VK_VALIDATION_FEATURE_ENABLE_BEST_PRACTICES_EXT")];
+    let output = run_with("passes --devices 1 --repeats 1 --work-ms 1 --validate --plot /does/not/exist.svg", &chatty);
+    assert_eq!(output.status.code(), Some(2), "{}", error(&output));
+    for says in ["the validation layer says: ", "the picture /does/not/exist.svg"] {
+        assert!(error(&output).contains(says), "{}", error(&output));
+    }
+}
+
 fn planted_bugs_are_found() {
     for (fault, says) in [
         ("uploads --pages --uploads 400 --fault unwatched", "Uffd, idle: "),
         ("uploads --pages --uploads 400 --fault unwatched", "OwnedMapping, idle: "),
+        // Whether or not the device keeps pages.
         ("uploads --uploads 400 --fault skip-wait", "OwnedMapping, in flight: "),
-        ("passes --devices 2 --repeats 1 --fault skip-wait", "words of memory that had changed"),
+        ("uploads --uploads 400 --fault skip-wait --pages", "changes returned before the job was done"),
+        ("passes --devices 2 --repeats 1 --fault skip-wait", "2 times the memory had changed before a device's work was done"),
     ] {
         let output = vulkan(fault);
         assert_eq!(output.status.code(), Some(1), "{fault}");
@@ -159,6 +177,9 @@ fn wrong_options_are_named_and_exit_with_2() {
         assert_eq!(output.status.code(), Some(2), "{options}: {}", error(&output));
         assert!(error(&output).contains(says), "{options}: {}", error(&output));
     }
+    // The picture is all that such a run lacks.
+    let table = vulkan("passes --devices 1 --repeats 1 --work-ms 1 --plot /does/not/exist.svg").stdout;
+    assert!(String::from_utf8_lossy(&table).contains("words of changed memory"));
     let help = String::from_utf8_lossy(&vulkan("--help").stdout).into_owned();
     for option in ["--pages", "--fence-fd", "--validate", "--work", "--plot", "Exit codes"] {
         assert!(help.contains(option), "{option}");
@@ -166,9 +187,16 @@ fn wrong_options_are_named_and_exit_with_2() {
 }
 
 fn without_a_driver_or_a_loader_it_says_so_and_exits_with_3() {
-    let none = run_with("passes", &[("VK_DRIVER_FILES", "/does/not/exist"), ("VK_ICD_FILENAMES", "/does/not/exist")]);
-    assert_eq!(none.status.code(), Some(3), "{}", error(&none));
-    assert!(error(&none).contains("no Vulkan"), "{}", error(&none));
+    // No file that names a driver, and drivers that find no device: with a loader that knows this, Mesa's for cards alone.
+    for without in [
+        &[("VK_DRIVER_FILES", "/does/not/exist"), ("VK_ICD_FILENAMES", "/does/not/exist")][..],
+        &[("VK_LOADER_DRIVERS_DISABLE", "*lvp*,*nvidia*,*radeon*,*intel_icd*")],
+        &[("VK_LOADER_DRIVERS_DISABLE", "*")],
+    ] {
+        let none = run_with("passes", without);
+        assert_eq!(none.status.code(), Some(3), "{without:?}: {}", error(&none));
+        assert!(error(&none).contains("no Vulkan"), "{without:?}: {}", error(&none));
+    }
     let dir = std::env::temp_dir().join(format!("shootdown-no-loader-{}", std::process::id()));
     std::fs::create_dir_all(&dir).expect("a directory");
     std::fs::write(dir.join("libvulkan.so.1"), "no library").expect("a file");
@@ -212,6 +240,7 @@ fn main() {
         driver: devices_are_waited_for_all_at_once_or_one_after_the_other,
         driver: copies_are_work_too,
         layer: the_validation_layer_has_nothing_to_say,
+        layer: what_the_validation_layer_says_is_reported_beside_an_error,
         source: planted_bugs_are_found,
         source: a_run_that_shows_nothing_says_so,
         driver: wrong_options_are_named_and_exit_with_2,

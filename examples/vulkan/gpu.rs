@@ -9,13 +9,11 @@
 
 use crate::problem::Problem;
 use crate::vulkan::{Card, Vulkan};
+use crate::waiting::{Heard, wait_for, wait_for_descriptors, wait_for_the_next};
 use ash::vk;
-use rustix::event::{PollFd, PollFlags, poll};
 use shootdown::{AddressRange, Timeline};
-use std::os::fd::{FromRawFd, OwnedFd};
 use std::ptr;
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::{Receiver, Sender, channel};
+use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
@@ -53,15 +51,6 @@ struct Queue {
     gate: u64,
     /// Where fences go, if the thread waits for their descriptors.
     fences: Option<Sender<(vk::Fence, u64)>>,
-}
-
-/// What the waiting thread tells.
-#[derive(Clone, Default)]
-struct Heard {
-    done: Timeline,
-    /// The device is lost: it reaches no memory any more, and takes no work.
-    lost: Arc<AtomicBool>,
-    stop: Arc<AtomicBool>,
 }
 
 impl Gpu {
@@ -156,7 +145,7 @@ impl Gpu {
             let (sender, fences) = channel();
             lock(&self.queue).fences = Some(sender);
             let extension = ash::khr::external_fence_fd::Device::new(&self.vulkan.instance, &self.device);
-            thread.spawn(move || wait_for_descriptors(&device, &extension, &fences, &heard))?
+            thread.spawn(move || wait_for_descriptors(&device, &extension, done, &fences, &heard))?
         } else {
             thread.spawn(move || wait_for_the_next(&device, done, &heard))?
         });
@@ -251,7 +240,7 @@ impl Gpu {
 
     fn submit(&self, commands: Option<vk::CommandBuffer>, gate: u64) -> Result<u64, Problem> {
         let mut queue = lock(&self.queue);
-        if self.heard.lost.load(Ordering::Acquire) {
+        if self.heard.is_lost() {
             return Err(vk::Result::ERROR_DEVICE_LOST.into());
         }
         let number = queue.submitted + 1;
@@ -290,6 +279,10 @@ impl Gpu {
 
     /// Lets go on what waits for the gate to be at `gate`.
     pub fn open_gate(&self, gate: u64) -> Result<(), Problem> {
+        Ok(self.try_open_gate(gate)?)
+    }
+
+    fn try_open_gate(&self, gate: u64) -> Result<(), vk::Result> {
         let mut opened = lock(&self.opened);
         if gate > *opened {
             let info = vk::SemaphoreSignalInfo::default().semaphore(self.gate).value(gate);
@@ -307,40 +300,42 @@ impl Gpu {
     pub fn arrived(&self, into: &mut [u8]) -> Result<(), Problem> {
         assert!(into.len() as u64 <= self.target_len, "the target is of {} bytes", self.target_len);
         let queue = lock(&self.queue);
-        self.wait(queue.submitted)?;
+        self.heard.insist(|| wait_for(&self.device, self.done, queue.submitted)).map_err(|_| vk::Result::ERROR_DEVICE_LOST)?;
         // SAFETY: mapped for at least as many bytes; nothing is in flight and nothing can be submitted, so nobody writes.
         unsafe { ptr::copy_nonoverlapping(ptr::with_exposed_provenance::<u8>(self.target_at), into.as_mut_ptr(), into.len()) };
         Ok(())
     }
 
-    /// Blocks the thread until a job is done.
-    fn wait(&self, number: u64) -> Result<(), Problem> {
-        let (semaphores, numbers) = ([self.done], [number]);
-        let info = vk::SemaphoreWaitInfo::default().semaphores(&semaphores).values(&numbers);
-        // SAFETY: the semaphore exists.
-        Ok(unsafe { self.device.wait_semaphores(&info, u64::MAX) }?)
+    /// Opens the gate of a job and blocks the thread until that is done, or the device lost: then nothing reaches memory any more.
+    fn settle(&self, last: Last) {
+        let _ = self.heard.insist(|| {
+            self.try_open_gate(last.gate)?;
+            wait_for(&self.device, self.done, last.job)
+        });
     }
 }
 
 impl Drop for Gpu {
     fn drop(&mut self) {
-        let (submitted, gate) = {
+        let last = {
             let mut queue = lock(&self.queue);
             queue.fences = None;
-            (queue.submitted, queue.gate)
+            Last { job: queue.submitted, gate: queue.gate }
         };
-        // On failure the device is lost, and uses nothing any more.
-        let _ = self.open_gate(gate);
-        self.heard.stop.store(true, Ordering::Release);
-        let last = vk::SemaphoreSignalInfo::default().semaphore(self.done).value(submitted + 1);
-        // SAFETY: nobody has this but us, so nothing is submitted. The thread, which uses the device, too, ends by the signal or by the
-        // end of its channel, and is joined before anything goes. All imports have gone: they keep this.
+        if last.job > 0 {
+            self.settle(last);
+        }
+        self.heard.stop();
+        let end = vk::SemaphoreSignalInfo::default().semaphore(self.done).value(last.job + 1);
+        // SAFETY: nobody has this but us, so nothing is submitted. The thread, which uses the device, too, ends by the signal, or when its
+        // bounded wait is over, or by the end of its channel, and is joined before anything goes. All imports have gone: they keep this.
         unsafe {
-            let _ = self.device.device_wait_idle();
             if let Some(waiter) = self.waiter.take() {
-                let _ = self.device.signal_semaphore(&last);
+                let _ = self.device.signal_semaphore(&end);
                 let _ = waiter.join();
             }
+            // What was submitted is done; the queue may have something to do after that.
+            let _ = self.device.device_wait_idle();
             self.device.destroy_buffer(self.target, None);
             self.device.free_memory(self.target_memory, None);
             self.device.destroy_semaphore(self.done, None);
@@ -348,68 +343,6 @@ impl Drop for Gpu {
             self.device.destroy_command_pool(*lock(&self.pool), None);
             self.device.destroy_device(None);
         }
-    }
-}
-
-/// Waits for the next number on a timeline semaphore, again and again: one thread for all who wait for any number of it.
-fn wait_for_the_next(device: &ash::Device, semaphore: vk::Semaphore, heard: &Heard) {
-    let semaphores = [semaphore];
-    while !heard.stop.load(Ordering::Acquire) {
-        let next = [heard.done.value() + 1];
-        let info = vk::SemaphoreWaitInfo::default().semaphores(&semaphores).values(&next);
-        // SAFETY: both exist until this thread was joined.
-        let value =
-            unsafe { device.wait_semaphores(&info, u64::MAX).and_then(|()| device.get_semaphore_counter_value(semaphore)) };
-        match value {
-            Ok(value) => heard.done.signal(value),
-            Err(vk::Result::TIMEOUT) => {}
-            Err(_) => return heard.lose(),
-        }
-    }
-}
-
-/// The same by the descriptors of fences, which an executor's reactor could wait for as well.
-fn wait_for_descriptors(
-    device: &ash::Device,
-    extension: &ash::khr::external_fence_fd::Device,
-    fences: &Receiver<(vk::Fence, u64)>,
-    heard: &Heard,
-) {
-    for (fence, number) in fences {
-        let info = vk::FenceGetFdInfoKHR::default().fence(fence).handle_type(vk::ExternalFenceHandleTypeFlags::SYNC_FD);
-        // SAFETY: the fence was made for this, was submitted, and is this thread's now.
-        let done = match unsafe { extension.get_fence_fd(&info) } {
-            // Signalled already.
-            Ok(-1) => true,
-            // SAFETY: a new descriptor, which is ours.
-            Ok(fd) => is_signalled(&unsafe { OwnedFd::from_raw_fd(fd) }),
-            Err(_) => false,
-        };
-        if !done {
-            return heard.lose();
-        }
-        // SAFETY: its job is done.
-        unsafe { device.destroy_fence(fence, None) };
-        heard.done.signal(number);
-    }
-}
-
-fn is_signalled(fd: &OwnedFd) -> bool {
-    loop {
-        let mut polled = [PollFd::new(fd, PollFlags::IN)];
-        match poll(&mut polled, None) {
-            Ok(_) => return !polled[0].revents().contains(PollFlags::ERR),
-            Err(rustix::io::Errno::INTR) => {}
-            Err(_) => return false,
-        }
-    }
-}
-
-impl Heard {
-    /// What nobody will ever signal is over: a lost device reaches no memory.
-    fn lose(&self) {
-        self.lost.store(true, Ordering::Release);
-        self.done.signal(u64::MAX);
     }
 }
 
@@ -439,9 +372,9 @@ impl Import {
 impl Drop for Import {
     fn drop(&mut self) {
         let (gpu, last) = (&self.gpu, *lock(&self.last));
-        // Done, but for an error on the way. If waiting fails the device is lost.
+        // Done, but for an error on the way.
         if gpu.done().value() < last.job {
-            let _ = gpu.open_gate(last.gate).and_then(|()| gpu.wait(last.job));
+            gpu.settle(last);
         }
         // SAFETY: no job uses them any more. A null handle is none.
         unsafe {

@@ -12,6 +12,7 @@ mod problem;
 mod report;
 mod uploads;
 mod vulkan;
+mod waiting;
 
 use clap::Parser;
 use gpu::Gpu;
@@ -23,42 +24,62 @@ use vulkan::{Card, Vulkan};
 
 fn main() -> ExitCode {
     let options = Options::parse();
-    match run(&options) {
-        Ok(failures) if failures.is_empty() => ExitCode::SUCCESS,
-        Ok(failures) => {
-            failures.iter().for_each(|failure| eprintln!("error: {failure}"));
-            ExitCode::FAILURE
-        }
-        Err(problem) => {
-            eprintln!("error: {problem}");
-            ExitCode::from(if matches!(problem, Problem::Missing(_)) { 3 } else { 2 })
-        }
+    let Ended { failures, problems } = run(&options);
+    let errors = failures.into_iter().chain(problems.iter().map(ToString::to_string));
+    let errors: Vec<String> = errors.inspect(|error| eprintln!("error: {error}")).collect();
+    ExitCode::from(match problems.as_slice() {
+        [] => u8::from(!errors.is_empty()),
+        problems if problems.iter().all(|problem| matches!(problem, Problem::Missing(_))) => 3,
+        _ => 2,
+    })
+}
+
+/// What is not as it should be, and what could not be done.
+#[derive(Default)]
+struct Ended {
+    failures: Vec<String>,
+    problems: Vec<Problem>,
+}
+
+impl Ended {
+    /// What there is, or else the reason is noted.
+    fn note<T>(&mut self, result: Result<T, Problem>) -> Option<T> {
+        result.map_err(|problem| self.problems.push(problem)).ok()
     }
 }
 
-/// Runs what was asked for, and prints it. Returns what is not as it should be.
-fn run(options: &Options) -> Result<Vec<String>, Problem> {
+/// Runs what was asked for, and prints it. A part that fails leaves the other one its result.
+fn run(options: &Options) -> Ended {
+    let mut ended = Ended::default();
     if options.plot.is_some() && !options.runs(Part::Passes) {
-        return Err(Problem::Options("--plot: there is no picture without passes".into()));
+        ended.problems.push(Problem::Options("--plot: there is no picture without passes".into()));
+        return ended;
     }
-    let vulkan = Vulkan::open(options.validate)?;
+    let Some(vulkan) = ended.note(Vulkan::open(options.validate)) else { return ended };
     if options.validate && vulkan.messages().is_none() {
         eprintln!("the validation layer is not installed (Debian: apt-get install vulkan-validationlayers): nobody looks");
     }
-    let cards = chosen(options, vulkan.cards()?)?;
+    let Some(cards) = ended.note(vulkan.cards().and_then(|cards| chosen(options, cards))) else {
+        ended.failures.extend(report::complaints(&vulkan.messages().unwrap_or_default()));
+        return ended;
+    };
     let uploads = options.runs(Part::Uploads).then(|| {
         let gpu = Gpu::open(&vulkan, &cards[0], uploads::buffer_len(options, cards[0].alignment), options.fence_fd)?;
         uploads::run(options, &gpu)
     });
-    let uploads = uploads.transpose()?;
-    let passes = options.runs(Part::Passes).then(|| passes::run(options, &vulkan, &cards)).transpose()?;
+    let uploads = uploads.and_then(|uploads| ended.note(uploads));
+    let passes = options.runs(Part::Passes).then(|| passes::run(options, &vulkan, &cards));
+    let passes = passes.and_then(|passes| ended.note(passes));
     // All devices have gone: whatever the layer has to say was said.
-    let report = Report::new(options, &cards, vulkan.messages(), uploads, passes);
+    let report = Report::new(options, &cards, vulkan.messages(), uploads, passes, &ended.problems);
+    let text = if options.json { report.json() } else { Ok(report.table()) };
+    ended.note(text.and_then(|text| report::say(&text)));
     if let (Some(path), Some(passes)) = (&options.plot, &report.passes) {
-        plot::write(path, passes).map_err(|error| Problem::Options(format!("the picture {}: {error}", path.display())))?;
+        let written = plot::write(path, passes);
+        ended.note(written.map_err(|error| Problem::Options(format!("the picture {}: {error}", path.display()))));
     }
-    report::say(&if options.json { report.json()? } else { report.table() })?;
-    Ok(report.failures)
+    ended.failures.extend(report.failures);
+    ended
 }
 
 fn chosen(options: &Options, cards: Vec<Card>) -> Result<Vec<Card>, Problem> {

@@ -22,12 +22,26 @@ pub trait Buffers {
     /// Writes all of a buffer that no job uses.
     fn write(&mut self, buffer: usize, bytes: &[u8]);
 
-    /// Other memory at the buffer's address, with `bytes` in it. A job in flight that uses it may go on when `release` is called: after all
-    /// that the program does, or when the program waits for it.
-    fn replace(&mut self, buffer: usize, bytes: &[u8], flight: Flight, release: &mut Release<'_>) -> Result<(), Problem>;
+    /// Other memory at the buffer's address, with `bytes` in it. A job in flight that uses it may go on when `steps.release` is called: after
+    /// all that the program does, or when the program waits for it.
+    fn replace(&mut self, buffer: usize, bytes: &[u8], flight: Flight, steps: &mut dyn Steps) -> Result<(), Problem>;
 }
 
-pub type Release<'a> = dyn FnMut() -> Result<(), Problem> + 'a;
+/// Who looks on while memory is replaced.
+pub trait Steps {
+    /// The job in flight may go on.
+    fn release(&mut self) -> Result<(), Problem>;
+
+    /// The memory has changed: the call that does it has returned.
+    fn changed(&mut self) {}
+}
+
+/// Nobody looks on, and nothing is in flight.
+impl Steps for () {
+    fn release(&mut self) -> Result<(), Problem> {
+        Ok(())
+    }
+}
 
 /// Whether a job that uses a buffer is in flight.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,7 +142,7 @@ impl Buffers for Raw {
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.at(buffer), bytes.len()) };
     }
 
-    fn replace(&mut self, buffer: usize, bytes: &[u8], flight: Flight, release: &mut Release<'_>) -> Result<(), Problem> {
+    fn replace(&mut self, buffer: usize, bytes: &[u8], flight: Flight, steps: &mut dyn Steps) -> Result<(), Problem> {
         if flight == Flight::Idle {
             // SAFETY: ours; there are no references into it.
             unsafe { munmap(self.at(buffer).cast(), self.len) }.map_err(io::Error::from)?;
@@ -136,8 +150,9 @@ impl Buffers for Raw {
         } else {
             self.map_at(buffer, MapFlags::FIXED)?;
         }
+        steps.changed();
         self.write(buffer, bytes);
-        release()
+        steps.release()
     }
 }
 
@@ -196,7 +211,7 @@ impl Buffers for Owned {
         self.mappings[buffer].write(skip, bytes);
     }
 
-    fn replace(&mut self, buffer: usize, bytes: &[u8], _flight: Flight, release: &mut Release<'_>) -> Result<(), Problem> {
+    fn replace(&mut self, buffer: usize, bytes: &[u8], _flight: Flight, steps: &mut dyn Steps) -> Result<(), Problem> {
         let early = {
             let mut change = pin!(self.mappings[buffer].map_again());
             let began = change.as_mut().poll(&mut Context::from_waker(Waker::noop()));
@@ -207,14 +222,15 @@ impl Buffers for Owned {
                 }
                 std::task::Poll::Pending => {
                     // It waits for the job.
-                    release()?;
+                    steps.release()?;
                     futures::executor::block_on(change).map_err(Problem::other)?;
                     false
                 }
             }
         };
+        steps.changed();
         self.put(buffer)?;
         self.write(buffer, bytes);
-        if early { release() } else { Ok(()) }
+        if early { steps.release() } else { Ok(()) }
     }
 }

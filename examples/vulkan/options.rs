@@ -25,9 +25,9 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 2000, value_parser = clap::value_parser!(u32).range(1..))]
     pub uploads: u32,
 
-    /// Buffers that are uploaded from
-    #[arg(long, value_name = "N", default_value_t = 64, value_parser = clap::value_parser!(u16).range(1..=1024))]
-    pub buffers: u16,
+    /// Buffers that are uploaded from; by default 64, or as many as the device imports at a time
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=1024))]
+    pub buffers: Option<u16>,
 
     /// Size of a buffer in KiB, rounded up to what the device imports
     #[arg(long, value_name = "KIB", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65536))]
@@ -103,7 +103,8 @@ pub enum Work {
     Copy,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "kebab-case")]
 pub enum Fault {
     /// The cache watches nothing, and nobody invalidates
     Unwatched,
@@ -119,7 +120,7 @@ Examples:
   vulkan --validate                      under the validation layer
   vulkan uploads --pages --fault unwatched    a bug, which is found: exit code 1
 
-Exit codes: 0 all is well; 1 something is wrong, or nothing was shown; 2 bad options, or Vulkan failed; 3 no Vulkan loader or driver, or no userfaultfd.";
+Exit codes: 0 all is well; 1 something is wrong, or nothing was shown; 2 bad options, or Vulkan failed; 3 no Vulkan loader, driver or device, or no userfaultfd.";
 
 impl Options {
     pub fn runs(&self, part: Part) -> bool {

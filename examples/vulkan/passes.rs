@@ -50,6 +50,8 @@ pub struct Row {
     pub slowest_ns: u64,
     /// Words of the memory after the change that devices had read.
     pub stale_words: u64,
+    /// Devices whose work before their first pass was not done when the change returned.
+    pub unfinished: u64,
     /// First passes that were called while another device was waited for.
     pub overlapping: u64,
 }
@@ -60,6 +62,8 @@ pub struct Passes {
     pub work_ms: u64,
     pub depth: u8,
     pub repeats: u16,
+    /// Of the memory.
+    pub bytes: usize,
     pub rows: Vec<Row>,
 }
 
@@ -74,6 +78,9 @@ impl Passes {
             let mut fail = |what: String| failures.push(format!("{} devices, {}: {what}", row.devices, row.mode.name()));
             if row.stale_words > 0 {
                 fail(format!("devices have read {} words of memory that had changed", row.stale_words));
+            }
+            if row.unfinished > 0 {
+                fail(format!("{} times the memory had changed before a device's work was done", row.unfinished));
             }
             if row.mode == Mode::OneByOne && row.overlapping > 0 {
                 fail(format!("{} first passes were called while another device was waited for", row.overlapping));
@@ -90,7 +97,8 @@ impl Passes {
     }
 }
 
-const BYTES: usize = 64 << 10;
+/// The memory is of so many bytes, rounded up to what all of the cards import.
+const BYTES: u64 = 64 << 10;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -103,6 +111,10 @@ struct Driver {
     import: DriverLock<Option<Import>>,
     /// When its last pass began and ended.
     waited: Arc<Mutex<Option<(Instant, Instant)>>>,
+    /// What its work up to the last first pass is done at.
+    marker: AtomicU64,
+    /// Up to which job somebody waits for it, or has gone on without: the host ends no later ones that the first pass has met.
+    awaited: Timeline,
     fault: Option<Fault>,
     /// Let go of too early by a planted bug, and freed when that is safe.
     early: Mutex<Vec<Import>>,
@@ -116,14 +128,16 @@ impl IntervalNotifier for Driver {
         }
         let Some(import) = import.take() else { return Ok(None) };
         let began = Instant::now();
-        // Behind the work in flight. A lost device takes none, and reaches no memory.
-        let Ok(marker) = self.gpu.marker() else { return Ok(None) };
+        // Behind the work in flight, or the last of that where nothing can be submitted.
+        let marker = self.gpu.marker().unwrap_or_else(|_| import.last_job());
+        self.marker.store(marker, Ordering::Relaxed);
         if self.fault == Some(Fault::SkipWait) {
             lock(&self.early).push(import);
             return Ok(None);
         }
-        let (done, waited) = (self.gpu.done().reached(marker), self.waited.clone());
+        let (done, waited, awaited) = (self.gpu.done().reached(marker), self.waited.clone(), self.awaited.clone());
         Ok(Some(PassFuture::new(async move {
+            awaited.signal(marker);
             done.await;
             drop(import);
             *lock(&waited) = Some((began, Instant::now()));
@@ -167,6 +181,10 @@ impl Feed<'_> {
             if host {
                 // The job takes its time, and the host says when it is over.
                 std::thread::sleep(work);
+                // What the first pass has met does not end before somebody waits for it, so that a wait that is missing is always seen.
+                if driver.import.lock().is_none() {
+                    driver.awaited.reached(job).wait();
+                }
                 gpu.open_gate(gate)?;
             }
             gpu.done().reached(job).wait();
@@ -181,29 +199,31 @@ struct Set {
     range: AddressRange,
     drivers: Vec<Subscription<Driver>>,
     mode: Mode,
+    len: usize,
 }
 
 impl Set {
-    fn new(options: &Options, mode: Mode, gpus: &[Arc<Gpu>]) -> Result<Self, Problem> {
+    fn new(options: &Options, mode: Mode, gpus: &[Arc<Gpu>], len: u64) -> Result<Self, Problem> {
         let builder = AddressSpace::builder();
         let space = if mode == Mode::OneByOne { builder.pass_budget(0) } else { builder }.build();
         let alignment = gpus.iter().map(|gpu| gpu.card.alignment).max().unwrap_or(1);
-        let mapping = OwnedMapping::new(&space, BYTES + alignment as usize).map_err(Problem::other)?;
+        let mapping = OwnedMapping::new(&space, (len + alignment) as usize).map_err(Problem::other)?;
         mapping.as_ptr().expose_provenance();
         let start = mapping.range().start().next_multiple_of(alignment);
-        let range = AddressRange::new(start, BYTES as u64).map_err(Problem::other)?;
+        let range = AddressRange::new(start, len).map_err(Problem::other)?;
         let driver = |gpu: &Arc<Gpu>| {
             let (import, waited, early) = (DriverLock::new(None), Arc::default(), Mutex::default());
-            let driver = Driver { gpu: gpu.clone(), import, waited, fault: options.fault, early };
+            let (gpu, marker, awaited) = (gpu.clone(), AtomicU64::new(0), Timeline::new());
+            let driver = Driver { gpu, import, waited, marker, awaited, fault: options.fault, early };
             space.insert(range, driver).map_err(Problem::other)
         };
         let drivers = gpus.iter().map(driver).collect::<Result<Vec<_>, _>>()?;
-        Ok(Self { mapping, range, drivers, mode })
+        Ok(Self { mapping, range, drivers, mode, len: len as usize })
     }
 
     /// The memory is written and mapped, devices work on it, and it changes. `copies` of all of it are a job.
     fn invalidate(&mut self, feed: &Feed<'_>, copies: &[u32], random: &mut StdRng) -> Result<Sample, Problem> {
-        let contents: Vec<u8> = (0..BYTES).map(|_| random.random()).collect();
+        let contents: Vec<u8> = (0..self.len).map(|_| random.random()).collect();
         let offset = (self.range.start() - self.mapping.range().start()) as usize;
         self.mapping.write(offset, &contents);
         let (range, driver) = (self.range, &self.drivers);
@@ -218,7 +238,7 @@ impl Set {
         let before = phase();
         let at_work: Vec<Timeline> = self.drivers.iter().map(|_| Timeline::new()).collect();
         let (drivers, mapping) = (&self.drivers, &mut self.mapping);
-        let total = std::thread::scope(|threads| {
+        let (total, unfinished) = std::thread::scope(|threads| {
             let fed: Vec<_> = (drivers.iter().zip(phases).zip(&at_work))
                 .map(|((driver, phase), at_work)| threads.spawn(move || feed.run(driver, phase, at_work)))
                 .collect();
@@ -227,17 +247,25 @@ impl Set {
             let began = Instant::now();
             let changed = mapping.map_again().wait();
             let total = began.elapsed();
+            let mut unfinished = 0;
+            for driver in drivers {
+                let marker = driver.marker.load(Ordering::Relaxed);
+                unfinished += u64::from(driver.gpu.done().value() < marker);
+                // Without a change there may be a device that has had no pass: it is fed no more.
+                let left = driver.import.lock().take();
+                driver.awaited.signal(if left.is_some() { u64::MAX } else { marker });
+                lock(&driver.early).extend(left);
+            }
             for fed in fed {
                 fed.join().map_err(|_| Problem::other("a thread that feeds a device has panicked"))??;
             }
-            changed.map(|()| total).map_err(Problem::other)
+            changed.map(|()| (total, unfinished)).map_err(Problem::other)
         })?;
-        self.sample(total, &contents)
+        self.sample(Sample { total, unfinished, ..Sample::default() }, &contents)
     }
 
-    fn sample(&self, total: Duration, contents: &[u8]) -> Result<Sample, Problem> {
-        let mut got = vec![0; BYTES];
-        let mut sample = Sample { total, ..Sample::default() };
+    fn sample(&self, mut sample: Sample, contents: &[u8]) -> Result<Sample, Problem> {
+        let mut got = vec![0; self.len];
         let mut waits = Vec::new();
         for driver in &self.drivers {
             driver.gpu.arrived(&mut got)?;
@@ -259,6 +287,7 @@ struct Sample {
     sum: Duration,
     slowest: Duration,
     stale_words: u64,
+    unfinished: u64,
     overlapping: u64,
 }
 
@@ -269,12 +298,12 @@ fn median(samples: &[Sample], of: impl Fn(&Sample) -> Duration) -> u64 {
 }
 
 /// How many copies take as long as a job on an idle device.
-fn calibrate(options: &Options, gpu: &Arc<Gpu>) -> Result<u32, Problem> {
+fn calibrate(options: &Options, gpu: &Arc<Gpu>, len: u64) -> Result<u32, Problem> {
     if options.work == Work::Host {
         return Ok(1);
     }
     const COPIES: u32 = 64;
-    let set = Set::new(options, Mode::AllAtOnce, std::slice::from_ref(gpu))?;
+    let set = Set::new(options, Mode::AllAtOnce, std::slice::from_ref(gpu), len)?;
     let import = gpu.import(set.range, COPIES)?;
     let mut took = Vec::new();
     for _ in 0..5 {
@@ -292,14 +321,16 @@ pub fn run(options: &Options, vulkan: &Arc<Vulkan>, cards: &[Card]) -> Result<Pa
     let counts = options.devices();
     let most = counts.last().copied().unwrap_or(0);
     // Several of one card if there are not enough.
-    let gpus = cards.iter().cycle().take(most);
-    let gpus = gpus.map(|card| Gpu::open(vulkan, card, BYTES as u64, options.fence_fd)).collect::<Result<Vec<_>, _>>()?;
-    let copies = gpus.iter().map(|gpu| calibrate(options, gpu)).collect::<Result<Vec<_>, _>>()?;
+    let cards = cards.iter().cycle().take(most);
+    // Alignments are powers of two.
+    let len = BYTES.next_multiple_of(cards.clone().map(|card| card.alignment).max().unwrap_or(1));
+    let gpus = cards.map(|card| Gpu::open(vulkan, card, len, options.fence_fd)).collect::<Result<Vec<_>, _>>()?;
+    let copies = gpus.iter().map(|gpu| calibrate(options, gpu, len)).collect::<Result<Vec<_>, _>>()?;
     let (gates, mut random) = (AtomicU64::new(0), StdRng::seed_from_u64(options.seed));
     let feed = Feed { options, gates: &gates };
     let mut rows = Vec::new();
     for devices in counts {
-        let of = |mode| Set::new(options, mode, &gpus[..devices]);
+        let of = |mode| Set::new(options, mode, &gpus[..devices], len);
         let mut sets = Mode::BOTH.into_iter().map(of).collect::<Result<Vec<_>, _>>()?;
         let mut samples = [Vec::new(), Vec::new()];
         // In turns, so that both meet the same machine, and with the same jobs.
@@ -316,8 +347,10 @@ pub fn run(options: &Options, vulkan: &Arc<Vulkan>, cards: &[Card]) -> Result<Pa
             sum_ns: median(samples, |sample| sample.sum),
             slowest_ns: median(samples, |sample| sample.slowest),
             stale_words: samples.iter().map(|sample| sample.stale_words).sum(),
+            unfinished: samples.iter().map(|sample| sample.unfinished).sum(),
             overlapping: samples.iter().map(|sample| sample.overlapping).sum(),
         }));
     }
-    Ok(Passes { work: options.work, work_ms: options.work_ms, depth: options.depth, repeats: options.repeats, rows })
+    let Options { work, work_ms, depth, repeats, .. } = *options;
+    Ok(Passes { work, work_ms, depth, repeats, bytes: len as usize, rows })
 }

@@ -1,7 +1,7 @@
 //! What is printed.
 #![forbid(unsafe_code)]
 
-use crate::options::Options;
+use crate::options::{Fault, Options};
 use crate::passes::{Mode, Passes};
 use crate::problem::Problem;
 use crate::uploads::{Cache, Expected, Row, Uploads};
@@ -17,17 +17,24 @@ const SHOWN: usize = 5;
 pub struct Report {
     cards: Vec<Named>,
     seed: u64,
+    /// What was asked for: the name of devices, and a planted bug.
+    device: Option<String>,
+    fault: Option<Fault>,
     /// What the validation layer has said; nothing if it did not look.
     validation: Option<Vec<String>>,
     pub uploads: Option<Uploads>,
     pub passes: Option<Passes>,
     pub failures: Vec<String>,
+    /// Why a part has no result.
+    pub errors: Vec<String>,
 }
 
 #[derive(Serialize)]
 struct Named {
     name: String,
     driver: String,
+    /// A processor, and no card.
+    processor: bool,
     alignment: u64,
     max_memory_allocation_count: u32,
     /// How finished jobs are heard of.
@@ -41,10 +48,12 @@ impl Report {
         validation: Option<Vec<String>>,
         uploads: Option<Uploads>,
         passes: Option<Passes>,
+        problems: &[Problem],
     ) -> Self {
         let of = |card: &Card| Named {
             name: card.name.clone(),
             driver: card.driver.clone(),
+            processor: card.is_processor,
             alignment: card.alignment,
             max_memory_allocation_count: card.allocations,
             heard_by: if options.fence_fd && card.has_fence_fd { "fence descriptors" } else { "timeline semaphore" },
@@ -52,11 +61,19 @@ impl Report {
         let mut failures = uploads.as_ref().map(Uploads::failures).unwrap_or_default();
         failures.extend(passes.iter().flat_map(Passes::failures));
         let said = validation.as_deref().unwrap_or_default();
-        failures.extend(said.iter().take(SHOWN).map(|message| format!("the validation layer says: {message}")));
-        if said.len() > SHOWN {
-            failures.push(format!("the validation layer says {} things more (--json has them)", said.len() - SHOWN));
+        failures.extend(complaints(said));
+        let errors = problems.iter().map(ToString::to_string).collect();
+        Self {
+            cards: cards.iter().map(of).collect(),
+            seed: options.seed,
+            device: options.device.clone(),
+            fault: options.fault,
+            validation,
+            uploads,
+            passes,
+            failures,
+            errors,
         }
-        Self { cards: cards.iter().map(of).collect(), seed: options.seed, validation, uploads, passes, failures }
     }
 
     pub fn json(&self) -> Result<String, Problem> {
@@ -83,6 +100,16 @@ impl Report {
         }
         out
     }
+}
+
+/// What the validation layer has said, as failures.
+pub fn complaints(said: &[String]) -> Vec<String> {
+    let mut failures: Vec<String> =
+        said.iter().take(SHOWN).map(|message| format!("the validation layer says: {message}")).collect();
+    if said.len() > SHOWN {
+        failures.push(format!("the validation layer says {} things more (--json has them)", said.len() - SHOWN));
+    }
+    failures
 }
 
 fn uploads_table(uploads: &Uploads) -> String {
@@ -114,6 +141,9 @@ fn uploads_table(uploads: &Uploads) -> String {
             format!("{}{}", row.wrong, if open { "*" } else { "" })
         });
         line("wrong words", &|row| row.wrong_words.to_string());
+        if in_flight {
+            line("changed before job's end", &|row| row.unfinished.to_string());
+        }
     }
     if uploads.rows.iter().any(|row| row.expected == Expected::Open) {
         out += "* By address a plain cache finds new memory by itself; Uffd hears of a change after it, so a job in flight reads new memory.\n";
@@ -140,8 +170,8 @@ fn passes_table(passes: &Passes) -> String {
         passes.depth, passes.work_ms, passes.repeats
     );
     out += "         │    one after the other    │        all at once        │\n";
-    out += " devices │      total   sum of waits │      total   slowest wait │  times\n";
-    out += "─────────┼───────────────────────────┼───────────────────────────┼───────\n";
+    out += " devices │      total   sum of waits │      total   slowest wait │ one / all\n";
+    out += "─────────┼───────────────────────────┼───────────────────────────┼──────────\n";
     let mut counts: Vec<usize> = passes.rows.iter().map(|row| row.devices).collect();
     counts.dedup();
     for devices in counts {
@@ -149,7 +179,7 @@ fn passes_table(passes: &Passes) -> String {
         let Some((one, all)) = both else { continue };
         let _ = writeln!(
             out,
-            "{devices:>8} │ {:>10} {:>14} │ {:>10} {:>14} │ {:>5.1}×",
+            "{devices:>8} │ {:>10} {:>14} │ {:>10} {:>14} │ {:>8.1}",
             millis(one.total_ns),
             millis(one.sum_ns),
             millis(all.total_ns),
@@ -159,6 +189,8 @@ fn passes_table(passes: &Passes) -> String {
     }
     let stale: u64 = passes.rows.iter().map(|row| row.stale_words).sum();
     let _ = writeln!(out, "words of changed memory that a device has read: {stale}");
+    let unfinished: u64 = passes.rows.iter().map(|row| row.unfinished).sum();
+    let _ = writeln!(out, "devices whose work was not done when the memory changed: {unfinished}");
     out
 }
 

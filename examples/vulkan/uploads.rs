@@ -3,7 +3,7 @@
 
 use crate::gpu::Gpu;
 use crate::importer::{Imported, Importer};
-use crate::memory::{Buffers, Files, Flight, Owned, Raw};
+use crate::memory::{Buffers, Files, Flight, Owned, Raw, Steps};
 use crate::options::{Fault, Options};
 use crate::problem::Problem;
 use rand::rngs::StdRng;
@@ -60,13 +60,18 @@ pub struct Row {
     /// Uploads of which something else arrived than what the program had written when it submitted them.
     pub wrong: u32,
     pub wrong_words: u64,
+    /// Replacements after which the job in flight was not done: `OwnedMapping` promises that it is.
+    pub unfinished: u32,
     pub expected: Expected,
 }
 
 #[derive(Serialize)]
 pub struct Uploads {
     pub bytes: usize,
-    pub buffers: u16,
+    pub buffers: usize,
+    pub replace_one_in: u32,
+    /// Whether imports were of a second mapping (`--pages`).
+    pub pages: bool,
     /// Whether an import keeps the pages that were at its address, or reads what is there.
     pub keeps_pages: bool,
     pub max_registrations: usize,
@@ -94,7 +99,11 @@ impl Uploads {
                 _ => None,
             }
         };
-        self.rows.iter().filter_map(judge).collect()
+        let early = |row: &Row| {
+            (row.cache == Cache::Owned && row.unfinished > 0)
+                .then(|| format!("OwnedMapping, in flight: {} changes returned before the job was done", row.unfinished))
+        };
+        self.rows.iter().flat_map(|row| judge(row).into_iter().chain(early(row))).collect()
     }
 }
 
@@ -106,6 +115,9 @@ fn pattern(version: u64, bytes: &mut [u8]) {
         chunk.copy_from_slice(&word.to_ne_bytes()[..chunk.len()]);
     }
 }
+
+/// So many buffers, or as many as the device imports at a time.
+const DEFAULT_BUFFERS: usize = 64;
 
 struct Stage<'a> {
     options: &'a Options,
@@ -121,13 +133,31 @@ fn next(of: &AtomicU64) -> u64 {
     of.fetch_add(1, Ordering::Relaxed) + 1
 }
 
+/// A job in flight while its memory is replaced; 0 if there is none.
+struct Job<'a> {
+    gpu: &'a Gpu,
+    number: u64,
+    gate: u64,
+    unfinished: u32,
+}
+
+impl Steps for Job<'_> {
+    fn release(&mut self) -> Result<(), Problem> {
+        self.gpu.open_gate(self.gate)
+    }
+
+    fn changed(&mut self) {
+        self.unfinished += u32::from(self.gpu.done().value() < self.number);
+    }
+}
+
 impl Stage<'_> {
     fn raw(&self, count: usize) -> Result<Raw, Problem> {
         Raw::map(count, self.len, self.gpu.card.alignment.max(rustix::param::page_size() as u64) as usize, self.files.clone())
     }
 
     fn count(&self) -> usize {
-        usize::from(self.options.buffers)
+        self.options.buffers.map_or_else(|| DEFAULT_BUFFERS.min(self.max_registrations()), usize::from)
     }
 
     fn importer(&self) -> Importer {
@@ -159,6 +189,7 @@ impl Stage<'_> {
             imports: 0,
             wrong: 0,
             wrong_words: 0,
+            unfinished: 0,
             expected: Expected::Open,
         };
         for _ in 0..self.options.uploads {
@@ -168,19 +199,24 @@ impl Stage<'_> {
                 pattern(version, &mut bytes);
                 row.replaced += 1;
             }
-            let replace = |buffers: &mut dyn Buffers, gate| match replaced {
-                Some(_) => buffers.replace(buffer, &bytes, flight, &mut || self.gpu.open_gate(gate)),
-                None => self.gpu.open_gate(gate),
+            let mut replace = |buffers: &mut dyn Buffers, number, gate| {
+                let mut job = Job { gpu: &self.gpu, number, gate, unfinished: 0 };
+                match replaced {
+                    Some(_) => buffers.replace(buffer, &bytes, flight, &mut job)?,
+                    None => job.release()?,
+                }
+                row.unfinished += job.unfinished;
+                Ok::<_, Problem>(())
             };
             // What is there when it is submitted.
             let version = replaced.filter(|_| !in_flight).unwrap_or(now[buffer]);
             let job = if in_flight {
                 let gate = next(&self.gates);
                 let job = upload(buffers.range(buffer), gate)?;
-                replace(buffers, gate)?;
+                replace(buffers, job, gate)?;
                 job
             } else {
-                replace(buffers, 0)?;
+                replace(buffers, 0, 0)?;
                 upload(buffers.range(buffer), 0)?
             };
             now[buffer] = replaced.unwrap_or(now[buffer]);
@@ -271,16 +307,20 @@ impl Stage<'_> {
     /// Whether an import has the pages of its memory, or reads what is at the address.
     fn keeps_pages(&self) -> Result<bool, Problem> {
         let (importer, mut buffers) = (self.importer(), self.raw(1)?);
-        let (mut bytes, mut got) = (vec![0; self.len], vec![0; self.len]);
-        pattern(next(&self.versions), &mut bytes);
-        buffers.write(0, &bytes);
+        let (mut old, mut new, mut got) = (vec![0; self.len], vec![0; self.len], vec![0; self.len]);
+        pattern(next(&self.versions), &mut old);
+        pattern(next(&self.versions), &mut new);
+        buffers.write(0, &old);
         let imported = importer.import(buffers.range(0))?;
-        pattern(next(&self.versions), &mut bytes);
-        buffers.replace(0, &bytes, Flight::Idle, &mut || Ok(()))?;
+        buffers.replace(0, &new, Flight::Idle, &mut ())?;
         let job = self.gpu.upload(&imported.import, 0)?;
         self.gpu.done().reached(job).wait();
         self.gpu.arrived(&mut got)?;
-        Ok(got != bytes)
+        if got != old && got != new {
+            let name = &self.gpu.card.name;
+            return Err(Problem::other(format!("{name}: neither the old nor the new memory arrives after a replacement")));
+        }
+        Ok(got == old)
     }
 
     /// Nanoseconds: an import and its end, a look-up in a map, a look-up in the cache.
@@ -359,5 +399,17 @@ pub fn run(options: &Options, gpu: &Arc<Gpu>) -> Result<Uploads, Problem> {
     }
     let (import_ns, plain_hit_ns, hit_ns) = stage.costs()?;
     let max_registrations = stage.max_registrations();
-    Ok(Uploads { bytes: len, buffers: options.buffers, keeps_pages, max_registrations, rows, import_ns, plain_hit_ns, hit_ns })
+    let (buffers, replace_one_in, pages) = (stage.count(), options.replace_one_in, options.pages);
+    Ok(Uploads {
+        bytes: len,
+        buffers,
+        replace_one_in,
+        pages,
+        keeps_pages,
+        max_registrations,
+        rows,
+        import_ns,
+        plain_hit_ns,
+        hit_ns,
+    })
 }

@@ -114,7 +114,16 @@ impl Vulkan {
     /// The cards that can do what is needed here, real ones first.
     pub fn cards(&self) -> Result<Vec<Card>, Problem> {
         // SAFETY: the instance is alive.
-        let all = unsafe { self.instance.enumerate_physical_devices() }?;
+        let all = match unsafe { self.instance.enumerate_physical_devices() } {
+            // No driver has found a device.
+            Err(vk::Result::ERROR_INITIALIZATION_FAILED) => Vec::new(),
+            all => all?,
+        };
+        if all.is_empty() {
+            return Err(Problem::Missing(
+                "no Vulkan driver has found a device (Debian, on the processor: apt-get install mesa-vulkan-drivers)".into(),
+            ));
+        }
         let mut cards = Vec::new();
         for physical in all {
             cards.extend(self.card(physical)?);
