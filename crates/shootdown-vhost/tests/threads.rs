@@ -155,12 +155,12 @@ impl Front {
 
 #[test]
 fn v4_a_thread_loses_nothing_and_waits_for_nothing() {
-    run(false, 10_000);
+    run(false, 2_000);
 }
 
 #[test]
 fn v4_many_threads_lose_nothing_and_wait_for_nothing() {
-    run(true, 5_000);
+    run(true, 1_000);
 }
 
 fn run(many: bool, total: u16) {
