@@ -248,7 +248,7 @@ MUTATIONS = [
     ("what was prepared stays when its range is hit", "src/mirror/set.rs", "prepared.take_if(|prepared| prepared.hit.poll(cx).is_ready())", "prepared.take_if(|_| false)", "contract"),
     ("a request holds buffers while it waits for another", "crates/shootdown-vhost/src/iotlb.rs", "                    drop(mappings);\n", "", "vhost"),
     ("translations survive a ring that stops", "crates/shootdown-vhost/src/session.rs", "            self.iotlb.forget_all();", "", "vhost"),
-    ("an INVALIDATE waits for nothing", "crates/shootdown-vhost/src/iotlb/in_flight.rs", "Ok(waits.then(|| PassFuture::new(gone.reached(1))))", "{ let _ = waits; Ok(None) }", "vhost"),
+    ("an INVALIDATE waits for nothing", "crates/shootdown-vhost/src/in_flight.rs", "Ok(waits.then(|| PassFuture::new(gone.reached(1))))", "{ let _ = waits; Ok(None) }", "vhost"),
     ("an INVALIDATE forgets nothing", "crates/shootdown-vhost/src/iotlb.rs", "        self.forget_in_domain(range);\n        self.inval", "        self.inval", "vhost"),
     ("a refusal is taken for a translation", "crates/shootdown-vhost/src/iotlb/asked.rs", "        } else if self.refused.load(Ordering::Acquire) {", "        } else if false {", "vhost"),
     ("SET_MEM_TABLE is answered at once", "crates/shootdown-vhost/src/session/handle.rs", "self.reply(&message, Due::Quiet(quiet, answered));", "drop(quiet); let _ = answered; self.reply(&message, Due::Now(vec![0; 8]));", "vhost"),

@@ -1,4 +1,5 @@
-//! Event descriptors: one that wakes a thread out of `poll`, and those of the front-end.
+//! Threads that wait: event descriptors that wake them out of `poll`, those of the front-end, and
+//! futures.
 #![forbid(unsafe_code)]
 
 use futures::task::ArcWake;
@@ -6,7 +7,10 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 use rustix::fs::{OFlags, fcntl_getfl};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::pin::pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, Wake, Waker};
+use std::thread::Thread;
 
 pub(crate) struct Bell(OwnedFd);
 
@@ -53,5 +57,25 @@ impl Call {
             return;
         }
         let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());
+    }
+}
+
+/// Polls `future` to its end on this thread, inside another executor too.
+pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
+    let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
+    let (mut future, mut cx) = (pin!(future), Context::from_waker(&waker));
+    loop {
+        if let Poll::Ready(output) = future.as_mut().poll(&mut cx) {
+            return output;
+        }
+        std::thread::park();
+    }
+}
+
+struct Unpark(Thread);
+
+impl Wake for Unpark {
+    fn wake(self: Arc<Self>) {
+        self.0.unpark();
     }
 }

@@ -80,16 +80,7 @@ impl Buffers {
         let range = self.check(range.start, range.end.saturating_sub(range.start))?;
         let mut all = Vec::new();
         for (mapping, from, len, _) in self.parts(range) {
-            let (mut skip, mut left) = (from, len);
-            for slice in mapping.slices() {
-                let here = slice.len().saturating_sub(skip).min(left);
-                if here > 0 {
-                    let part = slice.subslice(skip, here).expect("it is inside");
-                    all.push(libc::iovec { iov_base: part.ptr_guard_mut().as_ptr().cast(), iov_len: here });
-                    left -= here;
-                }
-                skip = skip.saturating_sub(slice.len());
-            }
+            mapping.add_iovecs(from, len, &mut all);
         }
         Ok(all)
     }

@@ -10,10 +10,11 @@
 #![forbid(unsafe_code)]
 
 mod asked;
-mod in_flight;
 mod table;
 mod want;
 
+use crate::bell::block_on;
+use crate::in_flight::InFlight;
 use crate::mapping::Mapping;
 use crate::memory::{MemoryTable, Place};
 use crate::parts::Parts;
@@ -21,7 +22,6 @@ use crate::stats::{Counters, IotlbStats, count};
 use crate::sync::{Lock, Shared};
 use asked::{Answers, Asked, Miss};
 use futures::task::AtomicWaker;
-pub(crate) use in_flight::InFlight;
 use shootdown::{AddressRange, AddressSpace, Event, Invalidate};
 use smallvec::SmallVec;
 use std::fmt;
@@ -34,7 +34,7 @@ use table::Table;
 use vm_memory::Permissions;
 pub use want::{MapError, Want};
 
-/// The least that an IOMMU translates.
+/// The least that an IOMMU translates. Those that miss addresses of one page ask together.
 const PAGE: u64 = 0x1000;
 
 /// As many translations one look asks for at most.
@@ -43,8 +43,9 @@ const AHEAD: usize = 16;
 /// IOTLBs whose devices share an IOMMU domain: an INVALIDATE of one is an invalidation of all.
 ///
 /// A guest's IOMMU driver that unmaps a range sends one INVALIDATE to each device of the domain,
-/// one after the other, each after the answer to the one before. With one domain in this process the first of them begins to
-/// wait for all devices at once, and the others find nothing left to wait for.
+/// one after the other, each after the answer to the one before. With one domain in this process the
+/// first of them begins to wait for all devices at once, and the others find nothing left to wait
+/// for.
 #[derive(Clone, Default)]
 pub struct Domain(Arc<Members>);
 
@@ -127,8 +128,8 @@ impl Iotlb {
     }
 
     pub(crate) fn set_memory(&self, memory: MemoryTable) {
-        let former = std::mem::replace(&mut *self.0.memory.lock(), memory);
-        drop(former);
+        // Dropped after the guard: it may be what keeps the former memory mapped.
+        let _former = std::mem::replace(&mut *self.0.memory.lock(), memory);
     }
 
     /// What has happened so far.
@@ -181,19 +182,7 @@ impl Iotlb {
     /// # Errors
     /// As for [`map`](Self::map).
     pub fn map_wait(&self, want: Want) -> Result<Mapping, MapError> {
-        let patience = self.patience(&[want]);
-        loop {
-            let (mut mapping, range) = self.register(want)?;
-            match self.look(&[(range, want.access)], std::iter::once(mapping.parts_mut()))? {
-                Found::All => return Ok(mapping),
-                Found::Asked(miss) => {
-                    drop(mapping);
-                    miss.over.reached(1).wait();
-                    miss.outcome()?;
-                    patience.check(self, &miss)?;
-                }
-            }
-        }
+        block_on(self.map(want))
     }
 
     /// Mappings of all ranges at once, in order, or none: while one of them is asked for, no other
@@ -235,9 +224,7 @@ impl Iotlb {
         loop {
             {
                 let table = self.0.table.read();
-                let known =
-                    ranges.iter().zip(&mut parts).all(|((range, access), parts)| table.look_up(*range, *access, parts).is_ok());
-                if known {
+                if table.has_all(&ranges, &mut parts) {
                     return Ok(f(&parts));
                 }
             }
@@ -271,9 +258,7 @@ impl Iotlb {
         parts: impl Iterator<Item = &'p mut Parts>,
     ) -> Result<Found, MapError> {
         let mut parts: SmallVec<[&mut Parts; 4]> = parts.collect();
-        let table = self.0.table.read();
-        let known = ranges.iter().zip(&mut parts).all(|((range, access), parts)| table.look_up(*range, *access, parts).is_ok());
-        drop(table);
+        let known = self.0.table.read().has_all(ranges, parts.iter_mut().map(|parts| &mut **parts));
         if known { Ok(Found::All) } else { self.ask(ranges, parts) }
     }
 
@@ -296,7 +281,7 @@ impl Iotlb {
                 left -= 1;
                 let miss = asked.ask(gap, *access);
                 first.get_or_insert(miss);
-                let next = (gap | 0xfff).checked_add(1).filter(|next| *next <= range.last());
+                let next = (gap | (PAGE - 1)).checked_add(1).filter(|next| *next <= range.last());
                 let Some(next) = next.and_then(|next| table.next_gap(next, range.last(), *access)) else { break };
                 gap = next;
             }
@@ -354,7 +339,8 @@ impl Iotlb {
     }
 
     /// The guest's memory as it is, without an IOMMU: there is nobody to ask.
-    pub(crate) fn without_iommu(&self, memory: &MemoryTable) {
+    pub(crate) fn without_iommu(&self) {
+        let memory = self.memory();
         let mut asked = self.0.asked.lock();
         let over = asked.end();
         let mut table = self.0.table.write();
@@ -400,8 +386,9 @@ impl Iotlb {
         self.tell(over);
     }
 
-    /// Nothing is known any more, and there is nobody to ask.
+    /// Nothing is known any more, of memory neither, and there is nobody to ask.
     pub(crate) fn clear(&self) {
+        self.set_memory(MemoryTable::default());
         let mut asked = self.0.asked.lock();
         self.0.table.write().clear(false);
         let over = asked.end();

@@ -63,6 +63,7 @@ mod bell;
 mod buffers;
 mod device;
 pub mod driver;
+mod in_flight;
 mod iotlb;
 mod mapping;
 mod memory;

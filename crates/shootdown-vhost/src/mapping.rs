@@ -1,7 +1,7 @@
 //! Guest memory that is in flight.
 #![forbid(unsafe_code)]
 
-use crate::iotlb::InFlight;
+use crate::in_flight::InFlight;
 use crate::parts::Parts;
 use shootdown::{AddressRange, Subscription};
 use std::fmt;
@@ -83,10 +83,7 @@ impl Mapping {
     /// Pointers for `readv`, `io_uring` and their kin. They are valid as long as the mapping exists: keep it until the kernel has
     /// completed the request.
     pub fn iovecs(&self) -> impl ExactSizeIterator<Item = libc::iovec> {
-        self.slices().map(|slice| {
-            let pointer = slice.ptr_guard_mut();
-            libc::iovec { iov_base: pointer.as_ptr().cast(), iov_len: slice.len() }
-        })
+        self.slices().map(|slice| iovec(&slice))
     }
 
     /// Copies from `offset` on into `into`.
@@ -109,24 +106,9 @@ impl Mapping {
         self.parts.write(offset, from).ok_or(self.outside(offset, from.len()))
     }
 
-    /// Loads the little-endian number at `offset`, with acquire ordering: what was written before it
-    /// is seen.
-    ///
-    /// # Errors
-    /// As for [`read`](Self::read), and when it is not aligned in memory or not contiguous.
-    pub fn load_u16(&self, offset: usize) -> Result<u16, AccessError> {
-        self.check(Permissions::Read)?;
-        self.parts.load_u16(offset).ok_or(self.outside(offset, 2))
-    }
-
-    /// Stores a little-endian number at `offset`, with release ordering: who sees it sees what was
-    /// written before.
-    ///
-    /// # Errors
-    /// As for [`write`](Self::write), and when it is not aligned in memory or not contiguous.
-    pub fn store_u16(&self, offset: usize, value: u16) -> Result<(), AccessError> {
-        self.check(Permissions::Write)?;
-        self.parts.store_u16(offset, value).ok_or(self.outside(offset, 2))
+    /// Adds the pointers to `len` bytes at `offset`, which are inside.
+    pub(crate) fn add_iovecs(&self, offset: usize, len: usize, all: &mut Vec<libc::iovec>) {
+        self.parts.each(offset, len, |slice, _| all.push(iovec(&slice)));
     }
 
     fn check(&self, access: Permissions) -> Result<(), AccessError> {
@@ -136,6 +118,10 @@ impl Mapping {
     fn outside(&self, offset: usize, len: usize) -> AccessError {
         AccessError::Outside { offset, len, size: self.len() }
     }
+}
+
+fn iovec(slice: &VolatileSlice<'_>) -> libc::iovec {
+    libc::iovec { iov_base: slice.ptr_guard_mut().as_ptr().cast(), iov_len: slice.len() }
 }
 
 impl Drop for Mapping {

@@ -98,7 +98,8 @@ pub struct Place {
 /// All regions that the front-end shares.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryTable {
-    regions: Vec<Arc<Region>>,
+    /// A clone is a handle of the same.
+    regions: Arc<[Arc<Region>]>,
 }
 
 impl MemoryTable {
@@ -115,7 +116,7 @@ impl MemoryTable {
                 }
             }
         }
-        Ok(Self { regions })
+        Ok(Self { regions: regions.into() })
     }
 
     /// The regions, in the front-end's order.

@@ -80,7 +80,7 @@ impl Parts {
     }
 
     /// Calls `f` for each contiguous part of a range that is inside, with how far it is from `offset`.
-    fn each(&self, offset: usize, len: usize, mut f: impl FnMut(VolatileSlice<'_>, usize)) {
+    pub(crate) fn each(&self, offset: usize, len: usize, mut f: impl FnMut(VolatileSlice<'_>, usize)) {
         let (mut skip, mut done) = (offset, 0);
         for slice in self.slices() {
             let here = slice.len().saturating_sub(skip).min(len - done);

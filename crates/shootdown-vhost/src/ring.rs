@@ -226,6 +226,8 @@ impl Ring {
             // A front-end that has stopped the device refuses to translate.
             Err(_) if self.shared.stop.value() >= STOP => Ok(Next::Stopping),
             Err(error) => {
+                // It takes nothing any more.
+                self.shared.stop.signal(STOP);
                 ring_bell(&self.shared.setup.error);
                 Err(error)
             }
@@ -366,7 +368,8 @@ impl Chain {
     }
 
     /// The device has ended its access, and has written the first `len` bytes of what it may write, or
-    /// more that the driver is not to look at (0 where it is to look at the status only). The buffers are let go first, then the used ring is told.
+    /// more that the driver is not to look at (0 where it is to look at the status only). The buffers
+    /// are let go first, then the used ring is told.
     ///
     /// # Errors
     /// [`CompleteError`]: the driver does not hear of it. Where the ring is stopping, it hears of it

@@ -10,7 +10,6 @@ mod queue;
 
 use crate::device::Device;
 use crate::iotlb::{Invalidated, Iotlb};
-use crate::memory::MemoryTable;
 use crate::message::{Channel, Message, ProtocolError, iotlb_bytes, vhost_access};
 use queue::Queue;
 use shootdown::{Invalidate, Reached, Timeline};
@@ -74,7 +73,6 @@ pub struct Session<D: Device> {
     fault: Option<Fault>,
     features: u64,
     protocol: VhostUserProtocolFeatures,
-    memory: MemoryTable,
     queues: Vec<Queue>,
     backend: Backend,
     replies: VecDeque<Reply>,
@@ -121,7 +119,6 @@ impl<D: Device> Session<D> {
             fault: None,
             features: 0,
             protocol: VhostUserProtocolFeatures::empty(),
-            memory: MemoryTable::default(),
             queues,
             backend: Backend::None,
             replies: VecDeque::new(),

@@ -1,15 +1,12 @@
 //! Translations that are asked for: once for all that miss the same page.
 #![forbid(unsafe_code)]
 
-use super::MapError;
+use super::{MapError, PAGE};
 use shootdown::{AddressRange, Timeline};
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::Permissions;
-
-/// Those that miss addresses of one such page ask together.
-const PAGE: u64 = 0x1000;
 
 /// So many are asked for before the first is answered, at most.
 const SENT: usize = 16;
@@ -25,8 +22,6 @@ pub(super) struct Miss {
     refused: AtomicBool,
     /// Nobody will answer.
     left: AtomicBool,
-    /// An UPDATE has told of it.
-    filled: AtomicBool,
 }
 
 impl Miss {
@@ -82,9 +77,8 @@ impl Asked {
     /// Asks for the translation of `iova`, alone or with others.
     pub(super) fn ask(&mut self, iova: u64, access: Permissions) -> Arc<Miss> {
         let miss = self.waiting.entry(key(iova, access)).or_insert_with(|| {
-            let [refused, left, filled] = [const { AtomicBool::new(false) }; 3];
-            let over = Timeline::new();
-            let miss = Arc::new(Miss { iova, access, over, refused, left, filled });
+            let [refused, left] = [const { AtomicBool::new(false) }; 2];
+            let miss = Arc::new(Miss { iova, access, over: Timeline::new(), refused, left });
             self.unsent.push_back(miss.clone());
             miss
         });
@@ -100,7 +94,8 @@ impl Asked {
         }
         let miss = loop {
             let miss = self.unsent.pop_front()?;
-            if !miss.filled.load(Ordering::Relaxed) {
+            // Otherwise somebody has told of it meanwhile.
+            if self.is_waited_for(&miss) {
                 break miss;
             }
         };
@@ -110,25 +105,25 @@ impl Asked {
         Some(miss)
     }
 
-    /// An UPDATE has told of `range`. Returns those whose waiters look again.
-    #[must_use = "who waits for them is to be told"]
-    pub(super) fn filled(&mut self, range: AddressRange, access: Permissions) -> Vec<Arc<Miss>> {
-        let (first, last) = (range.start() / PAGE, range.last() / PAGE);
-        self.large = last > first;
-        let near = self.waiting.range((first, 0)..=(last, u8::MAX));
-        let of_these: Vec<_> = near.map(|(_, miss)| miss).filter(|miss| range.contains(miss.iova)).cloned().collect();
-        of_these.into_iter().filter(|miss| self.is_over(miss, access)).collect()
+    fn is_waited_for(&self, miss: &Arc<Miss>) -> bool {
+        self.waiting.get(&miss.key()).is_some_and(|waiting| Arc::ptr_eq(waiting, miss))
     }
 
-    fn is_over(&mut self, miss: &Arc<Miss>, access: Permissions) -> bool {
-        if access.allow(miss.access) {
-            miss.filled.store(true, Ordering::Relaxed);
-        } else {
-            // Another UPDATE may be still to come, and where each miss has an answer that says so.
-            return false;
-        }
-        self.waiting.remove(&miss.key());
-        true
+    /// Takes those out that wait for a part of `range` and that `over` says are over.
+    fn take(&mut self, range: AddressRange, over: impl Fn(&Miss) -> bool) -> Vec<Arc<Miss>> {
+        let near = self.waiting.range((range.start() / PAGE, 0)..=(range.last() / PAGE, u8::MAX));
+        let of_these = near.map(|(_, miss)| miss).filter(|miss| range.contains(miss.iova) && over(miss));
+        let of_these: Vec<_> = of_these.cloned().collect();
+        of_these.iter().for_each(|miss| drop(self.waiting.remove(&miss.key())));
+        of_these
+    }
+
+    /// An UPDATE has told of `range`. Returns those whose waiters look again: where it does not allow
+    /// the access, another one may be still to come, and where each miss has an answer that says so.
+    #[must_use = "who waits for them is to be told"]
+    pub(super) fn filled(&mut self, range: AddressRange, access: Permissions) -> Vec<Arc<Miss>> {
+        self.large = range.last() / PAGE > range.start() / PAGE;
+        self.take(range, |miss| access.allow(miss.access))
     }
 
     /// The front-end has answered the first that was sent. Returns it if somebody waits for it still;
@@ -136,12 +131,11 @@ impl Asked {
     /// access is not allowed.
     pub(super) fn answered(&mut self) -> Result<Option<Arc<Miss>>, ()> {
         let miss = self.sent.pop_front().ok_or(())?;
-        let key = miss.key();
-        if !self.waiting.get(&key).is_some_and(|waiting| Arc::ptr_eq(waiting, &miss)) {
+        if !self.is_waited_for(&miss) {
             return Ok(None);
         }
         miss.refused.store(true, Ordering::Release);
-        self.waiting.remove(&key);
+        self.waiting.remove(&miss.key());
         Ok(Some(miss))
     }
 
@@ -157,13 +151,7 @@ impl Asked {
     /// what was there before.
     #[must_use = "who waits for them is to be told"]
     pub(super) fn invalidated(&mut self, range: AddressRange) -> Vec<Arc<Miss>> {
-        let near = self.waiting.range((range.start() / PAGE, 0)..=(range.last() / PAGE, u8::MAX));
-        let of_these: Vec<_> = near.map(|(_, miss)| miss).filter(|miss| range.contains(miss.iova)).cloned().collect();
-        for miss in &of_these {
-            self.waiting.remove(&miss.key());
-            self.unsent.retain(|unsent| !Arc::ptr_eq(unsent, miss));
-        }
-        of_these
+        self.take(range, |_| true)
     }
 
     /// The channel is another one: what was asked on the former is not answered any more.

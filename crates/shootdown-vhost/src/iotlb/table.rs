@@ -52,6 +52,15 @@ impl Table {
         }
     }
 
+    /// Whether all of `ranges` are known; then `parts` has where they are.
+    pub(super) fn has_all<'p>(
+        &self,
+        ranges: &[(AddressRange, Permissions)],
+        parts: impl IntoIterator<Item = &'p mut Parts>,
+    ) -> bool {
+        ranges.iter().zip(parts).all(|((range, access), parts)| self.look_up(*range, *access, parts).is_ok())
+    }
+
     /// The next address after `at` up to `last` that may not be accessed so.
     pub(super) fn next_gap(&self, at: u64, last: u64, access: Permissions) -> Option<u64> {
         let range = AddressRange::new(at, (last - at).checked_add(1)?).ok()?;

@@ -2,16 +2,14 @@
 #![forbid(unsafe_code)]
 
 use super::{Chain, CompleteError, Next, Ring, RingError};
-use crate::bell::Bell;
+use crate::bell::{Bell, block_on};
 use futures::task::waker;
 use rustix::event::{PollFd, PollFlags, poll};
 use smallvec::{SmallVec, smallvec};
 use std::io;
 use std::os::fd::BorrowedFd;
 use std::pin::{Pin, pin};
-use std::sync::Arc;
-use std::task::{Context, Poll, Wake, Waker};
-use std::thread::Thread;
+use std::task::{Context, Poll};
 
 impl Ring {
     /// The next request, for a thread: it blocks until the driver has made one available. `None`: the
@@ -78,21 +76,6 @@ impl Chain {
     /// # Errors
     /// As for [`complete`](Self::complete).
     pub fn complete_wait(self, len: u32) -> Result<(), CompleteError> {
-        let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
-        let (mut future, mut cx) = (pin!(self.complete(len)), Context::from_waker(&waker));
-        loop {
-            if let Poll::Ready(completed) = future.as_mut().poll(&mut cx) {
-                return completed;
-            }
-            std::thread::park();
-        }
-    }
-}
-
-struct Unpark(Thread);
-
-impl Wake for Unpark {
-    fn wake(self: Arc<Self>) {
-        self.0.unpark();
+        block_on(self.complete(len))
     }
 }

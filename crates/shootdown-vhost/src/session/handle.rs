@@ -180,7 +180,7 @@ impl<D: Device> Session<D> {
     /// Forgets all translations, and asks from now on as the front-end can answer.
     pub(super) fn translate(&self) {
         match (&self.backend, self.has_iommu()) {
-            (_, false) => self.iotlb.without_iommu(&self.memory),
+            (_, false) => self.iotlb.without_iommu(),
             (Backend::None, true) => self.iotlb.clear(),
             (_, true) => {
                 let keep = self.fault == Some(Fault::KeepTranslations);
@@ -190,7 +190,7 @@ impl<D: Device> Session<D> {
     }
 
     pub(super) fn start_queues(&mut self) {
-        let memory = (!self.has_iommu()).then_some(&self.memory);
+        let memory = (!self.has_iommu()).then(|| self.iotlb.memory());
         // Then there is no SET_VRING_ENABLE.
         let implicit = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
         let mut rings = Vec::new();
@@ -198,7 +198,7 @@ impl<D: Device> Session<D> {
             return;
         }
         for (index, queue) in (0..).zip(&mut self.queues) {
-            rings.extend(queue.start(index, self.features, implicit, memory, &self.iotlb));
+            rings.extend(queue.start(index, self.features, implicit, memory.as_ref(), &self.iotlb));
         }
         rings.into_iter().for_each(|ring| self.device.start(ring));
     }
@@ -266,10 +266,7 @@ impl<D: Device> Session<D> {
             return Err(ProtocolError::Descriptors { request: message.request, found: fds.len(), expected: regions.len() });
         }
         match map(&regions, fds) {
-            Ok(memory) => {
-                self.iotlb.set_memory(memory.clone());
-                self.memory = memory;
-            }
+            Ok(memory) => self.iotlb.set_memory(memory),
             Err(error) => {
                 tracing::error!(%error, "the front-end's memory");
                 self.finish(&message, Done::Refused("memory that cannot be mapped"));
@@ -303,7 +300,7 @@ impl<D: Device> Session<D> {
         if !self.has_iommu() {
             return Done::Refused("a translation without an IOMMU");
         }
-        let Some((place, room)) = self.memory.find_user(update.userspace_addr) else {
+        let Some((place, room)) = self.iotlb.memory().find_user(update.userspace_addr) else {
             return Done::Refused("a translation to what is not in the memory table");
         };
         let Some(range) = range(update.iova, update.size.min(room)) else {

@@ -86,6 +86,7 @@ fn v7_no_more_requests_are_in_flight_than_the_ring_has_descriptors() {
         }
     }
     assert!(held.len() <= 8, "{} requests of a ring of 8, each with its mappings", held.len());
+    assert!(matches!(ring.next().now_or_never(), Some(Ok(Next::Stopping))), "it takes nothing any more");
 }
 
 /// The same, 65,536 apart: one entry stands for two requests.

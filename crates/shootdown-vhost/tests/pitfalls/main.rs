@@ -291,6 +291,19 @@ fn a_session_that_is_dropped_stops_its_rings() {
     assert_eq!(machine.without_session(), 0);
 }
 
+/// The next session of the same IOTLB begins without memory: translations into what another front-end
+/// has shared are refused.
+#[test]
+fn a_session_leaves_no_memory_to_the_next_one() {
+    let mut machine = Machine::started();
+    let iotlb = machine.session.iotlb().clone();
+    assert_eq!(iotlb.memory().regions().len(), 1);
+    assert!(!machine.poll_closed());
+    machine.run_tasks();
+    assert!(machine.poll_closed());
+    assert!(iotlb.memory().regions().is_empty());
+}
+
 #[test]
 fn configuration_spaces_are_short() {
     let mut machine = Machine::connected();
