@@ -1,4 +1,5 @@
-//! The job `disk`: every disk is written and read back with direct I/O, by several threads, in blocks of random sizes.
+//! The job `disk`: every disk is written and read back with direct I/O, by several threads, in
+//! blocks of random sizes.
 
 use crate::pattern;
 use crate::system::{self, Buffer, Options, PAGE, Result, ioctl};
@@ -137,7 +138,8 @@ impl Disk {
         Ok((wrong.into_inner(), sum.into_inner()))
     }
 
-    /// Discards a part, looks at what is there then, and writes it again. Whether the device can do it, and what was found.
+    /// Discards a part, looks at what is there then, and writes it again. Whether the device can do
+    /// it, and what was found.
     fn discard(&self) -> Result<(bool, &'static str)> {
         let most: u64 = system::text(&format!("/sys/block/{}/queue/discard_max_bytes", self.name))?.parse()?;
         if most == 0 || self.bytes < 4 * DISCARDED {

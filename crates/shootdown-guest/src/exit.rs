@@ -1,4 +1,5 @@
-//! The job `vfio-exit`: a process is killed while a device reads into its memory, and another one gets that memory.
+//! The job `vfio-exit`: a process is killed while a device reads into its memory, and another one
+//! gets that memory.
 #![forbid(unsafe_code)]
 
 use crate::in_flight::{DATA, PATIENCE, QUEUES, Reads, bind, place};
@@ -73,7 +74,8 @@ fn say(text: &str) -> Result<()> {
     Ok(writeln!(out, "{text}").and_then(|()| out.flush())?)
 }
 
-/// The process that is killed: one read to its end, which says that the device is in order, and one in flight.
+/// The process that is killed: one read to its end, which says that the device is in order, and one
+/// in flight.
 pub(crate) fn reader(arguments: &[String]) -> Result<()> {
     let [address, rest @ ..] = arguments else { return Err("a reader has arguments".into()) };
     let [group, bytes, seed, round, delay] = numbers(&rest.join(" "))?;

@@ -1,4 +1,5 @@
-//! The jobs `vfio` and `vfio-pair`: memory is unmapped while a device reads into it, and is used for something else then.
+//! The jobs `vfio` and `vfio-pair`: memory is unmapped while a device reads into it, and is used
+//! for something else then.
 #![forbid(unsafe_code)]
 
 use crate::pattern;
@@ -99,7 +100,8 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
         data.fill_own();
         let later = finish(&devices)?;
         thread::sleep(reads.settle);
-        // Other pages at the same address, and the device has not been reset: it has to ask for them.
+        // Other pages at the same address, and the device has not been reset: it has to ask for
+        // them.
         let other = Pages::new(reads.bytes * count)?;
         other.fill_own();
         group.map(&other, DATA)?;

@@ -1,5 +1,6 @@
-//! The first and only program of a guest: it does one job with the guest's disks, says on the console what came of it, in lines
-//! `GUEST {…}` with one JSON object each, and powers the guest off. `guest.job=` on the kernel's command line names the job.
+//! The first and only program of a guest: it does one job with the guest's disks, says on the
+//! console what came of it, in lines `GUEST {…}` with one JSON object each, and powers the guest
+//! off. `guest.job=` on the kernel's command line names the job.
 
 #[cfg(target_os = "linux")]
 mod disk;

@@ -1,4 +1,5 @@
-//! What the disks hold: each 64-bit word names its own place. The tests on the host read this file as well.
+//! What the disks hold: each 64-bit word names its own place. The tests on the host read this file
+//! as well.
 #![forbid(unsafe_code)]
 
 /// Bytes of one word.
@@ -22,7 +23,8 @@ pub(crate) fn wrong(bytes: &[u8], seed: u16, disk: usize, offset: u64) -> u64 {
     words.filter(|(index, bytes)| **bytes != word(seed, disk, offset + (index * WORD) as u64).to_le_bytes()).count() as u64
 }
 
-/// A sum over bytes at their place, which is the same in whatever order the parts of a disk are added up (`wrapping_add`).
+/// A sum over bytes at their place, which is the same in whatever order the parts of a disk are
+/// added up (`wrapping_add`).
 pub(crate) fn sum(bytes: &[u8], offset: u64) -> u64 {
     let words = bytes.chunks_exact(WORD).enumerate();
     words.fold(0, |sum, (index, bytes)| {

@@ -44,7 +44,8 @@ fn reads(file: &File, bytes: u64, block: usize, depth: u32, time: Duration) -> R
             let offset = pattern::mix(begun) % (bytes / block as u64) * block as u64;
             let memory = buffers[slot as usize].bytes(block).as_mut_ptr();
             let read = opcode::Read::new(types::Fd(file.as_raw_fd()), memory, block as u32).offset(offset);
-            // SAFETY: the buffer lives for ever, and the slot's next read begins when this one has ended.
+            // SAFETY: the buffer lives for ever, and the slot's next read begins when this one has
+            // ended.
             unsafe { ring.submission().push(&read.build().user_data(slot)) }?;
             begun += 1;
         }

@@ -1,4 +1,5 @@
-//! What the first process of a system has to do, and the few system calls that the standard library lacks.
+//! What the first process of a system has to do, and the few system calls that the standard library
+//! lacks.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -95,7 +96,8 @@ fn check(result: i32) -> io::Result<i32> {
 /// An `ioctl` whose argument is a structure, which the kernel may write to.
 ///
 /// # Safety
-/// `T` is what `request` takes, and what its addresses name is memory of this process that may be used so.
+/// `T` is what `request` takes, and what its addresses name is memory of this process that may be
+/// used so.
 pub(crate) unsafe fn ioctl<T>(file: RawFd, request: u64, argument: &mut T) -> io::Result<i32> {
     // SAFETY: the caller's obligations are passed on.
     check(unsafe { libc::ioctl(file, request as libc::Ioctl, std::ptr::from_mut(argument)) })
@@ -103,7 +105,8 @@ pub(crate) unsafe fn ioctl<T>(file: RawFd, request: u64, argument: &mut T) -> io
 
 /// An `ioctl` whose argument is a number, or is not looked at.
 pub(crate) fn ioctl_number(file: RawFd, request: u64, argument: u64) -> io::Result<i32> {
-    // SAFETY: the kernel takes the argument of the requests of this program that come here for a number.
+    // SAFETY: the kernel takes the argument of the requests of this program that come here for a
+    // number.
     check(unsafe { libc::ioctl(file, request as libc::Ioctl, argument) })
 }
 

@@ -85,13 +85,13 @@ impl Group {
         Ok(Self { group, container })
     }
 
-    /// Lets the group's devices read and write the pages at `iova`. They are still the caller's, to whom the device's writes
-    /// look like another thread's.
+    /// Lets the group's devices read and write the pages at `iova`. They are still the caller's, to
+    /// whom the device's writes look like another thread's.
     pub(crate) fn map(&self, pages: &Pages, iova: u64) -> Result<()> {
         let (size, bytes) = (size_of::<Map>() as u32, pages.bytes() as u64);
         let mut map = Map { size, flags: MAP_READ_AND_WRITE, address: pages.address(), iova, bytes };
-        // SAFETY: this is the structure of the request. `Pages` are never a slice, so a device may write to them, and the
-        // kernel keeps them while they are mapped.
+        // SAFETY: this is the structure of the request. `Pages` are never a slice, so a device may
+        // write to them, and the kernel keeps them while they are mapped.
         unsafe { ioctl(self.container.as_raw_fd(), IOMMU_MAP_DMA, &mut map) }.map_err(|error| format!("map: {error}"))?;
         Ok(())
     }

@@ -69,7 +69,8 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// The device at the address on the bus; the page of its queue is at `iova`. It is to be [started](Self::start).
+    /// The device at the address on the bus; the page of its queue is at `iova`. It is to be
+    /// [started](Self::start).
     pub(crate) fn new(group: &Group, address: &str, iova: u64) -> Result<Self> {
         let device = group.device(address)?;
         let command = u16::from_le_bytes(device.read(CONFIG, COMMAND)?) | COMMAND_BITS;
@@ -179,8 +180,8 @@ impl Block {
         self.queue.read::<u16>(USED + 2) == self.begun
     }
 
-    /// Waits until the device has returned the request, but not for ever; its status: 0 is success, and a request
-    /// that has not come back is an error.
+    /// Waits until the device has returned the request, but not for ever; its status: 0 is success,
+    /// and a request that has not come back is an error.
     pub(crate) fn finish(&self, patience: Duration) -> Result<u8> {
         let begun = Instant::now();
         while !self.ended() {

@@ -6,7 +6,8 @@ use crate::ring::Ring;
 /// A virtio device. One session after the other has it; rings of an earlier session have ended
 /// before the next one begins.
 pub trait Device: Send + Sync + 'static {
-    /// The features of its type (VIRTIO_BLK_F_…), as bits. Those of the transport are the session's.
+    /// The features of its type (VIRTIO_BLK_F_…), as bits. Those of the transport are the
+    /// session's.
     fn features(&self) -> u64;
 
     /// How many queues it has at most.

@@ -43,9 +43,9 @@ const AHEAD: usize = 16;
 /// IOTLBs whose devices share an IOMMU domain: an INVALIDATE of one is an invalidation of all.
 ///
 /// A guest's IOMMU driver that unmaps a range sends one INVALIDATE to each device of the domain,
-/// one after the other, each after the answer to the one before. With one domain in this process the
-/// first of them begins to wait for all devices at once, and the others find nothing left to wait
-/// for.
+/// one after the other, each after the answer to the one before. With one domain in this process
+/// the first of them begins to wait for all devices at once, and the others find nothing left to
+/// wait for.
 #[derive(Clone, Default)]
 pub struct Domain(Arc<Members>);
 
@@ -73,7 +73,8 @@ impl fmt::Debug for Domain {
     }
 }
 
-/// The IOTLB of one device. Clones are handles of the same. `default` is one in a domain of its own.
+/// The IOTLB of one device. Clones are handles of the same. `default` is one in a domain of its
+/// own.
 ///
 /// A device [maps](Self::map). What the front-end says ([`update`](Self::update),
 /// [`invalidate`](Self::invalidate), [`forget_all`](Self::forget_all)) is the session's to tell.
@@ -156,8 +157,8 @@ impl Iotlb {
 
     /// A mapping of one range. What is not known is asked for, and waited for.
     ///
-    /// While it waits it holds nothing, so an INVALIDATE is never answered later for it. Dropped, it
-    /// leaves what was asked for to others.
+    /// While it waits it holds nothing, so an INVALIDATE is never answered later for it. Dropped,
+    /// it leaves what was asked for to others.
     ///
     /// # Errors
     /// [`MapError`]. It says nothing of later: the guest may map the address at any time.
@@ -303,9 +304,9 @@ impl Iotlb {
         self.tell(over);
     }
 
-    /// INVALIDATE: all devices of the domain forget `range` before this returns. The future resolves
-    /// when whatever overlaps it has let go, to how many mappings that were. Poll it once before
-    /// the front-end is heard again.
+    /// INVALIDATE: all devices of the domain forget `range` before this returns. The future
+    /// resolves when whatever overlaps it has let go, to how many mappings that were. Poll it once
+    /// before the front-end is heard again.
     pub fn invalidate(&self, range: AddressRange) -> Invalidated {
         self.forget_in_domain(range);
         self.invalidate_in_flight(range)

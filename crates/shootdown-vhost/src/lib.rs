@@ -1,5 +1,5 @@
-//! A vhost-user back-end with an IOMMU: an INVALIDATE is answered when everything that overlaps it has
-//! let go, and waits for nothing else.
+//! A vhost-user back-end with an IOMMU: an INVALIDATE is answered when everything that overlaps it
+//! has let go, and waits for nothing else.
 //!
 //! ```text
 //!  front-end ── messages ──▶ Session ── rings ──▶ Device ── I/O ──▶ guest memory
@@ -51,12 +51,13 @@
 //! # }
 //! ```
 //!
-//! With an executor: [`Ring::next`] and [`Chain::complete`] are futures, and [`driver::serve_tokio`] drives the session. QEMU needs
-//! `iommu_platform=on,ats=on` on a device behind a root port, `intel-iommu,device-iotlb=on`, and memory that is a shared file
+//! With an executor: [`Ring::next`] and [`Chain::complete`] are futures, and
+//! [`driver::serve_tokio`] drives the session. QEMU needs `iommu_platform=on,ats=on` on a device
+//! behind a root port, `intel-iommu,device-iotlb=on`, and memory that is a shared file
 //! (`memory-backend-memfd,share=on`); `guest.sh` has such a command line.
 //!
-//! Offered to the driver besides the device's own features: VERSION_1, ACCESS_PLATFORM (the IOMMU), INDIRECT_DESC, EVENT_IDX. Offered to the
-//! front-end: MQ, REPLY_ACK, BACKEND_REQ, CONFIG.
+//! Offered to the driver besides the device's own features: VERSION_1, ACCESS_PLATFORM (the IOMMU),
+//! INDIRECT_DESC, EVENT_IDX. Offered to the front-end: MQ, REPLY_ACK, BACKEND_REQ, CONFIG.
 #![forbid(unsafe_code)]
 
 mod bell;

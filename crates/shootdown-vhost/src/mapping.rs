@@ -10,8 +10,8 @@ use vm_memory::{Permissions, VolatileSlice};
 /// A translation in use: the guest's memory of a range of I/O virtual addresses, mapped into this
 /// process for as long as this exists, whatever becomes of the front-end's memory table.
 ///
-/// An INVALIDATE that overlaps the range is answered when this has been dropped. So drop it when the
-/// device has ended its access, and wait for nothing that needs a translation before that.
+/// An INVALIDATE that overlaps the range is answered when this has been dropped. So drop it when
+/// the device has ended its access, and wait for nothing that needs a translation before that.
 pub struct Mapping {
     parts: Parts,
     access: Permissions,
@@ -69,8 +69,8 @@ impl Mapping {
         self.len() == 0
     }
 
-    /// The memory, in order: as few slices as it has contiguous parts. The guest may change it at any
-    /// time.
+    /// The memory, in order: as few slices as it has contiguous parts. The guest may change it at
+    /// any time.
     pub fn slices(&self) -> impl ExactSizeIterator<Item = VolatileSlice<'_>> {
         self.parts.slices()
     }
@@ -80,8 +80,8 @@ impl Mapping {
         self.parts.pieces().iter().map(|piece| (piece.region.guest() + piece.offset as u64, piece.len))
     }
 
-    /// Pointers for `readv`, `io_uring` and their kin. They are valid as long as the mapping exists: keep it until the kernel has
-    /// completed the request.
+    /// Pointers for `readv`, `io_uring` and their kin. They are valid as long as the mapping
+    /// exists: keep it until the kernel has completed the request.
     pub fn iovecs(&self) -> impl ExactSizeIterator<Item = libc::iovec> {
         self.slices().map(|slice| iovec(&slice))
     }

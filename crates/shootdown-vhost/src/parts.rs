@@ -79,7 +79,8 @@ impl Parts {
         self.contiguous(offset, 2)?.store(value.to_le(), 0, Ordering::Release).ok()
     }
 
-    /// Calls `f` for each contiguous part of a range that is inside, with how far it is from `offset`.
+    /// Calls `f` for each contiguous part of a range that is inside, with how far it is from
+    /// `offset`.
     pub(crate) fn each(&self, offset: usize, len: usize, mut f: impl FnMut(VolatileSlice<'_>, usize)) {
         let (mut skip, mut done) = (offset, 0);
         for slice in self.slices() {

@@ -47,11 +47,11 @@ pub(crate) fn layout(size: u16, descriptors: u64, available: u64, used: u64, eve
 }
 
 /// A ring that runs. The device that has it takes [chains](Self::next) from it until the ring is
-/// [stopping](Next::Stopping), and drops it then. The front-end hears that the ring has stopped when the
-/// ring and all of its chains are gone.
+/// [stopping](Next::Stopping), and drops it then. The front-end hears that the ring has stopped
+/// when the ring and all of its chains are gone.
 ///
-/// Dropped before, the queue is dead until the guest's driver resets the device (SET_VRING_ERR tells
-/// the front-end).
+/// Dropped before, the queue is dead until the guest's driver resets the device (SET_VRING_ERR
+/// tells the front-end).
 pub struct Ring {
     shared: Arc<Shared>,
     next: u16,
@@ -190,9 +190,9 @@ impl Ring {
         &self.shared.setup.iotlb
     }
 
-    /// An eventfd that is readable when the driver has made something available. Read it (it may block
-    /// if it is not readable), then look at the ring again. A stop does not make it readable: wait for
-    /// [`stopping`](Self::stopping), too, or leave both to [`next_wait`](Self::next_wait).
+    /// An eventfd that is readable when the driver has made something available. Read it (it may
+    /// block if it is not readable), then look at the ring again. A stop does not make it readable:
+    /// wait for [`stopping`](Self::stopping), too, or leave both to [`next_wait`](Self::next_wait).
     pub fn kick(&self) -> BorrowedFd<'_> {
         self.shared.setup.kick.as_fd()
     }
@@ -274,7 +274,8 @@ impl Ring {
                 layout.want_kick(used, self.next)?;
                 ahead = layout.ahead(available, self.next)?;
             }
-            // Each request has a descriptor of its own for as long as the driver was not told of it.
+            // Each request has a descriptor of its own for as long as the driver was not told of
+            // it.
             let full = self.shared.progress.lock().in_flight() >= usize::from(layout.size);
             if ahead == 0 || ahead > layout.size || full {
                 return Some(Err(ahead));
@@ -339,9 +340,9 @@ fn ring_bell(bell: &Replaceable) {
 
 /// A request of the driver: what the device may read, and what it may write. Its buffers are in
 /// flight as long as it exists. One that is dropped without [`complete`](Self::complete) is taken
-/// again when the ring is stopped and goes on, unless later ones are done: then it is lost. One that is
-/// leaked keeps its ring, and a front-end that stops it, waiting for ever. Ask for no other translation
-/// while you have one: the front-end may be waiting for this.
+/// again when the ring is stopped and goes on, unless later ones are done: then it is lost. One
+/// that is leaked keeps its ring, and a front-end that stops it, waiting for ever. Ask for no other
+/// translation while you have one: the front-end may be waiting for this.
 pub struct Chain {
     head: u16,
     /// Where it is in the available ring.
@@ -367,13 +368,13 @@ impl Chain {
         &self.writable
     }
 
-    /// The device has ended its access, and has written the first `len` bytes of what it may write, or
-    /// more that the driver is not to look at (0 where it is to look at the status only). The buffers
-    /// are let go first, then the used ring is told.
+    /// The device has ended its access, and has written the first `len` bytes of what it may write,
+    /// or more that the driver is not to look at (0 where it is to look at the status only). The
+    /// buffers are let go first, then the used ring is told.
     ///
     /// # Errors
-    /// [`CompleteError`]: the driver does not hear of it. Where the ring is stopping, it hears of it
-    /// when the ring goes on.
+    /// [`CompleteError`]: the driver does not hear of it. Where the ring is stopping, it hears of
+    /// it when the ring goes on.
     ///
     /// # Cancel safety
     /// Dropped, the buffers have been let go, and the driver may hear of it or not.

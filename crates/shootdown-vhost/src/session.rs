@@ -52,8 +52,8 @@ pub struct Stopper(Timeline);
 
 impl Stopper {
     /// All rings take no more requests, end what they have, and tell the driver of it; then the
-    /// session closes the connection. Until then the front-end has its answers: a connection that is
-    /// closed before is an answer to an INVALIDATE, too.
+    /// session closes the connection. Until then the front-end has its answers: a connection that
+    /// is closed before is an answer to an INVALIDATE, too.
     ///
     /// From any thread, and more than once.
     pub fn stop(&self) {
@@ -64,9 +64,9 @@ impl Stopper {
 /// A connection of a front-end to a device.
 ///
 /// Whoever drives it [receives](Self::receive) what comes, and does what
-/// [`poll_output`](Self::poll_output) says after each message and whenever it is woken. [`crate::driver`] has two that do so. When
-/// the front-end is gone, [close](Self::poll_closed) it: rings that have something in flight may
-/// take their time.
+/// [`poll_output`](Self::poll_output) says after each message and whenever it is woken.
+/// [`crate::driver`] has two that do so. When the front-end is gone, [close](Self::poll_closed) it:
+/// rings that have something in flight may take their time.
 pub struct Session<D: Device> {
     device: Arc<D>,
     iotlb: Iotlb,
@@ -108,8 +108,8 @@ enum Due {
 }
 
 impl<D: Device> Session<D> {
-    /// A connection to `device`, whose translations go into `iotlb`. One session after the other may
-    /// have the same one, and its statistics go on; no two at a time.
+    /// A connection to `device`, whose translations go into `iotlb`. One session after the other
+    /// may have the same one, and its statistics go on; no two at a time.
     pub fn new(device: Arc<D>, iotlb: Iotlb) -> Self {
         let queues = (0..device.queues()).map(|_| Queue::default()).collect();
         let stopper = Stopper::default();
@@ -156,8 +156,8 @@ impl<D: Device> Session<D> {
     /// Takes a message. Poll the [output](Self::poll_output) afterwards, before the next message.
     ///
     /// # Errors
-    /// [`ProtocolError`]: close the connection. What the protocol allows and this side refuses is no
-    /// error: it is answered so.
+    /// [`ProtocolError`]: close the connection. What the protocol allows and this side refuses is
+    /// no error: it is answered so.
     pub fn receive(&mut self, channel: Channel, message: Message) -> Result<(), ProtocolError> {
         tracing::trace!(?channel, ?message, "received");
         match channel {
@@ -242,7 +242,8 @@ impl<D: Device> Session<D> {
                 reply.state = Due::Now(payload);
             }
         }
-        // What is unmapped while no ring runs is never told. As long as one does, it is: and that may need what is known to end.
+        // What is unmapped while no ring runs is never told. As long as one does, it is: and that
+        // may need what is known to end.
         let quiet = queues.iter().all(|queue| queue.base().is_some());
         if stopped && quiet && self.fault != Some(Fault::KeepTranslations) {
             self.iotlb.forget_all();

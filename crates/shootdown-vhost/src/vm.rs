@@ -10,17 +10,18 @@ use vm_memory::{GuestAddress, Iommu, Permissions};
 
 /// An [`Iotlb`] as [`vm_memory::Iommu`], for code that is written on [`vm_memory::IommuMemory`].
 ///
-/// A translation's guard is a [`Mapping`]: while the iterator of [`translate`](Iommu::translate) exists,
-/// an INVALIDATE that overlaps it is not answered. This suffices for what ends within the call:
-/// `Bytes::read`, `write`, `load`, `store` and their kin.
+/// A translation's guard is a [`Mapping`]: while the iterator of [`translate`](Iommu::translate)
+/// exists, an INVALIDATE that overlaps it is not answered. This suffices for what ends within the
+/// call: `Bytes::read`, `write`, `load`, `store` and their kin.
 ///
-/// It does **not** suffice for slices that are kept: those of `GuestMemory::get_slices` outlive the iterator, and
-/// with it the guard, so that the front-end takes the memory for free while they are in use. For asynchronous I/O take a [`Mapping`] by
-/// [`Iotlb::map`], and keep it until the I/O has ended.
+/// It does **not** suffice for slices that are kept: those of `GuestMemory::get_slices` outlive the
+/// iterator, and with it the guard, so that the front-end takes the memory for free while they are
+/// in use. For asynchronous I/O take a [`Mapping`] by [`Iotlb::map`], and keep it until the I/O has
+/// ended.
 ///
 /// Addresses that it translates to are the guest's physical ones:
-/// [`MemoryTable::guest_memory`](crate::MemoryTable::guest_memory) of [`Iotlb::memory`] is the backend
-/// that has them.
+/// [`MemoryTable::guest_memory`](crate::MemoryTable::guest_memory) of [`Iotlb::memory`] is the
+/// backend that has them.
 ///
 /// A miss blocks the thread until the front-end has answered, so the thread that drives the
 /// [`Session`](crate::Session) must not translate.

@@ -1,5 +1,5 @@
-//! Packs the initramfs of a guest: `image KERNEL INIT FILE`, with the root of an unpacked kernel package, the program that is the first
-//! process, and the file to write.
+//! Packs the initramfs of a guest: `image KERNEL INIT FILE`, with the root of an unpacked kernel
+//! package, the program that is the first process, and the file to write.
 #![forbid(unsafe_code)]
 
 #[cfg(target_os = "linux")]
@@ -23,7 +23,8 @@ mod pack {
 
     type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-    /// The lists of modules that the program loads, with their parameters. What they depend on comes before them.
+    /// The lists of modules that the program loads, with their parameters. What they depend on
+    /// comes before them.
     const LISTS: [(&str, &[&str]); 2] = [
         ("disk", &["virtio_pci", "virtio_blk"]),
         // Interrupts are not remapped, which matters to nobody who polls.

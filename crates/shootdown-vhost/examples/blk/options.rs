@@ -33,7 +33,8 @@ pub struct Options {
     /// Writes figures of all devices here, as JSON: when a front-end goes, and at the end
     #[arg(long, value_name = "PATH")]
     pub stats: Option<PathBuf>,
-    /// Opens the files with O_DIRECT. The guest's buffers have to be aligned as each of them needs it
+    /// Opens the files with O_DIRECT. The guest's buffers have to be aligned as each of them needs
+    /// it
     #[arg(long)]
     pub direct: bool,
     /// The guest may not write

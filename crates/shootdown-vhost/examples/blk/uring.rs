@@ -146,16 +146,18 @@ fn parts(all: Result<Vec<libc::iovec>, AccessError>) -> io::Result<Vec<libc::iov
 }
 
 impl Inner {
-    /// Every entry comes from this module: [`Uring::start`], or a cancellation, which has no memory.
+    /// Every entry comes from this module: [`Uring::start`], or a cancellation, which has no
+    /// memory.
     ///
-    /// The kernel touches what an entry refers to until the operation is complete: a descriptor, the
-    /// guest's memory, a list of its parts or a time. All of them are in the slot of the operation
-    /// (`Held`): the parts and the time on the heap, the memory in the mappings of a chain. The slot
-    /// is removed in `reap` only, when the kernel has said that it is complete, or here above if it
-    /// was never pushed. `Drop` waits for all slots, or leaks them.
+    /// The kernel touches what an entry refers to until the operation is complete: a descriptor,
+    /// the guest's memory, a list of its parts or a time. All of them are in the slot of the
+    /// operation (`Held`): the parts and the time on the heap, the memory in the mappings of a
+    /// chain. The slot is removed in `reap` only, when the kernel has said that it is complete, or
+    /// here above if it was never pushed. `Drop` waits for all slots, or leaks them.
     fn push(&self, entry: &squeue::Entry) -> io::Result<()> {
         loop {
-            // SAFETY: what the entry refers to is valid until its completion has been reaped, as above.
+            // SAFETY: what the entry refers to is valid until its completion has been reaped, as
+            // above.
             let pushed = unsafe { self.uring.borrow_mut().submission().push(entry) };
             if pushed.is_ok() {
                 return Ok(());

@@ -134,7 +134,8 @@ impl Lines {
             } else if let Some(answer) = self.answer.take() {
                 session.receive(Channel::Backend, answer)?;
             } else {
-                // What the front-end has sent before its answer comes before it, on the other channel.
+                // What the front-end has sent before its answer comes before it, on the other
+                // channel.
                 self.answer = self.receive(Channel::Backend)?;
                 let ended = self.all.iter().any(|line| line.gone);
                 if self.answer.is_none() && !ended {

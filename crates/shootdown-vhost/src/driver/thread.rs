@@ -12,8 +12,9 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::task::Context;
 
-/// Serves one front-end on the calling thread, until it goes away. Returns when all rings have ended,
-/// so that the next session of the device may begin. [`Session::stopper`] ends it from elsewhere.
+/// Serves one front-end on the calling thread, until it goes away. Returns when all rings have
+/// ended, so that the next session of the device may begin. [`Session::stopper`] ends it from
+/// elsewhere.
 ///
 /// # Errors
 /// [`ServeError`]: the connection is closed then, after the same wait.

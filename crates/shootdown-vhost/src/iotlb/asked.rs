@@ -118,17 +118,18 @@ impl Asked {
         of_these
     }
 
-    /// An UPDATE has told of `range`. Returns those whose waiters look again: where it does not allow
-    /// the access, another one may be still to come, and where each miss has an answer that says so.
+    /// An UPDATE has told of `range`. Returns those whose waiters look again: where it does not
+    /// allow the access, another one may be still to come, and where each miss has an answer that
+    /// says so.
     #[must_use = "who waits for them is to be told"]
     pub(super) fn filled(&mut self, range: AddressRange, access: Permissions) -> Vec<Arc<Miss>> {
         self.large = range.last() / PAGE > range.start() / PAGE;
         self.take(range, |miss| access.allow(miss.access))
     }
 
-    /// The front-end has answered the first that was sent. Returns it if somebody waits for it still;
-    /// `Err`: nobody has asked. Without an UPDATE it is refused whatever the answer says: then the
-    /// access is not allowed.
+    /// The front-end has answered the first that was sent. Returns it if somebody waits for it
+    /// still; `Err`: nobody has asked. Without an UPDATE it is refused whatever the answer says:
+    /// then the access is not allowed.
     pub(super) fn answered(&mut self) -> Result<Option<Arc<Miss>>, ()> {
         let miss = self.sent.pop_front().ok_or(())?;
         if !self.is_waited_for(&miss) {

@@ -57,8 +57,8 @@ pub enum MapError {
         /// The first address that is not known now.
         iova: u64,
     },
-    /// Nobody would answer: the session has ended or has no back-end channel, or the device has been
-    /// stopped.
+    /// Nobody would answer: the session has ended or has no back-end channel, or the device has
+    /// been stopped.
     #[error("{iova:#x} is not known, and there is nobody to ask")]
     Nobody {
         /// The first address without a translation.

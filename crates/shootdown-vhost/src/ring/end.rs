@@ -49,8 +49,8 @@ impl Progress {
         self.taken.push(entry);
     }
 
-    /// Reads where the used ring is, once. Says whether something was put there: what the ring before
-    /// could not tell, if this is the same used ring still.
+    /// Reads where the used ring is, once. Says whether something was put there: what the ring
+    /// before could not tell, if this is the same used ring still.
     pub(super) fn begin(&mut self, layout: Layout, used: &Parts) -> Option<bool> {
         if self.index.is_some() {
             return Some(false);
@@ -94,8 +94,8 @@ impl Progress {
         self.untold.push((head, len));
     }
 
-    /// The ring has ended at `base`. The next one begins before the last requests that the device has
-    /// given up.
+    /// The ring has ended at `base`. The next one begins before the last requests that the device
+    /// has given up.
     pub(super) fn end(&mut self, mut base: u16) -> End {
         let mut taken = std::mem::take(&mut self.taken);
         while let Some(at) = taken.iter().position(|entry| *entry == base.wrapping_sub(1)) {

@@ -12,11 +12,12 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
 impl Ring {
-    /// The next request, for a thread: it blocks until the driver has made one available. `None`: the
-    /// ring is [stopping](Next::Stopping).
+    /// The next request, for a thread: it blocks until the driver has made one available. `None`:
+    /// the ring is [stopping](Next::Stopping).
     ///
     /// # Errors
-    /// As for [`next`](Self::next); [`RingError::Wait`] when there is no descriptor left to wait with.
+    /// As for [`next`](Self::next); [`RingError::Wait`] when there is no descriptor left to wait
+    /// with.
     pub fn next_wait(&mut self) -> Result<Option<Chain>, RingError> {
         let bell = match &self.bell {
             Some(bell) => bell.clone(),
@@ -71,7 +72,8 @@ fn wait(bell: &Bell, kick: Option<BorrowedFd<'_>>) -> Result<Option<PollFlags>, 
 }
 
 impl Chain {
-    /// The same as [`complete`](Self::complete), for a thread: it blocks until the driver has been told.
+    /// The same as [`complete`](Self::complete), for a thread: it blocks until the driver has been
+    /// told.
     ///
     /// # Errors
     /// As for [`complete`](Self::complete).

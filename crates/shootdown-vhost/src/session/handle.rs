@@ -341,7 +341,8 @@ impl<D: Device> Session<D> {
         };
         let queue = &mut self.queues[at];
         if request == FrontendReq::SET_VRING_KICK {
-            // A ring that runs listens to the former one: it goes on with this one when it has stopped.
+            // A ring that runs listens to the former one: it goes on with this one when it has
+            // stopped.
             queue.stop();
             queue.kick = descriptor.map(Arc::new);
         } else {
