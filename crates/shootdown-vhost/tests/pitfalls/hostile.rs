@@ -1,41 +1,24 @@
 //! Guests and front-ends that ask for too much, and domains.
-#![allow(unused_imports, reason = "the same for all of these files")]
 
-use crate::guest::{self, PAGE, USER};
+use crate::guest::{PAGE, USER};
 use crate::machine::{FEATURES, Machine};
 use crate::support::*;
 use futures::FutureExt;
 use futures::task::noop_waker;
 use shootdown::AddressRange;
-use shootdown_vhost::message::{Channel, Message, iotlb_bytes};
-use shootdown_vhost::{BlockingIommu, Device, Domain, Iotlb, MapError, Next, Permissions, Place, Region, Ring, Session, Want};
-use std::sync::{Arc, Mutex};
+use shootdown_vhost::message::{Channel, Message};
+use shootdown_vhost::{BlockingIommu, Domain, Iotlb, Permissions, Place, Session, Want};
+use std::sync::Arc;
 use std::task::Context;
-use vhost::vhost_user::message::{
-    BackendReq, FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion,
-};
-use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
+use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion};
 use vm_memory::{ByteValued, GuestAddress, Iommu};
 
 /// Two devices of one domain, one of them without an IOMMU.
 #[test]
 fn v8_an_invalidate_leaves_a_device_without_an_iommu_alone() {
-    struct Plain;
-    impl Device for Plain {
-        fn features(&self) -> u64 {
-            0
-        }
-        fn queues(&self) -> u16 {
-            1
-        }
-        fn config(&self) -> Vec<u8> {
-            Vec::new()
-        }
-        fn start(&self, _: Ring) {}
-    }
     let domain = Domain::new();
     let (with, without) = (Iotlb::new(&domain), Iotlb::new(&domain));
-    let mut session = Session::new(Arc::new(Plain), without.clone());
+    let mut session = Session::new(Arc::new(Keeps::default()), without.clone());
     let waker = noop_waker();
     let features = Message::new(FrontendReq::SET_FEATURES, VhostUserHeaderFlag::empty(), &(1u64 << 32 | 1 << 30).to_ne_bytes());
     session.receive(Channel::Frontend, features).unwrap();

@@ -8,10 +8,10 @@ use futures::task::noop_waker;
 use rustix::event::{EventfdFlags, eventfd};
 use shootdown::AddressRange;
 use shootdown_vhost::message::Channel;
-use shootdown_vhost::{Device, Iotlb, MapError, Next, Output, Permissions, Place, Ring, RingError, Session, Want};
+use shootdown_vhost::{Iotlb, MapError, Next, Output, Permissions, Place, Ring, RingError, Session, Want};
 use std::os::fd::OwnedFd;
+use std::sync::Arc;
 use std::sync::mpsc::channel;
-use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll};
 use std::thread;
 use std::time::Duration;
@@ -19,24 +19,6 @@ use vhost::vhost_user::message::{
     FrontendReq, VhostUserMemory, VhostUserMemoryRegion, VhostUserVringAddr, VhostUserVringAddrFlags,
 };
 use vm_memory::ByteValued;
-
-#[derive(Default)]
-struct Keeps(Mutex<Vec<Ring>>);
-
-impl Device for Keeps {
-    fn features(&self) -> u64 {
-        0
-    }
-    fn queues(&self) -> u16 {
-        1
-    }
-    fn config(&self) -> Vec<u8> {
-        Vec::new()
-    }
-    fn start(&self, ring: Ring) {
-        self.0.lock().unwrap().push(ring);
-    }
-}
 
 /// A ring of 8 without an IOMMU. Descriptor 0 is 8 bytes that the device reads.
 fn ring(kick: OwnedFd, call: OwnedFd) -> (Session<Keeps>, Ring, OwnedFd) {

@@ -1,21 +1,16 @@
 //! Answers that come late, to others, or never.
-#![allow(unused_imports, reason = "the same for all of these files")]
 
-use crate::guest::{self, PAGE, USER};
+use crate::guest::{PAGE, USER};
 use crate::machine::{FEATURES, Machine};
 use crate::support::*;
 use futures::FutureExt;
 use futures::task::noop_waker;
 use shootdown::AddressRange;
 use shootdown_vhost::message::{Channel, Message, iotlb_bytes};
-use shootdown_vhost::{BlockingIommu, Device, Domain, Iotlb, MapError, Next, Permissions, Place, Region, Ring, Session, Want};
-use std::sync::{Arc, Mutex};
+use shootdown_vhost::{MapError, Permissions, Place, Want};
 use std::task::Context;
-use vhost::vhost_user::message::{
-    BackendReq, FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion,
-};
+use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag};
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
-use vm_memory::{ByteValued, GuestAddress, Iommu};
 
 /// A miss is on its way when the features change.
 #[test]

@@ -1,21 +1,16 @@
 //! Rings and sessions that stop, and go on.
-#![allow(unused_imports, reason = "the same for all of these files")]
 
 use crate::guest::{self, PAGE, USER};
 use crate::machine::{FEATURES, Machine};
 use crate::support::*;
 use futures::FutureExt;
 use futures::task::noop_waker;
-use shootdown::AddressRange;
-use shootdown_vhost::message::{Channel, Message, iotlb_bytes};
-use shootdown_vhost::{BlockingIommu, Device, Domain, Iotlb, MapError, Next, Permissions, Place, Region, Ring, Session, Want};
-use std::sync::{Arc, Mutex};
+use shootdown_vhost::message::{Channel, Message};
+use shootdown_vhost::{Iotlb, Next, Session};
+use std::sync::Arc;
 use std::task::Context;
-use vhost::vhost_user::message::{
-    BackendReq, FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion,
-};
-use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
-use vm_memory::{ByteValued, GuestAddress, Iommu};
+use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion};
+use vm_memory::ByteValued;
 
 /// `stop` in QEMU's monitor, then `cont`, with a request in flight in the second queue.
 #[test]
@@ -117,22 +112,6 @@ fn v6_a_base_is_answered_although_a_new_kick_comes_before() {
 /// A session that is dropped, as by dropping the future of `serve_tokio`.
 #[test]
 fn v5_rings_of_a_dropped_session_stop() {
-    #[derive(Default)]
-    struct Keeps(Mutex<Vec<Ring>>);
-    impl Device for Keeps {
-        fn features(&self) -> u64 {
-            0
-        }
-        fn queues(&self) -> u16 {
-            1
-        }
-        fn config(&self) -> Vec<u8> {
-            Vec::new()
-        }
-        fn start(&self, ring: Ring) {
-            self.0.lock().unwrap().push(ring);
-        }
-    }
     let device = Arc::new(Keeps::default());
     let iotlb = Iotlb::default();
     let mut session = Session::new(device.clone(), iotlb.clone());

@@ -3,10 +3,10 @@
 use crate::guest::PAGE;
 use crate::machine::Machine;
 use rustix::event::{EventfdFlags, eventfd};
-use shootdown_vhost::Region;
 use shootdown_vhost::message::Message;
+use shootdown_vhost::{Device, Region, Ring};
 use std::os::fd::OwnedFd;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use vhost::vhost_user::message::{BackendReq, FrontendReq, VhostUserHeaderFlag, VhostUserVringState};
 use vm_memory::ByteValued;
 
@@ -52,4 +52,26 @@ pub fn descriptor(address: u64, len: u32, flags: u16, next: u16) -> Vec<u8> {
     bytes.extend(flags.to_le_bytes());
     bytes.extend(next.to_le_bytes());
     bytes
+}
+
+/// A device of one queue that keeps its rings.
+#[derive(Default)]
+pub struct Keeps(pub Mutex<Vec<Ring>>);
+
+impl Device for Keeps {
+    fn features(&self) -> u64 {
+        0
+    }
+
+    fn queues(&self) -> u16 {
+        1
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn start(&self, ring: Ring) {
+        self.0.lock().unwrap().push(ring);
+    }
 }
