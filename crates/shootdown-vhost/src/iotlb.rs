@@ -387,9 +387,14 @@ impl Iotlb {
         self.tell(over);
     }
 
-    /// Nothing is known any more, of memory neither, and there is nobody to ask.
-    pub(crate) fn clear(&self) {
+    /// Its session is over: nothing is known any more, of memory neither, and there is nobody to ask.
+    pub(crate) fn leave(&self) {
         self.set_memory(MemoryTable::default());
+        self.clear();
+    }
+
+    /// No translation is known any more, and there is nobody to ask.
+    pub(crate) fn clear(&self) {
         let mut asked = self.0.asked.lock();
         self.0.table.write().clear(false);
         let over = asked.end();

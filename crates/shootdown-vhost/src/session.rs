@@ -275,7 +275,7 @@ impl<D: Device> Session<D> {
         if left {
             return Poll::Pending;
         }
-        self.iotlb.clear();
+        self.iotlb.leave();
         Poll::Ready(())
     }
 
@@ -293,7 +293,7 @@ impl<D: Device> Drop for Session<D> {
     /// Rings that nobody waits for stop all the same.
     fn drop(&mut self) {
         self.queues.iter_mut().for_each(Queue::disconnect);
-        self.iotlb.clear();
+        self.iotlb.leave();
     }
 }
 

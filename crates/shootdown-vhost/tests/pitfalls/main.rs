@@ -304,6 +304,21 @@ fn a_session_leaves_no_memory_to_the_next_one() {
     assert!(iotlb.memory().regions().is_empty());
 }
 
+/// A front-end that has closed its back-end channel may tell of translations all the same.
+#[test]
+fn translations_are_told_without_a_channel_to_ask_on() {
+    let mut machine = Machine::connected();
+    machine.session.backend_closed();
+    machine.memory_table();
+    assert_eq!(machine.answers(), 1);
+    machine.update(9 * PAGE, PAGE, 9);
+    assert_eq!(machine.refused, 0);
+    let iotlb = machine.session.iotlb().clone();
+    assert!(iotlb.try_map(Want::write(9 * PAGE, 8)).is_some());
+    let mut map = machine.spawn(async move { iotlb.map(Want::read(10 * PAGE, 8)).await });
+    assert!(matches!(machine.poll(&mut map), Some(Err(MapError::Nobody { .. }))));
+}
+
 #[test]
 fn configuration_spaces_are_short() {
     let mut machine = Machine::connected();
