@@ -111,7 +111,7 @@ pub enum Next {
     Chain(Chain),
     /// Nothing. The driver kicks when that changes: wait for [`Ring::kick`] to be readable.
     Empty,
-    /// The front-end stops the ring: end what is in flight, and drop the ring.
+    /// The front-end stops the ring, or it has failed before: end what is in flight, and drop the ring.
     Stopping,
 }
 
@@ -197,7 +197,7 @@ impl Ring {
         self.shared.setup.kick.as_fd()
     }
 
-    /// Resolves when the front-end stops the ring.
+    /// Resolves when the front-end stops the ring, or when it has [failed](Self::next).
     pub fn stopping(&self) -> Reached {
         self.shared.stop.reached(STOP)
     }

@@ -65,7 +65,7 @@ pub(super) struct Asked {
     pub(super) answers: Answers,
     /// By page and access, until who waits is to look again.
     waiting: BTreeMap<Key, Arc<Miss>>,
-    /// Not sent yet.
+    /// Those of them that were not sent yet.
     unsent: VecDeque<Arc<Miss>>,
     /// Sent, and not answered.
     sent: VecDeque<Arc<Miss>>,
@@ -92,13 +92,7 @@ impl Asked {
         if self.answers == Answers::Each && self.sent.len() >= most {
             return None;
         }
-        let miss = loop {
-            let miss = self.unsent.pop_front()?;
-            // Otherwise somebody has told of it meanwhile.
-            if self.is_waited_for(&miss) {
-                break miss;
-            }
-        };
+        let miss = self.unsent.pop_front()?;
         if self.answers == Answers::Each {
             self.sent.push_back(miss.clone());
         }
@@ -115,6 +109,12 @@ impl Asked {
         let of_these = near.map(|(_, miss)| miss).filter(|miss| range.contains(miss.iova) && over(miss));
         let of_these: Vec<_> = of_these.cloned().collect();
         of_these.iter().for_each(|miss| drop(self.waiting.remove(&miss.key())));
+        // So there are never more of them than are waited for.
+        if !of_these.is_empty() {
+            let mut unsent = std::mem::take(&mut self.unsent);
+            unsent.retain(|miss| self.is_waited_for(miss));
+            self.unsent = unsent;
+        }
         of_these
     }
 

@@ -320,6 +320,15 @@ fn translations_are_told_without_a_channel_to_ask_on() {
 }
 
 #[test]
+fn the_memory_survives_a_change_of_features_without_a_channel() {
+    let mut machine = Machine::connected();
+    machine.session.backend_closed();
+    machine.plain(FrontendReq::SET_FEATURES, &machine::FEATURES.to_ne_bytes());
+    machine.plain(FrontendReq::SET_FEATURES, &(machine::FEATURES & !(1 << 33)).to_ne_bytes());
+    assert!(machine.session.iotlb().try_map(Want::read(0, 8)).is_some());
+}
+
+#[test]
 fn configuration_spaces_are_short() {
     let mut machine = Machine::connected();
     let config = |offset, size: u32| {

@@ -168,3 +168,25 @@ fn v3_an_update_for_reads_does_not_refuse_the_write_that_is_asked_for_too() {
     let found = machine.poll(&mut writes);
     assert!(matches!(found, Some(Ok(_))), "its own answer has come: {found:?}");
 }
+
+/// A front-end that answers nothing, and invalidates over and over what is asked for.
+#[test]
+fn v7_what_is_asked_for_anew_is_not_kept_twice() {
+    let mut machine = Machine::connected();
+    let iotlb = machine.session.iotlb().clone();
+    let map = |at: u64| {
+        let iotlb = iotlb.clone();
+        machine.spawn(async move { iotlb.map(Want::write((20 + at) * PAGE, 8)).await })
+    };
+    let mut maps: Vec<_> = (0..17).map(map).collect();
+    maps.iter_mut().for_each(|map| assert!(machine.poll(map).is_none()));
+    machine.poll_session();
+    assert_eq!(machine.misses.len(), 16, "so many at a time");
+    let before = peak_kib();
+    for _ in 0..300_000 {
+        machine.invalidate(36 * PAGE, PAGE);
+        assert!(machine.answers() == 1 && machine.poll(&mut maps[16]).is_none());
+    }
+    let grown = peak_kib() - before;
+    assert!(grown < 16 * 1024, "{grown} KiB more");
+}
