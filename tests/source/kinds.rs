@@ -9,7 +9,7 @@ use std::ffi::c_void;
 use std::io;
 use std::os::fd::RawFd;
 use std::ptr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 
 pub const HUGE: usize = 2 << 20;
@@ -250,8 +250,9 @@ pub fn refused(kind: Kind, errno: i32, change: Change) {
     assert_eq!(outcome(area.range(), || change(area)), Outcome::Refused(errno), "{kind:?}");
 }
 
-/// Huge pages for one test at a time, given back afterwards.
-pub struct HugePages(String, #[expect(dead_code, reason = "held")] MutexGuard<'static, ()>);
+/// Huge pages for the tests that need them, one at a time and each in a process of its own: what a
+/// test has used is free again when its process has ended. They are given back when this is dropped.
+pub struct HugePages(String);
 
 /// As many as a test needs.
 const NEEDED: u64 = 64;
@@ -259,13 +260,11 @@ const NEEDED: u64 = 64;
 const RESERVE: &str = "/proc/sys/vm/nr_hugepages";
 
 impl HugePages {
-    /// Reserves as many as a test needs.
+    /// Reserves as many as a test needs, once for the whole run: an answer for now would not hold later.
     ///
     /// # Errors
     /// Why it cannot.
     pub fn reserve() -> Result<Self, String> {
-        static ONE: Mutex<()> = Mutex::new(());
-        let one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
         let of = |name: &str| -> Option<u64> {
             let memory = std::fs::read_to_string("/proc/meminfo").ok()?;
             memory.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
@@ -275,11 +274,24 @@ impl HugePages {
         }
         let counts = of("HugePages_Total:").zip(of("HugePages_Free:")).ok_or("no huge pages")?;
         let before = std::fs::read_to_string(RESERVE).map_err(|error| format!("no huge pages: {error}"))?;
-        // Those of earlier tests are in use until the process ends.
-        let wanted = (counts.0 - counts.1 + NEEDED).max(counts.0);
-        std::fs::write(RESERVE, wanted.to_string()).map_err(|error| format!("no huge pages are reserved: {error}"))?;
-        let reserved = Self(before.trim().to_owned(), one);
-        if of("HugePages_Free:") >= Some(NEEDED) { Ok(reserved) } else { Err("the kernel has no room for huge pages".into()) }
+        let wanted = (counts.0 - counts.1 + NEEDED).max(counts.0).to_string();
+        let reserved = Self(before.trim().to_owned());
+        for _ in 0..2 {
+            std::fs::write(RESERVE, &wanted).map_err(|error| format!("no huge pages are reserved: {error}"))?;
+            if of("HugePages_Free:") >= Some(NEEDED) {
+                return Ok(reserved);
+            }
+            // Where memory is in small pieces: whether that may be asked for or not, the next look decides.
+            let _ = std::fs::write("/proc/sys/vm/compact_memory", "1");
+        }
+        Err("the kernel has no room for huge pages".into())
+    }
+
+    /// Runs one of the tests that need them.
+    pub fn isolated(name: &str) {
+        static ONE: Mutex<()> = Mutex::new(());
+        let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
+        crate::isolated(name);
     }
 }
 

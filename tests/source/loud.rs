@@ -1,6 +1,6 @@
 //! Changes that raise an event, for each kind of memory; `silent.rs` has the others.
 
-use crate::kinds::{Area, Change, HUGE, HUGES, HugePages, Kind, Outcome, SMALL, at_the_event, audible, check, outcome, refused};
+use crate::kinds::{Area, Change, HUGE, HUGES, Kind, Outcome, SMALL, at_the_event, audible, check, outcome, refused};
 use crate::mapping::{expect_parts, in_parts};
 use crate::memory::{PAGE, Raw};
 use crate::uffd::no_fork;
@@ -19,10 +19,7 @@ crate::list![
     madv_free_raises_clear_also_where_it_is_refused,
     madv_remove_raises_clear_of_shared_memory,
     a_stack_that_its_thread_leaves_raises_clear,
-    huge_pages_raise_the_same_events,
     an_owned_mapping_of_which_a_part_is_watched_moves_and_grows,
-    a_mapping_of_huge_pages_has_parts_of_huge_pages,
-    of_a_misaligned_remove_every_changed_huge_page_is_inside_the_invalidation,
 ];
 
 // In processes of their own: what they unmap must not be mapped by the threads of other tests.
@@ -31,10 +28,11 @@ crate::list![fn isolated_tests:
     the_event_comes_before_pages_are_discarded_and_after_they_are_unmapped,
 ];
 
-/// What a test needs and this machine does not have.
-pub fn lacking(test: &str) -> Option<String> {
-    test.contains("huge").then(|| HugePages::reserve().err()).flatten()
-}
+crate::list![fn huge_tests:
+    huge_pages_raise_the_same_events,
+    a_mapping_of_huge_pages_has_parts_of_huge_pages,
+    of_a_misaligned_remove_every_changed_huge_page_is_inside_the_invalidation,
+];
 
 fn unmap(area: Area) -> io::Result<()> {
     // SAFETY: memory of a test, into which there are no references.
@@ -203,7 +201,6 @@ fn a_heap_made_smaller_by_brk_raises_unmap() {
 }
 
 fn huge_pages_raise_the_same_events() {
-    let _pages = HugePages::reserve().unwrap();
     for kind in HUGES {
         audible(kind, Event::Unmap, unmap);
         audible(kind, Event::Unmap, map_over);
@@ -252,7 +249,6 @@ fn an_owned_mapping_of_which_a_part_is_watched_moves_and_grows() {
 
 /// Not an event, but here are the huge pages.
 fn a_mapping_of_huge_pages_has_parts_of_huge_pages() {
-    let _pages = HugePages::reserve().unwrap();
     let space = shootdown::AddressSpace::new();
     let made = || {
         use std::os::fd::FromRawFd;
@@ -297,7 +293,6 @@ fn a_mapping_of_huge_pages_has_parts_of_huge_pages() {
 
 /// e2b-dev/infra PR #3002.
 fn of_a_misaligned_remove_every_changed_huge_page_is_inside_the_invalidation() {
-    let _pages = HugePages::reserve().unwrap();
     let _fork = no_fork();
     let area = Area::new(Kind::HugeMemfd);
     // From the second small page of the first huge one to the middle of the third.

@@ -76,13 +76,14 @@ fn main() {
         loud::isolated_tests(),
     ]
     .concat();
+    let of_huge_pages = [loud::huge_tests(), silent::huge_tests()].concat();
     if let Some(name) = std::env::var_os("SHOOTDOWN_ONE") {
-        let all = by_themselves.iter().chain(&watched_by_themselves);
+        let all = by_themselves.iter().chain(&watched_by_themselves).chain(&of_huge_pages);
         let test = all.into_iter().find(|(test, _)| *test == name).expect("the parent names a test");
         return (test.1)();
     }
     let refused = Uffd::open(&AddressSpace::new()).err().map(|error| error.to_string());
-    // And what a test alone needs: huge pages, swap, a newer kernel.
+    // And what a test alone needs: swap, a newer kernel.
     let needs_more = |trials: Vec<(&'static str, fn())>, lacking: fn(&str) -> Option<String>| {
         let refused = refused.clone();
         trials.into_iter().map(move |(name, test)| {
@@ -101,6 +102,15 @@ fn main() {
         Some(why) => trial.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
     });
     let watched_alone: Vec<_> = watched_alone.collect();
+    let pages = kinds::HugePages::reserve();
+    let huge = of_huge_pages.into_iter().map(|(name, _)| {
+        let trial = Trial::test(name, move || Ok(kinds::HugePages::isolated(name)));
+        match refused.as_ref().or(pages.as_ref().err()) {
+            None => trial,
+            Some(why) => trial.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
+        }
+    });
+    let huge: Vec<_> = huge.collect();
     let no_ring = io_uring::IoUring::new(2).err().map(|error| format!("io_uring is not permitted: {error}"));
     let proof = Trial::test("the_proof_on_io_uring", || Ok(cache::the_proof_on_io_uring()));
     // The example of the proof is built first.
@@ -118,16 +128,19 @@ fn main() {
     let trials = plain
         .chain(needs(uffd::tests()))
         .chain(needs(cache::tests()))
-        .chain(needs_more(loud::tests(), loud::lacking))
+        .chain(needs(loud::tests()))
         .chain(needs_more(silent::tests(), silent::lacking))
         .chain(needs(never_stale::tests()))
         .chain(needs(corners::tests()))
         .chain(needs(batches::tests()))
         .chain(needs(delivering::tests()))
         .chain(watched_alone)
+        .chain(huge)
         .chain([proof])
         .collect();
-    libtest_mimic::run(&Arguments::from_args(), trials).exit();
+    let conclusion = libtest_mimic::run(&Arguments::from_args(), trials);
+    drop(pages);
+    conclusion.exit();
 }
 
 /// Runs a test of this program in a process of its own: it changes what the whole process has, or forks.

@@ -2,7 +2,7 @@
 //! shows its remedy, an invalidation by hand before the change. `loud.rs` has those that raise one.
 //! The guide `memory_changes` is the table of both.
 
-use crate::kinds::{Area, Change, HUGES, HugePages, Kind, Outcome, SMALL, check, frame, outcome, refused, segment, silent};
+use crate::kinds::{Area, Change, HUGES, Kind, Outcome, SMALL, check, frame, outcome, refused, segment, silent};
 use crate::memory::{PAGE, Raw};
 use crate::uffd::no_fork;
 use shootdown::Event;
@@ -29,14 +29,14 @@ crate::list![
     pages_that_are_merged_move_and_raise_none,
     pages_that_move_to_another_node_raise_none,
     pages_that_userfaultfd_itself_moves_away_raise_none,
-    of_huge_pages_the_same_changes_raise_none,
 ];
+
+crate::list![fn huge_tests: of_huge_pages_the_same_changes_raise_none];
 
 /// What a test needs and this machine does not have.
 pub fn lacking(test: &str) -> Option<String> {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     match test {
-        "of_huge_pages_the_same_changes_raise_none" => HugePages::reserve().err(),
         "pageout_to_swap_raises_none" => (read("/proc/swaps").lines().count() < 2).then(|| "no swap".into()),
         "pages_that_move_to_another_node_raise_none" => {
             let several = read("/sys/devices/system/node/online").contains(['-', ',']);
@@ -378,7 +378,6 @@ fn pages_that_userfaultfd_itself_moves_away_raise_none() {
 }
 
 fn of_huge_pages_the_same_changes_raise_none() {
-    let _pages = HugePages::reserve().unwrap();
     silent(Kind::HugeMemfd, Event::Clear, punch);
     silent(Kind::HugeMemfd, Event::Clear, truncate);
     for kind in HUGES {
