@@ -1,0 +1,298 @@
+//! The lease: asked for, renewed, stopped before it ends.
+
+use super::{Mirror, MirrorDecision, REMEMBERED, Standing};
+use crate::message::{Epoch, Nonce, Refusal, ToOwner};
+use crate::rules::Rule;
+use crate::time::Time;
+use alloc::collections::BTreeMap;
+use core::time::Duration;
+
+/// The longest wait for the answer to a join.
+const LONGEST: Duration = Duration::from_secs(30);
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) enum State {
+    /// Joins after that.
+    Out { until: Time },
+    /// Has asked at that time, and asks again with the same nonce.
+    Joining { nonce: Nonce, asked: Time, again: Time },
+    Live(Lease),
+    /// Until the host says that its devices have stopped.
+    Stopping { epoch: Epoch, end: Time },
+    /// Has left for good.
+    Over,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Lease {
+    pub(super) epoch: Epoch,
+    term: Duration,
+    /// When the devices begin to stop.
+    stop: Time,
+    /// When each question was asked that has no reply yet.
+    asks: BTreeMap<Nonce, Time>,
+    next_ask: Time,
+}
+
+impl Mirror {
+    /// Does what is due by now.
+    pub fn tick(&mut self, now: Time) {
+        self.now = self.now.max(now);
+        let now = self.now;
+        match &self.state {
+            State::Out { until } if *until <= now => self.join(),
+            State::Joining { nonce, asked, again } if *again <= now => {
+                if asked.since(Time::default()) + self.age <= now.since(Time::default()) {
+                    // Nobody has answered for so long; the next one is waited for longer.
+                    self.age = (self.age * 2).min(LONGEST);
+                    return self.join();
+                }
+                let (nonce, asked) = (*nonce, *asked);
+                self.state = State::Joining { nonce, asked, again: now + self.settings.retry };
+                self.messages.push_back(ToOwner::Join { incarnation: self.incarnation, nonce });
+            }
+            State::Live(lease) => {
+                if lease.stop <= now && self.rules.keep(Rule::StopsByItself) {
+                    return self.stop();
+                }
+                if lease.next_ask <= now {
+                    self.ask();
+                }
+                self.fetch_again();
+            }
+            _ => {}
+        }
+    }
+
+    /// When to call [`tick`](Self::tick) at the latest; not at all while the devices are being
+    /// stopped, and after the mirror has left.
+    pub fn deadline(&self) -> Option<Time> {
+        match &self.state {
+            State::Out { until } => Some(*until),
+            State::Joining { again, .. } => Some(*again),
+            State::Live(lease) => {
+                let fetch = self.next_fetch().unwrap_or(lease.next_ask);
+                let stop = if self.rules.keep(Rule::StopsByItself) { lease.stop } else { lease.next_ask };
+                Some(stop.min(lease.next_ask).min(fetch))
+            }
+            State::Stopping { .. } | State::Over => None,
+        }
+    }
+
+    pub(super) fn next_nonce(&mut self) -> Nonce {
+        self.nonce += 1;
+        Nonce(self.nonce)
+    }
+
+    fn join(&mut self) {
+        let (nonce, asked) = (self.next_nonce(), self.now);
+        self.state = State::Joining { nonce, asked, again: asked + self.settings.retry };
+        self.messages.push_back(ToOwner::Join { incarnation: self.incarnation, nonce });
+    }
+
+    fn ask(&mut self) {
+        let (nonce, now) = (self.next_nonce(), self.now);
+        let State::Live(lease) = &mut self.state else { return };
+        // What was asked a term ago grants nothing any more.
+        let term = lease.term;
+        lease.asks.retain(|_, asked| now.since(*asked) < term);
+        lease.asks.insert(nonce, now);
+        lease.next_ask = now + interval(term);
+        let epoch = lease.epoch;
+        self.messages.push_back(ToOwner::Renew { epoch, nonce });
+    }
+
+    /// From when a reply to what was asked then counts.
+    fn counted_from(&self, asked: Time) -> Time {
+        if self.rules.keep(Rule::CountedFromAsking) { asked } else { self.now }
+    }
+
+    pub(super) fn welcome(&mut self, epoch: Epoch, nonce: Nonce, term: Duration) {
+        let joining = match self.state {
+            State::Joining { nonce: mine, asked, .. } if mine == nonce || !self.rules.keep(Rule::NewestWelcome) => Some(asked),
+            _ => None,
+        };
+        let Some(asked) = joining.filter(|_| self.boot.is_none_or(|boot| boot <= epoch.boot)) else {
+            return self.not_entered(epoch);
+        };
+        let Some(usable) = term.checked_sub(self.settings.time_to_stop).filter(|usable| !usable.is_zero()) else {
+            let time_to_stop = self.settings.time_to_stop;
+            self.decisions.push_back(MirrorDecision::TermTooShort { term, time_to_stop });
+            self.state = State::Out { until: self.now + self.settings.retry * 8 };
+            return self.not_entered(epoch);
+        };
+        let from = self.counted_from(asked);
+        let stop = from + usable;
+        if stop <= self.now {
+            // It would have to stop before it begins: the answer took too long.
+            self.join();
+            return self.not_entered(epoch);
+        }
+        self.boot = Some(epoch.boot);
+        self.age = self.settings.retry * 8;
+        self.acknowledged.clear();
+        self.counts.joined += 1;
+        let next_ask = from + interval(term);
+        self.state = State::Live(Lease { epoch, term, stop, asks: BTreeMap::new(), next_ask });
+        self.decisions.push_back(MirrorDecision::Joined { epoch });
+    }
+
+    /// A welcome that came too late, or twice.
+    fn not_entered(&mut self, epoch: Epoch) {
+        self.counts.strangers += 1;
+        if !self.is_in(epoch) && !matches!(self.state, State::Stopping { epoch: of, .. } if of == epoch) {
+            // Nothing is held by it and nothing will be, so nobody has to wait for its end.
+            self.remember(epoch);
+            self.messages.push_back(ToOwner::Left { epoch });
+        }
+    }
+
+    pub(super) fn renewed(&mut self, epoch: Epoch, nonce: Nonce) {
+        let nonces = self.rules.keep(Rule::Nonces);
+        let (now, counted, time_to_stop) = (self.now, self.rules.keep(Rule::CountedFromAsking), self.settings.time_to_stop);
+        let State::Live(lease) = &mut self.state else {
+            self.counts.strangers += 1;
+            return;
+        };
+        let asked = if nonces { lease.asks.remove(&nonce) } else { lease.asks.values().max().copied() };
+        let Some(asked) = asked.filter(|_| lease.epoch == epoch) else {
+            self.counts.strangers += 1;
+            return;
+        };
+        let from = if counted { asked } else { now };
+        lease.stop = lease.stop.max(from + lease.term.saturating_sub(time_to_stop));
+        self.counts.renewed += 1;
+    }
+
+    pub(super) fn gone(&mut self, epoch: Epoch) {
+        if self.is_in(epoch) {
+            self.stop();
+        } else {
+            self.counts.strangers += 1;
+        }
+    }
+
+    pub(super) fn join_refused(&mut self, of: Nonce, why: Refusal) {
+        match self.state {
+            State::Joining { nonce, .. } if nonce == of => {
+                self.state = State::Out { until: self.now + self.settings.retry * 8 };
+                self.decisions.push_back(MirrorDecision::JoinRefused(why));
+            }
+            _ => self.counts.strangers += 1,
+        }
+    }
+
+    /// Whether the mirror may hold on by that epoch.
+    pub(super) fn is_in(&self, epoch: Epoch) -> bool {
+        matches!(&self.state, State::Live(lease) if lease.epoch == epoch)
+    }
+
+    fn stop(&mut self) {
+        let State::Live(lease) = &self.state else { return };
+        let (epoch, end) = (lease.epoch, lease.stop + self.settings.time_to_stop);
+        self.state = State::Stopping { epoch, end };
+        self.counts.lost += 1;
+        self.fetches.clear();
+        self.working.clear();
+        if !self.rules.keep(Rule::LeftAfterStop) {
+            self.messages.push_back(ToOwner::Left { epoch });
+        }
+        self.decisions.push_back(MirrorDecision::Stop { epoch });
+    }
+
+    /// Says that a [`MirrorDecision::Stop`] was carried out: no device reaches the memory any more, and
+    /// no copy is used. The mirror tells the owner and joins anew, unless it is
+    /// [leaving](Self::leave). Returns whether that was asked for.
+    pub fn stopped(&mut self, now: Time) -> bool {
+        self.now = self.now.max(now);
+        let State::Stopping { epoch, end } = self.state else { return false };
+        self.counts.stopped_late += u64::from(self.now > end);
+        self.remember(epoch);
+        self.messages.push_back(ToOwner::Left { epoch });
+        self.state = if self.leaving { State::Over } else { State::Out { until: self.now } };
+        true
+    }
+
+    /// Leaves for good: there is a [`MirrorDecision::Stop`] if the mirror holds a lease. What is sent
+    /// after [`stopped`](Self::stopped) lets the owner go on at once.
+    pub fn leave(&mut self, now: Time) {
+        self.now = self.now.max(now);
+        self.leaving = true;
+        match self.state {
+            State::Live(_) => self.stop(),
+            State::Out { .. } | State::Joining { .. } => self.state = State::Over,
+            State::Stopping { .. } | State::Over => {}
+        }
+    }
+
+    fn remember(&mut self, epoch: Epoch) {
+        if self.past.contains(&epoch) {
+            return;
+        }
+        if self.past.len() == REMEMBERED {
+            self.past.pop_front();
+        }
+        self.past.push_back(epoch);
+    }
+
+    /// An epoch of its own that is over was not heard to be: it says so again. Of others, such as those
+    /// of an earlier incarnation, it knows nothing.
+    pub(super) fn answer_for_the_past(&mut self, epoch: Epoch) {
+        self.counts.strangers += 1;
+        if self.past.contains(&epoch) {
+            self.messages.push_back(ToOwner::Left { epoch });
+        }
+    }
+
+    /// Whether the mirror may have used the memory until `now`: to be asked after each use, with a time
+    /// that was read after it (rule 4). Needs no tick.
+    pub fn is_valid(&self, now: Time) -> bool {
+        self.valid_until().is_some_and(|end| now < end)
+    }
+
+    /// The end of the present lease, less the time to stop: what a copy was used for until that
+    /// moment, exclusive, is good. `None` without a lease.
+    pub fn valid_until(&self) -> Option<Time> {
+        match &self.state {
+            State::Live(lease) if self.rules.keep(Rule::StopsByItself) => Some(lease.stop),
+            State::Live(_) => Some(Time::from_nanos(u64::MAX)),
+            _ => None,
+        }
+    }
+
+    /// Where it stands.
+    pub fn standing(&self) -> Standing {
+        match &self.state {
+            State::Out { .. } | State::Over => Standing::Out,
+            State::Joining { .. } => Standing::Joining,
+            State::Live(lease) => Standing::Live(lease.epoch, lease.stop),
+            State::Stopping { epoch, .. } => Standing::Stopping(*epoch),
+        }
+    }
+
+    /// Its epoch, if it may hold on.
+    pub fn epoch(&self) -> Option<Epoch> {
+        match &self.state {
+            State::Live(lease) => Some(lease.epoch),
+            _ => None,
+        }
+    }
+
+    /// Whether it has left for good and holds nothing.
+    pub fn is_over(&self) -> bool {
+        self.state == State::Over
+    }
+
+    /// How often it asks.
+    pub(super) fn interval(&self) -> Duration {
+        match &self.state {
+            State::Live(lease) => interval(lease.term),
+            _ => self.settings.retry,
+        }
+    }
+}
+
+/// Five questions in each term, so that four may be lost.
+fn interval(term: Duration) -> Duration {
+    (term / 5).max(Duration::from_nanos(1))
+}

@@ -1,0 +1,194 @@
+//! The books: every holder is in them, from before it knows to after it has stopped.
+
+use super::{Decision, Ending, Fenced, Owner, Timer, Who};
+use crate::message::{Epoch, Host, Incarnation, InvalidationId, Nonce, Refusal, ToMirror};
+use crate::rules::Rule;
+use crate::time::Time;
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::vec::Vec;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub(super) enum Phase {
+    /// It is renewed when it asks.
+    Live,
+    /// It is not renewed any more.
+    Expelled,
+    /// Its lease has ended; the host is asked to fence it.
+    Fencing,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Member {
+    /// `None` are the members of earlier boots.
+    pub(super) who: Option<Who>,
+    pub(super) phase: Phase,
+    pub(super) expires: Time,
+    /// To be sent when there is room in the window.
+    pub(super) queue: VecDeque<InvalidationId>,
+    /// On their way, and when each was sent.
+    pub(super) sent: BTreeMap<InvalidationId, Time>,
+    /// How many of its fetches wait.
+    pub(super) parked: usize,
+}
+
+impl Owner {
+    fn book(&mut self, number: u64, who: Option<Who>, phase: Phase) {
+        let expires = self.now + self.owner_term();
+        let (queue, sent) = (VecDeque::new(), BTreeMap::new());
+        self.members.insert(number, Member { who, phase, expires, queue, sent, parked: 0 });
+        self.timers.insert((expires, Timer::Expiry(number)));
+    }
+
+    /// Who may hold on by leases of earlier owners is one member that is never renewed (7).
+    pub(super) fn book_earlier_boots(&mut self) {
+        self.book(0, None, Phase::Expelled);
+    }
+
+    pub(super) fn join(&mut self, from: Host, incarnation: Incarnation, nonce: Nonce) {
+        let of_host = |member: &Member| member.who.filter(|who| who.host == from);
+        let known: Vec<(u64, Who)> =
+            self.members.iter().filter_map(|(number, member)| Some((*number, of_host(member)?))).collect();
+        let same = known.iter().filter(|(_, who)| who.incarnation == incarnation);
+        if let Some((number, who)) = same.clone().max_by_key(|(_, who)| who.nonce).copied() {
+            if who.nonce == nonce {
+                return self.welcome_again(number, who);
+            }
+            if who.nonce > nonce {
+                self.counts.strangers += 1;
+                return;
+            }
+        }
+        // Before it asks again it has stopped, so what it had before is over.
+        for (number, who) in &known {
+            let anew = who.incarnation == incarnation;
+            if anew || !self.rules.keep(Rule::OtherIncarnationsStay) {
+                self.close(*number, Ending::JoinedAnew);
+            } else {
+                // Not that it is gone: only that it will not be renewed (6).
+                self.expel(*number);
+            }
+        }
+        let of_host = self.members.values().filter(|member| member.who.is_some_and(|who| who.host == from)).count();
+        let refusal = if of_host >= self.terms.members_of_a_host {
+            Some(Refusal::MembersOfHost)
+        } else {
+            (self.members.len() >= self.terms.members).then_some(Refusal::Members)
+        };
+        if let Some(why) = refusal {
+            self.counts.refused += 1;
+            return self.send(from, ToMirror::Refused { nonce, incarnation: Some(incarnation), why });
+        }
+        let number = self.next_epoch;
+        self.next_epoch += 1;
+        let who = Who { host: from, incarnation, nonce };
+        // First the books, then the welcome (1).
+        #[cfg(feature = "test-util")]
+        if !self.rules.keep(Rule::BookedBeforeWelcome) {
+            self.unbooked.insert(number, who);
+            return self.welcome(number, who);
+        }
+        self.book(number, Some(who), Phase::Live);
+        self.counts.joins += 1;
+        self.welcome(number, who);
+    }
+
+    fn welcome_again(&mut self, number: u64, who: Who) {
+        // It was booked when it asked; asked twice is one question.
+        if self.grant(number) {
+            self.welcome(number, who);
+        } else {
+            self.send(who.host, ToMirror::Gone { epoch: self.epoch(number) });
+        }
+    }
+
+    fn welcome(&mut self, number: u64, who: Who) {
+        let (epoch, term) = (self.epoch(number), self.terms.term);
+        self.send(who.host, ToMirror::Welcome { epoch, incarnation: who.incarnation, nonce: who.nonce, term });
+    }
+
+    /// Grants a member a term from now, if it is renewed at all.
+    fn grant(&mut self, number: u64) -> bool {
+        let expires = self.now + self.owner_term();
+        let Some(member) = self.members.get_mut(&number).filter(|member| member.phase == Phase::Live) else { return false };
+        member.expires = member.expires.max(expires);
+        true
+    }
+
+    pub(super) fn renew(&mut self, from: Host, epoch: Epoch, nonce: Nonce) {
+        #[cfg(feature = "test-util")]
+        if let Some(who) = self.unbooked.remove(&epoch.number) {
+            self.book(epoch.number, Some(who), Phase::Live);
+        }
+        if self.member_of(from, epoch).is_none() {
+            self.counts.strangers += 1;
+            return self.send(from, ToMirror::Gone { epoch });
+        }
+        if self.grant(epoch.number) {
+            self.counts.renewals += 1;
+            self.send(from, ToMirror::Renewed { epoch, nonce });
+        } else {
+            self.send(from, ToMirror::Gone { epoch });
+        }
+    }
+
+    pub(super) fn leave(&mut self, from: Host, epoch: Epoch) {
+        if self.member_of(from, epoch).is_none() {
+            // Said again, mostly.
+            self.counts.strangers += 1;
+            return;
+        }
+        self.close(epoch.number, Ending::Left);
+    }
+
+    /// Renews a member no more, and says so.
+    pub(super) fn expel(&mut self, number: u64) {
+        let epoch = self.epoch(number);
+        let Some(member) = self.members.get_mut(&number).filter(|member| member.phase == Phase::Live) else { return };
+        member.phase = Phase::Expelled;
+        let to = member.who.map(|who| who.host);
+        self.counts.expelled += 1;
+        if let Some(to) = to {
+            self.send(to, ToMirror::Gone { epoch });
+        }
+    }
+
+    /// A lease may have ended: it has, unless it was renewed meanwhile.
+    pub(super) fn expire(&mut self, number: u64) {
+        let (now, epoch) = (self.now, self.epoch(number));
+        let Some(member) = self.members.get_mut(&number) else { return };
+        if member.expires > now {
+            self.timers.insert((member.expires, Timer::Expiry(number)));
+            return;
+        }
+        if !self.terms.fences || !self.rules.keep(Rule::Fenced) {
+            return self.close(number, Ending::Expired);
+        }
+        member.phase = Phase::Fencing;
+        let what = member.who.map_or(Fenced::Before(self.boot), |who| Fenced::Epoch(who.host, epoch));
+        self.decisions.push_back(Decision::Fence(what));
+    }
+
+    /// Says that a [`Decision::Fence`] was carried out: nothing reaches the memory by that epoch any
+    /// more. Returns whether that was asked for.
+    pub fn fenced(&mut self, what: Fenced, now: Time) -> bool {
+        self.now = self.now.max(now);
+        let epoch = what.epoch();
+        let asked = epoch.boot == self.boot && self.members.get(&epoch.number).is_some_and(|member| member.phase == Phase::Fencing);
+        if asked {
+            self.close(epoch.number, Ending::Expired);
+        }
+        asked
+    }
+
+    /// Takes a member out of the books: it has stopped, or can hold on no longer.
+    pub(super) fn close(&mut self, number: u64, ending: Ending) {
+        let epoch = self.epoch(number);
+        let Some(member) = self.members.remove(&number) else { return };
+        let count = if ending == Ending::Expired { &mut self.counts.expired } else { &mut self.counts.left };
+        *count += 1;
+        self.parked.retain(|(of, _), _| *of != number);
+        for invalidation in member.queue.into_iter().chain(member.sent.into_keys()) {
+            self.end_for(invalidation, epoch, ending);
+        }
+    }
+}

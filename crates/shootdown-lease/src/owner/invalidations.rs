@@ -1,0 +1,154 @@
+//! Invalidations: who is waited for, and until when.
+
+use super::{Decision, EndError, Ending, Owner, Timer};
+use crate::message::{Epoch, Host, InvalidationId, ToMirror};
+use crate::rules::Rule;
+use crate::time::Time;
+use alloc::collections::BTreeSet;
+use alloc::vec::Vec;
+use shootdown::RangeSet;
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub(super) struct Invalidation {
+    pub(super) ranges: RangeSet,
+    /// When patience ends.
+    patience: Time,
+    /// Numbers of the epochs that are waited for.
+    waiting: BTreeSet<u64>,
+    endings: Vec<(Epoch, Ending)>,
+}
+
+impl Owner {
+    /// Has every mirror let go of `ranges`, and no fetch of them served, until [`end`](Self::end). When
+    /// all have, there is a [`Decision::Done`]: at once if nobody is in the books.
+    pub fn invalidate(&mut self, ranges: RangeSet, now: Time) -> InvalidationId {
+        self.now = self.now.max(now);
+        let id = InvalidationId(self.next_invalidation);
+        self.next_invalidation += 1;
+        let patience = self.now + self.terms.patience;
+        let waiting: BTreeSet<u64> = self.members.keys().copied().collect();
+        self.invalidations.insert(id, Invalidation { ranges, patience, waiting: waiting.clone(), endings: Vec::new() });
+        if waiting.is_empty() {
+            self.done(id);
+            return id;
+        }
+        self.timers.insert((patience, Timer::Patience(id)));
+        for number in waiting {
+            if let Some(member) = self.members.get_mut(&number) {
+                member.queue.push_back(id);
+            }
+            self.pump(number);
+        }
+        id
+    }
+
+    /// Sends what has room in a member's window.
+    fn pump(&mut self, number: u64) {
+        let (now, window, epoch) = (self.now, self.terms.window, self.epoch(number));
+        let resend = now + self.terms.resend;
+        let Some(member) = self.members.get_mut(&number) else { return };
+        let Some(who) = member.who else { return };
+        let first = member.sent.is_empty();
+        while member.sent.len() < window
+            && let Some(invalidation) = member.queue.pop_front()
+        {
+            member.sent.insert(invalidation, now);
+            let Some(of) = self.invalidations.get(&invalidation) else { continue };
+            self.counts.sent += 1;
+            self.messages.push_back((who.host, ToMirror::Inv { epoch, invalidation, ranges: of.ranges.clone() }));
+        }
+        if first && !member.sent.is_empty() {
+            self.timers.insert((resend, Timer::Resend(number)));
+        }
+    }
+
+    /// Sends again what was not acknowledged for so long.
+    pub(super) fn resend(&mut self, number: u64) {
+        let (now, after, epoch) = (self.now, self.terms.resend, self.epoch(number));
+        let Some(member) = self.members.get_mut(&number) else { return };
+        let Some(who) = member.who else { return };
+        for (invalidation, sent) in &mut member.sent {
+            if *sent + after > now {
+                continue;
+            }
+            *sent = now;
+            let Some(of) = self.invalidations.get(invalidation) else { continue };
+            self.counts.sent += 1;
+            self.counts.resent += 1;
+            let again = ToMirror::Inv { epoch, invalidation: *invalidation, ranges: of.ranges.clone() };
+            self.messages.push_back((who.host, again));
+        }
+        if let Some(oldest) = member.sent.values().min() {
+            self.timers.insert((*oldest + after, Timer::Resend(number)));
+        }
+    }
+
+    pub(super) fn acknowledge(&mut self, from: Host, epoch: Epoch, invalidation: InvalidationId) {
+        let epoch = if self.rules.keep(Rule::EpochsOfAcknowledgements) {
+            epoch
+        } else {
+            self.newest_of(from).unwrap_or(epoch)
+        };
+        let asked = self.member_of(from, epoch).is_some_and(|member| member.sent.remove(&invalidation).is_some());
+        if !asked {
+            self.counts.unasked += 1;
+            return;
+        }
+        self.counts.acknowledged += 1;
+        self.end_for(invalidation, epoch, Ending::Acknowledged);
+        self.pump(epoch.number);
+    }
+
+    fn newest_of(&self, host: Host) -> Option<Epoch> {
+        let mut known = self.members.iter().rev();
+        known.find(|(_, member)| member.who.is_some_and(|who| who.host == host)).map(|(number, _)| self.epoch(*number))
+    }
+
+    /// One member less to wait for.
+    pub(super) fn end_for(&mut self, id: InvalidationId, epoch: Epoch, ending: Ending) {
+        let Some(invalidation) = self.invalidations.get_mut(&id) else { return };
+        if invalidation.waiting.remove(&epoch.number) {
+            invalidation.endings.push((epoch, ending));
+            if invalidation.waiting.is_empty() {
+                self.done(id);
+            }
+        }
+    }
+
+    fn done(&mut self, id: InvalidationId) {
+        let Some(invalidation) = self.invalidations.get_mut(&id) else { return };
+        self.timers.remove(&(invalidation.patience, Timer::Patience(id)));
+        self.counts.done += 1;
+        let endings = core::mem::take(&mut invalidation.endings);
+        self.decisions.push_back(Decision::Done { invalidation: id, endings });
+    }
+
+    /// Whoever has not acknowledged by now is renewed no more.
+    pub(super) fn lose_patience(&mut self, id: InvalidationId) {
+        let waiting = self.invalidations.get(&id).map(|invalidation| invalidation.waiting.clone());
+        for number in waiting.into_iter().flatten() {
+            self.expel(number);
+        }
+    }
+
+    /// Says that the memory has changed, or will not: fetches of the ranges are served again.
+    ///
+    /// # Errors
+    /// [`EndError`], and nothing has changed.
+    pub fn end(&mut self, id: InvalidationId, now: Time) -> Result<(), EndError> {
+        self.now = self.now.max(now);
+        let invalidation = self.invalidations.get(&id).ok_or(EndError::Unknown(id))?;
+        if !invalidation.waiting.is_empty() {
+            return Err(EndError::NotDone(id));
+        }
+        self.invalidations.remove(&id);
+        self.ended += 1;
+        self.serve_parked();
+        Ok(())
+    }
+
+    /// Epochs that an invalidation still waits for; none if there is no such invalidation.
+    pub fn waiting(&self, id: InvalidationId) -> impl Iterator<Item = Epoch> + '_ {
+        self.invalidations.get(&id).into_iter().flat_map(|of| &of.waiting).map(|number| self.epoch(*number))
+    }
+}

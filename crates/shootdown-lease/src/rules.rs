@@ -1,0 +1,64 @@
+//! The rules of the protocol that are kept here, by name, so that a test can leave one out.
+
+/// A rule of the protocol. A build with the feature `test-util` can leave one out
+/// ([`Owner::leave_out`](crate::Owner::leave_out), [`Mirror::leave_out`](crate::Mirror::leave_out)),
+/// to see that a simulation notices; any other build keeps all.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[cfg_attr(not(feature = "test-util"), allow(dead_code, unreachable_pub, reason = "named where they are kept"))]
+pub enum Rule {
+    /// The owner books a member before it welcomes it (1).
+    BookedBeforeWelcome,
+    /// A lease counts from when the mirror asked (2).
+    CountedFromAsking,
+    /// A mirror stops by itself before its lease ends (2).
+    StopsByItself,
+    /// The owner waits longer than the term, by the drift of the clocks (3).
+    DriftMargin,
+    /// What reaches the memory by itself is fenced before its epoch is closed by time (5).
+    Fenced,
+    /// A new incarnation of a host closes no epoch of another one (6).
+    OtherIncarnationsStay,
+    /// An owner over memory that survived waits until the leases of earlier boots have ended (7).
+    Quarantine,
+    /// A fetch that an invalidation met is not installed.
+    CollidedFetches,
+    /// A fetch of a range under invalidation waits until the memory has changed.
+    ParkedFetches,
+    /// A mirror acknowledges when what was mapped is flushed, and no earlier.
+    AcknowledgedAfterFlush,
+    /// A reply counts for the question whose nonce it has.
+    Nonces,
+    /// An acknowledgement counts for the epoch that it was asked in.
+    EpochsOfAcknowledgements,
+    /// A mirror leaves an epoch when its devices have stopped, and no earlier.
+    LeftAfterStop,
+    /// A mirror enters the epoch of its newest join only.
+    NewestWelcome,
+}
+
+/// Which rule is left out, if any.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct Rules {
+    #[cfg(feature = "test-util")]
+    left_out: Option<Rule>,
+}
+
+impl Rules {
+    #[cfg(feature = "test-util")]
+    pub(crate) fn without(rule: Rule) -> Self {
+        Self { left_out: Some(rule) }
+    }
+
+    /// Whether a rule is kept.
+    #[inline(always)]
+    #[cfg_attr(not(feature = "test-util"), expect(clippy::unused_self, reason = "all are kept"))]
+    pub(crate) fn keep(self, rule: Rule) -> bool {
+        #[cfg(feature = "test-util")]
+        return self.left_out != Some(rule);
+        #[cfg(not(feature = "test-util"))]
+        {
+            let _ = rule;
+            true
+        }
+    }
+}
