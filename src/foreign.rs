@@ -60,6 +60,8 @@ pub enum Callback {
     Reporter,
     /// What [`Builder::clock`](crate::Builder::clock) was given.
     Clock,
+    /// What a space asks whether its lease is valid (feature `lease`).
+    Lease,
     /// A subscriber of `tracing` or a recorder of `metrics`.
     Observer,
     /// The device of a registration cache: its methods, their futures, the drop of a handle or of
@@ -77,6 +79,7 @@ impl fmt::Display for Callback {
             Self::Waker => "a waker",
             Self::Reporter => "the reporter",
             Self::Clock => "the clock",
+            Self::Lease => "the lease",
             Self::Observer => "a tracing subscriber or metrics recorder",
             Self::Device => "the device of a registration cache",
         })

@@ -137,7 +137,7 @@ pub use mirror::recv::Recv;
 pub use notifier::{IntervalNotifier, Invalidation, InvalidationInfo, NotifierId, Sequence, WouldBlock};
 pub use pass::PassFuture;
 pub use range::{AddressRange, RangeError, RangeSet};
-#[cfg(any(feature = "userfaultfd", loom))]
+#[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
 pub use space::Pause;
 pub use space::{ActiveInvalidation, AddressSpace, Builder, InsertError, Phase, Release, Stats};
 pub use subscription::Subscription;

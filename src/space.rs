@@ -9,7 +9,7 @@ use crate::engine::Shared;
 use crate::engine::futures::drain::Drain;
 use crate::engine::futures::guard::{Handle, InvalidationGuard};
 use crate::engine::futures::invalidate::{Invalidate, try_invalidate};
-#[cfg(any(feature = "userfaultfd", loom))]
+#[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
 use crate::engine::gate::Closings;
 use crate::engine::host::Settings;
 use crate::event::{Event, Terms};
@@ -95,6 +95,22 @@ impl Builder {
     /// to `patience` if that is longer. Where there is no clock, or one that stands still, turns of whoever waits are counted instead.
     pub fn patience(mut self, patience: Duration) -> Self {
         self.settings.patience = Some(patience);
+        self
+    }
+
+    /// Readers are checked against a lease: while `valid` says no, `read_begin` waits, every
+    /// [`read_retry`](crate::Subscription::read_retry) is true, and a registration cache finds
+    /// nothing (R4). For memory that another host owns, such as `shootdown-lease` mirrors: a process
+    /// that was stopped goes on where it was, after its lease has ended, and nobody could invalidate
+    /// anything meanwhile. So `valid` reads the time by itself, on a clock that goes on in suspend.
+    ///
+    /// Called with each check, on the thread that checks, also under the driver's lock; never under a
+    /// lock of the library. A panic of it is counted and means no. Whoever makes it say yes again
+    /// [pauses](AddressSpace::pause) the space and ends the pause afterwards, which wakes readers.
+    /// Passes and invalidations go on as ever. Costs other spaces nothing.
+    #[cfg(any(feature = "lease", loom))]
+    pub fn valid_while(mut self, valid: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        self.settings.valid = Some(Box::new(valid));
         self
     }
 
@@ -249,7 +265,7 @@ impl AddressSpace {
     /// let whoever changed the memory go on, [start the invalidation](Self::invalidate) (poll it
     /// once), and drop the pause. Keep it short: it holds up readers of ranges that have nothing to
     /// do with the change, which L2 allows nobody else to do.
-    #[cfg(any(feature = "userfaultfd", loom))]
+    #[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
     pub fn pause(&self) -> Pause<'_> {
         Pause { shared: &self.shared, closings: self.shared.close_gate() }
     }
@@ -292,21 +308,21 @@ impl AddressSpace {
 }
 
 /// No reader of the space begins while this exists: see [`AddressSpace::pause`].
-#[cfg(any(feature = "userfaultfd", loom))]
+#[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
 #[must_use = "dropping it lets the readers go on"]
 pub struct Pause<'a> {
     shared: &'a Shared,
     closings: Closings,
 }
 
-#[cfg(any(feature = "userfaultfd", loom))]
+#[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
 impl fmt::Debug for Pause<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.debug_struct("Pause").finish_non_exhaustive()
     }
 }
 
-#[cfg(any(feature = "userfaultfd", loom))]
+#[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
 impl Drop for Pause<'_> {
     fn drop(&mut self) {
         self.shared.open_gate(self.closings);

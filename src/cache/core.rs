@@ -183,7 +183,7 @@ impl<D: Device> Core<D> {
     /// it was closed.
     #[inline]
     pub(super) fn look_up(&self, range: AddressRange, now: u64) -> Option<Arc<Live<D>>> {
-        if self.space.shared().gate.is_closed() {
+        if self.space.shared().is_shut() {
             return None;
         }
         self.find(&self.read(), range, now)

@@ -73,7 +73,7 @@ async fn keep_and_take<D: Device>(
         let taken = loop {
             open(core).await;
             let taken = take(core, range, &kept, polls.load(Ordering::Relaxed));
-            if !matches!(taken, Taken::Gone) || !core.space.shared().gate.is_closed() {
+            if !matches!(taken, Taken::Gone) || !core.space.shared().is_shut() {
                 break taken;
             }
         };
@@ -114,7 +114,7 @@ fn take<D: Device>(core: &Core<D>, range: AddressRange, kept: &[Piece<D>], now: 
 
 /// Waits until the gate is open, or has been since this began.
 async fn open<D: Device>(core: &Core<D>) {
-    if core.space.shared().gate.is_closed() {
+    if core.space.shared().is_shut() {
         let mut since = Since::default();
         core::future::poll_fn(|cx| core.space.shared().poll_gate(&mut since, cx)).await;
     }

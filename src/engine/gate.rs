@@ -13,12 +13,17 @@
 //! Closings are counted on one of two sides. A waiting reader has the sides changed once nothing is
 //! left on the other one, which is then that of the closings to come; when the sides have been
 //! changed twice, nothing is left of what was there when it began.
+//!
+//! A space whose memory is held by a lease has the gate look closed for ever, by a bit of its own:
+//! then a reader asks whether the lease is valid (it may have ended while this process stood still,
+//! so nobody could close the gate). Other spaces do not pay for that.
 #![forbid(unsafe_code)]
 
-#[cfg(any(feature = "userfaultfd", loom))]
+#[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
 mod real {
     use crate::engine::Shared;
-    use crate::foreign::TaskWaker;
+    use crate::engine::host::Valid;
+    use crate::foreign::{Callback, TaskWaker};
     use crate::sync::{AtomicU64, Ordering, fence};
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     use core::ops::AddAssign;
@@ -29,6 +34,8 @@ mod real {
     const ONES: u64 = (1 << COUNT) - 1;
     /// The side on which it is closed now.
     const SIDE: u64 = 1 << 63;
+    /// A lease is asked, too. Never changes.
+    const LEASED: u64 = 1 << 62;
 
     /// On cache lines of its own: every reader looks at it.
     #[repr(align(128))]
@@ -37,6 +44,7 @@ mod real {
         word: AtomicU64,
         /// How often the sides were changed. Under the lock of the space.
         changes: AtomicU64,
+        valid: Option<Valid>,
     }
 
     /// Closings of a gate that are to be undone.
@@ -67,15 +75,21 @@ mod real {
     pub(crate) struct Since(Option<u64>);
 
     impl Gate {
-        pub(crate) fn new() -> Self {
-            Self { word: AtomicU64::new(0), changes: AtomicU64::new(0) }
+        pub(crate) fn new(valid: Option<Valid>) -> Self {
+            let word = if valid.is_some() { LEASED } else { 0 };
+            Self { word: AtomicU64::new(word), changes: AtomicU64::new(0), valid }
         }
 
-        /// To be asked *before* the notifier's word: whoever finds the gate open again sees what
+        /// Or there is a lease to be asked. To be asked *before* the notifier's word: whoever finds the gate open again sees what
         /// was invalidated meanwhile.
         #[inline]
         pub(crate) fn is_closed(&self) -> bool {
             self.word.load(Ordering::Acquire) << 1 != 0
+        }
+
+        /// Whether it was closed, whatever the lease says.
+        fn has_closings(&self) -> bool {
+            self.word.load(Ordering::Acquire) & !(SIDE | LEASED) != 0
         }
 
         /// The same, and not looked at before anything that this thread has read until now: whoever
@@ -112,7 +126,7 @@ mod real {
         /// Whether all closings from before somebody began have been undone. Under the lock of the
         /// space.
         fn was_open(&self, since: &mut Since) -> bool {
-            if !self.is_closed() {
+            if !self.has_closings() {
                 return true;
             }
             let changes = || self.changes.load(Ordering::Relaxed);
@@ -138,19 +152,52 @@ mod real {
             }
             self.gate.word.fetch_sub(closings.0, Ordering::AcqRel);
             self.with(|state, outbox| {
-                if !state.gated.is_empty() && (!self.gate.is_closed() || self.gate.change_sides()) {
+                if !state.gated.is_empty() && (!self.gate.has_closings() || self.gate.change_sides()) {
                     outbox.contents().tasks.append(&mut state.gated);
                 }
             });
         }
 
+        /// Whether a reader is held back: the gate is closed, or the lease has ended.
+        #[inline]
+        pub(crate) fn is_shut(&self) -> bool {
+            self.gate.is_closed() && !self.is_let_in()
+        }
+
+        /// Whether the gate only looks closed, because there is a lease, and that is valid. Asked after
+        /// everything that this thread has read until now.
+        #[cold]
+        pub(crate) fn is_let_in(&self) -> bool {
+            fence(Ordering::Acquire);
+            !self.gate.has_closings() && self.is_leased()
+        }
+
+        /// Whether the lease is valid, if there is one. Foreign code; one that panics is not.
+        fn is_leased(&self) -> bool {
+            let valid = |valid: &Valid| self.host.losses.run(Callback::Lease, |_| valid()).unwrap_or(false);
+            self.gate.valid.as_ref().is_none_or(valid)
+        }
+
         /// Waits for the gate; `open_gate` takes the lock after it has opened it, so a reader
-        /// either sees that or is woken.
+        /// either sees that or is woken. Who has the lease opens it after it has become valid.
         #[cold]
         pub(crate) fn poll_gate(&self, since: &mut Since, cx: &mut Context<'_>) -> Poll<()> {
+            let valid = self.is_leased();
+            let polled = self.poll_closings(valid, since, cx);
+            // It has become valid before this reader was among those who are woken for that.
+            if polled.is_pending() && !valid && self.is_leased() {
+                return self.poll_closings(true, since, cx);
+            }
+            polled
+        }
+
+        fn poll_closings(&self, valid: bool, since: &mut Since, cx: &mut Context<'_>) -> Poll<()> {
+            if valid && !self.gate.has_closings() {
+                return Poll::Ready(());
+            }
             let task = TaskWaker::new(cx.waker(), &self.host.losses);
             self.with(|state, outbox| {
-                if self.gate.was_open(since) {
+                if self.gate.was_open(since) && valid {
                     outbox.contents().unused.push(task);
                     return Poll::Ready(());
                 }
@@ -165,9 +212,10 @@ mod real {
     }
 }
 
-#[cfg(not(any(feature = "userfaultfd", loom)))]
+#[cfg(not(any(feature = "userfaultfd", feature = "lease", loom)))]
 mod real {
     use crate::engine::Shared;
+    use crate::engine::host::Valid;
     use core::task::{Context, Poll};
 
     /// Nobody can close it.
@@ -177,13 +225,8 @@ mod real {
     pub(crate) struct Since(());
 
     impl Gate {
-        pub(crate) fn new() -> Self {
+        pub(crate) fn new(_valid: Option<Valid>) -> Self {
             Self
-        }
-
-        #[inline]
-        pub(crate) fn is_closed(&self) -> bool {
-            false
         }
 
         #[inline]
@@ -192,13 +235,24 @@ mod real {
         }
     }
 
+    #[cfg_attr(not(feature = "cache"), expect(clippy::unused_self, reason = "as where somebody can"))]
     impl Shared {
+        #[inline]
+        pub(crate) fn is_shut(&self) -> bool {
+            false
+        }
+
+        #[inline]
+        pub(crate) fn is_let_in(&self) -> bool {
+            true
+        }
+
         pub(crate) fn poll_gate(&self, _since: &mut Since, _cx: &mut Context<'_>) -> Poll<()> {
             Poll::Ready(())
         }
     }
 }
 
-#[cfg(any(feature = "userfaultfd", loom))]
+#[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
 pub(crate) use real::Closings;
 pub(crate) use real::{Gate, Since};

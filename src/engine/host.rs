@@ -10,6 +10,9 @@ use core::time::Duration;
 /// The time since some fixed moment.
 pub(crate) type Clock = Box<dyn Fn() -> Duration + Send + Sync>;
 
+/// Whether memory that is held by a lease may still have been used.
+pub(crate) type Valid = Box<dyn Fn() -> bool + Send + Sync>;
+
 /// The settings of a space.
 #[derive(Default)]
 pub(crate) struct Settings {
@@ -18,6 +21,7 @@ pub(crate) struct Settings {
     pub(crate) reporter: Option<crate::foreign::Reporter>,
     pub(crate) clock: Option<Clock>,
     pub(crate) patience: Option<Duration>,
+    pub(crate) valid: Option<Valid>,
     #[cfg(feature = "test-util")]
     pub(crate) plain_only: bool,
 }

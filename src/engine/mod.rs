@@ -64,13 +64,14 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
-    pub(crate) fn new(settings: Settings) -> Arc<Self> {
+    pub(crate) fn new(mut settings: Settings) -> Arc<Self> {
         let state = State::new(settings.sequence.unwrap_or(2), Patience::new(settings.patience));
+        let valid = settings.valid.take();
         Arc::new_cyclic(|this| Self {
             this: this.clone(),
             state: Lock::new(state),
             spare: Spare::new(),
-            gate: Gate::new(),
+            gate: Gate::new(valid),
             host: Host::new(settings),
         })
     }
@@ -114,7 +115,7 @@ impl Shared {
     #[cold]
     #[inline(never)]
     pub(crate) fn collides(&self, entry: &Entry, sequence: Sequence, open: bool) -> bool {
-        let retry = !open || entry.own.is_past(sequence.0);
+        let retry = !(open || self.is_let_in()) || entry.own.is_past(sequence.0);
         if retry {
             self.collided(entry);
         }

@@ -122,3 +122,26 @@ fn f1_a_device_that_calls_the_cache_when_it_is_asked_hangs_nobody() {
         assert_eq!((cache.stats().registrations, cache.stats().pinned_bytes, space.len()), (0, 0, 0));
     }
 }
+
+#[cfg(feature = "lease")]
+#[test]
+fn r4_without_a_valid_lease_nothing_is_found_and_a_get_waits() {
+    use std::sync::atomic::AtomicBool;
+    for overlap in [Overlap::Allowed, Overlap::Wait, Overlap::Merge] {
+        let valid = Arc::new(AtomicBool::new(true));
+        let asked = valid.clone();
+        let space = AddressSpace::builder().valid_while(move || asked.load(Ordering::SeqCst)).build();
+        let cache = RegistrationCache::builder().overlap(overlap).build(&space, Gpu::default());
+        drop(now(cache.get(pages(0, 1))).unwrap());
+        drop(now(cache.get(pages(0, 1))).unwrap());
+        assert_eq!((cache.stats().misses, cache.stats().hits), (1, 1));
+        valid.store(false, Ordering::SeqCst);
+        let mut waits = Task::new(Box::pin(cache.get(pages(0, 1))));
+        waits.expect_pending();
+        let pause = space.pause();
+        valid.store(true, Ordering::SeqCst);
+        drop(pause);
+        assert!(waits.is_woken() && waits.poll().is_ready());
+        assert_eq!((cache.stats().registrations, cache.stats().pinned_bytes), (1, PAGE), "what had been registered is found");
+    }
+}

@@ -14,6 +14,8 @@ mod fenced_hard;
 // Without `std` there is nothing to catch a panic with.
 #[cfg(feature = "std")]
 mod foreign_code;
+#[cfg(feature = "lease")]
+mod leases;
 mod life_cycle;
 mod many_ranges;
 mod order;

@@ -131,7 +131,7 @@ impl Future for ReadBegin<'_> {
         // The gate first, then the word: whoever finds the gate open sees what was covered while it was
         // closed.
         if self.slow.is_none()
-            && !self.space.gate.is_closed()
+            && !self.space.is_shut()
             && let Some(sequence) = self.entry.own.stable_sequence()
         {
             return Poll::Ready(Sequence(sequence));

@@ -44,7 +44,7 @@ pub(crate) struct State {
     pub(crate) waiters: Slab<Waiter>,
     pub(crate) patience: Patience,
     /// Readers that wait for the gate.
-    #[cfg(any(feature = "userfaultfd", loom))]
+    #[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
     pub(crate) gated: Vec<Arc<TaskWaker>>,
     next_order: u64,
     pub(crate) released: bool,
@@ -108,7 +108,7 @@ impl State {
             drains: Slab::new(),
             waiters: Slab::new(),
             patience,
-            #[cfg(any(feature = "userfaultfd", loom))]
+            #[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
             gated: Vec::new(),
             next_order: 0,
             released: false,

@@ -13,12 +13,21 @@ const LONGEST: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum State {
     /// Joins after that.
-    Out { until: Time },
+    Out {
+        until: Time,
+    },
     /// Has asked at that time, and asks again with the same nonce.
-    Joining { nonce: Nonce, asked: Time, again: Time },
+    Joining {
+        nonce: Nonce,
+        asked: Time,
+        again: Time,
+    },
     Live(Lease),
     /// Until the host says that its devices have stopped.
-    Stopping { epoch: Epoch, end: Time },
+    Stopping {
+        epoch: Epoch,
+        end: Time,
+    },
     /// Has left for good.
     Over,
 }

@@ -173,7 +173,8 @@ impl Owner {
     pub fn fenced(&mut self, what: Fenced, now: Time) -> bool {
         self.now = self.now.max(now);
         let epoch = what.epoch();
-        let asked = epoch.boot == self.boot && self.members.get(&epoch.number).is_some_and(|member| member.phase == Phase::Fencing);
+        let asked =
+            epoch.boot == self.boot && self.members.get(&epoch.number).is_some_and(|member| member.phase == Phase::Fencing);
         if asked {
             self.close(epoch.number, Ending::Expired);
         }

@@ -42,7 +42,8 @@ impl Owner {
     }
 
     fn is_under_invalidation(&self, range: AddressRange) -> bool {
-        self.rules.keep(Rule::ParkedFetches) && self.invalidations.values().any(|invalidation| invalidation.ranges.overlaps(range))
+        self.rules.keep(Rule::ParkedFetches)
+            && self.invalidations.values().any(|invalidation| invalidation.ranges.overlaps(range))
     }
 
     fn serve(&mut self, of: Parked) {
