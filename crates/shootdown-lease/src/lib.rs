@@ -10,7 +10,7 @@
 //! [`Owner`] and [`Mirror`] are plain state machines: times and messages in, messages and decisions
 //! out. They have no lock, no clock, no socket and no task, and can be cloned, compared and hashed.
 //! What carries the messages may lose them, send them twice and in any order. With the feature
-//! `engine` (on by default) `engine::Owned` is an `IntervalNotifier` whose passes end when all
+//! `engine` (on by default) `engine::Mirrors` is an `IntervalNotifier` whose passes end when all
 //! mirrors have let go, and `engine::Leased` gives an `AddressSpace` whose readers are checked
 //! against the lease.
 //!
@@ -37,9 +37,9 @@
 //! let page = AddressRange::try_from(0x1000..0x2000)?;
 //! let invalidation = owner.invalidate(RangeSet::from(page), now);
 //! carry(&mut owner, &mut mirror);
-//! let Some(MirrorDecision::Invalidate { invalidation: asked, .. }) = mirror.next_decision() else { unreachable!() };
+//! let Some(MirrorDecision::Invalidate { epoch, invalidation: asked, .. }) = mirror.next_decision() else { unreachable!() };
 //! assert_eq!(owner.next_decision(), None); // the owner waits
-//! mirror.invalidated(asked, now); // zapped and flushed
+//! mirror.invalidated(epoch, asked, now); // zapped and flushed
 //! carry(&mut owner, &mut mirror);
 //! assert!(matches!(owner.next_decision(), Some(Decision::Done { invalidation: done, .. }) if done == invalidation));
 //! owner.end(invalidation, now)?; // the memory has changed
@@ -61,6 +61,9 @@ extern crate std;
 // | `owner`, `mirror` | the state machines | all above |
 // | `engine` | the two ends in an `AddressSpace` | all above |
 
+#[cfg(feature = "engine")]
+#[cfg_attr(docsrs, doc(cfg(feature = "engine")))]
+pub mod engine;
 mod message;
 mod mirror;
 mod owner;

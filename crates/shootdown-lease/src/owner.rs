@@ -293,6 +293,11 @@ impl Owner {
         booked.map(|(number, member, who)| (who.host, self.epoch(*number), member.expires.since(self.now)))
     }
 
+    /// Whether nobody is in the books: an invalidation would be done at once.
+    pub fn is_deserted(&self) -> bool {
+        self.members.is_empty()
+    }
+
     /// Who has an epoch that is renewed.
     pub fn is_live(&self, epoch: Epoch) -> bool {
         epoch.boot == self.boot && self.members.get(&epoch.number).is_some_and(|member| member.phase == Phase::Live)

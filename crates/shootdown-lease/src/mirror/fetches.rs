@@ -14,7 +14,7 @@ pub(super) struct Fetch {
     /// An invalidation has met it.
     collided: bool,
     /// When it is sent again.
-    again: Time,
+    pub(super) again: Time,
 }
 
 /// Why a fetch is not sent.

@@ -73,6 +73,24 @@ impl Mirror {
         }
     }
 
+    /// Says that the owner can be reached anew: asks at once for what it has no answer to, because what
+    /// was on its way may be lost. Ends nothing.
+    pub fn connected(&mut self, now: Time) {
+        self.tick(now);
+        match &self.state {
+            State::Joining { .. } => {
+                self.messages.retain(|message| !matches!(message, ToOwner::Join { .. }));
+                self.join();
+            }
+            State::Live(_) => {
+                self.ask();
+                self.fetches.values_mut().for_each(|fetch| fetch.again = now);
+                self.fetch_again();
+            }
+            State::Out { .. } | State::Stopping { .. } | State::Over => {}
+        }
+    }
+
     /// When to call [`tick`](Self::tick) at the latest; not at all while the devices are being
     /// stopped, and after the mirror has left.
     pub fn deadline(&self) -> Option<Time> {
@@ -285,6 +303,11 @@ impl Mirror {
             State::Live(lease) => Some(lease.epoch),
             _ => None,
         }
+    }
+
+    /// Whether it was told to leave.
+    pub fn is_leaving(&self) -> bool {
+        self.leaving
     }
 
     /// Whether it has left for good and holds nothing.

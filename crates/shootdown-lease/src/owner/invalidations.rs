@@ -1,5 +1,6 @@
 //! Invalidations: who is waited for, and until when.
 
+use super::books::Member;
 use super::{Decision, EndError, Ending, Owner, Timer};
 use crate::message::{Epoch, Host, InvalidationId, ToMirror};
 use crate::rules::Rule;
@@ -64,13 +65,19 @@ impl Owner {
 
     /// Sends again what was not acknowledged for so long.
     pub(super) fn resend(&mut self, number: u64) {
-        let (now, after, epoch) = (self.now, self.terms.resend, self.epoch(number));
+        let (now, after) = (self.now, self.terms.resend);
+        self.send_again(number, |sent| sent + after <= now);
+        let sent = self.members.get(&number).and_then(|member| member.sent.values().min());
+        if let Some(oldest) = sent {
+            self.timers.insert((*oldest + after, Timer::Resend(number)));
+        }
+    }
+
+    fn send_again(&mut self, number: u64, which: impl Fn(Time) -> bool) {
+        let (now, epoch) = (self.now, self.epoch(number));
         let Some(member) = self.members.get_mut(&number) else { return };
         let Some(who) = member.who else { return };
-        for (invalidation, sent) in &mut member.sent {
-            if *sent + after > now {
-                continue;
-            }
+        for (invalidation, sent) in member.sent.iter_mut().filter(|(_, sent)| which(**sent)) {
             *sent = now;
             let Some(of) = self.invalidations.get(invalidation) else { continue };
             self.counts.sent += 1;
@@ -78,8 +85,16 @@ impl Owner {
             let again = ToMirror::Inv { epoch, invalidation: *invalidation, ranges: of.ranges.clone() };
             self.messages.push_back((who.host, again));
         }
-        if let Some(oldest) = member.sent.values().min() {
-            self.timers.insert((*oldest + after, Timer::Resend(number)));
+    }
+
+    /// Says that a host can be reached anew: what it has not acknowledged is sent again, because what
+    /// was on its way may be lost. Closes and renews nothing.
+    pub fn connected(&mut self, host: Host, now: Time) {
+        self.now = self.now.max(now);
+        let of_host = |member: &Member| member.who.is_some_and(|who| who.host == host) && !member.sent.is_empty();
+        let numbers: Vec<u64> = self.members.iter().filter(|(_, member)| of_host(member)).map(|(number, _)| *number).collect();
+        for number in numbers {
+            self.send_again(number, |_| true);
         }
     }
 

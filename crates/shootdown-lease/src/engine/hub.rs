@@ -1,0 +1,285 @@
+//! The owner's end.
+
+use super::Clock;
+use super::link::{Link, Outbox, Outgoing, Serve};
+use super::wake::{After, Guarded, Waiter, late, sleep_or};
+use crate::message::{Epoch, Host, InvalidationId, ToOwner};
+use crate::owner::{Decision, Ending, Fenced, Owner, OwnerCounts};
+use crate::time::Time;
+use alloc::borrow::Cow;
+use alloc::boxed::Box;
+use alloc::collections::{BTreeMap, VecDeque};
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::fmt;
+use core::time::Duration;
+use shootdown::{IntervalNotifier, Invalidation, PassFuture, RangeSet, WouldBlock};
+
+/// An owner, its clock, and the way out to each host. A handle: clones are the same hub.
+#[derive(Clone)]
+pub struct Hub {
+    pub(super) inner: Arc<Inner>,
+}
+
+pub(super) struct Inner {
+    pub(super) state: Guarded<State>,
+    clock: Box<dyn Clock>,
+    /// The deadline may have changed.
+    timer: Arc<Waiter>,
+    fence: Arc<Waiter>,
+}
+
+pub(super) struct State {
+    owner: Owner,
+    pub(super) outboxes: BTreeMap<Host, Outbox>,
+    links: u64,
+    /// Passes that wait, and those that are done.
+    passes: BTreeMap<InvalidationId, Pass>,
+    fences: VecDeque<Fenced>,
+    deadline: Option<Time>,
+    dropped: u64,
+    /// How each invalidation ended for each member, for whoever asks.
+    endings: Endings,
+}
+
+struct Pass {
+    waiter: Arc<Waiter>,
+    done: bool,
+}
+
+/// How often each [`Ending`] was.
+#[derive(Clone, Copy, Debug, Default)]
+struct Endings([u64; 4]);
+
+impl Hub {
+    /// Takes an owner. Its clock is read here, after each message has arrived.
+    pub fn new(owner: Owner, clock: impl Clock) -> Self {
+        let state = State {
+            deadline: owner.deadline(),
+            owner,
+            outboxes: BTreeMap::new(),
+            links: 0,
+            passes: BTreeMap::new(),
+            fences: VecDeque::new(),
+            dropped: 0,
+            endings: Endings::default(),
+        };
+        let (timer, fence) = Default::default();
+        Self { inner: Arc::new(Inner { state: Guarded::new(state), clock: Box::new(clock), timer, fence }) }
+    }
+
+    /// The notifier to insert into the owner's `AddressSpace`, over all that is mirrored. Its pass of
+    /// an invalidation ends when every mirror has let go or can no longer hold on.
+    ///
+    /// It refuses an invalidation that is not blockable as long as anybody is in the books.
+    pub fn mirrors(&self) -> Mirrors {
+        Mirrors { hub: self.clone() }
+    }
+
+    /// The way out to a host, from now on. Ends an earlier one of the same host. What the host has not
+    /// acknowledged is sent again; no epoch begins or ends.
+    pub fn link(&self, host: Host) -> Link {
+        let waiter = Arc::<Waiter>::default();
+        let generation = self.work(|state, now, after| {
+            state.links += 1;
+            let outbox = Outbox { generation: state.links, queue: VecDeque::new(), waiter: waiter.clone() };
+            if let Some(older) = state.outboxes.insert(host, outbox) {
+                after.wake(&older.waiter);
+            }
+            state.owner.connected(host, now);
+            state.links
+        });
+        Link { hub: self.clone(), host, generation, waiter }
+    }
+
+    /// Takes a message from a host, as the transport has authenticated it.
+    pub fn handle(&self, from: Host, message: ToOwner) {
+        self.work(|state, now, _| state.owner.handle(from, message, now));
+    }
+
+    /// Keeps time, for ever, on any executor: resends, ends leases. Invalidations that wait for a mirror
+    /// that is gone end only while this runs.
+    ///
+    /// After the owner itself has stood still, messages that wait are given one more interval to be
+    /// handled before anybody is taken for dead.
+    pub async fn run<S: Future>(&self, sleep: impl Fn(Duration) -> S) {
+        loop {
+            let deadline = self.inner.state.with(|state, _| state.deadline);
+            let now = self.inner.clock.now();
+            let changed = self.inner.state.until(&self.inner.timer, |state, _| (state.deadline != deadline).then_some(()));
+            if !sleep_or(deadline.map(|at| sleep(at.since(now))), changed).await {
+                continue;
+            }
+            let resend = self.inner.state.with(|state, _| state.owner.terms().resend);
+            if deadline.is_some_and(|at| late(at, self.inner.clock.now(), resend)) {
+                sleep(resend).await;
+            }
+            self.tick();
+        }
+    }
+
+    /// Does what is due by now; for programs that keep time by themselves, at
+    /// [`deadline`](Self::deadline).
+    pub fn tick(&self) {
+        self.work(|state, now, _| state.owner.tick(now));
+    }
+
+    /// When to tick at the latest.
+    pub fn deadline(&self) -> Option<Time> {
+        self.inner.state.with(|state, _| state.deadline)
+    }
+
+    /// The next that has to be cut off from the memory, once there is one: do it, then call
+    /// [`fenced`](Self::fenced). One task at a time may wait here. Cancel safe.
+    pub async fn next_fence(&self) -> Fenced {
+        self.inner.state.until(&self.inner.fence, |state, _| state.fences.pop_front()).await
+    }
+
+    /// Says that a fence was carried out. Returns whether it was asked for.
+    pub fn fenced(&self, what: Fenced) -> bool {
+        self.work(|state, now, _| state.owner.fenced(what, now))
+    }
+
+    /// What happened so far.
+    pub fn counts(&self) -> OwnerCounts {
+        self.inner.state.with(|state, _| state.owner.counts())
+    }
+
+    /// How often an invalidation ended so for a member.
+    pub fn endings(&self, how: Ending) -> u64 {
+        self.inner.state.with(|state, _| state.endings.0[how as usize])
+    }
+
+    /// Messages that found no room on their way out, or no link.
+    pub fn dropped(&self) -> u64 {
+        self.inner.state.with(|state, _| state.dropped)
+    }
+
+    /// Who is in the books, and for how long.
+    pub fn members(&self) -> Vec<(Host, Epoch, Duration)> {
+        self.inner.state.with(|state, _| state.owner.members().collect())
+    }
+
+    /// Invalidations that wait for somebody.
+    pub fn waiting(&self) -> usize {
+        self.inner.state.with(|state, _| state.passes.values().filter(|pass| !pass.done).count())
+    }
+
+    /// All that changes the owner goes through here: the clock is read, and what follows is handed on.
+    fn work<R>(&self, work: impl FnOnce(&mut State, Time, &mut After) -> R) -> R {
+        let inner = &self.inner;
+        let now = inner.clock.now();
+        inner.state.with(|state, after| {
+            let result = work(state, now, after);
+            state.settle(now, inner, after);
+            result
+        })
+    }
+}
+
+impl State {
+    fn settle(&mut self, now: Time, inner: &Inner, after: &mut After) {
+        while let Some(decision) = self.owner.next_decision() {
+            match decision {
+                Decision::Done { invalidation, endings } => {
+                    for (_, ending) in endings {
+                        self.endings.0[ending as usize] += 1;
+                    }
+                    // Fetches wait for the end of the local invalidation (`Serve`), so they need not wait here.
+                    let _ = self.owner.end(invalidation, now);
+                    if let Some(pass) = self.passes.get_mut(&invalidation) {
+                        pass.done = true;
+                        after.wake(&pass.waiter);
+                    }
+                }
+                Decision::Fence(what) => {
+                    self.fences.push_back(what);
+                    after.wake(&inner.fence);
+                }
+                Decision::Serve { to, epoch, nonce, range, version } => {
+                    self.push(to, Outgoing::Serve(Serve { epoch, nonce, range, version }), after);
+                }
+            }
+        }
+        while let Some((to, message)) = self.owner.next_message() {
+            self.push(to, Outgoing::Message(message), after);
+        }
+        let deadline = self.owner.deadline();
+        if deadline != self.deadline {
+            self.deadline = deadline;
+            after.wake(&inner.timer);
+        }
+    }
+
+    fn push(&mut self, to: Host, outgoing: Outgoing, after: &mut After) {
+        let room = 2 * self.owner.terms().window + self.owner.terms().fetches + 16;
+        match self.outboxes.get_mut(&to).filter(|outbox| outbox.queue.len() < room) {
+            Some(outbox) => {
+                outbox.queue.push_back(outgoing);
+                after.wake(&outbox.waiter);
+            }
+            None => self.dropped += 1,
+        }
+    }
+}
+
+/// All mirrors of an owner, as one notifier.
+pub struct Mirrors {
+    hub: Hub,
+}
+
+impl IntervalNotifier for Mirrors {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        let Ok(ranges) = RangeSet::new(invalidation.ranges().iter().copied()) else {
+            unreachable!("an invalidation has at least one range")
+        };
+        let waiter = Arc::<Waiter>::default();
+        let blockable = invalidation.blockable();
+        let begun = self.hub.work(|state, now, _| {
+            if state.owner.is_deserted() {
+                return Ok(None);
+            }
+            if !blockable {
+                return Err(WouldBlock);
+            }
+            let id = state.owner.invalidate(ranges, now);
+            state.passes.insert(id, Pass { waiter: waiter.clone(), done: false });
+            Ok(Some(id))
+        })?;
+        invalidation.set_seq();
+        let Some(id) = begun else { return Ok(None) };
+        let pass = Waiting { hub: self.hub.clone(), id };
+        Ok(Some(PassFuture::new(async move {
+            let done = |state: &mut State| state.passes.get(&id).is_none_or(|pass| pass.done).then_some(());
+            pass.hub.inner.state.until(&waiter, |state, _| done(state)).await;
+        })))
+    }
+
+    fn name(&self) -> Cow<'static, str> {
+        Cow::Borrowed("mirrors")
+    }
+}
+
+/// A pass that waits; forgotten when it is dropped, as it is when the mirrors are fenced.
+struct Waiting {
+    hub: Hub,
+    id: InvalidationId,
+}
+
+impl Drop for Waiting {
+    fn drop(&mut self) {
+        self.hub.inner.state.with(|state, _| state.passes.remove(&self.id));
+    }
+}
+
+impl fmt::Debug for Hub {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Hub").field("counts", &self.counts()).finish_non_exhaustive()
+    }
+}
+
+impl fmt::Debug for Mirrors {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Mirrors").finish_non_exhaustive()
+    }
+}

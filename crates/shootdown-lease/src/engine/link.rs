@@ -1,0 +1,109 @@
+//! What goes out to one host.
+
+use super::hub::Hub;
+use super::wake::Waiter;
+use crate::message::{Epoch, Host, Nonce, ToMirror};
+use alloc::collections::VecDeque;
+use alloc::sync::Arc;
+use core::fmt;
+use shootdown::AddressRange;
+
+/// What a transport has to do for a host.
+#[derive(Clone, Debug, PartialEq, Eq)]
+#[non_exhaustive]
+pub enum Outgoing {
+    /// Send it.
+    Message(ToMirror),
+    /// Send contents, with [`Serve::message`].
+    Serve(Serve),
+}
+
+/// A fetch to be answered with the contents of a range.
+///
+/// Wait for `read_begin` of the [`Mirrors`](super::Mirrors)' subscription, read the range, send what was
+/// read with the message. Nothing has to be checked after the reading: an invalidation that comes in
+/// between reaches the mirror before the memory changes, and the mirror drops what it had asked for
+/// before that.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Serve {
+    pub(super) epoch: Epoch,
+    pub(super) nonce: Nonce,
+    pub(super) range: AddressRange,
+    pub(super) version: u64,
+}
+
+impl Serve {
+    /// What to read.
+    pub fn range(&self) -> AddressRange {
+        self.range
+    }
+
+    /// The mirror's epoch.
+    pub fn epoch(&self) -> Epoch {
+        self.epoch
+    }
+
+    /// Of the fetch.
+    pub fn nonce(&self) -> Nonce {
+        self.nonce
+    }
+
+    /// What the contents are sent with.
+    pub fn message(&self) -> ToMirror {
+        ToMirror::Fetched { epoch: self.epoch, nonce: self.nonce, version: self.version }
+    }
+}
+
+/// What waits to go out to a host. What finds no room is dropped, as if the network had lost it.
+pub(super) struct Outbox {
+    pub(super) generation: u64,
+    pub(super) queue: VecDeque<Outgoing>,
+    pub(super) waiter: Arc<Waiter>,
+}
+
+/// The way out to a host: what its transport sends. A newer link of the same host ends this one.
+///
+/// It keeps `Inv` for the whole window and as many answers again; what finds no room is dropped and
+/// counted ([`Hub::dropped`]), because a transport that stands still must not cost the owner memory.
+/// The protocol sends again what matters.
+pub struct Link {
+    pub(super) hub: Hub,
+    pub(super) host: Host,
+    pub(super) generation: u64,
+    pub(super) waiter: Arc<Waiter>,
+}
+
+impl Link {
+    /// The next to send, once there is one; `None` when a newer link has taken over. Cancel safe:
+    /// what it does not return stays.
+    pub async fn next(&mut self) -> Option<Outgoing> {
+        let (host, generation) = (self.host, self.generation);
+        let look = |outbox: Option<&mut Outbox>| match outbox.filter(|outbox| outbox.generation == generation) {
+            Some(outbox) => outbox.queue.pop_front().map(Some),
+            None => Some(None),
+        };
+        self.hub.inner.state.until(&self.waiter, |state, _| look(state.outboxes.get_mut(&host))).await
+    }
+
+    /// Whose it is.
+    pub fn host(&self) -> Host {
+        self.host
+    }
+}
+
+/// What waits is dropped; no epoch ends.
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.hub.inner.state.with(|state, _| {
+            if state.outboxes.get(&self.host).is_some_and(|outbox| outbox.generation == self.generation) {
+                state.outboxes.remove(&self.host);
+            }
+        });
+    }
+}
+
+impl fmt::Debug for Link {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Link").field("host", &self.host).finish_non_exhaustive()
+    }
+}

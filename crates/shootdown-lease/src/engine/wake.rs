@@ -1,0 +1,79 @@
+//! Who waits, and a lock outside of which wakers run.
+
+use alloc::sync::Arc;
+use alloc::vec::Vec;
+use core::pin::pin;
+use core::task::Poll;
+use core::time::Duration;
+use futures::future::{Either, select};
+use futures::task::AtomicWaker;
+use std::sync::{Mutex, PoisonError};
+
+/// One task that waits for something of a state.
+#[derive(Debug, Default)]
+pub(super) struct Waiter(AtomicWaker);
+
+/// What is to be done when the lock is free again: foreign code runs outside of it.
+#[derive(Default)]
+pub(super) struct After {
+    wake: Vec<Arc<Waiter>>,
+    run: Vec<alloc::boxed::Box<dyn FnOnce() + Send>>,
+}
+
+impl After {
+    pub(super) fn wake(&mut self, waiter: &Arc<Waiter>) {
+        if !self.wake.iter().any(|known| Arc::ptr_eq(known, waiter)) {
+            self.wake.push(waiter.clone());
+        }
+    }
+
+    pub(super) fn run(&mut self, work: impl FnOnce() + Send + 'static) {
+        self.run.push(alloc::boxed::Box::new(work));
+    }
+}
+
+/// A state behind a lock that is left before anybody is woken.
+pub(super) struct Guarded<T>(Mutex<T>);
+
+impl<T> Guarded<T> {
+    pub(super) fn new(state: T) -> Self {
+        Self(Mutex::new(state))
+    }
+
+    pub(super) fn with<R>(&self, work: impl FnOnce(&mut T, &mut After) -> R) -> R {
+        let mut after = After::default();
+        let result = work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner), &mut after);
+        for waiter in after.wake {
+            waiter.0.wake();
+        }
+        for work in after.run {
+            work();
+        }
+        result
+    }
+
+    /// Waits until `look` finds something, woken by `waiter`: one task at a time.
+    pub(super) async fn until<R>(&self, waiter: &Waiter, mut look: impl FnMut(&mut T, &mut After) -> Option<R>) -> R {
+        core::future::poll_fn(|cx| {
+            waiter.0.register(cx.waker());
+            self.with(|state, after| look(state, after)).map_or(Poll::Pending, Poll::Ready)
+        })
+        .await
+    }
+}
+
+/// Sleeps, but not longer than until `changed`. Returns whether the time has come.
+pub(super) async fn sleep_or<S: Future>(sleep: Option<S>, changed: impl Future<Output = ()>) -> bool {
+    match sleep {
+        Some(sleep) => matches!(select(pin!(sleep), pin!(changed)).await, Either::Left(_)),
+        None => {
+            changed.await;
+            false
+        }
+    }
+}
+
+/// How much later than `at` it is, if that is more than `much`.
+pub(super) fn late(at: crate::Time, now: crate::Time, much: Duration) -> bool {
+    now.since(at) > much
+}
