@@ -8,7 +8,8 @@
 //! heartbeat end no wait.
 //!
 //! [`Owner`] and [`Mirror`] are plain state machines: times and messages in, messages and decisions
-//! out. They have no lock, no clock, no socket and no task, and can be cloned, compared and hashed.
+//! out, all of them to be carried and carried out (these enums are exhaustive). They have no lock, no
+//! clock, no socket and no task, and can be cloned, compared and hashed.
 //! What carries the messages may lose them, send them twice and in any order. With the feature
 //! `engine` (on by default) `engine::Mirrors` is an `IntervalNotifier` whose passes end when all
 //! mirrors have let go, and `engine::Leased` gives an `AddressSpace` whose readers are checked

@@ -37,7 +37,6 @@ pub struct InvalidationId(pub u64);
 
 /// From a mirror.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
 pub enum ToOwner {
     /// Asks for a lease. The mirror holds nothing: its devices have stopped, and all earlier epochs of
     /// this incarnation are over.
@@ -80,7 +79,6 @@ pub enum ToOwner {
 
 /// To a mirror.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
 pub enum ToMirror {
     /// The mirror is in the books.
     Welcome {
@@ -136,7 +134,6 @@ pub enum ToMirror {
 
 /// Why an owner does not answer a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
 pub enum Refusal {
     /// The books are full.
     Members,

@@ -21,7 +21,6 @@ const REMEMBERED: usize = 64;
 
 /// What a mirror's host has to do.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
 pub enum MirrorDecision {
     /// The mirror may fetch and use the memory from now on, as long as
     /// [`is_valid`](Mirror::is_valid) says so after each use.

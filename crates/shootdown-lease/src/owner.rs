@@ -29,7 +29,6 @@ pub enum Memory {
 
 /// What the owner's host has to do.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
-#[non_exhaustive]
 pub enum Decision {
     /// Nobody holds anything of the ranges any more, nor gets it before [`Owner::end`]: change the
     /// memory, then call that.

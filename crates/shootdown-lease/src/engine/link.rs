@@ -10,7 +10,6 @@ use shootdown::AddressRange;
 
 /// What a transport has to do for a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
-#[non_exhaustive]
 pub enum Outgoing {
     /// Send it.
     Message(ToMirror),
