@@ -107,7 +107,7 @@ impl Hub {
             let deadline = self.inner.state.with(|state, _| state.deadline);
             let now = self.inner.clock.now();
             let changed = self.inner.state.until(&self.inner.timer, |state, _| (state.deadline != deadline).then_some(()));
-            if !sleep_or(deadline.map(|at| sleep(at.since(now))), changed).await {
+            if !sleep_or(deadline.map(|at| at.since(now)), &sleep, changed).await {
                 continue;
             }
             let resend = self.inner.state.with(|state, _| state.owner.terms().resend);

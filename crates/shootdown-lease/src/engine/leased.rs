@@ -193,7 +193,7 @@ impl Leased {
                     while let Poll::Ready(Some(())) = under_way.poll_next_unpin(cx) {}
                     changed.as_mut().poll(cx).map(|decision| found = decision)
                 });
-                if sleep_or(deadline.map(|at| sleep(at.since(now))), worked).await {
+                if sleep_or(deadline.map(|at| at.since(now)), &sleep, worked).await {
                     self.work(|state, now, _| state.mirror.tick(now));
                 }
                 found

@@ -62,10 +62,16 @@ impl<T> Guarded<T> {
     }
 }
 
-/// Sleeps, but not longer than until `changed`. Returns whether the time has come.
-pub(super) async fn sleep_or<S: Future>(sleep: Option<S>, changed: impl Future<Output = ()>) -> bool {
-    match sleep {
-        Some(sleep) => matches!(select(pin!(sleep), pin!(changed)).await, Either::Left(_)),
+/// Sleeps for a time, if there is one, but not longer than until `changed`. Returns whether the time
+/// has come; if there is none left, without asking the timer.
+pub(super) async fn sleep_or<S: Future>(
+    left: Option<Duration>,
+    sleep: impl FnOnce(Duration) -> S,
+    changed: impl Future<Output = ()>,
+) -> bool {
+    match left {
+        Some(Duration::ZERO) => true,
+        Some(left) => matches!(select(pin!(sleep(left)), pin!(changed)).await, Either::Left(_)),
         None => {
             changed.await;
             false
