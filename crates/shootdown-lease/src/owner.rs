@@ -131,7 +131,9 @@ pub enum EndError {
 impl fmt::Display for EndError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotDone(of) => write!(f, "mirrors may still hold what invalidation {} is to change: wait for `Decision::Done`", of.0),
+            Self::NotDone(of) => {
+                write!(f, "mirrors may still hold what invalidation {} is to change: wait for `Decision::Done`", of.0)
+            }
             Self::Unknown(of) => write!(f, "there is no invalidation {}, or it has ended", of.0),
         }
     }

@@ -101,7 +101,9 @@ impl fmt::Display for TermsError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Zero(name) => write!(f, "`{name}` is zero: give it at least 1"),
-            Self::Drift(ppm) => write!(f, "`drift_ppm` is {ppm}: clocks that are off by all of the time bound nothing, so stay below 1,000,000"),
+            Self::Drift(ppm) => {
+                write!(f, "`drift_ppm` is {ppm}: clocks that are off by all of the time bound nothing, so stay below 1,000,000")
+            }
             Self::Long(term) => write!(f, "a term of {term:?} never ends: give seconds or less"),
         }
     }

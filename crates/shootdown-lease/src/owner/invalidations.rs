@@ -84,11 +84,7 @@ impl Owner {
     }
 
     pub(super) fn acknowledge(&mut self, from: Host, epoch: Epoch, invalidation: InvalidationId) {
-        let epoch = if self.rules.keep(Rule::EpochsOfAcknowledgements) {
-            epoch
-        } else {
-            self.newest_of(from).unwrap_or(epoch)
-        };
+        let epoch = if self.rules.keep(Rule::EpochsOfAcknowledgements) { epoch } else { self.newest_of(from).unwrap_or(epoch) };
         let asked = self.member_of(from, epoch).is_some_and(|member| member.sent.remove(&invalidation).is_some());
         if !asked {
             self.counts.unasked += 1;
