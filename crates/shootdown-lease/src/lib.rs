@@ -37,9 +37,9 @@
 //! let page = AddressRange::try_from(0x1000..0x2000)?;
 //! let invalidation = owner.invalidate(RangeSet::from(page), now);
 //! carry(&mut owner, &mut mirror);
-//! let Some(MirrorDecision::Invalidate { invalidation: asked, .. }) = mirror.next_decision() else { unreachable!() };
+//! let Some(MirrorDecision::Invalidate { epoch, invalidation: asked, .. }) = mirror.next_decision() else { unreachable!() };
 //! assert_eq!(owner.next_decision(), None); // the owner waits
-//! mirror.invalidated(asked, now); // zapped and flushed
+//! mirror.invalidated(epoch, asked, now); // zapped and flushed
 //! carry(&mut owner, &mut mirror);
 //! assert!(matches!(owner.next_decision(), Some(Decision::Done { invalidation: done, .. }) if done == invalidation));
 //! owner.end(invalidation, now)?; // the memory has changed

@@ -13,7 +13,7 @@ use fetches::Fetch;
 use shootdown::{AddressRange, RangeSet};
 
 pub use fetches::FetchError;
-use lease::{Lease, State};
+use lease::State;
 
 /// Epochs of its own that a mirror remembers after it has left them, and acknowledgements that it
 /// can repeat. One that is forgotten costs a wait for the lease, or one more flush.
@@ -31,6 +31,8 @@ pub enum MirrorDecision {
     },
     /// Zap what is mapped of the ranges, flush it, then call [`Mirror::invalidated`].
     Invalidate {
+        /// For that call.
+        epoch: Epoch,
         /// For that call.
         invalidation: InvalidationId,
         /// What will change.
@@ -216,15 +218,15 @@ impl Mirror {
         if !self.rules.keep(Rule::AcknowledgedAfterFlush) {
             self.messages.push_back(ToOwner::Ack { epoch, invalidation });
         }
-        self.decisions.push_back(MirrorDecision::Invalidate { invalidation, ranges });
+        self.decisions.push_back(MirrorDecision::Invalidate { epoch, invalidation, ranges });
     }
 
-    /// Says that a [`MirrorDecision::Invalidate`] was carried out. Returns whether it is one of this
-    /// epoch; otherwise nothing is due any more.
-    pub fn invalidated(&mut self, invalidation: InvalidationId, now: Time) -> bool {
+    /// Says that a [`MirrorDecision::Invalidate`] was carried out. Returns whether it is one of the
+    /// present epoch; otherwise nothing is due any more. Another owner counts anew, so a flush that has
+    /// outlasted its epoch must not acknowledge what has the same number in the next one.
+    pub fn invalidated(&mut self, epoch: Epoch, invalidation: InvalidationId, now: Time) -> bool {
         self.tick(now);
-        let State::Live(Lease { epoch, .. }) = self.state else { return false };
-        if !self.working.remove(&invalidation) {
+        if !self.is_in(epoch) || !self.working.remove(&invalidation) {
             return false;
         }
         if self.acknowledged.len() == REMEMBERED.max(self.settings.invalidations) {
