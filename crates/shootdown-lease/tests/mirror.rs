@@ -164,11 +164,13 @@ fn a_reply_counts_once_and_for_its_question() {
     let [ToOwner::Renew { nonce, .. }] = messages(&mut mirror)[..] else { panic!("it asks") };
     mirror.handle(ToMirror::Renewed { epoch: EPOCH, nonce: Nonce(99) }, at(21));
     assert_eq!(mirror.valid_until(), Some(at(100)), "not asked");
+    mirror.handle(ToMirror::Renewed { epoch: epoch(3, 2), nonce }, at(21));
+    assert_eq!(mirror.valid_until(), Some(at(100)), "of another epoch");
     mirror.handle(ToMirror::Renewed { epoch: EPOCH, nonce }, at(22));
-    assert_eq!(mirror.valid_until(), Some(at(120)));
+    assert_eq!(mirror.valid_until(), Some(at(120)), "a reply to another life of the host has not used the nonce up");
     mirror.handle(ToMirror::Renewed { epoch: EPOCH, nonce }, at(23));
     assert_eq!(mirror.valid_until(), Some(at(120)), "a replay");
-    assert_eq!((mirror.counts().renewed, mirror.counts().strangers), (1, 2));
+    assert_eq!((mirror.counts().renewed, mirror.counts().strangers), (1, 3));
 }
 
 #[test]

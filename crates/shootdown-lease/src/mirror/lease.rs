@@ -13,12 +13,21 @@ const LONGEST: Duration = Duration::from_secs(30);
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum State {
     /// Joins after that.
-    Out { until: Time },
+    Out {
+        until: Time,
+    },
     /// Has asked at that time, and asks again with the same nonce.
-    Joining { nonce: Nonce, asked: Time, again: Time },
+    Joining {
+        nonce: Nonce,
+        asked: Time,
+        again: Time,
+    },
     Live(Lease),
     /// Until the host says that its devices have stopped.
-    Stopping { epoch: Epoch, end: Time },
+    Stopping {
+        epoch: Epoch,
+        end: Time,
+    },
     /// Has left for good.
     Over,
 }
@@ -154,8 +163,13 @@ impl Mirror {
             self.counts.strangers += 1;
             return;
         };
-        let asked = if nonces { lease.asks.remove(&nonce) } else { lease.asks.values().max().copied() };
-        let Some(asked) = asked.filter(|_| lease.epoch == epoch) else {
+        // Another life of the host counts its nonces from 1, too: its replies use up none of these.
+        let asked = match lease.epoch == epoch {
+            true if nonces => lease.asks.remove(&nonce),
+            true => lease.asks.values().max().copied(),
+            false => None,
+        };
+        let Some(asked) = asked else {
             self.counts.strangers += 1;
             return;
         };
