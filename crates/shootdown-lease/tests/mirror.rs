@@ -272,6 +272,17 @@ fn a_refusal_counts_for_the_newest_join_of_this_life() {
 }
 
 #[test]
+fn a_join_whose_epoch_was_expelled_is_asked_anew_at_once() {
+    let mut mirror = joining(settings());
+    let life = Some(INCARNATION);
+    mirror.handle(ToMirror::Refused { nonce: Nonce(1), incarnation: life, why: Refusal::Expelled }, at(2));
+    assert_eq!(messages(&mut mirror), [ToOwner::Join { incarnation: INCARNATION, nonce: Nonce(2) }]);
+    mirror.handle(welcome(EPOCH, 2), at(3));
+    mirror.handle(ToMirror::Refused { nonce: Nonce(2), incarnation: life, why: Refusal::Expelled }, at(4));
+    assert_eq!(mirror.epoch(), Some(EPOCH), "once entered, an epoch ends by `Gone` or by time");
+}
+
+#[test]
 fn a_term_that_is_no_longer_than_the_devices_take_is_not_entered() {
     for (stop, enters) in [(99, true), (100, false), (200, false)] {
         let mut mirror = joining(changed(|settings| settings.time_to_stop = Duration::from_millis(stop)));

@@ -188,6 +188,7 @@ impl Mirror {
 
     pub(super) fn join_refused(&mut self, of: Nonce, why: Refusal) {
         match self.state {
+            State::Joining { nonce, .. } if nonce == of && why == Refusal::Expelled => self.join(),
             State::Joining { nonce, .. } if nonce == of => {
                 self.state = State::Out { until: self.now + self.settings.retry * 8 };
                 self.decisions.push_back(MirrorDecision::JoinRefused(why));
