@@ -141,6 +141,9 @@ pub enum Refusal {
     MembersOfHost,
     /// As many fetches wait already as one mirror may have.
     Fetches,
+    /// The epoch that this join was given is not renewed any more. A mirror that has not entered it
+    /// asks anew, at once.
+    Expelled,
 }
 
 impl fmt::Display for Refusal {
@@ -148,6 +151,7 @@ impl fmt::Display for Refusal {
         f.write_str(match self {
             Self::Members => "the owner has as many mirrors as it takes (`Terms::members`)",
             Self::MembersOfHost => "leases of earlier lives of this host have not ended yet: try again after a term",
+            Self::Expelled => "the epoch of this join is not renewed any more: ask anew",
             Self::Fetches => "as many fetches of this mirror wait as the owner takes (`Terms::fetches`)",
         })
     }

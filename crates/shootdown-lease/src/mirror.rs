@@ -220,8 +220,9 @@ impl Mirror {
         self.decisions.push_back(MirrorDecision::Invalidate { epoch, invalidation, ranges });
     }
 
-    /// Says that a [`MirrorDecision::Invalidate`] was carried out. Returns whether it is one of this
-    /// epoch; otherwise nothing is due any more.
+    /// Says that a [`MirrorDecision::Invalidate`] was carried out. Returns whether it is one of the
+    /// present epoch; otherwise nothing is due any more. Another owner counts anew, so a flush that has
+    /// outlasted its epoch must not acknowledge what has the same number in the next one.
     pub fn invalidated(&mut self, epoch: Epoch, invalidation: InvalidationId, now: Time) -> bool {
         self.tick(now);
         if !self.is_in(epoch) || !self.working.remove(&invalidation) {

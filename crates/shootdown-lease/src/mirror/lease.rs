@@ -181,8 +181,13 @@ impl Mirror {
             self.counts.strangers += 1;
             return;
         };
-        let asked = if nonces { lease.asks.remove(&nonce) } else { lease.asks.values().max().copied() };
-        let Some(asked) = asked.filter(|_| lease.epoch == epoch) else {
+        // Another life of the host counts its nonces from 1, too: its replies use up none of these.
+        let asked = match lease.epoch == epoch {
+            true if nonces => lease.asks.remove(&nonce),
+            true => lease.asks.values().max().copied(),
+            false => None,
+        };
+        let Some(asked) = asked else {
             self.counts.strangers += 1;
             return;
         };
@@ -201,6 +206,7 @@ impl Mirror {
 
     pub(super) fn join_refused(&mut self, of: Nonce, why: Refusal) {
         match self.state {
+            State::Joining { nonce, .. } if nonce == of && why == Refusal::Expelled => self.join(),
             State::Joining { nonce, .. } if nonce == of => {
                 self.state = State::Out { until: self.now + self.settings.retry * 8 };
                 self.decisions.push_back(MirrorDecision::JoinRefused(why));

@@ -97,7 +97,10 @@ impl Owner {
         if self.grant(number) {
             self.welcome(number, who);
         } else {
-            self.send(who.host, ToMirror::Gone { epoch: self.epoch(number) });
+            // A mirror that still asks does not know the epoch, so `Gone` would tell it nothing.
+            self.counts.refused += 1;
+            let Who { host, incarnation, nonce } = who;
+            self.send(host, ToMirror::Refused { nonce, incarnation: Some(incarnation), why: Refusal::Expelled });
         }
     }
 

@@ -17,6 +17,10 @@ pub(super) struct Parked {
 
 impl Owner {
     pub(super) fn fetch(&mut self, from: Host, epoch: Epoch, nonce: Nonce, range: AddressRange) {
+        #[cfg(feature = "test-util")]
+        if epoch.boot == self.boot && self.unbooked.get(&epoch.number).is_some_and(|who| who.host == from) {
+            return self.serve(Parked { to: from, epoch, nonce, range });
+        }
         let limit = self.terms.fetches;
         let Some(member) = self.member_of(from, epoch).filter(|member| member.phase == Phase::Live) else {
             self.counts.strangers += 1;
