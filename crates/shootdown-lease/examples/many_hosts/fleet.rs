@@ -160,7 +160,7 @@ impl<'a> Fleet<'a> {
             let mut settings = MirrorSettings::default();
             settings.retry = options.term / 5;
             settings.time_to_stop = level.map_or(Duration::ZERO, |level| wait_of(&terms[level]));
-            let leased = Leased::new(Mirror::new(Incarnation(1), settings, time.now()), move || clock.now());
+            let leased = Leased::new(Mirror::new(Incarnation(u64::from(host) + 1), settings, time.now()), move || clock.now());
             let gpus = (0..options.gpus).map(|gpu| leased.space().insert(memory(), fleet.gpu(host, gpu)).unwrap()).collect();
             // A host that tells others is a mirror above and an owner below: its hub is one more device.
             let own = level.map(|level| teller(leased.space(), level, &alive));

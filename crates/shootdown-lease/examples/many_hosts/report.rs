@@ -91,7 +91,7 @@ pub fn table(options: &Options, rows: &[Row]) -> String {
     );
     let _ = writeln!(
         text,
-        "       │  the owner tells  │ a tree of {:>4}    │ stragglers {:>5}%  │ loss {:>5}%       │      with one dead host        │  owner busy",
+        "       │  the owner tells  │ a tree of {:>4}    │ stragglers {:>4}%  │ loss {:>5}%       │      with one dead host        │  owner busy",
         options.fan_out,
         options.stragglers * 1e2,
         options.loss * 1e2

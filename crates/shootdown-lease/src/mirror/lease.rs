@@ -1,7 +1,7 @@
 //! The lease: asked for, renewed, stopped before it ends.
 
 use super::{Mirror, MirrorDecision, REMEMBERED, Standing};
-use crate::message::{Epoch, Nonce, Refusal, ToOwner};
+use crate::message::{Epoch, Incarnation, Nonce, Refusal, ToOwner};
 use crate::rules::Rule;
 use crate::time::Time;
 use alloc::collections::BTreeMap;
@@ -119,12 +119,13 @@ impl Mirror {
 
     fn ask(&mut self) {
         let (nonce, now) = (self.next_nonce(), self.now);
+        let incarnation = self.incarnation;
         let State::Live(lease) = &mut self.state else { return };
         // What was asked a term ago grants nothing any more.
         let term = lease.term;
         lease.asks.retain(|_, asked| now.since(*asked) < term);
         lease.asks.insert(nonce, now);
-        lease.next_ask = now + interval(term);
+        lease.next_ask = now + spread(term, incarnation, nonce);
         let epoch = lease.epoch;
         self.messages.push_back(ToOwner::Renew { epoch, nonce });
     }
@@ -159,7 +160,7 @@ impl Mirror {
         self.age = self.settings.retry * 8;
         self.acknowledged.clear();
         self.counts.joined += 1;
-        let next_ask = from + interval(term);
+        let next_ask = from + spread(term, self.incarnation, nonce);
         self.state = State::Live(Lease { epoch, term, stop, asks: BTreeMap::new(), next_ask });
         self.decisions.push_back(MirrorDecision::Joined { epoch });
     }
@@ -328,6 +329,17 @@ impl Mirror {
             _ => self.settings.retry,
         }
     }
+}
+
+/// From three quarters of an interval to a whole one, by who asks and how often it has: mirrors that
+/// joined at the same moment, such as after a restart of the owner, do not go on asking together.
+fn spread(term: Duration, of: Incarnation, nonce: Nonce) -> Duration {
+    // SplitMix64 (Steele, Lea, Flood 2014), of which the top 8 bits are taken.
+    let mut mixed = of.0.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(nonce.0);
+    mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+    let part = ((mixed ^ mixed >> 31) >> 56) as u32;
+    (interval(term) * (3 * 256 + part) / 1024).max(Duration::from_nanos(1))
 }
 
 /// Five questions in each term, so that four may be lost.

@@ -81,6 +81,8 @@ impl Plan {
         let mut mean = |often: f64, from: u64, to: u64| if rng.random_bool(often) { rng.random_range(from..to) * MS } else { 0 };
         // Some kinds in each run, and seldom all: what has just failed altogether is hard to break.
         let (changes, pauses, owner_pauses) = (mean(1.0, 8, 60), mean(0.6, 60, 400), mean(0.5, 60, 400));
+        // A time is stale where its owner has stood still.
+        let owner_pauses = if without == Without::FreshTime { 60 * MS } else { owner_pauses };
         let (crashes, owner_crashes) = (mean(0.3, 100, 600), mean(0.3, 200, 900));
         let (second_starts, takeovers) = (mean(0.5, 40, 300), mean(0.3, 200, 800));
         let (partitions, links) = (mean(0.6, 40, 300), mean(0.3, 60, 400));
