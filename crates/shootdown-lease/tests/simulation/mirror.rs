@@ -84,7 +84,7 @@ impl World {
             return;
         }
         let before = self.mirrors.iter().rev().find(|life| life.host == host).map(|life| life.clock.clone());
-        let clock = before.unwrap_or_else(|| super::plan::clock(&mut self.rng));
+        let clock = before.unwrap_or_else(|| super::plan::clock(&mut self.rng, self.plan.mirror_rate()));
         let now = clock.read(self.now);
         let process = self.mirrors.len();
         let mut mirror = Mirror::new(Incarnation(process as u64), self.plan.settings.clone(), now);
@@ -305,7 +305,6 @@ impl World {
                     life.fetching.remove(&nonce);
                 }
                 MirrorDecision::JoinRefused(_) | MirrorDecision::TermTooShort { .. } => {}
-                other => unreachable!("{other:?}"),
             }
         }
         let life = &self.mirrors[process];

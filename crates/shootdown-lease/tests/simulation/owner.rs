@@ -64,7 +64,7 @@ impl World {
         }
         self.boots += 1;
         let same_host = self.owners.get(self.holder).filter(|old| !old.alive).map(|old| old.clock.clone());
-        let clock = same_host.unwrap_or_else(|| plan::clock(&mut self.rng));
+        let clock = same_host.unwrap_or_else(|| plan::clock(&mut self.rng, self.plan.owner_rate()));
         let now = clock.read(self.now);
         let mut owner = Owner::new(Boot(self.boots), self.plan.terms.clone(), memory, now).unwrap();
         if let Without::Rule(rule) = self.plan.without {
@@ -227,7 +227,6 @@ impl World {
                     let after = short(&mut self.rng, 5 * MS);
                     self.code_after(after, own, Code::Serve { to, epoch, nonce, range, version });
                 }
-                other => unreachable!("{other:?}"),
             }
         }
         let owner = &self.owners[process];

@@ -81,8 +81,6 @@ impl Plan {
         let mut mean = |often: f64, from: u64, to: u64| if rng.random_bool(often) { rng.random_range(from..to) * MS } else { 0 };
         // Some kinds in each run, and seldom all: what has just failed altogether is hard to break.
         let (changes, pauses, owner_pauses) = (mean(1.0, 8, 60), mean(0.6, 60, 400), mean(0.5, 60, 400));
-        // A time is stale where its owner has stood still.
-        let owner_pauses = if without == Without::FreshTime { 60 * MS } else { owner_pauses };
         let (crashes, owner_crashes) = (mean(0.3, 100, 600), mean(0.3, 200, 900));
         let (second_starts, takeovers) = (mean(0.5, 40, 300), mean(0.3, 200, 800));
         let (partitions, links) = (mean(0.6, 40, 300), mean(0.3, 60, 400));
@@ -111,6 +109,16 @@ impl Plan {
         }
     }
 
+    /// The margin for drift hides a time that is not much too old, so there all clocks go apart as far
+    /// as they may.
+    pub fn owner_rate(&self) -> Option<u64> {
+        (self.without == Without::FreshTime).then_some(1_000_000 + DRIFT)
+    }
+
+    pub fn mirror_rate(&self) -> Option<u64> {
+        (self.without == Without::FreshTime).then_some(1_000_000 - DRIFT)
+    }
+
     pub fn keeps(&self, rule: Without) -> bool {
         self.without != rule
     }
@@ -123,13 +131,13 @@ fn some(rng: &mut SmallRng) -> u32 {
 }
 
 /// A host's clock: anywhere, and off by any rate that the bound allows, often by the most.
-pub fn clock(rng: &mut SmallRng) -> Clock {
-    let rate = match rng.random_range(0..4) {
+pub fn clock(rng: &mut SmallRng, fixed: Option<u64>) -> Clock {
+    let any = match rng.random_range(0..4) {
         0 => 1_000_000 - DRIFT,
         1 => 1_000_000 + DRIFT,
         _ => rng.random_range(1_000_000 - DRIFT..=1_000_000 + DRIFT),
     };
-    Clock { offset: rng.random_range(0..10_000 * MS), rate, stood: 0 }
+    Clock { offset: rng.random_range(0..10_000 * MS), rate: fixed.unwrap_or(any), stood: 0 }
 }
 
 /// How long something takes: mostly short.
