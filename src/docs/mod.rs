@@ -15,6 +15,7 @@
 //! | `registration_cache` (feature `cache`) | who registers memory with a device: fences, devices that refuse overlaps, and what waits for itself |
 //! | `from_libfabric` (feature `userfaultfd`) | users of libfabric's memory monitors and UCX's registration cache |
 //! | `memory_changes` (feature `userfaultfd`) | which changes of memory raise an event, and what to do about those that raise none |
+//! | [`hosts`] | memory that other hosts mirror: leases, when they are enough and when not |
 //! | [`contract`] | what the library promises, rule by rule: where tags such as C4 lead |
 
 #[doc = include_str!("driver.md")]
@@ -31,6 +32,9 @@ pub mod notifiers {}
 
 #[doc = include_str!("executors.md")]
 pub mod executors {}
+
+#[doc = include_str!("hosts.md")]
+pub mod hosts {}
 
 #[doc = include_str!("../../CONTRACT.md")]
 pub mod contract {}
