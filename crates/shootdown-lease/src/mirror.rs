@@ -177,6 +177,12 @@ impl Mirror {
         self.rules = Rules::without(rule);
     }
 
+    /// Forgets its counts, so that an exploration takes states that act alike for one.
+    #[cfg(feature = "test-util")]
+    pub fn forget_counts(&mut self) {
+        self.counts = MirrorCounts::default();
+    }
+
     /// Takes a message of the owner.
     pub fn handle(&mut self, message: ToMirror, now: Time) {
         self.tick(now);

@@ -160,6 +160,10 @@ enum Timer {
 ///
 /// **The time of a message is read after it has arrived.** A time that an event loop has read before
 /// makes a lease end too early here, while its mirror still holds on.
+///
+/// **An owner that can be deposed looks, after each message has arrived, whether it is the owner
+/// still**, and handles none otherwise: it would go on renewing leases that the next owner, once it
+/// has waited for those from before, knows nothing of.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Owner {
     boot: Boot,
@@ -225,6 +229,12 @@ impl Owner {
         if rule == Rule::Quarantine && self.members.remove(&0).is_some() {
             self.timers.clear();
         }
+    }
+
+    /// Forgets its counts, so that an exploration takes states that act alike for one.
+    #[cfg(feature = "test-util")]
+    pub fn forget_counts(&mut self) {
+        self.counts = OwnerCounts::default();
     }
 
     /// Its boot.
