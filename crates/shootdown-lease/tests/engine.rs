@@ -23,11 +23,13 @@ fn pages(first: u64, count: u64) -> AddressRange {
     AddressRange::new(first * 4096, count * 4096).unwrap()
 }
 
+type Sleeper = (u64, oneshot::Sender<()>);
+
 /// Time that passes when the test says so.
 #[derive(Clone, Default)]
 struct Timer {
     now: Arc<AtomicU64>,
-    sleepers: Rc<RefCell<Vec<(u64, oneshot::Sender<()>)>>>,
+    sleepers: Rc<RefCell<Vec<Sleeper>>>,
 }
 
 impl Timer {
