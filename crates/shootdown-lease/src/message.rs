@@ -144,6 +144,8 @@ pub enum Refusal {
     /// The epoch that this join was given is not renewed any more. A mirror that has not entered it
     /// asks anew, at once.
     Expelled,
+    /// The range is not shared, is longer than the owner sends at once, or cannot be read.
+    Contents,
 }
 
 impl fmt::Display for Refusal {
@@ -153,6 +155,7 @@ impl fmt::Display for Refusal {
             Self::MembersOfHost => "leases of earlier lives of this host have not ended yet: try again after a term",
             Self::Expelled => "the epoch of this join is not renewed any more: ask anew",
             Self::Fetches => "as many fetches of this mirror wait as the owner takes (`Terms::fetches`)",
+            Self::Contents => "the range is not shared, is longer than the owner sends at once, or cannot be read",
         })
     }
 }
