@@ -1,0 +1,164 @@
+//! What a link carries, both ways.
+#![forbid(unsafe_code)]
+
+use crate::client::LinkState;
+use crate::codec::{self, Heard, Malformed};
+use crate::proto;
+use shootdown_lease::engine::Leased;
+use shootdown_lease::{Nonce, ToMirror, ToOwner};
+use std::collections::BTreeMap;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+use tokio::sync::mpsc;
+use tokio::time::timeout;
+use tonic::{Code, Status, Streaming};
+
+/// Fetches that are remembered; of more, the oldest is asked again.
+const FETCHES: usize = 4_096;
+
+/// How long the owner may take to hear that the mirror has left.
+const FAREWELL: Duration = Duration::from_secs(2);
+
+/// How a link has ended.
+pub(crate) enum Ended {
+    /// The mirror has left for good, and has said so.
+    Left,
+    Down(Status),
+}
+
+/// Carries messages until the link breaks or the mirror has left.
+pub(crate) async fn carry(
+    leased: &Leased,
+    mut incoming: Streaming<proto::FromOwner>,
+    sender: mpsc::Sender<proto::FromMirror>,
+    state: &LinkState,
+) -> Ended {
+    let mut pieces = Pieces::default();
+    loop {
+        // Only when there is room, so that what is not sent stays with the mirror.
+        let outgoing = async {
+            let Ok(room) = sender.reserve().await else { return std::future::pending().await };
+            (room, leased.next_message().await)
+        };
+        tokio::select! {
+            biased;
+            message = incoming.message() => match hear(message, &mut pieces, state) {
+                Ok(Some((message, contents))) => leased.handle(message, contents),
+                Ok(None) => {}
+                Err(status) => return Ended::Down(status),
+            },
+            (room, message) = outgoing => {
+                let Some(message) = message else { break };
+                if let ToOwner::Fetch { nonce, range, .. } = message {
+                    pieces.ask(nonce, range.len());
+                }
+                if let Some(message) = codec::from_mirror(&message) {
+                    room.send(message);
+                }
+            }
+        }
+    }
+    // The owner ends its half when it has heard all.
+    drop(sender);
+    let rest = async { while let Ok(Some(_)) = incoming.message().await {} };
+    let _ = timeout(FAREWELL, rest).await;
+    Ended::Left
+}
+
+/// A message for the mirror, with the contents that belong to it.
+type Whole = (ToMirror, Option<Vec<u8>>);
+
+fn hear(
+    message: Result<Option<proto::FromOwner>, Status>,
+    pieces: &mut Pieces,
+    state: &LinkState,
+) -> Result<Option<Whole>, Status> {
+    let malformed = |status: Status| {
+        state.malformed.fetch_add(1, Ordering::Relaxed);
+        status
+    };
+    let message = match message {
+        Ok(Some(message)) => message,
+        Ok(None) => return Err(Status::unavailable("the owner has ended the stream")),
+        Err(status) if status.code() == Code::OutOfRange => return Err(malformed(status)),
+        Err(status) => return Err(status),
+    };
+    let heard = Heard::try_from(message).and_then(|heard| match heard {
+        Heard::Piece { nonce, offset, data } => pieces.add(nonce, offset, &data).map(|()| None),
+        Heard::Message(message @ ToMirror::Fetched { nonce, .. }) => Ok(Some((message, pieces.take(nonce)))),
+        Heard::Message(message) => {
+            if let ToMirror::Refused { nonce, incarnation: None, .. } = message {
+                pieces.take(nonce);
+            }
+            Ok(Some((message, None)))
+        }
+    });
+    heard.map_err(|what| malformed(what.into()))
+}
+
+/// Contents on their way, of fetches that were asked by this link.
+#[derive(Default)]
+struct Pieces(BTreeMap<Nonce, (u64, Vec<u8>)>);
+
+impl Pieces {
+    fn ask(&mut self, nonce: Nonce, length: Option<u64>) {
+        if self.0.len() == FETCHES && !self.0.contains_key(&nonce) {
+            self.0.pop_first();
+        }
+        // Asked again: what has come of it goes on.
+        self.0.entry(nonce).or_insert_with(|| (length.unwrap_or(u64::MAX), Vec::new()));
+    }
+
+    fn add(&mut self, nonce: Nonce, offset: u64, data: &[u8]) -> Result<(), Malformed> {
+        // Forgotten, or given up.
+        let Some((length, contents)) = self.0.get_mut(&nonce) else { return Ok(()) };
+        if offset == 0 {
+            contents.clear();
+        }
+        let end = (contents.len() as u64).checked_add(data.len() as u64);
+        if offset != contents.len() as u64 || end.is_none_or(|end| end > *length) {
+            return Err(Malformed::Contents);
+        }
+        contents.extend_from_slice(data);
+        Ok(())
+    }
+
+    /// All that has come, if it is all that was asked for.
+    fn take(&mut self, nonce: Nonce) -> Option<Vec<u8>> {
+        let (length, contents) = self.0.remove(&nonce)?;
+        (contents.len() as u64 == length).then_some(contents)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn contents_are_as_long_as_what_was_asked_for() {
+        let (one, two) = (Nonce(1), Nonce(2));
+        let mut pieces = Pieces::default();
+        pieces.ask(one, Some(5));
+        assert_eq!(pieces.add(two, 0, &[1]), Ok(()), "nobody asked: it is dropped");
+        assert_eq!(pieces.take(two), None);
+        assert_eq!(pieces.add(one, 0, &[1, 2]), Ok(()));
+        assert_eq!(pieces.add(one, 3, &[4]), Err(Malformed::Contents), "a gap");
+        assert_eq!(pieces.add(one, 0, &[7]), Ok(()), "from the start again");
+        assert_eq!(pieces.add(one, 1, &[8, 9, 10, 11, 12]), Err(Malformed::Contents), "too much");
+        assert_eq!(pieces.add(one, 1, &[8, 9, 10, 11]), Ok(()));
+        assert_eq!(pieces.take(one), Some(vec![7, 8, 9, 10, 11]));
+        pieces.ask(two, Some(2));
+        assert_eq!(pieces.add(two, 0, &[1]), Ok(()));
+        assert_eq!(pieces.take(two), None, "too little");
+    }
+
+    #[test]
+    fn what_is_remembered_has_a_bound() {
+        let mut pieces = Pieces::default();
+        for nonce in 0..FETCHES as u64 + 10 {
+            pieces.ask(Nonce(nonce), Some(1));
+        }
+        assert_eq!(pieces.0.len(), FETCHES);
+        assert!(!pieces.0.contains_key(&Nonce(0)));
+    }
+}

@@ -1,0 +1,352 @@
+//! Messages of the protocol as messages of gRPC, and back. What does not decode is a [`Malformed`].
+#![forbid(unsafe_code)]
+
+use crate::limits::{MAX_RANGES, MAX_SPACE_NAME};
+use crate::proto;
+use crate::proto::refused::Why;
+use shootdown::{AddressRange, RangeSet};
+use shootdown_lease::{Boot, Epoch, Incarnation, InvalidationId, Nonce, Refusal, ToMirror, ToOwner};
+use std::time::Duration;
+use thiserror::Error;
+use tonic::Status;
+
+/// What a message says that cannot be. It ends the stream that it came by.
+#[derive(Clone, Debug, PartialEq, Eq, Error)]
+#[non_exhaustive]
+pub enum Malformed {
+    /// The message has no content that this version knows.
+    #[error("the message says nothing that this version knows")]
+    Empty,
+    /// A part that must be there is not.
+    #[error("`{0}` is missing")]
+    Missing(&'static str),
+    /// A range that ends before it starts.
+    #[error("a range ends at {last:#x}, before it starts at {start:#x}")]
+    Range {
+        /// First address.
+        start: u64,
+        /// Last address.
+        last: u64,
+    },
+    /// A set of ranges without one.
+    #[error("a set of no ranges")]
+    NoRanges,
+    /// A set of more than 1,024 ranges.
+    #[error("a set of {0} ranges: 1,024 are the most")]
+    ManyRanges(usize),
+    /// A space's name that is empty or longer than 255 bytes.
+    #[error("a space's name of {0} bytes: it has 1 to 255")]
+    SpaceName(usize),
+    /// `Open` again, or another message before it.
+    #[error("`Open` is the first message of a stream, and no other is")]
+    Open,
+    /// A term of nothing.
+    #[error("a term of zero")]
+    Term,
+    /// A reason for a refusal that this version does not know.
+    #[error("a refusal for the unknown reason {0}")]
+    Refusal(i32),
+    /// Contents that nobody asked for, more of them than was asked for, or not in their order.
+    #[error("contents that were not asked for, or not in their order")]
+    Contents,
+}
+
+impl From<Malformed> for Status {
+    fn from(malformed: Malformed) -> Self {
+        Self::invalid_argument(malformed.to_string())
+    }
+}
+
+/// What a mirror's stream carries.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Received {
+    Open(String),
+    Message(ToOwner),
+}
+
+/// What an owner's stream carries.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) enum Heard {
+    Message(ToMirror),
+    Piece { nonce: Nonce, offset: u64, data: bytes::Bytes },
+}
+
+fn epoch(epoch: Option<proto::Epoch>) -> Result<Epoch, Malformed> {
+    let epoch = epoch.ok_or(Malformed::Missing("epoch"))?;
+    Ok(Epoch { boot: Boot(epoch.boot), number: epoch.number })
+}
+
+fn to_epoch(epoch: Epoch) -> Option<proto::Epoch> {
+    Some(proto::Epoch { boot: epoch.boot.0, number: epoch.number })
+}
+
+fn range(range: proto::Range) -> Result<AddressRange, Malformed> {
+    let proto::Range { start, last } = range;
+    AddressRange::try_from(start..=last).map_err(|_| Malformed::Range { start, last })
+}
+
+fn to_range(range: AddressRange) -> proto::Range {
+    proto::Range { start: range.start(), last: range.last() }
+}
+
+fn ranges(list: Vec<proto::Range>) -> Result<RangeSet, Malformed> {
+    if list.len() > MAX_RANGES {
+        return Err(Malformed::ManyRanges(list.len()));
+    }
+    let list = list.into_iter().map(range).collect::<Result<Vec<_>, _>>()?;
+    RangeSet::new(list).map_err(|_| Malformed::NoRanges)
+}
+
+/// As many ranges as a message may have. Neighbours become one if there are more: to let go of more
+/// than what changes is safe.
+fn to_ranges(ranges: &RangeSet) -> Vec<proto::Range> {
+    let each = ranges.len().div_ceil(MAX_RANGES).max(1);
+    let hull = |part: &[AddressRange]| {
+        let (first, last) = (part.first()?, part.last()?);
+        Some(proto::Range { start: first.start(), last: last.last() })
+    };
+    ranges.chunks(each).filter_map(hull).collect()
+}
+
+impl TryFrom<proto::FromMirror> for Received {
+    type Error = Malformed;
+
+    fn try_from(message: proto::FromMirror) -> Result<Self, Malformed> {
+        use proto::from_mirror::Message;
+        let message = match message.message.ok_or(Malformed::Empty)? {
+            Message::Open(open) => {
+                return match open.space.len() {
+                    1..=MAX_SPACE_NAME => Ok(Self::Open(open.space)),
+                    bytes => Err(Malformed::SpaceName(bytes)),
+                };
+            }
+            Message::Join(join) => ToOwner::Join { incarnation: Incarnation(join.incarnation), nonce: Nonce(join.nonce) },
+            Message::Renew(renew) => ToOwner::Renew { epoch: epoch(renew.epoch)?, nonce: Nonce(renew.nonce) },
+            Message::Fetch(fetch) => ToOwner::Fetch {
+                epoch: epoch(fetch.epoch)?,
+                nonce: Nonce(fetch.nonce),
+                range: range(fetch.range.ok_or(Malformed::Missing("range"))?)?,
+            },
+            Message::Ack(ack) => ToOwner::Ack { epoch: epoch(ack.epoch)?, invalidation: InvalidationId(ack.invalidation) },
+            Message::Left(left) => ToOwner::Left { epoch: epoch(left.epoch)? },
+        };
+        Ok(Self::Message(message))
+    }
+}
+
+impl TryFrom<proto::FromOwner> for Heard {
+    type Error = Malformed;
+
+    fn try_from(message: proto::FromOwner) -> Result<Self, Malformed> {
+        use proto::from_owner::Message;
+        let message = match message.message.ok_or(Malformed::Empty)? {
+            Message::Contents(piece) => {
+                return Ok(Self::Piece { nonce: Nonce(piece.nonce), offset: piece.offset, data: piece.data });
+            }
+            Message::Welcome(welcome) if welcome.term_nanos == 0 => return Err(Malformed::Term),
+            Message::Welcome(welcome) => ToMirror::Welcome {
+                epoch: epoch(welcome.epoch)?,
+                incarnation: Incarnation(welcome.incarnation),
+                nonce: Nonce(welcome.nonce),
+                term: Duration::from_nanos(welcome.term_nanos),
+            },
+            Message::Renewed(renewed) => ToMirror::Renewed { epoch: epoch(renewed.epoch)?, nonce: Nonce(renewed.nonce) },
+            Message::Fetched(fetched) => {
+                ToMirror::Fetched { epoch: epoch(fetched.epoch)?, nonce: Nonce(fetched.nonce), version: fetched.version }
+            }
+            Message::Inv(inv) => ToMirror::Inv {
+                epoch: epoch(inv.epoch)?,
+                invalidation: InvalidationId(inv.invalidation),
+                ranges: ranges(inv.ranges)?,
+            },
+            Message::Gone(gone) => ToMirror::Gone { epoch: epoch(gone.epoch)? },
+            Message::Refused(refused) => ToMirror::Refused {
+                nonce: Nonce(refused.nonce),
+                incarnation: refused.incarnation.map(Incarnation),
+                why: refusal(refused.why)?,
+            },
+        };
+        Ok(Self::Message(message))
+    }
+}
+
+fn refusal(why: i32) -> Result<Refusal, Malformed> {
+    match Why::try_from(why) {
+        Ok(Why::Members) => Ok(Refusal::Members),
+        Ok(Why::MembersOfHost) => Ok(Refusal::MembersOfHost),
+        Ok(Why::Fetches) => Ok(Refusal::Fetches),
+        Ok(Why::Contents) => Ok(Refusal::Contents),
+        Ok(Why::Unspecified) | Err(_) => Err(Malformed::Refusal(why)),
+    }
+}
+
+fn to_refusal(why: Refusal) -> Option<Why> {
+    match why {
+        Refusal::Members => Some(Why::Members),
+        Refusal::MembersOfHost => Some(Why::MembersOfHost),
+        Refusal::Fetches => Some(Why::Fetches),
+        Refusal::Contents => Some(Why::Contents),
+        _ => None,
+    }
+}
+
+/// The first message of a stream.
+pub(crate) fn open(space: &str) -> proto::FromMirror {
+    let open = proto::Open { space: space.to_owned() };
+    proto::FromMirror { message: Some(proto::from_mirror::Message::Open(open)) }
+}
+
+/// `None` for a message that this version of the protocol does not have.
+pub(crate) fn from_mirror(message: &ToOwner) -> Option<proto::FromMirror> {
+    use proto::from_mirror::Message;
+    let message = match *message {
+        ToOwner::Join { incarnation, nonce } => Message::Join(proto::Join { incarnation: incarnation.0, nonce: nonce.0 }),
+        ToOwner::Renew { epoch, nonce } => Message::Renew(proto::Renew { epoch: to_epoch(epoch), nonce: nonce.0 }),
+        ToOwner::Fetch { epoch, nonce, range } => {
+            Message::Fetch(proto::Fetch { epoch: to_epoch(epoch), nonce: nonce.0, range: Some(to_range(range)) })
+        }
+        ToOwner::Ack { epoch, invalidation } => Message::Ack(proto::Ack { epoch: to_epoch(epoch), invalidation: invalidation.0 }),
+        ToOwner::Left { epoch } => Message::Left(proto::Left { epoch: to_epoch(epoch) }),
+        _ => return None,
+    };
+    Some(proto::FromMirror { message: Some(message) })
+}
+
+/// `None` for a message that this version of the protocol does not have.
+pub(crate) fn from_owner(message: &ToMirror) -> Option<proto::FromOwner> {
+    use proto::from_owner::Message;
+    let message = match message {
+        ToMirror::Welcome { epoch, incarnation, nonce, term } => Message::Welcome(proto::Welcome {
+            epoch: to_epoch(*epoch),
+            incarnation: incarnation.0,
+            nonce: nonce.0,
+            term_nanos: u64::try_from(term.as_nanos()).unwrap_or(u64::MAX),
+        }),
+        ToMirror::Renewed { epoch, nonce } => Message::Renewed(proto::Renewed { epoch: to_epoch(*epoch), nonce: nonce.0 }),
+        ToMirror::Fetched { epoch, nonce, version } => {
+            Message::Fetched(proto::Fetched { epoch: to_epoch(*epoch), nonce: nonce.0, version: *version })
+        }
+        ToMirror::Inv { epoch, invalidation, ranges } => {
+            Message::Inv(proto::Inv { epoch: to_epoch(*epoch), invalidation: invalidation.0, ranges: to_ranges(ranges) })
+        }
+        ToMirror::Gone { epoch } => Message::Gone(proto::Gone { epoch: to_epoch(*epoch) }),
+        ToMirror::Refused { nonce, incarnation, why } => Message::Refused(proto::Refused {
+            nonce: nonce.0,
+            incarnation: incarnation.map(|incarnation| incarnation.0),
+            why: to_refusal(*why)?.into(),
+        }),
+        _ => return None,
+    };
+    Some(proto::FromOwner { message: Some(message) })
+}
+
+/// A piece of what a fetch asked for.
+pub(crate) fn piece(nonce: Nonce, offset: u64, data: bytes::Bytes) -> proto::FromOwner {
+    let piece = proto::Contents { nonce: nonce.0, offset, data };
+    proto::FromOwner { message: Some(proto::from_owner::Message::Contents(piece)) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use prost::Message as _;
+
+    fn part(start: u64, last: u64) -> AddressRange {
+        AddressRange::try_from(start..=last).unwrap()
+    }
+
+    const EPOCH: Epoch = Epoch { boot: Boot(7), number: u64::MAX };
+
+    #[test]
+    fn what_is_encoded_decodes_to_the_same() {
+        let to_owner = [
+            ToOwner::Join { incarnation: Incarnation(0), nonce: Nonce(u64::MAX) },
+            ToOwner::Renew { epoch: EPOCH, nonce: Nonce(1) },
+            ToOwner::Fetch { epoch: EPOCH, nonce: Nonce(2), range: AddressRange::ALL },
+            ToOwner::Fetch { epoch: EPOCH, nonce: Nonce(3), range: part(0, 0) },
+            ToOwner::Ack { epoch: EPOCH, invalidation: InvalidationId(4) },
+            ToOwner::Left { epoch: EPOCH },
+        ];
+        for message in to_owner {
+            let bytes = from_mirror(&message).unwrap().encode_to_vec();
+            let again = Received::try_from(proto::FromMirror::decode(&bytes[..]).unwrap());
+            assert_eq!(again, Ok(Received::Message(message)));
+        }
+        let ranges = RangeSet::new([part(0, 9), part(100, 200), part(u64::MAX, u64::MAX)]).unwrap();
+        let term = Duration::from_nanos(1);
+        let to_mirror = [
+            ToMirror::Welcome { epoch: EPOCH, incarnation: Incarnation(3), nonce: Nonce(0), term },
+            ToMirror::Renewed { epoch: EPOCH, nonce: Nonce(1) },
+            ToMirror::Fetched { epoch: EPOCH, nonce: Nonce(2), version: 3 },
+            ToMirror::Inv { epoch: EPOCH, invalidation: InvalidationId(4), ranges },
+            ToMirror::Gone { epoch: EPOCH },
+            ToMirror::Refused { nonce: Nonce(5), incarnation: None, why: Refusal::Fetches },
+            ToMirror::Refused { nonce: Nonce(6), incarnation: None, why: Refusal::Contents },
+            ToMirror::Refused { nonce: Nonce(5), incarnation: Some(Incarnation(0)), why: Refusal::Members },
+            ToMirror::Refused { nonce: Nonce(5), incarnation: Some(Incarnation(1)), why: Refusal::MembersOfHost },
+        ];
+        for message in to_mirror {
+            let bytes = from_owner(&message).unwrap().encode_to_vec();
+            let again = Heard::try_from(proto::FromOwner::decode(&bytes[..]).unwrap());
+            assert_eq!(again, Ok(Heard::Message(message)));
+        }
+        let again = Received::try_from(open("vram"));
+        assert_eq!(again, Ok(Received::Open("vram".to_owned())));
+    }
+
+    #[test]
+    fn what_cannot_be_is_named() {
+        use proto::from_mirror::Message as Mirror;
+        use proto::from_owner::Message as Owner;
+        let some = || to_epoch(EPOCH);
+        let mirror = |message| Received::try_from(proto::FromMirror { message }).unwrap_err();
+        assert_eq!(mirror(None), Malformed::Empty);
+        assert_eq!(mirror(Some(Mirror::Renew(proto::Renew { epoch: None, nonce: 1 }))), Malformed::Missing("epoch"));
+        let fetch = |range| mirror(Some(Mirror::Fetch(proto::Fetch { epoch: some(), nonce: 1, range })));
+        assert_eq!(fetch(None), Malformed::Missing("range"));
+        assert_eq!(fetch(Some(proto::Range { start: 2, last: 1 })), Malformed::Range { start: 2, last: 1 });
+        let named = |space: String| mirror(Some(Mirror::Open(proto::Open { space })));
+        assert_eq!(named(String::new()), Malformed::SpaceName(0));
+        assert_eq!(named("x".repeat(256)), Malformed::SpaceName(256));
+
+        let owner = |message| Heard::try_from(proto::FromOwner { message }).unwrap_err();
+        let inv = |ranges| owner(Some(Owner::Inv(proto::Inv { epoch: some(), invalidation: 1, ranges })));
+        assert_eq!(inv(vec![]), Malformed::NoRanges);
+        let many = vec![proto::Range { start: 1, last: 1 }; MAX_RANGES + 1];
+        assert_eq!(inv(many), Malformed::ManyRanges(MAX_RANGES + 1));
+        assert_eq!(inv(vec![proto::Range { start: 1, last: 0 }]), Malformed::Range { start: 1, last: 0 });
+        let refused = |why| owner(Some(Owner::Refused(proto::Refused { nonce: 1, incarnation: None, why })));
+        assert_eq!(refused(0), Malformed::Refusal(0));
+        assert_eq!(refused(99), Malformed::Refusal(99));
+        let welcome = proto::Welcome { epoch: some(), incarnation: 1, nonce: 1, term_nanos: 0 };
+        assert_eq!(owner(Some(Owner::Welcome(welcome))), Malformed::Term);
+    }
+
+    #[test]
+    fn a_set_of_too_many_ranges_becomes_fewer_that_cover_it() {
+        let all: Vec<_> = (0..MAX_RANGES as u64 * 3 + 5).map(|n| part(n * 0x2000, n * 0x2000 + 0xfff)).collect();
+        let set = RangeSet::new(all.iter().copied()).unwrap();
+        let sent = ranges(to_ranges(&set)).unwrap();
+        assert!(sent.len() <= MAX_RANGES, "{}", sent.len());
+        assert!(all.iter().all(|range| sent.iter().any(|larger| larger.covers(*range))));
+        let few = RangeSet::new(all.iter().copied().take(MAX_RANGES)).unwrap();
+        assert_eq!(ranges(to_ranges(&few)).unwrap(), few);
+    }
+
+    #[test]
+    fn any_bytes_decode_or_are_refused() {
+        let mut random = fastrand::Rng::with_seed(7);
+        let mut decoded = 0;
+        for _ in 0..200_000 {
+            let length = random.usize(..40);
+            let mut bytes: Vec<u8> = (0..length).map(|_| random.u8(..)).collect();
+            // Random bytes alone seldom name a field.
+            for byte in bytes.iter_mut().filter(|byte| **byte % 2 == 0) {
+                *byte = *[0x0a, 0x12, 0x1a, 0x22, 0x09, 0x11, 0x00, 0x02].get(usize::from(*byte) % 8).unwrap_or(&0);
+            }
+            decoded += usize::from(proto::FromMirror::decode(&bytes[..]).is_ok_and(|it| Received::try_from(it).is_ok()));
+            decoded += usize::from(proto::FromOwner::decode(&bytes[..]).is_ok_and(|it| Heard::try_from(it).is_ok()));
+        }
+        assert!(decoded > 0, "no bytes decode at all: are these the messages?");
+    }
+}

@@ -1,0 +1,4 @@
+//! What `proto/shootdown.proto` generates.
+#![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated")]
+
+tonic::include_proto!("shootdown.v1");

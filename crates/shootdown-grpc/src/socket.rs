@@ -1,0 +1,177 @@
+//! One connection of a mirror: what it reads from, who is behind it, and when it is cut.
+#![forbid(unsafe_code)]
+
+use crate::list::Listed;
+use crate::name::Name;
+use crate::observe::{Count, Tally};
+use std::fmt;
+use std::io;
+use std::net::SocketAddr;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
+use tokio::sync::OwnedSemaphorePermit;
+use tokio::time::{Instant, Sleep, sleep_until};
+use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
+use tonic::transport::server::Connected;
+
+/// Who is behind a connection, for each of its streams.
+#[derive(Clone, Debug)]
+pub(crate) struct Peer {
+    pub(crate) address: SocketAddr,
+    /// In its certificate; `None` without TLS.
+    pub(crate) names: Option<Arc<[Name]>>,
+    pub(crate) use_: Arc<Use>,
+}
+
+impl fmt::Display for Peer {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.names.as_deref() {
+            Some([name, ..]) => write!(f, "{name} ({})", self.address),
+            _ => write!(f, "{}", self.address),
+        }
+    }
+}
+
+/// Whether a connection is of use.
+#[derive(Debug, Default)]
+pub(crate) struct Use {
+    streams: AtomicUsize,
+    ever: AtomicBool,
+}
+
+/// A stream of a connection, as long as it is one.
+#[derive(Debug)]
+pub(crate) struct InUse(Arc<Use>);
+
+impl InUse {
+    pub(crate) fn new(of: &Arc<Use>) -> Self {
+        of.streams.fetch_add(1, Ordering::Relaxed);
+        of.ever.store(true, Ordering::Relaxed);
+        Self(of.clone())
+    }
+}
+
+impl Drop for InUse {
+    fn drop(&mut self) {
+        self.0.streams.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+/// Bytes, encrypted or not.
+pub(crate) trait Wire: AsyncRead + AsyncWrite + Send + Unpin {}
+
+impl<T: AsyncRead + AsyncWrite + Send + Unpin> Wire for T {}
+
+/// What a connection costs as long as it is there.
+#[derive(Debug)]
+pub(crate) struct Slot {
+    pub(crate) _permit: OwnedSemaphorePermit,
+    /// Forgets the connection among those of its name.
+    pub(crate) _listed: Option<Listed>,
+}
+
+/// A connection that has been accepted and authenticated.
+pub(crate) struct Socket {
+    wire: Box<dyn Wire>,
+    peer: Peer,
+    tally: Tally,
+    cut: Pin<Box<WaitForCancellationFutureOwned>>,
+    /// When it is looked at whether it has streams.
+    idle: Pin<Box<Sleep>>,
+    idle_for: Duration,
+    /// When the certificate ends.
+    end: Pin<Box<Sleep>>,
+    _slot: Slot,
+}
+
+impl Socket {
+    pub(crate) fn new(wire: Box<dyn Wire>, peer: Peer, terms: Terms, tally: Tally, slot: Slot) -> Self {
+        let now = Instant::now();
+        // A timer has no later end.
+        let valid_for = terms.valid_for.min(Duration::from_secs(10 * 365 * 86_400));
+        Self {
+            wire,
+            peer,
+            tally,
+            cut: Box::pin(terms.cut.cancelled_owned()),
+            idle: Box::pin(sleep_until(now + terms.idle_for)),
+            idle_for: terms.idle_for,
+            end: Box::pin(sleep_until(now + valid_for)),
+            _slot: slot,
+        }
+    }
+
+    fn poll_alive(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
+        if self.cut.as_mut().poll(cx).is_ready() {
+            return Err(io::ErrorKind::ConnectionAborted.into());
+        }
+        if self.end.as_mut().poll(cx).is_ready() {
+            return Err(io::Error::new(io::ErrorKind::TimedOut, "the certificate has expired"));
+        }
+        while self.idle.as_mut().poll(cx).is_ready() {
+            if self.peer.use_.streams.load(Ordering::Relaxed) == 0 {
+                return Err(io::Error::new(io::ErrorKind::TimedOut, "no stream on this connection"));
+            }
+            self.idle.as_mut().reset(Instant::now() + self.idle_for);
+        }
+        Ok(())
+    }
+}
+
+/// How long a connection may last.
+#[derive(Debug)]
+pub(crate) struct Terms {
+    pub(crate) cut: CancellationToken,
+    pub(crate) idle_for: Duration,
+    pub(crate) valid_for: Duration,
+}
+
+impl Drop for Socket {
+    fn drop(&mut self) {
+        if !self.peer.use_.ever.load(Ordering::Relaxed) {
+            self.tally.refuse(Count::WithoutStream, &self.peer, "the connection ended without a stream");
+        }
+    }
+}
+
+impl Connected for Socket {
+    type ConnectInfo = Peer;
+
+    fn connect_info(&self) -> Peer {
+        self.peer.clone()
+    }
+}
+
+impl AsyncRead for Socket {
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        self.poll_alive(cx)?;
+        let read = ready!(Pin::new(&mut self.wire).poll_read(cx, buffer));
+        Poll::Ready(read)
+    }
+}
+
+impl AsyncWrite for Socket {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.wire).poll_write(cx, bytes)
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.wire).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.wire).poll_shutdown(cx)
+    }
+
+    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.wire).poll_write_vectored(cx, bytes)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.wire.is_write_vectored()
+    }
+}

@@ -1,0 +1,154 @@
+//! A space that a server offers: whose memory, who may join, what is in it.
+#![forbid(unsafe_code)]
+
+use crate::name::Name;
+use bytes::Bytes;
+use futures::future::BoxFuture;
+use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown_lease::Host;
+use shootdown_lease::engine::Hub;
+use std::borrow::Cow;
+use std::collections::BTreeMap;
+use std::fmt;
+use std::sync::Arc;
+use thiserror::Error;
+
+/// A range that cannot be read. The fetch is refused
+/// ([`Refusal::Contents`](shootdown_lease::Refusal::Contents)).
+#[derive(Debug, Error)]
+#[error("the range cannot be read: {0}")]
+pub struct Unreadable(
+    /// Why.
+    pub Box<dyn std::error::Error + Send + Sync>,
+);
+
+impl Unreadable {
+    /// For a reason that is a text.
+    pub fn new(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
+        Self(why.into())
+    }
+}
+
+/// Reads the owner's memory for mirrors that fetch it.
+///
+/// A mirror may ask for any range: refuse what is not shared. Read only while no invalidation of
+/// the range is under way in the owner's `AddressSpace`, as [`Checked`] does.
+pub trait Contents: Send + Sync + 'static {
+    /// All bytes of a range, as many as it has.
+    fn read(&self, range: AddressRange) -> BoxFuture<'_, Result<Bytes, Unreadable>>;
+}
+
+/// Contents that a function reads, of a shared range, while no invalidation of what is read is under
+/// way.
+///
+/// What was read while one began is read again, so the function may read what is being changed, by
+/// means that allow that, such as a file or `process_vm_readv`.
+pub struct Checked<F> {
+    space: AddressSpace,
+    shared: AddressRange,
+    read: F,
+}
+
+impl<F: Fn(AddressRange) -> Result<Bytes, Unreadable>> Checked<F> {
+    /// Of the space into which the hub's [`Mirrors`](shootdown_lease::engine::Mirrors) were inserted,
+    /// over that range. The function runs on the server's threads: it should not wait.
+    pub fn new(space: AddressSpace, shared: AddressRange, read: F) -> Self {
+        Self { space, shared, read }
+    }
+}
+
+/// The reader of one fetch: it has nothing to let go of.
+struct Reader;
+
+impl IntervalNotifier for Reader {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        Ok(None)
+    }
+
+    fn name(&self) -> Cow<'static, str> {
+        Cow::Borrowed("fetch")
+    }
+}
+
+impl<F> Contents for Checked<F>
+where
+    F: Fn(AddressRange) -> Result<Bytes, Unreadable> + Send + Sync + 'static,
+{
+    fn read(&self, range: AddressRange) -> BoxFuture<'_, Result<Bytes, Unreadable>> {
+        Box::pin(async move {
+            if !self.shared.covers(range) {
+                return Err(Unreadable::new(format!("{range} is not shared: {} is", self.shared)));
+            }
+            // Of its own range, so that it waits for no invalidation of another one (N2).
+            let reader = self.space.insert(range, Reader).map_err(|released| Unreadable::new(released.to_string()))?;
+            let contents = loop {
+                let sequence = reader.read_begin().await;
+                let contents = (self.read)(range);
+                if !reader.read_retry(sequence) {
+                    break contents;
+                }
+            };
+            reader.remove().await;
+            contents
+        })
+    }
+}
+
+impl<F> fmt::Debug for Checked<F> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Checked").field("shared", &self.shared).finish_non_exhaustive()
+    }
+}
+
+/// A space that mirrors may join.
+///
+/// Its [`Hub::run`] is the program's to spawn: invalidations that wait for a mirror that is gone end
+/// only while that runs.
+#[derive(Clone)]
+pub struct Space {
+    pub(crate) hub: Hub,
+    pub(crate) contents: Arc<dyn Contents>,
+    admitted: BTreeMap<Name, Host>,
+    held: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
+}
+
+impl Space {
+    /// The space of a hub, which nobody may join yet.
+    pub fn new(hub: Hub, contents: impl Contents) -> Self {
+        Self { hub, contents: Arc::new(contents), admitted: BTreeMap::new(), held: None }
+    }
+
+    /// Lets whoever has a certificate with that name join, as that host. Several names may be one host
+    /// (an old and a new one); a host has one stream, so two machines need two.
+    pub fn admit(mut self, name: impl Into<Name>, host: Host) -> Self {
+        self.admitted.insert(name.into(), host);
+        self
+    }
+
+    /// Serves only as long as this says so: where there may be several owners, whether this is it,
+    /// such as `move || held.is_held(BootClock.now())` with [`etcd::Held`](crate::etcd::Held). It is
+    /// asked after each message has arrived and before it counts; when it says no, the stream ends.
+    #[cfg_attr(not(feature = "etcd"), allow(rustdoc::broken_intra_doc_links, reason = "exists with that feature"))]
+    pub fn while_held(mut self, held: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        self.held = Some(Arc::new(held));
+        self
+    }
+
+    /// Which host has these names: none, or more than one, is nobody.
+    pub(crate) fn host_of(&self, names: &[Name]) -> Option<Host> {
+        let mut hosts = names.iter().filter_map(|name| self.admitted.get(name).copied());
+        let host = hosts.next()?;
+        hosts.all(|other| other == host).then_some(host)
+    }
+
+    pub(crate) fn is_held(&self) -> bool {
+        self.held.as_ref().is_none_or(|held| held())
+    }
+}
+
+impl fmt::Debug for Space {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Space").field("hub", &self.hub).field("admitted", &self.admitted).finish_non_exhaustive()
+    }
+}

@@ -1,0 +1,135 @@
+//! Who may take part is said by TLS 1.3, on both sides.
+#![forbid(unsafe_code)]
+
+use std::sync::Arc;
+use thiserror::Error;
+use tokio_rustls::rustls::client::Resumption;
+use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
+use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
+use tokio_rustls::rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
+use tokio_rustls::rustls::server::{NoServerSessionStorage, VerifierBuilderError, WebPkiClientVerifier};
+use tokio_rustls::rustls::version::TLS13;
+use tokio_rustls::rustls::{ClientConfig, Error as RustlsError, RootCertStore, ServerConfig};
+
+/// What TLS calls HTTP/2.
+const H2: &[u8] = b"h2";
+
+/// Why certificates cannot be used.
+#[derive(Debug, Error)]
+#[non_exhaustive]
+pub enum TlsError {
+    /// A text that should be PEM is not, or has nothing of what it should have.
+    #[error("the {what} cannot be read from PEM: {error}")]
+    Pem {
+        /// Which text.
+        what: &'static str,
+        /// Why.
+        error: pem::Error,
+    },
+    /// A text without any certificate.
+    #[error("no certificate in the {0}")]
+    Nothing(&'static str),
+    /// The key is not that of the certificate, or of a kind that is not supported.
+    #[error("rustls does not take the certificate and its key, or a root: {0}")]
+    Rustls(#[from] RustlsError),
+    /// The roots or revocation lists cannot be used to verify mirrors.
+    #[error("the roots or revocation lists cannot be used to verify mirrors: {0}")]
+    Verifier(#[from] VerifierBuilderError),
+}
+
+/// How an owner shows who it is, and which certificates of mirrors it takes.
+#[derive(Clone, Debug)]
+pub struct ServerTls {
+    pub(crate) config: Arc<ServerConfig>,
+}
+
+/// How a mirror shows who it is, and which certificates of owners it takes.
+#[derive(Clone, Debug)]
+pub struct ClientTls {
+    pub(crate) config: Arc<ClientConfig>,
+}
+
+impl ServerTls {
+    /// With the owner's certificate (and what is between it and a root), its key, and the roots of
+    /// the mirrors' certificates, all as PEM. Mirrors without a certificate of these roots are refused.
+    ///
+    /// # Errors
+    /// [`TlsError`]: a text is not what it should be, or the key is another one's.
+    pub fn from_pem(certificate: &[u8], key: &[u8], roots: &[u8]) -> Result<Self, TlsError> {
+        Self::from_pem_with_revoked(certificate, key, roots, &[])
+    }
+
+    /// As [`from_pem`](Self::from_pem), and with revocation lists (PEM) of the roots. Certificates
+    /// between a root and a mirror's have to be on one list, too, if `revoked` is not empty.
+    ///
+    /// # Errors
+    /// As [`from_pem`](Self::from_pem).
+    pub fn from_pem_with_revoked(certificate: &[u8], key: &[u8], roots: &[u8], revoked: &[u8]) -> Result<Self, TlsError> {
+        let lists = CertificateRevocationListDer::pem_slice_iter(revoked).collect::<Result<Vec<_>, _>>();
+        let lists = lists.map_err(|error| TlsError::Pem { what: "revocation lists", error })?;
+        let roots = Arc::new(read_roots(roots)?);
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider()).with_crls(lists).build()?;
+        let (chain, key) = (read_chain(certificate)?, read_key(key)?);
+        let config = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
+        Ok(Self::from_config(config.with_client_cert_verifier(verifier).with_single_cert(chain, key)?))
+    }
+
+    /// With settings of your own, such as certificates that are read anew when they change. Whoever
+    /// shows no certificate is refused here as well. Sessions are not resumed, so that each
+    /// connection shows a certificate that is valid now, and the protocol is HTTP/2.
+    pub fn from_config(mut config: ServerConfig) -> Self {
+        config.alpn_protocols = vec![H2.to_vec()];
+        config.session_storage = Arc::new(NoServerSessionStorage {});
+        config.send_tls13_tickets = 0;
+        config.max_early_data_size = 0;
+        Self { config: Arc::new(config) }
+    }
+}
+
+impl ClientTls {
+    /// With the mirror's certificate (and what is between it and a root), its key, and the roots of
+    /// the owners' certificates, all as PEM.
+    ///
+    /// # Errors
+    /// [`TlsError`]: a text is not what it should be, or the key is another one's.
+    pub fn from_pem(certificate: &[u8], key: &[u8], roots: &[u8]) -> Result<Self, TlsError> {
+        let (chain, key) = (read_chain(certificate)?, read_key(key)?);
+        let config = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
+        let config = config.with_root_certificates(read_roots(roots)?).with_client_auth_cert(chain, key)?;
+        Ok(Self::from_config(config))
+    }
+
+    /// With settings of your own. Sessions are not resumed, and the protocol is HTTP/2.
+    pub fn from_config(mut config: ClientConfig) -> Self {
+        config.alpn_protocols = vec![H2.to_vec()];
+        config.resumption = Resumption::disabled();
+        config.enable_early_data = false;
+        Self { config: Arc::new(config) }
+    }
+}
+
+fn provider() -> Arc<CryptoProvider> {
+    Arc::new(ring::default_provider())
+}
+
+fn read_chain(text: &[u8]) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    certificates(text, "certificate")
+}
+
+fn certificates(text: &[u8], what: &'static str) -> Result<Vec<CertificateDer<'static>>, TlsError> {
+    let read = CertificateDer::pem_slice_iter(text).collect::<Result<Vec<_>, _>>();
+    let read = read.map_err(|error| TlsError::Pem { what, error })?;
+    if read.is_empty() { Err(TlsError::Nothing(what)) } else { Ok(read) }
+}
+
+fn read_key(text: &[u8]) -> Result<PrivateKeyDer<'static>, TlsError> {
+    PrivateKeyDer::from_pem_slice(text).map_err(|error| TlsError::Pem { what: "key", error })
+}
+
+fn read_roots(text: &[u8]) -> Result<RootCertStore, TlsError> {
+    let mut roots = RootCertStore::empty();
+    for root in certificates(text, "roots")? {
+        roots.add(root)?;
+    }
+    Ok(roots)
+}
