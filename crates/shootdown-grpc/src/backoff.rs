@@ -9,18 +9,20 @@ pub(crate) struct Backoff {
     first: Duration,
     longest: Duration,
     next: Duration,
+    last: Duration,
 }
 
 impl Backoff {
     pub(crate) fn new(first: Duration, longest: Duration) -> Self {
-        Self { first, longest, next: first }
+        Self { first, longest, next: first, last: Duration::ZERO }
     }
 
-    pub(crate) fn longest(&self) -> Duration {
-        self.longest
+    /// What was waited last, at most. What has lasted for longer than that was a success.
+    pub(crate) fn last(&self) -> Duration {
+        self.last
     }
 
-    /// A try has succeeded for long.
+    /// A try was a success.
     pub(crate) fn reset(&mut self) {
         self.next = self.first;
     }
@@ -32,6 +34,7 @@ impl Backoff {
 
     pub(crate) fn next(&mut self) -> Duration {
         let whole = self.next;
+        self.last = whole;
         self.next = (whole * 2).min(self.longest);
         whole.mul_f64(1.0 - fastrand::f64() / 2.0)
     }

@@ -52,9 +52,7 @@ pub(crate) async fn carry(
                 if let ToOwner::Fetch { nonce, range, .. } = message {
                     pieces.ask(nonce, range.len());
                 }
-                if let Some(message) = codec::from_mirror(&message) {
-                    room.send(message);
-                }
+                room.send(codec::from_mirror(&message));
             }
         }
     }

@@ -201,7 +201,7 @@ impl Client {
             let why = match self.link(owner, &leased, &state).await {
                 Ok((Ended::Left, _)) => return state.down(space, &"the mirror has left"),
                 Ok((Ended::Down(status), lasted)) => {
-                    if lasted > backoff.longest() {
+                    if lasted > backoff.last() {
                         backoff.reset();
                     }
                     match status.code() {

@@ -180,13 +180,12 @@ fn refusal(why: i32) -> Result<Refusal, Malformed> {
     }
 }
 
-fn to_refusal(why: Refusal) -> Option<Why> {
+fn to_refusal(why: Refusal) -> Why {
     match why {
-        Refusal::Members => Some(Why::Members),
-        Refusal::MembersOfHost => Some(Why::MembersOfHost),
-        Refusal::Fetches => Some(Why::Fetches),
-        Refusal::Contents => Some(Why::Contents),
-        _ => None,
+        Refusal::Members => Why::Members,
+        Refusal::MembersOfHost => Why::MembersOfHost,
+        Refusal::Fetches => Why::Fetches,
+        Refusal::Contents => Why::Contents,
     }
 }
 
@@ -196,8 +195,7 @@ pub(crate) fn open(space: &str) -> proto::FromMirror {
     proto::FromMirror { message: Some(proto::from_mirror::Message::Open(open)) }
 }
 
-/// `None` for a message that this version of the protocol does not have.
-pub(crate) fn from_mirror(message: &ToOwner) -> Option<proto::FromMirror> {
+pub(crate) fn from_mirror(message: &ToOwner) -> proto::FromMirror {
     use proto::from_mirror::Message;
     let message = match *message {
         ToOwner::Join { incarnation, nonce } => Message::Join(proto::Join { incarnation: incarnation.0, nonce: nonce.0 }),
@@ -207,13 +205,11 @@ pub(crate) fn from_mirror(message: &ToOwner) -> Option<proto::FromMirror> {
         }
         ToOwner::Ack { epoch, invalidation } => Message::Ack(proto::Ack { epoch: to_epoch(epoch), invalidation: invalidation.0 }),
         ToOwner::Left { epoch } => Message::Left(proto::Left { epoch: to_epoch(epoch) }),
-        _ => return None,
     };
-    Some(proto::FromMirror { message: Some(message) })
+    proto::FromMirror { message: Some(message) }
 }
 
-/// `None` for a message that this version of the protocol does not have.
-pub(crate) fn from_owner(message: &ToMirror) -> Option<proto::FromOwner> {
+pub(crate) fn from_owner(message: &ToMirror) -> proto::FromOwner {
     use proto::from_owner::Message;
     let message = match message {
         ToMirror::Welcome { epoch, incarnation, nonce, term } => Message::Welcome(proto::Welcome {
@@ -233,11 +229,10 @@ pub(crate) fn from_owner(message: &ToMirror) -> Option<proto::FromOwner> {
         ToMirror::Refused { nonce, incarnation, why } => Message::Refused(proto::Refused {
             nonce: nonce.0,
             incarnation: incarnation.map(|incarnation| incarnation.0),
-            why: to_refusal(*why)?.into(),
+            why: to_refusal(*why).into(),
         }),
-        _ => return None,
     };
-    Some(proto::FromOwner { message: Some(message) })
+    proto::FromOwner { message: Some(message) }
 }
 
 /// A piece of what a fetch asked for.
@@ -268,7 +263,7 @@ mod tests {
             ToOwner::Left { epoch: EPOCH },
         ];
         for message in to_owner {
-            let bytes = from_mirror(&message).unwrap().encode_to_vec();
+            let bytes = from_mirror(&message).encode_to_vec();
             let again = Received::try_from(proto::FromMirror::decode(&bytes[..]).unwrap());
             assert_eq!(again, Ok(Received::Message(message)));
         }
@@ -286,7 +281,7 @@ mod tests {
             ToMirror::Refused { nonce: Nonce(5), incarnation: Some(Incarnation(1)), why: Refusal::MembersOfHost },
         ];
         for message in to_mirror {
-            let bytes = from_owner(&message).unwrap().encode_to_vec();
+            let bytes = from_owner(&message).encode_to_vec();
             let again = Heard::try_from(proto::FromOwner::decode(&bytes[..]).unwrap());
             assert_eq!(again, Ok(Heard::Message(message)));
         }

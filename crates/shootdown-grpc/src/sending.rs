@@ -78,17 +78,12 @@ impl Sending {
                         self.over = true;
                         return Some(Err(replaced()));
                     }
-                    Some(Outgoing::Message(message)) => {
-                        if let Some(message) = codec::from_owner(&message) {
-                            return Some(Ok(message));
-                        }
-                    }
+                    Some(Outgoing::Message(message)) => return Some(Ok(codec::from_owner(&message))),
                     Some(Outgoing::Serve(serve)) => {
                         if let Some(refused) = self.take(serve) {
                             return Some(Ok(refused));
                         }
                     }
-                    Some(_) => {}
                 },
                 Some((serve, contents)) = self.reading.next(), if reading => match contents {
                     Ok(contents) if serve.range().len() == Some(contents.len() as u64) => {
@@ -96,9 +91,9 @@ impl Sending {
                     }
                     Ok(contents) => {
                         let why = format!("{} bytes were read of {}", contents.len(), serve.range());
-                        return self.refuse(&serve, Count::Unreadable, why).map(Ok);
+                        return Some(Ok(self.refuse(&serve, Count::Unreadable, why)));
                     }
-                    Err(why) => return self.refuse(&serve, Count::Unreadable, why).map(Ok),
+                    Err(why) => return Some(Ok(self.refuse(&serve, Count::Unreadable, why))),
                 },
                 () = std::future::ready(()), if read => {
                     if let Some(piece) = self.piece() {
@@ -115,10 +110,10 @@ impl Sending {
             return None;
         }
         if serve.range().len().is_none_or(|bytes| bytes > self.limits.fetch) {
-            return self.refuse(&serve, Count::Unreadable, "a fetch of too many bytes");
+            return Some(self.refuse(&serve, Count::Unreadable, "a fetch of too many bytes"));
         }
         if self.serves.len() >= self.limits.fetches {
-            return self.refuse(&serve, Count::FetchesDropped, "too many fetches at once");
+            return Some(self.refuse(&serve, Count::FetchesDropped, "too many fetches at once"));
         }
         self.serves.push(serve.clone());
         self.waiting.push_back(serve);
@@ -157,7 +152,7 @@ impl Sending {
             let message = codec::from_owner(&first.serve.message());
             let first = self.read.pop_front()?;
             self.forget(&first.serve);
-            return message;
+            return Some(message);
         }
         let end = (first.sent + PIECE).min(first.contents.len());
         let data = first.contents.slice(first.sent..end);
@@ -166,7 +161,7 @@ impl Sending {
         Some(piece)
     }
 
-    fn refuse(&mut self, serve: &Serve, count: Count, why: impl std::fmt::Display) -> Option<proto::FromOwner> {
+    fn refuse(&mut self, serve: &Serve, count: Count, why: impl std::fmt::Display) -> proto::FromOwner {
         self.forget(serve);
         self.tally.refuse(count, &self.peer, why);
         let reason = if count == Count::FetchesDropped { Refusal::Fetches } else { Refusal::Contents };

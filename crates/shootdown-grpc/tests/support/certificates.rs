@@ -3,8 +3,9 @@
 use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, date_time_ymd};
 use shootdown_grpc::{ClientTls, ServerTls};
 use std::sync::Arc;
-use tokio_rustls::rustls::pki_types::CertificateDer;
+use std::time::{Duration, SystemTime};
 use tokio_rustls::rustls::pki_types::pem::PemObject;
+use tokio_rustls::rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use tokio_rustls::rustls::version::TLS13;
 use tokio_rustls::rustls::{ClientConfig, RootCertStore, crypto::ring};
 
@@ -35,6 +36,18 @@ impl Default for Authority {
 impl Authority {
     pub(crate) fn issue(&self, name: &str) -> Identity {
         self.sign(CertificateParams::new(vec![name.to_owned()]).unwrap())
+    }
+
+    pub(crate) fn issue_for(&self, names: &[&str]) -> Identity {
+        self.sign(CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap())
+    }
+
+    /// Valid for so many seconds from now.
+    pub(crate) fn issue_for_seconds(&self, name: &str, seconds: u64) -> Identity {
+        let mut params = CertificateParams::new(vec![name.to_owned()]).unwrap();
+        params.not_before = (SystemTime::now() - Duration::from_secs(60)).into();
+        params.not_after = (SystemTime::now() + Duration::from_secs(seconds)).into();
+        self.sign(params)
     }
 
     /// Of a year that is over.
@@ -74,6 +87,15 @@ impl Authority {
 impl Identity {
     pub(crate) fn client(&self) -> ClientTls {
         ClientTls::from_pem(self.certificate.as_bytes(), self.key.as_bytes(), self.root.as_bytes()).unwrap()
+    }
+
+    pub(crate) fn config(&self) -> ClientConfig {
+        let mut roots = RootCertStore::empty();
+        roots.add(CertificateDer::from_pem_slice(self.root.as_bytes()).unwrap()).unwrap();
+        let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
+        let config = config.with_protocol_versions(&[&TLS13]).unwrap().with_root_certificates(roots);
+        let chain = vec![CertificateDer::from_pem_slice(self.certificate.as_bytes()).unwrap()];
+        config.with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(self.key.as_bytes()).unwrap()).unwrap()
     }
 
     /// Trusts another authority.

@@ -2,13 +2,14 @@
 #![allow(dead_code, reason = "each test uses a part of it")]
 
 pub(crate) mod certificates;
+pub(crate) mod raw;
 pub(crate) mod relay;
 
 use bytes::Bytes;
 use certificates::{Authority, Identity};
 use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
 use shootdown_grpc::{
-    BootClock, Checked, Client, ClientBuilder, ClientTls, Connection, Limits, Server, ServerTls, Space, Tally, Unreadable,
+    BootClock, Checked, Client, ClientBuilder, Connection, Limits, Server, ServerTls, Space, Tally, Unreadable,
 };
 use shootdown_lease::engine::{Hub, Leased, Mirrors};
 use shootdown_lease::{Boot, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Terms};
@@ -146,7 +147,8 @@ pub(crate) struct Mirroring {
 }
 
 pub(crate) fn client(address: impl ToString) -> ClientBuilder {
-    Client::builder("memory").owner(address.to_string()).server_name("owner.example")
+    let backoff = (Duration::from_millis(10), TERM / 8);
+    Client::builder("memory").owner(address.to_string()).server_name("owner.example").backoff(backoff.0, backoff.1)
 }
 
 impl Mirroring {
@@ -228,7 +230,33 @@ pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
     }
 }
 
-/// Tls of a client that shows nothing.
-pub(crate) fn nobody(authority: &Authority) -> ClientTls {
-    authority.without_certificate()
+/// Changes memory again and again while something else goes on, and tells the longest wait.
+pub(crate) struct Changing {
+    task: JoinHandle<Duration>,
+    stop: Arc<std::sync::atomic::AtomicBool>,
+}
+
+impl Changing {
+    /// Of a space whose mirrors are all healthy.
+    pub(crate) fn begin(space: &AddressSpace) -> Self {
+        let (space, stop) = (space.clone(), Arc::<std::sync::atomic::AtomicBool>::default());
+        let stops = stop.clone();
+        let task = tokio::spawn(async move {
+            let mut longest = Duration::ZERO;
+            while !stops.load(std::sync::atomic::Ordering::Relaxed) {
+                let began = Instant::now();
+                drop(space.invalidate(page(1), Event::Clear).await);
+                longest = longest.max(began.elapsed());
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            longest
+        });
+        Self { task, stop }
+    }
+
+    /// The longest wait.
+    pub(crate) async fn end(self) -> Duration {
+        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        soon("the changes", self.task).await.unwrap()
+    }
 }
