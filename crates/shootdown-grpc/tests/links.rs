@@ -5,6 +5,7 @@ mod support;
 
 use shootdown::Event;
 use shootdown_lease::{Ending, Host};
+use std::sync::atomic::Ordering;
 use std::time::Instant;
 use support::certificates::Authority;
 use support::raw::Raw;
@@ -129,4 +130,23 @@ async fn a_mirror_that_leaves_while_its_link_is_down_says_so_later() {
     soon("the owner is told", mirror.connection.ended()).await;
     until("the owner knows", || owner.hub.members().is_empty()).await;
     assert_eq!((owner.hub.counts().left, owner.hub.counts().expired), (1, 0));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_that_owns_the_memory_no_more_grants_nothing() {
+    let authority = Authority::default();
+    let owner = Owned::begin(&authority).await;
+    let mirror = Mirroring::begin(owner.address, &authority.issue("mirror-1.example"));
+    soon("a mirror", mirror.leased.joined()).await;
+    owner.held.store(false, Ordering::Relaxed);
+    until("the lease has ended", || !mirror.leased.is_valid()).await;
+    let (renewals, streams) = (owner.hub.counts().renewals, owner.tally.counts().streams);
+    until("it tries again", || mirror.connection.counts().failed > 3).await;
+    assert_eq!((owner.hub.counts().renewals, owner.hub.counts().joins), (renewals, 1));
+    assert_eq!(owner.tally.counts().streams, streams, "a stream was opened");
+    assert!(owner.tally.counts().not_owner > 3);
+    let why = mirror.connection.last_error().unwrap();
+    assert!(why.contains("owns the space no more"), "{why}");
+    owner.held.store(true, Ordering::Relaxed);
+    soon("it joins anew", mirror.leased.joined()).await;
 }

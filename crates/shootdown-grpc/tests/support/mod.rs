@@ -14,6 +14,7 @@ use shootdown_grpc::{
 use shootdown_lease::engine::{Hub, Leased, Mirrors};
 use shootdown_lease::{Boot, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Terms};
 use std::net::SocketAddr;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 use tokio::task::JoinHandle;
@@ -46,6 +47,8 @@ pub(crate) struct Owned {
     pub(crate) memory: Arc<Mutex<Vec<u8>>>,
     pub(crate) hub: Hub,
     pub(crate) tally: Tally,
+    /// Whether it owns the memory.
+    pub(crate) held: Arc<AtomicBool>,
     pub(crate) address: SocketAddr,
     tasks: Vec<JoinHandle<()>>,
 }
@@ -75,7 +78,9 @@ impl Owned {
             let bytes = read.lock().unwrap()[start..start + range.len_usize().unwrap()].to_vec();
             Ok::<_, Unreadable>(Bytes::from(bytes))
         });
-        let mut offered = Space::new(hub.clone(), contents);
+        let held = Arc::new(AtomicBool::new(true));
+        let asks = held.clone();
+        let mut offered = Space::new(hub.clone(), contents).while_held(move || asks.load(Ordering::Relaxed));
         for number in 1..=8 {
             offered = offered.admit(format!("mirror-{number}.example").as_str(), Host(number));
         }
@@ -91,7 +96,7 @@ impl Owned {
             tokio::spawn(async move { keeps.run(tokio::time::sleep).await }),
             tokio::spawn(async move { match server.run().await {} }),
         ];
-        Self { space, mirrors, memory, hub, tally, address, tasks }
+        Self { space, mirrors, memory, hub, tally, held, address, tasks }
     }
 
     /// Changes a page as an owner has to. Returns how long the mirrors took to let go.
@@ -233,17 +238,17 @@ pub(crate) async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
 /// Changes memory again and again while something else goes on, and tells the longest wait.
 pub(crate) struct Changing {
     task: JoinHandle<Duration>,
-    stop: Arc<std::sync::atomic::AtomicBool>,
+    stop: Arc<AtomicBool>,
 }
 
 impl Changing {
     /// Of a space whose mirrors are all healthy.
     pub(crate) fn begin(space: &AddressSpace) -> Self {
-        let (space, stop) = (space.clone(), Arc::<std::sync::atomic::AtomicBool>::default());
+        let (space, stop) = (space.clone(), Arc::<AtomicBool>::default());
         let stops = stop.clone();
         let task = tokio::spawn(async move {
             let mut longest = Duration::ZERO;
-            while !stops.load(std::sync::atomic::Ordering::Relaxed) {
+            while !stops.load(Ordering::Relaxed) {
                 let began = Instant::now();
                 drop(space.invalidate(page(1), Event::Clear).await);
                 longest = longest.max(began.elapsed());
@@ -256,7 +261,7 @@ impl Changing {
 
     /// The longest wait.
     pub(crate) async fn end(self) -> Duration {
-        self.stop.store(true, std::sync::atomic::Ordering::Relaxed);
+        self.stop.store(true, Ordering::Relaxed);
         soon("the changes", self.task).await.unwrap()
     }
 }
