@@ -1,13 +1,12 @@
 //! What a link carries, both ways.
 #![forbid(unsafe_code)]
 
-use crate::client::LinkState;
 use crate::codec::{self, Heard, Malformed};
 use crate::proto;
 use shootdown_lease::engine::Leased;
 use shootdown_lease::{Nonce, ToMirror, ToOwner};
 use std::collections::BTreeMap;
-use std::sync::atomic::Ordering;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 use tokio::sync::mpsc;
 use tokio::time::timeout;
@@ -31,7 +30,7 @@ pub(crate) async fn carry(
     leased: &Leased,
     mut incoming: Streaming<proto::FromOwner>,
     sender: mpsc::Sender<proto::FromMirror>,
-    state: &LinkState,
+    malformed: &AtomicU64,
 ) -> Ended {
     let mut pieces = Pieces::default();
     loop {
@@ -42,7 +41,7 @@ pub(crate) async fn carry(
         };
         tokio::select! {
             biased;
-            message = incoming.message() => match hear(message, &mut pieces, state) {
+            message = incoming.message() => match hear(message, &mut pieces, malformed) {
                 Ok(Some((message, contents))) => leased.handle(message, contents),
                 Ok(None) => {}
                 Err(status) => return Ended::Down(status),
@@ -69,16 +68,16 @@ type Whole = (ToMirror, Option<Vec<u8>>);
 fn hear(
     message: Result<Option<proto::FromOwner>, Status>,
     pieces: &mut Pieces,
-    state: &LinkState,
+    malformed: &AtomicU64,
 ) -> Result<Option<Whole>, Status> {
-    let malformed = |status: Status| {
-        state.malformed.fetch_add(1, Ordering::Relaxed);
+    let counted = |status: Status| {
+        malformed.fetch_add(1, Ordering::Relaxed);
         status
     };
     let message = match message {
         Ok(Some(message)) => message,
         Ok(None) => return Err(Status::unavailable("the owner has ended the stream")),
-        Err(status) if status.code() == Code::OutOfRange => return Err(malformed(status)),
+        Err(status) if status.code() == Code::OutOfRange => return Err(counted(status)),
         Err(status) => return Err(status),
     };
     let heard = Heard::try_from(message).and_then(|heard| match heard {
@@ -91,7 +90,7 @@ fn hear(
             Ok(Some((message, None)))
         }
     });
-    heard.map_err(|what| malformed(what.into()))
+    heard.map_err(|what| counted(what.into()))
 }
 
 /// Contents on their way, of fetches that were asked by this link.

@@ -6,10 +6,10 @@ use crate::carry::{Ended, carry};
 use crate::codec;
 use crate::dial::{Address, Dial, DialError};
 use crate::limits::{MAX_FROM_MIRROR, MAX_FROM_OWNER, MAX_SPACE_NAME};
+use crate::name::INSECURE_NAME;
 use crate::observe;
 use crate::proto::FromMirror;
 use crate::proto::shootdown_client::ShootdownClient;
-use crate::service::INSECURE_NAME;
 use crate::tls::ClientTls;
 use futures::StreamExt;
 use shootdown_lease::Standing;
@@ -246,7 +246,7 @@ impl Client {
         if !matches!(leased.standing(), Standing::Out) {
             leased.connected();
         }
-        let ended = carry(leased, incoming, sender, state).await;
+        let ended = carry(leased, incoming, sender, &state.malformed).await;
         Ok((ended, began.elapsed()))
     }
 }
@@ -255,13 +255,13 @@ fn messages(mut outgoing: mpsc::Receiver<FromMirror>) -> impl futures::Stream<It
     futures::stream::poll_fn(move |cx| outgoing.poll_recv(cx))
 }
 
-/// What the tasks of a connection write down.
+/// What the task of a connection writes down.
 #[derive(Debug, Default)]
-pub(crate) struct LinkState {
+struct LinkState {
     up: AtomicBool,
     links: AtomicU64,
     failed: AtomicU64,
-    pub(crate) malformed: AtomicU64,
+    malformed: AtomicU64,
     why: Mutex<Option<String>>,
 }
 

@@ -1,6 +1,21 @@
-//! Memory that other hosts mirror, over gRPC.
+#![doc = include_str!("../README.md")]
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
+
+// Map of the modules: each uses only those above it.
+//
+// | module | it holds |
+// | --- | --- |
+// | `clock` | `CLOCK_BOOTTIME` |
+// | `limits` | bounds |
+// | `proto`, `codec` | messages, and what is malformed |
+// | `name`, `tls` | who a peer is |
+// | `observe` | what is counted and told |
+// | `space` | what is shared, and with whom |
+// | `list`, `socket`, `accept` | connections of an owner |
+// | `sending`, `service`, `server` | streams of an owner |
+// | `backoff`, `dial`, `carry`, `client` | the link of a mirror |
+// | `etcd` | who the owner is |
 
 mod accept;
 mod backoff;

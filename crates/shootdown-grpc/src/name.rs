@@ -7,6 +7,9 @@ use std::time::{Duration, SystemTime};
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
+/// Where a peer without a certificate says its name, on a server without TLS.
+pub(crate) const INSECURE_NAME: &str = "shootdown-insecure-name";
+
 /// A name that a certificate gives its holder: a DNS or URI entry of its subject alternative names.
 /// The common name counts for nothing, nor does a name with a wildcard.
 ///

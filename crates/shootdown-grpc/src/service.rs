@@ -3,7 +3,7 @@
 
 use crate::codec::{Malformed, Received};
 use crate::limits::Limits;
-use crate::name::Name;
+use crate::name::{INSECURE_NAME, Name};
 use crate::observe::{self, Count, Tally};
 use crate::proto;
 use crate::proto::shootdown_server::Shootdown;
@@ -20,9 +20,6 @@ use tokio::sync::oneshot;
 use tokio::time::{Instant, sleep, timeout};
 use tokio_util::sync::CancellationToken;
 use tonic::{Code, Request, Response, Status, Streaming};
-
-/// Where a peer without a certificate says its name, on a server without TLS.
-pub(crate) const INSECURE_NAME: &str = "shootdown-insecure-name";
 
 type Streams = HashMap<(Arc<str>, Host), (u64, CancellationToken)>;
 
