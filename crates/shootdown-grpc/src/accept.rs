@@ -17,7 +17,8 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-/// After how long a socket that cannot accept is tried again: the process has no file descriptors left.
+/// After how long a socket that cannot accept is tried again: the process has no file descriptors
+/// left.
 const AGAIN: Duration = Duration::from_millis(50);
 
 /// Takes connections as long as somebody receives them.

@@ -70,8 +70,8 @@ enum Security {
 }
 
 impl ClientBuilder {
-    /// An owner to try, as `host:port`. With several, those that may be the owner are tried one after
-    /// the other.
+    /// An owner to try, as `host:port`. With several, those that may be the owner are tried one
+    /// after the other.
     pub fn owner(mut self, address: impl Into<String>) -> Self {
         self.owners.push(address.into());
         self
@@ -96,8 +96,8 @@ impl ClientBuilder {
     }
 
     /// How long to wait before a link is made again: at first, and at most. A random part of up to
-    /// half of it is left out, so that mirrors do not come all at once. 20 ms and 1 s unless changed;
-    /// the longest should be below half of a term.
+    /// half of it is left out, so that mirrors do not come all at once. 20 ms and 1 s unless
+    /// changed; the longest should be below half of a term.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         self.backoff = (first, longest.max(first));
         self
@@ -109,8 +109,8 @@ impl ClientBuilder {
         self
     }
 
-    /// After how long without traffic the owner is asked whether it is there, and how long its answer
-    /// may take before the link is made anew. 2 s each unless changed.
+    /// After how long without traffic the owner is asked whether it is there, and how long its
+    /// answer may take before the link is made anew. 2 s each unless changed.
     pub fn keep_alive(mut self, interval: Duration, time: Duration) -> Self {
         self.keep_alive = (interval, time);
         self
@@ -291,7 +291,8 @@ pub struct ClientCounts {
     pub malformed: u64,
 }
 
-/// The link of a mirror to its owner, kept by a task. Dropped, the link is cut; the lease ends by itself.
+/// The link of a mirror to its owner, kept by a task. Dropped, the link is cut; the lease ends by
+/// itself.
 #[derive(Debug)]
 pub struct Connection {
     task: JoinHandle<()>,
@@ -299,7 +300,8 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Whether there is a link now, as far as this end knows. Nothing follows from that for the lease.
+    /// Whether there is a link now, as far as this end knows. Nothing follows from that for the
+    /// lease.
     pub fn is_up(&self) -> bool {
         self.state.up.load(Ordering::Relaxed)
     }

@@ -43,8 +43,8 @@ pub struct Campaign {
 }
 
 impl Campaign {
-    /// A candidate that asks the members of etcd at these URLs. All candidates for a memory name the
-    /// same election.
+    /// A candidate that asks the members of etcd at these URLs. All candidates for a memory name
+    /// the same election.
     pub fn new(endpoints: impl IntoIterator<Item = impl Into<String>>, election: impl Into<String>) -> Self {
         let endpoints = endpoints.into_iter().map(Into::into).collect();
         let (time_to_live, drift_ppm) = (Duration::from_secs(5), 1_000);
@@ -57,20 +57,22 @@ impl Campaign {
         self
     }
 
-    /// What the key says, for whoever looks at it: such as the address at which mirrors find the owner.
+    /// What the key says, for whoever looks at it: such as the address at which mirrors find the
+    /// owner.
     pub fn value(mut self, value: impl Into<Vec<u8>>) -> Self {
         self.value = value.into();
         self
     }
 
-    /// How long the key outlives its candidate, rounded up to seconds; 5 s unless changed. etcd gives
-    /// more if its own election takes longer.
+    /// How long the key outlives its candidate, rounded up to seconds; 5 s unless changed. etcd
+    /// gives more if its own election takes longer.
     pub fn time_to_live(mut self, time_to_live: Duration) -> Self {
         self.time_to_live = time_to_live;
         self
     }
 
-    /// How far a clock may be from real time: [`Terms::drift_ppm`](shootdown_lease::Terms::drift_ppm).
+    /// How far a clock may be from real time:
+    /// [`Terms::drift_ppm`](shootdown_lease::Terms::drift_ppm).
     pub fn drift_ppm(mut self, drift_ppm: u32) -> Self {
         self.drift_ppm = drift_ppm;
         self
@@ -127,8 +129,8 @@ pub struct Held {
 
 impl Held {
     /// Whether it lasted until `now`: to be asked with a time that was read after what it is asked
-    /// for has begun. It counts from when etcd was *asked* to keep the key, so that it ends before etcd
-    /// gives the memory to another one. It ends once, and for good.
+    /// for has begun. It counts from when etcd was *asked* to keep the key, so that it ends before
+    /// etcd gives the memory to another one. It ends once, and for good.
     pub fn is_held(&self, now: Time) -> bool {
         now < self.until()
     }
@@ -178,8 +180,8 @@ impl Held {
     }
 }
 
-/// The ownership of memory: won by [`Campaign::win`], kept by a task, lost when etcd is not heard of
-/// for long enough, or when it is dropped.
+/// The ownership of memory: won by [`Campaign::win`], kept by a task, lost when etcd is not heard
+/// of for long enough, or when it is dropped.
 ///
 /// An owner that stood still may not know yet that it is none. Ask [`Held::is_held`] before the
 /// memory is changed; where that may stand still as well, give the [`boot`](Self::boot) with each
@@ -210,7 +212,8 @@ impl Ownership {
         self.held.is_held(now)
     }
 
-    /// Gives the memory away: the next candidate wins at once. Nothing may change the memory any more.
+    /// Gives the memory away: the next candidate wins at once. Nothing may change the memory any
+    /// more.
     ///
     /// # Errors
     /// etcd does not hear it; the key then lives for its time to live.

@@ -47,7 +47,8 @@ pub struct Limits {
     pub fetches: usize,
     /// Bytes of the headers of a request. 8 KiB unless changed.
     pub headers: u32,
-    /// After how long without traffic a connection is asked whether it is there. 10 s unless changed.
+    /// After how long without traffic a connection is asked whether it is there. 10 s unless
+    /// changed.
     pub keep_alive: Duration,
     /// How long the answer may take, before the connection is closed. 10 s unless changed.
     pub keep_alive_timeout: Duration,

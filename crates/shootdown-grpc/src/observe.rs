@@ -114,8 +114,8 @@ impl Tally {
 pub struct ServerCounts {
     /// Connections accepted from the socket, those that were refused then included.
     pub connections: u64,
-    /// Connections closed because there were as many as may be, and the oldest of a certificate's when
-    /// it had as many as it may have.
+    /// Connections closed because there were as many as may be, and the oldest of a certificate's
+    /// when it had as many as it may have.
     pub full: u64,
     /// TLS handshakes that failed: no certificate, one of other roots, one that has expired or is
     /// revoked, none in time, or no TLS at all.

@@ -120,7 +120,8 @@ impl Sending {
         None
     }
 
-    /// Reads what there is room for, all of it at once: one range may be under invalidation for long.
+    /// Reads what there is room for, all of it at once: one range may be under invalidation for
+    /// long.
     fn begin(&mut self) {
         let bytes = |serve: &Serve| serve.range().len().unwrap_or(u64::MAX);
         let begun = |sending: &Self| {

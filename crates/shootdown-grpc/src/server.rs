@@ -124,8 +124,8 @@ impl Server {
     /// Serves mirrors, for ever. Streams and handshakes are tasks of their own.
     ///
     /// # Cancel safety
-    /// Dropped, the server stops: it listens no more and all connections are cut. That ends no epoch;
-    /// mirrors try to connect again.
+    /// Dropped, the server stops: it listens no more and all connections are cut. That ends no
+    /// epoch; mirrors try to connect again.
     ///
     /// # Panics
     /// Outside a tokio runtime, or in one without timers or I/O.

@@ -38,8 +38,8 @@ pub trait Contents: Send + Sync + 'static {
     fn read(&self, range: AddressRange) -> BoxFuture<'_, Result<Bytes, Unreadable>>;
 }
 
-/// Contents that a function reads, of a shared range, while no invalidation of what is read is under
-/// way.
+/// Contents that a function reads, of a shared range, while no invalidation of what is read is
+/// under way.
 ///
 /// What was read while one began is read again, so the function may read what is being changed, by
 /// means that allow that, such as a file or `process_vm_readv`.
@@ -50,8 +50,8 @@ pub struct Checked<F> {
 }
 
 impl<F: Fn(AddressRange) -> Result<Bytes, Unreadable>> Checked<F> {
-    /// Of the space into which the hub's [`Mirrors`](shootdown_lease::engine::Mirrors) were inserted,
-    /// over that range. The function runs on the server's threads: it should not wait.
+    /// Of the space into which the hub's [`Mirrors`](shootdown_lease::engine::Mirrors) were
+    /// inserted, over that range. The function runs on the server's threads: it should not wait.
     pub fn new(space: AddressSpace, shared: AddressRange, read: F) -> Self {
         Self { space, shared, read }
     }
@@ -103,8 +103,8 @@ impl<F> fmt::Debug for Checked<F> {
 
 /// A space that mirrors may join.
 ///
-/// Its [`Hub::run`] is the program's to spawn: invalidations that wait for a mirror that is gone end
-/// only while that runs.
+/// Its [`Hub::run`] is the program's to spawn: invalidations that wait for a mirror that is gone
+/// end only while that runs.
 #[derive(Clone)]
 pub struct Space {
     pub(crate) hub: Hub,
@@ -119,16 +119,17 @@ impl Space {
         Self { hub, contents: Arc::new(contents), admitted: BTreeMap::new(), held: None }
     }
 
-    /// Lets whoever has a certificate with that name join, as that host. Several names may be one host
-    /// (an old and a new one); a host has one stream, so two machines need two.
+    /// Lets whoever has a certificate with that name join, as that host. Several names may be one
+    /// host (an old and a new one); a host has one stream, so two machines need two.
     pub fn admit(mut self, name: impl Into<Name>, host: Host) -> Self {
         self.admitted.insert(name.into(), host);
         self
     }
 
     /// Serves only as long as this says so: where there may be several owners, whether this is it,
-    /// such as `move || held.is_held(BootClock.now())` with [`etcd::Held`](crate::etcd::Held). It is
-    /// asked after each message has arrived and before it counts; when it says no, the stream ends.
+    /// such as `move || held.is_held(BootClock.now())` with [`etcd::Held`](crate::etcd::Held). It
+    /// is asked after each message has arrived and before it counts; when it says no, the stream
+    /// ends.
     #[cfg_attr(not(feature = "etcd"), allow(rustdoc::broken_intra_doc_links, reason = "exists with that feature"))]
     pub fn while_held(mut self, held: impl Fn() -> bool + Send + Sync + 'static) -> Self {
         self.held = Some(Arc::new(held));

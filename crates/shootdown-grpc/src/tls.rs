@@ -51,7 +51,8 @@ pub struct ClientTls {
 
 impl ServerTls {
     /// With the owner's certificate (and what is between it and a root), its key, and the roots of
-    /// the mirrors' certificates, all as PEM. Mirrors without a certificate of these roots are refused.
+    /// the mirrors' certificates, all as PEM. Mirrors without a certificate of these roots are
+    /// refused.
     ///
     /// # Errors
     /// [`TlsError`]: a text is not what it should be, or the key is another one's.

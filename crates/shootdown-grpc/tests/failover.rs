@@ -1,5 +1,5 @@
-//! Several owners of one memory, with a real etcd: one of them owns it, and mirrors are never stale.
-//! Counts as ignored where there is no `etcd` (Debian: `apt-get install etcd-server`).
+//! Several owners of one memory, with a real etcd: one of them owns it, and mirrors are never
+//! stale. Counts as ignored where there is no `etcd` (Debian: `apt-get install etcd-server`).
 #![allow(missing_docs)]
 
 mod support;

@@ -4,10 +4,11 @@
 mod support;
 
 use shootdown::{AddressRange, Event};
+use shootdown_grpc::Limits;
 use shootdown_lease::engine::Lost;
 use shootdown_lease::{Host, Refusal};
 use support::certificates::Authority;
-use support::{BASE, Mirroring, Owned, SHARED, TERM, page, soon, until};
+use support::{BASE, Mirroring, Owned, SHARED, TERM, Way, page, soon, terms, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_mirror_joins_fetches_lets_go_and_leaves() {
@@ -79,6 +80,7 @@ async fn a_fetch_that_waits_for_an_invalidation_holds_nothing_up() {
     let guard = soon("an invalidation", owner.space.invalidate(page(0), Event::Clear)).await;
     let leased = mirror.leased.clone();
     let waits = tokio::spawn(async move { leased.fetch(page(0)).await });
+    until("the owner is about to read it", || owner.space.len() == 2).await;
     // One of another range is served meanwhile, and another invalidation ends.
     assert!(soon("another range", mirror.leased.fetch(page(1))).await.is_ok());
     soon("another invalidation", owner.change(page(9), 5)).await;
@@ -88,4 +90,21 @@ async fn a_fetch_that_waits_for_an_invalidation_holds_nothing_up() {
     drop(guard);
     assert_eq!(soon("the first range", waits).await.unwrap().unwrap()[0], 77);
     assert_eq!(owner.hub.counts().expelled, 0);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fetch_of_too_many_bytes_is_refused_and_others_wait_for_room() {
+    let authority = Authority::default();
+    let mut limits = Limits::default();
+    limits.fetch = 0x2000;
+    let tls = authority.server("owner.example");
+    let owner = Owned::with(Way::Tls(tls), limits, terms(), "127.0.0.1:0").await;
+    let mirror = Mirroring::begin(owner.address, &authority.issue("mirror-1.example"));
+    let most = AddressRange::new(BASE, 0x2000).unwrap();
+    let fetches = futures::future::join_all((0..20).map(|_| mirror.leased.fetch(most)));
+    for contents in soon("all", fetches).await {
+        assert_eq!(contents.map(|contents| contents.len()), Ok(0x2000));
+    }
+    let more = AddressRange::new(BASE, 0x2001).unwrap();
+    assert_eq!(soon("an answer", mirror.leased.fetch(more)).await, Err(Lost::Refused(Refusal::Contents)));
 }

@@ -1,4 +1,5 @@
-//! Links that break, stand still or are not read: none of that ends an epoch, and nobody else waits.
+//! Links that break, stand still or are not read: none of that ends an epoch, and nobody else
+//! waits.
 #![allow(missing_docs)]
 
 mod support;
@@ -12,17 +13,21 @@ use support::raw::Raw;
 use support::raw::proto::Renew;
 use support::raw::proto::from_mirror::Message;
 use support::relay::{Mode, Relay};
-use support::{Mirroring, Owned, TERM, page, soon, terms, until};
+use support::{Mirroring, Owned, TERM, client, page, soon, terms, until};
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_link_that_breaks_and_comes_back_ends_no_epoch() {
     let authority = Authority::default();
     let owner = Owned::begin(&authority).await;
     let relay = Relay::begin(owner.address).await;
-    let mirror = Mirroring::begin(relay.address, &authority.issue("mirror-1.example"));
+    // If each break made the next wait longer, the lease would be lost after a few.
+    let identity = authority.issue("mirror-1.example");
+    let client = client(relay.address).tls(identity.client()).backoff(TERM / 40, TERM * 4);
+    let mirror = Mirroring::with(client);
     let held = soon("a copy", mirror.copy(page(1))).await;
     let epoch = owner.hub.members()[0].1;
-    for round in 0..5_u8 {
+    for round in 0..8_u8 {
+        tokio::time::sleep(TERM / 8).await;
         let links = mirror.connection.counts().links;
         relay.set(Mode::Cut);
         until("the link is down", || !mirror.connection.is_up()).await;
@@ -41,7 +46,7 @@ async fn a_link_that_breaks_and_comes_back_ends_no_epoch() {
     }
     assert_eq!((mirror.leased.counts().joined, mirror.leased.counts().lost), (1, 0));
     assert_eq!((owner.hub.counts().joins, owner.hub.counts().expired), (1, 0));
-    assert_eq!(owner.hub.endings(Ending::Acknowledged), 5);
+    assert_eq!(owner.hub.endings(Ending::Acknowledged), 8);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -149,4 +154,22 @@ async fn an_owner_that_owns_the_memory_no_more_grants_nothing() {
     assert!(why.contains("owns the space no more"), "{why}");
     owner.held.store(true, Ordering::Relaxed);
     soon("it joins anew", mirror.leased.joined()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_stops_cuts_its_links_and_a_new_one_goes_on_in_the_same_epochs() {
+    let authority = Authority::default();
+    let mut owner = Owned::begin(&authority).await;
+    let mirror = Mirroring::begin(owner.address, &authority.issue("mirror-1.example"));
+    let held = soon("a copy", mirror.copy(page(1))).await;
+    let epoch = owner.hub.members()[0].1;
+    owner.close().await;
+    until("the link is cut", || !mirror.connection.is_up()).await;
+    assert!(mirror.leased.is_valid() && held.copy.lock().is_some(), "it holds on meanwhile");
+    assert!(tokio::net::TcpStream::connect(owner.address).await.is_err(), "nobody listens");
+    owner.open().await;
+    until("the link is up", || mirror.connection.is_up()).await;
+    soon("a change", owner.change(page(1), 5)).await;
+    assert_eq!((held.copy.lock().as_deref(), owner.hub.members()[0].1), (None, epoch));
+    assert_eq!(owner.hub.endings(Ending::Acknowledged), 1);
 }

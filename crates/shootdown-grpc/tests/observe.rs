@@ -42,7 +42,8 @@ impl Subscriber for Lines {
     fn exit(&self, _: &Id) {}
 }
 
-/// All metrics, by name and labels. A snapshot empties the counters, so the largest values are kept.
+/// All metrics, by name and labels. A snapshot empties the counters, so the largest values are
+/// kept.
 #[derive(Default)]
 struct Seen(BTreeMap<(String, String), f64>);
 

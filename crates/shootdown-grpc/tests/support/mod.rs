@@ -9,7 +9,7 @@ use bytes::Bytes;
 use certificates::{Authority, Identity};
 use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
 use shootdown_grpc::{
-    BootClock, Checked, Client, ClientBuilder, Connection, Limits, Server, ServerTls, Space, Tally, Unreadable,
+    BootClock, Checked, Client, ClientBuilder, Connection, Limits, Server, ServerBuilder, ServerTls, Space, Tally, Unreadable,
 };
 use shootdown_lease::engine::{Hub, Leased, Mirrors};
 use shootdown_lease::{Boot, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Terms};
@@ -50,6 +50,7 @@ pub(crate) struct Owned {
     /// Whether it owns the memory.
     pub(crate) held: Arc<AtomicBool>,
     pub(crate) address: SocketAddr,
+    builder: Box<dyn Fn() -> ServerBuilder + Send>,
     tasks: Vec<JoinHandle<()>>,
 }
 
@@ -84,19 +85,22 @@ impl Owned {
         for number in 1..=8 {
             offered = offered.admit(format!("mirror-{number}.example").as_str(), Host(number));
         }
-        let server = Server::builder().limits(limits).space("memory", offered);
-        let server = match way {
-            Way::Tls(tls) => server.tls(tls),
-            Way::Plaintext => server.insecure_plaintext(),
+        let builder = move || {
+            let server = Server::builder().limits(limits.clone()).space("memory", offered.clone());
+            match &way {
+                Way::Tls(tls) => server.tls(tls.clone()),
+                Way::Plaintext => server.insecure_plaintext(),
+            }
         };
-        let server = server.bind(at).await.unwrap();
+        let server = builder().bind(at).await.unwrap();
         let (tally, address) = (server.tally(), server.local_addr());
         let keeps = hub.clone();
         let tasks = vec![
             tokio::spawn(async move { keeps.run(tokio::time::sleep).await }),
             tokio::spawn(async move { match server.run().await {} }),
         ];
-        Self { space, mirrors, memory, hub, tally, held, address, tasks }
+        let builder = Box::new(builder);
+        Self { space, mirrors, memory, hub, tally, held, address, builder, tasks }
     }
 
     /// Changes a page as an owner has to. Returns how long the mirrors took to let go.
@@ -116,6 +120,13 @@ impl Owned {
             server.abort();
             let _ = server.await;
         }
+    }
+
+    /// Listens again where it has listened.
+    pub(crate) async fn open(&mut self) {
+        let server = (self.builder)().bind(self.address).await.unwrap();
+        self.tally = server.tally();
+        self.tasks.push(tokio::spawn(async move { match server.run().await {} }));
     }
 }
 
