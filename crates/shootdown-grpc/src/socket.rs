@@ -41,6 +41,14 @@ impl fmt::Display for Peer {
 pub(crate) struct Use {
     streams: AtomicUsize,
     ever: AtomicBool,
+    /// A stream has begun or ended since this was looked at.
+    lately: AtomicBool,
+}
+
+impl Use {
+    fn is_idle(&self) -> bool {
+        !self.lately.swap(false, Ordering::Relaxed) && self.streams.load(Ordering::Relaxed) == 0
+    }
 }
 
 /// A stream of a connection, as long as it is one.
@@ -51,12 +59,14 @@ impl InUse {
     pub(crate) fn new(of: &Arc<Use>) -> Self {
         of.streams.fetch_add(1, Ordering::Relaxed);
         of.ever.store(true, Ordering::Relaxed);
+        of.lately.store(true, Ordering::Relaxed);
         Self(of.clone())
     }
 }
 
 impl Drop for InUse {
     fn drop(&mut self) {
+        self.0.lately.store(true, Ordering::Relaxed);
         self.0.streams.fetch_sub(1, Ordering::Relaxed);
     }
 }
@@ -113,7 +123,7 @@ impl Socket {
             return Err(io::Error::new(io::ErrorKind::TimedOut, "the certificate has expired"));
         }
         while self.idle.as_mut().poll(cx).is_ready() {
-            if self.peer.use_.streams.load(Ordering::Relaxed) == 0 {
+            if self.peer.use_.is_idle() {
                 return Err(io::Error::new(io::ErrorKind::TimedOut, "no stream on this connection"));
             }
             self.idle.as_mut().reset(Instant::now() + self.idle_for);
