@@ -176,6 +176,7 @@ fn refusal(why: i32) -> Result<Refusal, Malformed> {
         Ok(Why::MembersOfHost) => Ok(Refusal::MembersOfHost),
         Ok(Why::Fetches) => Ok(Refusal::Fetches),
         Ok(Why::Contents) => Ok(Refusal::Contents),
+        Ok(Why::Expelled) => Ok(Refusal::Expelled),
         Ok(Why::Unspecified) | Err(_) => Err(Malformed::Refusal(why)),
     }
 }
@@ -186,6 +187,7 @@ fn to_refusal(why: Refusal) -> Why {
         Refusal::MembersOfHost => Why::MembersOfHost,
         Refusal::Fetches => Why::Fetches,
         Refusal::Contents => Why::Contents,
+        Refusal::Expelled => Why::Expelled,
     }
 }
 
@@ -277,6 +279,7 @@ mod tests {
             ToMirror::Gone { epoch: EPOCH },
             ToMirror::Refused { nonce: Nonce(5), incarnation: None, why: Refusal::Fetches },
             ToMirror::Refused { nonce: Nonce(6), incarnation: None, why: Refusal::Contents },
+            ToMirror::Refused { nonce: Nonce(6), incarnation: Some(Incarnation(2)), why: Refusal::Expelled },
             ToMirror::Refused { nonce: Nonce(5), incarnation: Some(Incarnation(0)), why: Refusal::Members },
             ToMirror::Refused { nonce: Nonce(5), incarnation: Some(Incarnation(1)), why: Refusal::MembersOfHost },
         ];
