@@ -1,7 +1,7 @@
 //! An owner and its hosts, each with the real ends of the protocol.
 
 use crate::options::Options;
-use crate::time::{Processor, Virtual};
+use crate::time::{GaveUp, Processor, Virtual};
 use futures::executor::{LocalPool, LocalSpawner};
 use futures::future::{FutureExt, LocalBoxFuture};
 use futures::task::LocalSpawnExt;
@@ -267,8 +267,13 @@ impl<'a> Fleet<'a> {
         spawner.spawn_local(of(alive.clone(), up.boxed_local())).unwrap();
     }
 
+    fn run(&mut self, done: impl FnMut() -> bool) -> Result<(), GaveUp> {
+        let most = self.options.term * 100;
+        self.time.clone().run_until(&mut self.pool, most, done)
+    }
+
     /// Has every GPU of a host that has a lease map the memory.
-    fn map_all(&mut self) {
+    fn map_all(&mut self) -> Result<(), GaveUp> {
         let left = Rc::new(Cell::new(0_usize));
         for at in 0..self.nodes.len() {
             if !self.nodes[at].alive.get() {
@@ -291,7 +296,7 @@ impl<'a> Fleet<'a> {
             };
             self.spawner().spawn_local(map).unwrap();
         }
-        self.time.clone().run_until(&mut self.pool, || left.get() == 0);
+        self.run(|| left.get() == 0)
     }
 
     /// GPUs that may still reach the memory at this moment: mapped, and by a lease that has not ended.
@@ -305,7 +310,7 @@ impl<'a> Fleet<'a> {
         self.nodes.iter().filter(holds).map(of).sum()
     }
 
-    fn invalidate(&mut self, measured: &mut Measured) -> Duration {
+    fn invalidate(&mut self, measured: &mut Measured) -> Result<Duration, GaveUp> {
         let (space, done) = (self.space.clone(), Rc::<Cell<bool>>::default());
         let (told, began) = (done.clone(), self.time.now());
         let (release, held) = futures::channel::oneshot::channel::<()>();
@@ -316,38 +321,41 @@ impl<'a> Fleet<'a> {
             drop(guard);
         };
         self.spawner().spawn_local(change).unwrap();
-        self.time.clone().run_until(&mut self.pool, || done.get());
+        self.run(|| done.get())?;
         let took = self.time.now().since(began);
         measured.stale += self.reaching();
         drop(release);
-        took
+        Ok(took)
     }
 
     /// Measures, and at the end kills a host, if one is to be dead.
-    pub fn measure(mut self, dead: Option<Dead>) -> Measured {
+    ///
+    /// # Errors
+    /// [`GaveUp`], if the hosts do not even join, or an invalidation does not end.
+    pub fn measure(mut self, dead: Option<Dead>) -> Result<Measured, GaveUp> {
         let mut measured = Measured::default();
         // Until all have joined.
         let nodes = self.nodes.clone();
         let joined = move || nodes.iter().all(|node| matches!(node.leased.standing(), Standing::Live(..)));
-        self.time.clone().run_until(&mut self.pool, joined);
+        self.run(joined)?;
         let (began, quiet) = (self.time.now(), self.options.term * 2);
         self.owner.processor.take_busy();
         let time = self.time.clone();
-        self.time.clone().run_until(&mut self.pool, || time.now().since(began) >= quiet);
+        self.run(|| time.now().since(began) >= quiet)?;
         measured.owner_busy = self.owner.processor.take_busy().as_secs_f64() / self.time.now().since(began).as_secs_f64();
         let count = if dead.is_some() { 0 } else { self.options.invalidations };
         for _ in 0..count {
-            self.map_all();
-            let took = self.invalidate(&mut measured);
+            self.map_all()?;
+            let took = self.invalidate(&mut measured)?;
             measured.times.push(took);
         }
         if let Some(dead) = dead {
-            self.map_all();
+            self.map_all()?;
             let host = if dead == Dead::Leaf { self.nodes.len() - 1 } else { 0 };
             self.nodes[host].alive.set(false);
-            measured.dead = Some(self.invalidate(&mut measured));
+            measured.dead = Some(self.invalidate(&mut measured)?);
         }
         measured.times.sort_unstable();
-        measured
+        Ok(measured)
     }
 }

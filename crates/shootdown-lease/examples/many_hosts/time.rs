@@ -9,6 +9,10 @@ use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+/// It has taken so long that it may never end: the owner does not keep up, or too much is lost.
+#[derive(Debug)]
+pub struct GaveUp;
+
 /// A clock that moves when nothing is left to do at the present moment.
 #[derive(Clone, Default)]
 pub struct Virtual {
@@ -38,15 +42,16 @@ impl Virtual {
         woken.map(drop).boxed()
     }
 
-    /// Runs until `done`, or until nothing will ever happen.
-    pub fn run_until(&self, pool: &mut LocalPool, mut done: impl FnMut() -> bool) -> bool {
+    /// Runs until `done`; not longer than `most`, and not when nothing will ever happen.
+    pub fn run_until(&self, pool: &mut LocalPool, most: Duration, mut done: impl FnMut() -> bool) -> Result<(), GaveUp> {
+        let last = self.now() + most;
         loop {
             pool.run_until_stalled();
             if done() {
-                return true;
+                return Ok(());
             }
             let next = self.sleepers.lock().unwrap().waiting.pop_first();
-            let Some(((at, _), sleeper)) = next else { return false };
+            let Some(((at, _), sleeper)) = next.filter(|((at, _), _)| *at <= last.as_nanos()) else { return Err(GaveUp) };
             self.now.store(at, Ordering::Relaxed);
             let _ = sleeper.send(());
         }
