@@ -13,6 +13,7 @@ use fleet::{Dead, Fleet, Setup};
 use options::Options;
 use report::Row;
 use std::process::ExitCode;
+use time::GaveUp;
 
 fn main() -> ExitCode {
     let options = Options::parse();
@@ -48,7 +49,10 @@ fn row(options: &Options, hosts: u32) -> Row {
         measure(Setup { stragglers: options.stragglers, ..plain }),
         measure(Setup { loss: options.loss, ..plain }),
     ];
-    let killed =
-        [Some(dead(plain, Dead::Leaf)), is_deep.then(|| dead(tree, Dead::Leaf)), is_deep.then(|| dead(tree, Dead::Inner))];
-    Row::new(hosts, &measured, &killed)
+    let killed = [
+        Some(dead(plain, Dead::Leaf)?),
+        is_deep.then(|| dead(tree, Dead::Leaf)).transpose()?,
+        is_deep.then(|| dead(tree, Dead::Inner)).transpose()?,
+    ];
+    Ok(Row::new(hosts, &measured, &killed))
 }

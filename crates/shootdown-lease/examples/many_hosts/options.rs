@@ -34,7 +34,7 @@ pub struct Options {
     pub stragglers: f64,
 
     /// The share of messages that are lost, in the column of loss
-    #[arg(long, value_name = "0…1", default_value_t = 0.001, value_parser = share)]
+    #[arg(long, value_name = "0…0.5", default_value_t = 0.001, value_parser = lost)]
     pub loss: f64,
 
     /// How many hosts each host of a tree tells
@@ -76,6 +76,10 @@ fn micros(text: &str) -> Result<Duration, String> {
 
 fn millis(text: &str) -> Result<Duration, String> {
     positive(text, 1e6)
+}
+
+fn lost(text: &str) -> Result<f64, String> {
+    share(text).ok().filter(|share| *share <= 0.5).ok_or_else(|| "has to be from 0 to 0.5".into())
 }
 
 fn share(text: &str) -> Result<f64, String> {
