@@ -4,13 +4,13 @@ use crate::support::*;
 use futures::FutureExt;
 use futures::channel::oneshot;
 use futures::executor::{LocalPool, block_on};
+use futures::future::BoxFuture;
 use futures::task::{ArcWake, LocalSpawnExt, waker};
 use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 use shootdown_lease::engine::{Hub, Leased, Outgoing};
 use shootdown_lease::{Boot, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Standing, Terms, Time};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::pin::Pin;
 use std::rc::Rc;
 use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering::SeqCst};
 use std::sync::{Arc, Mutex};
@@ -216,7 +216,7 @@ fn r4_a_lease_that_is_valid_again_by_a_late_renewal_wakes_who_waits() {
         }
     }
     let woken = Arc::new(Count(AtomicUsize::new(0)));
-    let reader: Arc<Mutex<Option<Pin<Box<dyn Future<Output = ()> + Send>>>>> = Arc::default();
+    let reader = Arc::<Mutex<Option<BoxFuture<'static, ()>>>>::default();
     *reader.lock().unwrap() = Some(Box::pin(async move {
         driver.read_begin().await;
     }));

@@ -24,11 +24,13 @@ pub(crate) fn ms(at: u64) -> Time {
     Time::from_nanos(at * MS)
 }
 
+type Sleeper = (u64, oneshot::Sender<()>);
+
 /// Time that passes when the test says so.
 #[derive(Clone, Default)]
 pub(crate) struct Timer {
     pub(crate) now: Arc<AtomicU64>,
-    pub(crate) sleepers: Rc<RefCell<Vec<(u64, oneshot::Sender<()>)>>>,
+    pub(crate) sleepers: Rc<RefCell<Vec<Sleeper>>>,
 }
 
 impl Timer {
