@@ -88,7 +88,7 @@ mod real {
         }
 
         /// Whether it was closed, whatever the lease says.
-        fn has_closings(&self) -> bool {
+        pub(crate) fn has_closings(&self) -> bool {
             self.word.load(Ordering::Acquire) & !(SIDE | LEASED) != 0
         }
 
@@ -99,6 +99,13 @@ mod real {
         pub(crate) fn is_closed_now(&self) -> bool {
             fence(Ordering::Acquire);
             self.is_closed()
+        }
+
+        /// The same of the closings alone.
+        #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+        pub(crate) fn has_closings_now(&self) -> bool {
+            fence(Ordering::Acquire);
+            self.has_closings()
         }
 
         /// How often it was closed and not yet opened.

@@ -314,7 +314,7 @@ impl Inner {
         let untold = {
             let mut table = self.table();
             table.remove(watched);
-            table.tidy(|| self.shared().gate.is_closed_now())
+            table.tidy(|| self.shared().gate.has_closings_now())
         };
         if untold {
             ring(&self.bell);

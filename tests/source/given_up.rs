@@ -14,6 +14,7 @@ use std::thread;
 crate::list![fn isolated_tests:
     what_was_dropped_during_a_change_is_given_up_after_it_by_who_delivers_by_hand,
     what_was_dropped_during_a_change_is_given_up_after_it_by_run,
+    r4_what_was_dropped_in_a_leased_space_is_given_up,
     m8_what_the_program_has_mapped_where_it_was_watched_stays_as_it_is,
     m8_what_another_source_watches_where_it_was_watched_stays_as_it_is,
 ];
@@ -67,6 +68,22 @@ fn what_was_dropped_during_a_change_is_given_up_after_it_by_run() {
         let other = dropped_during_a_change(&uffd, &mut reader, || {});
         eventually("it is given up", || kept(other.range()) == 0);
     }
+    uffd.stop();
+    delivering.join().unwrap();
+}
+
+/// R4: with feature `lease`; a lease that is valid closes no gate for the source.
+fn r4_what_was_dropped_in_a_leased_space_is_given_up() {
+    let _fork = no_fork();
+    #[cfg(feature = "lease")]
+    let space = AddressSpace::builder().valid_while(|| true).build();
+    #[cfg(not(feature = "lease"))]
+    let space = AddressSpace::new();
+    let (uffd, _reader, mut deliveries) = Uffd::builder().fork(Fork::Keep).open(&space).unwrap();
+    let delivering = thread::spawn(move || deliveries.run().unwrap());
+    let memory = Raw::map(1);
+    drop(uffd.watch(memory.range()).unwrap());
+    eventually("it is given up", || kept(memory.range()) == 0);
     uffd.stop();
     delivering.join().unwrap();
 }

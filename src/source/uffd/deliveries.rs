@@ -328,7 +328,7 @@ impl Inner {
         }
         drop(open);
         // Who delivers asks himself when to come again.
-        let _ = self.table().tidy(|| self.shared().gate.is_closed_now());
+        let _ = self.table().tidy(|| self.shared().gate.has_closings_now());
         for range in changes.unseen {
             self.report_unsettled(range, Duration::ZERO);
         }

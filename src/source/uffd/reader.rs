@@ -89,10 +89,10 @@ impl Reader {
         let goes_on = core::mem::replace(&mut self.told, told) != told;
         let most = if goes_on { MOMENT * u32::try_from(behind).unwrap_or(1) } else { MOMENT };
         let began = Instant::now();
-        while gate.is_closed() && began.elapsed() < most {
+        while gate.has_closings() && began.elapsed() < most {
             std::thread::yield_now();
         }
-        if !gate.is_closed() {
+        if !gate.has_closings() {
             let closed = began.elapsed();
             while began.elapsed() < closed + closed.min(MOMENT) {
                 std::thread::yield_now();

@@ -212,7 +212,8 @@ impl State {
     }
 
     fn push(&mut self, to: Host, outgoing: Outgoing, after: &mut After) {
-        let room = 2 * self.owner.terms().window + self.owner.terms().fetches + 16;
+        let terms = self.owner.terms();
+        let room = terms.window.saturating_mul(2).saturating_add(terms.fetches).saturating_add(16);
         match self.outboxes.get_mut(&to).filter(|outbox| outbox.queue.len() < room) {
             Some(outbox) => {
                 outbox.queue.push_back(outgoing);

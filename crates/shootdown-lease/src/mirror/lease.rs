@@ -339,7 +339,7 @@ fn spread(term: Duration, of: Incarnation, nonce: Nonce) -> Duration {
     mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
     let part = ((mixed ^ mixed >> 31) >> 56) as u32;
-    (interval(term) * (3 * 256 + part) / 1024).max(Duration::from_nanos(1))
+    (interval(term).saturating_mul(3 * 256 + part) / 1024).max(Duration::from_nanos(1))
 }
 
 /// Five questions in each term, so that four may be lost.
