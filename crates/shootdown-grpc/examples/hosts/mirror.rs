@@ -114,7 +114,7 @@ async fn keep_up(copies: &[Subscription<Copy>], leased: &Leased) -> Result<()> {
                 refill(copy, leased).await?;
             }
         }
-        tokio::time::sleep(Duration::from_millis(8)).await;
+        tokio::time::sleep(Duration::from_millis(1)).await;
     }
 }
 

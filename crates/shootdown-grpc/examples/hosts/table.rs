@@ -7,7 +7,7 @@ use anyhow::{Result, ensure};
 use std::time::Duration;
 
 pub(crate) fn run(term: Duration, rounds: u32, least: u64, most: u64) -> Result<()> {
-    println!("An invalidation of a page that k mirrors have copies of, which they fetch again soon;");
+    println!("An invalidation of a page that k mirrors have copies of, which they fetch again within a millisecond;");
     println!("beside it 64 bytes to k processes and back over plain TCP. Microseconds, {rounds} of each.\n");
     println!("| k | TCP p50 | p99 | invalidation p50 | p99 | times TCP |");
     println!("| ---: | ---: | ---: | ---: | ---: | ---: |");
