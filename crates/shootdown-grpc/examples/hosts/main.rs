@@ -68,7 +68,7 @@ struct Costs {
 
 #[derive(Args)]
 struct Chaos {
-    /// For so long, and for a sixth of it with the leases switched off.
+    /// For so long, and for a sixth of it, but 10 s at least, with the leases switched off.
     #[arg(long, default_value_t = 60)]
     seconds: u64,
     /// So many mirrors.
