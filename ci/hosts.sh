@@ -25,3 +25,4 @@ cargo clippy -p shootdown-lease --no-default-features -- -D warnings
 RUSTDOCFLAGS="-D warnings" cargo doc --no-deps "${features[@]}" "${packages[@]}"
 cargo test --release "${features[@]}" "${packages[@]}"
 cargo run --release --quiet -p shootdown-lease --example many_hosts -- --hosts 1,30,300 --invalidations 10
+cargo run --release --quiet -p shootdown-grpc --example hosts -- chaos --seconds 6
