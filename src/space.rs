@@ -98,7 +98,7 @@ impl Builder {
         self
     }
 
-    /// Readers are checked against a lease: while `valid` says no, `read_begin` waits, every
+    /// Readers are checked against a lease: while `valid` says no, no `read_begin` begins, every
     /// [`read_retry`](crate::Subscription::read_retry) is true, and a registration cache finds
     /// nothing (R4). For memory that another host owns, such as `shootdown-lease` mirrors: a process
     /// that was stopped goes on where it was, after its lease has ended, and nobody could invalidate

@@ -4,7 +4,7 @@
 use crate::codec::{self, Heard, Malformed};
 use crate::proto;
 use shootdown_lease::engine::Leased;
-use shootdown_lease::{Nonce, ToMirror, ToOwner};
+use shootdown_lease::{Asker, Nonce, ToMirror, ToOwner};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -84,7 +84,7 @@ fn hear(
         Heard::Piece { nonce, offset, data } => pieces.add(nonce, offset, &data).map(|()| None),
         Heard::Message(message @ ToMirror::Fetched { nonce, .. }) => Ok(Some((message, pieces.take(nonce)))),
         Heard::Message(message) => {
-            if let ToMirror::Refused { nonce, incarnation: None, .. } = message {
+            if let ToMirror::Refused { nonce, asker: Asker::Fetch(_), .. } = message {
                 pieces.take(nonce);
             }
             Ok(Some((message, None)))

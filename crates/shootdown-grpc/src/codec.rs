@@ -5,7 +5,7 @@ use crate::limits::{MAX_RANGES, MAX_SPACE_NAME};
 use crate::proto;
 use crate::proto::refused::Why;
 use shootdown::{AddressRange, RangeSet};
-use shootdown_lease::{Boot, Epoch, Incarnation, InvalidationId, Nonce, Refusal, ToMirror, ToOwner};
+use shootdown_lease::{Asker, Boot, Epoch, Incarnation, InvalidationId, Nonce, Refusal, ToMirror, ToOwner};
 use std::time::Duration;
 use thiserror::Error;
 use tonic::Status;
@@ -162,7 +162,11 @@ impl TryFrom<proto::FromOwner> for Heard {
             Message::Gone(gone) => ToMirror::Gone { epoch: epoch(gone.epoch)? },
             Message::Refused(refused) => ToMirror::Refused {
                 nonce: Nonce(refused.nonce),
-                incarnation: refused.incarnation.map(Incarnation),
+                asker: match refused.asker {
+                    Some(proto::refused::Asker::Incarnation(of)) => Asker::Join(Incarnation(of)),
+                    Some(proto::refused::Asker::Epoch(of)) => Asker::Fetch(epoch(Some(of))?),
+                    None => return Err(Malformed::Missing("asker")),
+                },
                 why: refusal(refused.why)?,
             },
         };
@@ -228,9 +232,12 @@ pub(crate) fn from_owner(message: &ToMirror) -> proto::FromOwner {
             Message::Inv(proto::Inv { epoch: to_epoch(*epoch), invalidation: invalidation.0, ranges: to_ranges(ranges) })
         }
         ToMirror::Gone { epoch } => Message::Gone(proto::Gone { epoch: to_epoch(*epoch) }),
-        ToMirror::Refused { nonce, incarnation, why } => Message::Refused(proto::Refused {
+        ToMirror::Refused { nonce, asker, why } => Message::Refused(proto::Refused {
             nonce: nonce.0,
-            incarnation: incarnation.map(|incarnation| incarnation.0),
+            asker: match asker {
+                Asker::Join(of) => Some(proto::refused::Asker::Incarnation(of.0)),
+                Asker::Fetch(of) => to_epoch(*of).map(proto::refused::Asker::Epoch),
+            },
             why: to_refusal(*why).into(),
         }),
     };
@@ -277,11 +284,11 @@ mod tests {
             ToMirror::Fetched { epoch: EPOCH, nonce: Nonce(2), version: 3 },
             ToMirror::Inv { epoch: EPOCH, invalidation: InvalidationId(4), ranges },
             ToMirror::Gone { epoch: EPOCH },
-            ToMirror::Refused { nonce: Nonce(5), incarnation: None, why: Refusal::Fetches },
-            ToMirror::Refused { nonce: Nonce(6), incarnation: None, why: Refusal::Contents },
-            ToMirror::Refused { nonce: Nonce(6), incarnation: Some(Incarnation(2)), why: Refusal::Expelled },
-            ToMirror::Refused { nonce: Nonce(5), incarnation: Some(Incarnation(0)), why: Refusal::Members },
-            ToMirror::Refused { nonce: Nonce(5), incarnation: Some(Incarnation(1)), why: Refusal::MembersOfHost },
+            ToMirror::Refused { nonce: Nonce(5), asker: Asker::Fetch(EPOCH), why: Refusal::Fetches },
+            ToMirror::Refused { nonce: Nonce(6), asker: Asker::Fetch(EPOCH), why: Refusal::Contents },
+            ToMirror::Refused { nonce: Nonce(6), asker: Asker::Join(Incarnation(2)), why: Refusal::Expelled },
+            ToMirror::Refused { nonce: Nonce(5), asker: Asker::Join(Incarnation(0)), why: Refusal::Members },
+            ToMirror::Refused { nonce: Nonce(5), asker: Asker::Join(Incarnation(1)), why: Refusal::MembersOfHost },
         ];
         for message in to_mirror {
             let bytes = from_owner(&message).encode_to_vec();
@@ -313,7 +320,9 @@ mod tests {
         let many = vec![proto::Range { start: 1, last: 1 }; MAX_RANGES + 1];
         assert_eq!(inv(many), Malformed::ManyRanges(MAX_RANGES + 1));
         assert_eq!(inv(vec![proto::Range { start: 1, last: 0 }]), Malformed::Range { start: 1, last: 0 });
-        let refused = |why| owner(Some(Owner::Refused(proto::Refused { nonce: 1, incarnation: None, why })));
+        let refused = |why| {
+            owner(Some(Owner::Refused(proto::Refused { nonce: 1, asker: Some(proto::refused::Asker::Incarnation(1)), why })))
+        };
         assert_eq!(refused(0), Malformed::Refusal(0));
         assert_eq!(refused(99), Malformed::Refusal(99));
         let welcome = proto::Welcome { epoch: some(), incarnation: 1, nonce: 1, term_nanos: 0 };

@@ -12,7 +12,7 @@ use futures::StreamExt;
 use futures::future::BoxFuture;
 use futures::stream::FuturesUnordered;
 use shootdown_lease::engine::{Link, Outgoing, Serve};
-use shootdown_lease::{Refusal, ToMirror};
+use shootdown_lease::{Asker, Refusal, ToMirror};
 use std::collections::VecDeque;
 use std::sync::Arc;
 use tokio::sync::oneshot;
@@ -166,7 +166,7 @@ impl Sending {
         self.forget(serve);
         self.tally.refuse(count, &self.peer, why);
         let reason = if count == Count::FetchesDropped { Refusal::Fetches } else { Refusal::Contents };
-        codec::from_owner(&ToMirror::Refused { nonce: serve.nonce(), incarnation: None, why: reason })
+        codec::from_owner(&ToMirror::Refused { nonce: serve.nonce(), asker: Asker::Fetch(serve.epoch()), why: reason })
     }
 
     fn forget(&mut self, serve: &Serve) {

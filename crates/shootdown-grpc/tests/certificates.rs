@@ -14,7 +14,7 @@ async fn refused(who: Mirroring, owner: &Owned, count: impl Fn(ServerCounts) -> 
     until("it is refused, and again", || count(owner.tally.counts()) > 1).await;
     assert_eq!(owner.hub.members().iter().map(|member| member.0).collect::<Vec<_>>(), [Host(1)]);
     assert_eq!((who.connection.counts().links, who.leased.counts().joined), (0, 0));
-    assert!(!who.leased.is_valid());
+    assert!(!who.leased.has_lease());
     until("it knows why", || who.connection.last_error().is_some()).await;
 }
 
@@ -80,7 +80,7 @@ async fn two_names_of_one_host_are_one_and_two_hosts_are_nobody() {
 
 async fn refused_alone(who: Mirroring, owner: &Owned) {
     until("it is refused", || owner.tally.counts().not_admitted > 0).await;
-    assert!(owner.hub.members().is_empty() && !who.leased.is_valid());
+    assert!(owner.hub.members().is_empty() && !who.leased.has_lease());
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -90,7 +90,7 @@ async fn a_connection_ends_when_its_certificate_does() {
     let mirror = Mirroring::begin(owner.address, &authority.issue_for_seconds("mirror-1.example", 3));
     soon("a mirror", mirror.leased.joined()).await;
     until("the certificate has expired", || owner.tally.counts().handshakes > 0).await;
-    until("the mirror has stopped", || !mirror.leased.is_valid()).await;
+    until("the mirror has stopped", || !mirror.leased.has_lease()).await;
     let links = mirror.connection.counts().links;
     until("it tries again, in vain", || mirror.connection.counts().failed > 3).await;
     assert_eq!(mirror.connection.counts().links, links);

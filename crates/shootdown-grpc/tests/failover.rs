@@ -320,7 +320,7 @@ fn owners_take_over_and_mirrors_are_never_stale() {
         until("a new owner", || boot_of(&mirrors[0]) > boot && boot_of(&mirrors[1]) > boot).await;
         goes_on("with the next owner", &truth, &reads, &mirrors).await;
         assert!(behind_reads.accepted.load(Ordering::Relaxed) > read_before, "it has read on after the first owner was dead");
-        assert!(!behind.leased.is_valid() && behind.leased.counts().joined == 1);
+        assert!(!behind.leased.has_lease() && behind.leased.counts().joined == 1);
 
         // Stopped, whichever it is, for longer than its key lives; then it goes on, and finds out.
         let boot = boot_of(&mirrors[0]);

@@ -46,7 +46,7 @@ impl Healthy {
         let longest = self.changing.end().await;
         assert!(longest < TERM, "a healthy mirror's invalidations took up to {longest:?}");
         assert_eq!((self.mirror.leased.counts().joined, self.mirror.connection.counts().links), (1, 1));
-        assert!(self.mirror.leased.counts().invalidated > 0 && self.mirror.leased.is_valid());
+        assert!(self.mirror.leased.counts().invalidated > 0 && self.mirror.leased.has_lease());
         assert_eq!((owner.hub.counts().expelled, owner.hub.counts().expired), (0, 0));
     }
 }

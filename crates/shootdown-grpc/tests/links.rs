@@ -31,7 +31,7 @@ async fn a_link_that_breaks_and_comes_back_ends_no_epoch() {
         let links = mirror.connection.counts().links;
         relay.set(Mode::Cut);
         until("the link is down", || !mirror.connection.is_up()).await;
-        assert!(mirror.leased.is_valid(), "it holds on meanwhile");
+        assert!(mirror.leased.has_lease(), "it holds on meanwhile");
         // What begins now waits for the mirror: a broken link is no answer.
         let space = owner.space.clone();
         let change = tokio::spawn(async move { drop(space.invalidate(page(1), Event::Clear).await) });
@@ -65,7 +65,7 @@ async fn a_mirror_that_is_cut_off_stops_before_the_owner_goes_on() {
         let (space, leased) = (owner.space.clone(), far.leased.clone());
         let change = tokio::spawn(async move {
             let guard = space.invalidate(page(1), Event::Clear).await;
-            let held_on = leased.is_valid();
+            let held_on = leased.has_lease();
             drop(guard);
             (held_on, Instant::now())
         });
@@ -144,7 +144,7 @@ async fn an_owner_that_owns_the_memory_no_more_grants_nothing() {
     let mirror = Mirroring::begin(owner.address, &authority.issue("mirror-1.example"));
     soon("a mirror", mirror.leased.joined()).await;
     owner.held.store(false, Ordering::Relaxed);
-    until("the lease has ended", || !mirror.leased.is_valid()).await;
+    until("the lease has ended", || !mirror.leased.has_lease()).await;
     let (renewals, streams) = (owner.hub.counts().renewals, owner.tally.counts().streams);
     until("it tries again", || mirror.connection.counts().failed > 3).await;
     assert_eq!((owner.hub.counts().renewals, owner.hub.counts().joins), (renewals, 1));
@@ -165,7 +165,7 @@ async fn a_server_that_stops_cuts_its_links_and_a_new_one_goes_on_in_the_same_ep
     let epoch = owner.hub.members()[0].1;
     owner.close().await;
     until("the link is cut", || !mirror.connection.is_up()).await;
-    assert!(mirror.leased.is_valid() && held.copy.lock().is_some(), "it holds on meanwhile");
+    assert!(mirror.leased.has_lease() && held.copy.lock().is_some(), "it holds on meanwhile");
     assert!(tokio::net::TcpStream::connect(owner.address).await.is_err(), "nobody listens");
     owner.open().await;
     until("the link is up", || mirror.connection.is_up()).await;

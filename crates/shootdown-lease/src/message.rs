@@ -125,11 +125,20 @@ pub enum ToMirror {
     Refused {
         /// Of the question.
         nonce: Nonce,
-        /// Which life of the host has asked, for a join.
-        incarnation: Option<Incarnation>,
+        /// What has asked: each life of a host counts its nonces from 1.
+        asker: Asker,
         /// Why.
         why: Refusal,
     },
+}
+
+/// Whose question is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Asker {
+    /// A join of this life of the host.
+    Join(Incarnation),
+    /// A fetch under this lease.
+    Fetch(Epoch),
 }
 
 /// Why an owner does not answer a question.

@@ -3,11 +3,12 @@
 mod fetches;
 mod lease;
 
-use crate::message::{Boot, Epoch, Incarnation, InvalidationId, Nonce, Refusal, ToMirror, ToOwner};
+use crate::message::{Asker, Boot, Epoch, Incarnation, InvalidationId, Nonce, Refusal, ToMirror, ToOwner};
 use crate::rules::{Rule, Rules};
 use crate::terms::MirrorSettings;
 use crate::time::Time;
 use alloc::collections::{BTreeMap, BTreeSet, VecDeque};
+use core::fmt;
 use core::time::Duration;
 use fetches::Fetch;
 use shootdown::{AddressRange, RangeSet};
@@ -65,20 +66,65 @@ pub enum MirrorDecision {
         /// Why.
         why: Refusal,
     },
-    /// The owner does not take the mirror. It asks again after a while.
-    JoinRefused(
+    /// The mirror cannot join. It asks again after a while.
+    Denied(
         /// Why.
-        Refusal,
+        Denied,
     ),
-    /// The owner's term is no longer than the devices take to stop: the mirror cannot take part. It
-    /// asks again after a while.
+}
+
+/// Why a mirror cannot join.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[non_exhaustive]
+pub enum Denied {
+    /// The owner does not take it.
+    Refused(Refusal),
+    /// The owner's term is no longer than the devices here take to stop.
     TermTooShort {
         /// What the owner grants.
         term: Duration,
         /// [`MirrorSettings::time_to_stop`].
         time_to_stop: Duration,
     },
+    /// The welcome took longer than the lease that it grants.
+    TooLate {
+        /// What the owner grants.
+        term: Duration,
+        /// How long it took.
+        took: Duration,
+    },
+    /// The owner is older than one that has welcomed this mirror before: it is none any more, or
+    /// boots are not counted upwards.
+    OlderOwner {
+        /// Of this one.
+        boot: Boot,
+        /// The largest so far.
+        newest: Boot,
+    },
+    /// A driver panicked when everything was to be let go of, so nobody knows whether its device has
+    /// stopped. This mirror joins no more; another incarnation may.
+    Panicked,
 }
+
+impl fmt::Display for Denied {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(why) => write!(f, "{why}"),
+            Self::TermTooShort { term, time_to_stop } => {
+                write!(f, "the owner grants {term:?}, and the devices take {time_to_stop:?} to stop: it has to grant more")
+            }
+            Self::TooLate { term, took } => {
+                write!(f, "the owner's answer took {took:?}, longer than the term of {term:?} leaves: it has to grant more")
+            }
+            Self::OlderOwner { boot, newest } => {
+                write!(f, "the owner has boot {}, and {} has been there: a later owner needs a larger boot", boot.0, newest.0)
+            }
+            Self::Panicked => f.write_str("a driver panicked when it was to let go: make a mirror with another incarnation"),
+        }
+    }
+}
+
+impl core::error::Error for Denied {}
 
 /// Where a mirror stands.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -123,8 +169,9 @@ pub struct MirrorCounts {
 /// do what [`next_decision`](Self::next_decision) says, in that order. It asks to join by itself, and
 /// again when it has lost its lease.
 ///
-/// Whoever uses a copy asks [`is_valid`](Self::is_valid) *after* the use (rule 4): a process that was
-/// stopped in between goes on where it was, and nobody could tell it before.
+/// Whoever uses a copy asks *after* the use whether it was zapped meanwhile and whether the lease
+/// [`is_valid`](Self::is_valid) (D4): a process that was stopped in between goes on where it was, and
+/// nobody could tell it before.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Mirror {
     incarnation: Incarnation,
@@ -140,6 +187,8 @@ pub struct Mirror {
     past: VecDeque<Epoch>,
     /// How long a join is waited for.
     age: Duration,
+    /// Leases in a row that ended before they had been renewed.
+    early: u32,
     fetches: BTreeMap<Nonce, Fetch>,
     working: BTreeSet<InvalidationId>,
     acknowledged: VecDeque<InvalidationId>,
@@ -151,6 +200,7 @@ pub struct Mirror {
 impl Mirror {
     /// A mirror that will ask to join at its first tick.
     pub fn new(incarnation: Incarnation, settings: MirrorSettings, now: Time) -> Self {
+        let settings = settings.usable();
         Self {
             incarnation,
             age: settings.retry * 8,
@@ -159,6 +209,7 @@ impl Mirror {
             now,
             nonce: 0,
             state: State::Out { until: now },
+            early: 0,
             leaving: false,
             boot: None,
             past: VecDeque::new(),
@@ -194,10 +245,8 @@ impl Mirror {
             ToMirror::Inv { epoch, invalidation, ranges } => self.invalidate(epoch, invalidation, ranges),
             ToMirror::Fetched { epoch, nonce, version } => self.fetched(epoch, nonce, version),
             ToMirror::Gone { epoch } => self.gone(epoch),
-            ToMirror::Refused { nonce, incarnation: None, why } => self.fetch_refused(nonce, why),
-            ToMirror::Refused { nonce, incarnation: Some(of), why } if of == self.incarnation => {
-                self.join_refused(nonce, why);
-            }
+            ToMirror::Refused { nonce, asker: Asker::Fetch(epoch), why } if self.is_in(epoch) => self.fetch_refused(nonce, why),
+            ToMirror::Refused { nonce, asker: Asker::Join(of), why } if of == self.incarnation => self.join_refused(nonce, why),
             ToMirror::Welcome { .. } | ToMirror::Refused { .. } => self.counts.strangers += 1,
         }
     }
@@ -240,6 +289,12 @@ impl Mirror {
         self.acknowledged.push_back(invalidation);
         self.messages.push_back(ToOwner::Ack { epoch, invalidation });
         true
+    }
+
+    /// Forgets which invalidations are under way: those who carried them out are gone, so they are to be
+    /// sent again.
+    pub fn forget_under_way(&mut self) {
+        self.working.clear();
     }
 
     /// What to send next.

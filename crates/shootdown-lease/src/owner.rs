@@ -23,8 +23,11 @@ pub enum Memory {
     /// Nobody can hold anything: the memory is as new as the owner.
     New,
     /// Mirrors of an earlier owner may still hold on: the memory has survived a restart, or is taken
-    /// over from another host. Invalidations wait for the end of those leases.
+    /// over from another host. Invalidations wait for the end of those leases, whose terms were no
+    /// longer than this owner's.
     Survived,
+    /// The same, where earlier owners have granted terms up to this one: before a term is shortened.
+    SurvivedTerm(Duration),
 }
 
 /// What the owner's host has to do.
@@ -180,6 +183,8 @@ pub struct Owner {
     /// By epoch and nonce, so that one that is sent again waits once.
     parked: BTreeMap<(u64, Nonce), Parked>,
     timers: BTreeSet<(Time, Timer)>,
+    /// The newest joins of each host's latest lives, so that a late copy of one is known as such.
+    joins: BTreeMap<Host, VecDeque<(Incarnation, Nonce)>>,
     messages: VecDeque<(Host, ToMirror)>,
     decisions: VecDeque<Decision>,
     counts: OwnerCounts,
@@ -210,14 +215,17 @@ impl Owner {
             ended: 0,
             parked: BTreeMap::new(),
             timers: BTreeSet::new(),
+            joins: BTreeMap::new(),
             messages: VecDeque::new(),
             decisions: VecDeque::new(),
             counts: OwnerCounts::default(),
             #[cfg(feature = "test-util")]
             unbooked: BTreeMap::new(),
         };
-        if memory == Memory::Survived {
-            owner.book_earlier_boots();
+        match memory {
+            Memory::New => {}
+            Memory::Survived => owner.book_earlier_boots(Duration::ZERO),
+            Memory::SurvivedTerm(longest) => owner.book_earlier_boots(longest),
         }
         Ok(owner)
     }

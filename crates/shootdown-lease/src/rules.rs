@@ -6,19 +6,19 @@
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(not(feature = "test-util"), allow(dead_code, unreachable_pub, reason = "named where they are kept"))]
 pub enum Rule {
-    /// The owner books a member before it welcomes it (1).
+    /// The owner books a member before it welcomes it (D2).
     BookedBeforeWelcome,
-    /// A lease counts from when the mirror asked (2).
+    /// A lease counts from when the mirror asked (D3).
     CountedFromAsking,
-    /// A mirror stops by itself before its lease ends (2).
+    /// A mirror stops by itself before its lease ends (D3).
     StopsByItself,
-    /// The owner waits longer than the term, by the drift of the clocks (3).
+    /// The owner waits longer than the term, by the drift of the clocks (D3).
     DriftMargin,
-    /// What reaches the memory by itself is fenced before its epoch is closed by time (5).
+    /// What reaches the memory by itself is fenced before its epoch is closed by time (D6).
     Fenced,
-    /// A new incarnation of a host closes no epoch of another one (6).
+    /// A new incarnation of a host closes no epoch of another one (D1).
     OtherIncarnationsStay,
-    /// An owner over memory that survived waits until the leases of earlier boots have ended (7).
+    /// An owner over memory that survived waits until the leases of earlier boots have ended (D2).
     Quarantine,
     /// A fetch that an invalidation met is not installed.
     CollidedFetches,

@@ -2,6 +2,7 @@
 
 use core::fmt;
 use core::time::Duration;
+use shootdown::AddressRange;
 
 /// What an owner grants and how long it waits. One set for a space; a mirror is told the term with
 /// its welcome, so the two cannot disagree about it.
@@ -30,6 +31,11 @@ pub struct Terms {
     /// How many fetches of one mirror wait for the end of an invalidation at most; further ones are
     /// refused. At least 1.
     pub fetches: usize,
+    /// How many bytes one fetch may ask for; longer ones are refused. 64 MiB unless changed.
+    pub fetch_bytes: u64,
+    /// What is mirrored: fetches of anything else are refused, because nobody would invalidate it. All
+    /// addresses unless changed. `engine::Hub::insert` watches exactly this.
+    pub shared: AddressRange,
     /// Whether something reaches the memory by itself, so that an epoch has to be fenced before it is
     /// closed by time ([`Decision::Fence`](crate::Decision::Fence)). Not needed where mirrors have
     /// copies and check after each use.
@@ -50,6 +56,8 @@ impl Terms {
             members: 1_024,
             members_of_a_host: 4,
             fetches: 1_024,
+            fetch_bytes: 64 << 20,
+            shared: AddressRange::ALL,
             fences: false,
         }
     }
@@ -118,13 +126,23 @@ pub struct MirrorSettings {
     /// How long its devices take to stop, at most: it begins to stop them so long before its lease
     /// ends. Zero, which it is unless changed, for copies that are checked after each use.
     pub time_to_stop: Duration,
-    /// After how long it asks to join again while nobody answers. 20 ms unless changed.
+    /// After how long it asks to join again while nobody answers. 20 ms unless changed; what is below
+    /// 1 ms counts as that, what is above an hour as an hour.
     pub retry: Duration,
-    /// How many fetches are under way at most. 1,024 unless changed.
+    /// How many fetches are under way at most. 1,024 unless changed; 0 counts as 1.
     pub fetches: usize,
     /// How many invalidations are under way at most; further ones are left to be sent again. At least
-    /// the owner's window; 1,024 unless changed.
+    /// the owner's window; 1,024 unless changed; 0 counts as 1.
     pub invalidations: usize,
+}
+
+impl MirrorSettings {
+    /// Numbers that a mirror can live by.
+    pub(crate) fn usable(mut self) -> Self {
+        self.retry = self.retry.clamp(Duration::from_millis(1), Duration::from_secs(3_600));
+        (self.fetches, self.invalidations) = (self.fetches.max(1), self.invalidations.max(1));
+        self
+    }
 }
 
 impl Default for MirrorSettings {

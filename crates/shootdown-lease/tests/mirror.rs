@@ -4,8 +4,8 @@
 
 use shootdown::{AddressRange, RangeSet};
 use shootdown_lease::{
-    Boot, Epoch, FetchError, Incarnation, InvalidationId, Mirror, MirrorDecision, MirrorSettings, Nonce, Refusal, Standing, Time,
-    ToMirror, ToOwner,
+    Asker, Boot, Denied, Epoch, FetchError, Incarnation, InvalidationId, Mirror, MirrorDecision, MirrorSettings, Nonce, Refusal,
+    Standing, Time, ToMirror, ToOwner,
 };
 use std::time::Duration;
 
@@ -134,12 +134,17 @@ fn a_welcome_counts_once_and_for_the_newest_join_only() {
 fn a_welcome_that_comes_a_term_late_is_left_at_once() {
     let mut mirror = joining(settings());
     mirror.handle(welcome(EPOCH, 1), at(100));
-    assert_eq!(mirror.standing(), Standing::Joining);
+    assert_eq!(mirror.standing(), Standing::Out);
     let join = |nonce| ToOwner::Join { incarnation: INCARNATION, nonce: Nonce(nonce) };
-    // Asked again by the tick before, then anew.
-    assert_eq!(messages(&mut mirror), [join(1), join(2), ToOwner::Left { epoch: EPOCH }]);
+    // Asked again by the tick before.
+    assert_eq!(messages(&mut mirror), [join(1), ToOwner::Left { epoch: EPOCH }]);
+    let late = Denied::TooLate { term: TERM, took: Duration::from_millis(100) };
+    assert_eq!(decisions(&mut mirror), [MirrorDecision::Denied(late)]);
     mirror.handle(welcome(EPOCH, 1), at(101));
-    assert_eq!(mirror.standing(), Standing::Joining);
+    assert_eq!((mirror.standing(), mirror.deadline()), (Standing::Out, Some(at(120))));
+    messages(&mut mirror);
+    mirror.tick(at(120));
+    assert_eq!(messages(&mut mirror), [join(2)]);
 }
 
 #[test]
@@ -153,8 +158,12 @@ fn an_owner_of_an_older_boot_is_none() {
     mirror.handle(ToMirror::Gone { epoch: epoch(4, 1) }, at(12));
     mirror.stopped(at(12));
     mirror.tick(at(12));
-    mirror.handle(welcome(epoch(3, 5), 3), at(13));
-    assert_eq!(mirror.standing(), Standing::Joining);
+    mirror.tick(at(32));
+    decisions(&mut mirror);
+    mirror.handle(welcome(epoch(3, 5), 3), at(33));
+    assert_eq!(mirror.standing(), Standing::Out);
+    let older = Denied::OlderOwner { boot: Boot(3), newest: Boot(4) };
+    assert_eq!(decisions(&mut mirror), [MirrorDecision::Denied(older)]);
 }
 
 #[test]
@@ -241,8 +250,8 @@ fn fetches_have_a_limit_and_are_sent_again() {
     mirror.tick(at(22));
     let fetch = ToOwner::Fetch { epoch: EPOCH, nonce, range: page(1) };
     assert!(messages(&mut mirror).contains(&fetch), "with the same nonce");
-    mirror.handle(ToMirror::Refused { nonce, incarnation: None, why: Refusal::Fetches }, at(23));
-    mirror.handle(ToMirror::Refused { nonce, incarnation: None, why: Refusal::Fetches }, at(23));
+    mirror.handle(ToMirror::Refused { nonce, asker: Asker::Fetch(EPOCH), why: Refusal::Fetches }, at(23));
+    mirror.handle(ToMirror::Refused { nonce, asker: Asker::Fetch(EPOCH), why: Refusal::Fetches }, at(23));
     assert_eq!(decisions(&mut mirror), [MirrorDecision::FetchRefused { nonce, why: Refusal::Fetches }]);
     assert!(mirror.fetch(page(2), at(24)).is_ok());
     assert_eq!(joining(settings()).fetch(page(1), at(1)), Err(FetchError::NoLease));
@@ -262,23 +271,23 @@ fn invalidations_beyond_the_limit_are_left_to_be_sent_again() {
 #[test]
 fn a_refusal_counts_for_the_newest_join_of_this_life() {
     let mut mirror = joining(settings());
-    let refused = |nonce, life, why| ToMirror::Refused { nonce: Nonce(nonce), incarnation: Some(Incarnation(life)), why };
+    let refused = |nonce, life, why| ToMirror::Refused { nonce: Nonce(nonce), asker: Asker::Join(Incarnation(life)), why };
     mirror.handle(refused(1, 8, Refusal::Members), at(1));
     mirror.handle(refused(9, 7, Refusal::Members), at(1));
     assert_eq!((mirror.standing(), mirror.counts().strangers), (Standing::Joining, 2));
     mirror.handle(refused(1, 7, Refusal::Members), at(2));
-    assert_eq!(decisions(&mut mirror), [MirrorDecision::JoinRefused(Refusal::Members)]);
+    assert_eq!(decisions(&mut mirror), [MirrorDecision::Denied(Denied::Refused(Refusal::Members))]);
     assert_eq!((mirror.standing(), mirror.deadline()), (Standing::Out, Some(at(162))));
 }
 
 #[test]
 fn a_join_whose_epoch_was_expelled_is_asked_anew_at_once() {
     let mut mirror = joining(settings());
-    let life = Some(INCARNATION);
-    mirror.handle(ToMirror::Refused { nonce: Nonce(1), incarnation: life, why: Refusal::Expelled }, at(2));
+    let asker = Asker::Join(INCARNATION);
+    mirror.handle(ToMirror::Refused { nonce: Nonce(1), asker, why: Refusal::Expelled }, at(2));
     assert_eq!(messages(&mut mirror), [ToOwner::Join { incarnation: INCARNATION, nonce: Nonce(2) }]);
     mirror.handle(welcome(EPOCH, 2), at(3));
-    mirror.handle(ToMirror::Refused { nonce: Nonce(2), incarnation: life, why: Refusal::Expelled }, at(4));
+    mirror.handle(ToMirror::Refused { nonce: Nonce(2), asker, why: Refusal::Expelled }, at(4));
     assert_eq!(mirror.epoch(), Some(EPOCH), "once entered, an epoch ends by `Gone` or by time");
 }
 
@@ -289,7 +298,7 @@ fn a_term_that_is_no_longer_than_the_devices_take_is_not_entered() {
         mirror.handle(welcome(EPOCH, 1), Time::from_nanos(1));
         assert_eq!(mirror.epoch().is_some(), enters, "{stop} ms of 100");
         if !enters {
-            let short = MirrorDecision::TermTooShort { term: TERM, time_to_stop: Duration::from_millis(stop) };
+            let short = MirrorDecision::Denied(Denied::TermTooShort { term: TERM, time_to_stop: Duration::from_millis(stop) });
             assert_eq!((decisions(&mut mirror), messages(&mut mirror)), (vec![short], vec![ToOwner::Left { epoch: EPOCH }]));
         }
     }
@@ -309,9 +318,15 @@ fn a_mirror_that_leaves_says_so_when_its_devices_have_stopped_and_joins_no_more(
 
     let mut mirror = joining(settings());
     mirror.leave(at(1));
-    assert!(mirror.is_over());
+    assert!(!mirror.is_over(), "what it is granted is to be given back");
     mirror.handle(welcome(EPOCH, 1), at(2));
+    assert!(mirror.is_over());
     assert_eq!(messages(&mut mirror), [ToOwner::Left { epoch: EPOCH }]);
+
+    let mut mirror = joining(settings());
+    mirror.leave(at(1));
+    mirror.tick(mirror.deadline().unwrap());
+    assert!(mirror.is_over() && messages(&mut mirror).is_empty(), "where nobody answers it asks no more");
 }
 
 #[test]

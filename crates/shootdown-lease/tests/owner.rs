@@ -4,8 +4,8 @@
 
 use shootdown::{AddressRange, RangeSet};
 use shootdown_lease::{
-    Boot, Decision, EndError, Ending, Epoch, Fenced, Host, Incarnation, InvalidationId, Memory, Nonce, Owner, Refusal, Terms,
-    TermsError, Time, ToMirror, ToOwner,
+    Asker, Boot, Decision, EndError, Ending, Epoch, Fenced, Host, Incarnation, InvalidationId, Memory, Nonce, Owner, Refusal,
+    Terms, TermsError, Time, ToMirror, ToOwner,
 };
 use std::time::Duration;
 
@@ -248,7 +248,7 @@ fn a_join_whose_epoch_was_expelled_is_refused_so_that_the_mirror_asks_anew() {
     owner.tick(at(51));
     messages(&mut owner);
     // The welcome was lost: the mirror still asks, and knows no epoch.
-    let refused = ToMirror::Refused { nonce: Nonce(1), incarnation: Some(Incarnation(0)), why: Refusal::Expelled };
+    let refused = ToMirror::Refused { nonce: Nonce(1), asker: Asker::Join(Incarnation(0)), why: Refusal::Expelled };
     assert_eq!(join(&mut owner, 1, 0, 1, at(52)), [(Host(1), refused)]);
     assert_eq!(owner.members().count(), 1, "it may have entered all the same");
     assert!(matches!(join(&mut owner, 1, 0, 2, at(53))[..], [(Host(1), ToMirror::Welcome { .. })]));
@@ -311,7 +311,7 @@ fn a_fetch_of_what_is_under_invalidation_waits_and_others_do_not() {
     owner.handle(Host(1), fetch(11, 1), at(3));
     assert!(messages(&mut owner).is_empty(), "sent again it waits once");
     owner.handle(Host(1), fetch(12, 1), at(3));
-    let refused = ToMirror::Refused { nonce: Nonce(12), incarnation: None, why: Refusal::Fetches };
+    let refused = ToMirror::Refused { nonce: Nonce(12), asker: Asker::Fetch(epoch(1)), why: Refusal::Fetches };
     assert_eq!(messages(&mut owner), [(Host(1), refused)]);
     owner.handle(Host(1), ack(1, id), at(4));
     assert_eq!(decisions(&mut owner), [done(id, &[(1, Ending::Acknowledged)])], "the memory has not changed yet");

@@ -306,7 +306,7 @@ impl<'a> Fleet<'a> {
         let of = |node: &Node| node.gpus.iter().filter(|gpu| uses(gpu)).count() as u64;
         // A host whose lease has ended is stopped; one that is dead is, because nothing of it runs.
         let holds =
-            |node: &&Node| node.leased.is_valid() || matches!(node.leased.standing(), Standing::Stopping(_)) && node.alive.get();
+            |node: &&Node| node.leased.has_lease() || matches!(node.leased.standing(), Standing::Stopping(_)) && node.alive.get();
         self.nodes.iter().filter(holds).map(of).sum()
     }
 

@@ -1,6 +1,7 @@
 //! The owner's end.
 
 use super::Clock;
+use super::leased::Leased;
 use super::link::{Link, Outbox, Outgoing, Serve};
 use super::wake::{After, Guarded, Waiter, late, sleep_or};
 use crate::message::{Epoch, Host, InvalidationId, ToOwner};
@@ -13,7 +14,7 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 use core::time::Duration;
-use shootdown::{IntervalNotifier, Invalidation, PassFuture, RangeSet, WouldBlock};
+use shootdown::{AddressSpace, InsertError, IntervalNotifier, Invalidation, PassFuture, RangeSet, Subscription, WouldBlock};
 
 /// An owner, its clock, and the way out to each host. A handle: clones are the same hub.
 #[derive(Clone)]
@@ -24,6 +25,8 @@ pub struct Hub {
 pub(super) struct Inner {
     pub(super) state: Guarded<State>,
     clock: Box<dyn Clock>,
+    /// Whether the owner may grant anything at this moment.
+    held: Option<Box<dyn Fn() -> bool + Send + Sync>>,
     /// The deadline may have changed.
     timer: Arc<Waiter>,
     fence: Arc<Waiter>,
@@ -54,6 +57,28 @@ struct Endings([u64; 4]);
 impl Hub {
     /// Takes an owner. Its clock is read here, after each message has arrived.
     pub fn new(owner: Owner, clock: impl Clock) -> Self {
+        Self::make(owner, Box::new(clock), None)
+    }
+
+    /// The same for an owner that may lose the memory: what grants anything is taken only while
+    /// `held` says so, which is asked after each message has arrived. For owners that are elected, with
+    /// the end of their term as counted from when they asked for it; acknowledgements are always taken.
+    pub fn while_held(owner: Owner, clock: impl Clock, held: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+        Self::make(owner, Box::new(clock), Some(Box::new(held)))
+    }
+
+    /// The hub of a host that is a mirror itself, for the hosts below it in a tree: it grants only while
+    /// its own lease lasts. [Insert](Self::insert) it into [`Leased::space`].
+    ///
+    /// The mirror's [`time_to_stop`](crate::MirrorSettings::time_to_stop) has to cover what the hosts
+    /// below may take: the patience and the [term](crate::Terms::owner_term) of this owner, and the time
+    /// that its own devices take.
+    pub fn below(leased: &Leased, owner: Owner) -> Self {
+        let (above, clock) = (leased.clone(), leased.clock());
+        Self::make(owner, Box::new(move || clock.now()), Some(Box::new(move || above.has_lease())))
+    }
+
+    fn make(owner: Owner, clock: Box<dyn Clock>, held: Option<Box<dyn Fn() -> bool + Send + Sync>>) -> Self {
         let state = State {
             deadline: owner.deadline(),
             owner,
@@ -65,7 +90,16 @@ impl Hub {
             endings: Endings::default(),
         };
         let (timer, fence) = Default::default();
-        Self { inner: Arc::new(Inner { state: Guarded::new(state), clock: Box::new(clock), timer, fence }) }
+        Self { inner: Arc::new(Inner { state: Guarded::new(state), clock, held, timer, fence }) }
+    }
+
+    /// Inserts [`mirrors`](Self::mirrors) over [what is shared](crate::Terms::shared).
+    ///
+    /// # Errors
+    /// [`Released`](InsertError), if the space has ended.
+    pub fn insert(&self, space: &AddressSpace) -> Result<Subscription<Mirrors>, InsertError<Mirrors>> {
+        let shared = self.inner.state.with(|state, _| state.owner.terms().shared);
+        space.insert(shared, self.mirrors())
     }
 
     /// The notifier to insert into the owner's `AddressSpace`, over all that is mirrored. Its pass of
@@ -94,10 +128,18 @@ impl Hub {
 
     /// Takes a message from a host, as the transport has authenticated it.
     pub fn handle(&self, from: Host, message: ToOwner) {
-        self.work(|state, now, _| state.owner.handle(from, message, now));
+        let grants = !matches!(message, ToOwner::Ack { .. } | ToOwner::Left { .. });
+        let held = || self.inner.held.as_ref().is_none_or(|held| self.inner.state.guard(held) == Some(true));
+        // A time that is missing would be an old one.
+        let now = self.inner.state.guard(|| self.inner.clock.now());
+        let taken = now.filter(|_| !grants || held());
+        self.work(|state, _, _| match taken {
+            Some(now) => state.owner.handle(from, message, now),
+            None => state.dropped += 1,
+        });
     }
 
-    /// Keeps time, for ever, on any executor: resends, ends leases. Invalidations that wait for a mirror
+    /// Keeps time, for ever, on any executor, one task at a time: resends, ends leases. Invalidations that wait for a mirror
     /// that is gone end only while this runs.
     ///
     /// After the owner itself has stood still, messages that wait are given one more interval to be
@@ -150,9 +192,15 @@ impl Hub {
         self.inner.state.with(|state, _| state.endings.0[how as usize])
     }
 
-    /// Messages that found no room on their way out, or no link.
+    /// Messages that found no room on their way out, or no link; and messages that were not taken because
+    /// the owner did not [hold](Self::while_held) the memory.
     pub fn dropped(&self) -> u64 {
         self.inner.state.with(|state, _| state.dropped)
+    }
+
+    /// Panics of wakers and of the clock, which have stopped nobody.
+    pub fn lost_panics(&self) -> u64 {
+        self.inner.state.lost_panics()
     }
 
     /// Who is in the books, and for how long.
@@ -168,7 +216,8 @@ impl Hub {
     /// All that changes the owner goes through here: the clock is read, and what follows is handed on.
     fn work<R>(&self, work: impl FnOnce(&mut State, Time, &mut After) -> R) -> R {
         let inner = &self.inner;
-        let now = inner.clock.now();
+        // Where the clock panics the owner goes by the latest time that it knows.
+        let now = inner.state.guard(|| inner.clock.now()).unwrap_or_default();
         inner.state.with(|state, after| {
             let result = work(state, now, after);
             state.settle(now, inner, after);

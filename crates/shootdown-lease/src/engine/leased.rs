@@ -3,7 +3,7 @@
 use super::Clock;
 use super::wake::{After, Guarded, Waiter, sleep_or};
 use crate::message::{Epoch, InvalidationId, Nonce, Refusal, ToMirror, ToOwner};
-use crate::mirror::{FetchError, Mirror, MirrorCounts, MirrorDecision, Standing};
+use crate::mirror::{Denied, FetchError, Mirror, MirrorCounts, MirrorDecision, Standing};
 use crate::time::Time;
 use alloc::boxed::Box;
 use alloc::collections::{BTreeMap, VecDeque};
@@ -14,9 +14,11 @@ use core::pin::pin;
 use core::sync::atomic::{AtomicU64, Ordering};
 use core::task::Poll;
 use core::time::Duration;
+use futures::FutureExt;
 use futures::channel::oneshot;
 use futures::stream::{FuturesUnordered, StreamExt};
 use shootdown::{AddressRange, AddressSpace, Event, RangeSet};
+use std::panic::AssertUnwindSafe;
 
 /// What waits to be sent at most; of more, the oldest is dropped, as if the network had lost it.
 const OUTGOING: usize = 4_096;
@@ -56,6 +58,7 @@ struct State {
     standing: Vec<oneshot::Sender<()>>,
     denied: Option<Denied>,
     dropped: u64,
+    panics: u64,
 }
 
 /// How a fetch ends.
@@ -83,21 +86,6 @@ pub enum Lost {
         asked: AddressRange,
         /// How many bytes came.
         got: usize,
-    },
-}
-
-/// Why a mirror cannot join.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[non_exhaustive]
-pub enum Denied {
-    /// The owner does not take it.
-    Refused(Refusal),
-    /// The owner's term is no longer than the devices here take to stop.
-    TermTooShort {
-        /// What the owner grants.
-        term: Duration,
-        /// [`MirrorSettings::time_to_stop`](crate::MirrorSettings::time_to_stop).
-        time_to_stop: Duration,
     },
 }
 
@@ -134,6 +122,7 @@ impl Leased {
             standing: Vec::new(),
             denied: None,
             dropped: 0,
+            panics: 0,
         };
         let space = AddressSpace::builder().valid_while(valid).build();
         let (work, out) = Default::default();
@@ -170,9 +159,17 @@ impl Leased {
 
     /// Keeps the lease and carries out what the owner asks, on any executor, until the mirror has
     /// [left](Self::leave). Readers get nowhere while this does not run. One task at a time. If it is
-    /// dropped, what it had begun is never acknowledged and the lease ends by itself.
+    /// dropped, the lease ends by itself, and nobody stops the devices then; another run begins what was
+    /// under way anew.
+    ///
+    /// A panic of a driver costs the lease: everything is let go of, and the mirror joins anew. Where that
+    /// panics as well it joins no more ([`Denied::Panicked`]).
     pub async fn run<S: Future>(&self, sleep: impl Fn(Duration) -> S) {
         let mut under_way = FuturesUnordered::new();
+        // What an earlier run had begun is begun anew.
+        if self.work(|state, _, _| state.begin_anew()) {
+            under_way.push(Box::pin(self.stop()) as futures::future::BoxFuture<'_, ()>);
+        }
         loop {
             // Decisions first: what they do takes effect before the next message goes out.
             let mut over = false;
@@ -203,8 +200,6 @@ impl Leased {
                     under_way.push(Box::pin(self.invalidate(epoch, invalidation, ranges)) as futures::future::BoxFuture<'_, ()>);
                 }
                 Some(MirrorDecision::Stop { .. }) => under_way.push(Box::pin(self.stop())),
-                // Whoever waits for the lease is woken by the end of a pause.
-                Some(MirrorDecision::Joined { .. }) => drop(self.inner.space.pause()),
                 _ => {}
             }
             if over {
@@ -215,14 +210,30 @@ impl Leased {
     }
 
     async fn invalidate(&self, epoch: Epoch, invalidation: InvalidationId, ranges: RangeSet) {
-        drop(self.inner.space.invalidate_all(ranges, Event::Clear).await);
-        self.work(|state, now, _| state.mirror.invalidated(epoch, invalidation, now));
+        let invalidated = AssertUnwindSafe(async { drop(self.inner.space.invalidate_all(ranges, Event::Clear).await) });
+        let done = invalidated.catch_unwind().await;
+        self.work(|state, now, _| match done {
+            Ok(()) => _ = state.mirror.invalidated(epoch, invalidation, now),
+            // Nobody knows whether that driver's device has let go: all stop, and then join anew.
+            Err(_) => {
+                state.panics += 1;
+                state.mirror.give_up(epoch, now);
+            }
+        });
     }
 
     /// Nothing begins any more, because the lease is not valid; what is there is let go of.
     async fn stop(&self) {
-        drop(self.inner.space.invalidate(AddressRange::ALL, Event::Clear).await);
-        self.work(|state, now, _| state.mirror.stopped(now));
+        let stopped = AssertUnwindSafe(async { drop(self.inner.space.invalidate(AddressRange::ALL, Event::Clear).await) });
+        let done = stopped.catch_unwind().await;
+        self.work(|state, now, _| match done {
+            Ok(()) => _ = state.mirror.stopped(now),
+            // The mirror says nothing, and the lease ends by time.
+            Err(_) => {
+                state.panics += 1;
+                state.denied = Some(Denied::Panicked);
+            }
+        });
     }
 
     /// Asks the owner for the contents of a range: waits for the lease, and asks again when an
@@ -279,7 +290,7 @@ impl Leased {
     }
 
     /// Leaves for good: lets go of everything, and returns when that is done and waits to be sent. Needs
-    /// [`run`](Self::run).
+    /// [`run`](Self::run), and while the mirror is joining, the owner's answer or a while.
     pub async fn leave(&self) {
         self.work(|state, now, after| {
             state.mirror.leave(now);
@@ -290,6 +301,7 @@ impl Leased {
             let over = self.inner.state.with(|state, _| {
                 let over = state.mirror.is_over();
                 if !over {
+                    state.standing.retain(|waits| !waits.is_canceled());
                     state.standing.push(sender);
                 }
                 over
@@ -301,8 +313,9 @@ impl Leased {
         }
     }
 
-    /// Whether what was used until this moment was good: `read_retry` asks the same.
-    pub fn is_valid(&self) -> bool {
+    /// Whether there is a lease at this moment. `read_retry` asks this and whether anything was
+    /// invalidated since: a use that began under an earlier lease is not good because there is one now.
+    pub fn has_lease(&self) -> bool {
         self.inner.clock.now().as_nanos() < self.inner.until.load(Ordering::Acquire)
     }
 
@@ -326,13 +339,28 @@ impl Leased {
         self.inner.state.with(|state, _| state.dropped)
     }
 
+    /// Panics of drivers here, each of which has cost a lease.
+    pub fn panics(&self) -> u64 {
+        self.inner.state.with(|state, _| state.panics)
+    }
+
+    /// Panics of wakers, which have stopped nobody.
+    pub fn lost_panics(&self) -> u64 {
+        self.inner.state.lost_panics()
+    }
+
     /// Says that the owner can be reached anew: what waits to be sent is dropped, because it is old, and
     /// what matters is asked again at once. Ends nothing.
     pub fn connected(&self) {
         self.work(|state, now, _| {
-            state.outgoing.clear();
+            // What was left is not asked for again.
+            state.outgoing.retain(|message| matches!(message, ToOwner::Left { .. }));
             state.mirror.connected(now);
         });
+    }
+
+    pub(super) fn clock(&self) -> Arc<dyn Clock> {
+        self.inner.clock.clone()
     }
 
     fn deadline(&self) -> Option<Time> {
@@ -355,6 +383,14 @@ impl Leased {
 }
 
 impl State {
+    /// Before a run: what an earlier one had begun is forgotten, so that it is asked again. Returns
+    /// whether the mirror has to stop.
+    fn begin_anew(&mut self) -> bool {
+        self.decisions.clear();
+        self.mirror.forget_under_way();
+        matches!(self.mirror.standing(), Standing::Stopping(_))
+    }
+
     fn settle(&mut self, inner: &Inner, after: &mut After) {
         while let Some(decision) = self.mirror.next_decision() {
             self.decide(decision, None, after);
@@ -367,7 +403,11 @@ impl State {
             self.outgoing.push_back(message);
         }
         let until = self.mirror.valid_until().map_or(0, Time::as_nanos);
-        inner.until.store(until, Ordering::Release);
+        // A reader may have found that the lease has ended, and wait: the end of a pause wakes it.
+        if inner.until.swap(until, Ordering::AcqRel) < until {
+            let space = inner.space.clone();
+            after.run(move || drop(space.pause()));
+        }
         if !self.outgoing.is_empty() || self.mirror.is_over() {
             after.wake(&inner.out);
         }
@@ -391,14 +431,10 @@ impl State {
             }
             MirrorDecision::Collided { nonce } => self.answer(nonce, Answer::Again, after),
             MirrorDecision::FetchRefused { nonce, why } => self.answer(nonce, Answer::Refused(why), after),
-            MirrorDecision::JoinRefused(why) => self.denied = Some(Denied::Refused(why)),
-            MirrorDecision::TermTooShort { term, time_to_stop } => {
-                self.denied = Some(Denied::TermTooShort { term, time_to_stop });
-            }
+            MirrorDecision::Denied(why) => self.denied = Some(why),
             MirrorDecision::Joined { .. } => {
                 self.denied = None;
                 self.tell_standing(after);
-                self.decisions.push_back(decision);
             }
             MirrorDecision::Stop { .. } => {
                 for sender in core::mem::take(&mut self.fetches).into_values() {

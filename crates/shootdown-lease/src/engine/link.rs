@@ -3,10 +3,11 @@
 use super::hub::Hub;
 use super::wake::Waiter;
 use crate::message::{Epoch, Host, Nonce, ToMirror};
+use alloc::borrow::Cow;
 use alloc::collections::VecDeque;
 use alloc::sync::Arc;
 use core::fmt;
-use shootdown::AddressRange;
+use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 
 /// What a transport has to do for a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -19,10 +20,12 @@ pub enum Outgoing {
 
 /// A fetch to be answered with the contents of a range.
 ///
-/// Wait for `read_begin` of the [`Mirrors`](super::Mirrors)' subscription, read the range, send what was
-/// read with the message. Nothing has to be checked after the reading: an invalidation that comes in
-/// between reaches the mirror before the memory changes, and the mirror drops what it had asked for
-/// before that.
+/// Wait until it may be read ([`ready`](Self::ready)), read the range, send what was read with the message.
+/// Nothing has to be checked after the reading: an invalidation that comes in between reaches the mirror
+/// before the memory changes, and the mirror drops what it had asked for before that.
+///
+/// **Go on with the link meanwhile**: the invalidation that is waited for may be waiting for a message of
+/// the same link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Serve {
     pub(super) epoch: Epoch,
@@ -32,6 +35,17 @@ pub struct Serve {
 }
 
 impl Serve {
+    /// Waits until no invalidation of the range is under way in the owner's space, the one into which the
+    /// [`Mirrors`](super::Mirrors) were inserted. Invalidations of other ranges hold nobody up.
+    ///
+    /// # Errors
+    /// [`Ended`], if the space was released: nothing can be read any more. Drop the fetch then.
+    pub async fn ready(&self, space: &AddressSpace) -> Result<(), Ended> {
+        let reader = space.insert(self.range, Reader).map_err(|_| Ended)?;
+        reader.read_begin().await;
+        Ok(())
+    }
+
     /// What to read.
     pub fn range(&self) -> AddressRange {
         self.range
@@ -50,6 +64,32 @@ impl Serve {
     /// What the contents are sent with.
     pub fn message(&self) -> ToMirror {
         ToMirror::Fetched { epoch: self.epoch, nonce: self.nonce, version: self.version }
+    }
+}
+
+/// The owner's space was released.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ended;
+
+impl fmt::Display for Ended {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("the owner's address space was released: there is nothing to read")
+    }
+}
+
+impl core::error::Error for Ended {}
+
+/// Who reads for a fetch: nothing of it has to be let go of.
+struct Reader;
+
+impl IntervalNotifier for Reader {
+    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        Ok(None)
+    }
+
+    fn name(&self) -> Cow<'static, str> {
+        Cow::Borrowed("fetch")
     }
 }
 

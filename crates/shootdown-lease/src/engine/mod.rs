@@ -9,6 +9,8 @@
 //! use shootdown::{AddressRange, AddressSpace, Event};
 //! use shootdown_lease::engine::{Hub, Leased, Outgoing};
 //! use shootdown_lease::{Boot, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Terms, Time};
+//! use futures::channel::mpsc;
+//! use futures::StreamExt;
 //! use std::time::{Duration, Instant};
 //! # use futures::future::{Either, pending, select};
 //!
@@ -19,24 +21,31 @@
 //! let range = AddressRange::try_from(0x1000..0x9000)?;
 //!
 //! // The owner: its mirrors are one more device.
-//! let owner = Owner::new(Boot(1), Terms::new(Duration::from_secs(1)), Memory::New, clock())?;
+//! let mut terms = Terms::new(Duration::from_secs(1));
+//! terms.shared = range;
+//! let owner = Owner::new(Boot(1), terms, Memory::New, clock())?;
 //! let (hub, space) = (Hub::new(owner, clock), AddressSpace::new());
-//! let mirrors = space.insert(range, hub.mirrors())?;
+//! let _mirrors = hub.insert(&space)?;
 //! // A mirror.
 //! let leased = Leased::new(Mirror::new(Incarnation(1), MirrorSettings::default(), clock()), clock);
 //!
 //! // What a transport does; `Host(1)` is whom it has authenticated.
 //! let mut link = hub.link(Host(1));
+//! let (asked, mut fetches) = mpsc::unbounded();
 //! let up = async { while let Some(message) = leased.next_message().await { hub.handle(Host(1), message); } };
 //! let down = async {
 //!     while let Some(outgoing) = link.next().await {
 //!         match outgoing {
 //!             Outgoing::Message(message) => leased.handle(message, None),
-//!             Outgoing::Serve(serve) => {
-//!                 mirrors.read_begin().await; // not while the memory changes
-//!                 let contents = vec![7; serve.range().len().unwrap() as usize];
-//!                 leased.handle(serve.message(), Some(contents));
-//!             }
+//!             Outgoing::Serve(serve) => asked.unbounded_send(serve).unwrap(), // not here: messages go on
+//!         }
+//!     }
+//! };
+//! let answers = async {
+//!     while let Some(serve) = fetches.next().await {
+//!         if serve.ready(&space).await.is_ok() { // not while the memory changes
+//!             let contents = vec![7; serve.range().len().unwrap() as usize];
+//!             leased.handle(serve.message(), Some(contents));
 //!         }
 //!     }
 //! };
@@ -47,7 +56,7 @@
 //!     leased.leave().await;
 //!     Ok::<(), Box<dyn std::error::Error>>(())
 //! };
-//! let background = futures::future::join4(up, down, hub.run(sleep), leased.run(sleep));
+//! let background = futures::future::join5(up, down, answers, hub.run(sleep), leased.run(sleep));
 //! match select(Box::pin(program), Box::pin(background)).await {
 //!     Either::Left((ended, _)) => ended?,
 //!     Either::Right(_) => unreachable!("the hub runs for ever"),
@@ -62,8 +71,8 @@ mod link;
 mod wake;
 
 pub use hub::{Hub, Mirrors};
-pub use leased::{Denied, Leased, Lost};
-pub use link::{Link, Outgoing, Serve};
+pub use leased::{Leased, Lost};
+pub use link::{Ended, Link, Outgoing, Serve};
 
 use crate::time::Time;
 

@@ -7,6 +7,8 @@ use core::task::Poll;
 use core::time::Duration;
 use futures::future::{Either, select};
 use futures::task::AtomicWaker;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
 /// One task that waits for something of a state.
@@ -33,23 +35,38 @@ impl After {
 }
 
 /// A state behind a lock that is left before anybody is woken.
-pub(super) struct Guarded<T>(Mutex<T>);
+pub(super) struct Guarded<T> {
+    state: Mutex<T>,
+    /// Panics of wakers.
+    lost_panics: AtomicU64,
+}
 
 impl<T> Guarded<T> {
     pub(super) fn new(state: T) -> Self {
-        Self(Mutex::new(state))
+        Self { state: Mutex::new(state), lost_panics: AtomicU64::new(0) }
     }
 
     pub(super) fn with<R>(&self, work: impl FnOnce(&mut T, &mut After) -> R) -> R {
         let mut after = After::default();
-        let result = work(&mut self.0.lock().unwrap_or_else(PoisonError::into_inner), &mut after);
+        let result = work(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner), &mut after);
         for waiter in after.wake {
-            waiter.0.wake();
+            self.guard(|| waiter.0.wake());
         }
         for work in after.run {
-            work();
+            self.guard(work);
         }
         result
+    }
+
+    /// Runs foreign code that belongs to somebody else than the caller: a panic of it stops nobody.
+    pub(super) fn guard<R>(&self, foreign: impl FnOnce() -> R) -> Option<R> {
+        let done = catch_unwind(AssertUnwindSafe(foreign));
+        self.lost_panics.fetch_add(u64::from(done.is_err()), Ordering::Relaxed);
+        done.ok()
+    }
+
+    pub(super) fn lost_panics(&self) -> u64 {
+        self.lost_panics.load(Ordering::Relaxed)
     }
 
     /// Waits until `look` finds something, woken by `waiter`: one task at a time.

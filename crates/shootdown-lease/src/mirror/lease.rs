@@ -1,6 +1,6 @@
 //! The lease: asked for, renewed, stopped before it ends.
 
-use super::{Mirror, MirrorDecision, REMEMBERED, Standing};
+use super::{Denied, Mirror, MirrorDecision, REMEMBERED, Standing};
 use crate::message::{Epoch, Incarnation, Nonce, Refusal, ToOwner};
 use crate::rules::Rule;
 use crate::time::Time;
@@ -46,12 +46,12 @@ pub(super) struct Lease {
 impl Mirror {
     /// Does what is due by now.
     pub fn tick(&mut self, now: Time) {
-        self.now = self.now.max(now);
-        let now = self.now;
+        self.now = now;
         match &self.state {
             State::Out { until } if *until <= now => self.join(),
-            State::Joining { nonce, asked, again } if *again <= now => {
-                if asked.since(Time::default()) + self.age <= now.since(Time::default()) {
+            State::Joining { asked, .. } if self.leaving && *asked + self.age <= now => self.state = State::Over,
+            State::Joining { nonce, asked, again } if *again <= now && !self.leaving => {
+                if *asked + self.age <= now {
                     // Nobody has answered for so long; the next one is waited for longer.
                     self.age = (self.age * 2).min(LONGEST);
                     return self.join();
@@ -78,7 +78,7 @@ impl Mirror {
     pub fn connected(&mut self, now: Time) {
         self.tick(now);
         match &self.state {
-            State::Joining { .. } => {
+            State::Joining { .. } if !self.leaving => {
                 self.messages.retain(|message| !matches!(message, ToOwner::Join { .. }));
                 self.join();
             }
@@ -87,7 +87,7 @@ impl Mirror {
                 self.fetches.values_mut().for_each(|fetch| fetch.again = now);
                 self.fetch_again();
             }
-            State::Out { .. } | State::Stopping { .. } | State::Over => {}
+            State::Joining { .. } | State::Out { .. } | State::Stopping { .. } | State::Over => {}
         }
     }
 
@@ -96,6 +96,7 @@ impl Mirror {
     pub fn deadline(&self) -> Option<Time> {
         match &self.state {
             State::Out { until } => Some(*until),
+            State::Joining { asked, .. } if self.leaving => Some(*asked + self.age),
             State::Joining { again, .. } => Some(*again),
             State::Live(lease) => {
                 let fetch = self.next_fetch().unwrap_or(lease.next_ask);
@@ -140,20 +141,28 @@ impl Mirror {
             State::Joining { nonce: mine, asked, .. } if mine == nonce || !self.rules.keep(Rule::NewestWelcome) => Some(asked),
             _ => None,
         };
-        let Some(asked) = joining.filter(|_| self.boot.is_none_or(|boot| boot <= epoch.boot)) else {
+        let Some(asked) = joining else { return self.not_entered(epoch) };
+        if self.leaving {
+            self.not_entered(epoch);
+            self.state = State::Over;
+            return;
+        }
+        if let Some(newest) = self.boot.filter(|newest| *newest > epoch.boot) {
+            self.deny(Denied::OlderOwner { boot: epoch.boot, newest });
             return self.not_entered(epoch);
-        };
+        }
         let Some(usable) = term.checked_sub(self.settings.time_to_stop).filter(|usable| !usable.is_zero()) else {
             let time_to_stop = self.settings.time_to_stop;
-            self.decisions.push_back(MirrorDecision::TermTooShort { term, time_to_stop });
-            self.state = State::Out { until: self.now + self.settings.retry * 8 };
+            self.deny(Denied::TermTooShort { term, time_to_stop });
             return self.not_entered(epoch);
         };
         let from = self.counted_from(asked);
         let stop = from + usable;
         if stop <= self.now {
-            // It would have to stop before it begins: the answer took too long.
-            self.join();
+            // It would have to stop before it begins.
+            let took = self.now.since(asked);
+            self.decisions.push_back(MirrorDecision::Denied(Denied::TooLate { term, took }));
+            self.state = State::Out { until: self.now + self.settings.retry };
             return self.not_entered(epoch);
         }
         self.boot = Some(epoch.boot);
@@ -163,6 +172,11 @@ impl Mirror {
         let next_ask = from + spread(term, self.incarnation, nonce);
         self.state = State::Live(Lease { epoch, term, stop, asks: BTreeMap::new(), next_ask });
         self.decisions.push_back(MirrorDecision::Joined { epoch });
+    }
+
+    fn deny(&mut self, why: Denied) {
+        self.decisions.push_back(MirrorDecision::Denied(why));
+        self.state = State::Out { until: self.now + self.settings.retry * 8 };
     }
 
     /// A welcome that came too late, or twice.
@@ -195,6 +209,7 @@ impl Mirror {
         let from = if counted { asked } else { now };
         lease.stop = lease.stop.max(from + lease.term.saturating_sub(time_to_stop));
         self.counts.renewed += 1;
+        self.early = 0;
     }
 
     pub(super) fn gone(&mut self, epoch: Epoch) {
@@ -207,11 +222,9 @@ impl Mirror {
 
     pub(super) fn join_refused(&mut self, of: Nonce, why: Refusal) {
         match self.state {
+            State::Joining { nonce, .. } if nonce == of && self.leaving => self.state = State::Over,
             State::Joining { nonce, .. } if nonce == of && why == Refusal::Expelled => self.join(),
-            State::Joining { nonce, .. } if nonce == of => {
-                self.state = State::Out { until: self.now + self.settings.retry * 8 };
-                self.decisions.push_back(MirrorDecision::JoinRefused(why));
-            }
+            State::Joining { nonce, .. } if nonce == of => self.deny(Denied::Refused(why)),
             _ => self.counts.strangers += 1,
         }
     }
@@ -226,6 +239,7 @@ impl Mirror {
         let (epoch, end) = (lease.epoch, lease.stop + self.settings.time_to_stop);
         self.state = State::Stopping { epoch, end };
         self.counts.lost += 1;
+        self.early = (self.early + 1).min(4);
         self.fetches.clear();
         self.working.clear();
         if !self.rules.keep(Rule::LeftAfterStop) {
@@ -238,24 +252,38 @@ impl Mirror {
     /// no copy is used. The mirror tells the owner and joins anew, unless it is
     /// [leaving](Self::leave). Returns whether that was asked for.
     pub fn stopped(&mut self, now: Time) -> bool {
-        self.now = self.now.max(now);
+        self.now = now;
         let State::Stopping { epoch, end } = self.state else { return false };
         self.counts.stopped_late += u64::from(self.now > end);
         self.remember(epoch);
         self.messages.push_back(ToOwner::Left { epoch });
-        self.state = if self.leaving { State::Over } else { State::Out { until: self.now } };
+        // Who was told to go at once, again and again, does not come back at once: another process of
+        // this host may have done it.
+        let pause = if self.early > 1 { self.settings.retry * (1 << (self.early - 2)) } else { Duration::ZERO };
+        self.state = if self.leaving { State::Over } else { State::Out { until: self.now + pause } };
         true
     }
 
+    /// Gives the lease up: there is a [`MirrorDecision::Stop`] if the mirror is in that epoch. It joins
+    /// anew afterwards.
+    pub fn give_up(&mut self, epoch: Epoch, now: Time) {
+        self.now = now;
+        if self.is_in(epoch) {
+            self.stop();
+        }
+    }
+
     /// Leaves for good: there is a [`MirrorDecision::Stop`] if the mirror holds a lease. What is sent
-    /// after [`stopped`](Self::stopped) lets the owner go on at once.
+    /// after [`stopped`](Self::stopped) lets the owner go on at once. One that is joining waits a while
+    /// for the answer, to give back what it grants.
     pub fn leave(&mut self, now: Time) {
-        self.now = self.now.max(now);
+        self.now = now;
         self.leaving = true;
         match self.state {
             State::Live(_) => self.stop(),
-            State::Out { .. } | State::Joining { .. } => self.state = State::Over,
-            State::Stopping { .. } | State::Over => {}
+            State::Out { .. } => self.state = State::Over,
+            // Its join may be in the books by now: what it was granted is to be given back.
+            State::Joining { .. } | State::Stopping { .. } | State::Over => {}
         }
     }
 
@@ -278,14 +306,15 @@ impl Mirror {
         }
     }
 
-    /// Whether the mirror may have used the memory until `now`: to be asked after each use, with a time
-    /// that was read after it (rule 4). Needs no tick.
+    /// Whether there is a lease at `now`: to be asked after each use, with a time that was read after it
+    /// (D4). It speaks of the present lease: whether the use began under an earlier one, only the copy
+    /// knows, which was zapped in between. Needs no tick.
     pub fn is_valid(&self, now: Time) -> bool {
         self.valid_until().is_some_and(|end| now < end)
     }
 
     /// The end of the present lease, less the time to stop: what a copy was used for until that
-    /// moment, exclusive, is good. `None` without a lease.
+    /// moment, exclusive, since the mirror has joined, is good. `None` without a lease.
     pub fn valid_until(&self) -> Option<Time> {
         match &self.state {
             State::Live(lease) if self.rules.keep(Rule::StopsByItself) => Some(lease.stop),

@@ -1,11 +1,15 @@
 //! The books: every holder is in them, from before it knows to after it has stopped.
 
 use super::{Decision, Ending, Fenced, Owner, Timer, Who};
-use crate::message::{Epoch, Host, Incarnation, InvalidationId, Nonce, Refusal, ToMirror};
+use crate::message::{Asker, Epoch, Host, Incarnation, InvalidationId, Nonce, Refusal, ToMirror};
 use crate::rules::Rule;
 use crate::time::Time;
 use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
+use core::time::Duration;
+
+/// Lives of a host whose joins are remembered.
+const LIVES: usize = 16;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Phase {
@@ -23,6 +27,9 @@ pub(super) struct Member {
     pub(super) who: Option<Who>,
     pub(super) phase: Phase,
     pub(super) expires: Time,
+    /// When each of its timers is due.
+    pub(super) expiry: Time,
+    pub(super) resend: Option<Time>,
     /// To be sent when there is room in the window.
     pub(super) queue: VecDeque<InvalidationId>,
     /// On their way, and when each was sent.
@@ -35,13 +42,32 @@ impl Owner {
     fn book(&mut self, number: u64, who: Option<Who>, phase: Phase) {
         let expires = self.now + self.owner_term();
         let (queue, sent) = (VecDeque::new(), BTreeMap::new());
-        self.members.insert(number, Member { who, phase, expires, queue, sent, parked: 0 });
+        self.members.insert(number, Member { who, phase, expires, expiry: expires, resend: None, queue, sent, parked: 0 });
         self.timers.insert((expires, Timer::Expiry(number)));
     }
 
-    /// Who may hold on by leases of earlier owners is one member that is never renewed (7).
-    pub(super) fn book_earlier_boots(&mut self) {
+    /// Who may hold on by leases of earlier owners is one member that is never renewed (D2). They have
+    /// granted no longer term than `longest`, or than this one.
+    pub(super) fn book_earlier_boots(&mut self, longest: Duration) {
+        let present = self.terms.term;
+        self.terms.term = present.max(longest);
         self.book(0, None, Phase::Expelled);
+        self.terms.term = present;
+    }
+
+    /// Whether a join is a late copy of one that was answered.
+    fn is_late(&self, from: Host, incarnation: Incarnation, nonce: Nonce) -> bool {
+        let lives = self.joins.get(&from).into_iter().flatten();
+        lives.into_iter().any(|(of, newest)| *of == incarnation && nonce <= *newest)
+    }
+
+    fn note_join(&mut self, who: Who) {
+        let lives = self.joins.entry(who.host).or_default();
+        lives.retain(|(of, _)| *of != who.incarnation);
+        if lives.len() == LIVES {
+            lives.pop_front();
+        }
+        lives.push_back((who.incarnation, who.nonce));
     }
 
     pub(super) fn join(&mut self, from: Host, incarnation: Incarnation, nonce: Nonce) {
@@ -58,13 +84,18 @@ impl Owner {
                 return;
             }
         }
+        if self.is_late(from, incarnation, nonce) {
+            // Its epoch is over. Whoever still waits for the answer asks anew.
+            self.counts.strangers += 1;
+            return self.send(from, ToMirror::Refused { nonce, asker: Asker::Join(incarnation), why: Refusal::Expelled });
+        }
         // Before it asks again it has stopped, so what it had before is over.
         for (number, who) in &known {
             let anew = who.incarnation == incarnation;
             if anew || !self.rules.keep(Rule::OtherIncarnationsStay) {
                 self.close(*number, Ending::JoinedAnew);
             } else {
-                // Not that it is gone: only that it will not be renewed (6).
+                // Not that it is gone: only that it will not be renewed (D1).
                 self.expel(*number);
             }
         }
@@ -76,12 +107,13 @@ impl Owner {
         };
         if let Some(why) = refusal {
             self.counts.refused += 1;
-            return self.send(from, ToMirror::Refused { nonce, incarnation: Some(incarnation), why });
+            return self.send(from, ToMirror::Refused { nonce, asker: Asker::Join(incarnation), why });
         }
         let number = self.next_epoch;
         self.next_epoch += 1;
         let who = Who { host: from, incarnation, nonce };
-        // First the books, then the welcome (1).
+        self.note_join(who);
+        // First the books, then the welcome (D2).
         #[cfg(feature = "test-util")]
         if !self.rules.keep(Rule::BookedBeforeWelcome) {
             self.unbooked.insert(number, who);
@@ -100,7 +132,7 @@ impl Owner {
             // A mirror that still asks does not know the epoch, so `Gone` would tell it nothing.
             self.counts.refused += 1;
             let Who { host, incarnation, nonce } = who;
-            self.send(host, ToMirror::Refused { nonce, incarnation: Some(incarnation), why: Refusal::Expelled });
+            self.send(host, ToMirror::Refused { nonce, asker: Asker::Join(incarnation), why: Refusal::Expelled });
         }
     }
 
@@ -160,7 +192,8 @@ impl Owner {
         let (now, epoch) = (self.now, self.epoch(number));
         let Some(member) = self.members.get_mut(&number) else { return };
         if member.expires > now {
-            self.timers.insert((member.expires, Timer::Expiry(number)));
+            member.expiry = member.expires;
+            self.timers.insert((member.expiry, Timer::Expiry(number)));
             return;
         }
         if !self.terms.fences || !self.rules.keep(Rule::Fenced) {
@@ -188,9 +221,16 @@ impl Owner {
     pub(super) fn close(&mut self, number: u64, ending: Ending) {
         let epoch = self.epoch(number);
         let Some(member) = self.members.remove(&number) else { return };
+        self.timers.remove(&(member.expiry, Timer::Expiry(number)));
+        if let Some(at) = member.resend {
+            self.timers.remove(&(at, Timer::Resend(number)));
+        }
         let count = if ending == Ending::Expired { &mut self.counts.expired } else { &mut self.counts.left };
         *count += 1;
-        self.parked.retain(|(of, _), _| *of != number);
+        let parked: Vec<_> = self.parked.range((number, Nonce(0))..=(number, Nonce(u64::MAX))).map(|(key, _)| *key).collect();
+        for key in parked {
+            self.parked.remove(&key);
+        }
         for invalidation in member.queue.into_iter().chain(member.sent.into_keys()) {
             self.end_for(invalidation, epoch, ending);
         }

@@ -1,7 +1,7 @@
 //! Fetches, and those that wait until memory has changed.
 
 use super::{Decision, Owner};
-use crate::message::{Epoch, Host, Nonce, Refusal, ToMirror};
+use crate::message::{Asker, Epoch, Host, Nonce, Refusal, ToMirror};
 use crate::owner::books::Phase;
 use crate::rules::Rule;
 use core::mem;
@@ -27,6 +27,12 @@ impl Owner {
             return self.send(from, ToMirror::Gone { epoch });
         };
         let full = member.parked >= limit;
+        // What is not shared would never be invalidated.
+        let served = self.terms.shared.covers(range) && range.len().is_some_and(|bytes| bytes <= self.terms.fetch_bytes);
+        if !served {
+            self.counts.refused += 1;
+            return self.send(from, ToMirror::Refused { nonce, asker: Asker::Fetch(epoch), why: Refusal::Contents });
+        }
         let parked = Parked { to: from, epoch, nonce, range };
         if !self.is_under_invalidation(range) {
             return self.serve(parked);
@@ -37,7 +43,7 @@ impl Owner {
         }
         if full {
             self.counts.refused += 1;
-            return self.send(from, ToMirror::Refused { nonce, incarnation: None, why: Refusal::Fetches });
+            return self.send(from, ToMirror::Refused { nonce, asker: Asker::Fetch(epoch), why: Refusal::Fetches });
         }
         if let Some(member) = self.members.get_mut(&epoch.number) {
             member.parked += 1;

@@ -58,7 +58,8 @@ impl Owner {
             self.counts.sent += 1;
             self.messages.push_back((who.host, ToMirror::Inv { epoch, invalidation, ranges: of.ranges.clone() }));
         }
-        if first && !member.sent.is_empty() {
+        if first && !member.sent.is_empty() && member.resend.is_none() {
+            member.resend = Some(resend);
             self.timers.insert((resend, Timer::Resend(number)));
         }
     }
@@ -67,9 +68,10 @@ impl Owner {
     pub(super) fn resend(&mut self, number: u64) {
         let (now, after) = (self.now, self.terms.resend);
         self.send_again(number, |sent| sent + after <= now);
-        let sent = self.members.get(&number).and_then(|member| member.sent.values().min());
-        if let Some(oldest) = sent {
-            self.timers.insert((*oldest + after, Timer::Resend(number)));
+        let Some(member) = self.members.get_mut(&number) else { return };
+        member.resend = member.sent.values().min().map(|oldest| *oldest + after);
+        if let Some(at) = member.resend {
+            self.timers.insert((at, Timer::Resend(number)));
         }
     }
 
@@ -100,10 +102,16 @@ impl Owner {
 
     pub(super) fn acknowledge(&mut self, from: Host, epoch: Epoch, invalidation: InvalidationId) {
         let epoch = if self.rules.keep(Rule::EpochsOfAcknowledgements) { epoch } else { self.newest_of(from).unwrap_or(epoch) };
-        let asked = self.member_of(from, epoch).is_some_and(|member| member.sent.remove(&invalidation).is_some());
-        if !asked {
+        let asked = self.member_of(from, epoch).filter(|member| member.sent.contains_key(&invalidation));
+        let Some(member) = asked else {
             self.counts.unasked += 1;
             return;
+        };
+        member.sent.remove(&invalidation);
+        if member.sent.is_empty()
+            && let Some(at) = member.resend.take()
+        {
+            self.timers.remove(&(at, Timer::Resend(epoch.number)));
         }
         self.counts.acknowledged += 1;
         self.end_for(invalidation, epoch, Ending::Acknowledged);

@@ -11,7 +11,7 @@ use std::hash::{DefaultHasher, Hash, Hasher};
 use std::time::Duration;
 
 /// Half a term. A mirror may ask once in each.
-const UNIT: u64 = 5;
+const UNIT: u64 = 1_000_000;
 
 /// Bounds of an exploration; times are in units.
 #[derive(Clone, Debug)]

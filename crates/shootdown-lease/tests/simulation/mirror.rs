@@ -304,7 +304,7 @@ impl World {
                 MirrorDecision::FetchRefused { nonce, .. } => {
                     life.fetching.remove(&nonce);
                 }
-                MirrorDecision::JoinRefused(_) | MirrorDecision::TermTooShort { .. } => {}
+                MirrorDecision::Denied(_) => {}
             }
         }
         let life = &self.mirrors[process];

@@ -78,6 +78,10 @@ impl Plan {
         let mut settings = MirrorSettings::default();
         settings.time_to_stop = Duration::from_millis(if devices { rng.random_range(2..12) } else { 0 });
         settings.retry = Duration::from_millis(rng.random_range(10..70));
+        if without == Without::Rule(Rule::NewestWelcome) {
+            // Where mirrors ask anew often, and answers are slow.
+            settings.retry = Duration::from_millis(4);
+        }
         let mut mean = |often: f64, from: u64, to: u64| if rng.random_bool(often) { rng.random_range(from..to) * MS } else { 0 };
         // Some kinds in each run, and seldom all: what has just failed altogether is hard to break.
         let (changes, pauses, owner_pauses) = (mean(1.0, 8, 60), mean(0.6, 60, 400), mean(0.5, 60, 400));

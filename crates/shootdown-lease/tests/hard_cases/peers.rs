@@ -5,7 +5,8 @@ use futures::executor::LocalPool;
 use futures::task::LocalSpawnExt;
 use shootdown_lease::engine::Hub;
 use shootdown_lease::{
-    Boot, Decision, Host, Incarnation, Memory, Mirror, MirrorSettings, Nonce, Owner, Refusal, Standing, Terms, ToMirror, ToOwner,
+    Asker, Boot, Decision, Epoch, Host, Incarnation, Memory, Mirror, MirrorSettings, Nonce, Owner, Refusal, Standing, Terms,
+    ToMirror, ToOwner,
 };
 use std::time::Duration;
 
@@ -49,7 +50,8 @@ fn d8_a_refusal_of_an_earlier_incarnations_fetch_refuses_none_of_this_one() {
     joined(&mut mirror, &mut owner, 1, ms(0));
     let nonce = mirror.fetch(pages(0, 1), ms(1)).unwrap();
     // Sent to the earlier process of this host, whose nonces have counted from 1, too; comes late.
-    mirror.handle(ToMirror::Refused { nonce, incarnation: None, why: Refusal::Fetches }, ms(1));
+    let asker = Asker::Fetch(Epoch { boot: Boot(1), number: 7 });
+    mirror.handle(ToMirror::Refused { nonce, asker, why: Refusal::Fetches }, ms(1));
     assert_eq!(mirror.next_decision(), None);
 }
 
@@ -60,9 +62,9 @@ fn d2_an_owner_with_a_shorter_term_waits_for_leases_that_an_earlier_one_has_gran
     joined(&mut mirror, &mut before, 1, ms(0));
     drop(before);
     // Configured anew.
-    let mut owner = Owner::new(Boot(2), Terms::new(TERM), Memory::Survived, ms(10)).unwrap();
+    let mut owner = Owner::new(Boot(2), Terms::new(TERM), Memory::SurvivedTerm(Duration::from_secs(1)), ms(10)).unwrap();
     owner.invalidate(pages(0, 1).into(), ms(11));
-    for at in 12..1_002 {
+    for at in 12..1_100 {
         owner.tick(ms(at));
         if let Some(Decision::Done { .. }) = owner.next_decision() {
             assert!(!mirror.is_valid(ms(at)), "done at {} while the mirror holds on", ms(at));

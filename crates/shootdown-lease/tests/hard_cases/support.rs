@@ -86,17 +86,10 @@ pub(crate) fn leased(timer: &Timer, incarnation: u64, settings: MirrorSettings) 
 
 /// Carries all that waits, both ways, answering fetches with what `read` says, if it says anything.
 pub(crate) fn carry(hub: &Hub, host: u64, link: &mut Link, leased: &Leased) {
-    carry_while(|| true, hub, host, link, leased);
-}
-
-/// The same, but what arrives at the owner is taken only while that says so.
-pub(crate) fn carry_while(held: impl Fn() -> bool, hub: &Hub, host: u64, link: &mut Link, leased: &Leased) {
     loop {
         let mut quiet = true;
         while let Some(Some(message)) = leased.next_message().now_or_never() {
-            if held() {
-                hub.handle(Host(host), message);
-            }
+            hub.handle(Host(host), message);
             quiet = false;
         }
         while let Some(Some(outgoing)) = link.next().now_or_never() {
