@@ -156,9 +156,9 @@ MUTATIONS = [
     ("a merged leaf does not know what reached from one into the other", "src/index/leaf.rs", ".max(upper.slack).max(reach);", ".max(upper.slack);"),
     ("what is left of a leaf keeps its greatest last", "src/index/leaf.rs", "        self.find_max_last();\n    }\n}", "    }\n}"),
     ("the longest interval is not forgotten when it goes", "src/index/leaf.rs", "        self.longest = (0..CAP).map(", "        let _ = (0..CAP).map("),
-    ("read_begin does not ask the gate", "src/engine/futures/read.rs", "            && !self.space.gate.is_closed()\n", "", "loom"),
+    ("read_begin does not ask the gate", "src/engine/futures/read.rs", "            && !self.space.is_shut()\n", "", "loom"),
     ("read_retry does not ask the gate", "src/subscription.rs", "let open = !space.gate.is_closed_now();", "let open = true;", "loom"),
-    ("a reader looks at the gate before the memory", "src/engine/gate.rs", "            fence(Ordering::Acquire);\n", "", "loom"),
+    ("a reader looks at the gate before the memory", "src/engine/gate.rs", "            fence(Ordering::Acquire);\n            self.is_closed()", "            self.is_closed()", "loom"),
     ("free an entry that an invalidation covers", "src/entry.rs", " && !self.own.is_covered()", ""),
     ("a fast reader does not see what came before the end", "src/protocol/own.rs", "let word = self.word.load(Ordering::Acquire);", "let word = self.word.load(Ordering::Relaxed);", "loom"),
     ("an end publishes nothing", "src/protocol/own.rs", "        if covering == 0 {\n            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);\n        } else", "        if covering == 0 {\n            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Relaxed);\n        } else", "loom"),
@@ -257,6 +257,21 @@ MUTATIONS = [
     ("the used ring is told before the buffers are let go", "crates/shootdown-vhost/src/ring.rs", "        drop((readable, writable));\n        shared.push(entry, head, len).await", "        let told = shared.push(entry, head, len).await;\n        drop((readable, writable));\n        told", "vhost"),
     ("a ring that stops waits for translations", "crates/shootdown-vhost/src/ring.rs", "select(put, self.stop.reached(HURRY))", "select(put, Timeline::new().reached(HURRY))", "vhost"),
     ("a mapping looks before it is registered", "crates/shootdown-vhost/src/iotlb.rs", "        let (mut mapping, range) = self.register(want).ok()?;\n        let found = self.0.table.read().look_up(range, want.access, mapping.parts_mut());\n", "        let mut parts = Parts::default();\n        let found = self.0.table.read().look_up(want.range().ok()?, want.access, &mut parts);\n        let (mut mapping, _) = self.register(want).ok()?;\n        *mapping.parts_mut() = parts;\n", "vhost, loom"),
+    ("a check does not ask the lease", "src/engine/mod.rs", "!(open || self.is_let_in())", "!(open || true)", "leases"),
+    ("a reader does not ask the lease", "src/engine/gate.rs", "self.gate.is_closed() && !self.is_let_in()", "self.gate.has_closings()", "leases"),
+    ("a lease that is valid again while a reader enrols is missed", "src/engine/gate.rs", "polled.is_pending() && !valid && self.is_leased()", "false", "leases"),
+    ("the cache does not ask the lease", "src/cache/core.rs", "        if self.space.shared().is_shut() {\n            return None;\n        }\n", "", "leases"),
+    ("a host of a tree grants without a lease of its own", "crates/shootdown-lease/src/engine/hub.rs", "Some(Box::new(move || above.has_lease()))", "{ let _ = above; None }", "hosts"),
+    ("what a link has lost is sent again by time only", "crates/shootdown-lease/src/engine/hub.rs", "            state.owner.connected(host, now);\n", "", "hosts"),
+    ("a host that reads nothing has everything kept", "crates/shootdown-lease/src/engine/hub.rs", "outbox.queue.len() < room", "{ let _ = room; true } || outbox.queue.is_empty()", "hosts"),
+    ("a flush counts for whichever epoch there is", "crates/shootdown-lease/src/mirror.rs", "if !self.is_in(epoch) || !self.working", "if !self.working", "hosts"),
+    ("a driver's panic is taken for a flush", "crates/shootdown-lease/src/engine/leased.rs", "state.mirror.give_up(epoch, now);", "state.mirror.invalidated(epoch, invalidation, now);", "hosts"),
+    ("what was left is not said when the link is made anew", "crates/shootdown-lease/src/engine/leased.rs", "state.outgoing.retain(|message| matches!(message, ToOwner::Left { .. }));", "state.outgoing.clear();", "hosts"),
+    ("who waits for the lease is not woken", "crates/shootdown-lease/src/engine/leased.rs", "            after.run(move || drop(space.pause()));\n", "            let _ = (space, &mut *after);\n", "hosts"),
+    ("what is not shared is served", "crates/shootdown-lease/src/owner/fetches.rs", "        if !served {", "        if !served && false {", "hosts"),
+    ("a late join is a new one", "crates/shootdown-lease/src/owner/books.rs", "        if self.is_late(from, incarnation, nonce) {", "        if false && self.is_late(from, incarnation, nonce) {", "hosts"),
+    ("timers of those who have gone stay", "crates/shootdown-lease/src/owner/books.rs", "        self.timers.remove(&(member.expiry, Timer::Expiry(number)));\n", "", "hosts"),
+    ("the way up ends before what was granted is given back", "crates/shootdown-lease/src/mirror/lease.rs", "            State::Out { .. } => self.state = State::Over,\n", "            State::Out { .. } | State::Joining { .. } => self.state = State::Over,\n", "hosts"),
     ("changes that have happened cover who comes later", "src/protocol/active.rs", "&& sets.get(&serial).is_none_or(|set| !set.is_past)", "", "unit and property tests"),
 ]
 
@@ -280,6 +295,8 @@ CHECKS = [
     ("AddressSanitizer", "ci/asan.sh", 300),
     ("vhost", "cargo test --release -p shootdown-vhost --lib --test pitfalls --test schedules", 200),
     ("vhost, loom", "ci/vhost.sh loom", 300),
+    ("leases", "cargo test --all-features --test contract --test cache r4_", 200),
+    ("hosts", "cargo test --release -p shootdown-lease --all-features --test engine --test owner --test mirror --test hard_cases", 200),
 ]
 
 

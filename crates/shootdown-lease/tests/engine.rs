@@ -111,19 +111,23 @@ impl World {
 
     fn link(&self, host: u64, node: &Node) {
         let (mut link, leased, cut) = (self.hub.link(Host(host)), node.leased.clone(), node.cut.clone());
-        let (mirrors, contents) = (self.mirrors.clone(), self.contents.clone());
+        let (space, contents, spawner) = (self.space.clone(), self.contents.clone(), self.spawner.clone());
         let down = async move {
             while let Some(outgoing) = link.next().await {
-                let (message, contents) = match outgoing {
-                    Outgoing::Message(message) => (message, None),
+                match outgoing {
+                    Outgoing::Message(message) if !cut.get() => leased.handle(message, None),
+                    Outgoing::Message(_) => {}
                     Outgoing::Serve(serve) => {
-                        mirrors.read_begin().await;
-                        let length = serve.range().len().unwrap() as usize;
-                        (serve.message(), Some(vec![contents.get(); length]))
+                        let (leased, cut, space, contents) = (leased.clone(), cut.clone(), space.clone(), contents.clone());
+                        let answer = async move {
+                            serve.ready(&space).await.unwrap();
+                            let length = serve.range().len().unwrap() as usize;
+                            if !cut.get() {
+                                leased.handle(serve.message(), Some(vec![contents.get(); length]));
+                            }
+                        };
+                        spawner.spawn_local(answer).unwrap();
                     }
-                };
-                if !cut.get() {
-                    leased.handle(message, contents);
                 }
             }
         };

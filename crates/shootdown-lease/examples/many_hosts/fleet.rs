@@ -82,7 +82,8 @@ struct Node {
 #[derive(Clone)]
 struct Teller {
     hub: Hub,
-    mirrors: Rc<Subscription<Mirrors>>,
+    space: AddressSpace,
+    _mirrors: Rc<Subscription<Mirrors>>,
     processor: Processor,
     alive: Rc<Cell<bool>>,
 }
@@ -138,16 +139,19 @@ impl<'a> Fleet<'a> {
             (level.members, level.resend) = (20_000, options.term / 10);
         }
         let space = AddressSpace::new();
-        let teller = |space: &AddressSpace, level: usize, alive: &Rc<Cell<bool>>| {
-            let clock = time.clone();
-            let owner = Owner::new(Boot(1), terms[level].clone(), Memory::New, time.now()).unwrap();
-            let hub = Hub::new(owner, move || clock.now());
-            let mirrors = Rc::new(space.insert(memory(), hub.mirrors()).unwrap());
-            Teller { hub, mirrors, processor: Processor::new(&time), alive: alive.clone() }
+        let owner_of = |level: usize| {
+            let mut terms: Terms = terms[level].clone();
+            terms.shared = memory();
+            Owner::new(Boot(1), terms, Memory::New, time.now()).unwrap()
+        };
+        let teller = |hub: Hub, space: &AddressSpace, alive: &Rc<Cell<bool>>| {
+            let mirrors = Rc::new(hub.insert(space).unwrap());
+            Teller { hub, space: space.clone(), _mirrors: mirrors, processor: Processor::new(&time), alive: alive.clone() }
         };
         let forever = Rc::new(Cell::new(true));
         let top = if setup.tree { depth_of(0) } else { 0 };
-        let owner = teller(&space, top, &forever);
+        let clock = time.clone();
+        let owner = teller(Hub::new(owner_of(top), move || clock.now()), &space, &forever);
         let mut fleet = Self { options, setup, time: time.clone(), pool, rng, space, owner: owner.clone(), nodes: Rc::default() };
         fleet.run_hub(&owner);
         let mut tellers: Vec<Option<Teller>> = Vec::new();
@@ -163,7 +167,7 @@ impl<'a> Fleet<'a> {
             let leased = Leased::new(Mirror::new(Incarnation(u64::from(host) + 1), settings, time.now()), move || clock.now());
             let gpus = (0..options.gpus).map(|gpu| leased.space().insert(memory(), fleet.gpu(host, gpu)).unwrap()).collect();
             // A host that tells others is a mirror above and an owner below: its hub is one more device.
-            let own = level.map(|level| teller(leased.space(), level, &alive));
+            let own = level.map(|level| teller(Hub::below(&leased, owner_of(level)), leased.space(), &alive));
             if let Some(own) = &own {
                 fleet.run_hub(own);
             }
@@ -230,7 +234,9 @@ impl<'a> Fleet<'a> {
                         let (message, contents) = match outgoing {
                             Outgoing::Message(message) => (message, None),
                             Outgoing::Serve(serve) => {
-                                above.mirrors.read_begin().await;
+                                if serve.ready(&above.space).await.is_err() {
+                                    return;
+                                }
                                 (serve.message(), serve.range().len().map(|length| vec![0; length as usize]))
                             }
                         };
