@@ -181,6 +181,7 @@ fn refusal(why: i32) -> Result<Refusal, Malformed> {
         Ok(Why::Fetches) => Ok(Refusal::Fetches),
         Ok(Why::Contents) => Ok(Refusal::Contents),
         Ok(Why::Expelled) => Ok(Refusal::Expelled),
+        Ok(Why::NotWatched) => Ok(Refusal::NotWatched),
         Ok(Why::Unspecified) | Err(_) => Err(Malformed::Refusal(why)),
     }
 }
@@ -192,6 +193,7 @@ fn to_refusal(why: Refusal) -> Why {
         Refusal::Fetches => Why::Fetches,
         Refusal::Contents => Why::Contents,
         Refusal::Expelled => Why::Expelled,
+        Refusal::NotWatched => Why::NotWatched,
     }
 }
 
@@ -286,6 +288,7 @@ mod tests {
             ToMirror::Gone { epoch: EPOCH },
             ToMirror::Refused { nonce: Nonce(5), asker: Asker::Fetch(EPOCH), why: Refusal::Fetches },
             ToMirror::Refused { nonce: Nonce(6), asker: Asker::Fetch(EPOCH), why: Refusal::Contents },
+            ToMirror::Refused { nonce: Nonce(7), asker: Asker::Join(Incarnation(2)), why: Refusal::NotWatched },
             ToMirror::Refused { nonce: Nonce(6), asker: Asker::Join(Incarnation(2)), why: Refusal::Expelled },
             ToMirror::Refused { nonce: Nonce(5), asker: Asker::Join(Incarnation(0)), why: Refusal::Members },
             ToMirror::Refused { nonce: Nonce(5), asker: Asker::Join(Incarnation(1)), why: Refusal::MembersOfHost },

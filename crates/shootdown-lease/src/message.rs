@@ -153,6 +153,8 @@ pub enum Refusal {
     /// The epoch that this join was given is not renewed any more. A mirror that has not entered it
     /// asks anew, at once.
     Expelled,
+    /// The owner's notifier is in no address space, so nothing would tell its mirrors of changes.
+    NotWatched,
     /// The range is not shared, is longer than the owner sends at once, or cannot be read.
     Contents,
 }
@@ -163,6 +165,9 @@ impl fmt::Display for Refusal {
             Self::Members => "the owner has as many mirrors as it takes (`Terms::members`)",
             Self::MembersOfHost => "leases of earlier lives of this host have not ended yet: try again after a term",
             Self::Expelled => "the epoch of this join is not renewed any more: ask anew",
+            Self::NotWatched => {
+                "nothing would tell mirrors of changes: the owner's program has not inserted the hub into its address space, or has dropped that subscription"
+            }
             Self::Fetches => "as many fetches of this mirror wait as the owner takes (`Terms::fetches`)",
             Self::Contents => "the range is not shared, is longer than the owner sends at once, or cannot be read",
         })

@@ -9,7 +9,8 @@ use futures::task::LocalSpawnExt;
 use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
 use shootdown_lease::engine::{Hub, Leased, Lost, Mirrors, Outgoing};
 use shootdown_lease::{
-    Boot, Ending, Fenced, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Standing, Terms, Time, ToMirror, ToOwner,
+    Asker, Boot, Ending, Fenced, Host, Incarnation, Memory, Mirror, MirrorSettings, Nonce, Owner, Refusal, Standing, Terms, Time,
+    ToMirror, ToOwner,
 };
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -379,10 +380,10 @@ fn a_host_that_reads_nothing_costs_bounded_memory_and_holds_up_nobody() {
     let well = world.mirror(1);
     // One that floods the owner with questions and never reads.
     let mut deaf = world.hub.link(Host(2));
-    world.hub.handle(Host(2), ToOwner::Join { incarnation: Incarnation(1), nonce: shootdown_lease::Nonce(1) });
+    world.hub.handle(Host(2), ToOwner::Join { incarnation: Incarnation(1), nonce: Nonce(1) });
     let Some(Some(Outgoing::Message(ToMirror::Welcome { epoch, .. }))) = deaf.next().now_or_never() else { panic!() };
     for nonce in 2..10_000 {
-        world.hub.handle(Host(2), ToOwner::Fetch { epoch, nonce: shootdown_lease::Nonce(nonce), range: pages(0, 1) });
+        world.hub.handle(Host(2), ToOwner::Fetch { epoch, nonce: Nonce(nonce), range: pages(0, 1) });
     }
     let kept = std::iter::from_fn(|| deaf.next().now_or_never().flatten()).count();
     assert!(kept < 50 && world.hub.dropped() as usize + kept == 9_998, "{kept}");
@@ -449,4 +450,25 @@ fn a_flush_that_ends_after_the_mirror_has_joined_another_owner_acknowledges_noth
     assert_eq!(gpu.flush(), 1);
     world.pool.run_until_stalled();
     assert!(second.get());
+}
+
+#[test]
+fn where_nothing_would_tell_of_changes_nobody_joins_and_who_has_joined_is_told_to_let_go() {
+    let timer = Timer::default();
+    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let mut link = hub.link(Host(1));
+    let join = |nonce| ToOwner::Join { incarnation: Incarnation(1), nonce: Nonce(nonce) };
+    let mut said = || link.next().now_or_never().flatten();
+    hub.handle(Host(1), join(1));
+    let refused = ToMirror::Refused { nonce: Nonce(1), asker: Asker::Join(Incarnation(1)), why: Refusal::NotWatched };
+    assert_eq!(said(), Some(Outgoing::Message(refused)));
+    let space = AddressSpace::new();
+    let mirrors = hub.insert(&space).unwrap();
+    hub.handle(Host(1), join(2));
+    let Some(Outgoing::Message(ToMirror::Welcome { epoch, .. })) = said() else { panic!() };
+    drop(mirrors);
+    assert_eq!(said(), Some(Outgoing::Message(ToMirror::Gone { epoch })));
+    assert!(matches!(said(), Some(Outgoing::Message(ToMirror::Inv { .. }))));
+    hub.handle(Host(1), ToOwner::Renew { epoch, nonce: Nonce(3) });
+    assert_eq!(said(), None, "and is renewed no more");
 }

@@ -4,7 +4,7 @@ use super::Clock;
 use super::leased::Leased;
 use super::link::{Link, Outbox, Outgoing, Serve};
 use super::wake::{After, Guarded, Waiter, late, sleep_or};
-use crate::message::{Epoch, Host, InvalidationId, ToOwner};
+use crate::message::{Asker, Epoch, Host, InvalidationId, Refusal, ToMirror, ToOwner};
 use crate::owner::{Decision, Ending, Fenced, Owner, OwnerCounts};
 use crate::time::Time;
 use alloc::borrow::Cow;
@@ -41,6 +41,8 @@ pub(super) struct State {
     fences: VecDeque<Fenced>,
     deadline: Option<Time>,
     dropped: u64,
+    /// Notifiers of it that exist.
+    notifiers: usize,
     /// How each invalidation ended for each member, for whoever asks.
     endings: Endings,
 }
@@ -87,13 +89,15 @@ impl Hub {
             passes: BTreeMap::new(),
             fences: VecDeque::new(),
             dropped: 0,
+            notifiers: 0,
             endings: Endings::default(),
         };
         let (timer, fence) = Default::default();
         Self { inner: Arc::new(Inner { state: Guarded::new(state), clock, held, timer, fence }) }
     }
 
-    /// Inserts [`mirrors`](Self::mirrors) over [what is shared](crate::Terms::shared).
+    /// Inserts [`mirrors`](Self::mirrors) over [what is shared](crate::Terms::shared). Keep the
+    /// subscription as long as anything is mirrored.
     ///
     /// # Errors
     /// [`Released`](InsertError), if the space has ended.
@@ -102,11 +106,15 @@ impl Hub {
         space.insert(shared, self.mirrors())
     }
 
-    /// The notifier to insert into the owner's `AddressSpace`, over all that is mirrored. Its pass of
+    /// The notifier to insert, by hand, into the owner's `AddressSpace`, over all that is mirrored. Its pass of
     /// an invalidation ends when every mirror has let go or can no longer hold on.
     ///
-    /// It refuses an invalidation that is not blockable as long as anybody is in the books.
+    /// It refuses an invalidation that is not blockable as long as anybody is in the books. While there is
+    /// none, because its subscription was dropped or removed, the hub grants nothing; mirrors are told to
+    /// let go of everything then, but nobody waits for them: what changes before their leases have ended
+    /// they may still use.
     pub fn mirrors(&self) -> Mirrors {
+        self.inner.state.with(|state, _| state.notifiers += 1);
         Mirrors { hub: self.clone() }
     }
 
@@ -133,7 +141,14 @@ impl Hub {
         // A time that is missing would be an old one.
         let now = self.inner.state.guard(|| self.inner.clock.now());
         let taken = now.filter(|_| !grants || held());
-        self.work(|state, _, _| match taken {
+        self.work(|state, _, after| match taken {
+            // What nothing would tell of changes is granted nothing.
+            Some(_) if grants && state.notifiers == 0 => {
+                if let ToOwner::Join { incarnation, nonce } = message {
+                    let refused = ToMirror::Refused { nonce, asker: Asker::Join(incarnation), why: Refusal::NotWatched };
+                    state.push(from, Outgoing::Message(refused), after);
+                }
+            }
             Some(now) => state.owner.handle(from, message, now),
             None => state.dropped += 1,
         });
@@ -276,6 +291,20 @@ impl State {
 /// All mirrors of an owner, as one notifier.
 pub struct Mirrors {
     hub: Hub,
+}
+
+/// Nothing tells the mirrors of changes any more.
+impl Drop for Mirrors {
+    fn drop(&mut self) {
+        self.hub.work(|state, now, _| {
+            state.notifiers -= 1;
+            if state.notifiers == 0 {
+                let shared = state.owner.terms().shared;
+                state.owner.expel_all(now);
+                state.owner.invalidate(shared.into(), now);
+            }
+        });
+    }
 }
 
 impl IntervalNotifier for Mirrors {

@@ -187,6 +187,15 @@ impl Owner {
         }
     }
 
+    /// Renews nobody any more of those who are in the books, and says so.
+    pub fn expel_all(&mut self, now: Time) {
+        self.now = self.now.max(now);
+        let numbers: Vec<u64> = self.members.keys().copied().collect();
+        for number in numbers {
+            self.expel(number);
+        }
+    }
+
     /// A lease may have ended: it has, unless it was renewed meanwhile.
     pub(super) fn expire(&mut self, number: u64) {
         let (now, epoch) = (self.now, self.epoch(number));

@@ -21,6 +21,7 @@ use std::task::Context;
 fn d4_a_check_knows_that_a_lease_has_ended_although_there_is_another_one() {
     let (timer, mut pool) = (Timer::default(), LocalPool::new());
     let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let _mirrors = hub.mirrors();
     let leased = leased(&timer, 1, MirrorSettings::default());
     let driver = leased.space().insert(pages(0, 1), Copies).unwrap();
     let (runs, sleep) = (leased.clone(), timer.sleep());
@@ -60,6 +61,7 @@ fn d3_a_clock_that_jumped_and_came_back_does_not_lengthen_the_next_lease() {
 fn d9_a_mirror_that_has_left_says_so_although_its_link_is_made_anew() {
     let (timer, mut pool) = (Timer::default(), LocalPool::new());
     let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let _mirrors = hub.mirrors();
     let leased = leased(&timer, 1, MirrorSettings::default());
     let (runs, sleep) = (leased.clone(), timer.sleep());
     pool.spawner().spawn_local(async move { runs.run(sleep).await }).unwrap();
@@ -78,6 +80,7 @@ fn d9_a_mirror_that_has_left_says_so_although_its_link_is_made_anew() {
 fn d9_a_mirror_that_leaves_while_it_joins_is_in_no_books_afterwards() {
     let (timer, mut pool) = (Timer::default(), LocalPool::new());
     let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let _mirrors = hub.mirrors();
     let leased = leased(&timer, 1, MirrorSettings::default());
     let (runs, sleep) = (leased.clone(), timer.sleep());
     pool.spawner().spawn_local(async move { runs.run(sleep).await }).unwrap();
@@ -125,6 +128,7 @@ fn d9_a_mirror_whose_run_was_dropped_while_it_stopped_joins_anew_when_it_runs_ag
     let timer = Timer::default();
     let mut pool = LocalPool::new();
     let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let _mirrors = hub.mirrors();
     let leased = leased(&timer, 1, MirrorSettings::default());
     let flushes = Arc::<Mutex<Vec<_>>>::default();
     let _driver = leased.space().insert(pages(0, 1), Flushes(flushes.clone())).unwrap();
@@ -202,6 +206,7 @@ fn r4_a_lease_that_is_valid_again_by_a_late_renewal_wakes_who_waits() {
     let owner = Owner::new(Boot(1), Terms::new(TERM), Memory::New, ms(0)).unwrap();
     let owner_clock = now.clone();
     let hub = Hub::new(owner, move || Time::from_nanos(owner_clock.load(SeqCst)));
+    let _mirrors = hub.mirrors();
     let leased = Leased::new(Mirror::new(Incarnation(1), MirrorSettings::default(), ms(0)), clock);
     let driver = Arc::new(leased.space().insert(pages(0, 1), Copies).unwrap());
     let mut link = hub.link(Host(1));
@@ -259,6 +264,7 @@ fn f1_a_clock_that_panics_once_leaves_no_reader_behind() {
         reads()
     };
     let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let _mirrors = hub.mirrors();
     let leased = Leased::new(Mirror::new(Incarnation(1), MirrorSettings::default(), timer.now()), clock);
     let driver = leased.space().insert(pages(0, 1), Copies).unwrap();
     let (mut pool, mut link) = (LocalPool::new(), hub.link(Host(1)));

@@ -97,6 +97,7 @@ fn d8_a_window_without_a_bound_does_not_overflow() {
     let mut terms = Terms::new(TERM);
     terms.window = usize::MAX;
     let hub = Hub::new(Owner::new(Boot(1), terms, Memory::New, timer.now()).unwrap(), timer.clock());
+    let _mirrors = hub.mirrors();
     let _link = hub.link(Host(1));
     let join = ToOwner::Join { incarnation: Incarnation(1), nonce: Nonce(1) };
     assert!(catch_unwind(AssertUnwindSafe(|| hub.handle(Host(1), join))).is_ok());

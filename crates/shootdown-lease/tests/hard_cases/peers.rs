@@ -82,6 +82,7 @@ fn d10_a_mirror_whose_owner_counts_its_boots_backwards_says_why_it_cannot_join()
     pool.spawner().spawn_local(async move { runs.run(sleep).await }).unwrap();
     for boot in [2, 1] {
         let hub = Hub::new(Owner::new(Boot(boot), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+        let _mirrors = hub.mirrors();
         let mut link = hub.link(Host(1));
         leased.connected();
         for _ in 0..300 {
