@@ -141,6 +141,49 @@ async fn streams_that_were_replaced_keep_no_contents() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_is_dropped_cuts_whoever_does_not_read() {
+    let authority = Authority::default();
+    let mut limits = Limits::default();
+    (limits.keep_alive, limits.keep_alive_timeout) = (Duration::from_secs(1), LONG * 10);
+    let owner = Tracking::begin(&authority, limits).await;
+    let (_raw, _relay) = stalled(&owner, &authority, 16 << 20).await;
+    // Until the owner's own question whether the peer is there waits for the socket.
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert!(owner.contents.live() > 0, "it is sent to nobody");
+    owner.server.abort();
+    until("nothing of it is left", || owner.contents.live() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_certificate_has_so_many_connections_that_are_not_read() {
+    let authority = Authority::default();
+    let mut limits = Limits::default();
+    (limits.keep_alive, limits.keep_alive_timeout) = (Duration::from_secs(1), LONG * 10);
+    limits.connections_of_a_name = 1;
+    let owner = Tracking::begin(&authority, limits).await;
+    let (_raw, _relay) = stalled(&owner, &authority, 16 << 20).await;
+    tokio::time::sleep(Duration::from_millis(1_500)).await;
+    assert!(owner.contents.live() > 0, "it is sent to nobody");
+    let _newer = raw::wire(owner.address, Some(&authority.issue("mirror-1.example"))).await.unwrap();
+    until("the oldest is counted", || owner.tally.counts().full == 1).await;
+    until("and cut", || owner.contents.live() == 0).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whoever_reads_nothing_for_long_is_cut() {
+    let authority = Authority::default();
+    let mut limits = Limits::default();
+    (limits.keep_alive, limits.keep_alive_timeout) = (Duration::from_secs(1), Duration::from_millis(500));
+    limits.connections = 1;
+    let owner = Tracking::begin(&authority, limits).await;
+    let (_raw, _relay) = stalled(&owner, &authority, 16 << 20).await;
+    until("nothing of it is left", || owner.contents.live() == 0).await;
+    let next = Mirroring::begin(owner.address, &authority.issue("mirror-2.example"));
+    soon("its place is free", next.leased.joined()).await;
+    assert_eq!(owner.hub.members().len(), 2, "that ends no lease");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_thousand_fetches_of_one_mirror_cost_as_much_as_they_are() {
     const BYTES: u64 = 0x1_0000;
     let authority = Authority::default();
@@ -160,6 +203,34 @@ async fn a_thousand_fetches_of_one_mirror_cost_as_much_as_they_are() {
     time(32).await;
     let (few, many) = (time(32).await, time(1_000).await);
     assert!(many < few * 5, "{few:?} each of 32, {many:?} each of 1,000");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_at_their_ends_let_mirrors_in() {
+    let authority = Authority::default();
+    let mut limits = Limits::default();
+    (limits.connections, limits.handshakes, limits.connections_of_a_name) = (usize::MAX, usize::MAX, usize::MAX);
+    (limits.handshake, limits.open, limits.fetches) = (Duration::MAX, Duration::MAX, usize::MAX);
+    (limits.keep_alive, limits.keep_alive_timeout) = (Duration::MAX, Duration::MAX);
+    (limits.messages_a_second, limits.burst, limits.streams_of_a_connection) = (u32::MAX, u32::MAX, u32::MAX);
+    (limits.fetch, limits.headers) = (u64::MAX, u32::MAX);
+    let owner = Owned::with(Way::Tls(authority.server("owner.example")), limits, terms(), "127.0.0.1:0").await;
+    let identity = authority.issue("mirror-1.example");
+    let client = client(owner.address).tls(identity.client());
+    let mirror = Mirroring::with(client.connect_timeout(Duration::MAX).keep_alive(Duration::MAX, Duration::MAX));
+    let held = soon("a copy", mirror.copy(page(1))).await;
+    soon("a change", owner.change(page(1), 7)).await;
+    assert_eq!(held.copy.lock().as_deref(), None);
+    assert_eq!(mirror.connection.counts().links, 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wait_without_a_bound_before_the_next_try_does_not_panic() {
+    let client = client("127.0.0.1:1").insecure_plaintext("mirror-1.example");
+    let mut mirror = Mirroring::with(client.backoff(Duration::MAX, Duration::MAX));
+    until("it has tried", || mirror.connection.counts().failed == 1).await;
+    let ended = tokio::time::timeout(Duration::from_millis(100), mirror.connection.ended()).await;
+    assert!(ended.is_err(), "it waits, and its task has not died");
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
