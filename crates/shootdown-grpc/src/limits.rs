@@ -64,7 +64,7 @@ impl Default for Limits {
         Self {
             connections: 4_096,
             handshakes: 256,
-            connections_of_a_name: 4,
+            connections_of_a_name: 64,
             handshake: Duration::from_secs(5),
             open: Duration::from_secs(5),
             streams_of_a_connection: 16,

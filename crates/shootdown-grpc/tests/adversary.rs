@@ -206,6 +206,36 @@ async fn a_thousand_fetches_of_one_mirror_cost_as_much_as_they_are() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn one_host_mirrors_several_spaces_at_once() {
+    let authority = Authority::default();
+    let mut builder = Server::builder().tls(authority.server("owner.example"));
+    let mut hubs = Vec::new();
+    for number in 0..8 {
+        let owner = Owner::new(Boot(1), terms(), Memory::New, BootClock.now()).unwrap();
+        let hub = Hub::new(owner, BootClock);
+        let offered = Space::new(hub.clone(), Tracked::default()).admit("mirror-1.example", Host(1));
+        builder = builder.space(format!("space-{number}"), offered);
+        hubs.push(hub);
+    }
+    let server = builder.bind("127.0.0.1:0").await.unwrap();
+    let (tally, address) = (server.tally(), server.local_addr());
+    let server = tokio::spawn(async move { match server.run().await {} });
+    let identity = authority.issue("mirror-1.example");
+    let mirror = |number| {
+        let client = Client::builder(format!("space-{number}")).owner(address.to_string()).server_name("owner.example");
+        Mirroring::with(client.tls(identity.client()))
+    };
+    let mirrors: Vec<_> = (0..8).map(mirror).collect();
+    for mirror in &mirrors {
+        soon("a mirror", mirror.leased.joined()).await;
+    }
+    tokio::time::sleep(TERM).await;
+    assert_eq!(tally.counts().full, 0, "{:?}", tally.counts());
+    assert!(mirrors.iter().all(|mirror| mirror.connection.counts().links == 1));
+    server.abort();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_at_their_ends_let_mirrors_in() {
     let authority = Authority::default();
     let mut limits = Limits::default();
