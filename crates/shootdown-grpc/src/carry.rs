@@ -25,14 +25,20 @@ pub(crate) enum Ended {
     Down(Status),
 }
 
-/// Carries messages until the link breaks or the mirror has left.
+/// Carries messages until the link breaks or the mirror has left. The last `farewell` is kept, to be
+/// said again by the next link if the owner may not have heard it.
 pub(crate) async fn carry(
     leased: &Leased,
     mut incoming: Streaming<proto::FromOwner>,
     sender: mpsc::Sender<proto::FromMirror>,
     malformed: &AtomicU64,
+    farewell: &mut Option<ToOwner>,
 ) -> Ended {
     let mut pieces = Pieces::default();
+    if let Some(farewell) = farewell {
+        // The first one: there is room.
+        let _ = sender.send(codec::from_mirror(farewell)).await;
+    }
     loop {
         // Only when there is room, so that what is not sent stays with the mirror.
         let outgoing = async {
@@ -51,15 +57,29 @@ pub(crate) async fn carry(
                 if let ToOwner::Fetch { nonce, range, .. } = message {
                     pieces.ask(nonce, range.len());
                 }
+                if let ToOwner::Left { .. } = message {
+                    *farewell = Some(message.clone());
+                }
                 room.send(codec::from_mirror(&message));
             }
         }
     }
     // The owner ends its half when it has heard all.
     drop(sender);
-    let rest = async { while let Ok(Some(_)) = incoming.message().await {} };
-    let _ = timeout(FAREWELL, rest).await;
-    Ended::Left
+    let rest = async {
+        loop {
+            match incoming.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => return Ended::Left,
+                Err(status) => return Ended::Down(status),
+            }
+        }
+    };
+    let ended = timeout(FAREWELL, rest).await;
+    if farewell.is_none() {
+        return Ended::Left;
+    }
+    ended.unwrap_or_else(|_| Ended::Down(Status::deadline_exceeded("the owner has not heard in time that the mirror has left")))
 }
 
 /// A message for the mirror, with the contents that belong to it.

@@ -236,6 +236,41 @@ async fn one_host_mirrors_several_spaces_at_once() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ended_says_that_the_owner_was_told() {
+    let authority = Authority::default();
+    let way = Way::Tls(authority.server("owner.example"));
+    let owner = Owned::with(way, Limits::default(), Terms::new(LONG * 2), "127.0.0.1:0").await;
+    let relay = Relay::begin(owner.address).await;
+    let mut mirror = Mirroring::begin(relay.address, &authority.issue("mirror-1.example"));
+    soon("a mirror", mirror.leased.joined()).await;
+    relay.set(Mode::Hold);
+    soon("leaving", mirror.leased.leave()).await;
+    let ended = tokio::time::timeout(Duration::from_secs(4), mirror.connection.ended()).await;
+    assert!(ended.is_err(), "the owner cannot have been told, and counts {} members", owner.hub.members().len());
+    relay.set(Mode::Forward);
+    soon("the owner is told", mirror.connection.ended()).await;
+    assert_eq!((owner.hub.members().len(), owner.hub.counts().left), (0, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_link_that_breaks_while_a_mirror_says_goodbye_is_made_again() {
+    let authority = Authority::default();
+    let way = Way::Tls(authority.server("owner.example"));
+    let owner = Owned::with(way, Limits::default(), Terms::new(LONG * 2), "127.0.0.1:0").await;
+    let relay = Relay::begin(owner.address).await;
+    let mut mirror = Mirroring::begin(relay.address, &authority.issue("mirror-1.example"));
+    soon("a mirror", mirror.leased.joined()).await;
+    relay.set(Mode::Hold);
+    soon("leaving", mirror.leased.leave()).await;
+    tokio::time::sleep(Duration::from_millis(100)).await;
+    relay.set(Mode::Cut);
+    until("the link is down", || !mirror.connection.is_up()).await;
+    relay.set(Mode::Forward);
+    soon("the end", mirror.connection.ended()).await;
+    assert_eq!((owner.hub.members().len(), owner.hub.counts().left), (0, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn limits_at_their_ends_let_mirrors_in() {
     let authority = Authority::default();
     let mut limits = Limits::default();
