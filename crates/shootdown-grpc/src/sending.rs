@@ -222,7 +222,7 @@ impl Sending {
         }
         let end = (first.sent + PIECE).min(first.contents.len());
         let data = first.contents.slice(first.sent..end);
-        let piece = codec::piece(first.serve.nonce(), first.sent as u64, data);
+        let piece = codec::piece(first.serve.epoch(), first.serve.nonce(), first.sent as u64, data);
         first.sent = end;
         Some(piece)
     }

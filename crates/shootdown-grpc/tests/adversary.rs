@@ -299,6 +299,36 @@ async fn a_wait_without_a_bound_before_the_next_try_does_not_panic() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fetch_of_an_earlier_life_does_not_cut_the_link_of_the_next() {
+    let authority = Authority::default();
+    let way = Way::Tls(authority.server("owner.example"));
+    let owner = Owned::with(way, Limits::default(), Terms::new(LONG), "127.0.0.1:0").await;
+    let (first, second) = (authority.issue("mirror-1.example"), authority.issue("mirror-2.example"));
+    let (mut old, epoch) = Raw::join(owner.address, &first, 7).await;
+    let (mut slow, slow_epoch) = Raw::join(owner.address, &second, 8).await;
+    let space = owner.space.clone();
+    let change = tokio::spawn(async move { drop(space.invalidate(shared(), Event::Clear).await) });
+    let Some(from_owner::Message::Inv(inv)) = old.hear().await else { panic!("no `Inv`") };
+    old.say(Message::Ack(Ack { epoch: Some(epoch), invalidation: inv.invalidation })).await;
+    // They wait for the change; then this life ends, and another one counts its nonces from 1, too.
+    for nonce in 1..=20 {
+        old.say(fetch(epoch, nonce, 0x2_0000)).await;
+    }
+    old.settle().await;
+    drop(old);
+    let mirror = Mirroring::begin(owner.address, &first);
+    soon("a mirror", mirror.leased.joined()).await;
+    let leased = mirror.leased.clone();
+    let wanted = tokio::spawn(async move { leased.fetch(page(1)).await });
+    raw::a_while().await;
+    let Some(from_owner::Message::Inv(inv)) = slow.hear().await else { panic!("no `Inv`") };
+    slow.say(Message::Ack(Ack { epoch: Some(slow_epoch), invalidation: inv.invalidation })).await;
+    soon("the change", change).await.unwrap();
+    assert_eq!(soon("contents", wanted).await.unwrap().map(|contents| contents.len()), Ok(0x1000));
+    assert_eq!((mirror.connection.counts().malformed, mirror.connection.counts().links), (0, 1));
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn streams_that_are_opened_and_reset_again_and_again_disturb_nobody() {
     let authority = Authority::default();
     let owner = Owned::begin(&authority).await;
