@@ -35,8 +35,8 @@ pub(crate) struct Door {
 impl Door {
     pub(crate) async fn accept(self, listener: &TcpListener, ready: mpsc::Sender<io::Result<Socket>>) {
         let door = Arc::new(self);
-        let places = Arc::new(Semaphore::new(door.limits.connections));
-        let shaking = Arc::new(Semaphore::new(door.limits.handshakes));
+        let places = Arc::new(Semaphore::new(door.limits.connections.min(Semaphore::MAX_PERMITS)));
+        let shaking = Arc::new(Semaphore::new(door.limits.handshakes.min(Semaphore::MAX_PERMITS)));
         let mut handshakes = JoinSet::new();
         while !ready.is_closed() {
             while handshakes.try_join_next().is_some() {}
@@ -91,7 +91,8 @@ impl Door {
         let valid_for = shown.as_ref().map_or(Duration::MAX, |shown: &Shown| shown.valid_for);
         let names = shown.map(|shown| shown.names);
         let peer = Peer { address, names, use_: Arc::new(Use::default()) };
-        let terms = Terms { cut, idle_for: self.limits.handshake, valid_for };
+        let stalled_for = self.limits.keep_alive.saturating_add(self.limits.keep_alive_timeout);
+        let terms = Terms { cut, idle_for: self.limits.handshake, stalled_for, valid_for };
         Some(Socket::new(wire, peer, terms, self.tally.clone(), Slot { _permit: permit, _listed: listed }))
     }
 }

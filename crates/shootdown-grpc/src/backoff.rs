@@ -35,7 +35,7 @@ impl Backoff {
     pub(crate) fn next(&mut self) -> Duration {
         let whole = self.next;
         self.last = whole;
-        self.next = (whole * 2).min(self.longest);
+        self.next = whole.saturating_mul(2).min(self.longest);
         whole.mul_f64(1.0 - fastrand::f64() / 2.0)
     }
 }

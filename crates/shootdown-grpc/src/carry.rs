@@ -4,7 +4,7 @@
 use crate::codec::{self, Heard, Malformed};
 use crate::proto;
 use shootdown_lease::engine::Leased;
-use shootdown_lease::{Asker, Nonce, ToMirror, ToOwner};
+use shootdown_lease::{Asker, Epoch, Nonce, ToMirror, ToOwner};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
@@ -25,14 +25,20 @@ pub(crate) enum Ended {
     Down(Status),
 }
 
-/// Carries messages until the link breaks or the mirror has left.
+/// Carries messages until the link breaks or the mirror has left. The last `farewell` is kept, to be
+/// said again by the next link if the owner may not have heard it.
 pub(crate) async fn carry(
     leased: &Leased,
     mut incoming: Streaming<proto::FromOwner>,
     sender: mpsc::Sender<proto::FromMirror>,
     malformed: &AtomicU64,
+    farewell: &mut Option<ToOwner>,
 ) -> Ended {
     let mut pieces = Pieces::default();
+    if let Some(farewell) = farewell {
+        // The first one: there is room.
+        let _ = sender.send(codec::from_mirror(farewell)).await;
+    }
     loop {
         // Only when there is room, so that what is not sent stays with the mirror.
         let outgoing = async {
@@ -48,8 +54,11 @@ pub(crate) async fn carry(
             },
             (room, message) = outgoing => {
                 let Some(message) = message else { break };
-                if let ToOwner::Fetch { nonce, range, .. } = message {
-                    pieces.ask(nonce, range.len());
+                if let ToOwner::Fetch { epoch, nonce, range } = message {
+                    pieces.ask((epoch, nonce), range.len());
+                }
+                if let ToOwner::Left { .. } = message {
+                    *farewell = Some(message.clone());
                 }
                 room.send(codec::from_mirror(&message));
             }
@@ -57,9 +66,20 @@ pub(crate) async fn carry(
     }
     // The owner ends its half when it has heard all.
     drop(sender);
-    let rest = async { while let Ok(Some(_)) = incoming.message().await {} };
-    let _ = timeout(FAREWELL, rest).await;
-    Ended::Left
+    let rest = async {
+        loop {
+            match incoming.message().await {
+                Ok(Some(_)) => {}
+                Ok(None) => return Ended::Left,
+                Err(status) => return Ended::Down(status),
+            }
+        }
+    };
+    let ended = timeout(FAREWELL, rest).await;
+    if farewell.is_none() {
+        return Ended::Left;
+    }
+    ended.unwrap_or_else(|_| Ended::Down(Status::deadline_exceeded("the owner has not heard in time that the mirror has left")))
 }
 
 /// A message for the mirror, with the contents that belong to it.
@@ -81,11 +101,11 @@ fn hear(
         Err(status) => return Err(status),
     };
     let heard = Heard::try_from(message).and_then(|heard| match heard {
-        Heard::Piece { nonce, offset, data } => pieces.add(nonce, offset, &data).map(|()| None),
-        Heard::Message(message @ ToMirror::Fetched { nonce, .. }) => Ok(Some((message, pieces.take(nonce)))),
+        Heard::Piece { epoch, nonce, offset, data } => pieces.add((epoch, nonce), offset, &data).map(|()| None),
+        Heard::Message(message @ ToMirror::Fetched { epoch, nonce, .. }) => Ok(Some((message, pieces.take((epoch, nonce))))),
         Heard::Message(message) => {
-            if let ToMirror::Refused { nonce, asker: Asker::Fetch(_), .. } = message {
-                pieces.take(nonce);
+            if let ToMirror::Refused { nonce, asker: Asker::Fetch(epoch), .. } = message {
+                pieces.take((epoch, nonce));
             }
             Ok(Some((message, None)))
         }
@@ -95,20 +115,23 @@ fn hear(
 
 /// Contents on their way, of fetches that were asked by this link.
 #[derive(Default)]
-struct Pieces(BTreeMap<Nonce, (u64, Vec<u8>)>);
+struct Pieces(BTreeMap<Asked, (u64, Vec<u8>)>);
+
+/// A fetch. An earlier life of the host may have asked with the same nonce, in an epoch of its own.
+type Asked = (Epoch, Nonce);
 
 impl Pieces {
-    fn ask(&mut self, nonce: Nonce, length: Option<u64>) {
-        if self.0.len() == FETCHES && !self.0.contains_key(&nonce) {
+    fn ask(&mut self, of: Asked, length: Option<u64>) {
+        if self.0.len() == FETCHES && !self.0.contains_key(&of) {
             self.0.pop_first();
         }
         // Asked again: what has come of it goes on.
-        self.0.entry(nonce).or_insert_with(|| (length.unwrap_or(u64::MAX), Vec::new()));
+        self.0.entry(of).or_insert_with(|| (length.unwrap_or(u64::MAX), Vec::new()));
     }
 
-    fn add(&mut self, nonce: Nonce, offset: u64, data: &[u8]) -> Result<(), Malformed> {
+    fn add(&mut self, of: Asked, offset: u64, data: &[u8]) -> Result<(), Malformed> {
         // Forgotten, or given up.
-        let Some((length, contents)) = self.0.get_mut(&nonce) else { return Ok(()) };
+        let Some((length, contents)) = self.0.get_mut(&of) else { return Ok(()) };
         if offset == 0 {
             contents.clear();
         }
@@ -121,8 +144,8 @@ impl Pieces {
     }
 
     /// All that has come, if it is all that was asked for.
-    fn take(&mut self, nonce: Nonce) -> Option<Vec<u8>> {
-        let (length, contents) = self.0.remove(&nonce)?;
+    fn take(&mut self, of: Asked) -> Option<Vec<u8>> {
+        let (length, contents) = self.0.remove(&of)?;
         (contents.len() as u64 == length).then_some(contents)
     }
 }
@@ -130,10 +153,12 @@ impl Pieces {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use shootdown_lease::Boot;
 
     #[test]
     fn contents_are_as_long_as_what_was_asked_for() {
-        let (one, two) = (Nonce(1), Nonce(2));
+        let epoch = Epoch { boot: Boot(1), number: 1 };
+        let (one, two) = ((epoch, Nonce(1)), (epoch, Nonce(2)));
         let mut pieces = Pieces::default();
         pieces.ask(one, Some(5));
         assert_eq!(pieces.add(two, 0, &[1]), Ok(()), "nobody asked: it is dropped");
@@ -151,11 +176,11 @@ mod tests {
 
     #[test]
     fn what_is_remembered_has_a_bound() {
-        let mut pieces = Pieces::default();
+        let (mut pieces, epoch) = (Pieces::default(), Epoch { boot: Boot(1), number: 1 });
         for nonce in 0..FETCHES as u64 + 10 {
-            pieces.ask(Nonce(nonce), Some(1));
+            pieces.ask((epoch, Nonce(nonce)), Some(1));
         }
         assert_eq!(pieces.0.len(), FETCHES);
-        assert!(!pieces.0.contains_key(&Nonce(0)));
+        assert!(!pieces.0.contains_key(&(epoch, Nonce(0))));
     }
 }

@@ -12,8 +12,8 @@ use crate::proto::FromMirror;
 use crate::proto::shootdown_client::ShootdownClient;
 use crate::tls::ClientTls;
 use futures::StreamExt;
-use shootdown_lease::Standing;
 use shootdown_lease::engine::Leased;
+use shootdown_lease::{Standing, ToOwner};
 use std::fmt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -197,8 +197,9 @@ impl Client {
         let mut backoff = Backoff::new(backoff.0, backoff.1);
         let mut owners = owners.iter().cycle();
         let Some(mut owner) = owners.next() else { return };
+        let mut farewell = None;
         loop {
-            let why = match self.link(owner, &leased, &state).await {
+            let why = match self.link(owner, &leased, &state, &mut farewell).await {
                 Ok((Ended::Left, _)) => return state.down(space, &"the mirror has left"),
                 Ok((Ended::Down(status), lasted)) => {
                     if lasted > backoff.last() {
@@ -224,7 +225,13 @@ impl Client {
     }
 
     /// Makes a link and keeps it. Returns how it ended, and after how long.
-    async fn link(&self, owner: &Address, leased: &Leased, state: &LinkState) -> Result<(Ended, Duration), NoLink> {
+    async fn link(
+        &self,
+        owner: &Address,
+        leased: &Leased,
+        state: &LinkState,
+        farewell: &mut Option<ToOwner>,
+    ) -> Result<(Ended, Duration), NoLink> {
         let inner = &*self.inner;
         let (sender, outgoing) = mpsc::channel(OUTGOING);
         let open = async {
@@ -246,7 +253,7 @@ impl Client {
         if !matches!(leased.standing(), Standing::Out) {
             leased.connected();
         }
-        let ended = carry(leased, incoming, sender, &state.malformed).await;
+        let ended = carry(leased, incoming, sender, &state.malformed, farewell).await;
         Ok((ended, began.elapsed()))
     }
 }

@@ -68,7 +68,7 @@ pub(crate) enum Received {
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Heard {
     Message(ToMirror),
-    Piece { nonce: Nonce, offset: u64, data: bytes::Bytes },
+    Piece { epoch: Epoch, nonce: Nonce, offset: u64, data: bytes::Bytes },
 }
 
 fn epoch(epoch: Option<proto::Epoch>) -> Result<Epoch, Malformed> {
@@ -141,7 +141,8 @@ impl TryFrom<proto::FromOwner> for Heard {
         use proto::from_owner::Message;
         let message = match message.message.ok_or(Malformed::Empty)? {
             Message::Contents(piece) => {
-                return Ok(Self::Piece { nonce: Nonce(piece.nonce), offset: piece.offset, data: piece.data });
+                let (epoch, nonce) = (epoch(piece.epoch)?, Nonce(piece.nonce));
+                return Ok(Self::Piece { epoch, nonce, offset: piece.offset, data: piece.data });
             }
             Message::Welcome(welcome) if welcome.term_nanos == 0 => return Err(Malformed::Term),
             Message::Welcome(welcome) => ToMirror::Welcome {
@@ -247,8 +248,8 @@ pub(crate) fn from_owner(message: &ToMirror) -> proto::FromOwner {
 }
 
 /// A piece of what a fetch asked for.
-pub(crate) fn piece(nonce: Nonce, offset: u64, data: bytes::Bytes) -> proto::FromOwner {
-    let piece = proto::Contents { nonce: nonce.0, offset, data };
+pub(crate) fn piece(epoch: Epoch, nonce: Nonce, offset: u64, data: bytes::Bytes) -> proto::FromOwner {
+    let piece = proto::Contents { epoch: to_epoch(epoch), nonce: nonce.0, offset, data };
     proto::FromOwner { message: Some(proto::from_owner::Message::Contents(piece)) }
 }
 

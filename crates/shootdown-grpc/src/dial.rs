@@ -1,6 +1,7 @@
 //! A connection to an owner.
 #![forbid(unsafe_code)]
 
+use crate::limits::LONGEST;
 use crate::socket::Wire;
 use crate::tls::ClientTls;
 use hyper_util::rt::TokioIo;
@@ -78,8 +79,8 @@ impl Dial {
         // The connector below does TLS, so tonic is told of none.
         let endpoint = Endpoint::from_shared(format!("http://{address}"))?
             .connect_timeout(time)
-            .http2_keep_alive_interval(self.keep_alive.0)
-            .keep_alive_timeout(self.keep_alive.1)
+            .http2_keep_alive_interval(self.keep_alive.0.min(LONGEST))
+            .keep_alive_timeout(self.keep_alive.1.min(LONGEST))
             .keep_alive_while_idle(true)
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(2 * WINDOW)

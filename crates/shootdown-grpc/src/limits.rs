@@ -14,6 +14,9 @@ pub(crate) const MAX_FROM_OWNER: usize = 128 * 1_024;
 /// Bytes of one piece of contents.
 pub(crate) const PIECE: usize = 64 * 1_024;
 
+/// A timer has no later end.
+pub(crate) const LONGEST: Duration = Duration::from_secs(10 * 365 * 86_400);
+
 /// What a peer of a server may do and cost. The bounds of single messages are part of the protocol
 /// and stand in `proto/shootdown.proto`.
 #[derive(Clone, Debug)]
@@ -25,14 +28,15 @@ pub struct Limits {
     /// Of those, before they have shown a certificate. 256 unless changed.
     pub handshakes: usize,
     /// Of those, by one certificate. A further one ends the oldest, so that a host that was cut off
-    /// can come back. 4 unless changed.
+    /// can come back. 64 unless changed; above the number of spaces, because a mirror has a
+    /// connection for each.
     pub connections_of_a_name: usize,
     /// How long a TLS handshake may take, and how long a connection may stay without a stream. 5 s
     /// unless changed.
     pub handshake: Duration,
     /// How long a stream may take to say which space it is for. 5 s unless changed.
     pub open: Duration,
-    /// Streams of one connection. 16 unless changed; at least the number of spaces.
+    /// Streams of one connection. 16 unless changed.
     pub streams_of_a_connection: u32,
     /// Messages that one stream may send in a second, over some time. What comes faster is left in
     /// the mirror's socket. 20,000 unless changed.
@@ -50,7 +54,8 @@ pub struct Limits {
     /// After how long without traffic a connection is asked whether it is there. 10 s unless
     /// changed.
     pub keep_alive: Duration,
-    /// How long the answer may take, before the connection is closed. 10 s unless changed.
+    /// How long the answer may take, before the connection is closed. 10 s unless changed. A peer
+    /// that takes nothing of what is sent is given up after both times.
     pub keep_alive_timeout: Duration,
 }
 
@@ -59,7 +64,7 @@ impl Default for Limits {
         Self {
             connections: 4_096,
             handshakes: 256,
-            connections_of_a_name: 4,
+            connections_of_a_name: 64,
             handshake: Duration::from_secs(5),
             open: Duration::from_secs(5),
             streams_of_a_connection: 16,

@@ -8,17 +8,97 @@ use crate::proto;
 use crate::socket::Peer;
 use crate::space::{Contents, Unreadable};
 use bytes::Bytes;
-use futures::StreamExt;
 use futures::future::BoxFuture;
-use futures::stream::FuturesUnordered;
+use futures::stream::{BoxStream, FuturesUnordered};
+use futures::{FutureExt, Stream, StreamExt};
 use shootdown_lease::engine::{Link, Outgoing, Serve};
 use shootdown_lease::{Asker, Refusal, ToMirror};
 use std::collections::VecDeque;
-use std::sync::Arc;
+use std::mem;
+use std::pin::Pin;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::task::{Context, Poll, ready};
 use tokio::sync::oneshot;
+use tokio_util::sync::DropGuard;
 use tonic::Status;
 
 type Read = (Serve, Result<Bytes, Unreadable>);
+
+type Message = Result<proto::FromOwner, Status>;
+
+/// What a stream sends, where its end can drop it: a peer that takes nothing is never asked again,
+/// and would keep all that was read for it.
+#[derive(Clone)]
+pub(crate) struct Place(Arc<Mutex<Placed>>);
+
+enum Placed {
+    Sending(BoxStream<'static, Message>),
+    /// Out of its place: no lock is held while it works.
+    AtWork,
+    Ended,
+}
+
+impl Place {
+    pub(crate) fn new(sending: Sending) -> Self {
+        let next = async |mut sending: Sending| Some((sending.next().await?, sending));
+        Self(Arc::new(Mutex::new(Placed::Sending(Box::pin(futures::stream::unfold(sending, next))))))
+    }
+
+    /// Drops it, now or when it has done what it is at.
+    pub(crate) fn end(&self) {
+        drop(self.put(Placed::Ended));
+    }
+
+    fn put(&self, placed: Placed) -> Placed {
+        mem::replace(&mut *self.0.lock().unwrap_or_else(PoisonError::into_inner), placed)
+    }
+
+    fn poll_next(&self, cx: &mut Context<'_>) -> Poll<Option<Message>> {
+        let mut sending = match self.put(Placed::AtWork) {
+            Placed::Sending(sending) => sending,
+            // How it has ended is about to be said.
+            Placed::AtWork | Placed::Ended => {
+                self.end();
+                return Poll::Pending;
+            }
+        };
+        let next = sending.poll_next_unpin(cx);
+        let mut placed = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if matches!(*placed, Placed::AtWork) {
+            *placed = Placed::Sending(sending);
+        } else {
+            drop(placed);
+            drop(sending);
+        }
+        next
+    }
+}
+
+/// The owner's half of a stream, as gRPC asks for it.
+pub(crate) struct Half {
+    pub(crate) place: Place,
+    /// How the mirror's half has ended; `None` when that was said.
+    pub(crate) end: Option<oneshot::Receiver<Option<Status>>>,
+    /// When this is dropped the mirror's half ends as well.
+    pub(crate) _ended: DropGuard,
+}
+
+impl Stream for Half {
+    type Item = Message;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Message>> {
+        let Some(end) = &mut self.end else { return Poll::Ready(None) };
+        if let Poll::Ready(status) = end.poll_unpin(cx) {
+            self.end = None;
+            return Poll::Ready(status.ok().flatten().map(Err));
+        }
+        let next = ready!(self.place.poll_next(cx));
+        if next.is_none() {
+            self.end = None;
+        }
+        Poll::Ready(next)
+    }
+}
 
 /// Contents that are being sent, and how much of them has been.
 struct Piecewise {
@@ -35,28 +115,21 @@ pub(crate) struct Sending {
     limits: Limits,
     tally: Tally,
     peer: Peer,
-    /// How the mirror's half of the stream has ended.
-    end: oneshot::Receiver<Option<Status>>,
     /// Not begun.
     waiting: VecDeque<Serve>,
     reading: FuturesUnordered<BoxFuture<'static, Read>>,
     read: VecDeque<Piecewise>,
     /// All that is here, so that what is asked again is served once.
     serves: Vec<Serve>,
+    /// Bytes of those that are not waiting.
+    begun: u64,
     over: bool,
 }
 
 impl Sending {
-    pub(crate) fn new(
-        link: Link,
-        contents: Arc<dyn Contents>,
-        limits: Limits,
-        tally: Tally,
-        peer: Peer,
-        end: oneshot::Receiver<Option<Status>>,
-    ) -> Self {
+    pub(crate) fn new(link: Link, contents: Arc<dyn Contents>, limits: Limits, tally: Tally, peer: Peer) -> Self {
         let (waiting, reading, read, serves) = Default::default();
-        Self { link, contents, limits, tally, peer, end, waiting, reading, read, serves, over: false }
+        Self { link, contents, limits, tally, peer, waiting, reading, read, serves, begun: 0, over: false }
     }
 
     /// The next message, once there is one; `None` at the end.
@@ -69,10 +142,6 @@ impl Sending {
             let (reading, read) = (!self.reading.is_empty(), !self.read.is_empty());
             tokio::select! {
                 biased;
-                status = &mut self.end => {
-                    self.over = true;
-                    return status.ok().flatten().map(Err);
-                }
                 outgoing = self.link.next() => match outgoing {
                     None => {
                         self.over = true;
@@ -90,10 +159,14 @@ impl Sending {
                         self.read.push_back(Piecewise { serve, contents, sent: 0 });
                     }
                     Ok(contents) => {
+                        self.forget(&serve);
                         let why = format!("{} bytes were read of {}", contents.len(), serve.range());
                         return Some(Ok(self.refuse(&serve, Count::Unreadable, why)));
                     }
-                    Err(why) => return Some(Ok(self.refuse(&serve, Count::Unreadable, why))),
+                    Err(why) => {
+                        self.forget(&serve);
+                        return Some(Ok(self.refuse(&serve, Count::Unreadable, why)));
+                    }
                 },
                 () = std::future::ready(()), if read => {
                     if let Some(piece) = self.piece() {
@@ -123,21 +196,13 @@ impl Sending {
     /// Reads what there is room for, all of it at once: one range may be under invalidation for
     /// long.
     fn begin(&mut self) {
-        let bytes = |serve: &Serve| serve.range().len().unwrap_or(u64::MAX);
-        let begun = |sending: &Self| {
-            let waits = |serve: &&Serve| !sending.waiting.iter().any(|waiting| is_same(waiting, serve));
-            sending.serves.iter().filter(waits).map(bytes).fold(0_u64, u64::saturating_add)
-        };
-        if self.waiting.is_empty() {
-            return;
-        }
-        let mut begun = begun(self);
         while let Some(serve) = self.waiting.pop_front() {
-            begun = begun.saturating_add(bytes(&serve));
+            let begun = self.begun.saturating_add(bytes(&serve));
             if begun > self.limits.fetch.saturating_mul(2) {
                 self.waiting.push_front(serve);
                 return;
             }
+            self.begun = begun;
             let contents = self.contents.clone();
             self.reading.push(Box::pin(async move {
                 let read = contents.read(serve.range()).await;
@@ -157,21 +222,26 @@ impl Sending {
         }
         let end = (first.sent + PIECE).min(first.contents.len());
         let data = first.contents.slice(first.sent..end);
-        let piece = codec::piece(first.serve.nonce(), first.sent as u64, data);
+        let piece = codec::piece(first.serve.epoch(), first.serve.nonce(), first.sent as u64, data);
         first.sent = end;
         Some(piece)
     }
 
-    fn refuse(&mut self, serve: &Serve, count: Count, why: impl std::fmt::Display) -> proto::FromOwner {
-        self.forget(serve);
+    fn refuse(&self, serve: &Serve, count: Count, why: impl std::fmt::Display) -> proto::FromOwner {
         self.tally.refuse(count, &self.peer, why);
         let reason = if count == Count::FetchesDropped { Refusal::Fetches } else { Refusal::Contents };
         codec::from_owner(&ToMirror::Refused { nonce: serve.nonce(), asker: Asker::Fetch(serve.epoch()), why: reason })
     }
 
+    /// One that was begun is over.
     fn forget(&mut self, serve: &Serve) {
+        self.begun = self.begun.saturating_sub(bytes(serve));
         self.serves.retain(|known| !is_same(known, serve));
     }
+}
+
+fn bytes(serve: &Serve) -> u64 {
+    serve.range().len().unwrap_or(u64::MAX)
 }
 
 fn is_same(one: &Serve, other: &Serve) -> bool {

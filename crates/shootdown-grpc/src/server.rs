@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::accept::Door;
-use crate::limits::{Limits, MAX_FROM_MIRROR, MAX_FROM_OWNER};
+use crate::limits::{LONGEST, Limits, MAX_FROM_MIRROR, MAX_FROM_OWNER};
 use crate::list::List;
 use crate::observe::Tally;
 use crate::proto::shootdown_server::ShootdownServer;
@@ -144,8 +144,8 @@ impl Server {
         let server = tonic::transport::Server::builder()
             .max_concurrent_streams(limits.streams_of_a_connection)
             .http2_max_header_list_size(limits.headers)
-            .http2_keepalive_interval(Some(limits.keep_alive))
-            .http2_keepalive_timeout(Some(limits.keep_alive_timeout))
+            .http2_keepalive_interval(Some(limits.keep_alive.min(LONGEST)))
+            .http2_keepalive_timeout(Some(limits.keep_alive_timeout.min(LONGEST)))
             .initial_stream_window_size(64 * 1_024)
             .initial_connection_window_size(256 * 1_024)
             .serve_with_incoming(service, incoming);

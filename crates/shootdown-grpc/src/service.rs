@@ -7,7 +7,7 @@ use crate::name::{INSECURE_NAME, Name};
 use crate::observe::{self, Count, Tally};
 use crate::proto;
 use crate::proto::shootdown_server::Shootdown;
-use crate::sending::{Sending, replaced};
+use crate::sending::{Half, Place, Sending, replaced};
 use crate::socket::{InUse, Peer};
 use crate::space::Space;
 use futures::Stream;
@@ -99,28 +99,19 @@ impl Service {
         }
         observe::stream_began(&opened.space, opened.host.0, &opened.peer);
         let (end, has_ended) = oneshot::channel();
-        let sending =
-            Sending::new(link, space.contents.clone(), self.limits.clone(), self.tally.clone(), opened.peer.clone(), has_ended);
+        let sending = Sending::new(link, space.contents.clone(), self.limits.clone(), self.tally.clone(), opened.peer.clone());
+        let place = Place::new(sending);
+        let half = Half { place: place.clone(), end: Some(has_ended), _ended: ended.clone().drop_guard() };
         let registered = Registered { streams: self.streams.clone(), key, number };
-        let receiving = Receiving {
-            incoming,
-            space: space.clone(),
-            opened,
-            limits: self.limits.clone(),
-            tally: self.tally.clone(),
-            ended: ended.clone(),
-        };
+        let receiving =
+            Receiving { incoming, space: space.clone(), opened, limits: self.limits.clone(), tally: self.tally.clone(), ended };
         tokio::spawn(async move {
             let status = receiving.run().await;
             drop((registered, in_use));
+            place.end();
             let _ = end.send(status);
         });
-        // When the stream is dropped the mirror's half ends as well.
-        let state = (sending, ended.drop_guard());
-        Box::pin(futures::stream::unfold(state, |mut state| async move {
-            let next = state.0.next().await?;
-            Some((next, state))
-        }))
+        Box::pin(half)
     }
 
     fn refuse(&self, count: Count, peer: &Peer, status: Status) -> Status {

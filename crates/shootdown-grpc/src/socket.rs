@@ -1,6 +1,7 @@
 //! One connection of a mirror: what it reads from, who is behind it, and when it is cut.
 #![forbid(unsafe_code)]
 
+use crate::limits::LONGEST;
 use crate::list::Listed;
 use crate::name::Name;
 use crate::observe::{Count, Tally};
@@ -95,22 +96,26 @@ pub(crate) struct Socket {
     idle_for: Duration,
     /// When the certificate ends.
     end: Pin<Box<Sleep>>,
+    /// When a peer that takes nothing of what is written is given up.
+    stalled: Option<Pin<Box<Sleep>>>,
+    stalled_for: Duration,
     _slot: Slot,
 }
 
 impl Socket {
     pub(crate) fn new(wire: Box<dyn Wire>, peer: Peer, terms: Terms, tally: Tally, slot: Slot) -> Self {
         let now = Instant::now();
-        // A timer has no later end.
-        let valid_for = terms.valid_for.min(Duration::from_secs(10 * 365 * 86_400));
+        let (valid_for, idle_for) = (terms.valid_for.min(LONGEST), terms.idle_for.min(LONGEST));
         Self {
             wire,
             peer,
             tally,
             cut: Box::pin(terms.cut.cancelled_owned()),
-            idle: Box::pin(sleep_until(now + terms.idle_for)),
-            idle_for: terms.idle_for,
+            idle: Box::pin(sleep_until(now + idle_for)),
+            idle_for,
             end: Box::pin(sleep_until(now + valid_for)),
+            stalled: None,
+            stalled_for: terms.stalled_for.min(LONGEST),
             _slot: slot,
         }
     }
@@ -130,6 +135,25 @@ impl Socket {
         }
         Ok(())
     }
+
+    /// Writes. HTTP/2 reads nothing while an answer of its own waits for the socket, so whether the
+    /// connection is to be cut is looked at here as well.
+    fn poll_out<T>(
+        &mut self,
+        cx: &mut Context<'_>,
+        out: impl FnOnce(Pin<&mut Box<dyn Wire>>, &mut Context<'_>) -> Poll<io::Result<T>>,
+    ) -> Poll<io::Result<T>> {
+        self.poll_alive(cx)?;
+        let written = out(Pin::new(&mut self.wire), cx);
+        if written.is_ready() {
+            self.stalled = None;
+            return written;
+        }
+        let (now, stalled_for) = (Instant::now(), self.stalled_for);
+        let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep_until(now + stalled_for)));
+        ready!(stalled.as_mut().poll(cx));
+        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes nothing of what is sent")))
+    }
 }
 
 /// How long a connection may last.
@@ -137,6 +161,8 @@ impl Socket {
 pub(crate) struct Terms {
     pub(crate) cut: CancellationToken,
     pub(crate) idle_for: Duration,
+    /// With nothing taken of what is written.
+    pub(crate) stalled_for: Duration,
     pub(crate) valid_for: Duration,
 }
 
@@ -166,19 +192,19 @@ impl AsyncRead for Socket {
 
 impl AsyncWrite for Socket {
     fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.wire).poll_write(cx, bytes)
+        self.poll_out(cx, |wire, cx| wire.poll_write(cx, bytes))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.wire).poll_flush(cx)
+        self.poll_out(cx, |wire, cx| wire.poll_flush(cx))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Pin::new(&mut self.wire).poll_shutdown(cx)
+        self.poll_out(cx, |wire, cx| wire.poll_shutdown(cx))
     }
 
     fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
-        Pin::new(&mut self.wire).poll_write_vectored(cx, bytes)
+        self.poll_out(cx, |wire, cx| wire.poll_write_vectored(cx, bytes))
     }
 
     fn is_write_vectored(&self) -> bool {

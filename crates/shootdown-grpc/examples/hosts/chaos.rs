@@ -17,6 +17,7 @@ pub(crate) fn run(term: Duration, seconds: u64, mirrors: u64, seed: u64) -> Resu
     let seconds = Duration::from_secs(seconds.div_ceil(6).max(10));
     let off = runtime()?.block_on(chaos(term, seconds, mirrors, seed, true))?;
     println!();
+    ensure!(on.accepted > 0, "nothing was read");
     ensure!(on.stale == 0, "{} stale reads of {}", on.stale, on.accepted);
     ensure!(off.stale > 0, "without leases nothing was stale: does the check work?");
     Ok(())

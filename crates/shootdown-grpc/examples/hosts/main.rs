@@ -28,7 +28,7 @@ struct Options {
     #[command(subcommand)]
     what: Option<What>,
     /// A mirror's term in milliseconds.
-    #[arg(long, default_value_t = 100, global = true)]
+    #[arg(long, default_value_t = 100, global = true, value_parser = clap::value_parser!(u64).range(1..))]
     term_ms: u64,
 }
 
@@ -49,30 +49,30 @@ enum What {
 #[derive(Args)]
 struct Table {
     /// Invalidations for each number of mirrors.
-    #[arg(long, default_value_t = 1_000)]
+    #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
     /// With so many mirrors at least,
-    #[arg(long, default_value_t = 1)]
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u64).range(1..=world::MIRRORS))]
     from: u64,
     /// and at most.
-    #[arg(long, default_value_t = 8)]
+    #[arg(long, default_value_t = 8, value_parser = clap::value_parser!(u64).range(1..=world::MIRRORS))]
     to: u64,
 }
 
 #[derive(Args)]
 struct Costs {
     /// How often each thing happens.
-    #[arg(long, default_value_t = 10)]
+    #[arg(long, default_value_t = 10, value_parser = clap::value_parser!(u32).range(1..))]
     rounds: u32,
 }
 
 #[derive(Args)]
 struct Chaos {
     /// For so long, and for a sixth of it, but 10 s at least, with the leases switched off.
-    #[arg(long, default_value_t = 60)]
+    #[arg(long, default_value_t = 60, value_parser = clap::value_parser!(u64).range(1..))]
     seconds: u64,
     /// So many mirrors.
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u64).range(1..=world::MIRRORS))]
     mirrors: u64,
     /// Of the choices of whom to stop or kill.
     #[arg(long, default_value_t = 1)]
@@ -83,8 +83,8 @@ fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let term = std::time::Duration::from_millis(options.term_ms);
     match options.what {
-        Some(What::Mirror(mirroring)) => mirror::run(mirroring),
-        Some(What::Echo) => fanout::echo(),
+        Some(What::Mirror(mirroring)) => processes::end_with_parent().and_then(|()| mirror::run(mirroring)),
+        Some(What::Echo) => processes::end_with_parent().and_then(|()| fanout::echo()),
         Some(What::Table(Table { rounds, from, to })) => table::run(term, rounds, from, to),
         Some(What::Costs(Costs { rounds })) => costs::run(term, rounds),
         Some(What::Chaos(Chaos { seconds, mirrors, seed })) => chaos::run(term, seconds, mirrors, seed),

@@ -1,7 +1,7 @@
 //! Processes that are killed with this one.
 
 use anyhow::{Context, Result, bail};
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process, set_parent_process_death_signal};
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
@@ -23,6 +23,18 @@ impl std::ops::AddAssign for Reads {
         self.accepted += other.accepted;
         self.stale += other.stale;
     }
+}
+
+/// In a process that was begun here: it is killed when whoever has begun it ends, however that ends, and
+/// also while it is stopped.
+pub(crate) fn end_with_parent() -> Result<()> {
+    set_parent_process_death_signal(Some(Signal::KILL))?;
+    // Whoever has ended before that has closed this.
+    std::thread::spawn(|| {
+        let _ = std::io::copy(&mut std::io::stdin(), &mut std::io::sink());
+        std::process::exit(1);
+    });
+    Ok(())
 }
 
 pub(crate) struct Process {

@@ -41,13 +41,27 @@ pub(crate) async fn wire(address: SocketAddr, identity: Option<&Identity>) -> st
 }
 
 pub(crate) async fn channel(address: SocketAddr, identity: Option<&Identity>) -> Channel {
+    connect(Endpoint::from_static("http://owner.example"), address, identity).await
+}
+
+/// With windows in which all contents have room.
+pub(crate) async fn wide_channel(address: SocketAddr, identity: Option<&Identity>) -> Channel {
+    let endpoint = Endpoint::from_static("http://owner.example");
+    let endpoint = endpoint.initial_stream_window_size(1 << 30).initial_connection_window_size(1 << 30);
+    // It asks again and again whether the owner is there.
+    let endpoint = endpoint.http2_keep_alive_interval(Duration::from_millis(500)).keep_alive_while_idle(true);
+    let endpoint = endpoint.keep_alive_timeout(super::LONG * 10);
+    connect(endpoint, address, identity).await
+}
+
+async fn connect(endpoint: Endpoint, address: SocketAddr, identity: Option<&Identity>) -> Channel {
     let wire = wire(address, identity).await.unwrap();
     let mut wire = Some(TokioIo::new(wire));
     let once = tower::service_fn(move |_| {
         let wire = wire.take();
         async move { wire.ok_or_else(|| std::io::Error::other("once")) }
     });
-    Endpoint::from_static("http://owner.example").connect_with_connector(once).await.unwrap()
+    endpoint.connect_with_connector(once).await.unwrap()
 }
 
 /// A stream, before or after it says `Open`.
