@@ -5,9 +5,9 @@ mod support;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use shootdown::{AddressRange, Event};
+use shootdown::{AddressRange, AddressSpace, Event, Subscription};
 use shootdown_grpc::{BootClock, Client, Contents, Limits, Server, Space, Tally, Unreadable};
-use shootdown_lease::engine::Hub;
+use shootdown_lease::engine::{Hub, Mirrors};
 use shootdown_lease::{Boot, Host, Memory, Owner, Terms};
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -70,6 +70,7 @@ struct Tracking {
     address: SocketAddr,
     server: JoinHandle<()>,
     keeps: JoinHandle<()>,
+    _mirrors: Subscription<Mirrors>,
 }
 
 impl Tracking {
@@ -77,6 +78,7 @@ impl Tracking {
         let contents = Tracked::default();
         let owner = Owner::new(Boot(1), Terms::new(LONG * 2), Memory::New, BootClock.now()).unwrap();
         let hub = Hub::new(owner, BootClock);
+        let _mirrors = AddressSpace::new().insert(shared(), hub.mirrors()).unwrap();
         let offered = Space::new(hub.clone(), contents.clone());
         let offered = offered.admit("mirror-1.example", Host(1)).admit("mirror-2.example", Host(2));
         let server = Server::builder().tls(authority.server("owner.example")).limits(limits).space("memory", offered);
@@ -84,7 +86,7 @@ impl Tracking {
         let (tally, address, keep) = (server.tally(), server.local_addr(), hub.clone());
         let keeps = tokio::spawn(async move { keep.run(tokio::time::sleep).await });
         let server = tokio::spawn(async move { match server.run().await {} });
-        Self { contents, hub, tally, address, server, keeps }
+        Self { contents, hub, tally, address, server, keeps, _mirrors }
     }
 }
 
@@ -209,13 +211,13 @@ async fn a_thousand_fetches_of_one_mirror_cost_as_much_as_they_are() {
 async fn one_host_mirrors_several_spaces_at_once() {
     let authority = Authority::default();
     let mut builder = Server::builder().tls(authority.server("owner.example"));
-    let mut hubs = Vec::new();
+    let mut mirrored = Vec::new();
     for number in 0..8 {
         let owner = Owner::new(Boot(1), terms(), Memory::New, BootClock.now()).unwrap();
         let hub = Hub::new(owner, BootClock);
         let offered = Space::new(hub.clone(), Tracked::default()).admit("mirror-1.example", Host(1));
         builder = builder.space(format!("space-{number}"), offered);
-        hubs.push(hub);
+        mirrored.push(AddressSpace::new().insert(shared(), hub.mirrors()).unwrap());
     }
     let server = builder.bind("127.0.0.1:0").await.unwrap();
     let (tally, address) = (server.tally(), server.local_addr());
