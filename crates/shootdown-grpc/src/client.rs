@@ -163,6 +163,10 @@ enum NoLink {
     Dial(#[from] DialError),
     #[error("the owner says {:?}: {}", .0.code(), .0.message())]
     Refused(Status),
+    #[error(
+        "the owner ended the connection before it took the stream: it may not take this mirror's certificate (what it traces says why)"
+    )]
+    Ended,
     #[error("the owner has not taken the stream in time")]
     Slow,
 }
@@ -199,8 +203,9 @@ impl Client {
         let Some(mut owner) = owners.next() else { return };
         let mut farewell = None;
         loop {
+            let tried = owner;
             let why = match self.link(owner, &leased, &state, &mut farewell).await {
-                Ok((Ended::Left, _)) => return state.down(space, &"the mirror has left"),
+                Ok((Ended::Left, _)) => return state.down(space, tried, &"the mirror has left"),
                 Ok((Ended::Down(status), lasted)) => {
                     if lasted > backoff.last() {
                         backoff.reset();
@@ -219,7 +224,7 @@ impl Client {
                     why
                 }
             };
-            state.down(space, &why);
+            state.down(space, tried, &why);
             sleep(backoff.next()).await;
         }
     }
@@ -244,7 +249,10 @@ impl Client {
             if let Some(name) = &inner.name {
                 request.metadata_mut().insert(INSECURE_NAME, name.clone());
             }
-            client.mirror(request).await.map_err(NoLink::Refused)
+            // What the owner itself says has no source. TLS tells a client that its certificate is refused when the
+            // handshake is over on its side.
+            let broken = |status: &Status| std::error::Error::source(status).is_some();
+            client.mirror(request).await.map_err(|status| if broken(&status) { NoLink::Ended } else { NoLink::Refused(status) })
         };
         let incoming = timeout(inner.connect_timeout, open).await.map_err(|_| NoLink::Slow)??.into_inner();
         let began = Instant::now();
@@ -279,9 +287,9 @@ impl LinkState {
         observe::link(space, owner, true);
     }
 
-    fn down(&self, space: &str, why: &dyn fmt::Display) {
+    fn down(&self, space: &str, owner: &dyn fmt::Display, why: &dyn fmt::Display) {
         self.up.store(false, Ordering::Relaxed);
-        *self.why.lock().unwrap_or_else(PoisonError::into_inner) = Some(why.to_string());
+        *self.why.lock().unwrap_or_else(PoisonError::into_inner) = Some(format!("{owner}: {why}"));
         observe::link(space, why, false);
     }
 }
@@ -313,7 +321,9 @@ impl Connection {
         self.state.up.load(Ordering::Relaxed)
     }
 
-    /// Why there was no link, the last time that there was none.
+    /// Why there was no link, the last time that there was none: which owner was tried, and what it said
+    /// or did. The client goes on trying whatever it is. Look here first when a mirror gets nowhere, then
+    /// at [`Leased::denied`](shootdown_lease::engine::Leased::denied).
     pub fn last_error(&self) -> Option<String> {
         self.state.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -324,7 +334,8 @@ impl Connection {
         ClientCounts { links: get(&self.state.links), failed: get(&self.state.failed), malformed: get(&self.state.malformed) }
     }
 
-    /// Waits until the mirror has left ([`Leased::leave`]) and the owner was told.
+    /// Waits until the mirror has left ([`Leased::leave`]) and the owner was told. Where no owner can be
+    /// reached that is for ever: put a time limit around it. Whoever is not told waits for the lease.
     ///
     /// # Cancel safety
     /// Nothing is lost by dropping it.

@@ -60,8 +60,12 @@ fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
+        let behind = error.to_string();
+        // Some say what is behind them as well.
+        if !text.ends_with(&behind) {
+            text.push_str(": ");
+            text.push_str(&behind);
+        }
         source = error.source();
     }
     text

@@ -63,9 +63,14 @@ impl Shootdown for Service {
         };
         let found = self.spaces.get_key_value(space.as_str());
         let Some((name, space, host)) = found.and_then(|(name, space)| Some((name, space, space.host_of(&names)?))) else {
-            // The same for both, so that nobody learns which spaces there are.
-            let status = Status::permission_denied("no such space, or no name of this certificate may join it");
-            return Err(self.refuse(Count::NotAdmitted, &peer, status));
+            let why = match found {
+                None => "there is no such space",
+                Some((_, space)) if space.knows(&names) => "its names are admitted as several hosts",
+                Some(_) => "none of its names is admitted",
+            };
+            self.tally.refuse(Count::NotAdmitted, &peer, format!("asked for the space {space:?}: {why}"));
+            // The same for all, so that nobody learns which spaces there are.
+            return Err(Status::permission_denied("no such space, or no name of this certificate may join it"));
         };
         if !space.is_held() {
             return Err(self.refuse(Count::NotOwner, &peer, not_owner()));

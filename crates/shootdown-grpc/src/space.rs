@@ -136,6 +136,11 @@ impl Space {
         self
     }
 
+    /// Whether any of these names is admitted.
+    pub(crate) fn knows(&self, names: &[Name]) -> bool {
+        names.iter().any(|name| self.admitted.contains_key(name))
+    }
+
     /// Which host has these names: none, or more than one, is nobody.
     pub(crate) fn host_of(&self, names: &[Name]) -> Option<Host> {
         let mut hosts = names.iter().filter_map(|name| self.admitted.get(name).copied());

@@ -26,6 +26,9 @@ pub enum TlsError {
         /// Why.
         error: pem::Error,
     },
+    /// A key that is protected by a password.
+    #[error("the key is encrypted: give it without a password (`openssl pkey -in KEY -out PLAIN`)")]
+    Encrypted,
     /// A text without any certificate.
     #[error("no certificate in the {0}")]
     Nothing(&'static str),
@@ -124,6 +127,9 @@ fn certificates(text: &[u8], what: &'static str) -> Result<Vec<CertificateDer<'s
 }
 
 fn read_key(text: &[u8]) -> Result<PrivateKeyDer<'static>, TlsError> {
+    if text.windows(9).any(|part| part == b"ENCRYPTED") {
+        return Err(TlsError::Encrypted);
+    }
     PrivateKeyDer::from_pem_slice(text).map_err(|error| TlsError::Pem { what: "key", error })
 }
 

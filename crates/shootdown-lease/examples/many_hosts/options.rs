@@ -41,7 +41,7 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 16, value_parser = clap::value_parser!(u32).range(2..=1_000))]
     pub fan_out: u32,
 
-    /// A mirror's term, in ms: how long a dead one is waited for
+    /// The term of a mirror that tells nobody, in ms: how long a dead one is waited for
     #[arg(long, value_name = "ms", default_value = "100", value_parser = millis)]
     pub term: Duration,
 

@@ -91,14 +91,18 @@ pub fn table(options: &Options, rows: &[Row]) -> String {
     );
     let _ = writeln!(
         text,
-        "       │  the owner tells  │ a tree of {:>4}    │ stragglers {:>4}%  │ loss {:>5}%       │      with one dead host        │  owner busy",
+        "       │  the owner tells  │ a tree of {:>4}    │ stragglers {:>4}%  │ loss {:>5}%       │   one with a host dead, once   │ its processor,",
         options.fan_out,
         options.stragglers * 1e2,
         options.loss * 1e2
     );
     let _ = writeln!(
         text,
-        " hosts │    p50      p99   │    p50      p99   │    p50      p99   │    p50      p99   │  fan-out  tree leaf  tree inner │ keeping leases"
+        "       │       them        │                   │                   │                   │                                │ for leases"
+    );
+    let _ = writeln!(
+        text,
+        " hosts │    p50      p99   │    p50      p99   │    p50      p99   │    p50      p99   │ in no tree  a leaf  inner host │ no tree   tree"
     );
     let _ = writeln!(
         text,
@@ -145,7 +149,13 @@ fn found(options: &Options, rows: &[Row]) -> String {
     if let Some(row) = rows.iter().rfind(deep)
         && let (Some(flat), Some(inner)) = (row.dead, row.dead_inner_of_tree)
     {
-        let _ = write!(text, "; but a dead host costs {} instead of {}", time(inner).trim(), time(flat).trim());
+        let _ = write!(text, "; but a dead inner host costs {} instead of {}", time(inner).trim(), time(flat).trim());
+    }
+    if rows.iter().any(|row| deep(&row)) {
+        let _ = write!(
+            text,
+            ".\nAn inner host is waited for longer than the others: its lease covers the time that the hosts below it may take"
+        );
     }
     // Two messages there and two back a renewal, five renewals a term.
     let full = options.term.as_secs_f64() / (10.0 * options.message.as_secs_f64());
