@@ -349,3 +349,22 @@ fn a_deadline_is_when_something_is_due() {
     owner.invalidate(set(1), at(1));
     assert_eq!(owner.deadline(), Some(at(11)));
 }
+
+#[test]
+fn what_is_not_shared_or_is_too_long_is_not_served() {
+    let terms = changed(|terms| {
+        terms.shared = AddressRange::new(0, 1 << 20).unwrap();
+        terms.fetch_bytes = 8_192;
+    });
+    let mut owner = with(terms, 1);
+    let fetch = |range| ToOwner::Fetch { epoch: epoch(1), nonce: Nonce(10), range };
+    for range in [AddressRange::ALL, AddressRange::new(1 << 20, 1).unwrap(), AddressRange::new((1 << 20) - 1, 2).unwrap()] {
+        owner.handle(Host(1), fetch(range), at(1));
+        let refused = ToMirror::Refused { nonce: Nonce(10), asker: Asker::Fetch(epoch(1)), why: Refusal::Contents };
+        assert_eq!((messages(&mut owner), decisions(&mut owner)), (vec![(Host(1), refused)], vec![]), "{range}");
+    }
+    owner.handle(Host(1), fetch(AddressRange::new(0, 8_193).unwrap()), at(1));
+    assert_eq!((messages(&mut owner).len(), decisions(&mut owner).len()), (1, 0));
+    owner.handle(Host(1), fetch(AddressRange::new(0, 8_192).unwrap()), at(1));
+    assert_eq!((messages(&mut owner).len(), decisions(&mut owner).len()), (0, 1));
+}

@@ -8,7 +8,7 @@ use futures::future::BoxFuture;
 use futures::task::{ArcWake, LocalSpawnExt, waker};
 use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 use shootdown_lease::engine::{Hub, Leased, Outgoing};
-use shootdown_lease::{Boot, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Standing, Terms, Time};
+use shootdown_lease::{Boot, Denied, Ending, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Standing, Terms, Time};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
@@ -183,7 +183,51 @@ fn f1_a_driver_that_panics_ends_no_mirror() {
     assert!(invalidation.as_mut().now_or_never().is_none());
     carry(&hub, 1, &mut link, &leased);
     let went_on = catch_unwind(AssertUnwindSafe(|| run.as_mut().poll(&mut cx).is_pending()));
-    assert!(went_on.is_ok(), "one driver's panic ends the host's lease, and all that it had begun");
+    assert!(went_on.is_ok(), "the panic of one driver is the end of no host");
+    for _ in 0..4 {
+        carry(&hub, 1, &mut link, &leased);
+        assert!(run.as_mut().poll(&mut cx).is_pending());
+    }
+    drop(invalidation.now_or_never().expect("it has let go of everything"));
+    assert_eq!((hub.endings(Ending::Acknowledged), hub.endings(Ending::Left)), (0, 1), "nobody knows what that device has");
+    assert_eq!((leased.panics(), leased.counts().joined, leased.has_lease()), (1, 2, true));
+}
+
+#[test]
+fn d9_a_mirror_whose_driver_panics_when_all_is_let_go_of_says_nothing_and_joins_no_more() {
+    struct Panics;
+    impl IntervalNotifier for Panics {
+        fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+            panic!("the driver fails")
+        }
+    }
+    let (timer, mut pool) = (Timer::default(), LocalPool::new());
+    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let space = AddressSpace::new();
+    let _mirrors = hub.insert(&space).unwrap();
+    let leased = leased(&timer, 1, MirrorSettings::default());
+    let _driver = leased.space().insert(pages(0, 1), Panics).unwrap();
+    let mut link = hub.link(Host(1));
+    let (runs, sleep) = (leased.clone(), timer.sleep());
+    pool.spawner().spawn_local(async move { runs.run(sleep).await }).unwrap();
+    let (runs, sleep) = (hub.clone(), timer.sleep());
+    pool.spawner().spawn_local(async move { runs.run(sleep).await }).unwrap();
+    pool.run_until_stalled();
+    carry(&hub, 1, &mut link, &leased);
+    let mut invalidation = Box::pin(space.invalidate(pages(0, 1), Event::Unmap));
+    let mut waited = 0;
+    while invalidation.as_mut().now_or_never().is_none() {
+        carry(&hub, 1, &mut link, &leased);
+        timer.pass(&mut pool, 1);
+        waited += 1;
+    }
+    assert!((90..160).contains(&waited), "its lease has ended by time: {waited} ms");
+    assert_eq!((hub.endings(Ending::Expired), hub.endings(Ending::Left)), (1, 0));
+    for _ in 0..300 {
+        carry(&hub, 1, &mut link, &leased);
+        timer.pass(&mut pool, 1);
+    }
+    assert_eq!((leased.denied(), leased.panics(), leased.counts().joined), (Some(Denied::Panicked), 2, 1));
 }
 
 /// A reader that finds the lease ended while its renewal is being taken in by another thread, which has
