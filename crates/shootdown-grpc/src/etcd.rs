@@ -44,7 +44,8 @@ pub struct Campaign {
 
 impl Campaign {
     /// A candidate that asks the members of etcd at these URLs. All candidates for a memory name
-    /// the same election.
+    /// the same election; none may be called as another one with `/…` behind, because etcd waits for the
+    /// keys of both.
     pub fn new(endpoints: impl IntoIterator<Item = impl Into<String>>, election: impl Into<String>) -> Self {
         let endpoints = endpoints.into_iter().map(Into::into).collect();
         let (time_to_live, drift_ppm) = (Duration::from_secs(5), 1_000);
@@ -216,7 +217,8 @@ impl Ownership {
     /// more.
     ///
     /// # Errors
-    /// etcd does not hear it; the key then lives for its time to live.
+    /// etcd does not hear it; the key then lives for its time to live. Where etcd stands still this
+    /// waits for it: put a time limit around it.
     pub async fn resign(mut self) -> Result<(), CampaignError> {
         self.held.end_now();
         self.keeper.0.abort();

@@ -116,7 +116,7 @@ pub struct OwnerCounts {
     pub unasked: u64,
     /// Other messages by an epoch that its sender does not have, and joins that came late.
     pub strangers: u64,
-    /// Invalidations that were done.
+    /// Invalidations that were done; an `engine::Hub` begins none while nobody is in the books.
     pub done: u64,
 }
 

@@ -26,10 +26,10 @@ pub struct Terms {
     /// How many epochs are in the books at most; a join beyond that is refused. At least 1.
     pub members: usize,
     /// How many of them one host may have: itself, and incarnations from before a restart whose
-    /// leases have not ended. At least 1.
+    /// leases have not ended. 4 unless changed, at least 1.
     pub members_of_a_host: usize,
     /// How many fetches of one mirror wait for the end of an invalidation at most; further ones are
-    /// refused. At least 1.
+    /// refused. 1,024 unless changed, at least 1.
     pub fetches: usize,
     /// How many bytes one fetch may ask for; longer ones are refused. 64 MiB unless changed.
     pub fetch_bytes: u64,
@@ -38,7 +38,7 @@ pub struct Terms {
     pub shared: AddressRange,
     /// Whether something reaches the memory by itself, so that an epoch has to be fenced before it is
     /// closed by time ([`Decision::Fence`](crate::Decision::Fence)). Not needed where mirrors have
-    /// copies and check after each use.
+    /// copies and check after each use. `false` unless changed.
     pub fences: bool,
 }
 
