@@ -41,7 +41,8 @@ async fn row(term: Duration, rounds: u32, mirrors: u64) -> Result<()> {
     }
     let counts = world.hub.counts();
     ensure!(counts.expelled == 0, "a mirror did not answer in time: {counts:?}");
-    ensure!(counts.acknowledged == mirrors * u64::from(rounds + 100), "not all have answered: {counts:?}");
+    // More, where this thread got no processor for so long that an invalidation lapsed and began anew (C4).
+    ensure!(counts.acknowledged >= mirrors * u64::from(rounds + 100), "not all have answered: {counts:?}");
     tcp.sort();
     took.sort();
     let micros = |times: &[Duration], of_hundred| percentile(times, of_hundred).as_nanos() as f64 / 1_000.0;
