@@ -80,7 +80,8 @@ mod real {
             Self { word: AtomicU64::new(word), changes: AtomicU64::new(0), valid }
         }
 
-        /// Or there is a lease to be asked. To be asked *before* the notifier's word: whoever finds the gate open again sees what
+        /// Or there is a lease to be asked. To be asked *before* the notifier's word: whoever finds the
+        /// gate open again sees what
         /// was invalidated meanwhile.
         #[inline]
         pub(crate) fn is_closed(&self) -> bool {

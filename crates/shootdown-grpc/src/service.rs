@@ -72,7 +72,7 @@ impl Shootdown for Service {
             // The same for all, so that nobody learns which spaces there are.
             return Err(Status::permission_denied("no such space, or no name of this certificate may join it"));
         };
-        if !space.is_held() {
+        if !space.hub.holds() {
             return Err(self.refuse(Count::NotOwner, &peer, not_owner()));
         }
         Ok(Response::new(self.begin(Opened { space: name.clone(), host, peer }, space, incoming, in_use)))
@@ -221,14 +221,14 @@ impl Receiving {
             Received::Message(message) => message,
             Received::Open(_) => return Err(malformed(Malformed::Open)),
         };
-        // After the message has arrived: what it asked for was asked while the space was held.
-        if !self.space.is_held() {
+        self.tally.add(Count::Messages);
+        // The hub asks whether it holds the memory before it grants anything, and takes acknowledgements.
+        self.space.hub.handle(self.opened.host, message);
+        if !self.space.hub.holds() {
             let status = not_owner();
             self.tally.refuse(Count::NotOwner, &self.opened.peer, status.message());
             return Err(status);
         }
-        self.tally.add(Count::Messages);
-        self.space.hub.handle(self.opened.host, message);
         Ok(())
     }
 }

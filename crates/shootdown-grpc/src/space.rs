@@ -4,10 +4,9 @@
 use crate::name::Name;
 use bytes::Bytes;
 use futures::future::BoxFuture;
-use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{AddressRange, AddressSpace};
 use shootdown_lease::Host;
-use shootdown_lease::engine::Hub;
-use std::borrow::Cow;
+use shootdown_lease::engine::{Hub, read_unchanged};
 use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
@@ -57,20 +56,6 @@ impl<F: Fn(AddressRange) -> Result<Bytes, Unreadable>> Checked<F> {
     }
 }
 
-/// The reader of one fetch: it has nothing to let go of.
-struct Reader;
-
-impl IntervalNotifier for Reader {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-        invalidation.set_seq();
-        Ok(None)
-    }
-
-    fn name(&self) -> Cow<'static, str> {
-        Cow::Borrowed("fetch")
-    }
-}
-
 impl<F> Contents for Checked<F>
 where
     F: Fn(AddressRange) -> Result<Bytes, Unreadable> + Send + Sync + 'static,
@@ -80,17 +65,8 @@ where
             if !self.shared.covers(range) {
                 return Err(Unreadable::new(format!("{range} is not shared: {} is", self.shared)));
             }
-            // Of its own range, so that it waits for no invalidation of another one (N2).
-            let reader = self.space.insert(range, Reader).map_err(|released| Unreadable::new(released.to_string()))?;
-            let contents = loop {
-                let sequence = reader.read_begin().await;
-                let contents = (self.read)(range);
-                if !reader.read_retry(sequence) {
-                    break contents;
-                }
-            };
-            reader.remove().await;
-            contents
+            let contents = read_unchanged(&self.space, range, || (self.read)(range)).await;
+            contents.map_err(|ended| Unreadable::new(ended.to_string()))?
         })
     }
 }
@@ -110,29 +86,20 @@ pub struct Space {
     pub(crate) hub: Hub,
     pub(crate) contents: Arc<dyn Contents>,
     admitted: BTreeMap<Name, Host>,
-    held: Option<Arc<dyn Fn() -> bool + Send + Sync>>,
 }
 
 impl Space {
-    /// The space of a hub, which nobody may join yet.
+    /// The space of a hub, which nobody may join yet. When the hub's owner
+    /// [holds](shootdown_lease::engine::Hub::while_held) the memory no more, streams end, so that mirrors
+    /// look for another one.
     pub fn new(hub: Hub, contents: impl Contents) -> Self {
-        Self { hub, contents: Arc::new(contents), admitted: BTreeMap::new(), held: None }
+        Self { hub, contents: Arc::new(contents), admitted: BTreeMap::new() }
     }
 
     /// Lets whoever has a certificate with that name join, as that host. Several names may be one
     /// host (an old and a new one); a host has one stream, so two machines need two.
     pub fn admit(mut self, name: impl Into<Name>, host: Host) -> Self {
         self.admitted.insert(name.into(), host);
-        self
-    }
-
-    /// Serves only as long as this says so: where there may be several owners, whether this is it,
-    /// such as `move || held.is_held(BootClock.now())` with [`etcd::Held`](crate::etcd::Held). It
-    /// is asked after each message has arrived and before it counts; when it says no, the stream
-    /// ends.
-    #[cfg_attr(not(feature = "etcd"), allow(rustdoc::broken_intra_doc_links, reason = "exists with that feature"))]
-    pub fn while_held(mut self, held: impl Fn() -> bool + Send + Sync + 'static) -> Self {
-        self.held = Some(Arc::new(held));
         self
     }
 
@@ -146,10 +113,6 @@ impl Space {
         let mut hosts = names.iter().filter_map(|name| self.admitted.get(name).copied());
         let host = hosts.next()?;
         hosts.all(|other| other == host).then_some(host)
-    }
-
-    pub(crate) fn is_held(&self) -> bool {
-        self.held.as_ref().is_none_or(|held| held())
     }
 }
 

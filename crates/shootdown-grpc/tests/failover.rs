@@ -230,7 +230,9 @@ async fn own(role: &str) -> ExitCode {
     };
     let held = ownership.held();
     let owner = Owner::new(ownership.boot(), long_terms(), Memory::Survived, BootClock.now()).unwrap();
-    let (hub, space) = (Hub::new(owner, BootClock), AddressSpace::new());
+    let asks = held.clone();
+    let hub = Hub::while_held(owner, BootClock, move || asks.is_held(BootClock.now()));
+    let space = AddressSpace::new();
     let _mirrors = space.insert(shared(), hub.mirrors()).unwrap();
     let memory = Arc::new(File::options().read(true).write(true).open(folder.join("memory")).unwrap());
     let reads = memory.clone();
@@ -239,8 +241,7 @@ async fn own(role: &str) -> ExitCode {
         reads.read_exact_at(&mut bytes, range.start() - BASE).map_err(Unreadable::new)?;
         Ok(Bytes::from(bytes))
     });
-    let asks = held.clone();
-    let mut offered = Space::new(hub.clone(), contents).while_held(move || asks.is_held(BootClock.now()));
+    let mut offered = Space::new(hub.clone(), contents);
     for number in 1..=3 {
         offered = offered.admit(format!("mirror-{number}.example").as_str(), Host(number));
     }

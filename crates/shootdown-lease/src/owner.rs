@@ -328,8 +328,9 @@ impl Owner {
         self.messages.push_back((to, message));
     }
 
-    fn owner_term(&self) -> Duration {
-        if self.rules.keep(Rule::DriftMargin) { self.terms.owner_term() } else { self.terms.term }
+    /// How long a lease of that term is waited for.
+    fn waits_for(&self, term: Duration) -> Duration {
+        if self.rules.keep(Rule::DriftMargin) { self.terms.waits_for(term) } else { term }
     }
 
     /// The member that has this epoch, if it is this host's.

@@ -65,8 +65,13 @@ impl Terms {
     /// How long the owner waits from its last grant before it takes a lease for ended: the term times
     /// (1 + ρ) / (1 - ρ), rounded up (`T_o`).
     pub fn owner_term(&self) -> Duration {
+        self.waits_for(self.term)
+    }
+
+    /// The same for another term.
+    pub(crate) fn waits_for(&self, term: Duration) -> Duration {
         let (whole, drift) = (1_000_000_u128, u128::from(self.drift_ppm));
-        let nanos = (self.term.as_nanos() * (whole + drift)).div_ceil(whole.saturating_sub(drift).max(1));
+        let nanos = term.as_nanos().saturating_mul(whole + drift).div_ceil(whole.saturating_sub(drift).max(1));
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 

@@ -69,7 +69,9 @@ impl Owned {
 
     pub(crate) async fn with(way: Way, limits: Limits, terms: Terms, at: &str) -> Self {
         let owner = Owner::new(Boot(1), terms, Memory::New, BootClock.now()).unwrap();
-        let hub = Hub::new(owner, BootClock);
+        let held = Arc::new(AtomicBool::new(true));
+        let asks = held.clone();
+        let hub = Hub::while_held(owner, BootClock, move || asks.load(Ordering::Relaxed));
         let space = AddressSpace::new();
         let mirrors = space.insert(shared(), hub.mirrors()).unwrap();
         let memory = Arc::new(Mutex::new(vec![0; SHARED as usize]));
@@ -79,9 +81,7 @@ impl Owned {
             let bytes = read.lock().unwrap()[start..start + range.len_usize().unwrap()].to_vec();
             Ok::<_, Unreadable>(Bytes::from(bytes))
         });
-        let held = Arc::new(AtomicBool::new(true));
-        let asks = held.clone();
-        let mut offered = Space::new(hub.clone(), contents).while_held(move || asks.load(Ordering::Relaxed));
+        let mut offered = Space::new(hub.clone(), contents);
         for number in 1..=8 {
             offered = offered.admit(format!("mirror-{number}.example").as_str(), Host(number));
         }

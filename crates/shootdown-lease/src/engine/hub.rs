@@ -3,7 +3,7 @@
 use super::Clock;
 use super::leased::Leased;
 use super::link::{Link, Outbox, Outgoing, Serve};
-use super::wake::{After, Guarded, Waiter, late, sleep_or};
+use super::wake::{After, Guarded, Waiter, sleep_or};
 use crate::message::{Asker, Epoch, Host, InvalidationId, Refusal, ToMirror, ToOwner};
 use crate::owner::{Decision, Ending, Fenced, Owner, OwnerCounts};
 use crate::time::Time;
@@ -106,8 +106,8 @@ impl Hub {
         space.insert(shared, self.mirrors())
     }
 
-    /// The notifier to insert, by hand, into the owner's `AddressSpace`, over all that is mirrored. Its pass of
-    /// an invalidation ends when every mirror has let go or can no longer hold on.
+    /// The notifier to insert, by hand, into the owner's `AddressSpace`, over all that is mirrored. Its
+    /// pass of an invalidation ends when every mirror has let go or can no longer hold on.
     ///
     /// It refuses an invalidation that is not blockable as long as anybody is in the books. While there is
     /// none, because its subscription was dropped or removed, the hub grants nothing; mirrors are told to
@@ -137,11 +137,10 @@ impl Hub {
     /// Takes a message from a host, as the transport has authenticated it.
     pub fn handle(&self, from: Host, message: ToOwner) {
         let grants = !matches!(message, ToOwner::Ack { .. } | ToOwner::Left { .. });
-        let held = || self.inner.held.as_ref().is_none_or(|held| self.inner.state.guard(held) == Some(true));
         // A time that is missing would be an old one.
-        let now = self.inner.state.guard(|| self.inner.clock.now());
-        let taken = now.filter(|_| !grants || held());
-        self.work(|state, _, after| match taken {
+        let now = self.inner.now();
+        let taken = now.filter(|_| !grants || self.holds());
+        self.work_at(now.unwrap_or_default(), |state, _, after| match taken {
             // What nothing would tell of changes is granted nothing.
             Some(_) if grants && state.notifiers == 0 => {
                 if let ToOwner::Join { incarnation, nonce } = message {
@@ -154,21 +153,30 @@ impl Hub {
         });
     }
 
-    /// Keeps time, for ever, on any executor, one task at a time: resends, ends leases. Invalidations that wait for a mirror
-    /// that is gone end only while this runs.
+    /// Whether the owner [holds](Self::while_held) the memory at this moment. Transports end the links
+    /// of one that does not, so that mirrors look for another.
+    pub fn holds(&self) -> bool {
+        self.inner.held.as_ref().is_none_or(|held| self.inner.state.guard(held) == Some(true))
+    }
+
+    /// Keeps time, for ever, on any executor, one task at a time: resends, ends leases. Invalidations
+    /// that wait for a mirror that is gone end only while this runs.
     ///
     /// After the owner itself has stood still, messages that wait are given one more interval to be
     /// handled before anybody is taken for dead.
     pub async fn run<S: Future>(&self, sleep: impl Fn(Duration) -> S) {
         loop {
             let deadline = self.inner.state.with(|state, _| state.deadline);
-            let now = self.inner.clock.now();
+            let Some(now) = self.inner.now() else {
+                sleep(self.inner.state.with(|state, _| state.owner.terms().resend)).await;
+                continue;
+            };
             let changed = self.inner.state.until(&self.inner.timer, |state, _| (state.deadline != deadline).then_some(()));
             if !sleep_or(deadline.map(|at| at.since(now)), &sleep, changed).await {
                 continue;
             }
             let resend = self.inner.state.with(|state, _| state.owner.terms().resend);
-            if deadline.is_some_and(|at| late(at, self.inner.clock.now(), resend)) {
+            if deadline.zip(self.inner.now()).is_some_and(|(at, now)| now.since(at) > resend) {
                 sleep(resend).await;
             }
             self.tick();
@@ -230,14 +238,24 @@ impl Hub {
 
     /// All that changes the owner goes through here: the clock is read, and what follows is handed on.
     fn work<R>(&self, work: impl FnOnce(&mut State, Time, &mut After) -> R) -> R {
-        let inner = &self.inner;
         // Where the clock panics the owner goes by the latest time that it knows.
-        let now = inner.state.guard(|| inner.clock.now()).unwrap_or_default();
+        self.work_at(self.inner.now().unwrap_or_default(), work)
+    }
+
+    fn work_at<R>(&self, now: Time, work: impl FnOnce(&mut State, Time, &mut After) -> R) -> R {
+        let inner = &self.inner;
         inner.state.with(|state, after| {
             let result = work(state, now, after);
             state.settle(now, inner, after);
             result
         })
+    }
+}
+
+impl Inner {
+    /// `None` where the clock panics.
+    fn now(&self) -> Option<Time> {
+        self.state.guard(|| self.clock.now())
     }
 }
 

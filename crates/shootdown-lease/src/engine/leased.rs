@@ -74,7 +74,7 @@ enum Answer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Lost {
-    /// The mirror has left, or is leaving.
+    /// The mirror has left, is leaving, or joins no more ([`Denied::Panicked`]).
     Left,
     /// The owner does not serve it.
     Refused(Refusal),
@@ -226,12 +226,17 @@ impl Leased {
     async fn stop(&self) {
         let stopped = AssertUnwindSafe(async { drop(self.inner.space.invalidate(AddressRange::ALL, Event::Clear).await) });
         let done = stopped.catch_unwind().await;
-        self.work(|state, now, _| match done {
-            Ok(()) => _ = state.mirror.stopped(now),
+        self.work(|state, now, after| match done {
+            Ok(()) => {
+                // Of an earlier run's panic, too: now everything has been let go of.
+                state.denied = None;
+                state.mirror.stopped(now);
+            }
             // The mirror says nothing, and the lease ends by time.
             Err(_) => {
                 state.panics += 1;
                 state.denied = Some(Denied::Panicked);
+                state.tell_standing(after);
             }
         });
     }
@@ -267,12 +272,13 @@ impl Leased {
         }
     }
 
-    /// Waits until there is a lease; `None` if the mirror has left. Cancel safe.
+    /// Waits until there is a lease; `None` if there will be none: the mirror has left, or joins no more
+    /// ([`Denied::Panicked`]). Cancel safe.
     pub async fn joined(&self) -> Option<Epoch> {
         loop {
             let (sender, changed) = oneshot::channel();
             let standing = self.inner.state.with(|state, _| {
-                if state.mirror.is_leaving() {
+                if state.is_lost() {
                     return Some(None);
                 }
                 if let Some(epoch) = state.mirror.epoch() {
@@ -290,7 +296,8 @@ impl Leased {
     }
 
     /// Leaves for good: lets go of everything, and returns when that is done and waits to be sent. Needs
-    /// [`run`](Self::run), and while the mirror is joining, the owner's answer or a while.
+    /// [`run`](Self::run), and while the mirror is joining, the owner's answer or a while. Where a driver
+    /// panics it returns as well ([`Denied::Panicked`]): the owner waits for the end of the lease.
     pub async fn leave(&self) {
         self.work(|state, now, after| {
             state.mirror.leave(now);
@@ -299,7 +306,7 @@ impl Leased {
         loop {
             let (sender, changed) = oneshot::channel();
             let over = self.inner.state.with(|state, _| {
-                let over = state.mirror.is_over();
+                let over = state.mirror.is_over() || state.denied == Some(Denied::Panicked);
                 if !over {
                     state.standing.retain(|waits| !waits.is_canceled());
                     state.standing.push(sender);
@@ -329,7 +336,8 @@ impl Leased {
         self.inner.state.with(|state, _| state.mirror.counts())
     }
 
-    /// Why the mirror cannot join, if that is what its last try has come to. It goes on trying.
+    /// Why the mirror cannot join, if that is what its last try has come to. It goes on trying, unless a
+    /// driver has panicked.
     pub fn denied(&self) -> Option<Denied> {
         self.inner.state.with(|state, _| state.denied)
     }
@@ -383,6 +391,11 @@ impl Leased {
 }
 
 impl State {
+    /// Whether there will be no lease any more.
+    fn is_lost(&self) -> bool {
+        self.mirror.is_leaving() || self.denied == Some(Denied::Panicked)
+    }
+
     /// Before a run: what an earlier one had begun is forgotten, so that it is asked again. Returns
     /// whether the mirror has to stop.
     fn begin_anew(&mut self) -> bool {
@@ -403,10 +416,16 @@ impl State {
             self.outgoing.push_back(message);
         }
         let until = self.mirror.valid_until().map_or(0, Time::as_nanos);
-        // A reader may have found that the lease has ended, and wait: the end of a pause wakes it.
-        if inner.until.swap(until, Ordering::AcqRel) < until {
-            let space = inner.space.clone();
-            after.run(move || drop(space.pause()));
+        let before = inner.until.swap(until, Ordering::AcqRel);
+        if before < until {
+            let (space, clock) = (inner.space.clone(), inner.clock.clone());
+            after.run(move || {
+                // A reader that has found the lease ended has read no later time than this, and waits:
+                // the end of a pause wakes it. Of a renewal in time nobody has to hear.
+                if clock.now().as_nanos() >= before {
+                    drop(space.pause());
+                }
+            });
         }
         if !self.outgoing.is_empty() || self.mirror.is_over() {
             after.wake(&inner.out);

@@ -41,9 +41,7 @@ impl Serve {
     /// # Errors
     /// [`Ended`], if the space was released: nothing can be read any more. Drop the fetch then.
     pub async fn ready(&self, space: &AddressSpace) -> Result<(), Ended> {
-        let reader = space.insert(self.range, Reader).map_err(|_| Ended)?;
-        reader.read_begin().await;
-        Ok(())
+        read_unchanged(space, self.range, || ()).await
     }
 
     /// What to read.
@@ -64,6 +62,24 @@ impl Serve {
     /// What the contents are sent with.
     pub fn message(&self) -> ToMirror {
         ToMirror::Fetched { epoch: self.epoch, nonce: self.nonce, version: self.version }
+    }
+}
+
+/// Reads a range of the owner's memory while no invalidation of it is under way; again, if one has begun
+/// meanwhile. So `read` may read what is being changed, by means that allow that. Invalidations of other
+/// ranges hold nobody up.
+///
+/// # Errors
+/// [`Ended`], if the space was released: nothing can be read any more.
+pub async fn read_unchanged<T>(space: &AddressSpace, range: AddressRange, mut read: impl FnMut() -> T) -> Result<T, Ended> {
+    // Of its own range, so that it waits for no invalidation of another one (N2).
+    let reader = space.insert(range, Reader).map_err(|_| Ended)?;
+    loop {
+        let seen = reader.read_begin().await;
+        let contents = read();
+        if !reader.read_retry(seen) {
+            return Ok(contents);
+        }
     }
 }
 

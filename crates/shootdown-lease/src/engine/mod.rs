@@ -72,7 +72,7 @@ mod wake;
 
 pub use hub::{Hub, Mirrors};
 pub use leased::{Leased, Lost};
-pub use link::{Ended, Link, Outgoing, Serve};
+pub use link::{Ended, Link, Outgoing, Serve, read_unchanged};
 
 use crate::time::Time;
 

@@ -95,8 +95,3 @@ pub(super) async fn sleep_or<S: Future>(
         }
     }
 }
-
-/// How much later than `at` it is, if that is more than `much`.
-pub(super) fn late(at: crate::Time, now: crate::Time, much: Duration) -> bool {
-    now.since(at) > much
-}

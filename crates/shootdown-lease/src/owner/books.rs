@@ -39,8 +39,8 @@ pub(super) struct Member {
 }
 
 impl Owner {
-    fn book(&mut self, number: u64, who: Option<Who>, phase: Phase) {
-        let expires = self.now + self.owner_term();
+    fn book(&mut self, number: u64, who: Option<Who>, phase: Phase, term: Duration) {
+        let expires = self.now + self.waits_for(term);
         let (queue, sent) = (VecDeque::new(), BTreeMap::new());
         self.members.insert(number, Member { who, phase, expires, expiry: expires, resend: None, queue, sent, parked: 0 });
         self.timers.insert((expires, Timer::Expiry(number)));
@@ -49,10 +49,7 @@ impl Owner {
     /// Who may hold on by leases of earlier owners is one member that is never renewed (D2). They have
     /// granted no longer term than `longest`, or than this one.
     pub(super) fn book_earlier_boots(&mut self, longest: Duration) {
-        let present = self.terms.term;
-        self.terms.term = present.max(longest);
-        self.book(0, None, Phase::Expelled);
-        self.terms.term = present;
+        self.book(0, None, Phase::Expelled, self.terms.term.max(longest));
     }
 
     /// Whether a join is a late copy of one that was answered.
@@ -119,7 +116,7 @@ impl Owner {
             self.unbooked.insert(number, who);
             return self.welcome(number, who);
         }
-        self.book(number, Some(who), Phase::Live);
+        self.book(number, Some(who), Phase::Live, self.terms.term);
         self.counts.joins += 1;
         self.welcome(number, who);
     }
@@ -143,7 +140,7 @@ impl Owner {
 
     /// Grants a member a term from now, if it is renewed at all.
     fn grant(&mut self, number: u64) -> bool {
-        let expires = self.now + self.owner_term();
+        let expires = self.now + self.waits_for(self.terms.term);
         let Some(member) = self.members.get_mut(&number).filter(|member| member.phase == Phase::Live) else { return false };
         member.expires = member.expires.max(expires);
         true
@@ -152,7 +149,7 @@ impl Owner {
     pub(super) fn renew(&mut self, from: Host, epoch: Epoch, nonce: Nonce) {
         #[cfg(feature = "test-util")]
         if let Some(who) = self.unbooked.remove(&epoch.number) {
-            self.book(epoch.number, Some(who), Phase::Live);
+            self.book(epoch.number, Some(who), Phase::Live, self.terms.term);
         }
         if self.member_of(from, epoch).is_none() {
             self.counts.strangers += 1;

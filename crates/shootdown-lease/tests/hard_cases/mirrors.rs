@@ -7,7 +7,7 @@ use futures::executor::{LocalPool, block_on};
 use futures::future::BoxFuture;
 use futures::task::{ArcWake, LocalSpawnExt, waker};
 use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
-use shootdown_lease::engine::{Hub, Leased, Outgoing};
+use shootdown_lease::engine::{Hub, Leased, Lost, Outgoing};
 use shootdown_lease::{Boot, Denied, Ending, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Standing, Terms, Time};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -228,6 +228,10 @@ fn d9_a_mirror_whose_driver_panics_when_all_is_let_go_of_says_nothing_and_joins_
         timer.pass(&mut pool, 1);
     }
     assert_eq!((leased.denied(), leased.panics(), leased.counts().joined), (Some(Denied::Panicked), 2, 1));
+    // And nobody waits for ever.
+    assert_eq!(block_on(leased.joined()), None);
+    assert_eq!(block_on(leased.fetch(pages(0, 1))), Err(Lost::Left));
+    block_on(leased.leave());
 }
 
 /// A reader that finds the lease ended while its renewal is being taken in by another thread, which has

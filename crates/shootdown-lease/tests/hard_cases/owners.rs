@@ -152,3 +152,28 @@ fn f1_a_transport_whose_waker_panics_costs_no_other_host_its_wake_up_and_no_mirr
     assert_eq!(count.0.load(SeqCst), 1, "the other host is not told of the invalidation");
     assert!(begun.is_ok(), "the pass is lost: where nobody calls (a memory source), the change goes on");
 }
+
+#[test]
+fn f1_a_clock_that_panics_for_a_while_does_not_end_the_owners_run() {
+    let (timer, mut pool) = (Timer::default(), LocalPool::new());
+    let panics = Arc::new(AtomicBool::new(false));
+    let (reads, fails) = (timer.clock(), panics.clone());
+    let clock = move || {
+        assert!(!fails.load(SeqCst), "the clock has gone");
+        reads()
+    };
+    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), clock);
+    let space = AddressSpace::new();
+    let _mirrors = hub.insert(&space).unwrap();
+    let (runs, sleep) = (hub.clone(), timer.sleep());
+    pool.spawner().spawn_local(async move { runs.run(sleep).await }).unwrap();
+    hub.handle(Host(1), ToOwner::Join { incarnation: Incarnation(1), nonce: Nonce(1) });
+    let mut invalidation = Box::pin(space.invalidate(pages(0, 1), Event::Unmap));
+    assert!(invalidation.as_mut().now_or_never().is_none());
+    panics.store(true, SeqCst);
+    timer.pass(&mut pool, 200);
+    panics.store(false, SeqCst);
+    assert!(hub.lost_panics() > 0);
+    timer.pass(&mut pool, 30);
+    assert!(invalidation.now_or_never().is_some(), "the lease of the mirror that is gone has ended");
+}
