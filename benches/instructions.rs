@@ -122,6 +122,9 @@ fn read(space: Hitting) -> Hitting {
     space
 }
 
-library_benchmark_group!(name = instructions, benchmarks = [no_hit, one_hit, insert_remove, hits, read]);
+library_benchmark_group!(
+    name = instructions,
+    benchmarks = [no_hit, one_hit, insert_remove, hits, read]
+);
 
 main!(library_benchmark_groups = instructions);

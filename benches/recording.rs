@@ -54,7 +54,10 @@ fn peak() -> Option<u64> {
 
 fn main() {
     let began = Instant::now();
-    let lines = std::env::var("SHOOTDOWN_LINES").ok().and_then(|lines| lines.parse().ok()).unwrap_or(MILLION);
+    let lines = std::env::var("SHOOTDOWN_LINES")
+        .ok()
+        .and_then(|lines| lines.parse().ok())
+        .unwrap_or(MILLION);
     let recording = read(lines);
     let took = began.elapsed();
     println!(
@@ -65,7 +68,10 @@ fn main() {
         peak().map_or("unknown".into(), |peak| peak.to_string())
     );
     drop(recording);
-    assert!(took < Duration::from_secs(5) * u32::try_from(lines.div_ceil(MILLION)).unwrap_or(u32::MAX), "5 s a million lines");
+    assert!(
+        took < Duration::from_secs(5) * u32::try_from(lines.div_ceil(MILLION)).unwrap_or(u32::MAX),
+        "5 s a million lines"
+    );
 
     let mut criterion = Criterion::default().sample_size(10).configure_from_args();
     let mut group = criterion.benchmark_group("recording");

@@ -75,7 +75,13 @@ pub struct Row {
 }
 
 impl Row {
-    fn new(name: String, kernel_ns: Option<f64>, goal_ns: f64, scaled_goal_ns: f64, measured_ns: f64) -> Self {
+    fn new(
+        name: String,
+        kernel_ns: Option<f64>,
+        goal_ns: f64,
+        scaled_goal_ns: f64,
+        measured_ns: f64,
+    ) -> Self {
         let miss = measured_ns.partial_cmp(&scaled_goal_ns) != Some(std::cmp::Ordering::Less);
         Self { name, kernel_ns, goal_ns, scaled_goal_ns, measured_ns, miss }
     }
@@ -107,7 +113,14 @@ struct Table {
 }
 
 impl Table {
-    fn add(&mut self, name: impl Into<String>, kernel_ns: Option<f64>, goal_ns: f64, scaled_goal_ns: f64, measured_ns: f64) {
+    fn add(
+        &mut self,
+        name: impl Into<String>,
+        kernel_ns: Option<f64>,
+        goal_ns: f64,
+        scaled_goal_ns: f64,
+        measured_ns: f64,
+    ) {
         self.rows.push(Row::new(name.into(), kernel_ns, goal_ns, scaled_goal_ns, measured_ns));
     }
 
@@ -133,9 +146,10 @@ fn calibrate(harness: &mut Harness) -> Vec<Calibration> {
     ];
     let mut map = BTreeMap::new();
     let mut next = random(1);
-    for (keys, there_ns, name) in
-        [(10_000, 86.0, "BTreeMap look-up among 10,000"), (1_000_000, 473.0, "BTreeMap look-up among 1,000,000")]
-    {
+    for (keys, there_ns, name) in [
+        (10_000, 86.0, "BTreeMap look-up among 10,000"),
+        (1_000_000, 473.0, "BTreeMap look-up among 1,000,000"),
+    ] {
         while map.len() < keys {
             map.insert(next(), [0u64; 2]);
         }
@@ -156,7 +170,11 @@ fn calibrate(harness: &mut Harness) -> Vec<Calibration> {
             }
         });
     });
-    rows.push(Calibration { name: "FuturesUnordered, boxed, pend once, per future", there_ns: 131.0, here_ns: join });
+    rows.push(Calibration {
+        name: "FuturesUnordered, boxed, pend once, per future",
+        there_ns: 131.0,
+        here_ns: join,
+    });
     rows
 }
 
@@ -205,7 +223,8 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
         let pages: Vec<u64> = drawn.iter().map(|at| population.page(*at)).collect();
         let space = &population.space;
         let mut at = 0;
-        let miss = harness.median(&format!("miss {n}"), |times| invalidate(space, times, &gaps, &mut at));
+        let miss =
+            harness.median(&format!("miss {n}"), |times| invalidate(space, times, &gaps, &mut at));
         table.add(
             format!("invalidate + end, no hit, N = {n}"),
             Some(kernel_miss),
@@ -213,8 +232,15 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
             table.scaled(goal_miss, 15.0, n),
             miss,
         );
-        let hit = harness.median(&format!("hit {n}"), |times| invalidate(space, times, &pages, &mut at));
-        table.add(format!("invalidate + end, 1 hit, N = {n}"), Some(kernel_hit), goal_hit, table.scaled(goal_hit, 25.0, n), hit);
+        let hit =
+            harness.median(&format!("hit {n}"), |times| invalidate(space, times, &pages, &mut at));
+        table.add(
+            format!("invalidate + end, 1 hit, N = {n}"),
+            Some(kernel_hit),
+            goal_hit,
+            table.scaled(goal_hit, 25.0, n),
+            hit,
+        );
         if let Some((kernel, goal)) = change {
             let both = harness.median(&format!("insert {n}"), |times| {
                 let from = at;
@@ -226,12 +252,24 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
                     }
                 });
             });
-            table.add(format!("insert + remove, N = {n}"), Some(kernel), goal, table.scaled(goal, 40.0, n), both);
+            table.add(
+                format!("insert + remove, N = {n}"),
+                Some(kernel),
+                goal,
+                table.scaled(goal, 40.0, n),
+                both,
+            );
         }
         if n == 1 {
             let device = population.device(0);
             let read = harness.median("read", |times| read(device, times));
-            table.add("read_begin + read_retry", Some(5.9), 1.5, 1.5 * table.scale.loads.max(1.0), read);
+            table.add(
+                "read_begin + read_retry",
+                Some(5.9),
+                1.5,
+                1.5 * table.scale.loads.max(1.0),
+                read,
+            );
         }
     }
 }
@@ -241,7 +279,11 @@ type Hit = BTreeMap<(Kind, u64), (AddressSpace, Vec<Subscription<Device>>)>;
 
 /// Made and used before anything else, so that where they lie does not depend on what a million other notifiers have left of the heap: 256 of them fill the first cache.
 fn spaces_to_hit() -> Hit {
-    let wanted = [(Kind::Single, &[1, 4, 16, 64, 256][..]), (Kind::Ready, &[1, 16, 256]), (Kind::PendOnce, &[16, 256])];
+    let wanted = [
+        (Kind::Single, &[1, 4, 16, 64, 256][..]),
+        (Kind::Ready, &[1, 16, 256]),
+        (Kind::PendOnce, &[16, 256]),
+    ];
     let each = wanted.into_iter().flat_map(|(kind, ks)| ks.iter().map(move |&k| (kind, k)));
     let spaces: Hit = each.map(|(kind, k)| ((kind, k), hitting(kind, k))).collect();
     spaces.values().for_each(|(space, _)| invalidate(space, 1, &[0], &mut 0));
@@ -255,7 +297,9 @@ fn by_hits(harness: &mut Harness, table: &mut Table, spaces: &Hit) {
         harness.median(&format!("{kind:?} {k}"), |times| invalidate(space, times, &[0], &mut 0))
     };
     let mut single = BTreeMap::new();
-    for (k, kernel, factor) in [(1, 25.0, 1.0), (4, 59.0, 1.0), (16, 194.0, 0.9), (64, 752.0, 0.9), (256, 3039.0, 0.9)] {
+    for (k, kernel, factor) in
+        [(1, 25.0, 1.0), (4, 59.0, 1.0), (16, 194.0, 0.9), (64, 752.0, 0.9), (256, 3039.0, 0.9)]
+    {
         let measured = hit(harness, Kind::Single, k);
         single.insert(k, measured);
         if k > 1 {
@@ -271,7 +315,13 @@ fn by_hits(harness: &mut Harness, table: &mut Table, spaces: &Hit) {
     for (k, kernel) in [(1, 27.0), (16, 220.0), (256, 3724.0)] {
         let measured = hit(harness, Kind::Ready, k);
         let goal = kernel * 1.2;
-        table.add(format!("… each with a pass ready at once, {k} hits"), Some(kernel), goal, goal * table.scale.mutex, measured);
+        table.add(
+            format!("… each with a pass ready at once, {k} hits"),
+            Some(kernel),
+            goal,
+            goal * table.scale.mutex,
+            measured,
+        );
     }
     for k in [16, 256] {
         let per_pass = (hit(harness, Kind::PendOnce, k) - single[&k]) / k as f64;
@@ -289,7 +339,13 @@ fn by_hits(harness: &mut Harness, table: &mut Table, spaces: &Hit) {
 fn measure(harness: &mut Harness, spaces: &Hit) -> (Vec<Calibration>, Table) {
     let calibration = calibrate(harness);
     let ratio = |at: usize| calibration[at].ratio();
-    let scale = Scale { mutex: ratio(0), loads: ratio(1), map_10_000: ratio(2), map_1_000_000: ratio(3), join: ratio(4) };
+    let scale = Scale {
+        mutex: ratio(0),
+        loads: ratio(1),
+        map_10_000: ratio(2),
+        map_1_000_000: ratio(3),
+        join: ratio(4),
+    };
     let mut table = Table { rows: Vec::new(), scale };
     by_population(harness, &mut table);
     by_hits(harness, &mut table, spaces);
@@ -358,7 +414,8 @@ fn main() {
     }
     if !curves.is_empty() {
         let picture = options.picture();
-        plot::write(&picture, &curves).unwrap_or_else(|error| fail(&options::cannot_be_written(&picture, &error)));
+        plot::write(&picture, &curves)
+            .unwrap_or_else(|error| fail(&options::cannot_be_written(&picture, &error)));
         println!("\nthe curves are in {}", picture.display());
     }
     if let Some(file) = &options.json {
@@ -371,10 +428,13 @@ fn main() {
             batches: &batches,
             curves: &curves,
         };
-        let text = serde_json::to_string_pretty(&report).unwrap_or_else(|error| fail(&error.to_string()));
-        std::fs::write(file, text).unwrap_or_else(|error| fail(&options::cannot_be_written(file, &error)));
+        let text =
+            serde_json::to_string_pretty(&report).unwrap_or_else(|error| fail(&error.to_string()));
+        std::fs::write(file, text)
+            .unwrap_or_else(|error| fail(&options::cannot_be_written(file, &error)));
     }
-    let misses = rows.iter().filter(|row| row.miss).count() + bounds.iter().filter(|row| row.miss).count();
+    let misses =
+        rows.iter().filter(|row| row.miss).count() + bounds.iter().filter(|row| row.miss).count();
     println!("{} rows, {misses} miss", rows.len() + bounds.len());
 }
 
@@ -383,15 +443,27 @@ fn print(calibration: &[Calibration], rows: &[Row], curves: &[curves::Curve]) {
         println!("\n{:<58} {:>9} {:>9} {:>9}", "calibration, ns", "there", "here", "ratio");
     }
     for row in calibration {
-        println!("{:<58} {:>9.1} {:>9.1} {:>9.2}", row.name, row.there_ns, row.here_ns, row.ratio());
+        println!(
+            "{:<58} {:>9.1} {:>9.1} {:>9.2}",
+            row.name,
+            row.there_ns,
+            row.here_ns,
+            row.ratio()
+        );
     }
     if !rows.is_empty() {
-        println!("\n{:<58} {:>9} {:>9} {:>9} {:>9}", "work, ns", "kernel", "goal", "scaled", "measured");
+        println!(
+            "\n{:<58} {:>9} {:>9} {:>9} {:>9}",
+            "work, ns", "kernel", "goal", "scaled", "measured"
+        );
     }
     for row in rows {
         let kernel = row.kernel_ns.map_or_else(|| "-".into(), |ns| format!("{ns:.0}"));
         let mark = if row.miss { "  MISS" } else { "" };
-        println!("{:<58} {kernel:>9} {:>9.1} {:>9.1} {:>9.1}{mark}", row.name, row.goal_ns, row.scaled_goal_ns, row.measured_ns);
+        println!(
+            "{:<58} {kernel:>9} {:>9.1} {:>9.1} {:>9.1}{mark}",
+            row.name, row.goal_ns, row.scaled_goal_ns, row.measured_ns
+        );
     }
     for curve in curves {
         println!("\n{}", curve.name);

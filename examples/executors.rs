@@ -2,7 +2,10 @@
 #![allow(missing_docs, clippy::print_stdout)]
 
 use futures::channel::oneshot;
-use shootdown::{AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture,
+    WouldBlock,
+};
 use std::thread;
 use std::time::Duration;
 
@@ -13,7 +16,10 @@ struct Nvme {
 }
 
 impl IntervalNotifier for Nvme {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         self.mappings.lock_for(invalidation).clear();
         let (completed, completion) = oneshot::channel();
         thread::spawn(move || {

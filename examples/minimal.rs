@@ -2,7 +2,8 @@
 #![allow(missing_docs, clippy::print_stdout)]
 
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget, WouldBlock,
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture,
+    RetryBudget, WouldBlock,
 };
 use std::collections::BTreeSet;
 use std::time::Duration;
@@ -13,7 +14,10 @@ struct Gpu {
 }
 
 impl IntervalNotifier for Gpu {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let range = invalidation.range();
         // Sets the sequence, so that readers that began before this will start over.
         self.page_table.lock_for(invalidation).retain(|page| !range.contains(*page));
@@ -43,7 +47,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // The read side: look at the memory, then install unless an invalidation came in between.
         for page in (buffer.start()..=buffer.last()).step_by(0x1000) {
             let install = |table: &mut BTreeSet<u64>, page| table.insert(page);
-            gpu.page_table.mirror(&gpu, RetryBudget::default(), |_| fault_in(page), install).await?;
+            gpu.page_table
+                .mirror(&gpu, RetryBudget::default(), |_| fault_in(page), install)
+                .await?;
         }
         println!("gpu: {} pages mapped", gpu.page_table.lock().len());
 

@@ -2,7 +2,14 @@
 //!
 //! `cargo run --release --features tracing --example trace -- trace.json trace.svg`. The library makes a span of each invalidation; the driver's own spans, one for each wait
 //! for a device, lie inside it, because first passes run there. In real time, on tokio.
-#![allow(missing_docs, unreachable_pub, dead_code, unused_imports, clippy::print_stdout, clippy::print_stderr)]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    unused_imports,
+    clippy::print_stdout,
+    clippy::print_stderr
+)]
 
 #[path = "multi_gpu/driver.rs"]
 mod driver;
@@ -60,7 +67,8 @@ fn main() -> ExitCode {
 
 /// Runs 60 invalidations of a recorded program, and writes their spans.
 fn record(json: &str) -> Result<(), Box<dyn Error>> {
-    let file = std::fs::File::create(json).map_err(|error| format!("{json} cannot be written: {error}"))?;
+    let file = std::fs::File::create(json)
+        .map_err(|error| format!("{json} cannot be written: {error}"))?;
     let (layer, written) = tracing_chrome::ChromeLayerBuilder::new()
         .writer(file)
         .trace_style(tracing_chrome::TraceStyle::Async)
@@ -72,7 +80,12 @@ fn record(json: &str) -> Result<(), Box<dyn Error>> {
     let model = profile::Model {
         seed: 1,
         profile: profile::Profile::Mixed,
-        costs: profile::Costs { zap: micros(1), submit: micros(2), interrupt: micros(1), wake: micros(2) },
+        costs: profile::Costs {
+            zap: micros(1),
+            submit: micros(2),
+            interrupt: micros(1),
+            wake: micros(2),
+        },
         floor: micros(300),
         dma_interval: micros(250),
         resident_pages: 4,
@@ -93,7 +106,10 @@ fn record(json: &str) -> Result<(), Box<dyn Error>> {
     let plan = schedule::Plan::new(&recording, micros(50), 1);
     let row = simulation::run(&Arc::new(plan), settings, || ())?.row;
     drop(written);
-    println!("{} invalidations of {} GPUs are in {json}: open it at https://ui.perfetto.dev", row.invalidations, row.gpus);
+    println!(
+        "{} invalidations of {} GPUs are in {json}: open it at https://ui.perfetto.dev",
+        row.invalidations, row.gpus
+    );
     Ok(())
 }
 
@@ -148,15 +164,24 @@ fn draw(json: &str, svg: &str) -> Result<(), Box<dyn Error>> {
             bars[bar].to = event.ts;
         }
     }
-    let preempts = |bars: &[Bar]| bars.iter().filter(|bar| bar.name.contains("preemption")).count() + bars.len();
-    let finished = invalidations.into_values().filter(|(bars, open)| open.is_empty() && bars.len() > GPUS).map(|(bars, _)| bars);
+    let preempts = |bars: &[Bar]| {
+        bars.iter().filter(|bar| bar.name.contains("preemption")).count() + bars.len()
+    };
+    let finished = invalidations
+        .into_values()
+        .filter(|(bars, open)| open.is_empty() && bars.len() > GPUS)
+        .map(|(bars, _)| bars);
     // One that came while another one had the GPUs has more spans than its own.
-    let once = |bars: &Vec<Bar>| bars.iter().map(|bar| &bar.name).collect::<BTreeSet<_>>().len() == bars.len();
+    let once = |bars: &Vec<Bar>| {
+        bars.iter().map(|bar| &bar.name).collect::<BTreeSet<_>>().len() == bars.len()
+    };
     let bars = finished
         .filter(once)
         .max_by_key(|bars| preempts(bars).min(GPUS * 2))
         .ok_or("the trace has no invalidation of one mapping that all GPUs took part in")?;
-    let (began, ended) = bars.iter().fold((f64::MAX, f64::MIN), |(from, to), bar| (from.min(bar.from), to.max(bar.to)));
+    let (began, ended) = bars
+        .iter()
+        .fold((f64::MAX, f64::MIN), |(from, to), bar| (from.min(bar.from), to.max(bar.to)));
 
     let root = SVGBackend::new(svg, (900, 40 + 30 * bars.len() as u32 + 60)).into_drawing_area();
     root.fill(&WHITE)?;
@@ -165,7 +190,13 @@ fn draw(json: &str, svg: &str) -> Result<(), Box<dyn Error>> {
         .margin(12)
         .x_label_area_size(40)
         .build_cartesian_2d(0.0..(ended - began) * 1.02, bars.len() as f64..0.0)?;
-    chart.configure_mesh().disable_y_mesh().disable_y_axis().light_line_style(WHITE).x_desc("µs since it began").draw()?;
+    chart
+        .configure_mesh()
+        .disable_y_mesh()
+        .disable_y_axis()
+        .light_line_style(WHITE)
+        .x_desc("µs since it began")
+        .draw()?;
     for (bar, lane) in bars.iter().zip((0..).map(f64::from)) {
         let color = match bar.name.as_str() {
             name if name.contains("preemption") => RGBColor(0xe0, 0x8e, 0x2b),
@@ -176,7 +207,11 @@ fn draw(json: &str, svg: &str) -> Result<(), Box<dyn Error>> {
         let corners = [(bar.from - began, lane + 0.08), (bar.to - began, lane + 0.92)];
         let label = format!("{}  {:.0} µs", bar.name, bar.to - bar.from);
         chart.draw_series([Rectangle::new(corners, color.filled())])?;
-        chart.draw_series([Text::new(label, (bar.from - began + (ended - began) * 0.006, lane + 0.28), ("sans-serif", 14))])?;
+        chart.draw_series([Text::new(
+            label,
+            (bar.from - began + (ended - began) * 0.006, lane + 0.28),
+            ("sans-serif", 14),
+        )])?;
     }
     root.present().map_err(|error| format!("{svg} cannot be written: {error}"))?;
     println!("one of them, with {} spans, is drawn in {svg}", bars.len());

@@ -20,7 +20,10 @@ const LEN: usize = 1 << 20;
 struct Device;
 
 impl IntervalNotifier for Device {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         println!("first pass: {} of {}", invalidation.event().name(), invalidation.range());
         invalidation.set_seq();
         // A timer of async-io runs on a thread of its own, whoever polls it.
@@ -49,7 +52,8 @@ async fn deliver(mut deliveries: Deliveries) -> io::Result<()> {
     passes.push(Either::Left(future::pending()));
     while !deliveries.is_stopped() {
         // Also when it is time to look once more at what a `madvise` was to drop.
-        let look = deliveries.next_look().map_or_else(async_io::Timer::never, async_io::Timer::after);
+        let look =
+            deliveries.next_look().map_or_else(async_io::Timer::never, async_io::Timer::after);
         let rings = pin!(readable.readable());
         match future::select(future::select(rings, look), passes.select_next_some()).await {
             Either::Left((Either::Left((rung, _)), _)) => rung?,

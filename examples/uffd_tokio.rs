@@ -6,7 +6,9 @@
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use shootdown::source::Uffd;
-use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, Timeline, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, Timeline, WouldBlock,
+};
 use std::error::Error;
 use std::os::fd::AsFd;
 use tokio::io::unix::AsyncFd;
@@ -21,7 +23,10 @@ const LEN: usize = 1 << 20;
 struct Device(Handle);
 
 impl IntervalNotifier for Device {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         println!("first pass: {} of {}", invalidation.event().name(), invalidation.range());
         invalidation.set_seq();
         let (number, flushed) = (1, Timeline::new());
@@ -58,7 +63,14 @@ async fn main() -> Result<(), Box<dyn Error>> {
     });
 
     // SAFETY: a new mapping where the kernel chooses.
-    let memory = unsafe { mmap_anonymous(std::ptr::null_mut(), LEN, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)? };
+    let memory = unsafe {
+        mmap_anonymous(
+            std::ptr::null_mut(),
+            LEN,
+            ProtFlags::READ | ProtFlags::WRITE,
+            MapFlags::PRIVATE,
+        )?
+    };
     let range = AddressRange::new(memory.addr() as u64, LEN as u64)?;
     let device = space.insert(range, Device(Handle::current()))?;
     // A driver that looks at the memory watches it after `read_begin`: `Uffd::mirror` does. This one only listens.

@@ -6,8 +6,8 @@
 #![allow(missing_docs, clippy::print_stdout)]
 
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, Phase, Subscription, Timeline,
-    WouldBlock,
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture,
+    Phase, Subscription, Timeline, WouldBlock,
 };
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -61,7 +61,10 @@ impl Gpu {
 }
 
 impl IntervalNotifier for Gpu {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         self.page_table.lock_for(invalidation).clear();
         let flush = self.submitted.fetch_add(1, Ordering::Relaxed) + 1;
         let _ = self.hardware.flushes.send(flush); // a device that is gone does not hear it
@@ -86,7 +89,10 @@ fn look(space: &AddressSpace, gpus: &Gpus, limit: Duration) {
             println!("{event} of {range}: {:?} for more than {limit:.0?}", stuck.phase);
             continue;
         }
-        println!("{event} of {range} has been waiting for {} for more than {limit:.0?}", stuck.pending.join(", "));
+        println!(
+            "{event} of {range} has been waiting for {} for more than {limit:.0?}",
+            stuck.pending.join(", ")
+        );
         let mut gpus = gpus.lock().unwrap();
         for id in &stuck.pending_ids {
             let Some(at) = gpus.iter().position(|gpu| gpu.id() == *id) else { continue };
@@ -126,6 +132,11 @@ fn main() -> Result<(), Box<dyn Error>> {
     unmaps.join().expect("nothing panics");
 
     let stats = space.stats();
-    println!("{} invalidations, {} GPU fenced off, {} registered", stats.invalidations, stats.fences, space.len());
+    println!(
+        "{} invalidations, {} GPU fenced off, {} registered",
+        stats.invalidations,
+        stats.fences,
+        space.len()
+    );
     Ok(())
 }

@@ -73,7 +73,10 @@ pub(crate) struct Entry {
 }
 
 /// 256 of them, with a driver of three words each and what the index has of them, fit a first cache of 32 KiB.
-#[cfg(all(target_pointer_width = "64", not(any(loom, shuttle, debug_assertions, feature = "test-util"))))]
+#[cfg(all(
+    target_pointer_width = "64",
+    not(any(loom, shuttle, debug_assertions, feature = "test-util"))
+))]
 const _: () = assert!(size_of::<Entry>() == 64);
 
 impl Entry {
@@ -164,15 +167,23 @@ struct Calls {
 
 impl<N: IntervalNotifier> Allocation<N> {
     const LAYOUT: Layout = Layout::new::<Self>();
-    const CALLS: &'static Calls =
-        &Calls { layout: Self::LAYOUT, first_pass: Self::first_pass, name: Self::name, free: Self::free };
+    const CALLS: &'static Calls = &Calls {
+        layout: Self::LAYOUT,
+        first_pass: Self::first_pass,
+        name: Self::name,
+        free: Self::free,
+    };
 
     /// Calls the notifier's first pass and puts what it leaves into `place`. Not a `dyn` call whose answer is moved from hand to hand: here the
     /// compiler knows the driver, and where the answer belongs.
     ///
     /// # Safety
     /// `entry` is alive, is the first field of an `Allocation<N>`, and its notifier was not taken.
-    unsafe fn first_pass(entry: EntryRef, invalidation: &Invalidation<'_>, mut place: Pin<&mut Option<PassFuture>>) -> Answer {
+    unsafe fn first_pass(
+        entry: EntryRef,
+        invalidation: &Invalidation<'_>,
+        mut place: Pin<&mut Option<PassFuture>>,
+    ) -> Answer {
         // SAFETY: by the contract of this function, and `EntryRef` may reach the whole allocation.
         let notifier = unsafe { &(*entry.0.cast::<Self>().as_ptr()).notifier };
         match notifier.invalidate(invalidation) {
@@ -228,7 +239,8 @@ impl<N: IntervalNotifier> EntryBox<N> {
             calls: Allocation::<N>::CALLS,
             own: Own::new(),
         };
-        let allocation = Box::write(room.0, Allocation { entry, notifier: ManuallyDrop::new(notifier) });
+        let allocation =
+            Box::write(room.0, Allocation { entry, notifier: ManuallyDrop::new(notifier) });
         Self(NonNull::from(Box::leak(allocation)))
     }
 
@@ -353,7 +365,12 @@ impl<N> Deref for EntryBox<N> {
 impl EntryRef {
     /// Calls the notifier's first pass; what it leaves to be waited for is put into `place`.
     #[inline]
-    pub(crate) fn first_pass(self, _: Inside, invalidation: &Invalidation<'_>, place: Pin<&mut Option<PassFuture>>) -> Answer {
+    pub(crate) fn first_pass(
+        self,
+        _: Inside,
+        invalidation: &Invalidation<'_>,
+        place: Pin<&mut Option<PassFuture>>,
+    ) -> Answer {
         // SAFETY: alive (module documentation), with the functions of its own type; not taken while an invalidation in its first passes may call it.
         unsafe { (self.calls.first_pass)(self, invalidation, place) }
     }
@@ -423,7 +440,9 @@ impl Indexed for EntryRef {
         for line in (0..size_of::<T>()).step_by(64) {
             use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             // SAFETY: the processor has the instruction (`target_feature`). It neither reads nor writes for the program, and no address is wrong for it.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(memory).cast::<i8>().wrapping_add(line)) };
+            unsafe {
+                _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(memory).cast::<i8>().wrapping_add(line))
+            };
         }
         let _ = memory;
         cfg!(all(target_arch = "x86_64", target_feature = "sse", not(miri)))

@@ -13,7 +13,10 @@ pub struct Owner(NonZeroU64);
 
 impl Owner {
     /// An owner that differs from every other made by this function in the process.
-    #[expect(clippy::new_without_default, reason = "every call gives another value, which a default must not")]
+    #[expect(
+        clippy::new_without_default,
+        reason = "every call gives another value, which a default must not"
+    )]
     pub fn new() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
         // 2^64 owners are not made in a process's life; if they were, the first would be given out again.
@@ -183,11 +186,16 @@ mod tests {
                 Event::Migrate { owner },
                 Event::Exclusive { owner },
             ];
-            for (event, blockable) in events.into_iter().flat_map(|event| [(event, true), (event, false)]) {
+            for (event, blockable) in
+                events.into_iter().flat_map(|event| [(event, true), (event, false)])
+            {
                 let terms = Terms::new(event, blockable);
                 for (terms, may_defer) in [(terms, true), (terms.at_once(), false)] {
                     for (terms, late) in [(terms, false), (terms.late(), true)] {
-                        assert_eq!((terms.event(event.owner()), terms.blockable()), (event, blockable));
+                        assert_eq!(
+                            (terms.event(event.owner()), terms.blockable()),
+                            (event, blockable)
+                        );
                         assert_eq!((terms.may_defer(), terms.is_late()), (may_defer, late));
                     }
                 }

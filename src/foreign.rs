@@ -164,7 +164,9 @@ impl fmt::Display for Report<'_> {
                     "memory of the watch of {range} has gone, some or all: drop the watch when no mapping of the range is left, and make a new one for what is mapped there now"
                 )
             }
-            Self::Panicked { callback, message: Some(message) } => write!(f, "{callback} panicked: {message}"),
+            Self::Panicked { callback, message: Some(message) } => {
+                write!(f, "{callback} panicked: {message}")
+            }
             Self::Panicked { callback, message: None } => write!(f, "{callback} panicked"),
         }
     }
@@ -189,7 +191,10 @@ impl Panic {
 
     pub(crate) fn message(&self) -> Option<&str> {
         let payload = &**self.0;
-        payload.downcast_ref::<&str>().copied().or_else(|| payload.downcast_ref::<alloc::string::String>().map(|text| &**text))
+        payload
+            .downcast_ref::<&str>()
+            .copied()
+            .or_else(|| payload.downcast_ref::<alloc::string::String>().map(|text| &**text))
     }
 }
 
@@ -315,7 +320,11 @@ impl Losses {
     /// Runs foreign code whose panic concerns the caller: it goes on there, unless the thread is
     /// unwinding already.
     #[inline]
-    pub(crate) fn run_for_caller<R>(&self, callback: Callback, code: impl FnOnce(Inside) -> R) -> Option<R> {
+    pub(crate) fn run_for_caller<R>(
+        &self,
+        callback: Callback,
+        code: impl FnOnce(Inside) -> R,
+    ) -> Option<R> {
         match keep(code) {
             Ok(result) => Some(result),
             Err(panic) => {
@@ -348,7 +357,11 @@ impl TaskWaker {
     }
 
     /// Keeps `known` if it wakes the same task as `waker`.
-    pub(crate) fn renew(known: &mut Option<Arc<Self>>, waker: &Waker, losses: &Arc<Losses>) -> Arc<Self> {
+    pub(crate) fn renew(
+        known: &mut Option<Arc<Self>>,
+        waker: &Waker,
+        losses: &Arc<Losses>,
+    ) -> Arc<Self> {
         if let Some(known) = known
             && known.wakes(waker)
         {

@@ -21,7 +21,9 @@ impl<F: Future, I: Fn() -> bool, O: Fn() -> F::Output> LeftToParent<F, I, O> {
     }
 }
 
-impl<F: Future, I: Fn() -> bool + Unpin, O: Fn() -> F::Output + Unpin> Future for LeftToParent<F, I, O> {
+impl<F: Future, I: Fn() -> bool + Unpin, O: Fn() -> F::Output + Unpin> Future
+    for LeftToParent<F, I, O>
+{
     type Output = F::Output;
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<F::Output> {

@@ -57,8 +57,10 @@ impl<T: Part> Arena<T> {
     /// Merges the neighbours `a` and `b`, or shares out evenly what they hold if that is too much for one node.
     /// `start` and `order` are the parent's bound for `b`. Returns what the parent has to know; no upper child after a merge.
     fn balance(&mut self, a: Node, b: Node, (start, order): (u64, u64)) -> (Child, Option<Child>) {
-        let [lower, upper] =
-            self.nodes.get_disjoint_mut([a as usize, b as usize]).expect("two children of one parent are different nodes");
+        let [lower, upper] = self
+            .nodes
+            .get_disjoint_mut([a as usize, b as usize])
+            .expect("two children of one parent are different nodes");
         upper.set_bound(start, order);
         let total = lower.len() + upper.len();
         if total <= MERGED {
@@ -142,7 +144,12 @@ impl<V: Indexed> IntervalIndex<V> {
 
     /// [`overlapping`](Self::overlapping) when [`may_overlap`](Self::may_overlap) is known, as a fold: what changes from hit to hit is handed on
     /// by value, so that it stays in registers.
-    pub(crate) fn search<A>(&self, range: AddressRange, first: A, mut hit: impl FnMut(A, V) -> A) -> A {
+    pub(crate) fn search<A>(
+        &self,
+        range: AddressRange,
+        first: A,
+        mut hit: impl FnMut(A, V) -> A,
+    ) -> A {
         self.descend(self.root, self.height, range, first, &mut hit)
     }
 
@@ -179,7 +186,13 @@ impl<V: Indexed> IntervalIndex<V> {
 
     /// Goes through places of a leaf.
     #[inline(always)]
-    fn visit<A>(leaf: &Leaf<V>, places: Range<usize>, range: AddressRange, mut so_far: A, hit: &mut impl FnMut(A, V) -> A) -> A {
+    fn visit<A>(
+        leaf: &Leaf<V>,
+        places: Range<usize>,
+        range: AddressRange,
+        mut so_far: A,
+        hit: &mut impl FnMut(A, V) -> A,
+    ) -> A {
         for at in places {
             if let Some(value) = leaf.overlapping(at, range) {
                 so_far = hit(so_far, value);
@@ -277,7 +290,9 @@ impl<V: Indexed> IntervalIndex<V> {
     fn split(&mut self, value: V) {
         let start = value.range().start();
         let (path, node) = self.path(start, u64::MAX);
-        let rightmost = path[..self.height].iter().all(|&(parent, at)| at as usize + 1 == self.inners.at(parent).len);
+        let rightmost = path[..self.height]
+            .iter()
+            .all(|&(parent, at)| at as usize + 1 == self.inners.at(parent).len);
         let leaf = self.leaves.at_mut(node);
         let at = leaf.rank(start);
         // In ascending insertion the new leaf begins empty, so that the ones behind stay full.
@@ -336,7 +351,9 @@ impl<V: Indexed> IntervalIndex<V> {
         let (leaf, at) = value.place().get();
         match self.leaves.nodes.get_mut(leaf) {
             // It is still where it was put.
-            Some(known) if known.values[at] == Some(value) && known.is_plain(value.range().last()) => {
+            Some(known)
+                if known.values[at] == Some(value) && known.is_plain(value.range().last()) =>
+            {
                 known.clear(at);
                 self.len -= 1;
                 true
@@ -359,7 +376,9 @@ impl<V: Indexed> IntervalIndex<V> {
             leaf = inner.children[inner.place(value.range().start(), value.order())];
         }
         let leaf = leaf as usize;
-        let Some(at) = self.leaves.nodes.get(leaf).and_then(|leaf| leaf.find(value)) else { return false };
+        let Some(at) = self.leaves.nodes.get(leaf).and_then(|leaf| leaf.find(value)) else {
+            return false;
+        };
         self.take(leaf, at, value);
         true
     }
@@ -384,7 +403,11 @@ impl<V: Indexed> IntervalIndex<V> {
         for (level, &(parent, at)) in path[..self.height].iter().enumerate() {
             let (inner, at) = (self.inners.at(parent), at as usize);
             let child = inner.children[at];
-            let len = if level == 0 { self.leaves.at(child).len as usize } else { self.inners.at(child).len };
+            let len = if level == 0 {
+                self.leaves.at(child).len as usize
+            } else {
+                self.inners.at(child).len
+            };
             let was_greatest = inner.max_lasts[at] == range.last();
             if len < LOW {
                 self.merge(level, parent, at);
@@ -420,7 +443,11 @@ impl<V: Indexed> IntervalIndex<V> {
         let left = at.saturating_sub(1);
         let (a, b) = (inner.children[left], inner.children[left + 1]);
         let bound = (inner.starts[left + 1], inner.orders[left + 1]);
-        let (lower, upper) = if level == 0 { self.leaves.balance(a, b, bound) } else { self.inners.balance(a, b, bound) };
+        let (lower, upper) = if level == 0 {
+            self.leaves.balance(a, b, bound)
+        } else {
+            self.inners.balance(a, b, bound)
+        };
         if level == 0 {
             self.reach = self.reach.max(self.leaves.at(a).reach());
         }
@@ -436,7 +463,8 @@ impl<V: Indexed> IntervalIndex<V> {
     /// Bytes of heap that the index occupies.
     #[cfg(test)]
     fn heap_bytes(&self) -> usize {
-        self.leaves.nodes.capacity() * size_of::<Leaf<V>>() + self.inners.nodes.capacity() * size_of::<Inner>()
+        self.leaves.nodes.capacity() * size_of::<Leaf<V>>()
+            + self.inners.nodes.capacity() * size_of::<Inner>()
     }
 }
 

@@ -134,7 +134,9 @@ pub use mirror::delivery::Delivery;
 pub use mirror::driver_lock::{Collision, DriverGuard, DriverLock, MirrorError, RetryBudget};
 pub use mirror::inbox::Inbox;
 pub use mirror::recv::Recv;
-pub use notifier::{IntervalNotifier, Invalidation, InvalidationInfo, NotifierId, Sequence, WouldBlock};
+pub use notifier::{
+    IntervalNotifier, Invalidation, InvalidationInfo, NotifierId, Sequence, WouldBlock,
+};
 pub use pass::PassFuture;
 pub use range::{AddressRange, RangeError, RangeSet};
 #[cfg(any(feature = "userfaultfd", feature = "lease", loom))]

@@ -60,7 +60,8 @@ pub trait IntervalNotifier: Send + Sync + 'static {
     ///
     /// # Panics
     /// A panic stops neither the other notifiers nor the space; it is resumed in the caller of the invalidation (C5).
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock>;
+    fn invalidate(&self, invalidation: &Invalidation<'_>)
+    -> Result<Option<PassFuture>, WouldBlock>;
 
     /// What to call this notifier in lists of what is pending (C6) and in messages. Called outside of all locks, when asked for.
     fn name(&self) -> Cow<'static, str> {

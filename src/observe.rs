@@ -30,7 +30,9 @@ mod told {
             #[cfg(feature = "metrics")]
             let wanted = true;
             #[cfg(not(feature = "metrics"))]
-            let wanted = tell(_losses, || tracing::enabled!(target: "shootdown", tracing::Level::TRACE)).unwrap_or(false);
+            let wanted =
+                tell(_losses, || tracing::enabled!(target: "shootdown", tracing::Level::TRACE))
+                    .unwrap_or(false);
             Self(wanted.then(Instant::now))
         }
 
@@ -50,7 +52,16 @@ mod told {
                 }
             };
         }
-        count!("unmap", "clear", "protection-vma", "protection-page", "soft-dirty", "release", "migrate", "exclusive");
+        count!(
+            "unmap",
+            "clear",
+            "protection-vma",
+            "protection-page",
+            "soft-dirty",
+            "release",
+            "migrate",
+            "exclusive"
+        );
     }
 
     /// The span of an invalidation; closed when dropped.
@@ -87,7 +98,12 @@ mod told {
     }
 
     impl Trace {
-        pub(crate) fn start(losses: &Arc<Losses>, request: &Request<'_>, _sequence: u64, _hits: usize) -> Self {
+        pub(crate) fn start(
+            losses: &Arc<Losses>,
+            request: &Request<'_>,
+            _sequence: u64,
+            _hits: usize,
+        ) -> Self {
             let event = request.event().name();
             #[cfg(feature = "metrics")]
             tell(losses, || {
@@ -117,7 +133,9 @@ mod told {
             #[cfg(feature = "tracing")]
             {
                 let entered = match &self.span {
-                    Some((span, losses)) => tell(losses, || span.enter()).map(|entered| (entered, &**losses)),
+                    Some((span, losses)) => {
+                        tell(losses, || span.enter()).map(|entered| (entered, &**losses))
+                    }
                     None => None,
                 };
                 Entered { entered }
@@ -141,7 +159,8 @@ mod told {
                         Answer::Pass => "pass",
                         Answer::WouldBlock => "would block",
                     };
-                    let (notifier, latency_ns) = (_entry.name(losses), _began.elapsed().as_nanos() as u64);
+                    let (notifier, latency_ns) =
+                        (_entry.name(losses), _began.elapsed().as_nanos() as u64);
                     tracing::trace!(target: "shootdown", parent: span, notifier = &*notifier, answer, latency_ns, "first pass");
                 });
             }
@@ -149,13 +168,20 @@ mod told {
 
         /// A pass is done; `began` is when its first pass was called.
         #[inline]
-        pub(crate) fn pass(&self, _losses: &Losses, _entry: EntryRef, began: Moment, _panicked: bool) {
+        pub(crate) fn pass(
+            &self,
+            _losses: &Losses,
+            _entry: EntryRef,
+            began: Moment,
+            _panicked: bool,
+        ) {
             let _latency = began.elapsed();
             #[cfg(feature = "metrics")]
             {
                 let name = _entry.name(_losses);
                 tell(_losses, || {
-                    metrics::histogram!("shootdown_pass_latency_seconds", "notifier" => name).record(_latency.as_secs_f64());
+                    metrics::histogram!("shootdown_pass_latency_seconds", "notifier" => name)
+                        .record(_latency.as_secs_f64());
                 });
             }
             #[cfg(feature = "tracing")]
@@ -232,7 +258,12 @@ mod told {
 
     impl Trace {
         #[inline(always)]
-        pub(crate) fn start(_losses: &Arc<Losses>, _request: &Request<'_>, _sequence: u64, _hits: usize) -> Self {
+        pub(crate) fn start(
+            _losses: &Arc<Losses>,
+            _request: &Request<'_>,
+            _sequence: u64,
+            _hits: usize,
+        ) -> Self {
             Self
         }
 
@@ -245,7 +276,14 @@ mod told {
         pub(crate) fn first_pass(&self, _entry: EntryRef, _answer: Answer, _began: Moment) {}
 
         #[inline(always)]
-        pub(crate) fn pass(&self, _losses: &Losses, _entry: EntryRef, _began: Moment, _panicked: bool) {}
+        pub(crate) fn pass(
+            &self,
+            _losses: &Losses,
+            _entry: EntryRef,
+            _began: Moment,
+            _panicked: bool,
+        ) {
+        }
     }
 
     #[inline(always)]

@@ -154,7 +154,12 @@ impl<M: Member, X: Default> Protocol<M, X> {
 
     /// S3: ends an invalidation. `hits` are the notifiers that its start named. `uncovered` gets the notifiers that are [`WATCHED`] and
     /// that no active invalidation covers any more. Returns what its owner keeps beside it.
-    pub(crate) fn end(&mut self, id: Id, hits: &[M], uncovered: impl FnMut(M)) -> Option<Kept<'_, X>> {
+    pub(crate) fn end(
+        &mut self,
+        id: Id,
+        hits: &[M],
+        uncovered: impl FnMut(M),
+    ) -> Option<Kept<'_, X>> {
         if self.quick_end(id, hits).is_some() {
             return self.tell(id, hits, uncovered).map(Kept::InPlace);
         }
@@ -183,7 +188,8 @@ impl<M: Member, X: Default> Protocol<M, X> {
     #[inline(always)]
     pub(crate) fn quick_end_one(&mut self, id: Id, hit: M) -> Option<&mut X> {
         let ActiveSet { places, heads, .. } = &mut self.active;
-        let active = places.get_mut(id.place()).filter(|active| active.is(id) && active.late.is_empty())?;
+        let active =
+            places.get_mut(id.place()).filter(|active| active.is(id) && active.late.is_empty())?;
         if !hit.own().quick_uncover() {
             return None;
         }
@@ -203,7 +209,9 @@ impl<M: Member, X: Default> Protocol<M, X> {
     #[inline]
     pub(crate) fn quick_end_none(&mut self, id: Id) -> bool {
         let ActiveSet { places, heads, .. } = &mut self.active;
-        let Some(active) = places.get_mut(id.place()).filter(|active| active.is(id) && active.late.is_empty()) else {
+        let Some(active) =
+            places.get_mut(id.place()).filter(|active| active.is(id) && active.late.is_empty())
+        else {
             return false;
         };
         settle(&mut self.sequence, release(active, heads, id));
@@ -214,7 +222,10 @@ impl<M: Member, X: Default> Protocol<M, X> {
 /// Names the notifiers that are [`WATCHED`] and that no active invalidation covers any more since the one that has just ended.
 fn tell<M: Member>(hits: &[M], late: &mut Vec<M>, mut uncovered: impl FnMut(M)) {
     // A hit was covered until the end, so one that is not was uncovered by it.
-    hits.iter().copied().filter(|member| !member.own().is_covered() && member.own().is_marked(WATCHED)).for_each(&mut uncovered);
+    hits.iter()
+        .copied()
+        .filter(|member| !member.own().is_covered() && member.own().is_marked(WATCHED))
+        .for_each(&mut uncovered);
     late.drain(..).filter(|member| member.own().uncover() & WATCHED != 0).for_each(uncovered);
     if late.capacity() > MOST_LATE {
         *late = Vec::new();
@@ -231,8 +242,15 @@ fn settle(sequence: &mut u64, live: u32) {
 
 /// The notifiers that overlap `range` are covered by one more invalidation, which gets the sequence that is returned if there is one.
 #[inline(always)]
-fn cover<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange, hits: &mut Vec<M>) -> u64 {
-    let Some((leaf, candidates)) = index.only_leaf(range) else { return cover_many(index, current, range, hits) };
+fn cover<M: Member>(
+    index: &IntervalIndex<M>,
+    current: u64,
+    range: AddressRange,
+    hits: &mut Vec<M>,
+) -> u64 {
+    let Some((leaf, candidates)) = index.only_leaf(range) else {
+        return cover_many(index, current, range, hits);
+    };
     let mut sequence = current | 1;
     for at in candidates {
         if let Some(member) = leaf.overlapping(at, range) {
@@ -246,7 +264,12 @@ fn cover<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange,
 /// The same when they may be in several leaves.
 #[cold]
 #[inline(never)]
-fn cover_many<M: Member>(index: &IntervalIndex<M>, current: u64, range: AddressRange, hits: &mut Vec<M>) -> u64 {
+fn cover_many<M: Member>(
+    index: &IntervalIndex<M>,
+    current: u64,
+    range: AddressRange,
+    hits: &mut Vec<M>,
+) -> u64 {
     index.search(range, current | 1, |sequence, member| {
         hits.push(member);
         cover_one(member, current, sequence)

@@ -59,7 +59,9 @@ impl fmt::Display for RangeError {
                 f,
                 "the range of {len:#x} bytes at {start:#x} goes beyond the last address: shorten it, or write start..=u64::MAX"
             ),
-            Self::NoRange => f.write_str("a set of ranges needs at least one: skip the call, there is nothing to invalidate"),
+            Self::NoRange => f.write_str(
+                "a set of ranges needs at least one: skip the call, there is nothing to invalidate",
+            ),
         }
     }
 }
@@ -215,7 +217,8 @@ impl AddressRange {
 
     /// The bytes that both ranges hold.
     pub fn intersection(self, other: Self) -> Option<Self> {
-        self.overlaps(other).then(|| Self { start: self.start.max(other.start), last: self.last.min(other.last) })
+        self.overlaps(other)
+            .then(|| Self { start: self.start.max(other.start), last: self.last.min(other.last) })
     }
 }
 
@@ -272,7 +275,10 @@ mod tests {
     #[test]
     fn empty_and_overflowing_ranges_are_told_apart() {
         assert_eq!(AddressRange::new(7, 0), Err(RangeError::Empty { start: 7 }));
-        assert_eq!(AddressRange::new(u64::MAX, 2), Err(RangeError::Overflow { start: u64::MAX, len: 2 }));
+        assert_eq!(
+            AddressRange::new(u64::MAX, 2),
+            Err(RangeError::Overflow { start: u64::MAX, len: 2 })
+        );
         #[expect(clippy::reversed_empty_ranges, reason = "that is the case under test")]
         let reversed = AddressRange::try_from(9..3);
         assert_eq!(reversed, Err(RangeError::Empty { start: 9 }));
@@ -286,29 +292,52 @@ mod tests {
     #[test]
     fn both_ends_belong_to_a_range() {
         let range = AddressRange::new(0x1000, 0x1000).unwrap();
-        let inside: std::vec::Vec<u64> = [0xfff, 0x1000, 0x1fff, 0x2000].into_iter().filter(|at| range.contains(*at)).collect();
+        let inside: std::vec::Vec<u64> =
+            [0xfff, 0x1000, 0x1fff, 0x2000].into_iter().filter(|at| range.contains(*at)).collect();
         assert_eq!(inside, [0x1000, 0x1fff]);
         let part = |start, last| AddressRange::try_from(start..=last).unwrap();
-        assert!(range.covers(range) && range.covers(part(0x1000, 0x1000)) && range.covers(part(0x1fff, 0x1fff)));
-        assert!(!range.covers(part(0xfff, 0x1fff)) && !range.covers(part(0x1000, 0x2000)) && !range.covers(part(0x3000, 0x3000)));
+        assert!(
+            range.covers(range)
+                && range.covers(part(0x1000, 0x1000))
+                && range.covers(part(0x1fff, 0x1fff))
+        );
+        assert!(
+            !range.covers(part(0xfff, 0x1fff))
+                && !range.covers(part(0x1000, 0x2000))
+                && !range.covers(part(0x3000, 0x3000))
+        );
         assert_eq!(range.intersection(part(0x1800, 0x2800)), Some(part(0x1800, 0x1fff)));
         assert_eq!(range.intersection(part(0, 0x1000)), Some(part(0x1000, 0x1000)));
         assert_eq!(part(7, 7).len(), Some(1));
         assert!(!range.is_empty());
         let text = RangeError::Overflow { start: u64::MAX, len: 2 }.to_string();
         assert!(text.contains("0xffffffffffffffff"), "{text}");
-        assert_eq!((std::format!("{range}"), std::format!("{range:?}")), ("0x1000..=0x1fff".into(), "0x1000..=0x1fff".into()));
+        assert_eq!(
+            (std::format!("{range}"), std::format!("{range:?}")),
+            ("0x1000..=0x1fff".into(), "0x1000..=0x1fff".into())
+        );
     }
 
     #[test]
     fn the_pages_of_a_range_are_those_that_it_touches() {
         let part = |start, last| AddressRange::try_from(start..=last).unwrap();
-        let pages =
-            |range: AddressRange| range.pages(0x1000).map(|page| (page.start(), page.last())).collect::<std::vec::Vec<_>>();
+        let pages = |range: AddressRange| {
+            range
+                .pages(0x1000)
+                .map(|page| (page.start(), page.last()))
+                .collect::<std::vec::Vec<_>>()
+        };
         assert_eq!(pages(part(0x1fff, 0x2000)), [(0x1000, 0x1fff), (0x2000, 0x2fff)]);
         assert_eq!(pages(part(0x1000, 0x1fff)), [(0x1000, 0x1fff)]);
         assert_eq!(pages(part(u64::MAX, u64::MAX)), [(u64::MAX - 0xfff, u64::MAX)]);
-        assert_eq!(AddressRange::ALL.pages(1 << 63).rev().map(AddressRange::start).collect::<std::vec::Vec<_>>(), [1 << 63, 0]);
+        assert_eq!(
+            AddressRange::ALL
+                .pages(1 << 63)
+                .rev()
+                .map(AddressRange::start)
+                .collect::<std::vec::Vec<_>>(),
+            [1 << 63, 0]
+        );
         assert_eq!(part(7, 8).pages(1).collect::<std::vec::Vec<_>>(), [part(7, 7), part(8, 8)]);
         assert_eq!((AddressRange::ALL.len_usize(), part(7, 9).len_usize()), (None, Some(3)));
     }
@@ -318,11 +347,17 @@ mod tests {
         let mut words = [1_u32, 2, 3];
         let range = AddressRange::from_ptr(words.as_mut_ptr(), size_of_val(&words)).unwrap();
         assert_eq!(range, AddressRange::of_slice(&words).unwrap());
-        assert_eq!((range.as_ptr().addr(), range.as_mut_ptr().addr()), (words.as_ptr().addr(), words.as_ptr().addr()));
+        assert_eq!(
+            (range.as_ptr().addr(), range.as_mut_ptr().addr()),
+            (words.as_ptr().addr(), words.as_ptr().addr())
+        );
         assert_eq!(range.len(), Some(12));
         let empty = AddressRange::from_ptr(words.as_ptr(), 0).unwrap_err();
         assert_eq!(empty, RangeError::Empty { start: words.as_ptr().addr() as u64 });
-        assert!(AddressRange::from_ptr(core::ptr::without_provenance::<u8>(usize::MAX), usize::MAX).is_err());
+        assert!(
+            AddressRange::from_ptr(core::ptr::without_provenance::<u8>(usize::MAX), usize::MAX)
+                .is_err()
+        );
     }
 
     #[test]

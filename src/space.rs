@@ -195,7 +195,11 @@ impl AddressSpace {
     /// # Errors
     /// [`InsertError`], with the notifier in it, after [`release`](Self::release).
     #[inline(always)]
-    pub fn insert<N: IntervalNotifier>(&self, range: AddressRange, notifier: N) -> Result<Subscription<N>, InsertError<N>> {
+    pub fn insert<N: IntervalNotifier>(
+        &self,
+        range: AddressRange,
+        notifier: N,
+    ) -> Result<Subscription<N>, InsertError<N>> {
         // Before it registers: there is never a notifier more than there are handles.
         let shared = self.shared.clone();
         match shared.register(range, notifier) {
@@ -244,7 +248,11 @@ impl AddressSpace {
     ///
     /// # Panics
     /// Resumes a panic of a first pass or pass (C5), or returns [`WouldBlock`] if the thread is unwinding already.
-    pub fn try_invalidate(&self, range: AddressRange, event: Event) -> Result<InvalidationGuard<'_>, WouldBlock> {
+    pub fn try_invalidate(
+        &self,
+        range: AddressRange,
+        event: Event,
+    ) -> Result<InvalidationGuard<'_>, WouldBlock> {
         try_invalidate(
             Handle::Borrowed(&self.shared),
             Request { range, owner: event.owner(), terms: Terms::new(event, false), parts: None },
@@ -254,7 +262,13 @@ impl AddressSpace {
     /// The end of the address space: calls every notifier with [`Event::Release`] and waits for all passes. From the first poll on
     /// `insert` fails; `remove` still works (L4).
     pub fn release(&self) -> Release<'_> {
-        Release { invalidate: Invalidate::new(Handle::Borrowed(&self.shared), AddressRange::ALL, Event::Release) }
+        Release {
+            invalidate: Invalidate::new(
+                Handle::Borrowed(&self.shared),
+                AddressRange::ALL,
+                Event::Release,
+            ),
+        }
     }
 
     /// Closes the space's gate: a `read_begin` of any notifier that begins from now on waits for

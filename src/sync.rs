@@ -8,7 +8,9 @@
 mod real {
     use super::held::Held;
     use core::ops::DerefMut;
-    pub(crate) use core::sync::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+    pub(crate) use core::sync::atomic::{
+        AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+    };
     /// What a thread sleeps on.
     #[cfg(feature = "std")]
     pub(crate) use event_listener::{Event, Listener};
@@ -78,7 +80,9 @@ mod checked {
     #[cfg(shuttle)]
     use shuttle::sync as of;
 
-    pub(crate) use of::atomic::{AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence};
+    pub(crate) use of::atomic::{
+        AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
+    };
 
     #[derive(Default)]
     pub(crate) struct Lock<T>(of::Mutex<T>);
@@ -137,7 +141,9 @@ mod event {
         }
 
         pub(crate) fn notify(&self, _most: usize) {
-            if let Some(notified) = &mut *self.listening.lock().unwrap_or_else(PoisonError::into_inner) {
+            if let Some(notified) =
+                &mut *self.listening.lock().unwrap_or_else(PoisonError::into_inner)
+            {
                 *notified = true;
             }
             self.notified.notify_all();
@@ -174,7 +180,11 @@ mod once {
 
     impl<T> OnceBox<T> {
         pub(crate) fn new() -> Self {
-            Self { value: once_cell::race::OnceBox::new(), filled: AtomicBool::new(false), filling: Lock::new(()) }
+            Self {
+                value: once_cell::race::OnceBox::new(),
+                filled: AtomicBool::new(false),
+                filling: Lock::new(()),
+            }
         }
 
         pub(crate) fn get(&self) -> Option<&T> {
@@ -267,7 +277,10 @@ mod held {
 #[cfg(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))))]
 mod held {
     /// Nothing is counted.
-    #[cfg_attr(any(loom, shuttle), allow(dead_code, reason = "the locks of model checkers are not wrapped"))]
+    #[cfg_attr(
+        any(loom, shuttle),
+        allow(dead_code, reason = "the locks of model checkers are not wrapped")
+    )]
     pub(crate) struct Held;
 
     impl Held {

@@ -33,7 +33,8 @@ pub struct NotifierStats {
 
 fn add_one(counter: &AtomicU32) {
     // A lost race is an event of many; a wrapped counter would be a lie.
-    let _ = counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_add(1));
+    let _ =
+        counter.fetch_update(Ordering::Relaxed, Ordering::Relaxed, |count| count.checked_add(1));
 }
 
 impl Tally {

@@ -137,7 +137,10 @@ impl<N> Faulty<N> {
 }
 
 impl<N: IntervalNotifier> IntervalNotifier for Faulty<N> {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let fault = self.fault(invalidation.blockable());
         if let Some(Fault::Refuse) = fault {
             return Err(WouldBlock);
@@ -147,10 +150,14 @@ impl<N: IntervalNotifier> IntervalNotifier for Faulty<N> {
             invalidation.is_not_the_devices();
         }
         match fault {
-            Some(Fault::PanicInFirstPass) => panic!("injected into the first pass of {}", self.name()),
+            Some(Fault::PanicInFirstPass) => {
+                panic!("injected into the first pass of {}", self.name())
+            }
             Some(Fault::PanicInPass) => {
                 let name = self.name();
-                Ok(Some(PassFuture::new(poll_fn(move |_| -> Poll<()> { panic!("injected into a pass of {name}") }))))
+                Ok(Some(PassFuture::new(poll_fn(move |_| -> Poll<()> {
+                    panic!("injected into a pass of {name}")
+                }))))
             }
             Some(Fault::Delay(gate)) => Ok(Some(PassFuture::new(async move {
                 poll_fn(|cx| {

@@ -69,8 +69,15 @@ struct Waiting {
 
 impl Default for Core {
     fn default() -> Self {
-        let (value, risen, waking) = (AtomicU64::new(0), AtomicBool::new(false), AtomicBool::new(false));
-        Self { value, risen, waking, waiting: Lock::new(Waiting::default()), losses: Arc::new(Losses::new(None)) }
+        let (value, risen, waking) =
+            (AtomicU64::new(0), AtomicBool::new(false), AtomicBool::new(false));
+        Self {
+            value,
+            risen,
+            waking,
+            waiting: Lock::new(Waiting::default()),
+            losses: Arc::new(Losses::new(None)),
+        }
     }
 }
 
@@ -258,6 +265,9 @@ impl fmt::Debug for Timeline {
 impl fmt::Debug for Reached {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let reached = self.core.has_reached(self.value);
-        f.debug_struct("Reached").field("value", &self.value).field("reached", &reached).finish_non_exhaustive()
+        f.debug_struct("Reached")
+            .field("value", &self.value)
+            .field("reached", &reached)
+            .finish_non_exhaustive()
     }
 }

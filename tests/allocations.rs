@@ -3,7 +3,8 @@
 #![allow(missing_docs, clippy::print_stdout)]
 
 use shootdown::{
-    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, Timeline, WouldBlock,
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription,
+    Timeline, WouldBlock,
 };
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::pin::Pin;
@@ -59,7 +60,10 @@ impl Future for PendOnce {
 }
 
 impl IntervalNotifier for Device {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         Ok(match self.0 {
             Kind::Single => None,
@@ -73,7 +77,8 @@ impl IntervalNotifier for Device {
 fn allocations(kind: Kind, devices: usize) -> u64 {
     let space = AddressSpace::new();
     let range = AddressRange::new(0x1000, 0x1000).unwrap();
-    let _devices: Vec<Subscription<Device>> = (0..devices).map(|_| space.insert(range, Device(kind)).unwrap()).collect();
+    let _devices: Vec<Subscription<Device>> =
+        (0..devices).map(|_| space.insert(range, Device(kind)).unwrap()).collect();
     let invalidate = || {
         futures::executor::block_on(async {
             let before = ALLOCATIONS.load(Ordering::Relaxed);
@@ -152,7 +157,8 @@ fn comings_and_goings() {
             futures::executor::block_on(space.insert(range, Device(Kind::Ready)).unwrap().remove());
         };
         let large = || {
-            let removed = futures::executor::block_on(space.insert(range, Large([7; 9])).unwrap().remove());
+            let removed =
+                futures::executor::block_on(space.insert(range, Large([7; 9])).unwrap().remove());
             assert_eq!(removed.0, [7; 9]);
         };
         let dropped = || drop(space.insert(range, Large([3; 9])).unwrap().remove());
@@ -201,7 +207,10 @@ fn working_memory(kind: Burst, burst: usize) -> [i64; 3] {
     struct Fences(Mutex<Vec<Sender<()>>>);
 
     impl IntervalNotifier for Fences {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             invalidation.set_seq();
             let (open, opens) = channel();
             self.0.lock().unwrap().push(open);
@@ -209,17 +218,25 @@ fn working_memory(kind: Burst, burst: usize) -> [i64; 3] {
         }
     }
 
-    let [watched, fenced] = [0x1000, 0x10_0000].map(|start| AddressRange::new(start, 0x1000).unwrap());
+    let [watched, fenced] =
+        [0x1000, 0x10_0000].map(|start| AddressRange::new(start, 0x1000).unwrap());
     let space = AddressSpace::new();
     let _single = space.insert(watched, Device(Kind::Single)).unwrap();
     let fences = space.insert(fenced, Fences(Mutex::default())).unwrap();
     let before = BYTES.load(Ordering::Relaxed);
     [1, burst, burst].map(|count| {
         match kind {
-            Burst::Guards => drop((0..count).map(|_| block_on(space.invalidate(watched, Event::Unmap))).collect::<Vec<_>>()),
+            Burst::Guards => drop(
+                (0..count)
+                    .map(|_| block_on(space.invalidate(watched, Event::Unmap)))
+                    .collect::<Vec<_>>(),
+            ),
             Burst::Passes => {
                 for _ in 0..count {
-                    assert!(space.invalidate(fenced, Event::Unmap).now_or_never().is_none(), "its pass waits for its fence");
+                    assert!(
+                        space.invalidate(fenced, Event::Unmap).now_or_never().is_none(),
+                        "its pass waits for its fence"
+                    );
                 }
                 for open in std::mem::take(&mut *fences.0.lock().unwrap()) {
                     open.send(()).expect("the pass is pending");
@@ -245,10 +262,22 @@ fn fences() {
     let mut cx = Context::from_waker(std::task::Waker::noop());
     let [ready, waits] = [1, 2].map(|number| PassFuture::new(timeline.reached(number)));
     let (mut ready, mut waits) = (std::pin::pin!(Some(ready)), std::pin::pin!(Some(waits)));
-    assert_eq!(count(&mut || drop(PassFuture::new(timeline.reached(2)))), 0, "a pass holds it in place");
-    assert_eq!(count(&mut || assert!(ready.as_mut().as_pin_mut().unwrap().poll(&mut cx).is_ready())), 0, "it is reached");
+    assert_eq!(
+        count(&mut || drop(PassFuture::new(timeline.reached(2)))),
+        0,
+        "a pass holds it in place"
+    );
+    assert_eq!(
+        count(&mut || assert!(ready.as_mut().as_pin_mut().unwrap().poll(&mut cx).is_ready())),
+        0,
+        "it is reached"
+    );
     // The task's waker, and the first node of the tree.
-    assert_eq!(count(&mut || assert!(waits.as_mut().as_pin_mut().unwrap().poll(&mut cx).is_pending())), 2, "it waits");
+    assert_eq!(
+        count(&mut || assert!(waits.as_mut().as_pin_mut().unwrap().poll(&mut cx).is_pending())),
+        2,
+        "it waits"
+    );
     assert_eq!(count(&mut || timeline.signal(2)), 0, "a signal");
     waits.set(None);
     let bytes = BYTES.load(Ordering::Relaxed);
@@ -265,7 +294,8 @@ fn fences() {
 fn threads_that_wait() -> [u64; 2] {
     let space = AddressSpace::new();
     let range = AddressRange::new(0x1000, 0x1000).unwrap();
-    let _devices = [Kind::Ready, Kind::Single].map(|kind| space.insert(range, Device(kind)).unwrap());
+    let _devices =
+        [Kind::Ready, Kind::Single].map(|kind| space.insert(range, Device(kind)).unwrap());
     drop(futures::executor::block_on(space.invalidate(range, Event::Unmap)));
     [(); 2].map(|()| {
         let before = ALLOCATIONS.load(Ordering::Relaxed);
@@ -289,10 +319,17 @@ fn allocations_and_bytes_are_within_their_bounds() {
     for devices in [1, 16, 256] {
         let told = told * devices as u64;
         assert_eq!(allocations(Kind::Single, devices), 0, "single-pass, {devices} notifiers");
-        assert_eq!(allocations(Kind::Ready, devices), told, "passes ready at their first poll, {devices} notifiers");
+        assert_eq!(
+            allocations(Kind::Ready, devices),
+            told,
+            "passes ready at their first poll, {devices} notifiers"
+        );
         let pending = allocations(Kind::PendOnce, devices);
         println!("{devices} passes that pend: {pending} allocations");
-        assert!(pending <= devices as u64 + 2 + told, "{pending} allocations for {devices} passes that pend");
+        assert!(
+            pending <= devices as u64 + 2 + told,
+            "{pending} allocations for {devices} passes that pend"
+        );
     }
     assert_eq!(collisions(), [1, 0], "a notifier's counters are made once");
     comings_and_goings();
@@ -303,7 +340,9 @@ fn allocations_and_bytes_are_within_their_bounds() {
         // What the process keeps for ever is allocated.
         working_memory(kind, 1);
         let [one, many, again] = working_memory(kind, burst);
-        println!("{kind:?}: a space works in {one} bytes after one, in {many} after {burst} at once");
+        println!(
+            "{kind:?}: a space works in {one} bytes after one, in {many} after {burst} at once"
+        );
         // There are 32 places for active invalidations, each of which keeps its working memory. The index
         // of those that were parked keeps its nodes, too: up to 64 bytes for each of the most at once.
         let most = 32 * one + burst as i64 * each;
@@ -314,7 +353,12 @@ fn allocations_and_bytes_are_within_their_bounds() {
     let most = if cfg!(debug_assertions) { 1_000_000 } else { 4_000_000 };
     for n in [100, 10_000, 1_000_000, 4_000_000].into_iter().filter(|n| *n <= most) {
         let [ascending, random] = [true, false].map(|ascending| bytes(n, ascending));
-        println!("{n} notifiers: {ascending:.1} bytes each, {random:.1} when they came in random order");
-        assert!(ascending.max(random) <= 128.0, "{ascending} and {random} bytes for each of {n} notifiers");
+        println!(
+            "{n} notifiers: {ascending:.1} bytes each, {random:.1} when they came in random order"
+        );
+        assert!(
+            ascending.max(random) <= 128.0,
+            "{ascending} and {random} bytes for each of {n} notifiers"
+        );
     }
 }

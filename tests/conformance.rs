@@ -8,8 +8,8 @@ use futures::executor::{LocalPool, LocalSpawner, block_on};
 use futures::task::LocalSpawnExt;
 use serde::Deserialize;
 use shootdown::{
-    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, InvalidationGuard, PassFuture, Sequence, Subscription,
-    WouldBlock,
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, InvalidationGuard,
+    PassFuture, Sequence, Subscription, WouldBlock,
 };
 use std::cell::RefCell;
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -41,13 +41,45 @@ struct Step {
 #[derive(Deserialize)]
 #[serde(tag = "op", rename_all = "snake_case")]
 enum Op {
-    Insert { id: u64, start: u64, len: u64, passes: u64, refuses_nonblocking: bool, result: String },
-    InvalidateStart { h: u64, start: u64, end: u64, blockable: bool, event: u8, calls: Vec<Call>, result: String },
-    InvalidateEnd { h: u64 },
-    Release { calls: Vec<Call> },
-    ReadBegin { id: u64, seq: Option<u64>, blocked: Option<u64> },
-    ReadRetry { id: u64, of: usize, seq: u64, retry: bool },
-    Remove { id: u64, result: Option<String>, blocked: Option<u64> },
+    Insert {
+        id: u64,
+        start: u64,
+        len: u64,
+        passes: u64,
+        refuses_nonblocking: bool,
+        result: String,
+    },
+    InvalidateStart {
+        h: u64,
+        start: u64,
+        end: u64,
+        blockable: bool,
+        event: u8,
+        calls: Vec<Call>,
+        result: String,
+    },
+    InvalidateEnd {
+        h: u64,
+    },
+    Release {
+        calls: Vec<Call>,
+    },
+    ReadBegin {
+        id: u64,
+        seq: Option<u64>,
+        blocked: Option<u64>,
+    },
+    ReadRetry {
+        id: u64,
+        of: usize,
+        seq: u64,
+        retry: bool,
+    },
+    Remove {
+        id: u64,
+        result: Option<String>,
+        blocked: Option<u64>,
+    },
 }
 
 #[derive(Clone, Debug, Deserialize, PartialEq)]
@@ -84,7 +116,10 @@ struct Recorder {
 }
 
 impl IntervalNotifier for Recorder {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let seq = invalidation.sequence().get();
         let call = |call| self.calls.lock().unwrap().push(Call { call, id: self.id, n: 0, seq });
         if self.refuses_nonblocking && !invalidation.blockable() {
@@ -93,7 +128,13 @@ impl IntervalNotifier for Recorder {
         }
         call(Kind::Start);
         invalidation.set_seq();
-        let pass = Passes { id: self.id, polled: 0, ready_at: self.passes, seq, calls: self.calls.clone() };
+        let pass = Passes {
+            id: self.id,
+            polled: 0,
+            ready_at: self.passes,
+            seq,
+            calls: self.calls.clone(),
+        };
         Ok((self.passes > 0).then(|| PassFuture::new(pass)))
     }
 }
@@ -217,10 +258,19 @@ impl Run {
         let mut compared = true;
         match &step.op {
             Op::Insert { id, start, len, passes, refuses_nonblocking, result } => {
-                let notifier =
-                    Recorder { id: *id, passes: *passes, refuses_nonblocking: *refuses_nonblocking, calls: self.calls.clone() };
-                let ours = AddressRange::new(*start, *len).map(|range| self.space.insert(range, notifier).unwrap());
-                self.compare("insert", if ours.is_ok() { "ok" } else { "EOVERFLOW" }, result.as_str());
+                let notifier = Recorder {
+                    id: *id,
+                    passes: *passes,
+                    refuses_nonblocking: *refuses_nonblocking,
+                    calls: self.calls.clone(),
+                };
+                let ours = AddressRange::new(*start, *len)
+                    .map(|range| self.space.insert(range, notifier).unwrap());
+                self.compare(
+                    "insert",
+                    if ours.is_ok() { "ok" } else { "EOVERFLOW" },
+                    result.as_str(),
+                );
                 if let Ok(subscription) = ours {
                     self.subscriptions.insert(*id, Arc::new(subscription));
                     self.starts.insert(*id, *start);
@@ -266,7 +316,10 @@ impl Run {
             }
             Op::ReadRetry { id, of, seq, retry } => {
                 let Some(Done::Read(began)) = self.done.borrow().get(of).copied() else {
-                    panic!("scenario {} step {}: the read of step {of} has not come back", self.scenario, self.step);
+                    panic!(
+                        "scenario {} step {}: the read of step {of} has not come back",
+                        self.scenario, self.step
+                    );
                 };
                 if self.family == Family::Exact {
                     self.compare("sequence to check", began.get(), *seq);
@@ -298,7 +351,8 @@ impl Run {
         if compared && self.family == Family::Exact {
             self.compare("space_seq", self.space.sequence().get(), step.space_seq);
             self.compare("active", self.space.active().len(), step.active);
-            let seqs: BTreeMap<u64, u64> = self.subscriptions.iter().map(|(id, of)| (*id, of.sequence().get())).collect();
+            let seqs: BTreeMap<u64, u64> =
+                self.subscriptions.iter().map(|(id, of)| (*id, of.sequence().get())).collect();
             self.compare("seqs", &seqs, &step.seqs);
         }
         if step.active == 0 {
@@ -317,18 +371,32 @@ impl Run {
         }
         // Rule 3; sequences differ where S6 asks for it.
         let key = |call: &Call| (call.call, call.id, call.n);
-        let (made, asked): (HashSet<_>, HashSet<_>) = (ours.iter().map(key).collect(), kernel.iter().map(key).collect());
+        let (made, asked): (HashSet<_>, HashSet<_>) =
+            (ours.iter().map(key).collect(), kernel.iter().map(key).collect());
         let allowed_less = |id| self.removing.contains(&id);
-        let missing: Vec<_> = asked.difference(&made).filter(|(_, id, _)| !allowed_less(*id)).collect();
-        let more: Vec<_> = made.difference(&asked).filter(|(_, id, _)| !self.recent.contains(id)).collect();
-        let refusal = |calls: &[Call]| calls.iter().find(|call| call.call == Kind::Refuse).map(|call| call.id);
+        let missing: Vec<_> =
+            asked.difference(&made).filter(|(_, id, _)| !allowed_less(*id)).collect();
+        let more: Vec<_> =
+            made.difference(&asked).filter(|(_, id, _)| !self.recent.contains(id)).collect();
+        let refusal = |calls: &[Call]| {
+            calls.iter().find(|call| call.call == Kind::Refuse).map(|call| call.id)
+        };
         // A refusal by a notifier that only one side calls cuts off what comes behind it on that side.
         if refusal(&ours) == refusal(kernel) {
             self.compare("calls that only the kernel made", missing, Vec::new());
             self.compare("calls that only the library made", more, Vec::new());
         }
-        let starts: Vec<_> = ours.iter().filter(|call| call.call == Kind::Start).map(|call| self.starts[&call.id]).collect();
-        assert!(starts.is_sorted(), "scenario {} step {}: first passes out of order", self.scenario, self.step);
+        let starts: Vec<_> = ours
+            .iter()
+            .filter(|call| call.call == Kind::Start)
+            .map(|call| self.starts[&call.id])
+            .collect();
+        assert!(
+            starts.is_sorted(),
+            "scenario {} step {}: first passes out of order",
+            self.scenario,
+            self.step
+        );
         made == asked
     }
 
@@ -379,19 +447,23 @@ fn event_of(number: u8) -> Event {
 }
 
 fn run(file: &str, family: Family) {
-    let dir = std::env::var_os("CONFORMANCE_DIR")
-        .map_or_else(|| PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/conformance")), PathBuf::from);
+    let dir = std::env::var_os("CONFORMANCE_DIR").map_or_else(
+        || PathBuf::from(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/conformance")),
+        PathBuf::from,
+    );
     let path = dir.join(file);
-    let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{}: {error}", path.display()));
+    let text = std::fs::read_to_string(&path)
+        .unwrap_or_else(|error| panic!("{}: {error}", path.display()));
     let (mut scenarios, mut steps, mut not_compared) = (0, 0, 0);
     for (number, line) in text.lines().enumerate().filter(|(_, line)| !line.trim().is_empty()) {
-        let scenario: Scenario =
-            serde_json::from_str(line).unwrap_or_else(|error| panic!("{} line {}: {error}", path.display(), number + 1));
+        let scenario: Scenario = serde_json::from_str(line)
+            .unwrap_or_else(|error| panic!("{} line {}: {error}", path.display(), number + 1));
         let mut run = Run::new(family, scenario.scenario);
         let mut of_this = scenario.steps.iter();
         while let Some(step) = of_this.next() {
             steps += 1;
-            let inserts = |step: &Step| matches!(&step.op, Op::Insert { result, .. } if result == "ok");
+            let inserts =
+                |step: &Step| matches!(&step.op, Op::Insert { result, .. } if result == "ok");
             run.inserts_later = of_this.as_slice().iter().any(inserts);
             if !run.step(step) {
                 break;
@@ -402,7 +474,9 @@ fn run(file: &str, family: Family) {
     }
     assert!(scenarios > 0, "{} holds no scenario", path.display());
     // Past the capture of the test harness: how much was compared is worth knowing of every run.
-    let report = format!("{file}: {scenarios} scenarios, {steps} steps compared, {not_compared} left out by rule 3\n");
+    let report = format!(
+        "{file}: {scenarios} scenarios, {steps} steps compared, {not_compared} left out by rule 3\n"
+    );
     std::io::stdout().write_all(report.as_bytes()).unwrap();
 }
 

@@ -43,7 +43,11 @@ fn insertions_after_a_burst_of_active_invalidations_cost_what_they_cost_in_a_new
         }
     };
     // Without an end of the burst it would be thousands of times.
-    let ratio = ratio("insert + remove, without a burst and after one of 100,000", after(0), after(100_000));
+    let ratio = ratio(
+        "insert + remove, without a burst and after one of 100,000",
+        after(0),
+        after(100_000),
+    );
     assert!(ratio <= 8.0, "{ratio} times as long");
 }
 
@@ -52,7 +56,11 @@ fn removals_under_a_guard_do_not_look_at_the_guards_of_other_ranges() {
     const COUNT: u64 = 500;
     let beside = |others| move || removals(COUNT, others);
     // One that looked at them all would take thousands of times as long.
-    let ratio = ratio("remove under a guard, alone and beside 100,000 other ones", beside(0), beside(100_000));
+    let ratio = ratio(
+        "remove under a guard, alone and beside 100,000 other ones",
+        beside(0),
+        beside(100_000),
+    );
     assert!(ratio <= 16.0, "{ratio} times as long");
 }
 
@@ -71,7 +79,10 @@ fn one_reader_before_many_invalidations_that_are_not_polled() {
         println!("one reader before {n} that are done and not polled: {polls} polls");
         assert!(polls <= 100, "{polls} polls before {n}");
     }
-    grows_in_proportion("one reader before invalidations that are not polled", workload::one_reader);
+    grows_in_proportion(
+        "one reader before invalidations that are not polled",
+        workload::one_reader,
+    );
 }
 
 #[test]

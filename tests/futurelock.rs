@@ -6,7 +6,9 @@ mod support;
 
 use futures::future::{BoxFuture, FutureExt};
 use futures::stream::{self, StreamExt};
-use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
+use shootdown::{
+    AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock,
+};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -21,15 +23,23 @@ fn on_every_executor(test: impl Fn() -> BoxFuture<'static, ()>) {
         assert!(began.elapsed() < limit, "{name} took {:?}", began.elapsed());
     };
     run("tokio, many threads", &|test| {
-        let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
-        tokio.block_on(async { tokio::time::timeout(limit, tokio::spawn(test)).await.expect("it hangs").unwrap() });
+        let tokio = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_time()
+            .build()
+            .unwrap();
+        tokio.block_on(async {
+            tokio::time::timeout(limit, tokio::spawn(test)).await.expect("it hangs").unwrap()
+        });
     });
     run("tokio, one thread", &|test| {
         let tokio = tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap();
         tokio.block_on(async { tokio::time::timeout(limit, test).await.expect("it hangs") });
     });
     run("smol", &|test| smol::block_on(smol::future::or(test, hangs(limit))));
-    run("futures::executor", &|test| futures::executor::block_on(smol::future::or(test, hangs(limit))));
+    run("futures::executor", &|test| {
+        futures::executor::block_on(smol::future::or(test, hangs(limit)))
+    });
 }
 
 async fn hangs(limit: Duration) {
@@ -74,7 +84,9 @@ fn a_buffered_stream_whose_body_reads_what_another_of_its_futures_invalidates() 
         async {
             let (space, log) = (AddressSpace::new(), Log::default());
             let device = device(&space, &log, 20);
-            let invalidations = stream::iter(0..40).map(|_| space.invalidate(pages(0, 1), Event::Clear)).buffer_unordered(4);
+            let invalidations = stream::iter(0..40)
+                .map(|_| space.invalidate(pages(0, 1), Event::Clear))
+                .buffer_unordered(4);
             let mut invalidations = std::pin::pin!(invalidations);
             let mut done = 0;
             while let Some(guard) = invalidations.next().await {
@@ -124,7 +136,11 @@ fn a_healthy_invalidation_beside_readers_that_never_stop_practically_never_lapse
         let tokio = if threads == 0 {
             tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
         } else {
-            tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_time().build().unwrap()
+            tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(threads)
+                .enable_time()
+                .build()
+                .unwrap()
         };
         let lapses = tokio.block_on(async {
             let (space, log) = (AddressSpace::new(), Log::default());
@@ -151,7 +167,9 @@ fn a_healthy_invalidation_beside_readers_that_never_stop_practically_never_lapse
             readers.iter().for_each(tokio::task::JoinHandle::abort);
             space.stats().lapses
         });
-        println!("{lapses} of {INVALIDATIONS} healthy invalidations lapsed on {threads} worker threads");
+        println!(
+            "{lapses} of {INVALIDATIONS} healthy invalidations lapsed on {threads} worker threads"
+        );
         assert!(lapses * 20 <= INVALIDATIONS, "{lapses} of {INVALIDATIONS} lapsed");
     }
 }
@@ -164,12 +182,18 @@ fn ten_thousand_passes_that_are_ready_through_tokio_primitives_finish() {
         let tokio = if threads == 0 {
             tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()
         } else {
-            tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_time().build().unwrap()
+            tokio::runtime::Builder::new_multi_thread()
+                .worker_threads(threads)
+                .enable_time()
+                .build()
+                .unwrap()
         };
         tokio.block_on(async {
             let space = AddressSpace::new();
             let finished = Arc::new(AtomicU64::new(0));
-            let devices: Vec<_> = (0..10_000).map(|_| space.insert(pages(0, 1), Semaphores(finished.clone())).unwrap()).collect();
+            let devices: Vec<_> = (0..10_000)
+                .map(|_| space.insert(pages(0, 1), Semaphores(finished.clone())).unwrap())
+                .collect();
             let others = Arc::new(AtomicU64::new(0));
             let turns = others.clone();
             let other = tokio::spawn(async move {
@@ -178,7 +202,10 @@ fn ten_thousand_passes_that_are_ready_through_tokio_primitives_finish() {
                     tokio::task::yield_now().await;
                 }
             });
-            let work = tokio::time::timeout(Duration::from_secs(60), space.invalidate(pages(0, 1), Event::Unmap));
+            let work = tokio::time::timeout(
+                Duration::from_secs(60),
+                space.invalidate(pages(0, 1), Event::Unmap),
+            );
             drop(work.await.expect("it hangs"));
             assert_eq!(finished.load(Ordering::Relaxed), 10_000);
             if threads == 0 {
@@ -197,7 +224,10 @@ fn ten_thousand_passes_that_are_ready_through_tokio_primitives_finish() {
 struct Semaphores(Arc<AtomicU64>);
 
 impl IntervalNotifier for Semaphores {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         let finished = self.0.clone();
         Ok(Some(PassFuture::new(async move {
@@ -213,7 +243,11 @@ impl IntervalNotifier for Semaphores {
 #[test]
 fn l2_l3_untouched_notifiers_are_not_kept_waiting_by_a_space_that_is_never_idle() {
     const TASKS: u64 = 64;
-    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
+    let tokio = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_time()
+        .build()
+        .unwrap();
     tokio.block_on(async {
         let (space, log) = (AddressSpace::new(), Log::default());
         let busy: Vec<_> = (0..TASKS)
@@ -248,7 +282,10 @@ fn l2_l3_untouched_notifiers_are_not_kept_waiting_by_a_space_that_is_never_idle(
 struct Slow;
 
 impl IntervalNotifier for Slow {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         Ok(Some(PassFuture::new(tokio::time::sleep(Duration::from_millis(1)))))
     }
@@ -260,7 +297,9 @@ fn a_reader_in_the_task_of_a_forgotten_future_is_served_by_completions_from_othe
         async {
             let (space, log) = (AddressSpace::new(), Log::default());
             let gate = Gate::default();
-            let device = space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+            let device = space
+                .insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone())))
+                .unwrap();
             let mut invalidate = Box::pin(space.invalidate(pages(0, 1), Event::Unmap));
             assert!(futures::future::poll_immediate(&mut invalidate).await.is_none());
             let completion = std::thread::spawn(move || {
@@ -280,12 +319,17 @@ fn a_reader_in_the_task_of_a_forgotten_future_is_served_by_completions_from_othe
 
 #[test]
 fn a2_a_driver_task_that_its_runtime_aborts_or_that_panics_loses_nothing() {
-    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
+    let tokio = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_time()
+        .build()
+        .unwrap();
     tokio.block_on(async {
         let space = AddressSpace::new();
         let inbox = Arc::new(space.inbox(pages(0, 1), ()).unwrap());
         for panics in [false, true] {
-            let invalidate = tokio::spawn(space.clone().invalidate(pages(0, 1), Event::Unmap).into_owned());
+            let invalidate =
+                tokio::spawn(space.clone().invalidate(pages(0, 1), Event::Unmap).into_owned());
             let of_driver = inbox.clone();
             let (taken, wait) = tokio::sync::oneshot::channel();
             let driver = tokio::spawn(async move {

@@ -8,7 +8,10 @@
 mod support;
 
 use proptest::prelude::*;
-use shootdown::{AddressRange, AddressSpace, Event, Invalidate, InvalidationGuard, RangeSet, Subscription, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, Event, Invalidate, InvalidationGuard, RangeSet, Subscription,
+    WouldBlock,
+};
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::Poll;
@@ -89,11 +92,20 @@ impl Machine {
     /// Notes all that can be seen, but for times.
     fn look(&mut self) {
         let active: Vec<_> = self.space.active();
-        let active = active
-            .iter()
-            .map(|one| (one.ranges.clone(), one.sequence, one.phase, one.abandoned, one.blockable, one.pending.len()));
+        let active = active.iter().map(|one| {
+            (
+                one.ranges.clone(),
+                one.sequence,
+                one.phase,
+                one.abandoned,
+                one.blockable,
+                one.pending.len(),
+            )
+        });
         let active: Vec<_> = active.collect();
-        let shootdown::Stats { invalidations, collisions, retries, waits, lapses, abandoned, .. } = self.space.stats();
+        let shootdown::Stats {
+            invalidations, collisions, retries, waits, lapses, abandoned, ..
+        } = self.space.stats();
         let calls = self.log.lock().unwrap().len();
         self.seen.push(format!(
             "{:?} {active:?} {:?} {calls}",
@@ -104,7 +116,10 @@ impl Machine {
 
     fn insert(&mut self, range: AddressRange) {
         let subscription = self.space.insert(range, Device::new("device", &self.log)).unwrap();
-        let covering = self.running.iter().filter(|running| running.set.iter().any(|covered| covered.overlaps(range)));
+        let covering = self
+            .running
+            .iter()
+            .filter(|running| running.set.iter().any(|covered| covered.overlaps(range)));
         let covered_by: Vec<usize> = covering.map(|running| running.name).collect();
         let own = if covered_by.is_empty() {
             self.sequence - if self.sequence.is_multiple_of(2) { 1 } else { 2 }
@@ -112,7 +127,12 @@ impl Machine {
             self.sequence |= 1;
             self.sequence
         };
-        self.notifiers.push(Notifier { subscription: Some(Arc::new(subscription)), range, own, covered_by });
+        self.notifiers.push(Notifier {
+            subscription: Some(Arc::new(subscription)),
+            range,
+            own,
+            covered_by,
+        });
     }
 
     /// Starts an invalidation; bit n of `pending` says whether the n-th device that it hits has something to wait for.
@@ -121,11 +141,14 @@ impl Machine {
         self.names += 1;
         let mut hits: Vec<usize> = (0..self.notifiers.len())
             .filter(|at| {
-                self.notifiers[*at].subscription.is_some() && set.iter().any(|range| self.notifiers[*at].range.overlaps(*range))
+                self.notifiers[*at].subscription.is_some()
+                    && set.iter().any(|range| self.notifiers[*at].range.overlaps(*range))
             })
             .collect();
         hits.sort_by_key(|at| self.notifiers[*at].range.start());
-        let separate = |at: &usize| self.notifiers[*at].own == self.sequence && self.notifiers[*at].covered_by.is_empty();
+        let separate = |at: &usize| {
+            self.notifiers[*at].own == self.sequence && self.notifiers[*at].covered_by.is_empty()
+        };
         if !hits.is_empty() {
             if self.sequence % 2 == 1 && hits.iter().any(separate) {
                 self.sequence += 2;
@@ -145,7 +168,8 @@ impl Machine {
                 notifier.subscription.as_ref().unwrap().next(Act::Finish);
             }
         }
-        let mut running = Running { name, set: set.clone(), gates, abandoned: false, future: None, guard: None };
+        let mut running =
+            Running { name, set: set.clone(), gates, abandoned: false, future: None, guard: None };
         if blockable {
             running.future = Some(Task::new(Box::pin(
                 if let [range] = set[..] {
@@ -172,7 +196,10 @@ impl Machine {
             let before = notifier.covered_by.len();
             notifier.covered_by.retain(|covering| *covering != name);
             if before == 1 && notifier.covered_by.is_empty() {
-                self.readers.iter_mut().filter(|reader| reader.notifier == at).for_each(|reader| reader.moment = true);
+                self.readers
+                    .iter_mut()
+                    .filter(|reader| reader.notifier == at)
+                    .for_each(|reader| reader.moment = true);
             }
         }
         self.running.retain(|running| running.name != name);
@@ -194,7 +221,13 @@ impl Machine {
         }
         let _ = Task::new(self.space.drain()).run();
         let over = |running: &Running| running.abandoned && running.is_done();
-        for name in self.running.iter().filter(|running| over(running)).map(|running| running.name).collect::<Vec<_>>() {
+        for name in self
+            .running
+            .iter()
+            .filter(|running| over(running))
+            .map(|running| running.name)
+            .collect::<Vec<_>>()
+        {
             self.ended(name);
         }
         for running in self.running.iter().filter(|running| running.is_done()) {
@@ -232,13 +265,18 @@ impl Machine {
             0 | 1 => self.insert(range),
             // L5. As if it was removed, and its device done.
             10 => {
-                let live: Vec<usize> =
-                    (0..self.notifiers.len()).filter(|at| self.notifiers[*at].subscription.is_some()).collect();
+                let live: Vec<usize> = (0..self.notifiers.len())
+                    .filter(|at| self.notifiers[*at].subscription.is_some())
+                    .collect();
                 if let Some(at) = pick(live.len()) {
                     let subscription = self.notifiers[live[at]].subscription.take().unwrap();
                     let mut pending = 0;
                     for running in &mut self.running {
-                        pending += running.gates.iter().filter(|(of, gate)| *of == live[at] && !gate.is_open()).count();
+                        pending += running
+                            .gates
+                            .iter()
+                            .filter(|(of, gate)| *of == live[at] && !gate.is_open())
+                            .count();
                         running.gates.retain(|(of, _)| *of != live[at]);
                     }
                     prop_assert_eq!(subscription.fence(), pending);
@@ -249,7 +287,11 @@ impl Machine {
             3 => {
                 let bits = u16::from_le_bytes([a, b]) & 0x7ff;
                 let bits = (0..11).filter(|bit| bits >> bit & 1 == 1).map(|bit| pages(bit, 1));
-                self.start(RangeSet::new(bits).unwrap_or_else(|_| AddressRange::ALL.into()), c, true)?;
+                self.start(
+                    RangeSet::new(bits).unwrap_or_else(|_| AddressRange::ALL.into()),
+                    c,
+                    true,
+                )?;
             }
             4 => self.start(range.into(), if c < 128 { 0 } else { c }, false)?,
             5 => {
@@ -270,8 +312,9 @@ impl Machine {
                 }
             }
             7 | 8 => {
-                let live: Vec<usize> =
-                    (0..self.notifiers.len()).filter(|at| self.notifiers[*at].subscription.is_some()).collect();
+                let live: Vec<usize> = (0..self.notifiers.len())
+                    .filter(|at| self.notifiers[*at].subscription.is_some())
+                    .collect();
                 if let Some(at) = pick(live.len()) {
                     let notifier = live[at];
                     let of = &self.notifiers[notifier];
@@ -282,8 +325,12 @@ impl Machine {
                     let sequence = of.own;
                     // On entry: its first poll.
                     match task.poll() {
-                        Poll::Ready(now) => prop_assert!(moment && now == sequence, "R1: it should have waited"),
-                        Poll::Pending => self.readers.push(Reader { notifier, sequence, moment, task }),
+                        Poll::Ready(now) => {
+                            prop_assert!(moment && now == sequence, "R1: it should have waited")
+                        }
+                        Poll::Pending => {
+                            self.readers.push(Reader { notifier, sequence, moment, task })
+                        }
                     }
                 }
             }
@@ -294,7 +341,11 @@ impl Machine {
                 };
                 let live: Vec<usize> = (0..self.notifiers.len()).filter(removable).collect();
                 if let Some(at) = pick(live.len()) {
-                    let subscription = self.notifiers[live[at]].subscription.take().and_then(Arc::into_inner).unwrap();
+                    let subscription = self.notifiers[live[at]]
+                        .subscription
+                        .take()
+                        .and_then(Arc::into_inner)
+                        .unwrap();
                     let calls = subscription.calls();
                     let mut remove = Task::new(subscription.remove());
                     if let Poll::Ready(device) = remove.run() {
@@ -330,7 +381,8 @@ fn run(bytes: &[u8], plain: bool) -> Result<Vec<String>, TestCaseError> {
 }
 
 fn cases() -> ProptestConfig {
-    let cases = std::env::var("SHOOTDOWN_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(400);
+    let cases =
+        std::env::var("SHOOTDOWN_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(400);
     ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
 }
 

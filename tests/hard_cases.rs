@@ -50,8 +50,13 @@ fn unclaimed<'a>(space: &'a AddressSpace, device: &Subscription<Device>) -> Task
 
 fn many_that_yield_once(count: usize) -> bool {
     let (space, log) = (AddressSpace::new(), Log::default());
-    let _devices: Vec<_> =
-        (0..count).map(|_| space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(Yields(1)))).unwrap()).collect();
+    let _devices: Vec<_> = (0..count)
+        .map(|_| {
+            space
+                .insert(pages(0, 1), Device::new("device", &log).then(Act::pass(Yields(1))))
+                .unwrap()
+        })
+        .collect();
     Task::new(space.invalidate(pages(0, 1), Event::Unmap)).run().is_ready()
 }
 
@@ -89,8 +94,10 @@ fn a_drain_hears_of_passes_that_become_the_spaces_while_it_waits() {
     let (space, log) = (AddressSpace::builder().pass_budget(1).build(), Log::default());
     let (one, other, late) = (Gate::default(), Gate::default(), Gate::default());
     let a = space.insert(pages(0, 1), Device::new("a", &log).then(Act::pass(one.clone()))).unwrap();
-    let b = space.insert(pages(0, 1), Device::new("b", &log).then(Act::pass(other.clone()))).unwrap();
-    let c = space.insert(pages(5, 1), Device::new("c", &log).then(Act::pass(late.clone()))).unwrap();
+    let b =
+        space.insert(pages(0, 1), Device::new("b", &log).then(Act::pass(other.clone()))).unwrap();
+    let c =
+        space.insert(pages(5, 1), Device::new("c", &log).then(Act::pass(late.clone()))).unwrap();
     let mut first = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     first.expect_pending();
     let mut second = Task::new(space.invalidate(pages(5, 1), Event::Unmap));
@@ -106,7 +113,10 @@ fn a_drain_hears_of_passes_that_become_the_spaces_while_it_waits() {
     let woken = drain.is_woken();
     let _ = drain.run();
     println!("woken {woken}, waited for {}", one.is_waited_for());
-    assert!(one.is_waited_for(), "nobody drives the pass of an abandoned invalidation, although `drain` waits for it (C3)");
+    assert!(
+        one.is_waited_for(),
+        "nobody drives the pass of an abandoned invalidation, although `drain` waits for it (C3)"
+    );
     drop((a, b, c, second));
 }
 
@@ -144,8 +154,9 @@ fn many_tasks_that_wait_for_a_stream_come_to_rest() {
 fn waits(step: u64, resolution: u64, patience: Option<Duration>) -> Option<Duration> {
     let micros = Arc::new(AtomicU64::new(0));
     let clock = micros.clone();
-    let mut builder =
-        AddressSpace::builder().clock(move || Duration::from_micros(clock.load(Ordering::SeqCst) / resolution * resolution));
+    let mut builder = AddressSpace::builder().clock(move || {
+        Duration::from_micros(clock.load(Ordering::SeqCst) / resolution * resolution)
+    });
     if let Some(patience) = patience {
         builder = builder.patience(patience);
     }
@@ -167,13 +178,19 @@ fn waits(step: u64, resolution: u64, patience: Option<Duration>) -> Option<Durat
 fn c4_a_reader_on_a_busy_executor_goes_on() {
     assert!(waits(50, 1, None).is_some());
     let waited = waits(6_000, 1, None);
-    assert!(waited.is_some(), "polled every 6 ms, a reader waits more than a minute for a future that nobody polls");
+    assert!(
+        waited.is_some(),
+        "polled every 6 ms, a reader waits more than a minute for a future that nobody polls"
+    );
 }
 
 #[test]
 fn c4_a_reader_with_a_coarse_clock_goes_on() {
     let waited = waits(1_000, 10_000, None);
-    assert!(waited.is_some(), "with a clock that ticks every 10 ms, a reader waits more than a minute");
+    assert!(
+        waited.is_some(),
+        "with a clock that ticks every 10 ms, a reader waits more than a minute"
+    );
 }
 
 #[test]
@@ -199,7 +216,8 @@ fn c4_a_short_patience_is_short() {
 
 #[test]
 fn c4_the_longest_patience_does_not_panic() {
-    let space = AddressSpace::builder().patience(Duration::MAX).clock(|| Duration::from_secs(1)).build();
+    let space =
+        AddressSpace::builder().patience(Duration::MAX).clock(|| Duration::from_secs(1)).build();
     let device = space.insert(pages(0, 1), Device::new("device", &Log::default())).unwrap();
     for _ in 0..2 {
         let invalidate = unclaimed(&space, &device);
@@ -304,7 +322,9 @@ fn blocks_in_a_first_pass(
         device.next(Act::Run(Box::new(move |_| {
             block(Box::pin(async move { _ = reader.read_begin().await }));
         })));
-        let result = catch_unwind(AssertUnwindSafe(|| drop(space.try_invalidate(pages(0, 1), Event::Unmap))));
+        let result = catch_unwind(AssertUnwindSafe(|| {
+            drop(space.try_invalidate(pages(0, 1), Event::Unmap))
+        }));
         assert!(result.is_err());
         device.next(Act::Finish);
     })
@@ -315,13 +335,19 @@ fn blocks_in_a_first_pass(
 fn c7_a_first_pass_that_blocks_fails_loudly() {
     assert_eq!(blocks_in_a_first_pass(false, futures::executor::block_on), Ok(()));
     assert_eq!(blocks_in_a_first_pass(false, smol::block_on), Ok(()));
-    assert_eq!(blocks_in_a_first_pass(false, |future| shootdown::PassFuture::new(future).wait()), Ok(()));
+    assert_eq!(
+        blocks_in_a_first_pass(false, |future| shootdown::PassFuture::new(future).wait()),
+        Ok(())
+    );
 }
 
 #[cfg(debug_assertions)]
 #[test]
 fn c7_a_first_pass_that_blocks_fails_loudly_on_a_thread_that_has_waited_before_wait() {
-    assert_eq!(blocks_in_a_first_pass(true, |future| shootdown::PassFuture::new(future).wait()), Ok(()));
+    assert_eq!(
+        blocks_in_a_first_pass(true, |future| shootdown::PassFuture::new(future).wait()),
+        Ok(())
+    );
 }
 
 #[cfg(debug_assertions)]
@@ -401,7 +427,9 @@ mod shuffle {
         for _ in 0..steps {
             micros.fetch_add(50, Ordering::SeqCst);
             match rng.random_range(0..100) {
-                0..8 if subs.len() < 6 => subs.push(Arc::new(space.insert(range(rng), Device::new("d", &log)).unwrap())),
+                0..8 if subs.len() < 6 => {
+                    subs.push(Arc::new(space.insert(range(rng), Device::new("d", &log)).unwrap()))
+                }
                 8..22 if tasks.len() < busy && guards.len() < busy => {
                     for sub in &subs {
                         let act = match rng.random_range(0..5) {
@@ -421,9 +449,11 @@ mod shuffle {
                     match task.poll() {
                         std::task::Poll::Ready(Done::Guard(guard)) => guards.push(guard),
                         std::task::Poll::Ready(Done::Other) => unreachable!(),
-                        std::task::Poll::Pending => {
-                            tasks.push(Running { what: "invalidate", task, frozen: rng.random_bool(0.15) })
-                        }
+                        std::task::Poll::Pending => tasks.push(Running {
+                            what: "invalidate",
+                            task,
+                            frozen: rng.random_bool(0.15),
+                        }),
                     }
                 }
                 22..26 => {
@@ -441,23 +471,26 @@ mod shuffle {
                 }
                 40..48 if !subs.is_empty() && tasks.len() < busy => {
                     let sub = subs[rng.random_range(0..subs.len())].clone();
-                    let task: Task<Pin<Box<dyn Future<Output = Done>>>> = Task::new(Box::pin(async move {
-                        sub.read_begin().await;
-                        Done::Other
-                    }));
+                    let task: Task<Pin<Box<dyn Future<Output = Done>>>> =
+                        Task::new(Box::pin(async move {
+                            sub.read_begin().await;
+                            Done::Other
+                        }));
                     tasks.push(Running { what: "read", task, frozen: false });
                 }
                 48..50 if tasks.len() < busy => {
                     let space = space.clone();
-                    let task: Task<Pin<Box<dyn Future<Output = Done>>>> = Task::new(Box::pin(async move {
-                        space.drain().await;
-                        Done::Other
-                    }));
+                    let task: Task<Pin<Box<dyn Future<Output = Done>>>> =
+                        Task::new(Box::pin(async move {
+                            space.drain().await;
+                            Done::Other
+                        }));
                     tasks.push(Running { what: "drain", task, frozen: false });
                 }
                 50..54 if !subs.is_empty() => {
                     let sub = subs.swap_remove(rng.random_range(0..subs.len()));
-                    let task: Task<Pin<Box<dyn Future<Output = Done>>>> = match Arc::try_unwrap(sub) {
+                    let task: Task<Pin<Box<dyn Future<Output = Done>>>> = match Arc::try_unwrap(sub)
+                    {
                         Ok(sub) => {
                             let remove = sub.remove();
                             Task::new(Box::pin(async move {
@@ -472,7 +505,9 @@ mod shuffle {
                     };
                     tasks.push(Running { what: "remove", task, frozen: false });
                 }
-                54..62 if !guards.is_empty() => drop(guards.swap_remove(rng.random_range(0..guards.len()))),
+                54..62 if !guards.is_empty() => {
+                    drop(guards.swap_remove(rng.random_range(0..guards.len())))
+                }
                 62..64 if !tasks.is_empty() => {
                     let at = rng.random_range(0..tasks.len());
                     if !tasks[at].frozen && tasks[at].what != "remove" {
@@ -498,7 +533,9 @@ mod shuffle {
         // Whoever is frozen and can be woken stays frozen; all others go on when they are woken.
         for round in 0.. {
             micros.fetch_add(20, Ordering::SeqCst);
-            let ready: Vec<usize> = (0..tasks.len()).filter(|at| !tasks[*at].frozen && tasks[*at].task.is_woken()).collect();
+            let ready: Vec<usize> = (0..tasks.len())
+                .filter(|at| !tasks[*at].frozen && tasks[*at].task.is_woken())
+                .collect();
             if ready.is_empty() {
                 break;
             }
@@ -507,8 +544,14 @@ mod shuffle {
             step(&mut tasks, at, &mut guards);
             guards.clear();
         }
-        let stuck: Vec<_> = tasks.iter().filter(|task| !task.frozen).map(|task| task.what).collect();
-        assert!(stuck.is_empty(), "seed {seed}: {stuck:?} sleep for ever: {:?}, all {:?}", space.active(), names(&tasks));
+        let stuck: Vec<_> =
+            tasks.iter().filter(|task| !task.frozen).map(|task| task.what).collect();
+        assert!(
+            stuck.is_empty(),
+            "seed {seed}: {stuck:?} sleep for ever: {:?}, all {:?}",
+            space.active(),
+            names(&tasks)
+        );
         tasks.clear();
         let mut drain = Task::new(space.drain());
         assert!(drain.run().is_ready(), "seed {seed}: drain sleeps");
@@ -521,7 +564,9 @@ mod shuffle {
             .map(|_| {
                 let may = may.clone();
                 let device = Device::new("last", &log);
-                device.next(Act::Run(Box::new(move |invalidation| may.lock().unwrap().push(invalidation.may_defer()))));
+                device.next(Act::Run(Box::new(move |invalidation| {
+                    may.lock().unwrap().push(invalidation.may_defer())
+                })));
                 space.insert(pages(100, 1), device).unwrap()
             })
             .collect();
@@ -548,7 +593,8 @@ mod shuffle {
 
 #[test]
 fn whoever_is_woken_only_when_there_is_something_to_do_finishes() {
-    let seconds = std::env::var("SHOOTDOWN_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
+    let seconds =
+        std::env::var("SHOOTDOWN_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
     let first = std::env::var("SHOOTDOWN_SEED").ok().and_then(|text| text.parse().ok());
     let began = std::time::Instant::now();
     let mut runs = 0;
@@ -675,7 +721,8 @@ fn settled(space: &AddressSpace, device: &Subscription<Device>, log: &Log) -> is
 
 #[test]
 fn memory_after_a_burst_of_parked_invalidations_and_of_readers() {
-    let count: usize = std::env::var("SHOOTDOWN_COUNT").ok().and_then(|text| text.parse().ok()).unwrap_or(20_000);
+    let count: usize =
+        std::env::var("SHOOTDOWN_COUNT").ok().and_then(|text| text.parse().ok()).unwrap_or(20_000);
     let (space, device, log) = one_device();
     let fresh = settled(&space, &device, &log);
     {
@@ -702,7 +749,11 @@ fn memory_after_a_burst_of_parked_invalidations_and_of_readers() {
     let readers = settled(&space, &device, &log) - fresh - parked;
     {
         let many: Vec<_> = (0..5_000)
-            .map(|_| space.insert(pages(9, 1), Device::new("many", &log).then(Act::pass(Yields(2)))).unwrap())
+            .map(|_| {
+                space
+                    .insert(pages(9, 1), Device::new("many", &log).then(Act::pass(Yields(2))))
+                    .unwrap()
+            })
             .collect();
         let guard = now(space.invalidate(pages(0, 10), Event::Unmap));
         drop((guard, many));
@@ -745,7 +796,8 @@ fn consumers_quickly(count: usize) -> Result<(), &'static str> {
 fn threads_that_do_everything_come_to_an_end() {
     use rand::rngs::SmallRng;
     use rand::{Rng, SeedableRng};
-    let seconds = std::env::var("SHOOTDOWN_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
+    let seconds =
+        std::env::var("SHOOTDOWN_SECONDS").ok().and_then(|text| text.parse().ok()).unwrap_or(2);
     for (budget, round) in [(None, 0), (Some(1), 1), (Some(0), 2)] {
         let mut builder = AddressSpace::builder();
         if let Some(budget) = budget {
@@ -761,7 +813,8 @@ fn threads_that_do_everything_come_to_an_end() {
                 std::thread::spawn(move || {
                     let rng = &mut SmallRng::seed_from_u64(round * 10 + thread);
                     let log = Log::default();
-                    let range = |rng: &mut SmallRng| pages(rng.random_range(0..4), rng.random_range(1..4));
+                    let range =
+                        |rng: &mut SmallRng| pages(rng.random_range(0..4), rng.random_range(1..4));
                     while std::time::Instant::now() < until {
                         count.fetch_add(1, Ordering::Relaxed);
                         log.lock().unwrap().clear();
@@ -783,7 +836,8 @@ fn threads_that_do_everything_come_to_an_end() {
                                 if rng.random_bool(0.7) {
                                     drop(futures::executor::block_on(invalidate));
                                 } else {
-                                    let _ = Pin::new(&mut invalidate).poll(&mut Context::from_waker(Waker::noop()));
+                                    let _ = Pin::new(&mut invalidate)
+                                        .poll(&mut Context::from_waker(Waker::noop()));
                                 }
                             }
                             _ => {
@@ -803,11 +857,19 @@ fn threads_that_do_everything_come_to_an_end() {
             .iter()
             .enumerate()
             .filter(|(_, done)| {
-                done.recv_timeout(until.saturating_duration_since(std::time::Instant::now()) + Duration::from_secs(8)).is_err()
+                done.recv_timeout(
+                    until.saturating_duration_since(std::time::Instant::now())
+                        + Duration::from_secs(8),
+                )
+                .is_err()
             })
             .map(|(thread, _)| thread)
             .collect::<Vec<_>>();
-        println!("budget {budget:?}: {} turns, stuck {stuck:?}, {:?}", count.load(Ordering::Relaxed), space.stats());
+        println!(
+            "budget {budget:?}: {} turns, stuck {stuck:?}, {:?}",
+            count.load(Ordering::Relaxed),
+            space.stats()
+        );
         assert!(stuck.is_empty(), "{:?}", space.active());
     }
 }
@@ -817,7 +879,8 @@ fn an_inbox_handles_what_is_queued_in_time_that_is_not_quadratic() {
     let time = |count: usize| {
         let space = AddressSpace::new();
         let inbox = space.inbox(pages(0, 1), ()).unwrap();
-        let mut unmaps: Vec<_> = (0..count).map(|_| Task::new(space.invalidate(pages(0, 1), Event::Unmap))).collect();
+        let mut unmaps: Vec<_> =
+            (0..count).map(|_| Task::new(space.invalidate(pages(0, 1), Event::Unmap))).collect();
         unmaps.iter_mut().for_each(Task::expect_pending);
         let mut stream = &inbox;
         let began = std::time::Instant::now();

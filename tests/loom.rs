@@ -9,8 +9,9 @@ use loom::future::block_on;
 use loom::sync::atomic::{AtomicU64, Ordering};
 use loom::thread;
 use shootdown::{
-    AddressRange, AddressSpace, AsyncIntervalNotifier, AsyncNotifier, DriverLock, Event, IntervalNotifier, Invalidation,
-    InvalidationGuard, InvalidationInfo, PassFuture, Subscription, Timeline, WouldBlock,
+    AddressRange, AddressSpace, AsyncIntervalNotifier, AsyncNotifier, DriverLock, Event,
+    IntervalNotifier, Invalidation, InvalidationGuard, InvalidationInfo, PassFuture, Subscription,
+    Timeline, WouldBlock,
 };
 use std::pin::Pin;
 use std::sync::Arc;
@@ -104,7 +105,10 @@ impl Device {
 }
 
 impl IntervalNotifier for Device {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         {
             let mut state = self.state.lock_for(invalidation);
             // What an earlier invalidation zapped may still be in flight (O6): every pass waits for all of it.
@@ -233,7 +237,10 @@ struct Removed {
 }
 
 impl IntervalNotifier for Removed {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         assert_eq!(self.removed.load(Ordering::SeqCst), 0, "called after remove");
         invalidation.set_seq();
         let (removed, fence) = (self.removed.clone(), self.fence.clone());
@@ -285,7 +292,8 @@ fn notifiers_that_come_and_go_on_two_threads_do_not_share_memory() {
         explore(&format!("spare memory, polled: {polled}"), 4, move || {
             let (space, drops) = (AddressSpace::new(), Arc::new(RealUsize::new(0)));
             let come_and_go = move |space: &AddressSpace, number: u64, drops: &Arc<RealUsize>| {
-                let remove = space.insert(range(), Counted(number, drops.clone())).unwrap().remove();
+                let remove =
+                    space.insert(range(), Counted(number, drops.clone())).unwrap().remove();
                 if polled || number != 1 {
                     assert_eq!(block_on(remove).0, number, "another one's notifier");
                 }
@@ -346,7 +354,9 @@ fn a_future_that_is_dropped_at_any_point_loses_nothing_while_a_reader_waits() {
             let mut invalidate = Box::pin(space.invalidate(range(), Event::Unmap));
             let waker = futures::task::noop_waker();
             for _ in 0..polls {
-                if let Poll::Ready(guard) = invalidate.as_mut().poll(&mut Context::from_waker(&waker)) {
+                if let Poll::Ready(guard) =
+                    invalidate.as_mut().poll(&mut Context::from_waker(&waker))
+                {
                     memory.change(&device);
                     drop(guard);
                     break;
@@ -457,7 +467,10 @@ fn release_against_insert() {
         release.join().unwrap();
         // Either it was there in time and was called, or it was refused.
         match inserted {
-            Ok(subscription) => assert!(subscription.sequence().get() >= 3, "inserted before the release and not called"),
+            Ok(subscription) => assert!(
+                subscription.sequence().get() >= 3,
+                "inserted before the release and not called"
+            ),
             Err(refused) => drop(refused.into_notifier()),
         }
         assert!(space.is_released());
@@ -484,7 +497,10 @@ fn no_reader_that_begins_after_the_change_was_heard_of_gets_an_answer_from_befor
         };
         if heard.load(Ordering::Acquire) == 1 {
             let began = block_on(device.read_begin());
-            assert!(!device.read_retry(began), "the reader began before the invalidation that it should have waited for");
+            assert!(
+                !device.read_retry(began),
+                "the reader began before the invalidation that it should have waited for"
+            );
             assert!(began.get() >= 3, "the first pass has not run");
         }
         monitor.join().unwrap();
@@ -515,7 +531,8 @@ fn who_begins_in_a_pause_waits_for_its_end_also_beside_others_that_overlap_it() 
         let other = space.pause();
         if heard.load(Ordering::Acquire) == 1 {
             let mut read = Box::pin(device.read_begin());
-            let polled = std::future::poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx).is_pending()));
+            let polled =
+                std::future::poll_fn(|cx| Poll::Ready(read.as_mut().poll(cx).is_pending()));
             assert!(at_once(polled), "the other pause is not over");
             let another = space.pause();
             drop(other);
@@ -548,7 +565,10 @@ fn nothing_that_was_seen_after_the_change_is_accepted_with_a_sequence_from_befor
         let began = block_on(device.read_begin());
         let seen = content.load(Ordering::Relaxed);
         let accepted = !device.read_retry(began);
-        assert!(!accepted || seen == 0 || began.get() >= 3, "accepted what belongs to somebody else");
+        assert!(
+            !accepted || seen == 0 || began.get() >= 3,
+            "accepted what belongs to somebody else"
+        );
         monitor.join().unwrap();
     });
 }
@@ -566,14 +586,18 @@ fn nothing_is_accepted_after_a_close_whether_an_invalidation_covers_the_notifier
                 closed.store(1, Ordering::Release);
             })
         };
-        let invalidator = thread::spawn(move || drop(block_on(space.invalidate(range(), Event::Unmap))));
+        let invalidator =
+            thread::spawn(move || drop(block_on(space.invalidate(range(), Event::Unmap))));
         let began = device.sequence();
         let was_closed = closed.load(Ordering::Acquire) == 1;
         assert!(device.read_retry(began) || !was_closed, "accepted after the close");
         closer.join().unwrap();
         invalidator.join().unwrap();
         // Whoever was last, the close or the end of the invalidation.
-        assert!(device.read_retry(block_on(device.read_begin())), "accepted with a sequence from after the close");
+        assert!(
+            device.read_retry(block_on(device.read_begin())),
+            "accepted with a sequence from after the close"
+        );
     });
 }
 
@@ -622,7 +646,10 @@ fn s4_of_two_first_passes_that_set_the_sequence_at_once_the_later_one_stays() {
         let both = at_once(model.space.invalidate(pages(1, 2), Event::Unmap)).sequence().get();
         let alone = alone.join().unwrap();
         let own = model.first.sequence().get();
-        assert!(own >= alone.max(both), "own sequence {own} after first passes with {alone} and {both}");
+        assert!(
+            own >= alone.max(both),
+            "own sequence {own} after first passes with {alone} and {both}"
+        );
         drop(model.held);
     });
 }
@@ -645,7 +672,10 @@ fn s4_a_check_misses_no_invalidation_when_first_passes_set_the_sequence_without_
         let Poll::Ready(sequence) = began else { panic!("nothing covers it any more") };
         // The reader looks at the memory, which changes then.
         drop(at_once(model.space.invalidate(pages(1, 1), Event::Unmap)));
-        assert!(model.first.read_retry(sequence), "the invalidation was missed: {sequence:?} is the own sequence again");
+        assert!(
+            model.first.read_retry(sequence),
+            "the invalidation was missed: {sequence:?} is the own sequence again"
+        );
         drop(reader);
         drop(model.held);
     });
@@ -671,7 +701,8 @@ fn c3_with_a_budget_a_fence_that_is_signalled_at_any_moment_wakes_the_owner() {
     explore("the owner alone, budget", 3, || {
         let space = AddressSpace::builder().pass_budget(0).build();
         let fences = [Fence::new(), Fence::new()];
-        let devices = fences.clone().map(|fence| space.insert(range(), Device::new(Some(fence))).unwrap());
+        let devices =
+            fences.clone().map(|fence| space.insert(range(), Device::new(Some(fence))).unwrap());
         let hardware = thread::spawn(move || fences.iter().for_each(Fence::signal));
         drop(block_on(space.invalidate(range(), Event::Unmap)));
         assert!(devices.iter().all(|device| device.in_flight().is_none()));
@@ -693,7 +724,9 @@ fn c4_beside_a_future_that_is_alive_and_never_polled_again_a_reader_goes_on() {
         memory.check(&device);
         assert_eq!((space.stats().lapses, space.active().len()), (1, 0));
         // It has lapsed, and starts over.
-        let Poll::Ready(guard) = invalidate.as_mut().poll(&mut cx) else { panic!("the fence is signalled") };
+        let Poll::Ready(guard) = invalidate.as_mut().poll(&mut cx) else {
+            panic!("the fence is signalled")
+        };
         assert_eq!(device.state.lock().mapping, None);
         memory.change(&device);
         drop(guard);
@@ -742,7 +775,10 @@ fn c2_a_future_that_is_dropped_while_a_waiter_has_the_passes_leaves_a_range_that
             }
             reader.join().unwrap();
             memory.check(&device);
-            assert_eq!((device.in_flight(), space.sequence().get() % 2, space.active().len()), (None, 0, 0));
+            assert_eq!(
+                (device.in_flight(), space.sequence().get() % 2, space.active().len()),
+                (None, 0, 0)
+            );
             // It ended, and did not have to lapse, if it was given up before its passes were done.
             assert!(!afterwards || space.stats().lapses == 0);
         });
@@ -766,7 +802,11 @@ fn r1_a_reader_that_takes_no_lock_sees_the_memory_as_the_end_left_it() {
                 let (memory, device) = (memory.clone(), device.clone());
                 thread::spawn(move || {
                     if futures::FutureExt::now_or_never(device.read_begin()).is_some() {
-                        assert_eq!(memory.0.load(Ordering::Relaxed), 1, "the end is seen, and not what came before it");
+                        assert_eq!(
+                            memory.0.load(Ordering::Relaxed),
+                            1,
+                            "the end is seen, and not what came before it"
+                        );
                     }
                 })
             };
@@ -803,7 +843,11 @@ fn l1_what_a_first_pass_did_happened_before_its_notifier_is_removed_under_a_held
             })
         };
         drop(block_on(subscription.remove()));
-        assert_eq!(busy.load(Ordering::Relaxed), 0, "removed, and the first pass is seen as running");
+        assert_eq!(
+            busy.load(Ordering::Relaxed),
+            0,
+            "removed, and the first pass is seen as running"
+        );
         release.signal();
         invalidation.join().unwrap();
     });
@@ -814,7 +858,10 @@ fn memory_of_a_notifier_goes_to_the_next_one_after_all_that_was_done_with_it() {
     explore("spare memory, order", 4, || {
         let space = AddressSpace::new();
         let drops = Arc::new(RealUsize::new(0));
-        let (gone, first) = (Arc::new(AtomicU64::new(0)), space.insert(range(), Counted(0, drops.clone())).unwrap());
+        let (gone, first) = (
+            Arc::new(AtomicU64::new(0)),
+            space.insert(range(), Counted(0, drops.clone())).unwrap(),
+        );
         let memory = std::ptr::from_ref(&*first).addr();
         // On a thread of its own, so that loom begins with an insertion after the removal.
         let insertion = {
@@ -822,7 +869,11 @@ fn memory_of_a_notifier_goes_to_the_next_one_after_all_that_was_done_with_it() {
             thread::spawn(move || {
                 let second = space.insert(range(), Counted(1, drops)).unwrap();
                 if std::ptr::from_ref(&*second).addr() == memory {
-                    assert_eq!(gone.load(Ordering::Relaxed), 1, "memory is used again, and its former use is not seen");
+                    assert_eq!(
+                        gone.load(Ordering::Relaxed),
+                        1,
+                        "memory is used again, and its former use is not seen"
+                    );
                 }
             })
         };
@@ -842,7 +893,8 @@ fn l5_a_device_that_is_fenced_at_any_moment_holds_up_neither_the_owner_nor_a_rea
             // Its fence is never signalled.
             let space = AddressSpace::new();
             let dead = Arc::new(space.insert(range(), Device::new(Some(Fence::new()))).unwrap());
-            let well = (readers > 0).then(|| Arc::new(space.insert(range(), Device::new(None)).unwrap()));
+            let well =
+                (readers > 0).then(|| Arc::new(space.insert(range(), Device::new(None)).unwrap()));
             let reader = well.clone().map(|well| {
                 thread::spawn(move || {
                     block_on(well.read_begin());
@@ -923,7 +975,9 @@ fn w2_two_threads_that_wait_end_an_invalidation() {
         let hardware = thread::spawn(move || fence.signal());
         let reader = {
             let (memory, device) = (memory.clone(), device.clone());
-            thread::spawn(move || PassFuture::new(async move { memory.mirror(&device).await }).wait())
+            thread::spawn(move || {
+                PassFuture::new(async move { memory.mirror(&device).await }).wait()
+            })
         };
         let guard = space.invalidate(range(), Event::Unmap).wait();
         memory.change(&device);

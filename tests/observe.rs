@@ -59,7 +59,8 @@ impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> tracing_subscriber::Layer<
 fn an_invalidation_is_a_span_with_an_event_for_each_first_pass_and_pass() {
     let (space, log, gate) = (AddressSpace::new(), Log::default(), Gate::default());
     let _quick = space.insert(pages(0, 1), Device::new("quick", &log)).unwrap();
-    let _slow = space.insert(pages(0, 2), Device::new("slow", &log).then(Act::pass(gate.clone()))).unwrap();
+    let _slow =
+        space.insert(pages(0, 2), Device::new("slow", &log).then(Act::pass(gate.clone()))).unwrap();
     let lines = Lines(Arc::default(), space.clone());
     let subscriber = tracing_subscriber::registry().with(lines.clone());
     tracing::subscriber::with_default(subscriber, || {
@@ -87,7 +88,8 @@ close";
 #[test]
 fn an_abandoned_invalidation_closes_its_span_when_its_passes_are_done() {
     let (space, log, gate) = (AddressSpace::new(), Log::default(), Gate::default());
-    let _slow = space.insert(pages(0, 2), Device::new("slow", &log).then(Act::pass(gate.clone()))).unwrap();
+    let _slow =
+        space.insert(pages(0, 2), Device::new("slow", &log).then(Act::pass(gate.clone()))).unwrap();
     let lines = Lines(Arc::default(), space.clone());
     tracing::subscriber::with_default(tracing_subscriber::registry().with(lines.clone()), || {
         let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
@@ -98,8 +100,15 @@ fn an_abandoned_invalidation_closes_its_span_when_its_passes_are_done() {
         now(space.drain());
     });
     let told = lines.0.lock().unwrap();
-    let at = |what: &str| told.iter().position(|line| line.starts_with(what)).unwrap_or_else(|| panic!("{what} in {told:?}"));
-    assert!(at("dropped") < at("in invalidate: message=pass") && at("in invalidate: message=pass") < at("close"));
+    let at = |what: &str| {
+        told.iter()
+            .position(|line| line.starts_with(what))
+            .unwrap_or_else(|| panic!("{what} in {told:?}"))
+    };
+    assert!(
+        at("dropped") < at("in invalidate: message=pass")
+            && at("in invalidate: message=pass") < at("close")
+    );
 }
 
 #[test]
@@ -109,8 +118,12 @@ fn metrics_count_what_stats_count_and_time_the_passes() {
     let mut pending = Vec::new();
     metrics::with_local_recorder(&recorder, || {
         let (space, log, gate) = (AddressSpace::new(), Log::default(), Gate::default());
-        let device = space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
-        let _ready = space.insert(pages(0, 1), Device::new("ready", &log).then(Act::pass(async {}))).unwrap();
+        let device = space
+            .insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone())))
+            .unwrap();
+        let _ready = space
+            .insert(pages(0, 1), Device::new("ready", &log).then(Act::pass(async {})))
+            .unwrap();
         let began = now(device.read_begin());
         let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
         invalidate.expect_pending();
@@ -172,7 +185,8 @@ fn values(told: &metrics_util::debugging::Snapshotter) -> BTreeMap<String, f64> 
     // A snapshot takes what was counted since the last one.
     let mut sums = SUMS.lock().unwrap();
     for (key, _, _, value) in told.snapshot().into_vec() {
-        let labels: String = key.key().labels().map(|label| format!(" {}={}", label.key(), label.value())).collect();
+        let labels: String =
+            key.key().labels().map(|label| format!(" {}={}", label.key(), label.value())).collect();
         let name = format!("{}{labels}", key.key().name());
         match value {
             DebugValue::Counter(count) => *sums.entry(name).or_default() += count as f64,
@@ -228,7 +242,8 @@ fn f1_a_subscriber_that_panics_in_whatever_it_is_told_loses_no_pass() {
         tracing::subscriber::with_default(subscriber, || {
             let (space, log) = (AddressSpace::new(), Log::default());
             let gates = [Gate::default(), Gate::default()];
-            let devices = ["a", "b"].map(|name| space.insert(pages(0, 1), Device::new(name, &log)).unwrap());
+            let devices =
+                ["a", "b"].map(|name| space.insert(pages(0, 1), Device::new(name, &log)).unwrap());
             for (device, gate) in devices.iter().zip(&gates) {
                 device.next(Act::pass(gate.clone()));
             }
@@ -270,7 +285,9 @@ fn f1_a_name_that_panics_loses_no_pass() {
     let gates = [Gate::default(), Gate::default()];
     tracing::subscriber::with_default(tracing_subscriber::registry().with(lines.clone()), || {
         let _bad = space.insert(pages(0, 1), BadName(gates[0].clone())).map_err(drop).unwrap();
-        let good = space.insert(pages(0, 1), Device::new("good", &log).then(Act::pass(gates[1].clone()))).unwrap();
+        let good = space
+            .insert(pages(0, 1), Device::new("good", &log).then(Act::pass(gates[1].clone())))
+            .unwrap();
         let mut unmap = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
         unmap.expect_pending();
         gates[0].open();
@@ -279,7 +296,13 @@ fn f1_a_name_that_panics_loses_no_pass() {
         drop(unmap.finish());
         now(good.read_begin());
     });
-    let told = lines.0.lock().unwrap().iter().filter(|line| line.contains("a notifier whose name() panics")).count();
+    let told = lines
+        .0
+        .lock()
+        .unwrap()
+        .iter()
+        .filter(|line| line.contains("a notifier whose name() panics"))
+        .count();
     assert_eq!(told, 2, "its first pass and its pass are told of all the same");
     assert!(space.stats().lost_panics >= 2);
 }
@@ -289,22 +312,50 @@ fn f1_a_name_that_panics_loses_no_pass() {
 fn f1_a_recorder_that_panics_loses_no_pass() {
     struct Fails;
     impl metrics::Recorder for Fails {
-        fn describe_counter(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
-        fn describe_gauge(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
-        fn describe_histogram(&self, _: metrics::KeyName, _: Option<metrics::Unit>, _: metrics::SharedString) {}
-        fn register_counter(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Counter {
+        fn describe_counter(
+            &self,
+            _: metrics::KeyName,
+            _: Option<metrics::Unit>,
+            _: metrics::SharedString,
+        ) {
+        }
+        fn describe_gauge(
+            &self,
+            _: metrics::KeyName,
+            _: Option<metrics::Unit>,
+            _: metrics::SharedString,
+        ) {
+        }
+        fn describe_histogram(
+            &self,
+            _: metrics::KeyName,
+            _: Option<metrics::Unit>,
+            _: metrics::SharedString,
+        ) {
+        }
+        fn register_counter(
+            &self,
+            _: &metrics::Key,
+            _: &metrics::Metadata<'_>,
+        ) -> metrics::Counter {
             panic!("no counter")
         }
         fn register_gauge(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Gauge {
             panic!("no gauge")
         }
-        fn register_histogram(&self, _: &metrics::Key, _: &metrics::Metadata<'_>) -> metrics::Histogram {
+        fn register_histogram(
+            &self,
+            _: &metrics::Key,
+            _: &metrics::Metadata<'_>,
+        ) -> metrics::Histogram {
             panic!("no histogram")
         }
     }
     metrics::with_local_recorder(&Fails, || {
         let (space, log, gate) = (AddressSpace::new(), Log::default(), Gate::default());
-        let device = space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+        let device = space
+            .insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone())))
+            .unwrap();
         let mut unmap = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
         unmap.expect_pending();
         let mut reader = Task::new(device.read_begin());

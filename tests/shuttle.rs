@@ -5,8 +5,8 @@
 #![allow(missing_docs, clippy::print_stdout)]
 
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, Phase, Subscription, Timeline,
-    WouldBlock,
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture,
+    Phase, Subscription, Timeline, WouldBlock,
 };
 use shuttle::future::block_on;
 use shuttle::rand::{Rng, thread_rng};
@@ -55,7 +55,10 @@ impl Command {
 }
 
 impl IntervalNotifier for Device {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         assert!(!self.removed.load(Ordering::SeqCst), "called after remove");
         let range = invalidation.range();
         let fence = Fence::default();
@@ -73,7 +76,10 @@ impl IntervalNotifier for Device {
                 }
             }
             if zapped {
-                self.queue.lock().unwrap().push(Command { table: self.table.clone(), fence: fence.clone() });
+                self.queue
+                    .lock()
+                    .unwrap()
+                    .push(Command { table: self.table.clone(), fence: fence.clone() });
                 waits_for.push(fence);
             }
         }
@@ -93,12 +99,22 @@ impl IntervalNotifier for Device {
 fn check_guard(oracle: &Oracle, devices: &[Arc<DriverLock<Table>>], range: AddressRange) {
     let in_flight: Vec<(u64, u64)> = devices
         .iter()
-        .flat_map(|device| device.lock().in_flight.iter().map(|(page, generation, _)| (*page, *generation)).collect::<Vec<_>>())
+        .flat_map(|device| {
+            device
+                .lock()
+                .in_flight
+                .iter()
+                .map(|(page, generation, _)| (*page, *generation))
+                .collect::<Vec<_>>()
+        })
         .collect();
     let mut generations = oracle.lock().unwrap();
     for (page, generation) in in_flight {
         let old = generations[page as usize] == generation;
-        assert!(!(range.contains(page * 4096) && old), "a device uses the old mapping of page {page}");
+        assert!(
+            !(range.contains(page * 4096) && old),
+            "a device uses the old mapping of page {page}"
+        );
     }
     for page in 0..PAGES {
         if range.contains(page * 4096) {
@@ -113,7 +129,11 @@ async fn mirror(device: &Subscription<Device>, oracle: &Oracle, page: u64) {
     let oracle = oracle.clone();
     let _ = device.table.install(device, sequence, move |table| {
         // Under the driver lock and checked: no guard that covers the page can have been handed out since.
-        assert_eq!(oracle.lock().unwrap()[page as usize], generation, "a stale mapping is installed");
+        assert_eq!(
+            oracle.lock().unwrap()[page as usize],
+            generation,
+            "a stale mapping is installed"
+        );
         table.pages[page as usize] = Some(generation);
     });
 }
@@ -131,7 +151,8 @@ fn scenario() {
         move || {
             let first = thread_rng().gen_range(0..PAGES);
             let range = pages(first, thread_rng().gen_range(1..=PAGES - first));
-            let device = Device { table: Arc::default(), queue: queue.clone(), removed: Arc::default() };
+            let device =
+                Device { table: Arc::default(), queue: queue.clone(), removed: Arc::default() };
             Arc::new(space.insert(range, device).unwrap())
         }
     };
@@ -145,7 +166,11 @@ fn scenario() {
                 let last = stop.load(Ordering::SeqCst);
                 let command = {
                     let mut queue = queue.lock().unwrap();
-                    let at = if queue.is_empty() { None } else { Some(thread_rng().gen_range(0..queue.len())) };
+                    let at = if queue.is_empty() {
+                        None
+                    } else {
+                        Some(thread_rng().gen_range(0..queue.len()))
+                    };
                     at.map(|at| queue.swap_remove(at))
                 };
                 match command {

@@ -24,6 +24,8 @@ fn main() {
         #[cfg(all(feature = "std", not(any(loom, shuttle))))]
         soak::soak();
         #[cfg(not(all(feature = "std", not(any(loom, shuttle)))))]
-        println!("soak: skipped, because panics of drivers can only be survived with the feature `std`");
+        println!(
+            "soak: skipped, because panics of drivers can only be survived with the feature `std`"
+        );
     }
 }

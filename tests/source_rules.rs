@@ -23,13 +23,19 @@ fn sources() -> Vec<(String, String)> {
     let code = |path: &PathBuf| {
         let text = std::fs::read_to_string(path).unwrap();
         let end = text.find("mod tests {").unwrap_or(text.len());
-        let lines = text[..end].lines().map(|line| line.split("//").next().unwrap_or_default().to_owned());
+        let lines =
+            text[..end].lines().map(|line| line.split("//").next().unwrap_or_default().to_owned());
         lines.collect::<Vec<_>>().join("\n")
     };
-    let name = |path: &PathBuf| path.strip_prefix(&root).unwrap().to_str().unwrap().replace('\\', "/");
+    let name =
+        |path: &PathBuf| path.strip_prefix(&root).unwrap().to_str().unwrap().replace('\\', "/");
     files.retain(|path| !path.ends_with("tests.rs"));
     let sources: Vec<_> = files.iter().map(|path| (name(path), code(path))).collect();
-    assert!(sources.len() > 40, "{} files of source are too few: is the search right?", sources.len());
+    assert!(
+        sources.len() > 40,
+        "{} files of source are too few: is the search right?",
+        sources.len()
+    );
     sources
 }
 
@@ -42,7 +48,10 @@ const ROOMS: [(&str, &[&str]); 12] = [
     // Wakers: the library keeps them as `TaskWaker`s. The fault injector is a notifier of its own.
     (".wake()", &["test_util.rs"]),
     // The check of C7 wakes the poller's own waker, in `Losses::run`.
-    (".wake_by_ref()", &["foreign.rs", "engine/nesting.rs", "engine/nesting/passes.rs", "test_util.rs"]),
+    (
+        ".wake_by_ref()",
+        &["foreign.rs", "engine/nesting.rs", "engine/nesting/passes.rs", "test_util.rs"],
+    ),
     // In `nesting/passes.rs` it is the waker of a join, which is the library's own.
     ("waker().clone()", &["foreign.rs", "engine/nesting/passes.rs"]),
     ("waker.clone()", &["foreign.rs", "engine/nesting/passes.rs"]),
@@ -70,7 +79,10 @@ fn f1_foreign_code_is_called_in_one_room() {
         let mut found = 0;
         for (file, code) in sources.iter().filter(|(file, _)| !is_above(file)) {
             let stands = code.contains(text);
-            assert!(!stands || rooms.contains(&file.as_str()), "{file} has {text:?}, which belongs into {rooms:?}");
+            assert!(
+                !stands || rooms.contains(&file.as_str()),
+                "{file} has {text:?}, which belongs into {rooms:?}"
+            );
             found += usize::from(stands);
         }
         let may_be_absent = [".wake()", "waker().clone()"].contains(&text);
@@ -83,12 +95,37 @@ fn f1_foreign_code_is_called_in_one_room() {
 fn the_state_calls_nobody_and_work_does_not_know_it() {
     let sources = sources();
     let forbidden: [(&str, &[&str]); 3] = [
-        ("engine/state/", &["Shared", "keep(", "losses", "rouse", "engine::lease", "engine::running", "engine::futures", "host"]),
-        ("engine/work/", &["Shared", "&mut State", "Outbox", "engine::futures", "engine::lease", "engine::running"]),
+        (
+            "engine/state/",
+            &[
+                "Shared",
+                "keep(",
+                "losses",
+                "rouse",
+                "engine::lease",
+                "engine::running",
+                "engine::futures",
+                "host",
+            ],
+        ),
+        (
+            "engine/work/",
+            &[
+                "Shared",
+                "&mut State",
+                "Outbox",
+                "engine::futures",
+                "engine::lease",
+                "engine::running",
+            ],
+        ),
         ("protocol", &["Lock", "Waker", "engine::", "foreign", "std::"]),
     ];
     for (folder, texts) in forbidden {
-        let files: Vec<_> = sources.iter().filter(|(file, _)| file.starts_with(folder) && !file.ends_with("tests.rs")).collect();
+        let files: Vec<_> = sources
+            .iter()
+            .filter(|(file, _)| file.starts_with(folder) && !file.ends_with("tests.rs"))
+            .collect();
         assert!(files.len() > 1, "{folder}");
         for (file, code) in files {
             for text in texts {
@@ -131,7 +168,8 @@ fn lower_modules_never_import_higher_ones() {
         for used in code.split("use crate::").skip(1) {
             let used = used.split([':', ';', ' ', '{']).next().unwrap_or_default();
             // `space` and `subscription` are two halves of one thing; names at the top are re-exports.
-            let pair = ["space", "subscription"].contains(&module) && ["space", "subscription"].contains(&used);
+            let pair = ["space", "subscription"].contains(&module)
+                && ["space", "subscription"].contains(&used);
             if let Some(theirs) = height(used) {
                 assert!(theirs >= own || pair, "{file} imports {used}, which stands above it");
             }
@@ -143,7 +181,9 @@ fn lower_modules_never_import_higher_ones() {
 #[test]
 fn w1_a_thread_can_wait_for_every_public_future() {
     let sources = sources();
-    let name = |text: &str| text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>();
+    let name = |text: &str| {
+        text.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect::<String>()
+    };
     // The type of `impl<...> [Future for] Type<...> {`.
     let implements = |block: &str, of: &str| {
         let header = block.split('{').next().unwrap_or_default();
@@ -159,14 +199,20 @@ fn w1_a_thread_can_wait_for_every_public_future() {
                 Some(name(header[own..].trim_start()))
             }
             ("", Some(_)) | (_, None) => None,
-            (of, Some((what, own))) => what.ends_with(of).then(|| name(own.trim_start_matches('&'))),
+            (of, Some((what, own))) => {
+                what.ends_with(of).then(|| name(own.trim_start_matches('&')))
+            }
         }
     };
     let mut futures = 0;
     for (file, code) in &sources {
         let blocks: Vec<&str> = code.split("\nimpl").skip(1).collect();
         for own in blocks.iter().filter_map(|block| implements(block, " Future")) {
-            let public = [format!("pub struct {own}<"), format!("pub struct {own} "), format!("pub struct {own}(")];
+            let public = [
+                format!("pub struct {own}<"),
+                format!("pub struct {own} "),
+                format!("pub struct {own}("),
+            ];
             if !public.iter().any(|public| code.contains(public)) {
                 continue;
             }
@@ -178,12 +224,23 @@ fn w1_a_thread_can_wait_for_every_public_future() {
             futures += 1;
         }
         // A method of a trait for drivers has no `pub`.
-        assert!(!code.contains("pub async fn"), "{file}: an `async fn` has no `wait`: return a `Waitable`");
+        assert!(
+            !code.contains("pub async fn"),
+            "{file}: an `async fn` has no `wait`: return a `Waitable`"
+        );
         for function in code.split("pub fn ").skip(1) {
             let signature = function.split(['{', ';']).next().unwrap_or_default();
             let returns = signature.rsplit_once(") -> ").map_or("", |(_, returns)| returns);
-            assert!(!returns.starts_with("impl Future"), "{file}: {} returns what has no `wait`", name(function));
-            assert!(!returns.starts_with("Pin<Box<"), "{file}: {} returns what has no `wait`", name(function));
+            assert!(
+                !returns.starts_with("impl Future"),
+                "{file}: {} returns what has no `wait`",
+                name(function)
+            );
+            assert!(
+                !returns.starts_with("Pin<Box<"),
+                "{file}: {} returns what has no `wait`",
+                name(function)
+            );
         }
     }
     assert!(futures >= 10, "{futures} public futures are too few: is the search right?");
@@ -204,21 +261,38 @@ fn what_must_be_kept_or_awaited_says_so_with_a_reason() {
     let sources = sources();
     for (file, code) in &sources {
         for (at, _) in code.match_indices("\npub struct ") {
-            let name: String = code[at + 12..].chars().take_while(|c| c.is_alphanumeric()).collect();
+            let name: String =
+                code[at + 12..].chars().take_while(|c| c.is_alphanumeric()).collect();
             let implements = |of: &str| {
-                let headers = sources.iter().filter(|(other, _)| other.split('/').next() == file.split('/').next());
+                let headers = sources
+                    .iter()
+                    .filter(|(other, _)| other.split('/').next() == file.split('/').next());
                 let mut headers = headers
                     .flat_map(|(_, code)| code.split("\nimpl").skip(1))
                     .map(|block| block.split('{').next().unwrap_or_default().to_owned());
                 headers.any(|header| {
-                    let own = header.split_once(&format!("{of} for ")).map(|(_, own)| own.trim_start_matches('&'));
-                    own.is_some_and(|own| own.starts_with(&name) && !own[name.len()..].starts_with(char::is_alphanumeric))
+                    let own = header
+                        .split_once(&format!("{of} for "))
+                        .map(|(_, own)| own.trim_start_matches('&'));
+                    own.is_some_and(|own| {
+                        own.starts_with(&name)
+                            && !own[name.len()..].starts_with(char::is_alphanumeric)
+                    })
                 })
             };
             // `fn setting(mut self, …) -> Self`.
-            let own = code.split("\nimpl").skip(1).filter(|block| block.trim_start().starts_with(&format!("{name} {{")));
-            let is_builder = own.into_iter().any(|block| block.contains("(mut self") && name.ends_with("Builder"));
-            if !implements("Drop") && !implements("Future") && !is_builder && !ENDS_BY_ITS_PARTS.contains(&name.as_str()) {
+            let own = code
+                .split("\nimpl")
+                .skip(1)
+                .filter(|block| block.trim_start().starts_with(&format!("{name} {{")));
+            let is_builder = own
+                .into_iter()
+                .any(|block| block.contains("(mut self") && name.ends_with("Builder"));
+            if !implements("Drop")
+                && !implements("Future")
+                && !is_builder
+                && !ENDS_BY_ITS_PARTS.contains(&name.as_str())
+            {
                 continue;
             }
             if MAY_BE_LEFT.iter().any(|(one, _)| *one == format!("{file}: {name}")) {
@@ -226,8 +300,14 @@ fn what_must_be_kept_or_awaited_says_so_with_a_reason() {
                 continue;
             }
             // The attributes are the lines right above.
-            let mut above = code[..at].lines().rev().take_while(|line| line.trim().is_empty() || line.starts_with("#["));
-            assert!(above.any(|line| line.starts_with("#[must_use = \"")), "{file}: {name} is dropped in silence");
+            let mut above = code[..at]
+                .lines()
+                .rev()
+                .take_while(|line| line.trim().is_empty() || line.starts_with("#["));
+            assert!(
+                above.any(|line| line.starts_with("#[must_use = \"")),
+                "{file}: {name} is dropped in silence"
+            );
             found += 1;
         }
     }
@@ -239,31 +319,47 @@ fn what_must_be_kept_or_awaited_says_so_with_a_reason() {
 #[test]
 fn the_files_of_the_cache_import_only_those_below_them() {
     const ORDER: [&str; 15] = [
-        "mod", "miss", "way", "core", "life", "claim", "entry", "phase", "device", "watch", "settings", "error", "turns", "task",
-        "table",
+        "mod", "miss", "way", "core", "life", "claim", "entry", "phase", "device", "watch",
+        "settings", "error", "turns", "task", "table",
     ];
     let sources = sources();
     let height = |file: &str| ORDER.iter().position(|known| *known == file);
     let mut seen = 0;
     for (file, code) in sources.iter().filter(|(file, _)| file.starts_with("cache/")) {
         let own = file.trim_start_matches("cache/").trim_end_matches(".rs");
-        let own_height = height(own).unwrap_or_else(|| panic!("{file} has no place in the cache's map"));
+        let own_height =
+            height(own).unwrap_or_else(|| panic!("{file} has no place in the cache's map"));
         seen += 1;
         let imported = |from: &str| -> Vec<String> {
             let rest = code.split(from).skip(1);
-            rest.map(|rest| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect()).collect()
+            rest.map(|rest| rest.chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect())
+                .collect()
         };
-        for used in imported("super::").into_iter().filter(|used| height(used).is_some() && own != "mod") {
-            assert!(height(&used) > Some(own_height), "{file} imports {used}, which stands above it");
+        for used in
+            imported("super::").into_iter().filter(|used| height(used).is_some() && own != "mod")
+        {
+            assert!(
+                height(&used) > Some(own_height),
+                "{file} imports {used}, which stands above it"
+            );
         }
         // Foreign code goes through `foreign`: the device is called in one file, and only there.
-        for call in [".register(range)", ".deregister(range, handle)", ".deregister_lost(range)", ".still_valid(range, "] {
+        for call in [
+            ".register(range)",
+            ".deregister(range, handle)",
+            ".deregister_lost(range)",
+            ".still_valid(range, ",
+        ] {
             assert!(!code.contains(call) || own == "device", "{file} calls the device");
         }
-        assert!(!code.contains("future::Shared"), "{file} shares a future in a way that a waker's panic poisons");
+        assert!(
+            !code.contains("future::Shared"),
+            "{file} shares a future in a way that a waker's panic poisons"
+        );
         assert!(code.contains("#![forbid(unsafe_code)]"), "{file}");
     }
     assert_eq!(seen, ORDER.len());
-    let table = &sources.iter().find(|(file, _)| file == "cache/table.rs").expect("it is seen above").1;
+    let table =
+        &sources.iter().find(|(file, _)| file == "cache/table.rs").expect("it is seen above").1;
     assert!(!table.contains("super::") && !table.contains("Device") && !table.contains("async"));
 }

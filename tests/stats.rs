@@ -4,7 +4,10 @@
 
 mod support;
 
-use shootdown::{AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget, WouldBlock};
+use shootdown::{
+    AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget,
+    WouldBlock,
+};
 use std::cell::Cell;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -22,13 +25,18 @@ fn a_notifier_that_nobody_waited_for_and_nobody_invalidated_has_no_stats() {
     assert!(!quiet.read_retry(now(quiet.read_begin())));
     assert_eq!(quiet.stats(), Default::default());
     assert_eq!((device.stats().collisions, device.stats().waits), (1, 0));
-    assert_eq!((space.stats().invalidations, space.stats().collisions, space.stats().waits), (1, 1, 0));
+    assert_eq!(
+        (space.stats().invalidations, space.stats().collisions, space.stats().waits),
+        (1, 1, 0)
+    );
 }
 
 #[test]
 fn waits_are_counted_once_a_reader_and_lapses_for_each_notifier_that_was_hit() {
     let (space, log, gate) = (AddressSpace::new(), Log::default(), Gate::default());
-    let device = space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+    let device = space
+        .insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone())))
+        .unwrap();
     let other = space.insert(pages(0, 2), Device::new("other", &log)).unwrap();
     let mut abandoned = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     abandoned.expect_pending();
@@ -47,7 +55,10 @@ fn waits_are_counted_once_a_reader_and_lapses_for_each_notifier_that_was_hit() {
 struct Driver(DriverLock<()>);
 
 impl IntervalNotifier for Driver {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         drop(self.0.lock_for(invalidation));
         Ok(None)
     }
@@ -67,14 +78,19 @@ fn retries_are_those_of_the_librarys_loop() {
     };
     now(driver.0.mirror(&driver, RetryBudget::default(), look, |(), ()| ())).unwrap();
     assert_eq!((driver.stats().retries, driver.stats().collisions), (3, 3));
-    assert_eq!((space.stats().retries, space.stats().collisions, space.stats().invalidations), (3, 3, 3));
+    assert_eq!(
+        (space.stats().retries, space.stats().collisions, space.stats().invalidations),
+        (3, 3, 3)
+    );
 }
 
 #[test]
 fn the_longest_invalidation_is_that_of_the_space_and_of_each_notifier_that_it_hit() {
     let (time, log) = (Arc::new(AtomicU64::new(0)), Log::default());
     let clock = time.clone();
-    let space = AddressSpace::builder().clock(move || Duration::from_micros(clock.load(Ordering::Relaxed))).build();
+    let space = AddressSpace::builder()
+        .clock(move || Duration::from_micros(clock.load(Ordering::Relaxed)))
+        .build();
     assert_eq!(space.stats().longest, None);
     let first = space.insert(pages(0, 2), Device::new("first", &log)).unwrap();
     let second = space.insert(pages(1, 2), Device::new("second", &log)).unwrap();
@@ -103,7 +119,10 @@ fn without_a_clock_those_are_timed_whose_passes_were_pending_or_that_were_listed
     drop(space.active());
     std::thread::sleep(Duration::from_millis(2));
     drop(space.active());
-    assert!(space.stats().longest >= Some(Duration::from_millis(2)), "a watchdog that lists what is active times it");
+    assert!(
+        space.stats().longest >= Some(Duration::from_millis(2)),
+        "a watchdog that lists what is active times it"
+    );
     drop(held);
     device.next(Act::pass(gate.clone()));
     let mut pending = Task::new(space.invalidate(pages(0, 1), Event::Unmap));

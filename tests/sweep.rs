@@ -37,7 +37,8 @@ fn run(at: u64, what: Misbehaviour, unwinding: bool) -> (u64, Option<Kind>) {
     let mut result = None;
     let mut body = || {
         // A failed assertion must not leave a destructor.
-        result = Some(catch_unwind(AssertUnwindSafe(|| observers::with(|| scenario::run(at, what)))));
+        result =
+            Some(catch_unwind(AssertUnwindSafe(|| observers::with(|| scenario::run(at, what)))));
     };
     if unwinding {
         let unwound = catch_unwind(AssertUnwindSafe(|| {
@@ -51,8 +52,10 @@ fn run(at: u64, what: Misbehaviour, unwinding: bool) -> (u64, Option<Kind>) {
     match result.expect("the scenario ran") {
         Ok(counts) => counts,
         Err(panic) => {
-            let message =
-                panic.downcast_ref::<String>().cloned().or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()));
+            let message = panic
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| panic.downcast_ref::<&str>().map(|text| text.to_string()));
             panic!("call {at}, {what:?}, unwinding: {unwinding}: {}", message.unwrap_or_default());
         }
     }
@@ -79,18 +82,26 @@ fn f1_whatever_foreign_code_does_at_any_point_nothing_of_others_is_lost() {
         // Subscribers are asked once for each place that tells them something, when that is first reached.
         run(u64::MAX, Misbehaviour::Panic, unwinding);
         *calls = run(u64::MAX, Misbehaviour::Panic, unwinding).0;
-        assert!(*calls >= FLOOR, "the scenario calls foreign code {calls} times, and it should be {FLOOR} at least");
+        assert!(
+            *calls >= FLOOR,
+            "the scenario calls foreign code {calls} times, and it should be {FLOOR} at least"
+        );
         // Miri takes a second for each run: some of the points, spread evenly.
         let stride = if cfg!(miri) { *calls as usize / 12 } else { 1 };
         for at in (1..=*calls).step_by(stride) {
             for what in ways(at) {
                 let (_, kind) = run(at, what, unwinding);
-                *hit.entry(kind.expect("the scenario does the same each time until something misbehaves")).or_insert(0) += 1;
+                *hit.entry(
+                    kind.expect("the scenario does the same each time until something misbehaves"),
+                )
+                .or_insert(0) += 1;
                 runs += 1;
             }
         }
     }
-    println!("{calls:?} calls of foreign code (also while the thread unwinds), {runs} runs: {hit:?}");
+    println!(
+        "{calls:?} calls of foreign code (also while the thread unwinds), {runs} runs: {hit:?}"
+    );
     let kinds = if cfg!(feature = "tracing") { Kind::COUNT } else { Kind::COUNT - 1 };
     assert!(cfg!(miri) || hit.len() == kinds, "{hit:?}");
 }

@@ -6,7 +6,8 @@ mod support;
 
 use shootdown::test_util::Faulty;
 use shootdown::{
-    AddressSpace, Collision, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget, WouldBlock,
+    AddressSpace, Collision, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture,
+    RetryBudget, WouldBlock,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use support::{Task, now, pages};
@@ -15,7 +16,10 @@ use support::{Task, now, pages};
 struct Gpu(DriverLock<u32>);
 
 impl IntervalNotifier for Gpu {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         *self.0.lock_for(invalidation) += 1;
         Ok(None)
     }
@@ -32,7 +36,8 @@ fn the_nth_check_collides_and_no_other() {
     let (_space, gpu) = faulty();
     let sequence = now(gpu.read_begin());
     gpu.collide_on(3);
-    let collided: Vec<bool> = (0..6).map(|_| gpu.0.install(&gpu, sequence, |_| ()) == Err(Collision)).collect();
+    let collided: Vec<bool> =
+        (0..6).map(|_| gpu.0.install(&gpu, sequence, |_| ()) == Err(Collision)).collect();
     assert_eq!(collided, [false, false, true, false, false, false]);
     gpu.collide_on(1);
     gpu.collide_on(0);
@@ -78,7 +83,10 @@ fn injected_panics_reach_the_caller_and_name_the_driver() {
     let (space, gpu) = faulty();
     for inject in [Faulty::<Gpu>::panic_next_first_pass, Faulty::<Gpu>::panic_next_pass] {
         inject(&gpu);
-        let panic = catch_unwind(AssertUnwindSafe(|| drop(now(space.invalidate(pages(0, 1), Event::Clear))))).unwrap_err();
+        let panic = catch_unwind(AssertUnwindSafe(|| {
+            drop(now(space.invalidate(pages(0, 1), Event::Clear)))
+        }))
+        .unwrap_err();
         assert!(panic.downcast::<String>().unwrap().contains("Gpu"));
         assert!(space.active().is_empty());
     }

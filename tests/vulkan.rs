@@ -13,11 +13,22 @@ fn binary() -> PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     let binary = BINARY.get_or_init(|| {
         let mut build = Command::new(env!("CARGO"));
-        build.args(["build", "--quiet", "--release", "--features", "userfaultfd", "--example", "vulkan"]);
+        build.args([
+            "build",
+            "--quiet",
+            "--release",
+            "--features",
+            "userfaultfd",
+            "--example",
+            "vulkan",
+        ]);
         let built = build.current_dir(env!("CARGO_MANIFEST_DIR")).status().expect("cargo runs");
         assert!(built.success(), "the example cannot be built");
         let test = std::env::current_exe().expect("this program has a path");
-        test.ancestors().nth(3).expect("it lies in the target directory").join("release/examples/vulkan")
+        test.ancestors()
+            .nth(3)
+            .expect("it lies in the target directory")
+            .join("release/examples/vulkan")
     });
     binary.clone()
 }
@@ -49,7 +60,9 @@ fn report(arguments: &str) -> Value {
 
 fn upload<'a>(report: &'a Value, cache: &str, in_flight: bool) -> &'a Value {
     let rows = report["uploads"]["rows"].as_array().expect("uploads");
-    rows.iter().find(|row| row["cache"] == cache && row["in_flight"] == in_flight).expect("a row of each kind")
+    rows.iter()
+        .find(|row| row["cache"] == cache && row["in_flight"] == in_flight)
+        .expect("a row of each kind")
 }
 
 fn number(row: &Value, field: &str) -> u64 {
@@ -66,16 +79,27 @@ fn nothing_stale_arrives_while_a_plain_cache_uploads_old_memory() {
             assert!(number(row, "replaced") > 30 && number(row, "imports") > 64, "{row}");
         }
         let plain = upload(&report, "plain", in_flight);
-        assert!(number(plain, "wrong") > 60 && number(plain, "wrong_words") > number(plain, "wrong"), "{plain}");
+        assert!(
+            number(plain, "wrong") > 60 && number(plain, "wrong_words") > number(plain, "wrong"),
+            "{plain}"
+        );
         assert_eq!(number(plain, "imports"), 64, "{plain}");
     }
     // Pages that are kept cannot be seen to go too early: whether the job was done is asked.
     let (plain, owned) = (upload(&report, "plain", true), upload(&report, "owned", true));
     assert_eq!(number(plain, "unfinished"), number(plain, "replaced"), "{plain}");
     assert_eq!(number(owned, "unfinished"), 0, "{owned}");
-    let asked = (&report["uploads"]["pages"], &report["uploads"]["replace_one_in"], &report["device"], &report["fault"]);
+    let asked = (
+        &report["uploads"]["pages"],
+        &report["uploads"]["replace_one_in"],
+        &report["device"],
+        &report["fault"],
+    );
     assert_eq!(asked, (&Value::Bool(true), &Value::from(8), &Value::Null, &Value::Null));
-    assert!(report["uploads"]["import_ns"].as_f64() > report["uploads"]["hit_ns"].as_f64(), "{report}");
+    assert!(
+        report["uploads"]["import_ns"].as_f64() > report["uploads"]["hit_ns"].as_f64(),
+        "{report}"
+    );
 }
 
 fn a_device_that_reads_by_address_is_waited_for_before_owned_memory_changes() {
@@ -88,7 +112,11 @@ fn a_device_that_reads_by_address_is_waited_for_before_owned_memory_changes() {
     assert!(number(plain, "wrong") > 0, "{plain}");
     // The processor's driver pins nothing; then nothing is promised for `Uffd` with work in flight, and the example says so.
     if report["uploads"]["keeps_pages"] == false {
-        assert_eq!(number(plain, "wrong"), number(plain, "replaced"), "each upload that was in flight: {plain}");
+        assert_eq!(
+            number(plain, "wrong"),
+            number(plain, "replaced"),
+            "each upload that was in flight: {plain}"
+        );
         assert_eq!(upload(&report, "uffd", true)["expected"], "open");
         let text = vulkan("uploads --uploads 64").stdout;
         assert!(String::from_utf8_lossy(&text).contains("Uffd hears of a change after it"));
@@ -100,18 +128,30 @@ fn devices_are_waited_for_all_at_once_or_one_after_the_other() {
     let report = report(&format!("passes --devices 1,4 --repeats 5 --plot {}", picture.display()));
     let text = std::fs::read_to_string(&picture).expect("a picture");
     std::fs::remove_file(&picture).expect("it was there");
-    assert!(text.contains("one after the other, total") && text.contains("all at once, slowest wait"));
+    assert!(
+        text.contains("one after the other, total") && text.contains("all at once, slowest wait")
+    );
     let rows = report["passes"]["rows"].as_array().expect("passes");
-    let row =
-        |devices, mode| rows.iter().find(|row| row["devices"] == devices && row["mode"] == mode).expect("a row of each kind");
+    let row = |devices, mode| {
+        rows.iter()
+            .find(|row| row["devices"] == devices && row["mode"] == mode)
+            .expect("a row of each kind")
+    };
     for row in rows {
         assert_eq!((number(row, "stale_words"), number(row, "unfinished")), (0, 0), "{row}");
-        assert!(number(row, "slowest_ns") <= number(row, "sum_ns") && number(row, "slowest_ns") > 1_000_000, "{row}");
+        assert!(
+            number(row, "slowest_ns") <= number(row, "sum_ns")
+                && number(row, "slowest_ns") > 1_000_000,
+            "{row}"
+        );
     }
     let (one, all) = (row(4, "one-by-one"), row(4, "all-at-once"));
     assert!(number(one, "total_ns") >= number(one, "sum_ns"), "the sum of the waits: {one}");
     assert_eq!(number(one, "overlapping"), 0, "{one}");
-    assert!(number(all, "overlapping") > 0 && number(all, "total_ns") < number(all, "sum_ns"), "less than the sum: {all}");
+    assert!(
+        number(all, "overlapping") > 0 && number(all, "total_ns") < number(all, "sum_ns"),
+        "less than the sum: {all}"
+    );
     assert!(number(all, "total_ns") < number(one, "total_ns"), "{all}, {one}");
 }
 
@@ -136,7 +176,10 @@ fn the_validation_layer_has_nothing_to_say() {
 
 fn what_the_validation_layer_says_is_reported_beside_an_error() {
     let chatty = [("VK_LAYER_ENABLES", "VK_VALIDATION_FEATURE_ENABLE_BEST_PRACTICES_EXT")];
-    let output = run_with("passes --devices 1 --repeats 1 --work-ms 1 --validate --plot /does/not/exist.svg", &chatty);
+    let output = run_with(
+        "passes --devices 1 --repeats 1 --work-ms 1 --validate --plot /does/not/exist.svg",
+        &chatty,
+    );
     assert_eq!(output.status.code(), Some(2), "{}", error(&output));
     for says in ["the validation layer says: ", "the picture /does/not/exist.svg"] {
         assert!(error(&output).contains(says), "{}", error(&output));
@@ -149,8 +192,14 @@ fn planted_bugs_are_found() {
         ("uploads --pages --uploads 400 --fault unwatched", "OwnedMapping, idle: "),
         // Whether or not the device keeps pages.
         ("uploads --uploads 400 --fault skip-wait", "OwnedMapping, in flight: "),
-        ("uploads --uploads 400 --fault skip-wait --pages", "changes returned before the job was done"),
-        ("passes --devices 2 --repeats 1 --fault skip-wait", "2 times the memory had changed before a device's work was done"),
+        (
+            "uploads --uploads 400 --fault skip-wait --pages",
+            "changes returned before the job was done",
+        ),
+        (
+            "passes --devices 2 --repeats 1 --fault skip-wait",
+            "2 times the memory had changed before a device's work was done",
+        ),
     ] {
         let output = vulkan(fault);
         assert_eq!(output.status.code(), Some(1), "{fault}");
@@ -170,7 +219,10 @@ fn wrong_options_are_named_and_exit_with_2() {
         ("--devices 1,0", "--devices"),
         ("--device no-such-card", "there is none of this name, but: "),
         ("uploads --plot /tmp/none.svg", "no picture without passes"),
-        ("passes --devices 1 --repeats 1 --work-ms 1 --plot /does/not/exist.svg", "the picture /does/not/exist.svg"),
+        (
+            "passes --devices 1 --repeats 1 --work-ms 1 --plot /does/not/exist.svg",
+            "the picture /does/not/exist.svg",
+        ),
         ("elsewhere", "possible values: uploads, passes"),
     ] {
         let output = vulkan(options);
@@ -178,7 +230,8 @@ fn wrong_options_are_named_and_exit_with_2() {
         assert!(error(&output).contains(says), "{options}: {}", error(&output));
     }
     // The picture is all that such a run lacks.
-    let table = vulkan("passes --devices 1 --repeats 1 --work-ms 1 --plot /does/not/exist.svg").stdout;
+    let table =
+        vulkan("passes --devices 1 --repeats 1 --work-ms 1 --plot /does/not/exist.svg").stdout;
     assert!(String::from_utf8_lossy(&table).contains("words of changed memory"));
     let help = String::from_utf8_lossy(&vulkan("--help").stdout).into_owned();
     for option in ["--pages", "--fence-fd", "--validate", "--work", "--plot", "Exit codes"] {
@@ -220,14 +273,18 @@ fn lacking() -> Lacking {
     let driver = reason(&passes);
     let source = driver.clone().or_else(|| reason(&vulkan("uploads --uploads 1")));
     let looks = !error(&passes).contains("the validation layer is not installed");
-    let layer = source.clone().or_else(|| (!looks).then(|| "the validation layer is not installed".into()));
+    let layer =
+        source.clone().or_else(|| (!looks).then(|| "the validation layer is not installed".into()));
     Lacking { driver, source, layer }
 }
 
 fn main() {
     let arguments = Arguments::from_args();
-    let Lacking { driver, source, layer } =
-        if arguments.list { Lacking { driver: None, source: None, layer: None } } else { lacking() };
+    let Lacking { driver, source, layer } = if arguments.list {
+        Lacking { driver: None, source: None, layer: None }
+    } else {
+        lacking()
+    };
     macro_rules! named {
         ($($lacking:ident: $test:ident),* $(,)?) => {
             [$((stringify!($test), $test as fn(), &$lacking)),*]

@@ -9,7 +9,8 @@ use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use serde::Serialize;
 use shootdown::source::{Deliveries, Reader, Uffd};
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, RangeSet, Subscription, WouldBlock,
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture,
+    RangeSet, Subscription, WouldBlock,
 };
 use std::collections::BTreeSet;
 use std::error::Error;
@@ -46,7 +47,10 @@ struct Gpu {
 }
 
 impl IntervalNotifier for Gpu {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let mut page_table = self.page_table.lock_for(invalidation);
         let mut zapped = false;
         for range in invalidation.ranges() {
@@ -62,7 +66,9 @@ impl IntervalNotifier for Gpu {
         self.flushes.fetch_add(1, Ordering::Relaxed);
         let (done, fence) = oneshot::channel();
         self.commands.send(done).expect("the device runs as long as it has a driver");
-        Ok(Some(PassFuture::new(async move { fence.await.expect("the device answers every command") })))
+        Ok(Some(PassFuture::new(
+            async move { fence.await.expect("the device answers every command") },
+        )))
     }
 }
 
@@ -80,8 +86,14 @@ impl Memory {
     fn new() -> Result<Self, Failure> {
         let len = PAGES * 2 * PAGE;
         // SAFETY: a new mapping where the kernel chooses.
-        let at =
-            unsafe { mmap_anonymous(std::ptr::null_mut(), len as usize, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)? };
+        let at = unsafe {
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                len as usize,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )?
+        };
         // SAFETY: the new mapping, which nothing refers to.
         unsafe { at.cast::<u8>().write_bytes(1, len as usize) };
         let range = AddressRange::new(at.addr() as u64, len)?;
@@ -89,7 +101,8 @@ impl Memory {
         let (commands, received) = channel();
         std::thread::spawn(move || device(&received));
         let page_table = (0..PAGES).map(|page| range.start() + page * 2 * PAGE).collect();
-        let gpu = Gpu { page_table: DriverLock::new(page_table), commands, flushes: flushes.clone() };
+        let gpu =
+            Gpu { page_table: DriverLock::new(page_table), commands, flushes: flushes.clone() };
         let gpu = space.insert(range, gpu)?;
         Ok(Self { space, range, gpu, flushes })
     }
@@ -112,7 +125,10 @@ impl Memory {
         unmap_all()?;
         block_on(self.gpu.read_begin());
         let took = began.elapsed();
-        assert!(self.gpu.page_table.lock().is_empty(), "a page that was unmapped is in the page table");
+        assert!(
+            self.gpu.page_table.lock().is_empty(),
+            "a page that was unmapped is in the page table"
+        );
         Ok(Run { flushes: self.flushes.load(Ordering::Relaxed) - before, took })
     }
 }
@@ -121,7 +137,9 @@ impl Drop for Memory {
     fn drop(&mut self) {
         // The pages in between are left. What was unmapped may be somebody else's by now.
         for page in 0..PAGES {
-            let at = std::ptr::without_provenance_mut((self.range.start() + (page * 2 + 1) * PAGE) as usize);
+            let at = std::ptr::without_provenance_mut(
+                (self.range.start() + (page * 2 + 1) * PAGE) as usize,
+            );
             // SAFETY: a page of the mapping, which nothing refers to.
             let unmapped = unsafe { munmap(at, PAGE as usize) };
             unmapped.expect("a page that was mapped can be unmapped");
@@ -191,15 +209,27 @@ fn by_uffd(way: Way, unmapping: u64, memory: &Memory) -> Result<Run, Failure> {
     std::thread::scope(|scope| {
         let threads = match way {
             Way::InTurns => vec![scope.spawn(|| in_turns(reader, deliveries, &ready, &stop))],
-            _ => vec![scope.spawn(|| read(reader, &ready)), scope.spawn(|| deliver(way, deliveries, &ready, &stop))],
+            _ => vec![
+                scope.spawn(|| read(reader, &ready)),
+                scope.spawn(|| deliver(way, deliveries, &ready, &stop)),
+            ],
         };
         ready.wait();
         let run = memory.time(|| {
             std::thread::scope(|scope| {
-                let unmap = |first| move || (first..PAGES).step_by(unmapping as usize).try_for_each(|page| memory.unmap(page));
-                let threads: Vec<_> = (1..unmapping).map(|first| scope.spawn(unmap(first))).collect();
+                let unmap = |first| {
+                    move || {
+                        (first..PAGES)
+                            .step_by(unmapping as usize)
+                            .try_for_each(|page| memory.unmap(page))
+                    }
+                };
+                let threads: Vec<_> =
+                    (1..unmapping).map(|first| scope.spawn(unmap(first))).collect();
                 unmap(0)()?;
-                threads.into_iter().try_for_each(|thread| thread.join().map_err(|_| "a thread that unmaps has panicked")?)
+                threads.into_iter().try_for_each(|thread| {
+                    thread.join().map_err(|_| "a thread that unmaps has panicked")?
+                })
             })
         });
         // What is left of the watch is told of by whoever still runs.
@@ -216,7 +246,12 @@ fn by_uffd(way: Way, unmapping: u64, memory: &Memory) -> Result<Run, Failure> {
 /// A moment after which a loop looks whether it is to stop.
 const MOMENT: Timespec = Timespec { tv_sec: 0, tv_nsec: 1_000_000 };
 
-fn in_turns(mut reader: Reader, mut deliveries: Deliveries, ready: &Barrier, stop: &AtomicBool) -> Result<(), Failure> {
+fn in_turns(
+    mut reader: Reader,
+    mut deliveries: Deliveries,
+    ready: &Barrier,
+    stop: &AtomicBool,
+) -> Result<(), Failure> {
     ready.wait();
     while !stop.load(Ordering::Relaxed) {
         if poll(&mut [PollFd::new(&reader, PollFlags::IN)], Some(&MOMENT))? > 0 {
@@ -232,7 +267,12 @@ fn read(mut reader: Reader, ready: &Barrier) -> Result<(), Failure> {
     Ok(reader.run()?)
 }
 
-fn deliver(way: Way, mut deliveries: Deliveries, ready: &Barrier, stop: &AtomicBool) -> Result<(), Failure> {
+fn deliver(
+    way: Way,
+    mut deliveries: Deliveries,
+    ready: &Barrier,
+    stop: &AtomicBool,
+) -> Result<(), Failure> {
     ready.wait();
     if way == Way::Run {
         return Ok(deliveries.run()?);
@@ -282,13 +322,26 @@ pub fn measure() -> Batches {
     });
     let ways: Vec<Told> = ways.collect();
     let flushes = |of: (Way, u64)| {
-        let flushes =
-            ways.iter().zip(WAYS).find(|(_, (way, unmapping, _))| (*way, *unmapping) == of).map(|(told, _)| told.flushes);
+        let flushes = ways
+            .iter()
+            .zip(WAYS)
+            .find(|(_, (way, unmapping, _))| (*way, *unmapping) == of)
+            .map(|(told, _)| told.flushes);
         flushes.unwrap_or(f64::NAN)
     };
     let rows = vec![
-        Bound::new("flushes for 1,000 unmappings by one invalidate_all", "", 1.0, flushes((Way::AllByHand, 1))),
-        Bound::new("… of 16 threads that userfaultfd reports, Deliveries::run", "", 250.0, flushes((Way::Run, 16))),
+        Bound::new(
+            "flushes for 1,000 unmappings by one invalidate_all",
+            "",
+            1.0,
+            flushes((Way::AllByHand, 1)),
+        ),
+        Bound::new(
+            "… of 16 threads that userfaultfd reports, Deliveries::run",
+            "",
+            250.0,
+            flushes((Way::Run, 16)),
+        ),
     ];
     Batches { ways, rows }
 }

@@ -27,7 +27,11 @@ impl Device for Nic {
         Ok(range.start())
     }
 
-    async fn deregister(&self, _range: AddressRange, _handle: u64) -> Result<(), StillRegistered<u64, std::io::Error>> {
+    async fn deregister(
+        &self,
+        _range: AddressRange,
+        _handle: u64,
+    ) -> Result<(), StillRegistered<u64, std::io::Error>> {
         Ok(())
     }
 }
@@ -46,7 +50,9 @@ fn look_up(cache: &RegistrationCache<Nic>, times: u64, pages: &[AddressRange], f
 
 pub fn measure(harness: &mut Harness, rows: &mut Vec<Row>) {
     // These goals are times, not ratios to a calibration on another machine.
-    let mut add = |name: &str, goal_ns, measured_ns| rows.push(Row::new(name.into(), None, goal_ns, goal_ns, measured_ns));
+    let mut add = |name: &str, goal_ns, measured_ns| {
+        rows.push(Row::new(name.into(), None, goal_ns, goal_ns, measured_ns))
+    };
     let space = AddressSpace::new();
     let cache = RegistrationCache::new(&space, Nic);
     let mut next = random(3);
@@ -102,8 +108,18 @@ pub fn measure(harness: &mut Harness, rows: &mut Vec<Row>) {
     for (pages, more, wait) in [(1, 15_000.0, 60_000.0), (1000, 60_000.0, 120_000.0)] {
         match changes(pages, Change::Discard) {
             Ok(cost) => {
-                add(&format!("madvise(DONTNEED) of {pages} watched pages, over as many that are not"), more, cost.more);
-                add(&format!("a reader right after madvise(DONTNEED) of {pages} pages waits"), wait, cost.wait);
+                add(
+                    &format!(
+                        "madvise(DONTNEED) of {pages} watched pages, over as many that are not"
+                    ),
+                    more,
+                    cost.more,
+                );
+                add(
+                    &format!("a reader right after madvise(DONTNEED) of {pages} pages waits"),
+                    wait,
+                    cost.wait,
+                );
             }
             Err(error) => println!("left out: madvise of {pages} watched pages, because {error}"),
         }
@@ -127,7 +143,11 @@ impl Device for Stuck {
         if range.start() < HIGH * PAGE { std::future::pending().await } else { Ok(range.start()) }
     }
 
-    async fn deregister(&self, _range: AddressRange, _handle: u64) -> Result<(), StillRegistered<u64, std::io::Error>> {
+    async fn deregister(
+        &self,
+        _range: AddressRange,
+        _handle: u64,
+    ) -> Result<(), StillRegistered<u64, std::io::Error>> {
         Ok(())
     }
 }
@@ -165,7 +185,8 @@ pub fn curves(harness: &mut Harness) -> Vec<Curve> {
         let cache = RegistrationCache::new(&space, Stuck);
         let mut gets: Vec<_> = (0..others).map(|at| Box::pin(cache.get(page(at)))).collect();
         gets.iter_mut().for_each(|get| assert!(get.as_mut().now_or_never().is_none()));
-        let ns = harness.median(&format!("{REGISTERING} {others}"), |times| come_and_go(&space, &cache, times));
+        let ns = harness
+            .median(&format!("{REGISTERING} {others}"), |times| come_and_go(&space, &cache, times));
         (others as f64, ns)
     });
     let leaving = OTHERS.map(|others| {
@@ -175,7 +196,8 @@ pub fn curves(harness: &mut Harness) -> Vec<Curve> {
         let all = AddressRange::new(0, HIGH * PAGE).unwrap();
         let mut unmap = Box::pin(space.invalidate(all, Event::Unmap));
         assert!(unmap.as_mut().now_or_never().is_none());
-        let ns = harness.median(&format!("{LEAVING} {others}"), |times| come_and_go(&space, &cache, times));
+        let ns = harness
+            .median(&format!("{LEAVING} {others}"), |times| come_and_go(&space, &cache, times));
         drop(held);
         (others as f64, ns)
     });
@@ -220,17 +242,29 @@ struct Cost {
 fn changes(pages: usize, change: Change) -> Result<Cost, Box<dyn std::error::Error>> {
     let space = AddressSpace::new();
     let (uffd, mut reader, mut deliveries) = Uffd::open(&space)?;
-    let threads = [std::thread::spawn(move || reader.run()), std::thread::spawn(move || deliveries.run())];
+    let threads =
+        [std::thread::spawn(move || reader.run()), std::thread::spawn(move || deliveries.run())];
     let len = pages * PAGE as usize;
-    let time = |watch: bool, times: &mut Vec<f64>, waits: &mut Vec<f64>| -> Result<(), Box<dyn std::error::Error>> {
+    let time = |watch: bool,
+                times: &mut Vec<f64>,
+                waits: &mut Vec<f64>|
+     -> Result<(), Box<dyn std::error::Error>> {
         for _ in 0..200 / pages.isqrt() {
             // SAFETY: a new mapping where the kernel chooses.
-            let at = unsafe { mmap_anonymous(std::ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)? };
+            let at = unsafe {
+                mmap_anonymous(
+                    std::ptr::null_mut(),
+                    len,
+                    ProtFlags::READ | ProtFlags::WRITE,
+                    MapFlags::PRIVATE,
+                )?
+            };
             // SAFETY: the new mapping, which nothing refers to.
             unsafe { at.cast::<u8>().write_bytes(1, len) };
             let range = AddressRange::new(at.addr() as u64, len as u64)?;
             let watched = watch.then(|| uffd.watch(range)).transpose()?;
-            let device = space.insert(range, crate::devices::Device::new(crate::devices::Kind::Single))?;
+            let device =
+                space.insert(range, crate::devices::Device::new(crate::devices::Kind::Single))?;
             let began = Instant::now();
             // SAFETY: nothing refers to the memory.
             unsafe {

@@ -37,7 +37,9 @@ fn burst(harness: &mut Harness) -> Curve {
         let space = AddressSpace::new();
         drop(workload::guards(&space, burst));
         let _one = now(space.invalidate(pages(9, 1), Event::Unmap));
-        let ns = harness.median(&format!("{BURST} {burst}"), |times| workload::insert_and_remove(&space, times));
+        let ns = harness.median(&format!("{BURST} {burst}"), |times| {
+            workload::insert_and_remove(&space, times)
+        });
         (burst as f64, ns)
     });
     Curve { name: BURST, x: "were active at once", y: "ns", points: points.collect() }
@@ -67,7 +69,9 @@ fn by_size(name: &'static str, cost: impl Fn(usize) -> Cost) -> Curve {
 
 /// What the curves promise, as rows.
 pub fn rows(curves: &[Curve]) -> Vec<Bound> {
-    let of = |name: &str| curves.iter().find(|curve| curve.name == name).map_or(&[][..], |curve| &curve.points);
+    let of = |name: &str| {
+        curves.iter().find(|curve| curve.name == name).map_or(&[][..], |curve| &curve.points)
+    };
     let mut rows = Vec::new();
     for (name, curve, bound) in [
         ("insert + remove after 100,000 were active, over a fresh space", BURST, 2.0),

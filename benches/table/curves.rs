@@ -23,7 +23,8 @@ const ACTIVE: &str = "start + end of an invalidation, beside others that are act
 const READERS: &str = "end of an invalidation that one reader waits for, beside readers of others";
 const TOGETHER: &str = "two threads: 1 invalidating alone, 2 beside a reader; 3 reading alone, 4 beside an invalidating one";
 const DISJOINT: &str = "disjoint invalidations: threads and what one takes";
-const LIVENESS: &str = "remove + read_begin of an untouched notifier beside 64 tasks that invalidate";
+const LIVENESS: &str =
+    "remove + read_begin of an untouched notifier beside 64 tasks that invalidate";
 
 pub fn measure(harness: &mut Harness) -> Vec<Curve> {
     let by_population = |harness: &mut Harness, name, hit: bool| Curve {
@@ -34,11 +35,13 @@ pub fn measure(harness: &mut Harness) -> Vec<Curve> {
             .into_iter()
             .map(|n| {
                 let (population, mut next) = (Population::new(n), random(n));
-                let mut draw = || if hit { population.page(next() % n) } else { population.gap(next() % n) };
+                let mut draw =
+                    || if hit { population.page(next() % n) } else { population.gap(next() % n) };
                 let addresses: Vec<u64> = (0..crate::DRAWN).map(|_| draw()).collect();
                 let mut at = 0;
-                let ns = harness
-                    .median(&format!("{name} {n}"), |times| crate::invalidate(&population.space, times, &addresses, &mut at));
+                let ns = harness.median(&format!("{name} {n}"), |times| {
+                    crate::invalidate(&population.space, times, &addresses, &mut at)
+                });
                 (n as f64, ns)
             })
             .collect(),
@@ -57,9 +60,14 @@ pub fn measure(harness: &mut Harness) -> Vec<Curve> {
 fn active(harness: &mut Harness) -> Curve {
     let points = [0u64, 1, 10, 100, 1000, 10_000].into_iter().map(|others| {
         let population = Population::new(others + 1);
-        let guards: Vec<_> =
-            (1..=others).map(|at| block_on(population.space.invalidate(page(population.page(at)), Event::Clear))).collect();
-        let ns = harness.median(&format!("{ACTIVE} {others}"), |times| crate::invalidate(&population.space, times, &[0], &mut 0));
+        let guards: Vec<_> = (1..=others)
+            .map(|at| {
+                block_on(population.space.invalidate(page(population.page(at)), Event::Clear))
+            })
+            .collect();
+        let ns = harness.median(&format!("{ACTIVE} {others}"), |times| {
+            crate::invalidate(&population.space, times, &[0], &mut 0)
+        });
         drop(guards);
         (others as f64, ns)
     });
@@ -70,14 +78,20 @@ fn readers(harness: &mut Harness) -> Curve {
     let points = [0u64, 1, 10, 100, 1000, 10_000].into_iter().map(|others| {
         let population = Population::new(others + 1);
         let space = &population.space;
-        let guards: Vec<_> = (1..=others).map(|at| block_on(space.invalidate(page(population.page(at)), Event::Clear))).collect();
+        let guards: Vec<_> = (1..=others)
+            .map(|at| block_on(space.invalidate(page(population.page(at)), Event::Clear)))
+            .collect();
         let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
         // The first device in memory is not the first in the space: look the waiting ones up by whether they wait.
         let mut waiting = Vec::new();
         let mut free = None;
         for at in 0..=others as usize {
             let mut reader = Box::pin(population.device(at).read_begin());
-            if reader.poll_unpin(&mut cx).is_pending() { waiting.push(reader) } else { free = Some(population.device(at)) }
+            if reader.poll_unpin(&mut cx).is_pending() {
+                waiting.push(reader)
+            } else {
+                free = Some(population.device(at))
+            }
         }
         let device = free.expect("one device is not under invalidation");
         let ns = harness.median(&format!("{READERS} {others}"), |times| {
@@ -98,7 +112,10 @@ fn readers(harness: &mut Harness) -> Curve {
 const WINDOW: Duration = Duration::from_millis(300);
 
 /// Operations that `work` does until it is stopped, while `beside` runs on another thread.
-fn rate(work: impl Fn(&AtomicBool) -> u64, beside: Option<&(dyn Fn(&AtomicBool) -> u64 + Sync)>) -> f64 {
+fn rate(
+    work: impl Fn(&AtomicBool) -> u64,
+    beside: Option<&(dyn Fn(&AtomicBool) -> u64 + Sync)>,
+) -> f64 {
     let mut rates: Vec<f64> = (0..5)
         .map(|_| {
             let stop = AtomicBool::new(false);
@@ -180,7 +197,10 @@ fn disjoint() -> Curve {
 struct Slow;
 
 impl IntervalNotifier for Slow {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         Ok(Some(PassFuture::new(tokio::time::sleep(Duration::from_millis(1)))))
     }
@@ -188,7 +208,11 @@ impl IntervalNotifier for Slow {
 
 /// L2 and L3 under load: with 64 tasks that invalidate back to back the space is never idle.
 fn liveness() -> Curve {
-    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_time().build().expect("tokio starts");
+    let tokio = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(1)
+        .enable_time()
+        .build()
+        .expect("tokio starts");
     let space = AddressSpace::new();
     let invalidations = std::sync::Arc::new(AtomicU64::new(0));
     for task in 0..64 {
@@ -207,7 +231,9 @@ fn liveness() -> Curve {
     }
     let mut took: Vec<f64> = (0..2000)
         .map(|_| {
-            let untouched = space.insert(page(0), Device::new(Kind::Single)).expect("the space is not released");
+            let untouched = space
+                .insert(page(0), Device::new(Kind::Single))
+                .expect("the space is not released");
             let began = Instant::now();
             block_on(untouched.read_begin());
             black_box(block_on(untouched.remove()));
@@ -222,20 +248,29 @@ fn liveness() -> Curve {
 
 /// What the curves promise, as rows.
 pub fn bounds(curves: &[Curve]) -> Vec<Row> {
-    let of = |name: &str| curves.iter().find(|curve| curve.name == name).map_or(&[][..], |curve| &curve.points);
+    let of = |name: &str| {
+        curves.iter().find(|curve| curve.name == name).map_or(&[][..], |curve| &curve.points)
+    };
     let mut rows = Vec::new();
     let mut row = |name: &str, bound: f64, measured: f64| {
         rows.push(Row::new(name.into(), None, bound, bound, measured));
     };
     // Not linear: ten thousand times the others, at most four times the cost (their records no longer fit the nearest cache).
-    for (name, curve) in [("start + end beside 10,000 active ones", ACTIVE), ("end beside 10,000 waiting readers", READERS)] {
+    for (name, curve) in [
+        ("start + end beside 10,000 active ones", ACTIVE),
+        ("end beside 10,000 waiting readers", READERS),
+    ] {
         if let [first, .., last] = of(curve) {
             row(name, first.1 * 4.0, last.1);
         }
     }
     if let [alone, beside, reading, beside_reading] = of(TOGETHER) {
         row("invalidating beside a reading thread (a third of its rate)", alone.1 * 3.0, beside.1);
-        row("reading beside an invalidating thread (a third of its rate)", reading.1 * 3.0, beside_reading.1);
+        row(
+            "reading beside an invalidating thread (a third of its rate)",
+            reading.1 * 3.0,
+            beside_reading.1,
+        );
     }
     if let [median, ..] = of(LIVENESS) {
         row("remove + read_begin while 64 tasks invalidate, median", 100_000.0, median.1);

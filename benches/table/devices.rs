@@ -1,6 +1,9 @@
 //! Drivers and populations of notifiers for the benchmarks.
 
-use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, Subscription,
+    WouldBlock,
+};
 use std::pin::Pin;
 use std::sync::Mutex;
 use std::task::{Context, Poll};
@@ -29,7 +32,10 @@ impl Device {
 
 impl IntervalNotifier for Device {
     #[inline]
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         {
             let mut calls = self.calls.lock().unwrap();
             invalidation.set_seq();
@@ -87,7 +93,8 @@ impl Population {
         for at in (1..order.len()).rev() {
             order.swap(at, (next() % (at as u64 + 1)) as usize);
         }
-        let insert = |at: u64| space.insert(page(at * 2 * PAGE), Device::new(Kind::Single)).unwrap();
+        let insert =
+            |at: u64| space.insert(page(at * 2 * PAGE), Device::new(Kind::Single)).unwrap();
         let devices = order.into_iter().map(insert).collect();
         Self { space, devices }
     }

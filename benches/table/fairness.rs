@@ -77,8 +77,16 @@ pub fn measure() -> Fairness {
     fairness.beside();
     fairness.waiting();
     for (by, name, bound) in [
-        (Abandoned::BySameTask, "a reader behind a future that its own task does not poll, ms", 1.0),
-        (Abandoned::ByAnotherTask, "a reader behind a future that another task does not poll, ms", PATIENCE_MS + 5.0),
+        (
+            Abandoned::BySameTask,
+            "a reader behind a future that its own task does not poll, ms",
+            1.0,
+        ),
+        (
+            Abandoned::ByAnotherTask,
+            "a reader behind a future that another task does not poll, ms",
+            PATIENCE_MS + 5.0,
+        ),
     ] {
         let took = middle((0..ABANDONED).map(|_| abandoned(by).as_secs_f64() * 1e3).collect());
         fairness.rows.push(Bound::new(name, "ms", bound, took));
@@ -114,16 +122,36 @@ impl Fairness {
             let mut all = Run::default();
             runs.into_iter().for_each(|run| all.add(run));
             let (invalidations, lapses) = (all.invalidations(), all.lapses);
-            self.beside.push(Beside { readers: name.into(), invalidations, lapses, median_us, p90_us });
+            self.beside.push(Beside {
+                readers: name.into(),
+                invalidations,
+                lapses,
+                median_us,
+                p90_us,
+            });
             if name != "none" {
                 let of_1000 = lapses as f64 * 1000.0 / invalidations as f64;
-                self.rows.push(Bound::new(format!("lapses in 1,000 beside {name}"), "", 1.0, of_1000));
+                self.rows.push(Bound::new(
+                    format!("lapses in 1,000 beside {name}"),
+                    "",
+                    1.0,
+                    of_1000,
+                ));
             }
         }
         if let [alone, _, beside, ..] = &self.beside[..] {
-            let median =
-                Bound::new("median beside 8 readers on threads, over without", "×", 1.15, beside.median_us / alone.median_us);
-            let p90 = Bound::new("p90 beside 8 readers on threads, over without", "×", 1.5, beside.p90_us / alone.p90_us);
+            let median = Bound::new(
+                "median beside 8 readers on threads, over without",
+                "×",
+                1.15,
+                beside.median_us / alone.median_us,
+            );
+            let p90 = Bound::new(
+                "p90 beside 8 readers on threads, over without",
+                "×",
+                1.5,
+                beside.p90_us / alone.p90_us,
+            );
             self.rows.extend([median, p90]);
         }
     }
@@ -142,11 +170,19 @@ impl Fairness {
         }
         let each = (INVALIDATIONS / RUNS) as f64;
         for (runs, (_, name)) in runs.into_iter().zip(WAITERS) {
-            let polls: Vec<f64> = runs.iter().flat_map(|run| &run.polls).map(|polls| *polls as f64).collect();
+            let polls: Vec<f64> =
+                runs.iter().flat_map(|run| &run.polls).map(|polls| *polls as f64).collect();
             self.waiting.push(Waiting {
                 waiters: name.into(),
-                processor_us: middle(runs.iter().filter_map(|run| run.processor).map(|time| micros(time) / each).collect()),
-                of_waiters_us: middle(runs.iter().map(|run| micros(run.of_waiters) / each).collect()),
+                processor_us: middle(
+                    runs.iter()
+                        .filter_map(|run| run.processor)
+                        .map(|time| micros(time) / each)
+                        .collect(),
+                ),
+                of_waiters_us: middle(
+                    runs.iter().map(|run| micros(run.of_waiters) / each).collect(),
+                ),
                 waits: middle(runs.iter().map(|run| run.waits as f64 / each).collect()),
                 polls: Some(quantile(polls.clone(), 0.5)).filter(|polls| !polls.is_nan()),
                 polls_p99: Some(quantile(polls, 0.99)).filter(|polls| !polls.is_nan()),
@@ -156,7 +192,12 @@ impl Fairness {
         if let [none, threads, tasks, ..] = &self.waiting[..] {
             for waiting in [threads, tasks] {
                 let name = format!("processor time beside {}, over without", waiting.waiters);
-                self.rows.push(Bound::new(name, "×", 2.0, waiting.processor_us / none.processor_us));
+                self.rows.push(Bound::new(
+                    name,
+                    "×",
+                    2.0,
+                    waiting.processor_us / none.processor_us,
+                ));
             }
         }
     }
@@ -171,11 +212,22 @@ impl Fairness {
         }
         println!(
             "\n{:<58} {:>9} {:>9} {:>9} {:>9} {:>9} {:>9}",
-            "each invalidation, and who waits for it", "cpu µs", "theirs", "waits", "polls", "p99 polls", "lapses"
+            "each invalidation, and who waits for it",
+            "cpu µs",
+            "theirs",
+            "waits",
+            "polls",
+            "p99 polls",
+            "lapses"
         );
-        for Waiting { waiters, processor_us, of_waiters_us, waits, polls, polls_p99, lapses } in &self.waiting {
-            let [polls, p99] = [polls, polls_p99].map(|polls| polls.map_or_else(|| "-".into(), |polls| format!("{polls:.0}")));
-            println!("{waiters:<58} {processor_us:>9.1} {of_waiters_us:>9.1} {waits:>9.2} {polls:>9} {p99:>9} {lapses:>9}");
+        for Waiting { waiters, processor_us, of_waiters_us, waits, polls, polls_p99, lapses } in
+            &self.waiting
+        {
+            let [polls, p99] = [polls, polls_p99]
+                .map(|polls| polls.map_or_else(|| "-".into(), |polls| format!("{polls:.0}")));
+            println!(
+                "{waiters:<58} {processor_us:>9.1} {of_waiters_us:>9.1} {waits:>9.2} {polls:>9} {p99:>9} {lapses:>9}"
+            );
         }
         bounds::print("fairness", &self.rows);
     }

@@ -96,7 +96,8 @@ impl Harness {
             .warm_up_time(Duration::from_millis(60))
             .measurement_time(Duration::from_millis(220))
             .nresamples(1001);
-        let machine = Machine { mutex: Mutex::new(0), words: [AtomicU64::new(1), AtomicU64::new(2)] };
+        let machine =
+            Machine { mutex: Mutex::new(0), words: [AtomicU64::new(1), AtomicU64::new(2)] };
         Self { criterion, machine, slices: BTreeMap::new(), measured: 0 }
     }
 
@@ -121,8 +122,15 @@ impl Harness {
                     work(operations);
                     let slice = began.elapsed();
                     let after = machine.look();
-                    let (lock, ns) = ((before.lock + after.lock) / 2.0, slice.as_nanos() as f64 / operations as f64);
-                    slices.push(Slice { locks: ns / lock, lock, crowd: before.loads.max(after.loads) });
+                    let (lock, ns) = (
+                        (before.lock + after.lock) / 2.0,
+                        slice.as_nanos() as f64 / operations as f64,
+                    );
+                    slices.push(Slice {
+                        locks: ns / lock,
+                        lock,
+                        crowd: before.loads.max(after.loads),
+                    });
                     (before, took, left) = (after, took + slice, left - operations);
                     in_a_slice = (SLICE.as_nanos() as f64 / ns).max(1.0) as u64;
                 }

@@ -68,12 +68,17 @@ impl Options {
 
     /// Says which file cannot be written.
     pub fn check_files(&self) -> Result<(), String> {
-        let has_curves = [Section::Cache, Section::Curves, Section::Costs].into_iter().any(|section| self.wants(section));
+        let has_curves = [Section::Cache, Section::Curves, Section::Costs]
+            .into_iter()
+            .any(|section| self.wants(section));
         let picture = has_curves.then(|| self.picture());
         if let (None, Some(_)) = (&picture, &self.plot) {
             return Err("--plot has nothing to draw: the sections have no curves".into());
         }
-        self.json.iter().chain(&picture).try_for_each(|file| check(file).map_err(|error| cannot_be_written(file, &error)))
+        self.json
+            .iter()
+            .chain(&picture)
+            .try_for_each(|file| check(file).map_err(|error| cannot_be_written(file, &error)))
     }
 }
 
@@ -85,7 +90,9 @@ pub fn cannot_be_written(file: &Path, error: &impl Display) -> String {
 fn check(file: &Path) -> std::io::Result<()> {
     match OpenOptions::new().write(true).create_new(true).open(file) {
         Ok(_) => std::fs::remove_file(file),
-        Err(error) if error.kind() == ErrorKind::AlreadyExists => OpenOptions::new().write(true).open(file).map(drop),
+        Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+            OpenOptions::new().write(true).open(file).map(drop)
+        }
         Err(error) => Err(error),
     }
 }

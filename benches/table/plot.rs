@@ -47,7 +47,9 @@ pub fn write(path: &Path, curves: &[Curve]) -> Result<(), Box<dyn Error>> {
         chart.draw_series(LineSeries::new(points.iter().copied(), BLUE.stroke_width(2)))?;
         chart.draw_series(points.iter().map(|point| Circle::new(*point, 3, BLUE.filled())))?;
         let zeros = points.into_iter().filter(|point| point.0 < 1.0);
-        chart.draw_series(zeros.map(|point| EmptyElement::at(point) + Text::new("none", (6, 4), ("sans-serif", 11))))?;
+        chart.draw_series(zeros.map(|point| {
+            EmptyElement::at(point) + Text::new("none", (6, 4), ("sans-serif", 11))
+        }))?;
     }
     root.present()?;
     Ok(())

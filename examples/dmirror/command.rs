@@ -22,9 +22,15 @@ impl fmt::Display for CommandError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Fault(fault) => fault.fmt(f),
-            Self::Page(page) => write!(f, "the page at {:#x} is not where the command needs it", page * PAGE),
+            Self::Page(page) => {
+                write!(f, "the page at {:#x} is not where the command needs it", page * PAGE)
+            }
             Self::Busy { retries } => {
-                write!(f, "the memory changed during each of {} tries: raise the retry budget", retries + 1)
+                write!(
+                    f,
+                    "the memory changed during each of {} tries: raise the retry budget",
+                    retries + 1
+                )
             }
             Self::Closed => f.write_str("the mirror was closed"),
         }

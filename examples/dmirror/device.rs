@@ -8,7 +8,8 @@ use crate::memory::{Fault, PageState, Process, Seen, addresses, pages};
 use futures::future::{OptionFuture, ready};
 use futures::lock::Mutex as AsyncMutex;
 use shootdown::{
-    AddressRange, DriverLock, Event, IntervalNotifier, Invalidation, Owner, PassFuture, RetryBudget, Subscription, WouldBlock,
+    AddressRange, DriverLock, Event, IntervalNotifier, Invalidation, Owner, PassFuture,
+    RetryBudget, Subscription, WouldBlock,
 };
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -70,7 +71,10 @@ impl Table {
 }
 
 impl IntervalNotifier for Shadow {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         if invalidation.owner() == Some(self.owner) {
             return Ok(None); // our own migration: it has stopped the device itself
         }
@@ -84,8 +88,14 @@ impl IntervalNotifier for Shadow {
 impl Mirror {
     pub fn open(process: &Process, device: Device) -> Result<Self, CommandError> {
         let table = DriverLock::new(Table { mappings: BTreeMap::new(), engine: Engine::new() });
-        let shadow = Shadow { owner: device.owner, table, events: Mutex::default(), retries: AtomicU64::new(0) };
-        let subscription = process.space().insert(AddressRange::ALL, shadow).map_err(|_| CommandError::Closed)?;
+        let shadow = Shadow {
+            owner: device.owner,
+            table,
+            events: Mutex::default(),
+            retries: AtomicU64::new(0),
+        };
+        let subscription =
+            process.space().insert(AddressRange::ALL, shadow).map_err(|_| CommandError::Closed)?;
         let (budget, commands) = (RetryBudget::default(), AsyncMutex::new(()));
         Ok(Self { process: process.clone(), device, subscription, budget, commands })
     }
@@ -104,14 +114,17 @@ impl Mirror {
     /// READ.
     pub async fn read(&self, range: AddressRange) -> Result<Outcome, CommandError> {
         let mut words = Vec::new();
-        let (pages, faults) = self.through(range, false, |frame, word, _| words.push(frame.load(word))).await?;
+        let (pages, faults) =
+            self.through(range, false, |frame, word, _| words.push(frame.load(word))).await?;
         Ok(Outcome { words, pages, faults })
     }
 
     /// WRITE, as many pages as `words` fill.
     pub async fn write(&self, start: u64, words: &[u64]) -> Result<Outcome, CommandError> {
-        let range = AddressRange::new(start, words.len() as u64 * 8).map_err(|_| CommandError::Page(start / PAGE))?;
-        let (pages, faults) = self.through(range, true, |frame, word, at| frame.store(word, words[at])).await?;
+        let range = AddressRange::new(start, words.len() as u64 * 8)
+            .map_err(|_| CommandError::Page(start / PAGE))?;
+        let (pages, faults) =
+            self.through(range, true, |frame, word, at| frame.store(word, words[at])).await?;
         Ok(Outcome { words: Vec::new(), pages, faults })
     }
 
@@ -148,7 +161,8 @@ impl Mirror {
         for page in pages.clone() {
             let begun = {
                 let table = self.subscription.table.lock();
-                let mapping = table.mappings.get(&page).filter(|mapping| mapping.writable || !write);
+                let mapping =
+                    table.mappings.get(&page).filter(|mapping| mapping.writable || !write);
                 mapping.map(|mapping| (mapping.frame.clone(), table.engine.begin()))
             };
             let Some((frame, _access)) = begun else { return page };
@@ -176,7 +190,8 @@ impl Mirror {
             let install = |table: &mut Table, seen: Vec<Seen>| {
                 chunk.clone().zip(seen).for_each(|(page, seen)| table.map(page, seen, false))
             };
-            let mirrored = shadow.table.mirror(&self.subscription, self.budget, look, install).await;
+            let mirrored =
+                shadow.table.mirror(&self.subscription, self.budget, look, install).await;
             shadow.retries.fetch_add(looks.saturating_sub(1), Ordering::Relaxed);
             mirrored?;
         }
@@ -197,7 +212,10 @@ impl Mirror {
     pub async fn migrate_to_device(&self, range: AddressRange) -> Result<Outcome, CommandError> {
         {
             let _one = self.commands.lock().await;
-            let migration = self.process.begin(pages(range), Event::Migrate { owner: Some(self.device.owner) }).await?;
+            let migration = self
+                .process
+                .begin(pages(range), Event::Migrate { owner: Some(self.device.owner) })
+                .await?;
             self.stop(pages(range)).await;
             let moved = migration.to_device(self.device.coherent);
             let mut table = self.subscription.table.lock();
@@ -209,7 +227,10 @@ impl Mirror {
     /// MIGRATE_TO_SYS: moves what is in the device's memory back.
     pub async fn migrate_to_system(&self, range: AddressRange) -> Result<Outcome, CommandError> {
         let _one = self.commands.lock().await;
-        let migration = self.process.begin(pages(range), Event::Migrate { owner: Some(self.device.owner) }).await?;
+        let migration = self
+            .process
+            .begin(pages(range), Event::Migrate { owner: Some(self.device.owner) })
+            .await?;
         self.stop(pages(range)).await;
         Ok(Outcome { pages: migration.to_system() as u64, ..Outcome::default() })
     }
@@ -228,9 +249,14 @@ impl Mirror {
         {
             let _one = self.commands.lock().await;
             self.process.range_fault(pages(range), true, self.device.owner).await?;
-            let change = self.process.begin(pages(range), Event::Exclusive { owner: Some(self.device.owner) }).await?;
+            let change = self
+                .process
+                .begin(pages(range), Event::Exclusive { owner: Some(self.device.owner) })
+                .await?;
             let given = change.exclusive();
-            if let Some(page) = pages(range).find(|page| !given.iter().any(|(given, _)| given == page)) {
+            if let Some(page) =
+                pages(range).find(|page| !given.iter().any(|(given, _)| given == page))
+            {
                 return Err(CommandError::Page(page)); // somebody was quicker, or it cannot be given
             }
             let mut table = self.subscription.table.lock();
@@ -242,19 +268,32 @@ impl Mirror {
     /// CHECK_EXCLUSIVE: an error if the device still has one of these pages exclusively.
     pub fn check_not_exclusive(&self, range: AddressRange) -> Result<(), CommandError> {
         let table = self.subscription.table.lock();
-        let found = table.mappings.range(pages(range)).find(|(_, mapping)| mapping.exclusive).map(|(page, _)| *page);
+        let found = table
+            .mappings
+            .range(pages(range))
+            .find(|(_, mapping)| mapping.exclusive)
+            .map(|(page, _)| *page);
         found.map_or(Ok(()), |page| Err(CommandError::Page(page)))
     }
 
     /// SNAPSHOT: what the device would see, without faulting anything in.
     pub async fn snapshot(&self, range: AddressRange) -> Result<Vec<PageState>, CommandError> {
-        let look = |_| ready(Ok::<_, Fault>(self.process.snapshot(pages(range), self.device.owner)));
-        Ok(self.subscription.table.mirror(&self.subscription, self.budget, look, |_, states| states).await?)
+        let look =
+            |_| ready(Ok::<_, Fault>(self.process.snapshot(pages(range), self.device.owner)));
+        Ok(self
+            .subscription
+            .table
+            .mirror(&self.subscription, self.budget, look, |_, states| states)
+            .await?)
     }
 
     async fn read_mapped(&self, range: AddressRange) -> Result<Outcome, CommandError> {
         let (mut words, pages) = (Vec::new(), pages(range));
-        let next = self.transfer(pages.start, pages.clone(), false, &mut |frame, word, _| words.push(frame.load(word))).await;
+        let next = self
+            .transfer(pages.start, pages.clone(), false, &mut |frame, word, _| {
+                words.push(frame.load(word))
+            })
+            .await;
         if next < pages.end {
             return Err(CommandError::Page(next));
         }

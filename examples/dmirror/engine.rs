@@ -26,7 +26,8 @@ impl Engine {
     pub fn drained(&mut self) -> Option<Shared<BoxFuture<'static, ()>>> {
         if Arc::strong_count(&self.epoch) > 1 {
             let next = Self::new();
-            let (earlier, Self { ended, .. }) = (self.earlier.clone(), std::mem::replace(self, next));
+            let (earlier, Self { ended, .. }) =
+                (self.earlier.clone(), std::mem::replace(self, next));
             // `ended` is an error when the last access has dropped its end of the channel: that is the message.
             self.earlier = async move { futures::join!(earlier, ended).0 }.boxed().shared();
         }
@@ -39,7 +40,11 @@ pub async fn pause() {
     let mut first = true;
     futures::future::poll_fn(|cx| {
         cx.waker().wake_by_ref();
-        if std::mem::take(&mut first) { std::task::Poll::Pending } else { std::task::Poll::Ready(()) }
+        if std::mem::take(&mut first) {
+            std::task::Poll::Pending
+        } else {
+            std::task::Poll::Ready(())
+        }
     })
     .await;
 }

@@ -26,7 +26,10 @@ use vma::{BIG, Backing, Protection};
 /// A device mirrors the memory of a simulated process: a tour of its commands, then random changes of the memory, each of them checked through the
 /// device.
 #[derive(Parser)]
-#[command(name = "dmirror", after_long_help = "The tests of the driver are the kernel's own: cargo test --test hmm")]
+#[command(
+    name = "dmirror",
+    after_long_help = "The tests of the driver are the kernel's own: cargo test --test hmm"
+)]
 struct Options {
     /// Random steps after the tour
     #[arg(long, value_name = "N", default_value_t = 2000)]
@@ -126,8 +129,14 @@ async fn tour() -> Result<(), CommandError> {
     say("MIGRATE_TO_DEV", &mirror.migrate_to_device(range).await?);
     process.read(range.start(), (PAGES * WORDS as u64 / 2) as usize).await?;
     let states = mirror.snapshot(range).await?;
-    let local = states.iter().filter(|state| matches!(state, PageState::Present { residence: Residence::Local, .. })).count();
-    println!("{:<44} {local} of {PAGES} pages are the device's", "SNAPSHOT, the processor has read half of it");
+    let local = states
+        .iter()
+        .filter(|state| matches!(state, PageState::Present { residence: Residence::Local, .. }))
+        .count();
+    println!(
+        "{:<44} {local} of {PAGES} pages are the device's",
+        "SNAPSHOT, the processor has read half of it"
+    );
     say("MIGRATE_TO_SYS", &mirror.migrate_to_system(range).await?);
     say("EXCLUSIVE", &mirror.exclusive(range).await?);
     process.write(range.start(), &[7]).await?;
@@ -144,10 +153,14 @@ async fn tour() -> Result<(), CommandError> {
     say("READ after mremap", &mirror.read(moved).await?);
     let block = process.map(BIG, Protection::WRITE, Backing::Private);
     process.advise_big(block);
-    say("WRITE of memory with big entries", &mirror.write(block.start(), &vec![1; BIG as usize * WORDS]).await?);
+    say(
+        "WRITE of memory with big entries",
+        &mirror.write(block.start(), &vec![1; BIG as usize * WORDS]).await?,
+    );
     process.unmap(AddressRange::new(block.start(), PAGE).expect("a page")).await;
     let states = mirror.snapshot(block).await?;
-    let big = states.iter().filter(|state| matches!(state, PageState::Present { big: true, .. })).count();
+    let big =
+        states.iter().filter(|state| matches!(state, PageState::Present { big: true, .. })).count();
     println!("{:<44} {big} pages are in a big entry", "SNAPSHOT after munmap of one page of it");
     let file = Arc::new(File::default());
     file.write(&[1, 2, 3]);
@@ -171,19 +184,25 @@ async fn random(options: &Options) -> Result<Report, CommandError> {
     let (process, mut random) = (Process::new(), StdRng::seed_from_u64(options.seed));
     let mirror = open(&process, false)?;
     let range = process.map(PAGES, Protection::WRITE, Backing::Private);
-    let shared = process.map(PAGES, Protection::WRITE, Backing::Shared(Arc::new(File::default()), 0));
+    let shared =
+        process.map(PAGES, Protection::WRITE, Backing::Shared(Arc::new(File::default()), 0));
     let (stop, junk) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
     let readers: Vec<_> = (0..options.readers)
         .map(|number| {
             // Half of them coherent.
-            let reader = open(&process, number % 2 == 0)?.with_budget(RetryBudget::retries(100_000));
+            let reader =
+                open(&process, number % 2 == 0)?.with_budget(RetryBudget::retries(100_000));
             let (stop, junk) = (stop.clone(), junk.clone());
             Ok(tokio::spawn(async move {
                 let mut commands = 0;
                 while !stop.load(Ordering::Acquire) {
                     for range in [range, shared] {
-                        let words = reader.read(range).await.map(|read| read.words).unwrap_or_default();
-                        junk.fetch_add(words.iter().filter(|word| **word == REUSED).count() as u64, Ordering::Relaxed);
+                        let words =
+                            reader.read(range).await.map(|read| read.words).unwrap_or_default();
+                        junk.fetch_add(
+                            words.iter().filter(|word| **word == REUSED).count() as u64,
+                            Ordering::Relaxed,
+                        );
                         commands += 1;
                     }
                     tokio::task::yield_now().await;
@@ -201,7 +220,8 @@ async fn random(options: &Options) -> Result<Report, CommandError> {
         let base = [range, shared][area];
         let first = random.random_range(0..PAGES);
         let count = random.random_range(1..=PAGES - first);
-        let part = AddressRange::new(base.start() + first * PAGE, count * PAGE).expect("at least a page");
+        let part =
+            AddressRange::new(base.start() + first * PAGE, count * PAGE).expect("at least a page");
         let changed = &mut model[area][first as usize..(first + count) as usize];
         let words = vec![step + 1; count as usize * WORDS];
         match random.random_range(0..9) {
@@ -220,7 +240,8 @@ async fn random(options: &Options) -> Result<Report, CommandError> {
                 }
             }
             5 => {
-                let protection = if random.random_bool(0.5) { Protection::NONE } else { Protection::READ };
+                let protection =
+                    if random.random_bool(0.5) { Protection::NONE } else { Protection::READ };
                 process.protect(part, protection).await;
                 if mirror.write(part.start(), &words).await.is_ok() {
                     report.wrong_words += words.len() as u64;
@@ -241,7 +262,12 @@ async fn random(options: &Options) -> Result<Report, CommandError> {
         report.faults += u64::from(read.faults);
         report.checked_words += read.words.len() as u64;
         let expected = model[area].iter().flat_map(|value| std::iter::repeat_n(*value, WORDS));
-        report.wrong_words += read.words.iter().zip(expected).filter(|(found, expected)| **found != *expected).count() as u64;
+        report.wrong_words += read
+            .words
+            .iter()
+            .zip(expected)
+            .filter(|(found, expected)| **found != *expected)
+            .count() as u64;
     }
     stop.store(true, Ordering::Release);
     for reader in readers {

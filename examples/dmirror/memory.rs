@@ -24,8 +24,12 @@ pub enum Fault {
 impl fmt::Display for Fault {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::NotReadable { page } => write!(f, "nothing is mapped at {:#x} that could be read", page * PAGE),
-            Self::NotWritable { page } => write!(f, "the memory at {:#x} is read-only", page * PAGE),
+            Self::NotReadable { page } => {
+                write!(f, "nothing is mapped at {:#x} that could be read", page * PAGE)
+            }
+            Self::NotWritable { page } => {
+                write!(f, "the memory at {:#x} is read-only", page * PAGE)
+            }
         }
     }
 }
@@ -75,7 +79,8 @@ pub fn pages(range: AddressRange) -> Range<u64> {
 
 /// The addresses of pages, end exclusive.
 pub fn addresses(pages: Range<u64>) -> AddressRange {
-    AddressRange::new(pages.start * PAGE, (pages.end - pages.start) * PAGE).expect("at least one page, and below the last")
+    AddressRange::new(pages.start * PAGE, (pages.end - pages.start) * PAGE)
+        .expect("at least one page, and below the last")
 }
 
 impl Process {
@@ -85,7 +90,12 @@ impl Process {
 
     fn with(tables: Tables, next: u64) -> Self {
         let (space, changing) = (AddressSpace::new(), AsyncMutex::new(()));
-        Self(Arc::new(Inner { space, tables: Mutex::new(tables), changing, next: Mutex::new(next) }))
+        Self(Arc::new(Inner {
+            space,
+            tables: Mutex::new(tables),
+            changing,
+            next: Mutex::new(next),
+        }))
     }
 
     /// Where devices subscribe.
@@ -105,7 +115,9 @@ impl Process {
             *next = (first + count).next_multiple_of(BIG) + BIG;
             first
         };
-        self.tables(|tables| tables.add(first, Vma { end: first + count, protection, backing, big: false }));
+        self.tables(|tables| {
+            tables.add(first, Vma { end: first + count, protection, backing, big: false })
+        });
         addresses(first..first + count)
     }
 
@@ -179,16 +191,20 @@ impl Process {
     /// `fork`: private pages are shared, and copied by whoever writes first.
     pub async fn fork(&self) -> Self {
         let _change = self.change().await;
-        let areas: Vec<_> = self.tables(|tables| tables.vmas().map(|(pages, vma)| (pages, vma.clone())).collect());
+        let areas: Vec<_> =
+            self.tables(|tables| tables.vmas().map(|(pages, vma)| (pages, vma.clone())).collect());
         let mut child = Tables::default();
         for (pages, vma) in areas {
             let private = matches!(vma.backing, Backing::Private);
             child.add(pages.start, vma);
             if private {
-                let _guard = self.0.space.invalidate(addresses(pages.clone()), Event::ProtectionPage).await;
+                let _guard =
+                    self.0.space.invalidate(addresses(pages.clone()), Event::ProtectionPage).await;
                 self.tables(|tables| {
                     tables.write_protect(pages.clone());
-                    child.entries.extend(tables.entries.range(pages).map(|(page, entry)| (*page, entry.clone())));
+                    child.entries.extend(
+                        tables.entries.range(pages).map(|(page, entry)| (*page, entry.clone())),
+                    );
                 });
             }
         }
@@ -228,7 +244,9 @@ impl Process {
             let at = start + (words.len() - rest.len()) as u64 * 8;
             let (page, from) = (at / PAGE, (at % PAGE / 8) as usize);
             let (these, next) = rest.split_at(rest.len().min(WORDS - from));
-            let write = |frame: &Frame| these.iter().enumerate().for_each(|(word, value)| frame.store(from + word, *value));
+            let write = |frame: &Frame| {
+                these.iter().enumerate().for_each(|(word, value)| frame.store(from + word, *value))
+            };
             self.access(page, true, None, write).await?;
             rest = next;
         }
@@ -236,9 +254,17 @@ impl Process {
     }
 
     /// Uses a page under the lock of the page table, so that no change comes in between.
-    async fn access<R>(&self, page: u64, write: bool, by: Option<Owner>, mut work: impl FnMut(&Frame) -> R) -> Result<R, Fault> {
+    async fn access<R>(
+        &self,
+        page: u64,
+        write: bool,
+        by: Option<Owner>,
+        mut work: impl FnMut(&Frame) -> R,
+    ) -> Result<R, Fault> {
         loop {
-            let used = self.tables(|tables| Ok(usable(tables, page, write, by)?.map(|(frame, _)| work(&frame))))?;
+            let used = self.tables(|tables| {
+                Ok(usable(tables, page, write, by)?.map(|(frame, _)| work(&frame)))
+            })?;
             match used {
                 Some(result) => return Ok(result),
                 None => self.fault(page, write, by).await?,
@@ -251,7 +277,12 @@ impl Process {
     ///
     /// # Errors
     /// [`Fault`].
-    pub async fn range_fault(&self, pages: Range<u64>, write: bool, by: Owner) -> Result<Vec<Seen>, Fault> {
+    pub async fn range_fault(
+        &self,
+        pages: Range<u64>,
+        write: bool,
+        by: Owner,
+    ) -> Result<Vec<Seen>, Fault> {
         let mut seen = Vec::new();
         for page in pages {
             loop {
@@ -276,7 +307,9 @@ impl Process {
 
     /// Makes a page usable, which may change what others have mapped.
     async fn fault(&self, page: u64, write: bool, by: Option<Owner>) -> Result<(), Fault> {
-        let ready = |tables: &mut Tables| Ok(usable(tables, page, write, by)?.is_some() || tables.fill(page, write));
+        let ready = |tables: &mut Tables| {
+            Ok(usable(tables, page, write, by)?.is_some() || tables.fill(page, write))
+        };
         if self.tables(ready)? {
             return Ok(());
         }
@@ -287,16 +320,23 @@ impl Process {
         }
         self.split_edges(&(page..page + 1)).await;
         // From a device's memory to the system's; else another frame, or an exclusive right that ends.
-        let home = self.tables(|tables| matches!(tables.entries.get(&page), Some(Entry::Device { .. })));
+        let home =
+            self.tables(|tables| matches!(tables.entries.get(&page), Some(Entry::Device { .. })));
         let event = if home { Event::Migrate { owner: None } } else { Event::Clear };
         let _guard = self.0.space.invalidate(addresses(page..page + 1), event).await;
         self.tables(|tables| {
             let entry = match tables.entries.get(&page) {
-                Some(Entry::Zero) => Entry::System { page: Mapped::zeroed(None), writable: true, big: false },
-                Some(Entry::Exclusive { page, .. }) => Entry::System { page: page.clone(), writable: false, big: false },
-                Some(Entry::Device { page, .. } | Entry::System { page, .. }) => {
-                    Entry::System { page: Mapped::copy_of(page.frame(), None), writable: false, big: false }
+                Some(Entry::Zero) => {
+                    Entry::System { page: Mapped::zeroed(None), writable: true, big: false }
                 }
+                Some(Entry::Exclusive { page, .. }) => {
+                    Entry::System { page: page.clone(), writable: false, big: false }
+                }
+                Some(Entry::Device { page, .. } | Entry::System { page, .. }) => Entry::System {
+                    page: Mapped::copy_of(page.frame(), None),
+                    writable: false,
+                    big: false,
+                },
                 None => return,
             };
             tables.entries.insert(page, entry);
@@ -311,10 +351,13 @@ impl Process {
     /// Splits the big entries that `pages` cuts: their blocks stay mapped, page by page.
     async fn split_edges(&self, pages: &Range<u64>) {
         for edge in [pages.start, pages.end] {
-            let cut = |tables: &mut Tables| tables.big_block(edge).filter(|block| block.start != edge);
+            let cut =
+                |tables: &mut Tables| tables.big_block(edge).filter(|block| block.start != edge);
             let Some(block) = self.tables(cut) else { continue };
             let _guard = self.0.space.invalidate(addresses(block.clone()), Event::Clear).await;
-            self.tables(|tables| tables.entries.range_mut(block).for_each(|(_, entry)| entry.split()));
+            self.tables(|tables| {
+                tables.entries.range_mut(block).for_each(|(_, entry)| entry.split())
+            });
         }
     }
 
@@ -335,8 +378,16 @@ impl Process {
 
     /// All pages that are in the memory of `device`.
     pub fn resident(&self, device: Owner) -> Vec<u64> {
-        let is_there = |entry: &Entry| matches!(entry, Entry::Device { owner, .. } if *owner == device);
-        self.tables(|tables| tables.entries.iter().filter(|(_, entry)| is_there(entry)).map(|(page, _)| *page).collect())
+        let is_there =
+            |entry: &Entry| matches!(entry, Entry::Device { owner, .. } if *owner == device);
+        self.tables(|tables| {
+            tables
+                .entries
+                .iter()
+                .filter(|(_, entry)| is_there(entry))
+                .map(|(page, _)| *page)
+                .collect()
+        })
     }
 }
 
@@ -356,21 +407,29 @@ impl Migration<'_> {
         self.process.tables(|tables| {
             let mut moved = Vec::new();
             for page in self.pages.clone() {
-                let Some((_, vma)) = tables.vma(page).filter(|(_, vma)| matches!(vma.backing, Backing::Private)) else {
+                let Some((_, vma)) =
+                    tables.vma(page).filter(|(_, vma)| matches!(vma.backing, Backing::Private))
+                else {
                     continue;
                 };
                 let rights = vma.protection;
                 let (copy, writable) = match tables.entries.get(&page) {
-                    Some(Entry::Device { page: there, writable, owner: at, .. }) if *at == owner => {
+                    Some(Entry::Device { page: there, writable, owner: at, .. })
+                        if *at == owner =>
+                    {
                         moved.push((page, (there.frame().clone(), *writable)));
                         continue;
                     }
                     None | Some(Entry::Zero) => (Mapped::zeroed(Some(owner)), rights.write),
-                    Some(Entry::System { page, writable, .. }) => (Mapped::copy_of(page.frame(), Some(owner)), *writable),
+                    Some(Entry::System { page, writable, .. }) => {
+                        (Mapped::copy_of(page.frame(), Some(owner)), *writable)
+                    }
                     Some(Entry::Device { .. } | Entry::Exclusive { .. }) => continue,
                 };
                 moved.push((page, (copy.frame().clone(), writable)));
-                tables.entries.insert(page, Entry::Device { page: copy, writable, coherent, owner });
+                tables
+                    .entries
+                    .insert(page, Entry::Device { page: copy, writable, coherent, owner });
             }
             moved
         })
@@ -384,7 +443,11 @@ impl Migration<'_> {
                 if let Entry::Device { page, writable, owner, .. } = entry
                     && Some(*owner) == self.owner
                 {
-                    *entry = Entry::System { page: Mapped::copy_of(page.frame(), None), writable: *writable, big: false };
+                    *entry = Entry::System {
+                        page: Mapped::copy_of(page.frame(), None),
+                        writable: *writable,
+                        big: false,
+                    };
                     moved += 1;
                 }
             }
@@ -398,14 +461,20 @@ impl Migration<'_> {
         self.process.tables(|tables| {
             let mut given = Vec::new();
             for number in self.pages.clone() {
-                let private = tables.vma(number).is_some_and(|(_, vma)| matches!(vma.backing, Backing::Private));
-                let Some(entry) = tables.entries.get_mut(&number).filter(|_| private) else { continue };
+                let private = tables
+                    .vma(number)
+                    .is_some_and(|(_, vma)| matches!(vma.backing, Backing::Private));
+                let Some(entry) = tables.entries.get_mut(&number).filter(|_| private) else {
+                    continue;
+                };
                 match entry {
                     Entry::System { page, writable: true, .. } => {
                         given.push((number, (page.frame().clone(), true)));
                         *entry = Entry::Exclusive { page: page.clone(), owner };
                     }
-                    Entry::Exclusive { page, owner: of } if *of == owner => given.push((number, (page.frame().clone(), true))),
+                    Entry::Exclusive { page, owner: of } if *of == owner => {
+                        given.push((number, (page.frame().clone(), true)))
+                    }
                     _ => {}
                 }
             }
@@ -415,7 +484,12 @@ impl Migration<'_> {
 }
 
 /// What `by` may use as it is; an error if it may not be used at all.
-fn usable(tables: &Tables, page: u64, write: bool, by: Option<Owner>) -> Result<Option<Seen>, Fault> {
+fn usable(
+    tables: &Tables,
+    page: u64,
+    write: bool,
+    by: Option<Owner>,
+) -> Result<Option<Seen>, Fault> {
     let Some((_, vma)) = tables.vma(page).filter(|(_, vma)| vma.protection.read) else {
         return Err(Fault::NotReadable { page });
     };

@@ -60,7 +60,9 @@ impl Entry {
         let (page, writable) = match self {
             Self::Zero if !write => return Some((Frame::zero(), false)),
             Self::System { page, writable, .. } => (page, *writable),
-            Self::Device { page, writable, coherent, owner } if *coherent || by == Some(*owner) => (page, *writable),
+            Self::Device { page, writable, coherent, owner } if *coherent || by == Some(*owner) => {
+                (page, *writable)
+            }
             Self::Exclusive { page, owner } if by == Some(*owner) => (page, true),
             _ => return None,
         };
@@ -71,7 +73,9 @@ impl Entry {
         match self {
             Self::Zero => {}
             Self::System { writable, .. } | Self::Device { writable, .. } => *writable = false,
-            Self::Exclusive { page, .. } => *self = Self::System { page: page.clone(), writable: false, big: false },
+            Self::Exclusive { page, .. } => {
+                *self = Self::System { page: page.clone(), writable: false, big: false }
+            }
         }
     }
 
@@ -94,7 +98,11 @@ pub struct Tables {
 
 impl Tables {
     pub fn vma(&self, page: u64) -> Option<(u64, &Vma)> {
-        self.vmas.range(..=page).next_back().filter(|(_, vma)| page < vma.end).map(|(first, vma)| (*first, vma))
+        self.vmas
+            .range(..=page)
+            .next_back()
+            .filter(|(_, vma)| page < vma.end)
+            .map(|(first, vma)| (*first, vma))
     }
 
     pub fn vmas(&self) -> impl Iterator<Item = (Range<u64>, &Vma)> {
@@ -125,7 +133,8 @@ impl Tables {
 
     /// Takes areas and entries out.
     pub fn take(&mut self, pages: Range<u64>) -> Taken {
-        let areas: Vec<_> = self.areas(pages.clone()).map(|(first, vma)| (first, vma.clone())).collect();
+        let areas: Vec<_> =
+            self.areas(pages.clone()).map(|(first, vma)| (first, vma.clone())).collect();
         areas.iter().for_each(|(first, _)| drop(self.vmas.remove(first)));
         (areas, self.take_entries(pages))
     }
@@ -147,7 +156,8 @@ impl Tables {
     /// The block of `page`, if a big entry maps it.
     pub fn big_block(&self, page: u64) -> Option<Range<u64>> {
         let first = page - page % BIG;
-        matches!(self.entries.get(&page), Some(Entry::System { big: true, .. })).then_some(first..first + BIG)
+        matches!(self.entries.get(&page), Some(Entry::System { big: true, .. }))
+            .then_some(first..first + BIG)
     }
 
     /// Fills a page that has no entry, or more rights than its entry gives, where nobody has to be told of it: what was not there, or could do less, no
@@ -161,7 +171,11 @@ impl Tables {
         let block = page - page % BIG..page - page % BIG + BIG;
         match (self.entries.get_mut(&page), &backing) {
             (None, Backing::Shared(file, from)) => {
-                let entry = Entry::System { page: file.page(from + page - first), writable: rights.write, big: false };
+                let entry = Entry::System {
+                    page: file.page(from + page - first),
+                    writable: rights.write,
+                    big: false,
+                };
                 self.entries.insert(page, entry);
             }
             (None, Backing::Private) => {
@@ -169,10 +183,16 @@ impl Tables {
                 if big && self.entries.range(block.clone()).next().is_none() {
                     for page in block {
                         let zeroed = Mapped::zeroed(None);
-                        self.entries.insert(page, Entry::System { page: zeroed, writable: rights.write, big: true });
+                        self.entries.insert(
+                            page,
+                            Entry::System { page: zeroed, writable: rights.write, big: true },
+                        );
                     }
                 } else if write {
-                    self.entries.insert(page, Entry::System { page: Mapped::zeroed(None), writable: true, big: false });
+                    self.entries.insert(
+                        page,
+                        Entry::System { page: Mapped::zeroed(None), writable: true, big: false },
+                    );
                 } else {
                     self.entries.insert(page, Entry::Zero);
                 }

@@ -9,7 +9,9 @@ use crate::runtime::{Flag, yield_now};
 use crate::simulation::Mode;
 use rand::Rng;
 use rand::rngs::StdRng;
-use shootdown::{Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget, Subscription, WouldBlock};
+use shootdown::{
+    Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget, Subscription, WouldBlock,
+};
 use std::borrow::Cow;
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
@@ -44,11 +46,19 @@ impl Mirror {
     /// Removes the pages from the page table, under the lock that readers install under; returns
     /// those that were there. If there are any, this first pass has work for the device until
     /// `over` is set, and another one that finds nothing left knows of it from the same moment on.
-    fn zap(&self, invalidation: &Invalidation<'_>, pages: &Pages, (record, over): (&Arc<Record>, &Flag)) -> Option<Zapped> {
+    fn zap(
+        &self,
+        invalidation: &Invalidation<'_>,
+        pages: &Pages,
+        (record, over): (&Arc<Record>, &Flag),
+    ) -> Option<Zapped> {
         let gpu = &self.gpu;
         let late = gpu.fault == Some(Fault::SetSeqOutsideLock);
-        let mut table =
-            if late || gpu.fault == Some(Fault::NoSetSeq) { gpu.table.lock() } else { gpu.table.lock_for(invalidation) };
+        let mut table = if late || gpu.fault == Some(Fault::NoSetSeq) {
+            gpu.table.lock()
+        } else {
+            gpu.table.lock_for(invalidation)
+        };
         let mut zapped: Vec<(Page, u64)> = pages.of(&table).collect();
         if gpu.fault == Some(Fault::FirstPageOnly) {
             zapped.truncate(1);
@@ -71,7 +81,10 @@ impl Mirror {
 }
 
 impl IntervalNotifier for Mirror {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         Ok(self.gpu.runtime.alone(|| self.first_pass(invalidation)))
     }
 
@@ -92,29 +105,37 @@ impl Mirror {
             return None;
         }
         let record = Record::current().unwrap_or_else(|| Record::new(0, Duration::ZERO));
-        let (first_pass, pages) = (gpu.runtime.now(), Pages::new(self.space, invalidation.ranges()));
+        let (first_pass, pages) =
+            (gpu.runtime.now(), Pages::new(self.space, invalidation.ranges()));
         let over = Flag::default();
         let costs = gpu.model.costs;
-        let (zapped, first, todo): (_, _, VecDeque<Todo>) = match self.zap(invalidation, &pages, (&record, &over)) {
-            Some(Zapped { pages, others, first }) => {
-                // A walk that finds nothing is short.
-                gpu.runtime.work(costs.zap);
-                let steps = gpu.model.steps(gpu.id, record.number, record.at).map(Todo::Command);
-                // Jobs may also go on with pages that others have zapped before.
-                (pages, first, steps.chain(others.into_iter().map(Todo::Other)).collect())
-            }
-            // Where nothing was mapped no translation can be cached, unless another invalidation
-            // has zapped these pages and the device is not done with them. (If another mapping's
-            // notifier of this GPU did, for this invalidation, that is waited for in any case.)
-            None => {
-                let others = gpu.unfinished(&record, &pages)?;
-                // What the others wait for at this moment, and a flush of its own; not their next
-                // step, which is theirs to begin.
-                let flush = gpu.model.steps(gpu.id, record.number, record.at).last().map(Todo::Command);
-                gpu.joins(&record, &pages);
-                (Vec::new(), Flag::default(), others.into_iter().map(Todo::Other).chain(flush).collect())
-            }
-        };
+        let (zapped, first, todo): (_, _, VecDeque<Todo>) =
+            match self.zap(invalidation, &pages, (&record, &over)) {
+                Some(Zapped { pages, others, first }) => {
+                    // A walk that finds nothing is short.
+                    gpu.runtime.work(costs.zap);
+                    let steps =
+                        gpu.model.steps(gpu.id, record.number, record.at).map(Todo::Command);
+                    // Jobs may also go on with pages that others have zapped before.
+                    (pages, first, steps.chain(others.into_iter().map(Todo::Other)).collect())
+                }
+                // Where nothing was mapped no translation can be cached, unless another invalidation
+                // has zapped these pages and the device is not done with them. (If another mapping's
+                // notifier of this GPU did, for this invalidation, that is waited for in any case.)
+                None => {
+                    let others = gpu.unfinished(&record, &pages)?;
+                    // What the others wait for at this moment, and a flush of its own; not their next
+                    // step, which is theirs to begin.
+                    let flush =
+                        gpu.model.steps(gpu.id, record.number, record.at).last().map(Todo::Command);
+                    gpu.joins(&record, &pages);
+                    (
+                        Vec::new(),
+                        Flag::default(),
+                        others.into_iter().map(Todo::Other).chain(flush).collect(),
+                    )
+                }
+            };
         let another = match gpu.fault {
             Some(Fault::AnyFence) => gpu.any_fence(),
             Some(Fault::OldFence) => gpu.last_fence(),
@@ -127,7 +148,11 @@ impl Mirror {
             return Some(PassFuture::new(async move { fence.wait().await }));
         }
         let in_use = gpu.mode == Mode::TwoPass && self.in_use.swap(true, Ordering::Relaxed);
-        let cost = gpu.runtime.charged(if zapped.is_empty() { costs.submit } else { costs.zap + costs.submit });
+        let cost = gpu.runtime.charged(if zapped.is_empty() {
+            costs.submit
+        } else {
+            costs.zap + costs.submit
+        });
         let lane = record.lane(gpu.id, first_pass, cost);
         let chain = Chain::start(gpu, (record, lane), (pages, zapped), (todo, first, over));
         if gpu.fault == Some(Fault::SkipWait) {
@@ -242,15 +267,21 @@ impl Chain {
                 self.gpu.runtime.work(self.gpu.model.costs.submit);
                 self.command = next.0;
                 self.fence = self.first.take().unwrap_or_default();
-                let (what, how) = ((&self.pages, self.zapped.as_slice()), (&self.fence, &mut self.random));
+                let (what, how) =
+                    ((&self.pages, self.zapped.as_slice()), (&self.fence, &mut self.random));
                 self.gpu.submit((&self.record, self.lane), next, what, how);
             }
             Some(Todo::Other(fence)) => {
                 let now = self.gpu.runtime.now();
-                self.other = Some(
-                    self.record
-                        .step(self.lane, Step { command: self.command, submitted: now, latency: Duration::ZERO, done: now }),
-                );
+                self.other = Some(self.record.step(
+                    self.lane,
+                    Step {
+                        command: self.command,
+                        submitted: now,
+                        latency: Duration::ZERO,
+                        done: now,
+                    },
+                ));
                 self.fence = fence;
             }
         }
@@ -358,7 +389,9 @@ impl Gpu {
             Some(Fault::LateBegin) => loop {
                 let Some(generation) = look().await else { return false };
                 let sequence = mirror.read_begin().await;
-                if let Ok(installed) = self.table.install(mirror, sequence, |table| install(table, generation)) {
+                if let Ok(installed) =
+                    self.table.install(mirror, sequence, |table| install(table, generation))
+                {
                     return installed;
                 }
             },
@@ -372,7 +405,10 @@ impl Gpu {
             },
             _ => {
                 let prepare = |_| async { look().await.ok_or(Unmapped) };
-                self.table.mirror(mirror, RetryBudget::retries(64), prepare, install).await.unwrap_or(false)
+                self.table
+                    .mirror(mirror, RetryBudget::retries(64), prepare, install)
+                    .await
+                    .unwrap_or(false)
             }
         }
     }

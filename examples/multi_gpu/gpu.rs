@@ -61,7 +61,14 @@ pub struct Gpu {
 }
 
 impl Gpu {
-    pub fn new(id: usize, runtime: &Runtime, model: Model, mode: Mode, oracle: &Arc<Oracle>, fault: Option<Fault>) -> Arc<Self> {
+    pub fn new(
+        id: usize,
+        runtime: &Runtime,
+        model: Model,
+        mode: Mode,
+        oracle: &Arc<Oracle>,
+        fault: Option<Fault>,
+    ) -> Arc<Self> {
         let gpu = Arc::new(Self {
             id,
             runtime: runtime.clone(),
@@ -98,7 +105,13 @@ impl Gpu {
         let serial = self.joins(record, pages);
         let mut unfinished = self.unfinished.lock().unwrap();
         unfinished.retain(|begun| !begun.over.is_set());
-        let begun = Unfinished { serial, pages: pages.clone(), of: record.clone(), over: over.clone(), fence: fence.clone() };
+        let begun = Unfinished {
+            serial,
+            pages: pages.clone(),
+            of: record.clone(),
+            over: over.clone(),
+            fence: fence.clone(),
+        };
         unfinished.push(begun);
         fence
     }
@@ -117,8 +130,11 @@ impl Gpu {
     pub fn unfinished(&self, record: &Arc<Record>, pages: &Pages) -> Option<Vec<Flag>> {
         let since = record.begun(self.id, pages);
         let unfinished = self.unfinished.lock().unwrap();
-        let is_open = |begun: &&Unfinished| !Arc::ptr_eq(&begun.of, record) && begun.serial > since && !begun.over.is_set();
-        let others: Vec<&Unfinished> = unfinished.iter().filter(is_open).filter(|begun| pages.overlap(&begun.pages)).collect();
+        let is_open = |begun: &&Unfinished| {
+            !Arc::ptr_eq(&begun.of, record) && begun.serial > since && !begun.over.is_set()
+        };
+        let others: Vec<&Unfinished> =
+            unfinished.iter().filter(is_open).filter(|begun| pages.overlap(&begun.pages)).collect();
         (!others.is_empty()).then(|| others.iter().map(|begun| begun.fence.clone()).collect())
     }
 
@@ -156,14 +172,19 @@ impl Gpu {
         self.under_way.lock().unwrap().push(fence.clone());
         *self.last.lock().unwrap() = Some(fence.clone());
         // The command says nothing of what was begun for other pages of the invalidation.
-        let is_for = |begun: &&mut Unfinished| Arc::ptr_eq(&begun.of, record) && pages.cover(&begun.pages);
+        let is_for =
+            |begun: &&mut Unfinished| Arc::ptr_eq(&begun.of, record) && pages.cover(&begun.pages);
         for begun in self.unfinished.lock().unwrap().iter_mut().filter(is_for) {
             begun.fence = fence.clone();
         }
-        let step = record.step(lane, Step { command, submitted, latency: latency + interrupt, done: done + interrupt });
+        let step = record.step(
+            lane,
+            Step { command, submitted, latency: latency + interrupt, done: done + interrupt },
+        );
         let middle = began + latency.mul_f64(random.random());
         let mut random = StdRng::seed_from_u64(random.random());
-        let (gpu, record, pages, signal) = (self.clone(), record.clone(), pages.clone(), fence.clone());
+        let (gpu, record, pages, signal) =
+            (self.clone(), record.clone(), pages.clone(), fence.clone());
         let held = if command == Command::TlbFlush { Vec::new() } else { zapped.to_vec() };
         self.runtime.spawn(async move {
             gpu.runtime.sleep_until(began).await;
@@ -183,7 +204,9 @@ impl Gpu {
             }
             gpu.runtime.sleep_until(done).await;
             // A flush waits for the transfers that go on with what they had from the TLB.
-            for (page, generation) in held.into_iter().chain(in_flight.filter(|_| command == Command::TlbFlush)) {
+            for (page, generation) in
+                held.into_iter().chain(in_flight.filter(|_| command == Command::TlbFlush))
+            {
                 gpu.oracle.access(page, generation);
             }
             ended.set();
@@ -226,7 +249,9 @@ impl Gpu {
         let table = self.table.lock();
         let tlb = self.tlb.lock().unwrap();
         let only_cached = tlb.range(pages.clone());
-        for (page, generation) in table.range(pages).filter(|(page, _)| !tlb.contains_key(page)).chain(only_cached) {
+        for (page, generation) in
+            table.range(pages).filter(|(page, _)| !tlb.contains_key(page)).chain(only_cached)
+        {
             self.oracle.access(*page, *generation);
         }
     }
@@ -285,7 +310,10 @@ impl Gpu {
     fn resident(&self, mirror: &Subscription<Mirror>, at: u64) -> Page {
         let range = mirror.range();
         let pages = range.last() / PAGE - range.start() / PAGE + 1;
-        (mirror.space(), range.start() / PAGE + (at * pages / self.model.resident_pages.max(1)).min(pages - 1))
+        (
+            mirror.space(),
+            range.start() / PAGE + (at * pages / self.model.resident_pages.max(1)).min(pages - 1),
+        )
     }
 
     /// Reads a page: through the TLB, else the page table, else after a fault.
@@ -302,7 +330,9 @@ impl Gpu {
     fn read_mapped(&self, page: Page) -> bool {
         let table = self.table.lock();
         let mut tlb = self.tlb.lock().unwrap();
-        let Some(generation) = tlb.get(&page).or_else(|| table.get(&page)).copied() else { return false };
+        let Some(generation) = tlb.get(&page).or_else(|| table.get(&page)).copied() else {
+            return false;
+        };
         tlb.insert(page, generation);
         self.oracle.access(page, generation);
         true

@@ -23,8 +23,10 @@ pub fn write(path: &Path, report: &Report, example: &Example) -> Result<(), Box<
 fn page(report: &Report, example: &Example) -> Result<String, Box<dyn Error>> {
     let latencies = plot::svg((510, 420), |area| plot::latencies(area, report))?;
     let distribution = plot::svg((510, 420), |area| plot::distribution(area, report))?;
-    let lanes = plot::svg((1040, 200 * example.len().max(1) as u32), |area| plot::lanes(area, example))?;
-    let (name, time_is) = (escape(&report.workload.name), if report.real_time { "real" } else { "virtual" });
+    let lanes =
+        plot::svg((1040, 200 * example.len().max(1) as u32), |area| plot::lanes(area, example))?;
+    let (name, time_is) =
+        (escape(&report.workload.name), if report.real_time { "real" } else { "virtual" });
     let modes = modes(&report.rows);
     let (mut head, mut units, mut rows) = (String::new(), String::new(), String::new());
     for mode in &modes {
@@ -33,7 +35,11 @@ fn page(report: &Report, example: &Example) -> Result<String, Box<dyn Error>> {
     }
     for (gpus, of_gpus) in by_gpus(&report.rows) {
         let stale: u64 = of_gpus.values().map(|row| row.stale_accesses).sum();
-        write!(rows, "<tr><td>{gpus}<td>{}", of_gpus.values().map(|row| row.with_work).max().unwrap_or(0))?;
+        write!(
+            rows,
+            "<tr><td>{gpus}<td>{}",
+            of_gpus.values().map(|row| row.with_work).max().unwrap_or(0)
+        )?;
         for mode in &modes {
             match of_gpus.get(mode) {
                 Some(row) => {
@@ -68,7 +74,8 @@ fn page(report: &Report, example: &Example) -> Result<String, Box<dyn Error>> {
 /// What was asked for, as far as it shows what is compared.
 fn settings(report: &Report) -> String {
     let profile = report.profile.map_or("not known", |profile| profile.name());
-    let options: Vec<String> = report.settings.iter().map(|(option, value)| format!("{option} {value}")).collect();
+    let options: Vec<String> =
+        report.settings.iter().map(|(option, value)| format!("{option} {value}")).collect();
     format!("Profile {profile}; {}.", options.join(", "))
 }
 

@@ -45,7 +45,9 @@ fn main() -> ExitCode {
     match outcome {
         Ok(0) => ExitCode::SUCCESS,
         Ok(stale) => {
-            eprintln!("error: {stale} DMA accesses used a mapping of memory that had changed since the device looked at it");
+            eprintln!(
+                "error: {stale} DMA accesses used a mapping of memory that had changed since the device looked at it"
+            );
             ExitCode::from(1)
         }
         Err(message) => {
@@ -64,19 +66,27 @@ fn compare_reports(a: &Path, b: &Path) -> Result<(), String> {
 fn say(text: &str) -> Result<(), String> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(format!("the result cannot be written: {error}")),
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(format!("the result cannot be written: {error}"))
+        }
         _ => Ok(()),
     }
 }
 
 /// Runs it all; returns the number of stale accesses.
 fn run(options: &Options) -> Result<u64, String> {
-    let (name, recording) = recording::open(&options.workload, options.lenient).map_err(|error| error.to_string())?;
+    let (name, recording) =
+        recording::open(&options.workload, options.lenient).map_err(|error| error.to_string())?;
     for remark in recording.remarks(options.verbose) {
         eprintln!("{remark}");
     }
     let plan = Arc::new(Plan::new(&recording, options.longest_pause, options.batch()));
-    let workload = Workload::new(&name, &recording, plan.spaces, plan.followed_process.filter(|_| !options.all_processes));
+    let workload = Workload::new(
+        &name,
+        &recording,
+        plan.spaces,
+        plan.followed_process.filter(|_| !options.all_processes),
+    );
     drop(recording);
 
     let gpus = options.gpus();
@@ -101,8 +111,9 @@ fn run(options: &Options) -> Result<u64, String> {
             bar.set_message(format!("{gpus} GPUs"));
             let before = bar.position();
             let of_row = bar.clone();
-            let Outcome { row, timelines: of_run } = simulation::run(&plan, settings, move || of_row.inc(1))
-                .map_err(|error| format!("tokio cannot be started: {error}"))?;
+            let Outcome { row, timelines: of_run } =
+                simulation::run(&plan, settings, move || of_row.inc(1))
+                    .map_err(|error| format!("tokio cannot be started: {error}"))?;
             bar.set_position(before + plan.calls.len() as u64);
             rows.push(row);
             if gpus == pictured {
@@ -122,8 +133,9 @@ fn run(options: &Options) -> Result<u64, String> {
     };
     let example = example(&timelines);
     if let Some(path) = &options.plot {
-        plot::write(path, &report, &example)
-            .map_err(|error| format!("the picture {} cannot be written: {error}", path.display()))?;
+        plot::write(path, &report, &example).map_err(|error| {
+            format!("the picture {} cannot be written: {error}", path.display())
+        })?;
     }
     if let Some(path) = &options.report {
         html::write(path, &report, &example)
@@ -146,13 +158,20 @@ fn own(timeline: &Timeline) -> impl Iterator<Item = &record::Step> {
 /// which devices have the least else to do.
 fn example(timelines: &BTreeMap<simulation::Mode, BTreeMap<u64, Timeline>>) -> Example {
     let in_all = |number: &u64| -> Option<Example> {
-        timelines.iter().map(|(mode, of_mode)| Some((*mode, of_mode.get(number)?.clone()))).collect()
+        timelines
+            .iter()
+            .map(|(mode, of_mode)| Some((*mode, of_mode.get(number)?.clone())))
+            .collect()
     };
     let Some(last) = timelines.values().next_back() else { return Example::new() };
-    let best =
-        last.iter().filter_map(|(number, timeline)| Some((timeline, in_all(number)?))).max_by_key(|(timeline, example)| {
+    let best = last
+        .iter()
+        .filter_map(|(number, timeline)| Some((timeline, in_all(number)?)))
+        .max_by_key(|(timeline, example)| {
             let queued = |timeline: &Timeline| {
-                own(timeline).map(|step| (step.done - step.submitted).saturating_sub(step.latency)).sum::<Duration>()
+                own(timeline)
+                    .map(|step| (step.done - step.submitted).saturating_sub(step.latency))
+                    .sum::<Duration>()
             };
             let queued: Duration = example.values().map(queued).sum();
             // A quarter of them more or less makes no better picture.
@@ -162,8 +181,11 @@ fn example(timelines: &BTreeMap<simulation::Mode, BTreeMap<u64, Timeline>>) -> E
 }
 
 fn progress_bar(steps: usize, quiet: bool) -> ProgressBar {
-    let target =
-        if quiet || !std::io::stderr().is_terminal() { ProgressDrawTarget::hidden() } else { ProgressDrawTarget::stderr() };
+    let target = if quiet || !std::io::stderr().is_terminal() {
+        ProgressDrawTarget::hidden()
+    } else {
+        ProgressDrawTarget::stderr()
+    };
     let style = ProgressStyle::with_template("{msg:>9} {wide_bar} {percent:>3} %  {eta} left");
     let bar = ProgressBar::with_draw_target(Some(steps as u64), target);
     match style {

@@ -25,7 +25,12 @@ pub struct Options {
     gpus: Vec<u16>,
 
     /// Ways to wait, as a list
-    #[arg(long, value_name = "MODE,…", value_delimiter = ',', default_value = "single-pass,two-pass,round-robin,poll-driven")]
+    #[arg(
+        long,
+        value_name = "MODE,…",
+        value_delimiter = ',',
+        default_value = "single-pass,two-pass,round-robin,poll-driven"
+    )]
     modes: Vec<Mode>,
 
     /// What the GPUs are doing
@@ -154,11 +159,17 @@ Exit codes: 0 all is well; 1 a device used memory that had changed; 2 bad input 
 fn micros(text: &str) -> Result<Duration, String> {
     let micros: f64 = text.parse().map_err(|_| format!("{text:?} is no number"))?;
     let time = Duration::try_from_secs_f64(micros / 1e6).map_err(|error| error.to_string())?;
-    if time > Duration::from_secs(3600) { Err(format!("{text} µs is more than an hour")) } else { Ok(time) }
+    if time > Duration::from_secs(3600) {
+        Err(format!("{text} µs is more than an hour"))
+    } else {
+        Ok(time)
+    }
 }
 
 fn positive_micros(text: &str) -> Result<Duration, String> {
-    micros(text).and_then(|time| if time.is_zero() { Err("it has to be more than 0".into()) } else { Ok(time) })
+    micros(text).and_then(|time| {
+        if time.is_zero() { Err("it has to be more than 0".into()) } else { Ok(time) }
+    })
 }
 
 impl Options {
@@ -202,7 +213,11 @@ impl Options {
         ];
         // Where none is named it is 1, as in reports of before.
         let batch = (self.batch > 1).then(|| (BATCH, self.batch.to_string()));
-        settings.into_iter().chain(batch).map(|(option, value)| (option.to_owned(), value)).collect()
+        settings
+            .into_iter()
+            .chain(batch)
+            .map(|(option, value)| (option.to_owned(), value))
+            .collect()
     }
 
     pub fn model(&self) -> Model {
@@ -210,7 +225,12 @@ impl Options {
         Model {
             seed: self.seed,
             profile: self.profile,
-            costs: Costs { zap: self.zap_us, submit: self.submit_us, interrupt: self.interrupt_us, wake: self.wake_us },
+            costs: Costs {
+                zap: self.zap_us,
+                submit: self.submit_us,
+                interrupt: self.interrupt_us,
+                wake: self.wake_us,
+            },
             floor: self.latency_floor_us.unwrap_or(floor),
             dma_interval: self.dma_interval_us,
             resident_pages: self.resident_pages,

@@ -34,7 +34,9 @@ impl Pages {
     }
 
     pub fn overlap(&self, others: &Self) -> bool {
-        self.0.iter().any(|range| others.from(range.start()).is_some_and(|other| other.start() <= range.end()))
+        self.0.iter().any(|range| {
+            others.from(range.start()).is_some_and(|other| other.start() <= range.end())
+        })
     }
 
     /// Whether each range of `others` lies in one of these.
@@ -42,12 +44,18 @@ impl Pages {
         let covers = |range: &RangeInclusive<Page>, other: &RangeInclusive<Page>| {
             range.start() <= other.start() && other.end() <= range.end()
         };
-        others.0.iter().all(|other| self.from(other.start()).is_some_and(|range| covers(range, other)))
+        others
+            .0
+            .iter()
+            .all(|other| self.from(other.start()).is_some_and(|range| covers(range, other)))
     }
 
     /// What is known of them, in order.
     pub fn of<T: Copy>(&self, map: &BTreeMap<Page, T>) -> impl Iterator<Item = (Page, T)> {
-        self.0.iter().flat_map(|range| map.range(range.clone())).map(|(page, known)| (*page, *known))
+        self.0
+            .iter()
+            .flat_map(|range| map.range(range.clone()))
+            .map(|(page, known)| (*page, *known))
     }
 }
 
@@ -78,8 +86,11 @@ impl State {
 
     /// Takes `range` out of what is mapped; returns the parts of it that were.
     fn take(&mut self, space: usize, range: AddressRange) -> Vec<(u64, u64)> {
-        let first =
-            self.mapped.range((space, 0)..=(space, range.start())).next_back().map_or((space, range.start()), |(at, _)| *at);
+        let first = self
+            .mapped
+            .range((space, 0)..=(space, range.start()))
+            .next_back()
+            .map_or((space, range.start()), |(at, _)| *at);
         let overlapping: Vec<(Page, (u64, Access))> = self
             .mapped
             .range(first..=(space, range.last()))
@@ -111,7 +122,10 @@ impl Oracle {
     /// The memory changes.
     pub fn change(&self, space: usize, range: AddressRange, change: &Change) {
         let mut state = self.state.lock().unwrap();
-        state.generations.range_mut(pages(space, range)).for_each(|(_, generation)| *generation += 1);
+        state
+            .generations
+            .range_mut(pages(space, range))
+            .for_each(|(_, generation)| *generation += 1);
         match change {
             Change::Discarded => {}
             Change::Unmapped(parts) => parts.iter().for_each(|part| drop(state.take(space, *part))),

@@ -40,7 +40,10 @@ pub fn write(path: &Path, report: &Report, example: &Example) -> Result<(), Box<
 }
 
 /// A picture of this size, as the text of an SVG file.
-pub fn svg(size: (u32, u32), draw: impl FnOnce(&Canvas<'_>) -> Result<(), Box<dyn Error>>) -> Result<String, Box<dyn Error>> {
+pub fn svg(
+    size: (u32, u32),
+    draw: impl FnOnce(&Canvas<'_>) -> Result<(), Box<dyn Error>>,
+) -> Result<String, Box<dyn Error>> {
     let mut text = String::new();
     {
         let root = SVGBackend::with_string(&mut text, size).into_drawing_area();
@@ -55,10 +58,14 @@ pub fn svg(size: (u32, u32), draw: impl FnOnce(&Canvas<'_>) -> Result<(), Box<dy
 pub fn distribution(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error>> {
     let groups = by_gpus(&report.rows);
     let Some((gpus, rows)) = groups.last_key_value() else { return Ok(()) };
-    let values = || rows.values().flat_map(|row| row.percentiles_ns.iter().copied()).filter(|ns| *ns > 0);
+    let values =
+        || rows.values().flat_map(|row| row.percentiles_ns.iter().copied()).filter(|ns| *ns > 0);
     let (least, most) = (values().min().unwrap_or(1) as f64, values().max().unwrap_or(1) as f64);
     let mut chart = ChartBuilder::on(area)
-        .caption(format!("Distribution with {gpus} GPUs"), ("sans-serif", 19).into_font().color(&INK))
+        .caption(
+            format!("Distribution with {gpus} GPUs"),
+            ("sans-serif", 19).into_font().color(&INK),
+        )
         .margin(14)
         .x_label_area_size(44)
         .y_label_area_size(66)
@@ -74,7 +81,11 @@ pub fn distribution(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Er
         .draw()?;
     for (mode, row) in rows {
         let style = color(*mode).stroke_width(3);
-        let points = row.percentiles_ns.iter().zip(0..).map(|(ns, percent)| ((*ns).max(1) as f64, f64::from(percent)));
+        let points = row
+            .percentiles_ns
+            .iter()
+            .zip(0..)
+            .map(|(ns, percent)| ((*ns).max(1) as f64, f64::from(percent)));
         chart
             .draw_series(LineSeries::new(points, style))?
             .label(mode.name())
@@ -86,13 +97,19 @@ pub fn distribution(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Er
 pub fn latencies(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error>> {
     let most_gpus = report.rows.iter().map(|row| row.gpus).max().unwrap_or(1) as f64;
     let values = || report.rows.iter().flat_map(|row| [row.p50_ns, row.p99_ns]);
-    let (least, most) = (values().filter(|ns| *ns > 0).min().unwrap_or(1) as f64, values().max().unwrap_or(1) as f64);
+    let (least, most) = (
+        values().filter(|ns| *ns > 0).min().unwrap_or(1) as f64,
+        values().max().unwrap_or(1) as f64,
+    );
     let mut chart = ChartBuilder::on(area)
         .caption("Latency of an invalidation", ("sans-serif", 19).into_font().color(&INK))
         .margin(14)
         .x_label_area_size(44)
         .y_label_area_size(66)
-        .build_cartesian_2d((0.9..most_gpus * 1.15).log_scale().base(2.0), (least / 1.6..most * 1.6).log_scale())?;
+        .build_cartesian_2d(
+            (0.9..most_gpus * 1.15).log_scale().base(2.0),
+            (least / 1.6..most * 1.6).log_scale(),
+        )?;
     chart
         .configure_mesh()
         .x_desc("GPUs that mirror the memory")
@@ -102,8 +119,11 @@ pub fn latencies(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error
         .label_style(("sans-serif", 14).into_font().color(&INK))
         .draw()?;
     type Value = fn(&Row) -> u64;
-    let values: [(&str, Value, u32); 2] = [("p99", |row| row.p99_ns, 1), ("median", |row| row.p50_ns, 3)];
-    for (mode, (name, value, width)) in modes(&report.rows).into_iter().flat_map(|mode| values.map(|value| (mode, value))) {
+    let values: [(&str, Value, u32); 2] =
+        [("p99", |row| row.p99_ns, 1), ("median", |row| row.p50_ns, 3)];
+    for (mode, (name, value, width)) in
+        modes(&report.rows).into_iter().flat_map(|mode| values.map(|value| (mode, value)))
+    {
         let rows = report.rows.iter().filter(|row| row.mode == mode);
         let points: Vec<_> = rows.map(|row| (row.gpus as f64, value(row).max(1) as f64)).collect();
         let style = color(mode).stroke_width(width);
@@ -111,7 +131,8 @@ pub fn latencies(area: &Canvas<'_>, report: &Report) -> Result<(), Box<dyn Error
             .draw_series(LineSeries::new(points.iter().copied(), style))?
             .label(format!("{}, {name}", mode.name()))
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
-        chart.draw_series(points.iter().map(|point| Circle::new(*point, 3, color(mode).filled())))?;
+        chart
+            .draw_series(points.iter().map(|point| Circle::new(*point, 3, color(mode).filled())))?;
     }
     name_series(&mut chart, SeriesLabelPosition::UpperLeft, 13)
 }
@@ -123,7 +144,11 @@ pub fn lanes(area: &Canvas<'_>, example: &Example) -> Result<(), Box<dyn Error>>
     for (area, (mode, timeline)) in halves.iter().zip(example) {
         let gpus = timeline.lanes.iter().map(|lane| lane.gpu + 1).max().unwrap_or(1);
         let what = timeline.event.map_or("no invalidation", |event| event.name());
-        let caption = format!("{}: one invalidation ({what}) took {}", mode.name(), time(took(timeline) as u64));
+        let caption = format!(
+            "{}: one invalidation ({what}) took {}",
+            mode.name(),
+            time(took(timeline) as u64)
+        );
         let mut chart = ChartBuilder::on(area)
             .caption(caption, ("sans-serif", 17).into_font().color(&INK))
             .margin(8)
@@ -143,7 +168,10 @@ pub fn lanes(area: &Canvas<'_>, example: &Example) -> Result<(), Box<dyn Error>>
             .draw()?;
         let since = |at: std::time::Duration| at.saturating_sub(timeline.began).as_nanos() as f64;
         // The steps of each GPU, from the submission of each to its fence …
-        let steps = timeline.lanes.iter().flat_map(|lane| lane.steps.iter().map(|step| (lane.gpu as f64, *step)));
+        let steps = timeline
+            .lanes
+            .iter()
+            .flat_map(|lane| lane.steps.iter().map(|step| (lane.gpu as f64, *step)));
         let steps = steps.filter(|(_, step)| !step.latency.is_zero());
         chart.draw_series(steps.map(|(at, step)| {
             let color = match step.command {
@@ -151,22 +179,36 @@ pub fn lanes(area: &Canvas<'_>, example: &Example) -> Result<(), Box<dyn Error>>
                 Command::Preempt => PREEMPT,
                 Command::TlbFlush => color(*mode),
             };
-            Rectangle::new([(since(step.submitted), at + 0.12), (since(step.done), at + 0.88)], color.filled())
+            Rectangle::new(
+                [(since(step.submitted), at + 0.12), (since(step.done), at + 0.88)],
+                color.filled(),
+            )
         }))?;
         // … and its first pass.
         let width = most * 0.003;
         chart.draw_series(timeline.lanes.iter().map(|lane| {
             let (at, lane_at) = (since(lane.first_pass), lane.gpu as f64);
-            Rectangle::new([(at - width / 2.0, lane_at), (at + width / 2.0, lane_at + 1.0)], FIRST_PASS.filled())
+            Rectangle::new(
+                [(at - width / 2.0, lane_at), (at + width / 2.0, lane_at + 1.0)],
+                FIRST_PASS.filled(),
+            )
         }))?;
-        let legend = [("first pass", FIRST_PASS), ("jobs in flight", JOBS), ("preemption", PREEMPT), ("TLB flush", color(*mode))];
+        let legend = [
+            ("first pass", FIRST_PASS),
+            ("jobs in flight", JOBS),
+            ("preemption", PREEMPT),
+            ("TLB flush", color(*mode)),
+        ];
         for (text, color) in legend {
-            chart
-                .draw_series(std::iter::empty::<Circle<(f64, f64), i32>>())?
-                .label(text)
-                .legend(move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], color.filled()));
+            chart.draw_series(std::iter::empty::<Circle<(f64, f64), i32>>())?.label(text).legend(
+                move |(x, y)| Rectangle::new([(x, y - 5), (x + 12, y + 5)], color.filled()),
+            );
         }
-        let corner = if *mode == Mode::SinglePass { SeriesLabelPosition::LowerLeft } else { SeriesLabelPosition::LowerRight };
+        let corner = if *mode == Mode::SinglePass {
+            SeriesLabelPosition::LowerLeft
+        } else {
+            SeriesLabelPosition::LowerRight
+        };
         name_series(&mut chart, corner, 11)?;
     }
     Ok(())

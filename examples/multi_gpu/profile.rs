@@ -99,19 +99,28 @@ columns of a row. Each change of an option shifts all later events: to see what 
 impl Model {
     /// The random numbers of GPU `gpu` for invalidation `number`: the same in every mode and for any number of GPUs.
     pub fn random(&self, gpu: usize, number: u64) -> StdRng {
-        let key = (gpu as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ number.wrapping_mul(0xd1b5_4a32_d192_ed03);
+        let key = (gpu as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+            ^ number.wrapping_mul(0xd1b5_4a32_d192_ed03);
         StdRng::seed_from_u64(self.seed ^ key)
     }
 
     /// The steps of GPU `gpu` for invalidation `number`, which the program comes to at `at`, each of which depends on the one before.
-    pub fn steps(&self, gpu: usize, number: u64, at: Duration) -> impl Iterator<Item = (Command, Duration)> {
+    pub fn steps(
+        &self,
+        gpu: usize,
+        number: u64,
+        at: Duration,
+    ) -> impl Iterator<Item = (Command, Duration)> {
         let mut random = self.random(gpu, number ^ 1 << 62);
         let steps = match self.activity(gpu, at) {
             Activity::Idle => [None, Some(Command::TlbFlush)],
             Activity::Busy => [Some(Command::Jobs), Some(Command::TlbFlush)],
             Activity::Preempting => [Some(Command::Preempt), Some(Command::TlbFlush)],
         };
-        steps.into_iter().flatten().map(move |command| (command, self.latency(command, &mut random)))
+        steps
+            .into_iter()
+            .flatten()
+            .map(move |command| (command, self.latency(command, &mut random)))
     }
 
     fn latency(&self, command: Command, random: &mut StdRng) -> Duration {
@@ -145,7 +154,8 @@ impl Model {
                 3..5 => Activity::Busy,
                 _ => Activity::Preempting,
             };
-            until += Duration::from_secs_f64(-f64::ln(1.0 - random.random::<f64>()) * MEAN_MS / 1e3);
+            until +=
+                Duration::from_secs_f64(-f64::ln(1.0 - random.random::<f64>()) * MEAN_MS / 1e3);
             if at < until {
                 return activity;
             }

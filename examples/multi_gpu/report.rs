@@ -42,7 +42,12 @@ pub struct Workload {
 }
 
 impl Workload {
-    pub fn new(name: &str, recording: &Recording, address_spaces: usize, followed_process: Option<u32>) -> Self {
+    pub fn new(
+        name: &str,
+        recording: &Recording,
+        address_spaces: usize,
+        followed_process: Option<u32>,
+    ) -> Self {
         Self {
             name: name.into(),
             lines_read: recording.lines,
@@ -86,7 +91,8 @@ pub fn time(ns: u64) -> String {
 pub fn table(report: &Report) -> String {
     let mut out = String::new();
     let workload = &report.workload;
-    let operations: Vec<_> = workload.operations.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
+    let operations: Vec<_> =
+        workload.operations.iter().map(|(kind, count)| format!("{count} {kind}")).collect();
     let modes = modes(&report.rows);
     // Writing to a string does not fail.
     let _ = writeln!(
@@ -102,12 +108,15 @@ pub fn table(report: &Report) -> String {
         let time = if report.real_time { "real" } else { "virtual" };
         let _ = write!(out, "GPUs: {}, in {time} time, seed {}", profile.name(), report.seed);
         let _ = match workload.followed_process {
-            Some(process) => writeln!(out, "; they follow process {process} (--all-processes: all)"),
+            Some(process) => {
+                writeln!(out, "; they follow process {process} (--all-processes: all)")
+            }
             None => writeln!(out),
         };
     }
     if let Some(batch) = report.settings.get(BATCH) {
-        let _ = writeln!(out, "Up to {batch} changes of the memory are invalidated at once (--batch).");
+        let _ =
+            writeln!(out, "Up to {batch} changes of the memory are invalidated at once (--batch).");
     }
     let head = |out: &mut String, first: &str, second: &str| {
         let _ = write!(out, "\n{first:>6} {:>6} │", "");
@@ -136,7 +145,13 @@ pub fn table(report: &Report) -> String {
         let _ = write!(out, "{gpus:>5} {with_work:>7} │");
         for mode in &modes {
             let _ = match rows.get(mode) {
-                Some(row) => write!(out, " {:>8} {:>8} {:>8} │", time(row.p50_ns), time(row.p99_ns), time(row.total_ns)),
+                Some(row) => write!(
+                    out,
+                    " {:>8} {:>8} {:>8} │",
+                    time(row.p50_ns),
+                    time(row.p99_ns),
+                    time(row.total_ns)
+                ),
                 None => write!(out, " {:26} │", ""),
             };
         }
@@ -150,7 +165,11 @@ pub fn table(report: &Report) -> String {
     }
     out.push('\n');
     out.push_str(&counts(report));
-    let _ = writeln!(out, "\n{}", finding(report).unwrap_or_else(|why| format!("Found: nothing, {why}.")));
+    let _ = writeln!(
+        out,
+        "\n{}",
+        finding(report).unwrap_or_else(|why| format!("Found: nothing, {why}."))
+    );
     out
 }
 
@@ -195,19 +214,29 @@ fn counts(report: &Report) -> String {
 /// Why it has found nothing.
 pub fn finding(report: &Report) -> Result<String, String> {
     const FEW: u64 = 20;
-    let (gpus, rows) = by_gpus(&report.rows).into_iter().next_back().ok_or("because nothing was run")?;
+    let (gpus, rows) =
+        by_gpus(&report.rows).into_iter().next_back().ok_or("because nothing was run")?;
     if report.rows.iter().any(|row| row.stale_accesses > 0) {
         return Err("because devices used memory that had changed".into());
     }
     if report.settings.get("fault").is_some_and(|fault| fault != "none") {
-        return Err("and not the planted bug either: see its line in --help for when it can do harm".into());
+        return Err(
+            "and not the planted bug either: see its line in --help for when it can do harm".into(),
+        );
     }
     if let Some(few) = rows.values().map(|row| row.with_work).min().filter(|few| *few < FEW) {
         return Err(format!("because only {few} invalidations had work for a device"));
     }
     let total = |mode| rows.get(&mode).map(|row| row.total_ns as f64).filter(|total| *total > 0.0);
-    let all = (total(Mode::SinglePass), total(Mode::TwoPass), total(Mode::RoundRobin), total(Mode::PollDriven));
-    let (Some(single), Some(two), Some(rounds), Some(poll)) = all else { return Err("because not all ways were run".into()) };
+    let all = (
+        total(Mode::SinglePass),
+        total(Mode::TwoPass),
+        total(Mode::RoundRobin),
+        total(Mode::PollDriven),
+    );
+    let (Some(single), Some(two), Some(rounds), Some(poll)) = all else {
+        return Err("because not all ways were run".into());
+    };
     let what = match report.profile {
         Some(Profile::Idle) => "idle GPUs",
         Some(Profile::Busy) => "busy GPUs",
@@ -216,7 +245,9 @@ pub fn finding(report: &Report) -> Result<String, String> {
     };
     let against = |other: f64, name: &str| match other / poll {
         ratio if ratio > 1.05 => format!("{name} waits {ratio:.2}× as long"),
-        ratio if ratio < 0.95 => format!("{name} is enough, and quicker by {:.0} %", (1.0 - ratio) * 100.0),
+        ratio if ratio < 0.95 => {
+            format!("{name} is enough, and quicker by {:.0} %", (1.0 - ratio) * 100.0)
+        }
         ratio => format!("{name} is enough ({:+.0} %)", (ratio - 1.0) * 100.0),
     };
     Ok(format!(

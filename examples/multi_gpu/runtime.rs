@@ -223,7 +223,9 @@ impl Wake for Parker {
             return;
         }
         match &self.of {
-            Some((core, turn)) => core.state.lock().unwrap().ready.push_back(Ready::Thread(turn.clone())),
+            Some((core, turn)) => {
+                core.state.lock().unwrap().ready.push_back(Ready::Thread(turn.clone()))
+            }
             None => self.thread.unpark(),
         }
     }
@@ -349,7 +351,10 @@ impl Runtime {
             Self::Virtual(core) => core.state.lock().unwrap().spawned.push(Box::pin(task)),
             Self::Real { tokio, .. } => {
                 let task = std::panic::AssertUnwindSafe(task).catch_unwind();
-                drop(tokio.spawn(task.map(|ended| ended.unwrap_or_else(|_| std::process::exit(101)))));
+                drop(
+                    tokio
+                        .spawn(task.map(|ended| ended.unwrap_or_else(|_| std::process::exit(101)))),
+                );
             }
         }
     }
@@ -407,7 +412,8 @@ impl Runtime {
             Self::Virtual(core) => Some((core.clone(), here.turn.clone())),
             Self::Real { .. } => None,
         };
-        let parker = Arc::new(Parker { of, thread: std::thread::current(), woken: AtomicBool::new(false) });
+        let parker =
+            Arc::new(Parker { of, thread: std::thread::current(), woken: AtomicBool::new(false) });
         let waker = Waker::from(parker.clone());
         let mut future = pin!(future);
         loop {
@@ -491,8 +497,11 @@ pub fn run_virtual<T: Send + 'static>(main: impl FnOnce(Runtime) -> T + Send + '
 
 /// Runs `main`, which is a thread, to its end in real time, with the devices on two threads of
 /// tokio. A panic of a thread or a device ends the process with exit code 101.
-pub fn run_real<T: Send + 'static>(main: impl FnOnce(Runtime) -> T + Send + 'static) -> std::io::Result<T> {
-    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build()?;
+pub fn run_real<T: Send + 'static>(
+    main: impl FnOnce(Runtime) -> T + Send + 'static,
+) -> std::io::Result<T> {
+    let tokio =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build()?;
     let runtime = Runtime::Real { began: Instant::now(), tokio: tokio.handle().clone() };
     let output = Arc::new(Mutex::new(None));
     let (result, of_main) = (output.clone(), runtime.clone());

@@ -48,7 +48,8 @@ struct Touched(BTreeMap<u64, (u64, u32, usize)>);
 impl Touched {
     /// Notes that a call touches `range`; returns those of other tasks that it has to come after.
     fn touch(&mut self, range: AddressRange, task: u32, call: usize) -> Vec<usize> {
-        let first = self.0.range(..=range.start()).next_back().map_or(range.start(), |(start, _)| *start);
+        let first =
+            self.0.range(..=range.start()).next_back().map_or(range.start(), |(start, _)| *start);
         let overlapping: Vec<(u64, (u64, u32, usize))> = self
             .0
             .range(first..=range.last())
@@ -67,14 +68,20 @@ impl Touched {
         }
         // Whoever comes after this one comes after these.
         self.0.insert(range.start(), (range.last(), task, call));
-        overlapping.into_iter().filter(|(_, (_, by, _))| *by != task).map(|(_, (_, _, earlier))| earlier).collect()
+        overlapping
+            .into_iter()
+            .filter(|(_, (_, by, _))| *by != task)
+            .map(|(_, (_, _, earlier))| earlier)
+            .collect()
     }
 }
 
 /// What an action touches: a range of a space, or all of it.
 fn touches(action: &Action) -> (usize, AddressRange) {
     match *action {
-        Action::Mapped { space, range, .. } | Action::Invalidate { space, range, .. } => (space, range),
+        Action::Mapped { space, range, .. } | Action::Invalidate { space, range, .. } => {
+            (space, range)
+        }
         Action::Created { space, .. } | Action::Released { space } => (space, AddressRange::ALL),
     }
 }
@@ -119,9 +126,11 @@ fn gather(calls: Vec<Planned>, batch: usize) -> Vec<Planned> {
             }
         }
         let (changes, first) = (call.actions.len(), call.actions.first().and_then(kind));
-        let gathers = call.begins.is_none() && call.actions.iter().all(|action| kind(action) == first);
-        let joins =
-            open.get_mut(&call.task).filter(|open| gathers && Some(open.kind) == first && open.changes + changes <= batch);
+        let gathers =
+            call.begins.is_none() && call.actions.iter().all(|action| kind(action) == first);
+        let joins = open
+            .get_mut(&call.task)
+            .filter(|open| gathers && Some(open.kind) == first && open.changes + changes <= batch);
         if let Some(gathered) = joins {
             gathered.changes += changes;
             lasts[gathered.number] = index;
@@ -212,11 +221,16 @@ impl Plan {
             plan.tasks.entry(call.task).or_default().push(index);
         }
         // Each waits for the call before its own first one.
-        plan.first.sort_by_key(|task| plan.tasks.get(task).and_then(|calls| calls.first().copied()));
+        plan.first
+            .sort_by_key(|task| plan.tasks.get(task).and_then(|calls| calls.first().copied()));
         plan.rest = program.end();
         plan.spaces = program.spaces();
         // Of several the first.
-        plan.followed = invalidations.iter().rev().max_by_key(|(_, count)| **count).map_or(0, |(space, _)| *space);
+        plan.followed = invalidations
+            .iter()
+            .rev()
+            .max_by_key(|(_, count)| **count)
+            .map_or(0, |(space, _)| *space);
         plan.followed_process = first_in.get(&plan.followed).copied();
         plan
     }

@@ -37,7 +37,8 @@ pub enum Mode {
 }
 
 impl Mode {
-    pub const ALL: [Self; 4] = [Self::SinglePass, Self::TwoPass, Self::RoundRobin, Self::PollDriven];
+    pub const ALL: [Self; 4] =
+        [Self::SinglePass, Self::TwoPass, Self::RoundRobin, Self::PollDriven];
 
     pub fn name(self) -> &'static str {
         match self {
@@ -81,9 +82,14 @@ pub struct Outcome {
 }
 
 /// Runs a recording to its end; `progress` hears of each call that was replayed.
-pub fn run(plan: &Arc<Plan>, settings: Settings, progress: impl Fn() + Send + Sync + 'static) -> std::io::Result<Outcome> {
+pub fn run(
+    plan: &Arc<Plan>,
+    settings: Settings,
+    progress: impl Fn() + Send + Sync + 'static,
+) -> std::io::Result<Outcome> {
     let plan = plan.clone();
-    let main = move |runtime: Runtime| World::new(runtime, settings, plan, Box::new(progress)).replay();
+    let main =
+        move |runtime: Runtime| World::new(runtime, settings, plan, Box::new(progress)).replay();
     if settings.real_time { run_real(main) } else { Ok(run_virtual(main)) }
 }
 
@@ -133,7 +139,12 @@ const RECLAIMERS: u64 = 3;
 const AGAIN: u64 = 4;
 
 impl World {
-    fn new(runtime: Runtime, settings: Settings, plan: Arc<Plan>, progress: Box<dyn Fn() + Send + Sync>) -> Arc<Self> {
+    fn new(
+        runtime: Runtime,
+        settings: Settings,
+        plan: Arc<Plan>,
+        progress: Box<dyn Fn() + Send + Sync>,
+    ) -> Arc<Self> {
         let oracle = Arc::new(Oracle::default());
         let gpu = |id| {
             let fault = settings.fault.filter(|_| id == 0 || id + 1 == settings.gpus);
@@ -146,7 +157,11 @@ impl World {
             oracle,
             progress,
             spaces: Mutex::default(),
-            tally: Mutex::new(Tally::new(if settings.real_time { Duration::ZERO } else { settings.model.costs.submit })),
+            tally: Mutex::new(Tally::new(if settings.real_time {
+                Duration::ZERO
+            } else {
+                settings.model.costs.submit
+            })),
             over: plan.calls.iter().map(|_| Flag::default()).collect(),
             begun: Mutex::default(),
             stop: AtomicBool::new(false),
@@ -181,7 +196,9 @@ impl World {
         if self.settings.threads {
             for task in &self.plan.first {
                 // One that nobody started begins when the recording comes to it.
-                if let Some(before) = self.plan.tasks.get(task).and_then(|calls| calls.first()?.checked_sub(1)) {
+                if let Some(before) =
+                    self.plan.tasks.get(task).and_then(|calls| calls.first()?.checked_sub(1))
+                {
                     self.wait(&self.over[before]);
                 }
                 self.begin(*task);
@@ -203,7 +220,8 @@ impl World {
             }
         }
         // What the recording did not end: devices keep no mapping of a program that is gone.
-        let rest = if self.stop.load(Ordering::Relaxed) { Vec::new() } else { self.plan.rest.clone() };
+        let rest =
+            if self.stop.load(Ordering::Relaxed) { Vec::new() } else { self.plan.rest.clone() };
         for (actions, number) in at_once(&rest, self.plan.batch).zip(RECLAIM / 2..) {
             self.act(actions, number, self.now_in_recording());
         }
@@ -249,7 +267,8 @@ impl World {
         let call = &self.plan.calls[index];
         let ends = || self.stop.load(Ordering::Relaxed);
         self.at.fetch_max(u64::try_from(call.at.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        for (actions, number) in at_once(&call.actions, self.plan.batch).zip(index as u64 * 1024..) {
+        for (actions, number) in at_once(&call.actions, self.plan.batch).zip(index as u64 * 1024..)
+        {
             if ends() {
                 break;
             }
@@ -274,14 +293,28 @@ impl World {
             Action::Created { space, ref mappings } => {
                 let clock = self.runtime.clone();
                 let builder = AddressSpace::builder().clock(move || clock.now());
-                let builder = if self.settings.mode == Mode::SinglePass { builder.pass_budget(0) } else { builder };
-                let created = Space { address_space: builder.build(), mappings: Vec::new(), active: 0, released: false };
+                let builder = if self.settings.mode == Mode::SinglePass {
+                    builder.pass_budget(0)
+                } else {
+                    builder
+                };
+                let created = Space {
+                    address_space: builder.build(),
+                    mappings: Vec::new(),
+                    active: 0,
+                    released: false,
+                };
                 self.spaces.lock().unwrap().insert(space, created);
                 mappings.iter().for_each(|(range, access)| self.map(space, *range, *access));
             }
             Action::Mapped { space, range, access } => self.map(space, range, access),
             Action::Invalidate { space, event, .. } => {
-                self.invalidate(space, event, &changes.collect::<Vec<_>>(), &Record::new(number, at));
+                self.invalidate(
+                    space,
+                    event,
+                    &changes.collect::<Vec<_>>(),
+                    &Record::new(number, at),
+                );
             }
             Action::Released { space } => self.release(space, &Record::new(number, at)),
         }
@@ -293,7 +326,9 @@ impl World {
         if !self.settings.all_processes && space != self.plan.followed {
             return;
         }
-        let Some(address_space) = self.spaces.lock().unwrap().get(&space).map(|space| space.address_space.clone()) else {
+        let Some(address_space) =
+            self.spaces.lock().unwrap().get(&space).map(|space| space.address_space.clone())
+        else {
             return;
         };
         let mut mirrors = Vec::with_capacity(self.gpus.len());
@@ -321,19 +356,32 @@ impl World {
     }
 
     /// Invalidates the ranges of `changes` at once, and makes these.
-    fn invalidate(&self, space: usize, event: Event, changes: &[(AddressRange, &Change)], record: &Arc<Record>) {
+    fn invalidate(
+        &self,
+        space: usize,
+        event: Event,
+        changes: &[(AddressRange, &Change)],
+        record: &Arc<Record>,
+    ) {
         let Some(address_space) = self.enter(space) else { return };
         let skips = || match (self.settings.fault, event) {
-            (Some(Fault::SkipUnmap), Event::Unmap) => self.unmappings.fetch_add(1, Ordering::Relaxed) % 2 == 1,
+            (Some(Fault::SkipUnmap), Event::Unmap) => {
+                self.unmappings.fetch_add(1, Ordering::Relaxed) % 2 == 1
+            }
             (Some(Fault::SkipClear), Event::Clear) => true,
             _ => false,
         };
         let mut guard = None;
-        if let Ok(ranges) = RangeSet::new(changes.iter().map(|(range, _)| *range).filter(|_| !skips())) {
+        if let Ok(ranges) =
+            RangeSet::new(changes.iter().map(|(range, _)| *range).filter(|_| !skips()))
+        {
             let began = self.runtime.now();
             let held = record.during(|| {
                 // Waking is charged where devices block it; who waits in the task is woken here.
-                self.runtime.block_on(address_space.invalidate_all(ranges, event), self.settings.model.costs.wake)
+                self.runtime.block_on(
+                    address_space.invalidate_all(ranges, event),
+                    self.settings.model.costs.wake,
+                )
             });
             self.note(record, event, held.hits(), began);
             if self.settings.fault == Some(Fault::EarlyEnd) {
@@ -389,7 +437,9 @@ impl World {
     fn release(&self, space: usize, record: &Arc<Record>) {
         let Some(address_space) = self.enter(space) else { return };
         let (mirrored, began) = (address_space.len(), self.runtime.now());
-        record.during(|| self.runtime.block_on(address_space.release(), self.settings.model.costs.wake));
+        record.during(|| {
+            self.runtime.block_on(address_space.release(), self.settings.model.costs.wake)
+        });
         self.note(record, Event::Release, mirrored, began);
         let mut spaces = self.spaces.lock().unwrap();
         if let Some(space) = spaces.get_mut(&space) {
@@ -419,9 +469,14 @@ impl World {
     /// some back, for which it write-protects them.
     fn reclaim(&self, thread: u64) {
         let mut random = StdRng::seed_from_u64(self.settings.model.seed ^ (0x5ec1_a1e0 + thread));
-        let mut pause = |mean: Duration| self.sleep(mean.mul_f64(-f64::ln(1.0 - random.random::<f64>())));
+        let mut pause =
+            |mean: Duration| self.sleep(mean.mul_f64(-f64::ln(1.0 - random.random::<f64>())));
         for turn in 0.. {
-            pause(if turn % AGAIN == 0 { self.settings.model.reclaim } else { self.settings.model.fault });
+            pause(if turn % AGAIN == 0 {
+                self.settings.model.reclaim
+            } else {
+                self.settings.model.fault
+            });
             if self.stop.load(Ordering::Relaxed) {
                 return;
             }
@@ -442,7 +497,8 @@ impl World {
             .flat_map(|(id, space)| space.mappings.iter().map(|mapping| (*id, mapping.range)))
             .collect();
         let resident = self.settings.model.resident_pages.max(1);
-        let (space, range) = *mirrored.get(usize::try_from(at / resident).ok()?.checked_rem(mirrored.len())?)?;
+        let (space, range) =
+            *mirrored.get(usize::try_from(at / resident).ok()?.checked_rem(mirrored.len())?)?;
         let (first, count) = (range.start() / PAGE, range.last() / PAGE - range.start() / PAGE + 1);
         let page = first + (at % resident * count / resident).min(count - 1);
         Some((space, AddressRange::new(page * PAGE, PAGE).ok()?))

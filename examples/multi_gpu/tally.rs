@@ -108,7 +108,14 @@ impl Tally {
     }
 
     /// The program has waited for an invalidation.
-    pub fn invalidated(&mut self, record: &Record, event: Event, hits: usize, gpus: usize, (began, ended): (Duration, Duration)) {
+    pub fn invalidated(
+        &mut self,
+        record: &Record,
+        event: Event,
+        hits: usize,
+        gpus: usize,
+        (began, ended): (Duration, Duration),
+    ) {
         if hits == 0 {
             self.unheard += 1;
             return;
@@ -124,7 +131,8 @@ impl Tally {
         // Within the histogram's range, which grows with its values.
         let _ = self.latencies.record(nanos(ended - began));
         if lanes.len() == gpus {
-            self.timelines.insert(record.number, Timeline { lanes, began, ended, event: Some(event) });
+            self.timelines
+                .insert(record.number, Timeline { lanes, began, ended, event: Some(event) });
         }
     }
 
@@ -141,8 +149,17 @@ impl Tally {
         lanes.iter().map(chain).max().unwrap_or_default()
     }
 
-    pub fn outcome(&mut self, settings: &Settings, gpus: &[std::sync::Arc<Gpu>], oracle: &Oracle) -> Outcome {
-        let ideal_ratio = if self.ideal.is_zero() { 1.0 } else { self.total.as_secs_f64() / self.ideal.as_secs_f64() };
+    pub fn outcome(
+        &mut self,
+        settings: &Settings,
+        gpus: &[std::sync::Arc<Gpu>],
+        oracle: &Oracle,
+    ) -> Outcome {
+        let ideal_ratio = if self.ideal.is_zero() {
+            1.0
+        } else {
+            self.total.as_secs_f64() / self.ideal.as_secs_f64()
+        };
         let sum = |count: fn(&Gpu) -> u64| gpus.iter().map(|gpu| count(gpu)).sum();
         let row = Row {
             gpus: settings.gpus,
@@ -164,7 +181,9 @@ impl Tally {
             ideal_ns: nanos(self.ideal),
             ideal_ratio,
             stale_accesses: oracle.stale(),
-            percentiles_ns: (0..=100).map(|percent| self.latencies.value_at_percentile(f64::from(percent))).collect(),
+            percentiles_ns: (0..=100)
+                .map(|percent| self.latencies.value_at_percentile(f64::from(percent)))
+                .collect(),
         };
         Outcome { row, timelines: std::mem::take(&mut self.timelines) }
     }

@@ -71,7 +71,10 @@ fn run(
     let mut random = StdRng::seed_from_u64(options.seed);
     let (mut wrong, mut remaps) = (0, 0);
     for _ in 0..options.reads {
-        let (buffer, block) = (random.random_range(0..usize::from(options.buffers)), random.random_range(0..file.blocks()));
+        let (buffer, block) = (
+            random.random_range(0..usize::from(options.buffers)),
+            random.random_range(0..file.blocks()),
+        );
         if random.random_ratio(1, options.remap_one_in) {
             buffers.remap(buffer)?;
             remaps += 1;
@@ -83,7 +86,10 @@ fn run(
 }
 
 /// Nanoseconds for each of `times` calls; the median of 9.
-fn nanoseconds(times: u32, mut call: impl FnMut() -> Result<(), Box<dyn Error>>) -> Result<f64, Box<dyn Error>> {
+fn nanoseconds(
+    times: u32,
+    mut call: impl FnMut() -> Result<(), Box<dyn Error>>,
+) -> Result<f64, Box<dyn Error>> {
     let mut samples = Vec::new();
     for _ in 0..9 {
         let began = Instant::now();
@@ -113,13 +119,21 @@ fn plain(options: &Options, file: &File) -> Result<Run, Box<dyn Error>> {
         Ok(())
     })?;
     let registrations = known.len() as u64;
-    Ok(Run { reads: options.reads, wrong_reads, remaps, registrations, hit_ns, lookups_per_second: 1e9 / hit_ns })
+    Ok(Run {
+        reads: options.reads,
+        wrong_reads,
+        remaps,
+        registrations,
+        hit_ns,
+        lookups_per_second: 1e9 / hit_ns,
+    })
 }
 
 fn cached(options: &Options, file: &File) -> Result<Run, Box<dyn Error>> {
     let space = AddressSpace::new();
     let (uffd, mut reader, mut deliveries) = Uffd::open(&space)?;
-    let threads = [std::thread::spawn(move || reader.run()), std::thread::spawn(move || deliveries.run())];
+    let threads =
+        [std::thread::spawn(move || reader.run()), std::thread::spawn(move || deliveries.run())];
     let fixed = Fixed::new(Ring::new(usize::from(options.buffers))?);
     let cache = RegistrationCache::<Fixed>::builder()
         .max_registrations(usize::from(options.buffers))
@@ -144,7 +158,14 @@ fn cached(options: &Options, file: &File) -> Result<Run, Box<dyn Error>> {
     for thread in threads {
         thread.join().map_err(|_| "a thread of the source has panicked")??;
     }
-    Ok(Run { reads: options.reads, wrong_reads, remaps, registrations, hit_ns, lookups_per_second: 1e9 / hit_ns })
+    Ok(Run {
+        reads: options.reads,
+        wrong_reads,
+        remaps,
+        registrations,
+        hit_ns,
+        lookups_per_second: 1e9 / hit_ns,
+    })
 }
 
 fn report(options: &Options) -> Result<Report, Box<dyn Error>> {
@@ -173,16 +194,25 @@ fn main() -> ExitCode {
             Err(error) => eprintln!("error: {error}"),
         }
     } else {
-        println!("buffers of {PAGE} bytes, {} of them; each read compared with the file", options.buffers);
+        println!(
+            "buffers of {PAGE} bytes, {} of them; each read compared with the file",
+            options.buffers
+        );
         println!("{:<24} {:>12} {:>12}", "", "plain", "with shootdown");
-        let row = |name: &str, plain: String, cached: String| println!("{name:<24} {plain:>12} {cached:>12}");
+        let row = |name: &str, plain: String, cached: String| {
+            println!("{name:<24} {plain:>12} {cached:>12}")
+        };
         let (plain, cached) = (&report.plain, &report.cached);
         row("reads", plain.reads.to_string(), cached.reads.to_string());
         row("unmapped and mapped", plain.remaps.to_string(), cached.remaps.to_string());
         row("registrations", plain.registrations.to_string(), cached.registrations.to_string());
         row("wrong reads", plain.wrong_reads.to_string(), cached.wrong_reads.to_string());
         row("a look-up, ns", format!("{:.0}", plain.hit_ns), format!("{:.0}", cached.hit_ns));
-        row("look-ups a second", format!("{:.1e}", plain.lookups_per_second), format!("{:.1e}", cached.lookups_per_second));
+        row(
+            "look-ups a second",
+            format!("{:.1e}", plain.lookups_per_second),
+            format!("{:.1e}", cached.lookups_per_second),
+        );
         println!("to register and deregister every time: {:.0} ns", report.register_every_time_ns);
     }
     if report.plain.wrong_reads == 0 {

@@ -17,7 +17,14 @@ pub struct Buffers {
 impl Buffers {
     pub fn map(pages: usize) -> io::Result<Self> {
         // SAFETY: a new mapping where the kernel chooses.
-        let at = unsafe { mmap_anonymous(ptr::null_mut(), pages * PAGE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)? };
+        let at = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                pages * PAGE,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )?
+        };
         Ok(Self { at: at.cast(), pages })
     }
 
@@ -37,7 +44,14 @@ impl Buffers {
         // SAFETY: ours; there are no references into it.
         unsafe { munmap(at, PAGE)? };
         // SAFETY: a new mapping that replaces none: the kernel refuses if another thread was quicker.
-        unsafe { mmap_anonymous(at, PAGE, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE)? };
+        unsafe {
+            mmap_anonymous(
+                at,
+                PAGE,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE,
+            )?
+        };
         Ok(())
     }
 
@@ -63,7 +77,12 @@ const BLOCKS: u64 = 256;
 impl File {
     pub fn new() -> io::Result<Self> {
         let path = std::env::temp_dir().join(format!("uring_cache-{}", std::process::id()));
-        let mut file = std::fs::OpenOptions::new().read(true).write(true).create(true).truncate(true).open(&path)?;
+        let mut file = std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .create(true)
+            .truncate(true)
+            .open(&path)?;
         // It lives as long as it is open.
         std::fs::remove_file(&path)?;
         let this = |block: u64| (block + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15);

@@ -19,7 +19,12 @@ impl Ring {
     /// A ring with a table of `slots` fixed buffers, all empty (`IORING_REGISTER_BUFFERS2`, sparse), and one for the way from one to another.
     pub fn new(slots: usize) -> io::Result<Self> {
         let say = |error: io::Error| {
-            io::Error::new(error.kind(), format!("io_uring cannot be used ({error}): see the sysctl kernel.io_uring_disabled"))
+            io::Error::new(
+                error.kind(),
+                format!(
+                    "io_uring cannot be used ({error}): see the sysctl kernel.io_uring_disabled"
+                ),
+            )
         };
         let slots = slots as u32 + 1;
         let uring = IoUring::new(8).map_err(say)?;
@@ -37,11 +42,18 @@ impl Ring {
     pub fn read(&self, file: &File, block: u64, slot: u32, range: AddressRange) -> io::Result<()> {
         let mut uring = self.uring.lock().unwrap();
         let at = std::ptr::with_exposed_provenance_mut(range.start() as usize);
-        let read = opcode::ReadFixed::new(types::Fd(file.fd()), at, PAGE as u32, slot as u16).offset(block * PAGE as u64).build();
+        let read = opcode::ReadFixed::new(types::Fd(file.fd()), at, PAGE as u32, slot as u16)
+            .offset(block * PAGE as u64)
+            .build();
         // SAFETY: the kernel writes to the pages that it has pinned for this slot, and this thread waits for it.
-        unsafe { uring.submission().push(&read).map_err(|error| io::Error::other(error.to_string()))? };
+        unsafe {
+            uring.submission().push(&read).map_err(|error| io::Error::other(error.to_string()))?
+        };
         uring.submit_and_wait(1)?;
-        let done = uring.completion().next().ok_or_else(|| io::Error::other("the ring has lost a read"))?;
+        let done = uring
+            .completion()
+            .next()
+            .ok_or_else(|| io::Error::other("the ring has lost a read"))?;
         match done.result() {
             length if length == PAGE as i32 => Ok(()),
             error if error < 0 => Err(io::Error::from_raw_os_error(-error)),
@@ -66,7 +78,13 @@ impl Device for Fixed {
     type Error = io::Error;
 
     async fn register(&self, range: AddressRange) -> io::Result<u32> {
-        let slot = self.ring.free.lock().unwrap().pop().ok_or_else(|| io::Error::other("the ring's table is full"))?;
+        let slot = self
+            .ring
+            .free
+            .lock()
+            .unwrap()
+            .pop()
+            .ok_or_else(|| io::Error::other("the ring's table is full"))?;
         let base = std::ptr::with_exposed_provenance_mut(range.start() as usize);
         let buffer = libc::iovec { iov_base: base, iov_len: range.len().unwrap_or(0) as usize };
         match self.ring.update(slot, buffer) {
@@ -78,7 +96,11 @@ impl Device for Fixed {
         }
     }
 
-    async fn deregister(&self, _range: AddressRange, slot: u32) -> Result<(), StillRegistered<u32, io::Error>> {
+    async fn deregister(
+        &self,
+        _range: AddressRange,
+        slot: u32,
+    ) -> Result<(), StillRegistered<u32, io::Error>> {
         self.ring.update(slot, EMPTY).map_err(|error| StillRegistered { handle: slot, error })?;
         self.ring.free.lock().unwrap().push(slot);
         Ok(())

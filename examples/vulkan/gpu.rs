@@ -17,7 +17,8 @@ use std::sync::mpsc::{Sender, channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 
-const HOST: vk::ExternalMemoryHandleTypeFlags = vk::ExternalMemoryHandleTypeFlags::HOST_ALLOCATION_EXT;
+const HOST: vk::ExternalMemoryHandleTypeFlags =
+    vk::ExternalMemoryHandleTypeFlags::HOST_ALLOCATION_EXT;
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
@@ -56,13 +57,21 @@ struct Queue {
 impl Gpu {
     /// Opens a device whose target is of `bytes`. With `fence_fd` the thread that hears of finished jobs waits for descriptors of
     /// fences, if the card has them.
-    pub fn open(vulkan: &Arc<Vulkan>, card: &Card, bytes: u64, fence_fd: bool) -> Result<Arc<Self>, Problem> {
+    pub fn open(
+        vulkan: &Arc<Vulkan>,
+        card: &Card,
+        bytes: u64,
+        fence_fd: bool,
+    ) -> Result<Arc<Self>, Problem> {
         let fence_fd = fence_fd && card.has_fence_fd;
         let priorities = [1.0];
-        let queues = [vk::DeviceQueueCreateInfo::default().queue_family_index(card.family).queue_priorities(&priorities)];
+        let queues = [vk::DeviceQueueCreateInfo::default()
+            .queue_family_index(card.family)
+            .queue_priorities(&priorities)];
         let mut extensions = vec![ash::ext::external_memory_host::NAME.as_ptr()];
         extensions.extend(fence_fd.then_some(ash::khr::external_fence_fd::NAME.as_ptr()));
-        let mut timeline = vk::PhysicalDeviceTimelineSemaphoreFeatures::default().timeline_semaphore(true);
+        let mut timeline =
+            vk::PhysicalDeviceTimelineSemaphoreFeatures::default().timeline_semaphore(true);
         let info = vk::DeviceCreateInfo::default()
             .queue_create_infos(&queues)
             .enabled_extension_names(&extensions)
@@ -101,24 +110,38 @@ impl Gpu {
     }
 
     fn timeline(&self) -> Result<vk::Semaphore, Problem> {
-        let mut kind = vk::SemaphoreTypeCreateInfo::default().semaphore_type(vk::SemaphoreType::TIMELINE);
+        let mut kind =
+            vk::SemaphoreTypeCreateInfo::default().semaphore_type(vk::SemaphoreType::TIMELINE);
         // SAFETY: the device is alive and has the feature.
-        Ok(unsafe { self.device.create_semaphore(&vk::SemaphoreCreateInfo::default().push_next(&mut kind), None) }?)
+        Ok(unsafe {
+            self.device
+                .create_semaphore(&vk::SemaphoreCreateInfo::default().push_next(&mut kind), None)
+        }?)
     }
 
     fn make_target(&mut self) -> Result<(), Problem> {
         use vk::MemoryPropertyFlags as Flags;
-        let info = vk::BufferCreateInfo::default().size(self.target_len).usage(vk::BufferUsageFlags::TRANSFER_DST);
+        let info = vk::BufferCreateInfo::default()
+            .size(self.target_len)
+            .usage(vk::BufferUsageFlags::TRANSFER_DST);
         // SAFETY: the device is alive; what is made is destroyed with it. The memory is mapped once, whole, and is of a type that can be.
         unsafe {
             self.target = self.device.create_buffer(&info, None)?;
             let needs = self.device.get_buffer_memory_requirements(self.target);
             let seen = Flags::HOST_VISIBLE | Flags::HOST_COHERENT;
-            let kind = self.memory_type(needs.memory_type_bits, &[seen | Flags::HOST_CACHED, seen])?;
-            let info = vk::MemoryAllocateInfo::default().allocation_size(needs.size).memory_type_index(kind);
+            let kind =
+                self.memory_type(needs.memory_type_bits, &[seen | Flags::HOST_CACHED, seen])?;
+            let info = vk::MemoryAllocateInfo::default()
+                .allocation_size(needs.size)
+                .memory_type_index(kind);
             self.target_memory = self.device.allocate_memory(&info, None)?;
             self.device.bind_buffer_memory(self.target, self.target_memory, 0)?;
-            let at = self.device.map_memory(self.target_memory, 0, vk::WHOLE_SIZE, vk::MemoryMapFlags::empty())?;
+            let at = self.device.map_memory(
+                self.target_memory,
+                0,
+                vk::WHOLE_SIZE,
+                vk::MemoryMapFlags::empty(),
+            )?;
             self.target_at = at.expose_provenance();
         }
         Ok(())
@@ -127,14 +150,18 @@ impl Gpu {
     /// A memory type of `bits`, by the first of `wishes` that one fulfils.
     fn memory_type(&self, bits: u32, wishes: &[vk::MemoryPropertyFlags]) -> Result<u32, Problem> {
         // SAFETY: the instance is alive.
-        let memory = unsafe { self.vulkan.instance.get_physical_device_memory_properties(self.card.physical) };
+        let memory = unsafe {
+            self.vulkan.instance.get_physical_device_memory_properties(self.card.physical)
+        };
         let of = |wish: &vk::MemoryPropertyFlags| {
             (0..)
                 .zip(memory.memory_types_as_slice())
                 .find(|(index, kind)| bits >> index & 1 == 1 && kind.property_flags.contains(*wish))
         };
         let found = wishes.iter().find_map(of).map(|(index, _)| index);
-        found.ok_or_else(|| Problem::other(format!("{} has no memory type for this", self.card.name)))
+        found.ok_or_else(|| {
+            Problem::other(format!("{} has no memory type for this", self.card.name))
+        })
     }
 
     /// Starts the thread that hears of finished jobs.
@@ -144,8 +171,10 @@ impl Gpu {
         self.waiter = Some(if fence_fd {
             let (sender, fences) = channel();
             lock(&self.queue).fences = Some(sender);
-            let extension = ash::khr::external_fence_fd::Device::new(&self.vulkan.instance, &self.device);
-            thread.spawn(move || wait_for_descriptors(&device, &extension, done, &fences, &heard))?
+            let extension =
+                ash::khr::external_fence_fd::Device::new(&self.vulkan.instance, &self.device);
+            thread
+                .spawn(move || wait_for_descriptors(&device, &extension, done, &fences, &heard))?
         } else {
             thread.spawn(move || wait_for_the_next(&device, done, &heard))?
         });
@@ -160,8 +189,13 @@ impl Gpu {
     /// Imports memory. Each of its uploads copies all of it `copies` times.
     pub fn import(self: &Arc<Self>, range: AddressRange, copies: u32) -> Result<Import, Problem> {
         let len = range.len().filter(|len| *len <= self.target_len);
-        let fits = |len: &u64| range.start().is_multiple_of(self.card.alignment) && len.is_multiple_of(self.card.alignment);
-        let len = len.filter(fits).ok_or_else(|| Problem::other(format!("{range:?} cannot be imported")))?;
+        let fits = |len: &u64| {
+            range.start().is_multiple_of(self.card.alignment)
+                && len.is_multiple_of(self.card.alignment)
+        };
+        let len = len
+            .filter(fits)
+            .ok_or_else(|| Problem::other(format!("{range:?} cannot be imported")))?;
         let mut import = Import {
             gpu: self.clone(),
             memory: vk::DeviceMemory::null(),
@@ -172,7 +206,10 @@ impl Gpu {
         let at = ptr::with_exposed_provenance_mut(range.start() as usize);
         let device = &self.device;
         let mut external = vk::ExternalMemoryBufferCreateInfo::default().handle_types(HOST);
-        let buffer = vk::BufferCreateInfo::default().size(len).usage(vk::BufferUsageFlags::TRANSFER_SRC).push_next(&mut external);
+        let buffer = vk::BufferCreateInfo::default()
+            .size(len)
+            .usage(vk::BufferUsageFlags::TRANSFER_SRC)
+            .push_next(&mut external);
         let mut pointer = vk::MemoryHostPointerPropertiesEXT::default();
         // SAFETY: the device is alive, the structures live until the calls return, and what is made is destroyed with the import.
         unsafe {
@@ -181,18 +218,28 @@ impl Gpu {
             import.buffer = device.create_buffer(&buffer, None)?;
             let needs = device.get_buffer_memory_requirements(import.buffer);
             if needs.size > len {
-                return Err(Problem::other(format!("a buffer of {len} bytes needs {} on {}", needs.size, self.card.name)));
+                return Err(Problem::other(format!(
+                    "a buffer of {len} bytes needs {} on {}",
+                    needs.size, self.card.name
+                )));
             }
             // Types for this may have no flags at all.
-            let coherent = vk::MemoryPropertyFlags::HOST_VISIBLE | vk::MemoryPropertyFlags::HOST_COHERENT;
+            let coherent =
+                vk::MemoryPropertyFlags::HOST_VISIBLE | vk::MemoryPropertyFlags::HOST_COHERENT;
             let bits = pointer.memory_type_bits & needs.memory_type_bits;
             let kind = self.memory_type(bits, &[coherent, vk::MemoryPropertyFlags::empty()])?;
-            let mut memory = vk::ImportMemoryHostPointerInfoEXT::default().handle_type(HOST).host_pointer(at);
-            let info = vk::MemoryAllocateInfo::default().allocation_size(len).memory_type_index(kind).push_next(&mut memory);
+            let mut memory =
+                vk::ImportMemoryHostPointerInfoEXT::default().handle_type(HOST).host_pointer(at);
+            let info = vk::MemoryAllocateInfo::default()
+                .allocation_size(len)
+                .memory_type_index(kind)
+                .push_next(&mut memory);
             import.memory = device.allocate_memory(&info, None)?;
             device.bind_buffer_memory(import.buffer, import.memory, 0)?;
             let pool = lock(&self.pool);
-            let info = vk::CommandBufferAllocateInfo::default().command_pool(*pool).command_buffer_count(1);
+            let info = vk::CommandBufferAllocateInfo::default()
+                .command_pool(*pool)
+                .command_buffer_count(1);
             import.commands = device.allocate_command_buffers(&info)?.first().copied();
             if let Some(commands) = import.commands {
                 self.record(commands, import.buffer, len, copies)?;
@@ -203,22 +250,48 @@ impl Gpu {
 
     /// # Safety
     /// The pool is locked, `commands` is of it and new, `from` is of `len` bytes.
-    unsafe fn record(&self, commands: vk::CommandBuffer, from: vk::Buffer, len: u64, copies: u32) -> Result<(), vk::Result> {
+    unsafe fn record(
+        &self,
+        commands: vk::CommandBuffer,
+        from: vk::Buffer,
+        len: u64,
+        copies: u32,
+    ) -> Result<(), vk::Result> {
         use vk::{AccessFlags as Access, DependencyFlags, PipelineStageFlags as Stages};
         let (device, region) = (&self.device, [vk::BufferCopy::default().size(len)]);
-        let before =
-            [vk::MemoryBarrier::default().src_access_mask(Access::TRANSFER_WRITE).dst_access_mask(Access::TRANSFER_WRITE)];
-        let after = [vk::MemoryBarrier::default().src_access_mask(Access::TRANSFER_WRITE).dst_access_mask(Access::HOST_READ)];
-        let begin = vk::CommandBufferBeginInfo::default().flags(vk::CommandBufferUsageFlags::SIMULTANEOUS_USE);
+        let before = [vk::MemoryBarrier::default()
+            .src_access_mask(Access::TRANSFER_WRITE)
+            .dst_access_mask(Access::TRANSFER_WRITE)];
+        let after = [vk::MemoryBarrier::default()
+            .src_access_mask(Access::TRANSFER_WRITE)
+            .dst_access_mask(Access::HOST_READ)];
+        let begin = vk::CommandBufferBeginInfo::default()
+            .flags(vk::CommandBufferUsageFlags::SIMULTANEOUS_USE);
         // SAFETY: the caller's; both buffers exist, and the target is at least as long.
         unsafe {
             device.begin_command_buffer(commands, &begin)?;
             for _ in 0..copies {
                 let earlier = Stages::TRANSFER | Stages::HOST;
-                device.cmd_pipeline_barrier(commands, earlier, Stages::TRANSFER, DependencyFlags::empty(), &before, &[], &[]);
+                device.cmd_pipeline_barrier(
+                    commands,
+                    earlier,
+                    Stages::TRANSFER,
+                    DependencyFlags::empty(),
+                    &before,
+                    &[],
+                    &[],
+                );
                 device.cmd_copy_buffer(commands, from, self.target, &region);
             }
-            device.cmd_pipeline_barrier(commands, Stages::TRANSFER, Stages::HOST, DependencyFlags::empty(), &after, &[], &[]);
+            device.cmd_pipeline_barrier(
+                commands,
+                Stages::TRANSFER,
+                Stages::HOST,
+                DependencyFlags::empty(),
+                &after,
+                &[],
+                &[],
+            );
             device.end_command_buffer(commands)
         }
     }
@@ -256,7 +329,8 @@ impl Gpu {
             .command_buffers(commands)
             .signal_semaphores(&done)
             .push_next(&mut values);
-        let fence = if queue.fences.is_some() { self.exportable_fence()? } else { vk::Fence::null() };
+        let fence =
+            if queue.fences.is_some() { self.exportable_fence()? } else { vk::Fence::null() };
         // SAFETY: the queue is locked, what the job uses exists until it is done, and the numbers rise.
         unsafe { self.device.queue_submit(queue.queue, &[job], fence) }.inspect_err(|_| {
             // SAFETY: it was not submitted, and is null or new.
@@ -272,9 +346,12 @@ impl Gpu {
     }
 
     fn exportable_fence(&self) -> Result<vk::Fence, Problem> {
-        let mut export = vk::ExportFenceCreateInfo::default().handle_types(vk::ExternalFenceHandleTypeFlags::SYNC_FD);
+        let mut export = vk::ExportFenceCreateInfo::default()
+            .handle_types(vk::ExternalFenceHandleTypeFlags::SYNC_FD);
         // SAFETY: the device is alive and has the extension.
-        Ok(unsafe { self.device.create_fence(&vk::FenceCreateInfo::default().push_next(&mut export), None) }?)
+        Ok(unsafe {
+            self.device.create_fence(&vk::FenceCreateInfo::default().push_next(&mut export), None)
+        }?)
     }
 
     /// Lets go on what waits for the gate to be at `gate`.
@@ -300,9 +377,17 @@ impl Gpu {
     pub fn arrived(&self, into: &mut [u8]) -> Result<(), Problem> {
         assert!(into.len() as u64 <= self.target_len, "the target is of {} bytes", self.target_len);
         let queue = lock(&self.queue);
-        self.heard.insist(|| wait_for(&self.device, self.done, queue.submitted)).map_err(|_| vk::Result::ERROR_DEVICE_LOST)?;
+        self.heard
+            .insist(|| wait_for(&self.device, self.done, queue.submitted))
+            .map_err(|_| vk::Result::ERROR_DEVICE_LOST)?;
         // SAFETY: mapped for at least as many bytes; nothing is in flight and nothing can be submitted, so nobody writes.
-        unsafe { ptr::copy_nonoverlapping(ptr::with_exposed_provenance::<u8>(self.target_at), into.as_mut_ptr(), into.len()) };
+        unsafe {
+            ptr::copy_nonoverlapping(
+                ptr::with_exposed_provenance::<u8>(self.target_at),
+                into.as_mut_ptr(),
+                into.len(),
+            )
+        };
         Ok(())
     }
 

@@ -46,7 +46,11 @@ impl Device for Importer {
         self.import(range)
     }
 
-    async fn deregister(&self, _range: AddressRange, imported: Imported) -> Result<(), StillRegistered<Imported, Problem>> {
+    async fn deregister(
+        &self,
+        _range: AddressRange,
+        imported: Imported,
+    ) -> Result<(), StillRegistered<Imported, Problem>> {
         if self.fault == Some(Fault::SkipWait) {
             self.early.lock().unwrap_or_else(PoisonError::into_inner).push(imported);
             return Ok(());

@@ -57,14 +57,21 @@ fn run(options: &Options) -> Ended {
     }
     let Some(vulkan) = ended.note(Vulkan::open(options.validate)) else { return ended };
     if options.validate && vulkan.messages().is_none() {
-        eprintln!("the validation layer is not installed (Debian: apt-get install vulkan-validationlayers): nobody looks");
+        eprintln!(
+            "the validation layer is not installed (Debian: apt-get install vulkan-validationlayers): nobody looks"
+        );
     }
     let Some(cards) = ended.note(vulkan.cards().and_then(|cards| chosen(options, cards))) else {
         ended.failures.extend(report::complaints(&vulkan.messages().unwrap_or_default()));
         return ended;
     };
     let uploads = options.runs(Part::Uploads).then(|| {
-        let gpu = Gpu::open(&vulkan, &cards[0], uploads::buffer_len(options, cards[0].alignment), options.fence_fd)?;
+        let gpu = Gpu::open(
+            &vulkan,
+            &cards[0],
+            uploads::buffer_len(options, cards[0].alignment),
+            options.fence_fd,
+        )?;
         uploads::run(options, &gpu)
     });
     let uploads = uploads.and_then(|uploads| ended.note(uploads));
@@ -76,7 +83,11 @@ fn run(options: &Options) -> Ended {
     ended.note(text.and_then(|text| report::say(&text)));
     if let (Some(path), Some(passes)) = (&options.plot, &report.passes) {
         let written = plot::write(path, passes);
-        ended.note(written.map_err(|error| Problem::Options(format!("the picture {}: {error}", path.display()))));
+        ended.note(
+            written.map_err(|error| {
+                Problem::Options(format!("the picture {}: {error}", path.display()))
+            }),
+        );
     }
     ended.failures.extend(report.failures);
     ended
@@ -84,13 +95,21 @@ fn run(options: &Options) -> Ended {
 
 fn chosen(options: &Options, cards: Vec<Card>) -> Result<Vec<Card>, Problem> {
     let names: Vec<String> = cards.iter().map(|card| card.name.clone()).collect();
-    let chosen: Vec<Card> =
-        cards.into_iter().filter(|card| options.device.as_ref().is_none_or(|name| card.name.contains(name.as_str()))).collect();
+    let chosen: Vec<Card> = cards
+        .into_iter()
+        .filter(|card| options.device.as_ref().is_none_or(|name| card.name.contains(name.as_str())))
+        .collect();
     if chosen.is_empty() {
-        return Err(Problem::Options(format!("--device: there is none of this name, but: {}", names.join(", "))));
+        return Err(Problem::Options(format!(
+            "--device: there is none of this name, but: {}",
+            names.join(", ")
+        )));
     }
     for card in chosen.iter().filter(|card| options.fence_fd && !card.has_fence_fd) {
-        eprintln!("{} has no VK_KHR_external_fence_fd: its timeline semaphore is waited for", card.name);
+        eprintln!(
+            "{} has no VK_KHR_external_fence_fd: its timeline semaphore is waited for",
+            card.name
+        );
     }
     Ok(chosen)
 }

@@ -24,7 +24,13 @@ pub trait Buffers {
 
     /// Other memory at the buffer's address, with `bytes` in it. A job in flight that uses it may go on when `steps.release` is called: after
     /// all that the program does, or when the program waits for it.
-    fn replace(&mut self, buffer: usize, bytes: &[u8], flight: Flight, steps: &mut dyn Steps) -> Result<(), Problem>;
+    fn replace(
+        &mut self,
+        buffer: usize,
+        bytes: &[u8],
+        flight: Flight,
+        steps: &mut dyn Steps,
+    ) -> Result<(), Problem>;
 }
 
 /// Who looks on while memory is replaced.
@@ -62,10 +68,13 @@ impl Files {
     /// Maps what is mapped at `range` a second time: it keeps its pages, as a device does that pins them.
     pub fn second(&self, range: AddressRange) -> Result<OwnedMapping, Problem> {
         let files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let file = files.get(&range.start()).ok_or_else(|| Problem::other(format!("there is no buffer at {range:?}")))?;
+        let file = files
+            .get(&range.start())
+            .ok_or_else(|| Problem::other(format!("there is no buffer at {range:?}")))?;
         let len = range.len_usize().unwrap_or(0);
         // Nobody else knows this mapping, so its space has no drivers.
-        OwnedMapping::from_fd(&AddressSpace::new(), file.try_clone()?, 0, len).map_err(Problem::other)
+        OwnedMapping::from_fd(&AddressSpace::new(), file.try_clone()?, 0, len)
+            .map_err(Problem::other)
     }
 }
 
@@ -92,13 +101,20 @@ pub struct Raw {
 
 impl Raw {
     /// Maps `count` buffers of `len` bytes that begin at multiples of `alignment`: private memory, or shared with `files`.
-    pub fn map(count: usize, len: usize, alignment: usize, files: Option<Files>) -> Result<Self, Problem> {
+    pub fn map(
+        count: usize,
+        len: usize,
+        alignment: usize,
+        files: Option<Files>,
+    ) -> Result<Self, Problem> {
         let region_len = count * len + alignment;
         let low = ptr::without_provenance_mut(FAR_FROM_OTHERS);
         // SAFETY: a new mapping, there or where the kernel chooses.
-        let region = unsafe { mmap_anonymous(low, region_len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE) }
-            .map_err(io::Error::from)?
-            .cast::<u8>();
+        let region = unsafe {
+            mmap_anonymous(low, region_len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE)
+        }
+        .map_err(io::Error::from)?
+        .cast::<u8>();
         let skip = region.addr().next_multiple_of(alignment) - region.addr();
         let this = Self { region, region_len, skip, len, count, files };
         // So that its pages are known by `second`.
@@ -117,12 +133,14 @@ impl Raw {
         let (at, both) = (self.at(buffer), ProtFlags::READ | ProtFlags::WRITE);
         match &self.files {
             // SAFETY: inside the region, which is ours; there are no references into it.
-            None => unsafe { mmap_anonymous(at.cast(), self.len, both, MapFlags::PRIVATE | how) }.map_err(io::Error::from)?,
+            None => unsafe { mmap_anonymous(at.cast(), self.len, both, MapFlags::PRIVATE | how) }
+                .map_err(io::Error::from)?,
             Some(files) => {
                 let file = memfd(self.len)?;
                 // SAFETY: as above.
                 let mapped =
-                    unsafe { mmap(at.cast(), self.len, both, MapFlags::SHARED | how, &file, 0) }.map_err(io::Error::from)?;
+                    unsafe { mmap(at.cast(), self.len, both, MapFlags::SHARED | how, &file, 0) }
+                        .map_err(io::Error::from)?;
                 files.put(at.addr() as u64, file);
                 mapped
             }
@@ -133,7 +151,8 @@ impl Raw {
 
 impl Buffers for Raw {
     fn range(&self, buffer: usize) -> AddressRange {
-        AddressRange::new(self.at(buffer).expose_provenance() as u64, self.len as u64).expect("a buffer is a range")
+        AddressRange::new(self.at(buffer).expose_provenance() as u64, self.len as u64)
+            .expect("a buffer is a range")
     }
 
     fn write(&mut self, buffer: usize, bytes: &[u8]) {
@@ -142,7 +161,13 @@ impl Buffers for Raw {
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.at(buffer), bytes.len()) };
     }
 
-    fn replace(&mut self, buffer: usize, bytes: &[u8], flight: Flight, steps: &mut dyn Steps) -> Result<(), Problem> {
+    fn replace(
+        &mut self,
+        buffer: usize,
+        bytes: &[u8],
+        flight: Flight,
+        steps: &mut dyn Steps,
+    ) -> Result<(), Problem> {
         if flight == Flight::Idle {
             // SAFETY: ours; there are no references into it.
             unsafe { munmap(self.at(buffer).cast(), self.len) }.map_err(io::Error::from)?;
@@ -173,14 +198,21 @@ pub struct Owned {
 
 impl Owned {
     /// As [`Raw::map`].
-    pub fn map(space: &AddressSpace, count: usize, len: usize, alignment: usize, files: Option<Files>) -> Result<Self, Problem> {
+    pub fn map(
+        space: &AddressSpace,
+        count: usize,
+        len: usize,
+        alignment: usize,
+        files: Option<Files>,
+    ) -> Result<Self, Problem> {
         // A mapping begins at a page.
         let whole = len + if alignment > rustix::param::page_size() { alignment } else { 0 };
         let one = || match files {
             None => OwnedMapping::new(space, whole),
             Some(_) => OwnedMapping::shared(space, whole),
         };
-        let mappings = (0..count).map(|_| one()).collect::<Result<Vec<_>, _>>().map_err(Problem::other)?;
+        let mappings =
+            (0..count).map(|_| one()).collect::<Result<Vec<_>, _>>().map_err(Problem::other)?;
         let this = Self { mappings, len, alignment, files };
         (0..count).try_for_each(|buffer| this.put(buffer))?;
         Ok(this)
@@ -211,7 +243,13 @@ impl Buffers for Owned {
         self.mappings[buffer].write(skip, bytes);
     }
 
-    fn replace(&mut self, buffer: usize, bytes: &[u8], _flight: Flight, steps: &mut dyn Steps) -> Result<(), Problem> {
+    fn replace(
+        &mut self,
+        buffer: usize,
+        bytes: &[u8],
+        _flight: Flight,
+        steps: &mut dyn Steps,
+    ) -> Result<(), Problem> {
         let early = {
             let mut change = pin!(self.mappings[buffer].map_again());
             let began = change.as_mut().poll(&mut Context::from_waker(Waker::noop()));

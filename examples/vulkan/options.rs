@@ -129,7 +129,8 @@ impl Options {
 
     /// Each number once, in order.
     pub fn devices(&self) -> Vec<usize> {
-        let mut devices: Vec<usize> = self.devices.iter().map(|devices| usize::from(*devices)).collect();
+        let mut devices: Vec<usize> =
+            self.devices.iter().map(|devices| usize::from(*devices)).collect();
         devices.sort_unstable();
         devices.dedup();
         devices

@@ -10,8 +10,8 @@ use rand::{Rng, SeedableRng};
 use serde::Serialize;
 use shootdown::source::OwnedMapping;
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, IntervalNotifier, Invalidation, PassFuture, RetryBudget, Subscription, Timeline,
-    WouldBlock,
+    AddressRange, AddressSpace, DriverLock, IntervalNotifier, Invalidation, PassFuture,
+    RetryBudget, Subscription, Timeline, WouldBlock,
 };
 use std::collections::VecDeque;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -75,23 +75,43 @@ impl Passes {
     pub fn failures(&self) -> Vec<String> {
         let mut failures = Vec::new();
         for row in &self.rows {
-            let mut fail = |what: String| failures.push(format!("{} devices, {}: {what}", row.devices, row.mode.name()));
+            let mut fail = |what: String| {
+                failures.push(format!("{} devices, {}: {what}", row.devices, row.mode.name()))
+            };
             if row.stale_words > 0 {
-                fail(format!("devices have read {} words of memory that had changed", row.stale_words));
+                fail(format!(
+                    "devices have read {} words of memory that had changed",
+                    row.stale_words
+                ));
             }
             if row.unfinished > 0 {
-                fail(format!("{} times the memory had changed before a device's work was done", row.unfinished));
+                fail(format!(
+                    "{} times the memory had changed before a device's work was done",
+                    row.unfinished
+                ));
             }
             if row.mode == Mode::OneByOne && row.overlapping > 0 {
-                fail(format!("{} first passes were called while another device was waited for", row.overlapping));
+                fail(format!(
+                    "{} first passes were called while another device was waited for",
+                    row.overlapping
+                ));
             }
         }
         // Work that the host ends takes its time whatever the processors do.
-        let most = self.rows.iter().map(|row| row.devices).max().filter(|most| *most >= 4 && self.work == Work::Host);
-        if let Some((one, all)) = most.and_then(|most| self.row(most, Mode::OneByOne).zip(self.row(most, Mode::AllAtOnce)))
+        let most = self
+            .rows
+            .iter()
+            .map(|row| row.devices)
+            .max()
+            .filter(|most| *most >= 4 && self.work == Work::Host);
+        if let Some((one, all)) = most
+            .and_then(|most| self.row(most, Mode::OneByOne).zip(self.row(most, Mode::AllAtOnce)))
             && one.total_ns <= all.total_ns
         {
-            failures.push(format!("{} devices: waiting for all at once took no less time", one.devices));
+            failures.push(format!(
+                "{} devices: waiting for all at once took no less time",
+                one.devices
+            ));
         }
         failures
     }
@@ -121,7 +141,10 @@ struct Driver {
 }
 
 impl IntervalNotifier for Driver {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let mut import = self.import.lock_for(invalidation);
         if import.is_some() && !invalidation.blockable() {
             return Err(WouldBlock);
@@ -135,7 +158,8 @@ impl IntervalNotifier for Driver {
             lock(&self.early).push(import);
             return Ok(None);
         }
-        let (done, waited, awaited) = (self.gpu.done().reached(marker), self.waited.clone(), self.awaited.clone());
+        let (done, waited, awaited) =
+            (self.gpu.done().reached(marker), self.waited.clone(), self.awaited.clone());
         Ok(Some(PassFuture::new(async move {
             awaited.signal(marker);
             done.await;
@@ -172,8 +196,11 @@ impl Feed<'_> {
         loop {
             {
                 let import = driver.import.lock();
-                while let Some(import) = import.as_ref().filter(|_| queued.len() < usize::from(self.options.depth)) {
-                    let gate = if host { self.gates.fetch_add(1, Ordering::Relaxed) + 1 } else { 0 };
+                while let Some(import) =
+                    import.as_ref().filter(|_| queued.len() < usize::from(self.options.depth))
+                {
+                    let gate =
+                        if host { self.gates.fetch_add(1, Ordering::Relaxed) + 1 } else { 0 };
                     queued.push_back((gpu.upload(import, gate)?, gate));
                 }
             }
@@ -207,14 +234,16 @@ impl Set {
         let builder = AddressSpace::builder();
         let space = if mode == Mode::OneByOne { builder.pass_budget(0) } else { builder }.build();
         let alignment = gpus.iter().map(|gpu| gpu.card.alignment).max().unwrap_or(1);
-        let mapping = OwnedMapping::new(&space, (len + alignment) as usize).map_err(Problem::other)?;
+        let mapping =
+            OwnedMapping::new(&space, (len + alignment) as usize).map_err(Problem::other)?;
         mapping.as_ptr().expose_provenance();
         let start = mapping.range().start().next_multiple_of(alignment);
         let range = AddressRange::new(start, len).map_err(Problem::other)?;
         let driver = |gpu: &Arc<Gpu>| {
             let (import, waited, early) = (DriverLock::new(None), Arc::default(), Mutex::default());
             let (gpu, marker, awaited) = (gpu.clone(), AtomicU64::new(0), Timeline::new());
-            let driver = Driver { gpu, import, waited, marker, awaited, fault: options.fault, early };
+            let driver =
+                Driver { gpu, import, waited, marker, awaited, fault: options.fault, early };
             space.insert(range, driver).map_err(Problem::other)
         };
         let drivers = gpus.iter().map(driver).collect::<Result<Vec<_>, _>>()?;
@@ -222,7 +251,12 @@ impl Set {
     }
 
     /// The memory is written and mapped, devices work on it, and it changes. `copies` of all of it are a job.
-    fn invalidate(&mut self, feed: &Feed<'_>, copies: &[u32], random: &mut StdRng) -> Result<Sample, Problem> {
+    fn invalidate(
+        &mut self,
+        feed: &Feed<'_>,
+        copies: &[u32],
+        random: &mut StdRng,
+    ) -> Result<Sample, Problem> {
         let contents: Vec<u8> = (0..self.len).map(|_| random.random()).collect();
         let offset = (self.range.start() - self.mapping.range().start()) as usize;
         self.mapping.write(offset, &contents);
@@ -230,7 +264,11 @@ impl Set {
         for (driver, copies) in driver.iter().zip(copies) {
             let import = |_| async { driver.gpu.import(range, *copies) };
             let install = |slot: &mut Option<Import>, import| *slot = Some(import);
-            driver.import.mirror(driver, RetryBudget::default(), import, install).wait().map_err(Problem::other)?;
+            driver
+                .import
+                .mirror(driver, RetryBudget::default(), import, install)
+                .wait()
+                .map_err(Problem::other)?;
         }
         let work = Duration::from_millis(feed.options.work_ms);
         let mut phase = || Duration::from_nanos(random.random_range(0..=work.as_nanos() as u64));
@@ -240,7 +278,9 @@ impl Set {
         let (drivers, mapping) = (&self.drivers, &mut self.mapping);
         let (total, unfinished) = std::thread::scope(|threads| {
             let fed: Vec<_> = (drivers.iter().zip(phases).zip(&at_work))
-                .map(|((driver, phase), at_work)| threads.spawn(move || feed.run(driver, phase, at_work)))
+                .map(|((driver, phase), at_work)| {
+                    threads.spawn(move || feed.run(driver, phase, at_work))
+                })
                 .collect();
             at_work.iter().for_each(|at_work| at_work.reached(1).wait());
             std::thread::sleep(before);
@@ -257,7 +297,8 @@ impl Set {
                 lock(&driver.early).extend(left);
             }
             for fed in fed {
-                fed.join().map_err(|_| Problem::other("a thread that feeds a device has panicked"))??;
+                fed.join()
+                    .map_err(|_| Problem::other("a thread that feeds a device has panicked"))??;
             }
             changed.map(|()| (total, unfinished)).map_err(Problem::other)
         })?;
@@ -269,7 +310,9 @@ impl Set {
         let mut waits = Vec::new();
         for driver in &self.drivers {
             driver.gpu.arrived(&mut got)?;
-            sample.stale_words += got.chunks(8).zip(contents.chunks(8)).filter(|(got, was)| got != was).count() as u64;
+            sample.stale_words +=
+                got.chunks(8).zip(contents.chunks(8)).filter(|(got, was)| got != was).count()
+                    as u64;
             waits.extend(lock(&driver.waited).take());
             lock(&driver.early).clear();
         }
@@ -313,7 +356,8 @@ fn calibrate(options: &Options, gpu: &Arc<Gpu>, len: u64) -> Result<u32, Problem
         took.push(began.elapsed());
     }
     took.sort_unstable();
-    let copies = Duration::from_millis(options.work_ms).as_secs_f64() / took[2].as_secs_f64() * f64::from(COPIES);
+    let copies = Duration::from_millis(options.work_ms).as_secs_f64() / took[2].as_secs_f64()
+        * f64::from(COPIES);
     Ok((copies as u32).clamp(1, 100_000))
 }
 
@@ -324,8 +368,11 @@ pub fn run(options: &Options, vulkan: &Arc<Vulkan>, cards: &[Card]) -> Result<Pa
     let cards = cards.iter().cycle().take(most);
     // Alignments are powers of two.
     let len = BYTES.next_multiple_of(cards.clone().map(|card| card.alignment).max().unwrap_or(1));
-    let gpus = cards.map(|card| Gpu::open(vulkan, card, len, options.fence_fd)).collect::<Result<Vec<_>, _>>()?;
-    let copies = gpus.iter().map(|gpu| calibrate(options, gpu, len)).collect::<Result<Vec<_>, _>>()?;
+    let gpus = cards
+        .map(|card| Gpu::open(vulkan, card, len, options.fence_fd))
+        .collect::<Result<Vec<_>, _>>()?;
+    let copies =
+        gpus.iter().map(|gpu| calibrate(options, gpu, len)).collect::<Result<Vec<_>, _>>()?;
     let (gates, mut random) = (AtomicU64::new(0), StdRng::seed_from_u64(options.seed));
     let feed = Feed { options, gates: &gates };
     let mut rows = Vec::new();

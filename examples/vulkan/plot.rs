@@ -23,20 +23,38 @@ pub fn write(path: &Path, passes: &Passes) -> Result<(), Box<dyn Error>> {
     Ok(std::fs::write(path, text)?)
 }
 
-fn draw(area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, passes: &Passes) -> Result<(), Box<dyn Error>> {
+fn draw(
+    area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>,
+    passes: &Passes,
+) -> Result<(), Box<dyn Error>> {
     area.fill(&WHITE)?;
     let most = passes.rows.iter().map(|row| row.devices).max().unwrap_or(1) as f64;
-    let values = || passes.rows.iter().flat_map(|row| [row.total_ns, row.slowest_ns, row.sum_ns]).filter(|ns| *ns > 0);
+    let values = || {
+        passes
+            .rows
+            .iter()
+            .flat_map(|row| [row.total_ns, row.slowest_ns, row.sum_ns])
+            .filter(|ns| *ns > 0)
+    };
     let (least, longest) = (values().min().unwrap_or(1) as f64, values().max().unwrap_or(1) as f64);
     let mut chart = ChartBuilder::on(area)
-        .caption("One invalidation and several Vulkan devices", ("sans-serif", 19).into_font().color(&INK))
+        .caption(
+            "One invalidation and several Vulkan devices",
+            ("sans-serif", 19).into_font().color(&INK),
+        )
         .margin(14)
         .x_label_area_size(44)
         .y_label_area_size(66)
-        .build_cartesian_2d((0.9..most * 1.15).log_scale().base(2.0), (least / 1.6..longest * 1.6).log_scale())?;
+        .build_cartesian_2d(
+            (0.9..most * 1.15).log_scale().base(2.0),
+            (least / 1.6..longest * 1.6).log_scale(),
+        )?;
     chart
         .configure_mesh()
-        .x_desc(format!("devices, each with {} × {} ms of work in flight", passes.depth, passes.work_ms))
+        .x_desc(format!(
+            "devices, each with {} × {} ms of work in flight",
+            passes.depth, passes.work_ms
+        ))
         .x_label_formatter(&|devices| format!("{devices:.0}"))
         .y_label_formatter(&|ns| millis(*ns as u64))
         .light_line_style(WHITE)
@@ -51,16 +69,20 @@ fn draw(area: &DrawingArea<SVGBackend<'_>, plotters::coord::Shift>, passes: &Pas
     ];
     for (mode, name, value, width) in series {
         let rows = passes.rows.iter().filter(|row| row.mode == mode);
-        let points: Vec<_> = rows.map(|row| (row.devices as f64, value(row).max(1) as f64)).collect();
+        let points: Vec<_> =
+            rows.map(|row| (row.devices as f64, value(row).max(1) as f64)).collect();
         let style = color(mode).stroke_width(width);
         chart
             .draw_series(LineSeries::new(points.iter().copied(), style))?
             .label(format!("{}, {name}", mode.name()))
             .legend(move |(x, y)| PathElement::new([(x, y), (x + 22, y)], style));
-        chart.draw_series(points.iter().map(|point| Circle::new(*point, 3, color(mode).filled())))?;
+        chart
+            .draw_series(points.iter().map(|point| Circle::new(*point, 3, color(mode).filled())))?;
     }
     let mut labels = chart.configure_series_labels();
-    labels.position(SeriesLabelPosition::UpperLeft).label_font(("sans-serif", 13).into_font().color(&INK));
+    labels
+        .position(SeriesLabelPosition::UpperLeft)
+        .label_font(("sans-serif", 13).into_font().color(&INK));
     labels.background_style(WHITE.mix(0.9)).border_style(INK.mix(0.3)).draw()?;
     area.present()?;
     Ok(())

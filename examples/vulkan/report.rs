@@ -56,7 +56,11 @@ impl Report {
             processor: card.is_processor,
             alignment: card.alignment,
             max_memory_allocation_count: card.allocations,
-            heard_by: if options.fence_fd && card.has_fence_fd { "fence descriptors" } else { "timeline semaphore" },
+            heard_by: if options.fence_fd && card.has_fence_fd {
+                "fence descriptors"
+            } else {
+                "timeline semaphore"
+            },
         };
         let mut failures = uploads.as_ref().map(Uploads::failures).unwrap_or_default();
         failures.extend(passes.iter().flat_map(Passes::failures));
@@ -86,7 +90,11 @@ impl Report {
             let _ = writeln!(
                 out,
                 "{}, {}: imports at {} bytes, {} at a time; {}",
-                card.name, card.driver, card.alignment, card.max_memory_allocation_count, card.heard_by
+                card.name,
+                card.driver,
+                card.alignment,
+                card.max_memory_allocation_count,
+                card.heard_by
             );
         }
         if let Some(messages) = &self.validation {
@@ -104,16 +112,25 @@ impl Report {
 
 /// What the validation layer has said, as failures.
 pub fn complaints(said: &[String]) -> Vec<String> {
-    let mut failures: Vec<String> =
-        said.iter().take(SHOWN).map(|message| format!("the validation layer says: {message}")).collect();
+    let mut failures: Vec<String> = said
+        .iter()
+        .take(SHOWN)
+        .map(|message| format!("the validation layer says: {message}"))
+        .collect();
     if said.len() > SHOWN {
-        failures.push(format!("the validation layer says {} things more (--json has them)", said.len() - SHOWN));
+        failures.push(format!(
+            "the validation layer says {} things more (--json has them)",
+            said.len() - SHOWN
+        ));
     }
     failures
 }
 
 fn uploads_table(uploads: &Uploads) -> String {
-    let mut out = format!("Uploads from {} buffers of {} bytes, each compared byte by byte. ", uploads.buffers, uploads.bytes);
+    let mut out = format!(
+        "Uploads from {} buffers of {} bytes, each compared byte by byte. ",
+        uploads.buffers, uploads.bytes
+    );
     out += if uploads.keeps_pages {
         "An import keeps the pages that it was made of.\n"
     } else {
@@ -129,7 +146,11 @@ fn uploads_table(uploads: &Uploads) -> String {
         let mut line = |name: &str, value: &dyn Fn(&Row) -> String| {
             let _ = write!(out, "  {name:<24}");
             for cache in Cache::ALL {
-                let _ = write!(out, " {:>13}", uploads.row(cache, in_flight).map(value).unwrap_or_default());
+                let _ = write!(
+                    out,
+                    " {:>13}",
+                    uploads.row(cache, in_flight).map(value).unwrap_or_default()
+                );
             }
             out.push('\n');
         };

@@ -92,7 +92,9 @@ impl Uploads {
         let judge = |row: &Row| {
             let (name, kind) = (row.cache.name(), if row.in_flight { "in flight" } else { "idle" });
             match row.expected {
-                Expected::Right if row.wrong > 0 => Some(format!("{name}, {kind}: {} uploads were wrong", row.wrong)),
+                Expected::Right if row.wrong > 0 => {
+                    Some(format!("{name}, {kind}: {} uploads were wrong", row.wrong))
+                }
                 Expected::Wrong if row.wrong == 0 => Some(format!(
                     "{name}, {kind}: no upload was wrong, so nothing was shown: try more --uploads or a smaller --replace-one-in"
                 )),
@@ -100,8 +102,12 @@ impl Uploads {
             }
         };
         let early = |row: &Row| {
-            (row.cache == Cache::Owned && row.unfinished > 0)
-                .then(|| format!("OwnedMapping, in flight: {} changes returned before the job was done", row.unfinished))
+            (row.cache == Cache::Owned && row.unfinished > 0).then(|| {
+                format!(
+                    "OwnedMapping, in flight: {} changes returned before the job was done",
+                    row.unfinished
+                )
+            })
         };
         self.rows.iter().flat_map(|row| judge(row).into_iter().chain(early(row))).collect()
     }
@@ -153,11 +159,18 @@ impl Steps for Job<'_> {
 
 impl Stage<'_> {
     fn raw(&self, count: usize) -> Result<Raw, Problem> {
-        Raw::map(count, self.len, self.gpu.card.alignment.max(rustix::param::page_size() as u64) as usize, self.files.clone())
+        Raw::map(
+            count,
+            self.len,
+            self.gpu.card.alignment.max(rustix::param::page_size() as u64) as usize,
+            self.files.clone(),
+        )
     }
 
     fn count(&self) -> usize {
-        self.options.buffers.map_or_else(|| DEFAULT_BUFFERS.min(self.max_registrations()), usize::from)
+        self.options
+            .buffers
+            .map_or_else(|| DEFAULT_BUFFERS.min(self.max_registrations()), usize::from)
     }
 
     fn importer(&self) -> Importer {
@@ -194,7 +207,8 @@ impl Stage<'_> {
         };
         for _ in 0..self.options.uploads {
             let buffer = random.random_range(0..self.count());
-            let replaced = random.random_ratio(1, self.options.replace_one_in).then(|| next(&self.versions));
+            let replaced =
+                random.random_ratio(1, self.options.replace_one_in).then(|| next(&self.versions));
             if let Some(version) = replaced {
                 pattern(version, &mut bytes);
                 row.replaced += 1;
@@ -225,7 +239,11 @@ impl Stage<'_> {
             pattern(version, &mut expected);
             if got != expected {
                 row.wrong += 1;
-                row.wrong_words += got.chunks(8).zip(expected.chunks(8)).filter(|(got, expected)| got != expected).count() as u64;
+                row.wrong_words += got
+                    .chunks(8)
+                    .zip(expected.chunks(8))
+                    .filter(|(got, expected)| got != expected)
+                    .count() as u64;
             }
         }
         Ok(row)
@@ -237,7 +255,9 @@ impl Stage<'_> {
         let mut row = self.run(Cache::Plain, flight, &mut buffers, &mut |range, gate| {
             let imported = match known.entry(range.start()) {
                 std::collections::hash_map::Entry::Occupied(entry) => entry.into_mut(),
-                std::collections::hash_map::Entry::Vacant(entry) => entry.insert(importer.import(range)?),
+                std::collections::hash_map::Entry::Vacant(entry) => {
+                    entry.insert(importer.import(range)?)
+                }
             };
             self.gpu.upload(&imported.import, gate)
         })?;
@@ -245,7 +265,12 @@ impl Stage<'_> {
         Ok(row)
     }
 
-    fn through(&self, cache: &RegistrationCache<Importer>, range: AddressRange, gate: u64) -> Result<u64, Problem> {
+    fn through(
+        &self,
+        cache: &RegistrationCache<Importer>,
+        range: AddressRange,
+        gate: u64,
+    ) -> Result<u64, Problem> {
         let registration = cache.get(range).wait().map_err(Problem::other)?;
         // The job is noted in the import, which waits for it; so the registration may go.
         self.gpu.upload(&registration.handle().import, gate)
@@ -268,10 +293,16 @@ impl Stage<'_> {
     }
 
     /// Runs `work` beside a source of `space` whose threads read and deliver.
-    fn beside<T>(space: &AddressSpace, work: impl FnOnce(&Uffd) -> Result<T, Problem>) -> Result<T, Problem> {
-        let (uffd, mut reader, mut deliveries) =
-            Uffd::open(space).map_err(|error| Problem::Missing(format!("there is no userfaultfd: {error}")))?;
-        let threads = [std::thread::spawn(move || reader.run()), std::thread::spawn(move || deliveries.run())];
+    fn beside<T>(
+        space: &AddressSpace,
+        work: impl FnOnce(&Uffd) -> Result<T, Problem>,
+    ) -> Result<T, Problem> {
+        let (uffd, mut reader, mut deliveries) = Uffd::open(space)
+            .map_err(|error| Problem::Missing(format!("there is no userfaultfd: {error}")))?;
+        let threads = [
+            std::thread::spawn(move || reader.run()),
+            std::thread::spawn(move || deliveries.run()),
+        ];
         let done = work(&uffd);
         uffd.stop();
         for thread in threads {
@@ -283,9 +314,12 @@ impl Stage<'_> {
     fn watched(&self, flight: Flight) -> Result<Row, Problem> {
         let space = AddressSpace::new();
         Self::beside(&space, |uffd| {
-            let cache = self.cache(&space, Some(uffd).filter(|_| self.options.fault != Some(Fault::Unwatched)));
+            let cache = self
+                .cache(&space, Some(uffd).filter(|_| self.options.fault != Some(Fault::Unwatched)));
             let mut buffers = self.raw(self.count())?;
-            let mut row = self.run(Cache::Uffd, flight, &mut buffers, &mut |range, gate| self.through(&cache, range, gate))?;
+            let mut row = self.run(Cache::Uffd, flight, &mut buffers, &mut |range, gate| {
+                self.through(&cache, range, gate)
+            })?;
             cache.flush().wait();
             row.imports = cache.stats().misses;
             Ok(row)
@@ -295,10 +329,22 @@ impl Stage<'_> {
     fn owned(&self, flight: Flight) -> Result<Row, Problem> {
         let space = AddressSpace::new();
         // With the bug its mappings tell another space.
-        let told = if self.options.fault == Some(Fault::Unwatched) { AddressSpace::new() } else { space.clone() };
+        let told = if self.options.fault == Some(Fault::Unwatched) {
+            AddressSpace::new()
+        } else {
+            space.clone()
+        };
         let cache = self.cache(&space, None);
-        let mut buffers = Owned::map(&told, self.count(), self.len, self.gpu.card.alignment as usize, self.files.clone())?;
-        let mut row = self.run(Cache::Owned, flight, &mut buffers, &mut |range, gate| self.through(&cache, range, gate))?;
+        let mut buffers = Owned::map(
+            &told,
+            self.count(),
+            self.len,
+            self.gpu.card.alignment as usize,
+            self.files.clone(),
+        )?;
+        let mut row = self.run(Cache::Owned, flight, &mut buffers, &mut |range, gate| {
+            self.through(&cache, range, gate)
+        })?;
         cache.flush().wait();
         row.imports = cache.stats().misses;
         Ok(row)
@@ -318,7 +364,9 @@ impl Stage<'_> {
         self.gpu.arrived(&mut got)?;
         if got != old && got != new {
             let name = &self.gpu.card.name;
-            return Err(Problem::other(format!("{name}: neither the old nor the new memory arrives after a replacement")));
+            return Err(Problem::other(format!(
+                "{name}: neither the old nor the new memory arrives after a replacement"
+            )));
         }
         Ok(got == old)
     }
@@ -339,7 +387,8 @@ impl Stage<'_> {
         let hit = Self::beside(&space, |uffd| {
             let cache = self.cache(&space, Some(uffd));
             drop(cache.get(range).wait().map_err(Problem::other)?);
-            let hit = nanoseconds(20_000, || cache.get(range).wait().map(drop).map_err(Problem::other))?;
+            let hit =
+                nanoseconds(20_000, || cache.get(range).wait().map(drop).map_err(Problem::other))?;
             cache.flush().wait();
             Ok(hit)
         })?;
@@ -363,7 +412,8 @@ fn nanoseconds(times: u32, mut call: impl FnMut() -> Result<(), Problem>) -> Res
 
 /// The size of a buffer in bytes: what the device imports.
 pub fn buffer_len(options: &Options, alignment: u64) -> u64 {
-    (u64::from(options.kib) * 1024).next_multiple_of(alignment.max(rustix::param::page_size() as u64))
+    (u64::from(options.kib) * 1024)
+        .next_multiple_of(alignment.max(rustix::param::page_size() as u64))
 }
 
 pub fn run(options: &Options, gpu: &Arc<Gpu>) -> Result<Uploads, Problem> {
@@ -378,7 +428,11 @@ pub fn run(options: &Options, gpu: &Arc<Gpu>) -> Result<Uploads, Problem> {
     let (gates, versions) = (AtomicU64::new(0), AtomicU64::new(0));
     let stage = Stage { options, gpu: gpu.clone(), len, files, gates, versions };
     if stage.count() > stage.max_registrations() {
-        return Err(Problem::Options(format!("--buffers: {} has room for {}", gpu.card.name, stage.max_registrations())));
+        return Err(Problem::Options(format!(
+            "--buffers: {} has room for {}",
+            gpu.card.name,
+            stage.max_registrations()
+        )));
     }
     let keeps_pages = stage.keeps_pages()?;
     let mut rows = Vec::new();
@@ -389,7 +443,9 @@ pub fn run(options: &Options, gpu: &Arc<Gpu>) -> Result<Uploads, Problem> {
                 Cache::Plain if in_flight || keeps_pages => (stage.plain(flight)?, Expected::Wrong),
                 Cache::Plain => (stage.plain(flight)?, Expected::Open),
                 // It hears of a change when the device reads other memory already.
-                Cache::Uffd if in_flight && !keeps_pages => (stage.watched(flight)?, Expected::Open),
+                Cache::Uffd if in_flight && !keeps_pages => {
+                    (stage.watched(flight)?, Expected::Open)
+                }
                 Cache::Uffd => (stage.watched(flight)?, Expected::Right),
                 Cache::Owned => (stage.owned(flight)?, Expected::Right),
             };

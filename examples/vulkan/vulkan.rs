@@ -53,7 +53,11 @@ unsafe extern "system" fn note(
     // SAFETY: as above.
     let (messages, message) = unsafe {
         let said = (*data).p_message;
-        let said = if said.is_null() { Cow::Borrowed("nothing") } else { CStr::from_ptr(said).to_string_lossy() };
+        let said = if said.is_null() {
+            Cow::Borrowed("nothing")
+        } else {
+            CStr::from_ptr(said).to_string_lossy()
+        };
         (&*user.cast_const().cast::<Messages>(), said)
     };
     messages.0.lock().unwrap_or_else(PoisonError::into_inner).push(message.into_owned());
@@ -64,16 +68,19 @@ impl Vulkan {
     /// Loads Vulkan and makes an instance. With `validate` the validation layer looks at every call, if it is installed.
     pub fn open(validate: bool) -> Result<Arc<Self>, Problem> {
         // SAFETY: the system's Vulkan library, whose initializers are those of any program that uses Vulkan.
-        let entry =
-            unsafe { ash::Entry::load() }.map_err(|error| Problem::Missing(format!("there is no Vulkan loader ({error})")))?;
+        let entry = unsafe { ash::Entry::load() }
+            .map_err(|error| Problem::Missing(format!("there is no Vulkan loader ({error})")))?;
         // SAFETY: as for all calls below: the structures are well formed and live until the call returns.
         let layers = unsafe { entry.enumerate_instance_layer_properties() }?;
-        let validate = validate && layers.iter().any(|layer| layer.layer_name_as_c_str() == Ok(LAYER));
+        let validate =
+            validate && layers.iter().any(|layer| layer.layer_name_as_c_str() == Ok(LAYER));
         let layers: &[_] = if validate { &[LAYER.as_ptr()] } else { &[] };
         let extensions: &[_] = if validate { &[ash::ext::debug_utils::NAME.as_ptr()] } else { &[] };
         let messages = Arc::new(Messages::default());
         let mut on_message = Self::on_message(&messages);
-        let program = vk::ApplicationInfo::default().application_name(c"shootdown").api_version(vk::API_VERSION_1_2);
+        let program = vk::ApplicationInfo::default()
+            .application_name(c"shootdown")
+            .api_version(vk::API_VERSION_1_2);
         let mut info = vk::InstanceCreateInfo::default()
             .application_info(&program)
             .enabled_layer_names(layers)
@@ -82,22 +89,29 @@ impl Vulkan {
             info = info.push_next(&mut on_message);
         }
         // SAFETY: as above; the messenger's data outlives the instance.
-        let instance = unsafe { entry.create_instance(&info, None) }.map_err(|error| match error {
-            vk::Result::ERROR_INCOMPATIBLE_DRIVER => Problem::Missing("there is no Vulkan driver".into()),
-            other => other.into(),
-        })?;
+        let instance =
+            unsafe { entry.create_instance(&info, None) }.map_err(|error| match error {
+                vk::Result::ERROR_INCOMPATIBLE_DRIVER => {
+                    Problem::Missing("there is no Vulkan driver".into())
+                }
+                other => other.into(),
+            })?;
         let mut this = Self { instance, messenger: None, messages, _entry: entry };
         if validate {
             let debug = ash::ext::debug_utils::Instance::new(&this._entry, &this.instance);
             // SAFETY: the extension is enabled, and the messages outlive the messenger.
-            let messenger = unsafe { debug.create_debug_utils_messenger(&Self::on_message(&this.messages), None) }?;
+            let messenger = unsafe {
+                debug.create_debug_utils_messenger(&Self::on_message(&this.messages), None)
+            }?;
             this.messenger = Some((debug, messenger));
         }
         Ok(Arc::new(this))
     }
 
     fn on_message(messages: &Arc<Messages>) -> vk::DebugUtilsMessengerCreateInfoEXT<'static> {
-        use vk::{DebugUtilsMessageSeverityFlagsEXT as Severity, DebugUtilsMessageTypeFlagsEXT as Type};
+        use vk::{
+            DebugUtilsMessageSeverityFlagsEXT as Severity, DebugUtilsMessageTypeFlagsEXT as Type,
+        };
         // What is general comes from the loader: drivers for cards that are not there.
         vk::DebugUtilsMessengerCreateInfoEXT::default()
             .message_severity(Severity::ERROR | Severity::WARNING)
@@ -108,7 +122,9 @@ impl Vulkan {
 
     /// What the validation layer has said so far; `None` if it does not look.
     pub fn messages(&self) -> Option<Vec<String>> {
-        self.messenger.as_ref().map(|_| self.messages.0.lock().unwrap_or_else(PoisonError::into_inner).clone())
+        self.messenger
+            .as_ref()
+            .map(|_| self.messages.0.lock().unwrap_or_else(PoisonError::into_inner).clone())
     }
 
     /// The cards that can do what is needed here, real ones first.
@@ -145,15 +161,22 @@ impl Vulkan {
         let mut timeline = vk::PhysicalDeviceTimelineSemaphoreFeatures::default();
         // SAFETY: for all: the physical device is of this instance, and the structures live until the call returns.
         let (basic, extensions) = unsafe {
-            (instance.get_physical_device_properties(physical), instance.enumerate_device_extension_properties(physical)?)
+            (
+                instance.get_physical_device_properties(physical),
+                instance.enumerate_device_extension_properties(physical)?,
+            )
         };
-        let has = |name: &CStr| extensions.iter().any(|extension| extension.extension_name_as_c_str() == Ok(name));
+        let has = |name: &CStr| {
+            extensions.iter().any(|extension| extension.extension_name_as_c_str() == Ok(name))
+        };
         if basic.api_version < vk::API_VERSION_1_2 || !has(ash::ext::external_memory_host::NAME) {
             return Ok(None);
         }
-        let mut properties = vk::PhysicalDeviceProperties2::default().push_next(&mut host).push_next(&mut driver);
+        let mut properties =
+            vk::PhysicalDeviceProperties2::default().push_next(&mut host).push_next(&mut driver);
         let mut features = vk::PhysicalDeviceFeatures2::default().push_next(&mut timeline);
-        let asked = vk::PhysicalDeviceExternalFenceInfo::default().handle_type(vk::ExternalFenceHandleTypeFlags::SYNC_FD);
+        let asked = vk::PhysicalDeviceExternalFenceInfo::default()
+            .handle_type(vk::ExternalFenceHandleTypeFlags::SYNC_FD);
         let mut fence = vk::ExternalFenceProperties::default();
         // SAFETY: as above; all of it is part of Vulkan 1.2.
         let families = unsafe {
@@ -162,15 +185,23 @@ impl Vulkan {
             instance.get_physical_device_external_fence_properties(physical, &asked, &mut fence);
             instance.get_physical_device_queue_family_properties(physical)
         };
-        let can_copy = vk::QueueFlags::GRAPHICS | vk::QueueFlags::COMPUTE | vk::QueueFlags::TRANSFER;
+        let can_copy =
+            vk::QueueFlags::GRAPHICS | vk::QueueFlags::COMPUTE | vk::QueueFlags::TRANSFER;
         let family = families.iter().position(|family| family.queue_flags.intersects(can_copy));
-        let (Some(family), vk::TRUE) = (family, timeline.timeline_semaphore) else { return Ok(None) };
-        let exportable = fence.external_fence_features.contains(vk::ExternalFenceFeatureFlags::EXPORTABLE);
+        let (Some(family), vk::TRUE) = (family, timeline.timeline_semaphore) else {
+            return Ok(None);
+        };
+        let exportable =
+            fence.external_fence_features.contains(vk::ExternalFenceFeatureFlags::EXPORTABLE);
         Ok(Some(Card {
             physical,
             family: u32::try_from(family).unwrap_or(0),
             name: text(basic.device_name_as_c_str()),
-            driver: format!("{} {}", text(driver.driver_name_as_c_str()), text(driver.driver_info_as_c_str())),
+            driver: format!(
+                "{} {}",
+                text(driver.driver_name_as_c_str()),
+                text(driver.driver_info_as_c_str())
+            ),
             alignment: host.min_imported_host_pointer_alignment,
             allocations: basic.limits.max_memory_allocation_count,
             is_processor: basic.device_type == vk::PhysicalDeviceType::CPU,

@@ -52,7 +52,10 @@ impl Heard {
     }
 
     /// Calls `attempt` until it succeeds or the device is lost.
-    pub(crate) fn insist<T>(&self, mut attempt: impl FnMut() -> Result<T, vk::Result>) -> Result<T, Lost> {
+    pub(crate) fn insist<T>(
+        &self,
+        mut attempt: impl FnMut() -> Result<T, vk::Result>,
+    ) -> Result<T, Lost> {
         loop {
             if self.is_lost() {
                 return Err(Lost);
@@ -68,7 +71,11 @@ impl Heard {
 }
 
 /// Waits until a timeline semaphore is at `number`, for a bounded time.
-pub(crate) fn wait_for(device: &ash::Device, semaphore: vk::Semaphore, number: u64) -> Result<(), vk::Result> {
+pub(crate) fn wait_for(
+    device: &ash::Device,
+    semaphore: vk::Semaphore,
+    number: u64,
+) -> Result<(), vk::Result> {
     let (semaphores, numbers) = ([semaphore], [number]);
     let info = vk::SemaphoreWaitInfo::default().semaphores(&semaphores).values(&numbers);
     // SAFETY: the caller's semaphore exists.
@@ -80,7 +87,8 @@ pub(crate) fn wait_for_the_next(device: &ash::Device, semaphore: vk::Semaphore, 
     while !heard.is_stopped() {
         let next = heard.done.value() + 1;
         // SAFETY: both exist until this thread was joined.
-        let value = wait_for(device, semaphore, next).and_then(|()| unsafe { device.get_semaphore_counter_value(semaphore) });
+        let value = wait_for(device, semaphore, next)
+            .and_then(|()| unsafe { device.get_semaphore_counter_value(semaphore) });
         match value {
             Ok(value) => heard.done.signal(value),
             Err(vk::Result::TIMEOUT) => {}
@@ -103,7 +111,9 @@ pub(crate) fn wait_for_descriptors(
     heard: &Heard,
 ) {
     for (fence, number) in fences {
-        let info = vk::FenceGetFdInfoKHR::default().fence(fence).handle_type(vk::ExternalFenceHandleTypeFlags::SYNC_FD);
+        let info = vk::FenceGetFdInfoKHR::default()
+            .fence(fence)
+            .handle_type(vk::ExternalFenceHandleTypeFlags::SYNC_FD);
         // SAFETY: the fence was made for this, was submitted, and is this thread's now.
         let got = unsafe { extension.get_fence_fd(&info) };
         let done = match got {

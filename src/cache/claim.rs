@@ -15,7 +15,11 @@ pub(super) struct Claim<D: Device> {
 
 impl<D: Device> Claim<D> {
     /// On a new registration.
-    pub(super) fn begin(range: AddressRange, device: Arc<Guarded<D>>, shelf: Weak<dyn Shelf<D>>) -> Self {
+    pub(super) fn begin(
+        range: AddressRange,
+        device: Arc<Guarded<D>>,
+        shelf: Weak<dyn Shelf<D>>,
+    ) -> Self {
         Self { entry: Arc::new(Entry::claimed(range, device, shelf)), keeps: false }
     }
 

@@ -93,7 +93,11 @@ impl<D: Device> Core<D> {
             turns: Arc::default(),
             ready: Lock::new(VecDeque::new()),
             replaced: Lock::new(Vec::new()),
-            table: Standing(ShardedLock::new(Table::new(limits.are_set(), limits.overlap != Overlap::Allowed, limits.exact))),
+            table: Standing(ShardedLock::new(Table::new(
+                limits.are_set(),
+                limits.overlap != Overlap::Allowed,
+                limits.exact,
+            ))),
         }
     }
 
@@ -174,7 +178,11 @@ impl<D: Device> Core<D> {
     /// Look-ups of all that `range` takes, counted if all find something.
     pub(super) fn hit_all(&self, range: AddressRange) -> Option<Vec<Arc<Live<D>>>> {
         let now = self.clock.load(Ordering::Relaxed) + 1;
-        let all: Vec<_> = self.limits.pieces(range).map(|piece| self.vouched(piece, now)).collect::<Option<_>>()?;
+        let all: Vec<_> = self
+            .limits
+            .pieces(range)
+            .map(|piece| self.vouched(piece, now))
+            .collect::<Option<_>>()?;
         all.iter().for_each(|_| self.count_hit());
         Some(all)
     }
@@ -190,7 +198,12 @@ impl<D: Device> Core<D> {
     }
 
     #[inline]
-    fn find(&self, table: &Table<Entry<D>, Live<D>>, range: AddressRange, now: u64) -> Option<Arc<Live<D>>> {
+    fn find(
+        &self,
+        table: &Table<Entry<D>, Live<D>>,
+        range: AddressRange,
+        now: u64,
+    ) -> Option<Arc<Live<D>>> {
         if self.limits.exact {
             return table.exactly(self.limits.pages(range), now);
         }
@@ -198,7 +211,11 @@ impl<D: Device> Core<D> {
     }
 
     /// What is being registered and will do for `range`.
-    fn attempt<'a>(&self, table: &'a Table<Entry<D>, Live<D>>, range: AddressRange) -> Option<(Key, &'a Arc<Entry<D>>)> {
+    fn attempt<'a>(
+        &self,
+        table: &'a Table<Entry<D>, Live<D>>,
+        range: AddressRange,
+    ) -> Option<(Key, &'a Arc<Entry<D>>)> {
         if self.limits.exact {
             return table.attempt(self.limits.pages(range), true);
         }
@@ -248,9 +265,17 @@ impl<D: Device> Core<D> {
                     return Ok(Found::Live(live));
                 }
                 let known = self.attempt(&table, range).map(|(key, entry)| (key, entry.clone()));
-                let merges = known.is_none() && target.is_none() && self.limits.merge == Merge::Touching;
+                let merges =
+                    known.is_none() && target.is_none() && self.limits.merge == Merge::Touching;
                 let merged = if merges { table.merged(wanted) } else { wanted };
-                (known, target.unwrap_or(if self.limits.allow(merged, wanted) { merged } else { wanted }))
+                (
+                    known,
+                    target.unwrap_or(if self.limits.allow(merged, wanted) {
+                        merged
+                    } else {
+                        wanted
+                    }),
+                )
             };
             if let Some((key, entry)) = known {
                 match Claim::new(&entry) {
@@ -264,7 +289,8 @@ impl<D: Device> Core<D> {
             let claim = self.subscribe(target)?;
             let entry = claim.entry();
             let begun = self.write(|table| {
-                let late = self.find(table, range, now).is_some() || self.attempt(table, range).is_some();
+                let late =
+                    self.find(table, range, now).is_some() || self.attempt(table, range).is_some();
                 // What has been leaving since it was looked at, too.
                 let free = !late && table.is_free(target);
                 if free {
@@ -331,7 +357,9 @@ impl<D: Device> Core<D> {
             }
         }
         // Those in use go when their users let go.
-        gone.retain(|entry| entry.is_handed_back() && entry.leaving().is_some_and(|leaving| !leaving.poke(1)));
+        gone.retain(|entry| {
+            entry.is_handed_back() && entry.leaving().is_some_and(|leaving| !leaving.poke(1))
+        });
         gone
     }
 
@@ -340,7 +368,9 @@ impl<D: Device> Core<D> {
     pub(super) async fn make_room(&self) -> bool {
         let mut gone = self.give_up_idle(AddressRange::ALL);
         let (_, leaving) = self.read().unsettled(AddressRange::ALL);
-        gone.extend(leaving.into_iter().filter(|entry| entry.is_handed_back() && !entry.is_stuck()));
+        gone.extend(
+            leaving.into_iter().filter(|entry| entry.is_handed_back() && !entry.is_stuck()),
+        );
         let any = !gone.is_empty();
         until_gone(gone).await;
         any
@@ -348,7 +378,11 @@ impl<D: Device> Core<D> {
 
     /// What is in the way of registering `target` for `range`: all that overlaps it. `None` if
     /// something will do for `range` already.
-    pub(super) fn in_the_way(&self, target: AddressRange, range: AddressRange) -> Option<Vec<Arc<Entry<D>>>> {
+    pub(super) fn in_the_way(
+        &self,
+        target: AddressRange,
+        range: AddressRange,
+    ) -> Option<Vec<Arc<Entry<D>>>> {
         let table = self.read();
         if self.find(&table, range, 0).is_some() || self.attempt(&table, range).is_some() {
             return None;
@@ -372,7 +406,8 @@ impl<D: Device> Core<D> {
     pub(super) async fn flush(&self, range: AddressRange) {
         let (begun, leaving) = self.read().unsettled(range);
         // What nobody waits for any more is finished first. What somebody waits for is begun again.
-        let (awaited, left): (Vec<_>, Vec<_>) = begun.into_iter().partition(|entry| entry.has_claims());
+        let (awaited, left): (Vec<_>, Vec<_>) =
+            begun.into_iter().partition(|entry| entry.has_claims());
         for entry in awaited.into_iter().filter(|entry| entry.registering().is_some()) {
             entry.flushed.store(true, Ordering::Release);
             if let Some(key) = entry.key() {
@@ -398,10 +433,15 @@ pub(super) async fn until_gone<D: Device>(mut entries: Vec<Arc<Entry<D>>>) {
 }
 
 /// Waits until those on their way out are over, or not worth waiting for.
-pub(super) async fn gone<D: Device>(entries: Vec<Arc<Entry<D>>>, hopeless: impl Fn(&Entry<D>) -> bool) {
-    let mut waits: Vec<_> = entries.into_iter().filter_map(|entry| Some((entry.leaving()?.wait(), entry))).collect();
+pub(super) async fn gone<D: Device>(
+    entries: Vec<Arc<Entry<D>>>,
+    hopeless: impl Fn(&Entry<D>) -> bool,
+) {
+    let mut waits: Vec<_> =
+        entries.into_iter().filter_map(|entry| Some((entry.leaving()?.wait(), entry))).collect();
     core::future::poll_fn(|cx| {
-        waits.retain_mut(|(leaving, entry)| leaving.poll_unpin(cx).is_pending() && !hopeless(entry));
+        waits
+            .retain_mut(|(leaving, entry)| leaving.poll_unpin(cx).is_pending() && !hopeless(entry));
         if waits.is_empty() { core::task::Poll::Ready(()) } else { core::task::Poll::Pending }
     })
     .await;

@@ -38,7 +38,10 @@ pub trait Device: Send + Sync + 'static {
     ///
     /// If it changes the memory itself in a way that the space hears of, the registration is one
     /// from before the change and does not count; see [`Builder::tries`](super::Builder::tries).
-    fn register(&self, range: AddressRange) -> impl Future<Output = Result<Self::Handle, Self::Error>> + Send;
+    fn register(
+        &self,
+        range: AddressRange,
+    ) -> impl Future<Output = Result<Self::Handle, Self::Error>> + Send;
 
     /// Ends a registration: when this resolves to `Ok`, the device does not use the memory any
     /// more. Called once the last user has let go. Work of the device that is still in flight is
@@ -69,7 +72,10 @@ pub trait Device: Send + Sync + 'static {
     /// [`AddressSpace::active`](crate::AddressSpace::active) shows; `flush` and limits do not wait
     /// for it; and where nothing may overlap, a `get` beside it is
     /// [`GetError::Lost`](super::GetError::Lost).
-    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<bool, Self::Error>> + Send {
+    fn deregister_lost(
+        &self,
+        range: AddressRange,
+    ) -> impl Future<Output = Result<bool, Self::Error>> + Send {
         let _ = range;
         core::future::ready(Ok(false))
     }
@@ -104,7 +110,10 @@ impl<D: Device> Device for Arc<D> {
     type Handle = D::Handle;
     type Error = D::Error;
 
-    fn register(&self, range: AddressRange) -> impl Future<Output = Result<D::Handle, D::Error>> + Send {
+    fn register(
+        &self,
+        range: AddressRange,
+    ) -> impl Future<Output = Result<D::Handle, D::Error>> + Send {
         D::register(self, range)
     }
 
@@ -116,7 +125,10 @@ impl<D: Device> Device for Arc<D> {
         D::deregister(self, range, handle)
     }
 
-    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<bool, D::Error>> + Send {
+    fn deregister_lost(
+        &self,
+        range: AddressRange,
+    ) -> impl Future<Output = Result<bool, D::Error>> + Send {
         D::deregister_lost(self, range)
     }
 
@@ -130,7 +142,10 @@ impl<D: Device> Device for &'static D {
     type Handle = D::Handle;
     type Error = D::Error;
 
-    fn register(&self, range: AddressRange) -> impl Future<Output = Result<D::Handle, D::Error>> + Send {
+    fn register(
+        &self,
+        range: AddressRange,
+    ) -> impl Future<Output = Result<D::Handle, D::Error>> + Send {
         D::register(self, range)
     }
 
@@ -142,7 +157,10 @@ impl<D: Device> Device for &'static D {
         D::deregister(self, range, handle)
     }
 
-    fn deregister_lost(&self, range: AddressRange) -> impl Future<Output = Result<bool, D::Error>> + Send {
+    fn deregister_lost(
+        &self,
+        range: AddressRange,
+    ) -> impl Future<Output = Result<bool, D::Error>> + Send {
         D::deregister_lost(self, range)
     }
 
@@ -195,7 +213,12 @@ pub(super) struct Guarded<D: Device> {
 }
 
 impl<D: Device> Guarded<D> {
-    pub(super) fn new(device: D, on_failure: Option<Reporter>, losses: Arc<Losses>, source: Source) -> Self {
+    pub(super) fn new(
+        device: D,
+        on_failure: Option<Reporter>,
+        losses: Arc<Losses>,
+        source: Source,
+    ) -> Self {
         Self {
             device: Some(device),
             on_failure,
@@ -262,7 +285,10 @@ impl<D: Device> Guarded<D> {
     ) -> Result<D::Handle, Fault<D::Error>> {
         *self.pinned.lock() += bytes(range);
         let ended = match keep(|_| self.device().register(range)) {
-            Ok(future) => Caught { future: Some(future), losses: &self.losses, cancelled: Some(cancelled) }.await,
+            Ok(future) => {
+                Caught { future: Some(future), losses: &self.losses, cancelled: Some(cancelled) }
+                    .await
+            }
             Err(panic) => Ended::Panicked(panic),
         };
         let fault = match ended {
@@ -272,7 +298,13 @@ impl<D: Device> Guarded<D> {
                 Fault::Refused(Arc::new(error))
             }
             Ended::Panicked(panic) => {
-                let message = self.panicked(&self.register_failures, range, Operation::Register, panic, told());
+                let message = self.panicked(
+                    &self.register_failures,
+                    range,
+                    Operation::Register,
+                    panic,
+                    told(),
+                );
                 Fault::Panicked(message)
             }
             Ended::Cancelled => Fault::Cancelled,
@@ -282,15 +314,27 @@ impl<D: Device> Guarded<D> {
     }
 
     /// Deregisters. A failure was counted and reported.
-    pub(super) async fn deregister(&self, range: AddressRange, handle: Option<D::Handle>) -> Deregistered<D::Handle> {
+    pub(super) async fn deregister(
+        &self,
+        range: AddressRange,
+        handle: Option<D::Handle>,
+    ) -> Deregistered<D::Handle> {
         let ended = match handle {
             Some(handle) => match keep(|_| self.device().deregister(range, handle)) {
-                Ok(future) => Caught { future: Some(future), losses: &self.losses, cancelled: None }.await,
+                Ok(future) => {
+                    Caught { future: Some(future), losses: &self.losses, cancelled: None }.await
+                }
                 Err(panic) => Ended::Panicked(panic),
             }
-            .map(|ended| ended.map(|()| true).map_err(|StillRegistered { handle, error }| (Some(handle), error))),
+            .map(|ended| {
+                ended
+                    .map(|()| true)
+                    .map_err(|StillRegistered { handle, error }| (Some(handle), error))
+            }),
             None => match keep(|_| self.device().deregister_lost(range)) {
-                Ok(future) => Caught { future: Some(future), losses: &self.losses, cancelled: None }.await,
+                Ok(future) => {
+                    Caught { future: Some(future), losses: &self.losses, cancelled: None }.await
+                }
                 Err(panic) => Ended::Panicked(panic),
             }
             .map(|ended| ended.map_err(|error| (None, error))),
@@ -307,7 +351,13 @@ impl<D: Device> Guarded<D> {
                 Deregistered::Kept(handle)
             }
             Ended::Panicked(panic) => {
-                self.panicked(&self.deregister_failures, range, Operation::Deregister, panic, false);
+                self.panicked(
+                    &self.deregister_failures,
+                    range,
+                    Operation::Deregister,
+                    panic,
+                    false,
+                );
                 Deregistered::Kept(None)
             }
             Ended::Cancelled => Deregistered::Kept(None),
@@ -342,7 +392,9 @@ impl<D: Device> Guarded<D> {
     ) {
         count.fetch_add(1, Ordering::Relaxed);
         if let Some(reporter) = &self.on_failure {
-            self.losses.run(Callback::Device, |_| reporter(&Failure { range, operation, error, panicked }));
+            self.losses.run(Callback::Device, |_| {
+                reporter(&Failure { range, operation, error, panicked })
+            });
         }
     }
 

@@ -73,7 +73,11 @@ pub(super) struct Entry<D: Device> {
 
 impl<D: Device> Entry<D> {
     /// Makes one that its maker has claimed.
-    pub(super) fn claimed(range: AddressRange, device: Arc<Guarded<D>>, shelf: Weak<dyn Shelf<D>>) -> Self {
+    pub(super) fn claimed(
+        range: AddressRange,
+        device: Arc<Guarded<D>>,
+        shelf: Weak<dyn Shelf<D>>,
+    ) -> Self {
         Self {
             range,
             device,
@@ -220,7 +224,12 @@ impl<D: Device> Entry<D> {
 
     /// Lets look-ups find what the device has registered. If the memory was invalidated since
     /// `read_begin`, it only leaves again; what has invalidated it comes back.
-    pub(super) fn publish(&self, sequence: Sequence, live: Arc<Live<D>>, leaving: &Task<()>) -> Result<(), Option<Change>> {
+    pub(super) fn publish(
+        &self,
+        sequence: Sequence,
+        live: Arc<Live<D>>,
+        leaving: &Task<()>,
+    ) -> Result<(), Option<Change>> {
         let shelf = self.shelf.upgrade();
         let (mut live, mut replaced) = (Some(live), Vec::new());
         let (former, by) = {
@@ -237,7 +246,8 @@ impl<D: Device> Entry<D> {
                 }
             }
             let leaving = leaving.clone();
-            let phase = if live.is_none() { Phase::Live { leaving } } else { Phase::Leaving { leaving } };
+            let phase =
+                if live.is_none() { Phase::Live { leaving } } else { Phase::Leaving { leaving } };
             (core::mem::replace(&mut progress.phase, phase), progress.by)
         };
         drop((former, shelf));
@@ -307,7 +317,10 @@ impl<D: Device> Entry<D> {
     pub(super) fn over(&self) {
         let (phase, watched) = {
             let mut progress = self.progress.lock();
-            (core::mem::replace(&mut progress.phase, Phase::Gone), core::mem::take(&mut progress.watched))
+            (
+                core::mem::replace(&mut progress.phase, Phase::Gone),
+                core::mem::take(&mut progress.watched),
+            )
         };
         self.leave_shelf();
         drop((phase, watched));
@@ -326,11 +339,16 @@ impl<D: Device> Entry<D> {
             let mut progress = self.progress.lock();
             let kept = progress.kept.take();
             let (task, former) = match &progress.phase {
-                Phase::Waiting => (None, Some(core::mem::replace(&mut progress.phase, Phase::Gone))),
+                Phase::Waiting => {
+                    (None, Some(core::mem::replace(&mut progress.phase, Phase::Gone)))
+                }
                 Phase::Registering { task } => (Some(task.clone()), None),
                 Phase::Live { leaving } => {
                     let leaving = leaving.clone();
-                    (None, Some(core::mem::replace(&mut progress.phase, Phase::Leaving { leaving })))
+                    (
+                        None,
+                        Some(core::mem::replace(&mut progress.phase, Phase::Leaving { leaving })),
+                    )
                 }
                 Phase::Leaving { .. } | Phase::Gone => (None, None),
             };
@@ -376,7 +394,10 @@ impl<D: Device> Orphan for Entry<D> {
         // invalidation that nobody owns.
         if leaving.give_up() {
             let mut progress = self.progress.lock();
-            let former = (core::mem::replace(&mut progress.phase, Phase::Gone), core::mem::take(&mut progress.watched));
+            let former = (
+                core::mem::replace(&mut progress.phase, Phase::Gone),
+                core::mem::take(&mut progress.watched),
+            );
             drop(progress);
             drop(former);
         }
@@ -411,8 +432,19 @@ pub(super) struct Live<D: Device> {
 }
 
 impl<D: Device> Live<D> {
-    pub(super) fn new(entry: Arc<Entry<D>>, handle: D::Handle, gone: oneshot::Sender<D::Handle>, used: u64) -> Arc<Self> {
-        Arc::new(Self { used: AtomicU64::new(used), handle: Some(handle), range: entry.range, gone: Some(gone), entry })
+    pub(super) fn new(
+        entry: Arc<Entry<D>>,
+        handle: D::Handle,
+        gone: oneshot::Sender<D::Handle>,
+        used: u64,
+    ) -> Arc<Self> {
+        Arc::new(Self {
+            used: AtomicU64::new(used),
+            handle: Some(handle),
+            range: entry.range,
+            gone: Some(gone),
+            entry,
+        })
     }
 
     #[inline]
@@ -450,7 +482,10 @@ impl<D: Device> Drop for Live<D> {
 pub(super) struct Guardian<D: Device>(Weak<Entry<D>>);
 
 impl<D: Device> IntervalNotifier for Guardian<D> {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let Some(entry) = self.0.upgrade() else { return Ok(None) };
         let shelf = entry.shelf.upgrade();
         let (mut live, mut kept) = (None, None);
@@ -473,7 +508,10 @@ impl<D: Device> IntervalNotifier for Guardian<D> {
                     progress.phase = Phase::Leaving { leaving };
                     progress.by = Some((invalidation.event(), invalidation.range()));
                     kept = progress.kept.take();
-                    live = shelf.as_ref().zip(entry.key.get()).and_then(|(shelf, key)| shelf.take(*key));
+                    live = shelf
+                        .as_ref()
+                        .zip(entry.key.get())
+                        .and_then(|(shelf, key)| shelf.take(*key));
                     entry.device.invalidations.fetch_add(1, Ordering::Relaxed);
                     Some(PassFuture::new(pass))
                 }

@@ -55,7 +55,9 @@ impl fmt::Display for Unwatched {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Released => f.write_str("the space was released"),
-            Self::Forked => f.write_str("the cache belongs to the process that this one was forked from: make another one"),
+            Self::Forked => f.write_str(
+                "the cache belongs to the process that this one was forked from: make another one",
+            ),
             #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
             Self::Source(error) => error.fmt(f),
         }
@@ -67,9 +69,15 @@ impl core::error::Error for Unwatched {}
 impl<E: fmt::Display> fmt::Display for GetError<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Register(error) => write!(f, "the device refused to register the memory: {error}"),
+            Self::Register(error) => {
+                write!(f, "the device refused to register the memory: {error}")
+            }
             Self::Panicked { message } => {
-                write!(f, "the memory is not registered, because {}", DevicePanic { message: message.clone() })
+                write!(
+                    f,
+                    "the memory is not registered, because {}",
+                    DevicePanic { message: message.clone() }
+                )
             }
             Self::Invalidated { tries } => {
                 write!(
@@ -77,12 +85,21 @@ impl<E: fmt::Display> fmt::Display for GetError<E> {
                     "the memory was invalidated during each of {tries} registrations: register it when it no longer changes"
                 )
             }
-            Self::Unwatched(why) => write!(f, "nobody would say when the memory goes away, so it is not registered: {why}"),
+            Self::Unwatched(why) => write!(
+                f,
+                "nobody would say when the memory goes away, so it is not registered: {why}"
+            ),
             Self::TooLarge { max } => {
-                write!(f, "one registration holds at most {max} bytes: register the memory in pieces, with `get_all`")
+                write!(
+                    f,
+                    "one registration holds at most {max} bytes: register the memory in pieces, with `get_all`"
+                )
             }
             Self::Lost { range } => {
-                write!(f, "the device panicked when it was to deregister {range}, and may have it for ever")
+                write!(
+                    f,
+                    "the device panicked when it was to deregister {range}, and may have it for ever"
+                )
             }
         }
     }

@@ -59,7 +59,11 @@ pub(super) async fn attempt<D: Device>(
 
 /// Registers. Anybody who needs the range may poll it, and so does an invalidation that comes
 /// meanwhile, so it waits for the device only.
-async fn register<D: Device>(entry: Arc<Entry<D>>, sequence: Sequence, now: u64) -> Outcome<D::Error> {
+async fn register<D: Device>(
+    entry: Arc<Entry<D>>,
+    sequence: Sequence,
+    now: u64,
+) -> Outcome<D::Error> {
     let device = &entry.device;
     let handle = match device.register(entry.range, &entry.cancelled, || entry.has_claims()).await {
         Ok(handle) => handle,

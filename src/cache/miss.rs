@@ -36,7 +36,10 @@ async fn counted<F: Future>(polls: &AtomicU64, future: F) -> F::Output {
 }
 
 /// Registers what `range` takes, which is one registration.
-pub(super) async fn one<D: Device>(core: &Arc<Core<D>>, range: AddressRange) -> Result<Arc<Live<D>>, GetError<D::Error>> {
+pub(super) async fn one<D: Device>(
+    core: &Arc<Core<D>>,
+    range: AddressRange,
+) -> Result<Arc<Live<D>>, GetError<D::Error>> {
     let limits = &core.limits;
     if !limits.fits(limits.pages(range)) {
         return Err(GetError::TooLarge { max: limits.max_registration });
@@ -50,7 +53,10 @@ pub(super) async fn one<D: Device>(core: &Arc<Core<D>>, range: AddressRange) -> 
 
 /// Registers what `range` takes. Holds nothing while it waits: what it has it only
 /// [keeps](Claim::keep), and takes all of it at once in the end.
-pub(super) async fn all<D: Device>(core: &Arc<Core<D>>, range: AddressRange) -> Result<Vec<Arc<Live<D>>>, GetError<D::Error>> {
+pub(super) async fn all<D: Device>(
+    core: &Arc<Core<D>>,
+    range: AddressRange,
+) -> Result<Vec<Arc<Live<D>>>, GetError<D::Error>> {
     if let Some(all) = core.hit_all(range) {
         return Ok(all);
     }
@@ -80,7 +86,9 @@ async fn keep_and_take<D: Device>(
         match taken {
             Taken::All(all) => return Ok(all),
             Taken::Outdated => tries += 1,
-            Taken::Gone if kept.is_empty() || kept.iter().any(|piece| piece.entry.ended_by().is_some()) => {
+            Taken::Gone
+                if kept.is_empty() || kept.iter().any(|piece| piece.entry.ended_by().is_some()) =>
+            {
                 core.collisions.fetch_add(1, Ordering::Relaxed);
                 tries += 1;
             }
@@ -104,7 +112,9 @@ fn take<D: Device>(core: &Core<D>, range: AddressRange, kept: &[Piece<D>], now: 
     let found = core.limits.pieces(range).map(|piece| core.look_up(piece, 0));
     let Some(found) = found.collect::<Option<Vec<_>>>() else { return Taken::Gone };
     for (at, live) in found.iter().enumerate() {
-        let fresh = kept.get(at).is_some_and(|piece| piece.vouched == now && Arc::ptr_eq(&piece.entry, &live.entry));
+        let fresh = kept
+            .get(at)
+            .is_some_and(|piece| piece.vouched == now && Arc::ptr_eq(&piece.entry, &live.entry));
         if !fresh && !core.is_vouched_for(live) {
             return Taken::Outdated;
         }
@@ -122,7 +132,12 @@ async fn open<D: Device>(core: &Core<D>) {
 
 /// Finds or registers all pieces of `range`, and keeps them if there are several: limits may take a
 /// single one away like anything idle.
-async fn keep<D: Device>(core: &Arc<Core<D>>, range: AddressRange, polls: &AtomicU64, place: Option<Place>) -> Kept<D> {
+async fn keep<D: Device>(
+    core: &Arc<Core<D>>,
+    range: AddressRange,
+    polls: &AtomicU64,
+    place: Option<Place>,
+) -> Kept<D> {
     let several = !core.limits.fits(core.limits.pages(range));
     let mut kept = Vec::new();
     for piece in core.limits.pieces(range) {
@@ -182,13 +197,18 @@ async fn in_turn<D: Device>(
     let union = if merges { core.united(pages) } else { pages };
     let union = if core.limits.allow(union, pages) { union } else { pages };
     let losses = &core.device.losses;
-    let answer = Arc::new(Answer { losses: losses.clone(), kept: Lock::new(None), polls: AtomicU64::new(0) });
+    let answer = Arc::new(Answer {
+        losses: losses.clone(),
+        kept: Lock::new(None),
+        polls: AtomicU64::new(0),
+    });
     let turn = core.turns.enter(*number, union, |number, cancelled| {
         let placed = Placed { turns: core.turns.clone(), number };
         let (core, answer) = (core.clone(), answer.clone());
         let work = async move {
             placed.turns.come(number).await;
-            let kept = keep(&core, range, &answer.polls, Some(Place { number, range: union, thefts }));
+            let kept =
+                keep(&core, range, &answer.polls, Some(Place { number, range: union, thefts }));
             let kept = counted(&answer.polls, kept).await;
             *answer.kept.lock() = Some(kept);
             drop(placed);
@@ -231,7 +251,8 @@ impl<D: Device> Tries<D> {
     /// Whether the same change has come too often in a row. A change of protection is what each
     /// `fork` of the process is: many of them come from elsewhere, and count as any other try.
     fn collided(&mut self, by: Option<Change>) -> bool {
-        let by = by.filter(|(event, _)| !matches!(event, Event::ProtectionPage | Event::ProtectionVma));
+        let by =
+            by.filter(|(event, _)| !matches!(event, Event::ProtectionPage | Event::ProtectionVma));
         self.same = if by.is_some() && by == self.last { self.same + 1 } else { 1 };
         self.last = by;
         by.is_some() && self.same >= SAME_CHANGE
@@ -259,7 +280,15 @@ async fn miss<D: Device>(
 ) -> Result<Arc<Live<D>>, GetError<D::Error>> {
     core.misses.fetch_add(1, Ordering::Relaxed);
     let own = core.limits.pages(range);
-    let mut tries = Tries { made: 0, registered: None, last: None, same: 0, made_room: false, alone: false, hurried: false };
+    let mut tries = Tries {
+        made: 0,
+        registered: None,
+        last: None,
+        same: 0,
+        made_room: false,
+        alone: false,
+        hurried: false,
+    };
     loop {
         open(core).await;
         let target = match &mut way {
@@ -284,7 +313,10 @@ async fn miss<D: Device>(
         // What this poll has registered is not asked about.
         let mut fresh = false;
         let attempt = {
-            let mut attempt = core::pin::pin!(life::attempt(&entry, now, || core.device.source.watch(entry.range)));
+            let mut attempt = core::pin::pin!(life::attempt(&entry, now, || core
+                .device
+                .source
+                .watch(entry.range)));
             core::future::poll_fn(|cx| {
                 fresh = !entry.is_live();
                 attempt.as_mut().poll(cx)
@@ -294,7 +326,8 @@ async fn miss<D: Device>(
         // From the table, not from the attempt. Before the limits are looked at, so that it is in use.
         let registration = core.look_up(range, now);
         drop(claim);
-        let outdated = !fresh && registration.as_ref().is_some_and(|live| !core.is_vouched_for(live));
+        let outdated =
+            !fresh && registration.as_ref().is_some_and(|live| !core.is_vouched_for(live));
         let gone = core.tidy();
         if (gone.is_empty() || tries.hurried)
             && !outdated

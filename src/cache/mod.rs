@@ -123,7 +123,9 @@ impl<D: Device> Builder<D> {
     pub fn build(self, space: &AddressSpace, device: D) -> RegistrationCache<D> {
         #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
         assert!(
-            self.uffd.as_ref().is_none_or(|uffd| Arc::ptr_eq(uffd.space().shared(), space.shared())),
+            self.uffd
+                .as_ref()
+                .is_none_or(|uffd| Arc::ptr_eq(uffd.space().shared(), space.shared())),
             "the `Uffd` that watches for a cache tells another space than the cache's: open it for this one"
         );
         RegistrationCache { core: Arc::new(Core::new(space, device, self)) }
@@ -215,11 +217,17 @@ impl<D: Device> RegistrationCache<D> {
     /// # Cancel safety
     /// May be dropped at any moment. A registration that has begun belongs to the cache and is
     /// finished by whoever needs it next.
-    pub fn get(&self, range: AddressRange) -> Waitable<impl Future<Output = Result<Registration<D>, GetError<D::Error>>>> {
+    pub fn get(
+        &self,
+        range: AddressRange,
+    ) -> Waitable<impl Future<Output = Result<Registration<D>, GetError<D::Error>>>> {
         Waitable::new(self.get_or_register(range))
     }
 
-    async fn get_or_register(&self, range: AddressRange) -> Result<Registration<D>, GetError<D::Error>> {
+    async fn get_or_register(
+        &self,
+        range: AddressRange,
+    ) -> Result<Registration<D>, GetError<D::Error>> {
         if self.core.is_inert() {
             return Err(forked());
         }
@@ -228,7 +236,9 @@ impl<D: Device> RegistrationCache<D> {
         }
         // Boxed, so that the future of a hit is small.
         let miss = miss::one(&self.core, range);
-        LeftToParent::new(miss, || self.core.is_inert(), || Err(forked())).await.map(|live| Registration { live })
+        LeftToParent::new(miss, || self.core.is_inert(), || Err(forked()))
+            .await
+            .map(|live| Registration { live })
     }
 
     /// Returns registrations that cover `range` together, in order of their addresses: as many as
@@ -257,7 +267,10 @@ impl<D: Device> RegistrationCache<D> {
         Waitable::new(self.get_or_register_all(range))
     }
 
-    async fn get_or_register_all(&self, range: AddressRange) -> Result<Vec<Registration<D>>, GetError<D::Error>> {
+    async fn get_or_register_all(
+        &self,
+        range: AddressRange,
+    ) -> Result<Vec<Registration<D>>, GetError<D::Error>> {
         if self.core.is_inert() {
             return Err(forked());
         }

@@ -131,7 +131,8 @@ impl Limits {
     /// The whole pages that a range touches.
     pub(super) fn pages(&self, range: AddressRange) -> AddressRange {
         let mask = self.page - 1;
-        AddressRange::try_from(range.start() & !mask..=range.last() | mask).unwrap_or(AddressRange::ALL)
+        AddressRange::try_from(range.start() & !mask..=range.last() | mask)
+            .unwrap_or(AddressRange::ALL)
     }
 
     /// Whether one registration may be as large.
@@ -147,8 +148,10 @@ impl Limits {
 
     /// The registrations that a range takes, in order.
     pub(super) fn pieces(&self, range: AddressRange) -> impl Iterator<Item = AddressRange> + use<> {
-        let (all, more) =
-            (self.pages(range), self.max_registration.checked_add(1).map_or(u64::MAX, |_| self.max_registration - 1));
+        let (all, more) = (
+            self.pages(range),
+            self.max_registration.checked_add(1).map_or(u64::MAX, |_| self.max_registration - 1),
+        );
         let next = move |start: u64| {
             let last = start.saturating_add(more).min(all.last());
             AddressRange::try_from(start..=last).ok()
@@ -250,7 +253,10 @@ impl<D> Builder<D> {
             "`Match::Exact` gives what was asked for: it excludes `Merge::Touching` and `Overlap::Merge`"
         );
         let replaces = limits.merge == Merge::Touching && limits.overlap == Overlap::Wait;
-        assert!(!replaces, "`Merge::Touching` registers beside what it replaces: with `Overlap::Wait` use `Merge::Never`");
+        assert!(
+            !replaces,
+            "`Merge::Touching` registers beside what it replaces: with `Overlap::Wait` use `Merge::Never`"
+        );
         limits
     }
 

@@ -124,13 +124,20 @@ impl<E, L: Found> Table<E, L> {
         let queued = self.queue.as_ref().map_or(0, |queue| queue.oldest.len() + queue.busy.len());
         let held = self.held.as_ref().map_or(0, IntervalIndex::len);
         let named = self.ranges.as_ref().map_or(0, BTreeMap::len) + self.leaving.len();
-        self.slots.is_empty() && queued + held + named == 0 && self.live.len() == 0 && self.attempts.len() == 0
+        self.slots.is_empty()
+            && queued + held + named == 0
+            && self.live.len() == 0
+            && self.attempts.len() == 0
     }
 
     fn next(&mut self, slot: usize) -> Key {
         let serial = self.serial;
-        self.serial = serial.checked_add(1).expect("2^64 registrations are not made in a process's life");
-        Key { serial, slot: u32::try_from(slot).expect("fewer than 2^32 registrations exist at once") }
+        self.serial =
+            serial.checked_add(1).expect("2^64 registrations are not made in a process's life");
+        Key {
+            serial,
+            slot: u32::try_from(slot).expect("fewer than 2^32 registrations exist at once"),
+        }
     }
 
     fn get(&self, key: Key) -> Option<&Slot<E>> {
@@ -219,7 +226,9 @@ impl<E, L: Found> Table<E, L> {
     pub(super) fn overlapping(&self, range: AddressRange) -> Vec<Arc<E>> {
         let mut all = Vec::new();
         if let Some(held) = &self.held {
-            held.overlapping(range, |Ranged { value: key, .. }| all.extend(self.entry(key).cloned()));
+            held.overlapping(range, |Ranged { value: key, .. }| {
+                all.extend(self.entry(key).cloned())
+            });
         }
         all
     }
@@ -246,7 +255,9 @@ impl<E, L: Found> Table<E, L> {
 
     /// Takes an attempt away from those who look for one.
     pub(super) fn reject(&mut self, key: Key) {
-        let Some(slot) = self.slots.get_mut(key.slot()).filter(|slot| slot.key == key) else { return };
+        let Some(slot) = self.slots.get_mut(key.slot()).filter(|slot| slot.key == key) else {
+            return;
+        };
         if let Stage::Attempt = slot.stage {
             slot.stage = Stage::Leaving;
             self.leaving.insert(key);
@@ -331,15 +342,23 @@ impl<E, L: Found> Table<E, L> {
     /// All entries that are being registered, or on their way out, and touch `range`.
     pub(super) fn unsettled(&self, range: AddressRange) -> (Vec<Arc<E>>, Vec<Arc<E>>) {
         let mut attempts = Vec::new();
-        self.attempts.overlapping(range, |Ranged { value: key, .. }| attempts.extend(self.entry(key).cloned()));
-        let leaving = self.leaving.iter().filter_map(|key| self.get(*key)).filter(|slot| slot.range.overlaps(range));
+        self.attempts.overlapping(range, |Ranged { value: key, .. }| {
+            attempts.extend(self.entry(key).cloned())
+        });
+        let leaving = self
+            .leaving
+            .iter()
+            .filter_map(|key| self.get(*key))
+            .filter(|slot| slot.range.overlaps(range));
         (attempts, leaving.map(|slot| slot.entry.clone()).collect())
     }
 
     /// The keys of what look-ups find of `range`.
     fn keys(&self, range: AddressRange) -> Vec<Key> {
         let mut keys = Vec::new();
-        self.live.overlapping(range, |Ranged { value, .. }| keys.extend(self.slots.get(value.slot()).map(|slot| slot.key)));
+        self.live.overlapping(range, |Ranged { value, .. }| {
+            keys.extend(self.slots.get(value.slot()).map(|slot| slot.key))
+        });
         keys
     }
 
@@ -349,7 +368,10 @@ impl<E, L: Found> Table<E, L> {
     }
 
     fn used(&self, key: Key) -> u64 {
-        self.lives.get(key.slot()).and_then(Option::as_ref).map_or(0, |live| live.used().load(Ordering::Relaxed))
+        self.lives
+            .get(key.slot())
+            .and_then(Option::as_ref)
+            .map_or(0, |live| live.used().load(Ordering::Relaxed))
     }
 
     /// Takes all that nobody uses and that overlaps `range` away from look-ups, what was used
@@ -375,7 +397,11 @@ impl<E, L: Found> Table<E, L> {
             self.look_at_busy();
         }
         while over(self) {
-            let Some((queued, key)) = self.queue.as_ref().and_then(|queue| queue.oldest.first().copied()) else { break };
+            let Some((queued, key)) =
+                self.queue.as_ref().and_then(|queue| queue.oldest.first().copied())
+            else {
+                break;
+            };
             let used = self.used(key);
             if !self.is_idle(key) {
                 self.requeue(key, queued, None);
@@ -411,7 +437,13 @@ impl<E, L: Found> Table<E, L> {
             left -= 1;
             let Some(queue) = &mut self.queue else { return };
             let after = queue.looked.map_or(Bound::Unbounded, Bound::Excluded);
-            let Some(key) = queue.busy.range((after, Bound::Unbounded)).next().or_else(|| queue.busy.first()).copied() else {
+            let Some(key) = queue
+                .busy
+                .range((after, Bound::Unbounded))
+                .next()
+                .or_else(|| queue.busy.first())
+                .copied()
+            else {
                 return;
             };
             queue.looked = Some(key);

@@ -167,7 +167,10 @@ impl<T: Send + 'static> Clone for Task<T> {
 }
 
 impl<T: Clone + Default + Send + 'static> Task<T> {
-    pub(super) fn new(losses: &Arc<Losses>, future: impl Future<Output = T> + Send + 'static) -> Self {
+    pub(super) fn new(
+        losses: &Arc<Losses>,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> Self {
         let future: BoxFuture<'static, T> = alloc::boxed::Box::pin(future);
         let state = State { stage: Stage::Idle(future), woken: false, waiting: Slab::new() };
         Self(Arc::new(Inner { losses: losses.clone(), state: Lock::new(state) }))

@@ -20,7 +20,11 @@ impl Device for Null {
         Ok(())
     }
 
-    async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), Self::Error>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        (): (),
+    ) -> Result<(), StillRegistered<(), Self::Error>> {
         self.deregistered.fetch_add(1, Ordering::SeqCst);
         Ok(())
     }
@@ -34,7 +38,9 @@ fn page(page: u64) -> AddressRange {
 fn what_invalidations_end_does_not_stay_queued() {
     let space = AddressSpace::new();
     for limit in [usize::MAX, 10] {
-        let cache = RegistrationCache::<Null>::builder().max_registrations(limit).build(&space, Null::default());
+        let cache = RegistrationCache::<Null>::builder()
+            .max_registrations(limit)
+            .build(&space, Null::default());
         for at in 0..1000 {
             drop(block_on(cache.get(page(at))).unwrap());
             drop(block_on(space.invalidate(page(at), Event::Unmap)));
@@ -58,7 +64,11 @@ fn what_gets_that_give_up_leave_does_not_stay_queued() {
             Ok(())
         }
 
-        async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), Self::Error>> {
+        async fn deregister(
+            &self,
+            _: AddressRange,
+            (): (),
+        ) -> Result<(), StillRegistered<(), Self::Error>> {
             Ok(())
         }
     }
@@ -90,7 +100,11 @@ fn m4_in_a_child_of_fork_every_handle_is_inert() {
         let shelf = cache.clone();
         shelf.core.write(|_| {
             block_on(cache.flush());
-            assert_eq!((cache.stats().registrations, cache.stats().misses), (0, 5), "what needs a lock is not counted");
+            assert_eq!(
+                (cache.stats().registrations, cache.stats().misses),
+                (0, 5),
+                "what needs a lock is not counted"
+            );
             let text = std::format!("{cache:?} {:?}", held[0]);
             assert!(!text.contains("hits"), "{text}");
             let mut held = held;
@@ -103,5 +117,9 @@ fn m4_in_a_child_of_fork_every_handle_is_inert() {
         assert_eq!(shelf.core.queued(), 0, "nothing is to be given up");
         drop(shelf);
     });
-    assert_eq!((deregistered.load(Ordering::SeqCst), space.len()), (0, 5), "all of it is the parent's");
+    assert_eq!(
+        (deregistered.load(Ordering::SeqCst), space.len()),
+        (0, 5),
+        "all of it is the parent's"
+    );
 }

@@ -84,12 +84,18 @@ impl State {
 
     /// Whether the place `number` waits for `other`, which overlaps it.
     fn waits(&self, number: u64, other: u64) -> bool {
-        self.places.get(&other).is_some_and(|place| other != number && (other < number || place.begun))
+        self.places
+            .get(&other)
+            .is_some_and(|place| other != number && (other < number || place.begun))
     }
 
     /// One that `number` waits for: the first of them, so that ways are short.
     fn first_before(&self, number: u64, range: AddressRange) -> (usize, u64) {
-        let before: Vec<_> = self.overlapping(range).into_iter().filter(|other| self.waits(number, *other)).collect();
+        let before: Vec<_> = self
+            .overlapping(range)
+            .into_iter()
+            .filter(|other| self.waits(number, *other))
+            .collect();
         let first = before.iter().min_by_key(|other| (!self.places[*other].begun, **other));
         (before.len(), first.copied().unwrap_or(0))
     }
@@ -116,12 +122,19 @@ impl State {
         self.serial += 1;
         let serial = self.serial;
         self.index.insert(Ranged { range, value: Seat { serial, number } });
-        self.places.insert(number, Place { range, serial, task, begun: false, before, behind, root: (0, 0) });
+        self.places.insert(
+            number,
+            Place { range, serial, task, begun: false, before, behind, root: (0, 0) },
+        );
     }
 
     /// Makes the place of `number`, whose turn has begun, as large as `range`.
     fn widen(&mut self, number: u64, range: AddressRange) {
-        let Some((former, serial)) = self.places.get(&number).map(|place| (place.range, place.serial)) else { return };
+        let Some((former, serial)) =
+            self.places.get(&number).map(|place| (place.range, place.serial))
+        else {
+            return;
+        };
         for other in self.overlapping(range) {
             let place = &self.places[&other];
             if !place.begun && !place.range.overlaps(former) {
@@ -140,7 +153,8 @@ impl State {
     /// Leaves a place. Returns those whose turn has come.
     fn leave(&mut self, number: u64) -> Vec<Task<()>> {
         let Some(left) = self.places.remove(&number) else { return Vec::new() };
-        self.index.remove(Ranged { range: left.range, value: Seat { serial: left.serial, number } });
+        self.index
+            .remove(Ranged { range: left.range, value: Seat { serial: left.serial, number } });
         self.version += 1;
         let mut behind = self.overlapping(left.range);
         behind.retain(|other| !self.places[other].begun && (*other > number || left.begun));
@@ -151,7 +165,10 @@ impl State {
             let (range, waits_still) = (place.range, place.before > 1);
             let lost = place.behind == number;
             let next = (waits_still && lost).then(|| {
-                let near = behind[..at].iter().take(LOOKS).find(|near| self.places[*near].range.overlaps(range));
+                let near = behind[..at]
+                    .iter()
+                    .take(LOOKS)
+                    .find(|near| self.places[*near].range.overlaps(range));
                 near.copied().unwrap_or_else(|| self.first_before(*other, range).1)
             });
             let Some(place) = self.places.get_mut(other) else { continue };
@@ -299,5 +316,8 @@ impl Drop for Turn {
 /// `future`, until nobody wants it any more.
 pub(super) async fn unless(cancelled: Arc<AtomicBool>, future: impl Future<Output = ()>) {
     let mut future = core::pin::pin!(future);
-    core::future::poll_fn(|cx| if cancelled.load(Ordering::Acquire) { Poll::Ready(()) } else { future.as_mut().poll(cx) }).await;
+    core::future::poll_fn(|cx| {
+        if cancelled.load(Ordering::Acquire) { Poll::Ready(()) } else { future.as_mut().poll(cx) }
+    })
+    .await;
 }

@@ -25,7 +25,10 @@ pub(super) struct Watched {
 
 impl Source {
     /// Takes what the settings have.
-    #[cfg_attr(not(all(feature = "userfaultfd", target_os = "linux")), allow(unused_variables, reason = "they have none"))]
+    #[cfg_attr(
+        not(all(feature = "userfaultfd", target_os = "linux")),
+        allow(unused_variables, reason = "they have none")
+    )]
     pub(super) fn of<D>(settings: &mut Builder<D>) -> Self {
         Self {
             #[cfg(all(feature = "userfaultfd", target_os = "linux"))]

@@ -50,22 +50,30 @@ impl<'a, D: Device> Way<'a, D> {
     pub(super) fn new(core: &'a Arc<Core<D>>, range: AddressRange, place: Place) -> Self {
         let own = core.limits.pages(range);
         // Pieces are what they are.
-        let merges = core.limits.overlap == Overlap::Merge && place.range.covers(own) && core.limits.fits(place.range);
+        let merges = core.limits.overlap == Overlap::Merge
+            && place.range.covers(own)
+            && core.limits.fits(place.range);
         Self { core, range, own, place, merges, taken: Vec::new(), vouched: None }
     }
 
     /// Waits until nothing of the device overlaps what may be registered, or something will do for
     /// the range already. Returns what may be registered: the pages `alone`, or the union.
-    pub(super) async fn make(&mut self, mut alone: bool) -> Result<AddressRange, GetError<D::Error>> {
+    pub(super) async fn make(
+        &mut self,
+        mut alone: bool,
+    ) -> Result<AddressRange, GetError<D::Error>> {
         let mut patience: Option<Patience> = None;
         loop {
             let target = if alone || !self.merges { self.own } else { self.union() };
             self.widen(target);
-            let Some(way) = self.core.in_the_way(target, self.range).filter(|way| !way.is_empty()) else {
+            let Some(way) = self.core.in_the_way(target, self.range).filter(|way| !way.is_empty())
+            else {
                 return Ok(target);
             };
             if let Some(lost) = way.iter().find(|entry| entry.is_lost()) {
-                if way.iter().any(|entry| entry.is_lost() && entry.range.overlaps(self.own)) || alone {
+                if way.iter().any(|entry| entry.is_lost() && entry.range.overlaps(self.own))
+                    || alone
+                {
                     return Err(GetError::Lost { range: lost.range });
                 }
                 alone = true;
@@ -80,7 +88,9 @@ impl<'a, D: Device> Way<'a, D> {
             }
             let kept = way.iter().filter(|entry| entry.is_kept());
             if let Some(thefts) = kept.map(|entry| entry.thefts.load(Ordering::Relaxed)).max()
-                && !patience.get_or_insert_with(|| Patience::new(self.core, thefts)).is_over(self.core)
+                && !patience
+                    .get_or_insert_with(|| Patience::new(self.core, thefts))
+                    .is_over(self.core)
             {
                 drop(way);
                 yield_now().await;
@@ -125,7 +135,8 @@ impl<'a, D: Device> Way<'a, D> {
         loop {
             let near = if touches { union } else { self.own };
             let mut wider = hull(union, self.core.united(near));
-            for entry in self.taken.iter().filter(|entry| !entry.has_changed() && !entry.is_lost()) {
+            for entry in self.taken.iter().filter(|entry| !entry.has_changed() && !entry.is_lost())
+            {
                 let near = if touches { touching(wider) } else { self.own };
                 if entry.range.overlaps(near) {
                     wider = hull(wider, entry.range);

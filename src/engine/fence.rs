@@ -40,7 +40,8 @@ impl Shared {
     /// The same for all notifiers with these ids, whoever has their subscriptions, if anybody: in one
     /// look at everything.
     pub(crate) fn fence_all(&self, ids: impl IntoIterator<Item = u64>) -> usize {
-        let mut wanted: BTreeMap<u64, Option<EntryRef>> = ids.into_iter().map(|id| (id, None)).collect();
+        let mut wanted: BTreeMap<u64, Option<EntryRef>> =
+            ids.into_iter().map(|id| (id, None)).collect();
         let (fenced, found) = self.with(|state, outbox| {
             let mut note = |entry: EntryRef| {
                 if let Some(place) = wanted.get_mut(&entry.order()) {
@@ -49,7 +50,8 @@ impl Shared {
             };
             state.protocol.overlapping(AddressRange::ALL, &mut note);
             // Those that were taken out of the space and have a pass pending.
-            let parked = state.protocol.active().iter().filter_map(|(_, active)| active.extra.parked());
+            let parked =
+                state.protocol.active().iter().filter_map(|(_, active)| active.extra.parked());
             parked.flat_map(|parking| parking.pending.iter()).for_each(note);
             let mut fenced = Vec::new();
             for entry in wanted.into_values().flatten() {
@@ -63,7 +65,10 @@ impl Shared {
         let (entries, passes): (Vec<_>, Vec<_>) = fenced.into_iter().unzip();
         let held = Held { shared: self, entries };
         self.end(Some(found));
-        held.entries.iter().zip(&passes).for_each(|(entry, passes)| self.report_fenced(*entry, *passes));
+        held.entries
+            .iter()
+            .zip(&passes)
+            .for_each(|(entry, passes)| self.report_fenced(*entry, *passes));
         drop(held);
         passes.into_iter().sum()
     }
@@ -81,7 +86,13 @@ impl Shared {
 
     /// Takes the passes of fenced notifiers that are there to be taken. Where somebody else has them,
     /// under this lock or after it he finds that he is behind, and drops them.
-    fn find(&self, state: &mut State, range: AddressRange, of: impl Fn(EntryRef) -> bool, outbox: &mut Outbox) -> Found<'_> {
+    fn find(
+        &self,
+        state: &mut State,
+        range: AddressRange,
+        of: impl Fn(EntryRef) -> bool,
+        outbox: &mut Outbox,
+    ) -> Found<'_> {
         let (mut tickets, mut leases, mut unpolled) = (Vec::new(), Vec::new(), Vec::new());
         state.parked.overlapping(range, |parked| tickets.push(parked.value));
         for ticket in tickets {

@@ -124,7 +124,8 @@ mod real {
                 other & ONES == 0
             };
             let change = |word| empty(word).then_some(word ^ SIDE);
-            let changed = self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, change).is_ok();
+            let changed =
+                self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, change).is_ok();
             if changed {
                 self.changes.store(self.changes.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
             }
@@ -160,7 +161,9 @@ mod real {
             }
             self.gate.word.fetch_sub(closings.0, Ordering::AcqRel);
             self.with(|state, outbox| {
-                if !state.gated.is_empty() && (!self.gate.has_closings() || self.gate.change_sides()) {
+                if !state.gated.is_empty()
+                    && (!self.gate.has_closings() || self.gate.change_sides())
+                {
                     outbox.contents().tasks.append(&mut state.gated);
                 }
             });
@@ -182,7 +185,8 @@ mod real {
 
         /// Whether the lease is valid, if there is one. Foreign code; one that panics is not.
         fn is_leased(&self) -> bool {
-            let valid = |valid: &Valid| self.host.losses.run(Callback::Lease, |_| valid()).unwrap_or(false);
+            let valid =
+                |valid: &Valid| self.host.losses.run(Callback::Lease, |_| valid()).unwrap_or(false);
             self.gate.valid.as_ref().is_none_or(valid)
         }
 
@@ -243,7 +247,10 @@ mod real {
         }
     }
 
-    #[cfg_attr(not(feature = "cache"), expect(clippy::unused_self, reason = "as where somebody can"))]
+    #[cfg_attr(
+        not(feature = "cache"),
+        expect(clippy::unused_self, reason = "as where somebody can")
+    )]
     impl Shared {
         #[inline]
         pub(crate) fn is_shut(&self) -> bool {

@@ -49,7 +49,9 @@ impl<'s> Lease<'s> {
         let Some(mut work) = self.work.take() else { return };
         // Then it is unclaimed from now on, or over.
         let now = if work.passes().running() == 0 { self.shared.host.now() } else { None };
-        let (done, behind) = self.shared.with(|state, outbox| state.give_back(self.ticket, work, self.progress, now, outbox));
+        let (done, behind) = self
+            .shared
+            .with(|state, outbox| state.give_back(self.ticket, work, self.progress, now, outbox));
         self.done = done;
         if behind {
             self.shared.cut(self.ticket);
@@ -67,13 +69,18 @@ impl Drop for Lease<'_> {
 mod tests {
     use super::*;
     use crate::engine::state::Help;
-    use crate::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+    use crate::{
+        AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+    };
     use core::task::{Context, Waker};
 
     struct Yields;
 
     impl IntervalNotifier for Yields {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             invalidation.set_seq();
             Ok(Some(PassFuture::new(async {
                 for _ in 0..100 {
@@ -87,11 +94,14 @@ mod tests {
     fn c8_passes_that_were_not_polled_are_there_again() {
         let space = AddressSpace::new();
         let _subscription = space.insert(AddressRange::ALL, Yields).unwrap();
-        let mut invalidate = alloc::boxed::Box::pin(space.invalidate(AddressRange::ALL, Event::Unmap));
+        let mut invalidate =
+            alloc::boxed::Box::pin(space.invalidate(AddressRange::ALL, Event::Unmap));
         assert!(invalidate.as_mut().poll(&mut Context::from_waker(Waker::noop())).is_pending());
         let shared: &Shared = space.shared();
         let mut parked = None;
-        shared.with(|state, _| state.parked.overlapping(AddressRange::ALL, |found| parked = Some(found.value)));
+        shared.with(|state, _| {
+            state.parked.overlapping(AddressRange::ALL, |found| parked = Some(found.value))
+        });
         let ticket = parked.expect("it is parked");
         let help = || shared.with(|state, _| state.help(ticket, |_, _| true));
         for _ in 0..3 {

@@ -78,7 +78,9 @@ impl Shared {
 
     /// One more handle.
     pub(crate) fn handle(&self) -> Arc<Self> {
-        let Some(handle) = self.this.upgrade() else { unreachable!("whoever has a reference has it from a handle") };
+        let Some(handle) = self.this.upgrade() else {
+            unreachable!("whoever has a reference has it from a handle")
+        };
         handle
     }
 

@@ -23,7 +23,10 @@ use crate::range::{AddressRange, RangeSet};
 
 /// A first pass: its space, its notifier, and what its invalidation covers.
 #[derive(Clone)]
-#[cfg_attr(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))), allow(dead_code, reason = "for the check"))]
+#[cfg_attr(
+    not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))),
+    allow(dead_code, reason = "for the check")
+)]
 pub(crate) struct FirstPassOf {
     /// [`Host::address`](super::host::Host::address).
     pub(crate) space: usize,
@@ -52,7 +55,10 @@ impl Covers {
 }
 
 /// A future that is about to wait.
-#[cfg_attr(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))), allow(dead_code, reason = "for the check"))]
+#[cfg_attr(
+    not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))),
+    allow(dead_code, reason = "for the check")
+)]
 pub(crate) struct Waits<'a> {
     /// What it is, for the message.
     pub(crate) what: &'static str,
@@ -104,7 +110,8 @@ mod check {
             let frame = (of(), Inline::depth());
             let entry = frame.0.entry;
             let nested = NESTING.try_with(|nesting| {
-                nesting.borrow().first_passes.iter().filter(|(of, _)| of.entry == entry).count() >= MOST_NESTED
+                nesting.borrow().first_passes.iter().filter(|(of, _)| of.entry == entry).count()
+                    >= MOST_NESTED
             });
             assert!(
                 nested != Ok(true),
@@ -133,7 +140,11 @@ mod check {
     /// says, of a first pass of this space on this thread, whether what the future waits for
     /// needs it to return.
     #[track_caller]
-    pub(crate) fn forbid_waiting(host: &Host, waits: &Waits<'_>, stuck: impl Fn(&FirstPassOf) -> bool) {
+    pub(crate) fn forbid_waiting(
+        host: &Host,
+        waits: &Waits<'_>,
+        stuck: impl Fn(&FirstPassOf) -> bool,
+    ) {
         let found = NESTING.try_with(|nesting| {
             let nesting = &mut *nesting.borrow_mut();
             if nesting.first_passes.is_empty() {
@@ -145,7 +156,12 @@ mod check {
                 return None;
             }
             let depth = Inline::depth();
-            let blocked = nesting.first_passes.iter().rev().take_while(|(_, of)| *of == depth).map(|(of, _)| of);
+            let blocked = nesting
+                .first_passes
+                .iter()
+                .rev()
+                .take_while(|(_, of)| *of == depth)
+                .map(|(of, _)| of);
             let of = blocked.filter(|of| of.space == host.address()).find(|of| stuck(of))?.entry;
             if !suspected {
                 nesting.suspects.push(suspect);
@@ -161,7 +177,9 @@ mod check {
                 entry.name(&host.losses)
             ),
             // Who blocks on it polls it again now.
-            Ok(Some((_, false))) => _ = host.losses.run(Callback::Waker, |_| waits.waker.wake_by_ref()),
+            Ok(Some((_, false))) => {
+                _ = host.losses.run(Callback::Waker, |_| waits.waker.wake_by_ref())
+            }
             Ok(None) | Err(_) => {}
         }
     }
@@ -182,7 +200,12 @@ mod check {
     }
 
     #[inline(always)]
-    pub(crate) fn forbid_waiting(_host: &Host, _waits: &Waits<'_>, _stuck: impl Fn(&FirstPassOf) -> bool) {}
+    pub(crate) fn forbid_waiting(
+        _host: &Host,
+        _waits: &Waits<'_>,
+        _stuck: impl Fn(&FirstPassOf) -> bool,
+    ) {
+    }
 }
 
 pub(crate) use check::{InFirstPass, forbid_waiting};

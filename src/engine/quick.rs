@@ -55,7 +55,12 @@ pub(crate) fn strip(id: Id) -> Id {
 /// register is spilled; every uncommon case leaves by a tail call (`DESIGN.md`, "The short way
 /// through").
 #[inline(never)]
-pub(crate) fn begin(shared: &Shared, range: AddressRange, owner: Option<Owner>, terms: Terms) -> Begun {
+pub(crate) fn begin(
+    shared: &Shared,
+    range: AddressRange,
+    owner: Option<Owner>,
+    terms: Terms,
+) -> Begun {
     if observe::ON || shared.host.clock.is_some() || shared.host.is_plain_only() {
         return begin_plainly(shared, range, owner, terms);
     }
@@ -73,13 +78,27 @@ pub(crate) fn begin(shared: &Shared, range: AddressRange, owner: Option<Owner>, 
 /// Plain form of [`begin`].
 #[cold]
 #[inline(never)]
-fn begin_plainly(shared: &Shared, range: AddressRange, owner: Option<Owner>, terms: Terms) -> Begun {
+fn begin_plainly(
+    shared: &Shared,
+    range: AddressRange,
+    owner: Option<Owner>,
+    terms: Terms,
+) -> Begun {
     begin_request(shared, &Request { range, owner, terms, parts: None }, None)
 }
 
 /// [`begin`] for the ranges of `set`.
-pub(crate) fn begin_set(shared: &Shared, owner: Option<Owner>, terms: Terms, set: &RangeSet) -> Begun {
-    begin_request(shared, &Request { range: set.hull(), owner, terms, parts: Some(Parts::all(set)) }, Some(set))
+pub(crate) fn begin_set(
+    shared: &Shared,
+    owner: Option<Owner>,
+    terms: Terms,
+    set: &RangeSet,
+) -> Begun {
+    begin_request(
+        shared,
+        &Request { range: set.hull(), owner, terms, parts: Some(Parts::all(set)) },
+        Some(set),
+    )
 }
 
 fn begin_request(shared: &Shared, request: &Request<'_>, set: Option<&RangeSet>) -> Begun {
@@ -92,7 +111,13 @@ fn begin_request(shared: &Shared, request: &Request<'_>, set: Option<&RangeSet>)
 
 /// First passes, and what follows.
 #[inline(always)]
-fn call(shared: &Shared, id: Id, mut work: Box<Work>, request: &Request<'_>, sequence: u64) -> Begun {
+fn call(
+    shared: &Shared,
+    id: Id,
+    mut work: Box<Work>,
+    request: &Request<'_>,
+    sequence: u64,
+) -> Begun {
     match advance(&shared.host, &mut work, request, sequence) {
         Reached::Plainly => {
             shared.first_passes_over(id);
@@ -200,7 +225,8 @@ impl Shared {
     #[inline(never)]
     pub(crate) fn end_without_hits(&self, id: Id) {
         let quick = self.host.clock.is_none() && !self.host.is_plain_only();
-        let ended = quick && self.state.try_lock().is_some_and(|mut state| state.protocol.quick_end_none(id));
+        let ended = quick
+            && self.state.try_lock().is_some_and(|mut state| state.protocol.quick_end_none(id));
         if !ended {
             self.end_plainly(id, None);
         }

@@ -91,7 +91,11 @@ impl Shared {
     /// Puts a notifier into the index, behind all others with its start; gives it back in a space
     /// that was released (L4).
     #[inline(always)]
-    pub(crate) fn register<N: IntervalNotifier>(&self, range: AddressRange, notifier: N) -> Result<EntryBox<N>, N> {
+    pub(crate) fn register<N: IntervalNotifier>(
+        &self,
+        range: AddressRange,
+        notifier: N,
+    ) -> Result<EntryBox<N>, N> {
         if !self.spare.is_filled() {
             return self.register_anew(range, notifier);
         }
@@ -109,7 +113,11 @@ impl Shared {
 
     /// The same in new memory; what was spare and does not fit makes room for what is used now.
     #[inline(never)]
-    fn register_anew<N: IntervalNotifier>(&self, range: AddressRange, notifier: N) -> Result<EntryBox<N>, N> {
+    fn register_anew<N: IntervalNotifier>(
+        &self,
+        range: AddressRange,
+        notifier: N,
+    ) -> Result<EntryBox<N>, N> {
         let room = Room::new();
         // The lock is free before that is.
         let _unfit;
@@ -195,7 +203,10 @@ impl Shared {
         if !entry.own.is_covered() {
             return Quiet::Yes;
         }
-        let calls = state.protocol.active().any_overlapping(entry.range, |id, active| self.calls(id, active.extra.calls));
+        let calls = state
+            .protocol
+            .active()
+            .any_overlapping(entry.range, |id, active| self.calls(id, active.extra.calls));
         if calls { Quiet::Soon } else { Quiet::Yes }
     }
 }

@@ -48,14 +48,21 @@ impl<'s> Running<'s> {
     }
 
     /// Goes on with what a claim has given, or the quick way.
-    pub(crate) fn resume(shared: &'s Shared, id: Id, sequence: u64, work: Option<Box<Work>>) -> Self {
+    pub(crate) fn resume(
+        shared: &'s Shared,
+        id: Id,
+        sequence: u64,
+        work: Option<Box<Work>>,
+    ) -> Self {
         Self { shared, id: strip(id), sequence, work, armed: true }
     }
 
     /// O1 to O3, B1, B2, B4: calls the first passes from hit `from` on, and polls each pass once.
     pub(crate) fn advance(&mut self, request: &Request<'_>, from: u32) -> Reached {
         match &mut self.work {
-            Some(work) => advance_from(&self.shared.host, work, request, self.sequence, from as usize),
+            Some(work) => {
+                advance_from(&self.shared.host, work, request, self.sequence, from as usize)
+            }
             None => Reached::Done,
         }
     }
@@ -97,7 +104,9 @@ impl<'s> Running<'s> {
             return begun;
         }
         // A change that has happened is nobody's whom a panic could be told (M7).
-        let is_late = shared.with(|state, _| state.protocol.get(id).is_some_and(|active| active.extra.terms.is_late()));
+        let is_late = shared.with(|state, _| {
+            state.protocol.get(id).is_some_and(|active| active.extra.terms.is_late())
+        });
         if is_late || unwinding() {
             shared.host.losses.lose_first(panic);
             return begun;
@@ -118,7 +127,9 @@ impl<'s> Running<'s> {
         let (shared, id) = (self.shared, self.id);
         let now = shared.host.now();
         self.armed = false;
-        let Some(work) = self.work.take() else { unreachable!("passes are pending, and in the work") };
+        let Some(work) = self.work.take() else {
+            unreachable!("passes are pending, and in the work")
+        };
         shared.with(|state, outbox| {
             // The first passes are over, as far as others are concerned, as soon as the passes are listed.
             shared.host.flags.lower(id);
@@ -155,7 +166,8 @@ impl Drop for Running<'_> {
         }
         let work = self.work.take();
         if work.is_some() {
-            Self { shared: self.shared, id: self.id, sequence: self.sequence, work, armed: false }.leave();
+            Self { shared: self.shared, id: self.id, sequence: self.sequence, work, armed: false }
+                .leave();
         } else {
             self.shared.end_without_hits(self.id);
         }

@@ -81,7 +81,8 @@ impl WakerSet {
 
     /// Whether the owner was last polled with `waker`. A waker that wakes nobody is no task's.
     pub(crate) fn is_owned_by(&self, waker: &Waker) -> bool {
-        !waker.data().is_null() && self.0.lock().owner.as_ref().is_some_and(|owner| owner.wakes(waker))
+        !waker.data().is_null()
+            && self.0.lock().owner.as_ref().is_some_and(|owner| owner.wakes(waker))
     }
 
     /// Wakes all that are registered.
@@ -89,7 +90,8 @@ impl WakerSet {
         let (owner, mut waiting) = {
             let mut wakers = self.0.lock();
             wakers.epoch += 1;
-            let owner = if core::mem::take(&mut wakers.owner_waits) { wakers.owner.clone() } else { None };
+            let owner =
+                if core::mem::take(&mut wakers.owner_waits) { wakers.owner.clone() } else { None };
             (owner, core::mem::take(&mut wakers.waiting))
         };
         if let Some(owner) = owner {

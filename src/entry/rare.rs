@@ -42,7 +42,9 @@ impl Entry {
 
     pub(crate) fn stats(&self) -> NotifierStats {
         let longest = Duration::from_micros(self.longest.load(Ordering::Relaxed).into());
-        self.rare.get().map_or(NotifierStats { longest, ..NotifierStats::default() }, |rare| rare.tally.stats(longest))
+        self.rare.get().map_or(NotifierStats { longest, ..NotifierStats::default() }, |rare| {
+            rare.tally.stats(longest)
+        })
     }
 
     /// The first of the futures that wait for this notifier.
@@ -57,8 +59,12 @@ impl Entry {
     }
 
     pub(crate) fn hold(&self) {
-        let holds =
-            self.rare().holds.load(Ordering::Relaxed).checked_add(1).expect("fewer than 2^32 lists name one notifier at once");
+        let holds = self
+            .rare()
+            .holds
+            .load(Ordering::Relaxed)
+            .checked_add(1)
+            .expect("fewer than 2^32 lists name one notifier at once");
         self.set_holds(holds);
     }
 

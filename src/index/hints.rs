@@ -76,9 +76,16 @@ impl Hints {
     /// Makes room for so many leaves. `extent` says from where to where one extends, if it is in use: a quarter of a leaf is told apart.
     #[cold]
     #[inline(never)]
-    pub(super) fn make_room(&mut self, leaves: usize, extent: impl Fn(usize) -> Option<(u64, u64)>) {
-        let mut widths: Vec<u64> =
-            (0..leaves).step_by(leaves.div_ceil(ASKED)).filter_map(&extent).map(|(first, last)| last - first).collect();
+    pub(super) fn make_room(
+        &mut self,
+        leaves: usize,
+        extent: impl Fn(usize) -> Option<(u64, u64)>,
+    ) {
+        let mut widths: Vec<u64> = (0..leaves)
+            .step_by(leaves.div_ceil(ASKED))
+            .filter_map(&extent)
+            .map(|(first, last)| last - first)
+            .collect();
         widths.sort_unstable();
         // Of leaves of different widths, the narrow ones.
         let narrow = widths.get(widths.len() / 4).copied().unwrap_or(0);

@@ -1,7 +1,9 @@
 //! The leaves of the index: what is stored of an interval, and how it is found, added and removed.
 #![forbid(unsafe_code)]
 
-use super::node::{CAP, Child, LOW, Part, UNUSED, count_at_most, first_candidate, into_next, overhang, slack};
+use super::node::{
+    CAP, Child, LOW, Part, UNUSED, count_at_most, first_candidate, into_next, overhang, slack,
+};
 use super::{Indexed, Node};
 use crate::range::AddressRange;
 use core::ops::Range;
@@ -39,8 +41,16 @@ pub(crate) struct Leaf<V> {
 }
 
 impl<V: Indexed> Leaf<V> {
-    pub(super) const EMPTY: Self =
-        Self { slack: 0, longest: 0, bound: UNUSED, max_last: 0, live: 0, len: 0, starts: [UNUSED; CAP], values: [None; CAP] };
+    pub(super) const EMPTY: Self = Self {
+        slack: 0,
+        longest: 0,
+        bound: UNUSED,
+        max_last: 0,
+        live: 0,
+        len: 0,
+        starts: [UNUSED; CAP],
+        values: [None; CAP],
+    };
 
     pub(super) fn is_full(&self) -> bool {
         self.live == FULL
@@ -66,7 +76,9 @@ impl<V: Indexed> Leaf<V> {
     #[inline(always)]
     pub(super) fn is_only(&self, range: AddressRange, reach: u64) -> bool {
         // Leaves before this one end at or before its first place, and those behind it begin at its bound or behind it.
-        range.last() < self.bound && range.start() >= self.starts[0] && range.start() - self.starts[0] >= reach
+        range.last() < self.bound
+            && range.start() >= self.starts[0]
+            && range.start() - self.starts[0] >= reach
     }
 
     /// How far beyond its end an interval reaches, in bytes.
@@ -77,12 +89,15 @@ impl<V: Indexed> Leaf<V> {
     /// Whether an interval belongs here, and those above need not learn of it.
     #[inline(always)]
     pub(super) fn takes(&self, range: AddressRange) -> bool {
-        range.start() >= self.starts[0] && range.start() < self.bound && range.last() <= self.max_last
+        range.start() >= self.starts[0]
+            && range.start() < self.bound
+            && range.last() <= self.max_last
     }
 
     /// From its first interval to where the next leaf begins, if there are both.
     pub(super) fn extent(&self) -> Option<(u64, u64)> {
-        (self.starts[0] < self.bound && self.bound != UNUSED).then(|| (self.starts[0], self.bound - 1))
+        (self.starts[0] < self.bound && self.bound != UNUSED)
+            .then(|| (self.starts[0], self.bound - 1))
     }
 
     /// The places whose intervals may overlap `range`: of these, those do that [`overlapping`](Self::overlapping) says.
@@ -174,7 +189,8 @@ impl<V: Indexed> Leaf<V> {
         let below = ((gaps << 1) << (63 - rank)).leading_zeros() as usize;
         // One loop for both directions: a jump that nobody can predict takes longer than all of it.
         let up = above <= below;
-        let (gap, step) = if up { (rank + above, CAP - 1) } else { (rank.wrapping_sub(1 + below), 1) };
+        let (gap, step) =
+            if up { (rank + above, CAP - 1) } else { (rank.wrapping_sub(1 + below), 1) };
         let (mut at, steps) = (gap % CAP, above.min(below));
         // Mostly it is no further than this. What need not be moved is copied onto itself: that, too, is quicker than a jump that nobody can predict.
         for taken in 0..EASY_STEPS {
@@ -245,13 +261,15 @@ impl<V: Indexed> Leaf<V> {
     /// What depends on all intervals, anew.
     fn tighten(&mut self) {
         self.slack = slack(&self.starts, (0..CAP).map(|at| self.last(at)));
-        self.longest = (0..CAP).map(|at| self.last(at).saturating_sub(self.starts[at])).max().unwrap_or(0);
+        self.longest =
+            (0..CAP).map(|at| self.last(at).saturating_sub(self.starts[at])).max().unwrap_or(0);
     }
 
     #[inline(never)]
     fn find_max_last(&mut self) {
         // Without overlaps they end in the order in which they start.
-        let from = if self.slack == 0 { self.live.checked_ilog2().unwrap_or(0) as usize } else { 0 };
+        let from =
+            if self.slack == 0 { self.live.checked_ilog2().unwrap_or(0) as usize } else { 0 };
         self.max_last = (from..CAP).map(|at| self.last(at)).max().unwrap_or(0);
     }
 
@@ -321,7 +339,8 @@ impl<V: Indexed> Part for Leaf<V> {
 
     fn child(&self, node: Node) -> Child {
         let first = self.values.iter().flatten().next();
-        let (start, order) = first.map_or((UNUSED, 0), |first| (first.range().start(), first.order()));
+        let (start, order) =
+            first.map_or((UNUSED, 0), |first| (first.range().start(), first.order()));
         Child { start, order, max_last: self.max_last, node }
     }
 }

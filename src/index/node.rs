@@ -63,7 +63,12 @@ pub(super) fn close<T: Copy, const N: usize>(array: &mut [T; N], len: usize, at:
 
 /// How far part `at` of a node reaches into the next one, or the one before it into it, if that is further.
 #[inline]
-pub(super) fn overhang(starts: &[u64; CAP], last: impl Fn(usize) -> u64, len: usize, at: usize) -> u64 {
+pub(super) fn overhang(
+    starts: &[u64; CAP],
+    last: impl Fn(usize) -> u64,
+    len: usize,
+    at: usize,
+) -> u64 {
     let own = if at + 1 < len { into_next(last(at), starts[at + 1]) } else { 0 };
     let before = if at > 0 { into_next(last(at - 1), starts[at]) } else { 0 };
     own.max(before)
@@ -78,7 +83,11 @@ pub(super) fn overhang(starts: &[u64; CAP], last: impl Fn(usize) -> u64, len: us
 pub(super) fn count_at_most(starts: &[u64; CAP], few: bool, start: u64) -> usize {
     let below = |candidate: u64| usize::from(candidate <= start);
     let (eights, _) = starts.as_chunks::<{ CAP / 4 }>();
-    let eight = if few { 0 } else { select_unpredictable(eights[1][7] <= start, 2 + below(eights[2][7]), below(eights[0][7])) };
+    let eight = if few {
+        0
+    } else {
+        select_unpredictable(eights[1][7] <= start, 2 + below(eights[2][7]), below(eights[0][7]))
+    };
     let [a, b, c, d, e, f, g, h] = eights[eight];
     let lower = select_unpredictable(b <= start, 2 + below(c), below(a));
     let upper = select_unpredictable(f <= start, 6 + below(g) + below(h), 4 + below(e));
@@ -114,8 +123,14 @@ pub(super) fn slack(starts: &[u64], lasts: impl Iterator<Item = u64>) -> u64 {
 }
 
 impl Inner {
-    pub(super) const EMPTY: Self =
-        Self { len: 0, slack: 0, starts: [UNUSED; CAP], orders: [0; CAP], max_lasts: [0; CAP], children: [0; CAP] };
+    pub(super) const EMPTY: Self = Self {
+        len: 0,
+        slack: 0,
+        starts: [UNUSED; CAP],
+        orders: [0; CAP],
+        max_lasts: [0; CAP],
+        children: [0; CAP],
+    };
 
     /// The children that may overlap `range`, without the last of them, which is the one where the range ends.
     #[inline(always)]
@@ -162,7 +177,12 @@ impl Inner {
     }
 
     pub(super) fn get(&self, at: usize) -> Child {
-        Child { start: self.starts[at], order: self.orders[at], max_last: self.max_lasts[at], node: self.children[at] }
+        Child {
+            start: self.starts[at],
+            order: self.orders[at],
+            max_last: self.max_lasts[at],
+            node: self.children[at],
+        }
     }
 
     pub(super) fn max_last(&self) -> u64 {

@@ -64,7 +64,9 @@ impl IntervalIndex<Value> {
     /// The greatest `last` below a node, behind which the next one begins at `bound`.
     fn check_node(&self, node: Node, height: usize, bound: u64, all: &mut Vec<(u64, u64)>) -> u64 {
         // What a node believes may be the `last` of what has gone, if that is of no account to others.
-        let fits = |believed: u64, greatest: u64, bound: u64| believed == greatest || (greatest..bound).contains(&believed);
+        let fits = |believed: u64, greatest: u64, bound: u64| {
+            believed == greatest || (greatest..bound).contains(&believed)
+        };
         if height == 0 {
             let leaf = self.leaves.at(node);
             assert!(leaf.len >= 1, "an empty leaf was left");
@@ -81,16 +83,23 @@ impl IntervalIndex<Value> {
             }
             let ordered: Vec<_> = leaf.values.iter().flatten().map(|value| value.0).collect();
             let apart = ordered.windows(2).all(|pair| pair[0].last() < pair[1].start());
-            assert!(leaf.slack != 0 || apart, "intervals overlap where the slack says that none do");
+            assert!(
+                leaf.slack != 0 || apart,
+                "intervals overlap where the slack says that none do"
+            );
             let greatest = lasts().max().unwrap();
             assert!(leaf.reach() <= self.reach, "a leaf reaches further into the next ones");
-            assert!(leaf.bound <= bound && fits(leaf.max_last, greatest, leaf.bound), "a leaf's greatest `last`");
+            assert!(
+                leaf.bound <= bound && fits(leaf.max_last, greatest, leaf.bound),
+                "a leaf's greatest `last`"
+            );
             return greatest;
         }
         let inner = self.inners.at(node);
         assert!(inner.len >= 2, "an inner node with one child was left");
         assert!(
-            inner.slack >= slack(&inner.starts[..inner.len], inner.max_lasts[..inner.len].iter().copied()),
+            inner.slack
+                >= slack(&inner.starts[..inner.len], inner.max_lasts[..inner.len].iter().copied()),
             "an inner node's slack is too small"
         );
         assert!(inner.starts[inner.len..].iter().all(|start| *start == UNUSED));
@@ -100,11 +109,20 @@ impl IntervalIndex<Value> {
             let bound = inner.starts[..inner.len].get(at + 1).map_or(bound, |start| *start);
             let below = self.check_node(inner.children[at], height - 1, bound, all);
             assert!(fits(inner.max_lasts[at], below, bound), "a child's greatest `last`");
-            assert!(inner.max_lasts[at] >= self.max_last(height - 1, inner.children[at]), "a child knows of a greater `last`");
+            assert!(
+                inner.max_lasts[at] >= self.max_last(height - 1, inner.children[at]),
+                "a child knows of a greater `last`"
+            );
             greatest = greatest.max(below);
             let (first, last) = (all[from], all[all.len() - 1]);
-            assert!(at == 0 || (inner.starts[at], inner.orders[at]) <= first, "a key below its bound");
-            assert!(at + 1 == inner.len || last < (inner.starts[at + 1], inner.orders[at + 1]), "a key above the next bound");
+            assert!(
+                at == 0 || (inner.starts[at], inner.orders[at]) <= first,
+                "a key below its bound"
+            );
+            assert!(
+                at + 1 == inner.len || last < (inner.starts[at + 1], inner.orders[at + 1]),
+                "a key above the next bound"
+            );
         }
         greatest
     }
@@ -115,7 +133,10 @@ impl IntervalIndex<Value> {
         // Twice: the first may have to look for the leaf, the second has a hint.
         for _ in 0..2 {
             if let Some((leaf, places)) = self.only_leaf(range) {
-                let in_leaf: Vec<_> = places.filter_map(|at| leaf.overlapping(at, range)).map(|value| value.1).collect();
+                let in_leaf: Vec<_> = places
+                    .filter_map(|at| leaf.overlapping(at, range))
+                    .map(|value| value.1)
+                    .collect();
                 assert_eq!(in_leaf, hits, "{range:?} overlaps what is in other leaves");
             }
         }
@@ -144,7 +165,8 @@ enum Op {
 
 /// Ranges from the middle, a few of them long; some at either end of the numbers, and some from one end to the other.
 fn range() -> impl Strategy<Value = AddressRange> {
-    let between = |first: u64, last: u64| AddressRange::try_from(first.min(last)..=first.max(last)).unwrap();
+    let between =
+        |first: u64, last: u64| AddressRange::try_from(first.min(last)..=first.max(last)).unwrap();
     prop_oneof![
         12 => (0..400u64, 1..60u64).prop_map(|(start, len)| AddressRange::new(start, len).unwrap()),
         2 => (0..2u64, 1..60u64).prop_map(|(start, len)| AddressRange::new(start, len).unwrap()),
@@ -164,7 +186,10 @@ fn op() -> impl Strategy<Value = Op> {
 
 /// `SHOOTDOWN_CASES` sets how many random sequences are tried.
 fn cases(default: u32) -> ProptestConfig {
-    let cases = std::env::var("SHOOTDOWN_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default);
+    let cases = std::env::var("SHOOTDOWN_CASES")
+        .ok()
+        .and_then(|cases| cases.parse().ok())
+        .unwrap_or(default);
     ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
 }
 
@@ -315,7 +340,10 @@ fn what_reached_far_is_forgotten_when_it_goes() {
     }
     assert_eq!(slack(&index), 0, "queries would look at ten intervals where one can overlap");
     let longest = index.leaves.nodes[index.root as usize].longest;
-    assert_eq!(longest, 4095, "queries would ask the interval before a gap whether it reaches into it");
+    assert_eq!(
+        longest, 4095,
+        "queries would ask the interval before a gap whether it reaches into it"
+    );
 }
 
 #[test]
@@ -393,7 +421,9 @@ fn scattered(stride: impl Fn(u64) -> u64) -> (IntervalIndex<Value>, Vec<AddressR
 
 /// How many of the `pages` are in the leaf where a search is told to look first.
 fn foreseen(index: &IntervalIndex<Value>, pages: &[AddressRange]) -> usize {
-    let starts = |page: &AddressRange| index.leaves.at(index.likely_leaf(page.last())).starts.contains(&page.start());
+    let starts = |page: &AddressRange| {
+        index.leaves.at(index.likely_leaf(page.last())).starts.contains(&page.start())
+    };
     pages.iter().filter(|page| starts(page)).count()
 }
 

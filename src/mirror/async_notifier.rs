@@ -60,7 +60,10 @@ pub trait AsyncIntervalNotifier: Send + Sync + 'static {
     /// zap the mappings before that.
     ///
     /// A driver writes `async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo)`.
-    fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo) -> impl Future<Output = ()> + Send + 'static;
+    fn invalidate(
+        self: Arc<Self>,
+        invalidation: InvalidationInfo,
+    ) -> impl Future<Output = ()> + Send + 'static;
 
     /// As [`IntervalNotifier::name`].
     fn name(&self) -> Cow<'static, str> {
@@ -80,13 +83,17 @@ impl<A: AsyncIntervalNotifier> AsyncNotifier<A> {
 }
 
 impl<A: AsyncIntervalNotifier> IntervalNotifier for AsyncNotifier<A> {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         if !self.0.begin(invalidation)? {
             return Ok(None);
         }
         // What the future waits for is waited for by the pass that it becomes, not by this call (F3).
         let _inline = Inline::enter();
-        let mut pass: Pin<Box<dyn Future<Output = ()> + Send>> = Box::pin(self.0.clone().invalidate(invalidation.info()));
+        let mut pass: Pin<Box<dyn Future<Output = ()> + Send>> =
+            Box::pin(self.0.clone().invalidate(invalidation.info()));
         // The engine polls it again with a waker of its own, so that nothing that happens in between is lost.
         let first = pass.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         Ok(first.is_pending().then(|| PassFuture::from(pass)))

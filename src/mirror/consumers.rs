@@ -38,7 +38,11 @@ impl Consumers {
     /// One more waits. Returns who is to be woken, and others that are to be dropped outside of the
     /// lock.
     #[must_use]
-    pub(super) fn add(&mut self, task: Arc<TaskWaker>, waker: &Waker) -> (Option<Arc<TaskWaker>>, [Option<Arc<TaskWaker>>; 2]) {
+    pub(super) fn add(
+        &mut self,
+        task: Arc<TaskWaker>,
+        waker: &Waker,
+    ) -> (Option<Arc<TaskWaker>>, [Option<Arc<TaskWaker>>; 2]) {
         if self.waiting.iter().any(|known| known.wakes(waker)) {
             return (None, [None, None]);
         }

@@ -71,7 +71,13 @@ impl Post {
 }
 
 impl Delivery {
-    pub(super) fn new(desk: Arc<dyn Counter>, letter: usize, serial: u64, info: InvalidationInfo, deliveries: u32) -> Self {
+    pub(super) fn new(
+        desk: Arc<dyn Counter>,
+        letter: usize,
+        serial: u64,
+        info: InvalidationInfo,
+        deliveries: u32,
+    ) -> Self {
         Self { desk, letter, serial, info, deliveries }
     }
 
@@ -150,6 +156,9 @@ impl Drop for Delivery {
 
 impl fmt::Debug for Delivery {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Delivery").field("info", &self.info).field("deliveries", &self.deliveries).finish_non_exhaustive()
+        f.debug_struct("Delivery")
+            .field("info", &self.info)
+            .field("deliveries", &self.deliveries)
+            .finish_non_exhaustive()
     }
 }

@@ -190,9 +190,13 @@ impl Tries {
     }
 
     /// Starts over, if it may.
-    pub(super) fn again<E>(&mut self, now: impl FnOnce() -> Option<Duration>) -> Result<(), MirrorError<E>> {
+    pub(super) fn again<E>(
+        &mut self,
+        now: impl FnOnce() -> Option<Duration>,
+    ) -> Result<(), MirrorError<E>> {
         let elapsed = self.began.and_then(|began| Some(now()?.saturating_sub(began)));
-        let too_late = matches!((self.budget.time, elapsed), (Some(most), Some(elapsed)) if elapsed > most);
+        let too_late =
+            matches!((self.budget.time, elapsed), (Some(most), Some(elapsed)) if elapsed > most);
         if self.retries == self.budget.retries || too_late {
             return Err(MirrorError::RetriesExhausted { retries: self.retries, elapsed });
         }
@@ -222,13 +226,19 @@ impl<E: fmt::Display> fmt::Display for MirrorError<E> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::RetriesExhausted { retries, elapsed } => {
-                write!(f, "the range was invalidated during each of {} attempts to mirror it", retries + 1)?;
+                write!(
+                    f,
+                    "the range was invalidated during each of {} attempts to mirror it",
+                    retries + 1
+                )?;
                 if let Some(elapsed) = elapsed {
                     write!(f, " in {elapsed:?}")?;
                 }
                 f.write_str(": mirror a smaller range, or allow more retries")
             }
-            Self::Closed => f.write_str("the subscription or the inbox was closed: make a new one to mirror memory"),
+            Self::Closed => f.write_str(
+                "the subscription or the inbox was closed: make a new one to mirror memory",
+            ),
             Self::Prepare(error) => write!(f, "the mapping could not be prepared: {error}"),
         }
     }
@@ -322,7 +332,11 @@ impl<T> DriverLock<T> {
     ) -> Result<R, Collision> {
         let mut guard = self.lock();
         self.assert_locked_by_first_pass_of(subscription);
-        if subscription.read_retry(sequence) || !open(&guard) { Err(Collision) } else { Ok(install(&mut guard)) }
+        if subscription.read_retry(sequence) || !open(&guard) {
+            Err(Collision)
+        } else {
+            Ok(install(&mut guard))
+        }
     }
 
     /// The whole collision-retry loop of a mirroring driver: `read_begin`; `prepare`, which looks at the memory and may wait for it; then lock, check and
@@ -396,7 +410,9 @@ impl<T> DriverLock<T> {
             let sequence = subscription.read_begin().await;
             let prepared = prepare(sequence).await.map_err(MirrorError::Prepare)?;
             let once = |mappings: &mut T| {
-                let Some(install) = install.take() else { unreachable!("the loop ends when it has run") };
+                let Some(install) = install.take() else {
+                    unreachable!("the loop ends when it has run")
+                };
                 install(mappings, prepared)
             };
             if let Ok(installed) = self.install_if(subscription, sequence, &open, once) {
@@ -411,7 +427,10 @@ impl<T> DriverLock<T> {
     }
 
     /// Panics in debug builds when the first pass is known to take another lock.
-    pub(super) fn assert_locked_by_first_pass_of<N: IntervalNotifier>(&self, subscription: &Subscription<N>) {
+    pub(super) fn assert_locked_by_first_pass_of<N: IntervalNotifier>(
+        &self,
+        subscription: &Subscription<N>,
+    ) {
         assert!(
             subscription.entry().own.is_driver_lock(self.address()),
             "mapping installed for {} under another lock than its first pass takes with `lock_for`: take this one there, or install under that one",

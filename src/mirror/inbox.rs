@@ -101,7 +101,10 @@ struct InboxPass<T: Send + 'static> {
 }
 
 impl<T: Send + 'static> IntervalNotifier for InboxNotifier<T> {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let mappings = self.desk.mappings.lock_for(invalidation);
         let (letter, consumers) = {
             let mut post = self.desk.post.lock();
@@ -111,7 +114,14 @@ impl<T: Send + 'static> IntervalNotifier for InboxNotifier<T> {
             }
             post.serial += 1;
             let serial = post.serial;
-            let letter = Letter { info: invalidation.info(), serial, deliveries: 0, queued: true, done: false, task: None };
+            let letter = Letter {
+                info: invalidation.info(),
+                serial,
+                deliveries: 0,
+                queued: true,
+                done: false,
+                task: None,
+            };
             let letter = post.letters.insert(letter);
             post.queue.push_back(letter);
             (letter, post.consumers.take())
@@ -220,8 +230,17 @@ impl<T: Send + 'static> Inbox<T> {
     ///
     /// # Panics
     /// When this thread is in `with` or `install` of the same inbox already.
-    pub fn install<R>(&self, sequence: Sequence, install: impl FnOnce(&mut T) -> R) -> Result<R, Collision> {
-        self.desk.mappings.install_if(&self.subscription, sequence, |_| self.desk.is_open(), install)
+    pub fn install<R>(
+        &self,
+        sequence: Sequence,
+        install: impl FnOnce(&mut T) -> R,
+    ) -> Result<R, Collision> {
+        self.desk.mappings.install_if(
+            &self.subscription,
+            sequence,
+            |_| self.desk.is_open(),
+            install,
+        )
     }
 
     /// The whole collision-retry loop, as [`DriverLock::mirror`] does it.
@@ -242,7 +261,13 @@ impl<T: Send + 'static> Inbox<T> {
     where
         F: Future<Output = Result<P, E>>,
     {
-        Waitable::new(self.desk.mappings.mirror_if(&self.subscription, budget, |_| self.desk.is_open(), prepare, install))
+        Waitable::new(self.desk.mappings.mirror_if(
+            &self.subscription,
+            budget,
+            |_| self.desk.is_open(),
+            prepare,
+            install,
+        ))
     }
 
     /// Ends the subscription in the call: invalidations that start from now on are not queued. The
@@ -269,7 +294,13 @@ impl<T: Send + 'static> Inbox<T> {
                 (of.deliveries, of.queued) = (of.deliveries.saturating_add(1), false);
                 let (serial, info, deliveries) = (of.serial, of.info.clone(), of.deliveries);
                 drop(post);
-                return Poll::Ready(Some(Delivery::new(self.desk.clone(), letter, serial, info, deliveries)));
+                return Poll::Ready(Some(Delivery::new(
+                    self.desk.clone(),
+                    letter,
+                    serial,
+                    info,
+                    deliveries,
+                )));
             }
             if post.is_over() {
                 drop(post);
@@ -362,7 +393,10 @@ impl<T: Send + 'static> Drop for Inbox<T> {
 
 impl<T: Send + 'static> fmt::Debug for Inbox<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Inbox").field("range", &self.range()).field("queued", &self.queued()).finish_non_exhaustive()
+        f.debug_struct("Inbox")
+            .field("range", &self.range())
+            .field("queued", &self.queued())
+            .finish_non_exhaustive()
     }
 }
 
@@ -372,7 +406,11 @@ impl AddressSpace {
     ///
     /// # Errors
     /// [`InsertError`], with the mappings in it, after [`release`](Self::release).
-    pub fn inbox<T: Send + 'static>(&self, range: AddressRange, mappings: T) -> Result<Inbox<T>, InsertError<T>> {
+    pub fn inbox<T: Send + 'static>(
+        &self,
+        range: AddressRange,
+        mappings: T,
+    ) -> Result<Inbox<T>, InsertError<T>> {
         self.named_inbox(range, mappings, Cow::Borrowed(core::any::type_name::<Inbox<T>>()))
     }
 

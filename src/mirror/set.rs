@@ -53,7 +53,9 @@ impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
             loop {
                 self.drop_what_was_hit(cx);
                 let (mut waits, mut changed) = (false, false);
-                for ((subscription, prepared), step) in self.subscriptions.iter().zip(&self.prepared).zip(&mut steps) {
+                for ((subscription, prepared), step) in
+                    self.subscriptions.iter().zip(&self.prepared).zip(&mut steps)
+                {
                     let own = &subscription.entry().own;
                     let is_good = match step {
                         Step::Prepared => prepared.is_some(),
@@ -65,7 +67,9 @@ impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
                     }
                     if let Step::Waits(read) = step {
                         match Pin::new(read).poll(cx) {
-                            Poll::Ready(sequence) => (*step, changed) = (Step::Begun(sequence), true),
+                            Poll::Ready(sequence) => {
+                                (*step, changed) = (Step::Begun(sequence), true)
+                            }
                             Poll::Pending => waits = true,
                         }
                     }
@@ -80,7 +84,9 @@ impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
             }
         })
         .await;
-        let begun = |(at, step): (usize, Step<'a>)| if let Step::Begun(sequence) = step { Some((at, sequence)) } else { None };
+        let begun = |(at, step): (usize, Step<'a>)| {
+            if let Step::Begun(sequence) = step { Some((at, sequence)) } else { None }
+        };
         steps.into_iter().enumerate().filter_map(begun).collect()
     }
 
@@ -91,17 +97,19 @@ impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
     ) -> Result<(), E> {
         core::future::poll_fn(|cx| {
             let mut failed = None;
-            preparing.retain_mut(|(at, sequence, future)| match (&failed, future.as_mut().poll(cx)) {
-                (None, Poll::Ready(Ok(found))) => {
-                    let hit = self.subscriptions[*at].hit(*sequence);
-                    self.prepared[*at] = Some(Prepared { sequence: *sequence, found, hit });
-                    false
+            preparing.retain_mut(|(at, sequence, future)| {
+                match (&failed, future.as_mut().poll(cx)) {
+                    (None, Poll::Ready(Ok(found))) => {
+                        let hit = self.subscriptions[*at].hit(*sequence);
+                        self.prepared[*at] = Some(Prepared { sequence: *sequence, found, hit });
+                        false
+                    }
+                    (None, Poll::Ready(Err(error))) => {
+                        failed = Some(error);
+                        false
+                    }
+                    _ => true,
                 }
-                (None, Poll::Ready(Err(error))) => {
-                    failed = Some(error);
-                    false
-                }
-                _ => true,
             });
             self.drop_what_was_hit(cx);
             match failed {
@@ -199,19 +207,26 @@ impl<T> DriverLock<T> {
         let mut tries = Tries::begin(budget, now);
         loop {
             let begun = set.begin().await;
-            let preparing = begun.into_iter().map(|(at, sequence)| (at, sequence, Box::pin(prepare(at, sequence)))).collect();
+            let preparing = begun
+                .into_iter()
+                .map(|(at, sequence)| (at, sequence, Box::pin(prepare(at, sequence))))
+                .collect();
             set.prepare(preparing).await.map_err(MirrorError::Prepare)?;
             let mut stale = Vec::new();
             {
                 let mut guard = self.lock();
                 for (subscription, prepared) in subscriptions.iter().zip(&mut set.prepared) {
                     self.assert_locked_by_first_pass_of(subscription);
-                    let collides = |prepared: &mut Prepared<'_, P>| subscription.read_retry(prepared.sequence);
+                    let collides =
+                        |prepared: &mut Prepared<'_, P>| subscription.read_retry(prepared.sequence);
                     stale.extend(prepared.take_if(collides));
                 }
                 if set.prepared.iter().all(Option::is_some) {
                     let prepared = core::mem::take(&mut set.prepared);
-                    return Ok(install(&mut guard, prepared.into_iter().flatten().map(|prepared| prepared.found).collect()));
+                    return Ok(install(
+                        &mut guard,
+                        prepared.into_iter().flatten().map(|prepared| prepared.found).collect(),
+                    ));
                 }
             }
             // What the driver has prepared may have a drop of its own, which may want the lock.
@@ -220,7 +235,9 @@ impl<T> DriverLock<T> {
                 return Err(MirrorError::Closed);
             }
             tries.again(now)?;
-            for (subscription, _) in subscriptions.iter().zip(&set.prepared).filter(|(_, prepared)| prepared.is_none()) {
+            for (subscription, _) in
+                subscriptions.iter().zip(&set.prepared).filter(|(_, prepared)| prepared.is_none())
+            {
                 subscription.shared().retried(subscription.entry());
             }
         }

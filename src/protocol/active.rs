@@ -179,42 +179,62 @@ impl<M, X> ActiveSet<M, X> {
 
     /// The id, with what is known of where the invalidation is.
     pub(crate) fn located(&self, id: Id) -> Id {
-        if self.places.get(id.place()).is_some_and(|active| active.is(id)) { id } else { id.in_crowd() }
+        if self.places.get(id.place()).is_some_and(|active| active.is(id)) {
+            id
+        } else {
+            id.in_crowd()
+        }
     }
 
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Id, &Active<M, X>)> {
         let in_places = (0..).zip(&self.places).filter(|(_, active)| active.is_live());
-        in_places
-            .map(|(place, active)| (Id::new(active.serial(), place), active))
-            .chain(self.crowd.iter().map(|(serial, active)| (Id::new(*serial, PLACES as u32), &**active)))
+        in_places.map(|(place, active)| (Id::new(active.serial(), place), active)).chain(
+            self.crowd.iter().map(|(serial, active)| (Id::new(*serial, PLACES as u32), &**active)),
+        )
     }
 
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Id, &mut Active<M, X>)> {
         let in_places = (0..).zip(&mut self.places).filter(|(_, active)| active.is_live());
-        in_places
-            .map(|(place, active)| (Id::new(active.serial(), place), active))
-            .chain(self.crowd.iter_mut().map(|(serial, active)| (Id::new(*serial, PLACES as u32), &mut **active)))
+        in_places.map(|(place, active)| (Id::new(active.serial(), place), active)).chain(
+            self.crowd
+                .iter_mut()
+                .map(|(serial, active)| (Id::new(*serial, PLACES as u32), &mut **active)),
+        )
     }
 
     /// Whether one of those that overlap `range` is as `wanted`. Looks at no more than [`PLACES`]
     /// others.
-    pub(crate) fn any_overlapping(&self, range: AddressRange, mut wanted: impl FnMut(Id, &Active<M, X>) -> bool) -> bool {
+    pub(crate) fn any_overlapping(
+        &self,
+        range: AddressRange,
+        mut wanted: impl FnMut(Id, &Active<M, X>) -> bool,
+    ) -> bool {
         let overlaps = |active: &Active<M, X>| active.is_live() && active.range.overlaps(range);
         let mut in_places = (0..).zip(&self.places).filter(|(_, active)| overlaps(active));
-        let mut any = in_places.any(|(place, active)| wanted(Id::new(active.serial(), place), active));
+        let mut any =
+            in_places.any(|(place, active)| wanted(Id::new(active.serial(), place), active));
         if !any && !self.crowd.is_empty() {
             self.crowd_ranges.overlapping(range, |Ranged { value: InCrowd(serial), .. }| {
                 let id = Id::new(serial, PLACES as u32);
                 let overlaps = || overlaps_set(&self.sets, serial, range);
-                any = any || overlaps() && self.crowd.get(&serial).is_some_and(|active| wanted(id, active));
+                any = any
+                    || overlaps()
+                        && self.crowd.get(&serial).is_some_and(|active| wanted(id, active));
             });
         }
         any
     }
 
     /// Those that cover who is inserted into `range`.
-    pub(super) fn for_overlapping(&mut self, range: AddressRange, mut each: impl FnMut(&mut Active<M, X>)) {
-        self.places.iter_mut().filter(|active| active.is_live() && active.range.overlaps(range)).for_each(&mut each);
+    pub(super) fn for_overlapping(
+        &mut self,
+        range: AddressRange,
+        mut each: impl FnMut(&mut Active<M, X>),
+    ) {
+        self.places
+            .iter_mut()
+            .filter(|active| active.is_live() && active.range.overlaps(range))
+            .for_each(&mut each);
         if !self.crowd.is_empty() {
             let Self { crowd, crowd_ranges, sets, .. } = self;
             crowd_ranges.overlapping(range, |Ranged { value: InCrowd(serial), .. }| {
@@ -241,7 +261,12 @@ impl<M, X> ActiveSet<M, X> {
     /// A place that was free and is live now, made or vacated if there was none, or one in the
     /// crowd. `first` is the id that it would have in place 0.
     #[inline(always)]
-    pub(super) fn take(&mut self, first: u64, range: AddressRange, is_movable: impl Fn(Id) -> bool) -> (Id, &mut Active<M, X>)
+    pub(super) fn take(
+        &mut self,
+        first: u64,
+        range: AddressRange,
+        is_movable: impl Fn(Id) -> bool,
+    ) -> (Id, &mut Active<M, X>)
     where
         X: Default,
     {
@@ -271,9 +296,16 @@ impl<M, X> ActiveSet<M, X> {
             return true;
         }
         self.assert_room();
-        let movable = (0..).zip(&self.places).filter(|(place, active)| is_movable(Id::new(active.serial(), *place)));
-        let Some((place, _)) = movable.min_by_key(|(_, active)| active.serial()) else { return false };
-        let active = core::mem::replace(&mut self.places[place as usize], Active::new(AddressRange::ALL, Id(0)));
+        let movable = (0..)
+            .zip(&self.places)
+            .filter(|(place, active)| is_movable(Id::new(active.serial(), *place)));
+        let Some((place, _)) = movable.min_by_key(|(_, active)| active.serial()) else {
+            return false;
+        };
+        let active = core::mem::replace(
+            &mut self.places[place as usize],
+            Active::new(AddressRange::ALL, Id(0)),
+        );
         self.heads.free = 1 << place;
         self.crowd_ranges.insert(Ranged { range: active.range, value: InCrowd(active.serial()) });
         self.crowd.insert(active.serial(), Box::new(active));
@@ -302,7 +334,12 @@ impl<M, X> ActiveSet<M, X> {
     }
 
     /// One in the crowd, live, that has gaps.
-    pub(super) fn take_set_in_crowd(&mut self, serial: u64, set: &RangeSet, is_past: bool) -> (Id, &mut Active<M, X>)
+    pub(super) fn take_set_in_crowd(
+        &mut self,
+        serial: u64,
+        set: &RangeSet,
+        is_past: bool,
+    ) -> (Id, &mut Active<M, X>)
     where
         X: Default,
     {

@@ -82,7 +82,8 @@ impl Own {
         #[cfg(debug_assertions)]
         {
             let noted = self.driver_lock.load(Ordering::Relaxed);
-            let now = if noted == 0 || noted == short(_address) { short(_address) } else { SEVERAL };
+            let now =
+                if noted == 0 || noted == short(_address) { short(_address) } else { SEVERAL };
             self.driver_lock.store(now, Ordering::Relaxed);
         }
     }
@@ -166,7 +167,12 @@ impl Own {
     pub(crate) fn set(&self, sequence: u64) {
         let mut word = self.word.load(Ordering::Relaxed);
         while (sequence.wrapping_sub(word | UNCOVERED)).cast_signed() > 0 {
-            match self.word.compare_exchange_weak(word, sequence & !UNCOVERED, Ordering::AcqRel, Ordering::Relaxed) {
+            match self.word.compare_exchange_weak(
+                word,
+                sequence & !UNCOVERED,
+                Ordering::AcqRel,
+                Ordering::Relaxed,
+            ) {
                 Ok(_) => return,
                 Err(other) => word = other,
             }

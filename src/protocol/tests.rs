@@ -80,7 +80,11 @@ fn op() -> impl Strategy<Value = Op> {
 }
 
 /// What the protocol and the model say of one notifier, side by side.
-fn compare(model: &[Model], protocol: &Protocol<Test, Vec<Test>>, sequence: u64) -> Result<(), TestCaseError> {
+fn compare(
+    model: &[Model],
+    protocol: &Protocol<Test, Vec<Test>>,
+    sequence: u64,
+) -> Result<(), TestCaseError> {
     prop_assert_eq!(protocol.sequence(), sequence);
     for notifier in model {
         let own = notifier.member.own();
@@ -96,7 +100,10 @@ fn compare(model: &[Model], protocol: &Protocol<Test, Vec<Test>>, sequence: u64)
 }
 
 fn cases(default: u32) -> ProptestConfig {
-    let cases = std::env::var("SHOOTDOWN_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(default);
+    let cases = std::env::var("SHOOTDOWN_CASES")
+        .ok()
+        .and_then(|cases| cases.parse().ok())
+        .unwrap_or(default);
     ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
 }
 
@@ -116,8 +123,9 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
                 member.own().mark(WATCHED, order % 2 == 0);
                 member.own().mark(MARKS[order as usize % MARKS.len()], order % 3 == 0);
                 protocol.insert(member);
-                let covering =
-                    ranges.iter().filter(|(_, active, past)| !past && active.iter().any(|active| active.overlaps(range)));
+                let covering = ranges.iter().filter(|(_, active, past)| {
+                    !past && active.iter().any(|active| active.overlaps(range))
+                });
                 let covered_by: Vec<u64> = covering.map(|(serial, ..)| *serial).collect();
                 // S5.
                 let own = if covered_by.is_empty() {
@@ -129,7 +137,8 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
                 model.push(Model { range, member, own, covered_by, registered: true });
             }
             Op::Remove(at) => {
-                let mut registered: Vec<_> = model.iter_mut().filter(|notifier| notifier.registered).collect();
+                let mut registered: Vec<_> =
+                    model.iter_mut().filter(|notifier| notifier.registered).collect();
                 if !registered.is_empty() {
                     let at = at.index(registered.len());
                     registered[at].registered = false;
@@ -141,10 +150,15 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
                 }
             }
             Op::Start(of, sets) => {
-                let set = RangeSet::new(of.iter().map(|(start, len)| AddressRange::new(*start, *len).unwrap())).unwrap();
+                let set = RangeSet::new(
+                    of.iter().map(|(start, len)| AddressRange::new(*start, *len).unwrap()),
+                )
+                .unwrap();
                 let started = match set[..] {
                     // Some may be moved into the crowd, and some not.
-                    [range] => protocol.start(range, |id| id.serial() % 3 != 0, |_, _| (), |hits| hits),
+                    [range] => {
+                        protocol.start(range, |id| id.serial() % 3 != 0, |_, _| (), |hits| hits)
+                    }
                     _ => protocol.start_set(&set, sets % 2 == 0, |_, _| (), |hits| hits),
                 };
                 let hits = core::mem::take(started.extra);
@@ -153,7 +167,10 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
                 let serial = protocol.last_serial();
                 let mut expected: Vec<_> = model
                     .iter_mut()
-                    .filter(|notifier| notifier.registered && set.iter().any(|range| range.overlaps(notifier.range)))
+                    .filter(|notifier| {
+                        notifier.registered
+                            && set.iter().any(|range| range.overlaps(notifier.range))
+                    })
                     .collect();
                 // O1.
                 expected.sort_by_key(|notifier| (notifier.range.start(), notifier.member.order()));
@@ -161,7 +178,9 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
                 prop_assert!(same, "hits out of order");
                 if !expected.is_empty() {
                     // S6, then S2.
-                    let separate = |notifier: &&mut Model| notifier.own == sequence && notifier.covered_by.is_empty();
+                    let separate = |notifier: &&mut Model| {
+                        notifier.own == sequence && notifier.covered_by.is_empty()
+                    };
                     if sequence % 2 == 1 && expected.iter().any(separate) {
                         sequence = sequence.wrapping_add(2);
                     }
@@ -190,17 +209,22 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
                             [only] => protocol.quick_end_one(ended.id, only).is_some(),
                             _ => false,
                         };
-                    let split =
-                        if quick && !short { protocol.quick_end(ended.id, &ended.hits).map(|(tell, _)| tell) } else { None };
+                    let split = if quick && !short {
+                        protocol.quick_end(ended.id, &ended.hits).map(|(tell, _)| tell)
+                    } else {
+                        None
+                    };
                     match split {
                         Some(true) => {
-                            let told = protocol.tell(ended.id, &ended.hits, |member| uncovered.push(member));
+                            let told = protocol
+                                .tell(ended.id, &ended.hits, |member| uncovered.push(member));
                             prop_assert!(told.is_some());
                         }
                         Some(false) => {}
                         None if short => {}
                         None => {
-                            let ended = protocol.end(ended.id, &ended.hits, |member| uncovered.push(member));
+                            let ended = protocol
+                                .end(ended.id, &ended.hits, |member| uncovered.push(member));
                             prop_assert!(ended.is_some());
                         }
                     }
@@ -212,8 +236,15 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
                         if before == 1 && notifier.covered_by.is_empty() {
                             let watched = notifier.member.order() % 2 == 0;
                             expected += usize::from(watched);
-                            prop_assert_eq!(uncovered.contains(&notifier.member), watched, "R1: the moment was not told of");
-                            let marked = notifier.member.own().is_marked(MARKS[notifier.member.order() as usize % MARKS.len()]);
+                            prop_assert_eq!(
+                                uncovered.contains(&notifier.member),
+                                watched,
+                                "R1: the moment was not told of"
+                            );
+                            let marked = notifier
+                                .member
+                                .own()
+                                .is_marked(MARKS[notifier.member.order() as usize % MARKS.len()]);
                             prop_assert_eq!(marked, notifier.member.order() % 3 == 0);
                         }
                     }
@@ -227,18 +258,23 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
         }
         compare(&model, &protocol, sequence)?;
         for at in (0..44).map(|start| AddressRange::new(start, 2).unwrap()) {
-            let overlaps = |(_, set, _): &&(u64, RangeSet, bool)| set.iter().any(|range| range.overlaps(at));
+            let overlaps =
+                |(_, set, _): &&(u64, RangeSet, bool)| set.iter().any(|range| range.overlaps(at));
             let mut found = vec![];
             protocol.active.any_overlapping(at, |id, _| {
                 found.push(id.serial());
                 false
             });
             found.sort_unstable();
-            let mut expected: Vec<_> = ranges.iter().filter(overlaps).map(|(serial, ..)| *serial).collect();
+            let mut expected: Vec<_> =
+                ranges.iter().filter(overlaps).map(|(serial, ..)| *serial).collect();
             expected.sort_unstable();
             prop_assert_eq!(found, expected, "L2");
         }
-        prop_assert_eq!(protocol.active.sets().len(), ranges.iter().filter(|(_, set, _)| set.len() > 1).count());
+        prop_assert_eq!(
+            protocol.active.sets().len(),
+            ranges.iter().filter(|(_, set, _)| set.len() > 1).count()
+        );
     }
     Ok(())
 }
@@ -285,7 +321,12 @@ fn as_many_are_active_as_can_be_counted_and_one_more_is_refused_before_anything_
     }
     let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| start(&mut protocol)));
     let panic = refused.map(drop).unwrap_err();
-    assert!(panic.downcast_ref::<std::string::String>().unwrap().contains("invalidations are active at once"));
+    assert!(
+        panic
+            .downcast_ref::<std::string::String>()
+            .unwrap()
+            .contains("invalidations are active at once")
+    );
     assert_eq!(protocol.active.len(), PLACES + 3);
     for (id, hits) in running {
         assert!(protocol.end(id, &hits, |_| ()).is_some());

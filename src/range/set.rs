@@ -46,7 +46,11 @@ impl RangeSet {
             }
             joins
         });
-        if sorted.is_empty() { Err(RangeError::NoRange) } else { Ok(Self { ranges: sorted.into() }) }
+        if sorted.is_empty() {
+            Err(RangeError::NoRange)
+        } else {
+            Ok(Self { ranges: sorted.into() })
+        }
     }
 
     /// The ranges of another set, or some of them.
@@ -102,7 +106,11 @@ impl<'a> Parts<'a> {
     }
 
     pub(crate) fn to_set(self) -> RangeSet {
-        if self.count == self.set.len() { self.set.clone() } else { RangeSet::of_parts(self.as_slice()) }
+        if self.count == self.set.len() {
+            self.set.clone()
+        } else {
+            RangeSet::of_parts(self.as_slice())
+        }
     }
 }
 

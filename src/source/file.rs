@@ -32,11 +32,15 @@ impl File {
     /// Somebody's memory, `len` bytes from `offset` on; returns the length in whole pages, too.
     pub(super) fn adopt(fd: OwnedFd, offset: u64, len: usize) -> Result<(Self, usize), MapError> {
         let unit = match fstatfs(&fd) {
-            Ok(system) if system.f_type as u64 & 0xffff_ffff == HUGETLBFS => system.f_bsize as usize,
+            Ok(system) if system.f_type as u64 & 0xffff_ffff == HUGETLBFS => {
+                system.f_bsize as usize
+            }
             _ => page_size(),
         };
         let mut file = Self { fd, offset, unit, ours: false };
-        let whole = len.checked_next_multiple_of(unit).filter(|whole| *whole != 0 && offset.is_multiple_of(unit as u64));
+        let whole = len
+            .checked_next_multiple_of(unit)
+            .filter(|whole| *whole != 0 && offset.is_multiple_of(unit as u64));
         let whole = whole.ok_or_else(|| file.not_pages(len))?;
         file.resize(whole)?;
         Ok((file, whole))
@@ -45,7 +49,11 @@ impl File {
     fn not_pages(&self, len: usize) -> MapError {
         let start = usize::try_from(self.offset).unwrap_or(usize::MAX);
         let size = fstat(&self.fd).map_or(0, |stat| stat.st_size as usize);
-        MapError::NotPages { part: Range { start, end: start.saturating_add(len) }, len: size, page: self.unit }
+        MapError::NotPages {
+            part: Range { start, end: start.saturating_add(len) },
+            len: size,
+            page: self.unit,
+        }
     }
 
     /// Another `len` bytes of new memory: the descriptor that was given once more, or a new one.
@@ -54,7 +62,10 @@ impl File {
             return Self::new(len);
         }
         Ok(Self {
-            fd: self.fd.try_clone().map_err(|error| io::Errno::from_io_error(&error).unwrap_or(io::Errno::MFILE))?,
+            fd: self
+                .fd
+                .try_clone()
+                .map_err(|error| io::Errno::from_io_error(&error).unwrap_or(io::Errno::MFILE))?,
             ..*self
         })
     }
@@ -76,7 +87,12 @@ impl File {
 
     /// Discards a part, for all who have mapped it.
     pub(super) fn punch(&self, offset: usize, len: usize) -> io::Result<()> {
-        fallocate(&self.fd, FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE, self.offset + offset as u64, len as u64)
+        fallocate(
+            &self.fd,
+            FallocateFlags::PUNCH_HOLE | FallocateFlags::KEEP_SIZE,
+            self.offset + offset as u64,
+            len as u64,
+        )
     }
 
     pub(super) fn fd(&self) -> BorrowedFd<'_> {

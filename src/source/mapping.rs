@@ -116,7 +116,8 @@ impl OwnedMapping {
     #[cfg(target_os = "linux")]
     pub fn shared(space: &AddressSpace, len: usize) -> Result<Self, MapError> {
         let len = whole_pages(len)?;
-        let memory = File::new(len).and_then(|file| Memory::new(len, Backing::Shared(file))).map_err(os)?;
+        let memory =
+            File::new(len).and_then(|file| Memory::new(len, Backing::Shared(file))).map_err(os)?;
         Ok(Self::of(space, memory))
     }
 
@@ -130,7 +131,12 @@ impl OwnedMapping {
     /// # Errors
     /// [`MapError::NotPages`], [`MapError::BeyondEnd`], [`MapError::Os`].
     #[cfg(target_os = "linux")]
-    pub fn from_fd(space: &AddressSpace, fd: OwnedFd, offset: u64, len: usize) -> Result<Self, MapError> {
+    pub fn from_fd(
+        space: &AddressSpace,
+        fd: OwnedFd,
+        offset: u64,
+        len: usize,
+    ) -> Result<Self, MapError> {
         let (file, len) = File::adopt(fd, offset, len)?;
         Ok(Self::of(space, Memory::new(len, Backing::Shared(file)).map_err(os)?))
     }
@@ -227,7 +233,10 @@ impl OwnedMapping {
     ///
     /// # Panics
     /// As [`remap`](Self::remap).
-    pub fn resize(&mut self, len: usize) -> Waitable<impl Future<Output = Result<AddressRange, MapError>>> {
+    pub fn resize(
+        &mut self,
+        len: usize,
+    ) -> Waitable<impl Future<Output = Result<AddressRange, MapError>>> {
         Waitable::new(async move {
             let len = whole_units(len, self.memory().unit())?;
             self.bracketed(Event::Unmap, |memory| memory.resize(len)).await?;
@@ -270,7 +279,10 @@ impl OwnedMapping {
     /// # Errors
     /// [`MapError`]. Memory that is locked (`mlock`) is refused; what lies before it in the part
     /// may have been discarded.
-    pub fn discard(&mut self, part: Range<usize>) -> Waitable<impl Future<Output = Result<(), MapError>>> {
+    pub fn discard(
+        &mut self,
+        part: Range<usize>,
+    ) -> Waitable<impl Future<Output = Result<(), MapError>>> {
         Waitable::new(async move {
             let range = self.part(&part)?;
             let space = self.space.clone();
@@ -307,14 +319,19 @@ impl OwnedMapping {
     /// # Errors
     /// [`MapError`]; but for [`MapError::AddressLost`] nothing has changed.
     #[cfg(target_os = "linux")]
-    pub fn map_again_from_fd(&mut self, fd: OwnedFd, offset: u64) -> Waitable<impl Future<Output = Result<(), MapError>>> {
+    pub fn map_again_from_fd(
+        &mut self,
+        fd: OwnedFd,
+        offset: u64,
+    ) -> Waitable<impl Future<Output = Result<(), MapError>>> {
         Waitable::new(async move {
             let len = self.len();
             let (file, whole) = File::adopt(fd, offset, len)?;
             if whole != len || !(self.range().start() as usize).is_multiple_of(file.unit()) {
                 return Err(MapError::NotPages { part: 0..len, len, page: file.unit() });
             }
-            self.bracketed(Event::Unmap, |memory| replaced(memory.replace(Backing::Shared(file)))).await
+            self.bracketed(Event::Unmap, |memory| replaced(memory.replace(Backing::Shared(file))))
+                .await
         })
     }
 
@@ -347,9 +364,13 @@ impl OwnedMapping {
     fn part(&self, part: &Range<usize>) -> Result<AddressRange, MapError> {
         self.check()?;
         let (len, page) = (self.len(), self.memory().unit());
-        let whole = part.start < part.end && part.end <= len && part.start.is_multiple_of(page) && part.end.is_multiple_of(page);
+        let whole = part.start < part.end
+            && part.end <= len
+            && part.start.is_multiple_of(page)
+            && part.end.is_multiple_of(page);
         // Added only when it lies inside, so that the sum is an address.
-        let range = || AddressRange::new(self.range().start() + part.start as u64, part.len() as u64).ok();
+        let range =
+            || AddressRange::new(self.range().start() + part.start as u64, part.len() as u64).ok();
         whole.then(range).flatten().ok_or(MapError::NotPages { part: part.clone(), len, page })
     }
 
@@ -371,7 +392,8 @@ async fn invalidated(
     event: Event,
 ) -> Result<InvalidationGuard<'_>, MapError> {
     let invalidation = async { Ok(space.invalidate(range, event).await) };
-    LeftToParent::new(invalidation, move || process != std::process::id(), || Err(MapError::Forked)).await
+    LeftToParent::new(invalidation, move || process != std::process::id(), || Err(MapError::Forked))
+        .await
 }
 
 fn whole_pages(len: usize) -> Result<usize, MapError> {
@@ -379,7 +401,11 @@ fn whole_pages(len: usize) -> Result<usize, MapError> {
 }
 
 fn whole_units(len: usize, page: usize) -> Result<usize, MapError> {
-    len.checked_next_multiple_of(page).filter(|rounded| *rounded != 0).ok_or(MapError::NotPages { part: 0..len, len, page })
+    len.checked_next_multiple_of(page).filter(|rounded| *rounded != 0).ok_or(MapError::NotPages {
+        part: 0..len,
+        len,
+        page,
+    })
 }
 
 fn replaced(answer: Result<(), Refused>) -> Result<(), MapError> {
@@ -459,7 +485,10 @@ impl Drop for OwnedMapping {
 impl fmt::Debug for OwnedMapping {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.memory {
-            Some(memory) => f.debug_struct("OwnedMapping").field("range", &memory.range()).finish_non_exhaustive(),
+            Some(memory) => f
+                .debug_struct("OwnedMapping")
+                .field("range", &memory.range())
+                .finish_non_exhaustive(),
             None => f.write_str("OwnedMapping(unmapped)"),
         }
     }

@@ -27,4 +27,7 @@ mod watches;
 
 pub use mapping::{MapError, OwnedMapping, Protection, UnmapError};
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
-pub use uffd::{Deliveries, Fork, Promises, Reader, Uffd, UffdBuilder, UffdError, UffdStats, Unwatched, Watch, Watching};
+pub use uffd::{
+    Deliveries, Fork, Promises, Reader, Uffd, UffdBuilder, UffdError, UffdStats, Unwatched, Watch,
+    Watching,
+};

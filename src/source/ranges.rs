@@ -49,7 +49,8 @@ impl Ranges {
 
     /// The parts of `range` that are in the set, highest first.
     pub(super) fn within(&self, range: AddressRange) -> Vec<AddressRange> {
-        let overlapping = self.0.range(..=range.last()).rev().take_while(|(_, last)| **last >= range.start());
+        let overlapping =
+            self.0.range(..=range.last()).rev().take_while(|(_, last)| **last >= range.start());
         let part = |(&from, &to): (&u64, &u64)| {
             let (start, last) = (from.max(range.start()), to.min(range.last()));
             AddressRange::try_from(start..=last).ok()
@@ -73,7 +74,10 @@ impl Ranges {
 
     /// Calls `each` with every range of the set, in order. Allocates nothing.
     pub(super) fn for_each(&self, mut each: impl FnMut(AddressRange)) {
-        self.0.iter().filter_map(|(&start, &last)| AddressRange::try_from(start..=last).ok()).for_each(&mut each);
+        self.0
+            .iter()
+            .filter_map(|(&start, &last)| AddressRange::try_from(start..=last).ok())
+            .for_each(&mut each);
     }
 }
 
@@ -87,7 +91,9 @@ mod tests {
         let (mut ranges, mut model) = (Ranges::default(), [false; 64]);
         let mut random = 1_u64;
         for step in 0..20_000 {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             let (start, len) = ((random >> 33) % 64, (random >> 43) % 9 + 1);
             let last = (start + len - 1).min(63);
             let range = AddressRange::try_from(start..=last).unwrap();
@@ -101,7 +107,10 @@ mod tests {
             let mut seen = [false; 64];
             let mut previous = None;
             ranges.for_each(|range| {
-                assert!(previous.is_none_or(|last: u64| last + 1 < range.start()), "step {step}: they touch");
+                assert!(
+                    previous.is_none_or(|last: u64| last + 1 < range.start()),
+                    "step {step}: they touch"
+                );
                 previous = Some(range.last());
                 seen[range.start() as usize..=range.last() as usize].fill(true);
             });
@@ -110,7 +119,11 @@ mod tests {
             assert_eq!(ranges.first_in(range), first.map(|at| start + at as u64), "step {step}");
             let probe = AddressRange::try_from(start..=63).unwrap();
             let inside: u64 = ranges.within(probe).iter().filter_map(|part| part.len()).sum();
-            assert_eq!(inside, model[start as usize..].iter().filter(|set| **set).count() as u64, "step {step}");
+            assert_eq!(
+                inside,
+                model[start as usize..].iter().filter(|set| **set).count() as u64,
+                "step {step}"
+            );
         }
     }
 
@@ -124,6 +137,9 @@ mod tests {
         assert_eq!(ranges.pieces(), 1);
         ranges.remove(AddressRange::try_from(u64::MAX..=u64::MAX).unwrap());
         ranges.remove(AddressRange::try_from(0..=0).unwrap());
-        assert_eq!(ranges.within(AddressRange::ALL), [AddressRange::try_from(1..=u64::MAX - 1).unwrap()]);
+        assert_eq!(
+            ranges.within(AddressRange::ALL),
+            [AddressRange::try_from(1..=u64::MAX - 1).unwrap()]
+        );
     }
 }

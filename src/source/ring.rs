@@ -76,7 +76,8 @@ impl Ring {
         if at == self.put.load(Ordering::Acquire) {
             return None;
         }
-        let [kind, a, b, c] = self.places[at % PLACES].0.each_ref().map(|word| word.load(Ordering::Relaxed));
+        let [kind, a, b, c] =
+            self.places[at % PLACES].0.each_ref().map(|word| word.load(Ordering::Relaxed));
         self.taken.store(at.wrapping_add(1), Ordering::Release);
         Some(match kind {
             0 => Change::Unmap(a, b),
@@ -113,7 +114,9 @@ mod tests {
             }
             assert_eq!(ring.take(), None);
         }
-        for change in [Change::Unmap(1, 2), Change::Remove(3, 4), Change::Unseen(5, 6), Change::Fork] {
+        for change in
+            [Change::Unmap(1, 2), Change::Remove(3, 4), Change::Unseen(5, 6), Change::Fork]
+        {
             ring.put(change);
             assert_eq!(ring.take(), Some(change));
         }

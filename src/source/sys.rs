@@ -62,9 +62,13 @@ fn map(len: usize, backing: &Backing) -> io::Result<NonNull<u8>> {
     // SAFETY: a new mapping where the kernel chooses, so it replaces none.
     let at = unsafe {
         match backing {
-            Backing::Private => mm::mmap_anonymous(ptr::null_mut(), len, RIGHTS, MapFlags::PRIVATE)?,
+            Backing::Private => {
+                mm::mmap_anonymous(ptr::null_mut(), len, RIGHTS, MapFlags::PRIVATE)?
+            }
             #[cfg(target_os = "linux")]
-            Backing::Shared(file) => mm::mmap(ptr::null_mut(), len, RIGHTS, MapFlags::SHARED, file.fd(), file.offset())?,
+            Backing::Shared(file) => {
+                mm::mmap(ptr::null_mut(), len, RIGHTS, MapFlags::SHARED, file.fd(), file.offset())?
+            }
         }
     };
     NonNull::new(at.cast()).ok_or(io::Errno::NOMEM)
@@ -111,11 +115,18 @@ impl Memory {
         assert!(self.inside(offset, into.len()), "the copy is outside of the mapping");
         match self.backing {
             // SAFETY: inside the mapping, which nobody unmaps while it is borrowed; `into` is another object.
-            Backing::Private => unsafe { ptr::copy_nonoverlapping(self.at.as_ptr().add(offset), into.as_mut_ptr(), into.len()) },
+            Backing::Private => unsafe {
+                ptr::copy_nonoverlapping(
+                    self.at.as_ptr().add(offset),
+                    into.as_mut_ptr(),
+                    into.len(),
+                )
+            },
             #[cfg(target_os = "linux")]
-            Backing::Shared(_) => {
-                into.iter_mut().zip(offset..).for_each(|(byte, at)| *byte = self.byte(at).load(Ordering::Relaxed))
-            }
+            Backing::Shared(_) => into
+                .iter_mut()
+                .zip(offset..)
+                .for_each(|(byte, at)| *byte = self.byte(at).load(Ordering::Relaxed)),
         }
     }
 
@@ -124,9 +135,14 @@ impl Memory {
         assert!(self.inside(offset, from.len()), "the copy is outside of the mapping");
         match self.backing {
             // SAFETY: as above.
-            Backing::Private => unsafe { ptr::copy_nonoverlapping(from.as_ptr(), self.at.as_ptr().add(offset), from.len()) },
+            Backing::Private => unsafe {
+                ptr::copy_nonoverlapping(from.as_ptr(), self.at.as_ptr().add(offset), from.len())
+            },
             #[cfg(target_os = "linux")]
-            Backing::Shared(_) => from.iter().zip(offset..).for_each(|(byte, at)| self.byte(at).store(*byte, Ordering::Relaxed)),
+            Backing::Shared(_) => from
+                .iter()
+                .zip(offset..)
+                .for_each(|(byte, at)| self.byte(at).store(*byte, Ordering::Relaxed)),
         }
     }
 
@@ -145,7 +161,9 @@ impl Memory {
         assert!(self.inside(offset, len), "what is discarded is outside of the mapping");
         match &self.backing {
             // SAFETY: inside the mapping, into which there are no references.
-            Backing::Private => unsafe { mm::madvise(self.at(offset), len, mm::Advice::LinuxDontNeed) },
+            Backing::Private => unsafe {
+                mm::madvise(self.at(offset), len, mm::Advice::LinuxDontNeed)
+            },
             Backing::Shared(file) => file.punch(offset, len),
         }
     }
@@ -159,7 +177,12 @@ impl Memory {
         unsafe { mm::mmap_anonymous(self.at(offset), len, RIGHTS, flags).map(drop) }
     }
 
-    pub(super) fn protect(&mut self, offset: usize, len: usize, flags: MprotectFlags) -> io::Result<()> {
+    pub(super) fn protect(
+        &mut self,
+        offset: usize,
+        len: usize,
+        flags: MprotectFlags,
+    ) -> io::Result<()> {
         assert!(self.inside(offset, len), "what is protected is outside of the mapping");
         self.plain = false;
         // SAFETY: inside the mapping, into which there are no references.
@@ -233,7 +256,10 @@ impl Drop for Memory {
 pub(super) enum Refused {
     Unchanged(io::Errno),
     /// The new memory is there, at another address.
-    #[cfg_attr(not(target_os = "linux"), expect(dead_code, reason = "only `mremap` leaves that open"))]
+    #[cfg_attr(
+        not(target_os = "linux"),
+        expect(dead_code, reason = "only `mremap` leaves that open")
+    )]
     AddressLost(io::Errno),
 }
 

@@ -226,7 +226,10 @@ impl Uffd {
 
     /// Returns what has happened so far.
     pub fn stats(&self) -> UffdStats {
-        UffdStats { events: self.inner.events.load(Ordering::Relaxed), unsettled: self.inner.unsettled.load(Ordering::Relaxed) }
+        UffdStats {
+            events: self.inner.events.load(Ordering::Relaxed),
+            unsettled: self.inner.unsettled.load(Ordering::Relaxed),
+        }
     }
 
     /// Returns whether a thread is in [`Reader::run`], so that the program may fork: see
@@ -277,7 +280,10 @@ impl fmt::Debug for Uffd {
         }
         let mut watched = Vec::new();
         self.inner.table().watches.for_each(|range| watched.push(range));
-        f.debug_struct("Uffd").field("promises", &self.promises()).field("watched", &watched).finish()
+        f.debug_struct("Uffd")
+            .field("promises", &self.promises())
+            .field("watched", &watched)
+            .finish()
     }
 }
 
@@ -346,7 +352,10 @@ impl fmt::Debug for Inner {
 }
 
 /// Waits until one of the descriptors is readable, or for `most`; says which.
-fn wait<const N: usize>(fds: [BorrowedFd<'_>; N], most: Option<Duration>) -> std::io::Result<[bool; N]> {
+fn wait<const N: usize>(
+    fds: [BorrowedFd<'_>; N],
+    most: Option<Duration>,
+) -> std::io::Result<[bool; N]> {
     let mut polled = fds.map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN));
     let most = most.and_then(|most| Timespec::try_from(most).ok());
     loop {

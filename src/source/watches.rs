@@ -82,7 +82,9 @@ impl Watches {
         let mut free = Vec::new();
         // Where the next free part would begin; `None` behind the last address.
         let mut from = Some(range.start());
-        let mut gap = |from: u64, end: u64| free.extend((from < end).then(|| AddressRange::new(from, end - from).ok()).flatten());
+        let mut gap = |from: u64, end: u64| {
+            free.extend((from < end).then(|| AddressRange::new(from, end - from).ok()).flatten())
+        };
         // In order of their start.
         self.index.overlapping(range, |Watched { range: watched, .. }| {
             let Some(at) = from else { return };

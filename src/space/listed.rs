@@ -143,7 +143,10 @@ impl AddressSpace {
                     abandoned: parked.is_some_and(|parking| parking.stage.is_abandoned()),
                     age: now.map(|now| now.saturating_sub(since)),
                     pending: Vec::new(),
-                    pending_ids: held[from..].iter().map(|entry| NotifierId(entry.order())).collect(),
+                    pending_ids: held[from..]
+                        .iter()
+                        .map(|entry| NotifierId(entry.order()))
+                        .collect(),
                 };
                 listed.push((active.serial(), from..held.len(), invalidation));
             }
@@ -154,7 +157,10 @@ impl AddressSpace {
         // Names are driver code: asked for without the lock, while the holds keep the notifiers alive.
         let held = Held { shared: &self.shared, entries: held };
         for (_, of, invalidation) in &mut listed {
-            invalidation.pending = held.entries[of.clone()].iter().map(|entry| entry.name(&self.shared.host.losses)).collect();
+            invalidation.pending = held.entries[of.clone()]
+                .iter()
+                .map(|entry| entry.name(&self.shared.host.losses))
+                .collect();
         }
         drop(held);
         listed.sort_by_key(|(serial, ..)| *serial);

@@ -28,18 +28,30 @@ impl Device for Changes {
         Ok(())
     }
 
-    async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), std::io::Error>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        (): (),
+    ) -> Result<(), StillRegistered<(), std::io::Error>> {
         Ok(())
     }
 }
 
-fn changes(what: Option<AddressRange>, times: u32) -> (AddressSpace, Arc<AtomicU32>, RegistrationCache<Changes>) {
+fn changes(
+    what: Option<AddressRange>,
+    times: u32,
+) -> (AddressSpace, Arc<AtomicU32>, RegistrationCache<Changes>) {
     raised(what, Event::Clear, times)
 }
 
-fn raised(what: Option<AddressRange>, event: Event, times: u32) -> (AddressSpace, Arc<AtomicU32>, RegistrationCache<Changes>) {
+fn raised(
+    what: Option<AddressRange>,
+    event: Event,
+    times: u32,
+) -> (AddressSpace, Arc<AtomicU32>, RegistrationCache<Changes>) {
     let (space, registered) = (AddressSpace::new(), Arc::default());
-    let device = Changes { space: space.clone(), what, event, times, registered: Arc::clone(&registered) };
+    let device =
+        Changes { space: space.clone(), what, event, times, registered: Arc::clone(&registered) };
     let cache = RegistrationCache::new(&space, device);
     (space, registered, cache)
 }
@@ -91,7 +103,11 @@ fn m1_what_is_registered_while_the_gate_is_closed_counts_once_it_is_open() {
             Ok(())
         }
 
-        async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), std::io::Error>> {
+        async fn deregister(
+            &self,
+            _: AddressRange,
+            (): (),
+        ) -> Result<(), StillRegistered<(), std::io::Error>> {
             Ok(())
         }
     }
@@ -130,7 +146,11 @@ fn m1_an_attempt_whose_device_raises_an_event_that_is_delivered_later_ends_after
             Ok(())
         }
 
-        async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), std::io::Error>> {
+        async fn deregister(
+            &self,
+            _: AddressRange,
+            (): (),
+        ) -> Result<(), StillRegistered<(), std::io::Error>> {
             Ok(())
         }
     }

@@ -104,8 +104,10 @@ impl Device for Card {
             let _lock = self.lock.lock().unwrap();
             let mut state = self.state.lock().unwrap();
             let full = state.room.is_some_and(|room| state.mapped.len() >= room);
-            let overlaps = state.exclusive && state.mapped.values().any(|mapped| mapped.overlaps(range));
-            let large = state.largest.is_some_and(|most| range.len().is_none_or(|len| len > most * PAGE));
+            let overlaps =
+                state.exclusive && state.mapped.values().any(|mapped| mapped.overlaps(range));
+            let large =
+                state.largest.is_some_and(|most| range.len().is_none_or(|len| len > most * PAGE));
             if full || overlaps || large {
                 return Err(Refused);
             }
@@ -134,7 +136,11 @@ impl Device for Card {
                 return Err(StillRegistered { handle: key, error });
             }
             let _lock = self.lock.lock().unwrap();
-            assert_eq!(self.state.lock().unwrap().mapped.remove(&key), Some(range), "twice, or with another range");
+            assert_eq!(
+                self.state.lock().unwrap().mapped.remove(&key),
+                Some(range),
+                "twice, or with another range"
+            );
             Ok(())
         }
     }
@@ -150,7 +156,12 @@ impl Device for Card {
         }
         does(act, self.deregister_gate.clone()).await?;
         let mut state = self.state.lock().unwrap();
-        let left = state.mapped.iter().find(|(_, mapped)| **mapped == range).map(|(key, _)| *key).expect("it is mapped still");
+        let left = state
+            .mapped
+            .iter()
+            .find(|(_, mapped)| **mapped == range)
+            .map(|(key, _)| *key)
+            .expect("it is mapped still");
         state.mapped.remove(&left);
         Ok(true)
     }

@@ -22,7 +22,11 @@ impl shootdown::cache::Device for Never {
         if range.start() < 1 << 40 { std::future::pending().await } else { Ok(()) }
     }
 
-    async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), shootdown::cache::StillRegistered<(), std::io::Error>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        (): (),
+    ) -> Result<(), shootdown::cache::StillRegistered<(), std::io::Error>> {
         Ok(())
     }
 }
@@ -36,8 +40,10 @@ fn k4_a_miss_does_not_look_at_others_that_register() {
 
 fn miss_beside_others_that_register(overlap: Overlap) {
     let beside = |others: u64| {
-        let cache = RegistrationCache::builder().overlap(overlap).build(&AddressSpace::new(), Never);
-        let mut gets: Vec<_> = (0..others).map(|page| Task::new(cache.get(pages(2 * page, 1)))).collect();
+        let cache =
+            RegistrationCache::builder().overlap(overlap).build(&AddressSpace::new(), Never);
+        let mut gets: Vec<_> =
+            (0..others).map(|page| Task::new(cache.get(pages(2 * page, 1)))).collect();
         gets.iter_mut().for_each(Task::expect_pending);
         let mut page = 1 << 30;
         least(|| {
@@ -58,7 +64,8 @@ fn k4_a_miss_does_not_look_at_others_that_leave() {
     let beside = |others: u64| {
         let (space, card) = (AddressSpace::new(), Card::default());
         let cache = RegistrationCache::new(&space, card);
-        let held: Vec<_> = (0..others).map(|page| now(cache.get(pages(2 * page, 1))).unwrap()).collect();
+        let held: Vec<_> =
+            (0..others).map(|page| now(cache.get(pages(2 * page, 1))).unwrap()).collect();
         let mut unmap = Task::new(space.invalidate(pages(0, 2 * others), Event::Unmap));
         unmap.expect_pending();
         let mut page = 1 << 30;
@@ -89,7 +96,10 @@ fn k4_the_whole_address_space_can_be_registered_beside_a_page() {
     drop((page, all));
     now(cache.flush());
     assert_eq!((card.mapped().len(), cache.stats().pinned_bytes), (0, 0));
-    assert_eq!(now(cache.get(top)).unwrap().range(), AddressRange::try_from(u64::MAX - 4095..=u64::MAX).unwrap());
+    assert_eq!(
+        now(cache.get(top)).unwrap().range(),
+        AddressRange::try_from(u64::MAX - 4095..=u64::MAX).unwrap()
+    );
 }
 
 #[test]
@@ -109,7 +119,8 @@ fn k4_a_merge_to_the_whole_address_space_ends() {
 #[test]
 fn k4_registrations_of_one_start_that_are_published_in_any_order_are_all_found() {
     let gate = Gate::default();
-    let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+    let (space, card) =
+        (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
     let cache = RegistrationCache::new(&space, card.clone());
     // The longer later, so that nobody finds what covers him.
     let mut gets: Vec<_> = (1..=200).map(|count| Task::new(cache.get(pages(7, count)))).collect();
@@ -121,7 +132,8 @@ fn k4_registrations_of_one_start_that_are_published_in_any_order_are_all_found()
     drop(now(space.invalidate(pages(7, 1), Event::Unmap)));
     assert_eq!((cache.stats().registrations, card.mapped().len(), space.len()), (0, 0, 0));
     // Their places are others' now: nobody finds those under a range that has gone.
-    let others: Vec<_> = (0..200).map(|page| now(cache.get(pages(1000 + 2 * page, 1))).unwrap()).collect();
+    let others: Vec<_> =
+        (0..200).map(|page| now(cache.get(pages(1000 + 2 * page, 1))).unwrap()).collect();
     for count in 1..=200 {
         let found = now(cache.get(pages(7, count))).unwrap();
         assert!(found.range().covers(pages(7, count)), "{:?} for {count} pages", found.range());
@@ -133,7 +145,9 @@ fn k4_registrations_of_one_start_that_are_published_in_any_order_are_all_found()
 fn k4_a_look_up_does_not_look_at_what_lies_within_its_range() {
     for matching in [Match::Covering, Match::Exact] {
         let among = |count: u64| {
-            let cache = RegistrationCache::builder().matching(matching).build(&AddressSpace::new(), Card::default());
+            let cache = RegistrationCache::builder()
+                .matching(matching)
+                .build(&AddressSpace::new(), Card::default());
             // Messages within a buffer, and the buffer.
             for at in 0..count {
                 drop(now(cache.get(pages(at, 1))).unwrap());

@@ -9,8 +9,12 @@ use shootdown::{AddressRange, AddressSpace, Event};
 #[test]
 fn k8_a_dropped_get_all_leaves_none_in_use_although_another_get_is_not_polled() {
     let gate = Gate::default();
-    let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
-    let cache = RegistrationCache::builder().max_registration(PAGE).max_registrations(1).build(&space, card.clone());
+    let (space, card) =
+        (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+    let cache = RegistrationCache::builder()
+        .max_registration(PAGE)
+        .max_registrations(1)
+        .build(&space, card.clone());
     let mut other = Task::new(cache.get(pages(0, 1)));
     other.expect_pending();
     let unmap = now(space.invalidate(pages(1, 1), Event::Clear));
@@ -29,7 +33,8 @@ fn k8_a_dropped_get_all_leaves_none_in_use_although_another_get_is_not_polled() 
 #[test]
 fn k3_a_full_device_gets_room_although_another_get_is_not_polled() {
     let gate = Gate::default();
-    let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+    let (space, card) =
+        (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
     card.state.lock().unwrap().room = Some(1);
     let cache = RegistrationCache::builder().max_registration(PAGE).build(&space, card.clone());
     let mut other = Task::new(cache.get(pages(0, 1)));
@@ -49,14 +54,19 @@ fn k3_a_full_device_gets_room_although_another_get_is_not_polled() {
 #[test]
 fn k3_what_was_asked_of_the_device_before_a_flush_is_not_found_after_it() {
     let gate = Gate::default();
-    let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+    let (space, card) =
+        (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
     let cache = RegistrationCache::new(&space, card.clone());
     let mut under_way = Task::new(cache.get(pages(0, 1)));
     under_way.expect_pending();
     now(cache.flush_range(pages(0, 1)));
     gate.open();
     let got = under_way.finish().unwrap();
-    assert_eq!((*got.handle(), card.mapped()), (2, vec![0]), "asked for again after the flush, and the first one has gone");
+    assert_eq!(
+        (*got.handle(), card.mapped()),
+        (2, vec![0]),
+        "asked for again after the flush, and the first one has gone"
+    );
     assert_eq!(now(cache.get(pages(0, 1))).unwrap().handle(), got.handle());
     assert_eq!(cache.stats().collisions, 0, "nothing has changed");
 }
@@ -67,7 +77,10 @@ fn k3_k7_what_was_registered_for_a_get_that_is_not_polled_is_idle() {
     for overlap in [Overlap::Allowed, Overlap::Wait] {
         for limit in [usize::MAX, 1] {
             let gate = Gate::default();
-            let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+            let (space, card) = (
+                AddressSpace::new(),
+                Card { register_gate: Some(gate.clone()), ..Card::default() },
+            );
             if limit > 1 {
                 card.state.lock().unwrap().room = Some(1);
             }
@@ -99,7 +112,10 @@ fn k8_a_piece_that_fails_late_leaves_all_others_idle() {
     for overlap in [Overlap::Allowed, Overlap::Wait, Overlap::Merge] {
         for (fails, pieces) in [(2, 3), (4, 5), (0, 2)] {
             let (space, card) = (AddressSpace::new(), Card::default());
-            let builder = RegistrationCache::builder().max_registration(PAGE).max_registrations(2).overlap(overlap);
+            let builder = RegistrationCache::builder()
+                .max_registration(PAGE)
+                .max_registrations(2)
+                .overlap(overlap);
             let cache = builder.build(&space, card.clone());
             let mut acts = vec![Act::Succeed; fails];
             acts.extend([Act::Refuse; 4]);
@@ -158,7 +174,8 @@ fn f1_an_error_that_panics_when_it_is_dropped_does_not_reach_callers_of_other_ra
     for what in ["get", "flush", "invalidate"] {
         let gate = Gate::default();
         let space = AddressSpace::new();
-        let cache = RegistrationCache::builder().overlap(Overlap::Wait).build(&space, Bombs(gate.clone()));
+        let cache =
+            RegistrationCache::builder().overlap(Overlap::Wait).build(&space, Bombs(gate.clone()));
         assert!(cache.get(pages(0, 2)).now_or_never().is_none());
         gate.open();
         let ended = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| match what {

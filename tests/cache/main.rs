@@ -24,7 +24,10 @@ mod vouched;
 
 use futures::FutureExt;
 use futures::executor::block_on;
-use shootdown::cache::{CacheStats, Device, Failure, GetError, Merge, Operation, RegistrationCache, StillRegistered, Unwatched};
+use shootdown::cache::{
+    CacheStats, Device, Failure, GetError, Merge, Operation, RegistrationCache, StillRegistered,
+    Unwatched,
+};
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -74,7 +77,11 @@ async fn yields(times: u32) {
         let mut first = true;
         std::future::poll_fn(|cx| {
             cx.waker().wake_by_ref();
-            if std::mem::take(&mut first) { std::task::Poll::Pending } else { std::task::Poll::Ready(()) }
+            if std::mem::take(&mut first) {
+                std::task::Poll::Pending
+            } else {
+                std::task::Poll::Ready(())
+            }
         })
         .await;
     }
@@ -105,14 +112,22 @@ impl Device for Nic {
         Ok(key)
     }
 
-    async fn deregister(&self, range: AddressRange, key: u64) -> Result<(), StillRegistered<u64, Refused>> {
+    async fn deregister(
+        &self,
+        range: AddressRange,
+        key: u64,
+    ) -> Result<(), StillRegistered<u64, Refused>> {
         yields(1).await;
         let mut state = self.state.lock().unwrap();
         if state.fail_deregister > 0 {
             state.fail_deregister -= 1;
             return Err(StillRegistered { handle: key, error: Refused("busy") });
         }
-        assert_eq!(state.mapped.remove(&key).map(|mapped| mapped.0), Some(range), "deregistered twice, or with another range");
+        assert_eq!(
+            state.mapped.remove(&key).map(|mapped| mapped.0),
+            Some(range),
+            "deregistered twice, or with another range"
+        );
         Ok(())
     }
 }
@@ -142,7 +157,10 @@ fn cache() -> (AddressSpace, Nic, RegistrationCache<Nic>) {
 async fn remap(space: &AddressSpace, nic: &Nic, range: AddressRange) {
     let guard = space.invalidate(range, Event::Unmap).await;
     let state = nic.state.lock().unwrap();
-    assert!(!state.mapped.values().any(|(mapped, _)| mapped.overlaps(range)), "the device maps what is being unmapped");
+    assert!(
+        !state.mapped.values().any(|(mapped, _)| mapped.overlaps(range)),
+        "the device maps what is being unmapped"
+    );
     nic.memory.fetch_add(1, Ordering::Release);
     drop(guard);
 }
@@ -162,7 +180,10 @@ fn memory_that_was_mapped_again_at_the_same_address_is_registered_again() {
         }
     });
     let stats = cache.stats();
-    assert_eq!((stats.hits, stats.misses, stats.invalidations, stats.pinned_bytes), (20, 10, 10, 0));
+    assert_eq!(
+        (stats.hits, stats.misses, stats.invalidations, stats.pinned_bytes),
+        (20, 10, 10, 0)
+    );
 }
 
 #[test]
@@ -215,7 +236,10 @@ fn unmap_while_a_transfer_is_in_flight_waits_for_it() {
         assert!((&mut unmap).now_or_never().is_none());
         // The look-up does not find it any more, although it is in use.
         let mut again = Box::pin(cache.get(pages(1, 4)));
-        assert!((&mut again).now_or_never().is_none(), "waits for the unmap, which waits for the transfer");
+        assert!(
+            (&mut again).now_or_never().is_none(),
+            "waits for the unmap, which waits for the transfer"
+        );
         assert_eq!(nic.transfer(*transfer.handle()), 0);
         drop(transfer);
         unmap.await;
@@ -243,7 +267,8 @@ fn memory_that_is_unmapped_while_it_is_registered_is_registered_again() {
 #[test]
 fn a_merged_region_that_is_unmapped_in_part_is_gone_as_a_whole() {
     let (space, nic) = (AddressSpace::new(), Nic::default());
-    let cache = RegistrationCache::<Nic>::builder().merge(Merge::Touching).build(&space, nic.clone());
+    let cache =
+        RegistrationCache::<Nic>::builder().merge(Merge::Touching).build(&space, nic.clone());
     block_on(async {
         let left = cache.get(pages(1, 1)).await.unwrap();
         drop(cache.get(pages(4, 1)).await.unwrap());
@@ -267,7 +292,10 @@ fn a_merged_region_that_is_unmapped_in_part_is_gone_as_a_whole() {
 #[test]
 fn limits_give_up_what_was_used_longest_ago_and_nothing_in_use() {
     let (space, nic) = (AddressSpace::new(), Nic::default());
-    let cache = RegistrationCache::<Nic>::builder().max_registrations(3).max_bytes(100 * PAGE).build(&space, nic.clone());
+    let cache = RegistrationCache::<Nic>::builder()
+        .max_registrations(3)
+        .max_bytes(100 * PAGE)
+        .build(&space, nic.clone());
     block_on(async {
         let held = cache.get(pages(0, 1)).await.unwrap();
         for at in [10, 20, 10, 30] {
@@ -297,7 +325,14 @@ fn a_registration_that_fails_looks_like_none() {
         let refused = cache.get(pages(1, 1)).await.unwrap_err();
         assert!(matches!(&refused, GetError::Register(why) if why.0 == "no"));
         assert!(refused.to_string().contains("refused to register"), "{refused}");
-        assert_eq!((cache.stats().registrations, cache.stats().pinned_bytes, cache.stats().register_failures), (0, 0, 1));
+        assert_eq!(
+            (
+                cache.stats().registrations,
+                cache.stats().pinned_bytes,
+                cache.stats().register_failures
+            ),
+            (0, 0, 1)
+        );
         drop(cache.get(pages(1, 1)).await.unwrap());
     });
     // A failure of many callers' registration: each learns of it or tries again; nobody gets a
@@ -318,7 +353,10 @@ fn when_the_device_has_no_room_idle_registrations_make_it() {
         drop(cache.get(pages(2, 1)).await.unwrap());
         let third = cache.get(pages(3, 1)).await.unwrap();
         assert_eq!((nic.mapped(), cache.stats().evictions), (2, 1));
-        assert!(matches!(cache.get(pages(4, 1)).await, Err(GetError::Register(_))), "nothing is idle");
+        assert!(
+            matches!(cache.get(pages(4, 1)).await, Err(GetError::Register(_))),
+            "nothing is idle"
+        );
         drop((held, third));
     });
 }
@@ -355,12 +393,14 @@ fn a_deregistration_that_fails_is_tried_again_and_the_unmap_waits() {
 
 #[test]
 fn each_failure_of_the_device_is_reported_also_when_no_caller_is_told() {
-    let (space, nic, reports) = (AddressSpace::new(), Nic::default(), Arc::new(Mutex::new(Vec::new())));
+    let (space, nic, reports) =
+        (AddressSpace::new(), Nic::default(), Arc::new(Mutex::new(Vec::new())));
     let log = reports.clone();
     let on_failure = move |failure: &Failure<'_>| {
         log.lock().unwrap().push((failure.operation, failure.range, failure.error.to_string()));
     };
-    let cache = RegistrationCache::<Nic>::builder().on_failure(on_failure).build(&space, nic.clone());
+    let cache =
+        RegistrationCache::<Nic>::builder().on_failure(on_failure).build(&space, nic.clone());
     block_on(async {
         nic.state.lock().unwrap().fail_register = 1;
         assert!(cache.get(pages(1, 1)).await.is_err());
@@ -369,7 +409,10 @@ fn each_failure_of_the_device_is_reported_also_when_no_caller_is_told() {
         remap(&space, &nic, pages(1, 1)).await;
     });
     let reports = reports.lock().unwrap();
-    let expected = [(Operation::Register, pages(1, 1), "no".into()), (Operation::Deregister, pages(1, 2), "busy".into())];
+    let expected = [
+        (Operation::Register, pages(1, 1), "no".into()),
+        (Operation::Deregister, pages(1, 2), "busy".into()),
+    ];
     assert_eq!(*reports, expected);
 }
 
@@ -384,7 +427,11 @@ fn a_cache_that_is_dropped_while_it_registers_leaves_nothing_behind() {
     drop(cache);
     assert_eq!(space.len(), 2, "another handle goes on");
     drop(again);
-    assert_eq!((space.len(), Arc::strong_count(&nic.state)), (0, 1), "its notifiers and its device are gone");
+    assert_eq!(
+        (space.len(), Arc::strong_count(&nic.state)),
+        (0, 1),
+        "its notifiers and its device are gone"
+    );
 }
 
 #[test]
@@ -394,7 +441,10 @@ fn in_a_released_space_nothing_is_registered() {
         drop(cache.get(pages(1, 1)).await.unwrap());
         space.release().await;
         assert_eq!(nic.mapped(), 0);
-        assert!(matches!(cache.get(pages(1, 1)).await, Err(GetError::Unwatched(Unwatched::Released))));
+        assert!(matches!(
+            cache.get(pages(1, 1)).await,
+            Err(GetError::Unwatched(Unwatched::Released))
+        ));
     });
 }
 
@@ -402,7 +452,10 @@ fn in_a_released_space_nothing_is_registered() {
 #[test]
 fn under_load_no_transfer_is_stale_and_nothing_is_left() {
     let (space, nic) = (AddressSpace::new(), Nic::default());
-    let cache = RegistrationCache::<Nic>::builder().max_registrations(2).merge(Merge::Touching).build(&space, nic.clone());
+    let cache = RegistrationCache::<Nic>::builder()
+        .max_registrations(2)
+        .merge(Merge::Touching)
+        .build(&space, nic.clone());
     // A generation for each page, which changes only under the guard.
     let memory: Vec<AtomicU64> = (0..64).map(|_| AtomicU64::new(0)).collect();
     let random = |seed: u64| {
@@ -419,11 +472,15 @@ fn under_load_no_transfer_is_stale_and_nothing_is_left() {
                 for _ in 0..1500 {
                     let (first, count) = (next() % 60, 1 + next() % 4);
                     let registration = block_on(cache.get(pages(first, count))).unwrap();
-                    let before: Vec<_> = memory.iter().map(|page| page.load(Ordering::Acquire)).collect();
+                    let before: Vec<_> =
+                        memory.iter().map(|page| page.load(Ordering::Acquire)).collect();
                     thread::yield_now();
                     for page in first..first + count {
                         let now = memory[page as usize].load(Ordering::Acquire);
-                        assert_eq!(now, before[page as usize], "page {page} changed while it was registered and in use");
+                        assert_eq!(
+                            now, before[page as usize],
+                            "page {page} changed while it was registered and in use"
+                        );
                     }
                     drop(registration);
                 }
@@ -435,7 +492,13 @@ fn under_load_no_transfer_is_stale_and_nothing_is_left() {
                 let (first, count) = (next() % 60, 1 + next() % 4);
                 let range = pages(first, count);
                 let guard = block_on(space.invalidate(range, Event::Unmap));
-                let mapped = nic.state.lock().unwrap().mapped.values().any(|(mapped, _)| mapped.overlaps(range));
+                let mapped = nic
+                    .state
+                    .lock()
+                    .unwrap()
+                    .mapped
+                    .values()
+                    .any(|(mapped, _)| mapped.overlaps(range));
                 assert!(!mapped, "the device maps what is being unmapped");
                 for page in first..first + count {
                     memory[page as usize].fetch_add(1, Ordering::AcqRel);
@@ -445,7 +508,8 @@ fn under_load_no_transfer_is_stale_and_nothing_is_left() {
         });
     });
     block_on(cache.flush());
-    let CacheStats { registrations, pinned_bytes, hits, invalidations, evictions, .. } = cache.stats();
+    let CacheStats { registrations, pinned_bytes, hits, invalidations, evictions, .. } =
+        cache.stats();
     assert_eq!((registrations, pinned_bytes, nic.mapped()), (0, 0, 0));
     assert!(hits > 0 && invalidations > 0 && evictions > 0, "{:?}", cache.stats());
 }

@@ -6,7 +6,9 @@
 use crate::device::{Refused, throw};
 use crate::support::{PAGE, Task, Yields, now, pages};
 use proptest::prelude::*;
-use shootdown::cache::{Builder, Device, GetError, Match, Overlap, Registration, RegistrationCache, StillRegistered};
+use shootdown::cache::{
+    Builder, Device, GetError, Match, Overlap, Registration, RegistrationCache, StillRegistered,
+};
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::collections::{BTreeMap, VecDeque};
 use std::pin::Pin;
@@ -89,7 +91,11 @@ impl Device for Model {
         }
     }
 
-    async fn deregister(&self, range: AddressRange, key: u64) -> Result<(), StillRegistered<u64, Refused>> {
+    async fn deregister(
+        &self,
+        range: AddressRange,
+        key: u64,
+    ) -> Result<(), StillRegistered<u64, Refused>> {
         let answer = self.0.lock().unwrap().deregister.pop_front().unwrap_or(Answer::Yes);
         match answer {
             Answer::Yes => {}
@@ -110,7 +116,11 @@ impl Device for Model {
     async fn deregister_lost(&self, range: AddressRange) -> Result<bool, Refused> {
         let mut has = self.0.lock().unwrap();
         // One whose handle a panic has taken.
-        let lost = has.lost.iter().position(|key| has.inside.get(key) == Some(&range)).expect("one was lost");
+        let lost = has
+            .lost
+            .iter()
+            .position(|key| has.inside.get(key) == Some(&range))
+            .expect("one was lost");
         let key = has.lost.swap_remove(lost);
         has.inside.remove(&key);
         Ok(true)
@@ -170,7 +180,13 @@ fn check(model: &Model, exact: bool, range: AddressRange, got: &[Registration<Mo
     }
 }
 
-fn run(build: impl FnOnce(Builder<Model>) -> Builder<Model>, exclusive: bool, exact: bool, most: u64, steps: &[Step]) {
+fn run(
+    build: impl FnOnce(Builder<Model>) -> Builder<Model>,
+    exclusive: bool,
+    exact: bool,
+    most: u64,
+    steps: &[Step],
+) {
     let (space, model) = (AddressSpace::new(), Model::default());
     {
         let mut has = model.0.lock().unwrap();
@@ -187,7 +203,9 @@ fn run(build: impl FnOnce(Builder<Model>) -> Builder<Model>, exclusive: bool, ex
                 check(&model, exact, range, &got);
                 held.push(got);
             }
-            Err(error) => assert!(!matches!(error, GetError::Unwatched(_) | GetError::Lost { .. }), "{error}"),
+            Err(error) => {
+                assert!(!matches!(error, GetError::Unwatched(_) | GetError::Lost { .. }), "{error}")
+            }
         }
     };
     for step in steps {
@@ -214,7 +232,13 @@ fn run(build: impl FnOnce(Builder<Model>) -> Builder<Model>, exclusive: bool, ex
                 let mut unmap = Task::new(space.invalidate(range, Event::Unmap));
                 match unmap.poll() {
                     Poll::Ready(guard) => {
-                        let inside = model.0.lock().unwrap().inside.values().any(|inside| inside.overlaps(range));
+                        let inside = model
+                            .0
+                            .lock()
+                            .unwrap()
+                            .inside
+                            .values()
+                            .any(|inside| inside.overlaps(range));
                         assert!(!inside, "K1: the device has what is being unmapped");
                         drop(guard);
                     }
@@ -252,7 +276,8 @@ fn run(build: impl FnOnce(Builder<Model>) -> Builder<Model>, exclusive: bool, ex
 }
 
 fn cases() -> ProptestConfig {
-    let cases = std::env::var("SHOOTDOWN_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(256);
+    let cases =
+        std::env::var("SHOOTDOWN_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(256);
     ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
 }
 

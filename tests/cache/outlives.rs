@@ -13,7 +13,8 @@ use std::sync::{Arc, Barrier};
 fn k1_an_invalidation_waits_for_a_registration_whose_cache_was_dropped() {
     for yields in [false, true] {
         let gate = yields.then(Gate::default);
-        let (space, card) = (AddressSpace::new(), Card { deregister_gate: gate.clone(), ..Card::default() });
+        let (space, card) =
+            (AddressSpace::new(), Card { deregister_gate: gate.clone(), ..Card::default() });
         let cache = RegistrationCache::new(&space, card.clone());
         let registration = now(cache.get(pages(1, 1))).unwrap();
         drop(cache);
@@ -34,7 +35,8 @@ fn k1_an_invalidation_waits_for_a_registration_whose_cache_was_dropped() {
 #[test]
 fn k1_the_last_handle_has_what_is_idle_deregistered_and_leaves_what_takes_time_to_invalidations() {
     let gate = Gate::default();
-    let (space, card) = (AddressSpace::new(), Card { deregister_gate: Some(gate.clone()), ..Card::default() });
+    let (space, card) =
+        (AddressSpace::new(), Card { deregister_gate: Some(gate.clone()), ..Card::default() });
     let cache = RegistrationCache::new(&space, card.clone());
     drop(now(cache.get(pages(1, 1))).unwrap());
     drop(cache);
@@ -83,7 +85,10 @@ fn k1_a_registration_that_outlives_cache_and_space_leaves_nothing_behind() {
 
 /// A registration whose cache is gone, and whose device takes until the gate is open.
 fn left_behind(space: &AddressSpace, gate: &Gate) {
-    let cache = RegistrationCache::new(space, Card { deregister_gate: Some(gate.clone()), ..Card::default() });
+    let cache = RegistrationCache::new(
+        space,
+        Card { deregister_gate: Some(gate.clone()), ..Card::default() },
+    );
     let registration = block_on(cache.get(pages(1, 1))).unwrap();
     drop(cache);
     drop(registration);
@@ -96,7 +101,9 @@ fn k1_nothing_is_given_up_while_the_space_can_be_reached() {
     let given_up = std::thread::scope(|scope| {
         scope.spawn(|| {
             while !stop.load(Ordering::Relaxed) {
-                drop([2, 3, 4, 5].map(|page| space.insert(pages(page, 1), Device::new("another", &log)).unwrap()));
+                drop([2, 3, 4, 5].map(|page| {
+                    space.insert(pages(page, 1), Device::new("another", &log)).unwrap()
+                }));
             }
         });
         let given_up = (0..5000).filter(|_| {
@@ -142,7 +149,8 @@ fn k1_the_last_two_registrations_of_a_space_that_go_at_once_leave_nothing_behind
 #[test]
 fn k1_what_registers_when_the_last_handle_goes_is_given_up_also_under_an_invalidation() {
     let gate = Gate::default();
-    let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+    let (space, card) =
+        (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
     let cache = RegistrationCache::new(&space, card.clone());
     let mut get = Box::pin(cache.get(pages(1, 1)));
     assert!(futures::FutureExt::now_or_never(get.as_mut()).is_none());
@@ -163,7 +171,9 @@ fn k1_report_6_what_is_invalidated_is_deregistered_without_a_further_call_of_the
     let held = now(cache.get(pages(1, 1))).unwrap();
     drop(now(cache.get(pages(5, 1))).unwrap());
     std::thread::scope(|scope| {
-        let unmapping = scope.spawn(|| drop(futures::executor::block_on(space.invalidate(pages(0, 9), Event::Unmap))));
+        let unmapping = scope.spawn(|| {
+            drop(futures::executor::block_on(space.invalidate(pages(0, 9), Event::Unmap)))
+        });
         // Dropped by a thread that does nothing else.
         scope.spawn(move || drop(held)).join().unwrap();
         unmapping.join().unwrap();
@@ -243,7 +253,14 @@ fn k1_caches_that_are_dropped_under_load_leave_nothing_and_hang_nobody() {
     for round in 0..300u64 {
         if round % 3 == 0 {
             card.next_register(&[Act::Succeed, Act::PanicLater, Act::Succeed, Act::Refuse]);
-            card.next_deregister(&[Act::Refuse, Act::Succeed, Act::Panic, Act::Refuse, Act::Refuse, Act::Refuse]);
+            card.next_deregister(&[
+                Act::Refuse,
+                Act::Succeed,
+                Act::Panic,
+                Act::Refuse,
+                Act::Refuse,
+                Act::Refuse,
+            ]);
         }
         let merge = if round % 2 == 0 { Merge::Never } else { Merge::Touching };
         let builder = RegistrationCache::<Card>::builder().merge(merge).max_registrations(3);
@@ -273,7 +290,9 @@ fn k1_caches_that_are_dropped_under_load_leave_nothing_and_hang_nobody() {
             let (space, flushing) = (&space, cache.clone());
             scope.spawn(move || {
                 for step in 0..12 {
-                    drop(futures::executor::block_on(space.invalidate(pages((round + step) % 8, 2), Event::Unmap)));
+                    drop(futures::executor::block_on(
+                        space.invalidate(pages((round + step) % 8, 2), Event::Unmap),
+                    ));
                 }
                 futures::executor::block_on(flushing.flush());
             });

@@ -28,7 +28,10 @@ fn k7_idle_registrations_that_overlap_are_deregistered_first() {
 fn k7_a_merge_takes_what_touches_only_if_that_was_asked_for() {
     let (space, card) = (AddressSpace::new(), Card::default());
     card.state.lock().unwrap().exclusive = true;
-    let cache = RegistrationCache::builder().overlap(Overlap::Merge).merge(Merge::Touching).build(&space, card);
+    let cache = RegistrationCache::builder()
+        .overlap(Overlap::Merge)
+        .merge(Merge::Touching)
+        .build(&space, card);
     drop(now(cache.get(pages(0, 2))).unwrap());
     drop(now(cache.get(pages(4, 2))).unwrap());
     assert_eq!(now(cache.get(pages(1, 3))).unwrap().range(), pages(0, 6));
@@ -49,7 +52,11 @@ fn k7_one_in_use_is_waited_for_and_its_users_come_after_the_one_that_waits() {
         let got = waits.finish().unwrap();
         assert_eq!(got.range(), expected);
         if overlap == Overlap::Merge {
-            assert_eq!(later.finish().unwrap().handle(), got.handle(), "what was merged is found by all");
+            assert_eq!(
+                later.finish().unwrap().handle(),
+                got.handle(),
+                "what was merged is found by all"
+            );
         } else {
             later.expect_pending();
             drop(got);
@@ -82,7 +89,8 @@ fn k7_those_who_wait_have_their_turns_in_order() {
 #[test]
 fn k7_a_caller_that_is_not_polled_holds_nobody_up() {
     let gate = Gate::default();
-    let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+    let (space, card) =
+        (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
     card.state.lock().unwrap().exclusive = true;
     let cache = RegistrationCache::builder().overlap(Overlap::Wait).build(&space, card.clone());
     // The losing arm of a `select!`: in each state that it may be in.
@@ -125,7 +133,8 @@ fn k7_one_that_goes_away_lets_those_behind_it_go_on() {
 #[test]
 fn k7_a_registration_whose_caller_has_gone_is_finished_and_then_gives_way() {
     let gate = Gate::default();
-    let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+    let (space, card) =
+        (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
     card.state.lock().unwrap().exclusive = true;
     let cache = RegistrationCache::builder().overlap(Overlap::Wait).build(&space, card.clone());
     let mut gone = Task::new(cache.get(pages(0, 2)));
@@ -178,7 +187,10 @@ fn k7_a_union_that_the_device_refuses_or_that_is_too_large_is_not_registered() {
     assert_eq!(cache.stats().register_failures, 1);
     let (space, card) = (AddressSpace::new(), Card::default());
     card.state.lock().unwrap().largest = Some(3);
-    let cache = RegistrationCache::builder().overlap(Overlap::Merge).max_registration(3 * 4096).build(&space, card);
+    let cache = RegistrationCache::builder()
+        .overlap(Overlap::Merge)
+        .max_registration(3 * 4096)
+        .build(&space, card);
     drop(now(cache.get(pages(0, 3))).unwrap());
     assert_eq!(now(cache.get(pages(2, 2))).unwrap().range(), pages(2, 2));
     assert_eq!(cache.stats().register_failures, 0);

@@ -24,19 +24,27 @@ fn k2_a_panic_in_deregister_is_a_failure_and_other_ranges_go_on() {
 
 #[test]
 fn k2_a_panic_in_register_is_told_to_all_who_asked_and_the_next_call_starts_anew() {
-    for (act, text) in [(Act::Panic, "the card fails at once"), (Act::PanicLater, "the card fails later")] {
+    for (act, text) in
+        [(Act::Panic, "the card fails at once"), (Act::PanicLater, "the card fails later")]
+    {
         let (space, card) = (AddressSpace::new(), Card::default());
         let cache = RegistrationCache::new(&space, card.clone());
         card.next_register(&[act]);
         let both = now(futures::future::join(cache.get(pages(1, 1)), cache.get(pages(1, 1))));
-        let GetError::Panicked { message: Some(message) } = both.0.unwrap_err() else { panic!("another error") };
+        let GetError::Panicked { message: Some(message) } = both.0.unwrap_err() else {
+            panic!("another error")
+        };
         assert_eq!(&*message, text);
         // Called at once, it has failed before the second asks.
         assert!(matches!(both.1, Ok(_) | Err(GetError::Panicked { .. })));
         drop(both.1);
         drop(now(space.invalidate(pages(1, 1), Event::Unmap)));
         drop(now(cache.get(pages(1, 1))).unwrap());
-        assert_eq!((cache.stats().register_failures, space.stats().lost_panics), (1, 0), "the callers were told");
+        assert_eq!(
+            (cache.stats().register_failures, space.stats().lost_panics),
+            (1, 0),
+            "the callers were told"
+        );
     }
 }
 
@@ -59,9 +67,15 @@ fn k2_a_panic_that_no_caller_is_told_of_is_counted_and_reported() {
     drop(get);
     card.register_gate.as_ref().unwrap().open();
     drop(now(space.invalidate(pages(1, 1), Event::Unmap)));
-    let expected = ("the card fails later", "the device of a registration cache panicked: the card fails later");
+    let expected = (
+        "the card fails later",
+        "the device of a registration cache panicked: the card fails later",
+    );
     let expected = (Some(expected.0.to_owned()), expected.1.to_owned());
-    assert_eq!((space.stats().lost_panics, reports.lock().unwrap().as_slice()), (1, &[expected][..]));
+    assert_eq!(
+        (space.stats().lost_panics, reports.lock().unwrap().as_slice()),
+        (1, &[expected][..])
+    );
     assert_eq!((cache.stats().pinned_bytes, space.len()), (0, 0));
 }
 
@@ -74,11 +88,15 @@ fn k2_a_reporter_is_told_of_panics_and_may_panic() {
         told.lock().unwrap().push((failure.operation, failure.panicked, failure.error.to_string()));
         crate::device::throw("the reporter fails");
     };
-    let cache = RegistrationCache::<Card>::builder().on_failure(on_failure).build(&space, card.clone());
+    let cache =
+        RegistrationCache::<Card>::builder().on_failure(on_failure).build(&space, card.clone());
     card.next_register(&[Act::Refuse, Act::Panic]);
     assert!(matches!(now(cache.get(pages(1, 1))), Err(GetError::Register(_))));
     let panicked = now(cache.get(pages(1, 1))).unwrap_err();
-    assert_eq!(panicked.to_string(), "the memory is not registered, because the device panicked: the card fails at once");
+    assert_eq!(
+        panicked.to_string(),
+        "the memory is not registered, because the device panicked: the card fails at once"
+    );
     drop(now(cache.get(pages(1, 1))).unwrap());
     card.next_deregister(&[Act::PanicLater]);
     drop(now(space.invalidate(pages(1, 1), Event::Unmap)));
@@ -114,7 +132,8 @@ fn k2_a_waker_that_panics_keeps_nobody_else_asleep() {
         }
     }
     let gate = crate::support::Gate::default();
-    let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+    let (space, card) =
+        (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
     let cache = RegistrationCache::new(&space, card);
     let mut bad = Box::pin(cache.get(pages(1, 1)));
     let mut good = crate::support::Task::new(cache.get(pages(1, 1)));
@@ -147,9 +166,17 @@ fn k2_an_error_whose_drop_panics_concerns_nobody() {
         type Handle = ();
         type Error = Bomb;
         async fn register(&self, _: AddressRange) -> Result<(), Bomb> {
-            if self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 1 { Err(Bomb) } else { Ok(()) }
+            if self.0.fetch_add(1, std::sync::atomic::Ordering::Relaxed) == 1 {
+                Err(Bomb)
+            } else {
+                Ok(())
+            }
         }
-        async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), Bomb>> {
+        async fn deregister(
+            &self,
+            _: AddressRange,
+            (): (),
+        ) -> Result<(), StillRegistered<(), Bomb>> {
             Ok(())
         }
     }

@@ -9,7 +9,8 @@ use shootdown::{AddressRange, AddressSpace, Event};
 fn cache(change: impl FnOnce(&mut State)) -> (AddressSpace, Card, RegistrationCache<Card>) {
     let (space, card) = (AddressSpace::new(), Card::default());
     change(&mut card.state.lock().unwrap());
-    let cache = RegistrationCache::builder().max_registration(4 * PAGE + 1).build(&space, card.clone());
+    let cache =
+        RegistrationCache::builder().max_registration(4 * PAGE + 1).build(&space, card.clone());
     (space, card, cache)
 }
 
@@ -56,7 +57,10 @@ fn k8_all_or_none_an_error_of_one_piece_leaves_none_in_use() {
 #[test]
 fn k8_an_invalidation_does_not_wait_for_pieces_that_a_caller_has_not_been_given() {
     let (space, card) = (AddressSpace::new(), Card::default());
-    let cache = RegistrationCache::builder().max_registration(4 * PAGE).max_registrations(1).build(&space, card.clone());
+    let cache = RegistrationCache::builder()
+        .max_registration(4 * PAGE)
+        .max_registrations(1)
+        .build(&space, card.clone());
     // The second piece waits for an invalidation, which is under way; the first one is kept.
     let held = now(space.invalidate(pages(4, 1), Event::Clear));
     let mut all = Task::new(cache.get_all(pages(0, 8)));
@@ -78,7 +82,10 @@ fn k8_an_invalidation_does_not_wait_for_pieces_that_a_caller_has_not_been_given(
 fn k8_more_pieces_than_a_limit_allows_are_all_in_use() {
     let (space, card) = (AddressSpace::new(), Card::default());
     for overlap in [Overlap::Allowed, Overlap::Wait, Overlap::Merge] {
-        let builder = RegistrationCache::builder().max_registration(PAGE).max_registrations(2).overlap(overlap);
+        let builder = RegistrationCache::builder()
+            .max_registration(PAGE)
+            .max_registrations(2)
+            .overlap(overlap);
         let cache = builder.build(&space, card.clone());
         let all = now(cache.get_all(pages(0, 10))).unwrap();
         assert_eq!((all.len(), card.mapped().len()), (10, 10));
@@ -93,8 +100,12 @@ fn k8_more_pieces_than_a_limit_allows_are_all_in_use() {
 fn k8_a_dropped_call_leaves_none_in_use() {
     for overlap in [Overlap::Allowed, Overlap::Wait] {
         let gate = Gate::default();
-        let (space, card) = (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
-        let cache = RegistrationCache::builder().max_registration(PAGE).overlap(overlap).build(&space, card.clone());
+        let (space, card) =
+            (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+        let cache = RegistrationCache::builder()
+            .max_registration(PAGE)
+            .overlap(overlap)
+            .build(&space, card.clone());
         let mut all = Task::new(cache.get_all(pages(0, 3)));
         all.expect_pending();
         drop(all);
@@ -111,14 +122,23 @@ fn k8_at_the_ends_of_the_address_space() {
     for overlap in [Overlap::Allowed, Overlap::Wait, Overlap::Merge] {
         for most in [PAGE, 2 * PAGE, 3 * PAGE, u64::MAX - 1, u64::MAX] {
             let space = AddressSpace::new();
-            let cache = RegistrationCache::builder().overlap(overlap).max_registration(most).build(&space, Card::default());
+            let cache = RegistrationCache::builder()
+                .overlap(overlap)
+                .max_registration(most)
+                .build(&space, Card::default());
             let all = now(cache.get_all(top)).unwrap();
-            assert_eq!((all[0].range().start(), all.last().unwrap().range().last()), (top.start(), u64::MAX));
+            assert_eq!(
+                (all[0].range().start(), all.last().unwrap().range().last()),
+                (top.start(), u64::MAX)
+            );
             drop(all);
             if most > 3 * PAGE && most < u64::MAX {
                 let whole = now(cache.get_all(AddressRange::ALL)).unwrap();
                 assert_eq!(whole.len(), 2);
-                assert!(matches!(cache.get(AddressRange::ALL).now_or_never(), Some(Err(GetError::TooLarge { .. }))));
+                assert!(matches!(
+                    cache.get(AddressRange::ALL).now_or_never(),
+                    Some(Err(GetError::TooLarge { .. }))
+                ));
             }
         }
     }

@@ -25,7 +25,10 @@ fn k3_a_flush_gives_up_what_was_hit_again() {
     let cache = RegistrationCache::new(&space, card.clone());
     touch(&cache, [1, 2, 3, 1, 2, 3]);
     now(cache.flush());
-    assert_eq!((cache.stats().registrations, card.mapped().len(), cache.stats().evictions), (0, 0, 3));
+    assert_eq!(
+        (cache.stats().registrations, card.mapped().len(), cache.stats().evictions),
+        (0, 0, 3)
+    );
 }
 
 #[test]
@@ -56,7 +59,8 @@ fn k3_a_full_device_gets_room_by_what_was_used_since_it_was_made() {
 fn k3_a_limit_finds_all_that_has_become_idle_least_recently_used_first() {
     for many in [3, 100] {
         let (space, card) = (AddressSpace::new(), Card::default());
-        let cache = RegistrationCache::<Card>::builder().max_registrations(2).build(&space, card.clone());
+        let cache =
+            RegistrationCache::<Card>::builder().max_registrations(2).build(&space, card.clone());
         let held: Vec<_> = (1..=many).map(|page| now(cache.get(pages(page, 1))).unwrap()).collect();
         assert_eq!(cache.stats().registrations, many, "nothing in use is given up");
         drop(held);
@@ -71,8 +75,10 @@ fn k3_a_limit_finds_all_that_has_become_idle_least_recently_used_first() {
 #[test]
 fn k3_what_a_dropped_caller_was_giving_up_is_given_up_by_the_next() {
     let gate = Gate::default();
-    let (space, card) = (AddressSpace::new(), Card { deregister_gate: Some(gate.clone()), ..Card::default() });
-    let cache = RegistrationCache::<Card>::builder().max_registrations(1).build(&space, card.clone());
+    let (space, card) =
+        (AddressSpace::new(), Card { deregister_gate: Some(gate.clone()), ..Card::default() });
+    let cache =
+        RegistrationCache::<Card>::builder().max_registrations(1).build(&space, card.clone());
     touch(&cache, [1]);
     let mut get = crate::support::Task::new(cache.get(pages(2, 1)));
     get.expect_pending();
@@ -108,7 +114,8 @@ fn k1_a_look_up_that_waits_for_room_holds_no_registration() {
     let (space, mut card) = (AddressSpace::new(), Card::default());
     let gate = Gate::default();
     card.deregister_gate = Some(gate.clone());
-    let cache = RegistrationCache::<Card>::builder().max_registrations(1).build(&space, card.clone());
+    let cache =
+        RegistrationCache::<Card>::builder().max_registrations(1).build(&space, card.clone());
     touch(&cache, [1]);
     let mut get = Task::new(cache.get(pages(5, 1)));
     get.expect_pending();
@@ -121,7 +128,8 @@ fn k1_a_look_up_that_waits_for_room_holds_no_registration() {
 #[test]
 fn k2_a_neighbour_that_makes_a_registration_too_large_does_not_fail_it() {
     let (space, card) = (AddressSpace::new(), card(|card| card.largest = Some(1)));
-    let cache = RegistrationCache::<Card>::builder().merge(Merge::Touching).build(&space, card.clone());
+    let cache =
+        RegistrationCache::<Card>::builder().merge(Merge::Touching).build(&space, card.clone());
     let held = now(cache.get(pages(1, 1))).unwrap();
     assert_eq!(now(cache.get(pages(2, 1))).unwrap().range(), pages(2, 1));
     drop(held);
@@ -140,7 +148,11 @@ impl Device for Slow {
         Ok(())
     }
 
-    async fn deregister(&self, range: AddressRange, (): ()) -> Result<(), StillRegistered<(), Refused>> {
+    async fn deregister(
+        &self,
+        range: AddressRange,
+        (): (),
+    ) -> Result<(), StillRegistered<(), Refused>> {
         Yields(if range == pages(1, 1) { 5 } else { 10 }).await;
         Ok(())
     }
@@ -155,13 +167,16 @@ fn k3_two_look_ups_that_give_up_each_others_registration_both_succeed() {
 
 fn give_up_each_others(tries: u32) {
     let space = AddressSpace::new();
-    let cache = RegistrationCache::<Slow>::builder().max_registrations(1).tries(tries).build(&space, Slow);
+    let cache =
+        RegistrationCache::<Slow>::builder().max_registrations(1).tries(tries).build(&space, Slow);
     drop(now(cache.get(pages(1, 1))).unwrap());
     let mut both = [2, 3].map(|page| Task::new(cache.get(pages(page, 1))));
     let mut waiting: Vec<_> = both.iter_mut().collect();
     for _ in 0..1000 {
         waiting.retain_mut(|get| match get.poll() {
-            Poll::Ready(registration) => registration.map(drop).is_err_and(|error| panic!("nothing was invalidated: {error}")),
+            Poll::Ready(registration) => registration
+                .map(drop)
+                .is_err_and(|error| panic!("nothing was invalidated: {error}")),
             Poll::Pending => true,
         });
     }

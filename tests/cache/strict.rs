@@ -32,7 +32,8 @@ impl Device for Racy {
     async fn register(&self, range: AddressRange) -> Result<u64, Refused> {
         let key = {
             let mut inside = self.inside.lock().unwrap();
-            if let Some(other) = inside.mapped.values().find(|other| other.overlaps(range)).copied() {
+            if let Some(other) = inside.mapped.values().find(|other| other.overlaps(range)).copied()
+            {
                 inside.violations.push((range, other));
             }
             inside.next += 1;
@@ -46,7 +47,11 @@ impl Device for Racy {
         Ok(key)
     }
 
-    async fn deregister(&self, _: AddressRange, key: u64) -> Result<(), StillRegistered<u64, Refused>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        key: u64,
+    ) -> Result<(), StillRegistered<u64, Refused>> {
         Yields(100).await;
         self.inside.lock().unwrap().mapped.remove(&key);
         Ok(())
@@ -127,7 +132,8 @@ impl Device for Strict {
     async fn register(&self, range: AddressRange) -> Result<u64, Refused> {
         let key = {
             let mut inside = self.0.lock().unwrap();
-            if let Some(other) = inside.mapped.values().find(|other| other.overlaps(range)).copied() {
+            if let Some(other) = inside.mapped.values().find(|other| other.overlaps(range)).copied()
+            {
                 inside.violations.push((range, other));
             }
             inside.next += 1;
@@ -143,7 +149,11 @@ impl Device for Strict {
         Ok(key)
     }
 
-    async fn deregister(&self, _: AddressRange, key: u64) -> Result<(), StillRegistered<u64, Refused>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        key: u64,
+    ) -> Result<(), StillRegistered<u64, Refused>> {
         Yields((key % 3) as u32).await;
         let mut inside = self.0.lock().unwrap();
         inside.next += 1;
@@ -159,14 +169,19 @@ impl Device for Strict {
 fn k7_on_threads_nobody_hangs_and_nothing_is_left() {
     for overlap in [Overlap::Wait, Overlap::Merge] {
         let (space, strict) = (AddressSpace::new(), Strict::default());
-        let cache = RegistrationCache::builder().overlap(overlap).max_registration(8 * PAGE).build(&space, strict.clone());
+        let cache = RegistrationCache::builder()
+            .overlap(overlap)
+            .max_registration(8 * PAGE)
+            .build(&space, strict.clone());
         std::thread::scope(|scope| {
             for at in 0..5_u64 {
                 let (cache, space) = (&cache, &space);
                 scope.spawn(move || {
                     let mut state = at + 1;
                     let mut random = move || {
-                        state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
+                        state = state
+                            .wrapping_mul(6364136223846793005)
+                            .wrapping_add(1442695040888963407);
                         state >> 33
                     };
                     for _ in 0..400 {

@@ -115,14 +115,18 @@ impl Device for Bad {
     type Handle = Handle;
     type Error = Refused;
 
-    fn register(&self, range: AddressRange) -> impl Future<Output = Result<Handle, Refused>> + Send {
+    fn register(
+        &self,
+        range: AddressRange,
+    ) -> impl Future<Output = Result<Handle, Refused>> + Send {
         point(Kind::Register);
         let future = async move {
             Yields(1).await;
             if self.refuses() {
                 return Err(Refused);
             }
-            let key = u64::try_from(self.handles.fetch_add(1, Ordering::SeqCst)).unwrap() << 48 | range.start();
+            let key = u64::try_from(self.handles.fetch_add(1, Ordering::SeqCst)).unwrap() << 48
+                | range.start();
             self.mapped.lock().unwrap().insert(key, range);
             Ok(Handle(key, self.handles.clone()))
         };
@@ -158,7 +162,9 @@ fn get(cache: &RegistrationCache<Bad>, range: AddressRange) -> shootdown::cache:
     for _ in 0..3 {
         match now(cache.get(range)) {
             Ok(registration) => return registration,
-            Err(GetError::Panicked { message }) => assert_eq!(message.as_deref(), Some("the device fails")),
+            Err(GetError::Panicked { message }) => {
+                assert_eq!(message.as_deref(), Some("the device fails"))
+            }
             Err(GetError::Register(_)) => {}
             Err(other) => panic!("{other}"),
         }
@@ -224,7 +230,10 @@ fn run(at: u64) -> (u64, Option<Kind>) {
         invalidation.expect_pending();
         drop(other);
         drop(invalidation.finish());
-        assert_eq!((mapped.lock().unwrap().len(), handles.load(Ordering::SeqCst), space.len()), (0, 0, 0));
+        assert_eq!(
+            (mapped.lock().unwrap().len(), handles.load(Ordering::SeqCst), space.len()),
+            (0, 0, 0)
+        );
         assert!(space.active().is_empty());
     }
     AT.set(0);
@@ -261,7 +270,8 @@ fn k2_a_device_that_panics_at_any_call_costs_nobody_else_anything() {
                 let text = panic.downcast_ref::<String>().cloned().unwrap_or_default();
                 panic!("call {at} of {calls}, {:?}: {text}", FIRED.get());
             });
-            *hit.entry(outcome.1.expect("the scenario does the same until the device fails")).or_insert(0) += 1;
+            *hit.entry(outcome.1.expect("the scenario does the same until the device fails"))
+                .or_insert(0) += 1;
         }
     }
     assert_eq!(hit.len(), 9, "every kind of call was one that failed: {hit:?}");

@@ -76,7 +76,8 @@ fn k7_a_caller_that_comes_too_late_keeps_its_place() {
     let held = now(cache.get(pages(1, 1))).unwrap();
     let mut first = Task::new(cache.get(pages(0, 2)));
     first.expect_pending();
-    let (mut next, mut last) = (Task::new(cache.get(pages(1, 2))), Task::new(cache.get(pages(1, 3))));
+    let (mut next, mut last) =
+        (Task::new(cache.get(pages(1, 2))), Task::new(cache.get(pages(1, 3))));
     next.expect_pending();
     last.expect_pending();
     drop(held);
@@ -99,7 +100,9 @@ fn k7_threads_that_ask_for_overlapping_ranges_are_all_served_without_an_error() 
     std::thread::scope(|scope| {
         for at in 0..4 {
             let cache = &cache;
-            scope.spawn(move || (0..200).for_each(|_| drop(cache.get(pages(at, 2)).wait().unwrap())));
+            scope.spawn(move || {
+                (0..200).for_each(|_| drop(cache.get(pages(at, 2)).wait().unwrap()))
+            });
         }
     });
     assert_eq!(cache.stats().collisions, 0, "nothing was invalidated");
@@ -114,7 +117,10 @@ fn k7_cancelled_at_each_poll_nobody_hangs() {
                 let (space, card) = (AddressSpace::new(), Card::default());
                 card.state.lock().unwrap().exclusive = true;
                 let most = if pieces { 2 * PAGE } else { u64::MAX };
-                let cache = RegistrationCache::builder().overlap(overlap).max_registration(most).build(&space, card.clone());
+                let cache = RegistrationCache::builder()
+                    .overlap(overlap)
+                    .max_registration(most)
+                    .build(&space, card.clone());
                 drop(now(cache.get(pages(0, 2))).unwrap());
                 let kept = Task::new(cache.get(pages(1, 2)));
                 let (mut kept, mut gone) = (kept, Task::new(cache.get_all(pages(1, 4))));
@@ -126,7 +132,9 @@ fn k7_cancelled_at_each_poll_nobody_hangs() {
                 }
                 let mut behind = Task::new(cache.get_all(pages(2, 4)));
                 let _ = behind.poll();
-                if let Poll::Ready(unmap) = Task::new(space.invalidate(pages(2, 1), Event::Unmap)).run() {
+                if let Poll::Ready(unmap) =
+                    Task::new(space.invalidate(pages(2, 1), Event::Unmap)).run()
+                {
                     drop(unmap);
                 }
                 drop(gone);
@@ -157,7 +165,11 @@ fn k7_those_in_a_queue_are_polled_in_proportion_to_it() {
         drop(held);
         let mut polls = 0;
         while !waiting.is_empty() {
-            assert!(waiting.iter().any(Task::is_woken), "{} wait and nobody is woken", waiting.len());
+            assert!(
+                waiting.iter().any(Task::is_woken),
+                "{} wait and nobody is woken",
+                waiting.len()
+            );
             waiting.retain_mut(|one| {
                 polls += u32::from(one.is_woken());
                 !one.is_woken() || one.poll().is_pending()

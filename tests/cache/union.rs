@@ -43,7 +43,11 @@ fn k7_a_merge_does_not_register_what_has_gone_while_it_waited() {
     card.state.lock().unwrap().largest = Some(3);
     assert_eq!(waits.finish().unwrap().range(), pages(1, 3));
     let stats = cache.stats();
-    assert_eq!((stats.register_failures, stats.registrations), (0, 6), "all that was idle elsewhere was given up");
+    assert_eq!(
+        (stats.register_failures, stats.registrations),
+        (0, 6),
+        "all that was idle elsewhere was given up"
+    );
 }
 
 #[test]
@@ -63,7 +67,10 @@ fn k7_one_that_is_lost_beside_a_get_does_not_refuse_it() {
 #[test]
 fn k3_a_union_does_not_exceed_a_limit_that_the_range_alone_keeps() {
     let (space, card) = (AddressSpace::new(), Card::default());
-    let cache = RegistrationCache::builder().overlap(Overlap::Merge).max_bytes(10 * PAGE).build(&space, card.clone());
+    let cache = RegistrationCache::builder()
+        .overlap(Overlap::Merge)
+        .max_bytes(10 * PAGE)
+        .build(&space, card.clone());
     drop(now(cache.get(pages(100, 1))).unwrap());
     drop(now(cache.get(pages(0, 8))).unwrap());
     let got = now(cache.get(pages(7, 8))).unwrap();
@@ -78,5 +85,9 @@ fn k9_a_merge_does_not_take_in_what_the_device_does_not_vouch_for() {
     let cache = RegistrationCache::builder().overlap(Overlap::Merge).build(&space, gpu.clone());
     drop(now(cache.get(pages(0, 3))).unwrap());
     gpu.buffer.store(1, Ordering::Release);
-    assert_eq!(now(cache.get(pages(2, 2))).unwrap().range(), pages(2, 2), "0 and 1 are of a buffer that has gone");
+    assert_eq!(
+        now(cache.get(pages(2, 2))).unwrap().range(),
+        pages(2, 2),
+        "0 and 1 are of a buffer that has gone"
+    );
 }

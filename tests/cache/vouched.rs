@@ -29,7 +29,11 @@ impl Device for Gpu {
         Ok(self.buffer.load(Ordering::Acquire))
     }
 
-    async fn deregister(&self, _: AddressRange, _: u64) -> Result<(), StillRegistered<u64, Refused>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        _: u64,
+    ) -> Result<(), StillRegistered<u64, Refused>> {
         Ok(())
     }
 
@@ -57,8 +61,12 @@ fn k9_many_outdated_registrations_are_no_reason_to_refuse() {
 fn k9_no_piece_that_the_device_does_not_vouch_for_is_given_to_the_caller() {
     for overlap in [Overlap::Allowed, Overlap::Wait] {
         let gate = Gate::default();
-        let (space, gpu) = (AddressSpace::new(), Gpu { gate: Some(gate.clone()), ..Gpu::default() });
-        let cache = RegistrationCache::builder().max_registration(PAGE).overlap(overlap).build(&space, gpu.clone());
+        let (space, gpu) =
+            (AddressSpace::new(), Gpu { gate: Some(gate.clone()), ..Gpu::default() });
+        let cache = RegistrationCache::builder()
+            .max_registration(PAGE)
+            .overlap(overlap)
+            .build(&space, gpu.clone());
         drop(now(cache.get(pages(0, 1))).unwrap());
         let mut all = Task::new(cache.get_all(pages(0, 2)));
         all.expect_pending();
@@ -94,7 +102,11 @@ impl Device for Calls {
     async fn register(&self, _: AddressRange) -> Result<(), Refused> {
         Ok(())
     }
-    async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), Refused>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        (): (),
+    ) -> Result<(), StillRegistered<(), Refused>> {
         Ok(())
     }
     fn still_valid(&self, _: AddressRange, (): &()) -> bool {
@@ -119,7 +131,10 @@ fn f1_a_device_that_calls_the_cache_when_it_is_asked_hangs_nobody() {
             drop(now(cache.get(pages(0, 1))).unwrap());
         }
         now(cache.flush());
-        assert_eq!((cache.stats().registrations, cache.stats().pinned_bytes, space.len()), (0, 0, 0));
+        assert_eq!(
+            (cache.stats().registrations, cache.stats().pinned_bytes, space.len()),
+            (0, 0, 0)
+        );
     }
 }
 
@@ -130,7 +145,8 @@ fn r4_without_a_valid_lease_nothing_is_found_and_a_get_waits() {
     for overlap in [Overlap::Allowed, Overlap::Wait, Overlap::Merge] {
         let valid = Arc::new(AtomicBool::new(true));
         let asked = valid.clone();
-        let space = AddressSpace::builder().valid_while(move || asked.load(Ordering::SeqCst)).build();
+        let space =
+            AddressSpace::builder().valid_while(move || asked.load(Ordering::SeqCst)).build();
         let cache = RegistrationCache::builder().overlap(overlap).build(&space, Gpu::default());
         drop(now(cache.get(pages(0, 1))).unwrap());
         drop(now(cache.get(pages(0, 1))).unwrap());
@@ -142,6 +158,10 @@ fn r4_without_a_valid_lease_nothing_is_found_and_a_get_waits() {
         valid.store(true, Ordering::SeqCst);
         drop(pause);
         assert!(waits.is_woken() && waits.poll().is_ready());
-        assert_eq!((cache.stats().registrations, cache.stats().pinned_bytes), (1, PAGE), "what had been registered is found");
+        assert_eq!(
+            (cache.stats().registrations, cache.stats().pinned_bytes),
+            (1, PAGE),
+            "what had been registered is found"
+        );
     }
 }

@@ -32,7 +32,8 @@ fn b2_a_refusal_stops_further_first_passes_and_what_was_started_runs_to_its_end(
         Yields(3).await;
         *counted.lock().unwrap() += 1;
     };
-    let first = space.insert(pages(0, 1), Device::new("first", &log).then(Act::pass(pass))).unwrap();
+    let first =
+        space.insert(pages(0, 1), Device::new("first", &log).then(Act::pass(pass))).unwrap();
     let second = space.insert(pages(0, 1), Device::new("second", &log).then(Act::Refuse)).unwrap();
     let third = space.insert(pages(0, 1), Device::new("third", &log)).unwrap();
     let before = now(second.read_begin());
@@ -65,7 +66,10 @@ fn b3_a_pass_that_wakes_itself_for_ever_does_not_hold_the_caller() {
     device.next(Act::pass(Yields(u32::MAX)));
     assert_eq!(space.try_invalidate(pages(0, 1), Event::Unmap).map(drop), Err(WouldBlock));
     device.next(Act::pass(Yields(20)));
-    assert!(space.try_invalidate(pages(0, 1), Event::Unmap).is_ok(), "one that needs 20 turns gets them");
+    assert!(
+        space.try_invalidate(pages(0, 1), Event::Unmap).is_ok(),
+        "one that needs 20 turns gets them"
+    );
 }
 
 #[test]
@@ -84,7 +88,10 @@ fn b4_a_budget_of_zero_is_the_kernel_before_the_patch() {
     }
     let guard = invalidate.finish();
     assert_eq!(guard.sequence().get(), 3);
-    assert!(devices.iter().all(|device| device.sequence().get() == 3), "the same values as with many passes");
+    assert!(
+        devices.iter().all(|device| device.sequence().get() == 3),
+        "the same values as with many passes"
+    );
 }
 
 #[test]
@@ -103,7 +110,10 @@ fn b4_a_budget_of_two_lets_two_passes_be_pending_and_says_so_beforehand() {
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
     assert_eq!(*may_defer.lock().unwrap(), [true, true, false]);
-    assert!(!gates[0].is_waited_for() && gates[2].is_waited_for(), "O2: only the third is awaited before the fourth is called");
+    assert!(
+        !gates[0].is_waited_for() && gates[2].is_waited_for(),
+        "O2: only the third is awaited before the fourth is called"
+    );
     gates[2].open();
     invalidate.expect_pending();
     assert_eq!(*may_defer.lock().unwrap(), [true, true, false, false]);
@@ -126,7 +136,10 @@ struct Ask {
 }
 
 impl shootdown::IntervalNotifier for Ask {
-    fn invalidate(&self, invalidation: &shootdown::Invalidation<'_>) -> Result<Option<shootdown::PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &shootdown::Invalidation<'_>,
+    ) -> Result<Option<shootdown::PassFuture>, WouldBlock> {
         self.log.lock().unwrap().push(("ask", invalidation.info()));
         self.may_defer.lock().unwrap().push(invalidation.may_defer());
         invalidation.set_seq();
@@ -139,8 +152,12 @@ fn b4_dropped_between_two_first_passes_the_started_passes_still_complete() {
     let log = Log::default();
     let space = AddressSpace::builder().pass_budget(1).build();
     let gates = [Gate::default(), Gate::default()];
-    let deferred = space.insert(pages(0, 1), Device::new("deferred", &log).then(Act::pass(gates[0].clone()))).unwrap();
-    let awaited = space.insert(pages(0, 1), Device::new("awaited", &log).then(Act::pass(gates[1].clone()))).unwrap();
+    let deferred = space
+        .insert(pages(0, 1), Device::new("deferred", &log).then(Act::pass(gates[0].clone())))
+        .unwrap();
+    let awaited = space
+        .insert(pages(0, 1), Device::new("awaited", &log).then(Act::pass(gates[1].clone())))
+        .unwrap();
     let never = space.insert(pages(0, 1), Device::new("never", &log)).unwrap();
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
@@ -160,7 +177,11 @@ fn b4_dropped_while_a_reader_waits_for_its_claim_the_reader_polls_what_nobody_ha
     let log = Log::default();
     let space = AddressSpace::builder().pass_budget(1).build();
     let gates = [Gate::default(), Gate::default()];
-    let device = |gate: &Gate| space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+    let device = |gate: &Gate| {
+        space
+            .insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone())))
+            .unwrap()
+    };
     let [deferred, _awaited] = gates.each_ref().map(device);
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
@@ -179,11 +200,16 @@ fn b4_dropped_while_a_reader_waits_for_its_claim_the_reader_polls_what_nobody_ha
 }
 
 #[test]
-fn b4_l1_remove_under_the_guard_waits_for_no_pass_that_is_done_after_the_budget_made_first_passes_stop() {
+fn b4_l1_remove_under_the_guard_waits_for_no_pass_that_is_done_after_the_budget_made_first_passes_stop()
+ {
     let log = Log::default();
     let space = AddressSpace::builder().pass_budget(1).build();
     let gates = [Gate::default(), Gate::default()];
-    let device = |gate: &Gate| space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+    let device = |gate: &Gate| {
+        space
+            .insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone())))
+            .unwrap()
+    };
     // The first one's pass is listed as pending before anybody has polled it.
     let devices = gates.each_ref().map(device);
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
@@ -201,7 +227,11 @@ fn b4_l1_remove_waits_for_its_own_pass_only_when_an_interrupted_invalidation_was
     let log = Log::default();
     let space = AddressSpace::builder().pass_budget(2).build();
     let gates = [Gate::default(), Gate::default(), Gate::default()];
-    let device = |gate: &Gate| space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+    let device = |gate: &Gate| {
+        space
+            .insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone())))
+            .unwrap()
+    };
     let [first, second, beyond] = gates.each_ref().map(device);
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
@@ -233,7 +263,8 @@ fn b4_a_first_pass_that_leaves_no_pass_takes_no_place_whether_it_panics_or_not()
     drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
     if cfg!(feature = "std") {
         before.next(Act::Panic);
-        let panicked = std::panic::AssertUnwindSafe(|| drop(now(space.invalidate(pages(0, 1), Event::Unmap))));
+        let panicked =
+            std::panic::AssertUnwindSafe(|| drop(now(space.invalidate(pages(0, 1), Event::Unmap))));
         assert!(std::panic::catch_unwind(panicked).is_err());
     }
     assert!(may_defer.lock().unwrap().iter().all(|may| *may));
@@ -256,8 +287,12 @@ fn yields() -> impl Future<Output = ()> + Send + 'static {
 fn b4_passes_that_only_yield_are_done_in_the_first_poll_whatever_the_budget() {
     for budget in [Some(0), Some(1), Some(2), Some(3), None] {
         let log = Log::default();
-        let space = budget.map_or_else(AddressSpace::new, |budget| AddressSpace::builder().pass_budget(budget).build());
-        let devices: Vec<_> = ["0", "1", "2"].map(|name| space.insert(pages(0, 1), Device::new(name, &log)).unwrap()).into();
+        let space = budget.map_or_else(AddressSpace::new, |budget| {
+            AddressSpace::builder().pass_budget(budget).build()
+        });
+        let devices: Vec<_> = ["0", "1", "2"]
+            .map(|name| space.insert(pages(0, 1), Device::new(name, &log)).unwrap())
+            .into();
         for round in 1..4 {
             devices.iter().for_each(|device| device.next(Act::pass(yields())));
             let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
@@ -275,7 +310,9 @@ fn b3_b4_a_non_blockable_invalidation_without_budget_does_not_wait_between_first
     let log = Log::default();
     let space = AddressSpace::builder().pass_budget(0).build();
     let gate = Gate::default();
-    let first = space.insert(pages(0, 1), Device::new("first", &log).then(Act::pass(gate.clone()))).unwrap();
+    let first = space
+        .insert(pages(0, 1), Device::new("first", &log).then(Act::pass(gate.clone())))
+        .unwrap();
     let second = space.insert(pages(0, 1), Device::new("second", &log)).unwrap();
     assert_eq!(space.try_invalidate(pages(0, 1), Event::Unmap).map(drop), Err(WouldBlock));
     assert_eq!((first.calls(), second.calls()), (1, 0));
@@ -289,13 +326,21 @@ fn m7_a_late_invalidation_says_so_and_tells_everybody_at_once_whatever_the_budge
     let log = Log::default();
     let space = AddressSpace::builder().pass_budget(0).build();
     let gates = [Gate::default(), Gate::default()];
-    let device = |gate: &Gate| space.insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone()))).unwrap();
+    let device = |gate: &Gate| {
+        space
+            .insert(pages(0, 1), Device::new("device", &log).then(Act::pass(gate.clone())))
+            .unwrap()
+    };
     let [first, second] = gates.each_ref().map(device);
     let before = now(second.read_begin());
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap).late());
     invalidate.expect_pending();
     assert!(log.lock().unwrap().iter().all(|(_, info)| info.late));
-    assert_eq!((first.calls(), second.calls()), (1, 1), "the second does not wait for the first one's pass");
+    assert_eq!(
+        (first.calls(), second.calls()),
+        (1, 1),
+        "the second does not wait for the first one's pass"
+    );
     // Nobody is left who could go on calling first passes, and nobody has to.
     drop(invalidate);
     assert!(second.read_retry(before));

@@ -176,7 +176,12 @@ fn c4_a_clock_that_stands_still_or_fails_wedges_nobody() {
         let clock = move || if fails { panic!("the clock fails") } else { Duration::from_secs(7) };
         let space = AddressSpace::builder().clock(clock).build();
         let gate = Gate::default();
-        let device = space.insert(pages(0, 1), Device::new("device", &Log::default()).then(Act::pass(gate.clone()))).unwrap();
+        let device = space
+            .insert(
+                pages(0, 1),
+                Device::new("device", &Log::default()).then(Act::pass(gate.clone())),
+            )
+            .unwrap();
         let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
         invalidate.expect_pending();
         gate.open();
@@ -196,7 +201,9 @@ fn c4_one_waiter_looks_at_the_clock_and_another_one_takes_over_when_it_is_not_po
     };
     let space = AddressSpace::builder().clock(clock).build();
     let gate = Gate::default();
-    let device = space.insert(pages(0, 1), Device::new("device", &Log::default()).then(Act::pass(gate.clone()))).unwrap();
+    let device = space
+        .insert(pages(0, 1), Device::new("device", &Log::default()).then(Act::pass(gate.clone())))
+        .unwrap();
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
     gate.open();
@@ -212,7 +219,10 @@ fn c4_one_waiter_looks_at_the_clock_and_another_one_takes_over_when_it_is_not_po
     round(&mut readers, 2);
     assert_eq!(round(&mut readers, 100), 100, "one look at the clock for each round of all eight");
     // The first one is alive, and nobody polls it any more.
-    assert!((100..140).contains(&round(&mut readers[1..], 200)), "somebody looks again, after a while");
+    assert!(
+        (100..140).contains(&round(&mut readers[1..], 200)),
+        "somebody looks again, after a while"
+    );
     for reader in &mut readers[1..] {
         patience(reader, &micros);
     }
@@ -271,7 +281,9 @@ fn c6_stalls_can_be_seen() {
     let clock = time.clone();
     let space = AddressSpace::builder().clock(move || *clock.lock().unwrap()).build();
     let gate = Gate::default();
-    let _stuck = space.insert(pages(0, 1), Device::new("stuck GPU", &log).then(Act::pass(gate.clone()))).unwrap();
+    let _stuck = space
+        .insert(pages(0, 1), Device::new("stuck GPU", &log).then(Act::pass(gate.clone())))
+        .unwrap();
     let _fine = space.insert(pages(0, 1), Device::new("fine GPU", &log)).unwrap();
     let mut invalidate = Task::new(space.invalidate(pages(0, 2), Event::Unmap));
     invalidate.expect_pending();
@@ -279,12 +291,18 @@ fn c6_stalls_can_be_seen() {
     let held = now(space.invalidate(pages(7, 1), Event::Clear));
     let active = space.active();
     assert_eq!(active.len(), 2);
-    assert_eq!((active[0].range, active[0].event, active[0].sequence.get()), (pages(0, 2), Event::Unmap, 3));
+    assert_eq!(
+        (active[0].range, active[0].event, active[0].sequence.get()),
+        (pages(0, 2), Event::Unmap, 3)
+    );
     assert_eq!(
         (active[0].phase, active[0].age, &active[0].pending[..]),
         (Phase::Passes, Some(Duration::from_secs(3)), &["stuck GPU".into()][..])
     );
-    assert_eq!((active[1].phase, active[1].age, active[1].pending.len()), (Phase::Held, Some(Duration::ZERO), 0));
+    assert_eq!(
+        (active[1].phase, active[1].age, active[1].pending.len()),
+        (Phase::Held, Some(Duration::ZERO), 0)
+    );
     let debug = format!("{space:?}");
     for part in ["stuck GPU", "Unmap", "0x0..=0x1fff", "sequence", "3s"] {
         assert!(debug.contains(part), "{part} is missing in {debug}");
@@ -329,7 +347,9 @@ fn c7_waiting_inside_a_first_pass_fails_with_the_notifiers_name() {
     let inside = reader.clone();
     // As `block_on` does: polled again when it is woken.
     device.next(Act::Run(Box::new(move |_| _ = now(inside.read_begin()))));
-    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(now(space.invalidate(pages(0, 1), Event::Unmap)))));
+    let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+        drop(now(space.invalidate(pages(0, 1), Event::Unmap)))
+    }));
     let message = *panic.unwrap_err().downcast::<String>().unwrap();
     assert!(message.contains("read_begin waits inside the first pass of device"), "{message}");
     assert_eq!(space.active().len(), 0, "and the space is as usable as before");
@@ -528,7 +548,8 @@ fn c1_report_18_invalidations_take_effect_in_the_order_in_which_they_are_polled(
     let (space, device, log) = one_device();
     let sequence = || space.sequence().get();
     let before = sequence();
-    let (a, b) = (space.invalidate(pages(0, 1), Event::Clear), space.invalidate(pages(0, 1), Event::Unmap));
+    let (a, b) =
+        (space.invalidate(pages(0, 1), Event::Clear), space.invalidate(pages(0, 1), Event::Unmap));
     drop(now(b));
     drop(now(a));
     let events: Vec<_> = log.lock().unwrap().iter().map(|(_, info)| info.event).collect();

@@ -23,9 +23,16 @@ fn a1_the_pass_is_done_when_the_task_says_so_and_installs_in_between_collide() {
     let sequence = now(inbox.read_begin());
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
-    assert_eq!(inbox.install(sequence, |pages| pages.push(1)), Err(Collision), "queued, not taken yet");
+    assert_eq!(
+        inbox.install(sequence, |pages| pages.push(1)),
+        Err(Collision),
+        "queued, not taken yet"
+    );
     let delivery = take(&inbox);
-    assert_eq!((delivery.range(), delivery.event(), delivery.deliveries()), (pages(0, 1), Event::Unmap, 1));
+    assert_eq!(
+        (delivery.range(), delivery.event(), delivery.deliveries()),
+        (pages(0, 1), Event::Unmap, 1)
+    );
     assert_eq!(inbox.install(sequence, |pages| pages.push(1)), Err(Collision));
     invalidate.expect_pending();
     delivery.done();
@@ -205,7 +212,11 @@ fn a2_a_handler_that_is_cancelled_at_any_await_loses_no_invalidation_and_complet
         for _ in 0..polls {
             assert!(cancelled.poll().is_pending());
             let done = handled.lock().unwrap().clone();
-            assert_eq!(first.run().is_ready(), done.contains(&pages(0, 1)), "completed early, or late");
+            assert_eq!(
+                first.run().is_ready(),
+                done.contains(&pages(0, 1)),
+                "completed early, or late"
+            );
             if done.contains(&pages(0, 1)) {
                 break;
             }
@@ -277,7 +288,10 @@ fn c6_an_inbox_says_who_it_is_and_what_has_happened_to_it() {
     let mut unmap = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     unmap.expect_pending();
     let listed = &space.active()[0];
-    assert_eq!((&listed.pending[..], &listed.pending_ids[..]), (&["ring 7".into()][..], &[inbox.id()][..]));
+    assert_eq!(
+        (&listed.pending[..], &listed.pending_ids[..]),
+        (&["ring 7".into()][..], &[inbox.id()][..])
+    );
     assert_ne!(inbox.id(), other.id());
     assert!(inbox.install(began, |_| ()).is_err());
     assert_eq!((inbox.stats().collisions, other.stats().collisions), (1, 0));

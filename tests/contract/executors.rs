@@ -1,7 +1,8 @@
 use crate::support::*;
 use shootdown::{
-    AddressSpace, AsyncIntervalNotifier, AsyncNotifier, Close, Delivery, Drain, DriverLock, Event, Inbox, Invalidate,
-    InvalidationGuard, InvalidationInfo, Reached, ReadBegin, Recv, Release, Remove, RetryBudget, Subscription, Timeline,
+    AddressSpace, AsyncIntervalNotifier, AsyncNotifier, Close, Delivery, Drain, DriverLock, Event,
+    Inbox, Invalidate, InvalidationGuard, InvalidationInfo, Reached, ReadBegin, Recv, Release,
+    Remove, RetryBudget, Subscription, Timeline,
 };
 use std::sync::Arc;
 
@@ -31,7 +32,12 @@ fn x2_everything_public_is_send_and_sync() {
     both::<Reached>();
     let (_space, device, _log) = one_device();
     let lock = DriverLock::new(0);
-    let mirror = lock.mirror(&device, RetryBudget::default(), |_| std::future::ready(Ok::<_, ()>(1)), |value, one| *value = one);
+    let mirror = lock.mirror(
+        &device,
+        RetryBudget::default(),
+        |_| std::future::ready(Ok::<_, ()>(1)),
+        |value, one| *value = one,
+    );
     fn is_send<T: Send>(value: T) -> T {
         value
     }

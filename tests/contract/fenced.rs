@@ -1,6 +1,8 @@
 //! L5: a device that is cut off holds up nobody.
 use crate::support::*;
-use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
+use shootdown::{
+    AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock,
+};
 use std::borrow::Cow;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::task::Poll;
@@ -9,7 +11,11 @@ use std::task::Poll;
 fn three(space: &AddressSpace) -> ([Subscription<Device>; 3], [Gate; 3]) {
     let gates = [Gate::default(), Gate::default(), Gate::default()];
     let log = Log::default();
-    let device = |at: usize, name| space.insert(pages(0, 1), Device::new(name, &log).then(Act::pass(gates[at].clone()))).unwrap();
+    let device = |at: usize, name| {
+        space
+            .insert(pages(0, 1), Device::new(name, &log).then(Act::pass(gates[at].clone())))
+            .unwrap()
+    };
     ([device(0, "left"), device(1, "dead"), device(2, "right")], gates)
 }
 
@@ -17,7 +23,9 @@ fn three(space: &AddressSpace) -> ([Subscription<Device>; 3], [Gate; 3]) {
 fn l5_everybody_goes_on_when_a_dead_device_is_fenced_and_it_is_counted_and_reported() {
     let reports = Arc::new(Mutex::new(Vec::new()));
     let told = reports.clone();
-    let space = AddressSpace::builder().on_report(move |report| told.lock().unwrap().push(report.to_string())).build();
+    let space = AddressSpace::builder()
+        .on_report(move |report| told.lock().unwrap().push(report.to_string()))
+        .build();
     let ([left, dead, right], gates) = three(&space);
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
@@ -25,7 +33,10 @@ fn l5_everybody_goes_on_when_a_dead_device_is_fenced_and_it_is_counted_and_repor
     gates[2].open();
     invalidate.expect_pending();
     let active = &space.active()[0];
-    assert_eq!((&active.pending[..], &active.pending_ids[..]), (&["dead".into()][..], &[dead.id()][..]));
+    assert_eq!(
+        (&active.pending[..], &active.pending_ids[..]),
+        (&["dead".into()][..], &[dead.id()][..])
+    );
     assert_ne!(left.id(), right.id());
     let mut reader = Task::new(left.read_begin());
     reader.expect_pending();
@@ -40,7 +51,10 @@ fn l5_everybody_goes_on_when_a_dead_device_is_fenced_and_it_is_counted_and_repor
     assert_eq!((dead.fence(), space.stats().fences), (0, 1), "again is nothing");
     let reports = reports.lock().unwrap();
     assert_eq!(reports.len(), 1);
-    assert!(reports[0].contains("dead was fenced off") && reports[0].contains("1 of its passes"), "{reports:?}");
+    assert!(
+        reports[0].contains("dead was fenced off") && reports[0].contains("1 of its passes"),
+        "{reports:?}"
+    );
     assert_eq!(now(dead.remove()).name, "dead");
 }
 
@@ -99,7 +113,10 @@ struct Suicidal {
 }
 
 impl IntervalNotifier for Suicidal {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         let itself = self.itself.clone();
         if self.in_first_pass {
@@ -167,7 +184,11 @@ fn l5_the_pass_budget_gets_back_what_a_dead_device_had_of_it() {
         // As many may be pending as before.
         let log = Log::default();
         let gates: Vec<_> = (0..budget).map(|_| Gate::default()).collect();
-        let slow = |gate: &Gate| space.insert(pages(0, 1), Device::new("slow", &log).then(Act::pass(gate.clone()))).unwrap();
+        let slow = |gate: &Gate| {
+            space
+                .insert(pages(0, 1), Device::new("slow", &log).then(Act::pass(gate.clone())))
+                .unwrap()
+        };
         let _slow: Vec<_> = gates.iter().map(slow).collect();
         let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
         let _ = invalidate.run();
@@ -195,7 +216,8 @@ fn l5_a_panic_in_the_drop_of_a_pass_is_the_callers_of_the_invalidation() {
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
     assert_eq!(dead.fence(), 1);
-    let polled = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(invalidate.finish())));
+    let polled =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(invalidate.finish())));
     let panic = polled.unwrap_err();
     assert!(panic.downcast_ref::<&str>().is_some_and(|panic| panic.contains("the drop fails")));
     assert!(space.active().is_empty());
@@ -206,8 +228,12 @@ fn l5_a_panic_in_the_drop_of_a_pass_is_the_callers_of_the_invalidation() {
 fn l5_of_many_ranges_only_the_dead_device_is_cut() {
     let (space, log) = (AddressSpace::new(), Log::default());
     let gates = [Gate::default(), Gate::default()];
-    let dead = space.insert(pages(0, 1), Device::new("dead", &log).then(Act::pass(gates[0].clone()))).unwrap();
-    let well = space.insert(pages(9, 1), Device::new("well", &log).then(Act::pass(gates[1].clone()))).unwrap();
+    let dead = space
+        .insert(pages(0, 1), Device::new("dead", &log).then(Act::pass(gates[0].clone())))
+        .unwrap();
+    let well = space
+        .insert(pages(9, 1), Device::new("well", &log).then(Act::pass(gates[1].clone())))
+        .unwrap();
     let set = shootdown::RangeSet::new([pages(0, 1), pages(9, 1)]).unwrap();
     let mut invalidate = Task::new(space.invalidate_all(set, Event::Unmap));
     invalidate.expect_pending();

@@ -1,6 +1,9 @@
 //! L5, where it is hard: passes that nobody has polled, fences inside of fences, many subscriptions, everything at once.
 use crate::support::*;
-use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, RangeSet, Subscription, Timeline, WouldBlock};
+use shootdown::{
+    AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, RangeSet, Subscription,
+    Timeline, WouldBlock,
+};
 use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -58,7 +61,10 @@ fn l5_who_removes_a_dead_device_does_not_wait_for_another_one() {
     assert_eq!(seen.counts(), (0, 1), "it is dropped");
     let pending = space.active()[0].pending.clone();
     let mut removal = Task::new(dead.remove());
-    assert!(removal.run().is_ready(), "the removal of a dead device waits for another one; listed as pending: {pending:?}");
+    assert!(
+        removal.run().is_ready(),
+        "the removal of a dead device waits for another one; listed as pending: {pending:?}"
+    );
 }
 
 #[test]
@@ -95,7 +101,10 @@ fn l5_a_pass_that_was_not_polled_is_dropped_although_nobody_claims_its_invalidat
 fn l5_a_pass_of_a_device_that_is_fenced_in_its_first_pass_is_polled_once_at_most() {
     struct Fenced(Arc<OnceLock<Subscription<Fenced>>>, Seen);
     impl IntervalNotifier for Fenced {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             invalidation.set_seq();
             self.0.get().unwrap().fence();
             Ok(Some(self.1.pass(|| {})))
@@ -138,15 +147,21 @@ fn f1_the_drop_of_an_unpolled_pass_that_panics_at_a_fence_hits_no_reader() {
 
 #[test]
 fn l5_a_fence_in_a_drop_at_a_fence_ends_passes_too() {
-    let (space, second_dead) = (AddressSpace::new(), Arc::new(OnceLock::<Subscription<Device>>::new()));
+    let (space, second_dead) =
+        (AddressSpace::new(), Arc::new(OnceLock::<Subscription<Device>>::new()));
     let (seen, other_seen) = (Seen::default(), Seen::default());
     let inner = second_dead.clone();
     assert!(second_dead.set(device(&space, "second", Act::Pass(other_seen.pass(|| {})))).is_ok());
-    let first = device(&space, "first", Act::Pass(seen.pass(move || _ = inner.get().unwrap().fence())));
+    let first =
+        device(&space, "first", Act::Pass(seen.pass(move || _ = inner.get().unwrap().fence())));
     assert!(space.try_invalidate(pages(0, 1), Event::Unmap).is_err());
     first.fence();
     assert_eq!(seen.counts().1, 1);
-    assert_eq!(other_seen.counts().1, 1, "the second is dropped as soon as the fence of the first gives the passes back");
+    assert_eq!(
+        other_seen.counts().1,
+        1,
+        "the second is dropped as soon as the fence of the first gives the passes back"
+    );
     assert!(space.active().is_empty(), "{:?}", space.active());
 }
 
@@ -173,7 +188,8 @@ fn l5_a_pass_that_fences_its_device_in_a_later_poll_makes_a_non_blockable_invali
 fn l5_the_fence_of_a_device_with_many_subscriptions_takes_time_in_proportion() {
     let time = |count: usize| {
         let space = AddressSpace::new();
-        let dead: Vec<_> = (0..count).map(|_| device(&space, "dead", Act::pass(std::future::pending()))).collect();
+        let dead: Vec<_> =
+            (0..count).map(|_| device(&space, "dead", Act::pass(std::future::pending()))).collect();
         let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
         invalidate.expect_pending();
         let began = Instant::now();
@@ -183,7 +199,11 @@ fn l5_the_fence_of_a_device_with_many_subscriptions_takes_time_in_proportion() {
         took
     };
     let (few, many) = (time(500), time(4000));
-    assert!(many < few * 24, "8 times as many took {:.0} times as long", many.as_secs_f64() / few.as_secs_f64());
+    assert!(
+        many < few * 24,
+        "8 times as many took {:.0} times as long",
+        many.as_secs_f64() / few.as_secs_f64()
+    );
 }
 
 /// Threads that invalidate, read, fence, insert and remove at once: nobody waits for ever.
@@ -191,7 +211,10 @@ fn l5_the_fence_of_a_device_with_many_subscriptions_takes_time_in_proportion() {
 fn l5_w4_nobody_waits_for_ever_whoever_is_fenced_meanwhile() {
     struct Gpu(Timeline, AtomicUsize, usize);
     impl IntervalNotifier for Gpu {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             invalidation.set_seq();
             let call = self.1.fetch_add(1, Ordering::Relaxed);
             Ok(match (call + self.2) % 4 {
@@ -205,8 +228,10 @@ fn l5_w4_nobody_waits_for_ever_whoever_is_fenced_meanwhile() {
     }
     for budget in [None, Some(0), Some(2)] {
         let builder = AddressSpace::builder();
-        let space = if let Some(budget) = budget { builder.pass_budget(budget) } else { builder }.build();
-        let (timeline, stop) = (Timeline::new(), Arc::new(std::sync::atomic::AtomicBool::new(false)));
+        let space =
+            if let Some(budget) = budget { builder.pass_budget(budget) } else { builder }.build();
+        let (timeline, stop) =
+            (Timeline::new(), Arc::new(std::sync::atomic::AtomicBool::new(false)));
         let until = Instant::now() + std::time::Duration::from_millis(300);
         let rounds = AtomicUsize::new(0);
         std::thread::scope(|threads| {
@@ -229,7 +254,10 @@ fn l5_w4_nobody_waits_for_ever_whoever_is_fenced_meanwhile() {
                 workers.push(threads.spawn(move || {
                     while Instant::now() < until {
                         let gpu = space
-                            .insert(pages(driver as u64 * 2, 3), Gpu(timeline.clone(), AtomicUsize::new(0), driver))
+                            .insert(
+                                pages(driver as u64 * 2, 3),
+                                Gpu(timeline.clone(), AtomicUsize::new(0), driver),
+                            )
                             .unwrap();
                         for _ in 0..50 {
                             std::thread::yield_now();
@@ -251,7 +279,8 @@ fn l5_w4_nobody_waits_for_ever_whoever_is_fenced_meanwhile() {
                             1 => drop(space.invalidate_all(set.clone(), Event::Unmap).wait()),
                             2 => drop(space.try_invalidate(pages(0, 8), Event::Unmap)),
                             _ => {
-                                let mut given_up = Task::new(space.invalidate_all(set.clone(), Event::Unmap));
+                                let mut given_up =
+                                    Task::new(space.invalidate_all(set.clone(), Event::Unmap));
                                 let _ = given_up.poll();
                                 drop(given_up);
                                 space.drain().wait();
@@ -270,8 +299,11 @@ fn l5_w4_nobody_waits_for_ever_whoever_is_fenced_meanwhile() {
             while workers.iter().any(|worker| !worker.is_finished()) {
                 if Instant::now() > end {
                     // The threads that hang could not be joined.
-                    let _ =
-                        writeln!(std::io::stderr(), "with a budget of {budget:?} somebody waits for ever: {:?}", space.active());
+                    let _ = writeln!(
+                        std::io::stderr(),
+                        "with a budget of {budget:?} somebody waits for ever: {:?}",
+                        space.active()
+                    );
                     std::process::exit(99);
                 }
                 std::thread::yield_now();
@@ -291,7 +323,9 @@ fn l5_everything_ends_in_any_order() {
     for seed in 1..=1000_u64 {
         let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
         let mut random = |below: u64| {
-            state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            state = state
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (state >> 33) % below
         };
         let budget = random(4) as usize;
@@ -308,28 +342,38 @@ fn l5_everything_ends_in_any_order() {
                     let device = Device::new("device", &log);
                     for _ in 0..random(4) {
                         let gate = Gate::default();
-                        device.next(if random(4) == 0 { Act::pass(Yields(random(4) as u32)) } else { Act::pass(gate.clone()) });
+                        device.next(if random(4) == 0 {
+                            Act::pass(Yields(random(4) as u32))
+                        } else {
+                            Act::pass(gate.clone())
+                        });
                         gates.push(gate);
                     }
                     devices.push(space.insert(pages(random(6), 1 + random(3)), device).unwrap());
                 }
                 2 | 3 => {
-                    let set = RangeSet::new((0..1 + random(3)).map(|_| pages(random(8), 1))).unwrap();
+                    let set =
+                        RangeSet::new((0..1 + random(3)).map(|_| pages(random(8), 1))).unwrap();
                     let invalidate = space.invalidate_all(set, Event::Unmap);
-                    let mut task = Task::new(if random(4) == 0 { invalidate.late() } else { invalidate });
+                    let mut task =
+                        Task::new(if random(4) == 0 { invalidate.late() } else { invalidate });
                     match task.poll() {
                         Poll::Ready(guard) => drop(guard),
                         Poll::Pending => invalidations.push(task),
                     }
                 }
                 4 => drop(space.try_invalidate(pages(random(6), 2), Event::Unmap)),
-                5 if !gates.is_empty() => gates.swap_remove(random(gates.len() as u64) as usize).open(),
+                5 if !gates.is_empty() => {
+                    gates.swap_remove(random(gates.len() as u64) as usize).open()
+                }
                 6 if !devices.is_empty() => {
                     let device = devices.swap_remove(random(devices.len() as u64) as usize);
                     device.fence();
                     removals.push(Task::new(device.remove()));
                 }
-                7 if !invalidations.is_empty() => drop(invalidations.swap_remove(random(invalidations.len() as u64) as usize)),
+                7 if !invalidations.is_empty() => {
+                    drop(invalidations.swap_remove(random(invalidations.len() as u64) as usize))
+                }
                 8 if !invalidations.is_empty() => {
                     let at = random(invalidations.len() as u64) as usize;
                     if let Poll::Ready(guard) = invalidations[at].poll() {
@@ -367,7 +411,10 @@ fn l5_everything_ends_in_any_order() {
         let slow = |gate: &Gate| device(&space, "slow", Act::pass(gate.clone()));
         let _slow: Vec<_> = fresh.iter().map(slow).collect();
         let _ = Task::new(space.invalidate(pages(0, 1), Event::Unmap)).run();
-        assert!(fresh.iter().all(Gate::is_waited_for), "seed {seed}: the budget of {budget} has lost some");
+        assert!(
+            fresh.iter().all(Gate::is_waited_for),
+            "seed {seed}: the budget of {budget} has lost some"
+        );
         fresh.iter().for_each(Gate::open);
     }
 }

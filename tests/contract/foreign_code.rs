@@ -21,7 +21,11 @@ fn quietly<R>(code: impl FnOnce() -> R) -> Option<R> {
 #[track_caller]
 fn nothing_is_lost(space: &AddressSpace, readers: &[&Subscription<Device>]) {
     for reader in readers {
-        assert!(Task::new(reader.read_begin()).run().is_ready(), "a reader waits for ever: {:?}", space.active());
+        assert!(
+            Task::new(reader.read_begin()).run().is_ready(),
+            "a reader waits for ever: {:?}",
+            space.active()
+        );
     }
     now(space.drain());
     assert!(space.active().is_empty(), "{:?}", space.active());
@@ -42,13 +46,21 @@ fn in_a_process(test: &str, child: impl FnOnce()) {
         .env(CHILD, "1")
         .output()
         .unwrap();
-    assert!(output.status.success(), "{:?}\n{}", output.status, String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{:?}\n{}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 struct Bomb(Gate);
 
 impl IntervalNotifier for Bomb {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         Ok(Some(PassFuture::new(self.0.clone())))
     }
@@ -65,7 +77,9 @@ fn f1_a_notifier_whose_drop_panics_while_a_reader_helps_costs_no_other_invalidat
     let (space, log) = (AddressSpace::new(), Log::default());
     let (first, second) = (Gate::default(), Gate::default());
     let bomb = space.insert(pages(0, 1), Bomb(first.clone())).unwrap();
-    let other = space.insert(pages(1, 1), Device::new("other", &log).then(Act::pass(second.clone()))).unwrap();
+    let other = space
+        .insert(pages(1, 1), Device::new("other", &log).then(Act::pass(second.clone())))
+        .unwrap();
     let wide = space.insert(pages(0, 2), Device::new("wide", &log)).unwrap();
     for page in 0..2 {
         Task::new(space.invalidate(pages(page, 1), Event::Unmap)).expect_pending();
@@ -115,7 +129,11 @@ fn f1_a_waker_whose_drop_panics_when_it_is_replaced_loses_no_passes() {
         }
         let mut invalidate = Task::new(invalidate);
         let polled = quietly(|| invalidate.poll().is_ready());
-        assert_eq!(polled, Some(done), "the future has nothing to do with the waker of another task");
+        assert_eq!(
+            polled,
+            Some(done),
+            "the future has nothing to do with the waker of another task"
+        );
         drop(invalidate);
         gate.open();
         nothing_is_lost(&space, &[&device]);
@@ -212,12 +230,21 @@ fn c5_what_has_no_caller_is_reported_with_its_kind_and_message() {
         fence.await;
         panic!("the pass of unit {}", 7);
     };
-    let device = space.insert(pages(0, 1), Device::new("device", &Log::default()).then(Act::pass(pass))).unwrap();
+    let device = space
+        .insert(pages(0, 1), Device::new("device", &Log::default()).then(Act::pass(pass)))
+        .unwrap();
     Task::new(space.invalidate(pages(0, 1), Event::Unmap)).expect_pending();
     gate.open();
     now(space.drain());
-    assert_eq!(*reports.lock().unwrap(), [r#"Panicked { callback: Pass, message: Some("the pass of unit 7") }"#]);
-    assert_eq!(space.stats().lost_panics, 2, "that of the reporter is counted, and not reported to it");
+    assert_eq!(
+        *reports.lock().unwrap(),
+        [r#"Panicked { callback: Pass, message: Some("the pass of unit 7") }"#]
+    );
+    assert_eq!(
+        space.stats().lost_panics,
+        2,
+        "that of the reporter is counted, and not reported to it"
+    );
     nothing_is_lost(&space, &[&device]);
 }
 
@@ -227,7 +254,10 @@ fn f2_a_first_pass_that_panics_while_the_thread_unwinds_does_not_abort() {
     impl Drop for UnmapOnDrop {
         fn drop(&mut self) {
             if self.1 {
-                assert!(self.0.try_invalidate(pages(0, 1), Event::Unmap).is_err(), "its device may still use the memory");
+                assert!(
+                    self.0.try_invalidate(pages(0, 1), Event::Unmap).is_err(),
+                    "its device may still use the memory"
+                );
             } else {
                 drop(now(self.0.invalidate(pages(0, 1), Event::Unmap)));
             }
@@ -293,7 +323,9 @@ fn f2_dropping_a_space_with_passes_whose_drops_panic_does_not_abort() {
         for unwinding in [false, true] {
             let reports = Arc::new(AtomicUsize::new(0));
             let count = reports.clone();
-            let space = AddressSpace::builder().on_report(move |_| _ = count.fetch_add(1, Ordering::SeqCst)).build();
+            let space = AddressSpace::builder()
+                .on_report(move |_| _ = count.fetch_add(1, Ordering::SeqCst))
+                .build();
             let log = Log::default();
             for page in 0..3 {
                 let stuck = Device::new("stuck", &log).then(Act::pass(Stuck));
@@ -379,7 +411,9 @@ fn f3_the_pass_of_an_async_notifier_may_wait_for_another_range() {
         }
     }
     let (space, log, gate) = (AddressSpace::new(), Log::default(), Gate::default());
-    let _other = space.insert(pages(5, 1), Device::new("other", &log).then(Act::pass(gate.clone()))).unwrap();
+    let _other = space
+        .insert(pages(5, 1), Device::new("other", &log).then(Act::pass(gate.clone())))
+        .unwrap();
     let _nested = space.insert(pages(0, 1), AsyncNotifier::new(Nested(space.clone(), 5))).unwrap();
     let mut unmap = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     unmap.expect_pending();
@@ -414,7 +448,10 @@ fn f3_a_driver_may_have_two_driver_locks() {
     #[derive(Default)]
     struct Two(DriverLock<Vec<u64>>, DriverLock<Vec<u64>>);
     impl IntervalNotifier for Two {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             self.0.lock_for(invalidation).clear();
             self.1.lock_for(invalidation).clear();
             Ok(None)
@@ -443,8 +480,11 @@ fn a5_nothing_can_be_installed_after_the_stream_has_ended() {
     for sequence in [before, now(inbox.read_begin())] {
         assert_eq!(inbox.install(sequence, |mappings| mappings.push(1)), Err(Collision));
     }
-    let mirrored: Result<(), _> =
-        now(inbox.mirror(RetryBudget::default(), |_| async { Ok::<_, ()>(1) }, |mappings, page| mappings.push(page)));
+    let mirrored: Result<(), _> = now(inbox.mirror(
+        RetryBudget::default(),
+        |_| async { Ok::<_, ()>(1) },
+        |mappings, page| mappings.push(page),
+    ));
     assert_eq!(mirrored, Err(MirrorError::Closed));
     assert_eq!(inbox.with(|mappings| mappings.len()), 0);
 }
@@ -513,7 +553,8 @@ fn done_inside_with_is_a_clear_panic_and_the_delivery_comes_back() {
     let delivery = now(inbox.next()).unwrap();
     let panic = catch_unwind(AssertUnwindSafe(|| inbox.with(|()| delivery.done()))).unwrap_err();
     assert!(panic.downcast_ref::<&str>().unwrap().contains("call it after `with`"));
-    let nested = catch_unwind(AssertUnwindSafe(|| inbox.with(|()| inbox.with(|()| ())))).unwrap_err();
+    let nested =
+        catch_unwind(AssertUnwindSafe(|| inbox.with(|()| inbox.with(|()| ())))).unwrap_err();
     assert!(nested.downcast_ref::<&str>().unwrap().contains("holds this driver lock already"));
     // Dropped there, also while the thread unwinds, it goes back to the queue.
     let again = now(inbox.next()).unwrap();

@@ -38,7 +38,9 @@ fn r4_without_a_lease_readers_wait_and_are_woken_by_the_end_of_a_pause() {
     readers.iter_mut().for_each(Task::expect_pending);
     let pause = space.pause();
     drop(pause);
-    readers.iter_mut().for_each(|reader| assert!(reader.poll().is_pending(), "the pause was not all"));
+    readers
+        .iter_mut()
+        .for_each(|reader| assert!(reader.poll().is_pending(), "the pause was not all"));
     let pause = space.pause();
     valid.store(true, Ordering::SeqCst);
     readers.iter_mut().for_each(|reader| assert!(reader.poll().is_pending()));
@@ -97,8 +99,9 @@ fn r4_no_lock_is_held_while_the_lease_is_asked_and_a_panic_means_that_it_has_end
         let (space, panics) = (space.clone(), panics.clone());
         move || {
             // Each takes the lock of the space.
-            space.get().is_none_or(|space| space.len() == 1 && space.active().is_empty() && !space.is_released())
-                && !(panics.load(Ordering::SeqCst) && panic!("the clock has gone"))
+            space.get().is_none_or(|space| {
+                space.len() == 1 && space.active().is_empty() && !space.is_released()
+            }) && !(panics.load(Ordering::SeqCst) && panic!("the clock has gone"))
         }
     };
     let space = space.get_or_init(|| AddressSpace::builder().valid_while(ask).build());

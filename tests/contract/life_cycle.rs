@@ -1,5 +1,7 @@
 use crate::support::*;
-use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+};
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
 
@@ -7,7 +9,9 @@ use std::sync::{Arc, Mutex};
 fn l1_remove_waits_for_the_notifiers_own_pass_drives_it_and_returns_the_notifier() {
     let (space, device, log) = one_device();
     let other = Gate::default();
-    let _other = space.insert(pages(0, 1), Device::new("other", &log).then(Act::pass(other.clone()))).unwrap();
+    let _other = space
+        .insert(pages(0, 1), Device::new("other", &log).then(Act::pass(other.clone())))
+        .unwrap();
     let gate = Gate::default();
     device.next(Act::pass(gate.clone()));
     let drops = device.drops();
@@ -29,7 +33,11 @@ fn l1_a_guard_that_somebody_holds_does_not_keep_remove_waiting() {
     let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
     let drops = device.drops();
     drop(now(device.remove()));
-    assert_eq!(drops.load(Ordering::SeqCst), 1, "and the notifier is free while the range is under invalidation");
+    assert_eq!(
+        drops.load(Ordering::SeqCst),
+        1,
+        "and the notifier is free while the range is under invalidation"
+    );
     drop(guard);
     assert_eq!((space.active().len(), space.len()), (0, 0));
 }
@@ -39,7 +47,8 @@ fn l1_after_the_drop_of_the_subscription_calls_that_had_not_begun_do_not_begin()
     let (space, log) = (AddressSpace::new(), Log::default());
     let victim = std::sync::Arc::new(std::sync::Mutex::new(None));
     let inside = victim.clone();
-    let killer = Device::new("killer", &log).then(Act::Run(Box::new(move |_| drop(inside.lock().unwrap().take()))));
+    let killer = Device::new("killer", &log)
+        .then(Act::Run(Box::new(move |_| drop(inside.lock().unwrap().take()))));
     let _killer = space.insert(pages(0, 1), killer).unwrap();
     let subscription = space.insert(pages(0, 1), Device::new("victim", &log)).unwrap();
     let drops = subscription.drops();
@@ -85,7 +94,9 @@ fn c3_a_future_that_is_dropped_while_it_waits_leaves_no_waker_behind() {
     let device = Arc::new(device);
     let [gate, other] = [Gate::default(), Gate::default()];
     device.next(Act::pass(gate.clone()));
-    let removed = space.insert(pages(0, 1), Device::new("removed", &log).then(Act::pass(other.clone()))).unwrap();
+    let removed = space
+        .insert(pages(0, 1), Device::new("removed", &log).then(Act::pass(other.clone())))
+        .unwrap();
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
     let flag = Arc::new(Flag);
@@ -119,13 +130,17 @@ fn l1_remove_waits_for_first_passes_and_not_for_the_guard_however_many_are_activ
     // Those beyond 32 are kept elsewhere.
     for active in [0, 40] {
         let (space, device, log) = one_device();
-        let elsewhere: Vec<_> = (0..active).map(|_| now(space.invalidate(pages(9, 1), Event::Clear))).collect();
+        let elsewhere: Vec<_> =
+            (0..active).map(|_| now(space.invalidate(pages(9, 1), Event::Clear))).collect();
         let other = Arc::new(space.insert(pages(0, 1), Device::new("other", &log)).unwrap());
         let closes = other.clone();
         device.next(Act::Run(Box::new(move |_| {
             // Nobody blocks who polls with this waker, so debug builds do not take it for a mistake (C7).
             let mut context = std::task::Context::from_waker(std::task::Waker::noop());
-            assert!(std::pin::pin!(closes.close()).poll(&mut context).is_pending(), "it may still be called");
+            assert!(
+                std::pin::pin!(closes.close()).poll(&mut context).is_pending(),
+                "it may still be called"
+            );
         })));
         let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
         assert_eq!(called(&log), ["device"]);
@@ -139,7 +154,8 @@ fn l1_remove_waits_for_first_passes_and_not_for_the_guard_however_many_are_activ
 fn l2_reader_and_remover_wait_only_for_overlapping_invalidations() {
     let (space, device, log) = one_device();
     let busy = Gate::default();
-    let _busy = space.insert(pages(9, 1), Device::new("busy", &log).then(Act::pass(busy.clone()))).unwrap();
+    let _busy =
+        space.insert(pages(9, 1), Device::new("busy", &log).then(Act::pass(busy.clone()))).unwrap();
     let mut elsewhere = Task::new(space.invalidate(pages(9, 1), Event::Unmap));
     elsewhere.expect_pending();
     now(device.read_begin());
@@ -167,7 +183,10 @@ fn l4_release_calls_every_notifier_waits_for_passes_and_then_insert_fails() {
     let top = AddressRange::try_from(u64::MAX - 5..=u64::MAX).unwrap();
     let _top = space.insert(top, Device::new("top", &log)).unwrap();
     let release = space.release();
-    assert!(space.insert(pages(1, 1), Device::new("before", &log)).is_ok(), "C1: nothing happens before the first poll");
+    assert!(
+        space.insert(pages(1, 1), Device::new("before", &log)).is_ok(),
+        "C1: nothing happens before the first poll"
+    );
     let mut release = Task::new(release);
     release.expect_pending();
     let refused = space.insert(pages(1, 1), Device::new("after", &log)).unwrap_err();
@@ -175,7 +194,8 @@ fn l4_release_calls_every_notifier_waits_for_passes_and_then_insert_fails() {
     assert_eq!(refused.into_notifier().name, "after", "nothing is lost");
     gate.open();
     release.finish();
-    let events: Vec<_> = log.lock().unwrap().iter().map(|(name, info)| (*name, info.event, info.range)).collect();
+    let events: Vec<_> =
+        log.lock().unwrap().iter().map(|(name, info)| (*name, info.event, info.range)).collect();
     assert_eq!(events, ["device", "top"].map(|name| (name, Event::Release, AddressRange::ALL)));
     assert_eq!((space.is_released(), space.active().len()), (true, 0));
     drop(now(device.remove()));
@@ -189,7 +209,8 @@ fn after_close_nothing_can_be_installed_any_more() {
     drop(device.close());
     assert_eq!(table.install(&device, sequence, |table| *table = 1), Err(shootdown::Collision));
     let look = |_| std::future::ready(Ok::<(), std::fmt::Error>(()));
-    let mirrored = now(table.mirror(&device, shootdown::RetryBudget::default(), look, |table, ()| *table = 1));
+    let mirrored =
+        now(table.mirror(&device, shootdown::RetryBudget::default(), look, |table, ()| *table = 1));
     assert_eq!(mirrored, Err(shootdown::MirrorError::Closed));
     assert_eq!(*table.lock(), 0);
 }
@@ -203,7 +224,10 @@ struct Asked {
 }
 
 impl IntervalNotifier for Asked {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         Ok(Some(PassFuture::new(self.gate.clone())))
     }
@@ -223,7 +247,8 @@ impl IntervalNotifier for Asked {
 fn l1_remove_waits_for_whoever_asks_for_the_name_even_when_no_invalidation_is_left() {
     let space = AddressSpace::new();
     let (script, gate) = (Script::default(), Gate::default());
-    let asked = space.insert(pages(0, 1), Asked { script: script.clone(), gate: gate.clone() }).unwrap();
+    let asked =
+        space.insert(pages(0, 1), Asked { script: script.clone(), gate: gate.clone() }).unwrap();
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap).into_owned());
     invalidate.expect_pending();
     let removal = Arc::new(Mutex::new(None));
@@ -278,7 +303,8 @@ fn l1_notifiers_that_come_and_go_on_several_threads_get_their_own_back() {
                         drop(now(space.invalidate(pages(0, 3), Event::Unmap)));
                     }
                     if round % 3 == 0 {
-                        let large = space.insert(pages(thread, 1), Numbered::<9>::new(number)).unwrap();
+                        let large =
+                            space.insert(pages(thread, 1), Numbered::<9>::new(number)).unwrap();
                         futures::executor::block_on(large.remove()).check(number);
                     }
                     if round % 4 != 0 {
@@ -315,7 +341,8 @@ fn l1_a_notifier_that_panics_when_its_remove_is_dropped_leaves_the_space_as_it_s
     let (space, drops) = (AddressSpace::new(), Arc::new(Mutex::new(0)));
     for dropped in 1..4 {
         let remove = space.insert(pages(0, 1), Bomb(drops.clone())).unwrap().remove();
-        let panic = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(remove))).unwrap_err();
+        let panic =
+            std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| drop(remove))).unwrap_err();
         assert_eq!(panic.downcast_ref(), Some(&"dropped"));
         drops.clear_poison();
         assert_eq!((*drops.lock().unwrap(), space.len()), (dropped, 0));
@@ -328,6 +355,7 @@ fn l1_a_remove_that_has_resolved_says_so() {
     let (_space, device, _log) = one_device();
     let mut remove = device.remove();
     drop(now(&mut remove));
-    let again = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| now(&mut remove).calls())).unwrap_err();
+    let again = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| now(&mut remove).calls()))
+        .unwrap_err();
     assert_eq!(again.downcast_ref(), Some(&"`Remove` polled after it has resolved"));
 }

@@ -22,8 +22,11 @@ fn n1_each_notifier_is_called_once_in_order_with_the_ranges_that_concern_it() {
     let guard = now(space.invalidate_all(set([30, 2, 10, 50, 20, 3]), Event::Unmap));
     assert_eq!((guard.hits(), guard.range()), (3, pages(2, 49)));
     let calls = log.lock().unwrap().clone();
-    let of = |numbers: &[(u64, u64)]| numbers.iter().map(|(first, count)| pages(*first, *count)).collect::<Vec<_>>();
-    let calls: Vec<_> = calls.iter().map(|(name, info)| (*name, info.range, info.ranges().to_vec())).collect();
+    let of = |numbers: &[(u64, u64)]| {
+        numbers.iter().map(|(first, count)| pages(*first, *count)).collect::<Vec<_>>()
+    };
+    let calls: Vec<_> =
+        calls.iter().map(|(name, info)| (*name, info.range, info.ranges().to_vec())).collect();
     assert_eq!(
         calls,
         [
@@ -42,9 +45,13 @@ fn n1_each_notifier_is_called_once_in_order_with_the_ranges_that_concern_it() {
 fn n1_a_set_of_one_range_is_an_invalidation_of_it() {
     let (space, device, log) = one_device();
     drop(now(space.invalidate_all(pages(0, 3).into(), Event::Unmap)));
-    drop(now(space.invalidate_all(RangeSet::new([pages(1, 2), pages(0, 1)]).unwrap(), Event::Unmap)));
+    drop(now(
+        space.invalidate_all(RangeSet::new([pages(1, 2), pages(0, 1)]).unwrap(), Event::Unmap)
+    ));
     let log = log.lock().unwrap();
-    assert!(log.iter().all(|(_, info)| info.range == pages(0, 3) && info.ranges() == [pages(0, 3)]));
+    assert!(
+        log.iter().all(|(_, info)| info.range == pages(0, 3) && info.ranges() == [pages(0, 3)])
+    );
     assert_eq!((log.len(), device.calls()), (2, 2));
 }
 
@@ -53,7 +60,8 @@ fn n2_who_overlaps_only_gaps_neither_collides_nor_waits() {
     let (space, log) = (AddressSpace::new(), Log::default());
     let gap = space.insert(pages(5, 1), Device::new("gap", &log)).unwrap();
     let gate = Gate::default();
-    let hit = space.insert(pages(0, 3), Device::new("hit", &log).then(Act::pass(gate.clone()))).unwrap();
+    let hit =
+        space.insert(pages(0, 3), Device::new("hit", &log).then(Act::pass(gate.clone()))).unwrap();
     let began = now(gap.read_begin());
     let mut invalidate = Task::new(space.invalidate_all(set([0, 2, 8]), Event::Unmap));
     invalidate.expect_pending();
@@ -86,8 +94,12 @@ fn n2_a_reader_that_waits_for_another_invalidation_leaves_one_alone_in_whose_gap
     };
     let log = Log::default();
     let gates = [Gate::default(), Gate::default()];
-    let in_gap = space.insert(pages(5, 1), Device::new("in the gap", &log).then(Act::pass(gates[0].clone()))).unwrap();
-    let hit = space.insert(pages(0, 1), Device::new("hit", &log).then(Act::pass(gates[1].clone()))).unwrap();
+    let in_gap = space
+        .insert(pages(5, 1), Device::new("in the gap", &log).then(Act::pass(gates[0].clone())))
+        .unwrap();
+    let hit = space
+        .insert(pages(0, 1), Device::new("hit", &log).then(Act::pass(gates[1].clone())))
+        .unwrap();
     let mut batch = Task::new(space.invalidate_all(set([0, 9]), Event::Unmap));
     batch.expect_pending();
     gates[1].open();
@@ -95,7 +107,8 @@ fn n2_a_reader_that_waits_for_another_invalidation_leaves_one_alone_in_whose_gap
     other.expect_pending();
     let mut reader = Task::new(in_gap.read_begin());
     reader.expect_pending();
-    micros.fetch_add(Duration::from_secs(9).as_micros() as u64, std::sync::atomic::Ordering::SeqCst);
+    micros
+        .fetch_add(Duration::from_secs(9).as_micros() as u64, std::sync::atomic::Ordering::SeqCst);
     reader.expect_pending();
     assert_eq!(space.stats().lapses, 0);
     gates[0].open();
@@ -110,7 +123,8 @@ fn n3_passes_are_joined_and_what_is_dropped_is_the_spaces() {
     let (space, log) = (AddressSpace::new(), Log::default());
     let gates = [Gate::default(), Gate::default()];
     let device = |at: usize| Device::new("device", &log).then(Act::pass(gates[at].clone()));
-    let devices = [0, 7].map(|page| space.insert(pages(page, 1), device(usize::from(page == 7))).unwrap());
+    let devices =
+        [0, 7].map(|page| space.insert(pages(page, 1), device(usize::from(page == 7))).unwrap());
     let mut invalidate = Task::new(space.invalidate_all(set([0, 7]), Event::Unmap));
     invalidate.expect_pending();
     assert!(gates.iter().all(Gate::is_waited_for));
@@ -150,7 +164,8 @@ fn n3_one_beyond_the_pass_budget_tells_each_notifier_its_own_ranges() {
     let (space, log) = (AddressSpace::builder().pass_budget(0).build(), Log::default());
     let gates = [Gate::default(), Gate::default()];
     let device = |at: usize| Device::new("device", &log).then(Act::pass(gates[at].clone()));
-    let _devices = [0, 7].map(|page| space.insert(pages(page, 2), device(usize::from(page == 7))).unwrap());
+    let _devices =
+        [0, 7].map(|page| space.insert(pages(page, 2), device(usize::from(page == 7))).unwrap());
     let mut invalidate = Task::new(space.invalidate_all(set([0, 7, 30]), Event::Unmap));
     invalidate.expect_pending();
     assert_eq!(log.lock().unwrap().len(), 1, "the second one waits for the first one's pass");
@@ -167,7 +182,8 @@ fn n3_a_late_one_tells_everybody_in_its_first_poll() {
     let (space, device, log) = one_device();
     let gate = Gate::default();
     device.next(Act::pass(gate.clone()));
-    let mut invalidate = Task::new(space.invalidate_all(set([0, 7]), Event::Clear).late().into_owned());
+    let mut invalidate =
+        Task::new(space.invalidate_all(set([0, 7]), Event::Clear).late().into_owned());
     assert!(invalidate.poll().is_pending());
     assert!(log.lock().unwrap()[0].1.late);
     gate.open();
@@ -179,13 +195,16 @@ fn n3_as_many_notifiers_as_there_are_and_as_many_ranges() {
     // Fewer notifiers than ranges, and more: the search is another one.
     for (ranges, notifiers) in [(100, 3), (3, 100)] {
         let (space, log) = (AddressSpace::new(), Log::default());
-        let devices: Vec<_> =
-            (0..notifiers).map(|at| space.insert(pages(at * 2, 4), Device::new("device", &log)).unwrap()).collect();
+        let devices: Vec<_> = (0..notifiers)
+            .map(|at| space.insert(pages(at * 2, 4), Device::new("device", &log)).unwrap())
+            .collect();
         let of = set((0..ranges).map(|at| at * 3));
         let guard = now(space.invalidate_all(of.clone(), Event::Unmap));
         let expected = devices.iter().filter(|device| of.overlaps(device.range()));
         assert_eq!(guard.hits(), expected.count());
-        assert!(devices.iter().all(|device| device.calls() == usize::from(of.overlaps(device.range()))));
+        assert!(
+            devices.iter().all(|device| device.calls() == usize::from(of.overlaps(device.range())))
+        );
     }
 }
 
@@ -193,7 +212,10 @@ fn n3_as_many_notifiers_as_there_are_and_as_many_ranges() {
 fn n3_the_ends_of_the_address_space_may_belong_to_one() {
     let (space, log) = (AddressSpace::new(), Log::default());
     let _all = space.insert(AddressRange::ALL, Device::new("all", &log)).unwrap();
-    let ends = [AddressRange::try_from(0..=0).unwrap(), AddressRange::try_from(u64::MAX..=u64::MAX).unwrap()];
+    let ends = [
+        AddressRange::try_from(0..=0).unwrap(),
+        AddressRange::try_from(u64::MAX..=u64::MAX).unwrap(),
+    ];
     drop(now(space.invalidate_all(RangeSet::new(ends).unwrap(), Event::Unmap)));
     let log = log.lock().unwrap();
     assert_eq!((log[0].1.range, log[0].1.ranges()), (AddressRange::ALL, &ends[..]));
@@ -211,7 +233,11 @@ fn c7_an_invalidation_of_many_ranges_that_waits_in_a_first_pass_fails_too() {
         reader.next(Act::pass(Gate::default()));
         let inside = space.clone();
         device.next(Act::Run(Box::new(move |_| {
-            let set = if many { RangeSet::new([pages(0, 1), pages(8, 1)]).unwrap() } else { pages(0, 1).into() };
+            let set = if many {
+                RangeSet::new([pages(0, 1), pages(8, 1)]).unwrap()
+            } else {
+                pages(0, 1).into()
+            };
             // What `wait` does, without its sleep: it would hang.
             let mut waits = Task::new(inside.invalidate_all(set, Event::Clear));
             let _ = waits.run();
@@ -245,7 +271,8 @@ fn f3_two_waits_in_one_first_pass_that_block_nobody_are_not_one_that_does() {
             .wait();
         }
     })));
-    let done = catch_unwind(AssertUnwindSafe(|| drop(now(space.invalidate(pages(0, 1), Event::Unmap)))));
+    let done =
+        catch_unwind(AssertUnwindSafe(|| drop(now(space.invalidate(pages(0, 1), Event::Unmap)))));
     assert!(done.is_ok(), "{:?}", done.unwrap_err().downcast_ref::<String>());
 }
 
@@ -261,5 +288,8 @@ fn n1_many_ranges_and_many_notifiers_cost_no_product() {
         began.elapsed()
     };
     let (few, many) = (time(1), time(2000));
-    assert!(many < few * 4 + std::time::Duration::from_millis(200), "each first pass looks at all ranges: {few:?}, {many:?}");
+    assert!(
+        many < few * 4 + std::time::Duration::from_millis(200),
+        "each first pass looks at all ranges: {few:?}, {many:?}"
+    );
 }

@@ -13,7 +13,11 @@ fn polled(starts: &[u64], yields: &[u32]) -> (Vec<usize>, Vec<(usize, u32)>) {
             let count = starts.len();
             let mut polled = 0;
             let pass = std::future::poll_fn(move |cx| {
-                assert_eq!(log_of.lock().unwrap().len(), count, "O2: polled before every first pass was called");
+                assert_eq!(
+                    log_of.lock().unwrap().len(),
+                    count,
+                    "O2: polled before every first pass was called"
+                );
                 polled += 1;
                 polls.lock().unwrap().push((id, polled));
                 if polled > yields {
@@ -22,7 +26,9 @@ fn polled(starts: &[u64], yields: &[u32]) -> (Vec<usize>, Vec<(usize, u32)>) {
                 cx.waker().wake_by_ref();
                 std::task::Poll::Pending
             });
-            space.insert(pages(starts[id], 9), Device::new(names[id], &log).then(Act::pass(pass))).unwrap()
+            space
+                .insert(pages(starts[id], 9), Device::new(names[id], &log).then(Act::pass(pass)))
+                .unwrap()
         })
         .collect();
     drop(now(space.invalidate(pages(0, 100), Event::Unmap)));
@@ -42,7 +48,10 @@ fn o1_first_passes_run_in_order_of_start_then_of_insertion() {
 fn o2_o3_passes_are_polled_in_order_after_all_first_passes_and_then_in_turns() {
     let (calls, polls) = polled(&[1, 0, 2, 3], &[1, 3, 0, 2]);
     assert_eq!(calls, [1, 0, 2, 3]);
-    assert_eq!(polls, [(1, 1), (0, 1), (2, 1), (3, 1), (1, 2), (0, 2), (3, 2), (1, 3), (3, 3), (1, 4)]);
+    assert_eq!(
+        polls,
+        [(1, 1), (0, 1), (2, 1), (3, 1), (1, 2), (0, 2), (3, 2), (1, 3), (3, 3), (1, 4)]
+    );
 }
 
 #[test]
@@ -50,7 +59,8 @@ fn o4_passes_of_different_notifiers_are_concurrent() {
     let (space, log) = (AddressSpace::new(), Log::default());
     let gates: Vec<_> = (0..4).map(|_| Gate::default()).collect();
     let device = |gate: &Gate| Device::new("device", &log).then(Act::pass(gate.clone()));
-    let _devices: Vec<_> = gates.iter().map(|gate| space.insert(pages(0, 1), device(gate)).unwrap()).collect();
+    let _devices: Vec<_> =
+        gates.iter().map(|gate| space.insert(pages(0, 1), device(gate)).unwrap()).collect();
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
     assert!(gates.iter().all(Gate::is_waited_for), "all devices work at once");
@@ -86,5 +96,9 @@ fn o6_a_second_invalidation_does_not_wait_for_the_first_ones_pass() {
     let second = second.finish();
     first.expect_pending();
     slow.open();
-    assert_eq!(first.finish().sequence(), second.sequence(), "the sequence does not identify a call");
+    assert_eq!(
+        first.finish().sequence(),
+        second.sequence(),
+        "the sequence does not identify a call"
+    );
 }

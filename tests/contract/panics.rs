@@ -8,7 +8,10 @@ use std::task::Context;
 #[track_caller]
 fn panics_with(what: &str, code: impl FnOnce()) {
     let panic = catch_unwind(AssertUnwindSafe(code)).expect_err("it should have panicked");
-    let message = panic.downcast_ref::<&str>().map(|message| (*message).to_owned()).or(panic.downcast_ref::<String>().cloned());
+    let message = panic
+        .downcast_ref::<&str>()
+        .map(|message| (*message).to_owned())
+        .or(panic.downcast_ref::<String>().cloned());
     assert!(message.as_deref().unwrap_or_default().contains(what), "{message:?}");
 }
 
@@ -24,7 +27,9 @@ impl Drop for PanicsOnDrop {
 fn c5_a_panic_in_a_first_pass_is_resumed_after_everything_has_been_completed_and_ended() {
     let (space, device, log) = one_device();
     let gate = Gate::default();
-    let other = space.insert(pages(0, 1), Device::new("other", &log).then(Act::pass(gate.clone()))).unwrap();
+    let other = space
+        .insert(pages(0, 1), Device::new("other", &log).then(Act::pass(gate.clone())))
+        .unwrap();
     device.next(Act::Panic);
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
@@ -44,7 +49,9 @@ fn c5_a_future_that_has_panicked_starts_no_other_invalidation() {
         let mut future = std::pin::pin!(if owned { future.into_owned() } else { future });
         device.next(Act::Panic);
         let calls = device.calls();
-        let mut poll = || drop(future.as_mut().poll(&mut Context::from_waker(futures::task::noop_waker_ref())));
+        let mut poll = || {
+            drop(future.as_mut().poll(&mut Context::from_waker(futures::task::noop_waker_ref())))
+        };
         panics_with("device fails in its first pass", &mut poll);
         panics_with("polled after it has resolved", &mut poll);
         assert_eq!((device.calls() - calls, space.active().len()), (1, 0), "owned: {owned}");
@@ -98,7 +105,9 @@ fn c5_the_first_panic_goes_on_and_further_ones_are_counted() {
     device.next(Act::Panic);
     others[0].next(Act::Panic);
     others[1].next(Act::pass(async { panic!("a pass fails, too") }));
-    panics_with("device fails in its first pass", || drop(now(space.invalidate(pages(0, 1), Event::Unmap))));
+    panics_with("device fails in its first pass", || {
+        drop(now(space.invalidate(pages(0, 1), Event::Unmap)))
+    });
     assert_eq!((space.stats().lost_panics, space.active().len()), (2, 0));
 }
 
@@ -174,7 +183,8 @@ fn a_clock_that_panics_holds_nobody_up() {
 /// A waker whose clone panics.
 fn uncloneable() -> std::task::Waker {
     use std::task::{RawWakerVTable, Waker};
-    static VTABLE: RawWakerVTable = RawWakerVTable::new(|_| panic!("the clone of a waker fails"), |_| {}, |_| {}, |_| {});
+    static VTABLE: RawWakerVTable =
+        RawWakerVTable::new(|_| panic!("the clone of a waker fails"), |_| {}, |_| {}, |_| {});
     // SAFETY: nothing is behind the pointer, and none of the functions looks there.
     unsafe { Waker::new(std::ptr::null(), &VTABLE) }
 }
@@ -186,7 +196,9 @@ fn c5_an_invalidation_whose_waker_cannot_be_cloned_is_given_up_and_ends_with_its
     device.next(Act::pass(gate.clone()));
     let mut invalidate = Box::pin(space.invalidate(pages(0, 1), Event::Unmap));
     let waker = uncloneable();
-    panics_with("the clone of a waker fails", || drop(invalidate.as_mut().poll(&mut Context::from_waker(&waker))));
+    panics_with("the clone of a waker fails", || {
+        drop(invalidate.as_mut().poll(&mut Context::from_waker(&waker)))
+    });
     drop(invalidate);
     let mut reader = Task::new(device.read_begin());
     reader.expect_pending();

@@ -1,5 +1,8 @@
 use crate::support::*;
-use shootdown::{Collision, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError, PassFuture, RetryBudget, WouldBlock};
+use shootdown::{
+    Collision, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError, PassFuture,
+    RetryBudget, WouldBlock,
+};
 use std::cell::Cell;
 use std::time::Duration;
 
@@ -54,7 +57,10 @@ struct Mirror {
 }
 
 impl IntervalNotifier for Mirror {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         self.pages.lock_for(invalidation).clear();
         Ok(None)
     }
@@ -87,7 +93,10 @@ fn r2_a_first_pass_may_take_several_driver_locks_and_readers_any_of_them() {
     #[derive(Default)]
     struct Two([DriverLock<Vec<u64>>; 2]);
     impl IntervalNotifier for Two {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             self.0.iter().for_each(|lock| lock.lock_for(invalidation).clear());
             Ok(None)
         }
@@ -113,12 +122,14 @@ fn the_retry_loop_starts_over_after_a_collision_and_is_bounded() {
         }
         std::future::ready(Ok::<u64, std::fmt::Error>(7))
     };
-    let mirror = gpu.pages.mirror(&gpu, RetryBudget::retries(3), prepare, |pages, page| pages.push(page));
+    let mirror =
+        gpu.pages.mirror(&gpu, RetryBudget::retries(3), prepare, |pages, page| pages.push(page));
     assert_eq!(now(mirror), Ok(()));
     assert_eq!(*gpu.pages.lock(), [7]);
 
     collisions.set(4);
-    let mirror = gpu.pages.mirror(&gpu, RetryBudget::retries(3), prepare, |pages, page| pages.push(page));
+    let mirror =
+        gpu.pages.mirror(&gpu, RetryBudget::retries(3), prepare, |pages, page| pages.push(page));
     let error = now(mirror).unwrap_err();
     assert!(matches!(error, MirrorError::RetriesExhausted { retries: 3, .. }));
     assert_eq!(
@@ -180,5 +191,11 @@ fn an_error_of_the_retry_loop_is_printed_once() {
     }
     let error = shootdown::MirrorError::Prepare(Pin("page".parse::<u64>().unwrap_err()));
     let printed = printed(&error);
-    assert_eq!(printed, ["the mapping could not be prepared: the page cannot be pinned", "invalid digit found in string"]);
+    assert_eq!(
+        printed,
+        [
+            "the mapping could not be prepared: the page cannot be pinned",
+            "invalid digit found in string"
+        ]
+    );
 }

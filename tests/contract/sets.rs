@@ -1,8 +1,8 @@
 //! G: several ranges, mirrored at once.
 use crate::support::*;
 use shootdown::{
-    AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError, PassFuture, RetryBudget, Subscription,
-    WouldBlock,
+    AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError, PassFuture,
+    RetryBudget, Subscription, WouldBlock,
 };
 use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
@@ -13,7 +13,10 @@ use std::sync::Arc;
 struct Gpu(Arc<DriverLock<Vec<(usize, u64)>>>);
 
 impl IntervalNotifier for Gpu {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let range = invalidation.range();
         self.0.lock_for(invalidation).retain(|(at, _)| !range.overlaps(pages(*at as u64 * 2, 1)));
         Ok(None)
@@ -34,7 +37,8 @@ struct Busy<const N: usize> {
 impl<const N: usize> Busy<N> {
     fn new(every: u64) -> Self {
         let (space, gpu) = (AddressSpace::new(), Gpu::default());
-        let buffers = std::array::from_fn(|at| space.insert(pages(at as u64 * 2, 1), gpu.clone()).unwrap());
+        let buffers =
+            std::array::from_fn(|at| space.insert(pages(at as u64 * 2, 1), gpu.clone()).unwrap());
         Self { space, gpu, buffers, generations: RefCell::new([0; N]), every, steps: Cell::new(0) }
     }
 
@@ -118,7 +122,11 @@ fn g2_a_set_ends_where_single_loops_starve() {
         calls.set(calls.get() + 1);
         busy.prepare(at)
     };
-    now(busy.gpu.0.mirror_all(&busy.buffers.each_ref(), MANY, prepare, |mapped, found| mapped.extend(found))).unwrap();
+    now(busy
+        .gpu
+        .0
+        .mirror_all(&busy.buffers.each_ref(), MANY, prepare, |mapped, found| mapped.extend(found)))
+    .unwrap();
     assert_eq!(busy.gpu.0.lock().len(), BUFFERS);
     busy.check();
     let collisions: u32 = busy.buffers.iter().map(|buffer| buffer.stats().collisions).sum();
@@ -146,10 +154,16 @@ fn g3_what_ends_it_without_an_installation() {
         (0..2).for_each(|at| busy.change(at));
         Ok::<_, Infallible>(())
     };
-    let failed = now(busy.gpu.0.mirror_all(&buffers, RetryBudget::retries(3), |_, _| prepare(), install));
+    let failed =
+        now(busy.gpu.0.mirror_all(&buffers, RetryBudget::retries(3), |_, _| prepare(), install));
     assert!(matches!(failed, Err(MirrorError::RetriesExhausted { retries: 3, .. })), "{failed:?}");
     now(busy.buffers[1].close());
-    let failed = now(busy.gpu.0.mirror_all(&buffers, MANY, |_, _| async { Ok::<_, Infallible>(()) }, install));
+    let failed = now(busy.gpu.0.mirror_all(
+        &buffers,
+        MANY,
+        |_, _| async { Ok::<_, Infallible>(()) },
+        install,
+    ));
     assert_eq!(failed, Err(MirrorError::Closed));
     assert_eq!(installs.get(), 0);
     let none: [&Subscription<Gpu>; 0] = [];
@@ -174,6 +188,7 @@ fn g1_what_was_prepared_and_is_stale_is_dropped_without_the_lock() {
             Ok::<_, Infallible>(Locks(busy.gpu.clone()))
         }
     };
-    let found = now(busy.gpu.0.mirror_all(&busy.buffers.each_ref(), MANY, prepare, |_, found| found));
+    let found =
+        now(busy.gpu.0.mirror_all(&busy.buffers.each_ref(), MANY, prepare, |_, found| found));
     assert_eq!(found.unwrap().len(), 2);
 }

@@ -1,6 +1,9 @@
 //! G, where it is hard: waits in between, and passes that wait for what was prepared.
 use crate::support::*;
-use shootdown::{AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget, Timeline, WouldBlock};
+use shootdown::{
+    AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget,
+    Timeline, WouldBlock,
+};
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::convert::Infallible;
@@ -13,7 +16,10 @@ use std::task::Poll;
 struct Gpu(Arc<DriverLock<Vec<usize>>>);
 
 impl IntervalNotifier for Gpu {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         self.0.lock_for(invalidation).clear();
         Ok(None)
     }
@@ -34,16 +40,24 @@ fn g2_a_set_ends_if_no_invalidation_hits_it_while_it_is_prepared() {
         async move { Ok::<usize, Infallible>(at) }
     };
     let buffers = buffers.each_ref();
-    let mut set =
-        Task::new(gpu.0.mirror_all(&buffers, RetryBudget { retries: 0, ..RetryBudget::default() }, prepare, |table, found| {
+    let mut set = Task::new(gpu.0.mirror_all(
+        &buffers,
+        RetryBudget { retries: 0, ..RetryBudget::default() },
+        prepare,
+        |table, found| {
             *table = found;
-        }));
+        },
+    ));
     set.expect_pending();
     assert_eq!(preparations.get(), 0, "it waits for the second buffer");
     // The first one is hit before anything is prepared.
     drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
     drop(guard);
-    assert!(set.finish().is_ok(), "prepared {} times, for nothing: nothing was hit meanwhile", preparations.get());
+    assert!(
+        set.finish().is_ok(),
+        "prepared {} times, for nothing: nothing was hit meanwhile",
+        preparations.get()
+    );
 }
 
 /// Counts references to pages, as the pins of a device or the registrations of a cache do; a pass waits until there are none.
@@ -60,7 +74,10 @@ impl Drop for Pin1 {
 }
 
 impl IntervalNotifier for Pinned {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         drop(self.0.lock_for(invalidation));
         let pinned = self.clone();
         Ok(Some(PassFuture::new(std::future::poll_fn(move |cx| {
@@ -71,7 +88,8 @@ impl IntervalNotifier for Pinned {
 }
 
 #[test]
-fn g2_what_is_prepared_for_one_range_does_not_hold_up_the_invalidation_that_another_one_waits_for() {
+fn g2_what_is_prepared_for_one_range_does_not_hold_up_the_invalidation_that_another_one_waits_for()
+{
     let (space, lock) = (AddressSpace::new(), Arc::new(DriverLock::new(())));
     let driver = || Pinned(lock.clone(), Arc::default(), Arc::default());
     let buffers = [0, 2].map(|page| space.insert(pages(page, 1), driver()).unwrap());
@@ -87,7 +105,10 @@ fn g2_what_is_prepared_for_one_range_does_not_hold_up_the_invalidation_that_anot
             Ok::<_, Infallible>(Pin1(pinned))
         }
     };
-    let mut set = Task::new(lock.mirror_all(&subscriptions, RetryBudget::default(), prepare, |(), pins| drop(pins)));
+    let mut set =
+        Task::new(
+            lock.mirror_all(&subscriptions, RetryBudget::default(), prepare, |(), pins| drop(pins)),
+        );
     set.expect_pending();
     // The second one is hit while it is prepared, and stays under invalidation.
     let guard = now(space.invalidate(pages(2, 1), Event::Unmap));
@@ -110,7 +131,8 @@ fn g1_a_buffer_that_is_named_twice_is_mirrored_twice() {
     let buffer = space.insert(pages(0, 1), gpu.clone()).unwrap();
     let twice = [&buffer, &buffer];
     let prepare = |at, _| async move { Ok::<usize, Infallible>(at) };
-    now(gpu.0.mirror_all(&twice, RetryBudget::default(), prepare, |table, found| *table = found)).unwrap();
+    now(gpu.0.mirror_all(&twice, RetryBudget::default(), prepare, |table, found| *table = found))
+        .unwrap();
     assert_eq!(*gpu.0.lock(), [0, 1]);
 }
 
@@ -123,7 +145,10 @@ fn x2_the_future_of_a_set_may_be_sent() {
     let buffer = space.insert(pages(0, 1), gpu.clone()).unwrap();
     let buffers = [&buffer];
     let prepare = |at, _| async move { Ok::<usize, Infallible>(at) };
-    now(is_send(gpu.0.mirror_all(&buffers, RetryBudget::default(), prepare, |table, found| *table = found))).unwrap();
+    now(is_send(
+        gpu.0.mirror_all(&buffers, RetryBudget::default(), prepare, |table, found| *table = found),
+    ))
+    .unwrap();
     let inbox = space.inbox(pages(0, 1), ()).unwrap();
     drop(is_send(inbox.recv()));
     drop(is_send(space.invalidate_all(pages(0, 1).into(), Event::Unmap)));

@@ -35,7 +35,8 @@ fn t1_the_value_rises_only() {
     assert_eq!(timeline.value(), 0);
     now(timeline.reached(0));
     let other = timeline.clone();
-    for (signalled, value) in [(3, 3), (2, 3), (3, 3), (0, 3), (u64::MAX, u64::MAX), (7, u64::MAX)] {
+    for (signalled, value) in [(3, 3), (2, 3), (3, 3), (0, 3), (u64::MAX, u64::MAX), (7, u64::MAX)]
+    {
         other.signal(signalled);
         assert_eq!(timeline.value(), value);
         now(timeline.reached(value));
@@ -65,7 +66,9 @@ fn t2_the_task_that_polled_last_is_woken() {
     let timeline = Timeline::new();
     let ((first, of_first), (second, of_second)) = (runs(|| ()), runs(|| ()));
     let mut reached = timeline.reached(1);
-    assert!(poll(&mut reached, &of_first).is_pending() && poll(&mut reached, &of_second).is_pending());
+    assert!(
+        poll(&mut reached, &of_first).is_pending() && poll(&mut reached, &of_second).is_pending()
+    );
     timeline.signal(1);
     assert_eq!([&first.1, &second.1].map(|woken| woken.load(Ordering::SeqCst)), [0, 1]);
 }
@@ -112,9 +115,14 @@ fn t3_what_a_waker_does_deadlocks_nobody_and_loses_no_wake_up() {
         let goes = Arc::new(Mutex::new(Some(timeline.reached(1))));
         let comes = Arc::new(Mutex::new(None));
         let (count, waker) = runs({
-            let (timeline, inline, goes, comes) = (timeline.clone(), inline.clone(), goes.clone(), comes.clone());
+            let (timeline, inline, goes, comes) =
+                (timeline.clone(), inline.clone(), goes.clone(), comes.clone());
             move || {
-                let polled = inline.lock().unwrap().take().map(|mut reached| poll(&mut reached, Waker::noop()));
+                let polled = inline
+                    .lock()
+                    .unwrap()
+                    .take()
+                    .map(|mut reached| poll(&mut reached, Waker::noop()));
                 assert_ne!(polled, Some(Poll::Pending));
                 drop(goes.lock().unwrap().take());
                 timeline.signal(2);
@@ -156,7 +164,10 @@ fn t4_a_future_outlives_the_handles_and_stays_pending() {
     let mut task = Task::new(timeline.reached(1));
     task.expect_pending();
     drop(timeline);
-    assert!(!task.is_woken() && task.poll().is_pending(), "nobody has said that the device is done");
+    assert!(
+        !task.is_woken() && task.poll().is_pending(),
+        "nobody has said that the device is done"
+    );
 }
 
 #[test]
@@ -182,7 +193,9 @@ fn t2_threads_signal_and_wait_at_once() {
     std::thread::scope(|threads| {
         for first in 1..=2 {
             let timeline = timeline.clone();
-            threads.spawn(move || (first..=LAST).step_by(2).for_each(|number| timeline.signal(number)));
+            threads.spawn(move || {
+                (first..=LAST).step_by(2).for_each(|number| timeline.signal(number))
+            });
         }
         for _ in 0..3 {
             let timeline = timeline.clone();

@@ -2,7 +2,8 @@
 //! only looks like it does not.
 use crate::support::*;
 use shootdown::{
-    AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, Report, RetryBudget, Subscription, WouldBlock,
+    AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, Report,
+    RetryBudget, Subscription, WouldBlock,
 };
 use std::convert::Infallible;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -12,7 +13,10 @@ use std::sync::{Arc, Mutex};
 
 /// What a panic says that goes on in the caller of an invalidation.
 fn message_of(run: impl FnOnce()) -> String {
-    *catch_unwind(AssertUnwindSafe(run)).expect_err("it panics").downcast::<String>().expect("a panic with arguments")
+    *catch_unwind(AssertUnwindSafe(run))
+        .expect_err("it panics")
+        .downcast::<String>()
+        .expect("a panic with arguments")
 }
 
 /// Polls as long as it is woken, and what it says if it panics.
@@ -33,7 +37,12 @@ const OWN_WAITS: [Waits; 3] = [
     |own| {
         let mappings = DriverLock::new(());
         Box::pin(async move {
-            let mirrored = mappings.mirror(&own, RetryBudget::retries(0), |_| async { Ok::<_, Infallible>(()) }, |(), ()| ());
+            let mirrored = mappings.mirror(
+                &own,
+                RetryBudget::retries(0),
+                |_| async { Ok::<_, Infallible>(()) },
+                |(), ()| (),
+            );
             _ = mirrored.await;
         })
     },
@@ -45,11 +54,17 @@ fn c7_a_pass_that_waits_for_itself_fails_with_the_notifiers_name() {
     for waits in OWN_WAITS {
         let (space, device, log) = one_device();
         let device = Arc::new(device);
-        let other = space.insert(pages(0, 1), Device::new("other", &log).then(Act::pass(Yields(20)))).unwrap();
+        let other = space
+            .insert(pages(0, 1), Device::new("other", &log).then(Act::pass(Yields(20))))
+            .unwrap();
         device.next(Act::Pass(PassFuture::new(waits(device.clone()))));
         let message = invalidated(&space).unwrap_err();
         assert!(message.contains("a pass of device waits for itself"), "{message}");
-        assert_eq!((other.calls(), space.active().len()), (1, 0), "the others went on, and it is over");
+        assert_eq!(
+            (other.calls(), space.active().len()),
+            (1, 0),
+            "the others went on, and it is over"
+        );
         assert_eq!(invalidated(&space), Ok(()), "the space is as usable as before");
     }
 }
@@ -57,7 +72,9 @@ fn c7_a_pass_that_waits_for_itself_fails_with_the_notifiers_name() {
 #[test]
 #[cfg(debug_assertions)]
 fn c7_a_pass_that_blocks_its_thread_in_a_wait_for_itself_fails_too() {
-    for (waits, later) in OWN_WAITS.into_iter().flat_map(|waits| [(waits, 0), (waits, 1), (waits, 3)]) {
+    for (waits, later) in
+        OWN_WAITS.into_iter().flat_map(|waits| [(waits, 0), (waits, 1), (waits, 3)])
+    {
         let (space, device, _log) = one_device();
         let (device, mut polls) = (Arc::new(device), 0);
         let own = device.clone();
@@ -118,7 +135,9 @@ fn f3_a_pass_may_poll_a_wait_for_itself_beside_what_ends_it() {
         for again in [0, 1, 5] {
             let (space, device, _log) = one_device();
             let (device, gate) = (Arc::new(device), Gate::default());
-            device.next(Act::Pass(PassFuture::new(futures::future::select(waits(device.clone()), gate.clone()).map_to_unit())));
+            device.next(Act::Pass(PassFuture::new(
+                futures::future::select(waits(device.clone()), gate.clone()).map_to_unit(),
+            )));
             let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
             invalidate.expect_pending();
             for _ in 0..again {
@@ -185,7 +204,10 @@ struct Recurs {
 }
 
 impl IntervalNotifier for Recurs {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         if self.left.load(Ordering::SeqCst) > 0 {
             self.left.fetch_sub(1, Ordering::SeqCst);
@@ -203,9 +225,14 @@ impl IntervalNotifier for Recurs {
 #[cfg(debug_assertions)]
 fn c7_an_invalidation_of_its_own_range_in_each_first_pass_fails_before_the_stack_is_used_up() {
     let space = AddressSpace::new();
-    let recurs = space.insert(pages(0, 1), Recurs { space: space.clone(), left: AtomicUsize::new(usize::MAX) }).unwrap();
+    let recurs = space
+        .insert(pages(0, 1), Recurs { space: space.clone(), left: AtomicUsize::new(usize::MAX) })
+        .unwrap();
     let message = message_of(|| drop(space.invalidate(pages(0, 1), Event::Unmap).wait()));
-    assert!(message.contains("the first pass of recurs invalidates what it watches itself"), "{message}");
+    assert!(
+        message.contains("the first pass of recurs invalidates what it watches itself"),
+        "{message}"
+    );
     assert_eq!(space.active().len(), 0);
     recurs.left.store(0, Ordering::SeqCst);
     drop(space.invalidate(pages(0, 1), Event::Unmap).wait());
@@ -214,7 +241,9 @@ fn c7_an_invalidation_of_its_own_range_in_each_first_pass_fails_before_the_stack
 #[test]
 fn f3_a_first_pass_may_invalidate_its_own_range_if_there_is_an_end() {
     let space = AddressSpace::new();
-    let recurs = space.insert(pages(0, 1), Recurs { space: space.clone(), left: AtomicUsize::new(20) }).unwrap();
+    let recurs = space
+        .insert(pages(0, 1), Recurs { space: space.clone(), left: AtomicUsize::new(20) })
+        .unwrap();
     drop(space.invalidate(pages(0, 1), Event::Unmap).wait());
     assert_eq!((recurs.left.load(Ordering::SeqCst), space.stats().invalidations), (0, 21));
 }
@@ -223,7 +252,10 @@ fn f3_a_first_pass_may_invalidate_its_own_range_if_there_is_an_end() {
 struct Forgets(Gate);
 
 impl IntervalNotifier for Forgets {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         if invalidation.event() == Event::Clear {
             invalidation.set_seq();
         }
@@ -242,7 +274,8 @@ fn s4_a_pass_without_the_sequence_fails_with_the_notifiers_name() {
     let seen = reports.clone();
     for budget in [None, Some(0)] {
         let seen = seen.clone();
-        let builder = AddressSpace::builder().on_report(move |report: &Report<'_>| seen.lock().unwrap().push(report.to_string()));
+        let builder = AddressSpace::builder()
+            .on_report(move |report: &Report<'_>| seen.lock().unwrap().push(report.to_string()));
         let space = match budget {
             Some(passes) => builder.pass_budget(passes).build(),
             None => builder.build(),
@@ -255,7 +288,12 @@ fn s4_a_pass_without_the_sequence_fails_with_the_notifiers_name() {
         assert_eq!(space.active()[0].pending, ["forgets"], "its pass is waited for all the same");
         gate.open();
         let message = message_of(|| drop(invalidate.run()));
-        assert!(message.contains("the first pass of forgets returned a pass without having set the sequence"), "{message}");
+        assert!(
+            message.contains(
+                "the first pass of forgets returned a pass without having set the sequence"
+            ),
+            "{message}"
+        );
         assert_eq!(other.calls(), 1, "the others are told");
         // With it there is nothing to say, and when a later one has set it neither.
         drop(now(space.invalidate(pages(0, 1), Event::Clear)));
@@ -276,7 +314,9 @@ fn s4_a_first_pass_that_leaves_the_device_alone_needs_no_sequence() {
 #[cfg(feature = "test-util")]
 fn s4_a_fault_on_demand_is_no_fault_of_the_driver() {
     let (space, log) = (AddressSpace::new(), Log::default());
-    let device = space.insert(pages(0, 1), shootdown::test_util::Faulty::new(Device::new("device", &log))).unwrap();
+    let device = space
+        .insert(pages(0, 1), shootdown::test_util::Faulty::new(Device::new("device", &log)))
+        .unwrap();
     device.next(Act::Ignore);
     let delay = device.delay_next();
     let sequence = now(device.read_begin());

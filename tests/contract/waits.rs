@@ -23,7 +23,12 @@ fn w1_every_future_of_a_space_can_be_waited_for() {
     drop(space.invalidate(pages(0, 1), Event::Unmap).wait());
     assert!(device.read_retry(sequence), "the wait has called the notifier");
     let lock = DriverLock::new(Vec::new());
-    let mirrored = lock.mirror(&device, RetryBudget::default(), |_| async { Ok::<_, ()>(7) }, |pages, page| pages.push(page));
+    let mirrored = lock.mirror(
+        &device,
+        RetryBudget::default(),
+        |_| async { Ok::<_, ()>(7) },
+        |pages, page| pages.push(page),
+    );
     assert_eq!((mirrored.wait(), lock.into_inner()), (Ok(()), vec![7]));
     let other = space.insert(pages(0, 1), Device::new("other", &log)).unwrap();
     other.close().wait();
@@ -38,13 +43,19 @@ fn w1_every_future_of_a_space_can_be_waited_for() {
 fn w1_a_driver_that_is_a_thread_handles_its_inbox() {
     let space = AddressSpace::new();
     let inbox = space.inbox(pages(0, 4), vec![1, 3]).unwrap();
-    let mirrored = inbox.mirror(RetryBudget::default(), |_| async { Ok::<_, ()>(2) }, |pages, page| pages.push(page));
+    let mirrored = inbox.mirror(
+        RetryBudget::default(),
+        |_| async { Ok::<_, ()>(2) },
+        |pages, page| pages.push(page),
+    );
     assert_eq!(mirrored.wait(), Ok(()));
     std::thread::scope(|threads| {
         let driver = threads.spawn(|| {
             let mut handled = 0;
             while let Some(invalidation) = inbox.recv().wait() {
-                inbox.with(|mapped| mapped.retain(|page| !invalidation.range().contains(page * PAGE)));
+                inbox.with(|mapped| {
+                    mapped.retain(|page| !invalidation.range().contains(page * PAGE))
+                });
                 invalidation.done();
                 handled += 1;
             }
@@ -52,7 +63,10 @@ fn w1_a_driver_that_is_a_thread_handles_its_inbox() {
         });
         for page in [1, 2] {
             let guard = space.invalidate(pages(page, 1), Event::Unmap).wait();
-            assert!(inbox.with(|mapped| !mapped.contains(&page)), "handled before the guard is handed out");
+            assert!(
+                inbox.with(|mapped| !mapped.contains(&page)),
+                "handled before the guard is handed out"
+            );
             drop(guard);
         }
         space.release().wait();
@@ -173,9 +187,15 @@ fn w2_a_first_pass_that_waits_for_its_own_invalidation_fails_with_the_notifiers_
             reader.next(Act::pass(Gate::default()));
         }
         device.next(Act::Run(Box::new(move |_| wait(&inside.0, &inside.1))));
-        let panic = catch_unwind(AssertUnwindSafe(|| drop(space.invalidate(pages(0, 1), Event::Unmap).wait()))).map(drop);
+        let panic = catch_unwind(AssertUnwindSafe(|| {
+            drop(space.invalidate(pages(0, 1), Event::Unmap).wait())
+        }))
+        .map(drop);
         let message = *panic.expect_err(what).downcast::<String>().unwrap();
-        assert!(message.contains(&format!("{what} waits inside the first pass of device")), "{message}");
+        assert!(
+            message.contains(&format!("{what} waits inside the first pass of device")),
+            "{message}"
+        );
     }
 }
 
@@ -185,7 +205,8 @@ fn w4_many_threads_wait_at_once() {
     let (space, device, _log) = one_device();
     let guard = space.invalidate(pages(0, 1), Event::Unmap).wait();
     std::thread::scope(|threads| {
-        let readers: Vec<_> = (0..THREADS).map(|_| threads.spawn(|| device.read_begin().wait())).collect();
+        let readers: Vec<_> =
+            (0..THREADS).map(|_| threads.spawn(|| device.read_begin().wait())).collect();
         until(|| space.stats().waits == THREADS);
         drop(guard);
         for reader in readers {
@@ -258,7 +279,8 @@ fn w1_a_panic_goes_on_in_the_thread_that_waits() {
         Yields(1).await;
         panic!("the pass fails");
     }));
-    let panic = catch_unwind(AssertUnwindSafe(|| drop(space.invalidate(pages(0, 1), Event::Unmap).wait())));
+    let panic =
+        catch_unwind(AssertUnwindSafe(|| drop(space.invalidate(pages(0, 1), Event::Unmap).wait())));
     assert_eq!(panic.map(drop).unwrap_err().downcast_ref::<&str>(), Some(&"the pass fails"));
     // And the thread may wait again.
     drop(space.invalidate(pages(0, 1), Event::Unmap).wait());
@@ -270,7 +292,8 @@ fn w3_a_wait_inside_an_unconstrained_task_of_tokio_ends_whatever_its_budget() {
     for turns in [1_usize, 1000] {
         let (done, is_done) = std::sync::mpsc::channel();
         std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_multi_thread().worker_threads(2).build().unwrap();
             let task = runtime.spawn(tokio::task::unconstrained(async move {
                 // The device's answers are all there.
                 let (sender, mut answers) = tokio::sync::mpsc::unbounded_channel();
@@ -286,6 +309,9 @@ fn w3_a_wait_inside_an_unconstrained_task_of_tokio_ends_whatever_its_budget() {
             let _ = done.send(());
         });
         let ended = is_done.recv_timeout(std::time::Duration::from_secs(5)).is_ok();
-        assert!(ended, "a pass that has {turns} answers to take, all of which are there, is waited for for ever");
+        assert!(
+            ended,
+            "a pass that has {turns} answers to take, all of which are there, is waited for for ever"
+        );
     }
 }

@@ -8,12 +8,20 @@ use crate::runtime::Runtime;
 use crate::support::{Act, Device, Gate, Log, called, pages};
 use crate::vma::{Backing, Protection};
 use futures::future::{FutureExt, join_all};
-use shootdown::{AddressSpace, DriverLock, Event, MirrorError, Owner, Phase, RetryBudget, Subscription, WouldBlock};
+use shootdown::{
+    AddressSpace, DriverLock, Event, MirrorError, Owner, Phase, RetryBudget, Subscription,
+    WouldBlock,
+};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
-fn device(space: &AddressSpace, log: &Log, name: &'static str, acts: impl IntoIterator<Item = Act>) -> Arc<Subscription<Device>> {
+fn device(
+    space: &AddressSpace,
+    log: &Log,
+    name: &'static str,
+    acts: impl IntoIterator<Item = Act>,
+) -> Arc<Subscription<Device>> {
     let device = acts.into_iter().fold(Device::new(name, log), Device::then);
     Arc::new(space.insert(pages(0, 4), device).unwrap())
 }
@@ -44,7 +52,10 @@ pub async fn there_are_two_passes(runtime: Runtime) {
     let mut invalidation = invalidate(&runtime, &space);
     until(|| gate.is_waited_for()).await;
     a_while().await;
-    assert!((&mut invalidation).now_or_never().is_none(), "the first pass has run, the second takes time");
+    assert!(
+        (&mut invalidation).now_or_never().is_none(),
+        "the first pass has run, the second takes time"
+    );
     let active = space.active();
     assert_eq!((active[0].phase, &active[0].pending[..]), (Phase::Passes, &["device".into()][..]));
     gate.open();
@@ -55,7 +66,10 @@ pub async fn there_are_two_passes(runtime: Runtime) {
 pub async fn waits_of_devices_overlap(runtime: Runtime) {
     let (space, log) = (AddressSpace::new(), Log::default());
     let gates: Vec<Gate> = (0..8).map(|_| Gate::default()).collect();
-    let _devices: Vec<_> = gates.iter().map(|gate| device(&space, &log, "device", [Act::pass(gate.clone())])).collect();
+    let _devices: Vec<_> = gates
+        .iter()
+        .map(|gate| device(&space, &log, "device", [Act::pass(gate.clone())]))
+        .collect();
     let invalidation = invalidate(&runtime, &space);
     // Nothing opens before all are waited for: one after the other, this would hang.
     until(|| gates.iter().all(Gate::is_waited_for)).await;
@@ -66,7 +80,8 @@ pub async fn waits_of_devices_overlap(runtime: Runtime) {
 pub async fn a_second_invalidation_does_not_wait_for_the_first_ones_pass(runtime: Runtime) {
     let (space, log) = (AddressSpace::new(), Log::default());
     let (slow, quick) = (Gate::default(), Gate::default());
-    let device = device(&space, &log, "device", [Act::pass(slow.clone()), Act::pass(quick.clone())]);
+    let device =
+        device(&space, &log, "device", [Act::pass(slow.clone()), Act::pass(quick.clone())]);
     let mut first = invalidate(&runtime, &space);
     until(|| slow.is_waited_for()).await;
     let second = invalidate(&runtime, &space);
@@ -140,7 +155,8 @@ pub async fn insert_during_an_invalidation_waits_for_it(runtime: Runtime) {
 pub async fn remove_during_an_invalidation_waits_for_its_own_pass_only(runtime: Runtime) {
     let (space, log) = (AddressSpace::new(), Log::default());
     let gates = [Gate::default(), Gate::default()];
-    let [first, second] = gates.clone().map(|gate| device(&space, &log, "device", [Act::pass(gate)]));
+    let [first, second] =
+        gates.clone().map(|gate| device(&space, &log, "device", [Act::pass(gate)]));
     let invalidation = invalidate(&runtime, &space);
     until(|| gates.iter().all(Gate::is_waited_for)).await;
     let mut removed = runtime.spawn(Arc::into_inner(first).unwrap().remove().map(drop));
@@ -227,10 +243,17 @@ pub async fn a_reader_is_not_held_up_by_unrelated_traffic(runtime: Runtime) {
 }
 
 /// A mirror whose memory is invalidated each time it has been looked at.
-async fn unlucky(space: &AddressSpace, budget: RetryBudget, looks: &AtomicU64) -> Result<(), MirrorError<()>> {
+async fn unlucky(
+    space: &AddressSpace,
+    budget: RetryBudget,
+    looks: &AtomicU64,
+) -> Result<(), MirrorError<()>> {
     struct Driver(DriverLock<()>);
     impl shootdown::IntervalNotifier for Driver {
-        fn invalidate(&self, invalidation: &shootdown::Invalidation<'_>) -> Result<Option<shootdown::PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &shootdown::Invalidation<'_>,
+        ) -> Result<Option<shootdown::PassFuture>, WouldBlock> {
             drop(self.0.lock_for(invalidation));
             Ok(None)
         }
@@ -248,7 +271,9 @@ async fn unlucky(space: &AddressSpace, budget: RetryBudget, looks: &AtomicU64) -
 pub async fn a_retry_budget_that_is_used_up_is_an_error_that_says_so(runtime: Runtime) {
     let (space, looks) = (AddressSpace::new(), Arc::new(AtomicU64::new(0)));
     let counted = looks.clone();
-    let outcome = runtime.spawn(async move { unlucky(&space, RetryBudget::retries(5), &counted).await }).await;
+    let outcome = runtime
+        .spawn(async move { unlucky(&space, RetryBudget::retries(5), &counted).await })
+        .await;
     let error = outcome.unwrap_err();
     assert!(matches!(error, MirrorError::RetriesExhausted { retries: 5, .. }), "{error:?}");
     assert_eq!(looks.load(Ordering::Relaxed), 6);
@@ -259,9 +284,17 @@ pub async fn a_retry_budget_that_is_used_up_is_an_error_that_says_so(runtime: Ru
     let range = process.map(1, Protection::WRITE, Backing::Private);
     process.read(range.start(), 1).await.unwrap();
     let mirror = Mirror::open(&process, gpu).unwrap().with_budget(RetryBudget::retries(0));
-    assert_eq!(mirror.write(range.start(), &[1; 512]).await, Err(CommandError::Busy { retries: 0 }));
-    assert_eq!(mirror.write(range.start(), &[1; 512]).await.unwrap().faults, 1, "it was replaced the first time");
-    let text = CommandError::from(MirrorError::RetriesExhausted { retries: 5, elapsed: None }).to_string();
+    assert_eq!(
+        mirror.write(range.start(), &[1; 512]).await,
+        Err(CommandError::Busy { retries: 0 })
+    );
+    assert_eq!(
+        mirror.write(range.start(), &[1; 512]).await.unwrap().faults,
+        1,
+        "it was replaced the first time"
+    );
+    let text =
+        CommandError::from(MirrorError::RetriesExhausted { retries: 5, elapsed: None }).to_string();
     assert!(text.contains("each of 6 tries") && text.contains("retry budget"), "{text}");
 }
 
@@ -278,7 +311,9 @@ pub async fn a_step_in_progress_is_not_interrupted_by_the_budget(runtime: Runtim
     // A clock that the test moves: the time is used up in the middle of the first look.
     let now = Arc::new(AtomicU64::new(0));
     let clock = now.clone();
-    let space = AddressSpace::builder().clock(move || Duration::from_millis(clock.load(Ordering::Relaxed))).build();
+    let space = AddressSpace::builder()
+        .clock(move || Duration::from_millis(clock.load(Ordering::Relaxed)))
+        .build();
     let finished = Arc::new(AtomicU64::new(0));
     let looks = finished.clone();
     let outcome = runtime.spawn(async move {

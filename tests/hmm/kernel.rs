@@ -194,7 +194,11 @@ pub async fn anon_write_huge(machine: Machine) {
     one_fault(&mirror.write(range.start(), &numbers(BIG, 0)).await.unwrap(), BIG);
     reads(&process, range, &numbers(BIG, 0)).await;
     let states = mirror.snapshot(range).await.unwrap();
-    assert!(states.iter().all(|state| matches!(state, PageState::Present { big: true, writable: true, .. })));
+    assert!(
+        states
+            .iter()
+            .all(|state| matches!(state, PageState::Present { big: true, writable: true, .. }))
+    );
 }
 
 pub async fn file_read(machine: Machine) {
@@ -221,7 +225,8 @@ async fn move_and_check(mirror: &Mirror, range: AddressRange, pages: u64, expect
     let moved = mirror.migrate_to_device(range).await.unwrap();
     assert_eq!(moved.pages, pages);
     same(&moved.words, expected);
-    let local = |state: &PageState| matches!(state, PageState::Present { residence: Residence::Local, .. });
+    let local =
+        |state: &PageState| matches!(state, PageState::Present { residence: Residence::Local, .. });
     assert!(mirror.snapshot(range).await.unwrap().iter().all(local));
 }
 
@@ -236,8 +241,13 @@ pub async fn migrate_fault(machine: Machine) {
     // The processor takes half of it back, if it has to.
     reads(&process, range, &numbers(PAGES / 2, 0)).await;
     let states = mirror.snapshot(range).await.unwrap();
-    let home = |state: &&PageState| matches!(state, PageState::Present { residence: Residence::System, .. });
-    assert_eq!(states.iter().filter(home).count() as u64, if machine.is_coherent() { 0 } else { PAGES / 2 });
+    let home = |state: &&PageState| {
+        matches!(state, PageState::Present { residence: Residence::System, .. })
+    };
+    assert_eq!(
+        states.iter().filter(home).count() as u64,
+        if machine.is_coherent() { 0 } else { PAGES / 2 }
+    );
     move_and_check(&mirror, range, PAGES, &numbers(PAGES, 0)).await;
 }
 
@@ -253,7 +263,10 @@ pub async fn migrate_shared(machine: Machine) {
     let process = Process::new();
     let mirror = machine.open(&process);
     let range = process.map(PAGES, Protection::WRITE, Backing::Shared(Arc::default(), 0));
-    assert_eq!(mirror.migrate_to_device(range).await, Err(CommandError::Page(range.start() / PAGE)));
+    assert_eq!(
+        mirror.migrate_to_device(range).await,
+        Err(CommandError::Page(range.start() / PAGE))
+    );
 }
 
 /// Page 0 cannot be read, 1 is a hole, 2 the zero page, 3 read-only, the others read and written.
@@ -284,7 +297,10 @@ pub async fn migrate_mixed(machine: Machine) {
     assert_eq!(moved.pages, 4);
     assert_eq!([0, 1, 2, 3].map(|page| moved.words[page * WORDS]), [0, 3, 3, 3]);
     // Not from one device to the other.
-    assert_eq!(mirrors[0].migrate_to_device(part(range, 5, 1)).await, Err(CommandError::Page(first + 5)));
+    assert_eq!(
+        mirrors[0].migrate_to_device(part(range, 5, 1)).await,
+        Err(CommandError::Page(first + 5))
+    );
 }
 
 pub async fn migrate_multiple(machine: Machine) {
@@ -343,7 +359,8 @@ pub async fn anon_teardown(machine: Machine) {
             Ok(read) => {
                 // One fault, and one more for each time that the unmapping lapsed because the executor did not come to it (C4).
                 assert!(
-                    read.pages == pages && (1..=1 + process.space().stats().lapses).contains(&read.faults.into()),
+                    read.pages == pages
+                        && (1..=1 + process.space().stats().lapses).contains(&read.faults.into()),
                     "{}",
                     read.faults
                 );
@@ -356,11 +373,20 @@ pub async fn anon_teardown(machine: Machine) {
             }
         }
         unmap.await;
-        assert!(matches!(mirror.read(range).await, Err(CommandError::Fault(Fault::NotReadable { .. }))), "a stale mapping");
+        assert!(
+            matches!(mirror.read(range).await, Err(CommandError::Fault(Fault::NotReadable { .. }))),
+            "a stale mapping"
+        );
         // What is left can still be read.
-        same(&mirror.read(part(range, 0, pages / 2)).await.unwrap().words, &numbers(pages / 2, time));
+        same(
+            &mirror.read(part(range, 0, pages / 2)).await.unwrap().words,
+            &numbers(pages / 2, time),
+        );
     }
-    assert!(complete > 0 && refused > 0, "{complete} complete, {refused} refused: they did not meet");
+    assert!(
+        complete > 0 && refused > 0,
+        "{complete} complete, {refused} refused: they did not meet"
+    );
 }
 
 pub async fn snapshot(machine: Machine) {
@@ -370,7 +396,8 @@ pub async fn snapshot(machine: Machine) {
     mixed(&process, range, 7).await;
     assert_eq!(mirrors[0].migrate_to_device(part(range, 5, 1)).await.unwrap().pages, 1);
     assert_eq!(mirrors[1].migrate_to_device(part(range, 6, 1)).await.unwrap().pages, 1);
-    let present = |writable, zero, residence| PageState::Present { writable, zero, big: false, residence };
+    let present =
+        |writable, zero, residence| PageState::Present { writable, zero, big: false, residence };
     let expected = [
         PageState::Error,
         PageState::Error,
@@ -378,14 +405,23 @@ pub async fn snapshot(machine: Machine) {
         present(false, false, Residence::System),
         present(true, false, Residence::System),
         present(true, false, Residence::Local),
-        if machine.is_coherent() { present(true, false, Residence::Remote) } else { PageState::None },
+        if machine.is_coherent() {
+            present(true, false, Residence::Remote)
+        } else {
+            PageState::None
+        },
     ];
     assert_eq!(mirrors[0].snapshot(range).await.unwrap(), expected);
 }
 
 pub async fn compound(machine: Machine) {
     let (process, mirror, range) = machine.with_big_numbers().await;
-    let seen = |writable| PageState::Present { writable, zero: false, big: true, residence: Residence::System };
+    let seen = |writable| PageState::Present {
+        writable,
+        zero: false,
+        big: true,
+        residence: Residence::System,
+    };
     assert_eq!(mirror.snapshot(range).await.unwrap(), vec![seen(true); BIG as usize]);
     process.protect(range, Protection::READ).await;
     assert_eq!(mirror.snapshot(range).await.unwrap(), vec![seen(false); BIG as usize]);
@@ -418,7 +454,11 @@ pub async fn double_map(machine: Machine) {
     let home = vec![Event::Migrate { owner: None }; if machine.is_coherent() { 0 } else { 6 }];
     process.discard(range).await;
     for mirror in &mirrors {
-        assert_eq!(mirror.take_events(), [home.clone(), vec![Event::Clear]].concat(), "each called once an event");
+        assert_eq!(
+            mirror.take_events(),
+            [home.clone(), vec![Event::Clear]].concat(),
+            "each called once an event"
+        );
     }
 }
 
@@ -465,7 +505,12 @@ pub async fn hmm_cow_in_device(machine: Machine) {
     process.write(range.start(), &numbers(4, 1)).await.unwrap();
     reads(&child, range, &numbers(4, 0)).await;
     child.exit().await;
-    let seen = PageState::Present { writable: true, zero: false, big: false, residence: Residence::System };
+    let seen = PageState::Present {
+        writable: true,
+        zero: false,
+        big: false,
+        residence: Residence::System,
+    };
     assert_eq!(mirror.snapshot(range).await.unwrap(), [seen; 4]);
     reads(&process, range, &numbers(4, 1)).await;
 }

@@ -14,7 +14,10 @@ pub enum Runtime {
 
 impl Runtime {
     /// Runs `task` beside its caller; the returned future resolves to what it returns.
-    pub fn spawn<T: Send + 'static>(&self, task: impl Future<Output = T> + Send + 'static) -> BoxFuture<'static, T> {
+    pub fn spawn<T: Send + 'static>(
+        &self,
+        task: impl Future<Output = T> + Send + 'static,
+    ) -> BoxFuture<'static, T> {
         match self {
             Self::Tokio => {
                 let task = tokio::spawn(task);
@@ -29,7 +32,11 @@ impl Runtime {
 const LIMIT: Duration = Duration::from_secs(120);
 
 pub fn on_tokio<C: Future<Output = ()> + Send + 'static>(case: impl FnOnce(Runtime) -> C) {
-    let tokio = tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_time().build().unwrap();
+    let tokio = tokio::runtime::Builder::new_multi_thread()
+        .worker_threads(2)
+        .enable_time()
+        .build()
+        .unwrap();
     let case = case(Runtime::Tokio);
     tokio.block_on(async {
         let task = tokio::spawn(case);

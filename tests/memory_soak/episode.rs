@@ -7,8 +7,8 @@ use futures::executor::block_on;
 use shootdown::cache::{Device, RegistrationCache, StillRegistered};
 use shootdown::source::{Uffd, UffdBuilder, Unwatched, Watch};
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, IntervalNotifier, Invalidation, MirrorError, PassFuture, RetryBudget, Subscription,
-    WouldBlock,
+    AddressRange, AddressSpace, DriverLock, IntervalNotifier, Invalidation, MirrorError,
+    PassFuture, RetryBudget, Subscription, WouldBlock,
 };
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -27,7 +27,11 @@ impl Device for Stamps {
         crate::owner::first_words(range)
     }
 
-    async fn deregister(&self, _: AddressRange, _: Vec<u64>) -> Result<(), StillRegistered<Vec<u64>, std::io::Error>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        _: Vec<u64>,
+    ) -> Result<(), StillRegistered<Vec<u64>, std::io::Error>> {
         Ok(())
     }
 }
@@ -37,7 +41,10 @@ impl Device for Stamps {
 pub struct Mirror(pub DriverLock<Option<(Vec<u64>, Watch)>>);
 
 impl IntervalNotifier for Mirror {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         drop(self.0.lock_for(invalidation).take());
         Ok(None)
     }
@@ -60,15 +67,21 @@ pub struct Episode {
 fn settings() -> UffdBuilder {
     let builder = Uffd::builder();
     // To see that the soak notices: without it, discards leave stale pages.
-    if std::env::var_os("SOAK_NO_SETTLE").is_some() { builder.settle(Duration::ZERO) } else { builder }
+    if std::env::var_os("SOAK_NO_SETTLE").is_some() {
+        builder.settle(Duration::ZERO)
+    } else {
+        builder
+    }
 }
 
 impl Episode {
     pub fn begin(seed: u64) -> Arc<Self> {
         let space = AddressSpace::new();
-        let (uffd, mut reader, mut deliveries) = settings().open(&space).expect("it was permitted before");
+        let (uffd, mut reader, mut deliveries) =
+            settings().open(&space).expect("it was permitted before");
         // Each ends on its own thread, at once or when the other has: nobody else must wait for that who changes watched memory meanwhile.
-        let (reader_first, gone) = ((seed >> 1).is_multiple_of(2), Arc::new(AtomicBool::new(false)));
+        let (reader_first, gone) =
+            ((seed >> 1).is_multiple_of(2), Arc::new(AtomicBool::new(false)));
         let other = gone.clone();
         let reading = std::thread::spawn(move || {
             reader.run().expect("the reader fails");
@@ -87,7 +100,8 @@ impl Episode {
             drop(deliveries);
             gone.store(true, Ordering::Release);
         });
-        let limited = RegistrationCache::<Stamps>::builder().max_registrations(if seed.is_multiple_of(2) { 8 } else { 1000 });
+        let limited = RegistrationCache::<Stamps>::builder()
+            .max_registrations(if seed.is_multiple_of(2) { 8 } else { 1000 });
         let cache = limited.watch(uffd.clone()).build(&space, Stamps);
         let ring = Ring::new(64).ok().and_then(|ring| Some((ring, File::new().ok()?)));
         let rings = ring.map(|(ring, file)| {
@@ -98,7 +112,10 @@ impl Episode {
     }
 
     pub fn mirror(&self, slot: &Slot) -> Subscription<Mirror> {
-        self.uffd.space().insert(slot.range(0, PAGES), Mirror::default()).expect("the space is not released")
+        self.uffd
+            .space()
+            .insert(slot.range(0, PAGES), Mirror::default())
+            .expect("the space is not released")
     }
 
     /// Ends the source.
@@ -111,12 +128,16 @@ impl Episode {
 }
 
 /// Fills the mirror if it is empty.
-pub fn fill(uffd: &Uffd, mirror: &Subscription<Mirror>) -> Result<(), MirrorError<Unwatched<String>>> {
+pub fn fill(
+    uffd: &Uffd,
+    mirror: &Subscription<Mirror>,
+) -> Result<(), MirrorError<Unwatched<String>>> {
     if mirror.0.lock().is_some() {
         return Ok(());
     }
     let range = mirror.range();
-    let prepare = |_| async move { crate::owner::first_words(range).map_err(|error| error.to_string()) };
+    let prepare =
+        |_| async move { crate::owner::first_words(range).map_err(|error| error.to_string()) };
     let install = |copy: &mut Option<(Vec<u64>, Watch)>, words, watch| *copy = Some((words, watch));
     block_on(uffd.mirror(mirror, &mirror.0, range, RetryBudget::retries(1000), prepare, install))
 }

@@ -48,14 +48,22 @@ impl Counts {
 }
 
 fn number(name: &str, otherwise: u64) -> u64 {
-    std::env::var(name).ok().map_or(otherwise, |text| text.parse().unwrap_or_else(|_| panic!("{name} is a number, not {text:?}")))
+    std::env::var(name).ok().map_or(otherwise, |text| {
+        text.parse().unwrap_or_else(|_| panic!("{name} is a number, not {text:?}"))
+    })
 }
 
 /// Says where each thread is in the kernel.
 fn threads() {
     for task in std::fs::read_dir("/proc/self/task").into_iter().flatten().flatten() {
         let of = |name| std::fs::read_to_string(task.path().join(name)).unwrap_or_default();
-        println!("{:?}: {} in {}: {}", task.file_name(), of("comm").trim(), of("wchan"), of("syscall").trim());
+        println!(
+            "{:?}: {} in {}: {}",
+            task.file_name(),
+            of("comm").trim(),
+            of("wchan"),
+            of("syscall").trim()
+        );
     }
 }
 
@@ -76,7 +84,8 @@ fn main() {
         hook(info);
         std::process::exit(4);
     }));
-    let (seconds, seed) = (number("SOAK_SECONDS", 3), number("SOAK_SEED", u64::from(std::process::id())));
+    let (seconds, seed) =
+        (number("SOAK_SECONDS", 3), number("SOAK_SEED", u64::from(std::process::id())));
     let counts = Arc::new(Counts::default());
     let slots: Vec<Arc<Slot>> = (0..OWNERS).map(|own| Arc::new(Slot::new(own))).collect();
     let current = Arc::new(Current::new(Episode::begin(seed)));
@@ -90,7 +99,8 @@ fn main() {
     }
     let looks = (counts.clone(), slots.clone(), current.clone());
     std::thread::spawn(move || owner::look(seed, &looks.1, &looks.2, &looks.0));
-    let (mut episodes, mut last, mut since) = (0_u64, [0; OWNERS + 1], [Instant::now(); OWNERS + 1]);
+    let (mut episodes, mut last, mut since) =
+        (0_u64, [0; OWNERS + 1], [Instant::now(); OWNERS + 1]);
     let (mut unsettled, mut forks) = (0, Fork::Ignore);
     while began.elapsed() < Duration::from_secs(seconds) {
         for step in 0..10 {
@@ -108,7 +118,10 @@ fn main() {
                 if now != last[at] {
                     (last[at], since[at]) = (now, Instant::now());
                 } else if since[at].elapsed() > Duration::from_secs(20) {
-                    println!("thread {at} gets nowhere after {:.1} s, seed {seed}", began.elapsed().as_secs_f64());
+                    println!(
+                        "thread {at} gets nowhere after {:.1} s, seed {seed}",
+                        began.elapsed().as_secs_f64()
+                    );
                     println!("{:?}", current.get());
                     threads();
                     if std::env::var_os("SOAK_KEEP").is_some() {
@@ -138,6 +151,11 @@ fn main() {
         count(&counts.forks),
         count(&counts.refused),
     );
-    assert!(count(&counts.changes) > 100 && count(&counts.look_ups) > 100 && count(&counts.mirrored) > 100, "it did nothing");
+    assert!(
+        count(&counts.changes) > 100
+            && count(&counts.look_ups) > 100
+            && count(&counts.mirrored) > 100,
+        "it did nothing"
+    );
     std::process::exit(0);
 }

@@ -6,7 +6,9 @@ use crate::memory::PAGE;
 use futures::executor::block_on;
 use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
-use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mremap_fixed, munmap};
+use rustix::mm::{
+    Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mremap_fixed, munmap,
+};
 use shootdown::AddressRange;
 use std::ffi::c_void;
 use std::io;
@@ -35,7 +37,9 @@ fn pointer(at: usize) -> *mut c_void {
 
 fn map(at: usize, pages: usize, flags: MapFlags) -> usize {
     // SAFETY: new memory where the kernel chooses or in a slot, into which there are no references.
-    unsafe { mmap_anonymous(pointer(at), pages * PAGE, RIGHTS, MapFlags::PRIVATE | flags) }.expect("mmap").expose_provenance()
+    unsafe { mmap_anonymous(pointer(at), pages * PAGE, RIGHTS, MapFlags::PRIVATE | flags) }
+        .expect("mmap")
+        .expose_provenance()
 }
 
 impl Slot {
@@ -45,7 +49,10 @@ impl Slot {
         // A page that nobody can map at, so that the slot and what is aside stay apart.
         for border in [at + PAGES * PAGE, at + (2 * PAGES + 1) * PAGE] {
             // SAFETY: ours.
-            unsafe { rustix::mm::mprotect(pointer(border), PAGE, rustix::mm::MprotectFlags::empty()) }.expect("mprotect");
+            unsafe {
+                rustix::mm::mprotect(pointer(border), PAGE, rustix::mm::MprotectFlags::empty())
+            }
+            .expect("mprotect");
         }
         let slot = Self { at, stamps: Default::default(), aside: at + (PAGES + 1) * PAGE };
         slot.write(0, PAGES, 1);
@@ -95,13 +102,21 @@ impl Slot {
                     // One by one: the kernel moves no range of several mappings.
                     let aside = self.aside + from * PAGE;
                     for offset in (0..pages).map(|page| page * PAGE) {
-                        mremap_fixed(pointer(at + offset), PAGE, PAGE, MremapFlags::MAYMOVE, pointer(aside + offset))
-                            .expect("mremap");
+                        mremap_fixed(
+                            pointer(at + offset),
+                            PAGE,
+                            PAGE,
+                            MremapFlags::MAYMOVE,
+                            pointer(aside + offset),
+                        )
+                        .expect("mremap");
                     }
                     map(at, pages, MapFlags::FIXED);
                     madvise(pointer(aside), len, Advice::LinuxDontNeed).expect("MADV_DONTNEED");
                 }
-                _ => (0..pages).for_each(|page| assert_ne!(map(self.page(from + page), 1, MapFlags::FIXED), 0)),
+                _ => (0..pages).for_each(|page| {
+                    assert_ne!(map(self.page(from + page), 1, MapFlags::FIXED), 0)
+                }),
             }
         }
     }
@@ -119,9 +134,13 @@ pub fn first_words(range: AddressRange) -> io::Result<Vec<u64>> {
     let mut words = vec![0_u64; pages];
     for (page, word) in words.iter_mut().enumerate() {
         let local = libc::iovec { iov_base: ptr::from_mut(word).cast(), iov_len: 8 };
-        let remote = libc::iovec { iov_base: pointer(range.start() as usize + page * PAGE), iov_len: 8 };
+        let remote =
+            libc::iovec { iov_base: pointer(range.start() as usize + page * PAGE), iov_len: 8 };
         // SAFETY: `local` names eight bytes of ours; the kernel checks `remote`.
-        if unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) } != 8 {
+        if unsafe {
+            libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
+        } != 8
+        {
             return Err(io::Error::last_os_error());
         }
     }
@@ -132,7 +151,9 @@ pub fn first_words(range: AddressRange) -> io::Result<Vec<u64>> {
 fn compare(counts: &Counts, of: &str, said: &[u64], found: &[u64]) {
     for (page, (said, found)) in said.iter().zip(found).enumerate() {
         if *found != 0 && found < said {
-            counts.stale(format!("{of} has stamp {found} of page {page}, which held {said} before it was asked"));
+            counts.stale(format!(
+                "{of} has stamp {found} of page {page}, which held {said} before it was asked"
+            ));
         }
     }
 }
@@ -146,7 +167,8 @@ fn look_up(episode: &Episode, slot: &Slot, (from, pages): (usize, usize), counts
     let said = slot.said(from, pages);
     match block_on(episode.cache.get(slot.range(from, pages))) {
         Ok(found) => {
-            let skip = ((slot.range(from, pages).start() - found.range().start()) / PAGE as u64) as usize;
+            let skip =
+                ((slot.range(from, pages).start() - found.range().start()) / PAGE as u64) as usize;
             compare(counts, "the cache", &said, &found.handle()[skip..]);
             counts.look_ups.fetch_add(1, Ordering::Relaxed);
         }
@@ -177,7 +199,9 @@ pub fn own(own: usize, seed: u64, slot: &Slot, current: &Current, counts: &Count
             let said = slot.said(0, PAGES);
             let _ = fill(&episode.uffd, &mirror);
             let sequence = block_on(mirror.read_begin());
-            let found = mirror.0.install(&mirror, sequence, |copy| copy.as_ref().map(|(words, _)| words.clone()));
+            let found = mirror
+                .0
+                .install(&mirror, sequence, |copy| copy.as_ref().map(|(words, _)| words.clone()));
             if let Ok(Some(found)) = found {
                 compare(counts, "the mirror", &said, &found);
                 counts.mirrored.fetch_add(1, Ordering::Relaxed);
@@ -188,7 +212,12 @@ pub fn own(own: usize, seed: u64, slot: &Slot, current: &Current, counts: &Count
 }
 
 /// Reads a file through a fixed buffer of a ring into memory of the allocator, which comes and goes, and looks at every byte.
-fn read_into_heap(episode: &Episode, random: &mut StdRng, heap: &mut Vec<Vec<u64>>, counts: &Counts) {
+fn read_into_heap(
+    episode: &Episode,
+    random: &mut StdRng,
+    heap: &mut Vec<Vec<u64>>,
+    counts: &Counts,
+) {
     let Some(rings) = &episode.rings else { return };
     if heap.len() > 8 || random.random_ratio(1, 4) && !heap.is_empty() {
         heap.swap_remove(random.random_range(0..heap.len()));
@@ -201,7 +230,10 @@ fn read_into_heap(episode: &Episode, random: &mut StdRng, heap: &mut Vec<Vec<u64
     let skip = buffer.as_ptr().addr().next_multiple_of(PAGE) - buffer.as_ptr().addr();
     let page = &mut buffer[skip / 8..][..PAGE / 8];
     page.fill(0);
-    let Ok(range) = AddressRange::new(page.as_mut_ptr().expose_provenance() as u64, PAGE as u64) else { return };
+    let Ok(range) = AddressRange::new(page.as_mut_ptr().expose_provenance() as u64, PAGE as u64)
+    else {
+        return;
+    };
     let Ok(registration) = block_on(rings.cache.get(range)) else {
         counts.refused.fetch_add(1, Ordering::Relaxed);
         return;
@@ -214,7 +246,8 @@ fn read_into_heap(episode: &Episode, random: &mut StdRng, heap: &mut Vec<Vec<u64
     }
     let word = rings.file.word(block);
     // SAFETY: the kernel has written the page; each word is read as it is now.
-    let wrong = page.iter().position(|found| unsafe { ptr::from_ref(found).read_volatile() } != word);
+    let wrong =
+        page.iter().position(|found| unsafe { ptr::from_ref(found).read_volatile() } != word);
     if let Some(wrong) = wrong {
         counts.stale(format!(
             "a read through a fixed buffer went elsewhere: word {wrong} of the page is {:#x}, not {word:#x}",

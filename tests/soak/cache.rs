@@ -52,12 +52,19 @@ impl Device for Nic {
         Ok(Pinned { first: range.start() / PAGE, generations })
     }
 
-    async fn deregister(&self, _: AddressRange, pinned: Pinned) -> Result<(), StillRegistered<Pinned, std::io::Error>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        pinned: Pinned,
+    ) -> Result<(), StillRegistered<Pinned, std::io::Error>> {
         self.works().await;
         // Transfers that it had begun used the memory until now.
         pinned.accesses(&self.oracle);
         if self.chance(0.02) {
-            return Err(StillRegistered { handle: pinned, error: std::io::Error::other("soak: busy") });
+            return Err(StillRegistered {
+                handle: pinned,
+                error: std::io::Error::other("soak: busy"),
+            });
         }
         self.mapped.fetch_sub(1, Ordering::SeqCst);
         Ok(())
@@ -72,7 +79,11 @@ impl Pinned {
     }
 }
 
-pub(crate) fn cache(space: &AddressSpace, oracle: &Arc<Oracle>, seed: u64) -> RegistrationCache<Nic> {
+pub(crate) fn cache(
+    space: &AddressSpace,
+    oracle: &Arc<Oracle>,
+    seed: u64,
+) -> RegistrationCache<Nic> {
     let random = Mutex::new(StdRng::seed_from_u64(seed));
     let nic = Nic { oracle: oracle.clone(), random, mapped: AtomicI64::new(0) };
     let merge = if seed.is_multiple_of(2) { Merge::Touching } else { Merge::Never };
@@ -100,7 +111,9 @@ impl Soak {
     pub(crate) async fn registrations_left(&self) -> i64 {
         // A device that refused three times in a row is asked again by the next who needs it.
         for _ in 0..50 {
-            tokio::time::timeout(Duration::from_millis(100), self.cache.flush()).await.unwrap_or(());
+            tokio::time::timeout(Duration::from_millis(100), self.cache.flush())
+                .await
+                .unwrap_or(());
             if self.cache.stats().pinned_bytes == 0 {
                 break;
             }

@@ -6,8 +6,8 @@ use rand::rngs::StdRng;
 use rand::{Rng, SeedableRng};
 use serde::Serialize;
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget, Subscription,
-    WouldBlock,
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture,
+    RetryBudget, Subscription, WouldBlock,
 };
 use std::collections::BTreeMap;
 use std::panic::AssertUnwindSafe;
@@ -117,7 +117,10 @@ impl Drop for Device {
 }
 
 impl IntervalNotifier for Device {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         if self.removed.load(Ordering::SeqCst) {
             self.oracle.counts.calls_after_remove.fetch_add(1, Ordering::SeqCst);
         }
@@ -128,8 +131,11 @@ impl IntervalNotifier for Device {
         let pages = invalidation.range().start() / PAGE..=invalidation.range().last() / PAGE;
         let command = {
             let mut table = self.table.lock_for(invalidation);
-            let zapped: Vec<(u64, u64)> =
-                table.mapped.range(pages.clone()).map(|(page, generation)| (*page, *generation)).collect();
+            let zapped: Vec<(u64, u64)> = table
+                .mapped
+                .range(pages.clone())
+                .map(|(page, generation)| (*page, *generation))
+                .collect();
             table.commands += 1;
             let command = table.commands;
             for (page, generation) in zapped {
@@ -144,13 +150,18 @@ impl IntervalNotifier for Device {
             panic!("soak: a first pass fails");
         }
         let Some(command) = command else { return Ok(None) };
-        let (stalls, fails, kind) = (random.random_bool(0.02), random.random_bool(0.01), random.random_range(0..4));
-        let (table, oracle, removed) = (self.table.clone(), self.oracle.clone(), self.removed.clone());
+        let (stalls, fails, kind) =
+            (random.random_bool(0.02), random.random_bool(0.01), random.random_range(0..4));
+        let (table, oracle, removed) =
+            (self.table.clone(), self.oracle.clone(), self.removed.clone());
         Ok(Some(PassFuture::new(async move {
             match kind {
                 0 => {}
                 1 => tokio::task::yield_now().await,
-                2 => tokio::time::sleep(Duration::from_micros(if stalls { 20_000 } else { 200 })).await,
+                2 => {
+                    tokio::time::sleep(Duration::from_micros(if stalls { 20_000 } else { 200 }))
+                        .await
+                }
                 _ => {
                     for _ in 0..8 {
                         tokio::task::yield_now().await;
@@ -232,7 +243,9 @@ impl Soak {
         match random.random_range(0..10) {
             0 | 1 => {
                 // A driver's panic comes out here; the range was completed and ended before.
-                match std::panic::catch_unwind(AssertUnwindSafe(|| self.space.try_invalidate(range, event))) {
+                match std::panic::catch_unwind(AssertUnwindSafe(|| {
+                    self.space.try_invalidate(range, event)
+                })) {
                     Ok(Ok(guard)) => {
                         self.oracle.handed_out(range);
                         drop(guard);
@@ -242,7 +255,8 @@ impl Soak {
                 }
             }
             2 => {
-                let mut invalidate = Box::pin(AssertUnwindSafe(self.space.invalidate(range, event)).catch_unwind());
+                let mut invalidate =
+                    Box::pin(AssertUnwindSafe(self.space.invalidate(range, event)).catch_unwind());
                 let polls = random.random_range(1..4);
                 for _ in 0..polls {
                     if futures::future::poll_immediate(&mut invalidate).await.is_some() {
@@ -257,10 +271,13 @@ impl Soak {
             }
             3 => {
                 // Alive, and not polled while this task reads.
-                let mut invalidate = AssertUnwindSafe(self.space.invalidate(range, event)).catch_unwind();
+                let mut invalidate =
+                    AssertUnwindSafe(self.space.invalidate(range, event)).catch_unwind();
                 let first = futures::future::poll_immediate(&mut invalidate).await;
                 if let Some(outcome) = first {
-                    drop(outcome.map_err(|_| counts.panics_survived.fetch_add(1, Ordering::Relaxed)));
+                    drop(
+                        outcome.map_err(|_| counts.panics_survived.fetch_add(1, Ordering::Relaxed)),
+                    );
                     return;
                 }
                 if let Some(device) = self.device(random) {
@@ -290,7 +307,8 @@ impl Soak {
     async fn mirror(&self, random: &mut StdRng) {
         let counts = &self.oracle.counts;
         let Some(device) = self.device(random) else { return };
-        let page = random.random_range(device.range().start() / PAGE..=device.range().last() / PAGE);
+        let page =
+            random.random_range(device.range().start() / PAGE..=device.range().last() / PAGE);
         let oracle = &self.oracle;
         let pause = random.random_bool(0.5);
         let look = |_| async move {
@@ -367,25 +385,43 @@ fn setting<T: std::str::FromStr>(name: &str, default: T) -> T {
 pub fn soak() {
     let seconds: f64 = setting("SOAK_SECONDS", 4.0);
     let threads: usize = setting("SOAK_THREADS", 4);
-    let clock = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos() as u64;
+    let clock =
+        std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap().as_nanos()
+            as u64;
     let seed: u64 = setting("SOAK_SEED", clock);
-    println!("seed {seed}: SOAK_SEED={seed} SOAK_THREADS=1 runs its operations on one thread, the same way each time");
+    println!(
+        "seed {seed}: SOAK_SEED={seed} SOAK_THREADS=1 runs its operations on one thread, the same way each time"
+    );
     // The panics of the drivers are part of the plan.
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(move |panic| {
-        let planned = panic.payload().downcast_ref::<&str>().is_some_and(|message| message.starts_with("soak:"));
+        let planned = panic
+            .payload()
+            .downcast_ref::<&str>()
+            .is_some_and(|message| message.starts_with("soak:"));
         if !planned {
             hook(panic);
         }
     }));
     let tokio = if threads == 1 {
         // Time that does not pass by itself: timers fire in their order as soon as nothing else can be done.
-        tokio::runtime::Builder::new_current_thread().enable_time().start_paused(true).build().unwrap()
+        tokio::runtime::Builder::new_current_thread()
+            .enable_time()
+            .start_paused(true)
+            .build()
+            .unwrap()
     } else {
-        tokio::runtime::Builder::new_multi_thread().worker_threads(threads).enable_time().build().unwrap()
+        tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(threads)
+            .enable_time()
+            .build()
+            .unwrap()
     };
     let began = Instant::now();
-    let oracle = Arc::new(Oracle { generations: (0..PAGES).map(|_| AtomicU64::new(0)).collect(), counts: Counts::default() });
+    let oracle = Arc::new(Oracle {
+        generations: (0..PAGES).map(|_| AtomicU64::new(0)).collect(),
+        counts: Counts::default(),
+    });
     let space = AddressSpace::new();
     let soak = Arc::new(Soak {
         #[cfg(feature = "cache")]
@@ -394,12 +430,16 @@ pub fn soak() {
         oracle: oracle.clone(),
         devices: Mutex::default(),
         until: (threads > 1).then(|| began + Duration::from_secs_f64(seconds)),
-        most: setting("SOAK_OPERATIONS", if threads > 1 { u64::MAX } else { (seconds * 20_000.0) as u64 }),
+        most: setting(
+            "SOAK_OPERATIONS",
+            if threads > 1 { u64::MAX } else { (seconds * 20_000.0) as u64 },
+        ),
     });
     let (lost_wakeups, registrations_left) = tokio.block_on(async {
         let mut random = StdRng::seed_from_u64(seed);
         (0..16).for_each(|_| soak.insert(&mut random));
-        let tasks: Vec<_> = (0..24).map(|_| tokio::spawn(soak.clone().task(random.random()))).collect();
+        let tasks: Vec<_> =
+            (0..24).map(|_| tokio::spawn(soak.clone().task(random.random()))).collect();
         // Whoever still waits half a minute after the end waits for something that has happened.
         let mut lost = 0;
         let limit = tokio::time::Instant::now() + Duration::from_secs_f64(seconds + 30.0);
@@ -409,11 +449,15 @@ pub fn soak() {
                 Err(_) => lost += 1,
             }
         }
-        lost += u64::from(tokio::time::timeout(Duration::from_secs(30), soak.space.drain()).await.is_err());
+        lost += u64::from(
+            tokio::time::timeout(Duration::from_secs(30), soak.space.drain()).await.is_err(),
+        );
         // What was leaked lapses when somebody needs the range.
         let devices = std::mem::take(&mut *soak.devices.lock().unwrap());
         for device in devices {
-            lost += u64::from(tokio::time::timeout(Duration::from_secs(30), device.read_begin()).await.is_err());
+            lost += u64::from(
+                tokio::time::timeout(Duration::from_secs(30), device.read_begin()).await.is_err(),
+            );
         }
         #[cfg(feature = "cache")]
         let registrations_left = soak.registrations_left().await;
@@ -457,10 +501,23 @@ pub fn soak() {
         lost_wakeups,
     };
     println!("{}", serde_json::to_string(&report).unwrap());
-    assert_eq!((report.stale_uses, report.calls_after_remove, report.lost_wakeups, report.leaked_notifiers), (0, 0, 0, 0));
+    assert_eq!(
+        (
+            report.stale_uses,
+            report.calls_after_remove,
+            report.lost_wakeups,
+            report.leaked_notifiers
+        ),
+        (0, 0, 0, 0)
+    );
     assert_eq!(report.registrations_left, 0);
     assert!(cfg!(not(feature = "cache")) || report.transfers > 100);
-    assert!(report.invalidations > 100 && report.mirrored > 100 && report.accesses > 100 && report.cancellations > 0);
+    assert!(
+        report.invalidations > 100
+            && report.mirrored > 100
+            && report.accesses > 100
+            && report.cancellations > 0
+    );
     assert!(report.panics_survived > 0 || report.operations < 5_000, "the plan has panics in it");
 }
 

@@ -5,7 +5,9 @@ use crate::uffd::no_fork;
 use futures::FutureExt;
 use rustix::mm::Advice;
 use shootdown::source::Uffd;
-use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
@@ -24,7 +26,10 @@ fn read_during(reader: &mut shootdown::source::Reader, change: impl FnOnce() + S
 struct HangsFor(AddressRange);
 
 impl IntervalNotifier for HangsFor {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         let hangs = invalidation.ranges().iter().any(|range| range.overlaps(self.0));
         Ok(hangs.then(|| PassFuture::new(std::future::pending())))
@@ -48,7 +53,11 @@ fn n4_no_reader_waits_for_more_than_if_each_change_were_told_of_alone() {
         let _ = deliveries.deliver().now_or_never();
         // A driver that maps what is new at the first address.
         let new = space.insert(memory[0].range(), Counts(AtomicUsize::new(0))).unwrap();
-        assert!(new.read_begin().now_or_never().is_some(), "told of alone: {alone}: {:?}", space.active());
+        assert!(
+            new.read_begin().now_or_never().is_some(),
+            "told of alone: {alone}: {:?}",
+            space.active()
+        );
     }
 }
 
@@ -57,7 +66,10 @@ fn m5_a_batch_with_pages_that_stay_is_under_invalidation_until_they_go() {
     let _fork = no_fork();
     struct Drops(Mutex<Vec<shootdown::source::Watch>>);
     impl IntervalNotifier for Drops {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             invalidation.set_seq();
             self.0.lock().unwrap().clear();
             Ok(None)
@@ -69,7 +81,8 @@ fn m5_a_batch_with_pages_that_stay_is_under_invalidation_until_they_go() {
     let memory = [Raw::map(1), Raw::map(1)];
     memory.iter().for_each(|page| page.write(1));
     let driver = space.insert(AddressRange::ALL, Drops(Mutex::default())).unwrap();
-    *driver.0.lock().unwrap() = memory.iter().map(|page| uffd.watch(page.range()).unwrap()).collect();
+    *driver.0.lock().unwrap() =
+        memory.iter().map(|page| uffd.watch(page.range()).unwrap()).collect();
     read_during(&mut reader, || {
         memory[0].discard(Advice::LinuxDontNeed);
         memory[1].discard(Advice::LinuxFree);
@@ -88,7 +101,10 @@ fn m5_a_batch_with_pages_that_stay_is_under_invalidation_until_they_go() {
 struct Counts(AtomicUsize);
 
 impl IntervalNotifier for Counts {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         self.0.fetch_add(1, Ordering::SeqCst);
         Ok(None)
@@ -111,5 +127,9 @@ fn n4_pages_that_a_madvise_is_about_to_drop_are_no_notifiers_of_their_own() {
     assert_eq!(driver.0.swap(0, Ordering::SeqCst), 1, "the discards are one");
     read_during(&mut reader, || parts.iter().for_each(|part| part.unmap()));
     let _ = deliveries.deliver().now_or_never();
-    assert_eq!(driver.0.load(Ordering::SeqCst), 1, "the unmappings concern the same driver, and nobody else");
+    assert_eq!(
+        driver.0.load(Ordering::SeqCst),
+        1,
+        "the unmappings concern the same driver, and nobody else"
+    );
 }

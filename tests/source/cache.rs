@@ -6,9 +6,13 @@ use futures::FutureExt;
 use futures::channel::oneshot;
 use futures::executor::block_on;
 use futures::future::Shared;
-use shootdown::cache::{Device, GetError, Match, Merge, Overlap, RegistrationCache, StillRegistered, Unwatched};
+use shootdown::cache::{
+    Device, GetError, Match, Merge, Overlap, RegistrationCache, StillRegistered, Unwatched,
+};
 use shootdown::source::{Fork, Uffd, UffdError};
-use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+};
 use std::os::unix::process::CommandExt;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -59,7 +63,11 @@ impl Device for Nic {
         Ok(self.next.fetch_add(1, Ordering::Relaxed))
     }
 
-    async fn deregister(&self, _range: AddressRange, _handle: u64) -> Result<(), StillRegistered<u64, std::io::Error>> {
+    async fn deregister(
+        &self,
+        _range: AddressRange,
+        _handle: u64,
+    ) -> Result<(), StillRegistered<u64, std::io::Error>> {
         drop(self.lock.lock().unwrap());
         Ok(())
     }
@@ -67,7 +75,10 @@ impl Device for Nic {
 
 fn cache(source: &Running) -> (Nic, RegistrationCache<Nic>) {
     let nic = Nic::default();
-    (nic.clone(), RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).build(&source.space, nic))
+    (
+        nic.clone(),
+        RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).build(&source.space, nic),
+    )
 }
 
 fn after_munmap_no_look_up_finds_the_registration() {
@@ -134,7 +145,10 @@ fn memory_that_cannot_be_watched_is_not_registered() {
     // So low that the kernel maps nothing there, for other tests neither.
     let memory = Raw { at: PAGE, len: PAGE };
     let refused = block_on(cache.get(memory.range())).unwrap_err();
-    assert!(matches!(&refused, GetError::Unwatched(Unwatched::Source(UffdError::Watch { .. }))), "{refused}");
+    assert!(
+        matches!(&refused, GetError::Unwatched(Unwatched::Source(UffdError::Watch { .. }))),
+        "{refused}"
+    );
     assert_eq!((nic.next.load(Ordering::Relaxed), cache.stats().registrations), (0, 0));
 }
 
@@ -142,7 +156,10 @@ fn memory_that_cannot_be_watched_is_not_registered() {
 fn m1_what_get_registers_is_watched_however_long_it_waited() {
     struct Slow(Shared<oneshot::Receiver<()>>);
     impl IntervalNotifier for Slow {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             invalidation.set_seq();
             Ok(Some(PassFuture::new(self.0.clone().map(drop))))
         }
@@ -182,7 +199,11 @@ fn m1_a_device_that_changes_the_memory_while_it_registers_comes_to_an_end() {
             Ok(calls)
         }
 
-        async fn deregister(&self, _range: AddressRange, _handle: u64) -> Result<(), StillRegistered<u64, std::io::Error>> {
+        async fn deregister(
+            &self,
+            _range: AddressRange,
+            _handle: u64,
+        ) -> Result<(), StillRegistered<u64, std::io::Error>> {
             Ok(())
         }
     }
@@ -193,14 +214,17 @@ fn m1_a_device_that_changes_the_memory_while_it_registers_comes_to_an_end() {
         // The registered page itself, or one that only the gate tells of.
         let (page, beside) = (memory.part(0, 1), memory.part(1, 1));
         let _watch = source.uffd.watch(beside.range()).unwrap();
-        let device = Arc::new(Discards(if other { beside } else { page }, AtomicU64::new(0), changes));
+        let device =
+            Arc::new(Discards(if other { beside } else { page }, AtomicU64::new(0), changes));
         let builder = RegistrationCache::<Arc<Discards>>::builder().watch(source.uffd.clone());
         let cache = builder.build(&source.space, device.clone());
         let got = block_on(cache.get(page.range()));
         let calls = device.1.load(Ordering::Relaxed);
         match got {
             Ok(_) => assert!(changes == 1 || other, "from before the change"),
-            Err(GetError::Invalidated { tries }) => assert!(!other && changes > 1 && tries <= 8, "{tries}"),
+            Err(GetError::Invalidated { tries }) => {
+                assert!(!other && changes > 1 && tries <= 8, "{tries}")
+            }
             Err(error) => panic!("{error}"),
         }
         assert!(calls <= if other { 1 } else { 8 }, "{calls} registrations");
@@ -214,8 +238,11 @@ fn report_9_a_lock_of_the_device_that_is_held_across_munmap_and_look_ups_blocks_
     let nic = Nic { locked: true, ..Nic::default() };
     let lock = nic.lock.clone();
     let of_reporter = nic.lock.clone();
-    let builder = RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).max_registrations(2);
-    let cache = builder.on_failure(move |_| drop(of_reporter.lock().unwrap())).build(&source.space, nic.clone());
+    let builder =
+        RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).max_registrations(2);
+    let cache = builder
+        .on_failure(move |_| drop(of_reporter.lock().unwrap()))
+        .build(&source.space, nic.clone());
     let pinned = Raw::map(1);
     drop(block_on(cache.get(pinned.range())).unwrap());
     let (changing, fixed) = (Raw::map(3), Raw::map(8));
@@ -250,7 +277,8 @@ fn report_9_a_lock_of_the_device_that_is_held_across_munmap_and_look_ups_blocks_
 fn report_11_after_a_part_was_unmapped_a_merged_region_is_watched_and_the_hole_is_not() {
     let _fork = no_fork();
     let source = Running::new();
-    let builder = RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).merge(Merge::Touching);
+    let builder =
+        RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).merge(Merge::Touching);
     let cache = builder.build(&source.space, Nic::default());
     let memory = Raw::map(8);
     memory.write(1);
@@ -276,7 +304,8 @@ fn report_11_after_a_part_was_unmapped_a_merged_region_is_watched_and_the_hole_i
 fn k7_m1_a_union_is_not_refused_because_a_neighbour_was_unmapped_while_it_was_waited_for() {
     let _fork = no_fork();
     let source = Running::new();
-    let builder = RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).overlap(Overlap::Merge);
+    let builder =
+        RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).overlap(Overlap::Merge);
     let cache = builder.build(&source.space, Nic::default());
     // A hole of one page between others, which no other thread's memory fits in.
     let memory = Raw::map(5);
@@ -291,18 +320,25 @@ fn k7_m1_a_union_is_not_refused_because_a_neighbour_was_unmapped_while_it_was_wa
     assert!(memory.part(1, 1).map_again());
     let before = cache.stats().misses;
     let new = cache.get(memory.part(1, 1).range()).wait().unwrap();
-    assert_eq!(cache.stats().misses, before + 1, "{} was registered before this page was mapped", new.range());
+    assert_eq!(
+        cache.stats().misses,
+        before + 1,
+        "{} was registered before this page was mapped",
+        new.range()
+    );
 }
 
 fn k6_m1_exact_bytes_are_watched_by_their_pages() {
     let _fork = no_fork();
     let source = Running::new();
-    let builder = RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).matching(Match::Exact);
+    let builder =
+        RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).matching(Match::Exact);
     let cache = builder.build(&source.space, Nic::default());
     let memory = Raw::map(2);
     memory.write(1);
     let start = memory.range().start();
-    let (one, two) = (AddressRange::new(start + 10, 20).unwrap(), AddressRange::new(start + 100, 4096).unwrap());
+    let (one, two) =
+        (AddressRange::new(start + 10, 20).unwrap(), AddressRange::new(start + 100, 4096).unwrap());
     for _ in 0..20 {
         for range in [one, two] {
             assert_eq!(cache.get(range).wait().unwrap().range(), range);
@@ -327,7 +363,8 @@ pub fn flagged(range: AddressRange, flags_of: &[&str]) -> u64 {
     for line in smaps.lines() {
         let first = line.split(' ').next().unwrap();
         if let Some((start, end)) = first.split_once('-')
-            && let (Ok(start), Ok(end)) = (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
+            && let (Ok(start), Ok(end)) =
+                (u64::from_str_radix(start, 16), u64::from_str_radix(end, 16))
         {
             area = AddressRange::try_from(start..end).ok();
         } else if let Some(flags) = line.strip_prefix("VmFlags:")
@@ -345,7 +382,8 @@ fn k3_when_the_process_has_no_mapping_left_for_a_watch_idle_registrations_are_gi
     // Only what is asked for is watched, so that each watch of a page takes mappings.
     let source = Running::of(&AddressSpace::new(), Uffd::builder().granule(4096));
     let (_nic, cache) = cache(&source);
-    let most: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
+    let most: usize =
+        std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
     if most > 1 << 17 {
         // More pages than a test should map.
         return;
@@ -359,24 +397,41 @@ fn k3_when_the_process_has_no_mapping_left_for_a_watch_idle_registrations_are_gi
     assert_eq!(*held.handle(), 0, "in use");
     // With all in use there is an end, and an error that says why.
     let mut all = Vec::new();
-    let refused = (0..most + 900).step_by(2).find_map(|page| match block_on(cache.get(memory.part(page, 1).range())) {
-        Ok(registration) => {
-            all.push(registration);
-            None
+    let refused = (0..most + 900).step_by(2).find_map(|page| {
+        match block_on(cache.get(memory.part(page, 1).range())) {
+            Ok(registration) => {
+                all.push(registration);
+                None
+            }
+            Err(error) => Some(error),
         }
-        Err(error) => Some(error),
     });
-    assert!(matches!(refused, Some(GetError::Unwatched(Unwatched::Source(UffdError::NoRoom { .. })))), "{refused:?}");
+    assert!(
+        matches!(refused, Some(GetError::Unwatched(Unwatched::Source(UffdError::NoRoom { .. })))),
+        "{refused:?}"
+    );
 }
 
 /// `cargo run --release --features userfaultfd --example uring_cache -- --json`.
 pub fn the_proof_on_io_uring() {
     let mut build = std::process::Command::new(env!("CARGO"));
-    build.args(["build", "--quiet", "--release", "--features", "userfaultfd", "--example", "uring_cache"]);
-    assert!(build.current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap().success(), "the example cannot be built");
+    build.args([
+        "build",
+        "--quiet",
+        "--release",
+        "--features",
+        "userfaultfd",
+        "--example",
+        "uring_cache",
+    ]);
+    assert!(
+        build.current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap().success(),
+        "the example cannot be built"
+    );
     let test = std::env::current_exe().unwrap();
     let example = test.ancestors().nth(3).unwrap().join("release/examples/uring_cache");
-    let run = |arguments: &[&str]| std::process::Command::new(&example).args(arguments).output().unwrap();
+    let run =
+        |arguments: &[&str]| std::process::Command::new(&example).args(arguments).output().unwrap();
     let output = run(&["--json", "--reads", "3000"]);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     let report: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
@@ -384,7 +439,8 @@ pub fn the_proof_on_io_uring() {
     assert_eq!(report["cached"]["wrong_reads"], 0, "{report}");
     assert_eq!(report["cached"]["reads"], 3000);
     assert!(
-        report["cached"]["hit_ns"].as_f64().unwrap() > 0.0 && report["register_every_time_ns"].as_f64().unwrap() > 0.0,
+        report["cached"]["hit_ns"].as_f64().unwrap() > 0.0
+            && report["register_every_time_ns"].as_f64().unwrap() > 0.0,
         "{report}"
     );
     // Without an unmap the plain cache is right, and the example says that it has shown nothing.
@@ -398,7 +454,9 @@ pub fn the_proof_on_io_uring() {
 fn k5_a_cache_whose_source_tells_another_space_is_refused() {
     let _fork = no_fork();
     let (source, other) = (Running::new(), AddressSpace::new());
-    let build = || RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).build(&other, Nic::default());
+    let build = || {
+        RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).build(&other, Nic::default())
+    };
     let refused = std::panic::catch_unwind(std::panic::AssertUnwindSafe(build)).unwrap_err();
     assert!(refused.downcast_ref::<&str>().is_some_and(|text| text.contains("another space")));
 }
@@ -413,7 +471,11 @@ fn k1_a_watched_registration_that_nobody_can_reach_leaves_nothing_behind() {
         async fn register(&self, _: AddressRange) -> std::io::Result<()> {
             Ok(())
         }
-        async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), std::io::Error>> {
+        async fn deregister(
+            &self,
+            _: AddressRange,
+            (): (),
+        ) -> Result<(), StillRegistered<(), std::io::Error>> {
             std::future::pending().await
         }
     }
@@ -421,7 +483,8 @@ fn k1_a_watched_registration_that_nobody_can_reach_leaves_nothing_behind() {
     let device = Slow(Arc::new(()));
     let space = AddressSpace::new();
     let (uffd, reader, deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
-    let cache = RegistrationCache::<Slow>::builder().watch(uffd.clone()).build(&space, device.clone());
+    let cache =
+        RegistrationCache::<Slow>::builder().watch(uffd.clone()).build(&space, device.clone());
     let held = block_on(cache.get(Raw::map(1).range())).unwrap();
     drop(cache);
     drop((uffd, reader, deliveries, space));

@@ -9,7 +9,10 @@ use futures::executor::block_on;
 use rustix::mm::Advice;
 use shootdown::cache::{Device, RegistrationCache, StillRegistered};
 use shootdown::source::{Deliveries, Fork, OwnedMapping, Reader, Uffd};
-use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription,
+    WouldBlock,
+};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -75,25 +78,36 @@ fn m3_memory_whose_move_was_not_delivered_is_not_watched_behind_the_reader() {
     let moved = Mutex::new(memory);
     read_during(&mut reader, || *moved.lock().unwrap() = memory.remap(4));
     drop(reader);
-    assert!(can_be_unmapped(moved.into_inner().unwrap()), "a thread waits for a reader that is gone");
+    assert!(
+        can_be_unmapped(moved.into_inner().unwrap()),
+        "a thread waits for a reader that is gone"
+    );
     drop((watch, deliveries));
 }
 
 /// A source that waits for pages as long as a test lasts, and a page.
 fn patient() -> (AddressSpace, Uffd, Reader, Deliveries, Raw) {
     let space = AddressSpace::new();
-    let (uffd, reader, deliveries) = Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
+    let (uffd, reader, deliveries) =
+        Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
     let memory = Raw::map(1);
     memory.write(1);
     (space, uffd, reader, deliveries, memory)
 }
 
 /// A `MADV_FREE` of `memory` was read, and has left its page where it is: who reads waits until it is written.
-fn is_waited_for(deliveries: &mut Deliveries, reader: &Subscription<impl IntervalNotifier>, memory: Raw) {
+fn is_waited_for(
+    deliveries: &mut Deliveries,
+    reader: &Subscription<impl IntervalNotifier>,
+    memory: Raw,
+) {
     let mut delivery = Box::pin(deliveries.deliver());
     assert!(delivery.as_mut().now_or_never().is_none());
     for _ in 0..3 {
-        assert!(reader.read_begin().now_or_never().is_none(), "the page that is about to go is found");
+        assert!(
+            reader.read_begin().now_or_never().is_none(),
+            "the page that is about to go is found"
+        );
     }
     memory.write(2);
     block_on(reader.read_begin());
@@ -153,7 +167,8 @@ fn m5_a_storm_of_discards_holds_up_no_reader_of_another_range() {
     let source = Running::of(&AddressSpace::new(), Uffd::builder().fork(Fork::Ignore));
     let (memory, elsewhere) = (Raw::map(4), Raw::map(1));
     let _watch = source.uffd.watch(memory.range()).unwrap();
-    let (readers, others) = (log(&source.space, memory.range()).0, log(&source.space, elsewhere.range()).0);
+    let (readers, others) =
+        (log(&source.space, memory.range()).0, log(&source.space, elsewhere.range()).0);
     let stop = AtomicBool::new(false);
     let pause = |micros| {
         let until = Instant::now() + Duration::from_micros(micros);
@@ -189,15 +204,24 @@ fn m5_a_storm_of_discards_holds_up_no_reader_of_another_range() {
         stop.store(true, Ordering::Relaxed);
         (elsewhere.join().unwrap(), after)
     });
-    println!("elsewhere at most {longest:?}; right after the storm {after:?}; {:?}", source.uffd.stats());
-    assert!(longest < Duration::from_secs(1) && after < Duration::from_secs(1), "elsewhere {longest:?}, after {after:?}");
+    println!(
+        "elsewhere at most {longest:?}; right after the storm {after:?}; {:?}",
+        source.uffd.stats()
+    );
+    assert!(
+        longest < Duration::from_secs(1) && after < Duration::from_secs(1),
+        "elsewhere {longest:?}, after {after:?}"
+    );
 }
 
 /// Takes some time in its first pass.
 struct Slow;
 
 impl IntervalNotifier for Slow {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         (0..20).for_each(|_| thread::yield_now());
         Ok(None)
@@ -255,8 +279,10 @@ fn m8_what_was_moved_or_has_grown_is_in_the_child_once_nobody_watches_it() {
     assert!(in_child(grown));
     // A neighbour that is watched does not keep what is not.
     let pair = Raw::map(2);
-    let (one, _other) =
-        (source.uffd.watch(pair.part(0, 1).range()).unwrap(), source.uffd.watch(pair.part(1, 1).range()).unwrap());
+    let (one, _other) = (
+        source.uffd.watch(pair.part(0, 1).range()).unwrap(),
+        source.uffd.watch(pair.part(1, 1).range()).unwrap(),
+    );
     drop(one);
     assert!(in_child(pair.part(0, 1)) && !in_child(pair.part(1, 1)));
 }
@@ -278,7 +304,11 @@ impl Device for Stuck {
         Ok(())
     }
 
-    async fn deregister(&self, _: AddressRange, (): ()) -> Result<(), StillRegistered<(), std::io::Error>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        (): (),
+    ) -> Result<(), StillRegistered<(), std::io::Error>> {
         Ok(())
     }
 }
@@ -289,14 +319,17 @@ fn m4_futures_that_a_child_polls_and_drops_hang_nobody() {
     let (uffd, mut reader, mut deliveries) =
         Uffd::builder().fork(Fork::Ignore).settle(Duration::from_secs(3600)).open(&space).unwrap();
     let device = Arc::new(Stuck::default());
-    let cache = RegistrationCache::<Arc<Stuck>>::builder().watch(uffd.clone()).build(&space, device.clone());
+    let cache = RegistrationCache::<Arc<Stuck>>::builder()
+        .watch(uffd.clone())
+        .build(&space, device.clone());
     let memory = Raw::map(4);
     memory.write(1);
     let _watch = uffd.watch(memory.part(3, 1).range()).unwrap();
     let driver = space.insert(memory.part(1, 1).range(), Copying::default()).unwrap();
     // What the mirror and the second look-up wait for.
     let (_open, closed) = crate::never_stale::gate();
-    let _slow = space.insert(memory.part(1, 2).range(), crate::never_stale::Slow(closed.clone())).unwrap();
+    let _slow =
+        space.insert(memory.part(1, 2).range(), crate::never_stale::Slow(closed.clone())).unwrap();
     let mut owned = OwnedMapping::new(&space, PAGE).unwrap();
     let _owned = space.insert(owned.range(), crate::never_stale::Slow(closed)).unwrap();
     let mut other = Box::pin(space.invalidate(memory.part(1, 2).range(), Event::Clear));
@@ -326,7 +359,8 @@ fn m4_futures_that_a_child_polls_and_drops_hang_nobody() {
         }
         let hung = (0..40).filter(|round| {
             let child = fork(|| {
-                let answers = round % 2 == 0 || futures.iter_mut().all(|future| future.as_mut().now_or_never().is_some());
+                let answers = round % 2 == 0
+                    || futures.iter_mut().all(|future| future.as_mut().now_or_never().is_some());
                 drop(std::mem::take(&mut futures));
                 i32::from(!answers)
             });

@@ -7,7 +7,9 @@ use futures::FutureExt;
 use futures::executor::block_on;
 use rustix::mm::Advice;
 use shootdown::source::{Fork, Uffd};
-use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, RawWakerVTable, Waker};
@@ -28,7 +30,8 @@ crate::list![
 
 /// A waker whose clone panics.
 fn uncloneable() -> Waker {
-    static VTABLE: RawWakerVTable = RawWakerVTable::new(|_| panic!("the clone of a waker fails"), |_| {}, |_| {}, |_| {});
+    static VTABLE: RawWakerVTable =
+        RawWakerVTable::new(|_| panic!("the clone of a waker fails"), |_| {}, |_| {}, |_| {});
     // SAFETY: nothing is behind the pointer, and none of the functions looks there.
     unsafe { Waker::new(std::ptr::null(), &VTABLE) }
 }
@@ -58,7 +61,10 @@ fn a_loop_of_ones_own_learns_that_it_is_to_stop() {
     let (uffd, _reader, mut deliveries) = Uffd::open(&AddressSpace::new()).unwrap();
     assert!(!deliveries.is_stopped() && !is_readable(&deliveries));
     uffd.stop();
-    assert!(deliveries.is_stopped() && is_readable(&deliveries), "who waits for the descriptor is woken");
+    assert!(
+        deliveries.is_stopped() && is_readable(&deliveries),
+        "who waits for the descriptor is woken"
+    );
     assert_eq!(block_on(deliveries.deliver()), Ok(0));
 }
 
@@ -117,7 +123,10 @@ struct Locks {
 }
 
 impl IntervalNotifier for Locks {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         let (lock, waits, mut polls) = (self.lock.clone(), self.waits.clone(), 0);
         Ok(Some(PassFuture::new(std::future::poll_fn(move |cx| {
@@ -135,13 +144,19 @@ impl IntervalNotifier for Locks {
 
 fn c3_who_waits_for_pages_looks_himself_while_the_delivery_waits_for_a_lock() {
     let _fork = no_fork();
-    let source = Running::of(&AddressSpace::new(), Uffd::builder().fork(Fork::Ignore).settle(Duration::from_millis(100)));
+    let source = Running::of(
+        &AddressSpace::new(),
+        Uffd::builder().fork(Fork::Ignore).settle(Duration::from_millis(100)),
+    );
     let memory = Raw::map(9);
     memory.write(1);
     let (unmapped, discarded) = (memory.part(0, 1), memory.part(8, 1));
     let _watch = source.uffd.watch(memory.range()).unwrap();
     let (lock, waits) = (Arc::<Mutex<()>>::default(), Arc::<AtomicBool>::default());
-    let _locks = source.space.insert(unmapped.range(), Locks { lock: lock.clone(), waits: waits.clone() }).unwrap();
+    let _locks = source
+        .space
+        .insert(unmapped.range(), Locks { lock: lock.clone(), waits: waits.clone() })
+        .unwrap();
     let readers = log(&source.space, discarded.range()).0;
     let held = lock.lock().unwrap();
     discarded.discard(Advice::LinuxFree);
@@ -163,7 +178,8 @@ fn c3_who_waits_for_pages_looks_himself_while_the_delivery_waits_for_a_lock() {
 fn who_delivers_rests_while_pages_stay() {
     let _fork = no_fork();
     let (space, time) = (AddressSpace::new(), Duration::from_millis(500));
-    let (uffd, mut reader, mut deliveries) = Uffd::builder().fork(Fork::Ignore).settle(time).open(&space).unwrap();
+    let (uffd, mut reader, mut deliveries) =
+        Uffd::builder().fork(Fork::Ignore).settle(time).open(&space).unwrap();
     let reading = thread::spawn(move || reader.run().unwrap());
     let delivering = thread::spawn(move || {
         deliveries.run().unwrap();
@@ -216,7 +232,10 @@ fn r1_a_reader_waits_for_those_closings_of_the_gate_that_it_finds_and_for_no_lat
 struct Slow;
 
 impl IntervalNotifier for Slow {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         let began = Instant::now();
         while began.elapsed() < Duration::from_micros(300) {
@@ -267,7 +286,10 @@ fn l2_changes_back_to_back_hold_up_no_reader_of_another_range() {
 struct Flushes(Mutex<Vec<Vec<AddressRange>>>);
 
 impl IntervalNotifier for Flushes {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         self.0.lock().unwrap().push(invalidation.ranges().to_vec());
         Ok(None)
@@ -295,10 +317,13 @@ fn n4_what_was_read_is_told_of_as_one_and_flushed_once() {
     let mut told = std::mem::take(&mut *driver.0.lock().unwrap());
     // Two kinds, and of the first one the two pages that concern both drivers.
     assert_eq!(told.iter().map(Vec::len).collect::<Vec<_>>(), [2, PAGES / 2, PAGES / 2 - 2]);
-    let of = |memory: &Raw, pages: &mut dyn Iterator<Item = usize>| pages.map(|page| memory.part(page, 1).range()).collect();
+    let of = |memory: &Raw, pages: &mut dyn Iterator<Item = usize>| {
+        pages.map(|page| memory.part(page, 1).range()).collect()
+    };
     let gone_of_both = of(&gone, &mut every_other().take(2));
     assert_eq!(*of_a_part.0.lock().unwrap(), [gone_of_both]);
     told.sort_by_key(Vec::len);
-    let expected: [Vec<AddressRange>; 2] = [of(&gone, &mut every_other().skip(2)), of(&discarded, &mut every_other())];
+    let expected: [Vec<AddressRange>; 2] =
+        [of(&gone, &mut every_other().skip(2)), of(&discarded, &mut every_other())];
     assert_eq!(told[1..], expected);
 }

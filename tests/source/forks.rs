@@ -36,7 +36,11 @@ impl Device for Nic {
         Ok(self.0.fetch_add(1, Ordering::Relaxed))
     }
 
-    async fn deregister(&self, _: AddressRange, _: u64) -> Result<(), StillRegistered<u64, std::io::Error>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        _: u64,
+    ) -> Result<(), StillRegistered<u64, std::io::Error>> {
         Ok(())
     }
 }
@@ -96,11 +100,16 @@ fn use_in_child(handles: &mut Handles, memory: Raw) -> i32 {
         uffd.is_forked() && !watch.is_armed(),
         uffd.watch(memory.part(0, 1).range()).map(drop) == Err(UffdError::Forked),
         watch.renew() == Err(UffdError::Forked),
-        reader.read().is_err_and(forked) && reader.run().is_err_and(forked) && deliveries.run().is_err_and(forked),
+        reader.read().is_err_and(forked)
+            && reader.run().is_err_and(forked)
+            && deliveries.run().is_err_and(forked),
         block_on(deliveries.deliver()) == Err(UffdError::Forked),
         got.is_err_and(|error| error.to_string().contains("fork")) && *held.handle() == 0,
         // A source of its own works in the child.
-        Uffd::builder().fork(Fork::Ignore).open(&AddressSpace::new()).is_ok_and(|(own, ..)| own.watch(memory.range()).is_ok()),
+        Uffd::builder()
+            .fork(Fork::Ignore)
+            .open(&AddressSpace::new())
+            .is_ok_and(|(own, ..)| own.watch(memory.range()).is_ok()),
     ];
     uffd.stop();
     checks.iter().position(|check| !check).map_or(0, |failed| failed as i32 + 1)
@@ -112,7 +121,8 @@ fn m4_h2_in_a_child_every_handle_is_inert_and_the_parents_watches_stay() {
     let (uffd, reader, deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
     let memory = Raw::map(4);
     let watch = uffd.watch(memory.part(0, 2).range()).unwrap();
-    let cache = RegistrationCache::<Nic>::builder().watch(uffd.clone()).build(&space, Nic::default());
+    let cache =
+        RegistrationCache::<Nic>::builder().watch(uffd.clone()).build(&space, Nic::default());
     let held = block_on(cache.get(memory.part(2, 1).range())).unwrap();
     drop(block_on(cache.get(memory.part(3, 1).range())).unwrap());
     let (subscription, told) = log(&space, memory.part(0, 2).range());
@@ -145,10 +155,12 @@ fn m4_h2_in_a_child_every_handle_is_inert_and_the_parents_watches_stay() {
 fn m4_a_thousand_forks_beside_threads_that_get_and_unmap() {
     let source = Running::new();
     let nic = Nic::default();
-    let cache = RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).build(&source.space, nic);
+    let cache =
+        RegistrationCache::<Nic>::builder().watch(source.uffd.clone()).build(&source.space, nic);
     let stop = AtomicBool::new(false);
     let rounds: Vec<_> = (0..4).map(|_| AtomicU64::new(0)).collect();
-    let forks = std::env::var("SHOOTDOWN_FORKS").map_or(1000, |forks| forks.parse().expect("SHOOTDOWN_FORKS is a number"));
+    let forks = std::env::var("SHOOTDOWN_FORKS")
+        .map_or(1000, |forks| forks.parse().expect("SHOOTDOWN_FORKS is a number"));
     let watched = Raw::map(1);
     let watch = source.uffd.watch(watched.range()).unwrap();
     thread::scope(|scope| {
@@ -160,7 +172,11 @@ fn m4_a_thousand_forks_beside_threads_that_get_and_unmap() {
                 while !stop.load(Ordering::Relaxed) {
                     let registered = *block_on(cache.get(memory.range())).unwrap().handle();
                     memory.map_over();
-                    assert_ne!(*block_on(cache.get(memory.range())).unwrap().handle(), registered, "it is stale");
+                    assert_ne!(
+                        *block_on(cache.get(memory.range())).unwrap().handle(),
+                        registered,
+                        "it is stale"
+                    );
                     rounds.fetch_add(1, Ordering::Relaxed);
                 }
             });
@@ -178,10 +194,14 @@ fn m4_a_thousand_forks_beside_threads_that_get_and_unmap() {
             }));
             drop(in_child);
             if children.len() == 16 {
-                children.drain(..).for_each(|process| assert_eq!(exit_code(process), Some(0), "a child hangs"));
+                children
+                    .drain(..)
+                    .for_each(|process| assert_eq!(exit_code(process), Some(0), "a child hangs"));
             }
         }
-        children.drain(..).for_each(|process| assert_eq!(exit_code(process), Some(0), "a child hangs"));
+        children
+            .drain(..)
+            .for_each(|process| assert_eq!(exit_code(process), Some(0), "a child hangs"));
         stop.store(true, Ordering::Relaxed);
     });
     let rounds: Vec<_> = rounds.iter().map(|rounds| rounds.load(Ordering::Relaxed)).collect();
@@ -206,7 +226,8 @@ fn m4_in_a_child_an_owned_mapping_calls_no_driver_of_the_parent() {
             && matches!(block_on(mapping.resize(PAGE)), Err(MapError::Forked))
             && matches!(block_on(mapping.map_again()), Err(MapError::Forked));
         let unmapped = block_on(mine.take().unwrap().unmap());
-        let refused = refused && unmapped.as_ref().is_err_and(|error| matches!(error.error(), MapError::Forked));
+        let refused = refused
+            && unmapped.as_ref().is_err_and(|error| matches!(error.error(), MapError::Forked));
         // What could not be unmapped is still there.
         let mut text = [0; 6];
         let kept = unmapped.expect_err("it is the parent's").into_mapping();
@@ -219,7 +240,11 @@ fn m4_in_a_child_an_owned_mapping_calls_no_driver_of_the_parent() {
     assert_eq!(exit_code(process), Some(0));
     let mut text = [0; 5];
     mapping.read(0, &mut text);
-    assert_eq!((&text, told.lock().unwrap().len()), (b"child", 0), "it is shared, and nobody was told of anything");
+    assert_eq!(
+        (&text, told.lock().unwrap().len()),
+        (b"child", 0),
+        "it is shared, and nobody was told of anything"
+    );
     let mut text = [0; 6];
     mine.unwrap().read(0, &mut text);
     assert_eq!(&text, b"parent");
@@ -229,7 +254,8 @@ fn m4_in_a_child_an_owned_mapping_calls_no_driver_of_the_parent() {
 
 fn m3_h3_a_fork_at_the_limit_of_descriptors_is_reported_and_nobody_hangs() {
     let space = AddressSpace::new();
-    let Ok((uffd, mut reader, mut deliveries)) = Uffd::builder().fork(Fork::Report).open(&space) else {
+    let Ok((uffd, mut reader, mut deliveries)) = Uffd::builder().fork(Fork::Report).open(&space)
+    else {
         println!("an ordinary user gets no events of forks");
         return;
     };
@@ -294,7 +320,11 @@ fn m8_kept_pages_are_not_in_the_child_and_stay_the_parents() {
         let process = fork(|| i32::from(memory.part(page, 1).look().is_some()));
         exit_code(process).unwrap()
     };
-    assert_eq!([in_child(0), in_child(1), in_child(2)], [1, 0, 1], "exactly what is watched is not in the child");
+    assert_eq!(
+        [in_child(0), in_child(1), in_child(2)],
+        [1, 0, 1],
+        "exactly what is watched is not in the child"
+    );
     block_on(subscription.read_begin());
     assert_eq!(*told.lock().unwrap(), [], "nothing has happened to the parent's pages");
     drop(watch);
@@ -333,7 +363,11 @@ impl Device for Contents {
         page.look().map(|bytes| bytes[0]).ok_or_else(|| std::io::Error::other("not mapped"))
     }
 
-    async fn deregister(&self, _: AddressRange, _: u8) -> Result<(), StillRegistered<u8, std::io::Error>> {
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        _: u8,
+    ) -> Result<(), StillRegistered<u8, std::io::Error>> {
         Ok(())
     }
 }
@@ -342,8 +376,10 @@ impl Device for Contents {
 /// nobody has been told that the call returned. Once it has, the range is invalidated again.
 fn m5_a_thread_that_does_not_get_its_processor_inside_madvise_leaves_nothing_stale() {
     let space = AddressSpace::new();
-    let (uffd, mut reader, mut deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
-    let cache = RegistrationCache::<Contents>::builder().watch(uffd.clone()).build(&space, Contents);
+    let (uffd, mut reader, mut deliveries) =
+        Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
+    let cache =
+        RegistrationCache::<Contents>::builder().watch(uffd.clone()).build(&space, Contents);
     let memory = Raw::map(1);
     memory.write(0xaa);
     assert_eq!(*block_on(cache.get(memory.range())).unwrap().handle(), 0xaa);
@@ -357,7 +393,11 @@ fn m5_a_thread_that_does_not_get_its_processor_inside_madvise_leaves_nothing_sta
             // SAFETY: reads a structure of ours. An ordinary user is refused, and the thread shares the processor then.
             unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const real_time) };
             while !stop.load(Ordering::SeqCst) {
-                if busy.load(Ordering::SeqCst) { std::hint::spin_loop() } else { thread::yield_now() }
+                if busy.load(Ordering::SeqCst) {
+                    std::hint::spin_loop()
+                } else {
+                    thread::yield_now()
+                }
             }
         });
         let discarding = scope.spawn(|| {
@@ -369,7 +409,11 @@ fn m5_a_thread_that_does_not_get_its_processor_inside_madvise_leaves_nothing_sta
         assert_eq!(reader.read().unwrap(), 1);
         assert_eq!(block_on(deliveries.deliver()), Ok(1));
         let between = *block_on(cache.get(memory.range())).unwrap().handle();
-        println!("between: {between:#x}; {:?}; next look: {:?}", uffd.stats(), deliveries.next_look());
+        println!(
+            "between: {between:#x}; {:?}; next look: {:?}",
+            uffd.stats(),
+            deliveries.next_look()
+        );
         assert!(uffd.stats().unsettled == 0 || deliveries.next_look().is_some());
         busy.store(false, Ordering::SeqCst);
         discarding.join().unwrap();
@@ -394,16 +438,25 @@ fn m8_where_the_system_call_is_filtered_the_device_file_serves() {
             refuse((libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, 0),
             libc::sock_filter {
                 jf: 1,
-                ..refuse((libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16, libc::SYS_userfaultfd as u32)
+                ..refuse(
+                    (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
+                    libc::SYS_userfaultfd as u32,
+                )
             },
-            refuse((libc::BPF_RET | libc::BPF_K) as u16, libc::SECCOMP_RET_ERRNO | libc::EPERM as u32),
+            refuse(
+                (libc::BPF_RET | libc::BPF_K) as u16,
+                libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
+            ),
             refuse((libc::BPF_RET | libc::BPF_K) as u16, libc::SECCOMP_RET_ALLOW),
         ];
         let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
         // SAFETY: the filter is a program of four instructions, which lives until the call returns; it concerns this process alone.
         unsafe {
             assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
-            assert_eq!(libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program), 0);
+            assert_eq!(
+                libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program),
+                0
+            );
             assert_eq!(libc::syscall(libc::SYS_userfaultfd, 1), -1, "the filter does not filter");
         }
     }

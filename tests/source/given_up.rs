@@ -32,7 +32,8 @@ fn kept(range: AddressRange) -> u64 {
 fn dropped_during_a_change(uffd: &Uffd, reader: &mut Reader, meanwhile: impl FnOnce()) -> Raw {
     let memory = Raw::map(9);
     let (changed, other) = (memory.part(0, 1), memory.part(8, 1));
-    let (_watch, watch) = (uffd.watch(changed.range()).unwrap(), uffd.watch(other.range()).unwrap());
+    let (_watch, watch) =
+        (uffd.watch(changed.range()).unwrap(), uffd.watch(other.range()).unwrap());
     thread::scope(|scope| {
         let unmapping = scope.spawn(|| changed.unmap());
         eventually("the event is there", || is_readable(reader));
@@ -89,7 +90,11 @@ fn r4_what_was_dropped_in_a_leased_space_is_given_up() {
 }
 
 /// Memory of which the first page is watched as far as `uffd` knows, and which has been mapped anew.
-fn mapped_anew(uffd: &Uffd, reader: &mut Reader, deliveries: &mut Deliveries) -> (Raw, shootdown::source::Watch) {
+fn mapped_anew(
+    uffd: &Uffd,
+    reader: &mut Reader,
+    deliveries: &mut Deliveries,
+) -> (Raw, shootdown::source::Watch) {
     loop {
         let memory = Raw::map(64);
         let watch = uffd.watch(memory.part(0, 1).range()).unwrap();

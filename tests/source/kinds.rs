@@ -4,7 +4,9 @@ use crate::memory::Raw;
 use crate::uffd::no_fork;
 use futures::executor::block_on;
 use shootdown::source::Uffd;
-use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+};
 use std::ffi::c_void;
 use std::io;
 use std::os::fd::RawFd;
@@ -35,8 +37,15 @@ pub enum Kind {
 }
 
 /// All but huge pages.
-pub const SMALL: [Kind; 7] =
-    [Kind::Private, Kind::SharedAnonymous, Kind::Memfd, Kind::MemfdPrivate, Kind::Sysv, Kind::File, Kind::FilePrivate];
+pub const SMALL: [Kind; 7] = [
+    Kind::Private,
+    Kind::SharedAnonymous,
+    Kind::Memfd,
+    Kind::MemfdPrivate,
+    Kind::Sysv,
+    Kind::File,
+    Kind::FilePrivate,
+];
 
 pub const HUGES: [Kind; 2] = [Kind::Huge, Kind::HugeMemfd];
 
@@ -132,8 +141,10 @@ fn file() -> RawFd {
     use std::sync::atomic::{AtomicU64, Ordering};
     static NEXT: AtomicU64 = AtomicU64::new(0);
     let number = NEXT.fetch_add(1, Ordering::Relaxed);
-    let path = std::env::temp_dir().join(format!("shootdown-kinds-{}-{number}", std::process::id()));
-    let file = std::fs::File::options().read(true).write(true).create_new(true).open(&path).unwrap();
+    let path =
+        std::env::temp_dir().join(format!("shootdown-kinds-{}-{number}", std::process::id()));
+    let file =
+        std::fs::File::options().read(true).write(true).create_new(true).open(&path).unwrap();
     std::fs::remove_file(&path).unwrap();
     file.into_raw_fd()
 }
@@ -143,8 +154,14 @@ fn file() -> RawFd {
 pub struct Log(pub Arc<Mutex<Vec<(Event, AddressRange)>>>);
 
 impl IntervalNotifier for Log {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-        self.0.lock().unwrap().extend(invalidation.ranges().iter().map(|range| (invalidation.event(), *range)));
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
+        self.0
+            .lock()
+            .unwrap()
+            .extend(invalidation.ranges().iter().map(|range| (invalidation.event(), *range)));
         invalidation.set_seq();
         Ok(None)
     }
@@ -230,7 +247,10 @@ pub fn silent(kind: Kind, event: Event, change: Change) {
     let before = block_on(driver.read_begin());
     let guard = block_on(space.invalidate(area.range(), event));
     assert_eq!(*log.0.lock().unwrap(), [(event, area.range())]);
-    assert!(area.raw.look().unwrap().iter().all(|byte| *byte == 1), "{kind:?}: it comes before the change");
+    assert!(
+        area.raw.look().unwrap().iter().all(|byte| *byte == 1),
+        "{kind:?}: it comes before the change"
+    );
     change(area).unwrap();
     drop(guard);
     assert!(driver.read_retry(before), "{kind:?}: who looked before the change collides");
@@ -240,7 +260,11 @@ pub fn silent(kind: Kind, event: Event, change: Change) {
 pub fn audible(kind: Kind, event: Event, change: Change) {
     let _fork = no_fork();
     let area = Area::new(kind);
-    assert_eq!(outcome(area.range(), || change(area)), Outcome::Told(vec![(event, area.range())]), "{kind:?}");
+    assert_eq!(
+        outcome(area.range(), || change(area)),
+        Outcome::Told(vec![(event, area.range())]),
+        "{kind:?}"
+    );
 }
 
 /// Pins that there is no such change of that kind of memory.
@@ -267,17 +291,21 @@ impl HugePages {
     pub fn reserve() -> Result<Self, String> {
         let of = |name: &str| -> Option<u64> {
             let memory = std::fs::read_to_string("/proc/meminfo").ok()?;
-            memory.lines().find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
+            memory
+                .lines()
+                .find_map(|line| line.strip_prefix(name)?.split_whitespace().next()?.parse().ok())
         };
         if of("Hugepagesize:") != Some(2048) {
             return Err("no huge pages of 2 MiB".into());
         }
         let counts = of("HugePages_Total:").zip(of("HugePages_Free:")).ok_or("no huge pages")?;
-        let before = std::fs::read_to_string(RESERVE).map_err(|error| format!("no huge pages: {error}"))?;
+        let before =
+            std::fs::read_to_string(RESERVE).map_err(|error| format!("no huge pages: {error}"))?;
         let wanted = (counts.0 - counts.1 + NEEDED).max(counts.0).to_string();
         let reserved = Self(before.trim().to_owned());
         for _ in 0..2 {
-            std::fs::write(RESERVE, &wanted).map_err(|error| format!("no huge pages are reserved: {error}"))?;
+            std::fs::write(RESERVE, &wanted)
+                .map_err(|error| format!("no huge pages are reserved: {error}"))?;
             if of("HugePages_Free:") >= Some(NEEDED) {
                 return Ok(reserved);
             }

@@ -1,6 +1,8 @@
 //! Changes that raise an event, for each kind of memory; `silent.rs` has the others.
 
-use crate::kinds::{Area, Change, HUGE, HUGES, Kind, Outcome, SMALL, at_the_event, audible, check, outcome, refused};
+use crate::kinds::{
+    Area, Change, HUGE, HUGES, Kind, Outcome, SMALL, at_the_event, audible, check, outcome, refused,
+};
 use crate::mapping::{expect_parts, in_parts};
 use crate::memory::{PAGE, Raw};
 use crate::uffd::no_fork;
@@ -68,7 +70,11 @@ fn mremap_raises_unmap_of_what_it_leaves() {
         assert_eq!(told, [(Event::Unmap, area.range())], "{kind:?}");
         let area = Area::new(kind);
         let told = outcome(area.range(), || remap(area, 4 * PAGE, 0));
-        assert_eq!(told, Outcome::Told(vec![(Event::Unmap, area.raw.part(4, 12).range())]), "{kind:?}: its end");
+        assert_eq!(
+            told,
+            Outcome::Told(vec![(Event::Unmap, area.raw.part(4, 12).range())]),
+            "{kind:?}: its end"
+        );
     }
 }
 
@@ -89,7 +95,9 @@ const DONTNEED_LOCKED: i32 = 24;
 
 fn dontneed_raises_clear_and_the_range_stays_watched() {
     let _fork = no_fork();
-    for (kind, advice) in SMALL.into_iter().flat_map(|kind| [(kind, libc::MADV_DONTNEED), (kind, DONTNEED_LOCKED)]) {
+    for (kind, advice) in
+        SMALL.into_iter().flat_map(|kind| [(kind, libc::MADV_DONTNEED), (kind, DONTNEED_LOCKED)])
+    {
         let area = Area::new(kind);
         let twice = || area.raw.advise(advice).and_then(|()| area.raw.advise(advice));
         let told = vec![(Event::Clear, area.range()); 2];
@@ -101,7 +109,9 @@ fn dontneed_raises_clear_and_the_range_stays_watched() {
 }
 
 fn madv_free_raises_clear_also_where_it_is_refused() {
-    SMALL.into_iter().for_each(|kind| audible(kind, Event::Clear, |area| area.raw.advise(libc::MADV_FREE)));
+    SMALL
+        .into_iter()
+        .for_each(|kind| audible(kind, Event::Clear, |area| area.raw.advise(libc::MADV_FREE)));
     assert!(Area::new(Kind::Private).raw.advise(libc::MADV_FREE).is_ok());
     assert!(Area::new(Kind::Memfd).raw.advise(libc::MADV_FREE).is_err());
 }
@@ -118,23 +128,49 @@ fn madv_remove_raises_clear_of_shared_memory() {
 
 fn the_event_comes_before_pages_are_discarded_and_after_they_are_unmapped() {
     let _fork = no_fork();
-    let all = |look: Option<Vec<u8>>| look.map(|bytes| (bytes[0], bytes.iter().all(|byte| *byte == bytes[0])));
+    let all = |look: Option<Vec<u8>>| {
+        look.map(|bytes| (bytes[0], bytes.iter().all(|byte| *byte == bytes[0])))
+    };
     let discards: [(Change, &[Kind]); 3] = [
         (|area| area.raw.advise(libc::MADV_DONTNEED), &SMALL),
         (|area| area.raw.advise(DONTNEED_LOCKED), &SMALL),
-        (|area| area.raw.advise(libc::MADV_REMOVE), &[Kind::SharedAnonymous, Kind::Memfd, Kind::Sysv, Kind::File]),
+        (
+            |area| area.raw.advise(libc::MADV_REMOVE),
+            &[Kind::SharedAnonymous, Kind::Memfd, Kind::Sysv, Kind::File],
+        ),
     ];
     for (change, kinds) in discards {
         for kind in kinds {
-            assert_eq!(all(at_the_event(Area::new(*kind), change)), Some((1, true)), "{kind:?}: still there");
+            assert_eq!(
+                all(at_the_event(Area::new(*kind), change)),
+                Some((1, true)),
+                "{kind:?}: still there"
+            );
         }
     }
     for kind in SMALL {
         assert_eq!(at_the_event(Area::new(kind), unmap), None, "{kind:?}");
-        assert_eq!(at_the_event(Area::new(kind), |area| remap(area, 64 * area.raw.len, libc::MREMAP_MAYMOVE)), None, "{kind:?}");
-        assert_eq!(at_the_event(Area::new(kind), |area| remap(area, 4 * PAGE, 0)), None, "{kind:?}");
-        assert_eq!(all(at_the_event(Area::new(kind), map_over)), Some((0, true)), "{kind:?}: new memory");
-        let keep = |area: Area| remap(area, area.raw.len, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP);
+        assert_eq!(
+            at_the_event(Area::new(kind), |area| remap(
+                area,
+                64 * area.raw.len,
+                libc::MREMAP_MAYMOVE
+            )),
+            None,
+            "{kind:?}"
+        );
+        assert_eq!(
+            at_the_event(Area::new(kind), |area| remap(area, 4 * PAGE, 0)),
+            None,
+            "{kind:?}"
+        );
+        assert_eq!(
+            all(at_the_event(Area::new(kind), map_over)),
+            Some((0, true)),
+            "{kind:?}: new memory"
+        );
+        let keep =
+            |area: Area| remap(area, area.raw.len, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP);
         let private = matches!(kind, Kind::Private | Kind::MemfdPrivate | Kind::FilePrivate);
         let left = all(at_the_event(Area::new(kind), keep)).unwrap();
         assert!(!private || left == (0, true), "{kind:?}: what was written to has moved");
@@ -152,7 +188,8 @@ fn a_stack_that_its_thread_leaves_raises_clear() {
         unsafe {
             let mut attributes = std::mem::zeroed();
             check(libc::pthread_getattr_np(libc::pthread_self(), &raw mut attributes)).unwrap();
-            check(libc::pthread_attr_getstack(&raw const attributes, &raw mut start, &raw mut len)).unwrap();
+            check(libc::pthread_attr_getstack(&raw const attributes, &raw mut start, &raw mut len))
+                .unwrap();
             libc::pthread_attr_destroy(&raw mut attributes);
         }
         send.send(AddressRange::from_ptr(start.cast_const(), len).unwrap()).unwrap();
@@ -165,7 +202,10 @@ fn a_stack_that_its_thread_leaves_raises_clear() {
         Ok(())
     });
     let Outcome::Told(told) = told else { panic!("{told:?}") };
-    assert!(told.iter().all(|(event, range)| *event == Event::Clear && stack.covers(*range)), "{stack}: {told:?}");
+    assert!(
+        told.iter().all(|(event, range)| *event == Event::Clear && stack.covers(*range)),
+        "{stack}: {told:?}"
+    );
     let given: u64 = told.iter().map(|(_, range)| range.len().unwrap()).sum();
     assert!(given > stack.len().unwrap() / 2, "{stack}: {told:?}");
 }
@@ -196,7 +236,9 @@ fn a_heap_made_smaller_by_brk_raises_unmap() {
     heap.write(1);
     let area = Area { kind: Kind::Private, raw: heap, fd: -1 };
     // SAFETY: as above.
-    let gone = at_the_event(area, |area| check(unsafe { libc::sbrk(-(area.raw.len as isize)) }.addr() as i64));
+    let gone = at_the_event(area, |area| {
+        check(unsafe { libc::sbrk(-(area.raw.len as isize)) }.addr() as i64)
+    });
     assert_eq!(gone, None, "it has gone when the event can be read");
 }
 
@@ -211,7 +253,9 @@ fn huge_pages_raise_the_same_events() {
     refused(Kind::Huge, libc::EACCES, |area| area.raw.advise(libc::MADV_REMOVE));
     for kind in HUGES {
         refused(kind, libc::EINVAL, |area| remap(area, 2 * area.raw.len, libc::MREMAP_MAYMOVE));
-        refused(kind, libc::EINVAL, |area| remap(area, area.raw.len, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP));
+        refused(kind, libc::EINVAL, |area| {
+            remap(area, area.raw.len, libc::MREMAP_MAYMOVE | libc::MREMAP_DONTUNMAP)
+        });
     }
 }
 
@@ -220,7 +264,10 @@ fn an_owned_mapping_of_which_a_part_is_watched_moves_and_grows() {
     let _fork = no_fork();
     let source = crate::uffd::Running::new();
     let space = shootdown::AddressSpace::new();
-    let kinds = [OwnedMapping::new(&space, 8 * PAGE).unwrap(), OwnedMapping::shared(&space, 8 * PAGE).unwrap()];
+    let kinds = [
+        OwnedMapping::new(&space, 8 * PAGE).unwrap(),
+        OwnedMapping::shared(&space, 8 * PAGE).unwrap(),
+    ];
     for (mut mapping, parts) in kinds.into_iter().zip([true, false]) {
         if parts {
             in_parts(&mut mapping);
@@ -280,14 +327,20 @@ fn a_mapping_of_huge_pages_has_parts_of_huge_pages() {
         // Parts with protections stay where they are, whole.
         mapping.protect(0..HUGE, Protection::Read).await.unwrap();
         let refused = mapping.remap().await.unwrap_err();
-        assert!(matches!(&refused, MapError::Os(error) if error.kind() == io::ErrorKind::InvalidInput), "{refused:?}");
+        assert!(
+            matches!(&refused, MapError::Os(error) if error.kind() == io::ErrorKind::InvalidInput),
+            "{refused:?}"
+        );
         assert_eq!((mapping.range(), text(&mapping, HUGE)), (grown, *b"efgh"));
         mapping.resize(HUGE).await.unwrap();
         mapping.unmap().await.unwrap();
         // A mapping of small pages does not become one of huge ones unless it lies right.
         let mut small = OwnedMapping::shared(&space, 2 * HUGE + PAGE).unwrap();
         let fd = made().descriptor().unwrap().try_clone_to_owned().unwrap();
-        assert!(matches!(small.map_again_from_fd(fd, 0).await, Err(MapError::NotPages { page: HUGE, .. })));
+        assert!(matches!(
+            small.map_again_from_fd(fd, 0).await,
+            Err(MapError::NotPages { page: HUGE, .. })
+        ));
     });
 }
 
@@ -306,7 +359,10 @@ fn of_a_misaligned_remove_every_changed_huge_page_is_inside_the_invalidation() {
     assert_eq!(event, Event::Clear);
     assert_eq!(told[1..], [(Event::Clear, area.range())], "it is watched after the first as well");
     let look = area.raw.look().unwrap();
-    let changed: Vec<u64> = (0..look.len()).filter(|byte| look[*byte] != 1).map(|byte| (area.raw.at + byte) as u64).collect();
+    let changed: Vec<u64> = (0..look.len())
+        .filter(|byte| look[*byte] != 1)
+        .map(|byte| (area.raw.at + byte) as u64)
+        .collect();
     assert!(changed.len() >= HUGE, "the huge page in the middle is gone");
     assert!(changed.iter().all(|byte| invalidated.contains(*byte)), "{invalidated}");
 }

@@ -1,5 +1,11 @@
 //! `source` on real memory. Where userfaultfd is not permitted, the tests that need it count as ignored, and say why.
-#![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr, clippy::unit_arg)]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    clippy::print_stdout,
+    clippy::print_stderr,
+    clippy::unit_arg
+)]
 
 mod batches;
 mod cache;
@@ -79,7 +85,8 @@ fn main() {
     let of_huge_pages = [loud::huge_tests(), silent::huge_tests()].concat();
     if let Some(name) = std::env::var_os("SHOOTDOWN_ONE") {
         let all = by_themselves.iter().chain(&watched_by_themselves).chain(&of_huge_pages);
-        let test = all.into_iter().find(|(test, _)| *test == name).expect("the parent names a test");
+        let test =
+            all.into_iter().find(|(test, _)| *test == name).expect("the parent names a test");
         return (test.1)();
     }
     let refused = Uffd::open(&AddressSpace::new()).err().map(|error| error.to_string());
@@ -95,8 +102,9 @@ fn main() {
         })
     };
     let needs = |trials| needs_more(trials, |_| None);
-    let alone =
-        |trials: Vec<(&'static str, fn())>| trials.into_iter().map(|(name, _)| Trial::test(name, move || Ok(isolated(name))));
+    let alone = |trials: Vec<(&'static str, fn())>| {
+        trials.into_iter().map(|(name, _)| Trial::test(name, move || Ok(isolated(name))))
+    };
     let watched_alone = alone(watched_by_themselves).map(|trial| match &refused {
         None => trial,
         Some(why) => trial.with_kind(format!("skipped: {why}")).with_ignored_flag(true),
@@ -111,7 +119,8 @@ fn main() {
         }
     });
     let huge: Vec<_> = huge.collect();
-    let no_ring = io_uring::IoUring::new(2).err().map(|error| format!("io_uring is not permitted: {error}"));
+    let no_ring =
+        io_uring::IoUring::new(2).err().map(|error| format!("io_uring is not permitted: {error}"));
     let proof = Trial::test("the_proof_on_io_uring", || Ok(cache::the_proof_on_io_uring()));
     // The example of the proof is built first.
     let cargo = std::process::Command::new(env!("CARGO")).arg("--version").output();
@@ -145,9 +154,17 @@ fn main() {
 
 /// Runs a test of this program in a process of its own: it changes what the whole process has, or forks.
 pub fn isolated(name: &str) {
-    let output = std::process::Command::new(std::env::current_exe().unwrap()).env("SHOOTDOWN_ONE", name).output().unwrap();
+    let output = std::process::Command::new(std::env::current_exe().unwrap())
+        .env("SHOOTDOWN_ONE", name)
+        .output()
+        .unwrap();
     print!("{}", String::from_utf8_lossy(&output.stdout));
-    assert!(output.status.success(), "{}: {}", output.status, String::from_utf8_lossy(&output.stderr));
+    assert!(
+        output.status.success(),
+        "{}: {}",
+        output.status,
+        String::from_utf8_lossy(&output.stderr)
+    );
 }
 
 /// The name of each function and the function.

@@ -3,7 +3,9 @@
 use crate::memory::PAGE;
 use futures::executor::block_on;
 use shootdown::source::{MapError, OwnedMapping, Protection};
-use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+};
 use std::ffi::c_void;
 use std::io::BufRead;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -43,12 +45,25 @@ pub struct Log {
 }
 
 impl IntervalNotifier for Log {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let range = invalidation.range();
         // SAFETY: the promise under test is that the memory is still there while the first pass runs.
-        let seen =
-            unsafe { std::slice::from_raw_parts(std::ptr::with_exposed_provenance::<u8>(range.start() as usize), 4) }.to_vec();
-        self.told.lock().unwrap().push((invalidation.event(), range.start(), range.len().unwrap(), seen));
+        let seen = unsafe {
+            std::slice::from_raw_parts(
+                std::ptr::with_exposed_provenance::<u8>(range.start() as usize),
+                4,
+            )
+        }
+        .to_vec();
+        self.told.lock().unwrap().push((
+            invalidation.event(),
+            range.start(),
+            range.len().unwrap(),
+            seen,
+        ));
         invalidation.set_seq();
         Ok(self.pending.then(|| PassFuture::new(std::future::pending())))
     }
@@ -145,9 +160,13 @@ fn is_mapped(address: u64) -> bool {
 pub fn rights(mapping: &OwnedMapping) -> Vec<String> {
     let range = mapping.range();
     let mut rights = vec!["gap".to_owned(); mapping.len() / PAGE];
-    for (start, end, right) in lines().filter(|(start, end, _)| *start <= range.last() && *end > range.start()) {
+    for (start, end, right) in
+        lines().filter(|(start, end, _)| *start <= range.last() && *end > range.start())
+    {
         let pages = (range.start()..=range.last()).step_by(PAGE).zip(&mut rights);
-        pages.filter(|(page, _)| (start..end).contains(page)).for_each(|(_, known)| known.clone_from(&right));
+        pages
+            .filter(|(page, _)| (start..end).contains(page))
+            .for_each(|(_, known)| known.clone_from(&right));
     }
     rights
 }
@@ -166,13 +185,19 @@ fn the_owners_last_act_comes_between_the_invalidation_and_the_unmapping() {
         Ok(())
     });
     unmapped.unwrap();
-    assert_eq!(seen, Some((range, b"abcd".to_vec(), 1, 1)), "all devices have been told, and it is under invalidation");
+    assert_eq!(
+        seen,
+        Some((range, b"abcd".to_vec(), 1, 1)),
+        "all devices have been told, and it is under invalidation"
+    );
     assert_eq!((log.told.lock().unwrap().len(), space.active().len()), (1, 0));
 }
 
 fn a_last_act_that_panics_drops_the_mapping() {
     let (space, mapping, log, _subscription) = mapped(3 * PAGE);
-    let unmapped = catch_unwind(AssertUnwindSafe(|| block_on(mapping.unmap_with(|_| panic!("the last act fails"))).is_ok()));
+    let unmapped = catch_unwind(AssertUnwindSafe(|| {
+        block_on(mapping.unmap_with(|_| panic!("the last act fails"))).is_ok()
+    }));
     assert!(unmapped.is_err(), "its caller is told");
     assert_eq!(space.active().len(), 0, "it is over");
     assert_eq!(log.told.lock().unwrap().len(), 2, "the drop invalidates as every drop does");
@@ -203,7 +228,8 @@ fn dropped_under_a_device_that_needs_time_it_stays_mapped() {
 fn a_change_whose_future_is_dropped_does_not_happen() {
     let (space, mut mapping, _log, subscription) = mapped(3 * PAGE);
     drop(subscription);
-    let _subscription = space.insert(mapping.range(), Log { pending: true, ..Log::default() }).unwrap();
+    let _subscription =
+        space.insert(mapping.range(), Log { pending: true, ..Log::default() }).unwrap();
     let mut discard = Box::pin(mapping.discard(0..PAGE));
     assert!(futures::FutureExt::now_or_never(&mut discard).is_none());
     drop(discard);
@@ -217,16 +243,30 @@ fn a_part_beyond_the_address_space_is_an_error_that_names_it() {
     let top = usize::MAX - (PAGE - 1);
     let shared = &mut OwnedMapping::shared(&AddressSpace::new(), 3 * PAGE).unwrap();
     for mapping in [&mut mapping, shared] {
-        for part in [top..usize::MAX, 0..usize::MAX, 0..top, top - PAGE..top, usize::MAX..0, PAGE..0, 3 * PAGE..4 * PAGE] {
+        for part in [
+            top..usize::MAX,
+            0..usize::MAX,
+            0..top,
+            top - PAGE..top,
+            usize::MAX..0,
+            PAGE..0,
+            3 * PAGE..4 * PAGE,
+        ] {
             let discarded = block_on(mapping.discard(part.clone())).unwrap_err();
             let protected = block_on(mapping.protect(part.clone(), Protection::Read)).unwrap_err();
             for refused in [discarded, protected] {
-                assert!(matches!(&refused, MapError::NotPages { part: named, .. } if *named == part), "{part:?}: {refused:?}");
+                assert!(
+                    matches!(&refused, MapError::NotPages { part: named, .. } if *named == part),
+                    "{part:?}: {refused:?}"
+                );
                 assert!(refused.to_string().contains(&format!("{:#x}", part.start)), "{refused}");
             }
         }
         for len in [0, usize::MAX, usize::MAX - PAGE + 2] {
-            assert!(matches!(block_on(mapping.resize(len)), Err(MapError::NotPages { .. })), "{len:#x}");
+            assert!(
+                matches!(block_on(mapping.resize(len)), Err(MapError::NotPages { .. })),
+                "{len:#x}"
+            );
         }
         let at = mapping.range();
         assert!(matches!(block_on(mapping.resize(top)), Err(MapError::Os(_))));
@@ -238,7 +278,9 @@ fn a_part_beyond_the_address_space_is_an_error_that_names_it() {
 
 fn a_copy_outside_of_the_mapping_panics_before_it_touches_anything() {
     let space = AddressSpace::new();
-    for mut mapping in [OwnedMapping::new(&space, PAGE).unwrap(), OwnedMapping::shared(&space, PAGE).unwrap()] {
+    for mut mapping in
+        [OwnedMapping::new(&space, PAGE).unwrap(), OwnedMapping::shared(&space, PAGE).unwrap()]
+    {
         for offset in [PAGE - 3, PAGE, usize::MAX - 3, usize::MAX] {
             let wrote = catch_unwind(AssertUnwindSafe(|| mapping.write(offset, b"abcd")));
             let read = catch_unwind(AssertUnwindSafe(|| mapping.read(offset, &mut [0; 4])));
@@ -274,7 +316,10 @@ pub fn expect_parts(mapping: &mut OwnedMapping) {
 
 fn a_mapping_whose_parts_are_protected_is_moved_and_resized_with_them() {
     let space = AddressSpace::new();
-    for mut mapping in [OwnedMapping::new(&space, 8 * PAGE).unwrap(), OwnedMapping::shared(&space, 8 * PAGE).unwrap()] {
+    for mut mapping in [
+        OwnedMapping::new(&space, 8 * PAGE).unwrap(),
+        OwnedMapping::shared(&space, 8 * PAGE).unwrap(),
+    ] {
         in_parts(&mut mapping);
         let (old, leaked) = (mapping.range(), OwnedMapping::leaked_bytes());
         let moved = block_on(mapping.remap()).unwrap();
@@ -285,7 +330,10 @@ fn a_mapping_whose_parts_are_protected_is_moved_and_resized_with_them() {
         let grown = block_on(mapping.resize(64 << 20)).unwrap();
         assert_eq!(grown.len(), Some(64 << 20));
         expect_parts(&mut mapping);
-        assert!(rights(&mapping)[8..].iter().all(|rights| rights == "rw-"), "new pages are readable and writable");
+        assert!(
+            rights(&mapping)[8..].iter().all(|rights| rights == "rw-"),
+            "new pages are readable and writable"
+        );
         assert_eq!(text(&mapping, 8 * PAGE), [0; 4]);
         mapping.write((64 << 20) - 4, b"last");
 
@@ -311,7 +359,10 @@ fn a_mapping_of_which_a_part_was_advised_otherwise_grows_and_moves() {
     unsafe { rustix::mm::madvise(part, PAGE, rustix::mm::Advice::LinuxDontFork).unwrap() };
     block_on(async {
         mapping.resize(300 * PAGE).await.unwrap();
-        assert_eq!((text(&mapping, 0), text(&mapping, 2 * PAGE), text(&mapping, 299 * PAGE)), (*b"abcd", *b"efgh", [0; 4]));
+        assert_eq!(
+            (text(&mapping, 0), text(&mapping, 2 * PAGE), text(&mapping, 299 * PAGE)),
+            (*b"abcd", *b"efgh", [0; 4])
+        );
         mapping.remap().await.unwrap();
     });
     assert_eq!((text(&mapping, 0), text(&mapping, 2 * PAGE)), (*b"abcd", *b"efgh"));
@@ -343,7 +394,10 @@ fn a_mapping_that_is_dropped_while_a_first_pass_unwinds_stays_mapped() {
 struct Dirty(Arc<AtomicBool>);
 
 impl IntervalNotifier for Dirty {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         if !self.0.swap(false, Ordering::Relaxed) {
             return Ok(None);
@@ -373,7 +427,11 @@ fn a_driver_with_dirty_pages_writes_back_before_every_change() {
         let shared = OwnedMapping::shared(&AddressSpace::new(), 4 * PAGE).unwrap();
         let private = kind == "private";
         let fd = || shared.descriptor().unwrap().try_clone_to_owned().unwrap();
-        let made = if private { OwnedMapping::new(&space, 4 * PAGE) } else { OwnedMapping::shared(&space, 4 * PAGE) };
+        let made = if private {
+            OwnedMapping::new(&space, 4 * PAGE)
+        } else {
+            OwnedMapping::shared(&space, 4 * PAGE)
+        };
         let mut mapping = made.unwrap();
         block_on(async {
             // What stays holds what was written back: that came before the move, and before the
@@ -403,7 +461,11 @@ fn a_driver_with_dirty_pages_writes_back_before_every_change() {
             assert_eq!((text(&shared, 0), text(&mapping, 0), wrote()), ([0; 4], [0; 4], true));
             dirty();
             mapping.unmap().await.unwrap();
-            assert_eq!((text(&shared, 0), wrote()), (*b"back", true), "the last write, before it was unmapped");
+            assert_eq!(
+                (text(&shared, 0), wrote()),
+                (*b"back", true),
+                "the last write, before it was unmapped"
+            );
         });
     }
 }
@@ -414,9 +476,13 @@ fn protect_invalidates_before_the_protection_changes() {
     drop(subscription);
     struct Looks(Mutex<Vec<(Event, AddressRange, String)>>);
     impl IntervalNotifier for Looks {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             let range = invalidation.range();
-            let now = lines().find(|(start, end, _)| (*start..*end).contains(&range.start())).unwrap().2;
+            let now =
+                lines().find(|(start, end, _)| (*start..*end).contains(&range.start())).unwrap().2;
             self.0.lock().unwrap().push((invalidation.event(), range, now));
             invalidation.set_seq();
             Ok(None)
@@ -444,7 +510,10 @@ fn changes_that_are_never_polled_have_never_been() {
     drop(mapping.remap());
     drop(mapping.resize(9 * PAGE));
     drop(mapping.map_again());
-    assert_eq!((text(&mapping, 0), mapping.len(), rights(&mapping)), (*b"abcd", 3 * PAGE, vec!["rw-".to_owned(); 3]));
+    assert_eq!(
+        (text(&mapping, 0), mapping.len(), rights(&mapping)),
+        (*b"abcd", 3 * PAGE, vec!["rw-".to_owned(); 3])
+    );
     assert_eq!(log.told.lock().unwrap().len(), 0);
     assert!(!subscription.read_retry(sequence) && space.active().is_empty());
 

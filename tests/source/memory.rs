@@ -1,6 +1,8 @@
 //! Memory that the library knows nothing of: mapped and unmapped behind its back, as programs do.
 
-use rustix::mm::{Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mremap, munmap};
+use rustix::mm::{
+    Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap_anonymous, mremap, munmap,
+};
 use shootdown::AddressRange;
 use std::ffi::c_void;
 use std::ptr;
@@ -18,7 +20,15 @@ impl Raw {
     pub fn map(pages: usize) -> Self {
         let len = pages * PAGE;
         // SAFETY: a new mapping where the kernel chooses.
-        let at = unsafe { mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE).unwrap() };
+        let at = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE,
+            )
+            .unwrap()
+        };
         Self { at: at.addr(), len }
     }
 
@@ -26,7 +36,15 @@ impl Raw {
     pub fn map_shared(pages: usize) -> Self {
         let len = pages * PAGE;
         // SAFETY: a new mapping where the kernel chooses.
-        let at = unsafe { mmap_anonymous(ptr::null_mut(), len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::SHARED).unwrap() };
+        let at = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::SHARED,
+            )
+            .unwrap()
+        };
         Self { at: at.addr(), len }
     }
 
@@ -61,7 +79,13 @@ impl Raw {
     pub fn map_over(self) {
         // SAFETY: the tests hold no reference into what it replaces.
         unsafe {
-            mmap_anonymous(self.ptr(), self.len, ProtFlags::READ | ProtFlags::WRITE, MapFlags::PRIVATE | MapFlags::FIXED).unwrap()
+            mmap_anonymous(
+                self.ptr(),
+                self.len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                MapFlags::PRIVATE | MapFlags::FIXED,
+            )
+            .unwrap()
         };
     }
 
@@ -69,7 +93,9 @@ impl Raw {
     pub fn map_again(self) -> bool {
         let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
         // SAFETY: it replaces nothing.
-        unsafe { mmap_anonymous(self.ptr(), self.len, ProtFlags::READ | ProtFlags::WRITE, flags).is_ok() }
+        unsafe {
+            mmap_anonymous(self.ptr(), self.len, ProtFlags::READ | ProtFlags::WRITE, flags).is_ok()
+        }
     }
 
     pub fn discard(self, advice: Advice) {
@@ -80,7 +106,11 @@ impl Raw {
     /// The same with a number that `rustix` may have no name for.
     pub fn advise(self, advice: i32) -> std::io::Result<()> {
         // SAFETY: as above.
-        if unsafe { libc::madvise(self.ptr(), self.len, advice) } == 0 { Ok(()) } else { Err(std::io::Error::last_os_error()) }
+        if unsafe { libc::madvise(self.ptr(), self.len, advice) } == 0 {
+            Ok(())
+        } else {
+            Err(std::io::Error::last_os_error())
+        }
     }
 
     pub fn remap(self, pages: usize) -> Self {
@@ -95,7 +125,9 @@ impl Raw {
         let local = libc::iovec { iov_base: ptr::from_ref(&value).cast_mut().cast(), iov_len: 1 };
         let remote = libc::iovec { iov_base: self.ptr(), iov_len: 1 };
         // SAFETY: `local` names one byte that is only read; the kernel checks `remote`, to which nobody holds a reference.
-        let written = unsafe { libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+        let written = unsafe {
+            libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
+        };
         assert_eq!(written, 1);
     }
 
@@ -110,7 +142,9 @@ impl Raw {
         let local = libc::iovec { iov_base: copy.as_mut_ptr().cast(), iov_len: self.len };
         let remote = libc::iovec { iov_base: self.ptr(), iov_len: self.len };
         // SAFETY: `local` names memory that is ours alone; the kernel checks `remote`.
-        let read = unsafe { libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+        let read = unsafe {
+            libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
+        };
         (read == self.len as isize).then_some(copy)
     }
 }

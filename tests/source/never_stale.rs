@@ -7,8 +7,8 @@ use futures::executor::block_on;
 use rustix::mm::Advice;
 use shootdown::source::{Uffd, UffdError, Unwatched, Watch};
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError, PassFuture, Report, RetryBudget,
-    Subscription, WouldBlock,
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError,
+    PassFuture, Report, RetryBudget, Subscription, WouldBlock,
 };
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -49,7 +49,10 @@ crate::list![fn isolated_tests:
 pub struct Copying(pub DriverLock<Option<(u8, Watch)>>);
 
 impl IntervalNotifier for Copying {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let gone = self.0.lock_for(invalidation).take();
         drop(gone);
         Ok(None)
@@ -64,13 +67,19 @@ fn first_byte(memory: Raw) -> u8 {
 pub struct Slow(pub futures::future::Shared<futures::channel::oneshot::Receiver<()>>);
 
 impl IntervalNotifier for Slow {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         Ok(Some(PassFuture::new(self.0.clone().map(drop))))
     }
 }
 
-pub fn gate() -> (futures::channel::oneshot::Sender<()>, futures::future::Shared<futures::channel::oneshot::Receiver<()>>) {
+pub fn gate() -> (
+    futures::channel::oneshot::Sender<()>,
+    futures::future::Shared<futures::channel::oneshot::Receiver<()>>,
+) {
     let (open, gate) = futures::channel::oneshot::channel();
     (open, gate.shared())
 }
@@ -82,7 +91,15 @@ pub async fn mirror(
 ) -> Result<(), MirrorError<Unwatched<std::convert::Infallible>>> {
     let range = memory.range();
     let install = |copy: &mut Option<(u8, Watch)>, byte, watch| *copy = Some((byte, watch));
-    uffd.mirror(driver, &driver.0, range, RetryBudget::retries(1000), |_| async move { Ok(first_byte(memory)) }, install).await
+    uffd.mirror(
+        driver,
+        &driver.0,
+        range,
+        RetryBudget::retries(1000),
+        |_| async move { Ok(first_byte(memory)) },
+        install,
+    )
+    .await
 }
 
 fn m1_what_is_mirrored_is_watched_although_it_was_mapped_over_while_the_driver_waited() {
@@ -103,7 +120,10 @@ fn m1_what_is_mirrored_is_watched_although_it_was_mapped_over_while_the_driver_w
     open.send(()).unwrap();
     drop(block_on(other));
     block_on(mirroring).unwrap();
-    assert_eq!(driver.0.lock().as_ref().map(|(byte, watch)| (*byte, watch.is_armed())), Some((2, true)));
+    assert_eq!(
+        driver.0.lock().as_ref().map(|(byte, watch)| (*byte, watch.is_armed())),
+        Some((2, true))
+    );
     // Everything is quiet. Now the memory goes again.
     memory.map_over();
     block_on(driver.read_begin());
@@ -141,9 +161,19 @@ fn m1_memory_that_cannot_be_watched_is_not_looked_at() {
         looked.store(true, Ordering::Relaxed);
         async { Ok::<_, ()>(()) }
     };
-    let refused = source.uffd.mirror(&driver, &driver.0, memory.range(), RetryBudget::default(), prepare, |_, (), _| ());
+    let refused = source.uffd.mirror(
+        &driver,
+        &driver.0,
+        memory.range(),
+        RetryBudget::default(),
+        prepare,
+        |_, (), _| (),
+    );
     let refused = block_on(refused).unwrap_err();
-    assert!(matches!(refused, MirrorError::Prepare(Unwatched::Watch(UffdError::Watch { .. }))), "{refused:?}");
+    assert!(
+        matches!(refused, MirrorError::Prepare(Unwatched::Watch(UffdError::Watch { .. }))),
+        "{refused:?}"
+    );
     assert!(!looked.into_inner());
 }
 
@@ -153,7 +183,9 @@ type Reported = Arc<Mutex<Vec<AddressRange>>>;
 fn reporting(of: fn(&Report<'_>) -> Option<AddressRange>) -> (AddressSpace, Reported) {
     let reported = Reported::default();
     let to = reported.clone();
-    let space = AddressSpace::builder().on_report(move |report| to.lock().unwrap().extend(of(report))).build();
+    let space = AddressSpace::builder()
+        .on_report(move |report| to.lock().unwrap().extend(of(report)))
+        .build();
     (space, reported)
 }
 
@@ -167,8 +199,12 @@ fn m2_report_13_a_watch_whose_memory_was_mapped_over_says_so_is_reported_and_can
     // Before there is a source: what it is tried with is then elsewhere, and its end is none of these.
     let memory = Raw::map(3);
     let source = Running::of(&space, Uffd::builder());
-    let reports = |of: Raw| ended.lock().unwrap().iter().filter(|range| **range == of.range()).count();
-    let watches = [source.uffd.watch(memory.part(0, 2).range()).unwrap(), source.uffd.watch(memory.part(2, 1).range()).unwrap()];
+    let reports =
+        |of: Raw| ended.lock().unwrap().iter().filter(|range| **range == of.range()).count();
+    let watches = [
+        source.uffd.watch(memory.part(0, 2).range()).unwrap(),
+        source.uffd.watch(memory.part(2, 1).range()).unwrap(),
+    ];
     let (subscription, told) = log(&space, memory.range());
     memory.part(1, 1).map_over();
     block_on(subscription.read_begin());
@@ -199,7 +235,9 @@ fn m2_a_hundred_thousand_pages_of_one_arena_take_some_hundred_mappings() {
     let source = Running::new();
     let arena = Raw::map(200_000);
     let before = mappings();
-    let watches: Vec<_> = (0..100_000).map(|page| source.uffd.watch(arena.part(2 * page, 1).range()).unwrap()).collect();
+    let watches: Vec<_> = (0..100_000)
+        .map(|page| source.uffd.watch(arena.part(2 * page, 1).range()).unwrap())
+        .collect();
     let taken = mappings().saturating_sub(before);
     println!("100,000 watches of single pages take {taken} mappings");
     assert!(taken < 500, "{taken} mappings");
@@ -292,7 +330,10 @@ fn m3_a_drivers_panic_ends_no_delivery_and_is_counted_and_reported() {
     let to = reported.clone();
     let space = AddressSpace::builder()
         .on_report(move |report| {
-            let fails = matches!(report, Report::Panicked { message: Some("this driver always fails"), .. });
+            let fails = matches!(
+                report,
+                Report::Panicked { message: Some("this driver always fails"), .. }
+            );
             to.fetch_add(u64::from(fails), Ordering::Relaxed);
         })
         .build();
@@ -304,7 +345,11 @@ fn m3_a_drivers_panic_ends_no_delivery_and_is_counted_and_reported() {
     for page in 0..3 {
         memory.part(page, 1).map_over();
         block_on(subscription.read_begin());
-        assert_eq!(told.lock().unwrap().len(), page + 1, "the others are told, and the deliveries go on");
+        assert_eq!(
+            told.lock().unwrap().len(),
+            page + 1,
+            "the others are told, and the deliveries go on"
+        );
     }
     assert_eq!((reported.load(Ordering::Relaxed), space.stats().lost_panics), (2, 2));
 }
@@ -313,7 +358,10 @@ fn m3_a_drivers_panic_ends_no_delivery_and_is_counted_and_reported() {
 struct Busy(Arc<AtomicU64>, futures::future::Shared<futures::channel::oneshot::Receiver<()>>);
 
 impl IntervalNotifier for Busy {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         self.0.fetch_add(1, Ordering::SeqCst);
         invalidation.set_seq();
         Ok(Some(PassFuture::new(self.1.clone().map(drop))))
@@ -321,7 +369,10 @@ impl IntervalNotifier for Busy {
 }
 
 /// Reads while `change` runs on another thread; returns how many events there were.
-pub fn events_during(reader: &mut shootdown::source::Reader, change: impl FnOnce() + Send) -> usize {
+pub fn events_during(
+    reader: &mut shootdown::source::Reader,
+    change: impl FnOnce() + Send,
+) -> usize {
     thread::scope(|scope| {
         let changing = scope.spawn(change);
         let mut events = 0;
@@ -353,7 +404,10 @@ fn m3_a_delivery_that_is_dropped_has_told_everybody_whatever_the_budget() {
     let mut delivery = Box::pin(deliveries.deliver());
     assert!(delivery.as_mut().now_or_never().is_none());
     drop(delivery);
-    assert!(second.read_retry(before), "told, although the first driver's device is busy and nobody delivers any more");
+    assert!(
+        second.read_retry(before),
+        "told, although the first driver's device is busy and nobody delivers any more"
+    );
     open.send(()).unwrap();
     block_on(space.drain());
     assert_eq!((calls.load(Ordering::SeqCst), told.lock().unwrap().len()), (1, 1));
@@ -363,7 +417,10 @@ fn m3_a_delivery_that_is_dropped_has_told_everybody_whatever_the_budget() {
 struct Refuses;
 
 impl IntervalNotifier for Refuses {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         if invalidation.blockable() { Ok(None) } else { Err(WouldBlock) }
     }
 }
@@ -379,7 +436,11 @@ fn m3_deliveries_that_are_dropped_tell_also_a_driver_behind_one_that_would_block
     read_during(&mut reader, || memory.part(0, 1).unmap());
     drop(deliveries);
     block_on(second.read_begin());
-    assert_eq!(*told.lock().unwrap(), [(Event::Unmap, memory.range())], "with the end of the watch");
+    assert_eq!(
+        *told.lock().unwrap(),
+        [(Event::Unmap, memory.range())],
+        "with the end of the watch"
+    );
     memory.part(1, 1).unmap();
 }
 
@@ -405,7 +466,8 @@ fn stale_copies(source: &Running, memory: Raw, rounds: u32, advice: Advice, empt
             memory.discard(advice);
             // The check and the copy under the lock, as a look-up of the device has them.
             let sequence = block_on(driver.read_begin());
-            let found = driver.0.install(&driver, sequence, |copy| copy.as_ref().map(|(byte, _)| *byte));
+            let found =
+                driver.0.install(&driver, sequence, |copy| copy.as_ref().map(|(byte, _)| *byte));
             stale += u32::from(matches!(found, Ok(Some(byte)) if byte != empty));
         }
         stop.store(true, Ordering::Relaxed);
@@ -416,7 +478,9 @@ fn stale_copies(source: &Running, memory: Raw, rounds: u32, advice: Advice, empt
 
 /// Rounds of a storm; another number with `SHOOTDOWN_ROUNDS`.
 fn rounds() -> u32 {
-    std::env::var("SHOOTDOWN_ROUNDS").ok().map_or(10_000, |rounds| rounds.parse().expect("SHOOTDOWN_ROUNDS is a number"))
+    std::env::var("SHOOTDOWN_ROUNDS")
+        .ok()
+        .map_or(10_000, |rounds| rounds.parse().expect("SHOOTDOWN_ROUNDS is a number"))
 }
 
 fn m5_a_discard_keeps_its_range_under_invalidation_until_the_pages_are_gone() {
@@ -433,11 +497,13 @@ fn m5_only_readers_of_the_discarded_range_wait() {
     let _fork = no_fork();
     // So long that it does not end by itself.
     let space = AddressSpace::new();
-    let (uffd, mut reader, mut deliveries) = Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
+    let (uffd, mut reader, mut deliveries) =
+        Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
     let memory = Raw::map(2);
     memory.write(1);
     let _watch = uffd.watch(memory.range()).unwrap();
-    let (readers, others) = (log(&space, memory.part(0, 1).range()).0, log(&space, memory.part(1, 1).range()).0);
+    let (readers, others) =
+        (log(&space, memory.part(0, 1).range()).0, log(&space, memory.part(1, 1).range()).0);
     // `MADV_FREE` leaves the page where it is.
     read_during(&mut reader, || memory.part(0, 1).discard(Advice::LinuxFree));
     let mut delivery = Box::pin(deliveries.deliver());
@@ -445,7 +511,10 @@ fn m5_only_readers_of_the_discarded_range_wait() {
     assert!(others.read_begin().now_or_never().is_some(), "a reader of another page waits");
     assert!(readers.read_begin().now_or_never().is_none(), "a reader of the page does not wait");
     let active = space.active();
-    assert!(active.len() == 1 && active[0].pending.iter().any(|name| name.contains("madvise")), "{active:?}");
+    assert!(
+        active.len() == 1 && active[0].pending.iter().any(|name| name.contains("madvise")),
+        "{active:?}"
+    );
     // Once the page is written it cannot be taken away any more.
     memory.part(0, 1).write(2);
     block_on(delivery).unwrap();
@@ -457,11 +526,13 @@ fn m5_only_readers_of_the_discarded_range_wait() {
 fn m5_pages_that_nobody_watches_are_waited_for_by_who_watches_them_next() {
     let _fork = no_fork();
     let space = AddressSpace::new();
-    let (uffd, mut reader, mut deliveries) = Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
+    let (uffd, mut reader, mut deliveries) =
+        Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
     // So many that registrations are given up by granules.
     let memory = Raw::map(200);
     memory.part(0, 1).write(1);
-    let mut watches: Vec<_> = (0..80).map(|page| uffd.watch(memory.part(2 * page, 1).range()).unwrap()).collect();
+    let mut watches: Vec<_> =
+        (0..80).map(|page| uffd.watch(memory.part(2 * page, 1).range()).unwrap()).collect();
     drop(watches.remove(0));
     read_during(&mut reader, || memory.part(0, 1).discard(Advice::LinuxFree));
     let mut delivery = Box::pin(deliveries.deliver());
@@ -503,7 +574,9 @@ fn m5_pages_of_madv_free_stay_and_the_bound_is_reported() {
     // When the pages do go, the range is invalidated once more.
     memory.part(1, 2).discard(Advice::LinuxDontNeed);
     eventually("the pages are seen gone", || told.lock().unwrap().len() >= 3);
-    assert!(told.lock().unwrap().iter().all(|told| *told == (Event::Clear, memory.part(1, 2).range())));
+    assert!(
+        told.lock().unwrap().iter().all(|told| *told == (Event::Clear, memory.part(1, 2).range()))
+    );
 }
 
 fn m5_without_a_bound_nobody_waits_and_the_promise_is_withdrawn() {
@@ -528,7 +601,10 @@ struct WritesBack {
 }
 
 impl IntervalNotifier for WritesBack {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let dirty = std::mem::take(&mut *self.dirty.lock_for(invalidation));
         assert_eq!(invalidation.info().late, invalidation.is_late());
         if dirty && !(self.careful && invalidation.is_late()) {
@@ -539,7 +615,8 @@ impl IntervalNotifier for WritesBack {
 }
 
 /// Ryujinx/Ryujinx PR #5755: flushes of textures whose memory is gone. (Under an `OwnedMapping` the same driver writes back: `mapping.rs`.)
-fn m7_report_5_a_driver_with_dirty_pages_does_not_write_into_memory_that_belongs_to_somebody_else() {
+fn m7_report_5_a_driver_with_dirty_pages_does_not_write_into_memory_that_belongs_to_somebody_else()
+{
     let _fork = no_fork();
     let source = Running::new();
     let run = |careful| {
@@ -585,7 +662,10 @@ fn report_15_an_event_between_the_last_read_and_the_bell_is_delivered_without_a_
 fn report_20_a_pass_that_panics_is_counted_and_reported_with_the_driver_seen_in_the_list_before() {
     struct Breaks(futures::future::Shared<futures::channel::oneshot::Receiver<()>>);
     impl IntervalNotifier for Breaks {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             invalidation.set_seq();
             let gate = self.0.clone();
             Ok(Some(PassFuture::new(async move {
@@ -602,7 +682,8 @@ fn report_20_a_pass_that_panics_is_counted_and_reported_with_the_driver_seen_in_
     let to = reported.clone();
     let space = AddressSpace::builder()
         .on_report(move |report| {
-            let lost = matches!(report, Report::Panicked { message: Some("the fence was lost"), .. });
+            let lost =
+                matches!(report, Report::Panicked { message: Some("the fence was lost"), .. });
             to.fetch_add(u64::from(lost), Ordering::Relaxed);
         })
         .build();
@@ -612,7 +693,9 @@ fn report_20_a_pass_that_panics_is_counted_and_reported_with_the_driver_seen_in_
     let (open, closed) = gate();
     let breaks = space.insert(memory.range(), Breaks(closed)).unwrap();
     memory.unmap();
-    eventually("it is listed by name", || space.active().iter().any(|active| active.pending.contains(&"breaks".into())));
+    eventually("it is listed by name", || {
+        space.active().iter().any(|active| active.pending.contains(&"breaks".into()))
+    });
     open.send(()).unwrap();
     block_on(breaks.read_begin());
     eventually("it is reported", || reported.load(Ordering::Relaxed) == 1);
@@ -645,7 +728,8 @@ fn report_21_a_release_and_an_unmap_reach_the_drivers_behind_one_that_fails() {
     assert!(third.read_begin().now_or_never().is_none(), "and waited for");
     open.send(()).unwrap();
     block_on(third.read_begin());
-    let released = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| block_on(source.space.release())));
+    let released =
+        std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| block_on(source.space.release())));
     assert!(released.is_err(), "the second one's panic goes on in who releases");
     assert_eq!(calls.load(Ordering::SeqCst), 3);
     eventually("nothing is left", || source.space.active().is_empty());
@@ -656,7 +740,8 @@ fn report_22_a_dead_device_holds_up_only_readers_of_its_range() {
     let _fork = no_fork();
     let source = Running::new();
     let (dead, well) = (Raw::map(4), Raw::map(4));
-    let _watches = [source.uffd.watch(dead.range()).unwrap(), source.uffd.watch(well.range()).unwrap()];
+    let _watches =
+        [source.uffd.watch(dead.range()).unwrap(), source.uffd.watch(well.range()).unwrap()];
     let (open, closed) = gate();
     let calls = Arc::<AtomicU64>::default();
     let device = source.space.insert(dead.range(), Busy(calls, closed)).unwrap();
@@ -672,7 +757,13 @@ fn report_22_a_dead_device_holds_up_only_readers_of_its_range() {
     drop(vec![1_u8; 64 << 20]);
     block_on(readers.read_begin());
     assert!(device.read_begin().now_or_never().is_none());
-    assert!(source.space.active().iter().all(|active| active.pending.iter().any(|name| name.contains("Busy"))));
+    assert!(
+        source
+            .space
+            .active()
+            .iter()
+            .all(|active| active.pending.iter().any(|name| name.contains("Busy")))
+    );
     assert!(began.elapsed() < Duration::from_secs(10));
     open.send(()).unwrap();
     block_on(device.read_begin());
@@ -682,7 +773,10 @@ fn report_22_a_dead_device_holds_up_only_readers_of_its_range() {
 fn m5_a_source_that_is_dropped_while_pages_are_waited_for_leaves_nothing_behind() {
     struct Counted(Arc<()>);
     impl IntervalNotifier for Counted {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             invalidation.set_seq();
             assert!(Arc::strong_count(&self.0) > 1);
             Ok(None)
@@ -692,7 +786,8 @@ fn m5_a_source_that_is_dropped_while_pages_are_waited_for_leaves_nothing_behind(
     let alive = Arc::new(());
     for settle in [Duration::from_millis(100), Duration::from_secs(3600)] {
         let space = AddressSpace::new();
-        let (uffd, mut reader, mut deliveries) = Uffd::builder().settle(settle).open(&space).unwrap();
+        let (uffd, mut reader, mut deliveries) =
+            Uffd::builder().settle(settle).open(&space).unwrap();
         let memory = Raw::map(1);
         memory.write(1);
         let watch = uffd.watch(memory.range()).unwrap();

@@ -18,7 +18,10 @@ crate::list![fn isolated_tests:
 /// A page in the middle is sealed (`mseal`, Linux 6.10): what is before it moves, it does not.
 fn a_move_that_is_refused_half_way_leaves_the_mapping_whole() {
     let space = AddressSpace::new();
-    for mut mapping in [OwnedMapping::new(&space, 8 * PAGE).unwrap(), OwnedMapping::shared(&space, 8 * PAGE).unwrap()] {
+    for mut mapping in [
+        OwnedMapping::new(&space, 8 * PAGE).unwrap(),
+        OwnedMapping::shared(&space, 8 * PAGE).unwrap(),
+    ] {
         in_parts(&mut mapping);
         let (at, page) = (mapping.range(), mapping.range().as_ptr().wrapping_add(5 * PAGE));
         // SAFETY: the pages are the mapping's, which stays mapped from now on.
@@ -60,7 +63,10 @@ fn a_move_that_is_refused_half_way_leaves_the_mapping_whole() {
             // call does not say so, and on another kernel it might be somebody else's by now.
             assert_eq!(OwnedMapping::leaked_bytes() - leaked, PAGE as u64);
             let after = bytes();
-            assert!((before + PAGE as u64..before + 64 * PAGE as u64).contains(&after), "{before:#x} {after:#x}");
+            assert!(
+                (before + PAGE as u64..before + 64 * PAGE as u64).contains(&after),
+                "{before:#x} {after:#x}"
+            );
         }
         // Nothing can be put in its place either: the new memory stays where it was made, and the old
         // is left alone.
@@ -86,8 +92,12 @@ fn a_move_that_is_refused_half_way_leaves_the_mapping_whole() {
 /// Uses up the mappings of the process, then gives some back, one more each time.
 fn a_move_without_room_for_mappings_leaves_the_mapping_whole_wherever_it_stops() {
     let space = AddressSpace::new();
-    let limit: usize = std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
-    let mut mappings = [OwnedMapping::new(&space, 8 * PAGE).unwrap(), OwnedMapping::shared(&space, 8 * PAGE).unwrap()];
+    let limit: usize =
+        std::fs::read_to_string("/proc/sys/vm/max_map_count").unwrap().trim().parse().unwrap();
+    let mut mappings = [
+        OwnedMapping::new(&space, 8 * PAGE).unwrap(),
+        OwnedMapping::shared(&space, 8 * PAGE).unwrap(),
+    ];
     mappings.iter_mut().for_each(in_parts);
     // Every other page of a large mapping is read-only.
     let filler = crate::memory::Raw::map(2 * limit);
@@ -123,19 +133,35 @@ fn a_move_without_room_for_mappings_leaves_the_mapping_whole_wherever_it_stops()
                 }
                 assert_eq!(rights_by_trial(mapping), PARTS, "round {round}");
                 for page in [0, 1, 2, 5, 6, 7] {
-                    assert_eq!(text(mapping, page * PAGE), [b'a' + page as u8; 4], "round {round}, page {page}");
+                    assert_eq!(
+                        text(mapping, page * PAGE),
+                        [b'a' + page as u8; 4],
+                        "round {round}, page {page}"
+                    );
                 }
                 // Made shorter it gives back what it took, and needs nothing.
                 block_on(mapping.resize(8 * PAGE)).unwrap();
             }
         }
         // One mapping less.
-        protect(2 * (full - 1 - round) + 1, rustix::mm::MprotectFlags::READ | rustix::mm::MprotectFlags::WRITE).unwrap();
+        protect(
+            2 * (full - 1 - round) + 1,
+            rustix::mm::MprotectFlags::READ | rustix::mm::MprotectFlags::WRITE,
+        )
+        .unwrap();
     }
     assert!(refused > 8 && moved > 8, "{refused} refused, {moved} moved");
-    assert_eq!(OwnedMapping::leaked_bytes(), 0, "who is refused for want of mappings does not use them up");
-    mappings.iter_mut().for_each(|mapping| block_on(mapping.protect(3 * PAGE..5 * PAGE, Protection::Read)).unwrap());
-    mappings.iter().for_each(|mapping| assert_eq!((text(mapping, 3 * PAGE), text(mapping, 4 * PAGE)), (*b"dddd", *b"eeee")));
+    assert_eq!(
+        OwnedMapping::leaked_bytes(),
+        0,
+        "who is refused for want of mappings does not use them up"
+    );
+    mappings.iter_mut().for_each(|mapping| {
+        block_on(mapping.protect(3 * PAGE..5 * PAGE, Protection::Read)).unwrap()
+    });
+    mappings.iter().for_each(|mapping| {
+        assert_eq!((text(mapping, 3 * PAGE), text(mapping, 4 * PAGE)), (*b"dddd", *b"eeee"))
+    });
     println!("{refused} moves refused and {moved} made, {full} mappings beside them");
 }
 
@@ -145,11 +171,31 @@ fn rights_by_trial(mapping: &OwnedMapping) -> [&'static str; 8] {
         let mut byte = 0_u8;
         let local = libc::iovec { iov_base: (&raw mut byte).cast(), iov_len: 1 };
         // The last byte of the page: nothing is there.
-        let remote = libc::iovec { iov_base: mapping.as_ptr().wrapping_add(page * PAGE + PAGE - 1).cast(), iov_len: 1 };
+        let remote = libc::iovec {
+            iov_base: mapping.as_ptr().wrapping_add(page * PAGE + PAGE - 1).cast(),
+            iov_len: 1,
+        };
         // SAFETY: `local` is ours; the kernel checks `remote`, which belongs to the mapping.
         let (read, wrote) = unsafe {
-            let read = libc::process_vm_readv(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0);
-            (read, libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0))
+            let read = libc::process_vm_readv(
+                libc::getpid(),
+                &raw const local,
+                1,
+                &raw const remote,
+                1,
+                0,
+            );
+            (
+                read,
+                libc::process_vm_writev(
+                    libc::getpid(),
+                    &raw const local,
+                    1,
+                    &raw const remote,
+                    1,
+                    0,
+                ),
+            )
         };
         match (read, wrote) {
             (1, 1) => "rw-",
@@ -163,14 +209,18 @@ fn rights_by_trial(mapping: &OwnedMapping) -> [&'static str; 8] {
 fn a_move_without_room_for_addresses_changes_nothing() {
     let space = AddressSpace::new();
     let len = 64 << 20;
-    for mut mapping in [OwnedMapping::new(&space, len).unwrap(), OwnedMapping::shared(&space, len).unwrap()] {
+    for mut mapping in
+        [OwnedMapping::new(&space, len).unwrap(), OwnedMapping::shared(&space, len).unwrap()]
+    {
         in_parts(&mut mapping);
         mapping.write(len - 4, b"last");
         let (at, leaked) = (mapping.range(), OwnedMapping::leaked_bytes());
         let used = bytes();
-        let limit = |bytes| rustix::process::setrlimit(rustix::process::Resource::As, bytes).unwrap();
+        let limit =
+            |bytes| rustix::process::setrlimit(rustix::process::Resource::As, bytes).unwrap();
         let most = rustix::process::getrlimit(rustix::process::Resource::As).maximum;
-        let allow = |more| limit(rustix::process::Rlimit { current: Some(used + more), maximum: most });
+        let allow =
+            |more| limit(rustix::process::Rlimit { current: Some(used + more), maximum: most });
         let expect_whole = |answer: Result<(), MapError>, mapping: &mut OwnedMapping| {
             assert!(matches!(answer, Err(MapError::Os(_))), "{answer:?}");
             assert_eq!((mapping.range(), text(mapping, len - 4)), (at, *b"last"));
@@ -190,7 +240,10 @@ fn a_move_without_room_for_addresses_changes_nothing() {
         assert_ne!(block_on(mapping.remap()).unwrap(), at);
         expect_parts(&mut mapping);
         limit(rustix::process::Rlimit { current: most, maximum: most });
-        println!("{:#x} bytes of addresses were left mapped", OwnedMapping::leaked_bytes() - leaked);
+        println!(
+            "{:#x} bytes of addresses were left mapped",
+            OwnedMapping::leaked_bytes() - leaked
+        );
         block_on(mapping.remap()).unwrap();
         expect_parts(&mut mapping);
     }

@@ -2,7 +2,9 @@
 //! shows its remedy, an invalidation by hand before the change. `loud.rs` has those that raise one.
 //! The guide `memory_changes` is the table of both.
 
-use crate::kinds::{Area, Change, HUGES, Kind, Outcome, SMALL, check, frame, outcome, refused, segment, silent};
+use crate::kinds::{
+    Area, Change, HUGES, Kind, Outcome, SMALL, check, frame, outcome, refused, segment, silent,
+};
 use crate::memory::{PAGE, Raw};
 use crate::uffd::no_fork;
 use shootdown::Event;
@@ -37,17 +39,20 @@ crate::list![fn huge_tests: of_huge_pages_the_same_changes_raise_none];
 pub fn lacking(test: &str) -> Option<String> {
     let read = |path: &str| std::fs::read_to_string(path).unwrap_or_default();
     match test {
-        "pageout_to_swap_raises_none" => (read("/proc/swaps").lines().count() < 2).then(|| "no swap".into()),
+        "pageout_to_swap_raises_none" => {
+            (read("/proc/swaps").lines().count() < 2).then(|| "no swap".into())
+        }
         "pages_that_move_to_another_node_raise_none" => {
             let several = read("/sys/devices/system/node/online").contains(['-', ',']);
             (!several).then(|| "one NUMA node: pages have nowhere to go".into())
         }
-        "pages_that_are_merged_move_and_raise_none" => {
-            std::fs::write(KSM_RUN, read(KSM_RUN)).err().map(|error| format!("KSM cannot be switched on: {error}"))
-        }
+        "pages_that_are_merged_move_and_raise_none" => std::fs::write(KSM_RUN, read(KSM_RUN))
+            .err()
+            .map(|error| format!("KSM cannot be switched on: {error}")),
         "guard_pages_that_drop_what_was_there_raise_none" => {
             let refused = Raw::map(1).advise(GUARD_INSTALL).err();
-            refused.map(|error| format!("no MADV_GUARD_INSTALL, which Linux has since 6.13: {error}"))
+            refused
+                .map(|error| format!("no MADV_GUARD_INSTALL, which Linux has since 6.13: {error}"))
         }
         "pages_that_userfaultfd_itself_moves_away_raise_none" => {
             let open = raw_uffd();
@@ -58,7 +63,8 @@ pub fn lacking(test: &str) -> Option<String> {
         | "pageout_of_a_file_drops_the_pages_and_raises_none" => {
             let page = Raw::map(1);
             page.write(1);
-            (frame(page) == Some(0)).then(|| "the frames of pages are not shown: CAP_SYS_ADMIN is needed".into())
+            (frame(page) == Some(0))
+                .then(|| "the frames of pages are not shown: CAP_SYS_ADMIN is needed".into())
         }
         _ => None,
     }
@@ -84,7 +90,10 @@ fn a_hole_punched_into_a_file_raises_none() {
     for kind in [Kind::Memfd, Kind::File] {
         silent(kind, Event::Clear, |area| {
             punch(area)?;
-            assert!(area.raw.look().unwrap().iter().all(|byte| *byte == 0), "what was there is gone");
+            assert!(
+                area.raw.look().unwrap().iter().all(|byte| *byte == 0),
+                "what was there is gone"
+            );
             Ok(())
         });
     }
@@ -111,7 +120,9 @@ fn a_file_made_shorter_raises_none() {
 fn zeros_written_over_a_file_on_disk_raise_none() {
     silent(Kind::File, Event::Clear, |area| {
         // SAFETY: the kernel checks the descriptor.
-        check(unsafe { libc::fallocate(area.fd, libc::FALLOC_FL_ZERO_RANGE, 0, area.raw.len as i64) })?;
+        check(unsafe {
+            libc::fallocate(area.fd, libc::FALLOC_FL_ZERO_RANGE, 0, area.raw.len as i64)
+        })?;
         assert!(area.raw.look().unwrap().iter().all(|byte| *byte == 0));
         Ok(())
     });
@@ -121,11 +132,16 @@ fn madv_remove_through_another_mapping_of_the_memory_raises_none() {
     silent(Kind::Memfd, Event::Clear, |area| {
         let rights = libc::PROT_READ | libc::PROT_WRITE;
         // SAFETY: a new mapping where the kernel chooses, of which nobody else knows.
-        let at = unsafe { libc::mmap(ptr::null_mut(), area.raw.len, rights, libc::MAP_SHARED, area.fd, 0) };
+        let at = unsafe {
+            libc::mmap(ptr::null_mut(), area.raw.len, rights, libc::MAP_SHARED, area.fd, 0)
+        };
         let other = Raw { at: at.expose_provenance(), len: area.raw.len };
         other.advise(libc::MADV_REMOVE)?;
         other.unmap();
-        assert!(area.raw.look().unwrap().iter().all(|byte| *byte == 0), "the event names the other mapping only");
+        assert!(
+            area.raw.look().unwrap().iter().all(|byte| *byte == 0),
+            "the event names the other mapping only"
+        );
         Ok(())
     });
 }
@@ -190,9 +206,14 @@ fn guard_pages_that_drop_what_was_there_raise_none() {
             area.raw.advise(GUARD_INSTALL)?;
             assert!(area.raw.look().is_none(), "an access faults");
             area.raw.advise(GUARD_INSTALL + 1)?;
-            let private = matches!(area.kind, Kind::Private | Kind::MemfdPrivate | Kind::FilePrivate);
+            let private =
+                matches!(area.kind, Kind::Private | Kind::MemfdPrivate | Kind::FilePrivate);
             let stays = area.raw.look().unwrap().iter().all(|byte| *byte == 1);
-            assert_eq!(stays, !private, "{:?}: guarded no more, private pages are as new", area.kind);
+            assert_eq!(
+                stays, !private,
+                "{:?}: guarded no more, private pages are as new",
+                area.kind
+            );
             Ok(())
         });
     }
@@ -208,7 +229,10 @@ fn pageout_of_a_file_drops_the_pages_and_raises_none() {
             assert!(began.elapsed() < Duration::from_secs(20), "the page stays in its frame");
             area.raw.advise(libc::MADV_PAGEOUT)?;
         }
-        assert!(area.raw.look().unwrap().iter().all(|byte| *byte == 1), "and comes back with the same contents");
+        assert!(
+            area.raw.look().unwrap().iter().all(|byte| *byte == 1),
+            "and comes back with the same contents"
+        );
         Ok(())
     });
 }
@@ -250,7 +274,16 @@ fn writes_of_another_process_raise_none() {
             let local = libc::iovec { iov_base: byte.as_ptr().cast_mut().cast(), iov_len: 8 };
             let remote = libc::iovec { iov_base: area.ptr(), iov_len: 8 };
             // SAFETY: memory of a test, written to as another process would.
-            let wrote = unsafe { libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0) };
+            let wrote = unsafe {
+                libc::process_vm_writev(
+                    libc::getpid(),
+                    &raw const local,
+                    1,
+                    &raw const remote,
+                    1,
+                    0,
+                )
+            };
             assert_eq!(wrote, 8);
             // As a debugger does.
             use std::os::unix::fs::FileExt;
@@ -270,7 +303,11 @@ fn the_first_write_to_a_page_that_was_only_read_moves_it_and_raises_none() {
         let read = unsafe { area.ptr().cast::<u8>().read_volatile() };
         let before = frame(area.raw).unwrap();
         area.raw.write(read + 1);
-        assert_ne!(frame(area.raw).unwrap(), before, "it was the page of zeros, or the file's, and is a copy");
+        assert_ne!(
+            frame(area.raw).unwrap(),
+            before,
+            "it was the page of zeros, or the file's, and is a copy"
+        );
         Ok(())
     };
     let _fork = no_fork();
@@ -316,7 +353,8 @@ fn pages_that_are_merged_move_and_raise_none() {
         set("sleep_millisecs", "1")?;
         set("run", "1")?;
         let began = Instant::now();
-        let merged = || std::fs::read_to_string("/proc/self/ksm_merging_pages").unwrap().trim() != "0";
+        let merged =
+            || std::fs::read_to_string("/proc/self/ksm_merging_pages").unwrap().trim() != "0";
         while !merged() && began.elapsed() < Duration::from_secs(20) {
             std::thread::yield_now();
         }
@@ -324,7 +362,10 @@ fn pages_that_are_merged_move_and_raise_none() {
         Ok(())
     };
     let outcome = outcome(area.range(), merge);
-    set("run", run.trim()).and(set("pages_to_scan", scan.trim())).and(set("sleep_millisecs", sleep.trim())).unwrap();
+    set("run", run.trim())
+        .and(set("pages_to_scan", scan.trim()))
+        .and(set("sleep_millisecs", sleep.trim()))
+        .unwrap();
     assert_eq!(outcome, Outcome::Silent);
     assert!(area.look().unwrap().iter().all(|byte| *byte == 0x5a));
     area.advise(libc::MADV_UNMERGEABLE).unwrap();
@@ -340,7 +381,15 @@ fn pages_that_move_to_another_node_raise_none() {
             let all = 2; // MPOL_MF_MOVE
             // SAFETY: names one page of a test.
             unsafe {
-                check(libc::syscall(libc::SYS_move_pages, 0, 1, pages.as_ptr(), (&raw const node), status.as_mut_ptr(), all))
+                check(libc::syscall(
+                    libc::SYS_move_pages,
+                    0,
+                    1,
+                    pages.as_ptr(),
+                    (&raw const node),
+                    status.as_mut_ptr(),
+                    all,
+                ))
             }?;
             assert_eq!(status, [node]);
         }
@@ -353,7 +402,8 @@ fn pages_that_move_to_another_node_raise_none() {
 /// A userfaultfd of the test's own, that can move pages.
 fn raw_uffd() -> io::Result<i32> {
     // SAFETY: makes a descriptor.
-    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK | 1) } as i32;
+    let fd = unsafe { libc::syscall(libc::SYS_userfaultfd, libc::O_CLOEXEC | libc::O_NONBLOCK | 1) }
+        as i32;
     check(fd)?;
     let mut api = [0xaa_u64, 1 << 16, 0];
     // SAFETY: `UFFDIO_API` reads and writes three words.
@@ -383,9 +433,15 @@ fn of_huge_pages_the_same_changes_raise_none() {
     for kind in HUGES {
         silent(kind, Event::Unmap, shmat_over);
         silent(kind, Event::ProtectionVma, protect);
-        for advice in [libc::MADV_COLD, libc::MADV_PAGEOUT, libc::MADV_FREE, GUARD_INSTALL, COLLAPSE] {
+        for advice in
+            [libc::MADV_COLD, libc::MADV_PAGEOUT, libc::MADV_FREE, GUARD_INSTALL, COLLAPSE]
+        {
             let area = Area::new(kind);
-            assert_eq!(outcome(area.range(), || area.raw.advise(advice)), Outcome::Refused(libc::EINVAL), "{kind:?} {advice}");
+            assert_eq!(
+                outcome(area.range(), || area.raw.advise(advice)),
+                Outcome::Refused(libc::EINVAL),
+                "{kind:?} {advice}"
+            );
         }
     }
 }

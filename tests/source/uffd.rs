@@ -6,8 +6,8 @@ use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::mm::Advice;
 use shootdown::source::{Fork, Uffd, UffdBuilder, UffdError};
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError, PassFuture, RetryBudget,
-    Subscription, WouldBlock,
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, MirrorError,
+    PassFuture, RetryBudget, Subscription, WouldBlock,
 };
 use std::os::unix::process::CommandExt;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -58,7 +58,10 @@ impl Running {
     pub fn of(space: &AddressSpace, builder: UffdBuilder) -> Self {
         let space = space.clone();
         let (uffd, mut reader, mut deliveries) = builder.open(&space).unwrap();
-        let threads = vec![thread::spawn(move || reader.run().unwrap()), thread::spawn(move || deliveries.run().unwrap())];
+        let threads = vec![
+            thread::spawn(move || reader.run().unwrap()),
+            thread::spawn(move || deliveries.run().unwrap()),
+        ];
         // A thread allocates while it starts, and a thread inside `fork` holds the allocator's locks: the reader must be there before.
         let page = Raw::map(1);
         let watch = uffd.watch(page.range()).unwrap();
@@ -85,8 +88,14 @@ pub type Told = Arc<Mutex<Vec<(Event, AddressRange)>>>;
 pub struct Log(Told);
 
 impl IntervalNotifier for Log {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-        self.0.lock().unwrap().extend(invalidation.ranges().iter().map(|range| (invalidation.event(), *range)));
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
+        self.0
+            .lock()
+            .unwrap()
+            .extend(invalidation.ranges().iter().map(|range| (invalidation.event(), *range)));
         invalidation.set_seq();
         Ok(None)
     }
@@ -116,7 +125,11 @@ fn every_kind_of_change_is_an_invalidation_of_exactly_its_range() {
     let expect = |event, range: AddressRange| {
         // The reader's promise makes the wait for the delivery short: `read_begin` waits for it.
         block_on(subscription.read_begin());
-        assert!(told.lock().unwrap().contains(&(event, range)), "{event:?} {range}: {:?}", told.lock().unwrap());
+        assert!(
+            told.lock().unwrap().contains(&(event, range)),
+            "{event:?} {range}: {:?}",
+            told.lock().unwrap()
+        );
         told.lock().unwrap().clear();
     };
     memory.part(0, 1).unmap();
@@ -142,7 +155,10 @@ fn every_kind_of_change_is_an_invalidation_of_exactly_its_range() {
 struct Mapped(AtomicBool);
 
 impl IntervalNotifier for Mapped {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         self.0.store(false, Ordering::Release);
         Ok(None)
@@ -169,7 +185,10 @@ fn after_munmap_no_reader_gets_an_answer_from_before_it() {
                 }
                 let began = block_on(device.read_begin());
                 // The device has let go, and nothing more is to come: the answer is from after the change.
-                stale.fetch_add(u64::from(device.0.load(Ordering::Acquire) || device.read_retry(began)), Ordering::Relaxed);
+                stale.fetch_add(
+                    u64::from(device.0.load(Ordering::Acquire) || device.read_retry(began)),
+                    Ordering::Relaxed,
+                );
             });
         });
     }
@@ -181,7 +200,10 @@ fn after_munmap_no_reader_gets_an_answer_from_before_it() {
 struct Mirror(DriverLock<Option<Vec<u8>>>);
 
 impl IntervalNotifier for Mirror {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         *self.0.lock_for(invalidation) = None;
         Ok(None)
     }
@@ -192,7 +214,8 @@ impl IntervalNotifier for Mirror {
 fn anon_teardown() {
     let _fork = no_fork();
     let source = Running::new();
-    let (pages, executor) = (64, futures::executor::ThreadPool::builder().pool_size(1).create().unwrap());
+    let (pages, executor) =
+        (64, futures::executor::ThreadPool::builder().pool_size(1).create().unwrap());
     let (mut complete, mut refused, mut retried, mut mapped_again) = (0, 0, 0, 0);
     for time in 0..500_u32 {
         let memory = Raw::map(pages);
@@ -232,8 +255,13 @@ fn anon_teardown() {
             let device = device.clone();
             async move {
                 started.store(true, Ordering::Release);
-                let install = |mirror: &mut Option<Vec<u8>>, looked: Vec<u8>| *mirror = Some(looked);
-                device.0.mirror(&device, RetryBudget::default(), look, install).await.map(|()| device.0.lock().clone())
+                let install =
+                    |mirror: &mut Option<Vec<u8>>, looked: Vec<u8>| *mirror = Some(looked);
+                device
+                    .0
+                    .mirror(&device, RetryBudget::default(), look, install)
+                    .await
+                    .map(|()| device.0.lock().clone())
             }
         };
         // On an executor's thread and on this one, in turns.
@@ -259,14 +287,20 @@ fn anon_teardown() {
         memory.part(0, if again { pages } else { pages / 2 }).unmap();
     }
     assert!(mapped_again > 100, "the address was free {mapped_again} times only");
-    assert!(complete > 0 && refused > 0, "{complete} complete, {refused} refused, {retried} retries: they did not meet");
+    assert!(
+        complete > 0 && refused > 0,
+        "{complete} complete, {refused} refused, {retried} retries: they did not meet"
+    );
 }
 
 /// A driver whose first pass takes a lock of the program.
 struct Locks(Arc<Mutex<u64>>);
 
 impl IntervalNotifier for Locks {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         *self.0.lock().unwrap() += 1;
         invalidation.set_seq();
         Ok(None)
@@ -279,7 +313,8 @@ fn a_lock_that_is_held_across_munmap_does_not_stop_the_reader() {
     let source = Running::new();
     let allocator = Arc::new(Mutex::new(0));
     let (first, second) = (Raw::map(1), Raw::map(1));
-    let _watches = [source.uffd.watch(first.range()).unwrap(), source.uffd.watch(second.range()).unwrap()];
+    let _watches =
+        [source.uffd.watch(first.range()).unwrap(), source.uffd.watch(second.range()).unwrap()];
     let _device = source.space.insert(AddressRange::ALL, Locks(allocator.clone())).unwrap();
     {
         let held = allocator.lock().unwrap();
@@ -333,7 +368,10 @@ type Call = (u64, futures::channel::oneshot::Sender<()>);
 struct Slow(Arc<Mutex<Vec<Call>>>);
 
 impl IntervalNotifier for Slow {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         let (send, receive) = futures::channel::oneshot::channel();
         let bytes = invalidation.ranges().iter().filter_map(|range| range.len()).sum();
@@ -356,7 +394,10 @@ fn a_change_is_read_while_an_earlier_one_waits_for_a_device() {
     let told = || calls.lock().unwrap().iter().map(|(bytes, _)| bytes).sum::<u64>();
     eventually("all are started while none is done", || told() == memory.range().len().unwrap());
     assert_eq!(source.space.active().len(), calls.lock().unwrap().len());
-    assert!(futures::FutureExt::now_or_never(device.read_begin()).is_none(), "a reader waits for the device");
+    assert!(
+        futures::FutureExt::now_or_never(device.read_begin()).is_none(),
+        "a reader waits for the device"
+    );
     calls.lock().unwrap().clear();
     eventually("all end", || source.space.active().is_empty());
     block_on(device.read_begin());
@@ -374,8 +415,11 @@ fn fork_invalidates_what_is_watched() {
     assert!(child.status().unwrap().success());
     block_on(subscription.read_begin());
     // Who may not be told of forks keeps the pages from children.
-    let expected: &[_] =
-        if source.uffd.promises().fork == Fork::Report { &[(Event::ProtectionPage, memory.range())] } else { &[] };
+    let expected: &[_] = if source.uffd.promises().fork == Fork::Report {
+        &[(Event::ProtectionPage, memory.range())]
+    } else {
+        &[]
+    };
     assert_eq!(*told.lock().unwrap(), expected);
     // The parent's memory is still watched.
     memory.unmap();
@@ -408,7 +452,10 @@ fn a_second_userfaultfd_in_the_process_is_an_error_that_names_the_range() {
     let memory = Raw::map(2);
     let watch = one.uffd.watch(memory.range()).unwrap();
     let refused = two.uffd.watch(memory.range()).unwrap_err();
-    assert!(matches!(refused, UffdError::Watch { range, .. } if range == memory.range()), "{refused:?}");
+    assert!(
+        matches!(refused, UffdError::Watch { range, .. } if range == memory.range()),
+        "{refused:?}"
+    );
     assert!(refused.to_string().contains("another userfaultfd"), "{refused}");
     // The first one's watch was not touched.
     let (subscription, told) = log(&one.space, memory.range());
@@ -434,12 +481,19 @@ pub fn as_nobody(what: &str) -> std::process::Output {
     std::fs::create_dir_all(&directory).unwrap();
     let program = directory.join("source");
     std::fs::copy(std::env::current_exe().unwrap(), &program).unwrap();
-    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755)).unwrap();
+    std::fs::set_permissions(&program, std::os::unix::fs::PermissionsExt::from_mode(0o755))
+        .unwrap();
     let output = loop {
-        let run = std::process::Command::new(&program).env("SHOOTDOWN_AS_NOBODY", what).uid(65534).gid(65534).output();
+        let run = std::process::Command::new(&program)
+            .env("SHOOTDOWN_AS_NOBODY", what)
+            .uid(65534)
+            .gid(65534)
+            .output();
         match run {
             // A process that another test has just started still has the descriptor with which the copy was written.
-            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => thread::yield_now(),
+            Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
+                thread::yield_now()
+            }
             run => break run,
         }
     };
@@ -488,10 +542,17 @@ fn when_the_deliveries_are_dropped_nobody_hangs() {
     let unmapping = thread::spawn(move || memory.part(0, 1).unmap());
     eventually("the event is read", || reader.read().unwrap() > 0 || unmapping.is_finished());
     unmapping.join().unwrap();
-    assert!(futures::FutureExt::now_or_never(subscription.read_begin()).is_none(), "read and not delivered: readers wait");
+    assert!(
+        futures::FutureExt::now_or_never(subscription.read_begin()).is_none(),
+        "read and not delivered: readers wait"
+    );
     drop(deliveries);
     block_on(subscription.read_begin());
-    assert_eq!(*told.lock().unwrap(), [(Event::Unmap, memory.range())], "all that was watched, with what was read");
+    assert_eq!(
+        *told.lock().unwrap(),
+        [(Event::Unmap, memory.range())],
+        "all that was watched, with what was read"
+    );
     memory.part(1, 1).unmap();
     reader.read().unwrap();
     block_on(subscription.read_begin());
@@ -505,8 +566,12 @@ fn more_changes_than_there_is_room_for_invalidate_everything_watched() {
     let (memory, other) = (Raw::map(1500), Raw::map(1));
     let _watches = [uffd.watch(memory.range()).unwrap(), uffd.watch(other.range()).unwrap()];
     let (subscription, told) = log(&space, other.range());
-    let unmapping =
-        thread::spawn(move || (0..1500).step_by(2).chain((1..1500).step_by(2)).for_each(|page| memory.part(page, 1).unmap()));
+    let unmapping = thread::spawn(move || {
+        (0..1500)
+            .step_by(2)
+            .chain((1..1500).step_by(2))
+            .for_each(|page| memory.part(page, 1).unmap())
+    });
     let mut read = 0;
     eventually("all are read, and none is delivered", || {
         read += reader.read().unwrap();
@@ -519,5 +584,10 @@ fn more_changes_than_there_is_room_for_invalidate_everything_watched() {
     let told = told.lock().unwrap();
     assert_eq!(told[0], (Event::Unmap, other.range()), "what was lost may have been here");
     // And it may have been a discard whose pages are still there.
-    assert!(told[1..].iter().all(|(event, range)| *event == Event::Clear && range.covers(other.range())), "{told:?}");
+    assert!(
+        told[1..]
+            .iter()
+            .all(|(event, range)| *event == Event::Clear && range.covers(other.range())),
+        "{told:?}"
+    );
 }

@@ -6,7 +6,10 @@
 use crate::support::processor::of_thread;
 use crate::support::{Gate, Task, now, pages};
 use futures::FutureExt;
-use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, InvalidationGuard, PassFuture, Subscription, WouldBlock};
+use shootdown::{
+    AddressSpace, Event, IntervalNotifier, Invalidation, InvalidationGuard, PassFuture,
+    Subscription, WouldBlock,
+};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
@@ -14,7 +17,10 @@ use std::time::Duration;
 pub struct Plain;
 
 impl IntervalNotifier for Plain {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         Ok(None)
     }
@@ -25,7 +31,10 @@ impl IntervalNotifier for Plain {
 struct Fences(Mutex<Vec<Gate>>);
 
 impl IntervalNotifier for Fences {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         let fence = Gate::default();
         self.0.lock().unwrap().push(fence.clone());
@@ -49,7 +58,9 @@ pub fn guards(space: &AddressSpace, count: u64) -> Vec<InvalidationGuard<'_>> {
 /// Inserts and removes a notifier, `times` times.
 pub fn insert_and_remove(space: &AddressSpace, times: u64) {
     for _ in 0..times {
-        let Ok(subscription) = space.insert(pages(0, 1), Plain) else { unreachable!("the space is not released") };
+        let Ok(subscription) = space.insert(pages(0, 1), Plain) else {
+            unreachable!("the space is not released")
+        };
         now(subscription.remove());
     }
 }
@@ -59,7 +70,11 @@ pub fn insert_and_remove(space: &AddressSpace, times: u64) {
 pub fn removals(count: u64, others: u64) -> Duration {
     let space = AddressSpace::new();
     let _others = guards(&space, others);
-    let insert = |page| space.insert(pages(page, 1), Plain).unwrap_or_else(|_| unreachable!("the space is not released"));
+    let insert = |page| {
+        space
+            .insert(pages(page, 1), Plain)
+            .unwrap_or_else(|_| unreachable!("the space is not released"))
+    };
     let subscriptions: Vec<_> = (0..count).map(insert).collect();
     let _covers = now(space.invalidate(pages(0, count), Event::Unmap));
     let began = of_thread();
@@ -89,9 +104,12 @@ fn run<F: Future>(task: &mut Task<F>, polls: &mut u64) -> bool {
 pub fn one_reader(n: usize) -> Cost {
     let millis = Arc::new(AtomicU64::new(0));
     let shown = millis.clone();
-    let space = AddressSpace::builder().clock(move || Duration::from_millis(shown.load(Ordering::Relaxed))).build();
+    let space = AddressSpace::builder()
+        .clock(move || Duration::from_millis(shown.load(Ordering::Relaxed)))
+        .build();
     let device = space.insert(pages(0, 1), Fences::default()).unwrap();
-    let mut unpolled: Vec<_> = (0..n).map(|_| Box::pin(space.invalidate(pages(0, 1), Event::Unmap))).collect();
+    let mut unpolled: Vec<_> =
+        (0..n).map(|_| Box::pin(space.invalidate(pages(0, 1), Event::Unmap))).collect();
     for invalidate in &mut unpolled {
         assert!(invalidate.as_mut().now_or_never().is_none(), "its pass waits for its fence");
     }
@@ -116,7 +134,10 @@ pub fn drain(n: usize) -> Cost {
     let space = AddressSpace::new();
     let device = space.insert(pages(0, 1), Fences::default()).unwrap();
     for _ in 0..n {
-        assert!(space.invalidate(pages(0, 1), Event::Unmap).now_or_never().is_none(), "its pass waits for its fence");
+        assert!(
+            space.invalidate(pages(0, 1), Event::Unmap).now_or_never().is_none(),
+            "its pass waits for its fence"
+        );
     }
     let fences = std::mem::take(&mut *device.0.lock().unwrap());
     let mut drain = Task::new(space.drain());
@@ -137,13 +158,16 @@ pub fn readers(n: usize) -> Cost {
     let space = AddressSpace::new();
     let insert = |page| space.insert(pages(2 * page as u64, 1), Fences::default()).unwrap();
     let devices: Vec<Subscription<Fences>> = (0..n).map(insert).collect();
-    let mut invalidations: Vec<_> =
-        devices.iter().map(|device| Task::new(space.invalidate(device.range(), Event::Unmap))).collect();
+    let mut invalidations: Vec<_> = devices
+        .iter()
+        .map(|device| Task::new(space.invalidate(device.range(), Event::Unmap)))
+        .collect();
     invalidations.iter_mut().for_each(Task::expect_pending);
     let mut readers: Vec<_> = devices.iter().map(|device| Task::new(device.read_begin())).collect();
     readers.iter_mut().for_each(Task::expect_pending);
     let (began, mut polls) = (of_thread(), 0);
-    for ((device, invalidation), reader) in devices.iter().zip(&mut invalidations).zip(&mut readers) {
+    for ((device, invalidation), reader) in devices.iter().zip(&mut invalidations).zip(&mut readers)
+    {
         for fence in std::mem::take(&mut *device.0.lock().unwrap()) {
             fence.open();
         }

@@ -9,7 +9,10 @@ use futures::channel::oneshot;
 use futures::executor::{ThreadPool, block_on};
 use futures::future::{maybe_done, poll_immediate};
 use futures::stream::{FuturesUnordered, StreamExt};
-use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, Timeline, WouldBlock};
+use shootdown::{
+    AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, Timeline,
+    WouldBlock,
+};
 use std::collections::BTreeMap;
 use std::future::poll_fn;
 use std::pin::{Pin, pin};
@@ -40,7 +43,9 @@ impl Timer {
     /// Counts from the call, not from the first poll.
     fn after(&self, wait: Duration) -> impl Future<Output = ()> + Send + use<> {
         let (done, wait_for) = oneshot::channel();
-        self.0.send((Instant::now() + wait, done)).expect("the timer runs as long as it has a handle");
+        self.0
+            .send((Instant::now() + wait, done))
+            .expect("the timer runs as long as it has a handle");
         async move { wait_for.await.expect("the timer answers every request") }
     }
 }
@@ -55,7 +60,9 @@ fn serve(requests: &Receiver<(Instant, oneshot::Sender<()>)>) {
             let _: Result<(), ()> = oneshot::Sender::send(first.remove(), ());
         }
         let request = match due.first_key_value() {
-            Some(((at, _), _)) => requests.recv_timeout(at.saturating_duration_since(Instant::now())),
+            Some(((at, _), _)) => {
+                requests.recv_timeout(at.saturating_duration_since(Instant::now()))
+            }
             None => requests.recv().map_err(|_| RecvTimeoutError::Disconnected),
         };
         match request {
@@ -74,7 +81,10 @@ fn named(name: &str, work: impl FnOnce() + Send + 'static) -> JoinHandle<()> {
 struct Timed(Arc<Timer>);
 
 impl IntervalNotifier for Timed {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         Ok(Some(PassFuture::new(self.0.after(PASS))))
     }
@@ -147,7 +157,8 @@ pub fn beside_readers(host: Host, readers: usize, invalidations: usize) -> Run {
     };
     let took = match host {
         Host::Threads => {
-            let threads: Vec<_> = (0..readers).map(|_| ReadingThread::start(device.clone())).collect();
+            let threads: Vec<_> =
+                (0..readers).map(|_| ReadingThread::start(device.clone())).collect();
             let took = block_on(work);
             threads.into_iter().for_each(ReadingThread::stop);
             took
@@ -299,7 +310,11 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
         match waiters {
             Waiters::Threads(readers) => {
                 first = readers as u64;
-                threads.extend((0..readers).map(|_| reads()).map(|reads| waiter(Box::new(move || block_on(reads)))));
+                threads.extend(
+                    (0..readers)
+                        .map(|_| reads())
+                        .map(|reads| waiter(Box::new(move || block_on(reads)))),
+                );
             }
             Waiters::Tasks(readers) => {
                 first = readers as u64;
@@ -319,7 +334,9 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
                 }))
             })),
         }
-        while space.stats().waits < first || (first == 0 && began.load(Ordering::Acquire) < threads.len() as u64) {
+        while space.stats().waits < first
+            || (first == 0 && began.load(Ordering::Acquire) < threads.len() as u64)
+        {
             std::thread::yield_now();
         }
         // Polled once, its passes belong to the space. It is done already if the thread lost its turn.
@@ -378,7 +395,10 @@ pub fn abandoned(by: Abandoned) -> Duration {
     }
     let took = block_on(async {
         if let Abandoned::BySameTask = by {
-            assert!(poll_immediate(&mut invalidate).await.is_none(), "its pass waits for the fence");
+            assert!(
+                poll_immediate(&mut invalidate).await.is_none(),
+                "its pass waits for the fence"
+            );
         }
         let began = Instant::now();
         gate.open();
@@ -393,7 +413,10 @@ pub fn abandoned(by: Abandoned) -> Duration {
 struct Fenced(Gate);
 
 impl IntervalNotifier for Fenced {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         Ok(Some(PassFuture::new(self.0.clone())))
     }

@@ -6,7 +6,8 @@ pub mod processor;
 
 use futures::task::{ArcWake, waker};
 use shootdown::{
-    AddressRange, AddressSpace, IntervalNotifier, Invalidation, InvalidationInfo, PassFuture, Sequence, Subscription, WouldBlock,
+    AddressRange, AddressSpace, IntervalNotifier, Invalidation, InvalidationInfo, PassFuture,
+    Sequence, Subscription, WouldBlock,
 };
 use std::borrow::Cow;
 use std::collections::VecDeque;
@@ -118,7 +119,13 @@ pub struct Device {
 
 impl Device {
     pub fn new(name: &'static str, log: &Log) -> Self {
-        Self { name, script: Mutex::default(), log: log.clone(), calls: AtomicUsize::new(0), dropped: Arc::default() }
+        Self {
+            name,
+            script: Mutex::default(),
+            log: log.clone(),
+            calls: AtomicUsize::new(0),
+            dropped: Arc::default(),
+        }
     }
 
     /// Does this in the next first pass that has nothing to do yet; without it a first pass finishes at once.
@@ -148,7 +155,10 @@ impl Drop for Device {
 }
 
 impl IntervalNotifier for Device {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         self.calls.fetch_add(1, Ordering::SeqCst);
         self.log.lock().unwrap().push((self.name, invalidation.info()));
         let act = self.script.lock().unwrap().pop_front().unwrap_or(Act::Finish);
@@ -262,10 +272,13 @@ pub fn one_device() -> (AddressSpace, Subscription<Device>, Log) {
 }
 
 /// The same with a clock that the test moves, in microseconds.
-pub fn with_clock(patience: Option<Duration>) -> (AddressSpace, Subscription<Device>, Arc<AtomicU64>) {
+pub fn with_clock(
+    patience: Option<Duration>,
+) -> (AddressSpace, Subscription<Device>, Arc<AtomicU64>) {
     let micros = Arc::new(AtomicU64::new(0));
     let clock = micros.clone();
-    let mut builder = AddressSpace::builder().clock(move || Duration::from_micros(clock.load(Ordering::SeqCst)));
+    let mut builder =
+        AddressSpace::builder().clock(move || Duration::from_micros(clock.load(Ordering::SeqCst)));
     if let Some(patience) = patience {
         builder = builder.patience(patience);
     }

@@ -30,7 +30,11 @@ pub(crate) struct Driver {
 }
 
 impl Driver {
-    pub(crate) fn new(name: &'static str, drops: &Arc<AtomicUsize>, script: impl IntoIterator<Item = Act>) -> Self {
+    pub(crate) fn new(
+        name: &'static str,
+        drops: &Arc<AtomicUsize>,
+        script: impl IntoIterator<Item = Act>,
+    ) -> Self {
         Self { name, script: Mutex::new(script.into_iter().collect()), drops: drops.clone() }
     }
 
@@ -40,8 +44,16 @@ impl Driver {
 }
 
 impl IntervalNotifier for Driver {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-        let act = self.script.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).pop_front().unwrap_or(Act::Finish);
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
+        let act = self
+            .script
+            .lock()
+            .unwrap_or_else(|poisoned| poisoned.into_inner())
+            .pop_front()
+            .unwrap_or(Act::Finish);
         invalidation.set_seq();
         point(Kind::FirstPass);
         match act {
@@ -168,9 +180,19 @@ struct Task {
 pub(crate) struct Executor(Rc<RefCell<Vec<Rc<RefCell<Task>>>>>, Rc<RefCell<Vec<String>>>);
 
 impl Executor {
-    pub(crate) fn spawn(&self, name: &'static str, role: Role, future: impl Future<Output = ()> + 'static) {
+    pub(crate) fn spawn(
+        &self,
+        name: &'static str,
+        role: Role,
+        future: impl Future<Output = ()> + 'static,
+    ) {
         let flag = Arc::new(Flag(AtomicBool::new(true)));
-        self.0.borrow_mut().push(Rc::new(RefCell::new(Task { name, role, flag, future: Some(Box::pin(future)) })));
+        self.0.borrow_mut().push(Rc::new(RefCell::new(Task {
+            name,
+            role,
+            flag,
+            future: Some(Box::pin(future)),
+        })));
     }
 
     /// Polls as long as somebody is woken.
@@ -185,7 +207,8 @@ impl Executor {
     /// Polls one that was woken and is not being polled. Returns whether there was one.
     pub(crate) fn run_one(&self) -> bool {
         let ready = |task: &&Rc<RefCell<Task>>| {
-            task.try_borrow().is_ok_and(|task| task.future.is_some() && task.flag.0.load(Ordering::SeqCst))
+            task.try_borrow()
+                .is_ok_and(|task| task.future.is_some() && task.flag.0.load(Ordering::SeqCst))
         };
         // The one that was polled last goes to the back.
         let Some(task) = self.0.borrow().iter().find(ready).cloned() else { return false };
@@ -197,7 +220,9 @@ impl Executor {
         flag.0.store(false, Ordering::SeqCst);
         // The executor's own wakers are foreign code, too, but not code that the library calls.
         let waker = std::mem::ManuallyDrop::new(waker(&flag));
-        let polled = catch_unwind(AssertUnwindSafe(|| future.as_mut().poll(&mut Context::from_waker(&waker)).is_ready()));
+        let polled = catch_unwind(AssertUnwindSafe(|| {
+            future.as_mut().poll(&mut Context::from_waker(&waker)).is_ready()
+        }));
         let panicked = self.note(name, role, &polled);
         let done = panicked || matches!(polled, Ok(true));
         if let Err(panic) = polled {
@@ -219,7 +244,9 @@ impl Executor {
         if result.is_err() {
             let kind = crate::chaos::fired();
             if !kind.is_some_and(|kind| crate::chaos::panics() && role.may_see(kind)) {
-                self.1.borrow_mut().push(format!("{name} ({role:?}) has seen a failure of {kind:?}"));
+                self.1
+                    .borrow_mut()
+                    .push(format!("{name} ({role:?}) has seen a failure of {kind:?}"));
             }
         }
         result.is_err()

@@ -48,7 +48,9 @@ mod subscriber {
 #[cfg(feature = "metrics")]
 mod recorder {
     use crate::chaos::{Kind, point};
-    use metrics::{Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit};
+    use metrics::{
+        Counter, Gauge, Histogram, Key, KeyName, Metadata, Recorder, SharedString, Unit,
+    };
 
     pub(crate) struct Chaotic;
 

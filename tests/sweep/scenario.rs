@@ -38,9 +38,13 @@ impl Bag {
     pub(crate) fn call_back(&self, what: Misbehaviour) {
         let mut cx = Context::from_waker(Waker::noop());
         match what {
-            Misbehaviour::Panic | Misbehaviour::PanicWithBomb => unreachable!("they do not call back"),
+            Misbehaviour::Panic | Misbehaviour::PanicWithBomb => {
+                unreachable!("they do not call back")
+            }
             Misbehaviour::Insert => {
-                if let Ok(inserted) = self.space.insert(pages(0, 3), self.driver("inserted in a callback")) {
+                if let Ok(inserted) =
+                    self.space.insert(pages(0, 3), self.driver("inserted in a callback"))
+                {
                     self.inserted.borrow_mut().push(inserted);
                 }
             }
@@ -49,7 +53,9 @@ impl Bag {
                 let polled = invalidate.poll(&mut cx);
                 drop(polled);
             }
-            Misbehaviour::TryInvalidate => drop(self.space.try_invalidate(pages(0, 5), Event::Clear)),
+            Misbehaviour::TryInvalidate => {
+                drop(self.space.try_invalidate(pages(0, 5), Event::Clear))
+            }
             Misbehaviour::ReadBegin => {
                 let read = pin!(self.read.read_begin());
                 let _ = read.poll(&mut cx);
@@ -123,7 +129,8 @@ pub(crate) fn run(at: u64, what: Misbehaviour) -> (u64, Option<Kind>) {
         created.set(created.get() + 1);
         Driver::new(name, &drops, script)
     };
-    let insert = |first, count, driver| space.insert(pages(first, count), driver).map_err(drop).unwrap();
+    let insert =
+        |first, count, driver| space.insert(pages(first, count), driver).map_err(drop).unwrap();
     let a = Arc::new(insert(0, 2, new("a", vec![wait(0), Act::Yield(2), wait(1), wait(2)])));
     let b = insert(1, 2, new("b", vec![Act::Yield(3), wait(3), Act::Yield(1), wait(3)]));
     let c = Arc::new(insert(0, 4, new("c", vec![Act::Finish, Act::Yield(1), wait(4)])));
@@ -156,15 +163,22 @@ pub(crate) fn run(at: u64, what: Misbehaviour) -> (u64, Option<Kind>) {
     executor.run();
     invalidate("second", 1, 1, Event::Clear);
     executor.run();
-    let late = executor.step("late insert", Role::Bystander, || Arc::new(insert(0, 1, new("late", vec![]))));
+    let late = executor
+        .step("late insert", Role::Bystander, || Arc::new(insert(0, 1, new("late", vec![]))));
     if let Some(late) = &late {
         executor.spawn("reader of late", Role::Waits, read(late.clone()));
     }
     executor.run();
     // Non-blockable: a pass stays pending; somebody refuses; nobody is hit.
-    executor.step("try, pending", Role::Invalidates, || drop(space.try_invalidate(pages(0, 2), Event::Clear)));
-    executor.step("try, refused", Role::Invalidates, || drop(space.try_invalidate(pages(2, 1), Event::Clear)));
-    executor.step("try, nobody", Role::Bystander, || drop(space.try_invalidate(pages(20, 1), Event::Clear)));
+    executor.step("try, pending", Role::Invalidates, || {
+        drop(space.try_invalidate(pages(0, 2), Event::Clear))
+    });
+    executor.step("try, refused", Role::Invalidates, || {
+        drop(space.try_invalidate(pages(2, 1), Event::Clear))
+    });
+    executor.step("try, nobody", Role::Bystander, || {
+        drop(space.try_invalidate(pages(20, 1), Event::Clear))
+    });
     executor.run();
     // Abandoned after its first poll, and leaked after its first poll.
     executor.step("abandoned", Role::Invalidates, || {
@@ -191,7 +205,8 @@ pub(crate) fn run(at: u64, what: Misbehaviour) -> (u64, Option<Kind>) {
     });
     // A guard that is held across all that follows, and a reader that waits for it.
     let held = executor.step("held", Role::Invalidates, || {
-        let polled = pin!(space.invalidate(pages(9, 1), Event::Clear)).poll(&mut Context::from_waker(Waker::noop()));
+        let polled = pin!(space.invalidate(pages(9, 1), Event::Clear))
+            .poll(&mut Context::from_waker(Waker::noop()));
         match polled {
             Poll::Ready(guard) => Some(guard),
             Poll::Pending => None,
@@ -223,7 +238,10 @@ pub(crate) fn run(at: u64, what: Misbehaviour) -> (u64, Option<Kind>) {
     executor.spawn("release", Role::Invalidates, async move { of_release.release().await });
     executor.run();
     executor.step("insert after release", Role::DropsNotifier, || {
-        assert!(space.insert(pages(0, 1), new("too late", vec![])).map(drop).is_err() || !space.is_released());
+        assert!(
+            space.insert(pages(0, 1), new("too late", vec![])).map(drop).is_err()
+                || !space.is_released()
+        );
     });
 
     // From here on everybody behaves.
@@ -255,7 +273,14 @@ pub(crate) fn run(at: u64, what: Misbehaviour) -> (u64, Option<Kind>) {
     assert!(complaints.is_empty(), "{complaints:?}");
     if what.panics()
         && let (_, Some(kind)) = counts
-        && !matches!(kind, Kind::FirstPass | Kind::PassPoll | Kind::PassDrop | Kind::NotifierDrop | Kind::WakerClone)
+        && !matches!(
+            kind,
+            Kind::FirstPass
+                | Kind::PassPoll
+                | Kind::PassDrop
+                | Kind::NotifierDrop
+                | Kind::WakerClone
+        )
     {
         assert_eq!(space.stats().lost_panics, 1, "a panic of {kind:?} is counted");
     }

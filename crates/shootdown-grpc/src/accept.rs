@@ -33,7 +33,11 @@ pub(crate) struct Door {
 }
 
 impl Door {
-    pub(crate) async fn accept(self, listener: &TcpListener, ready: mpsc::Sender<io::Result<Socket>>) {
+    pub(crate) async fn accept(
+        self,
+        listener: &TcpListener,
+        ready: mpsc::Sender<io::Result<Socket>>,
+    ) {
         let door = Arc::new(self);
         let places = Arc::new(Semaphore::new(door.limits.connections.min(Semaphore::MAX_PERMITS)));
         let shaking = Arc::new(Semaphore::new(door.limits.handshakes.min(Semaphore::MAX_PERMITS)));
@@ -45,7 +49,8 @@ impl Door {
                 continue;
             };
             door.tally.add(Count::Connections);
-            let (place, shake) = (places.clone().try_acquire_owned(), shaking.clone().try_acquire_owned());
+            let (place, shake) =
+                (places.clone().try_acquire_owned(), shaking.clone().try_acquire_owned());
             let (Ok(place), Ok(shake)) = (place, shake) else {
                 door.tally.refuse(Count::Full, address, "as many connections as may be");
                 continue;
@@ -62,16 +67,26 @@ impl Door {
     }
 
     /// Finds out who is there.
-    async fn greet(&self, stream: TcpStream, address: SocketAddr, permit: OwnedSemaphorePermit) -> Option<Socket> {
+    async fn greet(
+        &self,
+        stream: TcpStream,
+        address: SocketAddr,
+        permit: OwnedSemaphorePermit,
+    ) -> Option<Socket> {
         // An `Inv` is small and must not wait for more.
         let _ = stream.set_nodelay(true);
         let (wire, shown): (Box<dyn Wire>, _) = match &self.tls {
             None => (Box::new(stream), None),
             Some(tls) => match timeout(self.limits.handshake, tls.accept(stream)).await {
                 Ok(Ok(stream)) => {
-                    let certificate = stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
+                    let certificate =
+                        stream.get_ref().1.peer_certificates().and_then(|chain| chain.first());
                     let Some(shown) = certificate.and_then(shown) else {
-                        self.tally.refuse(Count::Nameless, address, "the certificate has no DNS or URI name");
+                        self.tally.refuse(
+                            Count::Nameless,
+                            address,
+                            "the certificate has no DNS or URI name",
+                        );
                         return None;
                     };
                     (Box::new(stream), Some(shown))
@@ -87,12 +102,20 @@ impl Door {
             },
         };
         let cut = self.cut.child_token();
-        let listed = shown.as_ref().map(|shown| self.list.enter(shown, &cut, self.limits.connections_of_a_name, &self.tally));
+        let listed = shown.as_ref().map(|shown| {
+            self.list.enter(shown, &cut, self.limits.connections_of_a_name, &self.tally)
+        });
         let valid_for = shown.as_ref().map_or(Duration::MAX, |shown: &Shown| shown.valid_for);
         let names = shown.map(|shown| shown.names);
         let peer = Peer { address, names, use_: Arc::new(Use::default()) };
         let stalled_for = self.limits.keep_alive.saturating_add(self.limits.keep_alive_timeout);
         let terms = Terms { cut, idle_for: self.limits.handshake, stalled_for, valid_for };
-        Some(Socket::new(wire, peer, terms, self.tally.clone(), Slot { _permit: permit, _listed: listed }))
+        Some(Socket::new(
+            wire,
+            peer,
+            terms,
+            self.tally.clone(),
+            Slot { _permit: permit, _listed: listed },
+        ))
     }
 }

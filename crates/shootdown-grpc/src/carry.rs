@@ -79,7 +79,11 @@ pub(crate) async fn carry(
     if farewell.is_none() {
         return Ended::Left;
     }
-    ended.unwrap_or_else(|_| Ended::Down(Status::deadline_exceeded("the owner has not heard in time that the mirror has left")))
+    ended.unwrap_or_else(|_| {
+        Ended::Down(Status::deadline_exceeded(
+            "the owner has not heard in time that the mirror has left",
+        ))
+    })
 }
 
 /// A message for the mirror, with the contents that belong to it.
@@ -101,8 +105,12 @@ fn hear(
         Err(status) => return Err(status),
     };
     let heard = Heard::try_from(message).and_then(|heard| match heard {
-        Heard::Piece { epoch, nonce, offset, data } => pieces.add((epoch, nonce), offset, &data).map(|()| None),
-        Heard::Message(message @ ToMirror::Fetched { epoch, nonce, .. }) => Ok(Some((message, pieces.take((epoch, nonce))))),
+        Heard::Piece { epoch, nonce, offset, data } => {
+            pieces.add((epoch, nonce), offset, &data).map(|()| None)
+        }
+        Heard::Message(message @ ToMirror::Fetched { epoch, nonce, .. }) => {
+            Ok(Some((message, pieces.take((epoch, nonce)))))
+        }
         Heard::Message(message) => {
             if let ToMirror::Refused { nonce, asker: Asker::Fetch(epoch), .. } = message {
                 pieces.take((epoch, nonce));

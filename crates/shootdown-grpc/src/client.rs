@@ -126,17 +126,30 @@ impl ClientBuilder {
         }
         let (tls, name) = match self.security.ok_or(ClientError::NoSecurity)? {
             Security::Tls(tls) => (Some(tls), None),
-            Security::Plaintext(name) => (None, Some(MetadataValue::try_from(name).map_err(|_| ClientError::Name)?)),
+            Security::Plaintext(name) => {
+                (None, Some(MetadataValue::try_from(name).map_err(|_| ClientError::Name)?))
+            }
         };
         let server_name = self.server_name.as_deref();
-        let read = |address: &String| Address::read(address, server_name).ok_or_else(|| ClientError::Address(address.clone()));
+        let read = |address: &String| {
+            Address::read(address, server_name).ok_or_else(|| ClientError::Address(address.clone()))
+        };
         let owners = self.owners.iter().map(read).collect::<Result<Vec<_>, _>>()?;
         if owners.is_empty() {
             return Err(ClientError::NoOwner);
         }
         let dial = Dial { tls, keep_alive: self.keep_alive };
         let (backoff, connect_timeout) = (self.backoff, self.connect_timeout);
-        Ok(Client { inner: Arc::new(Inner { space: self.space, owners, name, dial, backoff, connect_timeout }) })
+        Ok(Client {
+            inner: Arc::new(Inner {
+                space: self.space,
+                owners,
+                name,
+                dial,
+                backoff,
+                connect_timeout,
+            }),
+        })
     }
 }
 
@@ -213,7 +226,9 @@ impl Client {
                     match status.code() {
                         // Two processes with one certificate: nothing gained by hurry.
                         Code::Aborted => backoff.slow_down(),
-                        Code::Unavailable | Code::PermissionDenied => owner = owners.next().unwrap_or(owner),
+                        Code::Unavailable | Code::PermissionDenied => {
+                            owner = owners.next().unwrap_or(owner)
+                        }
                         _ => {}
                     }
                     NoLink::Refused(status)
@@ -252,9 +267,12 @@ impl Client {
             // What the owner itself says has no source. TLS tells a client that its certificate is refused when the
             // handshake is over on its side.
             let broken = |status: &Status| std::error::Error::source(status).is_some();
-            client.mirror(request).await.map_err(|status| if broken(&status) { NoLink::Ended } else { NoLink::Refused(status) })
+            client.mirror(request).await.map_err(|status| {
+                if broken(&status) { NoLink::Ended } else { NoLink::Refused(status) }
+            })
         };
-        let incoming = timeout(inner.connect_timeout, open).await.map_err(|_| NoLink::Slow)??.into_inner();
+        let incoming =
+            timeout(inner.connect_timeout, open).await.map_err(|_| NoLink::Slow)??.into_inner();
         let began = Instant::now();
         state.up(&inner.space, owner);
         // A mirror that is out has nothing to ask; what it may have to say yet is that it has left.
@@ -266,7 +284,9 @@ impl Client {
     }
 }
 
-fn messages(mut outgoing: mpsc::Receiver<FromMirror>) -> impl futures::Stream<Item = FromMirror> + Send + 'static {
+fn messages(
+    mut outgoing: mpsc::Receiver<FromMirror>,
+) -> impl futures::Stream<Item = FromMirror> + Send + 'static {
     futures::stream::poll_fn(move |cx| outgoing.poll_recv(cx))
 }
 
@@ -331,7 +351,11 @@ impl Connection {
     /// What happened so far.
     pub fn counts(&self) -> ClientCounts {
         let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        ClientCounts { links: get(&self.state.links), failed: get(&self.state.failed), malformed: get(&self.state.malformed) }
+        ClientCounts {
+            links: get(&self.state.links),
+            failed: get(&self.state.failed),
+            malformed: get(&self.state.malformed),
+        }
     }
 
     /// Waits until the mirror has left ([`Leased::leave`]) and the owner was told. Where no owner can be

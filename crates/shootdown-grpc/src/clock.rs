@@ -15,7 +15,8 @@ impl BootClock {
     /// The time since the host was started.
     pub fn now(self) -> Time {
         let time = clock_gettime(ClockId::Boottime);
-        let (seconds, nanos) = (u64::try_from(time.tv_sec).unwrap_or(0), u64::try_from(time.tv_nsec).unwrap_or(0));
+        let (seconds, nanos) =
+            (u64::try_from(time.tv_sec).unwrap_or(0), u64::try_from(time.tv_nsec).unwrap_or(0));
         Time::from_nanos(seconds.saturating_mul(1_000_000_000).saturating_add(nanos))
     }
 }

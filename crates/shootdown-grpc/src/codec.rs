@@ -5,7 +5,9 @@ use crate::limits::{MAX_RANGES, MAX_SPACE_NAME};
 use crate::proto;
 use crate::proto::refused::Why;
 use shootdown::{AddressRange, RangeSet};
-use shootdown_lease::{Asker, Boot, Epoch, Incarnation, InvalidationId, Nonce, Refusal, ToMirror, ToOwner};
+use shootdown_lease::{
+    Asker, Boot, Epoch, Incarnation, InvalidationId, Nonce, Refusal, ToMirror, ToOwner,
+};
 use std::time::Duration;
 use thiserror::Error;
 use tonic::Status;
@@ -120,14 +122,22 @@ impl TryFrom<proto::FromMirror> for Received {
                     bytes => Err(Malformed::SpaceName(bytes)),
                 };
             }
-            Message::Join(join) => ToOwner::Join { incarnation: Incarnation(join.incarnation), nonce: Nonce(join.nonce) },
-            Message::Renew(renew) => ToOwner::Renew { epoch: epoch(renew.epoch)?, nonce: Nonce(renew.nonce) },
+            Message::Join(join) => ToOwner::Join {
+                incarnation: Incarnation(join.incarnation),
+                nonce: Nonce(join.nonce),
+            },
+            Message::Renew(renew) => {
+                ToOwner::Renew { epoch: epoch(renew.epoch)?, nonce: Nonce(renew.nonce) }
+            }
             Message::Fetch(fetch) => ToOwner::Fetch {
                 epoch: epoch(fetch.epoch)?,
                 nonce: Nonce(fetch.nonce),
                 range: range(fetch.range.ok_or(Malformed::Missing("range"))?)?,
             },
-            Message::Ack(ack) => ToOwner::Ack { epoch: epoch(ack.epoch)?, invalidation: InvalidationId(ack.invalidation) },
+            Message::Ack(ack) => ToOwner::Ack {
+                epoch: epoch(ack.epoch)?,
+                invalidation: InvalidationId(ack.invalidation),
+            },
             Message::Left(left) => ToOwner::Left { epoch: epoch(left.epoch)? },
         };
         Ok(Self::Message(message))
@@ -151,10 +161,14 @@ impl TryFrom<proto::FromOwner> for Heard {
                 nonce: Nonce(welcome.nonce),
                 term: Duration::from_nanos(welcome.term_nanos),
             },
-            Message::Renewed(renewed) => ToMirror::Renewed { epoch: epoch(renewed.epoch)?, nonce: Nonce(renewed.nonce) },
-            Message::Fetched(fetched) => {
-                ToMirror::Fetched { epoch: epoch(fetched.epoch)?, nonce: Nonce(fetched.nonce), version: fetched.version }
+            Message::Renewed(renewed) => {
+                ToMirror::Renewed { epoch: epoch(renewed.epoch)?, nonce: Nonce(renewed.nonce) }
             }
+            Message::Fetched(fetched) => ToMirror::Fetched {
+                epoch: epoch(fetched.epoch)?,
+                nonce: Nonce(fetched.nonce),
+                version: fetched.version,
+            },
             Message::Inv(inv) => ToMirror::Inv {
                 epoch: epoch(inv.epoch)?,
                 invalidation: InvalidationId(inv.invalidation),
@@ -207,12 +221,20 @@ pub(crate) fn open(space: &str) -> proto::FromMirror {
 pub(crate) fn from_mirror(message: &ToOwner) -> proto::FromMirror {
     use proto::from_mirror::Message;
     let message = match *message {
-        ToOwner::Join { incarnation, nonce } => Message::Join(proto::Join { incarnation: incarnation.0, nonce: nonce.0 }),
-        ToOwner::Renew { epoch, nonce } => Message::Renew(proto::Renew { epoch: to_epoch(epoch), nonce: nonce.0 }),
-        ToOwner::Fetch { epoch, nonce, range } => {
-            Message::Fetch(proto::Fetch { epoch: to_epoch(epoch), nonce: nonce.0, range: Some(to_range(range)) })
+        ToOwner::Join { incarnation, nonce } => {
+            Message::Join(proto::Join { incarnation: incarnation.0, nonce: nonce.0 })
         }
-        ToOwner::Ack { epoch, invalidation } => Message::Ack(proto::Ack { epoch: to_epoch(epoch), invalidation: invalidation.0 }),
+        ToOwner::Renew { epoch, nonce } => {
+            Message::Renew(proto::Renew { epoch: to_epoch(epoch), nonce: nonce.0 })
+        }
+        ToOwner::Fetch { epoch, nonce, range } => Message::Fetch(proto::Fetch {
+            epoch: to_epoch(epoch),
+            nonce: nonce.0,
+            range: Some(to_range(range)),
+        }),
+        ToOwner::Ack { epoch, invalidation } => {
+            Message::Ack(proto::Ack { epoch: to_epoch(epoch), invalidation: invalidation.0 })
+        }
         ToOwner::Left { epoch } => Message::Left(proto::Left { epoch: to_epoch(epoch) }),
     };
     proto::FromMirror { message: Some(message) }
@@ -227,13 +249,19 @@ pub(crate) fn from_owner(message: &ToMirror) -> proto::FromOwner {
             nonce: nonce.0,
             term_nanos: u64::try_from(term.as_nanos()).unwrap_or(u64::MAX),
         }),
-        ToMirror::Renewed { epoch, nonce } => Message::Renewed(proto::Renewed { epoch: to_epoch(*epoch), nonce: nonce.0 }),
-        ToMirror::Fetched { epoch, nonce, version } => {
-            Message::Fetched(proto::Fetched { epoch: to_epoch(*epoch), nonce: nonce.0, version: *version })
+        ToMirror::Renewed { epoch, nonce } => {
+            Message::Renewed(proto::Renewed { epoch: to_epoch(*epoch), nonce: nonce.0 })
         }
-        ToMirror::Inv { epoch, invalidation, ranges } => {
-            Message::Inv(proto::Inv { epoch: to_epoch(*epoch), invalidation: invalidation.0, ranges: to_ranges(ranges) })
-        }
+        ToMirror::Fetched { epoch, nonce, version } => Message::Fetched(proto::Fetched {
+            epoch: to_epoch(*epoch),
+            nonce: nonce.0,
+            version: *version,
+        }),
+        ToMirror::Inv { epoch, invalidation, ranges } => Message::Inv(proto::Inv {
+            epoch: to_epoch(*epoch),
+            invalidation: invalidation.0,
+            ranges: to_ranges(ranges),
+        }),
         ToMirror::Gone { epoch } => Message::Gone(proto::Gone { epoch: to_epoch(*epoch) }),
         ToMirror::Refused { nonce, asker, why } => Message::Refused(proto::Refused {
             nonce: nonce.0,
@@ -248,7 +276,12 @@ pub(crate) fn from_owner(message: &ToMirror) -> proto::FromOwner {
 }
 
 /// A piece of what a fetch asked for.
-pub(crate) fn piece(epoch: Epoch, nonce: Nonce, offset: u64, data: bytes::Bytes) -> proto::FromOwner {
+pub(crate) fn piece(
+    epoch: Epoch,
+    nonce: Nonce,
+    offset: u64,
+    data: bytes::Bytes,
+) -> proto::FromOwner {
     let piece = proto::Contents { epoch: to_epoch(epoch), nonce: nonce.0, offset, data };
     proto::FromOwner { message: Some(proto::from_owner::Message::Contents(piece)) }
 }
@@ -287,12 +320,36 @@ mod tests {
             ToMirror::Fetched { epoch: EPOCH, nonce: Nonce(2), version: 3 },
             ToMirror::Inv { epoch: EPOCH, invalidation: InvalidationId(4), ranges },
             ToMirror::Gone { epoch: EPOCH },
-            ToMirror::Refused { nonce: Nonce(5), asker: Asker::Fetch(EPOCH), why: Refusal::Fetches },
-            ToMirror::Refused { nonce: Nonce(6), asker: Asker::Fetch(EPOCH), why: Refusal::Contents },
-            ToMirror::Refused { nonce: Nonce(7), asker: Asker::Join(Incarnation(2)), why: Refusal::NotWatched },
-            ToMirror::Refused { nonce: Nonce(6), asker: Asker::Join(Incarnation(2)), why: Refusal::Expelled },
-            ToMirror::Refused { nonce: Nonce(5), asker: Asker::Join(Incarnation(0)), why: Refusal::Members },
-            ToMirror::Refused { nonce: Nonce(5), asker: Asker::Join(Incarnation(1)), why: Refusal::MembersOfHost },
+            ToMirror::Refused {
+                nonce: Nonce(5),
+                asker: Asker::Fetch(EPOCH),
+                why: Refusal::Fetches,
+            },
+            ToMirror::Refused {
+                nonce: Nonce(6),
+                asker: Asker::Fetch(EPOCH),
+                why: Refusal::Contents,
+            },
+            ToMirror::Refused {
+                nonce: Nonce(7),
+                asker: Asker::Join(Incarnation(2)),
+                why: Refusal::NotWatched,
+            },
+            ToMirror::Refused {
+                nonce: Nonce(6),
+                asker: Asker::Join(Incarnation(2)),
+                why: Refusal::Expelled,
+            },
+            ToMirror::Refused {
+                nonce: Nonce(5),
+                asker: Asker::Join(Incarnation(0)),
+                why: Refusal::Members,
+            },
+            ToMirror::Refused {
+                nonce: Nonce(5),
+                asker: Asker::Join(Incarnation(1)),
+                why: Refusal::MembersOfHost,
+            },
         ];
         for message in to_mirror {
             let bytes = from_owner(&message).encode_to_vec();
@@ -310,22 +367,37 @@ mod tests {
         let some = || to_epoch(EPOCH);
         let mirror = |message| Received::try_from(proto::FromMirror { message }).unwrap_err();
         assert_eq!(mirror(None), Malformed::Empty);
-        assert_eq!(mirror(Some(Mirror::Renew(proto::Renew { epoch: None, nonce: 1 }))), Malformed::Missing("epoch"));
-        let fetch = |range| mirror(Some(Mirror::Fetch(proto::Fetch { epoch: some(), nonce: 1, range })));
+        assert_eq!(
+            mirror(Some(Mirror::Renew(proto::Renew { epoch: None, nonce: 1 }))),
+            Malformed::Missing("epoch")
+        );
+        let fetch =
+            |range| mirror(Some(Mirror::Fetch(proto::Fetch { epoch: some(), nonce: 1, range })));
         assert_eq!(fetch(None), Malformed::Missing("range"));
-        assert_eq!(fetch(Some(proto::Range { start: 2, last: 1 })), Malformed::Range { start: 2, last: 1 });
+        assert_eq!(
+            fetch(Some(proto::Range { start: 2, last: 1 })),
+            Malformed::Range { start: 2, last: 1 }
+        );
         let named = |space: String| mirror(Some(Mirror::Open(proto::Open { space })));
         assert_eq!(named(String::new()), Malformed::SpaceName(0));
         assert_eq!(named("x".repeat(256)), Malformed::SpaceName(256));
 
         let owner = |message| Heard::try_from(proto::FromOwner { message }).unwrap_err();
-        let inv = |ranges| owner(Some(Owner::Inv(proto::Inv { epoch: some(), invalidation: 1, ranges })));
+        let inv =
+            |ranges| owner(Some(Owner::Inv(proto::Inv { epoch: some(), invalidation: 1, ranges })));
         assert_eq!(inv(vec![]), Malformed::NoRanges);
         let many = vec![proto::Range { start: 1, last: 1 }; MAX_RANGES + 1];
         assert_eq!(inv(many), Malformed::ManyRanges(MAX_RANGES + 1));
-        assert_eq!(inv(vec![proto::Range { start: 1, last: 0 }]), Malformed::Range { start: 1, last: 0 });
+        assert_eq!(
+            inv(vec![proto::Range { start: 1, last: 0 }]),
+            Malformed::Range { start: 1, last: 0 }
+        );
         let refused = |why| {
-            owner(Some(Owner::Refused(proto::Refused { nonce: 1, asker: Some(proto::refused::Asker::Incarnation(1)), why })))
+            owner(Some(Owner::Refused(proto::Refused {
+                nonce: 1,
+                asker: Some(proto::refused::Asker::Incarnation(1)),
+                why,
+            })))
         };
         assert_eq!(refused(0), Malformed::Refusal(0));
         assert_eq!(refused(99), Malformed::Refusal(99));
@@ -335,7 +407,8 @@ mod tests {
 
     #[test]
     fn a_set_of_too_many_ranges_becomes_fewer_that_cover_it() {
-        let all: Vec<_> = (0..MAX_RANGES as u64 * 3 + 5).map(|n| part(n * 0x2000, n * 0x2000 + 0xfff)).collect();
+        let all: Vec<_> =
+            (0..MAX_RANGES as u64 * 3 + 5).map(|n| part(n * 0x2000, n * 0x2000 + 0xfff)).collect();
         let set = RangeSet::new(all.iter().copied()).unwrap();
         let sent = ranges(to_ranges(&set)).unwrap();
         assert!(sent.len() <= MAX_RANGES, "{}", sent.len());
@@ -353,10 +426,17 @@ mod tests {
             let mut bytes: Vec<u8> = (0..length).map(|_| random.u8(..)).collect();
             // Random bytes alone seldom name a field.
             for byte in bytes.iter_mut().filter(|byte| **byte % 2 == 0) {
-                *byte = *[0x0a, 0x12, 0x1a, 0x22, 0x09, 0x11, 0x00, 0x02].get(usize::from(*byte) % 8).unwrap_or(&0);
+                *byte = *[0x0a, 0x12, 0x1a, 0x22, 0x09, 0x11, 0x00, 0x02]
+                    .get(usize::from(*byte) % 8)
+                    .unwrap_or(&0);
             }
-            decoded += usize::from(proto::FromMirror::decode(&bytes[..]).is_ok_and(|it| Received::try_from(it).is_ok()));
-            decoded += usize::from(proto::FromOwner::decode(&bytes[..]).is_ok_and(|it| Heard::try_from(it).is_ok()));
+            decoded += usize::from(
+                proto::FromMirror::decode(&bytes[..])
+                    .is_ok_and(|it| Received::try_from(it).is_ok()),
+            );
+            decoded += usize::from(
+                proto::FromOwner::decode(&bytes[..]).is_ok_and(|it| Heard::try_from(it).is_ok()),
+            );
         }
         assert!(decoded > 0, "no bytes decode at all: are these the messages?");
     }

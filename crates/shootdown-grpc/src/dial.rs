@@ -79,7 +79,11 @@ pub(crate) struct Dial {
 }
 
 impl Dial {
-    pub(crate) async fn dial(&self, address: &Address, time: Duration) -> Result<Channel, DialError> {
+    pub(crate) async fn dial(
+        &self,
+        address: &Address,
+        time: Duration,
+    ) -> Result<Channel, DialError> {
         // The connector below does TLS, so tonic is told of none.
         let endpoint = Endpoint::from_shared(format!("http://{address}"))?
             .connect_timeout(time)
@@ -89,13 +93,17 @@ impl Dial {
             .initial_stream_window_size(WINDOW)
             .initial_connection_window_size(2 * WINDOW)
             .http2_max_header_list_size(HEADERS);
-        let (tls, address) = (self.tls.as_ref().map(|tls| TlsConnector::from(tls.config.clone())), address.clone());
+        let (tls, address) =
+            (self.tls.as_ref().map(|tls| TlsConnector::from(tls.config.clone())), address.clone());
         let connector = tower::service_fn(move |_| connect(tls.clone(), address.clone()));
         Ok(endpoint.connect_with_connector(connector).await?)
     }
 }
 
-async fn connect(tls: Option<TlsConnector>, address: Address) -> io::Result<TokioIo<Box<dyn Wire>>> {
+async fn connect(
+    tls: Option<TlsConnector>,
+    address: Address,
+) -> io::Result<TokioIo<Box<dyn Wire>>> {
     let stream = TcpStream::connect(&*address.text).await?;
     // An acknowledgement is small and must not wait for more.
     let _ = stream.set_nodelay(true);
@@ -112,13 +120,28 @@ mod tests {
 
     #[test]
     fn an_address_is_a_host_and_a_port() {
-        let name = |text: &str| Address::read(text, None).map(|address| address.name.to_str().into_owned());
+        let name = |text: &str| {
+            Address::read(text, None).map(|address| address.name.to_str().into_owned())
+        };
         assert_eq!(name("owner.example:7443").as_deref(), Some("owner.example"));
         assert_eq!(name("127.0.0.1:1").as_deref(), Some("127.0.0.1"));
         assert_eq!(name("[::1]:1").as_deref(), Some("::1"));
         let other = Address::read("127.0.0.1:1", Some("owner.example"));
-        assert_eq!(other.map(|address| address.name.to_str().into_owned()).as_deref(), Some("owner.example"));
-        for text in ["", "owner", "owner:", "owner:x", "owner:70000", "::1:1", "https://owner:1", ":1", "o w:1"] {
+        assert_eq!(
+            other.map(|address| address.name.to_str().into_owned()).as_deref(),
+            Some("owner.example")
+        );
+        for text in [
+            "",
+            "owner",
+            "owner:",
+            "owner:x",
+            "owner:70000",
+            "::1:1",
+            "https://owner:1",
+            ":1",
+            "o w:1",
+        ] {
             assert_eq!(name(text), None, "{text}");
         }
     }

@@ -46,10 +46,20 @@ impl Campaign {
     /// A candidate that asks the members of etcd at these URLs. All candidates for a memory name
     /// the same election; none may be called as another one with `/…` behind, because etcd waits for the
     /// keys of both.
-    pub fn new(endpoints: impl IntoIterator<Item = impl Into<String>>, election: impl Into<String>) -> Self {
+    pub fn new(
+        endpoints: impl IntoIterator<Item = impl Into<String>>,
+        election: impl Into<String>,
+    ) -> Self {
         let endpoints = endpoints.into_iter().map(Into::into).collect();
         let (time_to_live, drift_ppm) = (Duration::from_secs(5), 1_000);
-        Self { endpoints, options: None, election: election.into(), value: Vec::new(), time_to_live, drift_ppm }
+        Self {
+            endpoints,
+            options: None,
+            election: election.into(),
+            value: Vec::new(),
+            time_to_live,
+            drift_ppm,
+        }
     }
 
     /// How etcd is reached: its TLS, user, time-outs.
@@ -94,12 +104,15 @@ impl Campaign {
     /// Outside a tokio runtime.
     pub async fn win(&self) -> Result<Ownership, CampaignError> {
         let mut client = Client::connect(&self.endpoints, self.options.clone()).await?;
-        let seconds = i64::try_from(self.time_to_live.as_nanos().div_ceil(1_000_000_000)).unwrap_or(i64::MAX).max(1);
+        let seconds = i64::try_from(self.time_to_live.as_nanos().div_ceil(1_000_000_000))
+            .unwrap_or(i64::MAX)
+            .max(1);
         let asked = BootClock.now();
         let lease = client.lease_grant(seconds, None).await?;
         let held = Held { until: Arc::new(AtomicU64::new(0)), drift_ppm: self.drift_ppm };
         held.until.store(held.end(asked, lease.ttl()).as_nanos(), Ordering::Release);
-        let keeper = Keeper(tokio::spawn(keep(client.clone(), lease.id(), lease.ttl(), held.clone())));
+        let keeper =
+            Keeper(tokio::spawn(keep(client.clone(), lease.id(), lease.ttl(), held.clone())));
         let won = tokio::select! {
             won = client.campaign(self.election.as_str(), self.value.as_slice(), lease.id()) => won,
             () = held.lost() => return Err(CampaignError::Lost),
@@ -222,7 +235,8 @@ impl Ownership {
     pub async fn resign(mut self) -> Result<(), CampaignError> {
         self.held.end_now();
         self.keeper.0.abort();
-        let resigned = self.client.resign(Some(ResignOptions::new().with_leader(self.key.clone()))).await;
+        let resigned =
+            self.client.resign(Some(ResignOptions::new().with_leader(self.key.clone()))).await;
         let revoked = self.client.lease_revoke(self.lease).await;
         resigned?;
         revoked?;
@@ -233,7 +247,12 @@ impl Ownership {
 impl fmt::Debug for Ownership {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { key, lease, boot, held, .. } = self;
-        f.debug_struct("Ownership").field("key", key).field("lease", lease).field("boot", boot).field("held", held).finish()
+        f.debug_struct("Ownership")
+            .field("key", key)
+            .field("lease", lease)
+            .field("boot", boot)
+            .field("held", held)
+            .finish()
     }
 }
 
@@ -258,7 +277,9 @@ async fn keep(mut client: Client, lease: i64, time_to_live: i64, held: Held) {
     let interval = Duration::from_secs(u64::try_from(time_to_live).unwrap_or(1)) / 5;
     while held.is_held(BootClock.now()) {
         // Opening asks as well. What it says counts by the next reply only.
-        if let Ok(Ok((mut keeper, mut replies))) = timeout(interval, client.lease_keep_alive(lease)).await {
+        if let Ok(Ok((mut keeper, mut replies))) =
+            timeout(interval, client.lease_keep_alive(lease)).await
+        {
             loop {
                 let asked = BootClock.now();
                 let reply = timeout(interval, async {

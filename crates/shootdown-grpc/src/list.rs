@@ -14,7 +14,13 @@ type OfName = HashMap<Arc<[Name]>, VecDeque<(u64, CancellationToken)>>;
 pub(crate) struct List(Arc<Mutex<(u64, OfName)>>);
 
 impl List {
-    pub(crate) fn enter(&self, shown: &Shown, cut: &CancellationToken, most: usize, tally: &Tally) -> Listed {
+    pub(crate) fn enter(
+        &self,
+        shown: &Shown,
+        cut: &CancellationToken,
+        most: usize,
+        tally: &Tally,
+    ) -> Listed {
         let mut list = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         list.0 += 1;
         let number = list.0;
@@ -23,7 +29,11 @@ impl List {
         let oldest = if of_name.len() > most.max(1) { of_name.pop_front() } else { None };
         drop(list);
         if let (Some((_, oldest)), Some(name)) = (oldest, shown.names.first()) {
-            tally.refuse(Count::Full, name, "as many connections as one name may have: the oldest is cut");
+            tally.refuse(
+                Count::Full,
+                name,
+                "as many connections as one name may have: the oldest is cut",
+            );
             oldest.cancel();
         }
         Listed { list: self.clone(), names: shown.names.clone(), number }

@@ -63,7 +63,11 @@ pub(crate) fn shown(certificate: &CertificateDer<'_>) -> Option<Shown> {
 
 fn name(entry: &GeneralName<'_>) -> Option<Name> {
     match entry {
-        GeneralName::DNSName(name) if !name.is_empty() && !name.contains('*') && !name.contains("://") => Some(Name::from(*name)),
+        GeneralName::DNSName(name)
+            if !name.is_empty() && !name.contains('*') && !name.contains("://") =>
+        {
+            Some(Name::from(*name))
+        }
         GeneralName::URI(uri) if uri.contains("://") => Some(Name::from(*uri)),
         _ => None,
     }
@@ -96,7 +100,10 @@ mod tests {
             SanType::Rfc822Name(text("gpu-1@example")),
             SanType::IpAddress([127, 0, 0, 1].into()),
         ];
-        assert_eq!(names(entries), Some(vec!["gpu-1.example".to_owned(), "spiffe://example/GPU-1".to_owned()]));
+        assert_eq!(
+            names(entries),
+            Some(vec!["gpu-1.example".to_owned(), "spiffe://example/GPU-1".to_owned()])
+        );
         assert_eq!(names(vec![SanType::DnsName(text("*.example"))]), None);
         assert_eq!(names(vec![]), None, "a common name says nothing");
         // A DNS entry that looks like a URI is none.

@@ -69,7 +69,9 @@ impl Tally {
         self.0[count as usize].fetch_add(1, Ordering::Relaxed);
         #[cfg(feature = "metrics")]
         match count.refusal() {
-            Some(why) => metrics::counter!("shootdown_grpc_refused_total", "why" => why).increment(1),
+            Some(why) => {
+                metrics::counter!("shootdown_grpc_refused_total", "why" => why).increment(1)
+            }
             None => metrics::counter!(count.metric()).increment(1),
         }
     }
@@ -169,7 +171,11 @@ pub(crate) fn stream_ended(space: &str, host: u64) {
 /// The way to the owner changes.
 pub(crate) fn link(space: &str, what: &dyn fmt::Display, up: bool) {
     #[cfg(feature = "metrics")]
-    metrics::gauge!("shootdown_grpc_link_up", "space" => space.to_owned()).set(if up { 1.0 } else { 0.0 });
+    metrics::gauge!("shootdown_grpc_link_up", "space" => space.to_owned()).set(if up {
+        1.0
+    } else {
+        0.0
+    });
     #[cfg(feature = "tracing")]
     if up {
         tracing::info!(target: "shootdown_grpc", space, owner = %what, "link up");
@@ -210,14 +216,17 @@ pub(crate) mod books {
             }
             #[expect(clippy::cast_precision_loss, reason = "gauges are floats")]
             {
-                metrics::gauge!("shootdown_mirrors", "space" => space.to_owned()).set(hub.members().len() as f64);
-                metrics::gauge!("shootdown_mirrors_waiting", "space" => space.to_owned()).set(hub.waiting() as f64);
+                metrics::gauge!("shootdown_mirrors", "space" => space.to_owned())
+                    .set(hub.members().len() as f64);
+                metrics::gauge!("shootdown_mirrors_waiting", "space" => space.to_owned())
+                    .set(hub.waiting() as f64);
             }
         }
         #[cfg(feature = "tracing")]
         {
             let (joins, left) = (now.joins - before.joins, now.left - before.left);
-            let (expelled, expired) = (now.expelled - before.expelled, now.expired - before.expired);
+            let (expelled, expired) =
+                (now.expelled - before.expelled, now.expired - before.expired);
             if expelled + expired > 0 {
                 tracing::warn!(target: "shootdown_grpc", space, expelled, expired, "mirrors were not heard of");
             }

@@ -41,7 +41,9 @@ enum Placed {
 impl Place {
     pub(crate) fn new(sending: Sending) -> Self {
         let next = async |mut sending: Sending| Some((sending.next().await?, sending));
-        Self(Arc::new(Mutex::new(Placed::Sending(Box::pin(futures::stream::unfold(sending, next))))))
+        Self(Arc::new(Mutex::new(Placed::Sending(Box::pin(futures::stream::unfold(
+            sending, next,
+        ))))))
     }
 
     /// Drops it, now or when it has done what it is at.
@@ -127,9 +129,27 @@ pub(crate) struct Sending {
 }
 
 impl Sending {
-    pub(crate) fn new(link: Link, contents: Arc<dyn Contents>, limits: Limits, tally: Tally, peer: Peer) -> Self {
+    pub(crate) fn new(
+        link: Link,
+        contents: Arc<dyn Contents>,
+        limits: Limits,
+        tally: Tally,
+        peer: Peer,
+    ) -> Self {
         let (waiting, reading, read, serves) = Default::default();
-        Self { link, contents, limits, tally, peer, waiting, reading, read, serves, begun: 0, over: false }
+        Self {
+            link,
+            contents,
+            limits,
+            tally,
+            peer,
+            waiting,
+            reading,
+            read,
+            serves,
+            begun: 0,
+            over: false,
+        }
     }
 
     /// The next message, once there is one; `None` at the end.
@@ -229,8 +249,13 @@ impl Sending {
 
     fn refuse(&self, serve: &Serve, count: Count, why: impl std::fmt::Display) -> proto::FromOwner {
         self.tally.refuse(count, &self.peer, why);
-        let reason = if count == Count::FetchesDropped { Refusal::Fetches } else { Refusal::Contents };
-        codec::from_owner(&ToMirror::Refused { nonce: serve.nonce(), asker: Asker::Fetch(serve.epoch()), why: reason })
+        let reason =
+            if count == Count::FetchesDropped { Refusal::Fetches } else { Refusal::Contents };
+        codec::from_owner(&ToMirror::Refused {
+            nonce: serve.nonce(),
+            asker: Asker::Fetch(serve.epoch()),
+            why: reason,
+        })
     }
 
     /// One that was begun is over.

@@ -26,7 +26,9 @@ use tokio_util::sync::CancellationToken;
 #[non_exhaustive]
 pub enum ServerError {
     /// Neither [`ServerBuilder::tls`] nor [`ServerBuilder::insecure_plaintext`] was called.
-    #[error("who may connect is not said: call `tls` (or `insecure_plaintext`, where everybody on the network is trusted)")]
+    #[error(
+        "who may connect is not said: call `tls` (or `insecure_plaintext`, where everybody on the network is trusted)"
+    )]
     NoSecurity,
     /// A space's name is empty or longer than 255 bytes.
     #[error("a space's name has 1 to 255 bytes, not {0}")]
@@ -86,12 +88,23 @@ impl ServerBuilder {
             Security::Tls(tls) => Some(TlsAcceptor::from(tls.config)),
             Security::Plaintext => None,
         };
-        if let Some(name) = self.spaces.keys().find(|name| !(1..=crate::limits::MAX_SPACE_NAME).contains(&name.len())) {
+        if let Some(name) = self
+            .spaces
+            .keys()
+            .find(|name| !(1..=crate::limits::MAX_SPACE_NAME).contains(&name.len()))
+        {
             return Err(ServerError::SpaceName(name.len()));
         }
         let listener = TcpListener::bind(address).await?;
         let address = listener.local_addr()?;
-        Ok(Server { listener, address, tls, spaces: self.spaces, limits: self.limits, tally: self.tally })
+        Ok(Server {
+            listener,
+            address,
+            tls,
+            spaces: self.spaces,
+            limits: self.limits,
+            tally: self.tally,
+        })
     }
 }
 
@@ -133,14 +146,16 @@ impl Server {
         let cut = CancellationToken::new();
         let _cut_all = cut.clone().drop_guard();
         let Self { listener, tls, spaces, limits, tally, .. } = self;
-        let door = Door { tls, limits: limits.clone(), tally: tally.clone(), cut, list: List::default() };
+        let door =
+            Door { tls, limits: limits.clone(), tally: tally.clone(), cut, list: List::default() };
         // One at a time: what waits here has its place already.
         let (ready, mut accepted) = mpsc::channel(1);
         let incoming = futures::stream::poll_fn(move |cx| accepted.poll_recv(cx));
         let told = tell_books(&spaces);
         let service = Service { spaces, limits: limits.clone(), tally, streams: Arc::default() };
-        let service =
-            ShootdownServer::new(service).max_decoding_message_size(MAX_FROM_MIRROR).max_encoding_message_size(MAX_FROM_OWNER);
+        let service = ShootdownServer::new(service)
+            .max_decoding_message_size(MAX_FROM_MIRROR)
+            .max_encoding_message_size(MAX_FROM_OWNER);
         let server = tonic::transport::Server::builder()
             .max_concurrent_streams(limits.streams_of_a_connection)
             .http2_max_header_list_size(limits.headers)
@@ -160,7 +175,11 @@ impl Server {
 impl fmt::Debug for Server {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let Self { address, spaces, limits, .. } = self;
-        f.debug_struct("Server").field("address", address).field("spaces", spaces).field("limits", limits).finish_non_exhaustive()
+        f.debug_struct("Server")
+            .field("address", address)
+            .field("spaces", spaces)
+            .field("limits", limits)
+            .finish_non_exhaustive()
     }
 }
 
@@ -171,7 +190,8 @@ const TELL: std::time::Duration = std::time::Duration::from_secs(1);
 /// Tells now and then what the hubs count.
 #[cfg(any(feature = "tracing", feature = "metrics"))]
 fn tell_books(spaces: &BTreeMap<Arc<str>, Space>) -> impl Future<Output = Infallible> + use<> {
-    let hubs = spaces.iter().map(|(name, space)| (name.clone(), space.hub.clone(), Default::default()));
+    let hubs =
+        spaces.iter().map(|(name, space)| (name.clone(), space.hub.clone(), Default::default()));
     let mut hubs: Vec<_> = hubs.collect();
     async move {
         loop {

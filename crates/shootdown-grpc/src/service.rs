@@ -42,40 +42,71 @@ struct Opened {
 impl Shootdown for Service {
     type MirrorStream = Pin<Box<dyn Stream<Item = Result<proto::FromOwner, Status>> + Send>>;
 
-    async fn mirror(&self, request: Request<Streaming<proto::FromMirror>>) -> Result<Response<Self::MirrorStream>, Status> {
+    async fn mirror(
+        &self,
+        request: Request<Streaming<proto::FromMirror>>,
+    ) -> Result<Response<Self::MirrorStream>, Status> {
         let peer = request.extensions().get::<Peer>().cloned();
         let peer = peer.ok_or_else(|| Status::unauthenticated("nobody knows who is there"))?;
         let in_use = InUse::new(&peer.use_);
         let names = match &peer.names {
             Some(names) => names.to_vec(),
-            None => insecure_name(&request).map_err(|status| self.refuse(Count::Nameless, &peer, status))?,
+            None => insecure_name(&request)
+                .map_err(|status| self.refuse(Count::Nameless, &peer, status))?,
         };
         let mut incoming = request.into_inner();
         let space = match timeout(self.limits.open, incoming.message()).await {
             Ok(Ok(Some(message))) => match Received::try_from(message) {
                 Ok(Received::Open(space)) => space,
-                Ok(Received::Message(_)) => return Err(self.refuse(Count::NotOpened, &peer, Malformed::Open.into())),
-                Err(malformed) => return Err(self.refuse(Count::Malformed, &peer, malformed.into())),
+                Ok(Received::Message(_)) => {
+                    return Err(self.refuse(Count::NotOpened, &peer, Malformed::Open.into()));
+                }
+                Err(malformed) => {
+                    return Err(self.refuse(Count::Malformed, &peer, malformed.into()));
+                }
             },
-            Ok(Ok(None)) => return Err(self.refuse(Count::NotOpened, &peer, Malformed::Open.into())),
+            Ok(Ok(None)) => {
+                return Err(self.refuse(Count::NotOpened, &peer, Malformed::Open.into()));
+            }
             Ok(Err(status)) => return Err(self.failed(&peer, status)),
-            Err(_) => return Err(self.refuse(Count::NotOpened, &peer, Status::deadline_exceeded("no `Open` in time"))),
+            Err(_) => {
+                return Err(self.refuse(
+                    Count::NotOpened,
+                    &peer,
+                    Status::deadline_exceeded("no `Open` in time"),
+                ));
+            }
         };
         let found = self.spaces.get_key_value(space.as_str());
-        let Some((name, space, host)) = found.and_then(|(name, space)| Some((name, space, space.host_of(&names)?))) else {
+        let Some((name, space, host)) =
+            found.and_then(|(name, space)| Some((name, space, space.host_of(&names)?)))
+        else {
             let why = match found {
                 None => "there is no such space",
-                Some((_, space)) if space.knows(&names) => "its names are admitted as several hosts",
+                Some((_, space)) if space.knows(&names) => {
+                    "its names are admitted as several hosts"
+                }
                 Some(_) => "none of its names is admitted",
             };
-            self.tally.refuse(Count::NotAdmitted, &peer, format!("asked for the space {space:?}: {why}"));
+            self.tally.refuse(
+                Count::NotAdmitted,
+                &peer,
+                format!("asked for the space {space:?}: {why}"),
+            );
             // The same for all, so that nobody learns which spaces there are.
-            return Err(Status::permission_denied("no such space, or no name of this certificate may join it"));
+            return Err(Status::permission_denied(
+                "no such space, or no name of this certificate may join it",
+            ));
         };
         if !space.hub.holds() {
             return Err(self.refuse(Count::NotOwner, &peer, not_owner()));
         }
-        Ok(Response::new(self.begin(Opened { space: name.clone(), host, peer }, space, incoming, in_use)))
+        Ok(Response::new(self.begin(
+            Opened { space: name.clone(), host, peer },
+            space,
+            incoming,
+            in_use,
+        )))
     }
 }
 
@@ -104,12 +135,25 @@ impl Service {
         }
         observe::stream_began(&opened.space, opened.host.0, &opened.peer);
         let (end, has_ended) = oneshot::channel();
-        let sending = Sending::new(link, space.contents.clone(), self.limits.clone(), self.tally.clone(), opened.peer.clone());
+        let sending = Sending::new(
+            link,
+            space.contents.clone(),
+            self.limits.clone(),
+            self.tally.clone(),
+            opened.peer.clone(),
+        );
         let place = Place::new(sending);
-        let half = Half { place: place.clone(), end: Some(has_ended), _ended: ended.clone().drop_guard() };
+        let half =
+            Half { place: place.clone(), end: Some(has_ended), _ended: ended.clone().drop_guard() };
         let registered = Registered { streams: self.streams.clone(), key, number };
-        let receiving =
-            Receiving { incoming, space: space.clone(), opened, limits: self.limits.clone(), tally: self.tally.clone(), ended };
+        let receiving = Receiving {
+            incoming,
+            space: space.clone(),
+            opened,
+            limits: self.limits.clone(),
+            tally: self.tally.clone(),
+            ended,
+        };
         tokio::spawn(async move {
             let status = receiving.run().await;
             drop((registered, in_use));
@@ -148,7 +192,8 @@ fn failed(tally: &Tally, peer: &Peer, status: Status) -> Status {
 fn insecure_name(request: &Request<Streaming<proto::FromMirror>>) -> Result<Vec<Name>, Status> {
     let name = request.metadata().get(INSECURE_NAME).and_then(|name| name.to_str().ok());
     let name = name.filter(|name| !name.is_empty());
-    name.map(|name| vec![Name::from(name)]).ok_or_else(|| Status::unauthenticated(format!("no `{INSECURE_NAME}`")))
+    name.map(|name| vec![Name::from(name)])
+        .ok_or_else(|| Status::unauthenticated(format!("no `{INSECURE_NAME}`")))
 }
 
 fn not_owner() -> Status {

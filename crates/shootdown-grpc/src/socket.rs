@@ -103,7 +103,13 @@ pub(crate) struct Socket {
 }
 
 impl Socket {
-    pub(crate) fn new(wire: Box<dyn Wire>, peer: Peer, terms: Terms, tally: Tally, slot: Slot) -> Self {
+    pub(crate) fn new(
+        wire: Box<dyn Wire>,
+        peer: Peer,
+        terms: Terms,
+        tally: Tally,
+        slot: Slot,
+    ) -> Self {
         let now = Instant::now();
         let (valid_for, idle_for) = (terms.valid_for.min(LONGEST), terms.idle_for.min(LONGEST));
         Self {
@@ -129,7 +135,10 @@ impl Socket {
         }
         while self.idle.as_mut().poll(cx).is_ready() {
             if self.peer.use_.is_idle() {
-                return Err(io::Error::new(io::ErrorKind::TimedOut, "no stream on this connection"));
+                return Err(io::Error::new(
+                    io::ErrorKind::TimedOut,
+                    "no stream on this connection",
+                ));
             }
             self.idle.as_mut().reset(Instant::now() + self.idle_for);
         }
@@ -152,7 +161,10 @@ impl Socket {
         let (now, stalled_for) = (Instant::now(), self.stalled_for);
         let stalled = self.stalled.get_or_insert_with(|| Box::pin(sleep_until(now + stalled_for)));
         ready!(stalled.as_mut().poll(cx));
-        Poll::Ready(Err(io::Error::new(io::ErrorKind::TimedOut, "the peer takes nothing of what is sent")))
+        Poll::Ready(Err(io::Error::new(
+            io::ErrorKind::TimedOut,
+            "the peer takes nothing of what is sent",
+        )))
     }
 }
 
@@ -169,7 +181,11 @@ pub(crate) struct Terms {
 impl Drop for Socket {
     fn drop(&mut self) {
         if !self.peer.use_.ever.load(Ordering::Relaxed) {
-            self.tally.refuse(Count::WithoutStream, &self.peer, "the connection ended without a stream");
+            self.tally.refuse(
+                Count::WithoutStream,
+                &self.peer,
+                "the connection ended without a stream",
+            );
         }
     }
 }
@@ -183,7 +199,11 @@ impl Connected for Socket {
 }
 
 impl AsyncRead for Socket {
-    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
         self.poll_alive(cx)?;
         let read = ready!(Pin::new(&mut self.wire).poll_read(cx, buffer));
         Poll::Ready(read)
@@ -191,7 +211,11 @@ impl AsyncRead for Socket {
 }
 
 impl AsyncWrite for Socket {
-    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
         self.poll_out(cx, |wire, cx| wire.poll_write(cx, bytes))
     }
 
@@ -203,7 +227,11 @@ impl AsyncWrite for Socket {
         self.poll_out(cx, |wire, cx| wire.poll_shutdown(cx))
     }
 
-    fn poll_write_vectored(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[io::IoSlice<'_>]) -> Poll<io::Result<usize>> {
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
         self.poll_out(cx, |wire, cx| wire.poll_write_vectored(cx, bytes))
     }
 

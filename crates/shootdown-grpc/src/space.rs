@@ -118,6 +118,9 @@ impl Space {
 
 impl fmt::Debug for Space {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Space").field("hub", &self.hub).field("admitted", &self.admitted).finish_non_exhaustive()
+        f.debug_struct("Space")
+            .field("hub", &self.hub)
+            .field("admitted", &self.admitted)
+            .finish_non_exhaustive()
     }
 }

@@ -6,8 +6,12 @@ use thiserror::Error;
 use tokio_rustls::rustls::client::Resumption;
 use tokio_rustls::rustls::crypto::{CryptoProvider, ring};
 use tokio_rustls::rustls::pki_types::pem::{self, PemObject};
-use tokio_rustls::rustls::pki_types::{CertificateDer, CertificateRevocationListDer, PrivateKeyDer};
-use tokio_rustls::rustls::server::{NoServerSessionStorage, ProducesTickets, VerifierBuilderError, WebPkiClientVerifier};
+use tokio_rustls::rustls::pki_types::{
+    CertificateDer, CertificateRevocationListDer, PrivateKeyDer,
+};
+use tokio_rustls::rustls::server::{
+    NoServerSessionStorage, ProducesTickets, VerifierBuilderError, WebPkiClientVerifier,
+};
 use tokio_rustls::rustls::version::TLS13;
 use tokio_rustls::rustls::{ClientConfig, Error as RustlsError, RootCertStore, ServerConfig};
 
@@ -68,14 +72,25 @@ impl ServerTls {
     ///
     /// # Errors
     /// As [`from_pem`](Self::from_pem).
-    pub fn from_pem_with_revoked(certificate: &[u8], key: &[u8], roots: &[u8], revoked: &[u8]) -> Result<Self, TlsError> {
-        let lists = CertificateRevocationListDer::pem_slice_iter(revoked).collect::<Result<Vec<_>, _>>();
+    pub fn from_pem_with_revoked(
+        certificate: &[u8],
+        key: &[u8],
+        roots: &[u8],
+        revoked: &[u8],
+    ) -> Result<Self, TlsError> {
+        let lists =
+            CertificateRevocationListDer::pem_slice_iter(revoked).collect::<Result<Vec<_>, _>>();
         let lists = lists.map_err(|error| TlsError::Pem { what: "revocation lists", error })?;
         let roots = Arc::new(read_roots(roots)?);
-        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider()).with_crls(lists).build()?;
+        let verifier = WebPkiClientVerifier::builder_with_provider(roots, provider())
+            .with_crls(lists)
+            .build()?;
         let (chain, key) = (read_chain(certificate)?, read_key(key)?);
-        let config = ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
-        Ok(Self::from_config(config.with_client_cert_verifier(verifier).with_single_cert(chain, key)?))
+        let config =
+            ServerConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
+        Ok(Self::from_config(
+            config.with_client_cert_verifier(verifier).with_single_cert(chain, key)?,
+        ))
     }
 
     /// With settings of your own, such as certificates that are read anew when they change. Whoever
@@ -99,8 +114,10 @@ impl ClientTls {
     /// [`TlsError`]: a text is not what it should be, or the key is another one's.
     pub fn from_pem(certificate: &[u8], key: &[u8], roots: &[u8]) -> Result<Self, TlsError> {
         let (chain, key) = (read_chain(certificate)?, read_key(key)?);
-        let config = ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
-        let config = config.with_root_certificates(read_roots(roots)?).with_client_auth_cert(chain, key)?;
+        let config =
+            ClientConfig::builder_with_provider(provider()).with_protocol_versions(&[&TLS13])?;
+        let config =
+            config.with_root_certificates(read_roots(roots)?).with_client_auth_cert(chain, key)?;
         Ok(Self::from_config(config))
     }
 

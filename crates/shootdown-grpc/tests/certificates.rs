@@ -28,9 +28,13 @@ async fn whoever_has_no_right_certificate_is_refused_and_nobody_else_notices() {
     let handshakes = |counts: ServerCounts| counts.handshakes;
 
     let mirror = |identity: &Identity| Mirroring::begin(owner.address, identity);
-    refused(mirror(&other.issue("mirror-2.example").trusting(&authority)), &owner, handshakes).await;
+    refused(mirror(&other.issue("mirror-2.example").trusting(&authority)), &owner, handshakes)
+        .await;
     let before = owner.tally.counts().handshakes;
-    refused(mirror(&authority.issue_expired("mirror-2.example")), &owner, |counts| counts.handshakes - before).await;
+    refused(mirror(&authority.issue_expired("mirror-2.example")), &owner, |counts| {
+        counts.handshakes - before
+    })
+    .await;
     let before = owner.tally.counts().handshakes;
     let nobody = client(owner.address).tls(authority.without_certificate());
     refused(Mirroring::with(nobody), &owner, |counts| counts.handshakes - before).await;
@@ -38,9 +42,12 @@ async fn whoever_has_no_right_certificate_is_refused_and_nobody_else_notices() {
     let plain = client(owner.address).insecure_plaintext("mirror-2.example");
     refused(Mirroring::with(plain), &owner, |counts| counts.handshakes - before).await;
     refused(mirror(&authority.issue_nameless()), &owner, |counts| counts.nameless).await;
-    refused(mirror(&authority.issue("stranger.example")), &owner, |counts| counts.not_admitted).await;
+    refused(mirror(&authority.issue("stranger.example")), &owner, |counts| counts.not_admitted)
+        .await;
     // The same answer for a space that is not here, so that nobody learns which there are.
-    let elsewhere = shootdown_grpc::Client::builder("elsewhere").owner(owner.address.to_string()).server_name("owner.example");
+    let elsewhere = shootdown_grpc::Client::builder("elsewhere")
+        .owner(owner.address.to_string())
+        .server_name("owner.example");
     let before = owner.tally.counts().not_admitted;
     let elsewhere = Mirroring::with(elsewhere.tls(authority.issue("mirror-2.example").client()));
     refused(elsewhere, &owner, |counts| counts.not_admitted - before).await;
@@ -54,9 +61,11 @@ async fn whoever_has_no_right_certificate_is_refused_and_nobody_else_notices() {
 async fn a_mirror_takes_no_owner_whose_certificate_is_not_right() {
     let (authority, other) = (Authority::default(), Authority::default());
     let owner = Owned::begin(&authority).await;
-    let of_others = Mirroring::begin(owner.address, &authority.issue("mirror-1.example").trusting(&other));
+    let of_others =
+        Mirroring::begin(owner.address, &authority.issue("mirror-1.example").trusting(&other));
     let of_another_name = client(owner.address).server_name("somebody.example");
-    let of_another_name = Mirroring::with(of_another_name.tls(authority.issue("mirror-2.example").client()));
+    let of_another_name =
+        Mirroring::with(of_another_name.tls(authority.issue("mirror-2.example").client()));
     for mirror in [of_others, of_another_name] {
         until("it has tried", || mirror.connection.counts().failed > 1).await;
         assert_eq!(mirror.connection.counts().links, 0);
@@ -87,7 +96,8 @@ async fn refused_alone(who: Mirroring, owner: &Owned) {
 async fn a_connection_ends_when_its_certificate_does() {
     let authority = Authority::default();
     let owner = Owned::begin(&authority).await;
-    let mirror = Mirroring::begin(owner.address, &authority.issue_for_seconds("mirror-1.example", 3));
+    let mirror =
+        Mirroring::begin(owner.address, &authority.issue_for_seconds("mirror-1.example", 3));
     soon("a mirror", mirror.leased.joined()).await;
     until("the certificate has expired", || owner.tally.counts().handshakes > 0).await;
     until("the mirror has stopped", || !mirror.leased.has_lease()).await;

@@ -37,18 +37,36 @@ fn main() -> ExitCode {
     if let Ok(role) = std::env::var(ROLE) {
         return runtime().block_on(own(&role));
     }
-    let there = Command::new("etcd").arg("--version").stdout(Stdio::null()).stderr(Stdio::null()).status().is_ok();
+    let there = Command::new("etcd")
+        .arg("--version")
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .status()
+        .is_ok();
     let trial = |name: &str, test: fn()| {
         let test = move || {
             test();
             Ok::<_, Failed>(())
         };
-        Trial::test(name, test).with_ignored_flag(!there).with_kind(if there { "" } else { "no etcd here" })
+        Trial::test(name, test).with_ignored_flag(!there).with_kind(if there {
+            ""
+        } else {
+            "no etcd here"
+        })
     };
     let trials = vec![
-        trial("owners_take_over_and_mirrors_are_never_stale", owners_take_over_and_mirrors_are_never_stale),
-        trial("an_owner_that_resigns_is_followed_at_once", an_owner_that_resigns_is_followed_at_once),
-        trial("an_owner_that_does_not_hear_of_etcd_is_none", an_owner_that_does_not_hear_of_etcd_is_none),
+        trial(
+            "owners_take_over_and_mirrors_are_never_stale",
+            owners_take_over_and_mirrors_are_never_stale,
+        ),
+        trial(
+            "an_owner_that_resigns_is_followed_at_once",
+            an_owner_that_resigns_is_followed_at_once,
+        ),
+        trial(
+            "an_owner_that_does_not_hear_of_etcd_is_none",
+            an_owner_that_does_not_hear_of_etcd_is_none,
+        ),
     ];
     libtest_mimic::run(&Arguments::from_args(), trials).exit_code()
 }
@@ -97,12 +115,33 @@ struct Etcd {
 impl Etcd {
     fn begin() -> Self {
         let data = tempfile::tempdir().unwrap();
-        let (url, peers) = (format!("http://127.0.0.1:{}", port()), format!("http://127.0.0.1:{}", port()));
+        let (url, peers) =
+            (format!("http://127.0.0.1:{}", port()), format!("http://127.0.0.1:{}", port()));
         let process = Command::new("etcd")
-            .args(["--name", "test", "--heartbeat-interval", "50", "--election-timeout", "500", "--data-dir"])
+            .args([
+                "--name",
+                "test",
+                "--heartbeat-interval",
+                "50",
+                "--election-timeout",
+                "500",
+                "--data-dir",
+            ])
             .arg(data.path())
-            .args(["--listen-client-urls", &url, "--advertise-client-urls", &url, "--listen-peer-urls", &peers])
-            .args(["--initial-advertise-peer-urls", &peers, "--initial-cluster", &format!("test={peers}")])
+            .args([
+                "--listen-client-urls",
+                &url,
+                "--advertise-client-urls",
+                &url,
+                "--listen-peer-urls",
+                &peers,
+            ])
+            .args([
+                "--initial-advertise-peer-urls",
+                &peers,
+                "--initial-cluster",
+                &format!("test={peers}"),
+            ])
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
@@ -180,7 +219,9 @@ impl World {
     fn begin() -> Self {
         let (folder, authority) = (tempfile::tempdir().unwrap(), Authority::default());
         let own = authority.issue("owner.example");
-        for (name, text) in [("certificate", &own.certificate), ("key", &own.key), ("roots", &own.root)] {
+        for (name, text) in
+            [("certificate", &own.certificate), ("key", &own.key), ("roots", &own.root)]
+        {
             std::fs::write(folder.path().join(name), text).unwrap();
         }
         std::fs::write(folder.path().join("memory"), [0; 0x2000]).unwrap();
@@ -188,15 +229,19 @@ impl World {
     }
 
     fn owner(&self, number: usize) -> Process {
-        let role = format!("{}|{}|{}", self.etcd.url, self.ports[number], self.folder.path().display());
+        let role =
+            format!("{}|{}|{}", self.etcd.url, self.ports[number], self.folder.path().display());
         let process = Command::new(std::env::current_exe().unwrap()).env(ROLE, role).spawn();
         Process(process.unwrap())
     }
 
     /// A mirror that knows some of the owners.
     fn mirror(&self, identity: &Identity, ports: &[u16]) -> Mirroring {
-        let client = ports.iter().fold(Client::builder("memory"), |client, port| client.owner(format!("127.0.0.1:{port}")));
-        let client = client.server_name("owner.example").backoff(Duration::from_millis(10), TERM / 8);
+        let client = ports.iter().fold(Client::builder("memory"), |client, port| {
+            client.owner(format!("127.0.0.1:{port}"))
+        });
+        let client =
+            client.server_name("owner.example").backoff(Duration::from_millis(10), TERM / 8);
         Mirroring::with(client.tls(identity.client()))
     }
 }
@@ -229,12 +274,14 @@ async fn own(role: &str) -> ExitCode {
         }
     };
     let held = ownership.held();
-    let owner = Owner::new(ownership.boot(), long_terms(), Memory::Survived, BootClock.now()).unwrap();
+    let owner =
+        Owner::new(ownership.boot(), long_terms(), Memory::Survived, BootClock.now()).unwrap();
     let asks = held.clone();
     let hub = Hub::while_held(owner, BootClock, move || asks.is_held(BootClock.now()));
     let space = AddressSpace::new();
     let _mirrors = space.insert(shared(), hub.mirrors()).unwrap();
-    let memory = Arc::new(File::options().read(true).write(true).open(folder.join("memory")).unwrap());
+    let memory =
+        Arc::new(File::options().read(true).write(true).open(folder.join("memory")).unwrap());
     let reads = memory.clone();
     let contents = Checked::new(space.clone(), shared(), move |range: AddressRange| {
         let mut bytes = vec![0; range.len_usize().unwrap()];
@@ -280,7 +327,11 @@ async fn read_on(mirror: Arc<Mirroring>, memory: PathBuf, number: u64, reads: Ar
         for _ in 0..100 {
             let before = version(&memory, number);
             let sequence = held.copy.sequence();
-            let value = held.copy.lock().as_ref().map(|copy| u64::from_le_bytes(copy[..8].try_into().unwrap()));
+            let value = held
+                .copy
+                .lock()
+                .as_ref()
+                .map(|copy| u64::from_le_bytes(copy[..8].try_into().unwrap()));
             // After the use: a stopped owner or mirror shows here.
             let Some(value) = value.filter(|_| !held.copy.read_retry(sequence)) else { break };
             reads.accepted.fetch_add(1, Ordering::Relaxed);
@@ -301,13 +352,22 @@ fn owners_take_over_and_mirrors_are_never_stale() {
         let memory = world.folder.path().join("memory");
         let truth = File::open(&memory).unwrap();
         let reads = Arc::<Reads>::default();
-        let mirrors = [1, 2]
-            .map(|number| Arc::new(world.mirror(&world.authority.issue(&format!("mirror-{number}.example")), &world.ports)));
+        let mirrors =
+            [1, 2].map(|number| {
+                Arc::new(world.mirror(
+                    &world.authority.issue(&format!("mirror-{number}.example")),
+                    &world.ports,
+                ))
+            });
         // It never hears of another owner than the first, and holds on until its lease ends.
-        let behind = Arc::new(world.mirror(&world.authority.issue("mirror-3.example"), &world.ports[..1]));
+        let behind =
+            Arc::new(world.mirror(&world.authority.issue("mirror-3.example"), &world.ports[..1]));
         let behind_reads = Arc::<Reads>::default();
-        let behind_task = tokio::spawn(read_on(behind.clone(), memory.clone(), ONCE, behind_reads.clone()));
-        let tasks = mirrors.clone().map(|mirror| tokio::spawn(read_on(mirror, memory.clone(), OFTEN, reads.clone())));
+        let behind_task =
+            tokio::spawn(read_on(behind.clone(), memory.clone(), ONCE, behind_reads.clone()));
+        let tasks = mirrors
+            .clone()
+            .map(|mirror| tokio::spawn(read_on(mirror, memory.clone(), OFTEN, reads.clone())));
         goes_on("with the first owner", &truth, &reads, &mirrors).await;
         let second = world.owner(1);
         let third = world.owner(2);
@@ -315,12 +375,16 @@ fn owners_take_over_and_mirrors_are_never_stale() {
         let boot = boot_of(&mirrors[0]);
 
         // Killed.
-        until("it has a copy of its own", || behind_reads.newest.load(Ordering::Relaxed) == 1).await;
+        until("it has a copy of its own", || behind_reads.newest.load(Ordering::Relaxed) == 1)
+            .await;
         let read_before = behind_reads.accepted.load(Ordering::Relaxed);
         first.signal(Signal::KILL);
         until("a new owner", || boot_of(&mirrors[0]) > boot && boot_of(&mirrors[1]) > boot).await;
         goes_on("with the next owner", &truth, &reads, &mirrors).await;
-        assert!(behind_reads.accepted.load(Ordering::Relaxed) > read_before, "it has read on after the first owner was dead");
+        assert!(
+            behind_reads.accepted.load(Ordering::Relaxed) > read_before,
+            "it has read on after the first owner was dead"
+        );
         assert!(!behind.leased.has_lease() && behind.leased.counts().joined == 1);
 
         // Stopped, whichever it is, for longer than its key lives; then it goes on, and finds out.
@@ -340,7 +404,8 @@ fn owners_take_over_and_mirrors_are_never_stale() {
         }
         behind_task.abort();
         for (who, reads) in [("all owners", reads), ("the first owner only", behind_reads)] {
-            let (stale, accepted) = (reads.stale.load(Ordering::Relaxed), reads.accepted.load(Ordering::Relaxed));
+            let (stale, accepted) =
+                (reads.stale.load(Ordering::Relaxed), reads.accepted.load(Ordering::Relaxed));
             assert_eq!(stale, 0, "of {accepted} reads by those who know {who}");
         }
     });
@@ -361,7 +426,10 @@ async fn is_owner(world: &World, number: usize) -> bool {
 /// The memory changes, and mirrors see it.
 async fn goes_on(what: &str, truth: &File, reads: &Reads, mirrors: &[Arc<Mirroring>; 2]) {
     let (from, accepted) = (version(truth, OFTEN), reads.accepted.load(Ordering::Relaxed));
-    until(what, || version(truth, OFTEN) > from + 50 && reads.newest.load(Ordering::Relaxed) > from + 20).await;
+    until(what, || {
+        version(truth, OFTEN) > from + 50 && reads.newest.load(Ordering::Relaxed) > from + 20
+    })
+    .await;
     until(what, || reads.accepted.load(Ordering::Relaxed) > accepted + 100).await;
     assert!(mirrors.iter().all(|mirror| mirror.leased.counts().invalidated > 0), "{what}");
 }

@@ -76,12 +76,16 @@ struct Tracking {
 impl Tracking {
     async fn begin(authority: &Authority, limits: Limits) -> Self {
         let contents = Tracked::default();
-        let owner = Owner::new(Boot(1), Terms::new(LONG * 2), Memory::New, BootClock.now()).unwrap();
+        let owner =
+            Owner::new(Boot(1), Terms::new(LONG * 2), Memory::New, BootClock.now()).unwrap();
         let hub = Hub::new(owner, BootClock);
         let _mirrors = AddressSpace::new().insert(shared(), hub.mirrors()).unwrap();
         let offered = Space::new(hub.clone(), contents.clone());
         let offered = offered.admit("mirror-1.example", Host(1)).admit("mirror-2.example", Host(2));
-        let server = Server::builder().tls(authority.server("owner.example")).limits(limits).space("memory", offered);
+        let server = Server::builder()
+            .tls(authority.server("owner.example"))
+            .limits(limits)
+            .space("memory", offered);
         let server = server.bind("127.0.0.1:0").await.unwrap();
         let (tally, address, keep) = (server.tally(), server.local_addr(), hub.clone());
         let keeps = tokio::spawn(async move { keep.run(tokio::time::sleep).await });
@@ -98,7 +102,11 @@ impl Drop for Tracking {
 }
 
 fn fetch(epoch: support::raw::proto::Epoch, nonce: u64, bytes: u64) -> Message {
-    Message::Fetch(Fetch { epoch: Some(epoch), nonce, range: Some(Range { start: BASE, last: BASE + bytes - 1 }) })
+    Message::Fetch(Fetch {
+        epoch: Some(epoch),
+        nonce,
+        range: Some(Range { start: BASE, last: BASE + bytes - 1 }),
+    })
 }
 
 /// A member with windows that hold all there is, behind a relay that forwards nothing to it: what
@@ -109,7 +117,9 @@ async fn stalled(owner: &Tracking, authority: &Authority, bytes: u64) -> (Raw, R
     let channel = raw::wide_channel(relay.address, Some(&identity)).await;
     let mut raw = Raw::begin(&channel, vec![open("memory")]).await.unwrap();
     raw.say(Message::Join(Join { incarnation: 7, nonce: 1 })).await;
-    let Some(from_owner::Message::Welcome(welcome)) = raw.hear().await else { panic!("no welcome") };
+    let Some(from_owner::Message::Welcome(welcome)) = raw.hear().await else {
+        panic!("no welcome")
+    };
     relay.set(Mode::HoldDown);
     for nonce in 2..6 {
         raw.say(fetch(welcome.epoch.unwrap(), nonce, bytes)).await;
@@ -127,7 +137,9 @@ async fn streams_that_were_replaced_keep_no_contents() {
     let channel = raw::channel(owner.address, Some(&authority.issue("mirror-1.example"))).await;
     let mut first = Raw::begin(&channel, vec![open("memory")]).await.unwrap();
     first.say(Message::Join(Join { incarnation: 7, nonce: 1 })).await;
-    let Some(from_owner::Message::Welcome(welcome)) = first.hear().await else { panic!("no welcome") };
+    let Some(from_owner::Message::Welcome(welcome)) = first.hear().await else {
+        panic!("no welcome")
+    };
     let mut streams = vec![first];
     for number in 0..6 {
         let newest = streams.last().unwrap();
@@ -166,7 +178,8 @@ async fn one_certificate_has_so_many_connections_that_are_not_read() {
     let (_raw, _relay) = stalled(&owner, &authority, 16 << 20).await;
     tokio::time::sleep(Duration::from_millis(1_500)).await;
     assert!(owner.contents.live() > 0, "it is sent to nobody");
-    let _newer = raw::wire(owner.address, Some(&authority.issue("mirror-1.example"))).await.unwrap();
+    let _newer =
+        raw::wire(owner.address, Some(&authority.issue("mirror-1.example"))).await.unwrap();
     until("the oldest is counted", || owner.tally.counts().full == 1).await;
     until("and cut", || owner.contents.live() == 0).await;
 }
@@ -175,7 +188,8 @@ async fn one_certificate_has_so_many_connections_that_are_not_read() {
 async fn whoever_reads_nothing_for_long_is_cut() {
     let authority = Authority::default();
     let mut limits = Limits::default();
-    (limits.keep_alive, limits.keep_alive_timeout) = (Duration::from_secs(1), Duration::from_millis(500));
+    (limits.keep_alive, limits.keep_alive_timeout) =
+        (Duration::from_secs(1), Duration::from_millis(500));
     limits.connections = 1;
     let owner = Tracking::begin(&authority, limits).await;
     let (_raw, _relay) = stalled(&owner, &authority, 16 << 20).await;
@@ -197,7 +211,9 @@ async fn a_thousand_fetches_of_one_mirror_cost_as_much_as_they_are() {
     let range = AddressRange::new(BASE, BYTES).unwrap();
     let time = async |fetches: usize| {
         let began = Instant::now();
-        for contents in futures::future::join_all((0..fetches).map(|_| mirror.leased.fetch(range))).await {
+        for contents in
+            futures::future::join_all((0..fetches).map(|_| mirror.leased.fetch(range))).await
+        {
             assert_eq!(contents.unwrap().len() as u64, BYTES);
         }
         began.elapsed() / u32::try_from(fetches).unwrap()
@@ -215,7 +231,8 @@ async fn one_host_mirrors_several_spaces_at_once() {
     for number in 0..8 {
         let owner = Owner::new(Boot(1), terms(), Memory::New, BootClock.now()).unwrap();
         let hub = Hub::new(owner, BootClock);
-        let offered = Space::new(hub.clone(), Tracked::default()).admit("mirror-1.example", Host(1));
+        let offered =
+            Space::new(hub.clone(), Tracked::default()).admit("mirror-1.example", Host(1));
         builder = builder.space(format!("space-{number}"), offered);
         mirrored.push(AddressSpace::new().insert(shared(), hub.mirrors()).unwrap());
     }
@@ -224,7 +241,9 @@ async fn one_host_mirrors_several_spaces_at_once() {
     let server = tokio::spawn(async move { match server.run().await {} });
     let identity = authority.issue("mirror-1.example");
     let mirror = |number| {
-        let client = Client::builder(format!("space-{number}")).owner(address.to_string()).server_name("owner.example");
+        let client = Client::builder(format!("space-{number}"))
+            .owner(address.to_string())
+            .server_name("owner.example");
         Mirroring::with(client.tls(identity.client()))
     };
     let mirrors: Vec<_> = (0..8).map(mirror).collect();
@@ -248,7 +267,11 @@ async fn ended_says_that_the_owner_was_told() {
     relay.set(Mode::Hold);
     soon("leaving", mirror.leased.leave()).await;
     let ended = tokio::time::timeout(Duration::from_secs(4), mirror.connection.ended()).await;
-    assert!(ended.is_err(), "the owner cannot have been told, and counts {} members", owner.hub.members().len());
+    assert!(
+        ended.is_err(),
+        "the owner cannot have been told, and counts {} members",
+        owner.hub.members().len()
+    );
     relay.set(Mode::Forward);
     soon("the owner is told", mirror.connection.ended()).await;
     assert_eq!((owner.hub.members().len(), owner.hub.counts().left), (0, 1));
@@ -276,15 +299,21 @@ async fn a_link_that_breaks_while_a_mirror_says_goodbye_is_made_again() {
 async fn limits_at_their_ends_let_mirrors_in() {
     let authority = Authority::default();
     let mut limits = Limits::default();
-    (limits.connections, limits.handshakes, limits.connections_of_a_name) = (usize::MAX, usize::MAX, usize::MAX);
+    (limits.connections, limits.handshakes, limits.connections_of_a_name) =
+        (usize::MAX, usize::MAX, usize::MAX);
     (limits.handshake, limits.open, limits.fetches) = (Duration::MAX, Duration::MAX, usize::MAX);
     (limits.keep_alive, limits.keep_alive_timeout) = (Duration::MAX, Duration::MAX);
-    (limits.messages_a_second, limits.burst, limits.streams_of_a_connection) = (u32::MAX, u32::MAX, u32::MAX);
+    (limits.messages_a_second, limits.burst, limits.streams_of_a_connection) =
+        (u32::MAX, u32::MAX, u32::MAX);
     (limits.fetch, limits.headers) = (u64::MAX, u32::MAX);
-    let owner = Owned::with(Way::Tls(authority.server("owner.example")), limits, terms(), "127.0.0.1:0").await;
+    let owner =
+        Owned::with(Way::Tls(authority.server("owner.example")), limits, terms(), "127.0.0.1:0")
+            .await;
     let identity = authority.issue("mirror-1.example");
     let client = client(owner.address).tls(identity.client());
-    let mirror = Mirroring::with(client.connect_timeout(Duration::MAX).keep_alive(Duration::MAX, Duration::MAX));
+    let mirror = Mirroring::with(
+        client.connect_timeout(Duration::MAX).keep_alive(Duration::MAX, Duration::MAX),
+    );
     let held = soon("a copy", mirror.copy(page(1))).await;
     soon("a change", owner.change(page(1), 7)).await;
     assert_eq!(held.copy.lock().as_deref(), None);
@@ -305,7 +334,8 @@ async fn a_fetch_of_an_earlier_life_does_not_cut_the_link_of_the_next() {
     let authority = Authority::default();
     let way = Way::Tls(authority.server("owner.example"));
     let owner = Owned::with(way, Limits::default(), Terms::new(LONG), "127.0.0.1:0").await;
-    let (first, second) = (authority.issue("mirror-1.example"), authority.issue("mirror-2.example"));
+    let (first, second) =
+        (authority.issue("mirror-1.example"), authority.issue("mirror-2.example"));
     let (mut old, epoch) = Raw::join(owner.address, &first, 7).await;
     let (mut slow, slow_epoch) = Raw::join(owner.address, &second, 8).await;
     let space = owner.space.clone();

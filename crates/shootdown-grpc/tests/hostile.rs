@@ -9,7 +9,9 @@ use shootdown_lease::Host;
 use std::time::{Duration, Instant};
 use support::certificates::Authority;
 use support::raw::proto::from_mirror::Message;
-use support::raw::proto::{Ack, Epoch, Fetch, FromMirror, Inv, Join, Left, Range, Renew, from_owner};
+use support::raw::proto::{
+    Ack, Epoch, Fetch, FromMirror, Inv, Join, Left, Range, Renew, from_owner,
+};
 use support::raw::{self, Raw, open};
 use support::{Changing, Mirroring, Owned, TERM, Way, page, soon, terms, until};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -45,7 +47,10 @@ impl Healthy {
     async fn end(self, owner: &Owned) {
         let longest = self.changing.end().await;
         assert!(longest < TERM, "a healthy mirror's invalidations took up to {longest:?}");
-        assert_eq!((self.mirror.leased.counts().joined, self.mirror.connection.counts().links), (1, 1));
+        assert_eq!(
+            (self.mirror.leased.counts().joined, self.mirror.connection.counts().links),
+            (1, 1)
+        );
         assert!(self.mirror.leased.counts().invalidated > 0 && self.mirror.leased.has_lease());
         assert_eq!((owner.hub.counts().expelled, owner.hub.counts().expired), (0, 0));
     }
@@ -68,7 +73,10 @@ async fn bytes_that_are_no_messages_end_their_connection_only() {
         let _ = wire.write_all(&garbage).await;
         let _ = soon("the end", wire.read_to_end(&mut Vec::new())).await;
     }
-    until("they are counted", || owner.tally.counts().handshakes == 20 && owner.tally.counts().without_stream == 20).await;
+    until("they are counted", || {
+        owner.tally.counts().handshakes == 20 && owner.tally.counts().without_stream == 20
+    })
+    .await;
     healthy.end(&owner).await;
 }
 
@@ -82,10 +90,16 @@ async fn whoever_says_nothing_is_cut() {
     let mut wire = raw::wire(owner.address, Some(&identity)).await.unwrap();
     let no_stream = raw::channel(owner.address, Some(&identity)).await;
     let no_open = Raw::begin(&no_stream, vec![]);
-    assert_eq!(soon("no open", no_open).await.err().map(|status| status.code()), Some(Code::DeadlineExceeded));
+    assert_eq!(
+        soon("no open", no_open).await.err().map(|status| status.code()),
+        Some(Code::DeadlineExceeded)
+    );
     let _ = soon("the end", silent.read_to_end(&mut Vec::new())).await;
     let _ = soon("the end", wire.read_to_end(&mut Vec::new())).await;
-    until("they are counted", || owner.tally.counts().handshakes == 1 && owner.tally.counts().not_opened == 1).await;
+    until("they are counted", || {
+        owner.tally.counts().handshakes == 1 && owner.tally.counts().not_opened == 1
+    })
+    .await;
     until("they are counted", || owner.tally.counts().without_stream == 1).await;
     healthy.end(&owner).await;
 }
@@ -99,7 +113,12 @@ async fn what_does_not_decode_ends_its_stream_with_a_status() {
     let epoch = Some(Epoch { boot: 1, number: 1 });
     let join = || FromMirror { message: Some(Message::Join(Join { incarnation: 1, nonce: 1 })) };
 
-    let first = [vec![join()], vec![FromMirror { message: None }], vec![open("")], vec![open(&"x".repeat(300))]];
+    let first = [
+        vec![join()],
+        vec![FromMirror { message: None }],
+        vec![open("")],
+        vec![open(&"x".repeat(300))],
+    ];
     for (number, messages) in first.into_iter().enumerate() {
         let status = Raw::begin(&channel, messages).await.err().unwrap();
         assert_eq!(status.code(), Code::InvalidArgument, "{number}");
@@ -109,7 +128,13 @@ async fn what_does_not_decode_ends_its_stream_with_a_status() {
         open("memory"),
         FromMirror { message: Some(Message::Renew(Renew { epoch: None, nonce: 1 })) },
         FromMirror { message: Some(Message::Fetch(Fetch { epoch, nonce: 1, range: None })) },
-        FromMirror { message: Some(Message::Fetch(Fetch { epoch, nonce: 1, range: Some(Range { start: 2, last: 1 }) })) },
+        FromMirror {
+            message: Some(Message::Fetch(Fetch {
+                epoch,
+                nonce: 1,
+                range: Some(Range { start: 2, last: 1 }),
+            })),
+        },
         FromMirror { message: Some(Message::Ack(Ack { epoch: None, invalidation: 1 })) },
         FromMirror { message: Some(Message::Left(Left { epoch: None })) },
     ];
@@ -122,7 +147,8 @@ async fn what_does_not_decode_ends_its_stream_with_a_status() {
     // Longer than a message may be, before and after it is known for which space.
     let status = Raw::begin(&channel, vec![open(&"x".repeat(100_000))]).await.err().unwrap();
     assert_eq!(status.code(), Code::OutOfRange);
-    let mut raw = Raw::begin(&channel, vec![open("memory"), open(&"x".repeat(3_000_000))]).await.unwrap();
+    let mut raw =
+        Raw::begin(&channel, vec![open("memory"), open(&"x".repeat(3_000_000))]).await.unwrap();
     assert_eq!(raw.end().await, Code::OutOfRange);
     assert_eq!(owner.tally.counts().oversized, 2);
     assert_eq!(owner.hub.members().iter().map(|member| member.0).collect::<Vec<_>>(), [Host(1)]);
@@ -134,7 +160,8 @@ async fn recorded_messages_that_are_sent_again_do_nothing() {
     let authority = Authority::default();
     let owner = owner(&authority, Limits::default()).await;
     let healthy = Healthy::begin(&owner, &authority).await;
-    let (second, third) = (authority.issue("mirror-2.example"), authority.issue("mirror-3.example"));
+    let (second, third) =
+        (authority.issue("mirror-2.example"), authority.issue("mirror-3.example"));
 
     // A member whose messages are recorded: it joins, acknowledges, leaves, and joins anew.
     let (mut raw, epoch) = Raw::join(owner.address, &second, 7).await;
@@ -147,7 +174,11 @@ async fn recorded_messages_that_are_sent_again_do_nothing() {
         Message::Join(Join { incarnation: 7, nonce: 1 }),
         Message::Renew(Renew { epoch: Some(epoch), nonce: 2 }),
         Message::Ack(Ack { epoch: Some(epoch), invalidation: inv.invalidation }),
-        Message::Fetch(Fetch { epoch: Some(epoch), nonce: 3, range: Some(Range { start: 1, last: 2 }) }),
+        Message::Fetch(Fetch {
+            epoch: Some(epoch),
+            nonce: 3,
+            range: Some(Range { start: 1, last: 2 }),
+        }),
         Message::Left(Left { epoch: Some(epoch) }),
     ];
     for message in &recorded {
@@ -157,7 +188,9 @@ async fn recorded_messages_that_are_sent_again_do_nothing() {
     raw.say(Message::Join(Join { incarnation: 7, nonce: 9 })).await;
     let live = loop {
         match raw.hear().await {
-            Some(from_owner::Message::Welcome(welcome)) if welcome.nonce == 9 => break welcome.epoch.unwrap(),
+            Some(from_owner::Message::Welcome(welcome)) if welcome.nonce == 9 => {
+                break welcome.epoch.unwrap();
+            }
             _ => {}
         }
     };
@@ -182,10 +215,20 @@ async fn recorded_messages_that_are_sent_again_do_nothing() {
         again.say(message.clone()).await;
     }
     again.settle().await;
-    let epochs: Vec<_> =
-        owner.hub.members().into_iter().filter(|member| member.0 == Host(2)).map(|member| member.1.number).collect();
+    let epochs: Vec<_> = owner
+        .hub
+        .members()
+        .into_iter()
+        .filter(|member| member.0 == Host(2))
+        .map(|member| member.1.number)
+        .collect();
     assert_eq!(epochs, [live.number], "an old join, renewal and leaving change nothing");
-    soon("leaving", again.sender.send(FromMirror { message: Some(Message::Left(Left { epoch: Some(live) })) })).await.unwrap();
+    soon(
+        "leaving",
+        again.sender.send(FromMirror { message: Some(Message::Left(Left { epoch: Some(live) })) }),
+    )
+    .await
+    .unwrap();
     again.settle().await;
     let longest = healthy.changing.end().await;
     assert!(longest < TERM * 3, "{longest:?}");
@@ -262,7 +305,10 @@ async fn a_newer_stream_of_a_host_replaces_the_older_one() {
     let mut newer = Raw::open(owner.address, &second).await;
     assert_eq!(older.end().await, Code::Aborted);
     newer.say(Message::Renew(Renew { epoch: Some(epoch), nonce: 5 })).await;
-    assert!(matches!(newer.hear().await, Some(from_owner::Message::Renewed(renewed)) if renewed.nonce == 5), "the same epoch");
+    assert!(
+        matches!(newer.hear().await, Some(from_owner::Message::Renewed(renewed)) if renewed.nonce == 5),
+        "the same epoch"
+    );
     assert_eq!(owner.tally.counts().replaced, 1);
 }
 

@@ -45,7 +45,8 @@ async fn contents_come_whole_however_long_they_are() {
     for (start, length) in ranges {
         let range = AddressRange::new(BASE + start, length).unwrap();
         let contents = soon("contents", mirror.leased.fetch(range)).await.unwrap();
-        let expected = owner.memory.lock().unwrap()[start as usize..(start + length) as usize].to_vec();
+        let expected =
+            owner.memory.lock().unwrap()[start as usize..(start + length) as usize].to_vec();
         assert!(contents == expected, "{range}");
     }
     // Many at once.
@@ -53,7 +54,10 @@ async fn contents_come_whole_however_long_they_are() {
     let all = soon("all", futures::future::join_all(fetches)).await;
     for (number, contents) in all.into_iter().enumerate() {
         let start = number * 0x1000;
-        assert!(contents.unwrap() == owner.memory.lock().unwrap()[start..start + 0x1000], "{number}");
+        assert!(
+            contents.unwrap() == owner.memory.lock().unwrap()[start..start + 0x1000],
+            "{number}"
+        );
     }
     assert_eq!(mirror.connection.counts().malformed, 0);
 }
@@ -107,5 +111,8 @@ async fn a_fetch_of_too_many_bytes_is_refused_and_others_wait_for_room() {
         assert_eq!(contents.map(|contents| contents.len()), Ok(0x2000));
     }
     let more = AddressRange::new(BASE, 0x2001).unwrap();
-    assert_eq!(soon("an answer", mirror.leased.fetch(more)).await, Err(Lost::Refused(Refusal::Contents)));
+    assert_eq!(
+        soon("an answer", mirror.leased.fetch(more)).await,
+        Err(Lost::Refused(Refusal::Contents))
+    );
 }

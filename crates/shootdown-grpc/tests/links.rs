@@ -34,7 +34,8 @@ async fn a_link_that_breaks_and_comes_back_ends_no_epoch() {
         assert!(mirror.leased.has_lease(), "it holds on meanwhile");
         // What begins now waits for the mirror: a broken link is no answer.
         let space = owner.space.clone();
-        let change = tokio::spawn(async move { drop(space.invalidate(page(1), Event::Clear).await) });
+        let change =
+            tokio::spawn(async move { drop(space.invalidate(page(1), Event::Clear).await) });
         tokio::time::sleep(TERM / 20).await;
         assert!(!change.is_finished() && held.copy.lock().is_some(), "round {round}");
         relay.set(Mode::Forward);
@@ -104,7 +105,8 @@ async fn a_mirror_that_does_not_read_holds_nobody_else_up() {
     let mut changes = Vec::new();
     for _ in 0..300 {
         let space = owner.space.clone();
-        changes.push(tokio::spawn(async move { drop(space.invalidate(page(1), Event::Clear).await) }));
+        changes
+            .push(tokio::spawn(async move { drop(space.invalidate(page(1), Event::Clear).await) }));
     }
     until("the healthy one has let go", || held.copy.lock().is_none()).await;
     assert!(began.elapsed() < TERM / 2, "{:?}", began.elapsed());

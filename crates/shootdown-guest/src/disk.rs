@@ -19,7 +19,8 @@ const BLKDISCARD: u64 = 0x1277;
 
 /// The disks of the guest in the order of their names.
 pub(crate) fn disks() -> Result<Vec<String>> {
-    let names = fs::read_dir("/sys/block")?.map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
+    let names = fs::read_dir("/sys/block")?
+        .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
     let mut names = names.collect::<Result<Vec<String>>>()?;
     names.retain(|name| name.starts_with("vd"));
     names.sort();
@@ -28,16 +29,25 @@ pub(crate) fn disks() -> Result<Vec<String>> {
 
 /// A disk, open for direct I/O.
 pub(crate) fn open(name: &str) -> Result<File> {
-    Ok(OpenOptions::new().read(true).write(true).custom_flags(libc::O_DIRECT).open(format!("/dev/{name}"))?)
+    Ok(OpenOptions::new()
+        .read(true)
+        .write(true)
+        .custom_flags(libc::O_DIRECT)
+        .open(format!("/dev/{name}"))?)
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
-    let (mib, seed, threads) = (options.get("mib", 64)?, options.get("seed", 1)?, options.get("threads", 4)?);
+    let (mib, seed, threads) =
+        (options.get("mib", 64)?, options.get("seed", 1)?, options.get("threads", 4)?);
     let disks = disks()?;
     let results: Vec<Result<()>> = thread::scope(|scope| {
         let job = |disk, name| move || Disk::open(disk, name, mib << 20, seed, threads)?.run();
-        let running: Vec<_> = disks.iter().enumerate().map(|(disk, name)| scope.spawn(job(disk, name))).collect();
-        running.into_iter().map(|thread| thread.join().unwrap_or_else(|_| Err("a thread has panicked".into()))).collect()
+        let running: Vec<_> =
+            disks.iter().enumerate().map(|(disk, name)| scope.spawn(job(disk, name))).collect();
+        running
+            .into_iter()
+            .map(|thread| thread.join().unwrap_or_else(|_| Err("a thread has panicked".into())))
+            .collect()
     });
     results.into_iter().collect()
 }
@@ -55,7 +65,9 @@ impl Disk {
     fn open(index: usize, name: &str, bytes: u64, seed: u16, threads: usize) -> Result<Self> {
         let sectors: u64 = system::text(&format!("/sys/block/{name}/size"))?.parse()?;
         if sectors * 512 < bytes {
-            return Err(format!("{name} has {} bytes, which is less than {bytes}", sectors * 512).into());
+            return Err(
+                format!("{name} has {} bytes, which is less than {bytes}", sectors * 512).into()
+            );
         }
         Ok(Self { index, name: name.to_owned(), file: open(name)?, bytes, seed, threads })
     }
@@ -86,7 +98,8 @@ impl Disk {
         while offset < start + bytes {
             // Small and large ones are as many: a power of two, and some pages.
             let pages = (1 << below(7)) - 1 + below(2);
-            let length = (pages.clamp(1, LARGEST / PAGE) * PAGE).min((start + bytes - offset) as usize);
+            let length =
+                (pages.clamp(1, LARGEST / PAGE) * PAGE).min((start + bytes - offset) as usize);
             blocks.push((offset, length));
             offset += length as u64;
         }
@@ -95,19 +108,26 @@ impl Disk {
     }
 
     /// Several threads take one block after the other.
-    fn each(&self, blocks: &[(u64, usize)], work: impl Fn(&mut [u8], u64, usize) -> Result<()> + Sync) -> Result<()> {
+    fn each(
+        &self,
+        blocks: &[(u64, usize)],
+        work: impl Fn(&mut [u8], u64, usize) -> Result<()> + Sync,
+    ) -> Result<()> {
         let next = AtomicUsize::new(0);
         let worker = || -> Result<()> {
             let mut buffer = Buffer::new(LARGEST);
             loop {
                 let turn = next.fetch_add(1, Relaxed);
                 let Some((offset, length)) = blocks.get(turn).copied() else { return Ok(()) };
-                work(buffer.bytes(length), offset, turn).map_err(|error| format!("disk {} at {offset}: {error}", self.index))?;
+                work(buffer.bytes(length), offset, turn)
+                    .map_err(|error| format!("disk {} at {offset}: {error}", self.index))?;
             }
         };
         thread::scope(|scope| {
             let running: Vec<_> = (0..self.threads).map(|_| scope.spawn(worker)).collect();
-            running.into_iter().try_for_each(|thread| thread.join().unwrap_or_else(|_| Err("a thread has panicked".into())))
+            running.into_iter().try_for_each(|thread| {
+                thread.join().unwrap_or_else(|_| Err("a thread has panicked".into()))
+            })
         })
     }
 
@@ -141,14 +161,16 @@ impl Disk {
     /// Discards a part, looks at what is there then, and writes it again. Whether the device can do
     /// it, and what was found.
     fn discard(&self) -> Result<(bool, &'static str)> {
-        let most: u64 = system::text(&format!("/sys/block/{}/queue/discard_max_bytes", self.name))?.parse()?;
+        let most: u64 =
+            system::text(&format!("/sys/block/{}/queue/discard_max_bytes", self.name))?.parse()?;
         if most == 0 || self.bytes < 4 * DISCARDED {
             return Ok((false, "not done"));
         }
         let start = self.bytes / 2;
         let mut range = [start, DISCARDED];
         // SAFETY: this request takes two numbers.
-        unsafe { ioctl(self.file.as_raw_fd(), BLKDISCARD, &mut range) }.map_err(|error| format!("discard: {error}"))?;
+        unsafe { ioctl(self.file.as_raw_fd(), BLKDISCARD, &mut range) }
+            .map_err(|error| format!("discard: {error}"))?;
         let mut buffer = Buffer::new(DISCARDED as usize);
         let bytes = buffer.bytes(DISCARDED as usize);
         self.file.read_exact_at(bytes, start)?;

@@ -17,14 +17,22 @@ const BITE: usize = 2 << 20;
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     let reads = Reads::new(options)?;
-    let (mib, watch): (usize, u64) = (options.get("neighbour_mib", 160)?, options.get("watch_ms", 500)?);
+    let (mib, watch): (usize, u64) =
+        (options.get("neighbour_mib", 160)?, options.get("watch_ms", 500)?);
     let (addresses, group) = bind(1)?;
     for round in 0..reads.rounds {
-        let (mut neighbour, mut said) = start(&["neighbour".to_owned(), mib.to_string(), watch.to_string()])?;
+        let (mut neighbour, mut said) =
+            start(&["neighbour".to_owned(), mib.to_string(), watch.to_string()])?;
         line(&mut said)?;
-        let arguments = [addresses[0].clone(), group.to_string(), reads.bytes.to_string(), reads.seed.to_string()];
+        let arguments = [
+            addresses[0].clone(),
+            group.to_string(),
+            reads.bytes.to_string(),
+            reads.seed.to_string(),
+        ];
         let times = [round.to_string(), reads.delay.as_millis().to_string()];
-        let (mut reader, mut read) = start(&[vec!["reader".to_owned()], arguments.into(), times.into()].concat())?;
+        let (mut reader, mut read) =
+            start(&[vec!["reader".to_owned()], arguments.into(), times.into()].concat())?;
         let (found, at) = (line(&mut read)?, line(&mut read));
         let begun = Instant::now();
         at?;
@@ -38,7 +46,8 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let ended = neighbour.wait()?;
         let [wrong, read_us, early] = numbers(&found)?;
         // A neighbour without a last word has crashed.
-        let changed = numbers::<1>(&rest).map_or("null".to_owned(), |[changed]| changed.to_string());
+        let changed =
+            numbers::<1>(&rest).map_or("null".to_owned(), |[changed]| changed.to_string());
         report(&format!(
             r#"{{"job":"vfio-exit","round":{round},"wrong":{wrong},"read_us":{read_us},"ended_before":{early},"exit_us":{},"changed":{changed},"crashed":{},"neighbour":"{ended}"}}"#,
             exit.as_micros(),
@@ -51,7 +60,11 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 /// Another process of this program.
 fn start(arguments: &[String]) -> Result<(Child, BufReader<ChildStdout>)> {
     let streams = || Stdio::piped();
-    let mut child = Command::new("/proc/self/exe").args(arguments).stdin(streams()).stdout(streams()).spawn()?;
+    let mut child = Command::new("/proc/self/exe")
+        .args(arguments)
+        .stdin(streams())
+        .stdout(streams())
+        .spawn()?;
     let said = child.stdout.take().ok_or("no output of a process")?;
     Ok((child, BufReader::new(said)))
 }
@@ -65,7 +78,8 @@ fn line(said: &mut BufReader<ChildStdout>) -> Result<String> {
 }
 
 fn numbers<const N: usize>(text: &str) -> Result<[u64; N]> {
-    let numbers: Vec<u64> = text.split_whitespace().map(str::parse).collect::<std::result::Result<_, _>>()?;
+    let numbers: Vec<u64> =
+        text.split_whitespace().map(str::parse).collect::<std::result::Result<_, _>>()?;
     numbers.try_into().map_err(|_| format!("{N} numbers were to come, and it was {text:?}").into())
 }
 

@@ -50,7 +50,11 @@ pub(crate) fn bind(count: usize) -> Result<(Vec<String>, u32)> {
         return Err(format!("there are {} devices, not {count}", addresses.len()).into());
     }
     // Devices of the group that are not used have to be VFIO's as well.
-    let groups = addresses.iter().take(count).map(|address| pci::give_to_vfio(address)).collect::<Result<Vec<u32>>>()?;
+    let groups = addresses
+        .iter()
+        .take(count)
+        .map(|address| pci::give_to_vfio(address))
+        .collect::<Result<Vec<u32>>>()?;
     addresses.truncate(count);
     match groups.iter().all(|group| *group == groups[0]) {
         true => Ok((addresses, groups[0])),
@@ -68,7 +72,9 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
     let reads = Reads::new(options)?;
     let (addresses, number) = bind(count)?;
     let group = Group::open(number)?;
-    let device = |(index, address): (u64, &String)| Block::new(&group, address, QUEUES + index * PAGE as u64);
+    let device = |(index, address): (u64, &String)| {
+        Block::new(&group, address, QUEUES + index * PAGE as u64)
+    };
     let mut devices = (0..).zip(&addresses).map(device).collect::<Result<Vec<_>>>()?;
     for round in 0..reads.rounds {
         // One range: each device has a part of it, and all of it is unmapped by one call.
@@ -138,5 +144,9 @@ fn finish(devices: &[Block]) -> Result<Vec<u8>> {
 fn wrong(data: &Pages, devices: &[Block], reads: &Reads, round: u64) -> u64 {
     let found = data.copy();
     let parts = found.chunks_exact(reads.bytes).zip(devices).enumerate();
-    parts.map(|(disk, (bytes, device))| pattern::wrong(bytes, reads.seed, disk, place(round, device, reads.bytes))).sum()
+    parts
+        .map(|(disk, (bytes, device))| {
+            pattern::wrong(bytes, reads.seed, disk, place(round, device, reads.bytes))
+        })
+        .sum()
 }

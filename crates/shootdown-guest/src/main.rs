@@ -28,8 +28,12 @@ fn main() {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     // What the job `vfio-exit` starts.
     match arguments.split_first() {
-        Some((first, rest)) if first == "reader" => return exit::reader(rest).expect("a reader that ends has failed"),
-        Some((first, rest)) if first == "neighbour" => return exit::neighbour(rest).expect("memory can be watched"),
+        Some((first, rest)) if first == "reader" => {
+            return exit::reader(rest).expect("a reader that ends has failed");
+        }
+        Some((first, rest)) if first == "neighbour" => {
+            return exit::neighbour(rest).expect("memory can be watched");
+        }
         _ => assert_eq!(std::process::id(), 1, "this is the first process of a guest"),
     }
     let job = || -> Result<()> {
@@ -46,10 +50,14 @@ fn main() {
             _ => Err(format!("guest.job={job} is not known").into()),
         }
     };
-    let result = std::panic::catch_unwind(job).unwrap_or_else(|_| Err("the program has panicked".into()));
+    let result =
+        std::panic::catch_unwind(job).unwrap_or_else(|_| Err("the program has panicked".into()));
     match result {
         Ok(()) => system::report(r#"{"end":true}"#),
-        Err(error) => system::report(&format!(r#"{{"error":"{}"}}"#, error.to_string().replace(['"', '\\'], "'"))),
+        Err(error) => system::report(&format!(
+            r#"{{"error":"{}"}}"#,
+            error.to_string().replace(['"', '\\'], "'")
+        )),
     }
     system::power_off();
 }

@@ -20,7 +20,11 @@ pub(crate) fn fill(bytes: &mut [u8], seed: u16, disk: usize, offset: u64) {
 /// How many words of `bytes` are not those of the disk from the byte `offset` on.
 pub(crate) fn wrong(bytes: &[u8], seed: u16, disk: usize, offset: u64) -> u64 {
     let words = bytes.chunks_exact(WORD).enumerate();
-    words.filter(|(index, bytes)| **bytes != word(seed, disk, offset + (index * WORD) as u64).to_le_bytes()).count() as u64
+    words
+        .filter(|(index, bytes)| {
+            **bytes != word(seed, disk, offset + (index * WORD) as u64).to_le_bytes()
+        })
+        .count() as u64
 }
 
 /// A sum over bytes at their place, which is the same in whatever order the parts of a disk are

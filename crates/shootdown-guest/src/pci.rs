@@ -29,12 +29,13 @@ pub(crate) fn give_to_vfio(address: &str) -> Result<u32> {
         tell(&format!("{device}/driver/unbind"), address)?;
     }
     tell(&format!("{BUS}/drivers_probe"), address)?;
-    let driver = fs::read_link(format!("{device}/driver")).map_err(|error| format!("{address} has no driver: {error}"))?;
+    let driver = fs::read_link(format!("{device}/driver"))
+        .map_err(|error| format!("{address} has no driver: {error}"))?;
     if !driver.ends_with("vfio-pci") {
         return Err(format!("{address} has another driver: {}", driver.display()).into());
     }
-    let group =
-        fs::read_link(format!("{device}/iommu_group")).map_err(|error| format!("{address} has no IOMMU group: {error}"))?;
+    let group = fs::read_link(format!("{device}/iommu_group"))
+        .map_err(|error| format!("{address} has no IOMMU group: {error}"))?;
     let group = group.file_name().ok_or("an IOMMU group without a number")?;
     Ok(group.to_string_lossy().parse()?)
 }

@@ -31,9 +31,16 @@ pub(crate) fn run(options: &Options) -> Result<()> {
 }
 
 /// Reads for `time`; how many reads were done, and how long they took.
-fn reads(file: &File, bytes: u64, block: usize, depth: u32, time: Duration) -> Result<(u64, Duration)> {
+fn reads(
+    file: &File,
+    bytes: u64,
+    block: usize,
+    depth: u32,
+    time: Duration,
+) -> Result<(u64, Duration)> {
     // An error ends the guest, and may find reads in flight: their memory is never given back.
-    let buffers: &mut Vec<Buffer> = Box::leak(Box::new((0..depth).map(|_| Buffer::new(block)).collect()));
+    let buffers: &mut Vec<Buffer> =
+        Box::leak(Box::new((0..depth).map(|_| Buffer::new(block)).collect()));
     let mut ring = IoUring::new(depth)?;
     let (mut begun, mut ended) = (0_u64, 0_u64);
     let start = Instant::now();
@@ -43,7 +50,8 @@ fn reads(file: &File, bytes: u64, block: usize, depth: u32, time: Duration) -> R
         for slot in idle.drain(..).filter(|_| more) {
             let offset = pattern::mix(begun) % (bytes / block as u64) * block as u64;
             let memory = buffers[slot as usize].bytes(block).as_mut_ptr();
-            let read = opcode::Read::new(types::Fd(file.as_raw_fd()), memory, block as u32).offset(offset);
+            let read =
+                opcode::Read::new(types::Fd(file.as_raw_fd()), memory, block as u32).offset(offset);
             // SAFETY: the buffer lives for ever, and the slot's next read begins when this one has
             // ended.
             unsafe { ring.submission().push(&read.build().user_data(slot)) }?;

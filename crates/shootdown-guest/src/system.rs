@@ -30,7 +30,10 @@ pub(crate) fn mount_all() -> Result<()> {
 
 fn mount(kind: &CStr, target: &CStr) -> io::Result<()> {
     // SAFETY: all strings end in a zero, and this kind of file system takes no data.
-    check(unsafe { libc::mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) }).map(drop)
+    check(unsafe {
+        libc::mount(kind.as_ptr(), target.as_ptr(), kind.as_ptr(), 0, std::ptr::null())
+    })
+    .map(drop)
 }
 
 /// Loads the modules that `/modules/LIST` names, in its order. `LIST` has the parameters, too.
@@ -38,12 +41,17 @@ pub(crate) fn load_modules(list: &str) -> Result<()> {
     let lines = fs::read_to_string(format!("/modules/{list}"))?;
     for line in lines.lines() {
         let (name, parameters) = line.split_once(' ').unwrap_or((line, ""));
-        let file = File::open(format!("/modules/{name}.ko")).map_err(|error| format!("{name}: {error}"))?;
+        let file = File::open(format!("/modules/{name}.ko"))
+            .map_err(|error| format!("{name}: {error}"))?;
         let parameters = CString::new(parameters)?;
         // SAFETY: the kernel reads the file and a string that ends in a zero.
-        let loaded = unsafe { libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), parameters.as_ptr(), 0) };
+        let loaded = unsafe {
+            libc::syscall(libc::SYS_finit_module, file.as_raw_fd(), parameters.as_ptr(), 0)
+        };
         match check(loaded as i32) {
-            Err(error) if error.raw_os_error() != Some(libc::EEXIST) => return Err(format!("module {name}: {error}").into()),
+            Err(error) if error.raw_os_error() != Some(libc::EEXIST) => {
+                return Err(format!("module {name}: {error}").into());
+            }
             _ => {}
         }
     }
@@ -56,7 +64,8 @@ pub(crate) struct Options(HashMap<String, String>);
 impl Options {
     pub(crate) fn read() -> Result<Self> {
         let line = fs::read_to_string("/proc/cmdline")?;
-        let options = line.split_whitespace().filter_map(|word| word.strip_prefix("guest.")?.split_once('='));
+        let options =
+            line.split_whitespace().filter_map(|word| word.strip_prefix("guest.")?.split_once('='));
         Ok(Self(options.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()))
     }
 
@@ -64,7 +73,9 @@ impl Options {
     pub(crate) fn get<T: FromStr>(&self, name: &str, default: T) -> Result<T> {
         match self.0.get(name) {
             None => Ok(default),
-            Some(value) => value.parse().map_err(|_| format!("guest.{name}={value} is not understood").into()),
+            Some(value) => {
+                value.parse().map_err(|_| format!("guest.{name}={value} is not understood").into())
+            }
         }
     }
 }
@@ -125,7 +136,8 @@ impl Pages {
     /// `bytes` is a multiple of the page's.
     pub(crate) fn new(bytes: usize) -> io::Result<Self> {
         assert!(bytes > 0 && bytes.is_multiple_of(PAGE));
-        let (access, kind) = (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
+        let (access, kind) =
+            (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
         // SAFETY: new memory, at a place of the kernel's choice.
         let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, kind, -1, 0) };
         if start == libc::MAP_FAILED {
@@ -169,7 +181,8 @@ impl Pages {
 
     /// How many words are not those of [`fill_own`](Self::fill_own).
     pub(crate) fn foreign(&self) -> u64 {
-        (0..self.bytes / 8).filter(|index| self.read::<u64>(index * 8) != own(*index)).count() as u64
+        (0..self.bytes / 8).filter(|index| self.read::<u64>(index * 8) != own(*index)).count()
+            as u64
     }
 
     /// A copy of what is there now.
@@ -211,12 +224,15 @@ impl Buffer {
 /// A file's text without the white space around it.
 pub(crate) fn text(path: &str) -> Result<String> {
     let mut text = String::new();
-    File::open(path).and_then(|mut file| file.read_to_string(&mut text)).map_err(|error| format!("{path}: {error}"))?;
+    File::open(path)
+        .and_then(|mut file| file.read_to_string(&mut text))
+        .map_err(|error| format!("{path}: {error}"))?;
     Ok(text.trim().to_owned())
 }
 
 /// Writes to a file of the kernel's with one call.
 pub(crate) fn tell(path: &str, text: &str) -> Result<()> {
     let file = OpenOptions::new().write(true).open(path);
-    file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(|error| format!("{path}: {error}").into())
+    file.and_then(|mut file| file.write_all(text.as_bytes()))
+        .map_err(|error| format!("{path}: {error}").into())
 }

@@ -66,7 +66,13 @@ pub(crate) struct Group {
 
 impl Group {
     pub(crate) fn open(number: u32) -> Result<Self> {
-        let open = |path: &str| OpenOptions::new().read(true).write(true).open(path).map_err(|error| format!("{path}: {error}"));
+        let open = |path: &str| {
+            OpenOptions::new()
+                .read(true)
+                .write(true)
+                .open(path)
+                .map_err(|error| format!("{path}: {error}"))
+        };
         let container = open("/dev/vfio/vfio")?;
         let version = ioctl_number(container.as_raw_fd(), GET_API_VERSION, 0)?;
         if version != 0 {
@@ -89,21 +95,29 @@ impl Group {
     /// whom the device's writes look like another thread's.
     pub(crate) fn map(&self, pages: &Pages, iova: u64) -> Result<()> {
         let (size, bytes) = (size_of::<Map>() as u32, pages.bytes() as u64);
-        let mut map = Map { size, flags: MAP_READ_AND_WRITE, address: pages.address(), iova, bytes };
+        let mut map =
+            Map { size, flags: MAP_READ_AND_WRITE, address: pages.address(), iova, bytes };
         // SAFETY: this is the structure of the request. `Pages` are never a slice, so a device may
         // write to them, and the kernel keeps them while they are mapped.
-        unsafe { ioctl(self.container.as_raw_fd(), IOMMU_MAP_DMA, &mut map) }.map_err(|error| format!("map: {error}"))?;
+        unsafe { ioctl(self.container.as_raw_fd(), IOMMU_MAP_DMA, &mut map) }
+            .map_err(|error| format!("map: {error}"))?;
         Ok(())
     }
 
     /// Ends [`map`](Self::map) for the `bytes` at `iova`; how long the call took.
     pub(crate) fn unmap(&self, iova: u64, bytes: usize) -> Result<Duration> {
-        let mut unmap = Unmap { size: size_of::<Unmap>() as u32, flags: 0, iova, bytes: bytes as u64 };
+        let mut unmap =
+            Unmap { size: size_of::<Unmap>() as u32, flags: 0, iova, bytes: bytes as u64 };
         let begun = Instant::now();
         // SAFETY: this is the structure of the request.
-        unsafe { ioctl(self.container.as_raw_fd(), IOMMU_UNMAP_DMA, &mut unmap) }.map_err(|error| format!("unmap: {error}"))?;
+        unsafe { ioctl(self.container.as_raw_fd(), IOMMU_UNMAP_DMA, &mut unmap) }
+            .map_err(|error| format!("unmap: {error}"))?;
         let took = begun.elapsed();
-        if unmap.bytes == bytes as u64 { Ok(took) } else { Err(format!("{} bytes were unmapped", unmap.bytes).into()) }
+        if unmap.bytes == bytes as u64 {
+            Ok(took)
+        } else {
+            Err(format!("{} bytes were unmapped", unmap.bytes).into())
+        }
     }
 
     /// The device at the address on the bus, after a reset.

@@ -82,7 +82,10 @@ impl Block {
             let here = u64::from(at);
             let [kind, next, _, which] = device.read(CONFIG, here)?;
             if kind == VENDOR_SPECIFIC && usize::from(which) < places.len() {
-                let ([bar], offset) = (device.read(CONFIG, here + 4)?, u32::from_le_bytes(device.read(CONFIG, here + 8)?));
+                let ([bar], offset) = (
+                    device.read(CONFIG, here + 4)?,
+                    u32::from_le_bytes(device.read(CONFIG, here + 8)?),
+                );
                 places[usize::from(which)] = Some(Place { region: bar.into(), at: offset.into() });
                 if which == NOTIFY {
                     notify_multiplier = u32::from_le_bytes(device.read(CONFIG, here + 16)?).into();
@@ -90,13 +93,25 @@ impl Block {
             }
             at = next;
         }
-        let place = |which: u8| places[usize::from(which)].ok_or(format!("capability {which} of virtio is missing"));
+        let place = |which: u8| {
+            places[usize::from(which)].ok_or(format!("capability {which} of virtio is missing"))
+        };
         let (common, notify, configuration) = (place(COMMON)?, place(NOTIFY)?, place(DEVICE)?);
         let sectors = u64::from_le_bytes(device.read(configuration.region, configuration.at)?);
         let queue = Pages::new(PAGE)?;
         group.map(&queue, iova)?;
         let bytes = sectors * 512;
-        Ok(Self { device, common, notify, notify_multiplier, bytes, doorbell: notify, queue, iova, begun: 0 })
+        Ok(Self {
+            device,
+            common,
+            notify,
+            notify_multiplier,
+            bytes,
+            doorbell: notify,
+            queue,
+            iova,
+            begun: 0,
+        })
     }
 
     pub(crate) fn bytes(&self) -> u64 {
@@ -144,7 +159,8 @@ impl Block {
             self.set(register, (address as u32).to_le_bytes())?;
             self.set(register + 4, ((address >> 32) as u32).to_le_bytes())?;
         }
-        let offset = u64::from(u16::from_le_bytes(self.get(QUEUE_NOTIFY_OFF)?)) * self.notify_multiplier;
+        let offset =
+            u64::from(u16::from_le_bytes(self.get(QUEUE_NOTIFY_OFF)?)) * self.notify_multiplier;
         self.doorbell = Place { at: self.notify.at + offset, ..self.notify };
         self.set(QUEUE_ENABLE, 1_u16.to_le_bytes())?;
         self.set(DEVICE_STATUS, [ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK])

@@ -72,7 +72,9 @@ mod rules;
 mod terms;
 mod time;
 
-pub use message::{Asker, Boot, Epoch, Host, Incarnation, InvalidationId, Nonce, Refusal, ToMirror, ToOwner};
+pub use message::{
+    Asker, Boot, Epoch, Host, Incarnation, InvalidationId, Nonce, Refusal, ToMirror, ToOwner,
+};
 pub use mirror::{Denied, FetchError, Mirror, MirrorCounts, MirrorDecision, Standing};
 pub use owner::{Decision, EndError, Ending, Fenced, Memory, Owner, OwnerCounts};
 #[cfg(feature = "test-util")]

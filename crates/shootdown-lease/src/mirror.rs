@@ -3,7 +3,9 @@
 mod fetches;
 mod lease;
 
-use crate::message::{Asker, Boot, Epoch, Incarnation, InvalidationId, Nonce, Refusal, ToMirror, ToOwner};
+use crate::message::{
+    Asker, Boot, Epoch, Incarnation, InvalidationId, Nonce, Refusal, ToMirror, ToOwner,
+};
 use crate::rules::{Rule, Rules};
 use crate::terms::MirrorSettings;
 use crate::time::Time;
@@ -111,15 +113,27 @@ impl fmt::Display for Denied {
         match self {
             Self::Refused(why) => write!(f, "{why}"),
             Self::TermTooShort { term, time_to_stop } => {
-                write!(f, "the owner grants {term:?}, and the devices take {time_to_stop:?} to stop: it has to grant more")
+                write!(
+                    f,
+                    "the owner grants {term:?}, and the devices take {time_to_stop:?} to stop: it has to grant more"
+                )
             }
             Self::TooLate { term, took } => {
-                write!(f, "the owner's answer took {took:?}, longer than the term of {term:?} leaves: it has to grant more")
+                write!(
+                    f,
+                    "the owner's answer took {took:?}, longer than the term of {term:?} leaves: it has to grant more"
+                )
             }
             Self::OlderOwner { boot, newest } => {
-                write!(f, "the owner has boot {}, and {} has been there: a later owner needs a larger boot", boot.0, newest.0)
+                write!(
+                    f,
+                    "the owner has boot {}, and {} has been there: a later owner needs a larger boot",
+                    boot.0, newest.0
+                )
             }
-            Self::Panicked => f.write_str("a driver panicked when it was to let go: make a mirror with another incarnation"),
+            Self::Panicked => f.write_str(
+                "a driver panicked when it was to let go: make a mirror with another incarnation",
+            ),
         }
     }
 }
@@ -238,15 +252,23 @@ impl Mirror {
     pub fn handle(&mut self, message: ToMirror, now: Time) {
         self.tick(now);
         match message {
-            ToMirror::Welcome { epoch, incarnation, nonce, term } if incarnation == self.incarnation => {
+            ToMirror::Welcome { epoch, incarnation, nonce, term }
+                if incarnation == self.incarnation =>
+            {
                 self.welcome(epoch, nonce, term);
             }
             ToMirror::Renewed { epoch, nonce } => self.renewed(epoch, nonce),
-            ToMirror::Inv { epoch, invalidation, ranges } => self.invalidate(epoch, invalidation, ranges),
+            ToMirror::Inv { epoch, invalidation, ranges } => {
+                self.invalidate(epoch, invalidation, ranges)
+            }
             ToMirror::Fetched { epoch, nonce, version } => self.fetched(epoch, nonce, version),
             ToMirror::Gone { epoch } => self.gone(epoch),
-            ToMirror::Refused { nonce, asker: Asker::Fetch(epoch), why } if self.is_in(epoch) => self.fetch_refused(nonce, why),
-            ToMirror::Refused { nonce, asker: Asker::Join(of), why } if of == self.incarnation => self.join_refused(nonce, why),
+            ToMirror::Refused { nonce, asker: Asker::Fetch(epoch), why } if self.is_in(epoch) => {
+                self.fetch_refused(nonce, why)
+            }
+            ToMirror::Refused { nonce, asker: Asker::Join(of), why } if of == self.incarnation => {
+                self.join_refused(nonce, why)
+            }
             ToMirror::Welcome { .. } | ToMirror::Refused { .. } => self.counts.strangers += 1,
         }
     }

@@ -134,7 +134,11 @@ impl fmt::Display for EndError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotDone(of) => {
-                write!(f, "mirrors may still hold what invalidation {} is to change: wait for `Decision::Done`", of.0)
+                write!(
+                    f,
+                    "mirrors may still hold what invalidation {} is to change: wait for `Decision::Done`",
+                    of.0
+                )
             }
             Self::Unknown(of) => write!(f, "there is no invalidation {}, or it has ended", of.0),
         }
@@ -306,8 +310,11 @@ impl Owner {
     /// Who is in the books: its epoch, and for how long it may hold on from now, as far as the owner
     /// knows; zero if it has to be fenced yet. Without those of earlier boots.
     pub fn members(&self) -> impl Iterator<Item = (Host, Epoch, Duration)> + '_ {
-        let booked = self.members.iter().filter_map(|(number, member)| Some((number, member, member.who?)));
-        booked.map(|(number, member, who)| (who.host, self.epoch(*number), member.expires.since(self.now)))
+        let booked =
+            self.members.iter().filter_map(|(number, member)| Some((number, member, member.who?)));
+        booked.map(|(number, member, who)| {
+            (who.host, self.epoch(*number), member.expires.since(self.now))
+        })
     }
 
     /// Whether nobody is in the books: an invalidation would be done at once.
@@ -317,7 +324,8 @@ impl Owner {
 
     /// Who has an epoch that is renewed.
     pub fn is_live(&self, epoch: Epoch) -> bool {
-        epoch.boot == self.boot && self.members.get(&epoch.number).is_some_and(|member| member.phase == Phase::Live)
+        epoch.boot == self.boot
+            && self.members.get(&epoch.number).is_some_and(|member| member.phase == Phase::Live)
     }
 
     fn epoch(&self, number: u64) -> Epoch {

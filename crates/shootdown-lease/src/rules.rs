@@ -4,7 +4,10 @@
 /// ([`Owner::leave_out`](crate::Owner::leave_out), [`Mirror::leave_out`](crate::Mirror::leave_out)),
 /// to see that a simulation notices; any other build keeps all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[cfg_attr(not(feature = "test-util"), allow(dead_code, unreachable_pub, reason = "named where they are kept"))]
+#[cfg_attr(
+    not(feature = "test-util"),
+    allow(dead_code, unreachable_pub, reason = "named where they are kept")
+)]
 pub enum Rule {
     /// The owner books a member before it welcomes it (D2).
     BookedBeforeWelcome,

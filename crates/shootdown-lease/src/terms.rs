@@ -71,7 +71,10 @@ impl Terms {
     /// The same for another term.
     pub(crate) fn waits_for(&self, term: Duration) -> Duration {
         let (whole, drift) = (1_000_000_u128, u128::from(self.drift_ppm));
-        let nanos = term.as_nanos().saturating_mul(whole + drift).div_ceil(whole.saturating_sub(drift).max(1));
+        let nanos = term
+            .as_nanos()
+            .saturating_mul(whole + drift)
+            .div_ceil(whole.saturating_sub(drift).max(1));
         Duration::from_nanos(u64::try_from(nanos).unwrap_or(u64::MAX))
     }
 
@@ -115,7 +118,10 @@ impl fmt::Display for TermsError {
         match self {
             Self::Zero(name) => write!(f, "`{name}` is zero: give it at least 1"),
             Self::Drift(ppm) => {
-                write!(f, "`drift_ppm` is {ppm}: clocks that are off by all of the time bound nothing, so stay below 1,000,000")
+                write!(
+                    f,
+                    "`drift_ppm` is {ppm}: clocks that are off by all of the time bound nothing, so stay below 1,000,000"
+                )
             }
             Self::Long(term) => write!(f, "a term of {term:?} never ends: give seconds or less"),
         }
@@ -152,6 +158,11 @@ impl MirrorSettings {
 
 impl Default for MirrorSettings {
     fn default() -> Self {
-        Self { time_to_stop: Duration::ZERO, retry: Duration::from_millis(20), fetches: 1_024, invalidations: 1_024 }
+        Self {
+            time_to_stop: Duration::ZERO,
+            retry: Duration::from_millis(20),
+            fetches: 1_024,
+            invalidations: 1_024,
+        }
     }
 }

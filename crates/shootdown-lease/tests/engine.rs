@@ -6,11 +6,14 @@ use futures::channel::oneshot;
 use futures::executor::{LocalPool, LocalSpawner, block_on};
 use futures::future::BoxFuture;
 use futures::task::LocalSpawnExt;
-use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription,
+    WouldBlock,
+};
 use shootdown_lease::engine::{Hub, Leased, Lost, Mirrors, Outgoing};
 use shootdown_lease::{
-    Asker, Boot, Ending, Fenced, Host, Incarnation, Memory, Mirror, MirrorSettings, Nonce, Owner, Refusal, Standing, Terms, Time,
-    ToMirror, ToOwner,
+    Asker, Boot, Ending, Fenced, Host, Incarnation, Memory, Mirror, MirrorSettings, Nonce, Owner,
+    Refusal, Standing, Terms, Time, ToMirror, ToOwner,
 };
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
@@ -91,7 +94,12 @@ impl World {
     fn mirror(&mut self, host: u64) -> Node {
         let mirror = Mirror::new(Incarnation(host), MirrorSettings::default(), self.timer.now());
         let leased = Leased::new(mirror, self.timer.clock());
-        let node = Node { leased: leased.clone(), cut: Rc::default(), stopped: Rc::default(), up: Rc::default() };
+        let node = Node {
+            leased: leased.clone(),
+            cut: Rc::default(),
+            stopped: Rc::default(),
+            up: Rc::default(),
+        };
         let (sleep, runs) = (self.timer.sleep(), leased.clone());
         let stopped = node.stopped.clone();
         let run = async move { runs.run(sleep).await };
@@ -111,15 +119,18 @@ impl World {
     }
 
     fn link(&self, host: u64, node: &Node) {
-        let (mut link, leased, cut) = (self.hub.link(Host(host)), node.leased.clone(), node.cut.clone());
-        let (space, contents, spawner) = (self.space.clone(), self.contents.clone(), self.spawner.clone());
+        let (mut link, leased, cut) =
+            (self.hub.link(Host(host)), node.leased.clone(), node.cut.clone());
+        let (space, contents, spawner) =
+            (self.space.clone(), self.contents.clone(), self.spawner.clone());
         let down = async move {
             while let Some(outgoing) = link.next().await {
                 match outgoing {
                     Outgoing::Message(message) if !cut.get() => leased.handle(message, None),
                     Outgoing::Message(_) => {}
                     Outgoing::Serve(serve) => {
-                        let (leased, cut, space, contents) = (leased.clone(), cut.clone(), space.clone(), contents.clone());
+                        let (leased, cut, space, contents) =
+                            (leased.clone(), cut.clone(), space.clone(), contents.clone());
                         let answer = async move {
                             serve.ready(&space).await.unwrap();
                             let length = serve.range().len().unwrap() as usize;
@@ -172,7 +183,10 @@ impl World {
 /// A future of a process that can be stopped.
 async fn unless(stopped: Rc<Cell<bool>>, work: impl Future<Output = ()>) {
     let mut work = std::pin::pin!(work);
-    std::future::poll_fn(|cx| if stopped.get() { std::task::Poll::Pending } else { work.as_mut().poll(cx) }).await;
+    std::future::poll_fn(|cx| {
+        if stopped.get() { std::task::Poll::Pending } else { work.as_mut().poll(cx) }
+    })
+    .await;
 }
 
 /// A device of a mirror whose flushes end when the test says so.
@@ -180,7 +194,10 @@ async fn unless(stopped: Rc<Cell<bool>>, work: impl Future<Output = ()>) {
 struct Gpu(Arc<Mutex<Vec<oneshot::Sender<()>>>>);
 
 impl IntervalNotifier for Gpu {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         let (sender, flushed) = oneshot::channel();
         self.0.lock().unwrap().push(sender);
@@ -200,11 +217,17 @@ fn an_invalidation_waits_for_the_devices_of_all_mirrors_and_for_nothing_else() {
     let mut world = World::new(Terms::new(TERM), Memory::New);
     let nodes = [world.mirror(1), world.mirror(2)];
     let gpus = [Gpu::default(), Gpu::default()];
-    let subscriptions: Vec<_> =
-        nodes.iter().zip(&gpus).map(|(node, gpu)| node.leased.space().insert(pages(0, 4), gpu.clone()).unwrap()).collect();
+    let subscriptions: Vec<_> = nodes
+        .iter()
+        .zip(&gpus)
+        .map(|(node, gpu)| node.leased.space().insert(pages(0, 4), gpu.clone()).unwrap())
+        .collect();
     let done = world.invalidate(pages(1, 1));
     assert!(!done.get());
-    assert!(subscriptions[0].read_begin().now_or_never().is_none(), "the range is under invalidation there, too");
+    assert!(
+        subscriptions[0].read_begin().now_or_never().is_none(),
+        "the range is under invalidation there, too"
+    );
     assert_eq!(gpus[0].flush(), 1);
     world.pass(Duration::from_millis(5));
     assert!(!done.get(), "the other one has not flushed");
@@ -222,7 +245,9 @@ fn a_stopped_mirror_is_waited_for_exactly_until_it_holds_nothing_any_more() {
     let node = world.mirror(1);
     let driver = node.leased.space().insert(pages(0, 4), Gpu::default()).unwrap();
     world.pass(Duration::from_millis(250));
-    let Standing::Live(_, end) = node.leased.standing() else { panic!("{:?}", node.leased.standing()) };
+    let Standing::Live(_, end) = node.leased.standing() else {
+        panic!("{:?}", node.leased.standing())
+    };
     assert!(end > world.timer.now());
     let seen = block_on(driver.read_begin());
     node.stopped.set(true);
@@ -292,7 +317,8 @@ fn what_is_fetched_across_a_change_is_fetched_again() {
     let driver = node.leased.space().insert(pages(0, 4), gpu.clone()).unwrap();
     // Asked while the change is under way: answered after it.
     let done = world.invalidate(pages(1, 1));
-    let (leased, got) = (node.leased.clone(), Rc::<RefCell<Option<Result<Vec<u8>, Lost>>>>::default());
+    let (leased, got) =
+        (node.leased.clone(), Rc::<RefCell<Option<Result<Vec<u8>, Lost>>>>::default());
     let told = got.clone();
     let fetch = async move { *told.borrow_mut() = Some(leased.fetch(pages(1, 1)).await) };
     world.spawner.spawn_local(fetch).unwrap();
@@ -308,7 +334,10 @@ fn what_is_fetched_across_a_change_is_fetched_again() {
 #[test]
 fn an_answer_without_contents_is_asked_again_and_one_of_a_wrong_length_is_an_error() {
     let timer = Timer::default();
-    let leased = Leased::new(Mirror::new(Incarnation(1), MirrorSettings::default(), timer.now()), timer.clock());
+    let leased = Leased::new(
+        Mirror::new(Incarnation(1), MirrorSettings::default(), timer.now()),
+        timer.clock(),
+    );
     let mut owner = Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap();
     let mut pool = LocalPool::new();
     let (run, sleep) = (leased.clone(), timer.sleep());
@@ -329,7 +358,9 @@ fn an_answer_without_contents_is_asked_again_and_one_of_a_wrong_length_is_an_err
         while let Some((_, message)) = owner.next_message() {
             leased.handle(message, None);
         }
-        while let Some(shootdown_lease::Decision::Serve { epoch, nonce, version, .. }) = owner.next_decision() {
+        while let Some(shootdown_lease::Decision::Serve { epoch, nonce, version, .. }) =
+            owner.next_decision()
+        {
             leased.handle(ToMirror::Fetched { epoch, nonce, version }, answers.next().flatten());
         }
     }
@@ -381,9 +412,14 @@ fn a_host_that_reads_nothing_costs_bounded_memory_and_holds_up_nobody() {
     // One that floods the owner with questions and never reads.
     let mut deaf = world.hub.link(Host(2));
     world.hub.handle(Host(2), ToOwner::Join { incarnation: Incarnation(1), nonce: Nonce(1) });
-    let Some(Some(Outgoing::Message(ToMirror::Welcome { epoch, .. }))) = deaf.next().now_or_never() else { panic!() };
+    let Some(Some(Outgoing::Message(ToMirror::Welcome { epoch, .. }))) = deaf.next().now_or_never()
+    else {
+        panic!()
+    };
     for nonce in 2..10_000 {
-        world.hub.handle(Host(2), ToOwner::Fetch { epoch, nonce: Nonce(nonce), range: pages(0, 1) });
+        world
+            .hub
+            .handle(Host(2), ToOwner::Fetch { epoch, nonce: Nonce(nonce), range: pages(0, 1) });
     }
     let kept = std::iter::from_fn(|| deaf.next().now_or_never().flatten()).count();
     assert!(kept < 50 && world.hub.dropped() as usize + kept == 9_998, "{kept}");
@@ -421,7 +457,10 @@ fn a_flush_that_ends_after_the_mirror_has_joined_another_owner_acknowledges_noth
     world.pass(Duration::from_millis(160));
     assert!(first.get() && gpu.flush() == 1);
     node.up.set(true);
-    world.hub = Hub::new(Owner::new(Boot(2), Terms::new(TERM), Memory::New, world.timer.now()).unwrap(), world.timer.clock());
+    world.hub = Hub::new(
+        Owner::new(Boot(2), Terms::new(TERM), Memory::New, world.timer.now()).unwrap(),
+        world.timer.clock(),
+    );
     let (run, sleep) = (world.hub.clone(), world.timer.sleep());
     world.spawner.spawn_local(async move { run.run(sleep).await }).unwrap();
     world.space = AddressSpace::new();
@@ -439,7 +478,11 @@ fn a_flush_that_ends_after_the_mirror_has_joined_another_owner_acknowledges_noth
     world.link(1, &node);
     leased.connected();
     world.pass(Duration::from_millis(60));
-    assert!(matches!(leased.standing(), Standing::Live(epoch, _) if epoch.boot == Boot(2)), "{:?}", leased.standing());
+    assert!(
+        matches!(leased.standing(), Standing::Live(epoch, _) if epoch.boot == Boot(2)),
+        "{:?}",
+        leased.standing()
+    );
     let second = world.invalidate(pages(1, 1));
     assert!(!second.get());
     for flush in old {
@@ -455,12 +498,19 @@ fn a_flush_that_ends_after_the_mirror_has_joined_another_owner_acknowledges_noth
 #[test]
 fn where_nothing_would_tell_of_changes_nobody_joins_and_who_has_joined_is_told_to_let_go() {
     let timer = Timer::default();
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub = Hub::new(
+        Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let mut link = hub.link(Host(1));
     let join = |nonce| ToOwner::Join { incarnation: Incarnation(1), nonce: Nonce(nonce) };
     let mut said = || link.next().now_or_never().flatten();
     hub.handle(Host(1), join(1));
-    let refused = ToMirror::Refused { nonce: Nonce(1), asker: Asker::Join(Incarnation(1)), why: Refusal::NotWatched };
+    let refused = ToMirror::Refused {
+        nonce: Nonce(1),
+        asker: Asker::Join(Incarnation(1)),
+        why: Refusal::NotWatched,
+    };
     assert_eq!(said(), Some(Outgoing::Message(refused)));
     let space = AddressSpace::new();
     let mirrors = hub.insert(&space).unwrap();

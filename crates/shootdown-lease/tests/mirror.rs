@@ -4,8 +4,8 @@
 
 use shootdown::{AddressRange, RangeSet};
 use shootdown_lease::{
-    Asker, Boot, Denied, Epoch, FetchError, Incarnation, InvalidationId, Mirror, MirrorDecision, MirrorSettings, Nonce, Refusal,
-    Standing, Time, ToMirror, ToOwner,
+    Asker, Boot, Denied, Epoch, FetchError, Incarnation, InvalidationId, Mirror, MirrorDecision,
+    MirrorSettings, Nonce, Refusal, Standing, Time, ToMirror, ToOwner,
 };
 use std::time::Duration;
 
@@ -59,7 +59,10 @@ fn fetched(epoch: Epoch, nonce: Nonce) -> ToMirror {
 fn joining(settings: MirrorSettings) -> Mirror {
     let mut mirror = Mirror::new(INCARNATION, settings, at(0));
     mirror.tick(at(0));
-    assert_eq!(messages(&mut mirror), [ToOwner::Join { incarnation: INCARNATION, nonce: Nonce(1) }]);
+    assert_eq!(
+        messages(&mut mirror),
+        [ToOwner::Join { incarnation: INCARNATION, nonce: Nonce(1) }]
+    );
     mirror
 }
 
@@ -91,7 +94,9 @@ fn a_lease_counts_from_when_the_mirror_asked() {
     assert!(mirror.is_valid(Time::from_nanos(99_999_999)) && !mirror.is_valid(at(100)));
     messages(&mut mirror);
     mirror.tick(at(70));
-    let [ToOwner::Renew { epoch: EPOCH, nonce }] = messages(&mut mirror)[..] else { panic!("it asks every fifth of its term") };
+    let [ToOwner::Renew { epoch: EPOCH, nonce }] = messages(&mut mirror)[..] else {
+        panic!("it asks every fifth of its term")
+    };
     mirror.handle(ToMirror::Renewed { epoch: EPOCH, nonce }, at(99));
     assert_eq!(mirror.valid_until(), Some(at(170)));
 }
@@ -104,23 +109,38 @@ fn a_mirror_stops_its_devices_before_the_lease_ends() {
     assert_eq!(decisions(&mut mirror), [MirrorDecision::Stop { epoch: EPOCH }]);
     assert_eq!((mirror.standing(), mirror.deadline()), (Standing::Stopping(EPOCH), None));
     assert!(!mirror.is_valid(at(70)));
-    assert!(messages(&mut mirror).iter().all(|message| !matches!(message, ToOwner::Left { .. })), "its devices have not stopped");
+    assert!(
+        messages(&mut mirror).iter().all(|message| !matches!(message, ToOwner::Left { .. })),
+        "its devices have not stopped"
+    );
     assert!(mirror.stopped(at(101)));
     assert_eq!(messages(&mut mirror), [ToOwner::Left { epoch: EPOCH }]);
     assert_eq!(mirror.counts().stopped_late, 1);
     assert!(!mirror.stopped(at(102)), "nobody asked for it");
     mirror.tick(at(102));
-    assert_eq!(messages(&mut mirror), [ToOwner::Join { incarnation: INCARNATION, nonce: Nonce(2) }]);
+    assert_eq!(
+        messages(&mut mirror),
+        [ToOwner::Join { incarnation: INCARNATION, nonce: Nonce(2) }]
+    );
 }
 
 #[test]
 fn a_welcome_counts_once_and_for_the_newest_join_only() {
     let mut mirror = joining(settings());
-    let other = ToMirror::Welcome { epoch: EPOCH, incarnation: Incarnation(8), nonce: Nonce(1), term: TERM };
+    let other = ToMirror::Welcome {
+        epoch: EPOCH,
+        incarnation: Incarnation(8),
+        nonce: Nonce(1),
+        term: TERM,
+    };
     mirror.handle(other, at(1));
     mirror.handle(welcome(epoch(3, 9), 2), at(1));
     assert_eq!(mirror.standing(), Standing::Joining);
-    assert_eq!(messages(&mut mirror), [ToOwner::Left { epoch: epoch(3, 9) }], "nothing will be held by it");
+    assert_eq!(
+        messages(&mut mirror),
+        [ToOwner::Left { epoch: epoch(3, 9) }],
+        "nothing will be held by it"
+    );
     mirror.handle(welcome(EPOCH, 1), at(2));
     mirror.handle(welcome(EPOCH, 1), at(3));
     assert_eq!((mirror.counts().joined, mirror.counts().strangers), (1, 3));
@@ -152,7 +172,11 @@ fn an_owner_of_an_older_boot_is_none() {
     let mut mirror = live(settings());
     again(&mut mirror, epoch(4, 1), 2, at(10));
     mirror.handle(inv(EPOCH, 1, page(1)), at(11));
-    assert_eq!(messages(&mut mirror), [ToOwner::Left { epoch: EPOCH }], "it says again that it has left");
+    assert_eq!(
+        messages(&mut mirror),
+        [ToOwner::Left { epoch: EPOCH }],
+        "it says again that it has left"
+    );
     mirror.handle(inv(epoch(3, 77), 1, page(1)), at(11));
     assert!(messages(&mut mirror).is_empty(), "it knows nothing of an epoch that is not its own");
     mirror.handle(ToMirror::Gone { epoch: epoch(4, 1) }, at(12));
@@ -176,7 +200,11 @@ fn a_reply_counts_once_and_for_its_question() {
     mirror.handle(ToMirror::Renewed { epoch: epoch(3, 2), nonce }, at(21));
     assert_eq!(mirror.valid_until(), Some(at(100)), "of another epoch");
     mirror.handle(ToMirror::Renewed { epoch: EPOCH, nonce }, at(22));
-    assert_eq!(mirror.valid_until(), Some(at(120)), "a reply to another life of the host has not used the nonce up");
+    assert_eq!(
+        mirror.valid_until(),
+        Some(at(120)),
+        "a reply to another life of the host has not used the nonce up"
+    );
     mirror.handle(ToMirror::Renewed { epoch: EPOCH, nonce }, at(23));
     assert_eq!(mirror.valid_until(), Some(at(120)), "a replay");
     assert_eq!((mirror.counts().renewed, mirror.counts().strangers), (1, 3));
@@ -188,7 +216,11 @@ fn an_invalidation_is_acknowledged_when_it_was_carried_out_and_then_as_often_as_
     let ack = ToOwner::Ack { epoch: EPOCH, invalidation: InvalidationId(4) };
     mirror.handle(inv(EPOCH, 4, page(1)), at(2));
     mirror.handle(inv(EPOCH, 4, page(1)), at(3));
-    let asked = MirrorDecision::Invalidate { epoch: EPOCH, invalidation: InvalidationId(4), ranges: page(1).into() };
+    let asked = MirrorDecision::Invalidate {
+        epoch: EPOCH,
+        invalidation: InvalidationId(4),
+        ranges: page(1).into(),
+    };
     assert_eq!(decisions(&mut mirror), [asked], "twice is once");
     assert!(messages(&mut mirror).is_empty());
     assert!(!mirror.invalidated(EPOCH, InvalidationId(5), at(4)), "not asked");
@@ -207,10 +239,16 @@ fn a_flush_that_outlasts_its_epoch_acknowledges_nothing_of_the_next_owner() {
     again(&mut mirror, next, 2, at(10));
     // Another owner counts its invalidations from 1, too.
     mirror.handle(inv(next, 1, page(2)), at(11));
-    assert!(!mirror.invalidated(EPOCH, InvalidationId(1), at(12)), "page 1 was flushed, not page 2");
+    assert!(
+        !mirror.invalidated(EPOCH, InvalidationId(1), at(12)),
+        "page 1 was flushed, not page 2"
+    );
     assert!(messages(&mut mirror).is_empty());
     assert!(mirror.invalidated(next, InvalidationId(1), at(13)));
-    assert_eq!(messages(&mut mirror), [ToOwner::Ack { epoch: next, invalidation: InvalidationId(1) }]);
+    assert_eq!(
+        messages(&mut mirror),
+        [ToOwner::Ack { epoch: next, invalidation: InvalidationId(1) }]
+    );
 }
 
 #[test]
@@ -250,9 +288,18 @@ fn fetches_have_a_limit_and_are_sent_again() {
     mirror.tick(at(22));
     let fetch = ToOwner::Fetch { epoch: EPOCH, nonce, range: page(1) };
     assert!(messages(&mut mirror).contains(&fetch), "with the same nonce");
-    mirror.handle(ToMirror::Refused { nonce, asker: Asker::Fetch(EPOCH), why: Refusal::Fetches }, at(23));
-    mirror.handle(ToMirror::Refused { nonce, asker: Asker::Fetch(EPOCH), why: Refusal::Fetches }, at(23));
-    assert_eq!(decisions(&mut mirror), [MirrorDecision::FetchRefused { nonce, why: Refusal::Fetches }]);
+    mirror.handle(
+        ToMirror::Refused { nonce, asker: Asker::Fetch(EPOCH), why: Refusal::Fetches },
+        at(23),
+    );
+    mirror.handle(
+        ToMirror::Refused { nonce, asker: Asker::Fetch(EPOCH), why: Refusal::Fetches },
+        at(23),
+    );
+    assert_eq!(
+        decisions(&mut mirror),
+        [MirrorDecision::FetchRefused { nonce, why: Refusal::Fetches }]
+    );
     assert!(mirror.fetch(page(2), at(24)).is_ok());
     assert_eq!(joining(settings()).fetch(page(1), at(1)), Err(FetchError::NoLease));
 }
@@ -271,7 +318,11 @@ fn invalidations_beyond_the_limit_are_left_to_be_sent_again() {
 #[test]
 fn a_refusal_counts_for_the_newest_join_of_this_life() {
     let mut mirror = joining(settings());
-    let refused = |nonce, life, why| ToMirror::Refused { nonce: Nonce(nonce), asker: Asker::Join(Incarnation(life)), why };
+    let refused = |nonce, life, why| ToMirror::Refused {
+        nonce: Nonce(nonce),
+        asker: Asker::Join(Incarnation(life)),
+        why,
+    };
     mirror.handle(refused(1, 8, Refusal::Members), at(1));
     mirror.handle(refused(9, 7, Refusal::Members), at(1));
     assert_eq!((mirror.standing(), mirror.counts().strangers), (Standing::Joining, 2));
@@ -285,7 +336,10 @@ fn a_join_whose_epoch_was_expelled_is_asked_anew_at_once() {
     let mut mirror = joining(settings());
     let asker = Asker::Join(INCARNATION);
     mirror.handle(ToMirror::Refused { nonce: Nonce(1), asker, why: Refusal::Expelled }, at(2));
-    assert_eq!(messages(&mut mirror), [ToOwner::Join { incarnation: INCARNATION, nonce: Nonce(2) }]);
+    assert_eq!(
+        messages(&mut mirror),
+        [ToOwner::Join { incarnation: INCARNATION, nonce: Nonce(2) }]
+    );
     mirror.handle(welcome(EPOCH, 2), at(3));
     mirror.handle(ToMirror::Refused { nonce: Nonce(2), asker, why: Refusal::Expelled }, at(4));
     assert_eq!(mirror.epoch(), Some(EPOCH), "once entered, an epoch ends by `Gone` or by time");
@@ -294,12 +348,19 @@ fn a_join_whose_epoch_was_expelled_is_asked_anew_at_once() {
 #[test]
 fn a_term_that_is_no_longer_than_the_devices_take_is_not_entered() {
     for (stop, enters) in [(99, true), (100, false), (200, false)] {
-        let mut mirror = joining(changed(|settings| settings.time_to_stop = Duration::from_millis(stop)));
+        let mut mirror =
+            joining(changed(|settings| settings.time_to_stop = Duration::from_millis(stop)));
         mirror.handle(welcome(EPOCH, 1), Time::from_nanos(1));
         assert_eq!(mirror.epoch().is_some(), enters, "{stop} ms of 100");
         if !enters {
-            let short = MirrorDecision::Denied(Denied::TermTooShort { term: TERM, time_to_stop: Duration::from_millis(stop) });
-            assert_eq!((decisions(&mut mirror), messages(&mut mirror)), (vec![short], vec![ToOwner::Left { epoch: EPOCH }]));
+            let short = MirrorDecision::Denied(Denied::TermTooShort {
+                term: TERM,
+                time_to_stop: Duration::from_millis(stop),
+            });
+            assert_eq!(
+                (decisions(&mut mirror), messages(&mut mirror)),
+                (vec![short], vec![ToOwner::Left { epoch: EPOCH }])
+            );
         }
     }
 }
@@ -314,7 +375,11 @@ fn a_mirror_that_leaves_says_so_when_its_devices_have_stopped_and_joins_no_more(
     assert_eq!(messages(&mut mirror), [ToOwner::Left { epoch: EPOCH }]);
     mirror.tick(at(1_000));
     mirror.handle(inv(EPOCH, 1, page(1)), at(1_001));
-    assert_eq!(messages(&mut mirror), [ToOwner::Left { epoch: EPOCH }], "nothing but that, as often as asked");
+    assert_eq!(
+        messages(&mut mirror),
+        [ToOwner::Left { epoch: EPOCH }],
+        "nothing but that, as often as asked"
+    );
 
     let mut mirror = joining(settings());
     mirror.leave(at(1));
@@ -326,7 +391,10 @@ fn a_mirror_that_leaves_says_so_when_its_devices_have_stopped_and_joins_no_more(
     let mut mirror = joining(settings());
     mirror.leave(at(1));
     mirror.tick(mirror.deadline().unwrap());
-    assert!(mirror.is_over() && messages(&mut mirror).is_empty(), "where nobody answers it asks no more");
+    assert!(
+        mirror.is_over() && messages(&mut mirror).is_empty(),
+        "where nobody answers it asks no more"
+    );
 }
 
 #[test]

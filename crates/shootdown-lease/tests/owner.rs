@@ -4,8 +4,8 @@
 
 use shootdown::{AddressRange, RangeSet};
 use shootdown_lease::{
-    Asker, Boot, Decision, EndError, Ending, Epoch, Fenced, Host, Incarnation, InvalidationId, Memory, Nonce, Owner, Refusal,
-    Terms, TermsError, Time, ToMirror, ToOwner,
+    Asker, Boot, Decision, EndError, Ending, Epoch, Fenced, Host, Incarnation, InvalidationId,
+    Memory, Nonce, Owner, Refusal, Terms, TermsError, Time, ToMirror, ToOwner,
 };
 use std::time::Duration;
 
@@ -53,7 +53,11 @@ fn decisions(owner: &mut Owner) -> Vec<Decision> {
 }
 
 fn join(owner: &mut Owner, host: u64, life: u64, nonce: u64, now: Time) -> Vec<(Host, ToMirror)> {
-    owner.handle(Host(host), ToOwner::Join { incarnation: Incarnation(life), nonce: Nonce(nonce) }, now);
+    owner.handle(
+        Host(host),
+        ToOwner::Join { incarnation: Incarnation(life), nonce: Nonce(nonce) },
+        now,
+    );
     messages(owner)
 }
 
@@ -66,15 +70,22 @@ fn renew(number: u64) -> ToOwner {
 }
 
 fn done(invalidation: InvalidationId, endings: &[(u64, Ending)]) -> Decision {
-    Decision::Done { invalidation, endings: endings.iter().map(|(number, ending)| (epoch(*number), *ending)).collect() }
+    Decision::Done {
+        invalidation,
+        endings: endings.iter().map(|(number, ending)| (epoch(*number), *ending)).collect(),
+    }
 }
 
 /// With hosts 1 to n in epochs 1 to n, joined at 0.
 fn with(terms: Terms, hosts: u64) -> Owner {
     let mut owner = owner(terms);
     for host in 1..=hosts {
-        let welcome =
-            ToMirror::Welcome { epoch: epoch(host), incarnation: Incarnation(0), nonce: Nonce(1), term: owner.terms().term };
+        let welcome = ToMirror::Welcome {
+            epoch: epoch(host),
+            incarnation: Incarnation(0),
+            nonce: Nonce(1),
+            term: owner.terms().term,
+        };
         assert_eq!(join(&mut owner, host, 0, 1, at(0)), [(Host(host), welcome)]);
     }
     owner
@@ -82,7 +93,8 @@ fn with(terms: Terms, hosts: u64) -> Owner {
 
 #[test]
 fn terms_that_bound_nothing_are_refused() {
-    let refused = |change: fn(&mut Terms)| Owner::new(BOOT, changed(change), Memory::New, at(0)).unwrap_err();
+    let refused =
+        |change: fn(&mut Terms)| Owner::new(BOOT, changed(change), Memory::New, at(0)).unwrap_err();
     assert_eq!(refused(|terms| terms.term = Duration::ZERO), TermsError::Zero("term"));
     assert_eq!(refused(|terms| terms.patience = Duration::ZERO), TermsError::Zero("patience"));
     assert_eq!(refused(|terms| terms.resend = Duration::ZERO), TermsError::Zero("resend"));
@@ -91,7 +103,10 @@ fn terms_that_bound_nothing_are_refused() {
     assert_eq!(refused(|terms| terms.members_of_a_host = 0), TermsError::Zero("members_of_a_host"));
     assert_eq!(refused(|terms| terms.fetches = 0), TermsError::Zero("fetches"));
     assert_eq!(refused(|terms| terms.drift_ppm = 1_000_000), TermsError::Drift(1_000_000));
-    assert!(matches!(refused(|terms| terms.term = Duration::from_secs(1 << 33)), TermsError::Long(_)));
+    assert!(matches!(
+        refused(|terms| terms.term = Duration::from_secs(1 << 33)),
+        TermsError::Long(_)
+    ));
 }
 
 #[test]
@@ -132,7 +147,10 @@ fn an_acknowledgement_counts_once_and_from_the_member_that_was_asked() {
     assert_eq!((owner.counts().unasked, owner.counts().acknowledged), (6, 1));
     assert!(decisions(&mut owner).is_empty());
     owner.handle(Host(2), ack(2, id), at(4));
-    assert_eq!(decisions(&mut owner), [done(id, &[(1, Ending::Acknowledged), (2, Ending::Acknowledged)])]);
+    assert_eq!(
+        decisions(&mut owner),
+        [done(id, &[(1, Ending::Acknowledged), (2, Ending::Acknowledged)])]
+    );
 }
 
 #[test]
@@ -146,14 +164,25 @@ fn messages_by_epochs_that_the_sender_does_not_have_change_nothing() {
     };
     gone(&mut owner, 2, renew(1), epoch(1));
     gone(&mut owner, 1, ToOwner::Renew { epoch: old, nonce: Nonce(5) }, old);
-    gone(&mut owner, 1, ToOwner::Fetch { epoch: epoch(2), nonce: Nonce(5), range: page(1) }, epoch(2));
+    gone(
+        &mut owner,
+        1,
+        ToOwner::Fetch { epoch: epoch(2), nonce: Nonce(5), range: page(1) },
+        epoch(2),
+    );
     owner.handle(Host(1), ToOwner::Left { epoch: epoch(2) }, at(50));
     owner.handle(Host(1), ToOwner::Left { epoch: old }, at(50));
     assert_eq!(owner.counts().strangers, 5);
     assert!(messages(&mut owner).is_empty() && decisions(&mut owner).is_empty());
     let after = owner.members().collect::<Vec<_>>();
-    assert_eq!(before.iter().map(|member| member.1).collect::<Vec<_>>(), after.iter().map(|member| member.1).collect::<Vec<_>>());
-    assert!(after.iter().all(|(_, _, left)| *left == Duration::from_millis(50)), "no lease was renewed");
+    assert_eq!(
+        before.iter().map(|member| member.1).collect::<Vec<_>>(),
+        after.iter().map(|member| member.1).collect::<Vec<_>>()
+    );
+    assert!(
+        after.iter().all(|(_, _, left)| *left == Duration::from_millis(50)),
+        "no lease was renewed"
+    );
 }
 
 #[test]
@@ -224,7 +253,10 @@ fn a_join_that_is_sent_again_is_one_and_an_older_one_is_none() {
     let first = join(&mut owner, 1, 7, 4, at(0));
     assert_eq!(join(&mut owner, 1, 7, 4, at(1)), first);
     assert!(join(&mut owner, 1, 7, 3, at(2)).is_empty());
-    assert_eq!((owner.counts().joins, owner.counts().strangers, owner.members().count()), (1, 1, 1));
+    assert_eq!(
+        (owner.counts().joins, owner.counts().strangers, owner.members().count()),
+        (1, 1, 1)
+    );
 }
 
 #[test]
@@ -248,7 +280,11 @@ fn a_join_whose_epoch_was_expelled_is_refused_so_that_the_mirror_asks_anew() {
     owner.tick(at(51));
     messages(&mut owner);
     // The welcome was lost: the mirror still asks, and knows no epoch.
-    let refused = ToMirror::Refused { nonce: Nonce(1), asker: Asker::Join(Incarnation(0)), why: Refusal::Expelled };
+    let refused = ToMirror::Refused {
+        nonce: Nonce(1),
+        asker: Asker::Join(Incarnation(0)),
+        why: Refusal::Expelled,
+    };
     assert_eq!(join(&mut owner, 1, 0, 1, at(52)), [(Host(1), refused)]);
     assert_eq!(owner.members().count(), 1, "it may have entered all the same");
     assert!(matches!(join(&mut owner, 1, 0, 2, at(53))[..], [(Host(1), ToMirror::Welcome { .. })]));
@@ -285,7 +321,8 @@ fn a_window_bounds_what_is_on_its_way_to_a_member() {
     let next = ToMirror::Inv { epoch: epoch(1), invalidation: ids[2], ranges: set(2) };
     assert_eq!(messages(&mut owner), [(Host(1), next)]);
     owner.handle(Host(1), ToOwner::Left { epoch: epoch(1) }, at(3));
-    let ended: Vec<_> = ids.iter().filter(|id| **id != ids[1]).map(|id| done(*id, &[(1, Ending::Left)])).collect();
+    let ended: Vec<_> =
+        ids.iter().filter(|id| **id != ids[1]).map(|id| done(*id, &[(1, Ending::Left)])).collect();
     let mut all = vec![done(ids[1], &[(1, Ending::Acknowledged)])];
     all.extend(ended);
     let found = decisions(&mut owner);
@@ -297,7 +334,11 @@ fn a_fetch_of_what_is_under_invalidation_waits_and_others_do_not() {
     let mut owner = with(changed(|terms| terms.fetches = 1), 1);
     let id = owner.invalidate(set(1), at(1));
     messages(&mut owner);
-    let fetch = |nonce, number| ToOwner::Fetch { epoch: epoch(1), nonce: Nonce(nonce), range: page(number) };
+    let fetch = |nonce, number| ToOwner::Fetch {
+        epoch: epoch(1),
+        nonce: Nonce(nonce),
+        range: page(number),
+    };
     let serve = |nonce, number, version| Decision::Serve {
         to: Host(1),
         epoch: epoch(1),
@@ -311,10 +352,18 @@ fn a_fetch_of_what_is_under_invalidation_waits_and_others_do_not() {
     owner.handle(Host(1), fetch(11, 1), at(3));
     assert!(messages(&mut owner).is_empty(), "sent again it waits once");
     owner.handle(Host(1), fetch(12, 1), at(3));
-    let refused = ToMirror::Refused { nonce: Nonce(12), asker: Asker::Fetch(epoch(1)), why: Refusal::Fetches };
+    let refused = ToMirror::Refused {
+        nonce: Nonce(12),
+        asker: Asker::Fetch(epoch(1)),
+        why: Refusal::Fetches,
+    };
     assert_eq!(messages(&mut owner), [(Host(1), refused)]);
     owner.handle(Host(1), ack(1, id), at(4));
-    assert_eq!(decisions(&mut owner), [done(id, &[(1, Ending::Acknowledged)])], "the memory has not changed yet");
+    assert_eq!(
+        decisions(&mut owner),
+        [done(id, &[(1, Ending::Acknowledged)])],
+        "the memory has not changed yet"
+    );
     owner.end(id, at(5)).unwrap();
     assert_eq!(decisions(&mut owner), [serve(11, 1, 1)]);
 }
@@ -323,7 +372,11 @@ fn a_fetch_of_what_is_under_invalidation_waits_and_others_do_not() {
 fn fetches_that_wait_end_with_their_member() {
     let mut owner = with(terms(), 1);
     let id = owner.invalidate(set(1), at(1));
-    owner.handle(Host(1), ToOwner::Fetch { epoch: epoch(1), nonce: Nonce(9), range: page(1) }, at(2));
+    owner.handle(
+        Host(1),
+        ToOwner::Fetch { epoch: epoch(1), nonce: Nonce(9), range: page(1) },
+        at(2),
+    );
     owner.handle(Host(1), ToOwner::Left { epoch: epoch(1) }, at(3));
     assert_eq!(decisions(&mut owner), [done(id, &[(1, Ending::Left)])]);
     owner.end(id, at(4)).unwrap();
@@ -358,10 +411,22 @@ fn what_is_not_shared_or_is_too_long_is_not_served() {
     });
     let mut owner = with(terms, 1);
     let fetch = |range| ToOwner::Fetch { epoch: epoch(1), nonce: Nonce(10), range };
-    for range in [AddressRange::ALL, AddressRange::new(1 << 20, 1).unwrap(), AddressRange::new((1 << 20) - 1, 2).unwrap()] {
+    for range in [
+        AddressRange::ALL,
+        AddressRange::new(1 << 20, 1).unwrap(),
+        AddressRange::new((1 << 20) - 1, 2).unwrap(),
+    ] {
         owner.handle(Host(1), fetch(range), at(1));
-        let refused = ToMirror::Refused { nonce: Nonce(10), asker: Asker::Fetch(epoch(1)), why: Refusal::Contents };
-        assert_eq!((messages(&mut owner), decisions(&mut owner)), (vec![(Host(1), refused)], vec![]), "{range}");
+        let refused = ToMirror::Refused {
+            nonce: Nonce(10),
+            asker: Asker::Fetch(epoch(1)),
+            why: Refusal::Contents,
+        };
+        assert_eq!(
+            (messages(&mut owner), decisions(&mut owner)),
+            (vec![(Host(1), refused)], vec![]),
+            "{range}"
+        );
     }
     owner.handle(Host(1), fetch(AddressRange::new(0, 8_193).unwrap()), at(1));
     assert_eq!((messages(&mut owner).len(), decisions(&mut owner).len()), (1, 0));

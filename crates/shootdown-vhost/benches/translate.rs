@@ -27,8 +27,10 @@ impl Iommu for Locked {
         length: usize,
         access: Permissions,
     ) -> Result<IotlbIterator<Self::IotlbGuard<'_>>, Error> {
-        let fails =
-            |_| Error::CannotResolve { iova_range: IovaRange { base: iova, length }, reason: "it is not known".to_owned() };
+        let fails = |_| Error::CannotResolve {
+            iova_range: IovaRange { base: iova, length },
+            reason: "it is not known".to_owned(),
+        };
         vm_memory::Iotlb::lookup(self.0.read().unwrap(), iova, length, access).map_err(fails)
     }
 }
@@ -53,30 +55,47 @@ fn measure(translations: u64) {
     let len = usize::try_from(translations * PAGE).unwrap();
     let backend = || {
         let whole = FileOffset::new(file.try_clone().unwrap().into(), 0);
-        GuestMemoryMmap::<()>::from_ranges_with_files([(GuestAddress(0), len, Some(whole))]).unwrap()
+        GuestMemoryMmap::<()>::from_ranges_with_files([(GuestAddress(0), len, Some(whole))])
+            .unwrap()
     };
-    let region = Region::map(file.try_clone().unwrap(), 0, translations * PAGE, 0, 1 << 40).unwrap();
+    let region =
+        Region::map(file.try_clone().unwrap(), 0, translations * PAGE, 0, 1 << 40).unwrap();
     let (iotlb, mut table) = (Iotlb::default(), vm_memory::Iotlb::new());
     for page in 0..translations {
         // No two are contiguous.
         let target = (page * 5 + 1) % translations;
         let range = AddressRange::new(page * PAGE, PAGE).unwrap();
-        iotlb.update(range, Place { region: Arc::clone(&region), offset: (target * PAGE) as usize }, Permissions::ReadWrite);
-        table.set_mapping(GuestAddress(page * PAGE), GuestAddress(target * PAGE), PAGE as usize, Permissions::ReadWrite).unwrap();
+        iotlb.update(
+            range,
+            Place { region: Arc::clone(&region), offset: (target * PAGE) as usize },
+            Permissions::ReadWrite,
+        );
+        table
+            .set_mapping(
+                GuestAddress(page * PAGE),
+                GuestAddress(target * PAGE),
+                PAGE as usize,
+                Permissions::ReadWrite,
+            )
+            .unwrap();
     }
     let ours = IommuMemory::new(backend(), BlockingIommu::new(iotlb.clone()), true, ());
     let theirs = IommuMemory::new(backend(), Locked(RwLock::new(table)), true, ());
     let mut all = [const { Vec::new() }; 5];
     for _ in 0..ROUNDS {
-        all[0].push(time(translations, |iova| drop(black_box(iotlb.try_map(Want::read(iova, 512)).unwrap()))));
+        all[0].push(time(translations, |iova| {
+            drop(black_box(iotlb.try_map(Want::read(iova, 512)).unwrap()))
+        }));
         all[1].push(time(translations, |iova| {
-            let translated = ours.iommu().translate(GuestAddress(iova), 512, Permissions::Read).unwrap();
+            let translated =
+                ours.iommu().translate(GuestAddress(iova), 512, Permissions::Read).unwrap();
             translated.for_each(|part| {
                 black_box(part);
             });
         }));
         all[2].push(time(translations, |iova| {
-            let translated = theirs.iommu().translate(GuestAddress(iova), 512, Permissions::Read).unwrap();
+            let translated =
+                theirs.iommu().translate(GuestAddress(iova), 512, Permissions::Read).unwrap();
             translated.for_each(|part| {
                 black_box(part);
             });

@@ -53,7 +53,10 @@ impl Call {
     /// If it is full already it is readable, and that is all that is wanted.
     pub(crate) fn ring(&self) {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
-        if self.blocks && !poll(&mut [PollFd::new(&self.fd, PollFlags::OUT)], Some(&now)).is_ok_and(|ready| ready > 0) {
+        if self.blocks
+            && !poll(&mut [PollFd::new(&self.fd, PollFlags::OUT)], Some(&now))
+                .is_ok_and(|ready| ready > 0)
+        {
             return;
         }
         let _ = rustix::io::write(&self.fd, &1u64.to_ne_bytes());

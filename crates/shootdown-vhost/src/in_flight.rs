@@ -29,10 +29,14 @@ impl InFlight {
 }
 
 impl IntervalNotifier for InFlight {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         let gone = self.gone.get_or_init(Timeline::new);
-        let waits = self.state.compare_exchange(0, WAITED_FOR, Ordering::AcqRel, Ordering::Acquire) != Err(GONE);
+        let waits = self.state.compare_exchange(0, WAITED_FOR, Ordering::AcqRel, Ordering::Acquire)
+            != Err(GONE);
         Ok(waits.then(|| PassFuture::new(gone.reached(1))))
     }
 

@@ -109,8 +109,16 @@ impl Iotlb {
     /// An empty one in `domain`. There is nobody to ask until a [`Session`](crate::Session) has it.
     pub fn new(domain: &Domain) -> Self {
         let (table, asked) = (Shared::new(Table::default()), Lock::new(Asked::default()));
-        let (sender, counters, memory) = (AtomicWaker::new(), Counters::default(), Lock::new(MemoryTable::default()));
-        let iotlb = Self(Arc::new(Inner { domain: domain.clone(), table, asked, memory, sender, counters }));
+        let (sender, counters, memory) =
+            (AtomicWaker::new(), Counters::default(), Lock::new(MemoryTable::default()));
+        let iotlb = Self(Arc::new(Inner {
+            domain: domain.clone(),
+            table,
+            asked,
+            memory,
+            sender,
+            counters,
+        }));
         let mut all = domain.0.all.lock();
         all.retain(|member| member.strong_count() > 0);
         all.push(Arc::downgrade(&iotlb.0));
@@ -194,7 +202,10 @@ impl Iotlb {
     /// # Errors
     /// As for [`map`](Self::map), of the first that fails.
     pub async fn map_all(&self, wants: &[Want]) -> Result<Vec<Mapping>, MapError> {
-        let ranges = wants.iter().map(|want| Ok((want.range()?, want.access))).collect::<Result<Vec<_>, _>>()?;
+        let ranges = wants
+            .iter()
+            .map(|want| Ok((want.range()?, want.access)))
+            .collect::<Result<Vec<_>, _>>()?;
         let patience = self.patience(wants);
         loop {
             let mappings = wants.iter().map(|want| Ok(self.register(*want)?.0));
@@ -238,9 +249,9 @@ impl Iotlb {
     }
 
     fn patience(&self, wants: &[Want]) -> Patience {
-        let pages = wants
-            .iter()
-            .fold(0, |pages: u64, want| pages.saturating_add(want.iova.saturating_add(want.len) / PAGE - want.iova / PAGE + 1));
+        let pages = wants.iter().fold(0, |pages: u64, want| {
+            pages.saturating_add(want.iova.saturating_add(want.len) / PAGE - want.iova / PAGE + 1)
+        });
         Patience { many: pages > table::MOST as u64 / 2, overflows: self.stats().overflows }
     }
 
@@ -283,7 +294,10 @@ impl Iotlb {
                 let miss = asked.ask(gap, *access);
                 first.get_or_insert(miss);
                 let next = (gap | (PAGE - 1)).checked_add(1).filter(|next| *next <= range.last());
-                let Some(next) = next.and_then(|next| table.next_gap(next, range.last(), *access)) else { break };
+                let Some(next) = next.and_then(|next| table.next_gap(next, range.last(), *access))
+                else {
+                    break;
+                };
                 gap = next;
             }
         }
@@ -348,7 +362,11 @@ impl Iotlb {
         table.clear(true);
         for region in memory.regions() {
             if let Ok(range) = AddressRange::new(region.guest(), region.len() as u64) {
-                table.insert(range, Place { region: region.clone(), offset: 0 }, Permissions::ReadWrite);
+                table.insert(
+                    range,
+                    Place { region: region.clone(), offset: 0 },
+                    Permissions::ReadWrite,
+                );
             }
         }
         drop((table, asked));
@@ -448,7 +466,10 @@ async fn answer(miss: &Miss) -> Result<(), MapError> {
 
 impl fmt::Debug for Iotlb {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Iotlb").field("translations", &self.len()).field("stats", &self.stats()).finish_non_exhaustive()
+        f.debug_struct("Iotlb")
+            .field("translations", &self.len())
+            .field("stats", &self.stats())
+            .finish_non_exhaustive()
     }
 }
 

@@ -77,7 +77,10 @@ impl Mapping {
 
     /// Where the parts are in the guest's physical memory, and how long they are.
     pub(crate) fn guest_parts(&self) -> impl Iterator<Item = (u64, usize)> {
-        self.parts.pieces().iter().map(|piece| (piece.region.guest() + piece.offset as u64, piece.len))
+        self.parts
+            .pieces()
+            .iter()
+            .map(|piece| (piece.region.guest() + piece.offset as u64, piece.len))
     }
 
     /// Pointers for `readv`, `io_uring` and their kin. They are valid as long as the mapping
@@ -112,7 +115,11 @@ impl Mapping {
     }
 
     fn check(&self, access: Permissions) -> Result<(), AccessError> {
-        if self.access.allow(access) { Ok(()) } else { Err(AccessError::NotAllowed { has: self.access }) }
+        if self.access.allow(access) {
+            Ok(())
+        } else {
+            Err(AccessError::NotAllowed { has: self.access })
+        }
     }
 
     fn outside(&self, offset: usize, len: usize) -> AccessError {

@@ -6,8 +6,8 @@ use std::fs::File;
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use vm_memory::{
-    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap, MmapRegion, VolatileMemory,
-    VolatileSlice,
+    FileOffset, GuestAddress, GuestMemoryMmap, GuestRegionCollectionError, GuestRegionMmap,
+    MmapRegion, VolatileMemory, VolatileSlice,
 };
 
 /// Memory that the front-end shares, mapped into this process. It is unmapped when the last user
@@ -48,14 +48,20 @@ impl Region {
     ///
     /// # Errors
     /// [`MemoryError`] when addresses wrap around, or when it cannot be mapped.
-    pub fn map(file: OwnedFd, offset: u64, len: u64, guest: u64, user: u64) -> Result<Arc<Self>, MemoryError> {
+    pub fn map(
+        file: OwnedFd,
+        offset: u64,
+        len: u64,
+        guest: u64,
+        user: u64,
+    ) -> Result<Arc<Self>, MemoryError> {
         let wraps = [guest, user, offset].iter().any(|start| start.checked_add(len).is_none());
-        let size = usize::try_from(len).ok().filter(|size| *size > 0 && !wraps).ok_or(MemoryError::Overlap { guest, len })?;
-        let map = MmapRegion::from_file(FileOffset::new(File::from(file), offset), size).map_err(|error| MemoryError::Map {
-            guest,
-            len,
-            error,
-        })?;
+        let size = usize::try_from(len)
+            .ok()
+            .filter(|size| *size > 0 && !wraps)
+            .ok_or(MemoryError::Overlap { guest, len })?;
+        let map = MmapRegion::from_file(FileOffset::new(File::from(file), offset), size)
+            .map_err(|error| MemoryError::Map { guest, len, error })?;
         Ok(Arc::new(Self { map: Arc::new(map), guest, user }))
     }
 
@@ -108,11 +114,18 @@ impl MemoryTable {
     /// # Errors
     /// [`MemoryError::Overlap`] when two of them overlap in the guest or in the front-end.
     pub fn new(regions: Vec<Arc<Region>>) -> Result<Self, MemoryError> {
-        let overlap = |a: u64, b: u64, one: &Region, other: &Region| a < b + other.len() as u64 && b < a + one.len() as u64;
+        let overlap = |a: u64, b: u64, one: &Region, other: &Region| {
+            a < b + other.len() as u64 && b < a + one.len() as u64
+        };
         for (at, region) in regions.iter().enumerate() {
             for other in &regions[..at] {
-                if overlap(region.guest, other.guest, region, other) || overlap(region.user, other.user, region, other) {
-                    return Err(MemoryError::Overlap { guest: region.guest, len: region.len() as u64 });
+                if overlap(region.guest, other.guest, region, other)
+                    || overlap(region.user, other.user, region, other)
+                {
+                    return Err(MemoryError::Overlap {
+                        guest: region.guest,
+                        len: region.len() as u64,
+                    });
                 }
             }
         }
@@ -133,7 +146,9 @@ impl MemoryTable {
     pub fn guest_memory(&self) -> Result<GuestMemoryMmap, GuestRegionCollectionError> {
         let mut regions: Vec<_> = self.regions.iter().collect();
         regions.sort_by_key(|region| region.guest);
-        let regions = regions.into_iter().map(|region| GuestRegionMmap::with_arc(region.map.clone(), GuestAddress(region.guest)));
+        let regions = regions.into_iter().map(|region| {
+            GuestRegionMmap::with_arc(region.map.clone(), GuestAddress(region.guest))
+        });
         // No region ends beyond the last address: that was checked.
         GuestMemoryMmap::from_regions(regions.flatten().collect())
     }
@@ -150,7 +165,9 @@ impl MemoryTable {
 
     fn find(&self, address: u64, start: impl Fn(&Region) -> u64) -> Option<(Place, u64)> {
         self.regions.iter().find_map(|region| {
-            let offset = address.checked_sub(start(region)).filter(|offset| *offset < region.len() as u64)?;
+            let offset = address
+                .checked_sub(start(region))
+                .filter(|offset| *offset < region.len() as u64)?;
             let place = Place { region: region.clone(), offset: usize::try_from(offset).ok()? };
             Some((place, region.len() as u64 - offset))
         })

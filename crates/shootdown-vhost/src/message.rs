@@ -106,7 +106,9 @@ impl Message {
     /// # Errors
     /// [`ProtocolError`] when the version is another one or the payload is too long.
     pub fn of_header(header: [u8; HEADER]) -> Result<(Self, usize), ProtocolError> {
-        let word = |at: usize| u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]]);
+        let word = |at: usize| {
+            u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
+        };
         let (request, flags, len) = (word(0), word(4), word(8) as usize);
         if flags & VhostUserHeaderFlag::VERSION.bits() != 1 {
             return Err(ProtocolError::Version(flags & VhostUserHeaderFlag::VERSION.bits()));
@@ -135,7 +137,8 @@ impl Message {
 
     /// The same, with what follows it.
     pub(crate) fn head<T: ByteValued>(&self) -> Result<(T, &[u8]), ProtocolError> {
-        let (head, rest) = self.payload.split_at_checked(size_of::<T>()).ok_or_else(|| self.malformed())?;
+        let (head, rest) =
+            self.payload.split_at_checked(size_of::<T>()).ok_or_else(|| self.malformed())?;
         let mut body = T::zeroed();
         body.as_mut_slice().copy_from_slice(head);
         Ok((body, rest))
@@ -148,7 +151,8 @@ impl Message {
 
 impl fmt::Debug for Message {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let (request, flags, len, fds) = (self.request, self.flags, self.payload.len(), self.fds.len());
+        let (request, flags, len, fds) =
+            (self.request, self.flags, self.payload.len(), self.fds.len());
         write!(f, "message {request}, flags {flags:#x}, {len} bytes, {fds} descriptors")
     }
 }
@@ -182,7 +186,13 @@ pub fn iotlb_message(bytes: &[u8]) -> Option<VhostIotlbMsg> {
         3 => VhostAccess::ReadWrite,
         _ => VhostAccess::No,
     };
-    Some(VhostIotlbMsg { iova: word(0)?, size: word(8)?, userspace_addr: word(16)?, perm, msg_type })
+    Some(VhostIotlbMsg {
+        iova: word(0)?,
+        size: word(8)?,
+        userspace_addr: word(16)?,
+        perm,
+        msg_type,
+    })
 }
 
 pub(crate) fn permissions(access: VhostAccess) -> Permissions {

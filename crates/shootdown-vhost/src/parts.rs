@@ -35,7 +35,11 @@ impl Parts {
     /// Adds what follows; one piece with what it is contiguous with.
     pub(crate) fn push(&mut self, region: &Arc<Region>, offset: usize, len: usize) {
         match self.0.last_mut() {
-            Some(before) if before.offset + before.len == offset && Arc::ptr_eq(&before.region, region) => before.len += len,
+            Some(before)
+                if before.offset + before.len == offset && Arc::ptr_eq(&before.region, region) =>
+            {
+                before.len += len
+            }
             _ => self.0.push(Piece { region: region.clone(), offset, len }),
         }
     }
@@ -45,7 +49,9 @@ impl Parts {
     }
 
     pub(crate) fn slices(&self) -> impl ExactSizeIterator<Item = VolatileSlice<'_>> {
-        self.0.iter().map(|piece| piece.region.slice(piece.offset, piece.len).expect("it was looked up there"))
+        self.0.iter().map(|piece| {
+            piece.region.slice(piece.offset, piece.len).expect("it was looked up there")
+        })
     }
 
     /// Whether there are so many bytes at `offset`.
@@ -81,7 +87,12 @@ impl Parts {
 
     /// Calls `f` for each contiguous part of a range that is inside, with how far it is from
     /// `offset`.
-    pub(crate) fn each(&self, offset: usize, len: usize, mut f: impl FnMut(VolatileSlice<'_>, usize)) {
+    pub(crate) fn each(
+        &self,
+        offset: usize,
+        len: usize,
+        mut f: impl FnMut(VolatileSlice<'_>, usize),
+    ) {
         let (mut skip, mut done) = (offset, 0);
         for slice in self.slices() {
             let here = slice.len().saturating_sub(skip).min(len - done);

@@ -42,7 +42,13 @@ pub(crate) struct Setup {
 }
 
 /// Where a ring is, and how it is laid out. For the session.
-pub(crate) fn layout(size: u16, descriptors: u64, available: u64, used: u64, event_idx: bool) -> Layout {
+pub(crate) fn layout(
+    size: u16,
+    descriptors: u64,
+    available: u64,
+    used: u64,
+    event_idx: bool,
+) -> Layout {
     Layout { size, descriptors, available, used, event_idx }
 }
 
@@ -165,7 +171,8 @@ impl Ring {
         let before = std::mem::take(&mut setup.before);
         let (next, stop) = (before.base, Timeline::new());
         let (base, progress) = (AtomicU16::new(next), Lock::new(Progress::after(before)));
-        let shared = Arc::new(Shared { setup, stop: stop.clone(), base, progress, ended: Some(sender) });
+        let shared =
+            Arc::new(Shared { setup, stop: stop.clone(), base, progress, ended: Some(sender) });
         let running = Running { stop, shared: Arc::downgrade(&shared), ended };
         (Self { shared, next, bell: None }, running)
     }
@@ -240,20 +247,28 @@ impl Ring {
         if let Some(table) = found.pop_if(|last| last.is_indirect()) {
             let len = split::table_len(table).ok_or(RingError::Chain { head })?;
             let want = [Want::read(table.address, len)];
-            let read = iotlb.peek(&want, |[table]| split::chain(table, 0, len / split::DESCRIPTOR, head));
-            let mut rest = read.await.map_err(|error| RingError::Map { what: "a table of descriptors", error })??;
+            let read =
+                iotlb.peek(&want, |[table]| split::chain(table, 0, len / split::DESCRIPTOR, head));
+            let mut rest = read
+                .await
+                .map_err(|error| RingError::Map { what: "a table of descriptors", error })??;
             if rest.iter().any(Descriptor::is_indirect) {
                 return Err(RingError::Chain { head });
             }
             // A table may follow descriptors of the ring.
             found.append(&mut rest);
         }
-        if found.iter().map(|descriptor| u64::from(descriptor.len)).sum::<u64>() > split::LONGEST_CHAIN {
+        if found.iter().map(|descriptor| u64::from(descriptor.len)).sum::<u64>()
+            > split::LONGEST_CHAIN
+        {
             return Err(RingError::Chain { head });
         }
         found.retain(|descriptor| descriptor.len > 0);
         let wants: Vec<_> = found.iter().map(Descriptor::want).collect();
-        let mapped = iotlb.map_all(&wants).await.map_err(|error| RingError::Map { what: "a buffer", error })?;
+        let mapped = iotlb
+            .map_all(&wants)
+            .await
+            .map_err(|error| RingError::Map { what: "a buffer", error })?;
         let (mut readable, mut writable) = (Vec::new(), Vec::new());
         for (descriptor, mapping) in found.iter().zip(mapped) {
             if descriptor.is_writable() { writable.push(mapping) } else { readable.push(mapping) }
@@ -393,7 +408,13 @@ impl Chain {
 
 impl fmt::Debug for Chain {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Chain({}, reads {}, writes {})", self.head, self.readable.len(), self.writable.len())
+        write!(
+            f,
+            "Chain({}, reads {}, writes {})",
+            self.head,
+            self.readable.len(),
+            self.writable.len()
+        )
     }
 }
 
@@ -401,7 +422,10 @@ impl Drop for Ring {
     /// A ring that the device drops by itself is dead: the guest waits for what it has.
     fn drop(&mut self) {
         if self.shared.stop.value() == 0 {
-            tracing::warn!(ring = self.index(), "the device has dropped a ring that was not to stop");
+            tracing::warn!(
+                ring = self.index(),
+                "the device has dropped a ring that was not to stop"
+            );
             ring_bell(&self.shared.setup.error);
         }
     }

@@ -162,7 +162,9 @@ impl<D: Device> Session<D> {
         tracing::trace!(?channel, ?message, "received");
         match channel {
             Channel::Frontend => self.handle(message),
-            Channel::Backend if !message.is_reply() => Err(ProtocolError::NoAnswer(message.request)),
+            Channel::Backend if !message.is_reply() => {
+                Err(ProtocolError::NoAnswer(message.request))
+            }
             // From before it was closed.
             Channel::Backend if matches!(self.backend, Backend::None) => Ok(()),
             Channel::Backend => {
@@ -199,13 +201,23 @@ impl<D: Device> Session<D> {
             && let Poll::Ready((iova, access)) = self.iotlb.poll_ask(cx)
         {
             let perm = vhost_access(access);
-            let miss = VhostIotlbMsg { iova, size: 0, userspace_addr: 0, perm, msg_type: VhostIotlbType::Miss };
+            let miss = VhostIotlbMsg {
+                iova,
+                size: 0,
+                userspace_addr: 0,
+                perm,
+                msg_type: VhostIotlbType::Miss,
+            };
             let each = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
-            let flags = if each { VhostUserHeaderFlag::NEED_REPLY } else { VhostUserHeaderFlag::empty() };
+            let flags =
+                if each { VhostUserHeaderFlag::NEED_REPLY } else { VhostUserHeaderFlag::empty() };
             let message = Message::new(BackendReq::IOTLB_MSG, flags, &iotlb_bytes(&miss));
             return Poll::Ready(Output::Send(Channel::Backend, message));
         }
-        if self.stopping.is_none() && self.replies.is_empty() && self.queues.iter().all(|queue| queue.base().is_some()) {
+        if self.stopping.is_none()
+            && self.replies.is_empty()
+            && self.queues.iter().all(|queue| queue.base().is_some())
+        {
             return Poll::Ready(Output::Close);
         }
         Poll::Pending
@@ -215,10 +227,13 @@ impl<D: Device> Session<D> {
     fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Message> {
         let (queues, mut stopped) = (&mut self.queues, false);
         for reply in &mut self.replies {
-            let answer = |needed: bool| if needed { 0u64.to_ne_bytes().to_vec() } else { Vec::new() };
+            let answer =
+                |needed: bool| if needed { 0u64.to_ne_bytes().to_vec() } else { Vec::new() };
             let over = match &mut reply.state {
                 Due::Now(_) => continue,
-                Due::Invalidated(future, needed) => Pin::new(future).poll(cx).map(|_| answer(*needed)),
+                Due::Invalidated(future, needed) => {
+                    Pin::new(future).poll(cx).map(|_| answer(*needed))
+                }
                 Due::Quiet(future, needed) => Pin::new(future).poll(cx).map(|_| answer(*needed)),
                 Due::Base(index, set) => match queues[*index].base() {
                     Some(base) => {
@@ -299,6 +314,9 @@ impl<D: Device> Drop for Session<D> {
 
 impl<D: Device> fmt::Debug for Session<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Session").field("features", &self.features).field("iotlb", &self.iotlb).finish_non_exhaustive()
+        f.debug_struct("Session")
+            .field("features", &self.features)
+            .field("iotlb", &self.iotlb)
+            .finish_non_exhaustive()
     }
 }

@@ -48,7 +48,8 @@ impl Counters {
     pub(crate) fn answered(&self, took: Duration, met: u64) {
         count(&self.met, u64::from(met > 0));
         count(&self.in_flight, met);
-        self.longest.fetch_max(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.longest
+            .fetch_max(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
     }
 
     pub(crate) fn read(&self) -> IotlbStats {

@@ -57,25 +57,39 @@ impl fmt::Debug for Held {
 }
 
 fn unresolved(iova: GuestAddress, length: usize, reason: impl fmt::Display) -> Error {
-    Error::CannotResolve { iova_range: IovaRange { base: iova, length }, reason: reason.to_string() }
+    Error::CannotResolve {
+        iova_range: IovaRange { base: iova, length },
+        reason: reason.to_string(),
+    }
 }
 
 impl Iommu for BlockingIommu {
     type IotlbGuard<'a> = Held;
 
-    fn translate(&self, iova: GuestAddress, length: usize, access: Permissions) -> Result<IotlbIterator<Held>, Error> {
+    fn translate(
+        &self,
+        iova: GuestAddress,
+        length: usize,
+        access: Permissions,
+    ) -> Result<IotlbIterator<Held>, Error> {
         let mut view = vm_memory::Iotlb::new();
         if length == 0 || iova.0.checked_add(length as u64).is_none() {
-            return Err(unresolved(iova, length, "`vm-memory` has no ranges that are empty or reach the last address"));
+            return Err(unresolved(
+                iova,
+                length,
+                "`vm-memory` has no ranges that are empty or reach the last address",
+            ));
         }
         let want = Want { iova: iova.0, len: length as u64, access };
-        let mapping = self.0.map_wait(want).map_err(|error: MapError| unresolved(iova, length, error))?;
+        let mapping =
+            self.0.map_wait(want).map_err(|error: MapError| unresolved(iova, length, error))?;
         let mut at = iova;
         for (guest, len) in mapping.guest_parts() {
             view.set_mapping(at, GuestAddress(guest), len, access)?;
             at = GuestAddress(at.0 + len as u64);
         }
         let held = Held { view, mapping };
-        vm_memory::Iotlb::lookup(held, iova, length, access).map_err(|fails| unresolved(iova, length, format!("{fails:?}")))
+        vm_memory::Iotlb::lookup(held, iova, length, access)
+            .map_err(|fails| unresolved(iova, length, format!("{fails:?}")))
     }
 }

@@ -1,6 +1,11 @@
 //! Sessions on real sockets, driven by a thread and by a task of tokio: against the front-end of the
 //! `vhost` crate, and against one with an IOMMU that does one thing after the other.
-#![allow(missing_docs, unreachable_pub, dead_code, reason = "a test that shares a module with the schedules")]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    reason = "a test that shares a module with the schedules"
+)]
 
 #[path = "schedules/guest.rs"]
 mod guest;
@@ -22,8 +27,9 @@ use std::sync::mpsc::{Receiver, channel};
 use std::thread;
 use vhost::VhostBackend;
 use vhost::vhost_user::message::{
-    BackendReq, FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion,
-    VhostUserProtocolFeatures, VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
+    BackendReq, FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserMemory,
+    VhostUserMemoryRegion, VhostUserProtocolFeatures, VhostUserVringAddr, VhostUserVringAddrFlags,
+    VhostUserVringState,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType, VhostUserMemoryRegionInfo};
@@ -74,7 +80,8 @@ fn serving(driver: Driver) -> (UnixStream, Iotlb, Receiver<Result<(), ServeError
         let ended = match driver {
             Driver::Thread => serve(backend, session),
             Driver::Tokio => {
-                let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+                let runtime =
+                    tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
                 runtime.block_on(serve_tokio(backend, session))
             }
         };
@@ -102,7 +109,10 @@ fn with_the_vhost_crate(driver: Driver) {
     frontend.set_features(1 << 30 | 1 << 32).unwrap();
     let (_, config) = frontend.get_config(4, 8, VhostUserConfigFlags::empty(), &[0; 8]).unwrap();
     assert_eq!(config, (4..12).collect::<Vec<u8>>());
-    assert!(frontend.set_config(4, VhostUserConfigFlags::WRITABLE, &[1; 4]).is_err(), "it is not to be written");
+    assert!(
+        frontend.set_config(4, VhostUserConfigFlags::WRITABLE, &[1; 4]).is_err(),
+        "it is not to be written"
+    );
     let mut random = SmallRng::seed_from_u64(1);
     let mut guest = Guest::new(&mut random, false);
     guest.identity();
@@ -117,10 +127,18 @@ fn with_the_vhost_crate(driver: Driver) {
     let [kick, call] = [0, 0].map(|_| vmm_sys_util::eventfd::EventFd::new(0).unwrap());
     frontend.set_vring_num(0, SIZE).unwrap();
     assert!(frontend.set_vring_num(0, 3).is_err(), "no power of two");
-    let [desc_table_addr, avail_ring_addr, used_ring_addr] = [0, 1, 2].map(|page| USER + page * PAGE);
+    let [desc_table_addr, avail_ring_addr, used_ring_addr] =
+        [0, 1, 2].map(|page| USER + page * PAGE);
     let (queue_max_size, queue_size, flags, log_addr) = (SIZE, SIZE, 0, None);
-    let addresses =
-        vhost::VringConfigData { queue_max_size, queue_size, flags, desc_table_addr, used_ring_addr, avail_ring_addr, log_addr };
+    let addresses = vhost::VringConfigData {
+        queue_max_size,
+        queue_size,
+        flags,
+        desc_table_addr,
+        used_ring_addr,
+        avail_ring_addr,
+        log_addr,
+    };
     frontend.set_vring_addr(0, &addresses).unwrap();
     frontend.set_vring_base(0, 0).unwrap();
     frontend.set_vring_call(0, &call).unwrap();
@@ -182,7 +200,8 @@ impl Plain {
     }
 
     fn iotlb(&self, msg_type: VhostIotlbType, iova: u64, size: u64, userspace_addr: u64) {
-        let message = VhostIotlbMsg { iova, size, userspace_addr, perm: VhostAccess::ReadWrite, msg_type };
+        let message =
+            VhostIotlbMsg { iova, size, userspace_addr, perm: VhostAccess::ReadWrite, msg_type };
         assert_eq!(self.ask(FrontendReq::IOTLB_MSG, &iotlb_bytes(&message), Vec::new()), 0);
     }
 
@@ -191,7 +210,8 @@ impl Plain {
         let miss = iotlb_message(&receive(&self.backend).payload).unwrap();
         let page = self.guest.table[&(miss.iova / PAGE)];
         self.iotlb(VhostIotlbType::Update, miss.iova & !(PAGE - 1), PAGE, USER + page * PAGE);
-        let answer = Message::new(BackendReq::IOTLB_MSG, VhostUserHeaderFlag::REPLY, &0u64.to_ne_bytes());
+        let answer =
+            Message::new(BackendReq::IOTLB_MSG, VhostUserHeaderFlag::REPLY, &0u64.to_ne_bytes());
         send(&self.backend, &answer);
     }
 
@@ -199,7 +219,8 @@ impl Plain {
     fn serve_until_called(&self, call: &OwnedFd) {
         loop {
             use rustix::event::{PollFd, PollFlags, poll};
-            let mut fds = [PollFd::new(call, PollFlags::IN), PollFd::new(&self.backend, PollFlags::IN)];
+            let mut fds =
+                [PollFd::new(call, PollFlags::IN), PollFd::new(&self.backend, PollFlags::IN)];
             poll(&mut fds, None).unwrap();
             if fds[1].revents().contains(PollFlags::IN) {
                 self.serve();
@@ -218,26 +239,55 @@ fn with_an_iommu(driver: Driver) {
     let mut frontend = Plain { socket, backend, guest: Guest::new(&mut random, false) };
     frontend.tell(FrontendReq::SET_PROTOCOL_FEATURES, &0x229u64.to_ne_bytes(), Vec::new());
     assert_eq!(frontend.ask(FrontendReq::SET_BACKEND_REQ_FD, &[], vec![theirs.into()]), 0);
-    frontend.tell(FrontendReq::SET_FEATURES, &(1u64 << 30 | 1 << 32 | 1 << 33 | 1 << 28).to_ne_bytes(), Vec::new());
+    frontend.tell(
+        FrontendReq::SET_FEATURES,
+        &(1u64 << 30 | 1 << 32 | 1 << 33 | 1 << 28).to_ne_bytes(),
+        Vec::new(),
+    );
     let region = VhostUserMemoryRegion::new(0, PAGES * PAGE, USER, 0);
     let payload = [VhostUserMemory::new(1).as_slice(), region.as_slice()].concat();
-    assert_eq!(frontend.ask(FrontendReq::SET_MEM_TABLE, &payload, vec![frontend.guest.file.try_clone().unwrap()]), 0);
+    assert_eq!(
+        frontend.ask(
+            FrontendReq::SET_MEM_TABLE,
+            &payload,
+            vec![frontend.guest.file.try_clone().unwrap()]
+        ),
+        0
+    );
     let event = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).unwrap();
     let (kick, call) = (event(), event());
     let state = |num: u16| VhostUserVringState::new(0, u32::from(num)).as_slice().to_vec();
     let [descriptors, available, used] = [0, 1, 2].map(|part| ring_iova(0, part));
-    let addresses = VhostUserVringAddr::new(0, VhostUserVringAddrFlags::empty(), descriptors, used, available, 0);
+    let addresses = VhostUserVringAddr::new(
+        0,
+        VhostUserVringAddrFlags::empty(),
+        descriptors,
+        used,
+        available,
+        0,
+    );
     frontend.tell(FrontendReq::SET_VRING_NUM, &state(SIZE), Vec::new());
     frontend.tell(FrontendReq::SET_VRING_ADDR, addresses.as_slice(), Vec::new());
-    frontend.tell(FrontendReq::SET_VRING_CALL, &0u64.to_ne_bytes(), vec![call.try_clone().unwrap()]);
-    frontend.tell(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), vec![kick.try_clone().unwrap()]);
+    frontend.tell(
+        FrontendReq::SET_VRING_CALL,
+        &0u64.to_ne_bytes(),
+        vec![call.try_clone().unwrap()],
+    );
+    frontend.tell(
+        FrontendReq::SET_VRING_KICK,
+        &0u64.to_ne_bytes(),
+        vec![kick.try_clone().unwrap()],
+    );
     frontend.tell(FrontendReq::SET_VRING_ENABLE, &state(1), Vec::new());
     for _ in 0..10 {
         assert!(frontend.guest.submit(0, &mut random));
         rustix::io::write(&kick, &1u64.to_ne_bytes()).unwrap();
         frontend.serve_until_called(&call);
         let request = frontend.guest.completed(0).unwrap().expect("it is complete");
-        request.pages.iter().for_each(|(iova, _)| frontend.iotlb(VhostIotlbType::Invalidate, iova * PAGE, PAGE, 0));
+        request
+            .pages
+            .iter()
+            .for_each(|(iova, _)| frontend.iotlb(VhostIotlbType::Invalidate, iova * PAGE, PAGE, 0));
         frontend.guest.give_back(&request.pages);
         frontend.guest.check().unwrap();
     }
@@ -276,6 +326,9 @@ fn what_is_no_message_ends_the_session() {
         socket.write_all(&[1, 0, 0, 0, 2, 0, 0, 0, 0, 0, 0, 0]).unwrap();
         let error = ended.recv().unwrap().unwrap_err();
         assert!(matches!(error, ServeError::Protocol(_)), "{error}");
-        assert_eq!(error.to_string(), "the front-end: a message of version 2 of the protocol; this is version 1");
+        assert_eq!(
+            error.to_string(),
+            "the front-end: a message of version 2 of the protocol; this is version 1"
+        );
     }
 }

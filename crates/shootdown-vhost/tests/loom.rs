@@ -21,7 +21,10 @@ fn explore(name: &str, model: impl Fn() + Sync + Send + 'static) {
         count.fetch_add(1, Ordering::Relaxed);
         model();
     });
-    println!("{name}: {} executions, at most 2 preemptions each", executions.load(Ordering::Relaxed));
+    println!(
+        "{name}: {} executions, at most 2 preemptions each",
+        executions.load(Ordering::Relaxed)
+    );
 }
 
 const PAGE: u64 = 0x1000;

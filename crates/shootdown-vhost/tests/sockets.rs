@@ -15,7 +15,9 @@ use std::sync::mpsc::channel;
 use std::task::Poll;
 use std::thread;
 use std::time::Duration;
-use vhost::vhost_user::message::{BackendReq, FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion};
+use vhost::vhost_user::message::{
+    BackendReq, FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion,
+};
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
 use vm_memory::ByteValued;
 
@@ -65,7 +67,8 @@ fn serving(tokio: bool) -> (UnixStream, Iotlb) {
     let session = Session::new(Arc::new(Nothing::default()), iotlb.clone());
     thread::spawn(move || {
         if tokio {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
             runtime.block_on(serve_tokio(backend, session)).unwrap();
         } else {
             serve(backend, session).unwrap();
@@ -90,7 +93,11 @@ fn connected(tokio: bool) -> (UnixStream, UnixStream, Iotlb) {
     let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, PAGE).unwrap();
     let region = VhostUserMemoryRegion::new(0, PAGE, USER, 0);
-    tell(FrontendReq::SET_MEM_TABLE, &[VhostUserMemory::new(1).as_slice(), region.as_slice()].concat(), vec![file]);
+    tell(
+        FrontendReq::SET_MEM_TABLE,
+        &[VhostUserMemory::new(1).as_slice(), region.as_slice()].concat(),
+        vec![file],
+    );
     (socket, backend, iotlb)
 }
 
@@ -103,8 +110,22 @@ fn update_then_answer(tokio: bool) {
             let iova = iotlb_message(&miss.payload).unwrap().iova & !(PAGE - 1);
             let (perm, msg_type) = (VhostAccess::ReadWrite, VhostIotlbType::Update);
             let update = VhostIotlbMsg { iova, size: PAGE, userspace_addr: USER, perm, msg_type };
-            send(&socket, &Message::new(FrontendReq::IOTLB_MSG, VhostUserHeaderFlag::empty(), &iotlb_bytes(&update)));
-            send(&backend, &Message::new(BackendReq::IOTLB_MSG, VhostUserHeaderFlag::REPLY, &0u64.to_ne_bytes()));
+            send(
+                &socket,
+                &Message::new(
+                    FrontendReq::IOTLB_MSG,
+                    VhostUserHeaderFlag::empty(),
+                    &iotlb_bytes(&update),
+                ),
+            );
+            send(
+                &backend,
+                &Message::new(
+                    BackendReq::IOTLB_MSG,
+                    VhostUserHeaderFlag::REPLY,
+                    &0u64.to_ne_bytes(),
+                ),
+            );
         }
     });
     for turn in 0..20_000 {
@@ -153,14 +174,16 @@ fn nobody_waits_for_an_answer_when_the_back_end_channel_is_closed() {
 fn a_message_that_is_not_complete_holds_few_descriptors() {
     let (socket, _) = serving(false);
     let some = rustix::fs::memfd_create("some", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
-    let mut message = Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[0; 4000]).bytes();
+    let mut message =
+        Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[0; 4000]).bytes();
     message.truncate(60);
     let fds = [some.as_fd(); 8];
     for byte in &message {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(8))];
         let mut ancillary = SendAncillaryBuffer::new(&mut space);
         assert!(ancillary.push(SendAncillaryMessage::ScmRights(&fds)));
-        if sendmsg(&socket, &[IoSlice::new(&[*byte])], &mut ancillary, SendFlags::NOSIGNAL).is_err() {
+        if sendmsg(&socket, &[IoSlice::new(&[*byte])], &mut ancillary, SendFlags::NOSIGNAL).is_err()
+        {
             return;
         }
     }
@@ -194,7 +217,11 @@ fn other_tasks_of_the_runtime_have_their_turns() {
                     let mut polled = false;
                     std::future::poll_fn(|cx| {
                         cx.waker().wake_by_ref();
-                        if std::mem::replace(&mut polled, true) { Poll::Ready(()) } else { Poll::Pending }
+                        if std::mem::replace(&mut polled, true) {
+                            Poll::Ready(())
+                        } else {
+                            Poll::Pending
+                        }
                     })
                     .await;
                     turns += 1;
@@ -223,7 +250,9 @@ fn answers_that_nobody_reads_take_little_memory() {
         line.split_whitespace().nth(1).unwrap().parse().unwrap()
     }
     let (mut socket, _) = serving(false);
-    let message = Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[]).bytes().repeat(10_000);
+    let message = Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[])
+        .bytes()
+        .repeat(10_000);
     let before = peak_kib();
     for _ in 0..60 {
         socket.set_write_timeout(Some(Duration::from_millis(300))).unwrap();
@@ -270,16 +299,28 @@ fn a_front_end_sees_no_end_while_something_is_in_flight() {
         send(&frontend, &message);
         receive(&frontend).unwrap();
     };
-    let state = |num: u32| vhost::vhost_user::message::VhostUserVringState::new(0, num).as_slice().to_vec();
+    let state =
+        |num: u32| vhost::vhost_user::message::VhostUserVringState::new(0, num).as_slice().to_vec();
     let none = vhost::vhost_user::message::VhostUserVringAddrFlags::empty();
-    let ring = vhost::vhost_user::message::VhostUserVringAddr::new(0, none, USER, USER + 0x800, USER + 0x400, 0);
+    let ring = vhost::vhost_user::message::VhostUserVringAddr::new(
+        0,
+        none,
+        USER,
+        USER + 0x800,
+        USER + 0x400,
+        0,
+    );
     let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
     rustix::fs::ftruncate(&file, PAGE).unwrap();
     let region = VhostUserMemoryRegion::new(0, PAGE, USER, 0);
     let kick = rustix::event::eventfd(0, rustix::event::EventfdFlags::NONBLOCK).unwrap();
     tell(FrontendReq::SET_PROTOCOL_FEATURES, &0x229u64.to_ne_bytes(), Vec::new());
     tell(FrontendReq::SET_FEATURES, &(1u64 << 32).to_ne_bytes(), Vec::new());
-    tell(FrontendReq::SET_MEM_TABLE, &[VhostUserMemory::new(1).as_slice(), region.as_slice()].concat(), vec![file]);
+    tell(
+        FrontendReq::SET_MEM_TABLE,
+        &[VhostUserMemory::new(1).as_slice(), region.as_slice()].concat(),
+        vec![file],
+    );
     tell(FrontendReq::SET_VRING_NUM, &state(8), Vec::new());
     tell(FrontendReq::SET_VRING_ADDR, ring.as_slice(), Vec::new());
     tell(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), vec![kick]);
@@ -325,13 +366,15 @@ fn all_that_was_heard_is_answered(tokio: bool) {
     let stopper = session.stopper();
     let server = thread::spawn(move || {
         if tokio {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+            let runtime =
+                tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
             runtime.block_on(serve_tokio(theirs, session)).unwrap();
         } else {
             serve(theirs, session).unwrap();
         }
     });
-    let config = [0u32, 8, 0].into_iter().flat_map(u32::to_ne_bytes).chain([0; 8]).collect::<Vec<_>>();
+    let config =
+        [0u32, 8, 0].into_iter().flat_map(u32::to_ne_bytes).chain([0; 8]).collect::<Vec<_>>();
     let question = Message::new(FrontendReq::GET_CONFIG, VhostUserHeaderFlag::empty(), &config);
     flood(&socket, &question, 100_000);
     stopper.stop();
@@ -345,7 +388,11 @@ fn all_that_was_heard_is_answered(tokio: bool) {
     }
     server.join().unwrap();
     let (heard, len) = (device.0.load(Ordering::SeqCst), 12 + config.len());
-    assert_eq!((answers.len() / len, answers.len() % len), (heard, 0), "answers, and bytes of the next one");
+    assert_eq!(
+        (answers.len() / len, answers.len() % len),
+        (heard, 0),
+        "answers, and bytes of the next one"
+    );
 }
 
 #[test]
@@ -364,15 +411,31 @@ fn v7_answers_that_wait_for_another_one_are_bounded() {
     let (socket, _backend, iotlb) = connected(false);
     let (perm, msg_type) = (VhostAccess::ReadWrite, VhostIotlbType::Update);
     let update = VhostIotlbMsg { iova: 5 * PAGE, size: PAGE, userspace_addr: USER, perm, msg_type };
-    send(&socket, &Message::new(FrontendReq::IOTLB_MSG, VhostUserHeaderFlag::NEED_REPLY, &iotlb_bytes(&update)));
+    send(
+        &socket,
+        &Message::new(
+            FrontendReq::IOTLB_MSG,
+            VhostUserHeaderFlag::NEED_REPLY,
+            &iotlb_bytes(&update),
+        ),
+    );
     receive(&socket).unwrap();
     let _held = iotlb.map_wait(Want::write(5 * PAGE, 8)).unwrap();
     let (perm, msg_type) = (VhostAccess::No, VhostIotlbType::Invalidate);
-    let invalidate = VhostIotlbMsg { iova: 5 * PAGE, size: PAGE, userspace_addr: 0, perm, msg_type };
-    let message = Message::new(FrontendReq::IOTLB_MSG, VhostUserHeaderFlag::NEED_REPLY, &iotlb_bytes(&invalidate));
+    let invalidate =
+        VhostIotlbMsg { iova: 5 * PAGE, size: PAGE, userspace_addr: 0, perm, msg_type };
+    let message = Message::new(
+        FrontendReq::IOTLB_MSG,
+        VhostUserHeaderFlag::NEED_REPLY,
+        &iotlb_bytes(&invalidate),
+    );
     send(&socket, &message);
     // Each has an answer of 20 bytes; the socket takes a few thousand questions that nobody hears.
     let most = 60_000;
-    let sent = flood(&socket, &Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[]), most);
+    let sent = flood(
+        &socket,
+        &Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[]),
+        most,
+    );
     assert!(sent < most, "{sent} answers are due, and more are listened to");
 }

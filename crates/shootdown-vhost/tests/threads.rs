@@ -30,7 +30,8 @@ use std::thread::{self, Thread};
 use std::time::{Duration, Instant};
 use support::*;
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserMemory, VhostUserMemoryRegion, VhostUserVringAddr, VhostUserVringAddrFlags,
+    FrontendReq, VhostUserMemory, VhostUserMemoryRegion, VhostUserVringAddr,
+    VhostUserVringAddrFlags,
 };
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
 use vm_memory::ByteValued;
@@ -62,7 +63,10 @@ impl Device for Threads {
                     }
                     Ok(None) => return,
                     Err(error) => {
-                        eprintln!("{error}, stopping: {}", futures::FutureExt::now_or_never(ring.stopping()).is_some());
+                        eprintln!(
+                            "{error}, stopping: {}",
+                            futures::FutureExt::now_or_never(ring.stopping()).is_some()
+                        );
                         return;
                     }
                 }
@@ -92,7 +96,9 @@ struct Front {
 
 impl Front {
     fn poll(&mut self) {
-        while let Poll::Ready(output) = self.session.poll_output(&mut Context::from_waker(&self.waker)) {
+        while let Poll::Ready(output) =
+            self.session.poll_output(&mut Context::from_waker(&self.waker))
+        {
             match output {
                 Output::Send(Channel::Backend, miss) => self.misses.push(miss),
                 Output::Send(_, answer) => self.answers.push(answer),
@@ -168,11 +174,26 @@ fn run(many: bool, total: u16) {
     let session = Session::new(Arc::new(Threads(many)), Iotlb::default());
     let waker = Waker::from(Arc::new(Unpark(thread::current())));
     let random = SmallRng::seed_from_u64(25);
-    let mut front = Front { session, waker, misses: vec![], answers: vec![], file, kick: fd(), random, served: 0, refused: 0 };
+    let mut front = Front {
+        session,
+        waker,
+        misses: vec![],
+        answers: vec![],
+        file,
+        kick: fd(),
+        random,
+        served: 0,
+        refused: 0,
+    };
     let region = VhostUserMemoryRegion::new(0, 8 * PAGE, USER, 0);
     let table = [VhostUserMemory::new(1).as_slice(), region.as_slice()].concat();
     for at in 0..8u64 {
-        rustix::io::pwrite(&front.file, &descriptor((3 + at % 4) * PAGE, 8, (at % 2 * 2) as u16, 0), at * 16).unwrap();
+        rustix::io::pwrite(
+            &front.file,
+            &descriptor((3 + at % 4) * PAGE, 8, (at % 2 * 2) as u16, 0),
+            at * 16,
+        )
+        .unwrap();
     }
     front.say(FrontendReq::SET_PROTOCOL_FEATURES, &0x229u64.to_ne_bytes(), vec![]);
     front.say(FrontendReq::SET_BACKEND_REQ_FD, &[], vec![fd()]);
@@ -213,7 +234,11 @@ fn run(many: bool, total: u16) {
             0 => {
                 front.iotlb(0, 1 << 63, VhostIotlbType::Invalidate);
             }
-            1 => front.iotlb(front.random.clone().random_range(0..7) * PAGE, PAGE, VhostIotlbType::Invalidate),
+            1 => front.iotlb(
+                front.random.clone().random_range(0..7) * PAGE,
+                PAGE,
+                VhostIotlbType::Invalidate,
+            ),
             2 => {
                 // As QEMU: disabled, then a miss may be refused, then the base.
                 front.ask(FrontendReq::SET_VRING_ENABLE, &state(0, 0), vec![]);
@@ -233,5 +258,10 @@ fn run(many: bool, total: u16) {
         }
         front.serve(false);
     }
-    eprintln!("{stops} stops, {untold} with untold, {} misses, {} refused, {:?}", front.served, front.refused, began.elapsed());
+    eprintln!(
+        "{stops} stops, {untold} with untold, {} misses, {} refused, {:?}",
+        front.served,
+        front.refused,
+        began.elapsed()
+    );
 }

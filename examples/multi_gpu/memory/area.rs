@@ -66,10 +66,16 @@ impl Areas {
     }
 
     /// The parts of areas that lie in `within`, in order.
-    pub(super) fn within(&self, within: AddressRange) -> impl Iterator<Item = (AddressRange, Area)> {
-        let first = self.0.range(..=within.start()).next_back().map_or(within.start(), |(start, _)| *start);
+    pub(super) fn within(
+        &self,
+        within: AddressRange,
+    ) -> impl Iterator<Item = (AddressRange, Area)> {
+        let first =
+            self.0.range(..=within.start()).next_back().map_or(within.start(), |(start, _)| *start);
         let overlapping = self.0.range(first..=within.last());
-        overlapping.filter_map(move |(start, (last, area))| Some((range(*start, *last).intersection(within)?, *area)))
+        overlapping.filter_map(move |(start, (last, area))| {
+            Some((range(*start, *last).intersection(within)?, *area))
+        })
     }
 
     /// Cuts `within` out; returns what was there.
@@ -89,14 +95,16 @@ impl Areas {
             && its_last.checked_add(1) == Some(start)
             && its.like(&area)
         {
-            (area.written, area.resident) = (area.written || its.written, area.resident || its.resident);
+            (area.written, area.resident) =
+                (area.written || its.written, area.resident || its.resident);
             start = *before;
         }
         if let Some(next) = last.checked_add(1)
             && let Some((its_last, its)) = self.0.get(&next).copied()
             && its.like(&area)
         {
-            (area.written, area.resident) = (area.written || its.written, area.resident || its.resident);
+            (area.written, area.resident) =
+                (area.written || its.written, area.resident || its.resident);
             last = its_last;
             self.0.remove(&next);
         }
@@ -116,7 +124,9 @@ impl Areas {
 
     /// Changes the whole area that an address lies in.
     pub(super) fn change_whole(&mut self, address: u64, change: impl FnOnce(&mut Area)) {
-        if let Some((_, (_, area))) = self.0.range_mut(..=address).next_back().filter(|(_, (last, _))| *last >= address) {
+        if let Some((_, (_, area))) =
+            self.0.range_mut(..=address).next_back().filter(|(_, (last, _))| *last >= address)
+        {
             change(area);
         }
     }
@@ -130,7 +140,9 @@ impl Areas {
             }
             next = part.last().checked_add(1);
         }
-        holes.extend(next.filter(|from| *from <= within.last()).map(|from| range(from, within.last())));
+        holes.extend(
+            next.filter(|from| *from <= within.last()).map(|from| range(from, within.last())),
+        );
         holes
     }
 

@@ -45,7 +45,9 @@ impl Space {
         for (range, area) in self.areas.iter() {
             match area.inherit {
                 Inherit::Nothing => continue,
-                Inherit::Empty => child.areas.insert(range, Area { written: false, resident: false, ..*area }),
+                Inherit::Empty => {
+                    child.areas.insert(range, Area { written: false, resident: false, ..*area })
+                }
                 Inherit::Copy => {
                     child.areas.insert(range, *area);
                     if area.private && area.written {
@@ -65,18 +67,28 @@ impl Space {
     pub(super) fn change(&mut self, op: &Op, actions: &mut Vec<Action>) {
         match *op {
             Op::Map { at, len, prot, kind } => {
-                let (private, anonymous, huge, marks) = (kind.private(), kind.anonymous(), kind.huge(), kind.marks);
+                let (private, anonymous, huge, marks) =
+                    (kind.private(), kind.anonymous(), kind.huge(), kind.marks);
                 let origin = if anonymous && private { 0 } else { self.origin() };
                 let written = prot.write && (anonymous || !private);
-                let len = if huge { len.checked_next_multiple_of(HUGE).unwrap_or(len) } else { len };
-                self.map(pages(at, len), Area { private, anonymous, huge, marks, origin, written, ..Area::of(prot) }, actions);
+                let len =
+                    if huge { len.checked_next_multiple_of(HUGE).unwrap_or(len) } else { len };
+                self.map(
+                    pages(at, len),
+                    Area { private, anonymous, huge, marks, origin, written, ..Area::of(prot) },
+                    actions,
+                );
             }
             Op::Unmap { start, len } => self.unmap(pages(start, len), actions),
             Op::Remap(ref remap) => self.remap(**remap, actions),
             Op::Brk { result } => self.brk(result, actions),
-            Op::Advise { start, len, advice, partial } => self.advise(start, len, advice, partial, actions),
+            Op::Advise { start, len, advice, partial } => {
+                self.advise(start, len, advice, partial, actions)
+            }
             Op::Protect { start, len, prot, key, partial } => {
-                if let Some(range) = pages(start, len).filter(|range| !partial || self.has_hole(*range)) {
+                if let Some(range) =
+                    pages(start, len).filter(|range| !partial || self.has_hole(*range))
+                {
                     self.protect(range, prot, key, partial, actions);
                 }
             }
@@ -103,8 +115,12 @@ impl Space {
                 self.map(pages(at, len), Area { attached: at, origin, ..Area::of(prot) }, actions);
             }
             Op::Detach { at } => {
-                let parts: Vec<AddressRange> =
-                    self.areas.iter().filter(|(_, area)| area.attached == at && at != 0).map(|(range, _)| range).collect();
+                let parts: Vec<AddressRange> = self
+                    .areas
+                    .iter()
+                    .filter(|(_, area)| area.attached == at && at != 0)
+                    .map(|(range, _)| range)
+                    .collect();
                 parts.into_iter().for_each(|part| self.unmap(Some(part), actions));
             }
             _ => {}
@@ -116,7 +132,13 @@ impl Space {
         self.origins
     }
 
-    fn invalidate(&self, range: AddressRange, event: Event, then: Change, actions: &mut Vec<Action>) {
+    fn invalidate(
+        &self,
+        range: AddressRange,
+        event: Event,
+        then: Change,
+        actions: &mut Vec<Action>,
+    ) {
         actions.push(Action::Invalidate { space: self.id, range, event, then });
     }
 
@@ -160,7 +182,9 @@ impl Space {
             }
             return;
         }
-        let from = tail.and_then(|tail| AddressRange::try_from(from.start()..tail.start()).ok()).unwrap_or(from);
+        let from = tail
+            .and_then(|tail| AddressRange::try_from(from.start()..tail.start()).ok())
+            .unwrap_or(from);
         // The page tables move. Then what is left, which is empty, is unmapped.
         self.invalidate(from, Event::Unmap, Change::Discarded, actions);
         if remap.keep_old {
@@ -174,17 +198,33 @@ impl Space {
 
     fn brk(&mut self, result: u64, actions: &mut Vec<Action>) {
         let up = |at: u64| at.checked_next_multiple_of(PAGE);
-        let Some((old, new)) = self.brk.replace(result).and_then(up).zip(up(result)) else { return };
+        let Some((old, new)) = self.brk.replace(result).and_then(up).zip(up(result)) else {
+            return;
+        };
         if new < old {
             self.unmap(AddressRange::try_from(new..old).ok(), actions);
         } else if let Ok(range) = AddressRange::try_from(old..new) {
             let prot = Prot { read: true, write: true, exec: false };
-            self.map(Some(range), Area { private: true, anonymous: true, written: true, ..Area::of(prot) }, actions);
+            self.map(
+                Some(range),
+                Area { private: true, anonymous: true, written: true, ..Area::of(prot) },
+                actions,
+            );
         }
     }
 
-    pub(super) fn advise(&mut self, start: u64, len: u64, advice: Advice, partial: bool, actions: &mut Vec<Action>) {
-        let Some(range) = pages(start, len).filter(|range| !partial || self.has_hole(*range)) else { return };
+    pub(super) fn advise(
+        &mut self,
+        start: u64,
+        len: u64,
+        advice: Advice,
+        partial: bool,
+        actions: &mut Vec<Action>,
+    ) {
+        let Some(range) = pages(start, len).filter(|range| !partial || self.has_hole(*range))
+        else {
+            return;
+        };
         let inherit = match advice {
             Advice::DontFork => Inherit::Nothing,
             Advice::WipeOnFork => Inherit::Empty,
@@ -193,11 +233,14 @@ impl Space {
                 let areas: Vec<_> = self.areas.within(range).collect();
                 match advice {
                     Advice::Discard => {
-                        areas.iter().for_each(|(part, _)| self.invalidate(*part, Event::Clear, Change::Discarded, actions));
+                        areas.iter().for_each(|(part, _)| {
+                            self.invalidate(*part, Event::Clear, Change::Discarded, actions)
+                        });
                     }
                     Advice::PageOut => self.folios(&areas, PAGE, Event::Clear, actions),
                     _ => {
-                        let huge = areas.iter().filter_map(|(part, area)| Some((inner(*part)?, *area)));
+                        let huge =
+                            areas.iter().filter_map(|(part, area)| Some((inner(*part)?, *area)));
                         self.folios(&huge.collect::<Vec<_>>(), HUGE, Event::Clear, actions);
                     }
                 }
@@ -225,7 +268,14 @@ impl Space {
         }
     }
 
-    fn protect(&mut self, range: AddressRange, prot: Prot, key: Option<u8>, partial: bool, actions: &mut Vec<Action>) {
+    fn protect(
+        &mut self,
+        range: AddressRange,
+        prot: Prot,
+        key: Option<u8>,
+        partial: bool,
+        actions: &mut Vec<Action>,
+    ) {
         let mut next = Some(range.start());
         for (part, area) in self.areas.within(range).collect::<Vec<_>>() {
             // It stops at a hole. If the call succeeded there was none.
@@ -254,18 +304,29 @@ impl Space {
     }
 
     /// Folios that are reclaimed or moved are unmapped one after the other.
-    fn folios(&self, parts: &[(AddressRange, Area)], least: u64, event: Event, actions: &mut Vec<Action>) {
+    fn folios(
+        &self,
+        parts: &[(AddressRange, Area)],
+        least: u64,
+        event: Event,
+        actions: &mut Vec<Action>,
+    ) {
         let bytes = |range: AddressRange| range.len().unwrap_or(u64::MAX);
         let resident = || parts.iter().filter(|(_, area)| area.resident);
         let all: u64 = resident().map(|(part, _)| bytes(*part)).fold(0, u64::saturating_add);
-        let size = all.div_ceil(MOST_FOLIOS).checked_next_power_of_two().unwrap_or(1 << 63).max(least);
+        let size =
+            all.div_ceil(MOST_FOLIOS).checked_next_power_of_two().unwrap_or(1 << 63).max(least);
         for (part, area) in resident() {
             let size = if area.huge { size.max(HUGE) } else { size };
             let mut start = part.start();
             loop {
                 let last = (start | (size - 1)).min(part.last());
                 let Ok(folio) = AddressRange::try_from(start..=last) else { break };
-                let then = if event == Event::Clear { Change::Discarded } else { Change::Protected(area.access()) };
+                let then = if event == Event::Clear {
+                    Change::Discarded
+                } else {
+                    Change::Protected(area.access())
+                };
                 self.invalidate(folio, event, then, actions);
                 match last.checked_add(1) {
                     Some(next) if last < part.last() => start = next,
@@ -287,9 +348,15 @@ impl Space {
     }
 
     /// Writes back what is dirty of shared files, and says what: files by number.
-    pub(super) fn sync(&self, start: u64, len: u64, actions: &mut Vec<Action>) -> Vec<(u32, AddressRange)> {
+    pub(super) fn sync(
+        &self,
+        start: u64,
+        len: u64,
+        actions: &mut Vec<Action>,
+    ) -> Vec<(u32, AddressRange)> {
         let Some(range) = pages(start, len) else { return Vec::new() };
-        let dirty = |area: &Area| !area.private && !area.anonymous && area.attached == 0 && area.written;
+        let dirty =
+            |area: &Area| !area.private && !area.anonymous && area.attached == 0 && area.written;
         let parts: Vec<_> = self.areas.within(range).filter(|(_, area)| dirty(area)).collect();
         self.folios(&parts, PAGE, Event::ProtectionPage, actions);
         parts.into_iter().map(|(part, area)| (area.origin, part)).collect()

@@ -131,7 +131,9 @@ impl Program {
 
     fn change(&mut self, call: &Call, space: usize, actions: &mut Vec<Action>) {
         match &call.op {
-            Op::Clone { child, shares_memory, thread } => self.clone_task(call.pid, *child, *shares_memory, *thread, actions),
+            Op::Clone { child, shares_memory, thread } => {
+                self.clone_task(call.pid, *child, *shares_memory, *thread, actions)
+            }
             Op::Exec => self.exec(call.pid, actions),
             Op::Exit => self.end_process(call.pid, actions),
             Op::AdviseMany(of) => {
@@ -163,7 +165,9 @@ impl Program {
         if shared.is_empty() {
             return;
         }
-        for (id, space) in self.spaces.iter().enumerate().filter(|(id, space)| *id != here && space.users > 0) {
+        for (id, space) in
+            self.spaces.iter().enumerate().filter(|(id, space)| *id != here && space.users > 0)
+        {
             debug_assert_eq!(id, space.id);
             space.written_back(shared, actions);
         }
@@ -195,11 +199,22 @@ impl Program {
         id
     }
 
-    fn clone_task(&mut self, parent: u32, child: u32, shares_memory: bool, thread: bool, actions: &mut Vec<Action>) {
+    fn clone_task(
+        &mut self,
+        parent: u32,
+        child: u32,
+        shares_memory: bool,
+        thread: bool,
+        actions: &mut Vec<Action>,
+    ) {
         let process = self.tasks[&parent];
         // A number that was in use: the task it belonged to has ended, and nobody said so.
         if self.tasks.contains_key(&child) && child != parent {
-            if self.processes.contains_key(&child) { self.end_process(child, actions) } else { self.end_task(child, actions) }
+            if self.processes.contains_key(&child) {
+                self.end_process(child, actions)
+            } else {
+                self.end_task(child, actions)
+            }
         }
         self.ended.remove(&child);
         let Some(space) = self.processes.get(&process).copied() else { return };
@@ -271,7 +286,12 @@ impl Program {
             actions.push(Action::Released { space });
             let all = self.spaces[space].clear();
             let then = Change::Unmapped(all);
-            actions.push(Action::Invalidate { space, range: AddressRange::ALL, event: Event::Unmap, then });
+            actions.push(Action::Invalidate {
+                space,
+                range: AddressRange::ALL,
+                event: Event::Unmap,
+                then,
+            });
         }
     }
 }

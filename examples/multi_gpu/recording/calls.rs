@@ -51,11 +51,18 @@ const MAP: &[(&str, u64)] = &[
     ("MAP_FIXED_NOREPLACE", 0x10_0000),
     ("MAP_UNINITIALIZED", 0x400_0000),
 ];
-const REMAP: &[(&str, u64)] = &[("MREMAP_MAYMOVE", 1), ("MREMAP_FIXED", 2), ("MREMAP_DONTUNMAP", 4)];
-const MOVE: &[(&str, u64)] =
-    &[("MPOL_MF_STRICT", 1), ("MPOL_MF_MOVE", 2), ("MPOL_MF_MOVE_ALL", 4), ("MPOL_MF_LAZY", 8), ("MPOL_MF_INTERNAL", 16)];
+const REMAP: &[(&str, u64)] =
+    &[("MREMAP_MAYMOVE", 1), ("MREMAP_FIXED", 2), ("MREMAP_DONTUNMAP", 4)];
+const MOVE: &[(&str, u64)] = &[
+    ("MPOL_MF_STRICT", 1),
+    ("MPOL_MF_MOVE", 2),
+    ("MPOL_MF_MOVE_ALL", 4),
+    ("MPOL_MF_LAZY", 8),
+    ("MPOL_MF_INTERNAL", 16),
+];
 const SYNC: &[(&str, u64)] = &[("MS_ASYNC", 1), ("MS_INVALIDATE", 2), ("MS_SYNC", 4)];
-const SHM: &[(&str, u64)] = &[("SHM_RDONLY", 0x1000), ("SHM_RND", 0x2000), ("SHM_REMAP", 0x4000), ("SHM_EXEC", 0x8000)];
+const SHM: &[(&str, u64)] =
+    &[("SHM_RDONLY", 0x1000), ("SHM_RND", 0x2000), ("SHM_REMAP", 0x4000), ("SHM_EXEC", 0x8000)];
 /// What advice does.
 #[derive(Clone, Copy)]
 enum Does {
@@ -115,7 +122,9 @@ fn among(name: &[u8], glued: bool) -> bool {
         "exit", "exit_group", "munlock", "mlock", "mlock2", "mlockall", "munlockall", "mincore", "get_mempolicy",
         "set_mempolicy", "set_mempolicy_home_node", "mseal", "io_pgetevents", "memfd_secret", "process_mrelease",
     ];
-    NAMES.iter().any(|known| if glued { name.ends_with(known.as_bytes()) } else { known.as_bytes() == name })
+    NAMES.iter().any(|known| {
+        if glued { name.ends_with(known.as_bytes()) } else { known.as_bytes() == name }
+    })
 }
 
 /// Puts the sizes of segments in, once all files are read: another file may say them.
@@ -128,11 +137,17 @@ pub(super) fn sized(calls: &mut [Call], segments: &Segments) {
 }
 
 /// What a call did, or why that cannot be told.
-pub(super) fn meaning(name: &str, parts: &Parts<'_>, segments: &mut Segments) -> Result<Meaning, String> {
+pub(super) fn meaning(
+    name: &str,
+    parts: &Parts<'_>,
+    segments: &mut Segments,
+) -> Result<Meaning, String> {
     let result = parts.result;
     let word = |at: usize| result.split(|byte| *byte == b' ').nth(at).unwrap_or_default();
     // What strace returned in the kernel's place did not happen.
-    if result.ends_with(b"(INJECTED)") || (word(0) == b"?" && !matches!(name, "exit_group" | "exit")) {
+    if result.ends_with(b"(INJECTED)")
+        || (word(0) == b"?" && !matches!(name, "exit_group" | "exit"))
+    {
         return Ok(Meaning::Idle("failed"));
     }
     if word(0) == b"-1" {
@@ -155,13 +170,22 @@ pub(super) fn meaning(name: &str, parts: &Parts<'_>, segments: &mut Segments) ->
         "brk" => Op::Brk { result: parts.result_address()? },
         "madvise" => return advise(parts, false),
         "mprotect" | "pkey_mprotect" => protect(name, parts, false)?,
-        "mbind" if parts.flags(5, MOVE)? & 6 != 0 => Op::Bind { start: parts.address(0)?, len: parts.number(1)? },
-        "msync" if parts.flags(2, SYNC)? & 4 != 0 => Op::Sync { start: parts.address(0)?, len: parts.number(1)? },
+        "mbind" if parts.flags(5, MOVE)? & 6 != 0 => {
+            Op::Bind { start: parts.address(0)?, len: parts.number(1)? }
+        }
+        "msync" if parts.flags(2, SYNC)? & 4 != 0 => {
+            Op::Sync { start: parts.address(0)?, len: parts.number(1)? }
+        }
         "remap_file_pages" => Op::MapAnew { start: parts.address(0)?, len: parts.number(1)? },
         "map_shadow_stack" => {
             // Private and anonymous.
             let kind = MapKind::new(0x22, 0);
-            Op::Map { at: aligned(parts.result_address()?)?, len: parts.number(1)?, prot: prot(1), kind }
+            Op::Map {
+                at: aligned(parts.result_address()?)?,
+                len: parts.number(1)?,
+                prot: prot(1),
+                kind,
+            }
         }
         "process_madvise" => return advise_many(parts),
         "move_pages" => return move_pages(parts),
@@ -198,7 +222,9 @@ fn failed(name: &str, error: &[u8], parts: &Parts<'_>) -> Result<Meaning, String
     Ok(match (name, error) {
         // There is a hole. The mapped parts have been changed all the same.
         ("madvise", b"ENOMEM") => match advise(parts, true)? {
-            Meaning::Op(op @ Op::Advise { advice, .. }) if advice != Advice::Collapse => Meaning::Op(op),
+            Meaning::Op(op @ Op::Advise { advice, .. }) if advice != Advice::Collapse => {
+                Meaning::Op(op)
+            }
             _ => Meaning::Idle("failed"),
         },
         ("mprotect" | "pkey_mprotect", b"ENOMEM") => Meaning::Op(protect(name, parts, true)?),
@@ -219,7 +245,11 @@ fn prot(bits: u64) -> Prot {
 
 /// Mappings begin at a page. An address that does not has been cut off.
 fn aligned(address: u64) -> Result<u64, String> {
-    if address.is_multiple_of(PAGE) { Ok(address) } else { Err(format!("{address:#x} is no address of a mapping")) }
+    if address.is_multiple_of(PAGE) {
+        Ok(address)
+    } else {
+        Err(format!("{address:#x} is no address of a mapping"))
+    }
 }
 
 fn map(parts: &Parts<'_>) -> Result<Op, String> {
@@ -227,7 +257,9 @@ fn map(parts: &Parts<'_>) -> Result<Op, String> {
     let how = parts.flags(3, MAP)?;
     let has = |flag: u64, mark: u8| if how & flag != 0 { mark } else { 0 };
     // Stacks get no huge pages.
-    let marks = has(0x2000, marks::LOCKED) | has(0x4000, marks::NOT_RESERVED) | has(0x2_0000, marks::NO_HUGE_PAGES);
+    let marks = has(0x2000, marks::LOCKED)
+        | has(0x4000, marks::NOT_RESERVED)
+        | has(0x2_0000, marks::NO_HUGE_PAGES);
     let kind = MapKind::new(how, marks);
     if !kind.private() && !kind.shared() {
         return Err("the mapping is neither private nor shared".into());
@@ -245,12 +277,20 @@ fn protect(name: &str, parts: &Parts<'_>, partial: bool) -> Result<Op, String> {
         _ if parts.argument(3)? == b"-1" => None,
         _ => Some(u8::try_from(parts.number(3)?).map_err(|_| "it is no protection key")?),
     };
-    Ok(Op::Protect { start: parts.address(0)?, len: parts.number(1)?, prot: prot(parts.flags(2, PROT)?), key, partial })
+    Ok(Op::Protect {
+        start: parts.address(0)?,
+        len: parts.number(1)?,
+        prot: prot(parts.flags(2, PROT)?),
+        key,
+        partial,
+    })
 }
 
 fn advice(text: &[u8]) -> Result<Does, String> {
     let wrong = || format!("{:?} is no advice that is known here", text.escape_ascii().to_string());
-    let known = |(name, value, _): &&(&str, u64, Does)| name.as_bytes() == text || number(text) == Some(*value);
+    let known = |(name, value, _): &&(&str, u64, Does)| {
+        name.as_bytes() == text || number(text) == Some(*value)
+    };
     match ADVICE.iter().find(known) {
         Some((_, _, does)) => Ok(*does),
         // Advice of a newer kernel, by number.
@@ -271,19 +311,29 @@ fn advise(parts: &Parts<'_>, partial: bool) -> Result<Meaning, String> {
 ///
 /// Without `-y` the descriptor says nothing, and it is taken as the caller's own.
 fn advise_many(parts: &Parts<'_>) -> Result<Meaning, String> {
-    let Does::To(advice) = advice(parts.argument(3)?)? else { return Ok(Meaning::Idle("process_madvise")) };
-    let of = parts.argument(0)?.split(|byte| *byte == b'<').nth(1).and_then(|of| of.strip_prefix(b"pid:"));
-    let process = of.and_then(|of| std::str::from_utf8(of.strip_suffix(b">").unwrap_or(of)).ok()?.parse().ok());
+    let Does::To(advice) = advice(parts.argument(3)?)? else {
+        return Ok(Meaning::Idle("process_madvise"));
+    };
+    let of = parts
+        .argument(0)?
+        .split(|byte| *byte == b'<')
+        .nth(1)
+        .and_then(|of| of.strip_prefix(b"pid:"));
+    let process = of
+        .and_then(|of| std::str::from_utf8(of.strip_suffix(b">").unwrap_or(of)).ok()?.parse().ok());
     let ranges = list(parts.argument(1)?).ok_or("the ranges are no list")?;
     let field = |range: &[u8], name: &[u8]| {
-        let mut fields = range.split(|byte| matches!(byte, b'{' | b',' | b'}')).map(<[u8]>::trim_ascii);
+        let mut fields =
+            range.split(|byte| matches!(byte, b'{' | b',' | b'}')).map(<[u8]>::trim_ascii);
         fields.find_map(|field| number(field.strip_prefix(name)?))
     };
     // So many bytes have been advised, from the first range on.
     let mut left = parts.result_address()?;
     let mut advised = Vec::new();
     for range in &ranges {
-        let range = field(range, b"iov_base=").zip(field(range, b"iov_len=")).ok_or("a range lacks its base or length")?;
+        let range = field(range, b"iov_base=")
+            .zip(field(range, b"iov_len="))
+            .ok_or("a range lacks its base or length")?;
         if left > 0 {
             advised.push((range.0, range.1.min(left)));
         }
@@ -302,7 +352,10 @@ fn move_pages(parts: &Parts<'_>) -> Result<Meaning, String> {
     let moved = |at: usize| status.get(at).is_none_or(|status| !status.starts_with(b"-"));
     let moved = pages.iter().enumerate().filter(|(at, _)| moved(*at));
     let pages = moved.map(|(_, page)| number(page).ok_or("a page has no address"));
-    Ok(Meaning::Op(Op::MovePages(Box::new((process(parts.argument(0)?)?, pages.collect::<Result<_, _>>()?)))))
+    Ok(Meaning::Op(Op::MovePages(Box::new((
+        process(parts.argument(0)?)?,
+        pages.collect::<Result<_, _>>()?,
+    )))))
 }
 
 /// A process that a call names; 0 is the caller.
@@ -316,7 +369,9 @@ fn process(text: &[u8]) -> Result<Option<u32>, String> {
 fn task(text: &[u8]) -> Option<u32> {
     let comment = text.windows(3).position(|part| part == b"/* ").map(|at| &text[at + 3..]);
     let pid = match comment {
-        Some(comment) if comment.windows(18).any(|part| part == b" in strace's PID N") => number(comment)?,
+        Some(comment) if comment.windows(18).any(|part| part == b" in strace's PID N") => {
+            number(comment)?
+        }
         _ => number(text)?,
     };
     u32::try_from(pid).ok()
@@ -327,15 +382,27 @@ fn clone(name: &str, parts: &Parts<'_>) -> Result<Op, String> {
     if name == "fork" || name == "vfork" {
         return Ok(Op::Clone { child, shares_memory: name == "vfork", thread: false });
     }
-    let mut fields = parts.arguments.iter().flat_map(|argument| argument.split(|byte| matches!(byte, b'{' | b',')));
+    let mut fields = parts
+        .arguments
+        .iter()
+        .flat_map(|argument| argument.split(|byte| matches!(byte, b'{' | b',')));
     let named = fields.find_map(|field| field.trim_ascii().strip_prefix(b"flags="));
     // With `-e raw=clone` it is the first argument.
-    let text = named.or_else(|| parts.arguments.first().copied().filter(|first| number(first).is_some() && name == "clone"));
+    let text = named.or_else(|| {
+        parts.arguments.first().copied().filter(|first| number(first).is_some() && name == "clone")
+    });
     let text = text.ok_or("its flags are not recorded: record without -e raw=clone3")?;
     // All other flags, and the signal among them, make no difference here.
     let has = |flag: &str, bit: u64| {
-        let mut words = text.split(|byte| matches!(byte, b'|' | b' ' | b'}')).map(<[u8]>::trim_ascii);
-        words.any(|word| word == flag.as_bytes() || flags(word, &[]).is_ok_and(|bits| bits & bit != 0))
+        let mut words =
+            text.split(|byte| matches!(byte, b'|' | b' ' | b'}')).map(<[u8]>::trim_ascii);
+        words.any(|word| {
+            word == flag.as_bytes() || flags(word, &[]).is_ok_and(|bits| bits & bit != 0)
+        })
     };
-    Ok(Op::Clone { child, shares_memory: has("CLONE_VM", 0x100), thread: has("CLONE_THREAD", 0x1_0000) })
+    Ok(Op::Clone {
+        child,
+        shares_memory: has("CLONE_VM", 0x100),
+        thread: has("CLONE_THREAD", 0x1_0000),
+    })
 }

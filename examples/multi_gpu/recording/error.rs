@@ -27,8 +27,12 @@ const HOW: &str = "Record it with: strace -f -ttt -e trace=%memory,clone,clone3,
 impl fmt::Display for Error {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Self::Unreadable { path, error } => write!(f, "the workload {} cannot be read: {error}", path.display()),
-            Self::NothingThere { path } => write!(f, "the workload {} cannot be read: there is no file", path.display()),
+            Self::Unreadable { path, error } => {
+                write!(f, "the workload {} cannot be read: {error}", path.display())
+            }
+            Self::NothingThere { path } => {
+                write!(f, "the workload {} cannot be read: there is no file", path.display())
+            }
             Self::Empty { name } => write!(f, "{name} holds no system call\n  {HOW}"),
             Self::NotStrace { name, near } => {
                 write!(f, "{name} is not strace's: it holds no system call as strace writes it")?;
@@ -38,7 +42,10 @@ impl fmt::Display for Error {
                 write!(f, "\n  {HOW}")
             }
             Self::OnlyCounts { name } => {
-                write!(f, "{name} has only counts of system calls (strace -c), not the calls\n  {HOW}")
+                write!(
+                    f,
+                    "{name} has only counts of system calls (strace -c), not the calls\n  {HOW}"
+                )
             }
             Self::Line { name, error } => {
                 write!(f, "{name}, {error}\n  To count such lines and go on, add --lenient. {HOW}")

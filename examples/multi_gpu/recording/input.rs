@@ -30,8 +30,11 @@ pub(super) fn read_all(paths: &[PathBuf], lenient: bool) -> Result<(String, Reco
     let mut parts = Vec::with_capacity(files.len());
     for (file, made_up) in files.iter().zip((0..=u32::MAX).rev()) {
         let unreadable = |error| Error::Unreadable { path: file.clone(), error };
-        let source: Box<dyn Read> =
-            if is_stdin(file) { Box::new(io::stdin().lock()) } else { Box::new(File::open(file).map_err(unreadable)?) };
+        let source: Box<dyn Read> = if is_stdin(file) {
+            Box::new(io::stdin().lock())
+        } else {
+            Box::new(File::open(file).map_err(unreadable)?)
+        };
         let shown = several.then(|| Arc::from(label(file)));
         // `-ff` writes a file for each task, with its number at the end of the name.
         let reader = Reader::new(shown, task_of(file), made_up, lenient);
@@ -42,7 +45,10 @@ pub(super) fn read_all(paths: &[PathBuf], lenient: bool) -> Result<(String, Reco
 }
 
 /// Reads one source, line by line.
-pub(super) fn read(mut from: impl BufRead, mut reader: Reader) -> io::Result<Result<Part, ParseError>> {
+pub(super) fn read(
+    mut from: impl BufRead,
+    mut reader: Reader,
+) -> io::Result<Result<Part, ParseError>> {
     let mut line = Vec::new();
     loop {
         line.clear();
@@ -77,7 +83,9 @@ pub(super) fn together(name: &str, parts: Vec<Part>) -> Result<Recording, Error>
     for part in parts {
         calls.push((part.of, all.add(part.recording)));
         // Another file is strace's: this one is of the same run.
-        part.near.allowed(part.lenient, &mut all.skipped).map_err(|error| Error::Line { name: name(), error })?;
+        part.near
+            .allowed(part.lenient, &mut all.skipped)
+            .map_err(|error| Error::Line { name: name(), error })?;
         for (segment, size) in part.segments {
             let known = segments.entry(segment).or_default();
             *known = size.max(*known);
@@ -140,11 +148,23 @@ fn expand(path: &Path, files: &mut Vec<PathBuf>) -> Result<(), Error> {
     let mut found = if is_stdin(path) || path.is_file() {
         vec![path.to_owned()]
     } else if path.is_dir() {
-        let entries = std::fs::read_dir(path).map_err(unreadable)?.collect::<io::Result<Vec<_>>>().map_err(unreadable)?;
-        let hidden = |path: &PathBuf| path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'));
-        entries.into_iter().map(|entry| entry.path()).filter(|path| path.is_file() && !hidden(path)).collect()
+        let entries = std::fs::read_dir(path)
+            .map_err(unreadable)?
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(unreadable)?;
+        let hidden = |path: &PathBuf| {
+            path.file_name().is_some_and(|name| name.to_string_lossy().starts_with('.'))
+        };
+        entries
+            .into_iter()
+            .map(|entry| entry.path())
+            .filter(|path| path.is_file() && !hidden(path))
+            .collect()
     } else {
-        let fits = path.to_str().filter(|text| text.contains(['*', '?', '['])).and_then(|text| glob::glob(text).ok());
+        let fits = path
+            .to_str()
+            .filter(|text| text.contains(['*', '?', '[']))
+            .and_then(|text| glob::glob(text).ok());
         match fits {
             Some(fits) => fits.filter_map(Result::ok).filter(|path| path.is_file()).collect(),
             // It is not there, or it is a pipe.

@@ -94,7 +94,9 @@ fn pid_changed(text: &mut &[u8]) -> Result<u32> {
 
 /// How a text ends, and how long it is without that.
 pub(super) fn ending(text: &[u8]) -> (Ending, usize) {
-    let Some(at) = text.iter().rposition(|byte| *byte == b'<') else { return (Ending::None, text.len()) };
+    let Some(at) = text.iter().rposition(|byte| *byte == b'<') else {
+        return (Ending::None, text.len());
+    };
     let found = match &text[at..] {
         b"<unfinished ...>" => Ending::Unfinished,
         b"<detached ...>" => Ending::Left,
@@ -134,7 +136,11 @@ fn last_end(text: &[u8]) -> Option<usize> {
     let mut at = text.len();
     while let Some(found) = text[..at].iter().rposition(|byte| *byte == b'=') {
         let (before, after) = (text[..found].trim_ascii_end(), &text[found + 1..]);
-        if before.ends_with(b")") && before.len() < found && after.first() == Some(&b' ') && after.len() > 1 {
+        if before.ends_with(b")")
+            && before.len() < found
+            && after.first() == Some(&b' ')
+            && after.len() > 1
+        {
             return Some(before.len() - 1);
         }
         at = found;
@@ -147,7 +153,8 @@ pub(super) fn mentions(text: &[u8]) -> bool {
     let resumed = text.windows(9).any(|part| part == b" resumed>");
     // Of the whole line, once: a line may have many brackets.
     let (end, unfinished) = (last_end(text), text.ends_with(b"<unfinished ...>"));
-    let names = text.iter().enumerate().filter(|(_, byte)| **byte == b'(' || (resumed && **byte == b' '));
+    let names =
+        text.iter().enumerate().filter(|(_, byte)| **byte == b'(' || (resumed && **byte == b' '));
     names.into_iter().any(|(at, _)| {
         let name = last_word(&text[..at]);
         let whole = || at == name.len() || unfinished || end.is_some_and(|end| end > at);
@@ -163,7 +170,9 @@ pub(super) fn hides(text: &[u8]) -> bool {
     while let Some(byte) = text.get(at) {
         match byte {
             b'(' if may_concern(last_word(&text[..at])) => return true,
-            b'<' if at < paths && at.checked_sub(1).is_some_and(|at| text[at].is_ascii_alphanumeric()) => {
+            b'<' if at < paths
+                && at.checked_sub(1).is_some_and(|at| text[at].is_ascii_alphanumeric()) =>
+            {
                 at += skip(&text[at..]).unwrap_or(1);
             }
             // What stands in quotes is no call. If there is no other quote it is an ordinary byte.

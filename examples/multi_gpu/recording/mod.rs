@@ -70,7 +70,13 @@ impl Recording {
     pub fn remarks(&self, all: bool) -> Vec<String> {
         const SHORT: usize = 10;
         let some = if all { usize::MAX } else { SHORT };
-        let mut remarks: Vec<String> = self.skipped.listed().iter().take(some).map(|error| format!("skipped {error}")).collect();
+        let mut remarks: Vec<String> = self
+            .skipped
+            .listed()
+            .iter()
+            .take(some)
+            .map(|error| format!("skipped {error}"))
+            .collect();
         let more = self.skipped.len() - remarks.len();
         if more > 0 {
             let how = if all { "" } else { "; -v lists the first of them" };
@@ -78,8 +84,10 @@ impl Recording {
         }
         if all {
             remarks.extend(self.listed.iter().map(|note| format!("note {note}")));
-            remarks.extend(self.noted.iter().map(|(kind, count)| format!("{count} {}", kind.name())));
-            remarks.extend(self.other.iter().map(|(name, count)| format!("{count} calls of {name}")));
+            remarks
+                .extend(self.noted.iter().map(|(kind, count)| format!("{count} {}", kind.name())));
+            remarks
+                .extend(self.other.iter().map(|(name, count)| format!("{count} calls of {name}")));
         }
         remarks
     }

@@ -29,7 +29,9 @@ pub(super) fn by_time(origins: &[u64], files: Vec<OfTask>) -> Vec<Call> {
     let mut all = Vec::with_capacity(files.iter().map(|(_, calls)| calls.len()).sum());
     for (origin, (_, calls)) in origins.iter().zip(files) {
         let shift = origin - first;
-        all.extend(calls.into_iter().map(|call| Call { at_ns: call.at_ns.saturating_add(shift), ..call }));
+        all.extend(
+            calls.into_iter().map(|call| Call { at_ns: call.at_ns.saturating_add(shift), ..call }),
+        );
     }
     all.sort_by_key(|call| call.at_ns);
     all
@@ -39,7 +41,8 @@ pub(super) fn by_time(origins: &[u64], files: Vec<OfTask>) -> Vec<Call> {
 pub(super) fn by_birth(files: Vec<OfTask>) -> Vec<Call> {
     let mut all = Vec::with_capacity(files.iter().map(|(_, calls)| calls.len()).sum());
     let born: HashSet<u32> = files.iter().flat_map(|(_, calls)| calls).filter_map(child).collect();
-    let (later, first): (Vec<_>, Vec<_>) = files.into_iter().partition(|(of, _)| of.is_some_and(|of| born.contains(&of)));
+    let (later, first): (Vec<_>, Vec<_>) =
+        files.into_iter().partition(|(of, _)| of.is_some_and(|of| born.contains(&of)));
     let mut waiting: HashMap<u32, Vec<Call>> = HashMap::new();
     let mut rest: Vec<u32> = Vec::new();
     for (of, calls) in later {

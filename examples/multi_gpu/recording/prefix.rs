@@ -35,7 +35,8 @@ pub(super) enum Stamp {
 /// Takes the prefix off a line.
 pub(super) fn prefix(line: &mut &[u8]) -> Prefix {
     let mut found = Prefix::default();
-    let bracketed = opt(delimited((space0, "[pid", space1), pid, "] ")).parse_next(line).unwrap_or_default();
+    let bracketed =
+        opt(delimited((space0, "[pid", space1), pid, "] ")).parse_next(line).unwrap_or_default();
     found.pid = bracketed;
     if bracketed.is_none() {
         let before = *line;
@@ -44,7 +45,9 @@ pub(super) fn prefix(line: &mut &[u8]) -> Prefix {
             // strace fills the column up to five digits.
             let digits = before.iter().take_while(|byte| byte.is_ascii_digit()).count();
             let named = before.get(digits) == Some(&b'<');
-            if let Ok(fill) = spaces(5usize.saturating_sub(digits) * usize::from(!named)).parse_next(line) {
+            if let Ok(fill) =
+                spaces(5usize.saturating_sub(digits) * usize::from(!named)).parse_next(line)
+            {
                 let _: &[u8] = fill;
             }
         }
@@ -52,7 +55,9 @@ pub(super) fn prefix(line: &mut &[u8]) -> Prefix {
     loop {
         let checkpoint = *line;
         let whole = padded_seconds(line);
-        let padded = space0::<_, winnow::error::ContextError>.parse_next(line).is_ok_and(|spaces: &[u8]| !spaces.is_empty());
+        let padded = space0::<_, winnow::error::ContextError>
+            .parse_next(line)
+            .is_ok_and(|spaces: &[u8]| !spaces.is_empty());
         if found.time.is_none()
             && let Ok(time) = time(line, whole)
         {
@@ -86,8 +91,11 @@ fn comm<'a>(line: &mut &'a [u8]) -> Result<&'a [u8]> {
 
 fn plain_pid(line: &mut &[u8]) -> Result<u32> {
     let checkpoint = *line;
-    let found =
-        if padded_seconds(line) { Err(winnow::error::ContextError::new()) } else { delimited(space0, pid, ' ').parse_next(line) };
+    let found = if padded_seconds(line) {
+        Err(winnow::error::ContextError::new())
+    } else {
+        delimited(space0, pid, ' ').parse_next(line)
+    };
     if found.is_err() {
         *line = checkpoint;
     }
@@ -104,14 +112,18 @@ fn padded_seconds(line: &[u8]) -> bool {
 
 /// `[00007fc71dfcfad7] ` (`-i`), `[  59] ` (`-n`), a security context.
 fn bracket<'a>(line: &mut &'a [u8]) -> Result<&'a [u8]> {
-    preceded(not(alt(("[ Process", "[pid "))), delimited('[', take_till(1..=256, b']'), "] ")).parse_next(line)
+    preceded(not(alt(("[ Process", "[pid "))), delimited('[', take_till(1..=256, b']'), "] "))
+        .parse_next(line)
 }
 
 fn time(line: &mut &[u8], whole: bool) -> Result<Stamp> {
     let checkpoint = *line;
     let seconds = |line: &mut &[u8]| seconds(line, whole);
-    let found =
-        terminated(alt((of_day, seconds)), (' ', opt((space0, "(+", take_until(0..=32, ")"), ")", space1)))).parse_next(line);
+    let found = terminated(
+        alt((of_day, seconds)),
+        (' ', opt((space0, "(+", take_until(0..=32, ")"), ")", space1))),
+    )
+    .parse_next(line);
     if found.is_err() {
         *line = checkpoint;
     }
@@ -119,8 +131,11 @@ fn time(line: &mut &[u8], whole: bool) -> Result<Stamp> {
 }
 
 fn of_day(line: &mut &[u8]) -> Result<Stamp> {
-    let two = |line: &mut &[u8]| take_while(2..=2, |byte: u8| byte.is_ascii_digit()).parse_to::<u64>().parse_next(line);
-    let (hours, _, minutes, _, seconds, ns) = (two, ':', two, ':', two, opt(fraction)).parse_next(line)?;
+    let two = |line: &mut &[u8]| {
+        take_while(2..=2, |byte: u8| byte.is_ascii_digit()).parse_to::<u64>().parse_next(line)
+    };
+    let (hours, _, minutes, _, seconds, ns) =
+        (two, ':', two, ':', two, opt(fraction)).parse_next(line)?;
     Ok(Stamp::OfDay(((hours * 60 + minutes) * 60 + seconds) * SECOND + ns.unwrap_or(0)))
 }
 
@@ -128,14 +143,17 @@ fn seconds(line: &mut &[u8], padded: bool) -> Result<Stamp> {
     let (digits, ns): (&[u8], _) = (digit1, opt(fraction)).parse_next(line)?;
     // Without a fraction it is a time only if it is too long for anything else, or in its column.
     let whole = std::str::from_utf8(digits).ok().and_then(|digits| digits.parse::<u64>().ok());
-    let whole = whole.filter(|_| ns.is_some() || padded || digits.len() >= 9).and_then(|whole| whole.checked_mul(SECOND));
+    let whole = whole
+        .filter(|_| ns.is_some() || padded || digits.len() >= 9)
+        .and_then(|whole| whole.checked_mul(SECOND));
     let ns = whole.and_then(|whole| whole.checked_add(ns.unwrap_or(0)));
     ns.map(|ns| Stamp::Seconds { ns, padded: false }).ok_or_else(winnow::error::ContextError::new)
 }
 
 /// `.123456`, as ns.
 fn fraction(line: &mut &[u8]) -> Result<u64> {
-    let digits: &[u8] = preceded(one_of('.'), take_while(1..=9, |byte: u8| byte.is_ascii_digit())).parse_next(line)?;
+    let digits: &[u8] = preceded(one_of('.'), take_while(1..=9, |byte: u8| byte.is_ascii_digit()))
+        .parse_next(line)?;
     let value = digits.iter().fold(0, |value, digit| value * 10 + u64::from(digit - b'0'));
     Ok(value * 10u64.pow(9 - digits.len() as u32))
 }
@@ -163,12 +181,16 @@ impl Clock {
         };
         self.last = match (stamp, first) {
             (Stamp::Seconds { ns, .. }, _) if self.relative => self.last.saturating_add(ns),
-            (Stamp::Seconds { ns, .. }, Stamp::Seconds { ns: first, .. }) if ns < first && ns < 100_000 * SECOND => {
+            (Stamp::Seconds { ns, .. }, Stamp::Seconds { ns: first, .. })
+                if ns < first && ns < 100_000 * SECOND =>
+            {
                 // A clock does not go back so far: these are differences after all.
                 self.relative = true;
                 self.last.saturating_add(ns)
             }
-            (Stamp::Seconds { ns, .. }, Stamp::Seconds { ns: first, .. }) => ns.saturating_sub(first),
+            (Stamp::Seconds { ns, .. }, Stamp::Seconds { ns: first, .. }) => {
+                ns.saturating_sub(first)
+            }
             (Stamp::OfDay(ns), Stamp::OfDay(first)) => {
                 let now = |days: u64| days.saturating_mul(DAY).saturating_add(ns);
                 // After midnight.

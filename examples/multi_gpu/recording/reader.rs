@@ -81,7 +81,12 @@ pub(super) struct Reader {
 impl Reader {
     /// `file`: its name, where there are several. `of`: the task that its name says (`-ff`); else
     /// lines that name no task are of `made_up`, until another line says whose they are.
-    pub(super) fn new(file: Option<Arc<str>>, of: Option<u32>, made_up: u32, lenient: bool) -> Self {
+    pub(super) fn new(
+        file: Option<Arc<str>>,
+        of: Option<u32>,
+        made_up: u32,
+        lenient: bool,
+    ) -> Self {
         Self {
             file,
             lenient,
@@ -114,7 +119,9 @@ impl Reader {
         let prefix = prefix(&mut rest);
         match body(rest) {
             // Output of the program stands before a call: `donemunmap(…`, `step(1)munmap(…`.
-            Body::Call { name, text } if !concerns(name) && (may_concern(name) || hides(text)) => self.text(line, rest),
+            Body::Call { name, text } if !concerns(name) && (may_concern(name) || hides(text)) => {
+                self.text(line, rest)
+            }
             Body::Call { name, text } => {
                 let (pid, at_ns) = self.known(&prefix)?;
                 self.call(pid, at_ns, name, text)
@@ -195,7 +202,8 @@ impl Reader {
     fn text(&mut self, line: &[u8], rest: &[u8]) -> Result<(), ParseError> {
         if let Some(mut open) = self.open.take() {
             let rest = [&b")"[..], b",", b"<detached ...>", b"<unfinished ...>"];
-            if open.interrupted || rest.iter().any(|rest| line.trim_ascii_start().starts_with(rest)) {
+            if open.interrupted || rest.iter().any(|rest| line.trim_ascii_start().starts_with(rest))
+            {
                 let mut text = std::mem::take(&mut open.call.text);
                 text.extend_from_slice(line);
                 return self.go_on(open.pid, open.call, text);
@@ -208,28 +216,41 @@ impl Reader {
         }
         let near = mentions(rest) || matches!(body(rest), Body::Call { .. });
         if self.part.known && (near || (self.plain && self.open.is_none())) {
-            let reason = if near { "it looks like a call, and is not as strace writes it" } else { "it is no line of strace's" };
+            let reason = if near {
+                "it looks like a call, and is not as strace writes it"
+            } else {
+                "it is no line of strace's"
+            };
             return self.bad(self.wrong(reason.into()));
         }
         if near {
-            self.part.near.add(self.wrong("it looks like a call, and is not as strace writes it".into()));
+            self.part
+                .near
+                .add(self.wrong("it looks like a call, and is not as strace writes it".into()));
         }
         self.note(NoteKind::Text);
         if self.part.recording.listed.len() < LISTED {
             let start = line.get(..160).unwrap_or(line);
             let text = String::from_utf8_lossy(start).into_owned();
-            self.part.recording.listed.push(Note { file: self.file.clone(), line: self.line, text });
+            self.part.recording.listed.push(Note {
+                file: self.file.clone(),
+                line: self.line,
+                text,
+            });
         }
         Ok(())
     }
 
     fn message(&mut self, text: &[u8]) {
         self.note(NoteKind::Message);
-        let mut words = text.split(u8::is_ascii_whitespace).skip_while(|word| *word != b"Process").skip(1);
+        let mut words =
+            text.split(u8::is_ascii_whitespace).skip_while(|word| *word != b"Process").skip(1);
         let mut next = || std::str::from_utf8(words.next()?).ok();
         let pid = next().and_then(|pid| pid.parse::<u32>().ok());
         match (pid, next(), next(), next().and_then(|threads| threads.parse::<u32>().ok())) {
-            (Some(pid), Some("attached"), Some("with"), Some(threads)) => self.tasks.attached(pid, threads),
+            (Some(pid), Some("attached"), Some("with"), Some(threads)) => {
+                self.tasks.attached(pid, threads)
+            }
             (Some(pid), Some("attached"), ..) => self.tasks.attached(pid, 1),
             (Some(pid), Some("detached"), ..) => self.tasks.gone(pid),
             _ => {}
@@ -262,7 +283,8 @@ impl Reader {
         call.pieces += 1;
         if call.pieces > PIECES || (call.pieces > 1 && text.len() > LONGEST) {
             if memory {
-                let error = self.wrong(format!("{} is broken into too many or too long pieces", call.name));
+                let error =
+                    self.wrong(format!("{} is broken into too many or too long pieces", call.name));
                 return self.bad(ParseError { line: call.line, ..error });
             }
             self.note(NoteKind::Text);
@@ -298,13 +320,20 @@ impl Reader {
                     self.message(&text[at..]);
                     text.truncate(at);
                 }
-                self.open = Some(Open { pid, interrupted: at.is_some(), call: Begun { text, ..call } });
+                self.open =
+                    Some(Open { pid, interrupted: at.is_some(), call: Begun { text, ..call } });
             }
         }
         Ok(())
     }
 
-    fn resumed(&mut self, pid: u32, at_ns: u64, name: &[u8], text: &[u8]) -> Result<(), ParseError> {
+    fn resumed(
+        &mut self,
+        pid: u32,
+        at_ns: u64,
+        name: &[u8],
+        text: &[u8],
+    ) -> Result<(), ParseError> {
         if !concerns(name) {
             self.count(name);
             return Ok(());
@@ -313,7 +342,10 @@ impl Reader {
             Some(call) if call.name.as_bytes() == name => call,
             other => {
                 if let Some(call) = other {
-                    let reason = format!("another call is resumed than {}, begun in line {}", call.name, call.line);
+                    let reason = format!(
+                        "another call is resumed than {}, begun in line {}",
+                        call.name, call.line
+                    );
                     self.bad(self.wrong(reason))?;
                 }
                 // Its beginning was not recorded.
@@ -342,7 +374,14 @@ impl Reader {
     }
 
     /// A whole call.
-    fn finish(&mut self, pid: u32, name: &str, at_ns: u64, before: usize, parts: &Parts<'_>) -> Result<(), ParseError> {
+    fn finish(
+        &mut self,
+        pid: u32,
+        name: &str,
+        at_ns: u64,
+        before: usize,
+        parts: &Parts<'_>,
+    ) -> Result<(), ParseError> {
         let op = match meaning(name, parts, &mut self.part.segments) {
             Ok(Meaning::Op(op)) => op,
             Ok(Meaning::Idle(kind)) => {
@@ -383,7 +422,8 @@ impl Reader {
             // The thread that called `execve` goes on under the number of its process. Which of the
             // two numbers is whose depends on the version of strace.
             End::Superseded(by) => {
-                let executes = |call: Option<&Begun>| call.is_some_and(|call| call.name.starts_with("execve"));
+                let executes =
+                    |call: Option<&Begun>| call.is_some_and(|call| call.name.starts_with("execve"));
                 let (from, to) = if executes(self.begun.get(&pid)) { (pid, by) } else { (by, pid) };
                 if self.begun.get(&from).is_some_and(|call| executes(Some(call)) && !call.moved)
                     && let Some(call) = self.begun.remove(&from)
@@ -425,7 +465,12 @@ impl Reader {
         begun.sort_unstable_by_key(|(_, call)| call.line);
         for (pid, call) in begun {
             if call.name == "exit_group" {
-                self.part.recording.calls.push(Call { pid, at_ns: call.at_ns, line: call.line, op: Op::Exit });
+                self.part.recording.calls.push(Call {
+                    pid,
+                    at_ns: call.at_ns,
+                    line: call.line,
+                    op: Op::Exit,
+                });
             } else {
                 self.part.recording.unfinished += 1;
             }
@@ -433,9 +478,17 @@ impl Reader {
         let recording = &mut self.part.recording;
         put_early(&mut recording.calls, self.early);
         if let Some((made_up, found)) = self.tasks.renamed() {
-            recording.calls.iter_mut().filter(|call| call.pid == made_up).for_each(|call| call.pid = found);
+            recording
+                .calls
+                .iter_mut()
+                .filter(|call| call.pid == made_up)
+                .for_each(|call| call.pid = found);
         }
-        recording.other = self.other.into_iter().map(|(name, n)| (String::from_utf8_lossy(&name).into_owned(), n)).collect();
+        recording.other = self
+            .other
+            .into_iter()
+            .map(|(name, n)| (String::from_utf8_lossy(&name).into_owned(), n))
+            .collect();
         self.part.origin = self.clock.origin();
         Ok(self.part)
     }

@@ -21,7 +21,9 @@ impl<'a> Parts<'a> {
 
     pub(super) fn number(&self, at: usize) -> std::result::Result<u64, String> {
         let text = self.argument(at)?;
-        number(text).ok_or_else(|| format!("argument {}, {:?}, is no number", at + 1, text.escape_ascii().to_string()))
+        number(text).ok_or_else(|| {
+            format!("argument {}, {:?}, is no number", at + 1, text.escape_ascii().to_string())
+        })
     }
 
     /// 32-bit processes have addresses of 32 bits; old versions of strace extend their sign.
@@ -30,11 +32,16 @@ impl<'a> Parts<'a> {
     }
 
     pub(super) fn result_address(&self) -> std::result::Result<u64, String> {
-        let wrong = || format!("the result {:?} is no address", self.result.escape_ascii().to_string());
+        let wrong =
+            || format!("the result {:?} is no address", self.result.escape_ascii().to_string());
         number(self.result).map(address).ok_or_else(wrong)
     }
 
-    pub(super) fn flags(&self, at: usize, known: &[(&str, u64)]) -> std::result::Result<u64, String> {
+    pub(super) fn flags(
+        &self,
+        at: usize,
+        known: &[(&str, u64)],
+    ) -> std::result::Result<u64, String> {
         flags(self.argument(at)?, known)
     }
 }
@@ -74,7 +81,8 @@ pub(super) fn parts(text: &[u8]) -> Option<Parts<'_>> {
     if !last.is_empty() || !arguments.is_empty() {
         arguments.push(last);
     }
-    let result = preceded((')', space0, '=', space0), winnow::token::rest::<_, winnow::error::ContextError>);
+    let result =
+        preceded((')', space0, '=', space0), winnow::token::rest::<_, winnow::error::ContextError>);
     let result: &[u8] = { result }.parse_next(&mut rest).ok()?;
     (!result.is_empty()).then(|| Parts { arguments, result: result.trim_ascii() })
 }
@@ -92,7 +100,10 @@ pub(super) fn skip(text: &[u8]) -> Option<usize> {
 }
 
 fn quoted<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8]> {
-    let inside = repeat::<_, _, (), _, _>(0.., alt((take_till(1.., ['"', '\\']).void(), ('\\', any).void())));
+    let inside = repeat::<_, _, (), _, _>(
+        0..,
+        alt((take_till(1.., ['"', '\\']).void(), ('\\', any).void())),
+    );
     delimited('"', inside.take(), '"').parse_next(rest)
 }
 
@@ -102,13 +113,18 @@ fn comment<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8]> {
 
 /// What a descriptor stands for (`-y`): `3</etc/ld.so.cache>`. `21<<MAP_HUGE_SHIFT` is a shift.
 fn path<'a>(rest: &mut &'a [u8]) -> Result<&'a [u8]> {
-    delimited(('<', peek(one_of(|byte: u8| byte != b'<'))), take_till(0.., b'>'), '>').parse_next(rest)
+    delimited(('<', peek(one_of(|byte: u8| byte != b'<'))), take_till(0.., b'>'), '>')
+        .parse_next(rest)
 }
 
 /// A number, with what may follow it: a comment, what it stands for, more words of a result.
 pub(super) fn number(text: &[u8]) -> Option<u64> {
     let mut text = text;
-    let value = alt((preceded("0x", hex_number), "NULL".value(0), dec_uint::<_, u64, winnow::error::ContextError>));
+    let value = alt((
+        preceded("0x", hex_number),
+        "NULL".value(0),
+        dec_uint::<_, u64, winnow::error::ContextError>,
+    ));
     terminated(value, alt((eof.void(), one_of(b" </").void()))).parse_next(&mut text).ok()
 }
 
@@ -119,7 +135,9 @@ fn hex_number(text: &mut &[u8]) -> Result<u64> {
 /// Flags as names, as numbers, or both. A name that is not known is an error: what it does is not
 /// known either.
 pub(super) fn flags(text: &[u8], known: &[(&str, u64)]) -> std::result::Result<u64, String> {
-    let wrong = |flag: &[u8]| format!("{:?} is no flag that is known here", flag.escape_ascii().to_string());
+    let wrong = |flag: &[u8]| {
+        format!("{:?} is no flag that is known here", flag.escape_ascii().to_string())
+    };
     // `0x3 /* PROT_READ|PROT_WRITE */`: the number is enough.
     let text = text.split(|byte| *byte == b'/').next().unwrap_or_default().trim_ascii();
     text.split(|byte| *byte == b'|').try_fold(0, |all, flag| {

@@ -19,7 +19,14 @@ pub(super) struct Tasks {
 
 impl Tasks {
     pub(super) fn new(own: u32) -> Self {
-        Self { own, found: None, live: BTreeSet::new(), seen: HashSet::new(), attached: BTreeMap::new(), last: None }
+        Self {
+            own,
+            found: None,
+            live: BTreeSet::new(),
+            seen: HashSet::new(),
+            attached: BTreeMap::new(),
+            last: None,
+        }
     }
 
     /// The task of a line; and what it says of the task, if it is new.

@@ -8,14 +8,16 @@ use proptest::sample::{Index, select};
 /// Runs what has been read, to its end; returns how many actions that took.
 fn run(recording: &Recording) -> usize {
     let mut program = Program::default();
-    let mut actions: Vec<Action> = recording.calls.iter().flat_map(|call| program.run(call)).collect();
+    let mut actions: Vec<Action> =
+        recording.calls.iter().flat_map(|call| program.run(call)).collect();
     actions.extend(program.end());
     let of = |action: &Action| match action {
         Action::Created { space, .. } | Action::Mapped { space, .. } => *space,
         Action::Invalidate { space, .. } | Action::Released { space } => *space,
     };
     assert!(actions.iter().all(|action| of(action) < program.spaces()));
-    let released = actions.iter().filter(|action| matches!(action, Action::Released { .. })).count();
+    let released =
+        actions.iter().filter(|action| matches!(action, Action::Released { .. })).count();
     assert_eq!(released, program.spaces(), "each space ends once");
     actions.len()
 }
@@ -42,11 +44,26 @@ fn number() -> impl Strategy<Value = u64> {
 
 fn call() -> impl Strategy<Value = String> {
     let prot = select(vec!["PROT_NONE", "PROT_READ", "PROT_READ|PROT_WRITE", "PROT_WRITE", "0x7"]);
-    let how = select(vec!["MAP_PRIVATE|MAP_ANONYMOUS", "MAP_SHARED", "MAP_PRIVATE|MAP_FIXED", "0x40022", "MAP_PRIVATE"]);
-    let advice =
-        select(vec!["MADV_DONTNEED", "MADV_PAGEOUT", "MADV_COLLAPSE", "MADV_DONTFORK", "MADV_WIPEONFORK", "MADV_HUGEPAGE", "25"]);
-    let end = select(vec!["= 0", "= -1 ENOMEM (Cannot allocate memory)", "= ?", "<unfinished ...>"]);
-    let what = (number(), number(), number(), number(), prot, how, advice, end, 0usize..19, 0u32..9);
+    let how = select(vec![
+        "MAP_PRIVATE|MAP_ANONYMOUS",
+        "MAP_SHARED",
+        "MAP_PRIVATE|MAP_FIXED",
+        "0x40022",
+        "MAP_PRIVATE",
+    ]);
+    let advice = select(vec![
+        "MADV_DONTNEED",
+        "MADV_PAGEOUT",
+        "MADV_COLLAPSE",
+        "MADV_DONTFORK",
+        "MADV_WIPEONFORK",
+        "MADV_HUGEPAGE",
+        "25",
+    ]);
+    let end =
+        select(vec!["= 0", "= -1 ENOMEM (Cannot allocate memory)", "= ?", "<unfinished ...>"]);
+    let what =
+        (number(), number(), number(), number(), prot, how, advice, end, 0usize..19, 0u32..9);
     what.prop_map(|(a, b, c, d, prot, how, advice, end, kind, pid)| match kind {
         0 => format!("mmap({a:#x}, {b}, {prot}, {how}, -1, 0) = {c:#x}"),
         1 => format!("munmap({a:#x}, {b}) {end}"),
@@ -60,7 +77,9 @@ fn call() -> impl Strategy<Value = String> {
         9 => format!("migrate_pages({pid}, 64, [1], [2]) {end}"),
         10 => format!("msync({a:#x}, {b}, MS_SYNC) {end}"),
         11 => format!("remap_file_pages({a:#x}, {b}, 0, 0, 0) {end}"),
-        12 => format!("process_madvise(3, [{{iov_base={a:#x}, iov_len={b}}}], 1, {advice}, 0) = {c}"),
+        12 => {
+            format!("process_madvise(3, [{{iov_base={a:#x}, iov_len={b}}}], 1, {advice}, 0) = {c}")
+        }
         13 => format!("shmat(5, NULL, 0) = {a:#x}"),
         14 => format!("shmdt({a:#x}) {end}"),
         15 => format!("clone(child_stack=NULL, flags={how}|CLONE_VM) = {pid}"),
@@ -101,7 +120,8 @@ fn line() -> impl Strategy<Value = String> {
 }
 
 fn cases() -> ProptestConfig {
-    let cases = std::env::var("SHOOTDOWN_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(256);
+    let cases =
+        std::env::var("SHOOTDOWN_CASES").ok().and_then(|cases| cases.parse().ok()).unwrap_or(256);
     ProptestConfig { cases, failure_persistence: None, ..ProptestConfig::default() }
 }
 
@@ -174,10 +194,18 @@ fn deep_brackets_and_long_lines_are_no_matter() {
     let deep = "(".repeat(1 << 20);
     read(format!("mmap{deep}\nbrk(NULL) = 0x1000\n").as_bytes());
     read(format!("execve(\"{}\", [], 0x7f) = 0\n", "\\\"".repeat(1 << 20)).as_bytes());
-    read(format!("mmap(NULL, {}, PROT_READ, MAP_PRIVATE, 3, 0) = 0x1000\n", "9".repeat(1 << 20)).as_bytes());
+    read(
+        format!("mmap(NULL, {}, PROT_READ, MAP_PRIVATE, 3, 0) = 0x1000\n", "9".repeat(1 << 20))
+            .as_bytes(),
+    );
     read("= ".repeat(1 << 16).as_bytes());
     for open in ["3<a", "\"a", "/* a", "[{(", "<unfin", "0<<"] {
-        read(format!("mmap(NULL, {open}, PROT_READ, MAP_PRIVATE, 3, 0) = 0x1000\n7 [{open} brk({open}").as_bytes());
+        read(
+            format!(
+                "mmap(NULL, {open}, PROT_READ, MAP_PRIVATE, 3, 0) = 0x1000\n7 [{open} brk({open}"
+            )
+            .as_bytes(),
+        );
     }
 }
 

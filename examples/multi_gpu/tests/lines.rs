@@ -24,7 +24,8 @@ fn interleaved_calls_are_put_together_and_take_effect_when_they_return() {
         6 1.000002 <... munmap resumed>)        = 0\n\
         5 1.000003 <... mmap resumed> )         = 0x8000\n",
     );
-    let calls: Vec<_> = recording.calls.iter().map(|call| (call.pid, call.at_ns, call.line)).collect();
+    let calls: Vec<_> =
+        recording.calls.iter().map(|call| (call.pid, call.at_ns, call.line)).collect();
     assert_eq!(calls, [(6, 1000, 3), (5, 0, 4)]);
     assert!(matches!(recording.calls[1].op, Op::Map { at: 0x8000, len: 4096, .. }));
 }
@@ -50,16 +51,28 @@ fn a_new_task_exists_from_the_beginning_of_the_call_that_makes_it() {
 fn every_call_is_understood_with_names_and_with_numbers() {
     let both = [
         ("madvise(0x1000, 4096, MADV_DONTNEED) = 0", "madvise(0x1000, 4096, 0x4) = 0"),
-        ("mprotect(0x1000, 4096, PROT_READ|PROT_WRITE) = 0", "mprotect(0x1000, 0x1000, 0x3 /* PROT_READ|PROT_WRITE */) = 0"),
+        (
+            "mprotect(0x1000, 4096, PROT_READ|PROT_WRITE) = 0",
+            "mprotect(0x1000, 0x1000, 0x3 /* PROT_READ|PROT_WRITE */) = 0",
+        ),
         (
             "mremap(0x1000, 4096, 8192, MREMAP_MAYMOVE|MREMAP_FIXED, 0x5000) = 0x5000",
             "mremap(0x1000, 4096, 8192, 3, 0x5000) = 0x5000",
         ),
-        ("mbind(0x1000, 4096, MPOL_BIND, [0x1], 64, MPOL_MF_MOVE) = 0", "mbind(0x1000, 4096, 0x2, [0x1], 64, 0x2) = 0"),
+        (
+            "mbind(0x1000, 4096, MPOL_BIND, [0x1], 64, MPOL_MF_MOVE) = 0",
+            "mbind(0x1000, 4096, 0x2, [0x1], 64, 0x2) = 0",
+        ),
         ("msync(0x1000, 4096, MS_SYNC) = 0", "msync(0x1000, 4096, 0x4) = 0"),
         ("shmat(5, NULL, SHM_RDONLY) = 0x5000", "shmat(5, NULL, 0x1000) = 0x5000"),
-        ("clone(child_stack=NULL, flags=CLONE_VM|SIGCHLD) = 9", "clone(child_stack=NULL, flags=0x100|17) = 9"),
-        ("clone(child_stack=NULL, flags=CLONE_VM|CLONE_THREAD) = 9", "clone(0x10100, 0x7f, 0, 0, 0) = 9"),
+        (
+            "clone(child_stack=NULL, flags=CLONE_VM|SIGCHLD) = 9",
+            "clone(child_stack=NULL, flags=0x100|17) = 9",
+        ),
+        (
+            "clone(child_stack=NULL, flags=CLONE_VM|CLONE_THREAD) = 9",
+            "clone(0x10100, 0x7f, 0, 0, 0) = 9",
+        ),
         (
             "mmap(NULL, 4096, PROT_NONE, MAP_PRIVATE|MAP_ANONYMOUS|MAP_HUGETLB|21<<MAP_HUGE_SHIFT, -1, 0) = 0x200000",
             "mmap(NULL, 4096, 0, 0x40022, 0xffffffff, 0) = 0x200000",
@@ -91,7 +104,9 @@ fn every_call_is_understood_with_names_and_with_numbers() {
 #[test]
 fn lists_are_read_with_what_each_of_their_members_says() {
     assert_eq!(
-        ops(&["move_pages(0, 3, [0x1000, 0x2000, 0x3000], [1, 1, 1], [1, -ENOENT, 1], MPOL_MF_MOVE) = 0"]),
+        ops(&[
+            "move_pages(0, 3, [0x1000, 0x2000, 0x3000], [1, 1, 1], [1, -ENOENT, 1], MPOL_MF_MOVE) = 0"
+        ]),
         [Op::MovePages(Box::new((None, vec![0x1000, 0x3000])))]
     );
     assert_eq!(ops(&["move_pages(0, 1, [0x1000], NULL, [1], 0) = 0"]), []);
@@ -140,11 +155,23 @@ fn what_may_concern_memory_and_is_not_understood_is_an_error_with_its_line() {
     let good = "5 1.000000 brk(NULL) = 0x1000\n";
     for (bad, says) in [
         ("nonsense", "line 2: it is no line of strace's"),
-        ("5 1.1 madvise(0x1000, 4096, MADV_WIBBLE) = 0", "line 2: madvise: \"MADV_WIBBLE\" is no advice"),
-        ("5 1.1 mmap(NULL, 4096, PROT_WIBBLE, MAP_PRIVATE, 3, 0) = 0x1000", "line 2: mmap: \"PROT_WIBBLE\" is no flag"),
-        ("5 1.1 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, 3, 0) = 0x1001", "0x1001 is no address of a mapping"),
+        (
+            "5 1.1 madvise(0x1000, 4096, MADV_WIBBLE) = 0",
+            "line 2: madvise: \"MADV_WIBBLE\" is no advice",
+        ),
+        (
+            "5 1.1 mmap(NULL, 4096, PROT_WIBBLE, MAP_PRIVATE, 3, 0) = 0x1000",
+            "line 2: mmap: \"PROT_WIBBLE\" is no flag",
+        ),
+        (
+            "5 1.1 mmap(NULL, 4096, PROT_READ, MAP_PRIVATE, 3, 0) = 0x1001",
+            "0x1001 is no address of a mapping",
+        ),
         ("5 1.1 mmap(NULL, 4096, PROT_READ, PROT_READ, 3, 0) = 0x1000", "\"PROT_READ\" is no flag"),
-        ("5 1.1 mmap(NULL, 40 96, PROT_READ, MAP_PRIVATE, 3, 0 = 0x1000\n5 1.2 brk(NULL) = 0x1000", "line 2: mmap has no result"),
+        (
+            "5 1.1 mmap(NULL, 40 96, PROT_READ, MAP_PRIVATE, 3, 0 = 0x1000\n5 1.2 brk(NULL) = 0x1000",
+            "line 2: mmap has no result",
+        ),
         ("5 1.1 munmap(0x1000, 4096hello) = 0", "\"4096hello\", is no number"),
         ("5 1.1 munmap(0x1000) = 0", "argument 2 is missing"),
         ("5 1.1 clone(0x7f) = 0x7fffffffffff", "no process id"),
@@ -186,18 +213,31 @@ fn names_of_tasks_contexts_and_pointers_stand_before_a_call() {
 #[test]
 fn the_kind_of_time_is_told_apart() {
     let times = |lines: [&str; 3]| -> Vec<u64> {
-        let text: String = lines.iter().map(|time| format!("{time} munmap(0x1000, 4096) = 0\n")).collect();
+        let text: String =
+            lines.iter().map(|time| format!("{time} munmap(0x1000, 4096) = 0\n")).collect();
         read(&text).calls.iter().map(|call| call.at_ns).collect()
     };
     assert_eq!(times(["5 1.0", "5 1.5", "5 3.0"]), [0, 500_000_000, 2_000_000_000]);
-    assert_eq!(times(["5          0.000000", "5          1.500000", "5          0.500000"]), [0, 1_500_000_000, 2_000_000_000]);
+    assert_eq!(
+        times(["5          0.000000", "5          1.500000", "5          0.500000"]),
+        [0, 1_500_000_000, 2_000_000_000]
+    );
     // `-r` from the middle of a recording, and with its spaces lost.
-    assert_eq!(times(["5          2.000000", "5          1.500000", "5          0.500000"]), [0, 1_500_000_000, 2_000_000_000]);
+    assert_eq!(
+        times(["5          2.000000", "5          1.500000", "5          0.500000"]),
+        [0, 1_500_000_000, 2_000_000_000]
+    );
     assert_eq!(times(["5 2.0", "5 1.5", "5 0.5"]), [0, 1_500_000_000, 2_000_000_000]);
     // `-r` in whole seconds.
     assert_eq!(times(["     0", "     1", "    12"]), [0, 1_000_000_000, 13_000_000_000]);
-    assert_eq!(times(["19217      0", "7          1", "[pid     7]     12"]), [0, 1_000_000_000, 13_000_000_000]);
-    assert_eq!(read("     0 munmap(0x1000, 4096) = 0\n     3 munmap(0x1000, 4096) = 0\n").calls[1].pid, u32::MAX);
+    assert_eq!(
+        times(["19217      0", "7          1", "[pid     7]     12"]),
+        [0, 1_000_000_000, 13_000_000_000]
+    );
+    assert_eq!(
+        read("     0 munmap(0x1000, 4096) = 0\n     3 munmap(0x1000, 4096) = 0\n").calls[1].pid,
+        u32::MAX
+    );
     // No task has the number 0.
     assert!(error("0 munmap(0x1000, 4096) = 0\n").contains("is not strace's"));
     assert!(error("[pid 0] munmap(0x1000, 4096) = 0\n").contains("is not strace's"));
@@ -242,9 +282,17 @@ fn a_message_may_interrupt_a_call_anywhere() {
         "munmap(0x1000, 4096strace: Process 6 attached\n[pid 5] --- SIGCHLD ---\n) = 0\n",
     ] {
         let recording = read(&format!("[pid 5] {text}"));
-        assert_eq!((recording.calls.len(), recording.noted[&NoteKind::Message] > 0), (1, true), "{text}");
+        assert_eq!(
+            (recording.calls.len(), recording.noted[&NoteKind::Message] > 0),
+            (1, true),
+            "{text}"
+        );
         assert_eq!(recording.calls[0].op, Op::Unmap { start: 0x1000, len: 4096 }, "{text}");
-        assert_eq!((recording.calls[0].pid, recording.unfinished, recording.incomplete), (5, 0, 0), "{text}");
+        assert_eq!(
+            (recording.calls[0].pid, recording.unfinished, recording.incomplete),
+            (5, 0, 0),
+            "{text}"
+        );
     }
 }
 
@@ -258,7 +306,8 @@ fn an_execve_of_a_thread_goes_on_under_the_number_of_its_process() {
         "2 1.1 execve(\"a\", [], 0x7f <pid changed to 1 ...>\n1 1.2 +++ superseded by execve in pid 2 +++\n",
     ] {
         let recording = read(&format!("{begin}{end}"));
-        let calls: Vec<_> = recording.calls.iter().map(|call| (call.pid, call.at_ns, &call.op)).collect();
+        let calls: Vec<_> =
+            recording.calls.iter().map(|call| (call.pid, call.at_ns, &call.op)).collect();
         assert_eq!(calls, [(1, 0, &Op::Exec)], "{begin}");
         assert_eq!((recording.unfinished, recording.incomplete), (0, 0), "{begin}");
     }
@@ -282,7 +331,11 @@ fn output_of_the_program_before_a_call_does_not_hide_it() {
         for text in [format!("{good}{bad}\n"), format!("{bad}\n{good}")] {
             assert!(error(&text).contains("it looks like a call"), "{bad}");
             let lenient = parse("the test", text.as_bytes(), true).unwrap();
-            assert_eq!((lenient.skipped.len(), lenient.calls.len(), lenient.other.len()), (1, 1, 0), "{bad}");
+            assert_eq!(
+                (lenient.skipped.len(), lenient.calls.len(), lenient.other.len()),
+                (1, 1, 0),
+                "{bad}"
+            );
         }
     }
     for other in [
@@ -292,7 +345,11 @@ fn output_of_the_program_before_a_call_does_not_hide_it() {
         "semop(1, [{0, -1, 0}], 1) = 0",
     ] {
         let recording = read(&format!("{good}{other}\n"));
-        assert_eq!((recording.calls.len(), recording.other.values().sum::<usize>()), (1, 1), "{other}");
+        assert_eq!(
+            (recording.calls.len(), recording.other.values().sum::<usize>()),
+            (1, 1),
+            "{other}"
+        );
     }
 }
 
@@ -304,7 +361,8 @@ fn a_task_in_another_namespace_has_the_number_that_its_lines_carry() {
         "fork()",
         "vfork()",
     ] {
-        let recording = read(&format!("7 {call} = 2 /* 9 in strace's PID NS */\n9 munmap(0x1000, 4096) = 0\n"));
+        let recording =
+            read(&format!("7 {call} = 2 /* 9 in strace's PID NS */\n9 munmap(0x1000, 4096) = 0\n"));
         assert!(matches!(recording.calls[0].op, Op::Clone { child: 9, .. }), "{call}");
     }
     let moved = Op::MigratePages { process: Some(9) };
@@ -315,9 +373,13 @@ fn a_task_in_another_namespace_has_the_number_that_its_lines_carry() {
 #[test]
 fn all_lines_that_are_skipped_are_counted() {
     for count in [3, 3000] {
-        let text = format!("{}brk(NULL) = 0x1000\n", "zz: munmap(0x1000, 4096) = 0\n".repeat(count));
+        let text =
+            format!("{}brk(NULL) = 0x1000\n", "zz: munmap(0x1000, 4096) = 0\n".repeat(count));
         let recording = parse("the test", text.as_bytes(), true).unwrap();
-        assert_eq!((recording.skipped.len(), recording.skipped.listed().len()), (count, count.min(1000)));
+        assert_eq!(
+            (recording.skipped.len(), recording.skipped.listed().len()),
+            (count, count.min(1000))
+        );
         assert!(error(&text).contains("line 1"));
     }
 }

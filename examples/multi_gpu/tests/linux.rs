@@ -14,18 +14,26 @@ fn actions(text: &[u8]) -> Vec<String> {
 pub(super) fn show(action: &Action) -> String {
     match action {
         Action::Created { space, mappings } => {
-            let mappings: String = mappings.iter().map(|(range, access)| format!(" {} {access:?}", at(*range))).collect();
+            let mappings: String = mappings
+                .iter()
+                .map(|(range, access)| format!(" {} {access:?}", at(*range)))
+                .collect();
             format!("{space}: created{mappings}")
         }
-        Action::Mapped { space, range, access } => format!("{space}: mapped {} {access:?}", at(*range)),
+        Action::Mapped { space, range, access } => {
+            format!("{space}: mapped {} {access:?}", at(*range))
+        }
         Action::Released { space } => format!("{space}: RELEASE"),
         Action::Invalidate { space, range, event, then } => {
             let event = event.name().to_uppercase().replace('-', "_");
             let then = match then {
                 Change::Discarded => "discarded".to_owned(),
-                Change::Unmapped(gone) => {
-                    gone.iter().map(|gone| format!("-{} ", at(*gone))).collect::<String>().trim_end().into()
-                }
+                Change::Unmapped(gone) => gone
+                    .iter()
+                    .map(|gone| format!("-{} ", at(*gone)))
+                    .collect::<String>()
+                    .trim_end()
+                    .into(),
                 Change::Protected(access) => format!("{access:?}"),
             };
             format!("{space}: {event} {} {then}", at(*range)).trim_end().into()
@@ -133,32 +141,49 @@ fn mprotect_none_to_read() {
 fn shmat_shmdt() {
     let actions = actions(include_bytes!("linux/shmat_shmdt.strace"));
     let expected = include_str!("linux/shmat_shmdt.expected");
-    assert_eq!(actions, ["0: created", "0: mapped 10000-11000 Write", "0: UNMAP 10000-11000 -10000-11000"], "{expected}");
+    assert_eq!(
+        actions,
+        ["0: created", "0: mapped 10000-11000 Write", "0: UNMAP 10000-11000 -10000-11000"],
+        "{expected}"
+    );
 }
 
 #[test]
 fn thread_execs_real() {
     let actions = actions(include_bytes!("linux/thread_execs_real.strace"));
     let expected = include_str!("linux/thread_execs_real.expected");
-    let of_spaces: Vec<&str> =
-        actions.iter().map(String::as_str).filter(|action| action.contains("created") || action.contains("RELEASE")).collect();
-    let should = ["0: created", "0: RELEASE", "1: created", "1: RELEASE", "2: created", "2: RELEASE"];
+    let of_spaces: Vec<&str> = actions
+        .iter()
+        .map(String::as_str)
+        .filter(|action| action.contains("created") || action.contains("RELEASE"))
+        .collect();
+    let should =
+        ["0: created", "0: RELEASE", "1: created", "1: RELEASE", "2: created", "2: RELEASE"];
     assert_eq!(of_spaces, should, "{expected}");
     // The loader of the second program maps at other places than that of the first.
-    let read_only =
-        |space: usize| actions.iter().filter(|action| action.starts_with(&format!("{space}: PROTECTION_VMA"))).count();
+    let read_only = |space: usize| {
+        actions
+            .iter()
+            .filter(|action| action.starts_with(&format!("{space}: PROTECTION_VMA")))
+            .count()
+    };
     assert_eq!((read_only(1), read_only(2)), (2, 1), "{expected}");
 }
 
 #[test]
 fn every_case_is_tested() {
     let dir = concat!(env!("CARGO_MANIFEST_DIR"), "/examples/multi_gpu/tests/linux");
-    let mut files: Vec<String> =
-        std::fs::read_dir(dir).unwrap().map(|entry| entry.unwrap().file_name().into_string().unwrap()).collect();
+    let mut files: Vec<String> = std::fs::read_dir(dir)
+        .unwrap()
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
     files.sort();
     let others = ["mprotect_none_to_read", "shmat_shmdt", "thread_execs_real"];
-    let mut tested: Vec<String> =
-        CASES.iter().chain(&others).flat_map(|name| [format!("{name}.expected"), format!("{name}.strace")]).collect();
+    let mut tested: Vec<String> = CASES
+        .iter()
+        .chain(&others)
+        .flat_map(|name| [format!("{name}.expected"), format!("{name}.strace")])
+        .collect();
     tested.sort();
     assert_eq!(files, tested);
     assert_eq!(files.len(), 46);

@@ -38,7 +38,11 @@ impl Executor {
 
     pub fn spawn(&mut self, future: impl Future<Output = ()> + 'static) {
         let woken = Arc::new(Flag(AtomicBool::new(true)));
-        self.tasks.push(Task { future: Box::pin(future), waker: Waker::from(woken.clone()), woken });
+        self.tasks.push(Task {
+            future: Box::pin(future),
+            waker: Waker::from(woken.clone()),
+            woken,
+        });
     }
 
     /// Runs all tasks to their end.

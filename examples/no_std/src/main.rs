@@ -16,8 +16,8 @@ use core::future::poll_fn;
 use core::task::Poll;
 use executor::{Executor, yield_now};
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, RetryBudget, Subscription,
-    WouldBlock,
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture,
+    RetryBudget, Subscription, WouldBlock,
 };
 
 type Mutex<T> = spin::mutex::SpinMutex<T>;
@@ -29,7 +29,10 @@ struct Device {
 }
 
 impl IntervalNotifier for Device {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         self.page_table.lock_for(invalidation).retain(|page| !invalidation.range().contains(*page));
         let mut left = self.turns;
         Ok(Some(PassFuture::new(poll_fn(move |cx| {
@@ -56,7 +59,8 @@ async fn mirror(device: Arc<Subscription<Device>>, page: u64, stop: Arc<Mutex<bo
                 table.push(page);
             }
         };
-        if device.page_table.mirror(&device, RetryBudget::retries(100), look, install).await.is_ok() {
+        if device.page_table.mirror(&device, RetryBudget::retries(100), look, install).await.is_ok()
+        {
             mirrored += 1;
         }
         yield_now().await;
@@ -70,7 +74,9 @@ fn run() -> Result<(), &'static str> {
     let range = AddressRange::new(0x10000, 0x4000).map_err(|_| "the range is not empty")?;
     let devices: Vec<_> = [1, 5, 3]
         .into_iter()
-        .filter_map(|turns| space.insert(range, Device { turns, page_table: DriverLock::new(Vec::new()) }).ok())
+        .filter_map(|turns| {
+            space.insert(range, Device { turns, page_table: DriverLock::new(Vec::new()) }).ok()
+        })
         .map(Arc::new)
         .collect();
     let (stop, mirrored) = (Arc::new(Mutex::new(false)), Arc::new(Mutex::new(0)));
@@ -81,14 +87,17 @@ fn run() -> Result<(), &'static str> {
     }
     let stale = Arc::new(Mutex::new(0));
     {
-        let (space, devices, stop, stale) = (space.clone(), devices.clone(), stop.clone(), stale.clone());
+        let (space, devices, stop, stale) =
+            (space.clone(), devices.clone(), stop.clone(), stale.clone());
         executor.spawn(async move {
             for _ in 0..1000 {
                 let guard = space.invalidate(range, Event::Unmap).await;
                 // No device has anything of it mapped now.
-                *stale.lock() += devices.iter().map(|device| device.page_table.lock().len()).sum::<usize>();
+                *stale.lock() +=
+                    devices.iter().map(|device| device.page_table.lock().len()).sum::<usize>();
                 yield_now().await;
-                *stale.lock() += devices.iter().map(|device| device.page_table.lock().len()).sum::<usize>();
+                *stale.lock() +=
+                    devices.iter().map(|device| device.page_table.lock().len()).sum::<usize>();
                 drop(guard);
                 yield_now().await;
                 yield_now().await;

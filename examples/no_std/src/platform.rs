@@ -66,8 +66,10 @@ unsafe impl GlobalAlloc for Blocks {
 }
 
 #[global_allocator]
-static MEMORY: Blocks =
-    Blocks { memory: UnsafeCell::new([0; SIZE]), state: SpinMutex::new(State { used: 0, free: [None; SIZES] }) };
+static MEMORY: Blocks = Blocks {
+    memory: UnsafeCell::new([0; SIZE]),
+    state: SpinMutex::new(State { used: 0, free: [None; SIZES] }),
+};
 
 /// The way in: a boot loader's, or that of the few instructions below.
 #[unsafe(no_mangle)]
@@ -96,7 +98,9 @@ mod memory {
     #[unsafe(no_mangle)]
     unsafe extern "C" fn memcpy(to: *mut u8, from: *const u8, len: usize) -> *mut u8 {
         // SAFETY: the caller's obligation: `len` bytes on both sides, which do not overlap.
-        unsafe { asm!("rep movsb", inout("rcx") len => _, inout("rdi") to => _, inout("rsi") from => _) };
+        unsafe {
+            asm!("rep movsb", inout("rcx") len => _, inout("rdi") to => _, inout("rsi") from => _)
+        };
         to
     }
 
@@ -117,7 +121,9 @@ mod memory {
     #[unsafe(no_mangle)]
     unsafe extern "C" fn memset(to: *mut u8, byte: i32, len: usize) -> *mut u8 {
         // SAFETY: the caller's obligation: `len` bytes.
-        unsafe { asm!("rep stosb", inout("rcx") len => _, inout("rdi") to => _, in("al") byte as u8) };
+        unsafe {
+            asm!("rep stosb", inout("rcx") len => _, inout("rdi") to => _, in("al") byte as u8)
+        };
         to
     }
 

@@ -56,7 +56,8 @@ impl Future for Drain<'_> {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let Self { space, wait, until } = &mut *self;
-        let until = *until.get_or_insert_with(|| space.with(|state, _| state.protocol.last_serial()));
+        let until =
+            *until.get_or_insert_with(|| space.with(|state, _| state.protocol.last_serial()));
         wait.poll(space, &mut Drained(until), cx)
     }
 }

@@ -70,12 +70,16 @@ impl<'a> InvalidationGuard<'a> {
 
     /// What is under invalidation, from the first address to the last one.
     pub fn range(&self) -> AddressRange {
-        self.space().with(|state, _| state.protocol.active().get(self.id).map_or(AddressRange::ALL, |active| active.range))
+        self.space().with(|state, _| {
+            state.protocol.active().get(self.id).map_or(AddressRange::ALL, |active| active.range)
+        })
     }
 
     /// The sequence that the passes got; odd if a notifier was hit.
     pub fn sequence(&self) -> Sequence {
-        self.space().with(|state, _| Sequence(state.protocol.active().get(self.id).map_or(0, |active| active.sequence)))
+        self.space().with(|state, _| {
+            Sequence(state.protocol.active().get(self.id).map_or(0, |active| active.sequence))
+        })
     }
 
     /// How many notifiers the invalidation hit.

@@ -27,7 +27,10 @@ use core::task::{Context, Poll};
 const IDLE_ROUNDS: usize = 32;
 
 /// A non-blockable invalidation (B2, B3).
-pub(crate) fn try_invalidate<'a>(space: Handle<'a>, request: Request<'_>) -> Result<InvalidationGuard<'a>, WouldBlock> {
+pub(crate) fn try_invalidate<'a>(
+    space: Handle<'a>,
+    request: Request<'_>,
+) -> Result<InvalidationGuard<'a>, WouldBlock> {
     let shared: &Shared = &space;
     let losses = shared.host.losses.clone();
     let mut running = Running::start(shared, &request, None);
@@ -108,7 +111,14 @@ impl<'a> Invalidate<'a> {
     #[inline(always)]
     pub(crate) fn new(space: Handle<'a>, range: AddressRange, event: Event) -> Self {
         let (owner, terms) = (event.owner(), Terms::new(event, true));
-        Self { space: ManuallyDrop::new(Some(space)), range, owner, terms, step: ManuallyDrop::new(Step::Start), lapses: 0 }
+        Self {
+            space: ManuallyDrop::new(Some(space)),
+            range,
+            owner,
+            terms,
+            step: ManuallyDrop::new(Step::Start),
+            lapses: 0,
+        }
     }
 
     /// N1: an invalidation of all ranges of `set`.
@@ -134,7 +144,14 @@ impl<'a> Invalidate<'a> {
     /// What is left of a future that has resolved or was moved.
     fn resolved() -> Self {
         let (space, step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
-        Self { space, range: AddressRange::ALL, owner: None, terms: Terms::new(Event::Unmap, true), step, lapses: 0 }
+        Self {
+            space,
+            range: AddressRange::ALL,
+            owner: None,
+            terms: Terms::new(Event::Unmap, true),
+            step,
+            lapses: 0,
+        }
     }
 
     /// The same future with a handle of the space of its own, to be spawned or kept in a structure.
@@ -161,7 +178,8 @@ impl<'a> Invalidate<'a> {
     pub fn late(mut self) -> Self {
         self.terms = self.terms.late();
         // The quick way of a first poll is for others.
-        self.space = ManuallyDrop::new(self.space.take().map(|space| -> Handle<'a> { space.into_owned() }));
+        self.space =
+            ManuallyDrop::new(self.space.take().map(|space| -> Handle<'a> { space.into_owned() }));
         self
     }
 
@@ -201,13 +219,29 @@ impl<'a> Invalidate<'a> {
     /// written to memory.
     #[cold]
     #[inline(never)]
-    fn pend(space: Handle<'a>, begun: Begun, cx: &mut Context<'_>) -> (Self, Poll<InvalidationGuard<'a>>) {
+    fn pend(
+        space: Handle<'a>,
+        begun: Begun,
+        cx: &mut Context<'_>,
+    ) -> (Self, Poll<InvalidationGuard<'a>>) {
         let (id, work) = begun;
         match settle(Running::resume(&space, id, 0, work), false, 0, cx) {
-            Settled::Ready((id, work)) => (Self::resolved(), Poll::Ready(InvalidationGuard::new(space, id, work))),
-            Settled::Parked(Parked { ticket, ready, request: Request { range, owner, terms, .. } }, task) => {
+            Settled::Ready((id, work)) => {
+                (Self::resolved(), Poll::Ready(InvalidationGuard::new(space, id, work)))
+            }
+            Settled::Parked(
+                Parked { ticket, ready, request: Request { range, owner, terms, .. } },
+                task,
+            ) => {
                 let step = ManuallyDrop::new(Step::Joining { ticket, task: Some(task) });
-                let future = Self { space: ManuallyDrop::new(Some(space)), range, owner, terms, step, lapses: 0 };
+                let future = Self {
+                    space: ManuallyDrop::new(Some(space)),
+                    range,
+                    owner,
+                    terms,
+                    step,
+                    lapses: 0,
+                };
                 if ready { future.go_on(cx) } else { (future, Poll::Pending) }
             }
         }
@@ -228,7 +262,12 @@ impl<'a> Invalidate<'a> {
                 Step::OfSet(of) => (Some(&of.0), &mut of.1),
                 step => (None, step),
             };
-            let request = Request { range: self.range, owner: self.owner, terms: self.terms, parts: set.map(Parts::all) };
+            let request = Request {
+                range: self.range,
+                owner: self.owner,
+                terms: self.terms,
+                parts: set.map(Parts::all),
+            };
             match turn(space, &request, set, self.lapses, step, cx) {
                 Turn::Again => {}
                 Turn::Lapsed => {
@@ -238,7 +277,9 @@ impl<'a> Invalidate<'a> {
                 Turn::Pending => return (self, Poll::Pending),
                 Turn::Ready((id, work)) => {
                     *self.step = Step::Done;
-                    let Some(space) = self.space.take() else { unreachable!("it was there a moment ago") };
+                    let Some(space) = self.space.take() else {
+                        unreachable!("it was there a moment ago")
+                    };
                     return (self, Poll::Ready(InvalidationGuard::new(space, id, work)));
                 }
             }
@@ -282,14 +323,20 @@ fn turn(
                 Found::Claimed(running, None) => return Turn::Ready(running.finish_or_resume()),
                 Found::Claimed(mut running, Some(from)) => match running.advance(request, from) {
                     Reached::Pends | Reached::RefusedAndPends => settle(running, late, lapses, cx),
-                    Reached::Plainly | Reached::Done | Reached::Refused => return Turn::Ready(running.finish_or_resume()),
+                    Reached::Plainly | Reached::Done | Reached::Refused => {
+                        return Turn::Ready(running.finish_or_resume());
+                    }
                 },
-                Found::Leased(lease) => return if lease.drive() { Turn::Again } else { Turn::Pending },
+                Found::Leased(lease) => {
+                    return if lease.drive() { Turn::Again } else { Turn::Pending };
+                }
                 Found::Busy => return Turn::Pending,
                 Found::Lapsed => return Turn::Lapsed,
             }
         }
-        Step::Done | Step::OfSet(_) => unreachable!("the handle is gone then, or it is the one in the box"),
+        Step::Done | Step::OfSet(_) => {
+            unreachable!("the handle is gone then, or it is the one in the box")
+        }
     };
     match settled {
         Settled::Ready(begun) => Turn::Ready(begun),
@@ -362,18 +409,19 @@ impl<'a> Future for Invalidate<'a> {
             Step::OfSet(of) => matches!(of.1, Step::Start),
             step => matches!(step, Step::Start),
         };
-        let (future, polled) = if let (Step::Start, Some(Handle::Borrowed(space))) = (&*this.step, &*this.space) {
-            let space: &'a Shared = space;
-            // Nothing in these is to be dropped: plain stores. Before the start, which may panic.
-            (this.space, this.step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
-            let (id, work) = begin(space, this.range, this.owner, this.terms);
-            if !pends(id) {
-                return Poll::Ready(InvalidationGuard::new(Handle::Borrowed(space), id, work));
-            }
-            Self::pend(Handle::Borrowed(space), (id, work), cx)
-        } else {
-            core::mem::replace(this, Self::resolved()).go_on(cx)
-        };
+        let (future, polled) =
+            if let (Step::Start, Some(Handle::Borrowed(space))) = (&*this.step, &*this.space) {
+                let space: &'a Shared = space;
+                // Nothing in these is to be dropped: plain stores. Before the start, which may panic.
+                (this.space, this.step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
+                let (id, work) = begin(space, this.range, this.owner, this.terms);
+                if !pends(id) {
+                    return Poll::Ready(InvalidationGuard::new(Handle::Borrowed(space), id, work));
+                }
+                Self::pend(Handle::Borrowed(space), (id, work), cx)
+            } else {
+                core::mem::replace(this, Self::resolved()).go_on(cx)
+            };
         *this = future;
         if polled.is_pending()
             && let Some(space) = &*this.space

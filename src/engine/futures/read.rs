@@ -107,7 +107,8 @@ fn wait_for_sequence<'a>(
             gate = None;
         }
     }
-    let mut slow = slow.unwrap_or_else(|| Box::new(SlowRead { space, gate, wait: Wait::default(), sequence: 0 }));
+    let mut slow = slow
+        .unwrap_or_else(|| Box::new(SlowRead { space, gate, wait: Wait::default(), sequence: 0 }));
     slow.gate = gate;
     if gate.is_some() {
         return (Some(slow), Poll::Pending);
@@ -141,7 +142,9 @@ impl Future for ReadBegin<'_> {
         self.slow = slow;
         if polled.is_pending() {
             let waits = Waits { what: "read_begin", first, waker: cx.waker() };
-            forbid_waiting(&self.space.host, &waits, |of| of.invalidates.overlaps(self.entry.range));
+            forbid_waiting(&self.space.host, &waits, |of| {
+                of.invalidates.overlaps(self.entry.range)
+            });
             note_wait(&self.space.host, "read_begin", self.entry, cx.waker());
         }
         polled

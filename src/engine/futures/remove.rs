@@ -174,7 +174,9 @@ impl<N: IntervalNotifier> Future for Remove<N> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<N> {
         match &mut self.step {
             // Straight to where the caller wants it.
-            RemoveStep::Removed(registered) if !registered.entry.is_taken() => Poll::Ready(registered.entry.take()),
+            RemoveStep::Removed(registered) if !registered.entry.is_taken() => {
+                Poll::Ready(registered.entry.take())
+            }
             RemoveStep::Wait(waiting) => {
                 let polled = waiting.poll(cx);
                 if polled.is_ready() {
@@ -182,7 +184,9 @@ impl<N: IntervalNotifier> Future for Remove<N> {
                 }
                 polled
             }
-            RemoveStep::Removed(_) | RemoveStep::Done => panic!("`Remove` polled after it has resolved"),
+            RemoveStep::Removed(_) | RemoveStep::Done => {
+                panic!("`Remove` polled after it has resolved")
+            }
         }
     }
 }

@@ -100,7 +100,12 @@ enum Pause {
 impl Wait {
     /// Polls a wait: looks whether it is over, queues this future, and polls the passes that hold
     /// it up as far as they go.
-    pub(super) fn poll(&mut self, shared: &Shared, goal: &mut impl Goal, cx: &mut Context<'_>) -> Poll<()> {
+    pub(super) fn poll(
+        &mut self,
+        shared: &Shared,
+        goal: &mut impl Goal,
+        cx: &mut Context<'_>,
+    ) -> Poll<()> {
         // Before the lock: the clone of a waker is foreign code, and so is a clock.
         let task = TaskWaker::renew(&mut self.task, cx.waker(), &shared.host.losses);
         let mut look = self.is_watchman.then(|| shared.host.now());
@@ -226,8 +231,11 @@ impl Wait {
                 Verdict::Over => {
                     // Nothing is left of what it has heard of. There may be others by now.
                     self.scan(state, goal);
-                    self.backlog
-                        .retain(|ticket| state.parking(*ticket).is_some_and(|parking| goal.wants(parking, ticket.serial())));
+                    self.backlog.retain(|ticket| {
+                        state
+                            .parking(*ticket)
+                            .is_some_and(|parking| goal.wants(parking, ticket.serial()))
+                    });
                     if self.backlog.is_empty() {
                         self.leave(state, outbox);
                         return Step::Over;
@@ -264,7 +272,11 @@ impl Wait {
             if let Help::Leased(_) | Help::Busy = help
                 && let Some(parking) = state.parking(ticket)
             {
-                dropped.push(self.pending.entry(ticket).or_default().renew(&parking.wakers, &self.bell, ticket));
+                dropped.push(self.pending.entry(ticket).or_default().renew(
+                    &parking.wakers,
+                    &self.bell,
+                    ticket,
+                ));
             } else {
                 dropped.extend(self.pending.remove(&ticket));
             }
@@ -281,7 +293,8 @@ impl Wait {
     }
 
     fn await_claim(&mut self, state: &mut State, ticket: Ticket, cx: &Context<'_>) {
-        let known = self.unclaimed.get(&ticket).is_some_and(|episode| state.is_awaited(ticket, *episode));
+        let known =
+            self.unclaimed.get(&ticket).is_some_and(|episode| state.is_awaited(ticket, *episode));
         if !known && let Some(episode) = state.await_claim(ticket) {
             self.unclaimed.insert(ticket, episode);
             if state.is_certain(ticket, cx.waker(), u64::MAX) {
@@ -362,7 +375,11 @@ impl Wait {
 
     /// The same for a future that is dropped.
     pub(super) fn give_up(&mut self, shared: &Shared) {
-        if self.waiter.is_some() || self.drain.is_some() || !self.unclaimed.is_empty() || self.is_watchman {
+        if self.waiter.is_some()
+            || self.drain.is_some()
+            || !self.unclaimed.is_empty()
+            || self.is_watchman
+        {
             shared.with(|state, outbox| self.leave(state, outbox));
         }
     }
@@ -370,7 +387,9 @@ impl Wait {
 
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
-    use crate::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+    use crate::{
+        AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+    };
     use alloc::boxed::Box;
     use core::task::{Context, Poll, Waker};
     use std::sync::{Arc, Mutex};
@@ -381,15 +400,20 @@ mod tests {
     struct Fence(Arc<Mutex<Option<Vec<Waker>>>>);
 
     impl IntervalNotifier for Fence {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             invalidation.set_seq();
             let fence = self.clone();
-            Ok(Some(PassFuture::new(core::future::poll_fn(move |cx| match &mut *fence.0.lock().unwrap() {
-                Some(waiting) => {
-                    waiting.push(cx.waker().clone());
-                    Poll::Pending
+            Ok(Some(PassFuture::new(core::future::poll_fn(move |cx| {
+                match &mut *fence.0.lock().unwrap() {
+                    Some(waiting) => {
+                        waiting.push(cx.waker().clone());
+                        Poll::Pending
+                    }
+                    None => Poll::Ready(()),
                 }
-                None => Poll::Ready(()),
             }))))
         }
     }
@@ -400,7 +424,9 @@ mod tests {
         let subscription = space.insert(AddressRange::ALL, fence.clone()).unwrap();
         let mut cx = Context::from_waker(Waker::noop());
         let start = || Box::pin(space.invalidate(AddressRange::ALL, Event::Unmap));
-        let Poll::Ready(guard) = start().as_mut().poll(&mut cx) else { panic!("its pass is done at once") };
+        let Poll::Ready(guard) = start().as_mut().poll(&mut cx) else {
+            panic!("its pass is done at once")
+        };
         let mut reader = Box::pin(subscription.read_begin());
         assert!(reader.as_mut().poll(&mut cx).is_pending());
         *fence.0.lock().unwrap() = Some(Vec::new());

@@ -55,7 +55,9 @@ mod check {
         }
 
         fn leave(mut self) -> Option<Polled> {
-            core::mem::take(&mut self.0).then(|| POLLED.try_with(|list| list.borrow_mut().pop()).ok().flatten()).flatten()
+            core::mem::take(&mut self.0)
+                .then(|| POLLED.try_with(|list| list.borrow_mut().pop()).ok().flatten())
+                .flatten()
         }
     }
 
@@ -101,7 +103,8 @@ mod check {
             poll: impl FnOnce(&mut Context<'_>) -> Poll<()>,
         ) -> Poll<()> {
             let waker = cx.waker().clone();
-            let _entered = Entered::new(Polled { entry, waker, watched: false, waits: 0, message: None });
+            let _entered =
+                Entered::new(Polled { entry, waker, watched: false, waits: 0, message: None });
             poll(cx)
         }
 
@@ -120,7 +123,13 @@ mod check {
                 }
                 None => cx.waker().clone(),
             };
-            let entered = Entered::new(Polled { entry, waker: waker.clone(), watched, waits: 0, message: None });
+            let entered = Entered::new(Polled {
+                entry,
+                waker: waker.clone(),
+                watched,
+                waits: 0,
+                message: None,
+            });
             let answer = poll(&mut Context::from_waker(&waker));
             let Some(Polled { waits, message, .. }) = entered.leave() else { return answer };
             if waits == 0 || !matches!(answer, Ok(Poll::Pending)) {

@@ -143,7 +143,13 @@ impl State {
 
     /// Ends an active invalidation (S3, C2) and wakes whoever waited for that. `now` if it was
     /// timed.
-    pub(crate) fn end(&mut self, id: Id, mut work: Option<Box<Work>>, now: Option<Duration>, outbox: &mut Outbox) {
+    pub(crate) fn end(
+        &mut self,
+        id: Id,
+        mut work: Option<Box<Work>>,
+        now: Option<Duration>,
+        outbox: &mut Outbox,
+    ) {
         if let Some(work) = &mut work {
             work.timed = false;
         }
@@ -212,10 +218,12 @@ impl State {
         active.seen_to_last(now);
         work.timed = true;
         let (range, ticket) = (active.range, id);
-        let request = Request { range, owner: active.extra.owner, terms: active.extra.terms, parts: None };
+        let request =
+            Request { range, owner: active.extra.owner, terms: active.extra.terms, parts: None };
         // Whoever sleeps because of this invalidation can now help with it (C3).
         let sleeps = |entry: &EntryRef| entry.first_waiter().is_some();
-        let asleep: Vec<EntryRef> = work.hits.iter().copied().chain(active.late()).filter(sleeps).collect();
+        let asleep: Vec<EntryRef> =
+            work.hits.iter().copied().chain(active.late()).filter(sleeps).collect();
         active.extra.calls = false;
         let wakers = work.passes().wakers().clone();
         let parking = match &mut active.extra.parking {
@@ -252,7 +260,8 @@ impl State {
         let Some(parking) = active.extra.parked() else { return };
         let hits = parking.stage.work().map_or(&[][..], |work| &work.hits);
         let sleeps = |entry: &EntryRef| entry.first_waiter().is_some();
-        let asleep: Vec<EntryRef> = hits.iter().copied().chain(active.late()).filter(sleeps).collect();
+        let asleep: Vec<EntryRef> =
+            hits.iter().copied().chain(active.late()).filter(sleeps).collect();
         outbox.contents().sets.push(parking.wakers.clone());
         for entry in asleep {
             self.nudge(entry, Some(ticket), outbox);
@@ -284,8 +293,15 @@ impl State {
     }
 
     /// The caller looks at its invalidation. If it is to wait, it waits as `task`.
-    pub(crate) fn look(&mut self, ticket: Ticket, task: &Arc<TaskWaker>, outbox: &mut Outbox) -> Look {
-        let Some(parking) = self.parking_mut(ticket).filter(|parking| !parking.stage.is_abandoned()) else {
+    pub(crate) fn look(
+        &mut self,
+        ticket: Ticket,
+        task: &Arc<TaskWaker>,
+        outbox: &mut Outbox,
+    ) -> Look {
+        let Some(parking) =
+            self.parking_mut(ticket).filter(|parking| !parking.stage.is_abandoned())
+        else {
             return Look::Lapsed;
         };
         if let Some((mut work, claim)) = parking.stage.claim() {
@@ -306,7 +322,9 @@ impl State {
 
     /// A waiting future looks at an invalidation that holds it up if it is `wanted`.
     pub(crate) fn help(&mut self, ticket: Ticket, wanted: impl Fn(&Parking, u64) -> bool) -> Help {
-        let Some(parking) = self.parking_mut(ticket).filter(|parking| wanted(parking, ticket.serial())) else {
+        let Some(parking) =
+            self.parking_mut(ticket).filter(|parking| wanted(parking, ticket.serial()))
+        else {
             return Help::Gone;
         };
         if parking.stage.unclaimed().is_some() {
@@ -328,7 +346,9 @@ impl State {
         let mut quiet = Vec::new();
         let fences = self.fences;
         let Some(parking) = self.parking_mut(ticket) else {
-            unreachable!("an invalidation whose passes are being polled is neither claimed nor ended");
+            unreachable!(
+                "an invalidation whose passes are being polled is neither claimed nor ended"
+            );
         };
         work.passes().settle(&mut parking.pending, |entry| {
             if entry.first_waiter().is_some() {
@@ -365,7 +385,8 @@ impl State {
         let parking = self.parking_mut(ticket)?;
         let Stage::Unclaimed { work, .. } = &mut parking.stage else { return None };
         let (mut quiet, pending) = (Vec::new(), &mut parking.pending);
-        let unpolled = work.passes().take_unpolled_of(of, |listed| quiet.extend(pending.remove(listed)));
+        let unpolled =
+            work.passes().take_unpolled_of(of, |listed| quiet.extend(pending.remove(listed)));
         for entry in quiet {
             self.nudge(entry, None, outbox);
         }
@@ -373,7 +394,13 @@ impl State {
     }
 
     /// Ends an abandoned invalidation all of whose passes are done.
-    fn end_abandoned(&mut self, ticket: Ticket, mut work: Box<Work>, now: Option<Duration>, outbox: &mut Outbox) {
+    fn end_abandoned(
+        &mut self,
+        ticket: Ticket,
+        mut work: Box<Work>,
+        now: Option<Duration>,
+        outbox: &mut Outbox,
+    ) {
         self.unpark(ticket, outbox);
         let passes = work.passes();
         let (panic, trace) = (passes.panic.take(), core::mem::take(&mut passes.trace));
@@ -410,7 +437,12 @@ impl State {
 
     /// C4: ends the range on behalf of a future that is not polled; it starts over if it ever is.
     /// Returns whether it did.
-    pub(crate) fn lapse(&mut self, ticket: Ticket, now: Option<Duration>, outbox: &mut Outbox) -> bool {
+    pub(crate) fn lapse(
+        &mut self,
+        ticket: Ticket,
+        now: Option<Duration>,
+        outbox: &mut Outbox,
+    ) -> bool {
         let Some(parking) = self.parking(ticket) else { return false };
         let Stage::Unclaimed { work, .. } = &parking.stage else { return false };
         work.hits.iter().for_each(|entry| entry.tally().lapsed());
@@ -434,7 +466,9 @@ impl State {
 
     /// Whether the episode that a future waits for goes on.
     pub(crate) fn is_awaited(&self, ticket: Ticket, episode: u32) -> bool {
-        self.parking(ticket).is_some_and(|parking| parking.stage.unclaimed().is_some() && parking.awaited.episode == episode)
+        self.parking(ticket).is_some_and(|parking| {
+            parking.stage.unclaimed().is_some() && parking.awaited.episode == episode
+        })
     }
 
     /// A future that waited goes.
@@ -455,7 +489,8 @@ impl State {
     pub(crate) fn is_certain(&self, ticket: Ticket, waker: &Waker, polls: u64) -> bool {
         self.parking(ticket).is_some_and(|parking| {
             let claim = parking.stage.unclaimed();
-            claim.is_some_and(|claim| polls >= Patience::certain_after(claim.lapses)) && parking.wakers.is_owned_by(waker)
+            claim.is_some_and(|claim| polls >= Patience::certain_after(claim.lapses))
+                && parking.wakers.is_owned_by(waker)
         })
     }
 
@@ -465,7 +500,11 @@ impl State {
         let ids: Vec<Id> = self.protocol.active().iter().map(|(id, _)| id).collect();
         let mut works = Vec::new();
         for id in ids {
-            let parking = self.protocol.active_mut().get_mut(id).and_then(|active| active.extra.parking.take());
+            let parking = self
+                .protocol
+                .active_mut()
+                .get_mut(id)
+                .and_then(|active| active.extra.parking.take());
             let work = parking.and_then(|parking| match parking.stage {
                 Stage::Parked { work, .. } | Stage::Unclaimed { work, .. } => Some(work),
                 Stage::WithCaller | Stage::Leased { .. } => None,

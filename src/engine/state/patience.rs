@@ -171,7 +171,12 @@ impl Patience {
     /// it does not, if another one `comes` at this very moment, who will see it resting and
     /// wake it: some executors poll a task that has woken itself again at once, and nobody
     /// else's turn would come on that thread.
-    pub(crate) fn wakes_itself(&mut self, watch: &mut Watch, comes: bool, bell: &Arc<Bell>) -> bool {
+    pub(crate) fn wakes_itself(
+        &mut self,
+        watch: &mut Watch,
+        comes: bool,
+        bell: &Arc<Bell>,
+    ) -> bool {
         watch.in_a_row += 1;
         let rests = watch.in_a_row > IN_A_ROW && comes;
         if rests {
@@ -215,7 +220,8 @@ impl Patience {
         }
         let Self { waiting, ends, looks, .. } = self;
         let over = ends.iter().take_while(|(until, _)| *until <= time && *until < Duration::MAX);
-        let has_had_its_turns = |ticket: &Ticket| waiting.get(ticket).is_some_and(|entry| *looks >= entry.from + LOOKS);
+        let has_had_its_turns =
+            |ticket: &Ticket| waiting.get(ticket).is_some_and(|entry| *looks >= entry.from + LOOKS);
         over.map(|(_, ticket)| *ticket).filter(has_had_its_turns).collect()
     }
 
@@ -253,7 +259,8 @@ mod tests {
     #[test]
     fn c4_patience_never_falls_however_often_a_future_lapses() {
         let patience = Patience::new(None);
-        let with: Vec<Duration> = (0..100).chain([u32::MAX]).map(|lapses| patience.with(lapses)).collect();
+        let with: Vec<Duration> =
+            (0..100).chain([u32::MAX]).map(|lapses| patience.with(lapses)).collect();
         assert!(with.is_sorted(), "{with:?}");
         assert_eq!((with[0], with[1], with[100]), (ms(20), ms(40), ms(1000)));
         assert_eq!(Patience::new(Some(ms(3000))).with(7), ms(3000));
@@ -276,7 +283,10 @@ mod tests {
             let mut patience = Patience::new(None);
             patience.begin(ticket(1), Some(ms(500)), lapses);
             let over = until_over(&mut patience, ms(501));
-            assert!((ms(500 + expected)..ms(501 + expected)).contains(&over), "{lapses} lapses: {over:?}");
+            assert!(
+                (ms(500 + expected)..ms(501 + expected)).contains(&over),
+                "{lapses} lapses: {over:?}"
+            );
         }
     }
 
@@ -289,7 +299,11 @@ mod tests {
         }
         // The executor was held up for a second.
         for look in 0..LOOKS {
-            assert_eq!(patience.look(Some(ms(1000) + Duration::from_micros(look))), [], "look {look}");
+            assert_eq!(
+                patience.look(Some(ms(1000) + Duration::from_micros(look))),
+                [],
+                "look {look}"
+            );
         }
         assert_eq!(patience.look(Some(ms(1001))), [ticket(1)]);
     }

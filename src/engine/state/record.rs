@@ -66,7 +66,13 @@ pub(crate) struct Awaited {
 impl Parking {
     pub(crate) fn new(wakers: Arc<WakerSet>) -> Self {
         let pending = PendingNotifiers::default();
-        Self { stage: Stage::WithCaller, wakers, pending, done_at: None, awaited: Awaited::default() }
+        Self {
+            stage: Stage::WithCaller,
+            wakers,
+            pending,
+            done_at: None,
+            awaited: Awaited::default(),
+        }
     }
 
     /// To be called when the work has come to the space: notes since when it is unclaimed, if it
@@ -129,7 +135,10 @@ impl Record {
     #[inline(always)]
     pub(crate) fn recycle(&mut self, mut work: Box<Work>) {
         work.hits.clear();
-        debug_assert!(self.idle_work.is_none(), "an invalidation gives the memory back that it took from here");
+        debug_assert!(
+            self.idle_work.is_none(),
+            "an invalidation gives the memory back that it took from here"
+        );
         core::mem::forget(self.idle_work.replace(work));
     }
 
@@ -166,7 +175,8 @@ mod tests {
     #[test]
     fn parked_invalidations_of_one_range_are_found_again_in_any_order() {
         let mut parked = IntervalIndex::new();
-        let of = |serial: u64| Ranged { range: AddressRange::ALL, value: Ticket::from_raw(serial << 6) };
+        let of =
+            |serial: u64| Ranged { range: AddressRange::ALL, value: Ticket::from_raw(serial << 6) };
         (0..1000).for_each(|serial| parked.insert(of(serial)));
         let mut found = Vec::new();
         parked.overlapping(AddressRange::ALL, |parked| found.push(parked.value.serial()));

@@ -71,7 +71,11 @@ impl<W: Load> Stage<W> {
     /// From `WithCaller`: the work is everybody's from now on (C2).
     pub(crate) fn park(&mut self, mut work: W, claim: Claim) {
         debug_assert!(matches!(self, Self::WithCaller));
-        *self = if work.is_done() { Self::Unclaimed { work, claim } } else { Self::Parked { work, then: Then::Claim(claim) } };
+        *self = if work.is_done() {
+            Self::Unclaimed { work, claim }
+        } else {
+            Self::Parked { work, then: Then::Claim(claim) }
+        };
     }
 
     /// The work, to be polled, if it is there to be taken. It comes back by
@@ -91,7 +95,9 @@ impl<W: Load> Stage<W> {
 
     /// The work comes back from a lease.
     pub(crate) fn give_back(&mut self, mut work: W) -> Next<W> {
-        let Self::Leased { then } = *self else { unreachable!("there is one lease, and it comes back once") };
+        let Self::Leased { then } = *self else {
+            unreachable!("there is one lease, and it comes back once")
+        };
         match then {
             Then::Claim(claim) => {
                 *self = Self::WithCaller;

@@ -33,11 +33,17 @@ const MOST_IDLE: usize = 256;
 
 impl State {
     /// Puts a future in the list of those that wait for `entry`.
-    pub(crate) fn add_waiter(&mut self, entry: EntryRef, wait_for: WaitFor, bell: Arc<Bell>) -> usize {
+    pub(crate) fn add_waiter(
+        &mut self,
+        entry: EntryRef,
+        wait_for: WaitFor,
+        bell: Arc<Bell>,
+    ) -> usize {
         let link = u32::try_from(self.waiters.vacant_key()).ok().filter(|link| *link < u32::MAX);
         let link = link.expect("fewer than 2^32 - 1 futures wait in one space");
         let next = entry.first_waiter();
-        let key = self.waiters.insert(Waiter { bell, wait_for, fired: false, entry, prev: None, next });
+        let key =
+            self.waiters.insert(Waiter { bell, wait_for, fired: false, entry, prev: None, next });
         if let Some(next) = next {
             self.waiters[next as usize].prev = Some(link);
         }

@@ -55,7 +55,8 @@ fn call_from<'a, const BUDGET: bool>(
 ) -> Called {
     let request = invalidation.request;
     // Whoever has not been told of a change that has happened uses memory that is gone: nobody waits for a permit (M7).
-    let budget = if BUDGET { host.budget.as_ref().filter(|_| !request.terms.is_late()) } else { None };
+    let budget =
+        if BUDGET { host.budget.as_ref().filter(|_| !request.terms.is_late()) } else { None };
     let Some(mut entry) = hits.get(*at).copied() else { return Called::All };
     loop {
         *at += 1;
@@ -66,13 +67,21 @@ fn call_from<'a, const BUDGET: bool>(
             }
             let began = Moment::now(&host.losses);
             let answer = {
-                let of = || FirstPassOf { space: host.address(), entry, invalidates: Covers::of(request) };
+                let of = || FirstPassOf {
+                    space: host.address(),
+                    entry,
+                    invalidates: Covers::of(request),
+                };
                 let (_here, _entered) = (InFirstPass::enter(host, of), passes.trace.enter());
                 match request.parts {
                     // Those have the plain way only, and each notifier its own of them.
                     Some(parts) if BUDGET => {
                         let own = parts.overlapping(entry.range);
-                        let own = Request { range: own.hull(), parts: Some(own), ..*invalidation.request };
+                        let own = Request {
+                            range: own.hull(),
+                            parts: Some(own),
+                            ..*invalidation.request
+                        };
                         let invalidation = Invalidation { request: &own, ..*invalidation };
                         entry.first_pass(inside, &invalidation, passes.next.as_mut())
                     }
@@ -115,7 +124,12 @@ fn call_from<'a, const BUDGET: bool>(
 ///
 /// Inlined into one place, for most invalidations; all others call [`advance_from`].
 #[inline(always)]
-pub(crate) fn advance(host: &Host, work: &mut Work, request: &Request<'_>, sequence: u64) -> Reached {
+pub(crate) fn advance(
+    host: &Host,
+    work: &mut Work,
+    request: &Request<'_>,
+    sequence: u64,
+) -> Reached {
     if host.budget.is_some() || host.is_plain_only() {
         return advance_from(host, work, request, sequence, 0);
     }
@@ -124,7 +138,9 @@ pub(crate) fn advance(host: &Host, work: &mut Work, request: &Request<'_>, seque
     let Some(first) = hits.first() else { return Reached::Plainly };
     let mut invalidation = Invalidation { request, sequence, own: &first.own };
     // One landing for all first passes.
-    let called = keep(|inside| call_from::<false>(inside, host, &mut invalidation, request, hits, passes, &mut at));
+    let called = keep(|inside| {
+        call_from::<false>(inside, host, &mut invalidation, request, hits, passes, &mut at)
+    });
     if matches!(called, Ok(Called::All)) {
         let plain = match passes.started() {
             0 => true,
@@ -141,7 +157,13 @@ pub(crate) fn advance(host: &Host, work: &mut Work, request: &Request<'_>, seque
 /// Plain form of [`advance`], from hit `at` on.
 #[cold]
 #[inline(never)]
-pub(crate) fn advance_from(host: &Host, work: &mut Work, request: &Request<'_>, sequence: u64, at: usize) -> Reached {
+pub(crate) fn advance_from(
+    host: &Host,
+    work: &mut Work,
+    request: &Request<'_>,
+    sequence: u64,
+    at: usize,
+) -> Reached {
     go_on(host, work, request, sequence, at, Ok(Called::Some))
 }
 
@@ -166,7 +188,10 @@ fn go_on(
             Ok(Called::Some) => {}
             Ok(Called::Deferred) => {
                 work.deferred_at = u32::try_from(at).ok();
-                debug_assert!(work.deferred_at.is_some(), "the index holds fewer than 2^32 notifiers");
+                debug_assert!(
+                    work.deferred_at.is_some(),
+                    "the index holds fewer than 2^32 notifiers"
+                );
                 return Reached::Pends;
             }
             Ok(Called::Refused) => {
@@ -178,7 +203,9 @@ fn go_on(
         }
         let Some(next) = hits.get(at) else { break };
         let mut invalidation = Invalidation { request, sequence, own: &next.own };
-        called = keep(|inside| call_from::<true>(inside, host, &mut invalidation, &at_once, hits, passes, &mut at));
+        called = keep(|inside| {
+            call_from::<true>(inside, host, &mut invalidation, &at_once, hits, passes, &mut at)
+        });
     }
     if passes.started() > 0 {
         passes.first_polls(host, 0);
@@ -209,5 +236,9 @@ fn assert_sequence_is_set(_host: &Host, _entry: EntryRef, _sequence: u64) {
 fn refused_blockable(host: &Host, request: &Request<'_>, entry: EntryRef) {
     host.counters.refused_blockable.fetch_add(1, Ordering::Relaxed);
     let name = entry.name(&host.losses);
-    host.losses.report(&Report::RefusedBlockable { notifier: &name, range: request.range, event: request.event() });
+    host.losses.report(&Report::RefusedBlockable {
+        notifier: &name,
+        range: request.range,
+        event: request.event(),
+    });
 }

@@ -33,7 +33,12 @@ pub(crate) struct Work {
 
 impl Default for Work {
     fn default() -> Self {
-        Self { hits: Vec::new(), passes: SyncWrapper::new(Passes::default()), deferred_at: None, timed: false }
+        Self {
+            hits: Vec::new(),
+            passes: SyncWrapper::new(Passes::default()),
+            deferred_at: None,
+            timed: false,
+        }
     }
 }
 

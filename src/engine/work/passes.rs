@@ -165,7 +165,12 @@ impl Future for Pass {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Outcome> {
         let this = &mut *self;
         let Some(slot) = &mut this.future else {
-            return Poll::Ready(Outcome { finished: None, began: this.began, slot: None, panic: None });
+            return Poll::Ready(Outcome {
+                finished: None,
+                began: this.began,
+                slot: None,
+                panic: None,
+            });
         };
         let polled = this.suspicion.poll(this.entry, cx, |cx| {
             keep(|_| match slot.as_mut().as_pin_mut() {
@@ -190,7 +195,14 @@ impl Future for Pass {
 /// Polls passes from `at` on, once each, and empties the slots of those that are done. `at` moves
 /// behind a pass before it is polled. `pend` counts the others.
 #[inline]
-fn poll_from(started: &mut [Pass], at: &mut usize, pend: &mut usize, trace: &Trace, losses: &Losses, cx: &mut Context<'_>) {
+fn poll_from(
+    started: &mut [Pass],
+    at: &mut usize,
+    pend: &mut usize,
+    trace: &Trace,
+    losses: &Losses,
+    cx: &mut Context<'_>,
+) {
     while let Some(pass) = started.get_mut(*at) {
         *at += 1;
         if let Some(slot) = &mut pass.future
@@ -210,7 +222,12 @@ impl Passes {
     /// Keeps what a first pass left in `next`, until all first passes have been called (O2).
     /// `BUDGET`: there may be a pass budget.
     #[inline(always)]
-    pub(super) fn start_pass<const BUDGET: bool>(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
+    pub(super) fn start_pass<const BUDGET: bool>(
+        &mut self,
+        entry: EntryRef,
+        budgeted: bool,
+        began: Moment,
+    ) {
         if let Some(record) = self.slots.get_mut(self.started)
             && let Some(spare) = &mut record.future
         {
@@ -231,7 +248,14 @@ impl Passes {
     fn start_in_new_slot(&mut self, entry: EntryRef, budgeted: bool, began: Moment) {
         let spare = self.spare_slots.pop().unwrap_or_else(Slot::empty);
         let slot = core::mem::replace(&mut self.next, spare);
-        let pass = Pass { future: Some(slot), entry, listed: UNLISTED, budgeted, began, suspicion: Suspicion::none() };
+        let pass = Pass {
+            future: Some(slot),
+            entry,
+            listed: UNLISTED,
+            budgeted,
+            began,
+            suspicion: Suspicion::none(),
+        };
         match self.slots.get_mut(self.started) {
             Some(record) => *record = pass,
             None => self.slots.push(pass),
@@ -258,7 +282,12 @@ impl Passes {
     #[inline(never)]
     fn make_join(&mut self) {
         let wakers = Arc::new(WakerSet::default());
-        self.join = Some(Join { running: FuturesUnordered::new(), shells: 0, waker: Waker::from(wakers.clone()), wakers });
+        self.join = Some(Join {
+            running: FuturesUnordered::new(),
+            shells: 0,
+            waker: Waker::from(wakers.clone()),
+            wakers,
+        });
     }
 
     /// Who is woken when a pass can go on.
@@ -308,8 +337,16 @@ impl Passes {
     /// do.
     #[cold]
     #[inline(never)]
-    fn more_first_polls(&mut self, host: &Host, from: usize, mut at: usize, mut polled: Result<(), Panic>) {
-        let Self { slots, started, join: Some(join), panic: first, trace, .. } = self else { return };
+    fn more_first_polls(
+        &mut self,
+        host: &Host,
+        from: usize,
+        mut at: usize,
+        mut polled: Result<(), Panic>,
+    ) {
+        let Self { slots, started, join: Some(join), panic: first, trace, .. } = self else {
+            return;
+        };
         let mut cx = Context::from_waker(&join.waker);
         let to_poll = &mut slots[..*started];
         // After a panic the polls go on behind the pass that panicked (C5).
@@ -363,7 +400,11 @@ impl Passes {
     }
 
     /// Takes what is done off the list. `quiet` gets each notifier that waits for no other pass.
-    pub(crate) fn settle(&mut self, pending: &mut PendingNotifiers, mut quiet: impl FnMut(EntryRef)) {
+    pub(crate) fn settle(
+        &mut self,
+        pending: &mut PendingNotifiers,
+        mut quiet: impl FnMut(EntryRef),
+    ) {
         for done in self.finished.drain(..) {
             if done.listed != UNLISTED
                 && let Some(entry) = pending.remove(done.listed)
@@ -388,7 +429,8 @@ impl Passes {
             self.finished.clear();
             left -= 1;
             let behind = self.is_behind(host.fences.load(Ordering::Acquire));
-            let goes_on = progress == Progress::Yielded || (woken && progress == Progress::Waiting) || behind;
+            let goes_on =
+                progress == Progress::Yielded || (woken && progress == Progress::Waiting) || behind;
             if !goes_on || left == 0 {
                 return;
             }

@@ -37,7 +37,10 @@ impl fmt::Display for UnmapError {
 
 impl fmt::Debug for UnmapError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("UnmapError").field("mapping", &self.mapping).field("error", &self.error).finish()
+        f.debug_struct("UnmapError")
+            .field("mapping", &self.mapping)
+            .field("error", &self.error)
+            .finish()
     }
 }
 
@@ -72,7 +75,10 @@ impl OwnedMapping {
     ///
     /// # Panics
     /// A panic of `last` goes on in the caller; the mapping is dropped.
-    pub fn unmap_with(mut self, last: impl FnOnce(AddressRange)) -> Waitable<impl Future<Output = Result<(), UnmapError>>> {
+    pub fn unmap_with(
+        mut self,
+        last: impl FnOnce(AddressRange),
+    ) -> Waitable<impl Future<Output = Result<(), UnmapError>>> {
         Waitable::new(async move {
             if let Err(forked) = self.check() {
                 return Err(UnmapError::new(self, forked));

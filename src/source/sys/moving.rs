@@ -93,7 +93,10 @@ impl Memory {
                 }
                 answer => Some(answer),
             });
-            assert!(matches!(answer, Some(Ok(_))), "the kernel has moved memory and refuses to move it back: {answer:?}");
+            assert!(
+                matches!(answer, Some(Ok(_))),
+                "the kernel has moved memory and refuses to move it back: {answer:?}"
+            );
         }
     }
 
@@ -165,10 +168,19 @@ impl Memory {
         let mut rehearsal = Reserved::new(self.len, &backing).map_err(Refused::Unchanged)?;
         room_for(1).map_err(Refused::Unchanged)?;
         // SAFETY: both are ours alone.
-        unsafe { rehearsal.take(new.at.as_ptr().cast(), 0, self.len, MremapFlags::empty()) }.map_err(Refused::Unchanged)?;
+        unsafe { rehearsal.take(new.at.as_ptr().cast(), 0, self.len, MremapFlags::empty()) }
+            .map_err(Refused::Unchanged)?;
         new.at = rehearsal.keep();
         // SAFETY: both mappings are ours, and there are no references into either.
-        let put = unsafe { mm::mremap_fixed(new.at.as_ptr().cast(), self.len, self.len, MremapFlags::MAYMOVE, self.at(0)) };
+        let put = unsafe {
+            mm::mremap_fixed(
+                new.at.as_ptr().cast(),
+                self.len,
+                self.len,
+                MremapFlags::MAYMOVE,
+                self.at(0),
+            )
+        };
         (self.backing, self.plain) = (backing, true);
         match put {
             Ok(_) => {
@@ -193,7 +205,9 @@ fn room_for(pieces: usize) -> io::Result<()> {
     let pages = pieces + FREE;
     let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
     // SAFETY: a new mapping where the kernel chooses, so it replaces none.
-    let at = unsafe { mm::mmap_anonymous(core::ptr::null_mut(), pages * page, ProtFlags::empty(), flags)? };
+    let at = unsafe {
+        mm::mmap_anonymous(core::ptr::null_mut(), pages * page, ProtFlags::empty(), flags)?
+    };
     let at_page = |number: usize| at.cast::<u8>().wrapping_add(number * page).cast();
     // SAFETY: pages of that mapping, of which nobody knows. Each second one becomes its own.
     let split = |number| unsafe { mm::mprotect(at_page(number), page, MprotectFlags::READ) };
@@ -229,8 +243,17 @@ impl Reserved {
     ///
     /// # Safety
     /// The piece belongs to the caller, and there are no references into it.
-    unsafe fn take(&mut self, piece: *mut c_void, from: usize, len: usize, keep: MremapFlags) -> io::Result<()> {
-        assert!(from == self.given && len <= self.len - from, "the piece belongs behind the others");
+    unsafe fn take(
+        &mut self,
+        piece: *mut c_void,
+        from: usize,
+        len: usize,
+        keep: MremapFlags,
+    ) -> io::Result<()> {
+        assert!(
+            from == self.given && len <= self.len - from,
+            "the piece belongs behind the others"
+        );
         let to = self.at.as_ptr().wrapping_add(from).cast();
         // From here on the place is not ours, whatever the answer is.
         self.given = from + len;
@@ -253,7 +276,9 @@ impl Drop for Reserved {
     fn drop(&mut self) {
         if self.given < self.len {
             // SAFETY: ours since it was reserved: no piece was moved there, and none was tried to.
-            let _ = unsafe { mm::munmap(self.at.as_ptr().wrapping_add(self.given).cast(), self.len - self.given) };
+            let _ = unsafe {
+                mm::munmap(self.at.as_ptr().wrapping_add(self.given).cast(), self.len - self.given)
+            };
         }
     }
 }

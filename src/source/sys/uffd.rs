@@ -26,7 +26,9 @@ pub(crate) const USER_MODE_ONLY: u32 = raw::UFFD_USER_MODE_ONLY;
 
 /// Opens a descriptor by the system call. It does not block.
 pub(crate) fn open(flags: u32) -> io::Result<OwnedFd> {
-    let flags = UserfaultfdFlags::from_bits_retain(flags) | UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    let flags = UserfaultfdFlags::from_bits_retain(flags)
+        | UserfaultfdFlags::CLOEXEC
+        | UserfaultfdFlags::NONBLOCK;
     // SAFETY: what the descriptor can do to the process's memory is done by `register`, which changes
     // nothing that can be read.
     unsafe { mm::userfaultfd(flags) }
@@ -59,7 +61,9 @@ unsafe impl Ioctl for New {
 /// Opens a descriptor through `/dev/userfaultfd` (Linux 6.1), whose file mode says who may. It does
 /// not block.
 pub(crate) fn open_by(device: &File, flags: u32) -> io::Result<OwnedFd> {
-    let flags = UserfaultfdFlags::from_bits_retain(flags) | UserfaultfdFlags::CLOEXEC | UserfaultfdFlags::NONBLOCK;
+    let flags = UserfaultfdFlags::from_bits_retain(flags)
+        | UserfaultfdFlags::CLOEXEC
+        | UserfaultfdFlags::NONBLOCK;
     // SAFETY: `USERFAULTFD_IOC_NEW` takes the flags as a number; see `open`.
     unsafe { ioctl(device, New(flags.bits() as usize)) }
 }
@@ -76,7 +80,8 @@ pub(crate) fn api(fd: impl AsFd, features: u64) -> io::Result<u64> {
 /// by the kernel itself when it is written, so no access faults for anybody to handle.
 pub(crate) fn register(fd: impl AsFd, pages: AddressRange) -> io::Result<()> {
     let range = bounds(pages)?;
-    let mut register = raw::uffdio_register { range, mode: u64::from(raw::UFFDIO_REGISTER_MODE_WP), ioctls: 0 };
+    let mut register =
+        raw::uffdio_register { range, mode: u64::from(raw::UFFDIO_REGISTER_MODE_WP), ioctls: 0 };
     // SAFETY: `UFFDIO_REGISTER` reads and writes one `uffdio_register`; see above for what it does to
     // the memory.
     unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_REGISTER }, _>::new(&mut register)) }
@@ -95,7 +100,11 @@ fn bounds(pages: AddressRange) -> io::Result<raw::uffdio_range> {
 /// Whether a change is under way whose event may still be to come. The kernel asks itself that
 /// before it fills a page, so it is asked to fill none.
 pub(crate) fn changing(fd: impl AsFd) -> bool {
-    let mut nothing = raw::uffdio_zeropage { range: raw::uffdio_range { start: 0, len: 0 }, mode: 0, zeropage: 0 };
+    let mut nothing = raw::uffdio_zeropage {
+        range: raw::uffdio_range { start: 0, len: 0 },
+        mode: 0,
+        zeropage: 0,
+    };
     // SAFETY: `UFFDIO_ZEROPAGE` reads and writes one `uffdio_zeropage`; it fills no page of an empty
     // range.
     let answer = unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_ZEROPAGE }, _>::new(&mut nothing)) };
@@ -178,12 +187,21 @@ impl Pagemap {
     pub(crate) fn open() -> Option<Self> {
         let pagemap = Self(File::open("/proc/self/pagemap").ok()?.into());
         // An empty range is refused by a kernel that cannot, and by nobody else.
-        pagemap.scan(0, 0, Kind { with: 0, without: 0, any: PAGE_IS_PRESENT }, Found::Page).is_ok().then_some(pagemap)
+        pagemap
+            .scan(0, 0, Kind { with: 0, without: 0, any: PAGE_IS_PRESENT }, Found::Page)
+            .is_ok()
+            .then_some(pagemap)
     }
 
     /// Scans `start` to `end` (exclusive) for pages of a kind. Returns where it stopped and what it
     /// found first.
-    fn scan(&self, start: u64, end: u64, of: Kind, found: Found) -> io::Result<(u64, Option<Region>)> {
+    fn scan(
+        &self,
+        start: u64,
+        end: u64,
+        of: Kind,
+        found: Found,
+    ) -> io::Result<(u64, Option<Region>)> {
         let mut region = Region { start: 0, end: 0, categories: 0 };
         let mut scan = Scan {
             size: size_of::<Scan>() as u64,
@@ -202,7 +220,8 @@ impl Pagemap {
         match found {
             Found::Marked => scan.flags = PM_SCAN_WP_MATCHING,
             Found::Region | Found::Page => {
-                (scan.vec, scan.vec_len) = (ptr::from_mut(&mut region).expose_provenance() as u64, 1);
+                (scan.vec, scan.vec_len) =
+                    (ptr::from_mut(&mut region).expose_provenance() as u64, 1);
                 scan.max_pages = u64::from(found == Found::Page);
             }
         }
@@ -216,9 +235,12 @@ impl Pagemap {
     /// Whether all of `pages` is mapped and watched, as of one moment.
     pub(crate) fn is_watched(&self, pages: AddressRange) -> io::Result<bool> {
         let of = Kind { with: PAGE_IS_WPALLOWED, without: 0, any: 0 };
-        let (_, found) = self.scan(pages.start(), pages.last().wrapping_add(1), of, Found::Region)?;
+        let (_, found) =
+            self.scan(pages.start(), pages.last().wrapping_add(1), of, Found::Region)?;
         // Adjacent mappings are one region.
-        Ok(found.is_some_and(|found| found.start == pages.start() && found.end == pages.last().wrapping_add(1)))
+        Ok(found.is_some_and(|found| {
+            found.start == pages.start() && found.end == pages.last().wrapping_add(1)
+        }))
     }
 
     /// Marks the pages that are there, in memory or swapped out, where they are watched. Takes no
@@ -226,7 +248,11 @@ impl Pagemap {
     pub(crate) fn mark(&self, pages: AddressRange) -> io::Result<()> {
         let (mut at, end) = (pages.start(), pages.last().wrapping_add(1));
         while at < end {
-            let of = Kind { with: PAGE_IS_WPALLOWED, without: 0, any: PAGE_IS_PRESENT | PAGE_IS_SWAPPED };
+            let of = Kind {
+                with: PAGE_IS_WPALLOWED,
+                without: 0,
+                any: PAGE_IS_PRESENT | PAGE_IS_SWAPPED,
+            };
             let (walked, _) = self.scan(at, end, of, Found::Marked)?;
             if walked <= at {
                 return Err(io::Errno::IO);
@@ -241,7 +267,11 @@ impl Pagemap {
     /// as good as gone.
     pub(crate) fn has_marked(&self, pages: AddressRange) -> io::Result<bool> {
         let end = pages.last().wrapping_add(1);
-        let of = Kind { with: PAGE_IS_WPALLOWED | PAGE_IS_PRESENT, without: PAGE_IS_WRITTEN | PAGE_IS_PFNZERO, any: 0 };
+        let of = Kind {
+            with: PAGE_IS_WPALLOWED | PAGE_IS_PRESENT,
+            without: PAGE_IS_WRITTEN | PAGE_IS_PFNZERO,
+            any: 0,
+        };
         self.scan(pages.start(), end, of, Found::Page).map(|(_, found)| found.is_some())
     }
 }
@@ -343,11 +373,17 @@ impl Maps {
     }
 
     fn query(&self, address: u64, query_flags: u64) -> Option<Mapping> {
-        let mut query = Query { size: size_of::<Query>() as u64, query_flags, query_addr: address, ..Query::default() };
+        let mut query = Query {
+            size: size_of::<Query>() as u64,
+            query_flags,
+            query_addr: address,
+            ..Query::default()
+        };
         // SAFETY: `PROCMAP_QUERY` reads and writes one `procmap_query`; without room for them it writes no
         // names.
         unsafe { ioctl(self.0.as_fd(), Updater::<{ PROCMAP_QUERY }, _>::new(&mut query)).ok()? };
-        let range = AddressRange::new(query.vma_start, query.vma_end.checked_sub(query.vma_start)?).ok()?;
+        let range =
+            AddressRange::new(query.vma_start, query.vma_end.checked_sub(query.vma_start)?).ok()?;
         Some(Mapping { range, page: query.vma_page_size.max(page_size() as u64) })
     }
 }

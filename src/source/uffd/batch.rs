@@ -31,7 +31,10 @@ pub(super) struct Batch {
 /// A reader waits for all changes that concern its notifier, so it waits for no more than if each
 /// was told of alone: a device that hangs holds up nobody to whom its ranges are nothing. What is
 /// told of together is flushed once.
-pub(super) fn batches(changes: Vec<Changed>, concerned: impl Fn(AddressRange) -> Vec<u64>) -> Vec<Batch> {
+pub(super) fn batches(
+    changes: Vec<Changed>,
+    concerned: impl Fn(AddressRange) -> Vec<u64>,
+) -> Vec<Batch> {
     let mut batches: Vec<Batch> = Vec::new();
     if let [(range, event, seen)] = changes[..] {
         batches.push(Batch { event, seen, ranges: alloc::vec![range] });
@@ -41,7 +44,8 @@ pub(super) fn batches(changes: Vec<Changed>, concerned: impl Fn(AddressRange) ->
     let mut known: BTreeMap<Vec<u64>, Vec<usize>> = BTreeMap::new();
     for (range, event, seen) in changes {
         let of_these = known.entry(concerned(range)).or_default();
-        match of_these.iter().find(|at| (batches[**at].event, batches[**at].seen) == (event, seen)) {
+        match of_these.iter().find(|at| (batches[**at].event, batches[**at].seen) == (event, seen))
+        {
             Some(at) => batches[*at].ranges.push(range),
             None => {
                 of_these.push(batches.len());
@@ -67,9 +71,21 @@ mod tests {
         };
         let gone = |page| (at(page), Event::Unmap, Seen::Happened);
         let discarded = |page| (at(page), Event::Clear, Seen::ToCome);
-        let changes =
-            [gone(1), gone(9), discarded(2), gone(0), gone(5), discarded(3), (at(1), Event::Clear, Seen::Happened), gone(8)];
-        let batch = |event, seen, pages: &[u64]| Batch { event, seen, ranges: pages.iter().map(|page| at(*page)).collect() };
+        let changes = [
+            gone(1),
+            gone(9),
+            discarded(2),
+            gone(0),
+            gone(5),
+            discarded(3),
+            (at(1), Event::Clear, Seen::Happened),
+            gone(8),
+        ];
+        let batch = |event, seen, pages: &[u64]| Batch {
+            event,
+            seen,
+            ranges: pages.iter().map(|page| at(*page)).collect(),
+        };
         assert_eq!(
             batches(changes.to_vec(), concerned),
             [

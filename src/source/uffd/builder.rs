@@ -19,11 +19,14 @@ use std::sync::Mutex;
 use std::time::Instant;
 
 /// Events that every source asks for.
-const EVENTS: u64 = (raw::UFFD_FEATURE_EVENT_REMAP | raw::UFFD_FEATURE_EVENT_REMOVE | raw::UFFD_FEATURE_EVENT_UNMAP) as u64;
+const EVENTS: u64 = (raw::UFFD_FEATURE_EVENT_REMAP
+    | raw::UFFD_FEATURE_EVENT_REMOVE
+    | raw::UFFD_FEATURE_EVENT_UNMAP) as u64;
 const EVENT_FORK: u64 = raw::UFFD_FEATURE_EVENT_FORK as u64;
 const WP_ASYNC: u64 = raw::UFFD_FEATURE_WP_ASYNC as u64;
 /// Where the kernel can, every kind of memory is watched, files too.
-const OPTIONAL: u64 = WP_ASYNC | (raw::UFFD_FEATURE_WP_HUGETLBFS_SHMEM | raw::UFFD_FEATURE_WP_UNPOPULATED) as u64;
+const OPTIONAL: u64 =
+    WP_ASYNC | (raw::UFFD_FEATURE_WP_HUGETLBFS_SHMEM | raw::UFFD_FEATURE_WP_UNPOPULATED) as u64;
 
 /// What `fork` without `exec` means for watched memory. (`vfork`, `posix_spawn` and most of
 /// [`std::process::Command`] copy no memory, and mean nothing here.)
@@ -136,7 +139,8 @@ impl UffdBuilder {
         let maps = Maps::open();
         let page = crate::source::sys::page_size() as u64;
         let granule = if maps.is_some() { self.granule.max(page) } else { page };
-        let promises = Promises { fork, discards: pagemap.is_some() && !self.settle.is_zero(), granule };
+        let promises =
+            Promises { fork, discards: pagemap.is_some() && !self.settle.is_zero(), granule };
         let bell = || eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).map_err(os);
         let fd = Arc::new(fd);
         let inner = Arc::new(Inner {
@@ -189,7 +193,9 @@ impl UffdBuilder {
             Some(fork) => Ok((agree(features)?, fork, known)),
             None => match agree(features | EVENT_FORK) {
                 Ok(fd) => Ok((fd, Fork::Report, known)),
-                Err(UffdError::NotPermitted | UffdError::Unsupported) => Ok((agree(features)?, Fork::Keep, known)),
+                Err(UffdError::NotPermitted | UffdError::Unsupported) => {
+                    Ok((agree(features)?, Fork::Keep, known))
+                }
                 Err(error) => Err(error),
             },
         }
@@ -207,7 +213,9 @@ fn descriptor() -> Result<OwnedFd, UffdError> {
     };
     let by_device = |refused: Errno| {
         let device = OpenOptions::new().read(true).write(true).open("/dev/userfaultfd");
-        device.map_err(|_| refused).and_then(|device| uffd::open_by(&device, uffd::USER_MODE_ONLY).map_err(|_| refused))
+        device
+            .map_err(|_| refused)
+            .and_then(|device| uffd::open_by(&device, uffd::USER_MODE_ONLY).map_err(|_| refused))
     };
     match by_call {
         Err(refused @ (Errno::PERM | Errno::ACCESS | Errno::NOSYS)) => by_device(refused),

@@ -60,7 +60,9 @@ impl Deliveries {
     /// # Cancel safety
     /// May be dropped at any moment: before the first poll nothing has happened, after it the
     /// passes belong to the space.
-    pub fn deliver(&mut self) -> Waitable<impl Future<Output = Result<usize, UffdError>> + Send + use<>> {
+    pub fn deliver(
+        &mut self,
+    ) -> Waitable<impl Future<Output = Result<usize, UffdError>> + Send + use<>> {
         self.clear();
         let taken = Taken(Some(self.inner.clone()));
         Waitable::new(async move {
@@ -227,7 +229,11 @@ impl Drop for Open<'_> {
         let closings = {
             let mut starting = self.0.starting();
             starting.threads -= 1;
-            if starting.threads == 0 { core::mem::take(&mut starting.closings) } else { Closings::default() }
+            if starting.threads == 0 {
+                core::mem::take(&mut starting.closings)
+            } else {
+                Closings::default()
+            }
         };
         self.0.shared().open_gate(closings);
     }
@@ -275,7 +281,8 @@ impl Drop for Late {
     fn drop(&mut self) {
         // In a child of `fork` the locks of the space may be held for ever (M4).
         if self.inner.is_forked() {
-            let (settle, marked) = (core::mem::take(&mut self.settle), core::mem::take(&mut self.marked));
+            let (settle, marked) =
+                (core::mem::take(&mut self.settle), core::mem::take(&mut self.marked));
             core::mem::forget((self.invalidation.take(), settle, marked, self.inner.clone()));
         } else if !self.settle.is_empty() {
             let mut settles = self.inner.settles();
@@ -301,7 +308,12 @@ impl Inner {
 
     /// Starts an invalidation of everything that the events name; `pending` gets those whose passes
     /// are pending.
-    fn start(self: &Arc<Self>, look: Which, cx: &mut Context<'_>, mut pending: impl FnMut(Late)) -> usize {
+    fn start(
+        self: &Arc<Self>,
+        look: Which,
+        cx: &mut Context<'_>,
+        mut pending: impl FnMut(Late),
+    ) -> usize {
         // Before anything is taken: the clone of a waker is foreign code, and may panic.
         let undelivered = Undelivered(self);
         let waker = Waker::from(TaskWaker::new(cx.waker(), &self.shared().host.losses));
@@ -375,7 +387,12 @@ impl Inner {
         if several && batch.seen == Seen::Happened {
             invalidation = invalidation.past();
         }
-        Some(Late { inner: self.clone(), marked, settle, invalidation: Some(Box::pin(invalidation.into_owned())) })
+        Some(Late {
+            inner: self.clone(),
+            marked,
+            settle,
+            invalidation: Some(Box::pin(invalidation.into_owned())),
+        })
     }
 
     /// Without anybody who could wait: the passes are left to the space.
@@ -390,18 +407,28 @@ impl Inner {
         changes.ranges.extend(again.drain(..).map(|range| (range, Event::Clear, Seen::Happened)));
         if self.ring.take_overflow() {
             let table = self.table();
-            table.watches.for_each(|range| changes.ranges.push((range, Event::Unmap, Seen::Happened)));
+            table
+                .watches
+                .for_each(|range| changes.ranges.push((range, Event::Unmap, Seen::Happened)));
             // Nobody knows which of them have lost their memory, nor what is still about to go.
             table.watches.end(AddressRange::ALL, |watched| changes.lost.push(watched));
             if self.promises.discards {
-                table.for_each_armed(|range| changes.ranges.push((range, Event::Clear, Seen::ToCome)));
+                table.for_each_armed(|range| {
+                    changes.ranges.push((range, Event::Clear, Seen::ToCome))
+                });
             }
         }
         while let Some(change) = self.ring.take() {
             match change {
-                Change::Unmap(start, end) => self.gone(&mut changes, start, end.wrapping_sub(start)),
-                Change::Remove(start, end) => self.discarded(&mut changes, start, end, Seen::ToCome),
-                Change::Unseen(start, end) => self.discarded(&mut changes, start, end, Seen::Happened),
+                Change::Unmap(start, end) => {
+                    self.gone(&mut changes, start, end.wrapping_sub(start))
+                }
+                Change::Remove(start, end) => {
+                    self.discarded(&mut changes, start, end, Seen::ToCome)
+                }
+                Change::Unseen(start, end) => {
+                    self.discarded(&mut changes, start, end, Seen::Happened)
+                }
                 Change::Remap(from, to, len) => {
                     self.gone(&mut changes, from, len);
                     if let Ok(moved) = AddressRange::new(to, len) {
@@ -409,7 +436,8 @@ impl Inner {
                     }
                 }
                 Change::Fork => {
-                    let each = |range| changes.ranges.push((range, Event::ProtectionPage, Seen::Happened));
+                    let each =
+                        |range| changes.ranges.push((range, Event::ProtectionPage, Seen::Happened));
                     self.table().watches.for_each(each);
                 }
             }

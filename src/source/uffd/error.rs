@@ -78,7 +78,9 @@ impl From<UffdError> for std::io::Error {
 pub(super) fn os(error: Errno) -> UffdError {
     match error {
         Errno::PERM | Errno::ACCESS => UffdError::NotPermitted,
-        Errno::NOSYS | Errno::INVAL | Errno::OPNOTSUPP | Errno::NODEV | Errno::NOTTY => UffdError::Unsupported,
+        Errno::NOSYS | Errno::INVAL | Errno::OPNOTSUPP | Errno::NODEV | Errno::NOTTY => {
+            UffdError::Unsupported
+        }
         _ => UffdError::Os(error.kind()),
     }
 }

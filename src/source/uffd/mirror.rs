@@ -102,7 +102,12 @@ impl Uffd {
         Waitable::new(async move {
             let install = |mappings: &mut T, (prepared, watch)| install(mappings, prepared, watch);
             let forked = || Err(MirrorError::Prepare(Unwatched::Watch(UffdError::Forked)));
-            LeftToParent::new(lock.mirror(subscription, budget, prepare, install), || self.is_forked(), forked).await
+            LeftToParent::new(
+                lock.mirror(subscription, budget, prepare, install),
+                || self.is_forked(),
+                forked,
+            )
+            .await
         })
     }
 

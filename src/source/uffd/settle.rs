@@ -79,7 +79,14 @@ impl Marked {
             }
         };
         let (held_up, over) = (AtomicU64::new(0), AtomicBool::new(false));
-        Some(Arc::new(Self { inner: Arc::downgrade(inner), watched, owner, began: Instant::now(), held_up, over }))
+        Some(Arc::new(Self {
+            inner: Arc::downgrade(inner),
+            watched,
+            owner,
+            began: Instant::now(),
+            held_up,
+            over,
+        }))
     }
 
     pub(super) fn range(&self) -> AddressRange {
@@ -98,12 +105,15 @@ impl Marked {
         }
         let waited = self.began.elapsed();
         if inner.table().is_changing() {
-            self.held_up.store(u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+            self.held_up
+                .store(u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
         // The time begins when the thread inside `madvise` has gone on: as long as one has not, for
         // want of a processor, nothing is known of its pages.
         let held_up = Duration::from_nanos(self.held_up.load(Ordering::Relaxed));
-        if waited.saturating_sub(held_up) < inner.settle && waited < inner.settle.saturating_mul(HELD_UP) {
+        if waited.saturating_sub(held_up) < inner.settle
+            && waited < inner.settle.saturating_mul(HELD_UP)
+        {
             return Seen::There;
         }
         if !self.over.swap(true, Ordering::AcqRel) {
@@ -147,7 +157,10 @@ pub(super) struct Settle(pub(super) Arc<Marked>);
 
 impl IntervalNotifier for Settle {
     /// There is no device, so no sequence is set (S4). Other invalidations of the range do not wait.
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let ours = invalidation.is_tagged(self.0.owner);
         if ours {
             invalidation.is_not_the_devices();
@@ -268,7 +281,8 @@ impl Inner {
             earlier
         };
         // Outside of the lock: what is held for them may be given up.
-        for earlier in earlier.into_iter().filter(|earlier| marked.range().covers(earlier.range())) {
+        for earlier in earlier.into_iter().filter(|earlier| marked.range().covers(earlier.range()))
+        {
             earlier.over.store(true, Ordering::Release);
         }
     }

@@ -51,7 +51,12 @@ pub(super) struct Table {
 }
 
 impl Table {
-    pub(super) fn new(fd: Arc<OwnedFd>, maps: Option<Maps>, pagemap: Option<Arc<Pagemap>>, promises: Promises) -> Self {
+    pub(super) fn new(
+        fd: Arc<OwnedFd>,
+        maps: Option<Maps>,
+        pagemap: Option<Arc<Pagemap>>,
+        promises: Promises,
+    ) -> Self {
         // Each takes two mappings.
         let room = uffd::most_mappings() / 8;
         Self {
@@ -71,14 +76,20 @@ impl Table {
     }
 
     /// Watches the pages of `range`.
-    fn add(&mut self, range: AddressRange, quiet: bool) -> Result<(Watched, Arc<WatchState>), UffdError> {
+    fn add(
+        &mut self,
+        range: AddressRange,
+        quiet: bool,
+    ) -> Result<(Watched, Arc<WatchState>), UffdError> {
         let range = self.arm(range)?;
         Ok(self.watches.add(range, quiet))
     }
 
     /// Has the kernel watch the pages of `range`, and what lies around them; returns the pages.
     fn arm(&mut self, range: AddressRange) -> Result<AddressRange, UffdError> {
-        let Some(fd) = self.fd.clone().filter(|_| !self.closed) else { return Err(UffdError::Closed) };
+        let Some(fd) = self.fd.clone().filter(|_| !self.closed) else {
+            return Err(UffdError::Closed);
+        };
         if self.armed.pieces() >= self.room / 2 {
             self.give_up_later();
         }
@@ -137,8 +148,10 @@ impl Table {
         }
         let granule = self.promises.granule.max(first.page).max(last.page);
         let around = aligned(asked, granule);
-        let (start, last) = (around.start().max(first.range.start()), around.last().min(last.range.last()));
-        let piece = AddressRange::try_from(start.min(asked.start())..=last.max(asked.last())).unwrap_or(asked);
+        let (start, last) =
+            (around.start().max(first.range.start()), around.last().min(last.range.last()));
+        let piece = AddressRange::try_from(start.min(asked.start())..=last.max(asked.last()))
+            .unwrap_or(asked);
         (asked, piece)
     }
 
@@ -146,7 +159,10 @@ impl Table {
     /// is left from earlier, and who begins to watch it now may find what is about to go. `None`
     /// when there is nothing to wait for; an error when it cannot be seen.
     pub(super) fn hold(&mut self, range: AddressRange) -> Result<Option<Watched>, Errno> {
-        let (Some(fd), Some(pagemap)) = (self.fd.as_ref().filter(|_| !self.closed), &self.pagemap) else { return Ok(None) };
+        let (Some(fd), Some(pagemap)) = (self.fd.as_ref().filter(|_| !self.closed), &self.pagemap)
+        else {
+            return Ok(None);
+        };
         if self.dropped.touches(range) {
             // The marks went with the registration. What is there now may be what is about to go, or new: it is
             // waited for.
@@ -216,7 +232,9 @@ impl Table {
         for free in self.watches.unwatched(aligned(range, unit)) {
             let start = free.start().checked_next_multiple_of(unit);
             let end = free.last().checked_add(1).map_or(u64::MAX, |end| end & !(unit - 1));
-            let whole = start.filter(|start| *start < end).and_then(|start| AddressRange::new(start, end - start).ok());
+            let whole = start
+                .filter(|start| *start < end)
+                .and_then(|start| AddressRange::new(start, end - start).ok());
             for part in whole.map(|whole| self.armed.within(whole)).into_iter().flatten() {
                 self.drop_part(part);
             }
@@ -260,7 +278,9 @@ impl Table {
     /// kernel does for it, and raises no event.
     fn grown(&self, part: AddressRange) -> AddressRange {
         let mapping = self.maps.as_ref().and_then(|maps| maps.at(part.last()));
-        let (Some(next), Some(mapping)) = (part.last().checked_add(1), mapping) else { return part };
+        let (Some(next), Some(mapping)) = (part.last().checked_add(1), mapping) else {
+            return part;
+        };
         let mut last = mapping.range.last();
         if let Ok(beyond) = AddressRange::try_from(next..=last) {
             last = self.armed.first_in(beyond).map_or(last, |other| other - 1);
@@ -310,7 +330,9 @@ fn aligned(range: AddressRange, unit: u64) -> AddressRange {
 /// what it refuses is tried again in halves: down to a page if there is at most [`HALVED`], else to
 /// some 64 pieces, because memory that is gone must not be asked for page by page.
 fn unregister(fd: &OwnedFd, range: AddressRange, each: &impl Fn(AddressRange)) {
-    let least = range.len().map_or(u64::MAX, |len| if len <= HALVED { page_size() as u64 } else { (len / 64).max(HALVED) });
+    let least = range.len().map_or(u64::MAX, |len| {
+        if len <= HALVED { page_size() as u64 } else { (len / 64).max(HALVED) }
+    });
     unregister_halves(fd, range, least, each);
 }
 
@@ -323,7 +345,10 @@ fn unregister_halves(fd: &OwnedFd, range: AddressRange, least: u64, each: &impl 
     }
     let Some(len) = range.len().filter(|len| *len > least) else { return };
     let half = (len / 2).next_multiple_of(page_size() as u64);
-    let halves = [AddressRange::new(range.start(), half), AddressRange::new(range.start() + half, len - half)];
+    let halves = [
+        AddressRange::new(range.start(), half),
+        AddressRange::new(range.start() + half, len - half),
+    ];
     halves.into_iter().flatten().for_each(|part| unregister_halves(fd, part, least, each));
 }
 
@@ -339,7 +364,11 @@ pub struct Watch {
 }
 
 impl Watch {
-    pub(super) fn new(inner: &Arc<Inner>, range: AddressRange, quiet: bool) -> Result<Self, UffdError> {
+    pub(super) fn new(
+        inner: &Arc<Inner>,
+        range: AddressRange,
+        quiet: bool,
+    ) -> Result<Self, UffdError> {
         inner.check()?;
         // Before it is counted: there are never more watches than references.
         let inner = inner.clone();
@@ -393,6 +422,9 @@ impl Drop for Watch {
 
 impl fmt::Debug for Watch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Watch").field("range", &self.range()).field("armed", &self.is_armed()).finish_non_exhaustive()
+        f.debug_struct("Watch")
+            .field("range", &self.range())
+            .field("armed", &self.is_armed())
+            .finish_non_exhaustive()
     }
 }

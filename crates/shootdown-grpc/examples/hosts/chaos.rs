@@ -8,11 +8,16 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 pub(crate) fn run(term: Duration, seconds: u64, mirrors: u64, seed: u64) -> Result<()> {
-    println!("{mirrors} mirrors read as fast as they can; one after the other is stopped or killed at random.");
+    println!(
+        "{mirrors} mirrors read as fast as they can; one after the other is stopped or killed at random."
+    );
     println!("Terms of {term:?}.\n");
-    println!("| leases | seconds | accepted reads | stale | changes | longest wait | stops | kills |");
+    println!(
+        "| leases | seconds | accepted reads | stale | changes | longest wait | stops | kills |"
+    );
     println!("| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |");
-    let on = runtime()?.block_on(chaos(term, Duration::from_secs(seconds), mirrors, seed, false))?;
+    let on =
+        runtime()?.block_on(chaos(term, Duration::from_secs(seconds), mirrors, seed, false))?;
     // In less time it may happen that whoever was stopped hears of the change before it reads on.
     let seconds = Duration::from_secs(seconds.div_ceil(6).max(10));
     let off = runtime()?.block_on(chaos(term, seconds, mirrors, seed, true))?;
@@ -23,7 +28,13 @@ pub(crate) fn run(term: Duration, seconds: u64, mirrors: u64, seed: u64) -> Resu
     Ok(())
 }
 
-async fn chaos(term: Duration, time: Duration, mirrors: u64, seed: u64, lease_off: bool) -> Result<Reads> {
+async fn chaos(
+    term: Duration,
+    time: Duration,
+    mirrors: u64,
+    seed: u64,
+    lease_off: bool,
+) -> Result<Reads> {
     let world = World::begin(term).await?;
     let (folder, address) = (world.folder.path().to_owned(), world.address);
     let begin = move |number: u64| {
@@ -67,10 +78,13 @@ async fn chaos(term: Duration, time: Duration, mirrors: u64, seed: u64, lease_of
         tokio::time::sleep(Duration::from_millis(1)).await;
     }
     let ended = tokio::task::spawn_blocking(move || disturb.join()).await?;
-    let (reads, stops, kills) = ended.map_err(|_| anyhow::anyhow!("whoever stops and kills has panicked"))??;
+    let (reads, stops, kills) =
+        ended.map_err(|_| anyhow::anyhow!("whoever stops and kills has panicked"))??;
     let Reads { accepted, stale } = reads;
     let (leases, seconds) = (if lease_off { "off" } else { "on" }, time.as_secs());
-    println!("| {leases} | {seconds} | {accepted} | {stale} | {changes} | {longest:.1?} | {stops} | {kills} |");
+    println!(
+        "| {leases} | {seconds} | {accepted} | {stale} | {changes} | {longest:.1?} | {stops} | {kills} |"
+    );
     ensure!(world.tally.counts().malformed == 0 && changes > 0, "{:?}", world.tally.counts());
     Ok(reads)
 }

@@ -34,7 +34,9 @@ pub(crate) fn run(term: Duration, rounds: u32) -> Result<()> {
 async fn costs(term: Duration, rounds: u32) -> Result<()> {
     let world = World::begin(term).await?;
     let bound = world.terms.patience + world.terms.owner_term();
-    println!("One of two mirrors, {rounds} times each. Terms of {term:?}; an invalidation takes up to {bound:?}.\n");
+    println!(
+        "One of two mirrors, {rounds} times each. Terms of {term:?}; an invalidation takes up to {bound:?}.\n"
+    );
     println!(
         "| what happens | the next invalidation, longest | the one after it, longest | until it has joined again, longest |"
     );
@@ -65,7 +67,9 @@ async fn costs(term: Duration, rounds: u32) -> Result<()> {
             second = second.max(world.change(1).await?);
             let began = Instant::now();
             match event {
-                Event::Kill => next = Some(Process::mirror(2, relay.address, world.folder.path(), &[])?),
+                Event::Kill => {
+                    next = Some(Process::mirror(2, relay.address, world.folder.path(), &[])?)
+                }
                 Event::Stop => far.signal(Signal::CONT),
                 Event::Partition => relay.set(Mode::Forward),
                 Event::Nothing | Event::Cut | Event::Restart => {}

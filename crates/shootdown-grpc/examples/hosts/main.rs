@@ -86,11 +86,15 @@ fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     let term = std::time::Duration::from_millis(options.term_ms);
     match options.what {
-        Some(What::Mirror(mirroring)) => processes::end_with_parent().and_then(|()| mirror::run(mirroring)),
+        Some(What::Mirror(mirroring)) => {
+            processes::end_with_parent().and_then(|()| mirror::run(mirroring))
+        }
         Some(What::Echo) => processes::end_with_parent().and_then(|()| fanout::echo()),
         Some(What::Table(Table { rounds, from, to })) => table::run(term, rounds, from, to),
         Some(What::Costs(Costs { rounds })) => costs::run(term, rounds),
-        Some(What::Chaos(Chaos { seconds, mirrors, seed })) => chaos::run(term, seconds, mirrors, seed),
+        Some(What::Chaos(Chaos { seconds, mirrors, seed })) => {
+            chaos::run(term, seconds, mirrors, seed)
+        }
         None => {
             table::run(term, 1_000, 1, 8)?;
             costs::run(term, 10)?;

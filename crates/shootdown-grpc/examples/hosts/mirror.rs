@@ -3,7 +3,9 @@
 use crate::world::{PAGES, page, runtime, version};
 use anyhow::Result;
 use clap::Args;
-use shootdown::{DriverLock, IntervalNotifier, Invalidation, PassFuture, Sequence, Subscription, WouldBlock};
+use shootdown::{
+    DriverLock, IntervalNotifier, Invalidation, PassFuture, Sequence, Subscription, WouldBlock,
+};
 use shootdown_grpc::{BootClock, Client, ClientTls};
 use shootdown_lease::engine::Leased;
 use shootdown_lease::{Incarnation, Mirror, MirrorSettings, Rule};
@@ -36,7 +38,10 @@ pub(crate) struct Mirroring {
 struct Copy(DriverLock<Option<(Sequence, u64)>>);
 
 impl IntervalNotifier for Copy {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         *self.0.lock_for(invalidation) = None;
         Ok(None)
     }
@@ -57,7 +62,8 @@ async fn refill(copy: &Subscription<Copy>, leased: &Leased) -> Result<()> {
 pub(crate) fn run(mirroring: Mirroring) -> Result<()> {
     let read = |name: String| std::fs::read(mirroring.folder.join(name));
     let number = mirroring.number;
-    let certificate = (read(format!("mirror-{number}.pem"))?, read(format!("mirror-{number}.key"))?);
+    let certificate =
+        (read(format!("mirror-{number}.pem"))?, read(format!("mirror-{number}.key"))?);
     let tls = ClientTls::from_pem(&certificate.0, &certificate.1, &read("roots.pem".to_owned())?)?;
     let life = Incarnation(BootClock.now().as_nanos());
     let mut mirror = Mirror::new(life, MirrorSettings::default(), BootClock.now());
@@ -65,7 +71,8 @@ pub(crate) fn run(mirroring: Mirroring) -> Result<()> {
         mirror.leave_out(Rule::StopsByItself);
     }
     let leased = Leased::new(mirror, BootClock);
-    let client = Client::builder("memory").tls(tls).owner(&mirroring.owner).server_name("owner.example");
+    let client =
+        Client::builder("memory").tls(tls).owner(&mirroring.owner).server_name("owner.example");
     let client = client.backoff(Duration::from_millis(5), Duration::from_millis(20)).build()?;
     runtime()?.block_on(async {
         let keeps = leased.clone();
@@ -90,7 +97,11 @@ pub(crate) fn run(mirroring: Mirroring) -> Result<()> {
         let tell = async {
             loop {
                 tokio::time::sleep(Duration::from_millis(20)).await;
-                say(&format!("reads {} {}", reads.load(Ordering::Relaxed), stale.load(Ordering::Relaxed)));
+                say(&format!(
+                    "reads {} {}",
+                    reads.load(Ordering::Relaxed),
+                    stale.load(Ordering::Relaxed)
+                ));
             }
         };
         let refills = async {

@@ -47,7 +47,8 @@ impl Process {
     /// This program in another role.
     pub(crate) fn begin(arguments: &[String]) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
-        let mut child = command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
+        let mut child =
+            command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn()?;
         let stdout = child.stdout.take().context("its output")?;
         let (sender, lines) = channel();
         std::thread::spawn(move || {
@@ -61,9 +62,19 @@ impl Process {
     }
 
     /// A mirror of that number.
-    pub(crate) fn mirror(number: u64, owner: impl ToString, folder: &Path, more: &[&str]) -> Result<Self> {
+    pub(crate) fn mirror(
+        number: u64,
+        owner: impl ToString,
+        folder: &Path,
+        more: &[&str],
+    ) -> Result<Self> {
         let mut arguments = vec!["mirror".to_owned(), "--number".to_owned(), number.to_string()];
-        arguments.extend(["--owner".to_owned(), owner.to_string(), "--folder".to_owned(), folder.display().to_string()]);
+        arguments.extend([
+            "--owner".to_owned(),
+            owner.to_string(),
+            "--folder".to_owned(),
+            folder.display().to_string(),
+        ]);
         arguments.extend(more.iter().map(|&argument| argument.to_owned()));
         Self::begin(&arguments)
     }
@@ -71,7 +82,8 @@ impl Process {
     /// Waits for the line that says what follows that word.
     pub(crate) fn says(&mut self, word: &str) -> Result<String> {
         let end = Instant::now() + READY;
-        while let Ok(line) = self.lines.recv_timeout(end.saturating_duration_since(Instant::now())) {
+        while let Ok(line) = self.lines.recv_timeout(end.saturating_duration_since(Instant::now()))
+        {
             if let Some(rest) = line.strip_prefix(word) {
                 return Ok(rest.trim().to_owned());
             }
@@ -83,7 +95,10 @@ impl Process {
     fn note(&mut self, line: &str) {
         let numbers = line.strip_prefix("reads ").and_then(|rest| rest.split_once(' '));
         if let Some((accepted, stale)) = numbers {
-            self.reads = Reads { accepted: accepted.parse().unwrap_or(0), stale: stale.parse().unwrap_or(0) };
+            self.reads = Reads {
+                accepted: accepted.parse().unwrap_or(0),
+                stale: stale.parse().unwrap_or(0),
+            };
         }
     }
 

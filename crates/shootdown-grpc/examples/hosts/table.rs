@@ -7,8 +7,12 @@ use anyhow::{Result, ensure};
 use std::time::Duration;
 
 pub(crate) fn run(term: Duration, rounds: u32, least: u64, most: u64) -> Result<()> {
-    println!("An invalidation of a page that k mirrors have copies of, which they fetch again within a millisecond;");
-    println!("beside it 64 bytes to k processes and back over plain TCP. Microseconds, {rounds} of each.\n");
+    println!(
+        "An invalidation of a page that k mirrors have copies of, which they fetch again within a millisecond;"
+    );
+    println!(
+        "beside it 64 bytes to k processes and back over plain TCP. Microseconds, {rounds} of each.\n"
+    );
     println!("| k | TCP p50 | p99 | invalidation p50 | p99 | times TCP |");
     println!("| ---: | ---: | ---: | ---: | ---: | ---: |");
     for mirrors in least..=most {
@@ -42,10 +46,14 @@ async fn row(term: Duration, rounds: u32, mirrors: u64) -> Result<()> {
     let counts = world.hub.counts();
     ensure!(counts.expelled == 0, "a mirror did not answer in time: {counts:?}");
     // More, where this thread got no processor for so long that an invalidation lapsed and began anew (C4).
-    ensure!(counts.acknowledged >= mirrors * u64::from(rounds + 100), "not all have answered: {counts:?}");
+    ensure!(
+        counts.acknowledged >= mirrors * u64::from(rounds + 100),
+        "not all have answered: {counts:?}"
+    );
     tcp.sort();
     took.sort();
-    let micros = |times: &[Duration], of_hundred| percentile(times, of_hundred).as_nanos() as f64 / 1_000.0;
+    let micros =
+        |times: &[Duration], of_hundred| percentile(times, of_hundred).as_nanos() as f64 / 1_000.0;
     let times = micros(&took, 50) / micros(&tcp, 50);
     println!(
         "| {mirrors} | {:.0} | {:.0} | {:.0} | {:.0} | {times:.1} |",

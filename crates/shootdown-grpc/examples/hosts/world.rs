@@ -49,7 +49,8 @@ impl World {
     /// Memory in shared memory, where there is that, and certificates for all mirrors.
     pub(crate) async fn begin(term: Duration) -> Result<Self> {
         let shared_memory = Path::new("/dev/shm");
-        let folder = if shared_memory.is_dir() { TempDir::new_in(shared_memory)? } else { TempDir::new()? };
+        let folder =
+            if shared_memory.is_dir() { TempDir::new_in(shared_memory)? } else { TempDir::new()? };
         let authority = Authority::default();
         for number in 1..=MIRRORS {
             let own = authority.issue(&format!("mirror-{number}.example"));
@@ -57,7 +58,11 @@ impl World {
             std::fs::write(folder.path().join(format!("mirror-{number}.key")), own.key)?;
         }
         std::fs::write(folder.path().join("roots.pem"), &authority.root)?;
-        let memory = File::options().read(true).write(true).create_new(true).open(folder.path().join("memory"))?;
+        let memory = File::options()
+            .read(true)
+            .write(true)
+            .create_new(true)
+            .open(folder.path().join("memory"))?;
         memory.set_len(PAGE * PAGES)?;
         let memory = Arc::new(memory);
 
@@ -73,10 +78,17 @@ impl World {
             Ok(Bytes::from(bytes))
         });
         let hosts = (1..=MIRRORS).map(|number| (format!("mirror-{number}.example"), Host(number)));
-        let offered = hosts.fold(Space::new(hub.clone(), contents), |offered, (name, host)| offered.admit(name.as_str(), host));
+        let offered = hosts.fold(Space::new(hub.clone(), contents), |offered, (name, host)| {
+            offered.admit(name.as_str(), host)
+        });
         let own = authority.issue("owner.example");
-        let tls = ServerTls::from_pem(own.certificate.as_bytes(), own.key.as_bytes(), authority.root.as_bytes())?;
-        let server = Server::builder().tls(tls).space("memory", offered).bind("127.0.0.1:0").await?;
+        let tls = ServerTls::from_pem(
+            own.certificate.as_bytes(),
+            own.key.as_bytes(),
+            authority.root.as_bytes(),
+        )?;
+        let server =
+            Server::builder().tls(tls).space("memory", offered).bind("127.0.0.1:0").await?;
         let (address, tally, keeps) = (server.local_addr(), server.tally(), hub.clone());
         tokio::spawn(async move { keeps.run(tokio::time::sleep).await });
         tokio::spawn(server.run());

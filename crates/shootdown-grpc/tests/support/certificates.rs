@@ -1,6 +1,9 @@
 //! Authorities and whom they vouch for.
 
-use rcgen::{BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose, date_time_ymd};
+use rcgen::{
+    BasicConstraints, CertificateParams, DnType, IsCa, Issuer, KeyPair, KeyUsagePurpose,
+    date_time_ymd,
+};
 use shootdown_grpc::{ClientTls, ServerTls};
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -39,7 +42,10 @@ impl Authority {
     }
 
     pub(crate) fn issue_for(&self, names: &[&str]) -> Identity {
-        self.sign(CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>()).unwrap())
+        self.sign(
+            CertificateParams::new(names.iter().map(|name| (*name).to_owned()).collect::<Vec<_>>())
+                .unwrap(),
+        )
     }
 
     /// Valid for so many seconds from now.
@@ -71,7 +77,8 @@ impl Authority {
 
     pub(crate) fn server(&self, name: &str) -> ServerTls {
         let own = self.issue(name);
-        ServerTls::from_pem(own.certificate.as_bytes(), own.key.as_bytes(), self.root.as_bytes()).unwrap()
+        ServerTls::from_pem(own.certificate.as_bytes(), own.key.as_bytes(), self.root.as_bytes())
+            .unwrap()
     }
 
     /// Trusts this authority and shows nothing.
@@ -79,23 +86,31 @@ impl Authority {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(self.root.as_bytes()).unwrap()).unwrap();
         let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
-        let config = config.with_protocol_versions(&[&TLS13]).unwrap().with_root_certificates(roots);
+        let config =
+            config.with_protocol_versions(&[&TLS13]).unwrap().with_root_certificates(roots);
         ClientTls::from_config(config.with_no_client_auth())
     }
 }
 
 impl Identity {
     pub(crate) fn client(&self) -> ClientTls {
-        ClientTls::from_pem(self.certificate.as_bytes(), self.key.as_bytes(), self.root.as_bytes()).unwrap()
+        ClientTls::from_pem(self.certificate.as_bytes(), self.key.as_bytes(), self.root.as_bytes())
+            .unwrap()
     }
 
     pub(crate) fn config(&self) -> ClientConfig {
         let mut roots = RootCertStore::empty();
         roots.add(CertificateDer::from_pem_slice(self.root.as_bytes()).unwrap()).unwrap();
         let config = ClientConfig::builder_with_provider(Arc::new(ring::default_provider()));
-        let config = config.with_protocol_versions(&[&TLS13]).unwrap().with_root_certificates(roots);
+        let config =
+            config.with_protocol_versions(&[&TLS13]).unwrap().with_root_certificates(roots);
         let chain = vec![CertificateDer::from_pem_slice(self.certificate.as_bytes()).unwrap()];
-        config.with_client_auth_cert(chain, PrivateKeyDer::from_pem_slice(self.key.as_bytes()).unwrap()).unwrap()
+        config
+            .with_client_auth_cert(
+                chain,
+                PrivateKeyDer::from_pem_slice(self.key.as_bytes()).unwrap(),
+            )
+            .unwrap()
     }
 
     /// Trusts another authority.

@@ -7,9 +7,13 @@ pub(crate) mod relay;
 
 use bytes::Bytes;
 use certificates::{Authority, Identity};
-use shootdown::{AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, Subscription,
+    WouldBlock,
+};
 use shootdown_grpc::{
-    BootClock, Checked, Client, ClientBuilder, Connection, Limits, Server, ServerBuilder, ServerTls, Space, Tally, Unreadable,
+    BootClock, Checked, Client, ClientBuilder, Connection, Limits, Server, ServerBuilder,
+    ServerTls, Space, Tally, Unreadable,
 };
 use shootdown_lease::engine::{Hub, Leased, Mirrors};
 use shootdown_lease::{Boot, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Terms};
@@ -141,7 +145,10 @@ impl Drop for Owned {
 pub(crate) struct Copy(Mutex<Option<Vec<u8>>>);
 
 impl IntervalNotifier for Copy {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let mut copy = self.0.lock().unwrap();
         invalidation.set_seq();
         *copy = None;
@@ -164,7 +171,10 @@ pub(crate) struct Mirroring {
 
 pub(crate) fn client(address: impl ToString) -> ClientBuilder {
     let backoff = (Duration::from_millis(10), TERM / 8);
-    Client::builder("memory").owner(address.to_string()).server_name("owner.example").backoff(backoff.0, backoff.1)
+    Client::builder("memory")
+        .owner(address.to_string())
+        .server_name("owner.example")
+        .backoff(backoff.0, backoff.1)
 }
 
 impl Mirroring {
@@ -173,7 +183,8 @@ impl Mirroring {
     }
 
     pub(crate) fn with(client: ClientBuilder) -> Self {
-        let mirror = Mirror::new(Incarnation(fastrand::u64(..)), MirrorSettings::default(), BootClock.now());
+        let mirror =
+            Mirror::new(Incarnation(fastrand::u64(..)), MirrorSettings::default(), BootClock.now());
         let leased = Leased::new(mirror, BootClock);
         let keeps = leased.clone();
         let run = tokio::spawn(async move { keeps.run(tokio::time::sleep).await });

@@ -26,7 +26,10 @@ pub(crate) trait Wire: AsyncRead + AsyncWrite + Send + Unpin {}
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Wire for T {}
 
 /// A connection with a certificate, or without TLS.
-pub(crate) async fn wire(address: SocketAddr, identity: Option<&Identity>) -> std::io::Result<Box<dyn Wire>> {
+pub(crate) async fn wire(
+    address: SocketAddr,
+    identity: Option<&Identity>,
+) -> std::io::Result<Box<dyn Wire>> {
     let stream = TcpStream::connect(address).await?;
     stream.set_nodelay(true)?;
     Ok(match identity {
@@ -47,9 +50,11 @@ pub(crate) async fn channel(address: SocketAddr, identity: Option<&Identity>) ->
 /// With windows in which all contents have room.
 pub(crate) async fn wide_channel(address: SocketAddr, identity: Option<&Identity>) -> Channel {
     let endpoint = Endpoint::from_static("http://owner.example");
-    let endpoint = endpoint.initial_stream_window_size(1 << 30).initial_connection_window_size(1 << 30);
+    let endpoint =
+        endpoint.initial_stream_window_size(1 << 30).initial_connection_window_size(1 << 30);
     // It asks again and again whether the owner is there.
-    let endpoint = endpoint.http2_keep_alive_interval(Duration::from_millis(500)).keep_alive_while_idle(true);
+    let endpoint =
+        endpoint.http2_keep_alive_interval(Duration::from_millis(500)).keep_alive_while_idle(true);
     let endpoint = endpoint.keep_alive_timeout(super::LONG * 10);
     connect(endpoint, address, identity).await
 }
@@ -89,10 +94,16 @@ impl Raw {
     }
 
     /// A member, by a stream of its own.
-    pub(crate) async fn join(address: SocketAddr, identity: &Identity, incarnation: u64) -> (Self, proto::Epoch) {
+    pub(crate) async fn join(
+        address: SocketAddr,
+        identity: &Identity,
+        incarnation: u64,
+    ) -> (Self, proto::Epoch) {
         let mut raw = Self::open(address, identity).await;
         raw.say(Message::Join(proto::Join { incarnation, nonce: 1 })).await;
-        let Some(from_owner::Message::Welcome(welcome)) = raw.hear().await else { panic!("no welcome") };
+        let Some(from_owner::Message::Welcome(welcome)) = raw.hear().await else {
+            panic!("no welcome")
+        };
         (raw, welcome.epoch.unwrap())
     }
 
@@ -120,8 +131,7 @@ impl Raw {
     pub(crate) async fn settle(&mut self) {
         let nobody = proto::Epoch { boot: 0, number: u64::MAX };
         self.say(Message::Renew(proto::Renew { epoch: Some(nobody), nonce: 0 })).await;
-        let told =
-            |message: &from_owner::Message| matches!(message, from_owner::Message::Gone(gone) if gone.epoch == Some(nobody));
+        let told = |message: &from_owner::Message| matches!(message, from_owner::Message::Gone(gone) if gone.epoch == Some(nobody));
         while !told(&self.hear().await.unwrap()) {}
     }
 }

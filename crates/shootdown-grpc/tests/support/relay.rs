@@ -58,7 +58,8 @@ async fn carry(near: TcpStream, to: SocketAddr, mode: watch::Receiver<Mode>) {
     let Ok(far) = TcpStream::connect(to).await else { return };
     near.set_nodelay(true).unwrap();
     far.set_nodelay(true).unwrap();
-    let ((mut near_in, mut near_out), (mut far_in, mut far_out)) = (near.into_split(), far.into_split());
+    let ((mut near_in, mut near_out), (mut far_in, mut far_out)) =
+        (near.into_split(), far.into_split());
     let up_mode = mode.clone();
     let up = pump(&mut near_in, &mut far_out, up_mode, &[Mode::Hold]);
     let down_mode = mode.clone();

@@ -5,7 +5,9 @@
 #[cfg(target_os = "linux")]
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<_> = std::env::args().skip(1).collect();
-    let [kernel, init, file] = arguments.as_slice() else { return Err("image KERNEL INIT FILE".into()) };
+    let [kernel, init, file] = arguments.as_slice() else {
+        return Err("image KERNEL INIT FILE".into());
+    };
     pack::pack(kernel.as_ref(), init.as_ref(), file.as_ref())
 }
 
@@ -66,11 +68,19 @@ mod pack {
         fn find(kernel: &Path) -> Result<Self> {
             // Since the merger of /usr, packages have them there.
             let roots = [kernel.join("lib/modules"), kernel.join("usr/lib/modules")];
-            let root = roots.iter().find(|root| root.is_dir()).ok_or(format!("{} has no modules", kernel.display()))?;
-            let version = fs::read_dir(root)?.next().ok_or(format!("{} is empty", root.display()))??.path();
+            let root = roots
+                .iter()
+                .find(|root| root.is_dir())
+                .ok_or(format!("{} has no modules", kernel.display()))?;
+            let version =
+                fs::read_dir(root)?.next().ok_or(format!("{} is empty", root.display()))??.path();
             let mut files = HashMap::new();
             collect(&version.join("kernel"), &mut files)?;
-            Ok(Self { files, builtin: fs::read_to_string(version.join("modules.builtin"))?, contents: BTreeMap::new() })
+            Ok(Self {
+                files,
+                builtin: fs::read_to_string(version.join("modules.builtin"))?,
+                contents: BTreeMap::new(),
+            })
         }
 
         /// Appends the module to the order, after what it needs and is not there yet.
@@ -79,8 +89,15 @@ mod pack {
                 return Ok(());
             }
             let Some(file) = self.files.get(name) else {
-                let builtin = self.builtin.lines().any(|line| module(Path::new(line)).as_deref() == Some(name));
-                return if builtin { Ok(()) } else { Err(format!("the kernel has no module {name}").into()) };
+                let builtin = self
+                    .builtin
+                    .lines()
+                    .any(|line| module(Path::new(line)).as_deref() == Some(name));
+                return if builtin {
+                    Ok(())
+                } else {
+                    Err(format!("the kernel has no module {name}").into())
+                };
             };
             let content = unpacked(file)?;
             for needed in depends(&content) {
@@ -119,15 +136,26 @@ mod pack {
             Some("gz") => "gzip",
             _ => return Ok(fs::read(file)?),
         };
-        let output = Command::new(tool).arg("-dc").arg(file).output().map_err(|error| format!("{tool}: {error}"))?;
-        if output.status.success() { Ok(output.stdout) } else { Err(format!("{tool} cannot unpack {}", file.display()).into()) }
+        let output = Command::new(tool)
+            .arg("-dc")
+            .arg(file)
+            .output()
+            .map_err(|error| format!("{tool}: {error}"))?;
+        if output.status.success() {
+            Ok(output.stdout)
+        } else {
+            Err(format!("{tool} cannot unpack {}", file.display()).into())
+        }
     }
 
     /// What a module says of itself: the names of those that have to be there before it.
     fn depends(content: &[u8]) -> Vec<String> {
         const KEY: &[u8] = b"\0depends=";
-        let Some(start) = content.windows(KEY.len()).position(|window| window == KEY) else { return Vec::new() };
-        let names = content[start + KEY.len()..].split(|byte| *byte == 0).next().unwrap_or_default();
+        let Some(start) = content.windows(KEY.len()).position(|window| window == KEY) else {
+            return Vec::new();
+        };
+        let names =
+            content[start + KEY.len()..].split(|byte| *byte == 0).next().unwrap_or_default();
         let names = String::from_utf8_lossy(names).replace('-', "_");
         names.split(',').filter(|name| !name.is_empty()).map(str::to_owned).collect()
     }

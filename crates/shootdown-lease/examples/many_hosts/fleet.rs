@@ -9,10 +9,13 @@ use rand::rngs::SmallRng;
 use rand::{Rng, SeedableRng};
 use rand_distr::{Distribution, LogNormal};
 use shootdown::{
-    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, Subscription, WouldBlock,
+    AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture,
+    Subscription, WouldBlock,
 };
 use shootdown_lease::engine::{Hub, Leased, Mirrors, Outgoing};
-use shootdown_lease::{Boot, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Standing, Terms};
+use shootdown_lease::{
+    Boot, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Standing, Terms,
+};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -59,7 +62,10 @@ struct Gpu {
 }
 
 impl IntervalNotifier for Gpu {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let mut mapped = self.mapped.lock_for(invalidation);
         let now = self.time.now();
         if std::mem::take(&mut *mapped) {
@@ -67,7 +73,9 @@ impl IntervalNotifier for Gpu {
             let took = Duration::from_secs_f64(distribution.sample(rng));
             self.uses_until.fetch_max((now + took).as_nanos(), Ordering::Relaxed);
         }
-        let left = Duration::from_nanos(self.uses_until.load(Ordering::Relaxed).saturating_sub(now.as_nanos()));
+        let left = Duration::from_nanos(
+            self.uses_until.load(Ordering::Relaxed).saturating_sub(now.as_nanos()),
+        );
         Ok((!left.is_zero()).then(|| PassFuture::new(self.time.sleep(left))))
     }
 }
@@ -105,7 +113,10 @@ fn memory() -> AddressRange {
 
 /// A future of a host: it stands still for ever once that is dead.
 async fn of(alive: Rc<Cell<bool>>, mut work: LocalBoxFuture<'static, ()>) {
-    std::future::poll_fn(|cx| if alive.get() { work.poll_unpin(cx) } else { std::task::Poll::Pending }).await;
+    std::future::poll_fn(
+        |cx| if alive.get() { work.poll_unpin(cx) } else { std::task::Poll::Pending },
+    )
+    .await;
 }
 
 /// How long an invalidation may take a host of a tree whose hosts below have these terms: they have to
@@ -146,36 +157,62 @@ impl<'a> Fleet<'a> {
         };
         let teller = |hub: Hub, space: &AddressSpace, alive: &Rc<Cell<bool>>| {
             let mirrors = Rc::new(hub.insert(space).unwrap());
-            Teller { hub, space: space.clone(), _mirrors: mirrors, processor: Processor::new(&time), alive: alive.clone() }
+            Teller {
+                hub,
+                space: space.clone(),
+                _mirrors: mirrors,
+                processor: Processor::new(&time),
+                alive: alive.clone(),
+            }
         };
         let forever = Rc::new(Cell::new(true));
         let top = if setup.tree { depth_of(0) } else { 0 };
         let clock = time.clone();
         let owner = teller(Hub::new(owner_of(top), move || clock.now()), &space, &forever);
-        let mut fleet = Self { options, setup, time: time.clone(), pool, rng, space, owner: owner.clone(), nodes: Rc::default() };
+        let mut fleet = Self {
+            options,
+            setup,
+            time: time.clone(),
+            pool,
+            rng,
+            space,
+            owner: owner.clone(),
+            nodes: Rc::default(),
+        };
         fleet.run_hub(&owner);
         let mut tellers: Vec<Option<Teller>> = Vec::new();
         let mut nodes = Vec::new();
         for host in 0..setup.hosts {
             let (alive, clock) = (Rc::new(Cell::new(true)), time.clone());
-            let below =
-                host.checked_mul(children).map(|first| first + children).filter(|first| setup.tree && *first < setup.hosts);
+            let below = host
+                .checked_mul(children)
+                .map(|first| first + children)
+                .filter(|first| setup.tree && *first < setup.hosts);
             let level = below.map(|_| depth_of(host) - 1);
             let mut settings = MirrorSettings::default();
             settings.retry = options.term / 5;
             settings.time_to_stop = level.map_or(Duration::ZERO, |level| wait_of(&terms[level]));
-            let leased = Leased::new(Mirror::new(Incarnation(u64::from(host) + 1), settings, time.now()), move || clock.now());
-            let gpus = (0..options.gpus).map(|gpu| leased.space().insert(memory(), fleet.gpu(host, gpu)).unwrap()).collect();
+            let leased = Leased::new(
+                Mirror::new(Incarnation(u64::from(host) + 1), settings, time.now()),
+                move || clock.now(),
+            );
+            let gpus = (0..options.gpus)
+                .map(|gpu| leased.space().insert(memory(), fleet.gpu(host, gpu)).unwrap())
+                .collect();
             // A host that tells others is a mirror above and an owner below: its hub is one more device.
-            let own = level.map(|level| teller(Hub::below(&leased, owner_of(level)), leased.space(), &alive));
+            let own = level
+                .map(|level| teller(Hub::below(&leased, owner_of(level)), leased.space(), &alive));
             if let Some(own) = &own {
                 fleet.run_hub(own);
             }
             let above = match host.checked_sub(children) {
-                Some(later) if setup.tree => tellers[(later / children) as usize].clone().unwrap_or_else(|| owner.clone()),
+                Some(later) if setup.tree => {
+                    tellers[(later / children) as usize].clone().unwrap_or_else(|| owner.clone())
+                }
                 _ => owner.clone(),
             };
-            let processor = own.as_ref().map_or_else(|| Processor::new(&time), |own| own.processor.clone());
+            let processor =
+                own.as_ref().map_or_else(|| Processor::new(&time), |own| own.processor.clone());
             fleet.connect(host, &above, &leased, &processor, &alive);
             tellers.push(own);
             nodes.push(Node { leased, gpus, alive });
@@ -185,7 +222,9 @@ impl<'a> Fleet<'a> {
     }
 
     fn gpu(&self, host: u32, gpu: u32) -> Gpu {
-        let mut rng = SmallRng::seed_from_u64(self.options.seed ^ u64::from(host) << 20 ^ u64::from(gpu) << 8);
+        let mut rng = SmallRng::seed_from_u64(
+            self.options.seed ^ u64::from(host) << 20 ^ u64::from(gpu) << 8,
+        );
         let slow = if rng.random_bool(self.setup.stragglers) { 20.0 } else { 1.0 };
         let flush = LogNormal::new((self.options.flush.as_secs_f64() * slow).ln(), 0.5).unwrap();
         Gpu {
@@ -217,18 +256,28 @@ impl<'a> Fleet<'a> {
         }
     }
 
-    fn connect(&self, host: u32, above: &Teller, leased: &Leased, processor: &Processor, alive: &Rc<Cell<bool>>) {
+    fn connect(
+        &self,
+        host: u32,
+        above: &Teller,
+        leased: &Leased,
+        processor: &Processor,
+        alive: &Rc<Cell<bool>>,
+    ) {
         let (spawner, cost, way) = (self.spawner(), self.options.message, self.way());
         let (time, leased, id) = (self.time.clone(), leased.clone(), Host(host.into()));
         let (run, timer) = (leased.clone(), time.clone());
         let run = async move { run.run(|left| timer.sleep(left)).await };
         spawner.spawn_local(of(alive.clone(), run.boxed_local())).unwrap();
         let down = {
-            let (spawns, time, leased, way) = (spawner.clone(), time.clone(), leased.clone(), way.clone());
-            let (mut link, above, processor, alive) = (above.hub.link(id), above.clone(), processor.clone(), alive.clone());
+            let (spawns, time, leased, way) =
+                (spawner.clone(), time.clone(), leased.clone(), way.clone());
+            let (mut link, above, processor, alive) =
+                (above.hub.link(id), above.clone(), processor.clone(), alive.clone());
             async move {
                 while let Some(outgoing) = link.next().await {
-                    let (above, time, leased, way) = (above.clone(), time.clone(), leased.clone(), way.clone());
+                    let (above, time, leased, way) =
+                        (above.clone(), time.clone(), leased.clone(), way.clone());
                     let (processor, goes_on) = (processor.clone(), alive.clone());
                     let arrives = async move {
                         let (message, contents) = match outgoing {
@@ -237,7 +286,10 @@ impl<'a> Fleet<'a> {
                                 if serve.ready(&above.space).await.is_err() {
                                     return;
                                 }
-                                (serve.message(), serve.range().len().map(|length| vec![0; length as usize]))
+                                (
+                                    serve.message(),
+                                    serve.range().len().map(|length| vec![0; length as usize]),
+                                )
                             }
                         };
                         above.processor.work(cost).await;
@@ -292,7 +344,9 @@ impl<'a> Fleet<'a> {
                 for gpu in &node.gpus {
                     loop {
                         let seen = gpu.read_begin().await;
-                        if !*gpu.mapped.lock() && gpu.mapped.install(gpu, seen, |mapped| *mapped = true).is_err() {
+                        if !*gpu.mapped.lock()
+                            && gpu.mapped.install(gpu, seen, |mapped| *mapped = true).is_err()
+                        {
                             continue;
                         }
                         break;
@@ -308,11 +362,15 @@ impl<'a> Fleet<'a> {
     /// GPUs that may still reach the memory at this moment: mapped, and by a lease that has not ended.
     fn reaching(&self) -> u64 {
         let now = self.time.now().as_nanos();
-        let uses = |gpu: &Subscription<Gpu>| *gpu.mapped.lock() || gpu.uses_until.load(Ordering::Relaxed) > now;
+        let uses = |gpu: &Subscription<Gpu>| {
+            *gpu.mapped.lock() || gpu.uses_until.load(Ordering::Relaxed) > now
+        };
         let of = |node: &Node| node.gpus.iter().filter(|gpu| uses(gpu)).count() as u64;
         // A host whose lease has ended is stopped; one that is dead is, because nothing of it runs.
-        let holds =
-            |node: &&Node| node.leased.has_lease() || matches!(node.leased.standing(), Standing::Stopping(_)) && node.alive.get();
+        let holds = |node: &&Node| {
+            node.leased.has_lease()
+                || matches!(node.leased.standing(), Standing::Stopping(_)) && node.alive.get()
+        };
         self.nodes.iter().filter(holds).map(of).sum()
     }
 
@@ -342,13 +400,15 @@ impl<'a> Fleet<'a> {
         let mut measured = Measured::default();
         // Until all have joined.
         let nodes = self.nodes.clone();
-        let joined = move || nodes.iter().all(|node| matches!(node.leased.standing(), Standing::Live(..)));
+        let joined =
+            move || nodes.iter().all(|node| matches!(node.leased.standing(), Standing::Live(..)));
         self.run(joined)?;
         let (began, quiet) = (self.time.now(), self.options.term * 2);
         self.owner.processor.take_busy();
         let time = self.time.clone();
         self.run(|| time.now().since(began) >= quiet)?;
-        measured.owner_busy = self.owner.processor.take_busy().as_secs_f64() / self.time.now().since(began).as_secs_f64();
+        measured.owner_busy = self.owner.processor.take_busy().as_secs_f64()
+            / self.time.now().since(began).as_secs_f64();
         let count = if dead.is_some() { 0 } else { self.options.invalidations };
         for _ in 0..count {
             self.map_all()?;

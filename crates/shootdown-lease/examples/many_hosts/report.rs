@@ -36,7 +36,8 @@ pub struct Row {
 impl Times {
     fn of(measured: &Measured) -> Self {
         let at = |share: f64| {
-            let index = ((measured.times.len() as f64 * share) as usize).min(measured.times.len().saturating_sub(1));
+            let index = ((measured.times.len() as f64 * share) as usize)
+                .min(measured.times.len().saturating_sub(1));
             measured.times.get(index).map_or(0.0, |time| micros(*time))
         };
         Self { p50: at(0.5), p99: at(0.99) }
@@ -126,9 +127,14 @@ pub fn table(options: &Options, rows: &[Row]) -> String {
         );
     }
     let stale: u64 = rows.iter().map(|row| row.stale).sum();
-    let checked =
-        rows.iter().map(|row| u64::from(row.hosts)).sum::<u64>() * u64::from(options.gpus) * u64::from(options.invalidations) * 4;
-    let _ = writeln!(text, "\n{checked} times a GPU was looked at when memory changed: {stale} could still reach it.");
+    let checked = rows.iter().map(|row| u64::from(row.hosts)).sum::<u64>()
+        * u64::from(options.gpus)
+        * u64::from(options.invalidations)
+        * 4;
+    let _ = writeln!(
+        text,
+        "\n{checked} times a GPU was looked at when memory changed: {stale} could still reach it."
+    );
     let _ = writeln!(text, "\n{}", found(options, rows));
     text
 }
@@ -149,7 +155,12 @@ fn found(options: &Options, rows: &[Row]) -> String {
     if let Some(row) = rows.iter().rfind(deep)
         && let (Some(flat), Some(inner)) = (row.dead, row.dead_inner_of_tree)
     {
-        let _ = write!(text, "; but a dead inner host costs {} instead of {}", time(inner).trim(), time(flat).trim());
+        let _ = write!(
+            text,
+            "; but a dead inner host costs {} instead of {}",
+            time(inner).trim(),
+            time(flat).trim()
+        );
     }
     if rows.iter().any(|row| deep(&row)) {
         let _ = write!(
@@ -159,7 +170,10 @@ fn found(options: &Options, rows: &[Row]) -> String {
     }
     // Two messages there and two back a renewal, five renewals a term.
     let full = options.term.as_secs_f64() / (10.0 * options.message.as_secs_f64());
-    let _ = write!(text, ".\nRenewals alone keep the owner's processor busy at {full:.0} hosts (10 messages a term and host).");
+    let _ = write!(
+        text,
+        ".\nRenewals alone keep the owner's processor busy at {full:.0} hosts (10 messages a term and host)."
+    );
     text
 }
 
@@ -195,7 +209,9 @@ pub fn plot(path: &Path, rows: &[Row]) -> Result<(), Box<dyn Error>> {
             .y_label_formatter(&number)
             .light_line_style(TRANSPARENT)
             .draw()?;
-        let line = |of: fn(&Row) -> f64| rows.iter().map(|row| (f64::from(row.hosts), of(row) / 1e3)).collect::<Vec<_>>();
+        let line = |of: fn(&Row) -> f64| {
+            rows.iter().map(|row| (f64::from(row.hosts), of(row) / 1e3)).collect::<Vec<_>>()
+        };
         type Series = (&'static str, RGBColor, fn(&Row) -> f64);
         let series: [Series; 4] = [
             ("the owner tells every host", RGBColor(0x1f, 0x6f, 0xb2), |row| row.fan_out.p50),
@@ -207,9 +223,15 @@ pub fn plot(path: &Path, rows: &[Row]) -> Result<(), Box<dyn Error>> {
             let points = line(of);
             chart.draw_series(points.iter().map(|point| Circle::new(*point, 3, color.filled())))?;
             let drawn = chart.draw_series(LineSeries::new(points, color.stroke_width(2)))?;
-            drawn.label(name).legend(move |(x, y)| PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2)));
+            drawn.label(name).legend(move |(x, y)| {
+                PathElement::new([(x, y), (x + 16, y)], color.stroke_width(2))
+            });
         }
-        chart.configure_series_labels().position(SeriesLabelPosition::UpperLeft).background_style(WHITE.mix(0.8)).draw()?;
+        chart
+            .configure_series_labels()
+            .position(SeriesLabelPosition::UpperLeft)
+            .background_style(WHITE.mix(0.8))
+            .draw()?;
         root.present()?;
     }
     Ok(std::fs::write(path, text)?)

@@ -43,7 +43,12 @@ impl Virtual {
     }
 
     /// Runs until `done`; not longer than `most`, and not when nothing will ever happen.
-    pub fn run_until(&self, pool: &mut LocalPool, most: Duration, mut done: impl FnMut() -> bool) -> Result<(), GaveUp> {
+    pub fn run_until(
+        &self,
+        pool: &mut LocalPool,
+        most: Duration,
+        mut done: impl FnMut() -> bool,
+    ) -> Result<(), GaveUp> {
         let last = self.now() + most;
         loop {
             pool.run_until_stalled();
@@ -51,7 +56,10 @@ impl Virtual {
                 return Ok(());
             }
             let next = self.sleepers.lock().unwrap().waiting.pop_first();
-            let Some(((at, _), sleeper)) = next.filter(|((at, _), _)| *at <= last.as_nanos()) else { return Err(GaveUp) };
+            let Some(((at, _), sleeper)) = next.filter(|((at, _), _)| *at <= last.as_nanos())
+            else {
+                return Err(GaveUp);
+            };
             self.now.store(at, Ordering::Relaxed);
             let _ = sleeper.send(());
         }

@@ -14,7 +14,10 @@ use alloc::sync::Arc;
 use alloc::vec::Vec;
 use core::fmt;
 use core::time::Duration;
-use shootdown::{AddressSpace, InsertError, IntervalNotifier, Invalidation, PassFuture, RangeSet, Subscription, WouldBlock};
+use shootdown::{
+    AddressSpace, InsertError, IntervalNotifier, Invalidation, PassFuture, RangeSet, Subscription,
+    WouldBlock,
+};
 
 /// An owner, its clock, and the way out to each host. A handle: clones are the same hub.
 #[derive(Clone)]
@@ -65,7 +68,11 @@ impl Hub {
     /// The same for an owner that may lose the memory: what grants anything is taken only while
     /// `held` says so, which is asked after each message has arrived. For owners that are elected, with
     /// the end of their term as counted from when they asked for it; acknowledgements are always taken.
-    pub fn while_held(owner: Owner, clock: impl Clock, held: impl Fn() -> bool + Send + Sync + 'static) -> Self {
+    pub fn while_held(
+        owner: Owner,
+        clock: impl Clock,
+        held: impl Fn() -> bool + Send + Sync + 'static,
+    ) -> Self {
         Self::make(owner, Box::new(clock), Some(Box::new(held)))
     }
 
@@ -80,7 +87,11 @@ impl Hub {
         Self::make(owner, Box::new(move || clock.now()), Some(Box::new(move || above.has_lease())))
     }
 
-    fn make(owner: Owner, clock: Box<dyn Clock>, held: Option<Box<dyn Fn() -> bool + Send + Sync>>) -> Self {
+    fn make(
+        owner: Owner,
+        clock: Box<dyn Clock>,
+        held: Option<Box<dyn Fn() -> bool + Send + Sync>>,
+    ) -> Self {
         let state = State {
             deadline: owner.deadline(),
             owner,
@@ -101,7 +112,10 @@ impl Hub {
     ///
     /// # Errors
     /// [`Released`](InsertError), if the space has ended.
-    pub fn insert(&self, space: &AddressSpace) -> Result<Subscription<Mirrors>, InsertError<Mirrors>> {
+    pub fn insert(
+        &self,
+        space: &AddressSpace,
+    ) -> Result<Subscription<Mirrors>, InsertError<Mirrors>> {
         let shared = self.inner.state.with(|state, _| state.owner.terms().shared);
         space.insert(shared, self.mirrors())
     }
@@ -124,7 +138,8 @@ impl Hub {
         let waiter = Arc::<Waiter>::default();
         let generation = self.work(|state, now, after| {
             state.links += 1;
-            let outbox = Outbox { generation: state.links, queue: VecDeque::new(), waiter: waiter.clone() };
+            let outbox =
+                Outbox { generation: state.links, queue: VecDeque::new(), waiter: waiter.clone() };
             if let Some(older) = state.outboxes.insert(host, outbox) {
                 after.wake(&older.waiter);
             }
@@ -144,7 +159,11 @@ impl Hub {
             // What nothing would tell of changes is granted nothing.
             Some(_) if grants && state.notifiers == 0 => {
                 if let ToOwner::Join { incarnation, nonce } = message {
-                    let refused = ToMirror::Refused { nonce, asker: Asker::Join(incarnation), why: Refusal::NotWatched };
+                    let refused = ToMirror::Refused {
+                        nonce,
+                        asker: Asker::Join(incarnation),
+                        why: Refusal::NotWatched,
+                    };
                     state.push(from, Outgoing::Message(refused), after);
                 }
             }
@@ -171,7 +190,10 @@ impl Hub {
                 sleep(self.inner.state.with(|state, _| state.owner.terms().resend)).await;
                 continue;
             };
-            let changed = self.inner.state.until(&self.inner.timer, |state, _| (state.deadline != deadline).then_some(()));
+            let changed = self
+                .inner
+                .state
+                .until(&self.inner.timer, |state, _| (state.deadline != deadline).then_some(()));
             if !sleep_or(deadline.map(|at| at.since(now)), &sleep, changed).await {
                 continue;
             }
@@ -326,7 +348,10 @@ impl Drop for Mirrors {
 }
 
 impl IntervalNotifier for Mirrors {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         let Ok(ranges) = RangeSet::new(invalidation.ranges().iter().copied()) else {
             unreachable!("an invalidation has at least one range")
         };
@@ -347,7 +372,9 @@ impl IntervalNotifier for Mirrors {
         let Some(id) = begun else { return Ok(None) };
         let pass = Waiting { hub: self.hub.clone(), id };
         Ok(Some(PassFuture::new(async move {
-            let done = |state: &mut State| state.passes.get(&id).is_none_or(|pass| pass.done).then_some(());
+            let done = |state: &mut State| {
+                state.passes.get(&id).is_none_or(|pass| pass.done).then_some(())
+            };
             pass.hub.inner.state.until(&waiter, |state, _| done(state)).await;
         })))
     }

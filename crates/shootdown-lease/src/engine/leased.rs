@@ -126,7 +126,9 @@ impl Leased {
         };
         let space = AddressSpace::builder().valid_while(valid).build();
         let (work, out) = Default::default();
-        Self { inner: Arc::new(Inner { space, state: Guarded::new(state), clock, until, work, out }) }
+        Self {
+            inner: Arc::new(Inner { space, state: Guarded::new(state), clock, until, work, out }),
+        }
     }
 
     /// The owner's addresses, as devices and readers here see them.
@@ -142,7 +144,9 @@ impl Leased {
             state.mirror.handle(message, now);
             // What came belongs to the decision that this message has made, if any.
             while let Some(decision) = state.mirror.next_decision() {
-                let contents = matches!(decision, MirrorDecision::Install { .. }).then(|| contents.take()).flatten();
+                let contents = matches!(decision, MirrorDecision::Install { .. })
+                    .then(|| contents.take())
+                    .flatten();
                 state.decide(decision, contents, after);
             }
         });
@@ -177,7 +181,8 @@ impl Leased {
                 let next = self.inner.state.until(&self.inner.work, |state, _| {
                     over = state.mirror.is_over();
                     let decision = state.decisions.pop_front();
-                    (decision.is_some() || over || state.mirror.deadline() != state.deadline).then_some(decision)
+                    (decision.is_some() || over || state.mirror.deadline() != state.deadline)
+                        .then_some(decision)
                 });
                 next.await
             };
@@ -197,7 +202,8 @@ impl Leased {
             };
             match decision {
                 Some(MirrorDecision::Invalidate { epoch, invalidation, ranges }) => {
-                    under_way.push(Box::pin(self.invalidate(epoch, invalidation, ranges)) as futures::future::BoxFuture<'_, ()>);
+                    under_way.push(Box::pin(self.invalidate(epoch, invalidation, ranges))
+                        as futures::future::BoxFuture<'_, ()>);
                 }
                 Some(MirrorDecision::Stop { .. }) => under_way.push(Box::pin(self.stop())),
                 _ => {}
@@ -210,7 +216,9 @@ impl Leased {
     }
 
     async fn invalidate(&self, epoch: Epoch, invalidation: InvalidationId, ranges: RangeSet) {
-        let invalidated = AssertUnwindSafe(async { drop(self.inner.space.invalidate_all(ranges, Event::Clear).await) });
+        let invalidated = AssertUnwindSafe(async {
+            drop(self.inner.space.invalidate_all(ranges, Event::Clear).await)
+        });
         let done = invalidated.catch_unwind().await;
         self.work(|state, now, _| match done {
             Ok(()) => _ = state.mirror.invalidated(epoch, invalidation, now),
@@ -224,7 +232,9 @@ impl Leased {
 
     /// Nothing begins any more, because the lease is not valid; what is there is let go of.
     async fn stop(&self) {
-        let stopped = AssertUnwindSafe(async { drop(self.inner.space.invalidate(AddressRange::ALL, Event::Clear).await) });
+        let stopped = AssertUnwindSafe(async {
+            drop(self.inner.space.invalidate(AddressRange::ALL, Event::Clear).await)
+        });
         let done = stopped.catch_unwind().await;
         self.work(|state, now, after| match done {
             Ok(()) => {
@@ -266,7 +276,9 @@ impl Leased {
             match answer.await {
                 Ok(Answer::Contents(contents)) => return Ok(contents),
                 Ok(Answer::Refused(why)) => return Err(Lost::Refused(why)),
-                Ok(Answer::WrongLength(got)) => return Err(Lost::WrongLength { asked: range, got }),
+                Ok(Answer::WrongLength(got)) => {
+                    return Err(Lost::WrongLength { asked: range, got });
+                }
                 Ok(Answer::Again) | Err(_) => {}
             }
         }
@@ -430,7 +442,10 @@ impl State {
         if !self.outgoing.is_empty() || self.mirror.is_over() {
             after.wake(&inner.out);
         }
-        if !self.decisions.is_empty() || self.mirror.is_over() || self.mirror.deadline() != self.deadline {
+        if !self.decisions.is_empty()
+            || self.mirror.is_over()
+            || self.mirror.deadline() != self.deadline
+        {
             after.wake(&inner.work);
         }
         if self.mirror.is_over() {
@@ -443,13 +458,17 @@ impl State {
             MirrorDecision::Install { nonce, range, .. } => {
                 let answer = match contents {
                     None => Answer::Again,
-                    Some(contents) if range.len() == Some(contents.len() as u64) => Answer::Contents(contents),
+                    Some(contents) if range.len() == Some(contents.len() as u64) => {
+                        Answer::Contents(contents)
+                    }
                     Some(contents) => Answer::WrongLength(contents.len()),
                 };
                 self.answer(nonce, answer, after);
             }
             MirrorDecision::Collided { nonce } => self.answer(nonce, Answer::Again, after),
-            MirrorDecision::FetchRefused { nonce, why } => self.answer(nonce, Answer::Refused(why), after),
+            MirrorDecision::FetchRefused { nonce, why } => {
+                self.answer(nonce, Answer::Refused(why), after)
+            }
             MirrorDecision::Denied(why) => self.denied = Some(why),
             MirrorDecision::Joined { .. } => {
                 self.denied = None;

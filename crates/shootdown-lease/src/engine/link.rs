@@ -7,7 +7,9 @@ use alloc::borrow::Cow;
 use alloc::collections::VecDeque;
 use alloc::sync::Arc;
 use core::fmt;
-use shootdown::{AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+use shootdown::{
+    AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+};
 
 /// What a transport has to do for a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -71,7 +73,11 @@ impl Serve {
 ///
 /// # Errors
 /// [`Ended`], if the space was released: nothing can be read any more.
-pub async fn read_unchanged<T>(space: &AddressSpace, range: AddressRange, mut read: impl FnMut() -> T) -> Result<T, Ended> {
+pub async fn read_unchanged<T>(
+    space: &AddressSpace,
+    range: AddressRange,
+    mut read: impl FnMut() -> T,
+) -> Result<T, Ended> {
     // Of its own range, so that it waits for no invalidation of another one (N2).
     let reader = space.insert(range, Reader).map_err(|_| Ended)?;
     loop {
@@ -99,7 +105,10 @@ impl core::error::Error for Ended {}
 struct Reader;
 
 impl IntervalNotifier for Reader {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         Ok(None)
     }
@@ -133,11 +142,17 @@ impl Link {
     /// what it does not return stays.
     pub async fn next(&mut self) -> Option<Outgoing> {
         let (host, generation) = (self.host, self.generation);
-        let look = |outbox: Option<&mut Outbox>| match outbox.filter(|outbox| outbox.generation == generation) {
+        let look = |outbox: Option<&mut Outbox>| match outbox
+            .filter(|outbox| outbox.generation == generation)
+        {
             Some(outbox) => outbox.queue.pop_front().map(Some),
             None => Some(None),
         };
-        self.hub.inner.state.until(&self.waiter, |state, _| look(state.outboxes.get_mut(&host))).await
+        self.hub
+            .inner
+            .state
+            .until(&self.waiter, |state, _| look(state.outboxes.get_mut(&host)))
+            .await
     }
 
     /// Whose it is.
@@ -150,7 +165,11 @@ impl Link {
 impl Drop for Link {
     fn drop(&mut self) {
         self.hub.inner.state.with(|state, _| {
-            if state.outboxes.get(&self.host).is_some_and(|outbox| outbox.generation == self.generation) {
+            if state
+                .outboxes
+                .get(&self.host)
+                .is_some_and(|outbox| outbox.generation == self.generation)
+            {
                 state.outboxes.remove(&self.host);
             }
         });

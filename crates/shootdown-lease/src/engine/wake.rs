@@ -48,7 +48,8 @@ impl<T> Guarded<T> {
 
     pub(super) fn with<R>(&self, work: impl FnOnce(&mut T, &mut After) -> R) -> R {
         let mut after = After::default();
-        let result = work(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner), &mut after);
+        let result =
+            work(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner), &mut after);
         for waiter in after.wake {
             self.guard(|| waiter.0.wake());
         }
@@ -70,7 +71,11 @@ impl<T> Guarded<T> {
     }
 
     /// Waits until `look` finds something, woken by `waiter`: one task at a time.
-    pub(super) async fn until<R>(&self, waiter: &Waiter, mut look: impl FnMut(&mut T, &mut After) -> Option<R>) -> R {
+    pub(super) async fn until<R>(
+        &self,
+        waiter: &Waiter,
+        mut look: impl FnMut(&mut T, &mut After) -> Option<R>,
+    ) -> R {
         core::future::poll_fn(|cx| {
             waiter.0.register(cx.waker());
             self.with(|state, after| look(state, after)).map_or(Poll::Pending, Poll::Ready)

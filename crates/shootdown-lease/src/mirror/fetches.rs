@@ -72,7 +72,11 @@ impl Mirror {
         let State::Live(lease) = &self.state else { return };
         for (nonce, fetch) in self.fetches.iter_mut().filter(|(_, fetch)| fetch.again <= now) {
             fetch.again = again;
-            self.messages.push_back(ToOwner::Fetch { epoch: lease.epoch, nonce: *nonce, range: fetch.range });
+            self.messages.push_back(ToOwner::Fetch {
+                epoch: lease.epoch,
+                nonce: *nonce,
+                range: fetch.range,
+            });
         }
     }
 

@@ -49,7 +49,9 @@ impl Mirror {
         self.now = now;
         match &self.state {
             State::Out { until } if *until <= now => self.join(),
-            State::Joining { asked, .. } if self.leaving && *asked + self.age <= now => self.state = State::Over,
+            State::Joining { asked, .. } if self.leaving && *asked + self.age <= now => {
+                self.state = State::Over
+            }
             State::Joining { nonce, asked, again } if *again <= now && !self.leaving => {
                 if *asked + self.age <= now {
                     // Nobody has answered for so long; the next one is waited for longer.
@@ -100,7 +102,8 @@ impl Mirror {
             State::Joining { again, .. } => Some(*again),
             State::Live(lease) => {
                 let fetch = self.next_fetch().unwrap_or(lease.next_ask);
-                let stop = if self.rules.keep(Rule::StopsByItself) { lease.stop } else { lease.next_ask };
+                let stop =
+                    if self.rules.keep(Rule::StopsByItself) { lease.stop } else { lease.next_ask };
                 Some(stop.min(lease.next_ask).min(fetch))
             }
             State::Stopping { .. } | State::Over => None,
@@ -138,7 +141,11 @@ impl Mirror {
 
     pub(super) fn welcome(&mut self, epoch: Epoch, nonce: Nonce, term: Duration) {
         let joining = match self.state {
-            State::Joining { nonce: mine, asked, .. } if mine == nonce || !self.rules.keep(Rule::NewestWelcome) => Some(asked),
+            State::Joining { nonce: mine, asked, .. }
+                if mine == nonce || !self.rules.keep(Rule::NewestWelcome) =>
+            {
+                Some(asked)
+            }
             _ => None,
         };
         let Some(asked) = joining else { return self.not_entered(epoch) };
@@ -151,7 +158,9 @@ impl Mirror {
             self.deny(Denied::OlderOwner { boot: epoch.boot, newest });
             return self.not_entered(epoch);
         }
-        let Some(usable) = term.checked_sub(self.settings.time_to_stop).filter(|usable| !usable.is_zero()) else {
+        let Some(usable) =
+            term.checked_sub(self.settings.time_to_stop).filter(|usable| !usable.is_zero())
+        else {
             let time_to_stop = self.settings.time_to_stop;
             self.deny(Denied::TermTooShort { term, time_to_stop });
             return self.not_entered(epoch);
@@ -182,7 +191,9 @@ impl Mirror {
     /// A welcome that came too late, or twice.
     fn not_entered(&mut self, epoch: Epoch) {
         self.counts.strangers += 1;
-        if !self.is_in(epoch) && !matches!(self.state, State::Stopping { epoch: of, .. } if of == epoch) {
+        if !self.is_in(epoch)
+            && !matches!(self.state, State::Stopping { epoch: of, .. } if of == epoch)
+        {
             // Nothing is held by it and nothing will be, so nobody has to wait for its end.
             self.remember(epoch);
             self.messages.push_back(ToOwner::Left { epoch });
@@ -191,7 +202,8 @@ impl Mirror {
 
     pub(super) fn renewed(&mut self, epoch: Epoch, nonce: Nonce) {
         let nonces = self.rules.keep(Rule::Nonces);
-        let (now, counted, time_to_stop) = (self.now, self.rules.keep(Rule::CountedFromAsking), self.settings.time_to_stop);
+        let (now, counted, time_to_stop) =
+            (self.now, self.rules.keep(Rule::CountedFromAsking), self.settings.time_to_stop);
         let State::Live(lease) = &mut self.state else {
             self.counts.strangers += 1;
             return;
@@ -259,8 +271,13 @@ impl Mirror {
         self.messages.push_back(ToOwner::Left { epoch });
         // Who was told to go at once, again and again, does not come back at once: another process of
         // this host may have done it.
-        let pause = if self.early > 1 { self.settings.retry * (1 << (self.early - 2)) } else { Duration::ZERO };
-        self.state = if self.leaving { State::Over } else { State::Out { until: self.now + pause } };
+        let pause = if self.early > 1 {
+            self.settings.retry * (1 << (self.early - 2))
+        } else {
+            Duration::ZERO
+        };
+        self.state =
+            if self.leaving { State::Over } else { State::Out { until: self.now + pause } };
         true
     }
 

@@ -42,7 +42,10 @@ impl Owner {
     fn book(&mut self, number: u64, who: Option<Who>, phase: Phase, term: Duration) {
         let expires = self.now + self.waits_for(term);
         let (queue, sent) = (VecDeque::new(), BTreeMap::new());
-        self.members.insert(number, Member { who, phase, expires, expiry: expires, resend: None, queue, sent, parked: 0 });
+        self.members.insert(
+            number,
+            Member { who, phase, expires, expiry: expires, resend: None, queue, sent, parked: 0 },
+        );
         self.timers.insert((expires, Timer::Expiry(number)));
     }
 
@@ -69,8 +72,11 @@ impl Owner {
 
     pub(super) fn join(&mut self, from: Host, incarnation: Incarnation, nonce: Nonce) {
         let of_host = |member: &Member| member.who.filter(|who| who.host == from);
-        let known: Vec<(u64, Who)> =
-            self.members.iter().filter_map(|(number, member)| Some((*number, of_host(member)?))).collect();
+        let known: Vec<(u64, Who)> = self
+            .members
+            .iter()
+            .filter_map(|(number, member)| Some((*number, of_host(member)?)))
+            .collect();
         let same = known.iter().filter(|(_, who)| who.incarnation == incarnation);
         if let Some((number, who)) = same.clone().max_by_key(|(_, who)| who.nonce).copied() {
             if who.nonce == nonce {
@@ -84,7 +90,14 @@ impl Owner {
         if self.is_late(from, incarnation, nonce) {
             // Its epoch is over. Whoever still waits for the answer asks anew.
             self.counts.strangers += 1;
-            return self.send(from, ToMirror::Refused { nonce, asker: Asker::Join(incarnation), why: Refusal::Expelled });
+            return self.send(
+                from,
+                ToMirror::Refused {
+                    nonce,
+                    asker: Asker::Join(incarnation),
+                    why: Refusal::Expelled,
+                },
+            );
         }
         // Before it asks again it has stopped, so what it had before is over.
         for (number, who) in &known {
@@ -96,7 +109,11 @@ impl Owner {
                 self.expel(*number);
             }
         }
-        let of_host = self.members.values().filter(|member| member.who.is_some_and(|who| who.host == from)).count();
+        let of_host = self
+            .members
+            .values()
+            .filter(|member| member.who.is_some_and(|who| who.host == from))
+            .count();
         let refusal = if of_host >= self.terms.members_of_a_host {
             Some(Refusal::MembersOfHost)
         } else {
@@ -104,7 +121,8 @@ impl Owner {
         };
         if let Some(why) = refusal {
             self.counts.refused += 1;
-            return self.send(from, ToMirror::Refused { nonce, asker: Asker::Join(incarnation), why });
+            return self
+                .send(from, ToMirror::Refused { nonce, asker: Asker::Join(incarnation), why });
         }
         let number = self.next_epoch;
         self.next_epoch += 1;
@@ -129,19 +147,33 @@ impl Owner {
             // A mirror that still asks does not know the epoch, so `Gone` would tell it nothing.
             self.counts.refused += 1;
             let Who { host, incarnation, nonce } = who;
-            self.send(host, ToMirror::Refused { nonce, asker: Asker::Join(incarnation), why: Refusal::Expelled });
+            self.send(
+                host,
+                ToMirror::Refused {
+                    nonce,
+                    asker: Asker::Join(incarnation),
+                    why: Refusal::Expelled,
+                },
+            );
         }
     }
 
     fn welcome(&mut self, number: u64, who: Who) {
         let (epoch, term) = (self.epoch(number), self.terms.term);
-        self.send(who.host, ToMirror::Welcome { epoch, incarnation: who.incarnation, nonce: who.nonce, term });
+        self.send(
+            who.host,
+            ToMirror::Welcome { epoch, incarnation: who.incarnation, nonce: who.nonce, term },
+        );
     }
 
     /// Grants a member a term from now, if it is renewed at all.
     fn grant(&mut self, number: u64) -> bool {
         let expires = self.now + self.waits_for(self.terms.term);
-        let Some(member) = self.members.get_mut(&number).filter(|member| member.phase == Phase::Live) else { return false };
+        let Some(member) =
+            self.members.get_mut(&number).filter(|member| member.phase == Phase::Live)
+        else {
+            return false;
+        };
         member.expires = member.expires.max(expires);
         true
     }
@@ -175,7 +207,11 @@ impl Owner {
     /// Renews a member no more, and says so.
     pub(super) fn expel(&mut self, number: u64) {
         let epoch = self.epoch(number);
-        let Some(member) = self.members.get_mut(&number).filter(|member| member.phase == Phase::Live) else { return };
+        let Some(member) =
+            self.members.get_mut(&number).filter(|member| member.phase == Phase::Live)
+        else {
+            return;
+        };
         member.phase = Phase::Expelled;
         let to = member.who.map(|who| who.host);
         self.counts.expelled += 1;
@@ -206,7 +242,8 @@ impl Owner {
             return self.close(number, Ending::Expired);
         }
         member.phase = Phase::Fencing;
-        let what = member.who.map_or(Fenced::Before(self.boot), |who| Fenced::Epoch(who.host, epoch));
+        let what =
+            member.who.map_or(Fenced::Before(self.boot), |who| Fenced::Epoch(who.host, epoch));
         self.decisions.push_back(Decision::Fence(what));
     }
 
@@ -215,8 +252,8 @@ impl Owner {
     pub fn fenced(&mut self, what: Fenced, now: Time) -> bool {
         self.now = self.now.max(now);
         let epoch = what.epoch();
-        let asked =
-            epoch.boot == self.boot && self.members.get(&epoch.number).is_some_and(|member| member.phase == Phase::Fencing);
+        let asked = epoch.boot == self.boot
+            && self.members.get(&epoch.number).is_some_and(|member| member.phase == Phase::Fencing);
         if asked {
             self.close(epoch.number, Ending::Expired);
         }
@@ -231,9 +268,17 @@ impl Owner {
         if let Some(at) = member.resend {
             self.timers.remove(&(at, Timer::Resend(number)));
         }
-        let count = if ending == Ending::Expired { &mut self.counts.expired } else { &mut self.counts.left };
+        let count = if ending == Ending::Expired {
+            &mut self.counts.expired
+        } else {
+            &mut self.counts.left
+        };
         *count += 1;
-        let parked: Vec<_> = self.parked.range((number, Nonce(0))..=(number, Nonce(u64::MAX))).map(|(key, _)| *key).collect();
+        let parked: Vec<_> = self
+            .parked
+            .range((number, Nonce(0))..=(number, Nonce(u64::MAX)))
+            .map(|(key, _)| *key)
+            .collect();
         for key in parked {
             self.parked.remove(&key);
         }

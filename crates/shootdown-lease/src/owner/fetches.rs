@@ -18,20 +18,27 @@ pub(super) struct Parked {
 impl Owner {
     pub(super) fn fetch(&mut self, from: Host, epoch: Epoch, nonce: Nonce, range: AddressRange) {
         #[cfg(feature = "test-util")]
-        if epoch.boot == self.boot && self.unbooked.get(&epoch.number).is_some_and(|who| who.host == from) {
+        if epoch.boot == self.boot
+            && self.unbooked.get(&epoch.number).is_some_and(|who| who.host == from)
+        {
             return self.serve(Parked { to: from, epoch, nonce, range });
         }
         let limit = self.terms.fetches;
-        let Some(member) = self.member_of(from, epoch).filter(|member| member.phase == Phase::Live) else {
+        let Some(member) = self.member_of(from, epoch).filter(|member| member.phase == Phase::Live)
+        else {
             self.counts.strangers += 1;
             return self.send(from, ToMirror::Gone { epoch });
         };
         let full = member.parked >= limit;
         // What is not shared would never be invalidated.
-        let served = self.terms.shared.covers(range) && range.len().is_some_and(|bytes| bytes <= self.terms.fetch_bytes);
+        let served = self.terms.shared.covers(range)
+            && range.len().is_some_and(|bytes| bytes <= self.terms.fetch_bytes);
         if !served {
             self.counts.refused += 1;
-            return self.send(from, ToMirror::Refused { nonce, asker: Asker::Fetch(epoch), why: Refusal::Contents });
+            return self.send(
+                from,
+                ToMirror::Refused { nonce, asker: Asker::Fetch(epoch), why: Refusal::Contents },
+            );
         }
         let parked = Parked { to: from, epoch, nonce, range };
         if !self.is_under_invalidation(range) {
@@ -43,7 +50,10 @@ impl Owner {
         }
         if full {
             self.counts.refused += 1;
-            return self.send(from, ToMirror::Refused { nonce, asker: Asker::Fetch(epoch), why: Refusal::Fetches });
+            return self.send(
+                from,
+                ToMirror::Refused { nonce, asker: Asker::Fetch(epoch), why: Refusal::Fetches },
+            );
         }
         if let Some(member) = self.members.get_mut(&epoch.number) {
             member.parked += 1;

@@ -28,7 +28,10 @@ impl Owner {
         self.next_invalidation += 1;
         let patience = self.now + self.terms.patience;
         let waiting: BTreeSet<u64> = self.members.keys().copied().collect();
-        self.invalidations.insert(id, Invalidation { ranges, patience, waiting: waiting.clone(), endings: Vec::new() });
+        self.invalidations.insert(
+            id,
+            Invalidation { ranges, patience, waiting: waiting.clone(), endings: Vec::new() },
+        );
         if waiting.is_empty() {
             self.done(id);
             return id;
@@ -56,7 +59,10 @@ impl Owner {
             member.sent.insert(invalidation, now);
             let Some(of) = self.invalidations.get(&invalidation) else { continue };
             self.counts.sent += 1;
-            self.messages.push_back((who.host, ToMirror::Inv { epoch, invalidation, ranges: of.ranges.clone() }));
+            self.messages.push_back((
+                who.host,
+                ToMirror::Inv { epoch, invalidation, ranges: of.ranges.clone() },
+            ));
         }
         if first && !member.sent.is_empty() && member.resend.is_none() {
             member.resend = Some(resend);
@@ -84,7 +90,8 @@ impl Owner {
             let Some(of) = self.invalidations.get(invalidation) else { continue };
             self.counts.sent += 1;
             self.counts.resent += 1;
-            let again = ToMirror::Inv { epoch, invalidation: *invalidation, ranges: of.ranges.clone() };
+            let again =
+                ToMirror::Inv { epoch, invalidation: *invalidation, ranges: of.ranges.clone() };
             self.messages.push_back((who.host, again));
         }
     }
@@ -93,16 +100,28 @@ impl Owner {
     /// was on its way may be lost. Closes and renews nothing.
     pub fn connected(&mut self, host: Host, now: Time) {
         self.now = self.now.max(now);
-        let of_host = |member: &Member| member.who.is_some_and(|who| who.host == host) && !member.sent.is_empty();
-        let numbers: Vec<u64> = self.members.iter().filter(|(_, member)| of_host(member)).map(|(number, _)| *number).collect();
+        let of_host = |member: &Member| {
+            member.who.is_some_and(|who| who.host == host) && !member.sent.is_empty()
+        };
+        let numbers: Vec<u64> = self
+            .members
+            .iter()
+            .filter(|(_, member)| of_host(member))
+            .map(|(number, _)| *number)
+            .collect();
         for number in numbers {
             self.send_again(number, |_| true);
         }
     }
 
     pub(super) fn acknowledge(&mut self, from: Host, epoch: Epoch, invalidation: InvalidationId) {
-        let epoch = if self.rules.keep(Rule::EpochsOfAcknowledgements) { epoch } else { self.newest_of(from).unwrap_or(epoch) };
-        let asked = self.member_of(from, epoch).filter(|member| member.sent.contains_key(&invalidation));
+        let epoch = if self.rules.keep(Rule::EpochsOfAcknowledgements) {
+            epoch
+        } else {
+            self.newest_of(from).unwrap_or(epoch)
+        };
+        let asked =
+            self.member_of(from, epoch).filter(|member| member.sent.contains_key(&invalidation));
         let Some(member) = asked else {
             self.counts.unasked += 1;
             return;
@@ -120,7 +139,9 @@ impl Owner {
 
     fn newest_of(&self, host: Host) -> Option<Epoch> {
         let mut known = self.members.iter().rev();
-        known.find(|(_, member)| member.who.is_some_and(|who| who.host == host)).map(|(number, _)| self.epoch(*number))
+        known
+            .find(|(_, member)| member.who.is_some_and(|who| who.host == host))
+            .map(|(number, _)| self.epoch(*number))
     }
 
     /// One member less to wait for.
@@ -168,6 +189,10 @@ impl Owner {
 
     /// Epochs that an invalidation still waits for; none if there is no such invalidation.
     pub fn waiting(&self, id: InvalidationId) -> impl Iterator<Item = Epoch> + '_ {
-        self.invalidations.get(&id).into_iter().flat_map(|of| &of.waiting).map(|number| self.epoch(*number))
+        self.invalidations
+            .get(&id)
+            .into_iter()
+            .flat_map(|of| &of.waiting)
+            .map(|number| self.epoch(*number))
     }
 }

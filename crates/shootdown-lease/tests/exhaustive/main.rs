@@ -18,7 +18,19 @@ fn wide() -> bool {
 fn bounds(mirrors: usize, horizon: u64, in_flight: usize) -> Bounds {
     let (joined, invalidations, fetches, lost, doubled, restarts) = (true, 1, 0, 0, 0, 0);
     let (tried, without) = (if wide() { 1 } else { 16 }, None);
-    Bounds { mirrors, joined, horizon, in_flight, invalidations, fetches, lost, doubled, restarts, tried, without }
+    Bounds {
+        mirrors,
+        joined,
+        horizon,
+        in_flight,
+        invalidations,
+        fetches,
+        lost,
+        doubled,
+        restarts,
+        tried,
+        without,
+    }
 }
 
 fn check(name: &str, bounds: &Bounds) -> Found {
@@ -32,13 +44,19 @@ fn check(name: &str, bounds: &Bounds) -> Found {
 
 #[test]
 fn two_mirrors_let_go_or_their_leases_end() {
-    let found = check("two mirrors, to the end of their leases", &Bounds { doubled: u8::from(wide()), ..bounds(2, 2, 1) });
+    let found = check(
+        "two mirrors, to the end of their leases",
+        &Bounds { doubled: u8::from(wide()), ..bounds(2, 2, 1) },
+    );
     assert!(found.outlived > 0, "nobody was waited for to the end of its lease");
 }
 
 #[test]
 fn two_mirrors_fetch_while_the_memory_changes() {
-    let found = check("two mirrors that fetch", &Bounds { fetches: 1, doubled: u8::from(wide()), ..bounds(2, 1, 2) });
+    let found = check(
+        "two mirrors that fetch",
+        &Bounds { fetches: 1, doubled: u8::from(wide()), ..bounds(2, 1, 2) },
+    );
     assert!(found.fetched > 0, "nobody has what has changed");
 }
 
@@ -58,14 +76,18 @@ fn an_owner_restarts_over_memory_that_survived() {
 #[test]
 fn two_invalidations_meet_fetches() {
     let in_flight = if wide() { 2 } else { 1 };
-    let more = Bounds { invalidations: 2, fetches: 2, lost: 1, doubled: 1, ..bounds(1, 1, in_flight) };
+    let more =
+        Bounds { invalidations: 2, fetches: 2, lost: 1, doubled: 1, ..bounds(1, 1, in_flight) };
     let found = check("two invalidations", &more);
     assert!(found.fetched > 0);
 }
 
 #[test]
 fn nobody_has_joined_yet() {
-    let found = check("nobody has joined", &Bounds { joined: false, fetches: 1, doubled: 1, ..bounds(1, 2, 1) });
+    let found = check(
+        "nobody has joined",
+        &Bounds { joined: false, fetches: 1, doubled: 1, ..bounds(1, 2, 1) },
+    );
     assert!(found.fetched > 0 && found.outlived > 0);
 }
 
@@ -87,8 +109,13 @@ fn a_rule_that_is_left_out_is_missed() {
     for (rule, bounds) in left_out {
         let began = Instant::now();
         let found = explore(&Bounds { without: Some(rule), tried: usize::MAX, ..bounds.clone() });
-        let way = found.wrong.as_ref().map(|(wrong, way)| format!("{wrong} after {} steps", way.len()));
+        let way =
+            found.wrong.as_ref().map(|(wrong, way)| format!("{wrong} after {} steps", way.len()));
         println!("{rule:?}: {way:?}, {} states, {:.1?}", found.states, began.elapsed());
-        assert!(found.wrong.is_some(), "{rule:?} left out, and nothing is wrong in {} states", found.states);
+        assert!(
+            found.wrong.is_some(),
+            "{rule:?} left out, and nothing is wrong in {} states",
+            found.states
+        );
     }
 }

@@ -2,8 +2,8 @@
 
 use shootdown::{AddressRange, RangeSet};
 use shootdown_lease::{
-    Boot, Decision, Ending, Epoch, Host, Incarnation, InvalidationId, Memory, Mirror, MirrorDecision, MirrorSettings, Owner,
-    Rule, Terms, Time, ToMirror, ToOwner,
+    Boot, Decision, Ending, Epoch, Host, Incarnation, InvalidationId, Memory, Mirror,
+    MirrorDecision, MirrorSettings, Owner, Rule, Terms, Time, ToMirror, ToOwner,
 };
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -103,7 +103,8 @@ fn range() -> AddressRange {
 
 fn terms() -> Terms {
     let mut terms = Terms::new(Duration::from_nanos(2 * UNIT));
-    (terms.drift_ppm, terms.patience, terms.resend) = (0, Duration::from_nanos(UNIT), Duration::from_nanos(UNIT));
+    (terms.drift_ppm, terms.patience, terms.resend) =
+        (0, Duration::from_nanos(UNIT), Duration::from_nanos(UNIT));
     terms
 }
 
@@ -115,7 +116,14 @@ impl State {
         let side = |life| {
             let mut mirror = Mirror::new(Incarnation(life), settings.clone(), now);
             bounds.without.into_iter().for_each(|rule| mirror.leave_out(rule));
-            Side { mirror, held: None, fetching: false, arrived: 0, flushing: Vec::new(), stopping: false }
+            Side {
+                mirror,
+                held: None,
+                fetching: false,
+                arrived: 0,
+                flushing: Vec::new(),
+                stopping: false,
+            }
         };
         let mut owner = Owner::new(Boot(1), terms(), Memory::New, now).unwrap();
         bounds.without.into_iter().for_each(|rule| owner.leave_out(rule));
@@ -129,7 +137,13 @@ impl State {
             running: Vec::new(),
             to_write: Vec::new(),
             to_end: Vec::new(),
-            left: [bounds.invalidations, bounds.fetches, bounds.lost, bounds.doubled, bounds.restarts],
+            left: [
+                bounds.invalidations,
+                bounds.fetches,
+                bounds.lost,
+                bounds.doubled,
+                bounds.restarts,
+            ],
             early: false,
         };
         if bounds.joined {
@@ -178,7 +192,8 @@ impl State {
         }
         for _ in 0..200 {
             state.quiet(&bounds);
-            let joined = |side: &Side| side.mirror.epoch().is_some_and(|epoch| state.owner.is_live(epoch));
+            let joined =
+                |side: &Side| side.mirror.epoch().is_some_and(|epoch| state.owner.is_live(epoch));
             if state.running.is_empty() && state.sides[..bounds.mirrors].iter().all(joined) {
                 return true;
             }
@@ -194,7 +209,10 @@ impl State {
     /// Somebody may use, and take for good, what is not current.
     fn is_stale(&self) -> bool {
         let now = Time::from_nanos(self.now);
-        self.sides.iter().any(|side| side.mirror.is_valid(now) && side.held.is_some_and(|(_, version)| version < self.version))
+        self.sides.iter().any(|side| {
+            side.mirror.is_valid(now)
+                && side.held.is_some_and(|(_, version)| version < self.version)
+        })
     }
 
     fn act(&mut self, action: &Action, bounds: &Bounds) {
@@ -204,12 +222,14 @@ impl State {
             Action::TickOwner => self.owner.tick(now),
             Action::TickMirror(side) => self.sides[*side].mirror.tick(now),
             Action::ToOwner { at, again } => {
-                let (side, message) = if *again { self.asked[*at].clone() } else { self.asked.remove(*at) };
+                let (side, message) =
+                    if *again { self.asked[*at].clone() } else { self.asked.remove(*at) };
                 self.left[DOUBLED] -= u8::from(*again);
                 self.owner.handle(Host(side as u64), message, now);
             }
             Action::ToMirror { at, again } => {
-                let (side, message, version) = if *again { self.told[*at].clone() } else { self.told.remove(*at) };
+                let (side, message, version) =
+                    if *again { self.told[*at].clone() } else { self.told.remove(*at) };
                 self.left[DOUBLED] -= u8::from(*again);
                 self.sides[side].arrived = version;
                 self.sides[side].mirror.handle(message, now);
@@ -273,12 +293,22 @@ impl State {
         while let Some(decision) = self.owner.next_decision() {
             match decision {
                 Decision::Done { invalidation, endings } => {
-                    let held = |of: Epoch| self.sides.iter().any(|side| side.held.is_some_and(|(epoch, _)| epoch == of));
-                    self.early |= endings.iter().any(|(epoch, ending)| *ending != Ending::Expired && held(*epoch));
+                    let held = |of: Epoch| {
+                        self.sides
+                            .iter()
+                            .any(|side| side.held.is_some_and(|(epoch, _)| epoch == of))
+                    };
+                    self.early |= endings
+                        .iter()
+                        .any(|(epoch, ending)| *ending != Ending::Expired && held(*epoch));
                     self.to_write.push(invalidation);
                 }
                 Decision::Serve { to, epoch, nonce, version, .. } => {
-                    self.told.push((to.0 as usize, Owner::fetched(epoch, nonce, version), self.version));
+                    self.told.push((
+                        to.0 as usize,
+                        Owner::fetched(epoch, nonce, version),
+                        self.version,
+                    ));
                 }
                 other => unreachable!("{other:?}"),
             }
@@ -289,7 +319,9 @@ impl State {
             }
             while let Some(decision) = side.mirror.next_decision() {
                 match decision {
-                    MirrorDecision::Invalidate { epoch, invalidation, .. } => side.flushing.push((epoch, invalidation)),
+                    MirrorDecision::Invalidate { epoch, invalidation, .. } => {
+                        side.flushing.push((epoch, invalidation))
+                    }
                     MirrorDecision::Stop { .. } => (side.stopping, side.fetching) = (true, false),
                     MirrorDecision::Install { .. } => {
                         side.fetching = false;
@@ -324,7 +356,9 @@ fn choices<T: PartialEq>(list: &[T]) -> impl Iterator<Item = usize> + '_ {
 impl State {
     fn actions(&self, bounds: &Bounds) -> Vec<Action> {
         let (state, mut actions) = (self, Vec::new());
-        let due = |deadline: Option<Time>| deadline.is_some_and(|deadline| deadline.as_nanos() <= state.now);
+        let due = |deadline: Option<Time>| {
+            deadline.is_some_and(|deadline| deadline.as_nanos() <= state.now)
+        };
         if state.now < bounds.horizon * UNIT {
             actions.push(Action::Unit);
         }
@@ -333,12 +367,14 @@ impl State {
         }
         for at in choices(&state.asked) {
             actions.push(Action::ToOwner { at, again: false });
-            actions.extend((state.left[DOUBLED] > 0).then_some(Action::ToOwner { at, again: true }));
+            actions
+                .extend((state.left[DOUBLED] > 0).then_some(Action::ToOwner { at, again: true }));
             actions.extend((state.left[LOST] > 0).then_some(Action::LoseToOwner(at)));
         }
         for at in choices(&state.told) {
             actions.push(Action::ToMirror { at, again: false });
-            actions.extend((state.left[DOUBLED] > 0).then_some(Action::ToMirror { at, again: true }));
+            actions
+                .extend((state.left[DOUBLED] > 0).then_some(Action::ToMirror { at, again: true }));
             actions.extend((state.left[LOST] > 0).then_some(Action::LoseToMirror(at)));
         }
         for (number, side) in state.sides[..bounds.mirrors].iter().enumerate() {
@@ -374,8 +410,12 @@ pub struct Found {
 impl Found {
     fn look(&mut self, state: &State, bounds: &Bounds) -> Option<&'static str> {
         self.states += 1;
-        let holds =
-            |of: fn(u64, u64) -> bool| state.sides.iter().any(|side| side.held.is_some_and(|(_, held)| of(held, state.version)));
+        let holds = |of: fn(u64, u64) -> bool| {
+            state
+                .sides
+                .iter()
+                .any(|side| side.held.is_some_and(|(_, held)| of(held, state.version)))
+        };
         self.ended += usize::from(state.version > 0);
         self.outlived += usize::from(holds(|held, current| held < current));
         self.fetched += usize::from(holds(|held, _| held > 0));

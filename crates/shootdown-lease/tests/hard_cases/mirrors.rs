@@ -8,7 +8,10 @@ use futures::future::BoxFuture;
 use futures::task::{ArcWake, LocalSpawnExt, waker};
 use shootdown::{AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 use shootdown_lease::engine::{Hub, Leased, Lost, Outgoing};
-use shootdown_lease::{Boot, Denied, Ending, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Standing, Terms, Time};
+use shootdown_lease::{
+    Boot, Denied, Ending, Host, Incarnation, Memory, Mirror, MirrorSettings, Owner, Standing,
+    Terms, Time,
+};
 use std::cell::Cell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::rc::Rc;
@@ -20,7 +23,10 @@ use std::task::Context;
 #[test]
 fn d4_a_check_knows_that_a_lease_has_ended_although_there_is_another_one() {
     let (timer, mut pool) = (Timer::default(), LocalPool::new());
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub = Hub::new(
+        Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let _mirrors = hub.mirrors();
     let leased = leased(&timer, 1, MirrorSettings::default());
     let driver = leased.space().insert(pages(0, 1), Copies).unwrap();
@@ -60,7 +66,10 @@ fn d3_a_clock_that_jumped_and_came_back_does_not_lengthen_the_next_lease() {
 #[test]
 fn d9_a_mirror_that_has_left_says_so_although_its_link_is_made_anew() {
     let (timer, mut pool) = (Timer::default(), LocalPool::new());
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub = Hub::new(
+        Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let _mirrors = hub.mirrors();
     let leased = leased(&timer, 1, MirrorSettings::default());
     let (runs, sleep) = (leased.clone(), timer.sleep());
@@ -79,7 +88,10 @@ fn d9_a_mirror_that_has_left_says_so_although_its_link_is_made_anew() {
 #[test]
 fn d9_a_mirror_that_leaves_while_it_joins_is_in_no_books_afterwards() {
     let (timer, mut pool) = (Timer::default(), LocalPool::new());
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub = Hub::new(
+        Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let _mirrors = hub.mirrors();
     let leased = leased(&timer, 1, MirrorSettings::default());
     let (runs, sleep) = (leased.clone(), timer.sleep());
@@ -91,7 +103,11 @@ fn d9_a_mirror_that_leaves_while_it_joins_is_in_no_books_afterwards() {
     let leaves = leased.clone();
     pool.spawner().spawn_local(async move { leaves.leave().await }).unwrap();
     pool.run_until_stalled();
-    assert_eq!(leased.next_message().now_or_never(), None, "what the join is granted is to be given back");
+    assert_eq!(
+        leased.next_message().now_or_never(),
+        None,
+        "what the join is granted is to be given back"
+    );
     carry(&hub, 1, &mut link, &leased);
     pool.run_until_stalled();
     assert!(hub.members().is_empty());
@@ -115,7 +131,10 @@ fn d9_a_mirror_that_leaves_while_it_joins_is_in_no_books_afterwards() {
 struct Flushes(Arc<Mutex<Vec<oneshot::Sender<()>>>>);
 
 impl IntervalNotifier for Flushes {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         let (sender, flushed) = oneshot::channel();
         self.0.lock().unwrap().push(sender);
@@ -127,7 +146,10 @@ impl IntervalNotifier for Flushes {
 fn d9_a_mirror_whose_run_was_dropped_while_it_stopped_joins_anew_when_it_runs_again() {
     let timer = Timer::default();
     let mut pool = LocalPool::new();
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub = Hub::new(
+        Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let _mirrors = hub.mirrors();
     let leased = leased(&timer, 1, MirrorSettings::default());
     let flushes = Arc::<Mutex<Vec<_>>>::default();
@@ -137,7 +159,10 @@ fn d9_a_mirror_whose_run_was_dropped_while_it_stopped_joins_anew_when_it_runs_ag
     let (runs, sleep, ends) = (leased.clone(), timer.sleep(), gone.clone());
     let run = async move {
         let mut run = Box::pin(runs.run(sleep));
-        std::future::poll_fn(|cx| if ends.get() { std::task::Poll::Ready(()) } else { run.as_mut().poll(cx) }).await;
+        std::future::poll_fn(|cx| {
+            if ends.get() { std::task::Poll::Ready(()) } else { run.as_mut().poll(cx) }
+        })
+        .await;
     };
     pool.spawner().spawn_local(run).unwrap();
     pool.run_until_stalled();
@@ -155,21 +180,31 @@ fn d9_a_mirror_whose_run_was_dropped_while_it_stopped_joins_anew_when_it_runs_ag
         carry(&hub, 1, &mut link, &leased);
         flushes.lock().unwrap().drain(..).for_each(|flush| _ = flush.send(()));
     }
-    assert!(matches!(leased.standing(), Standing::Live(..)), "{:?} a second later", leased.standing());
+    assert!(
+        matches!(leased.standing(), Standing::Live(..)),
+        "{:?} a second later",
+        leased.standing()
+    );
 }
 
 #[test]
 fn f1_a_driver_that_panics_ends_no_mirror() {
     struct Panics(AtomicBool);
     impl IntervalNotifier for Panics {
-        fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
             invalidation.set_seq();
             assert!(!self.0.swap(false, SeqCst), "the driver fails once");
             Ok(None)
         }
     }
     let timer = Timer::default();
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub = Hub::new(
+        Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let space = AddressSpace::new();
     let _mirrors = space.insert(pages(0, 16), hub.mirrors()).unwrap();
     let leased = leased(&timer, 1, MirrorSettings::default());
@@ -189,7 +224,11 @@ fn f1_a_driver_that_panics_ends_no_mirror() {
         assert!(run.as_mut().poll(&mut cx).is_pending());
     }
     drop(invalidation.now_or_never().expect("it has let go of everything"));
-    assert_eq!((hub.endings(Ending::Acknowledged), hub.endings(Ending::Left)), (0, 1), "nobody knows what that device has");
+    assert_eq!(
+        (hub.endings(Ending::Acknowledged), hub.endings(Ending::Left)),
+        (0, 1),
+        "nobody knows what that device has"
+    );
     assert_eq!((leased.panics(), leased.counts().joined, leased.has_lease()), (1, 2, true));
 }
 
@@ -202,7 +241,10 @@ fn d9_a_mirror_whose_driver_panics_when_all_is_let_go_of_says_nothing_and_joins_
         }
     }
     let (timer, mut pool) = (Timer::default(), LocalPool::new());
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub = Hub::new(
+        Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let space = AddressSpace::new();
     let _mirrors = hub.insert(&space).unwrap();
     let leased = leased(&timer, 1, MirrorSettings::default());
@@ -227,7 +269,10 @@ fn d9_a_mirror_whose_driver_panics_when_all_is_let_go_of_says_nothing_and_joins_
         carry(&hub, 1, &mut link, &leased);
         timer.pass(&mut pool, 1);
     }
-    assert_eq!((leased.denied(), leased.panics(), leased.counts().joined), (Some(Denied::Panicked), 2, 1));
+    assert_eq!(
+        (leased.denied(), leased.panics(), leased.counts().joined),
+        (Some(Denied::Panicked), 2, 1)
+    );
     // And nobody waits for ever.
     assert_eq!(block_on(leased.joined()), None);
     assert_eq!(block_on(leased.fetch(pages(0, 1))), Err(Lost::Left));
@@ -290,7 +335,10 @@ fn r4_a_lease_that_is_valid_again_by_a_late_renewal_wakes_who_waits() {
     *hook.lock().unwrap() = Some(Box::new(move || {
         later.store(stop.as_nanos() + 1, SeqCst);
         let mut reader = polls.lock().unwrap();
-        found.store(reader.as_mut().unwrap().as_mut().poll(&mut Context::from_waker(&wakes)).is_pending(), SeqCst);
+        found.store(
+            reader.as_mut().unwrap().as_mut().poll(&mut Context::from_waker(&wakes)).is_pending(),
+            SeqCst,
+        );
     }));
     while let Some(Some(outgoing)) = link.next().now_or_never() {
         if let Outgoing::Message(message) = outgoing {
@@ -311,9 +359,13 @@ fn f1_a_clock_that_panics_once_leaves_no_reader_behind() {
         assert!(!fails.swap(false, SeqCst), "once");
         reads()
     };
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub = Hub::new(
+        Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let _mirrors = hub.mirrors();
-    let leased = Leased::new(Mirror::new(Incarnation(1), MirrorSettings::default(), timer.now()), clock);
+    let leased =
+        Leased::new(Mirror::new(Incarnation(1), MirrorSettings::default(), timer.now()), clock);
     let driver = leased.space().insert(pages(0, 1), Copies).unwrap();
     let (mut pool, mut link) = (LocalPool::new(), hub.link(Host(1)));
     let (runs, sleep) = (leased.clone(), timer.sleep());

@@ -4,7 +4,8 @@ use crate::support::*;
 use futures::FutureExt;
 use shootdown_lease::engine::{Hub, Leased};
 use shootdown_lease::{
-    Boot, Epoch, Host, Incarnation, Memory, Mirror, MirrorDecision, MirrorSettings, Nonce, Owner, Terms, ToMirror, ToOwner,
+    Boot, Epoch, Host, Incarnation, Memory, Mirror, MirrorDecision, MirrorSettings, Nonce, Owner,
+    Terms, ToMirror, ToOwner,
 };
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
@@ -16,7 +17,12 @@ fn d8_a_welcome_with_an_endless_term_does_not_panic() {
     let mut mirror = Mirror::new(Incarnation(1), MirrorSettings::default(), ms(0));
     mirror.tick(ms(0));
     let epoch = Epoch { boot: Boot(1), number: 1 };
-    let welcome = ToMirror::Welcome { epoch, incarnation: Incarnation(1), nonce: Nonce(1), term: Duration::MAX };
+    let welcome = ToMirror::Welcome {
+        epoch,
+        incarnation: Incarnation(1),
+        nonce: Nonce(1),
+        term: Duration::MAX,
+    };
     assert!(catch_unwind(AssertUnwindSafe(|| mirror.handle(welcome, ms(1)))).is_ok());
 }
 
@@ -47,7 +53,8 @@ fn d10_a_run_whose_retry_is_zero_yields() {
 #[test]
 fn d10_two_processes_of_one_host_do_not_expel_each_other_without_a_pause() {
     let mut owner = Owner::new(Boot(1), Terms::new(TERM), Memory::New, ms(0)).unwrap();
-    let mut mirrors = [1, 2].map(|of| Mirror::new(Incarnation(of), MirrorSettings::default(), ms(0)));
+    let mut mirrors =
+        [1, 2].map(|of| Mirror::new(Incarnation(of), MirrorSettings::default(), ms(0)));
     // A millisecond each way, for ten terms.
     for at in 0..500 {
         for mirror in &mut mirrors {
@@ -96,7 +103,8 @@ fn d8_a_window_without_a_bound_does_not_overflow() {
     let timer = Timer::default();
     let mut terms = Terms::new(TERM);
     terms.window = usize::MAX;
-    let hub = Hub::new(Owner::new(Boot(1), terms, Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub =
+        Hub::new(Owner::new(Boot(1), terms, Memory::New, timer.now()).unwrap(), timer.clock());
     let _mirrors = hub.mirrors();
     let _link = hub.link(Host(1));
     let join = ToOwner::Join { incarnation: Incarnation(1), nonce: Nonce(1) };
@@ -105,7 +113,8 @@ fn d8_a_window_without_a_bound_does_not_overflow() {
 
 #[test]
 fn d10_a_mirror_whose_answers_take_longer_than_its_term_does_not_ask_without_a_pause() {
-    let mut owner = Owner::new(Boot(1), Terms::new(Duration::from_millis(1)), Memory::New, ms(0)).unwrap();
+    let mut owner =
+        Owner::new(Boot(1), Terms::new(Duration::from_millis(1)), Memory::New, ms(0)).unwrap();
     let mut mirror = Mirror::new(Incarnation(1), MirrorSettings::default(), ms(0));
     mirror.tick(ms(0));
     let (mut asked, mut now) = (0, 0);

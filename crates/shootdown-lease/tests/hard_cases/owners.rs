@@ -6,7 +6,9 @@ use futures::executor::LocalPool;
 use futures::task::{ArcWake, LocalSpawnExt, waker};
 use shootdown::{AddressSpace, Event};
 use shootdown_lease::engine::{Hub, Outgoing};
-use shootdown_lease::{Boot, Host, Incarnation, Memory, MirrorSettings, Nonce, Owner, Terms, ToOwner};
+use shootdown_lease::{
+    Boot, Host, Incarnation, Memory, MirrorSettings, Nonce, Owner, Terms, ToOwner,
+};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::SeqCst};
@@ -15,7 +17,10 @@ use std::task::Context;
 #[test]
 fn l2_a_fetch_does_not_wait_for_invalidations_of_other_pages() {
     let (timer, mut pool) = (Timer::default(), LocalPool::new());
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub = Hub::new(
+        Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let space = AddressSpace::new();
     let _mirrors = space.insert(pages(0, 16), hub.mirrors()).unwrap();
     let leased = leased(&timer, 1, MirrorSettings::default());
@@ -64,7 +69,10 @@ fn l2_a_fetch_does_not_wait_for_invalidations_of_other_pages() {
 #[test]
 fn d7_a_fetch_that_meets_an_invalidation_costs_nobody_a_lease() {
     let (timer, mut pool) = (Timer::default(), LocalPool::new());
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub = Hub::new(
+        Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let space = AddressSpace::new();
     let _mirrors = space.insert(pages(0, 16), hub.mirrors()).unwrap();
     let leased = leased(&timer, 1, MirrorSettings::default());
@@ -80,7 +88,8 @@ fn d7_a_fetch_that_meets_an_invalidation_costs_nobody_a_lease() {
         }
     };
     spawner.spawn_local(up).unwrap();
-    let (mut link, below, owned, spawns) = (hub.link(Host(1)), leased.clone(), space.clone(), spawner.clone());
+    let (mut link, below, owned, spawns) =
+        (hub.link(Host(1)), leased.clone(), space.clone(), spawner.clone());
     let down = async move {
         while let Some(outgoing) = link.next().await {
             match outgoing {
@@ -89,7 +98,10 @@ fn d7_a_fetch_that_meets_an_invalidation_costs_nobody_a_lease() {
                     let (below, owned) = (below.clone(), owned.clone());
                     let answer = async move {
                         serve.ready(&owned).await.unwrap();
-                        below.handle(serve.message(), Some(vec![7; serve.range().len().unwrap() as usize]));
+                        below.handle(
+                            serve.message(),
+                            Some(vec![7; serve.range().len().unwrap() as usize]),
+                        );
                     };
                     spawns.spawn_local(answer).unwrap();
                 }
@@ -113,7 +125,11 @@ fn d7_a_fetch_that_meets_an_invalidation_costs_nobody_a_lease() {
         waited += 1;
         assert!(waited < 1_000);
     }
-    assert!(waited < 10, "{waited} ms on a network without delay; {epoch:?}, then {:?}", leased.standing());
+    assert!(
+        waited < 10,
+        "{waited} ms on a network without delay; {epoch:?}, then {:?}",
+        leased.standing()
+    );
 }
 
 #[test]
@@ -131,7 +147,10 @@ fn f1_a_transport_whose_waker_panics_costs_no_other_host_its_wake_up_and_no_mirr
         }
     }
     let timer = Timer::default();
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+    let hub = Hub::new(
+        Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let space = AddressSpace::new();
     let _mirrors = space.insert(pages(0, 16), hub.mirrors()).unwrap();
     let mut links = [hub.link(Host(1)), hub.link(Host(2))];
@@ -141,7 +160,8 @@ fn f1_a_transport_whose_waker_panics_costs_no_other_host_its_wake_up_and_no_mirr
     for link in &mut links {
         while link.next().now_or_never().is_some() {}
     }
-    let (panics, count) = (Arc::new(Panics(AtomicBool::new(false))), Arc::new(Count(AtomicUsize::new(0))));
+    let (panics, count) =
+        (Arc::new(Panics(AtomicBool::new(false))), Arc::new(Count(AtomicUsize::new(0))));
     let [first, second] = &mut links;
     let (mut first, mut second) = (Box::pin(first.next()), Box::pin(second.next()));
     assert!(first.as_mut().poll(&mut Context::from_waker(&waker(panics.clone()))).is_pending());
@@ -150,7 +170,10 @@ fn f1_a_transport_whose_waker_panics_costs_no_other_host_its_wake_up_and_no_mirr
     let mut invalidation = Box::pin(space.invalidate(pages(0, 1), Event::Unmap));
     let begun = catch_unwind(AssertUnwindSafe(|| invalidation.as_mut().now_or_never().is_none()));
     assert_eq!(count.0.load(SeqCst), 1, "the other host is not told of the invalidation");
-    assert!(begun.is_ok(), "the pass is lost: where nobody calls (a memory source), the change goes on");
+    assert!(
+        begun.is_ok(),
+        "the pass is lost: where nobody calls (a memory source), the change goes on"
+    );
 }
 
 #[test]
@@ -162,7 +185,8 @@ fn f1_a_clock_that_panics_for_a_while_does_not_end_the_owners_run() {
         assert!(!fails.load(SeqCst), "the clock has gone");
         reads()
     };
-    let hub = Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), clock);
+    let hub =
+        Hub::new(Owner::new(Boot(1), Terms::new(TERM), Memory::New, timer.now()).unwrap(), clock);
     let space = AddressSpace::new();
     let _mirrors = hub.insert(&space).unwrap();
     let (runs, sleep) = (hub.clone(), timer.sleep());
@@ -175,5 +199,8 @@ fn f1_a_clock_that_panics_for_a_while_does_not_end_the_owners_run() {
     panics.store(false, SeqCst);
     assert!(hub.lost_panics() > 0);
     timer.pass(&mut pool, 30);
-    assert!(invalidation.now_or_never().is_some(), "the lease of the mirror that is gone has ended");
+    assert!(
+        invalidation.now_or_never().is_some(),
+        "the lease of the mirror that is gone has ended"
+    );
 }

@@ -5,17 +5,22 @@ use futures::executor::LocalPool;
 use futures::task::LocalSpawnExt;
 use shootdown_lease::engine::Hub;
 use shootdown_lease::{
-    Asker, Boot, Decision, Epoch, Host, Incarnation, Memory, Mirror, MirrorSettings, Nonce, Owner, Refusal, Standing, Terms,
-    ToMirror, ToOwner,
+    Asker, Boot, Decision, Epoch, Host, Incarnation, Memory, Mirror, MirrorSettings, Nonce, Owner,
+    Refusal, Standing, Terms, ToMirror, ToOwner,
 };
 use std::time::Duration;
 
 #[test]
 fn d8_joins_of_one_host_make_the_owner_keep_no_more_than_its_epochs() {
-    let mut owner = Owner::new(Boot(1), Terms::new(Duration::from_secs(3_600)), Memory::New, ms(0)).unwrap();
+    let mut owner =
+        Owner::new(Boot(1), Terms::new(Duration::from_secs(3_600)), Memory::New, ms(0)).unwrap();
     let mut size = Vec::new();
     for nonce in 1..=2_000 {
-        owner.handle(Host(1), ToOwner::Join { incarnation: Incarnation(1), nonce: Nonce(nonce) }, ms(nonce));
+        owner.handle(
+            Host(1),
+            ToOwner::Join { incarnation: Incarnation(1), nonce: Nonce(nonce) },
+            ms(nonce),
+        );
         while owner.next_message().is_some() {}
         if nonce % 1_000 == 0 {
             size.push(format!("{owner:?}").len());
@@ -27,7 +32,8 @@ fn d8_joins_of_one_host_make_the_owner_keep_no_more_than_its_epochs() {
 
 #[test]
 fn d8_invalidations_that_were_acknowledged_leave_nothing_behind() {
-    let mut owner = Owner::new(Boot(1), Terms::new(Duration::from_secs(3_600)), Memory::New, ms(0)).unwrap();
+    let mut owner =
+        Owner::new(Boot(1), Terms::new(Duration::from_secs(3_600)), Memory::New, ms(0)).unwrap();
     let mut mirror = Mirror::new(Incarnation(1), MirrorSettings::default(), ms(0));
     let epoch = joined(&mut mirror, &mut owner, 1, ms(0));
     let mut size = Vec::new();
@@ -57,12 +63,15 @@ fn d8_a_refusal_of_an_earlier_incarnations_fetch_refuses_none_of_this_one() {
 
 #[test]
 fn d2_an_owner_with_a_shorter_term_waits_for_leases_that_an_earlier_one_has_granted() {
-    let mut before = Owner::new(Boot(1), Terms::new(Duration::from_secs(1)), Memory::New, ms(0)).unwrap();
+    let mut before =
+        Owner::new(Boot(1), Terms::new(Duration::from_secs(1)), Memory::New, ms(0)).unwrap();
     let mut mirror = Mirror::new(Incarnation(1), MirrorSettings::default(), ms(0));
     joined(&mut mirror, &mut before, 1, ms(0));
     drop(before);
     // Configured anew.
-    let mut owner = Owner::new(Boot(2), Terms::new(TERM), Memory::SurvivedTerm(Duration::from_secs(1)), ms(10)).unwrap();
+    let mut owner =
+        Owner::new(Boot(2), Terms::new(TERM), Memory::SurvivedTerm(Duration::from_secs(1)), ms(10))
+            .unwrap();
     owner.invalidate(pages(0, 1).into(), ms(11));
     for at in 12..1_100 {
         owner.tick(ms(at));
@@ -81,7 +90,10 @@ fn d10_a_mirror_whose_owner_counts_its_boots_backwards_says_why_it_cannot_join()
     let (runs, sleep) = (leased.clone(), timer.sleep());
     pool.spawner().spawn_local(async move { runs.run(sleep).await }).unwrap();
     for boot in [2, 1] {
-        let hub = Hub::new(Owner::new(Boot(boot), Terms::new(TERM), Memory::New, timer.now()).unwrap(), timer.clock());
+        let hub = Hub::new(
+            Owner::new(Boot(boot), Terms::new(TERM), Memory::New, timer.now()).unwrap(),
+            timer.clock(),
+        );
         let _mirrors = hub.mirrors();
         let mut link = hub.link(Host(1));
         leased.connected();

@@ -6,7 +6,9 @@ use futures::executor::LocalPool;
 use futures::future::BoxFuture;
 use shootdown::{AddressRange, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
 use shootdown_lease::engine::{Hub, Leased, Link, Outgoing};
-use shootdown_lease::{Epoch, Host, Incarnation, Mirror, MirrorDecision, MirrorSettings, Owner, Time};
+use shootdown_lease::{
+    Epoch, Host, Incarnation, Mirror, MirrorDecision, MirrorSettings, Owner, Time,
+};
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -56,7 +58,8 @@ impl Timer {
     pub(crate) fn pass(&self, pool: &mut LocalPool, millis: u64) {
         for _ in 0..millis {
             let now = self.now.fetch_add(MS, SeqCst) + MS;
-            let (due, later) = self.sleepers.borrow_mut().drain(..).partition::<Vec<_>, _>(|(at, _)| *at <= now);
+            let (due, later) =
+                self.sleepers.borrow_mut().drain(..).partition::<Vec<_>, _>(|(at, _)| *at <= now);
             *self.sleepers.borrow_mut() = later;
             due.into_iter().for_each(|(_, sleeper)| _ = sleeper.send(()));
             pool.run_until_stalled();
@@ -67,14 +70,20 @@ impl Timer {
 /// A future of a process that can be stopped; goes on at the next poll after that.
 pub(crate) async fn unless(stopped: Rc<Cell<bool>>, work: impl Future<Output = ()>) {
     let mut work = std::pin::pin!(work);
-    std::future::poll_fn(|cx| if stopped.get() { std::task::Poll::Pending } else { work.as_mut().poll(cx) }).await;
+    std::future::poll_fn(|cx| {
+        if stopped.get() { std::task::Poll::Pending } else { work.as_mut().poll(cx) }
+    })
+    .await;
 }
 
 /// A driver without devices: copies that readers check.
 pub(crate) struct Copies;
 
 impl IntervalNotifier for Copies {
-    fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
         Ok(None)
     }
@@ -95,7 +104,8 @@ pub(crate) fn carry(hub: &Hub, host: u64, link: &mut Link, leased: &Leased) {
         while let Some(Some(outgoing)) = link.next().now_or_never() {
             match outgoing {
                 Outgoing::Message(message) => leased.handle(message, None),
-                Outgoing::Serve(serve) => leased.handle(serve.message(), Some(vec![0; serve.range().len().unwrap() as usize])),
+                Outgoing::Serve(serve) => leased
+                    .handle(serve.message(), Some(vec![0; serve.range().len().unwrap() as usize])),
             }
             quiet = false;
         }
@@ -113,6 +123,8 @@ pub(crate) fn joined(mirror: &mut Mirror, owner: &mut Owner, host: u64, now: Tim
     while let Some((_, message)) = owner.next_message() {
         mirror.handle(message, now);
     }
-    let Some(MirrorDecision::Joined { epoch }) = mirror.next_decision() else { panic!("{:?}", mirror.standing()) };
+    let Some(MirrorDecision::Joined { epoch }) = mirror.next_decision() else {
+        panic!("{:?}", mirror.standing())
+    };
     epoch
 }

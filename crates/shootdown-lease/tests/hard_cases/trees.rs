@@ -18,7 +18,10 @@ fn d1_a_leaf_of_a_tree_uses_nothing_that_the_upper_owner_has_changed() {
     let (mut pool, timer) = (LocalPool::new(), Timer::default());
     let spawner = pool.spawner();
     let upper_terms = Terms::new(Duration::from_secs(1));
-    let upper = Hub::new(Owner::new(Boot(1), upper_terms, Memory::New, timer.now()).unwrap(), timer.clock());
+    let upper = Hub::new(
+        Owner::new(Boot(1), upper_terms, Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let space = AddressSpace::new();
     let _mirrors = space.insert(pages(0, 16), upper.mirrors()).unwrap();
     // The inner host gives those below as long as the guide says.
@@ -82,13 +85,17 @@ fn d3_a_pause_of_an_inner_host_does_not_let_a_leaf_outlive_its_lease() {
     let _below = inner.space().insert(pages(0, 16), lower.mirrors()).unwrap();
     let leaf = leased(&timer, 2, MirrorSettings::default());
     let copies = leaf.space().insert(pages(0, 4), Copies).unwrap();
-    let upper =
-        Hub::new(Owner::new(Boot(1), Terms::new(Duration::from_secs(1)), Memory::New, timer.now()).unwrap(), timer.clock());
+    let upper = Hub::new(
+        Owner::new(Boot(1), Terms::new(Duration::from_secs(1)), Memory::New, timer.now()).unwrap(),
+        timer.clock(),
+    );
     let space = AddressSpace::new();
     let _mirrors = space.insert(pages(0, 16), upper.mirrors()).unwrap();
     let stopped = Rc::new(Cell::new(false));
     let runs = inner.clone();
-    pool.spawner().spawn_local(unless(stopped.clone(), async move { runs.run(sleeps).await })).unwrap();
+    pool.spawner()
+        .spawn_local(unless(stopped.clone(), async move { runs.run(sleeps).await }))
+        .unwrap();
     let (runs, sleep) = (leaf.clone(), timer.sleep());
     pool.spawner().spawn_local(async move { runs.run(sleep).await }).unwrap();
     let (mut to_inner, mut to_leaf) = (upper.link(Host(1)), lower.link(Host(2)));
@@ -122,5 +129,9 @@ fn d3_a_pause_of_an_inner_host_does_not_let_a_leaf_outlive_its_lease() {
         timer.pass(&mut pool, 1);
         assert!(timer.now() < ms(2_000));
     };
-    assert!(copies.read_retry(seen), "the memory changes at {}, when the inner host's lease has ended", timer.now());
+    assert!(
+        copies.read_retry(seen),
+        "the memory changes at {}, when the inner host's lease has ended",
+        timer.now()
+    );
 }

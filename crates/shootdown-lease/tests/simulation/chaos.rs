@@ -41,7 +41,8 @@ impl World {
         }
         let host = self.rng.random_range(0..self.links.len());
         let life = self.lives(host).last().copied();
-        let owners: Vec<usize> = (0..self.owners.len()).filter(|owner| self.owners[*owner].alive).collect();
+        let owners: Vec<usize> =
+            (0..self.owners.len()).filter(|owner| self.owners[*owner].alive).collect();
         match kind {
             0 => {
                 if let Some(life) = life.filter(|life| !self.mirrors[*life].paused) {
@@ -50,7 +51,9 @@ impl World {
                 }
             }
             1 => {
-                if let Some(owner) = owners.last().copied().filter(|owner| !self.owners[*owner].paused) {
+                if let Some(owner) =
+                    owners.last().copied().filter(|owner| !self.owners[*owner].paused)
+                {
                     self.counts.owner_pauses += 1;
                     self.pause_owner(owner);
                 }
@@ -136,7 +139,8 @@ impl World {
         if !self.plan.keeps(Without::LinksAreNoSigns) {
             let owner = &mut self.owners[self.holder];
             let of = |member: &(Host, Epoch, _)| member.0 == Host(host as u64);
-            let epochs: Vec<Epoch> = owner.owner.members().filter(of).map(|(_, epoch, _)| epoch).collect();
+            let epochs: Vec<Epoch> =
+                owner.owner.members().filter(of).map(|(_, epoch, _)| epoch).collect();
             let now = owner.clock.read(self.now);
             for epoch in epochs {
                 owner.owner.handle(Host(host as u64), ToOwner::Left { epoch }, now);

@@ -28,6 +28,9 @@ impl Clock {
     /// When it shows a time at the latest.
     pub fn real_at(&self, time: Time) -> u64 {
         let shown = time.as_nanos().saturating_sub(self.offset);
-        (u128::from(shown) * 1_000_000).div_ceil(u128::from(self.rate)).min(u128::from(u64::MAX / 4)) as u64 + self.stood
+        (u128::from(shown) * 1_000_000)
+            .div_ceil(u128::from(self.rate))
+            .min(u128::from(u64::MAX / 4)) as u64
+            + self.stood
     }
 }

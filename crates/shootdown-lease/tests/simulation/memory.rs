@@ -54,5 +54,8 @@ pub fn ranges(pages: &[usize]) -> RangeSet {
 
 /// The pages of ranges.
 pub fn pages(ranges: &[AddressRange]) -> Vec<usize> {
-    ranges.iter().flat_map(|range| (range.start() / PAGE) as usize..=(range.last() / PAGE) as usize).collect()
+    ranges
+        .iter()
+        .flat_map(|range| (range.start() / PAGE) as usize..=(range.last() / PAGE) as usize)
+        .collect()
 }

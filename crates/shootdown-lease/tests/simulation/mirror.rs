@@ -76,15 +76,19 @@ impl MirrorProcess {
 impl World {
     /// The lives of a host, the newest last.
     pub fn lives(&self, host: usize) -> Vec<usize> {
-        (0..self.mirrors.len()).filter(|life| self.mirrors[*life].alive && self.mirrors[*life].host == host).collect()
+        (0..self.mirrors.len())
+            .filter(|life| self.mirrors[*life].alive && self.mirrors[*life].host == host)
+            .collect()
     }
 
     pub fn start_mirror(&mut self, host: usize) {
         if self.healed && !self.lives(host).is_empty() {
             return;
         }
-        let before = self.mirrors.iter().rev().find(|life| life.host == host).map(|life| life.clock.clone());
-        let clock = before.unwrap_or_else(|| super::plan::clock(&mut self.rng, self.plan.mirror_rate()));
+        let before =
+            self.mirrors.iter().rev().find(|life| life.host == host).map(|life| life.clock.clone());
+        let clock =
+            before.unwrap_or_else(|| super::plan::clock(&mut self.rng, self.plan.mirror_rate()));
         let now = clock.read(self.now);
         let process = self.mirrors.len();
         let mut mirror = Mirror::new(Incarnation(process as u64), self.plan.settings.clone(), now);
@@ -151,7 +155,9 @@ impl World {
                 life.mapped.retain(|_, (_, of)| *of != epoch);
                 life.mirror.stopped(now);
             }
-            Code::Install { epoch, pages, seen, contents } => self.install(process, epoch, &pages, &seen, &contents),
+            Code::Install { epoch, pages, seen, contents } => {
+                self.install(process, epoch, &pages, &seen, &contents)
+            }
             Code::ReadBegin => return self.begin_read(process),
             Code::ReadUse(read) => {
                 let read = Read { current: self.memory.versions[read.page], ..read };
@@ -195,8 +201,11 @@ impl World {
     /// After the use: the page was not zapped, and the lease has not ended.
     fn check_read(&mut self, process: usize, read: &Read) {
         let life = &self.mirrors[process];
-        let valid =
-            if self.plan.keeps(Without::CheckedAfterUse) { life.mirror.is_valid(life.clock.read(self.now)) } else { read.before };
+        let valid = if self.plan.keeps(Without::CheckedAfterUse) {
+            life.mirror.is_valid(life.clock.read(self.now))
+        } else {
+            read.before
+        };
         if valid && life.sequences[read.page] == read.sequence {
             self.counts.accepted += 1;
             if read.version < read.current {
@@ -221,7 +230,8 @@ impl World {
         }
         if !life.mapped.is_empty() {
             let at = self.rng.random_range(0..life.mapped.len());
-            let (page, (version, epoch)) = life.mapped.iter().nth(at).map(|(page, of)| (*page, *of)).unwrap();
+            let (page, (version, epoch)) =
+                life.mapped.iter().nth(at).map(|(page, of)| (*page, *of)).unwrap();
             self.access_page(process, page, version, epoch);
         }
         let next = self.rng.random_range(0..2 * MS);
@@ -236,7 +246,9 @@ impl World {
         self.counts.current += 1;
         let current = self.memory.versions[page];
         let owner = &self.owners[self.holder].owner;
-        let closed = epoch.boot == owner.boot() && self.booked.contains(&epoch) && !owner.members().any(|(_, of, _)| of == epoch);
+        let closed = epoch.boot == owner.boot()
+            && self.booked.contains(&epoch)
+            && !owner.members().any(|(_, of, _)| of == epoch);
         if version < current || closed {
             self.is_stale(|| {
                 format!("a device of {process} reached version {version} of page {page} by {epoch}, {current} was current")
@@ -245,7 +257,14 @@ impl World {
     }
 
     /// In one critical section: nothing was zapped since the contents came, and the lease is valid.
-    fn install(&mut self, process: usize, epoch: Epoch, pages: &[usize], seen: &[u64], contents: &Contents) {
+    fn install(
+        &mut self,
+        process: usize,
+        epoch: Epoch,
+        pages: &[usize],
+        seen: &[u64],
+        contents: &Contents,
+    ) {
         let life = &mut self.mirrors[process];
         let same = pages.iter().zip(seen).all(|(page, seen)| life.sequences[*page] == *seen);
         let good = same && life.mirror.is_valid(life.clock.read(self.now));
@@ -308,7 +327,11 @@ impl World {
             }
         }
         let life = &self.mirrors[process];
-        let Some(at) = life.mirror.deadline().map(|deadline| life.clock.real_at(deadline).max(self.now)) else { return };
+        let Some(at) =
+            life.mirror.deadline().map(|deadline| life.clock.real_at(deadline).max(self.now))
+        else {
+            return;
+        };
         if at < life.tick_at {
             let at = at + self.turn();
             self.mirrors[process].tick_at = at;

@@ -23,7 +23,13 @@ pub struct Link {
 impl Link {
     pub fn new(rng: &mut SmallRng) -> Self {
         let back = if rng.random_ratio(1, 5) { rng.random_range(0..60 * MS) } else { 0 };
-        Self { to_owner: true, to_mirror: true, back, believes: 0, spread: rng.random_range(100 * US..2 * MS) }
+        Self {
+            to_owner: true,
+            to_mirror: true,
+            back,
+            believes: 0,
+            spread: rng.random_range(100 * US..2 * MS),
+        }
     }
 
     pub fn heal(&mut self) {
@@ -68,19 +74,27 @@ impl World {
             self.counts.slow += 1;
             return self.rng.random_range(100 * MS..300 * MS);
         }
-        if self.rng.random_ratio(self.plan.slow, 1_000) { self.rng.random_range(0..110 * MS) } else { base }
+        if self.rng.random_ratio(self.plan.slow, 1_000) {
+            self.rng.random_range(0..110 * MS)
+        } else {
+            base
+        }
     }
 
     /// To who is taken for the owner: a deposed one may be for long.
     pub fn send_to_owner(&mut self, host: usize, message: ToOwner) {
         let Link { to_owner, spread, believes, .. } = self.links[host];
         let lives = self.owners[believes].alive && !self.owners[believes].deposed;
-        if believes != self.holder && (self.healed || self.rng.random_bool(if lives { 0.02 } else { 0.3 })) {
+        if believes != self.holder
+            && (self.healed || self.rng.random_bool(if lives { 0.02 } else { 0.3 }))
+        {
             self.links[host].believes = self.holder;
         }
         for delay in self.carry(spread, to_owner) {
-            let to = if self.rng.random_ratio(1, 50) { self.holder } else { self.links[host].believes };
-            let code = Code::Handle { from: Host(host as u64), message: message.clone(), read: None };
+            let to =
+                if self.rng.random_ratio(1, 50) { self.holder } else { self.links[host].believes };
+            let code =
+                Code::Handle { from: Host(host as u64), message: message.clone(), read: None };
             self.code_after(delay, Process::Owner(to), code);
         }
     }
@@ -90,7 +104,8 @@ impl World {
         let host = host.0 as usize;
         let Link { to_mirror, spread, back, .. } = self.links[host];
         for life in self.lives(host) {
-            if !self.mirrors[life].hints && !self.healed && matches!(message, ToMirror::Gone { .. }) {
+            if !self.mirrors[life].hints && !self.healed && matches!(message, ToMirror::Gone { .. })
+            {
                 continue;
             }
             let (from, until) = self.mirrors[life].deaf;

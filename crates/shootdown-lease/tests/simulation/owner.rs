@@ -59,11 +59,15 @@ impl OwnerProcess {
 
 impl World {
     pub fn start_owner(&mut self, memory: Memory) {
-        if memory == Memory::Survived && self.owners[self.holder].alive && !self.owners[self.holder].cut_off {
+        if memory == Memory::Survived
+            && self.owners[self.holder].alive
+            && !self.owners[self.holder].cut_off
+        {
             return;
         }
         self.boots += 1;
-        let same_host = self.owners.get(self.holder).filter(|old| !old.alive).map(|old| old.clock.clone());
+        let same_host =
+            self.owners.get(self.holder).filter(|old| !old.alive).map(|old| old.clock.clone());
         let clock = same_host.unwrap_or_else(|| plan::clock(&mut self.rng, self.plan.owner_rate()));
         let now = clock.read(self.now);
         let mut owner = Owner::new(Boot(self.boots), self.plan.terms.clone(), memory, now).unwrap();
@@ -110,16 +114,25 @@ impl World {
         let own = Process::Owner(process);
         let now = self.owners[process].clock.read(self.now);
         match code {
-            Code::Handle { .. } | Code::Change | Code::Refresh if self.owners[process].deposed => return,
+            Code::Handle { .. } | Code::Change | Code::Refresh if self.owners[process].deposed => {
+                return;
+            }
             Code::Handle { from, message, read } => {
                 if read.is_none() && self.rng.random_ratio(1, 30) {
                     // It stands still between the clock and the call.
                     let late = self.rng.random_range(0..60 * MS);
-                    return self.code_after(late, own, Code::Handle { from, message, read: Some(now) });
+                    return self.code_after(
+                        late,
+                        own,
+                        Code::Handle { from, message, read: Some(now) },
+                    );
                 }
                 let now = read.unwrap_or(now);
                 let checked = self.plan.keeps(Without::OwnershipChecked);
-                if checked && now >= self.owners[process].owned_until && (read.is_some() || !self.refresh(process)) {
+                if checked
+                    && now >= self.owners[process].owned_until
+                    && (read.is_some() || !self.refresh(process))
+                {
                     if process != self.holder {
                         self.counts.deposed += 1;
                         self.owners[process].deposed = true;
@@ -158,7 +171,10 @@ impl World {
                 owner.owner.end(id, now).unwrap();
             }
             Code::Serve { to, epoch, nonce, range, version } => {
-                let contents: Contents = pages(&[range]).into_iter().map(|page| (page, self.memory.versions[page])).collect();
+                let contents: Contents = pages(&[range])
+                    .into_iter()
+                    .map(|page| (page, self.memory.versions[page]))
+                    .collect();
                 self.send_to_mirror(to, &Owner::fetched(epoch, nonce, version), &contents);
             }
             Code::Fence(what) => {
@@ -183,7 +199,9 @@ impl World {
         }
         let owner = &mut self.owners[process];
         let id = owner.owner.invalidate(ranges(&changed), now);
-        owner.running.insert(id, Running { pages: changed, began: now, paused: owner.stood, done: false });
+        owner
+            .running
+            .insert(id, Running { pages: changed, began: now, paused: owner.stood, done: false });
         self.counts.invalidations += 1;
         self.counts.at_once = self.counts.at_once.max(owner.running.len() as u64);
         let next = self.rng.random_range(0..self.plan.changes * 2);
@@ -215,7 +233,11 @@ impl World {
                     }
                     // Nothing hurries an owner that was deposed and does not know.
                     let slow = self.owners[process].cut_off && self.rng.random_bool(0.8);
-                    let after = if slow { self.rng.random_range(0..250 * MS) } else { short(&mut self.rng, 3 * MS) };
+                    let after = if slow {
+                        self.rng.random_range(0..250 * MS)
+                    } else {
+                        short(&mut self.rng, 3 * MS)
+                    };
                     self.code_after(after, own, Code::Write(invalidation));
                     self.look_at_wait(process, invalidation);
                 }
@@ -230,7 +252,11 @@ impl World {
             }
         }
         let owner = &self.owners[process];
-        let Some(at) = owner.owner.deadline().map(|deadline| owner.clock.real_at(deadline).max(self.now)) else { return };
+        let Some(at) =
+            owner.owner.deadline().map(|deadline| owner.clock.real_at(deadline).max(self.now))
+        else {
+            return;
+        };
         if at < owner.tick_at {
             let at = at + self.turn();
             self.owners[process].tick_at = at;
@@ -246,7 +272,9 @@ impl World {
         let Some(running) = owner.running.get_mut(&id) else { return };
         running.done = true;
         let terms = &self.plan.terms;
-        let stood = (owner.stood - running.paused) + if self.plan.terms.fences { FENCE } else { 0 } + 2 * 300 * US;
+        let stood = (owner.stood - running.paused)
+            + if self.plan.terms.fences { FENCE } else { 0 }
+            + 2 * 300 * US;
         let most = terms.patience + terms.owner_term() + Duration::from_nanos(stood * 11 / 10 + 1);
         let took = now.since(running.began);
         if took > most {

@@ -76,15 +76,19 @@ impl Plan {
         terms.members_of_a_host = 8;
         terms.fences = devices || rng.random_bool(0.2);
         let mut settings = MirrorSettings::default();
-        settings.time_to_stop = Duration::from_millis(if devices { rng.random_range(2..12) } else { 0 });
+        settings.time_to_stop =
+            Duration::from_millis(if devices { rng.random_range(2..12) } else { 0 });
         settings.retry = Duration::from_millis(rng.random_range(10..70));
         if without == Without::Rule(Rule::NewestWelcome) {
             // Where mirrors ask anew often, and answers are slow.
             settings.retry = Duration::from_millis(4);
         }
-        let mut mean = |often: f64, from: u64, to: u64| if rng.random_bool(often) { rng.random_range(from..to) * MS } else { 0 };
+        let mut mean = |often: f64, from: u64, to: u64| {
+            if rng.random_bool(often) { rng.random_range(from..to) * MS } else { 0 }
+        };
         // Some kinds in each run, and seldom all: what has just failed altogether is hard to break.
-        let (changes, pauses, owner_pauses) = (mean(1.0, 8, 60), mean(0.6, 60, 400), mean(0.5, 60, 400));
+        let (changes, pauses, owner_pauses) =
+            (mean(1.0, 8, 60), mean(0.6, 60, 400), mean(0.5, 60, 400));
         let (crashes, owner_crashes) = (mean(0.3, 100, 600), mean(0.3, 200, 900));
         let (second_starts, takeovers) = (mean(0.5, 40, 300), mean(0.3, 200, 800));
         let (partitions, links) = (mean(0.6, 40, 300), mean(0.3, 60, 400));
@@ -146,5 +150,9 @@ pub fn clock(rng: &mut SmallRng, fixed: Option<u64>) -> Clock {
 
 /// How long something takes: mostly short.
 pub fn short(rng: &mut SmallRng, longest: u64) -> u64 {
-    if rng.random_ratio(1, 20) { rng.random_range(0..=longest) } else { rng.random_range(0..=longest.min(800 * US)) }
+    if rng.random_ratio(1, 20) {
+        rng.random_range(0..=longest)
+    } else {
+        rng.random_range(0..=longest.min(800 * US))
+    }
 }

@@ -236,7 +236,8 @@ impl World {
         {
             let life = &mut self.mirrors[of];
             life.readers_run = true;
-            let (reads, others) = std::mem::take(&mut life.deferred).into_iter().partition(Code::reads);
+            let (reads, others) =
+                std::mem::take(&mut life.deferred).into_iter().partition(Code::reads);
             life.deferred = others;
             let after = self.rng.random_range(0..2 * LATE);
             self.after(after, Event::Resume(process));
@@ -246,7 +247,10 @@ impl World {
             Process::Owner(process) => {
                 // What stops an owner often cuts its links, too.
                 if self.plan.partitions > 0 {
-                    let (host, after) = (self.rng.random_range(0..self.links.len()), self.rng.random_range(0..20 * MS));
+                    let (host, after) = (
+                        self.rng.random_range(0..self.links.len()),
+                        self.rng.random_range(0..20 * MS),
+                    );
                     self.after(after, Event::Cut(host));
                 }
                 self.owners[process].resumed(self.now)
@@ -300,12 +304,14 @@ impl World {
         let owner = &self.owners[self.holder].owner;
         let waiting = owner.members().count();
         if !self.owners[self.holder].alive || running > 0 {
-            return self.is_stuck(format!("{running} invalidations never ended; {waiting} members"));
+            return self
+                .is_stuck(format!("{running} invalidations never ended; {waiting} members"));
         }
         for host in 0..self.plan.mirrors {
             let live = self.lives(host).last().and_then(|life| self.mirrors[*life].mirror.epoch());
             if !live.is_some_and(|epoch| self.owners[self.holder].owner.is_live(epoch)) {
-                let stands = self.lives(host).last().map(|life| self.mirrors[*life].mirror.standing());
+                let stands =
+                    self.lives(host).last().map(|life| self.mirrors[*life].mirror.standing());
                 return self.is_stuck(format!("mirror {host} never joined again: {stands:?}"));
             }
         }

@@ -50,15 +50,26 @@ impl Disk {
     /// The disk whose content is at `path`.
     pub fn open(index: usize, path: &Path, options: &Options) -> Result<Self> {
         let flags = if options.direct { libc::O_DIRECT } else { 0 };
-        let opened = File::options().read(true).write(!options.read_only).custom_flags(flags).open(path);
+        let opened =
+            File::options().read(true).write(!options.read_only).custom_flags(flags).open(path);
         let mut file = opened.with_context(|| format!("{} cannot be opened", path.display()))?;
         let kind = file.metadata()?.file_type();
-        ensure!(kind.is_file() || kind.is_block_device(), "{} is neither a file nor a block device", path.display());
+        ensure!(
+            kind.is_file() || kind.is_block_device(),
+            "{} is neither a file nor a block device",
+            path.display()
+        );
         // The metadata of a block device has no length.
-        let len = file.seek(SeekFrom::End(0)).with_context(|| format!("{} has no length", path.display()))?;
+        let len = file
+            .seek(SeekFrom::End(0))
+            .with_context(|| format!("{} has no length", path.display()))?;
         let block = if options.direct { direct_block(&file)? } else { SECTOR as u32 };
         let sectors = len / u64::from(block) * (u64::from(block) / SECTOR);
-        ensure!(sectors > 0, "{} has {len} bytes, which is not even one block of {block}", path.display());
+        ensure!(
+            sectors > 0,
+            "{} has {len} bytes, which is not even one block of {block}",
+            path.display()
+        );
         if sectors * SECTOR < len {
             tracing::warn!(
                 "the last {} bytes of {} are no whole block, and not on the disk",
@@ -121,7 +132,12 @@ fn direct_block(file: &File) -> Result<u32> {
 
 impl Device for Served {
     fn features(&self) -> u64 {
-        let always = [blk::VIRTIO_BLK_F_SEG_MAX, blk::VIRTIO_BLK_F_BLK_SIZE, blk::VIRTIO_BLK_F_FLUSH, blk::VIRTIO_BLK_F_MQ];
+        let always = [
+            blk::VIRTIO_BLK_F_SEG_MAX,
+            blk::VIRTIO_BLK_F_BLK_SIZE,
+            blk::VIRTIO_BLK_F_FLUSH,
+            blk::VIRTIO_BLK_F_MQ,
+        ];
         let discards = [blk::VIRTIO_BLK_F_DISCARD, blk::VIRTIO_BLK_F_WRITE_ZEROES];
         let others: &[u32] = if self.0.read_only { &[blk::VIRTIO_BLK_F_RO] } else { &discards };
         always.iter().chain(others).fold(0, |features, bit| features | 1 << bit)
@@ -141,7 +157,10 @@ impl Device for Served {
         put(offset_of!(Config, num_queues), &self.0.queues.to_le_bytes());
         put(offset_of!(Config, max_discard_sectors), &SEGMENT.to_le_bytes());
         put(offset_of!(Config, max_discard_seg), &SEGMENTS.to_le_bytes());
-        put(offset_of!(Config, discard_sector_alignment), &(self.0.block / SECTOR as u32).to_le_bytes());
+        put(
+            offset_of!(Config, discard_sector_alignment),
+            &(self.0.block / SECTOR as u32).to_le_bytes(),
+        );
         put(offset_of!(Config, max_write_zeroes_sectors), &SEGMENT.to_le_bytes());
         put(offset_of!(Config, max_write_zeroes_seg), &SEGMENTS.to_le_bytes());
         put(offset_of!(Config, write_zeroes_may_unmap), &[1]);
@@ -174,7 +193,8 @@ fn serve(disk: &Disk, ring: Ring) -> io::Result<()> {
     let writeback = ring.features() & 1 << blk::VIRTIO_BLK_F_FLUSH != 0;
     let most = usize::from(ring.size());
     let chains = unfold(ring, async |ring| next(&uring, &kick, ring).await);
-    let requests = chains.for_each_concurrent(most, |chain| request::serve(disk, &uring, chain, writeback));
+    let requests =
+        chains.for_each_concurrent(most, |chain| request::serve(disk, &uring, chain, writeback));
     executor::run(&uring, requests)
 }
 

@@ -47,12 +47,15 @@ pub fn run<T>(uring: &Uring, future: impl Future<Output = T>) -> io::Result<T> {
             return Ok(output);
         }
         // Once for each time it rings. The loop goes round anyway then, so no waker is needed.
-        while let Poll::Ready(ready) = rung.as_mut().poll(&mut Context::from_waker(noop_waker_ref())) {
+        while let Poll::Ready(ready) =
+            rung.as_mut().poll(&mut Context::from_waker(noop_waker_ref()))
+        {
             ready?;
             let _ = rustix::io::read(&fd, &mut [0; 8]);
             rung.set(uring.readable(&fd));
         }
-        let sleeps = bell.state.compare_exchange(AWAKE, ASLEEP, Ordering::AcqRel, Ordering::Acquire).is_ok();
+        let sleeps =
+            bell.state.compare_exchange(AWAKE, ASLEEP, Ordering::AcqRel, Ordering::Acquire).is_ok();
         uring.enter(usize::from(sleeps))?;
         // Whatever is woken from here on is polled next, without a ring of the bell.
         bell.state.store(AWAKE, Ordering::Release);

@@ -34,9 +34,14 @@ fn main() -> std::process::ExitCode {
     use tracing_subscriber::EnvFilter;
 
     let options = options::Options::read();
-    let filter = EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
+    let filter =
+        EnvFilter::builder().with_default_directive(tracing::Level::INFO.into()).from_env_lossy();
     let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colours)
+        .with_writer(std::io::stderr)
+        .init();
     match run(&options) {
         Ok(()) => std::process::ExitCode::SUCCESS,
         Err(error) => {
@@ -53,16 +58,22 @@ fn run(options: &options::Options) -> anyhow::Result<()> {
     use std::sync::Mutex;
     use std::thread;
 
-    uring::Uring::new().context("io_uring cannot be used (see the sysctl kernel.io_uring_disabled)")?;
+    uring::Uring::new()
+        .context("io_uring cannot be used (see the sysctl kernel.io_uring_disabled)")?;
     let domain = options.domain.then(shootdown_vhost::Domain::new);
-    let servers = (0..options.sockets.len()).map(|index| server::Server::new(index, options, domain.clone()));
+    let servers =
+        (0..options.sockets.len()).map(|index| server::Server::new(index, options, domain.clone()));
     let servers = servers.collect::<anyhow::Result<Vec<_>>>()?;
 
     let writing = Mutex::new(());
     let write = || {
         let Some(path) = &options.stats else { return };
         let _one = writing.lock();
-        let all: Vec<_> = servers.iter().enumerate().map(|(index, server)| server.disk.counters.figures(index)).collect();
+        let all: Vec<_> = servers
+            .iter()
+            .enumerate()
+            .map(|(index, server)| server.disk.counters.figures(index))
+            .collect();
         if let Err(error) = stats::write(path, &all) {
             tracing::error!(%error, path = %path.display(), "the figures");
         }
@@ -81,7 +92,8 @@ fn run(options: &options::Options) -> anyhow::Result<()> {
                 }
             }
         });
-        let threads: Vec<_> = servers.iter().map(|server| scope.spawn(|| server.run(write))).collect();
+        let threads: Vec<_> =
+            servers.iter().map(|server| scope.spawn(|| server.run(write))).collect();
         let ended: Vec<_> = threads.into_iter().map(thread::ScopedJoinHandle::join).collect();
         handle.close();
         ended

@@ -73,7 +73,9 @@ impl Options {
         let options = Self::parse();
         let (sockets, files) = (options.sockets.len(), options.files.len());
         if sockets != files {
-            let say = format!("each --socket needs its --file: there are {sockets} sockets and {files} files");
+            let say = format!(
+                "each --socket needs its --file: there are {sockets} sockets and {files} files"
+            );
             Self::command().error(ErrorKind::WrongNumberOfValues, say).exit();
         }
         let mut seen = BTreeSet::new();

@@ -59,12 +59,16 @@ pub async fn serve(disk: &Disk, uring: &Uring, chain: Chain, writeback: bool) {
     tracing::trace!(?chain, ?request);
     let chain = Rc::new(chain);
     let outcome = if disk.tells_early() {
-        let Some(outcome) = early(disk, uring, &chain, &request, status_at, writeback).await else { return };
+        let Some(outcome) = early(disk, uring, &chain, &request, status_at, writeback).await else {
+            return;
+        };
         outcome
     } else {
         execute(disk, uring, &chain, &request, writeback).await
     };
-    let Some(chain) = Rc::into_inner(chain) else { unreachable!("what has been awaited has let go") };
+    let Some(chain) = Rc::into_inner(chain) else {
+        unreachable!("what has been awaited has let go")
+    };
     if let Err(error) = chain.writable().write(status_at, &[outcome.status]) {
         tracing::warn!(%error, "the status of a request");
     }
@@ -80,7 +84,9 @@ fn used(outcome: &Outcome, status_at: usize) -> u32 {
 fn report(completed: Result<(), CompleteError>) {
     match completed {
         Ok(()) => {}
-        Err(CompleteError::Stopping) => tracing::debug!("the ring stops; the guest does not hear of a request"),
+        Err(CompleteError::Stopping) => {
+            tracing::debug!("the ring stops; the guest does not hear of a request")
+        }
         Err(error) => tracing::warn!(%error, "the guest does not hear of a request"),
     }
 }
@@ -124,12 +130,19 @@ impl Request {
         let (kind, sector) = (u32::from_le_bytes([a, b, c, d]), u64::from_le_bytes(sector));
         let (readable, writable) = (chain.readable().len() - HEADER, chain.writable().len() - 1);
         let request = match kind {
-            blk::VIRTIO_BLK_T_IN => Self::Read { offset: transfer(disk, sector, writable)?, len: writable },
-            blk::VIRTIO_BLK_T_OUT => Self::Write { offset: transfer(disk, sector, readable)?, len: readable },
+            blk::VIRTIO_BLK_T_IN => {
+                Self::Read { offset: transfer(disk, sector, writable)?, len: writable }
+            }
+            blk::VIRTIO_BLK_T_OUT => {
+                Self::Write { offset: transfer(disk, sector, readable)?, len: readable }
+            }
             blk::VIRTIO_BLK_T_FLUSH => Self::Flush,
             blk::VIRTIO_BLK_T_GET_ID => Self::Id,
             blk::VIRTIO_BLK_T_DISCARD | blk::VIRTIO_BLK_T_WRITE_ZEROES => {
-                if readable == 0 || !readable.is_multiple_of(HEADER) || readable / HEADER > SEGMENTS as usize {
+                if readable == 0
+                    || !readable.is_multiple_of(HEADER)
+                    || readable / HEADER > SEGMENTS as usize
+                {
                     tracing::warn!(?chain, "a discard with {readable} bytes of segments");
                     return Err(FAILED);
                 }
@@ -137,7 +150,12 @@ impl Request {
                 chain.readable().read(HEADER, &mut bytes).map_err(malformed)?;
                 let (segments, _) = bytes.as_chunks::<HEADER>();
                 let zeroes = kind == blk::VIRTIO_BLK_T_WRITE_ZEROES;
-                Self::Deallocate(segments.iter().map(|bytes| segment(disk, bytes, zeroes)).collect::<Result<_, _>>()?)
+                Self::Deallocate(
+                    segments
+                        .iter()
+                        .map(|bytes| segment(disk, bytes, zeroes))
+                        .collect::<Result<_, _>>()?,
+                )
             }
             _ => return Err(UNSUPPORTED),
         };
@@ -170,7 +188,11 @@ fn inside(disk: &Disk, first: u64, count: u64) -> Result<Range<u64>, u8> {
 }
 
 /// One segment of a discard, or of a request to write zeroes.
-fn segment(disk: &Disk, bytes: &[u8; HEADER], zeroes: bool) -> Result<(Range<u64>, libc::c_int), u8> {
+fn segment(
+    disk: &Disk,
+    bytes: &[u8; HEADER],
+    zeroes: bool,
+) -> Result<(Range<u64>, libc::c_int), u8> {
     let [sector @ .., a, b, c, d, e, f, g, h] = *bytes;
     let (count, flags) = (u32::from_le_bytes([a, b, c, d]), u32::from_le_bytes([e, f, g, h]));
     let mode = match (zeroes, flags) {
@@ -185,7 +207,13 @@ fn segment(disk: &Disk, bytes: &[u8; HEADER], zeroes: bool) -> Result<(Range<u64
     Ok((inside(disk, u64::from_le_bytes(sector), count.into())?, mode | libc::FALLOC_FL_KEEP_SIZE))
 }
 
-async fn execute(disk: &Disk, uring: &Uring, chain: &Rc<Chain>, request: &Result<Request, u8>, writeback: bool) -> Outcome {
+async fn execute(
+    disk: &Disk,
+    uring: &Uring,
+    chain: &Rc<Chain>,
+    request: &Result<Request, u8>,
+    writeback: bool,
+) -> Outcome {
     let mut written = 0;
     let done = match request {
         Err(status) => return Outcome { status: *status, written },
@@ -263,8 +291,14 @@ async fn carry_out(
 /// How far a transfer has come; 0 means again.
 fn some(transferred: io::Result<usize>) -> io::Result<usize> {
     match transferred {
-        Ok(0) => Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is shorter than it was")),
-        Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) => Ok(0),
+        Ok(0) => {
+            Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the file is shorter than it was"))
+        }
+        Err(error)
+            if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock) =>
+        {
+            Ok(0)
+        }
         other => other,
     }
 }

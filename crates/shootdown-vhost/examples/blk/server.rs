@@ -43,7 +43,18 @@ impl Server {
         tracing::info!(device = index, socket = %path.display(), file = %file.display(), sectors = disk.sectors(), "listening");
         let inode = fs::symlink_metadata(&path)?.ino();
         let (fault, driver, once) = (options.session_fault(), options.driver, options.once);
-        Ok(Self { index, disk, path, inode, listener, domain, fault, driver, once, now: Mutex::new(Now::Waiting) })
+        Ok(Self {
+            index,
+            disk,
+            path,
+            inode,
+            listener,
+            domain,
+            fault,
+            driver,
+            once,
+            now: Mutex::new(Now::Waiting),
+        })
     }
 
     fn now(&self) -> MutexGuard<'_, Now> {
@@ -56,8 +67,18 @@ impl Server {
             let socket = match self.listener.accept() {
                 Ok((socket, _)) => socket,
                 Err(_) if matches!(*self.now(), Now::Ended) => return Ok(()),
-                Err(error) if matches!(error.kind(), io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted) => continue,
-                Err(error) => return Err(error).with_context(|| format!("{} is not listened to", self.path.display())),
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::ConnectionAborted
+                    ) =>
+                {
+                    continue;
+                }
+                Err(error) => {
+                    return Err(error)
+                        .with_context(|| format!("{} is not listened to", self.path.display()));
+                }
             };
             let session = self.session();
             match &mut *self.now() {
@@ -106,7 +127,8 @@ impl Server {
                 stopper.stop();
                 Ok(())
             }
-            Now::Waiting => rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both).map_err(io::Error::from),
+            Now::Waiting => rustix::net::shutdown(&self.listener, rustix::net::Shutdown::Both)
+                .map_err(io::Error::from),
             Now::Ended => Ok(()),
         };
         if let Err(error) = ended {
@@ -134,8 +156,11 @@ fn with_tokio(socket: UnixStream, session: Session<Served>) -> Result<(), driver
 
 fn listen(path: &Path) -> Result<UnixListener> {
     match fs::symlink_metadata(path) {
-        Ok(found) if !found.file_type().is_socket() => bail!("{} exists, and is no socket", path.display()),
-        Ok(_) => fs::remove_file(path).with_context(|| format!("{} cannot be replaced", path.display()))?,
+        Ok(found) if !found.file_type().is_socket() => {
+            bail!("{} exists, and is no socket", path.display())
+        }
+        Ok(_) => fs::remove_file(path)
+            .with_context(|| format!("{} cannot be replaced", path.display()))?,
         Err(_) => {}
     }
     UnixListener::bind(path).with_context(|| format!("{} cannot be listened to", path.display()))

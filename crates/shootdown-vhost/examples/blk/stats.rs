@@ -74,10 +74,18 @@ impl Counters {
 
     pub fn figures(&self, device: usize) -> Figures {
         let iotlbs = self.iotlbs.lock().unwrap_or_else(PoisonError::into_inner);
-        let iotlb = iotlbs.now.as_ref().map_or(iotlbs.before, |now| iotlbs.before.and(&now.stats()));
+        let iotlb =
+            iotlbs.now.as_ref().map_or(iotlbs.before, |now| iotlbs.before.and(&now.stats()));
         let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         let (reads, writes) = (read(&self.reads), read(&self.writes));
-        Figures { device, iotlb, reads, writes, flushes: read(&self.flushes), discards: read(&self.discards) }
+        Figures {
+            device,
+            iotlb,
+            reads,
+            writes,
+            flushes: read(&self.flushes),
+            discards: read(&self.discards),
+        }
     }
 }
 

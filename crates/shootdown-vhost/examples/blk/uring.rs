@@ -67,26 +67,47 @@ struct Operation {
 
 impl Uring {
     pub fn new() -> io::Result<Self> {
-        let inner = Inner { uring: RefCell::new(IoUring::new(ENTRIES)?), slots: RefCell::default() };
+        let inner =
+            Inner { uring: RefCell::new(IoUring::new(ENTRIES)?), slots: RefCell::default() };
         Ok(Self(Rc::new(inner)))
     }
 
     /// Reads from `offset` of the file into `range` of what the chain may write: how many bytes it
     /// were, which may be less.
-    pub async fn read(&self, file: &Arc<OwnedFd>, chain: &Rc<Chain>, range: Range<usize>, offset: u64) -> io::Result<usize> {
+    pub async fn read(
+        &self,
+        file: &Arc<OwnedFd>,
+        chain: &Rc<Chain>,
+        range: Range<usize>,
+        offset: u64,
+    ) -> io::Result<usize> {
         let parts = parts(chain.writable().iovecs(range))?;
         let (at, count) = (parts.as_ptr(), parts.len() as u32);
         let entry = opcode::Readv::new(Fd(file.as_raw_fd()), at, count).offset(offset).build();
-        self.start(entry, Held { fd: Some(file.clone()), chain: Some(chain.clone()), parts, time: None })?.await
+        self.start(
+            entry,
+            Held { fd: Some(file.clone()), chain: Some(chain.clone()), parts, time: None },
+        )?
+        .await
     }
 
     /// Writes `range` of what the chain may read to `offset` of the file: how many bytes it were,
     /// which may be less.
-    pub async fn write(&self, file: &Arc<OwnedFd>, chain: &Rc<Chain>, range: Range<usize>, offset: u64) -> io::Result<usize> {
+    pub async fn write(
+        &self,
+        file: &Arc<OwnedFd>,
+        chain: &Rc<Chain>,
+        range: Range<usize>,
+        offset: u64,
+    ) -> io::Result<usize> {
         let parts = parts(chain.readable().iovecs(range))?;
         let (at, count) = (parts.as_ptr(), parts.len() as u32);
         let entry = opcode::Writev::new(Fd(file.as_raw_fd()), at, count).offset(offset).build();
-        self.start(entry, Held { fd: Some(file.clone()), chain: Some(chain.clone()), parts, time: None })?.await
+        self.start(
+            entry,
+            Held { fd: Some(file.clone()), chain: Some(chain.clone()), parts, time: None },
+        )?
+        .await
     }
 
     /// All that has been written to the file is on its disk.
@@ -95,8 +116,16 @@ impl Uring {
         self.start(entry, Held { fd: Some(file.clone()), ..Held::default() })?.await.map(drop)
     }
 
-    pub async fn fallocate(&self, file: &Arc<OwnedFd>, range: Range<u64>, mode: libc::c_int) -> io::Result<()> {
-        let entry = opcode::Fallocate::new(Fd(file.as_raw_fd()), range.end - range.start).offset(range.start).mode(mode).build();
+    pub async fn fallocate(
+        &self,
+        file: &Arc<OwnedFd>,
+        range: Range<u64>,
+        mode: libc::c_int,
+    ) -> io::Result<()> {
+        let entry = opcode::Fallocate::new(Fd(file.as_raw_fd()), range.end - range.start)
+            .offset(range.start)
+            .mode(mode)
+            .build();
         self.start(entry, Held { fd: Some(file.clone()), ..Held::default() })?.await.map(drop)
     }
 
@@ -236,7 +265,9 @@ impl Future for Operation {
         if let State::Done(result) = slot.state {
             slots.remove(self.key);
             self.done = true;
-            return Poll::Ready(usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result)));
+            return Poll::Ready(
+                usize::try_from(result).map_err(|_| io::Error::from_raw_os_error(-result)),
+            );
         }
         if let State::Pending(waker) = &mut slot.state
             && !waker.as_ref().is_some_and(|waker| waker.will_wake(cx.waker()))

@@ -36,7 +36,9 @@ impl Line {
 
     /// A front-end that is gone is no error, whichever socket says so first.
     fn fail(&mut self, error: ServeError) -> Result<(), ServeError> {
-        let gone = |error: &io::Error| matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe);
+        let gone = |error: &io::Error| {
+            matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
+        };
         self.gone = matches!(&error, ServeError::Io(error) if gone(error));
         if self.gone { Ok(()) } else { Err(error) }
     }
@@ -93,7 +95,11 @@ impl Lines {
 
     /// Moves messages that can be moved. After each that is received the session's output comes
     /// first.
-    pub(super) fn step<D: Device>(&mut self, session: &mut Session<D>, cx: &mut Context<'_>) -> Result<Step, ServeError> {
+    pub(super) fn step<D: Device>(
+        &mut self,
+        session: &mut Session<D>,
+        cx: &mut Context<'_>,
+    ) -> Result<Step, ServeError> {
         for _ in 0..AT_ONCE {
             let mut closes = false;
             while let Poll::Ready(output) = session.poll_output(cx) {
@@ -105,7 +111,9 @@ impl Lines {
             }
             for line in &mut self.all {
                 match line.sender.send(line.socket.as_fd()) {
-                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => line.fail(error.into())?,
+                    Err(error) if error.kind() != io::ErrorKind::WouldBlock => {
+                        line.fail(error.into())?
+                    }
                     _ => {}
                 }
             }
@@ -113,7 +121,8 @@ impl Lines {
             if closes && self.all.iter().any(Line::is_full) {
                 return Ok(Step::Idle);
             }
-            if closes || self.all.iter().any(|line| line.gone && line.channel == Channel::Frontend) {
+            if closes || self.all.iter().any(|line| line.gone && line.channel == Channel::Frontend)
+            {
                 return Ok(Step::Ended);
             }
             if self.all.iter().any(|line| line.gone) {
@@ -148,7 +157,9 @@ impl Lines {
 
     /// The next message of a channel, if there is one now and its peer takes what it is sent.
     fn receive(&mut self, channel: Channel) -> Result<Option<Message>, ServeError> {
-        let Some(line) = self.all.iter_mut().find(|line| line.channel == channel) else { return Ok(None) };
+        let Some(line) = self.all.iter_mut().find(|line| line.channel == channel) else {
+            return Ok(None);
+        };
         if !line.listens() {
             return Ok(None);
         }

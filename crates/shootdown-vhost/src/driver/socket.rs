@@ -4,7 +4,8 @@
 use super::ServeError;
 use crate::message::{HEADER, Message, ProtocolError};
 use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
 };
 use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
@@ -54,7 +55,8 @@ impl Receiver {
             if read == 0 {
                 return Ok(Received::End);
             }
-            let into = self.message.as_mut().map_or(&mut self.header, |(message, _)| &mut message.payload);
+            let into =
+                self.message.as_mut().map_or(&mut self.header, |(message, _)| &mut message.payload);
             into.extend_from_slice(&bytes[..read]);
         }
     }
@@ -63,7 +65,8 @@ impl Receiver {
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let flags = RecvFlags::CMSG_CLOEXEC | RecvFlags::DONTWAIT;
-        let received = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags).map_err(io::Error::from)?;
+        let received = recvmsg(socket, &mut [IoSliceMut::new(bytes)], &mut ancillary, flags)
+            .map_err(io::Error::from)?;
         for message in ancillary.drain() {
             if let RecvAncillaryMessage::ScmRights(fds) = message {
                 self.fds.extend(fds);
@@ -106,7 +109,10 @@ impl Sender {
             let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(DESCRIPTORS))];
             let mut ancillary = SendAncillaryBuffer::new(&mut space);
             if !fds.is_empty() && !ancillary.push(SendAncillaryMessage::ScmRights(&fds)) {
-                return Err(io::Error::new(io::ErrorKind::InvalidInput, "a message has at most 8 descriptors"));
+                return Err(io::Error::new(
+                    io::ErrorKind::InvalidInput,
+                    "a message has at most 8 descriptors",
+                ));
             }
             let flags = SendFlags::DONTWAIT | SendFlags::NOSIGNAL;
             let sent = sendmsg(socket, &[IoSlice::new(&self.bytes)], &mut ancillary, flags)?;

@@ -24,7 +24,10 @@ use tokio::io::Interest;
 /// # Cancel safety
 /// Dropped, the connection is closed at once, whatever is in flight: to the front-end that is an
 /// answer. Let it end by itself.
-pub async fn serve<D: Device>(socket: UnixStream, mut session: Session<D>) -> Result<(), ServeError> {
+pub async fn serve<D: Device>(
+    socket: UnixStream,
+    mut session: Session<D>,
+) -> Result<(), ServeError> {
     let mut lines = Lines::new(socket.into());
     let mut watched = Vec::new();
     let ended = std::future::poll_fn(|cx| {
@@ -71,14 +74,21 @@ fn register(lines: &Lines, watched: &mut Vec<Watched>) -> io::Result<()> {
         watched.truncate(at);
         let stream = UnixStream::from(line.socket.try_clone()?);
         stream.set_nonblocking(true)?;
-        watched.push(Watched { socket: line.socket.clone(), stream: tokio::net::UnixStream::from_std(stream)? });
+        watched.push(Watched {
+            socket: line.socket.clone(),
+            stream: tokio::net::UnixStream::from_std(stream)?,
+        });
     }
     watched.truncate(lines.all().len());
     Ok(())
 }
 
 /// Whether the socket may have become ready since it was last tried; otherwise the task is woken.
-fn is_ready(line: &Line, stream: &tokio::net::UnixStream, cx: &mut Context<'_>) -> io::Result<bool> {
+fn is_ready(
+    line: &Line,
+    stream: &tokio::net::UnixStream,
+    cx: &mut Context<'_>,
+) -> io::Result<bool> {
     let mut again = false;
     if line.listens()
         && let Poll::Ready(ready) = stream.poll_read_ready(cx)

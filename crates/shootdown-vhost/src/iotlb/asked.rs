@@ -106,7 +106,8 @@ impl Asked {
     /// Takes those out that wait for a part of `range` and that `over` says are over.
     fn take(&mut self, range: AddressRange, over: impl Fn(&Miss) -> bool) -> Vec<Arc<Miss>> {
         let near = self.waiting.range((range.start() / PAGE, 0)..=(range.last() / PAGE, u8::MAX));
-        let of_these = near.map(|(_, miss)| miss).filter(|miss| range.contains(miss.iova) && over(miss));
+        let of_these =
+            near.map(|(_, miss)| miss).filter(|miss| range.contains(miss.iova) && over(miss));
         let of_these: Vec<_> = of_these.cloned().collect();
         of_these.iter().for_each(|miss| drop(self.waiting.remove(&miss.key())));
         // So there are never more of them than are waited for.

@@ -35,15 +35,23 @@ pub(super) struct Table {
 
 impl Table {
     /// Where all of `range` is. Otherwise the first address that may not be accessed so.
-    pub(super) fn look_up(&self, range: AddressRange, access: Permissions, parts: &mut Parts) -> Result<(), u64> {
+    pub(super) fn look_up(
+        &self,
+        range: AddressRange,
+        access: Permissions,
+        parts: &mut Parts,
+    ) -> Result<(), u64> {
         let mut at = range.start();
         parts.clear();
         loop {
             let found = self.by_start.range(..=at).next_back();
-            let (start, translation) = found.filter(|(_, found)| found.last >= at && found.access.allow(access)).ok_or(at)?;
+            let (start, translation) = found
+                .filter(|(_, found)| found.last >= at && found.access.allow(access))
+                .ok_or(at)?;
             let (skip, last) = (at - start, translation.last.min(range.last()));
             let offset = translation.place.offset + usize::try_from(skip).map_err(|_| at)?;
-            let len = usize::try_from(last - at).ok().and_then(|len| len.checked_add(1)).ok_or(at)?;
+            let len =
+                usize::try_from(last - at).ok().and_then(|len| len.checked_add(1)).ok_or(at)?;
             parts.push(&translation.place.region, offset, len);
             if last == range.last() {
                 return Ok(());
@@ -58,7 +66,10 @@ impl Table {
         ranges: &[(AddressRange, Permissions)],
         parts: impl IntoIterator<Item = &'p mut Parts>,
     ) -> bool {
-        ranges.iter().zip(parts).all(|((range, access), parts)| self.look_up(*range, *access, parts).is_ok())
+        ranges
+            .iter()
+            .zip(parts)
+            .all(|((range, access), parts)| self.look_up(*range, *access, parts).is_ok())
     }
 
     /// The next address after `at` up to `last` that may not be accessed so.
@@ -69,7 +80,12 @@ impl Table {
 
     /// `range` is at `place`, whatever it was before. Says whether there were too many, so that all
     /// others were forgotten.
-    pub(super) fn insert(&mut self, range: AddressRange, place: Place, access: Permissions) -> bool {
+    pub(super) fn insert(
+        &mut self,
+        range: AddressRange,
+        place: Place,
+        access: Permissions,
+    ) -> bool {
         self.remove(range);
         let full = self.by_start.len() >= MOST;
         if full {
@@ -145,7 +161,9 @@ mod tests {
         let (mut table, mut model) = (Table::default(), BTreeMap::<u64, (u64, Permissions)>::new());
         let mut random = 1u64;
         let mut next = |below: u64| {
-            random = random.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+            random = random
+                .wrapping_mul(6_364_136_223_846_793_005)
+                .wrapping_add(1_442_695_040_888_963_407);
             (random >> 33) % below
         };
         for _ in 0..20_000 {
@@ -153,7 +171,10 @@ mod tests {
             let range = pages(first, count);
             match next(3) {
                 0 => {
-                    let (to, access) = (next(60), if next(2) == 0 { Permissions::Read } else { Permissions::ReadWrite });
+                    let (to, access) = (
+                        next(60),
+                        if next(2) == 0 { Permissions::Read } else { Permissions::ReadWrite },
+                    );
                     let place = Place { region: region.clone(), offset: (to * PAGE) as usize };
                     assert!(!table.insert(range, place, access));
                     model.extend((0..count).map(|page| (first + page, (to + page, access))));
@@ -166,15 +187,22 @@ mod tests {
                     let access = if next(2) == 0 { Permissions::Read } else { Permissions::Write };
                     let mut pieces = Parts::default();
                     let found = table.look_up(range, access, &mut pieces);
-                    let gap = (first..first + count).find(|page| !model.get(page).is_some_and(|(_, has)| has.allow(access)));
+                    let gap = (first..first + count)
+                        .find(|page| !model.get(page).is_some_and(|(_, has)| has.allow(access)));
                     assert_eq!(found.err(), gap.map(|page| page * PAGE));
                     if gap.is_none() {
                         let places: Vec<_> = pieces
                             .pieces()
                             .iter()
-                            .flat_map(|piece| (0..piece.len).step_by(PAGE as usize).map(move |at| piece.offset + at))
+                            .flat_map(|piece| {
+                                (0..piece.len)
+                                    .step_by(PAGE as usize)
+                                    .map(move |at| piece.offset + at)
+                            })
                             .collect();
-                        let expected: Vec<_> = (first..first + count).map(|page| (model[&page].0 * PAGE) as usize).collect();
+                        let expected: Vec<_> = (first..first + count)
+                            .map(|page| (model[&page].0 * PAGE) as usize)
+                            .collect();
                         assert_eq!(places, expected);
                     }
                 }
@@ -191,6 +219,9 @@ mod tests {
         assert_eq!(table.look_up(range, Permissions::Write, &mut pieces), Ok(()));
         assert_eq!((pieces.pieces().len(), pieces.len()), (1, 0x1000));
         table.remove(AddressRange::ALL);
-        assert_eq!(table.look_up(range, Permissions::Read, &mut Parts::default()), Err(range.start()));
+        assert_eq!(
+            table.look_up(range, Permissions::Read, &mut Parts::default()),
+            Err(range.start())
+        );
     }
 }

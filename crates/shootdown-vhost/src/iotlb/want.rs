@@ -27,7 +27,8 @@ impl Want {
     }
 
     pub(super) fn range(self) -> Result<AddressRange, MapError> {
-        AddressRange::new(self.iova, self.len).map_err(|_| MapError::NoRange { iova: self.iova, len: self.len })
+        AddressRange::new(self.iova, self.len)
+            .map_err(|_| MapError::NoRange { iova: self.iova, len: self.len })
     }
 }
 

@@ -57,9 +57,14 @@ impl Progress {
         }
         let index = layout.used_index(used)?;
         self.index = Some(index);
-        let Some(End { index: expected, untold, .. }) = self.before.take() else { return Some(false) };
+        let Some(End { index: expected, untold, .. }) = self.before.take() else {
+            return Some(false);
+        };
         if expected != Some(index) {
-            tracing::debug!(lost = untold.len(), "the device was reset: what was done before is not told");
+            tracing::debug!(
+                lost = untold.len(),
+                "the device was reset: what was done before is not told"
+            );
             return Some(false);
         }
         untold.into_iter().try_for_each(|(head, len)| self.put(layout, used, head, len))?;
@@ -74,7 +79,14 @@ impl Progress {
     }
 
     /// Tells the used ring of what was taken from `entry`. Returns its place there.
-    pub(super) fn tell(&mut self, layout: Layout, used: &Parts, entry: u16, head: u16, len: u32) -> Option<u16> {
+    pub(super) fn tell(
+        &mut self,
+        layout: Layout,
+        used: &Parts,
+        entry: u16,
+        head: u16,
+        len: u32,
+    ) -> Option<u16> {
         let index = self.index?;
         self.put(layout, used, head, len)?;
         self.forget(entry);
@@ -103,7 +115,10 @@ impl Progress {
             base = base.wrapping_sub(1);
         }
         if !taken.is_empty() {
-            tracing::warn!(lost = taken.len(), "requests that the device has given up, and later ones are done");
+            tracing::warn!(
+                lost = taken.len(),
+                "requests that the device has given up, and later ones are done"
+            );
         }
         // Also if the used ring was never looked at.
         let before = self.before.take().unwrap_or_default();

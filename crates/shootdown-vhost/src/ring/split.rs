@@ -5,7 +5,9 @@ use super::RingError;
 use crate::iotlb::Want;
 use crate::parts::Parts;
 use std::sync::atomic::{Ordering, fence};
-use virtio_bindings::virtio_ring::{VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE};
+use virtio_bindings::virtio_ring::{
+    VRING_AVAIL_F_NO_INTERRUPT, VRING_DESC_F_INDIRECT, VRING_DESC_F_NEXT, VRING_DESC_F_WRITE,
+};
 use vm_memory::Permissions;
 
 /// The size of a descriptor in bytes.
@@ -78,7 +80,12 @@ fn descriptor(table: &Parts, at: u16) -> Option<Descriptor> {
 }
 
 /// The chain from `first` on in a table of `size` descriptors. An indirect one ends it.
-pub(super) fn chain(table: &Parts, first: u16, size: u64, head: u16) -> Result<Vec<Descriptor>, RingError> {
+pub(super) fn chain(
+    table: &Parts,
+    first: u16,
+    size: u64,
+    head: u16,
+) -> Result<Vec<Descriptor>, RingError> {
     let (mut found, mut at) = (Vec::new(), first);
     loop {
         if u64::from(at) >= size || found.len() as u64 >= size {
@@ -114,7 +121,11 @@ impl Layout {
 
     /// The descriptors, the available ring, the used ring.
     pub(super) fn all(self) -> [Want; 3] {
-        [Want::read(self.descriptors, DESCRIPTOR * u64::from(self.size)), self.want_available(), self.want_used()]
+        [
+            Want::read(self.descriptors, DESCRIPTOR * u64::from(self.size)),
+            self.want_available(),
+            self.want_used(),
+        ]
     }
 
     fn entry(self, index: u16) -> usize {

@@ -21,7 +21,10 @@ impl Ring {
     pub fn next_wait(&mut self) -> Result<Option<Chain>, RingError> {
         let bell = match &self.bell {
             Some(bell) => bell.clone(),
-            None => self.bell.insert(Bell::new().map_err(|error| RingError::Wait { error: error.kind() })?).clone(),
+            None => self
+                .bell
+                .insert(Bell::new().map_err(|error| RingError::Wait { error: error.kind() })?)
+                .clone(),
         };
         let waker = waker(bell.clone());
         let mut cx = Context::from_waker(&waker);

@@ -12,7 +12,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use vhost::vhost_user::message::{
     FrontendReq, VhostUserConfig, VhostUserMemory, VhostUserMemoryRegion, VhostUserMsgValidator,
-    VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures, VhostUserVringAddr, VhostUserVringState,
+    VhostUserProtocolFeatures as Protocol, VhostUserVirtioFeatures, VhostUserVringAddr,
+    VhostUserVringState,
 };
 use vhost::{VhostIotlbMsg, VhostIotlbType};
 use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_1};
@@ -26,7 +27,8 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_RING_F_EVENT_IDX
     | VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits();
 
-const PROTOCOL: Protocol = Protocol::MQ.union(Protocol::REPLY_ACK).union(Protocol::BACKEND_REQ).union(Protocol::CONFIG);
+const PROTOCOL: Protocol =
+    Protocol::MQ.union(Protocol::REPLY_ACK).union(Protocol::BACKEND_REQ).union(Protocol::CONFIG);
 
 /// As many regions a table has at most.
 const REGIONS: u32 = 8;
@@ -58,7 +60,9 @@ impl<D: Device> Session<D> {
             return Ok(());
         };
         let done = match request {
-            FrontendReq::GET_FEATURES => return self.number(&message, self.device.features() | FEATURES),
+            FrontendReq::GET_FEATURES => {
+                return self.number(&message, self.device.features() | FEATURES);
+            }
             FrontendReq::GET_PROTOCOL_FEATURES => return self.number(&message, PROTOCOL.bits()),
             FrontendReq::GET_QUEUE_NUM => return self.number(&message, self.queues.len() as u64),
             FrontendReq::GET_CONFIG => return self.get_config(&message),
@@ -75,8 +79,13 @@ impl<D: Device> Session<D> {
             FrontendReq::RESET_OWNER => return self.reset_owner(&message),
             FrontendReq::SET_CONFIG => {
                 let (head, bytes): (VhostUserConfig, _) = message.head()?;
-                let allowed = head.size as usize == bytes.len() && self.device.set_config(head.offset, bytes);
-                if allowed { Done::Ok } else { Done::Refused("the configuration space is not to be written there") }
+                let allowed =
+                    head.size as usize == bytes.len() && self.device.set_config(head.offset, bytes);
+                if allowed {
+                    Done::Ok
+                } else {
+                    Done::Refused("the configuration space is not to be written there")
+                }
             }
             FrontendReq::SET_BACKEND_REQ_FD => {
                 self.backend = Backend::New(one_descriptor(message.request, message.fds)?);
@@ -89,11 +98,16 @@ impl<D: Device> Session<D> {
             FrontendReq::SET_VRING_NUM => {
                 let state: VhostUserVringState = message.body()?;
                 let at = self.queue(&message, state.index)?;
-                let size = u16::try_from(state.num).ok().filter(|size| size.is_power_of_two() && state.num <= LONGEST);
-                size.map_or(Done::Refused("the size of a ring is a power of two up to 32768"), |size| {
-                    self.queues[at].size = size;
-                    Done::Ok
-                })
+                let size = u16::try_from(state.num)
+                    .ok()
+                    .filter(|size| size.is_power_of_two() && state.num <= LONGEST);
+                size.map_or(
+                    Done::Refused("the size of a ring is a power of two up to 32768"),
+                    |size| {
+                        self.queues[at].size = size;
+                        Done::Ok
+                    },
+                )
             }
             FrontendReq::SET_VRING_BASE => {
                 let state: VhostUserVringState = message.body()?;
@@ -118,7 +132,9 @@ impl<D: Device> Session<D> {
                 }
                 Done::Ok
             }
-            FrontendReq::SET_VRING_KICK | FrontendReq::SET_VRING_CALL | FrontendReq::SET_VRING_ERR => {
+            FrontendReq::SET_VRING_KICK
+            | FrontendReq::SET_VRING_CALL
+            | FrontendReq::SET_VRING_ERR => {
                 return self.set_descriptor(request, message);
             }
             _ => Done::Refused("this side does not do that"),
@@ -251,7 +267,9 @@ impl<D: Device> Session<D> {
         let (head, mut rest): (VhostUserMemory, _) = message.head()?;
         let mut regions = Vec::new();
         while !rest.is_empty() {
-            let (bytes, after) = rest.split_at_checked(size_of::<VhostUserMemoryRegion>()).ok_or_else(|| message.malformed())?;
+            let (bytes, after) = rest
+                .split_at_checked(size_of::<VhostUserMemoryRegion>())
+                .ok_or_else(|| message.malformed())?;
             let mut region = VhostUserMemoryRegion::default();
             region.as_mut_slice().copy_from_slice(bytes);
             regions.push(region);
@@ -263,7 +281,11 @@ impl<D: Device> Session<D> {
         }
         regions.truncate(count as usize);
         if fds.len() != regions.len() {
-            return Err(ProtocolError::Descriptors { request: message.request, found: fds.len(), expected: regions.len() });
+            return Err(ProtocolError::Descriptors {
+                request: message.request,
+                found: fds.len(),
+                expected: regions.len(),
+            });
         }
         match map(&regions, fds) {
             Ok(memory) => self.iotlb.set_memory(memory),
@@ -275,7 +297,8 @@ impl<D: Device> Session<D> {
         }
         self.translate();
         // Who shares new memory takes the old one away.
-        let (quiet, answered) = (self.iotlb.wait_for(AddressRange::ALL), self.is_answered(&message));
+        let (quiet, answered) =
+            (self.iotlb.wait_for(AddressRange::ALL), self.is_answered(&message));
         self.reply(&message, Due::Quiet(quiet, answered));
         Ok(())
     }
@@ -291,7 +314,8 @@ impl<D: Device> Session<D> {
                 let done = self.update(&iotlb);
                 self.finish(message, done);
             }
-            _ => self.finish(message, Done::Refused("an IOTLB message that a front-end does not send")),
+            _ => self
+                .finish(message, Done::Refused("an IOTLB message that a front-end does not send")),
         }
         Ok(())
     }
@@ -317,7 +341,9 @@ impl<D: Device> Session<D> {
             return;
         };
         let due = match self.fault {
-            Some(Fault::KeepTranslations) => Due::Invalidated(self.iotlb.invalidate_in_flight(range), answered),
+            Some(Fault::KeepTranslations) => {
+                Due::Invalidated(self.iotlb.invalidate_in_flight(range), answered)
+            }
             Some(Fault::AnswerEarly) => {
                 // The passes belong to the space when it is dropped, and nobody waits for them.
                 drop(self.iotlb.invalidate(range));
@@ -328,7 +354,11 @@ impl<D: Device> Session<D> {
         self.reply(message, due);
     }
 
-    fn set_descriptor(&mut self, request: FrontendReq, mut message: Message) -> Result<(), ProtocolError> {
+    fn set_descriptor(
+        &mut self,
+        request: FrontendReq,
+        mut message: Message,
+    ) -> Result<(), ProtocolError> {
         const INDEX: u64 = 0xff;
         const NONE: u64 = 0x100;
         let number: u64 = message.body()?;
@@ -337,7 +367,13 @@ impl<D: Device> Session<D> {
         let descriptor = match (number & NONE != 0, fds.is_empty()) {
             (true, true) => None,
             (false, _) => Some(one_descriptor(message.request, fds)?),
-            (true, false) => return Err(ProtocolError::Descriptors { request: message.request, found: fds.len(), expected: 0 }),
+            (true, false) => {
+                return Err(ProtocolError::Descriptors {
+                    request: message.request,
+                    found: fds.len(),
+                    expected: 0,
+                });
+            }
         };
         let queue = &mut self.queues[at];
         if request == FrontendReq::SET_VRING_KICK {
@@ -346,8 +382,10 @@ impl<D: Device> Session<D> {
             queue.stop();
             queue.kick = descriptor.map(Arc::new);
         } else {
-            let bell = if request == FrontendReq::SET_VRING_CALL { &queue.call } else { &queue.error };
-            let former = std::mem::replace(&mut *bell.lock(), descriptor.map(|fd| Arc::new(Call::new(fd))));
+            let bell =
+                if request == FrontendReq::SET_VRING_CALL { &queue.call } else { &queue.error };
+            let former =
+                std::mem::replace(&mut *bell.lock(), descriptor.map(|fd| Arc::new(Call::new(fd))));
             drop(former);
         }
         self.finish(&message, Done::Ok);
@@ -365,9 +403,14 @@ fn one_descriptor(request: u32, fds: Vec<OwnedFd>) -> Result<OwnedFd, ProtocolEr
 }
 
 fn map(regions: &[VhostUserMemoryRegion], fds: Vec<OwnedFd>) -> Result<MemoryTable, MemoryError> {
-    let mapped = regions
-        .iter()
-        .zip(fds)
-        .map(|(region, fd)| Region::map(fd, region.mmap_offset, region.memory_size, region.guest_phys_addr, region.user_addr));
+    let mapped = regions.iter().zip(fds).map(|(region, fd)| {
+        Region::map(
+            fd,
+            region.mmap_offset,
+            region.memory_size,
+            region.guest_phys_addr,
+            region.user_addr,
+        )
+    });
     MemoryTable::new(mapped.collect::<Result<_, _>>()?)
 }

@@ -44,7 +44,17 @@ impl Default for Queue {
     fn default() -> Self {
         let phase = Phase::Stopped(End::default());
         let (call, error) = (Replaceable::default(), Replaceable::default());
-        Self { size: 0, addresses: None, enabled: false, kick: None, call, error, awaited: 0, next: None, phase }
+        Self {
+            size: 0,
+            addresses: None,
+            enabled: false,
+            kick: None,
+            call,
+            error,
+            awaited: 0,
+            next: None,
+            phase,
+        }
     }
 }
 
@@ -151,9 +161,12 @@ impl Queue {
         }
         let place = |user: u64| match memory {
             None => Some(user),
-            Some(memory) => memory.find_user(user).map(|(place, _)| place.region.guest() + place.offset as u64),
+            Some(memory) => {
+                memory.find_user(user).map(|(place, _)| place.region.guest() + place.offset as u64)
+            }
         };
-        let parts = (place(addresses.descriptors), place(addresses.available), place(addresses.used));
+        let parts =
+            (place(addresses.descriptors), place(addresses.available), place(addresses.used));
         let (Some(descriptors), Some(available), Some(used)) = parts else {
             tracing::warn!(index, "a ring that is not in the guest's memory does not start");
             self.kick = None;
@@ -162,7 +175,8 @@ impl Queue {
         let event_idx = features & (1 << VIRTIO_RING_F_EVENT_IDX) != 0;
         let layout = layout(self.size, descriptors, available, used, event_idx);
         let (call, error, iotlb) = (self.call.clone(), self.error.clone(), iotlb.clone());
-        let (ring, running) = Ring::start(Setup { index, layout, before, features, kick, call, error, iotlb });
+        let (ring, running) =
+            Ring::start(Setup { index, layout, before, features, kick, call, error, iotlb });
         self.phase = Phase::Running(running);
         Some(ring)
     }

@@ -10,7 +10,9 @@ use shootdown_vhost::message::{Channel, Message};
 use shootdown_vhost::{BlockingIommu, Domain, Iotlb, Permissions, Place, Session, Want};
 use std::sync::Arc;
 use std::task::Context;
-use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion};
+use vhost::vhost_user::message::{
+    FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion,
+};
 use vm_memory::{ByteValued, GuestAddress, Iommu};
 
 /// Two devices of one domain, one of them without an IOMMU.
@@ -20,18 +22,27 @@ fn v8_an_invalidate_leaves_a_device_without_an_iommu_alone() {
     let (with, without) = (Iotlb::new(&domain), Iotlb::new(&domain));
     let mut session = Session::new(Arc::new(Keeps::default()), without.clone());
     let waker = noop_waker();
-    let features = Message::new(FrontendReq::SET_FEATURES, VhostUserHeaderFlag::empty(), &(1u64 << 32 | 1 << 30).to_ne_bytes());
+    let features = Message::new(
+        FrontendReq::SET_FEATURES,
+        VhostUserHeaderFlag::empty(),
+        &(1u64 << 32 | 1 << 30).to_ne_bytes(),
+    );
     session.receive(Channel::Frontend, features).unwrap();
     let (_, file) = memory_of(4, 0, USER);
     let region = VhostUserMemoryRegion::new(0, 4 * PAGE, USER, 0);
     let payload = [VhostUserMemory::new(1).as_slice(), region.as_slice()].concat();
-    session.receive(Channel::Frontend, with_fds(FrontendReq::SET_MEM_TABLE, &payload, vec![file])).unwrap();
+    session
+        .receive(Channel::Frontend, with_fds(FrontendReq::SET_MEM_TABLE, &payload, vec![file]))
+        .unwrap();
     while session.poll_output(&mut Context::from_waker(&waker)).is_ready() {}
     assert!(without.try_map(Want::write(PAGE, 8)).is_some());
     // The other one's guest flushes its domain.
     assert!(with.invalidate(AddressRange::new(0, 1 << 63).unwrap()).now_or_never().is_some());
     let found = without.map(Want::write(PAGE, 8)).now_or_never();
-    assert!(matches!(found, Some(Ok(_))), "a device without an IOMMU has lost the guest's memory: {found:?}");
+    assert!(
+        matches!(found, Some(Ok(_))),
+        "a device without an IOMMU has lost the guest's memory: {found:?}"
+    );
 }
 
 /// One large translation, INVALIDATEs of every second page.
@@ -40,9 +51,18 @@ fn v7_there_are_never_more_translations_than_65536() {
     let pages = 300_000;
     let (region, _file) = memory_of(pages, 0, USER);
     let iotlb = Iotlb::default();
-    iotlb.update(AddressRange::new(0, pages * PAGE).unwrap(), Place { region, offset: 0 }, Permissions::ReadWrite);
+    iotlb.update(
+        AddressRange::new(0, pages * PAGE).unwrap(),
+        Place { region, offset: 0 },
+        Permissions::ReadWrite,
+    );
     for page in (1..pages).step_by(2) {
-        assert!(iotlb.invalidate(AddressRange::new(page * PAGE, PAGE).unwrap()).now_or_never().is_some());
+        assert!(
+            iotlb
+                .invalidate(AddressRange::new(page * PAGE, PAGE).unwrap())
+                .now_or_never()
+                .is_some()
+        );
     }
     assert!(iotlb.len() <= 65_536, "{} translations", iotlb.len());
 }
@@ -60,7 +80,11 @@ fn v7_a_table_may_follow_descriptors() {
         machine.guest.table.insert(0xf_fff0 + page, page);
     }
     let iova = |page: u64| (0xf_fff0 + page) * PAGE;
-    put(&machine, 0, &[descriptor(iova(header), 8, 1, 1), descriptor(iova(table), 16, 4, 0)].concat());
+    put(
+        &machine,
+        0,
+        &[descriptor(iova(header), 8, 1, 1), descriptor(iova(table), 16, 4, 0)].concat(),
+    );
     put(&machine, table * PAGE, &descriptor(iova(data), 8, 2, 0));
     put(&machine, PAGE, &[0, 0, 1, 0, 0, 0]);
     machine.start_rings();
@@ -88,7 +112,11 @@ fn v7_a_chain_of_more_than_4_gib_is_refused() {
     }
     for at in 0..4096u64 {
         let next = u16::from(at < 4095);
-        put(&machine, table * PAGE + at * 16, &descriptor(0x5_0000 * PAGE, 257 * PAGE as u32, next, at as u16 + 1));
+        put(
+            &machine,
+            table * PAGE + at * 16,
+            &descriptor(0x5_0000 * PAGE, 257 * PAGE as u32, next, at as u16 + 1),
+        );
     }
     put(&machine, 0, &descriptor(0xf_fff0 * PAGE, 4096 * 16, 4, 0));
     put(&machine, PAGE, &[0, 0, 1, 0, 0, 0]);
@@ -96,7 +124,12 @@ fn v7_a_chain_of_more_than_4_gib_is_refused() {
     machine.start_rings();
     machine.serve_misses();
     let grown = peak_kib() - before;
-    assert_eq!(machine.in_flight(), 0, "{} bytes in one chain, {grown} KiB for it", 4096 * 257 * PAGE);
+    assert_eq!(
+        machine.in_flight(),
+        0,
+        "{} bytes in one chain, {grown} KiB for it",
+        4096 * 257 * PAGE
+    );
 }
 
 /// The last page of the address space, by `vm_memory`'s trait.
@@ -105,7 +138,11 @@ fn v7_the_last_byte_of_all_is_an_error() {
     let (region, _file) = memory_of(1, 0, USER);
     let iotlb = Iotlb::default();
     let last = u64::MAX - 0xfff;
-    iotlb.update(AddressRange::new(last, PAGE).unwrap(), Place { region, offset: 0 }, Permissions::ReadWrite);
+    iotlb.update(
+        AddressRange::new(last, PAGE).unwrap(),
+        Place { region, offset: 0 },
+        Permissions::ReadWrite,
+    );
     let iommu = BlockingIommu::new(iotlb);
     // A range has an end beyond its last byte there.
     assert!(iommu.translate(GuestAddress(last), PAGE as usize, Permissions::Read).is_err());
@@ -158,11 +195,14 @@ fn v7_no_message_is_a_panic() {
             machine.start_rings();
         }
         for _ in 0..400 {
-            let request: u32 = if random.random_bool(0.4) { 22 } else { random.random_range(0..45) };
+            let request: u32 =
+                if random.random_bool(0.4) { 22 } else { random.random_range(0..45) };
             let words = random.random_range(0..8);
             let mut payload: Vec<u8> = (0..words)
                 .flat_map(|_| {
-                    let word = edges[random.random_range(0..edges.len())].wrapping_add(random.random_range(0..3)).wrapping_sub(1);
+                    let word = edges[random.random_range(0..edges.len())]
+                        .wrapping_add(random.random_range(0..3))
+                        .wrapping_sub(1);
                     word.to_ne_bytes()
                 })
                 .collect();
@@ -175,19 +215,29 @@ fn v7_no_message_is_a_panic() {
                 // See a13.
                 payload.truncate(0);
             }
-            let flags = if random.random_bool(0.5) { VhostUserHeaderFlag::NEED_REPLY } else { VhostUserHeaderFlag::empty() };
+            let flags = if random.random_bool(0.5) {
+                VhostUserHeaderFlag::NEED_REPLY
+            } else {
+                VhostUserHeaderFlag::empty()
+            };
             let mut message = Message::new(request, flags, &payload);
             let file = || machine.guest.file.try_clone().unwrap();
-            message.fds = (0..random.random_range(0..3)).map(|_| if random.random_bool(0.5) { fd() } else { file() }).collect();
-            let channel = if random.random_bool(0.05) { Channel::Backend } else { Channel::Frontend };
+            message.fds = (0..random.random_range(0..3))
+                .map(|_| if random.random_bool(0.5) { fd() } else { file() })
+                .collect();
+            let channel =
+                if random.random_bool(0.05) { Channel::Backend } else { Channel::Frontend };
             let _ = machine.session.receive(channel, message);
             machine.poll_session();
             if random.random_bool(0.3) {
                 let word: u16 = random.random();
                 let small: u16 = random.random_range(0..12);
                 let at = random.random_range(0..6 * PAGE / 2) * 2;
-                let at =
-                    if random.random_bool(0.7) { random.random_range(0..6) * PAGE + random.random_range(0..20) * 2 } else { at };
+                let at = if random.random_bool(0.7) {
+                    random.random_range(0..6) * PAGE + random.random_range(0..20) * 2
+                } else {
+                    at
+                };
                 let word = if random.random_bool(0.7) { small } else { word };
                 rustix::io::pwrite(&machine.guest.file, &word.to_le_bytes(), at).unwrap();
             }
@@ -198,7 +248,8 @@ fn v7_no_message_is_a_panic() {
             }
             while !machine.misses.is_empty() && random.random_bool(0.8) {
                 machine.misses.remove(0);
-                let _ = machine.session.receive(Channel::Backend, answer(random.random_range(0..2)));
+                let _ =
+                    machine.session.receive(Channel::Backend, answer(random.random_range(0..2)));
                 machine.poll_session();
             }
         }

@@ -8,7 +8,9 @@ use futures::task::noop_waker;
 use rustix::event::{EventfdFlags, eventfd};
 use shootdown::AddressRange;
 use shootdown_vhost::message::Channel;
-use shootdown_vhost::{Iotlb, MapError, Next, Output, Permissions, Place, Ring, RingError, Session, Want};
+use shootdown_vhost::{
+    Iotlb, MapError, Next, Output, Permissions, Place, Ring, RingError, Session, Want,
+};
 use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
@@ -16,7 +18,8 @@ use std::task::{Context, Poll};
 use std::thread;
 use std::time::Duration;
 use vhost::vhost_user::message::{
-    FrontendReq, VhostUserMemory, VhostUserMemoryRegion, VhostUserVringAddr, VhostUserVringAddrFlags,
+    FrontendReq, VhostUserMemory, VhostUserMemoryRegion, VhostUserVringAddr,
+    VhostUserVringAddrFlags,
 };
 use vm_memory::ByteValued;
 
@@ -68,7 +71,10 @@ fn v7_no_more_requests_are_in_flight_than_the_ring_has_descriptors() {
         }
     }
     assert!(held.len() <= 8, "{} requests of a ring of 8, each with its mappings", held.len());
-    assert!(matches!(ring.next().now_or_never(), Some(Ok(Next::Stopping))), "it takes nothing any more");
+    assert!(
+        matches!(ring.next().now_or_never(), Some(Ok(Next::Stopping))),
+        "it takes nothing any more"
+    );
 }
 
 /// The same, 65,536 apart: one entry stands for two requests.
@@ -90,9 +96,15 @@ fn v4_a_request_that_is_given_up_is_taken_again_whatever_else_was_in_flight() {
     // Has entry 0, too. The first is done; the other one is given up.
     _first.complete(0).now_or_never().unwrap().unwrap();
     drop((lost, ring));
-    session.receive(Channel::Frontend, with_fds(FrontendReq::GET_VRING_BASE, &state(0, 0), vec![])).unwrap();
+    session
+        .receive(Channel::Frontend, with_fds(FrontendReq::GET_VRING_BASE, &state(0, 0), vec![]))
+        .unwrap();
     let waker = noop_waker();
-    let Poll::Ready(Output::Send(_, answer)) = session.poll_output(&mut Context::from_waker(&waker)) else { panic!() };
+    let Poll::Ready(Output::Send(_, answer)) =
+        session.poll_output(&mut Context::from_waker(&waker))
+    else {
+        panic!()
+    };
     assert_eq!(answer.payload[4..], 0u32.to_ne_bytes(), "it is not taken again");
 }
 
@@ -116,7 +128,10 @@ fn v5_a_call_that_blocks_does_not_keep_the_session() {
     // So that the thread ends.
     rustix::io::read(&call, &mut [0; 8]).unwrap();
     device.join().unwrap();
-    assert!(told.is_ok() && closed, "the device's thread is in write(2): {told:?}, closed: {closed}");
+    assert!(
+        told.is_ok() && closed,
+        "the device's thread is in write(2): {told:?}, closed: {closed}"
+    );
 }
 
 fn on_cpu() -> Duration {
@@ -147,7 +162,10 @@ fn v7_a_thread_that_waits_for_a_kick_that_cannot_come_does_not_spin() {
     let (read, write) = std::io::pipe().unwrap();
     drop(write);
     let busy = waits_idly(read.into());
-    assert!(busy < Duration::from_millis(200), "{busy:?} on the processor within 0.6 s; with an eventfd {idle:?}");
+    assert!(
+        busy < Duration::from_millis(200),
+        "{busy:?} on the processor within 0.6 s; with an eventfd {idle:?}"
+    );
 }
 
 /// Few bytes in many pages: a chain may have 32,768 + 4,096 descriptors, each with two pages.
@@ -167,7 +185,11 @@ fn v3_many_small_ranges_of_more_translations_than_there_can_be_are_refused_some_
         machine.poll_session();
         for page in 0..pages {
             let place = Place { region: region.clone(), offset: 0 };
-            iotlb.update(AddressRange::new(page * PAGE, PAGE).unwrap(), place, Permissions::ReadWrite);
+            iotlb.update(
+                AddressRange::new(page * PAGE, PAGE).unwrap(),
+                place,
+                Permissions::ReadWrite,
+            );
         }
         while !machine.misses.is_empty() {
             machine.answer_miss(0);
@@ -193,7 +215,10 @@ fn v3_a_refusal_from_before_an_invalidate_concerns_nobody_who_asks_after_it() {
     machine.poll_session();
     machine.answer_miss(1);
     let found = machine.poll(&mut map);
-    assert!(!matches!(found, Some(Err(MapError::Refused { .. }))), "refused by an answer from before: {found:?}");
+    assert!(
+        !matches!(found, Some(Err(MapError::Refused { .. }))),
+        "refused by an answer from before: {found:?}"
+    );
 }
 
 /// The second of two questions for the base comes before the new base.
@@ -222,7 +247,11 @@ fn v6_a_base_that_is_set_earlier_is_what_is_answered() {
     machine.get_vring_base(0);
     machine.access();
     machine.run();
-    assert_eq!(machine.last_base(), 5, "the next ring begins at 5, and the front-end was told otherwise");
+    assert_eq!(
+        machine.last_base(),
+        5,
+        "the next ring begins at 5, and the front-end was told otherwise"
+    );
 }
 
 /// V2: "a ring that stops waits for no translation". Without REPLY_ACK a refusal has no answer.
@@ -237,7 +266,9 @@ fn v2_a_session_that_is_stopped_waits_for_no_translation() {
     machine.session.stopper().stop();
     let waker = noop_waker();
     for _ in 0..5 {
-        while let Poll::Ready(output) = machine.session.poll_output(&mut Context::from_waker(&waker)) {
+        while let Poll::Ready(output) =
+            machine.session.poll_output(&mut Context::from_waker(&waker))
+        {
             if let Output::Close = output {
                 return;
             }
@@ -268,7 +299,9 @@ fn v4_a_queue_without_a_ring_takes_its_base() {
     let waker = noop_waker();
     for (request, num) in [(FrontendReq::SET_VRING_BASE, 5), (FrontendReq::GET_VRING_BASE, 0)] {
         session.receive(Channel::Frontend, with_fds(request, &state(0, num), vec![])).unwrap();
-        while let Poll::Ready(Output::Send(_, answer)) = session.poll_output(&mut Context::from_waker(&waker)) {
+        while let Poll::Ready(Output::Send(_, answer)) =
+            session.poll_output(&mut Context::from_waker(&waker))
+        {
             assert_eq!(answer.payload[4..], 5u32.to_ne_bytes(), "refused: the ring runs, it says");
         }
     }

@@ -14,8 +14,8 @@ use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::task::{Context, Poll};
 use vhost::vhost_user::message::{
-    BackendReq, FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion, VhostUserVringAddr,
-    VhostUserVringAddrFlags, VhostUserVringState,
+    BackendReq, FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion,
+    VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
 use vm_memory::ByteValued;
@@ -59,7 +59,20 @@ impl Machine {
         let session = Session::new(hardware.clone(), Iotlb::default());
         let (misses, tasks, answers) = (Vec::new(), Vec::new(), Vec::new());
         let (refused, tables, rings, base, kicks) = (0, 0, 0, 0, 0);
-        let mut machine = Self { session, guest, misses, refused, tables, rings, hardware, tasks, answers, base, random, kicks };
+        let mut machine = Self {
+            session,
+            guest,
+            misses,
+            refused,
+            tables,
+            rings,
+            hardware,
+            tasks,
+            answers,
+            base,
+            random,
+            kicks,
+        };
         machine.plain(FrontendReq::SET_PROTOCOL_FEATURES, &0x229u64.to_ne_bytes());
         machine.with_fds(FrontendReq::SET_BACKEND_REQ_FD, &[], vec![fd()]);
         machine.plain(FrontendReq::SET_FEATURES, &FEATURES.to_ne_bytes());
@@ -82,11 +95,17 @@ impl Machine {
     }
 
     pub fn plain(&mut self, request: FrontendReq, payload: &[u8]) {
-        self.receive(Channel::Frontend, Message::new(request, VhostUserHeaderFlag::empty(), payload));
+        self.receive(
+            Channel::Frontend,
+            Message::new(request, VhostUserHeaderFlag::empty(), payload),
+        );
     }
 
     fn asking(&mut self, request: FrontendReq, payload: &[u8]) {
-        self.receive(Channel::Frontend, Message::new(request, VhostUserHeaderFlag::NEED_REPLY, payload));
+        self.receive(
+            Channel::Frontend,
+            Message::new(request, VhostUserHeaderFlag::NEED_REPLY, payload),
+        );
     }
 
     fn with_fds(&mut self, request: FrontendReq, payload: &[u8], fds: Vec<OwnedFd>) {
@@ -98,7 +117,8 @@ impl Machine {
     pub fn memory_table(&mut self) {
         let region = VhostUserMemoryRegion::new(0, PAGES * PAGE, USER, 0);
         let payload = [VhostUserMemory::new(1).as_slice(), region.as_slice()].concat();
-        let mut message = Message::new(FrontendReq::SET_MEM_TABLE, VhostUserHeaderFlag::NEED_REPLY, &payload);
+        let mut message =
+            Message::new(FrontendReq::SET_MEM_TABLE, VhostUserHeaderFlag::NEED_REPLY, &payload);
         message.fds = vec![self.guest.file.try_clone().unwrap()];
         self.receive(Channel::Frontend, message);
     }
@@ -112,7 +132,8 @@ impl Machine {
         for queue in 0..QUEUES {
             let [descriptors, available, used] = [0, 1, 2].map(|part| ring_iova(queue, part));
             let none = VhostUserVringAddrFlags::empty();
-            let addresses = VhostUserVringAddr::new(u32::from(queue), none, descriptors, used, available, 0);
+            let addresses =
+                VhostUserVringAddr::new(u32::from(queue), none, descriptors, used, available, 0);
             self.plain(FrontendReq::SET_VRING_NUM, &state(queue, u32::from(SIZE)));
             self.plain(FrontendReq::SET_VRING_BASE, &state(queue, base));
             self.plain(FrontendReq::SET_VRING_ADDR, addresses.as_slice());
@@ -132,7 +153,13 @@ impl Machine {
 
     pub fn invalidate(&mut self, iova: u64, size: u64) {
         let (userspace_addr, perm) = (0xdead_beef, VhostAccess::No);
-        let message = VhostIotlbMsg { iova, size, userspace_addr, perm, msg_type: VhostIotlbType::Invalidate };
+        let message = VhostIotlbMsg {
+            iova,
+            size,
+            userspace_addr,
+            perm,
+            msg_type: VhostIotlbType::Invalidate,
+        };
         self.asking(FrontendReq::IOTLB_MSG, &iotlb_bytes(&message));
     }
 
@@ -142,8 +169,18 @@ impl Machine {
     }
 
     pub fn update_for(&mut self, iova: u64, size: u64, page: u64, access: Permissions) {
-        let perm = if access == Permissions::Read { VhostAccess::ReadOnly } else { VhostAccess::ReadWrite };
-        let message = VhostIotlbMsg { iova, size, userspace_addr: USER + page * PAGE, perm, msg_type: VhostIotlbType::Update };
+        let perm = if access == Permissions::Read {
+            VhostAccess::ReadOnly
+        } else {
+            VhostAccess::ReadWrite
+        };
+        let message = VhostIotlbMsg {
+            iova,
+            size,
+            userspace_addr: USER + page * PAGE,
+            perm,
+            msg_type: VhostIotlbType::Update,
+        };
         self.asking(FrontendReq::IOTLB_MSG, &iotlb_bytes(&message));
         // Its own answer, unless another one is due before.
         if self.session.due() == 0 {
@@ -173,15 +210,17 @@ impl Machine {
         }
         let started = std::mem::take(&mut *self.hardware.started.lock().unwrap());
         self.rings += started.len();
-        self.tasks.extend(
-            started.into_iter().map(|ring| -> BoxFuture<'static, ()> { Box::pin(device::run(self.hardware.clone(), ring)) }),
-        );
+        self.tasks.extend(started.into_iter().map(|ring| -> BoxFuture<'static, ()> {
+            Box::pin(device::run(self.hardware.clone(), ring))
+        }));
     }
 
     pub fn run_tasks(&mut self) {
         let waker = noop_waker();
         for _ in 0..20 {
-            self.tasks.retain_mut(|task| task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+            self.tasks.retain_mut(|task| {
+                task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending()
+            });
         }
     }
 
@@ -204,7 +243,9 @@ impl Machine {
         drop(session);
         let waker = noop_waker();
         for _ in 0..20 {
-            tasks.retain_mut(|task| task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+            tasks.retain_mut(|task| {
+                task.as_mut().poll(&mut Context::from_waker(&waker)).is_pending()
+            });
         }
         tasks.len()
     }
@@ -217,7 +258,8 @@ impl Machine {
     pub fn answer_miss(&mut self, answer: u64) {
         assert!(!self.misses.is_empty());
         self.misses.remove(0);
-        let message = Message::new(BackendReq::IOTLB_MSG, VhostUserHeaderFlag::REPLY, &answer.to_ne_bytes());
+        let message =
+            Message::new(BackendReq::IOTLB_MSG, VhostUserHeaderFlag::REPLY, &answer.to_ne_bytes());
         self.receive(Channel::Backend, message);
     }
 
@@ -243,7 +285,11 @@ impl Machine {
     /// Serves those of the rings only.
     pub fn serve_rings(&mut self) {
         self.run();
-        while self.misses.first().is_some_and(|miss| iotlb_message(&miss.payload).unwrap().iova < 0xffff_0000) {
+        while self
+            .misses
+            .first()
+            .is_some_and(|miss| iotlb_message(&miss.payload).unwrap().iova < 0xffff_0000)
+        {
             self.serve_one_miss();
             self.run();
         }
@@ -278,7 +324,10 @@ impl Machine {
         self.run_tasks();
     }
 
-    pub fn spawn<T>(&self, future: impl Future<Output = T> + Send + 'static) -> BoxFuture<'static, T> {
+    pub fn spawn<T>(
+        &self,
+        future: impl Future<Output = T> + Send + 'static,
+    ) -> BoxFuture<'static, T> {
         Box::pin(future)
     }
 

@@ -1,6 +1,11 @@
 //! What goes wrong with a back-end that has an IOMMU, each as a test of the state machine. No
 //! front-end but the test, no threads, no I/O.
-#![allow(missing_docs, unreachable_pub, dead_code, reason = "a test that shares modules with the schedules")]
+#![allow(
+    missing_docs,
+    unreachable_pub,
+    dead_code,
+    reason = "a test that shares modules with the schedules"
+)]
 
 #[path = "../schedules/device.rs"]
 mod device;
@@ -18,7 +23,9 @@ use machine::Machine;
 use shootdown::AddressRange;
 use shootdown_vhost::message::{Channel, Message};
 use shootdown_vhost::{MapError, Permissions, Want};
-use vhost::vhost_user::message::{FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserHeaderFlag};
+use vhost::vhost_user::message::{
+    FrontendReq, VhostUserConfig, VhostUserConfigFlags, VhostUserHeaderFlag,
+};
 use vm_memory::ByteValued;
 
 #[test]
@@ -29,7 +36,11 @@ fn p1_an_invalidate_of_everything_needs_no_translation_to_be_answered() {
     assert_eq!(machine.in_flight(), 1);
     machine.invalidate(0, 1 << 63);
     machine.run();
-    assert_eq!((machine.answers(), machine.session.iotlb().len()), (0, 0), "the access is in flight");
+    assert_eq!(
+        (machine.answers(), machine.session.iotlb().len()),
+        (0, 0),
+        "the access is in flight"
+    );
     machine.access();
     machine.run();
     // The used ring has no translation any more, and nobody serves a miss.
@@ -181,7 +192,10 @@ fn p6_a_translation_that_does_not_allow_the_access_is_a_refusal() {
     machine.update_for(3 * PAGE, PAGE, 9, Permissions::Read);
     assert!(machine.poll(&mut map).is_none(), "the answer counts");
     machine.answer_miss(0);
-    assert_eq!(machine.poll(&mut map).unwrap().unwrap_err(), MapError::Refused { iova: 3 * PAGE, access: Permissions::Write });
+    assert_eq!(
+        machine.poll(&mut map).unwrap().unwrap_err(),
+        MapError::Refused { iova: 3 * PAGE, access: Permissions::Write }
+    );
 }
 
 #[test]
@@ -192,7 +206,11 @@ fn p7_memory_stays_with_who_uses_it() {
     assert_eq!(machine.in_flight(), 1);
     machine.memory_table();
     machine.run();
-    assert_eq!((machine.answers(), machine.in_flight()), (0, 1), "who shares new memory takes the old one away");
+    assert_eq!(
+        (machine.answers(), machine.in_flight()),
+        (0, 1),
+        "who shares new memory takes the old one away"
+    );
     machine.access();
     machine.run();
     assert_eq!(machine.answers(), 1);
@@ -221,7 +239,11 @@ fn p8_an_unset_queue_and_tables_of_descriptors() {
         machine.serve_misses();
         machine.take_completed(0);
     }
-    assert!(machine.tables > 0 && machine.tables < 20, "{} requests of 20 had a table", machine.tables);
+    assert!(
+        machine.tables > 0 && machine.tables < 20,
+        "{} requests of 20 had a table",
+        machine.tables
+    );
 }
 
 #[test]
@@ -254,7 +276,10 @@ fn answers_come_in_the_order_of_the_requests() {
     machine.invalidate(0x100 * PAGE, PAGE);
     machine.update(0x200 * PAGE, PAGE, 9);
     assert_eq!(machine.answers(), 0);
-    assert!(machine.session.iotlb().try_map(Want::read(0x200 * PAGE, 8)).is_some(), "what it says counts at once");
+    assert!(
+        machine.session.iotlb().try_map(Want::read(0x200 * PAGE, 8)).is_some(),
+        "what it says counts at once"
+    );
     drop(held);
     machine.poll_session();
     assert_eq!(machine.answers(), 2);
@@ -338,7 +363,10 @@ fn configuration_spaces_are_short() {
     };
     machine.session.receive(Channel::Frontend, config(60, 8)).unwrap();
     for (offset, size) in [(u32::MAX, 8), (u32::MAX - 7, 8), (1 << 20, 8), (0, 0)] {
-        assert!(machine.session.receive(Channel::Frontend, config(offset, size)).is_err(), "{offset} {size}");
+        assert!(
+            machine.session.receive(Channel::Frontend, config(offset, size)).is_err(),
+            "{offset} {size}"
+        );
     }
 }
 

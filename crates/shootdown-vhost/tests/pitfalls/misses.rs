@@ -86,7 +86,10 @@ fn v3_a_refusal_of_before_concerns_nobody_who_asks_later() {
     machine.poll_session();
     machine.answer_miss(1);
     let found = machine.poll(&mut map);
-    assert!(!matches!(found, Some(Err(MapError::Refused { .. }))), "refused by an answer from before: {found:?}");
+    assert!(
+        !matches!(found, Some(Err(MapError::Refused { .. }))),
+        "refused by an answer from before: {found:?}"
+    );
 }
 
 /// A new back-end channel: what was asked for on the old one is answered by nobody.
@@ -98,7 +101,10 @@ fn v3_what_was_asked_on_a_channel_that_is_replaced_is_asked_again() {
     assert!(machine.poll(&mut map).is_none());
     machine.poll_session();
     machine.misses.clear();
-    machine.session.receive(Channel::Frontend, with_fds(FrontendReq::SET_BACKEND_REQ_FD, &[], vec![fd()])).unwrap();
+    machine
+        .session
+        .receive(Channel::Frontend, with_fds(FrontendReq::SET_BACKEND_REQ_FD, &[], vec![fd()]))
+        .unwrap();
     machine.poll_session();
     let found = machine.poll(&mut map);
     machine.poll_session();
@@ -126,7 +132,8 @@ fn v3_a_range_of_more_translations_than_there_can_be_is_refused_some_day() {
     let pages = 65_600;
     let iotlb = machine.session.iotlb().clone();
     let other = iotlb.clone();
-    let mut map = machine.spawn(async move { other.map(Want::read(0, pages * PAGE)).await.map(drop) });
+    let mut map =
+        machine.spawn(async move { other.map(Want::read(0, pages * PAGE)).await.map(drop) });
     for round in 0..6 {
         if machine.poll(&mut map).is_some() {
             return;
@@ -136,7 +143,11 @@ fn v3_a_range_of_more_translations_than_there_can_be_is_refused_some_day() {
         // An eager front-end tells of all pages at once.
         for page in 0..pages {
             let place = Place { region: region.clone(), offset: 0 };
-            iotlb.update(AddressRange::new(page * PAGE, PAGE).unwrap(), place, Permissions::ReadWrite);
+            iotlb.update(
+                AddressRange::new(page * PAGE, PAGE).unwrap(),
+                place,
+                Permissions::ReadWrite,
+            );
         }
         while !machine.misses.is_empty() {
             machine.answer_miss(0);
@@ -159,7 +170,13 @@ fn v3_an_update_for_reads_does_not_refuse_the_write_that_is_asked_for_too() {
     assert_eq!(machine.misses.len(), 2);
     let update = |perm| {
         let msg_type = VhostIotlbType::Update;
-        let message = VhostIotlbMsg { iova: 9 * PAGE, size: PAGE, userspace_addr: USER + 9 * PAGE, perm, msg_type };
+        let message = VhostIotlbMsg {
+            iova: 9 * PAGE,
+            size: PAGE,
+            userspace_addr: USER + 9 * PAGE,
+            perm,
+            msg_type,
+        };
         Message::new(FrontendReq::IOTLB_MSG, VhostUserHeaderFlag::empty(), &iotlb_bytes(&message))
     };
     machine.session.receive(Channel::Frontend, update(VhostAccess::ReadOnly)).unwrap();

@@ -9,7 +9,9 @@ use shootdown_vhost::message::{Channel, Message};
 use shootdown_vhost::{Iotlb, Next, Session};
 use std::sync::Arc;
 use std::task::Context;
-use vhost::vhost_user::message::{FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion};
+use vhost::vhost_user::message::{
+    FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion,
+};
 use vm_memory::ByteValued;
 
 /// `stop` in QEMU's monitor, then `cont`, with a request in flight in the second queue.
@@ -31,7 +33,11 @@ fn v4_no_request_is_lost_when_another_queue_stops_first() {
     machine.run();
     assert_eq!(machine.answers(), 1);
     let heard = machine.guest.completed(1).unwrap().is_some();
-    assert!(heard || machine.last_base() == 0, "done, never reported, and not to be taken again: base {}", machine.last_base());
+    assert!(
+        heard || machine.last_base() == 0,
+        "done, never reported, and not to be taken again: base {}",
+        machine.last_base()
+    );
 }
 
 /// The same with one queue: a flush of the whole domain comes just before.
@@ -103,7 +109,13 @@ fn v4_what_could_not_be_told_before_a_reset_is_not_told_after_it() {
 fn v6_a_base_is_answered_although_a_new_kick_comes_before() {
     let mut machine = Machine::started();
     machine.get_vring_base(0);
-    machine.session.receive(Channel::Frontend, with_fds(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), vec![fd()])).unwrap();
+    machine
+        .session
+        .receive(
+            Channel::Frontend,
+            with_fds(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), vec![fd()]),
+        )
+        .unwrap();
     machine.poll_session();
     machine.serve_misses();
     assert_eq!(machine.answers(), 2, "the base and the kick");
@@ -116,12 +128,20 @@ fn v5_rings_of_a_dropped_session_stop() {
     let iotlb = Iotlb::default();
     let mut session = Session::new(device.clone(), iotlb.clone());
     let waker = noop_waker();
-    let plain = |request, payload: &[u8]| Message::new(request, VhostUserHeaderFlag::empty(), payload);
+    let plain =
+        |request, payload: &[u8]| Message::new(request, VhostUserHeaderFlag::empty(), payload);
     let (_, file) = memory_of(8, 0, USER);
     let region = VhostUserMemoryRegion::new(0, 8 * PAGE, USER, 0);
     let payload = [VhostUserMemory::new(1).as_slice(), region.as_slice()].concat();
     let none = vhost::vhost_user::message::VhostUserVringAddrFlags::empty();
-    let ring = vhost::vhost_user::message::VhostUserVringAddr::new(0, none, USER, USER + 2 * PAGE, USER + PAGE, 0);
+    let ring = vhost::vhost_user::message::VhostUserVringAddr::new(
+        0,
+        none,
+        USER,
+        USER + 2 * PAGE,
+        USER + PAGE,
+        0,
+    );
     let messages = vec![
         plain(FrontendReq::SET_FEATURES, &(1u64 << 32).to_ne_bytes()),
         with_fds(FrontendReq::SET_MEM_TABLE, &payload, vec![file]),
@@ -136,7 +156,10 @@ fn v5_rings_of_a_dropped_session_stop() {
     let mut ring = device.0.lock().unwrap().pop().expect("it runs");
     drop(session);
     let next = ring.next().now_or_never();
-    assert!(!matches!(next, Some(Ok(Next::Empty))), "it runs for ever, and uses the guest's memory: {next:?}");
+    assert!(
+        !matches!(next, Some(Ok(Next::Empty))),
+        "it runs for ever, and uses the guest's memory: {next:?}"
+    );
 }
 
 /// RESET_OWNER disables all rings; whoever waits for the answer has the memory back.
@@ -147,7 +170,10 @@ fn v4_the_answer_to_reset_owner_waits_for_what_is_in_flight() {
     machine.serve_misses();
     assert_eq!(machine.in_flight(), 1);
     machine.answers();
-    machine.session.receive(Channel::Frontend, with_fds(FrontendReq::RESET_OWNER, &[], vec![])).unwrap();
+    machine
+        .session
+        .receive(Channel::Frontend, with_fds(FrontendReq::RESET_OWNER, &[], vec![]))
+        .unwrap();
     machine.run();
     assert_eq!(machine.answers(), 0, "answered with an access in flight");
 }
@@ -160,10 +186,23 @@ fn v6_a_ring_that_nobody_has_enabled_does_not_start() {
     machine.plain(FrontendReq::SET_FEATURES, &FEATURES.to_ne_bytes());
     let none = vhost::vhost_user::message::VhostUserVringAddrFlags::empty();
     let [descriptors, available, used] = [0, 1, 2].map(|part| guest::ring_iova(0, part));
-    let ring = vhost::vhost_user::message::VhostUserVringAddr::new(0, none, descriptors, used, available, 0);
+    let ring = vhost::vhost_user::message::VhostUserVringAddr::new(
+        0,
+        none,
+        descriptors,
+        used,
+        available,
+        0,
+    );
     machine.plain(FrontendReq::SET_VRING_NUM, &state(0, 8));
     machine.plain(FrontendReq::SET_VRING_ADDR, ring.as_slice());
-    machine.session.receive(Channel::Frontend, with_fds(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), vec![fd()])).unwrap();
+    machine
+        .session
+        .receive(
+            Channel::Frontend,
+            with_fds(FrontendReq::SET_VRING_KICK, &0u64.to_ne_bytes(), vec![fd()]),
+        )
+        .unwrap();
     machine.run();
     assert!(machine.misses.is_empty(), "it runs");
 }
@@ -178,7 +217,10 @@ fn v4_what_is_in_flight_when_the_back_end_ends_is_reported() {
     machine.access();
     machine.run_tasks();
     assert!(machine.poll_closed());
-    assert!(machine.guest.completed(0).unwrap().is_some(), "done, and the guest does not hear of it");
+    assert!(
+        machine.guest.completed(0).unwrap().is_some(),
+        "done, and the guest does not hear of it"
+    );
 }
 
 /// RESET_OWNER, then the device is set up anew; nobody has asked for the base.

@@ -7,7 +7,9 @@ use shootdown_vhost::message::Message;
 use shootdown_vhost::{Device, Region, Ring};
 use std::os::fd::OwnedFd;
 use std::sync::{Arc, Mutex};
-use vhost::vhost_user::message::{BackendReq, FrontendReq, VhostUserHeaderFlag, VhostUserVringState};
+use vhost::vhost_user::message::{
+    BackendReq, FrontendReq, VhostUserHeaderFlag, VhostUserVringState,
+};
 use vm_memory::ByteValued;
 
 pub fn fd() -> OwnedFd {

@@ -32,7 +32,8 @@ fn all_words_are_right(strict: bool) {
             continue;
         }
         // A guest uses no more queues than it has processors.
-        let seen = Setup { devices, queues, cpus: queues, strict, ..Setup::default() }.boot().whole();
+        let seen =
+            Setup { devices, queues, cpus: queues, strict, ..Setup::default() }.boot().whole();
         let mode = if strict { "strict" } else { "lazy" };
         seen.print(&format!("{mode}, {devices} device(s), {queues} queue(s)"));
         check_words(&seen, devices);
@@ -58,7 +59,11 @@ fn the_answer_to_a_flush_waits_only_for_what_is_in_flight() {
     let seen = Setup { latency, ..Setup::default() }.boot().whole();
     seen.print(&format!("lazy, {latency:?} of latency"));
     check_words(&seen, 1);
-    assert!(seen.stat("met_in_flight")[0] > 0, "a flush of everything meets reads and writes: {:?}", seen.stats);
+    assert!(
+        seen.stat("met_in_flight")[0] > 0,
+        "a flush of everything meets reads and writes: {:?}",
+        seen.stats
+    );
     let longest = Duration::from_micros(seen.stat("longest_answer_us")[0]);
     // There is always something in flight: an answer that waits for what begins later, too, takes as long as the job.
     let job = Duration::from_millis(seen.sum("ms"));
@@ -70,7 +75,8 @@ fn the_answer_to_a_flush_waits_only_for_what_is_in_flight() {
 fn a_guest_that_is_stopped_and_goes_on_loses_no_request() {
     let latency = Duration::from_millis(5);
     for (queues, stops) in [(1, 20), (4, 10)] {
-        let seen = Setup { queues, cpus: queues, stops, latency, ..Setup::default() }.boot().whole();
+        let seen =
+            Setup { queues, cpus: queues, stops, latency, ..Setup::default() }.boot().whole();
         seen.print(&format!("lazy, {queues} queue(s), stopped {stops} times"));
         check_words(&seen, 1);
     }
@@ -78,7 +84,9 @@ fn a_guest_that_is_stopped_and_goes_on_loses_no_request() {
 
 fn a_front_end_that_is_killed_under_load_is_followed_by_another() {
     let latency = Duration::from_millis(5);
-    let seen = Setup { devices: 2, kill_one_before: true, mib: 16, latency, ..Setup::default() }.boot().whole();
+    let seen = Setup { devices: 2, kill_one_before: true, mib: 16, latency, ..Setup::default() }
+        .boot()
+        .whole();
     seen.print("after another guest");
     check_words(&seen, 2);
 }

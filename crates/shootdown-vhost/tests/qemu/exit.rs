@@ -21,8 +21,9 @@ fn setup() -> Setup {
 
 /// Words changed, a process or the whole guest has crashed.
 fn damage(seen: &Seen) -> bool {
-    let damaged =
-        |result: &serde_json::Value| result["crashed"] == true || result["changed"].as_u64().is_none_or(|words| words > 0);
+    let damaged = |result: &serde_json::Value| {
+        result["crashed"] == true || result["changed"].as_u64().is_none_or(|words| words > 0)
+    };
     seen.error.is_some() || seen.results.iter().any(damaged)
 }
 
@@ -31,7 +32,12 @@ fn nobody_gets_the_memory_of_a_killed_process_before_its_read_has_ended() {
     let seen = setup.boot().whole();
     seen.print("exit");
     assert!(!damage(&seen), "{:?}", seen.results);
-    assert_eq!(seen.sum("wrong"), 0, "the device is in order in the next round: {:?}", seen.results);
+    assert_eq!(
+        seen.sum("wrong"),
+        0,
+        "the device is in order in the next round: {:?}",
+        seen.results
+    );
     assert_eq!(seen.sum("ended_before"), 0, "the reads were in flight: {:?}", seen.results);
     for result in &seen.results {
         // The read had begun 20 ms before.

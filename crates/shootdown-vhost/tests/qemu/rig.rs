@@ -34,7 +34,8 @@ const PACKAGE: &str = env!("CARGO_MANIFEST_DIR");
 
 /// Cargo's folder for what is built for and with the guest, as `guest.sh` has it.
 fn folder() -> PathBuf {
-    let target = env::var_os("CARGO_TARGET_DIR").map_or_else(|| Path::new(PACKAGE).join("../../target"), PathBuf::from);
+    let target = env::var_os("CARGO_TARGET_DIR")
+        .map_or_else(|| Path::new(PACKAGE).join("../../target"), PathBuf::from);
     target.join("guest")
 }
 
@@ -47,9 +48,13 @@ pub fn missing() -> Option<String> {
     if !env::split_paths(&path).any(|folder| folder.join("qemu-system-x86_64").is_file()) {
         return Some("there is no qemu-system-x86_64".to_owned());
     }
-    let kernel = env::var_os("SHOOTDOWN_GUEST_KERNEL").map_or_else(|| folder().join("kernel"), PathBuf::from);
+    let kernel = env::var_os("SHOOTDOWN_GUEST_KERNEL")
+        .map_or_else(|| folder().join("kernel"), PathBuf::from);
     if !kernel.join("boot").is_dir() {
-        return Some(format!("there is no kernel for a guest in {}: crates/shootdown-vhost/guest.sh fetch", kernel.display()));
+        return Some(format!(
+            "there is no kernel for a guest in {}: crates/shootdown-vhost/guest.sh fetch",
+            kernel.display()
+        ));
     }
     let cargo = Command::new(env!("CARGO")).arg("--version").output();
     cargo.err().map(|error| format!("cargo cannot be run by this user: {error}"))
@@ -63,7 +68,8 @@ pub fn no_backend() -> Option<String> {
     if env::var_os(BACKEND).is_some() {
         return None;
     }
-    let source = Path::new(PACKAGE).join("examples/blk.rs").exists() || Path::new(PACKAGE).join("examples/blk").exists();
+    let source = Path::new(PACKAGE).join("examples/blk.rs").exists()
+        || Path::new(PACKAGE).join("examples/blk").exists();
     (!source).then(|| "this package has no example `blk`".to_owned())
 }
 
@@ -72,7 +78,11 @@ fn image() -> &'static [PathBuf; 2] {
     static IMAGE: OnceLock<[PathBuf; 2]> = OnceLock::new();
     IMAGE.get_or_init(|| {
         let output = guest_sh().arg("image").env("CARGO", env!("CARGO")).output().unwrap();
-        assert!(output.status.success(), "guest.sh image: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "guest.sh image: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         let lines = String::from_utf8(output.stdout).unwrap();
         lines.lines().map(PathBuf::from).collect::<Vec<_>>().try_into().unwrap()
     })
@@ -93,9 +103,20 @@ fn backend() -> &'static Path {
         let program = env::current_exe().unwrap();
         let target = program.ancestors().nth(3).unwrap();
         let mut cargo = Command::new(env!("CARGO"));
-        cargo.current_dir(PACKAGE).args(["build", "--quiet", "--release", "--example", "blk", "--target-dir"]);
+        cargo.current_dir(PACKAGE).args([
+            "build",
+            "--quiet",
+            "--release",
+            "--example",
+            "blk",
+            "--target-dir",
+        ]);
         let output = cargo.arg(target).output().unwrap();
-        assert!(output.status.success(), "the example: {}", String::from_utf8_lossy(&output.stderr));
+        assert!(
+            output.status.success(),
+            "the example: {}",
+            String::from_utf8_lossy(&output.stderr)
+        );
         target.join("release/examples/blk")
     })
 }
@@ -197,11 +218,13 @@ impl Setup {
     pub fn boot(&self) -> Seen {
         let folder = TempDir::new().unwrap();
         let path = |name: &str| folder.path().join(name);
-        let files: Vec<PathBuf> = (0..self.devices).map(|disk| path(&format!("disk{disk}"))).collect();
+        let files: Vec<PathBuf> =
+            (0..self.devices).map(|disk| path(&format!("disk{disk}"))).collect();
         for (disk, file) in files.iter().enumerate() {
             create(file, disk, self.mib << 20, self.filled);
         }
-        let sockets: Vec<PathBuf> = (0..self.devices).map(|disk| path(&format!("socket{disk}"))).collect();
+        let sockets: Vec<PathBuf> =
+            (0..self.devices).map(|disk| path(&format!("socket{disk}"))).collect();
         let mut backends = self.start_backends(&sockets, &files, folder.path());
 
         if self.kill_one_before {
@@ -228,18 +251,29 @@ impl Setup {
     }
 
     /// QEMU, and the lines of the guest's console.
-    fn start_qemu(&self, sockets: &[PathBuf], files: &[PathBuf], folder: &Path) -> (Process, Receiver<String>) {
+    fn start_qemu(
+        &self,
+        sockets: &[PathBuf],
+        files: &[PathBuf],
+        folder: &Path,
+    ) -> (Process, Receiver<String>) {
         let [kernel, initramfs] = image();
         let mut command = guest_sh();
         command.args(["boot", "--job", self.job, "--image"]).args([kernel, initramfs]);
         for (file, socket) in files.iter().zip(sockets) {
             match self.served {
-                Served::Qemu { throttle } => command.arg("--own").arg(file).args(["--throttle", &throttle.to_string()]),
+                Served::Qemu { throttle } => {
+                    command.arg("--own").arg(file).args(["--throttle", &throttle.to_string()])
+                }
                 _ => command.arg("--socket").arg(socket),
             };
         }
         command.args(["--queues", &self.queues.to_string(), "--cpus", &self.cpus.to_string()]);
-        let flags = [("--strict", self.strict), ("--no-iommu", !self.iommu), ("--shared-slot", self.shared_slot)];
+        let flags = [
+            ("--strict", self.strict),
+            ("--no-iommu", !self.iommu),
+            ("--shared-slot", self.shared_slot),
+        ];
         command.args(flags.into_iter().filter(|(_, set)| *set).map(|(flag, _)| flag));
         if self.stops > 0 {
             command.arg("--monitor").arg(folder.join(MONITOR));
@@ -248,13 +282,19 @@ impl Setup {
             command.args(["--set", &format!("{name}={value}")]);
         }
         let errors = File::create(folder.join("qemu.log")).unwrap();
-        let child = command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors).spawn().unwrap();
+        let child =
+            command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(errors).spawn().unwrap();
         let mut qemu = Process(child);
         let console = lines(qemu.0.stdout.take().unwrap());
         (qemu, console)
     }
 
-    fn start_backends(&self, sockets: &[PathBuf], files: &[PathBuf], folder: &Path) -> Vec<Backend> {
+    fn start_backends(
+        &self,
+        sockets: &[PathBuf],
+        files: &[PathBuf],
+        folder: &Path,
+    ) -> Vec<Backend> {
         let disks: Vec<_> = sockets.iter().zip(files).collect();
         let (each, domain) = match self.served {
             Served::Processes => (1, false),
@@ -278,15 +318,25 @@ impl Setup {
                 command.arg("--domain");
             }
             let log = File::create(folder.join(format!("backend{index}.log"))).unwrap();
-            let child = command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log).spawn().unwrap();
+            let child = command
+                .stdin(Stdio::null())
+                .stdout(log.try_clone().unwrap())
+                .stderr(log)
+                .spawn()
+                .unwrap();
             Backend { process: Process(child), stats }
         };
         let mut backends: Vec<Backend> = disks.chunks(each).enumerate().map(start).collect();
         // QEMU does not wait for a socket that is not there yet.
         let begun = Instant::now();
         while !sockets.iter().all(|socket| socket.exists()) {
-            let ended = backends.iter_mut().any(|backend| backend.process.0.try_wait().unwrap().is_some());
-            assert!(!ended && begun.elapsed() < SOON, "a back-end does not listen: {}", log(folder, "backend0"));
+            let ended =
+                backends.iter_mut().any(|backend| backend.process.0.try_wait().unwrap().is_some());
+            assert!(
+                !ended && begun.elapsed() < SOON,
+                "a back-end does not listen: {}",
+                log(folder, "backend0")
+            );
             thread::sleep(Duration::from_millis(5));
         }
         backends
@@ -303,7 +353,8 @@ impl Backend {
             thread::sleep(Duration::from_millis(5));
         }
         let text = fs::read_to_string(&self.stats).unwrap_or_default();
-        let values = serde_json::Deserializer::from_str(&text).into_iter::<Value>().map(Result::unwrap);
+        let values =
+            serde_json::Deserializer::from_str(&text).into_iter::<Value>().map(Result::unwrap);
         // One after the other, or in an array.
         let devices = values.flat_map(|value| match value {
             Value::Array(devices) => devices,
@@ -326,7 +377,9 @@ fn stop_and_go(stops: u32, monitor: &Path) {
         for command in ["stop", "cont"].into_iter().cycle().take(2 * stops as usize) {
             // The guest works for a while, and is still for a while.
             thread::sleep(if command == "stop" { WORKING } else { STILL });
-            answered = answered && writeln!(monitor, "{command}").is_ok() && answers.read_until(b')', &mut Vec::new()).is_ok();
+            answered = answered
+                && writeln!(monitor, "{command}").is_ok()
+                && answers.read_until(b')', &mut Vec::new()).is_ok();
             if !answered {
                 // QEMU has ended, with the job.
                 return;
@@ -367,7 +420,11 @@ fn lines(console: impl Read + Send + 'static) -> Receiver<String> {
 }
 
 /// The results until the guest's end, and what went wrong.
-fn listen(console: &Receiver<String>, patience: Duration, begun_now: impl FnOnce()) -> (Vec<Value>, Option<String>) {
+fn listen(
+    console: &Receiver<String>,
+    patience: Duration,
+    begun_now: impl FnOnce(),
+) -> (Vec<Value>, Option<String>) {
     let mut begun_now = Some(begun_now);
     let begun = Instant::now();
     let (mut results, mut others, mut ended) = (Vec::new(), Vec::new(), None);
@@ -389,7 +446,8 @@ fn listen(console: &Receiver<String>, patience: Duration, begun_now: impl FnOnce
             begun_now.take().into_iter().for_each(|begun| begun());
             continue;
         }
-        let value: Value = serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
+        let value: Value =
+            serde_json::from_str(text).unwrap_or_else(|error| panic!("{error}: {text}"));
         match (value.get("end"), value.get("error")) {
             (Some(_), _) => ended = Some(None),
             (None, Some(error)) => ended = Some(Some(format!("the guest says: {error}"))),

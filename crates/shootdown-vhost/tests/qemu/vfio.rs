@@ -18,7 +18,14 @@ const ROUNDS: u64 = 5;
 const WORDS: u64 = (64 << 10) / 8;
 
 fn setup() -> Setup {
-    Setup { job: "vfio", set: vec![("rounds", ROUNDS)], latency: LATENCY, filled: true, mib: 4, ..Setup::default() }
+    Setup {
+        job: "vfio",
+        set: vec![("rounds", ROUNDS)],
+        latency: LATENCY,
+        filled: true,
+        mib: 4,
+        ..Setup::default()
+    }
 }
 
 fn print_rounds(title: &str, seen: &Seen) {
@@ -41,11 +48,17 @@ fn print_rounds(title: &str, seen: &Seen) {
 fn held(seen: &Seen) -> Vec<Duration> {
     assert_eq!(seen.results.len() as u64, ROUNDS);
     assert_eq!(seen.sum("wrong"), 0, "{:?}", seen.results);
-    let failed = |name: &str, result: &serde_json::Value| result[name].as_array().unwrap().iter().any(|status| *status != 0);
+    let failed = |name: &str, result: &serde_json::Value| {
+        result[name].as_array().unwrap().iter().any(|status| *status != 0)
+    };
     assert!(!seen.results.iter().any(|result| failed("statuses", result)), "{:?}", seen.results);
     // On a busy machine the request may not have got to the device, or the read may be over: it fails, or has ended.
-    let in_flight = seen.results.iter().filter(|result| !failed("statuses_later", result) && number(result, "ended_before") == 0);
-    let held: Vec<_> = in_flight.map(|result| Duration::from_micros(number(result, "held_us"))).collect();
+    let in_flight = seen
+        .results
+        .iter()
+        .filter(|result| !failed("statuses_later", result) && number(result, "ended_before") == 0);
+    let held: Vec<_> =
+        in_flight.map(|result| Duration::from_micros(number(result, "held_us"))).collect();
     assert!(held.len() as u64 * 2 > ROUNDS, "{:?}", seen.results);
     held
 }
@@ -69,8 +82,14 @@ fn an_unmap_takes_as_long_as_the_read_it_meets_and_nothing_is_overwritten() {
         assert_eq!(seen.sum("foreign"), 0, "{:?}", seen.results);
         check_apart(&seen);
         let held = held(&seen);
-        assert!(held.iter().all(|held| *held >= LATENCY), "the unmap has not waited for the read: {held:?}");
-        assert!(median(held.clone()) < 2 * LATENCY, "the unmap has waited for something else: {held:?}");
+        assert!(
+            held.iter().all(|held| *held >= LATENCY),
+            "the unmap has not waited for the read: {held:?}"
+        );
+        assert!(
+            median(held.clone()) < 2 * LATENCY,
+            "the unmap has waited for something else: {held:?}"
+        );
         assert!(seen.stat("met_in_flight")[0] > 0, "{:?}", seen.stats);
     }
 }
@@ -80,13 +99,21 @@ fn an_answer_that_comes_too_early_overwrites_memory() {
     print_rounds("answer-early", &seen);
     let held = held(&seen);
     assert!(held.iter().all(|held| *held < LATENCY), "nothing is waited for: {held:?}");
-    assert!(seen.sum("foreign") >= held.len() as u64 * WORDS, "the whole read is in memory of another use: {:?}", seen.results);
+    assert!(
+        seen.sum("foreign") >= held.len() as u64 * WORDS,
+        "the whole read is in memory of another use: {:?}",
+        seen.results
+    );
 }
 
 fn a_used_entry_that_comes_too_early_is_noticed() {
     let seen = Setup { fault: Some("early-used"), ..setup() }.boot();
     seen.print("early-used");
-    assert!(seen.sum("wrong") > 0, "the driver looks before the words are there: {:?}", seen.results);
+    assert!(
+        seen.sum("wrong") > 0,
+        "the driver looks before the words are there: {:?}",
+        seen.results
+    );
 }
 
 fn a_translation_that_is_kept_is_noticed() {
@@ -94,7 +121,11 @@ fn a_translation_that_is_kept_is_noticed() {
     seen.print("keep-translations");
     // Each round ends with a read into other pages at the same address.
     assert!(seen.sum("wrong") >= ROUNDS * WORDS, "the read has gone elsewhere: {:?}", seen.results);
-    assert!(seen.sum("foreign") >= ROUNDS * WORDS, "it has gone where the address was before: {:?}", seen.results);
+    assert!(
+        seen.sum("foreign") >= ROUNDS * WORDS,
+        "it has gone where the address was before: {:?}",
+        seen.results
+    );
 }
 
 fn one_unmap_waits_for_both_devices_of_a_group() {
@@ -104,7 +135,9 @@ fn one_unmap_waits_for_both_devices_of_a_group() {
         ("one process, one domain", Served::OneProcess { domain: true }),
     ];
     for (title, served) in cases {
-        let seen = Setup { served, job: "vfio-pair", devices: 2, shared_slot: true, ..setup() }.boot().whole();
+        let seen = Setup { served, job: "vfio-pair", devices: 2, shared_slot: true, ..setup() }
+            .boot()
+            .whole();
         print_rounds(title, &seen);
         assert_eq!(seen.sum("foreign"), 0, "{:?}", seen.results);
         check_apart(&seen);

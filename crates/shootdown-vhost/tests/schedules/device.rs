@@ -98,7 +98,8 @@ async fn serve(hardware: Arc<Hardware>, chain: Chain) {
     let _ = wait.await;
     let after = token(&chain);
     if before != after {
-        *hardware.stale.lock().unwrap() = Some(format!("request {before} has the token {after:#x} while it is in flight"));
+        *hardware.stale.lock().unwrap() =
+            Some(format!("request {before} has the token {after:#x} while it is in flight"));
     }
     let bytes: Vec<_> = before.to_ne_bytes().repeat(chain.writable().len() / 8);
     chain.writable().write(0, &bytes).unwrap();

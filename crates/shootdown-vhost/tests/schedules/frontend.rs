@@ -9,8 +9,8 @@ use shootdown_vhost::message::{Message, iotlb_bytes, iotlb_message};
 use std::collections::{BTreeSet, VecDeque};
 use std::os::fd::OwnedFd;
 use vhost::vhost_user::message::{
-    BackendReq, FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion, VhostUserVringAddr,
-    VhostUserVringAddrFlags, VhostUserVringState,
+    BackendReq, FrontendReq, VhostUserHeaderFlag, VhostUserMemory, VhostUserMemoryRegion,
+    VhostUserVringAddr, VhostUserVringAddrFlags, VhostUserVringState,
 };
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
 use vm_memory::ByteValued;
@@ -62,7 +62,13 @@ fn asking(request: FrontendReq, payload: &[u8], after: After) -> Step {
     (Message::new(request, NEED_REPLY, payload), true, after)
 }
 
-fn iotlb(msg_type: VhostIotlbType, iova: u64, size: u64, userspace_addr: u64, after: After) -> Step {
+fn iotlb(
+    msg_type: VhostIotlbType,
+    iova: u64,
+    size: u64,
+    userspace_addr: u64,
+    after: After,
+) -> Step {
     let perm = VhostAccess::ReadWrite;
     let message = VhostIotlbMsg { iova, size, userspace_addr, perm, msg_type };
     asking(FrontendReq::IOTLB_MSG, &iotlb_bytes(&message), after)
@@ -75,7 +81,8 @@ fn invalidate(iova: u64, size: u64, after: After) -> Step {
 impl Frontend {
     /// Connects, and starts the device.
     pub fn new(guest: &Guest, lazy: bool, backend: OwnedFd, event_idx: bool) -> Self {
-        let features: u64 = 1 << 32 | 1 << 33 | 1 << 30 | 1 << 28 | if event_idx { 1 << 29 } else { 0 };
+        let features: u64 =
+            1 << 32 | 1 << 33 | 1 << 30 | 1 << 28 | if event_idx { 1 << 29 } else { 0 };
         let mut frontend = Self {
             script: VecDeque::new(),
             waiting: None,
@@ -85,7 +92,11 @@ impl Frontend {
             answered: 0,
         };
         frontend.script.extend([
-            (Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[]), true, After::Nothing),
+            (
+                Message::new(FrontendReq::GET_FEATURES, VhostUserHeaderFlag::empty(), &[]),
+                true,
+                After::Nothing,
+            ),
             plain(FrontendReq::SET_PROTOCOL_FEATURES, &0x229u64.to_ne_bytes()),
         ]);
         let mut channel = asking(FrontendReq::SET_BACKEND_REQ_FD, &[], After::Nothing);
@@ -107,10 +118,12 @@ impl Frontend {
     fn start(&mut self, guest: &Guest) {
         self.memory_table(guest);
         for queue in 0..QUEUES {
-            let state = |num: u32| VhostUserVringState::new(u32::from(queue), num).as_slice().to_vec();
+            let state =
+                |num: u32| VhostUserVringState::new(u32::from(queue), num).as_slice().to_vec();
             let [descriptors, available, used] = [0, 1, 2].map(|part| ring_iova(queue, part));
             let none = VhostUserVringAddrFlags::empty();
-            let addresses = VhostUserVringAddr::new(u32::from(queue), none, descriptors, used, available, 0);
+            let addresses =
+                VhostUserVringAddr::new(u32::from(queue), none, descriptors, used, available, 0);
             let mut kick = plain(FrontendReq::SET_VRING_KICK, &u64::from(queue).to_ne_bytes());
             kick.0.fds.push(eventfd_());
             let mut call = plain(FrontendReq::SET_VRING_CALL, &u64::from(queue).to_ne_bytes());
@@ -127,7 +140,13 @@ impl Frontend {
         for queue in 0..QUEUES {
             let page = guest.table[&(ring_iova(queue, 2) / PAGE)];
             let iova = ring_iova(queue, 2);
-            self.script.push_back(iotlb(VhostIotlbType::Update, iova, PAGE, USER + page * PAGE, After::Nothing));
+            self.script.push_back(iotlb(
+                VhostIotlbType::Update,
+                iova,
+                PAGE,
+                USER + page * PAGE,
+                After::Nothing,
+            ));
         }
         // As for a queue that is not set up.
         self.script.push_back(iotlb(VhostIotlbType::Update, 0, PAGE, USER, After::Nothing));
@@ -148,7 +167,12 @@ impl Frontend {
 
     pub fn send(&mut self) -> Option<Message> {
         let (message, answered, after) = self.script.pop_front()?;
-        let anew = [FrontendReq::SET_MEM_TABLE, FrontendReq::SET_FEATURES, FrontendReq::SET_PROTOCOL_FEATURES].map(u32::from);
+        let anew = [
+            FrontendReq::SET_MEM_TABLE,
+            FrontendReq::SET_FEATURES,
+            FrontendReq::SET_PROTOCOL_FEATURES,
+        ]
+        .map(u32::from);
         if anew.contains(&message.request) {
             // Who waits asks again.
             self.untold.clear();
@@ -182,12 +206,23 @@ impl Frontend {
         while random.random_bool(0.5) && contiguous(count) {
             count += 1;
         }
-        self.script.push_front(iotlb(VhostIotlbType::Update, iova, count * PAGE, USER + page * PAGE, After::Miss));
+        self.script.push_front(iotlb(
+            VhostIotlbType::Update,
+            iova,
+            count * PAGE,
+            USER + page * PAGE,
+            After::Miss,
+        ));
         self.send().map(Sent::Frontend)
     }
 
     /// The session has sent something on the front-end channel.
-    pub fn receive(&mut self, message: &Message, guest: &mut Guest, random: &mut SmallRng) -> Result<Option<Sent>, String> {
+    pub fn receive(
+        &mut self,
+        message: &Message,
+        guest: &mut Guest,
+        random: &mut SmallRng,
+    ) -> Result<Option<Sent>, String> {
         let (request, after) = self.waiting.take().ok_or("an answer to nothing")?;
         if message.request != request || message.flags & 0x7 != 0x5 {
             return Err(format!("{message:?} is no answer to {request}"));
@@ -215,10 +250,13 @@ impl Frontend {
 
     /// The session has sent something on the back-end channel.
     pub fn asked(&mut self, message: &Message) -> Result<(), String> {
-        let miss = iotlb_message(&message.payload).filter(|miss| miss.msg_type == VhostIotlbType::Miss);
+        let miss =
+            iotlb_message(&message.payload).filter(|miss| miss.msg_type == VhostIotlbType::Miss);
         let miss = miss.ok_or(format!("{message:?} is no MISS"))?;
         if !self.untold.insert((miss.iova / PAGE, miss.perm as u8)) {
-            return Err("a page is asked for twice, and nothing was told of it in between".to_owned());
+            return Err(
+                "a page is asked for twice, and nothing was told of it in between".to_owned()
+            );
         }
         self.misses.push_back(miss);
         Ok(())
@@ -231,7 +269,8 @@ impl Frontend {
             _ => {
                 let last = pages.len() - 1;
                 for (at, (iova, _)) in pages.clone().into_iter().enumerate() {
-                    let after = if at == last { After::GiveBack(pages.clone()) } else { After::Nothing };
+                    let after =
+                        if at == last { After::GiveBack(pages.clone()) } else { After::Nothing };
                     self.script.push_back(invalidate(iova * PAGE, PAGE, after));
                 }
             }
@@ -276,18 +315,25 @@ impl Frontend {
     pub fn reset(&mut self, disable: bool) {
         let state = |queue: u16| VhostUserVringState::new(u32::from(queue), 0).as_slice().to_vec();
         if disable {
-            self.script.extend((0..QUEUES).map(|queue| plain(FrontendReq::SET_VRING_ENABLE, &state(queue))));
+            self.script.extend(
+                (0..QUEUES).map(|queue| plain(FrontendReq::SET_VRING_ENABLE, &state(queue))),
+            );
         }
         for queue in 0..QUEUES {
             let after = if queue + 1 == QUEUES { After::Reset } else { After::Nothing };
-            let message = Message::new(FrontendReq::GET_VRING_BASE, VhostUserHeaderFlag::empty(), &state(queue));
+            let message = Message::new(
+                FrontendReq::GET_VRING_BASE,
+                VhostUserHeaderFlag::empty(),
+                &state(queue),
+            );
             self.script.push_back((message, true, after));
         }
     }
 }
 
 fn answer(value: u64) -> Message {
-    let mut answer = Message::new(BackendReq::IOTLB_MSG, VhostUserHeaderFlag::REPLY, &value.to_ne_bytes());
+    let mut answer =
+        Message::new(BackendReq::IOTLB_MSG, VhostUserHeaderFlag::REPLY, &value.to_ne_bytes());
     answer.flags |= 1;
     answer
 }

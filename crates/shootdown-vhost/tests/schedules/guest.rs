@@ -153,7 +153,8 @@ impl Guest {
             return None;
         }
         let iovas: Vec<_> = iovas.drain(at..at + count).collect();
-        let mut pages: Vec<_> = iovas.into_iter().map(|iova| (iova, self.free.pop().unwrap())).collect();
+        let mut pages: Vec<_> =
+            iovas.into_iter().map(|iova| (iova, self.free.pop().unwrap())).collect();
         if self.identity {
             // Contiguous as long as nothing is given back out of order.
             pages.iter_mut().for_each(|(iova, page)| *iova = *page);
@@ -175,7 +176,11 @@ impl Guest {
         for (iova, page) in pages {
             self.fill(*page, FOREIGN);
             self.free.insert(0, *page);
-            let orphans = self.queues.iter().flat_map(|queue| &queue.requests).filter(|request| request.orphaned);
+            let orphans = self
+                .queues
+                .iter()
+                .flat_map(|queue| &queue.requests)
+                .filter(|request| request.orphaned);
             if !orphans.flat_map(|request| &request.pages).any(|(of_orphan, _)| of_orphan == iova) {
                 self.give_address_back(*iova);
             }
@@ -189,9 +194,12 @@ impl Guest {
 
     /// Makes a request available. Says whether there was room.
     pub fn submit(&mut self, queue: u16, random: &mut SmallRng) -> bool {
-        let taken: Vec<_> = self.queues[usize::from(queue)].requests.iter().map(|request| request.head).collect();
+        let taken: Vec<_> =
+            self.queues[usize::from(queue)].requests.iter().map(|request| request.head).collect();
         // Two descriptors for each.
-        let Some(head) = (0..SIZE / 2).map(|at| at * 2).find(|head| !taken.contains(head)) else { return false };
+        let Some(head) = (0..SIZE / 2).map(|at| at * 2).find(|head| !taken.contains(head)) else {
+            return false;
+        };
         let token = TOKENS.fetch_add(1, Ordering::Relaxed);
         let (count, indirect) = (random.random_range(1..=3), random.random_bool(0.3));
         let needed = count + 1 + usize::from(indirect);
@@ -226,11 +234,21 @@ impl Guest {
         state.next_available = index.wrapping_add(1);
         let words = buffer.iter().map(|(_, page)| *page).collect();
         pages.extend(buffer);
-        state.requests.push(Request { token, head, pages, buffer: words, len: u64::from(length), orphaned: false });
+        state.requests.push(Request {
+            token,
+            head,
+            pages,
+            buffer: words,
+            len: u64::from(length),
+            orphaned: false,
+        });
         self.put_short(available + 4 + 2 * u64::from(index % SIZE), head);
         if self.event_idx {
             // Wants to be called at the next one.
-            self.put_short(available + 4 + 2 * u64::from(SIZE), self.queues[usize::from(queue)].next_used);
+            self.put_short(
+                available + 4 + 2 * u64::from(SIZE),
+                self.queues[usize::from(queue)].next_used,
+            );
         }
         self.put_short(available + 2, index.wrapping_add(1));
         true
@@ -254,11 +272,15 @@ impl Guest {
         let state = &mut self.queues[usize::from(queue)];
         state.next_used = next.wrapping_add(1);
         let at = state.requests.iter().position(|request| u64::from(request.head) == entry);
-        let request = state.requests.remove(at.ok_or(format!("completed: {entry}, which is not in flight"))?);
+        let request =
+            state.requests.remove(at.ok_or(format!("completed: {entry}, which is not in flight"))?);
         if !request.orphaned {
             for page in &request.buffer {
                 if let Some(found) = self.differs(*page, request.token) {
-                    return Err(format!("request {} is complete, and its buffer has {found}", request.token));
+                    return Err(format!(
+                        "request {} is complete, and its buffer has {found}",
+                        request.token
+                    ));
                 }
             }
             self.unmap_from_table(&request.pages);
@@ -277,7 +299,8 @@ impl Guest {
         let queue = random.random_range(0..QUEUES);
         let requests = &mut self.queues[usize::from(queue)].requests;
         // The oldest: the device is likely to have it.
-        let request = requests.iter_mut().find(|request| !request.orphaned && random.random_bool(0.7))?;
+        let request =
+            requests.iter_mut().find(|request| !request.orphaned && random.random_bool(0.7))?;
         request.orphaned = true;
         let pages = request.pages.clone();
         self.unmap_from_table(&pages);

@@ -82,13 +82,26 @@ impl Run {
         let event_idx = random.random_bool(0.5);
         let guest = Guest::new(&mut random, event_idx);
         let kicks = (0..QUEUES).map(|_| Timeline::new()).collect();
-        let hardware = Arc::new(Hardware { kicks, early_used: options.early_used, ..Hardware::default() });
+        let hardware =
+            Arc::new(Hardware { kicks, early_used: options.early_used, ..Hardware::default() });
         let session = Session::new(hardware.clone(), Iotlb::default()).fault(options.fault);
         let backend = rustix::event::eventfd(0, rustix::event::EventfdFlags::CLOEXEC).unwrap();
         let frontend = Frontend::new(&guest, random.random_bool(0.5), backend, event_idx);
         let budget = random.random_range(10..100);
         let (session_flag, tasks) = (Flag::new(), Vec::new());
-        Self { random, guest, frontend, session, session_flag, hardware, tasks, kicks: 0, budget, resetting: false, completed: 0 }
+        Self {
+            random,
+            guest,
+            frontend,
+            session,
+            session_flag,
+            hardware,
+            tasks,
+            kicks: 0,
+            budget,
+            resetting: false,
+            completed: 0,
+        }
     }
 
     fn give(&mut self, sent: Sent) -> Result<(), String> {
@@ -110,7 +123,8 @@ impl Run {
                 Output::Open(_) | Output::Close => {}
                 Output::Send(Channel::Backend, message) => self.frontend.asked(&message)?,
                 Output::Send(Channel::Frontend, message) => {
-                    let next = self.frontend.receive(&message, &mut self.guest, &mut self.random)?;
+                    let next =
+                        self.frontend.receive(&message, &mut self.guest, &mut self.random)?;
                     self.guest.check()?;
                     if let Some(next) = next {
                         self.session_flag.0.store(true, Ordering::SeqCst);
@@ -227,7 +241,8 @@ impl Run {
                 }
             }
             if quiet && !self.frontend.is_idle() {
-                return Err("a deadlock: the front-end waits for an answer, and nothing can go on".to_owned());
+                return Err("a deadlock: the front-end waits for an answer, and nothing can go on"
+                    .to_owned());
             }
             if quiet && self.budget == 0 {
                 break;
@@ -242,7 +257,11 @@ impl Run {
         self.act(Action::Look)?;
         // A ring that could not go on has lost what it had.
         let left: usize = self.guest.queues.iter().map(|queue| queue.requests.len()).sum();
-        if left > 0 && !self.hardware.broken.load(Ordering::SeqCst) && self.frontend.is_idle() && !self.frontend.has_misses() {
+        if left > 0
+            && !self.hardware.broken.load(Ordering::SeqCst)
+            && self.frontend.is_idle()
+            && !self.frontend.has_misses()
+        {
             return Err(format!("{left} requests are never completed"));
         }
         Ok((self.session.iotlb().stats(), self.completed))
@@ -250,7 +269,8 @@ impl Run {
 }
 
 fn schedules() -> u64 {
-    std::env::var("SHOOTDOWN_SCHEDULES").map_or(2_000, |count| count.parse().expect("SHOOTDOWN_SCHEDULES is a number"))
+    std::env::var("SHOOTDOWN_SCHEDULES")
+        .map_or(2_000, |count| count.parse().expect("SHOOTDOWN_SCHEDULES is a number"))
 }
 
 fn seeds() -> std::ops::Range<u64> {
@@ -267,8 +287,9 @@ fn seeds() -> std::ops::Range<u64> {
 fn no_schedule_deadlocks_or_sees_anything_stale() {
     let (mut total, mut completed) = (IotlbStats::default(), 0);
     for seed in seeds() {
-        let (stats, done) =
-            Run::new(seed, Options::default()).run().unwrap_or_else(|error| panic!("SHOOTDOWN_SEED={seed}: {error}"));
+        let (stats, done) = Run::new(seed, Options::default())
+            .run()
+            .unwrap_or_else(|error| panic!("SHOOTDOWN_SEED={seed}: {error}"));
         total.updates += stats.updates;
         total.misses += stats.misses;
         total.refused += stats.refused;
@@ -279,7 +300,10 @@ fn no_schedule_deadlocks_or_sees_anything_stale() {
     println!("{completed} requests, {total:?}");
     if seeds().end - seeds().start > 1000 {
         let (all, met) = (seeds().end, total.met_in_flight);
-        assert!(completed > 3 * all && met > all / 2 && total.refused > all / 20, "{completed}, {total:?}: they show too little");
+        assert!(
+            completed > 3 * all && met > all / 2 && total.refused > all / 20,
+            "{completed}, {total:?}: they show too little"
+        );
     }
 }
 

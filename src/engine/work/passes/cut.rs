@@ -50,7 +50,11 @@ impl Passes {
         if pass.budgeted {
             host.give_permit_back();
         }
-        self.finished.push(Finished { entry: pass.entry, listed: pass.listed, budgeted: pass.budgeted });
+        self.finished.push(Finished {
+            entry: pass.entry,
+            listed: pass.listed,
+            budgeted: pass.budgeted,
+        });
         self.trace.pass(&host.losses, pass.entry, pass.began, dropped.is_err());
         match dropped {
             Ok(()) => self.spare_slots.extend(pass.future),
@@ -71,7 +75,11 @@ impl Passes {
     }
 
     /// The same, off the list of what is pending. Under the lock, where nothing is dropped.
-    pub(crate) fn take_unpolled_of(&mut self, of: impl Fn(EntryRef) -> bool, mut unlist: impl FnMut(usize)) -> Unpolled {
+    pub(crate) fn take_unpolled_of(
+        &mut self,
+        of: impl Fn(EntryRef) -> bool,
+        mut unlist: impl FnMut(usize),
+    ) -> Unpolled {
         let mut taken = self.take_unpolled(of);
         for pass in &mut taken.0 {
             unlist(core::mem::replace(&mut pass.listed, UNLISTED));
