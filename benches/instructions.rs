@@ -1,7 +1,10 @@
-//! How many instructions the library takes: `ci/instructions.sh`, or `cargo bench --bench instructions` where `gungraun-runner` is installed.
+//! How many instructions the library takes: `ci/instructions.sh`, or
+//! `cargo bench --bench instructions` where `gungraun-runner` is installed.
 //!
-//! Times differ from machine to machine and from run to run; these counts (callgrind) do not, so a rise is a change of the code or of the compiler. Each
-//! count is for [`TIMES`] operations. `instructions.json` holds those of the last accepted run; a run fails where one is more than 5 % higher.
+//! Times differ from machine to machine and from run to run; these counts (callgrind) do not, so a
+//! rise is a change of the code or of the compiler. Each count is for [`TIMES`] operations.
+//! `instructions.json` holds those of the last accepted run; a run fails where one is more than 5 %
+//! higher.
 #![allow(missing_docs, unreachable_pub, dead_code, clippy::print_stdout, clippy::print_stderr)]
 
 #[path = "table/devices.rs"]
@@ -22,7 +25,8 @@ const TOLERANCE: f64 = 1.05;
 /// The counts of the last accepted run, by function and case.
 const ACCEPTED: &str = include_str!("instructions.json");
 
-/// Fails the case `name` when it takes more instructions than accepted; a case without an accepted count must be accepted first.
+/// Fails the case `name` when it takes more instructions than accepted; a case without an accepted
+/// count must be accepted first.
 fn limit(name: &str) -> LibraryBenchmarkConfig {
     let accepted: std::collections::BTreeMap<String, u64> =
         serde_json::from_str(ACCEPTED).expect("benches/instructions.json is an object of counts");

@@ -1,10 +1,11 @@
 //! The figures of the library beside their goals: `cargo bench --bench table`.
 //!
-//! Prints calibration rows, then a row for each goal, then the curves. A goal was set on another machine, beside calibration rows of its own; here it
-//! is scaled by how the same rows come out on this machine in the same run, so that ratios are compared and not machines. All of it is measured in
-//! several rounds, seconds apart, and the quiet part of that counts (`table/harness.rs`). `MISS` marks what is over
-//! its scaled goal. Rows of costs and of fairness have bounds that are not scaled. `--help` lists the
-//! sections and the options.
+//! Prints calibration rows, then a row for each goal, then the curves. A goal was set on another
+//! machine, beside calibration rows of its own; here it is scaled by how the same rows come out on
+//! this machine in the same run, so that ratios are compared and not machines. All of it is
+//! measured in several rounds, seconds apart, and the quiet part of that counts
+//! (`table/harness.rs`). `MISS` marks what is over its scaled goal. Rows of costs and of fairness
+//! have bounds that are not scaled. `--help` lists the sections and the options.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
@@ -124,7 +125,8 @@ impl Table {
         self.rows.push(Row::new(name.into(), kernel_ns, goal_ns, scaled_goal_ns, measured_ns));
     }
 
-    /// A goal of work under locks that looks something up among `n`: the part beyond `fixed` is the look-up.
+    /// A goal of work under locks that looks something up among `n`: the part beyond `fixed` is the
+    /// look-up.
     fn scaled(&self, goal: f64, fixed: f64, n: u64) -> f64 {
         let map = match n {
             0..=100 => self.scale.mutex.min(self.scale.map_10_000),
@@ -178,8 +180,10 @@ fn calibrate(harness: &mut Harness) -> Vec<Calibration> {
     rows
 }
 
-/// Addresses that a measurement goes through round and round; drawn before, because drawing one takes as long as a short invalidation. A power of two, as is the
-/// length of every such list: an iterator that goes round has four words to be saved around each await, which is a twentieth of one.
+/// Addresses that a measurement goes through round and round; drawn before, because drawing one
+/// takes as long as a short invalidation. A power of two, as is the length of every such list: an
+/// iterator that goes round has four words to be saved around each await, which is a twentieth of
+/// one.
 const DRAWN: usize = 1 << 16;
 
 /// `invalidate` and its end, `n` times, as a user writes it; of the addresses from `next` on.
@@ -195,7 +199,8 @@ fn invalidate(space: &AddressSpace, n: u64, addresses: &[u64], next: &mut usize)
     });
 }
 
-/// `read_begin` and `read_retry`, `n` times, as a user writes it. As in the calibration row, nothing is known of what is loaded from before.
+/// `read_begin` and `read_retry`, `n` times, as a user writes it. As in the calibration row,
+/// nothing is known of what is loaded from before.
 #[inline(never)]
 fn read(device: &Subscription<Device>, n: u64) {
     block_on(async {
@@ -277,7 +282,8 @@ fn by_population(harness: &mut Harness, table: &mut Table) {
 /// A space in which an invalidation hits `k` notifiers of a kind, for each kind and `k`.
 type Hit = BTreeMap<(Kind, u64), (AddressSpace, Vec<Subscription<Device>>)>;
 
-/// Made and used before anything else, so that where they lie does not depend on what a million other notifiers have left of the heap: 256 of them fill the first cache.
+/// Made and used before anything else, so that where they lie does not depend on what a million
+/// other notifiers have left of the heap: 256 of them fill the first cache.
 fn spaces_to_hit() -> Hit {
     let wanted = [
         (Kind::Single, &[1, 4, 16, 64, 256][..]),

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The tests under AddressSanitizer (leaks included). Needs the sanitizers of an unstable compiler; a stable one has them behind
-# RUSTC_BOOTSTRAP, which is good enough for a check. Says so and stops when this compiler has none.
+# The tests under AddressSanitizer (leaks included). Needs the sanitizers of an unstable compiler; a
+# stable one has them behind RUSTC_BOOTSTRAP, which is good enough for a check. Says so and stops
+# when this compiler has none.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 host=$(rustc -vV | sed -n 's/^host: //p')

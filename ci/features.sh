@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# What only exists with all features: faults on demand, real memory, the registration cache, Vulkan, and every example in the documentation.
+# What only exists with all features: faults on demand, real memory, the registration cache, Vulkan,
+# and every example in the documentation.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 cargo test --all-features --lib --test test_util --test contract --test cache --test soak --test observe --test hmm --test allocations --test stats --test sweep --test source_rules --test vulkan

@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# The packages for memory that other hosts mirror: lints, documentation, tests, the simulation and the search of the protocol, real sockets, and an owner's
-# fail-over with etcd, which it installs where `apt-get` can.
+# The packages for memory that other hosts mirror: lints, documentation, tests, the simulation and
+# the search of the protocol, real sockets, and an owner's fail-over with etcd, which it installs
+# where `apt-get` can.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# etcd for the test of fail-over, and what building its client needs: `protoc` with its include files.
+# etcd for the test of fail-over, and what building its client needs: `protoc` with its include
+# files.
 needed="etcd-server protobuf-compiler libprotobuf-dev"
 if command -v apt-get >/dev/null 2>&1 && ! dpkg -s $needed >/dev/null 2>&1; then
     (apt-get install -y --no-install-recommends $needed || (apt-get update && apt-get install -y --no-install-recommends $needed)) \

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Counts the library's instructions with callgrind and compares them with the counts of the last accepted run, benches/instructions.json: fails
-# where one is more than 5 % higher. `ci/instructions.sh --accept` replaces them: after a change that is meant to cost more, or that saved something.
+# Counts the library's instructions with callgrind and compares them with the counts of the last
+# accepted run, benches/instructions.json: fails where one is more than 5 % higher.
+# `ci/instructions.sh --accept` replaces them: after a change that is meant to cost more, or that
+# saved something.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -9,7 +11,8 @@ case "${1-}" in
     *) echo "usage: ci/instructions.sh [--accept]" >&2; exit 2 ;;
 esac
 if ! command -v valgrind >/dev/null 2>&1; then
-    # valgrind is a package of the system: where there is apt and the right to use it, it is installed.
+    # valgrind is a package of the system: where there is apt and the right to use it, it is
+    # installed.
     apt-get install -y valgrind >/dev/null 2>&1 || (apt-get update && apt-get install -y valgrind) >/dev/null 2>&1 \
         || { echo "ci/instructions.sh needs valgrind: install it with your system's package manager" >&2; exit 2; }
 fi

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The example without `std`: nothing in its dependency tree has a feature `std`, it builds for a machine without an operating system, and it runs.
+# The example without `std`: nothing in its dependency tree has a feature `std`, it builds for a
+# machine without an operating system, and it runs.
 set -euo pipefail
 cd "$(dirname "$0")/../examples/no_std"
 export CARGO_TARGET_DIR="${CARGO_TARGET_DIR:-../../target}/no-std"

@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Compares the public surface with the accepted one, ci/public-api.txt, so that a change of it is seen in review. `ci/public-api.sh --accept` takes it as it is.
-# Needs cargo-public-api, which `ci/release.sh` installs; the stable compiler writes the description that it reads behind RUSTC_BOOTSTRAP.
+# Compares the public surface with the accepted one, ci/public-api.txt, so that a change of it is
+# seen in review. `ci/public-api.sh --accept` takes it as it is. Needs cargo-public-api, which
+# `ci/release.sh` installs; the stable compiler writes the description that it reads behind
+# RUSTC_BOOTSTRAP.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 case "${1-}" in

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The checks before a release whose tools take long to install. Without arguments it installs what is missing and runs all; with --present it runs
-# those whose tools are there and names the others, as `.ci/run` does. cargo-mutants changes one small file; with --mutants the protocol and the index, too
-# (half an hour).
+# The checks before a release whose tools take long to install. Without arguments it installs what
+# is missing and runs all; with --present it runs those whose tools are there and names the others,
+# as `.ci/run` does. cargo-mutants changes one small file; with --mutants the protocol and the
+# index, too (half an hour).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# The tests on real memory: as the user who calls this, and if that is root once more as an ordinary one, with the same promises.
+# The tests on real memory: as the user who calls this, and if that is root once more as an ordinary
+# one, with the same promises.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 tests=(--all-features --test source --test memory_soak)

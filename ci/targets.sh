@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Whether the library compiles for other systems: their standard libraries are downloaded if they can be.
+# Whether the library compiles for other systems: their standard libraries are downloaded if they
+# can be.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 check() {

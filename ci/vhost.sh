@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
-# The packages in `crates/`: lints, documentation, tests, models, and guests under QEMU, for which it installs QEMU and
-# unpacks a kernel where `apt-get` can. `ci/vhost.sh loom` explores the models only.
+# The packages in `crates/`: lints, documentation, tests, models, and guests under QEMU, for which
+# it installs QEMU and unpacks a kernel where `apt-get` can. `ci/vhost.sh loom` explores the models
+# only.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

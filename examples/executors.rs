@@ -1,4 +1,5 @@
-//! One driver on three executors: tokio, smol, and `futures::executor`. The library needs none of them in particular.
+//! One driver on three executors: tokio, smol, and `futures::executor`. The library needs none of
+//! them in particular.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use futures::channel::oneshot;

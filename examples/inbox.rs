@@ -1,4 +1,5 @@
-//! A driver that is a task: it takes invalidations from a stream, one after the other or several at a time.
+//! A driver that is a task: it takes invalidations from a stream, one after the other or several at
+//! a time.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use futures::StreamExt;

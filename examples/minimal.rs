@@ -21,7 +21,8 @@ impl IntervalNotifier for Gpu {
         let range = invalidation.range();
         // Sets the sequence, so that readers that began before this will start over.
         self.page_table.lock_for(invalidation).retain(|page| !range.contains(*page));
-        // The device goes on using what its TLB holds until the flush is done: the guard is handed out after that.
+        // The device goes on using what its TLB holds until the flush is done: the guard is handed
+        // out after that.
         Ok(Some(PassFuture::new(tlb_flush(range))))
     }
 }

@@ -1,7 +1,9 @@
-//! The spans of the multi-GPU run, for Perfetto (<https://ui.perfetto.dev>) or `chrome://tracing`, and one invalidation of it as a picture.
+//! The spans of the multi-GPU run, for Perfetto (<https://ui.perfetto.dev>) or `chrome://tracing`,
+//! and one invalidation of it as a picture.
 //!
-//! `cargo run --release --features tracing --example trace -- trace.json trace.svg`. The library makes a span of each invalidation; the driver's own spans, one for each wait
-//! for a device, lie inside it, because first passes run there. In real time, on tokio.
+//! `cargo run --release --features tracing --example trace -- trace.json trace.svg`. The library
+//! makes a span of each invalidation; the driver's own spans, one for each wait for a device, lie
+//! inside it, because first passes run there. In real time, on tokio.
 #![allow(
     missing_docs,
     unreachable_pub,

@@ -1,8 +1,9 @@
 //! Userfaultfd's events on `async-io`, reader and delivery as two tasks of one thread:
 //! `cargo run --release --features userfaultfd --example uffd_async_io`.
 //!
-//! Good for a program that does not fork, and whose other threads do not unmap watched memory while they hold a lock that this thread needs; the
-//! example `uffd_tokio` shows the arrangement without these conditions.
+//! Good for a program that does not fork, and whose other threads do not unmap watched memory while
+//! they hold a lock that this thread needs; the example `uffd_tokio` shows the arrangement without
+//! these conditions.
 #![allow(missing_docs, clippy::print_stdout, clippy::print_stderr)]
 
 use async_io::Async;
@@ -71,7 +72,8 @@ fn main() -> Result<(), Box<dyn Error>> {
     let memory = OwnedMapping::new(&AddressSpace::new(), LEN)?;
     let range = memory.range();
     let device = space.insert(range, Device)?;
-    // A driver that looks at the memory watches it after `read_begin`: `Uffd::mirror` does. This one only listens.
+    // A driver that looks at the memory watches it after `read_begin`: `Uffd::mirror` does. This
+    // one only listens.
     let _watch = uffd.watch(range)?;
 
     // Another part of the program, which knows nothing of the space, gives the memory back.

@@ -1,7 +1,9 @@
-//! Userfaultfd's events on tokio: `cargo run --release --features userfaultfd --example uffd_tokio`.
+//! Userfaultfd's events on tokio:
+//! `cargo run --release --features userfaultfd --example uffd_tokio`.
 //!
-//! The reader has a thread of its own, as a program that forks needs it (a thread inside `fork` holds the allocator's locks and waits for the reader);
-//! the delivery is a task that waits for its descriptor with `AsyncFd`.
+//! The reader has a thread of its own, as a program that forks needs it (a thread inside `fork`
+//! holds the allocator's locks and waits for the reader); the delivery is a task that waits for its
+//! descriptor with `AsyncFd`.
 #![allow(missing_docs, clippy::print_stdout, clippy::print_stderr)]
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
@@ -18,8 +20,8 @@ const LEN: usize = 1 << 20;
 
 /// Says what it is told; its device needs a millisecond.
 ///
-/// The timer runs on the driver's runtime, and the pass waits for its end: a pass is polled on whatever thread waits for it, and
-/// not every thread has a runtime.
+/// The timer runs on the driver's runtime, and the pass waits for its end: a pass is polled on
+/// whatever thread waits for it, and not every thread has a runtime.
 struct Device(Handle);
 
 impl IntervalNotifier for Device {
@@ -56,7 +58,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
                 ready = bell.readable() => ready?.clear_ready(),
                 () = tokio::time::sleep(look.unwrap_or_default()), if look.is_some() => {}
             }
-            // A task of its own, so that what is read meanwhile is delivered while this one waits for the device.
+            // A task of its own, so that what is read meanwhile is delivered while this one waits
+            // for the device.
             tokio::spawn(deliveries.deliver());
         }
         Ok::<_, std::io::Error>(())
@@ -73,7 +76,8 @@ async fn main() -> Result<(), Box<dyn Error>> {
     };
     let range = AddressRange::new(memory.addr() as u64, LEN as u64)?;
     let device = space.insert(range, Device(Handle::current()))?;
-    // A driver that looks at the memory watches it after `read_begin`: `Uffd::mirror` does. This one only listens.
+    // A driver that looks at the memory watches it after `read_begin`: `Uffd::mirror` does. This
+    // one only listens.
     let _watch = uffd.watch(range)?;
 
     // SAFETY: nothing refers to the memory.

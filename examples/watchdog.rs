@@ -1,7 +1,8 @@
 //! A GPU hangs; a watchdog finds out whose passes are pending, resets it, and everybody goes on.
 //!
-//! `AddressSpace::active` lists what is under invalidation, for how long, and who is waited for. Here a thread of the program looks at it now
-//! and then. When a GPU has not answered for too long, the thread resets it, so that nothing of it can reach the memory, says so with
+//! `AddressSpace::active` lists what is under invalidation, for how long, and who is waited for.
+//! Here a thread of the program looks at it now and then. When a GPU has not answered for too long,
+//! the thread resets it, so that nothing of it can reach the memory, says so with
 //! `Subscription::fence`, and registers it anew.
 #![allow(missing_docs, clippy::print_stdout)]
 
@@ -20,7 +21,8 @@ use std::task::{Context, Waker};
 use std::thread;
 use std::time::Duration;
 
-/// The device: a thread that carries out one TLB flush after the other, and signals the number of each.
+/// The device: a thread that carries out one TLB flush after the other, and signals the number of
+/// each.
 #[derive(Clone)]
 struct Hardware {
     flushes: Sender<u64>,
@@ -97,7 +99,8 @@ fn look(space: &AddressSpace, gpus: &Gpus, limit: Duration) {
         for id in &stuck.pending_ids {
             let Some(at) = gpus.iter().position(|gpu| gpu.id() == *id) else { continue };
             let dead = gpus.swap_remove(at);
-            // A function-level reset. Only when it is done can nothing of the old state reach the memory any more …
+            // A function-level reset. Only when it is done can nothing of the old state reach the
+            // memory any more …
             let hardware = Hardware::start(Duration::from_millis(2), None);
             // … and only then this may be said.
             println!("{} has been reset: {} of its passes were pending", dead.name, dead.fence());

@@ -1,30 +1,38 @@
 //! A registered notifier in memory: the only module with `unsafe` code.
 //!
-//! An [`Entry`] holds what the library keeps of a notifier and the notifier itself, in one allocation. [`EntryRef`] points to
-//! it without counting: an invalidation of 256 notifiers would otherwise spend more on reference counts than on everything
-//! else it does (`DESIGN.md`, "Entries without reference counts").
+//! An [`Entry`] holds what the library keeps of a notifier and the notifier itself, in one
+//! allocation. [`EntryRef`] points to it without counting: an invalidation of 256 notifiers would
+//! otherwise spend more on reference counts than on everything else it does (`DESIGN.md`, "Entries
+//! without reference counts").
 //!
 //! # Why an `EntryRef` may be dereferenced
-//! An entry is freed by [`EntryRef::free`] or given to a [`Spare`], and nothing else ends it: by the one who finds, **under the space's lock**, that none of these
-//! holds any more ([`Entry::unused`]):
+//! An entry is freed by [`EntryRef::free`] or given to a [`Spare`], and nothing else ends it: by
+//! the one who finds, **under the space's lock**, that none of these holds any more
+//! ([`Entry::unused`]):
 //!
-//! 1. it is not `DETACHED`: the entry is in the index, or its [`EntryBox`] (the subscription) exists;
+//! 1. it is not `DETACHED`: the entry is in the index, or its [`EntryBox`] (the subscription)
+//!    exists;
 //! 2. an active invalidation covers it (`own.is_covered()`);
 //! 3. somebody holds it (`is_held()`), to call `name` outside the lock.
 //!
-//! Each of the three changes only under the lock. The places that keep an `EntryRef` are the index (1), the subscription (1), the hits,
-//! late members and passes of an active invalidation (2), and lists of names in the making (3). So whoever has one has a
-//! reason why it is alive, and the last reason to go frees it, once.
+//! Each of the three changes only under the lock. The places that keep an `EntryRef` are the index
+//! (1), the subscription (1), the hits, late members and passes of an active invalidation (2), and
+//! lists of names in the making (3). So whoever has one has a reason why it is alive, and the last
+//! reason to go frees it, once.
 //!
-//! The notifier is moved out by [`EntryBox::take`] (`remove`), or dropped with the entry. It is called only by an invalidation in
-//! its first passes, and `remove` takes it after there is none of those left that could (`engine::registration`).
+//! The notifier is moved out by [`EntryBox::take`] (`remove`), or dropped with the entry. It is
+//! called only by an invalidation in its first passes, and `remove` takes it after there is none of
+//! those left that could (`engine::registration`).
 //!
 //! # Why its functions fit its type
-//! An entry is made by [`EntryBox::new`] and nowhere else, which stores [`Calls`] of the type `N` that it stores beside it. They never change.
+//! An entry is made by [`EntryBox::new`] and nowhere else, which stores [`Calls`] of the type `N`
+//! that it stores beside it. They never change.
 //!
 //! # Who owns the memory of a former entry
-//! Its [`Spare`], from [`Spare::put`] until [`Spare::take`] or [`Spare::clear`]; then the [`Room`] or [`Vacant`]. Nobody else knows of it, because it was put there in place of being
-//! freed. A removal whose future is leaked has reserved the `Spare` and never fills it: the space does without from then on.
+//! Its [`Spare`], from [`Spare::put`] until [`Spare::take`] or [`Spare::clear`]; then the [`Room`]
+//! or [`Vacant`]. Nobody else knows of it, because it was put there in place of being freed. A
+//! removal whose future is leaked has reserved the `Spare` and never fills it: the space does
+//! without from then on.
 
 mod rare;
 
@@ -51,16 +59,19 @@ const TAKEN: u32 = MARKS[1];
 /// Somebody holds the entry.
 const HELD: u32 = MARKS[2];
 
-/// What the library keeps of one notifier. All of it but `own`'s word is written only under the space's lock, or by who has the entry alone; these are
-/// atomics so that this need not be argued with `unsafe`, and cost what plain fields cost.
+/// What the library keeps of one notifier. All of it but `own`'s word is written only under the
+/// space's lock, or by who has the entry alone; these are atomics so that this need not be argued
+/// with `unsafe`, and cost what plain fields cost.
 ///
-/// What an invalidation looks at stands at the end, where the notifier follows: among many notifiers both miss the caches, and so together.
+/// What an invalidation looks at stands at the end, where the notifier follows: among many
+/// notifiers both miss the caches, and so together.
 #[repr(C)]
 pub(crate) struct Entry {
     pub(crate) range: AddressRange,
     /// The place among equals.
     pub(crate) order: AtomicU64,
-    /// What few notifiers ever need, made when the first of it is needed: what all have is a sixth smaller without, and so more of them fit the caches.
+    /// What few notifiers ever need, made when the first of it is needed: what all have is a sixth
+    /// smaller without, and so more of them fit the caches.
     rare: OnceBox<Rare>,
     /// The longest that an invalidation which hit the notifier was active, in microseconds.
     longest: AtomicU32,
@@ -68,11 +79,13 @@ pub(crate) struct Entry {
     pub(crate) pending: AtomicU32,
     /// What can be done with the notifier.
     calls: &'static Calls,
-    /// Marked as watched while a future waits for this notifier, or it is on its way out: then the end of an invalidation has more to do.
+    /// Marked as watched while a future waits for this notifier, or it is on its way out: then the
+    /// end of an invalidation has more to do.
     pub(crate) own: Own,
 }
 
-/// 256 of them, with a driver of three words each and what the index has of them, fit a first cache of 32 KiB.
+/// 256 of them, with a driver of three words each and what the index has of them, fit a first cache
+/// of 32 KiB.
 #[cfg(all(
     target_pointer_width = "64",
     not(any(loom, shuttle, debug_assertions, feature = "test-util"))
@@ -80,7 +93,8 @@ pub(crate) struct Entry {
 const _: () = assert!(size_of::<Entry>() == 64);
 
 impl Entry {
-    /// An invalidation that hit the notifier was active for `micros`. Only under the space's lock, so that no read-modify-write is needed.
+    /// An invalidation that hit the notifier was active for `micros`. Only under the space's lock,
+    /// so that no read-modify-write is needed.
     #[inline]
     pub(crate) fn lasted(&self, micros: u32) {
         if self.longest.load(Ordering::Relaxed) < micros {
@@ -94,7 +108,8 @@ impl Entry {
         self.own.mark(DETACHED | WATCHED, true);
     }
 
-    /// Closes and detaches the notifier if nobody has any business with it; otherwise does nothing and says so. Under the lock.
+    /// Closes and detaches the notifier if nobody has any business with it; otherwise does nothing
+    /// and says so. Under the lock.
     #[inline(always)]
     pub(crate) fn retire(&self) -> bool {
         self.own.quick_close(DETACHED | WATCHED)
@@ -124,18 +139,20 @@ struct Allocation<N> {
 
 /// A pointer to an entry whose notifier's type is not known. See the module for why it is valid.
 ///
-/// It may reach the whole `Allocation`, and points to its first field. One word and not the two of a pointer to `dyn`: the index and
-/// the lists of hits hold little else.
+/// It may reach the whole `Allocation`, and points to its first field. One word and not the two of
+/// a pointer to `dyn`: the index and the lists of hits hold little else.
 #[derive(Clone, Copy)]
 pub(crate) struct EntryRef(NonNull<Entry>);
 
 /// The subscription's pointer to an entry, which knows the notifier's type.
 pub(crate) struct EntryBox<N>(NonNull<Allocation<N>>);
 
-/// Where the memory of a former entry waits for the next one: where a notifier goes another one often comes.
+/// Where the memory of a former entry waits for the next one: where a notifier goes another one
+/// often comes.
 ///
-/// There is room for one. Who will fill it is decided under the space's lock ([`reserve`](Self::reserve)), as is who gets what is there; to fill it is one store, without the lock,
-/// and there is no read-modify-write.
+/// There is room for one. Who will fill it is decided under the space's lock
+/// ([`reserve`](Self::reserve)), as is who gets what is there; to fill it is one store, without the
+/// lock, and there is no read-modify-write.
 pub(crate) struct Spare(AtomicPtr<Entry>);
 
 /// Memory in which an entry was, to be freed.
@@ -174,8 +191,9 @@ impl<N: IntervalNotifier> Allocation<N> {
         free: Self::free,
     };
 
-    /// Calls the notifier's first pass and puts what it leaves into `place`. Not a `dyn` call whose answer is moved from hand to hand: here the
-    /// compiler knows the driver, and where the answer belongs.
+    /// Calls the notifier's first pass and puts what it leaves into `place`. Not a `dyn` call whose
+    /// answer is moved from hand to hand: here the compiler knows the driver, and where the answer
+    /// belongs.
     ///
     /// # Safety
     /// `entry` is alive, is the first field of an `Allocation<N>`, and its notifier was not taken.
@@ -207,7 +225,8 @@ impl<N: IntervalNotifier> Allocation<N> {
     /// `entry` was made by `EntryBox::<N>::new`, and nobody uses it any more.
     unsafe fn free(entry: EntryRef) {
         let taken = entry.is_taken();
-        // SAFETY: `EntryBox::new` made this box, and by the contract of this function nobody else points to it.
+        // SAFETY: `EntryBox::new` made this box, and by the contract of this function nobody else
+        // points to it.
         let mut allocation = unsafe { Box::from_raw(entry.0.cast::<Self>().as_ptr()) };
         if !taken {
             // SAFETY: dropped once: the allocation goes away with it, also when the drop panics.
@@ -216,12 +235,14 @@ impl<N: IntervalNotifier> Allocation<N> {
     }
 }
 
-// SAFETY: an `EntryRef` gives shared access to an `Entry`, which is `Sync`, and to the notifier, which is `Send + Sync` by
-// the bounds of `IntervalNotifier`; `free` may drop the notifier on another thread, which `Send` allows.
+// SAFETY: an `EntryRef` gives shared access to an `Entry`, which is `Sync`, and to the notifier,
+// which is `Send + Sync` by the bounds of `IntervalNotifier`; `free` may drop the notifier on
+// another thread, which `Send` allows.
 unsafe impl Send for EntryRef {}
 // SAFETY: as above.
 unsafe impl Sync for EntryRef {}
-// SAFETY: an `EntryBox` gives shared access to `N` and lets it be moved out, as a `Box<N>` does; `N: IntervalNotifier` is `Send + Sync`.
+// SAFETY: an `EntryBox` gives shared access to `N` and lets it be moved out, as a `Box<N>` does;
+// `N: IntervalNotifier` is `Send + Sync`.
 unsafe impl<N: Send + Sync> Send for EntryBox<N> {}
 // SAFETY: as above.
 unsafe impl<N: Send + Sync> Sync for EntryBox<N> {}
@@ -257,13 +278,15 @@ impl<N: IntervalNotifier> EntryBox<N> {
         unsafe { &(*self.0.as_ptr()).notifier }
     }
 
-    /// Moves the notifier out. To be called once, when nothing can call it any more, under the lock or by the one who has the entry alone; then `notifier` must not be called again.
+    /// Moves the notifier out. To be called once, when nothing can call it any more, under the lock
+    /// or by the one who has the entry alone; then `notifier` must not be called again.
     #[inline]
     pub(crate) fn take(&self) -> N {
         let allocation = self.0.as_ptr();
         self.own.mark(TAKEN, true);
-        // SAFETY: alive by reason 1. Only the field is borrowed, so that the borrows of `entry` by others do not matter. The notifier
-        // is not called any more, and `TAKEN` keeps `free` from dropping it again.
+        // SAFETY: alive by reason 1. Only the field is borrowed, so that the borrows of `entry` by
+        // others do not matter. The notifier is not called any more, and `TAKEN` keeps `free` from
+        // dropping it again.
         unsafe { ptr::read(&*(*allocation).notifier) }
     }
 }
@@ -273,7 +296,8 @@ impl Spare {
         Self(AtomicPtr::new(ptr::null_mut()))
     }
 
-    /// Whether there is room, and nobody else who will fill it: then the caller has to [`put`](Self::put) something there, or to [`cancel`](Self::cancel). Under the space's lock.
+    /// Whether there is room, and nobody else who will fill it: then the caller has to
+    /// [`put`](Self::put) something there, or to [`cancel`](Self::cancel). Under the space's lock.
     #[inline]
     pub(crate) fn reserve(&self) -> bool {
         let empty = self.0.load(Ordering::Relaxed).is_null();
@@ -289,11 +313,13 @@ impl Spare {
         self.0.store(ptr::null_mut(), Ordering::Relaxed);
     }
 
-    /// Ends an entry and keeps its memory. To be called once, by the one who has reserved this, saw `unused()` under the lock, and moved the notifier out.
+    /// Ends an entry and keeps its memory. To be called once, by the one who has reserved this, saw
+    /// `unused()` under the lock, and moved the notifier out.
     #[inline]
     pub(crate) fn put(&self, entry: EntryRef) {
         debug_assert!(entry.is_taken() && self.0.load(Ordering::Relaxed) == RESERVED);
-        // SAFETY: nobody else uses the entry, and its memory is not looked at as an entry again. `calls` stays as it is.
+        // SAFETY: nobody else uses the entry, and its memory is not looked at as an entry again.
+        // `calls` stays as it is.
         unsafe { ptr::drop_in_place(&raw mut (*entry.0.as_ptr()).rare) };
         self.0.store(entry.0.as_ptr(), Ordering::Release);
     }
@@ -320,7 +346,8 @@ impl Spare {
             self.0.store(memory.as_ptr(), Ordering::Relaxed);
             return None;
         }
-        // SAFETY: a `Room` of this layout was allocated there, and nobody else has the memory any more.
+        // SAFETY: a `Room` of this layout was allocated there, and nobody else has the memory any
+        // more.
         Some(Room(unsafe { Box::from_raw(memory.cast().as_ptr()) }))
     }
 
@@ -341,7 +368,8 @@ impl Drop for Spare {
 
 impl Drop for Vacant {
     fn drop(&mut self) {
-        // SAFETY: nobody else has the memory. An entry was there, whose `calls` still are; it was allocated as a `Room` of this layout.
+        // SAFETY: nobody else has the memory. An entry was there, whose `calls` still are; it was
+        // allocated as a `Room` of this layout.
         unsafe { alloc::alloc::dealloc(self.0.as_ptr().cast(), (*self.0.as_ptr()).calls.layout) };
     }
 }
@@ -371,24 +399,27 @@ impl EntryRef {
         invalidation: &Invalidation<'_>,
         place: Pin<&mut Option<PassFuture>>,
     ) -> Answer {
-        // SAFETY: alive (module documentation), with the functions of its own type; not taken while an invalidation in its first passes may call it.
+        // SAFETY: alive (module documentation), with the functions of its own type; not taken while
+        // an invalidation in its first passes may call it.
         unsafe { (self.calls.first_pass)(self, invalidation, place) }
     }
 
     /// What the notifier is called. Runs driver code, so not under the lock.
     pub(crate) fn name(self, losses: &Losses) -> Cow<'static, str> {
-        // SAFETY: alive (module documentation), with the functions of its own type; not taken while an invalidation in its first passes, a pending
-        // pass or a hold keeps it.
+        // SAFETY: alive (module documentation), with the functions of its own type; not taken while
+        // an invalidation in its first passes, a pending pass or a hold keeps it.
         let name = losses.run(Callback::Name, |_| unsafe { (self.calls.name)(self) });
         name.unwrap_or(Cow::Borrowed("a notifier whose name() panics"))
     }
 
-    /// Frees the entry, and drops the notifier unless it was taken. Runs driver code, so not under the lock.
+    /// Frees the entry, and drops the notifier unless it was taken. Runs driver code, so not under
+    /// the lock.
     ///
     /// To be called once, by the one who saw `unused()` under the lock.
     #[inline]
     pub(crate) fn free(self, _: Inside) {
-        // SAFETY: `unused()` was seen under the lock: none of the three reasons holds, so no other `EntryRef` or `EntryBox` is used any more.
+        // SAFETY: `unused()` was seen under the lock: none of the three reasons holds, so no other
+        // `EntryRef` or `EntryBox` is used any more.
         unsafe { (self.calls.free)(self) }
     }
 }
@@ -439,7 +470,8 @@ impl Indexed for EntryRef {
         #[cfg(all(target_arch = "x86_64", target_feature = "sse", not(miri)))]
         for line in (0..size_of::<T>()).step_by(64) {
             use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
-            // SAFETY: the processor has the instruction (`target_feature`). It neither reads nor writes for the program, and no address is wrong for it.
+            // SAFETY: the processor has the instruction (`target_feature`). It neither reads nor
+            // writes for the program, and no address is wrong for it.
             unsafe {
                 _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(memory).cast::<i8>().wrapping_add(line))
             };

@@ -19,7 +19,8 @@ impl Owner {
     )]
     pub fn new() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        // 2^64 owners are not made in a process's life; if they were, the first would be given out again.
+        // 2^64 owners are not made in a process's life; if they were, the first would be given out
+        // again.
         Self(NonZeroU64::new(NEXT.fetch_add(1, Ordering::Relaxed)).unwrap_or(NonZeroU64::MIN))
     }
 

@@ -104,7 +104,8 @@ pub enum Report<'a> {
         /// Why.
         event: Event,
     },
-    /// A device was cut off from the memory ([`Subscription::fence`](crate::Subscription::fence), L5).
+    /// A device was cut off from the memory ([`Subscription::fence`](crate::Subscription::fence),
+    /// L5).
     Fenced {
         /// [`IntervalNotifier::name`](crate::IntervalNotifier::name) of its driver.
         notifier: &'a str,
@@ -202,7 +203,8 @@ impl Drop for Panic {
     fn drop(&mut self) {
         let payload = core::mem::replace(&mut *self.0, Box::new(()));
         if let Err(second) = keep(|_| drop(payload)) {
-            // A payload whose drop panics may leave another such: this one is leaked, so that there is an end.
+            // A payload whose drop panics may leave another such: this one is leaked, so that there
+            // is an end.
             core::mem::forget(second);
         }
     }

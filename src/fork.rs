@@ -6,9 +6,9 @@ use core::future::Future;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
-/// A future that is leaked instead of dropped where it is `inert`, and not polled there but answered
-/// for: what it holds would take locks that threads of the parent held when it forked, and nobody
-/// holds in the child.
+/// A future that is leaked instead of dropped where it is `inert`, and not polled there but
+/// answered for: what it holds would take locks that threads of the parent held when it forked, and
+/// nobody holds in the child.
 pub(crate) struct LeftToParent<F, I: Fn() -> bool, O> {
     future: Option<Pin<Box<F>>>,
     inert: I,

@@ -1,9 +1,10 @@
 //! The interval index: which intervals overlap a range, in order of their start.
 //!
-//! A B-tree in an arena. Keys are `(start, order)`, so that intervals with one start stay in order of insertion (rule O1); a
-//! node knows for each child how far it reaches, so that a query leaves out whole subtrees. It takes the place of
-//! the kernel's augmented red-black tree (`lib/interval_tree.c`), whose query visits a cache line for each of its
-//! `2 log2 n` levels. What was measured against it, and why leaves have the size they have, is in `DESIGN.md`.
+//! A B-tree in an arena. Keys are `(start, order)`, so that intervals with one start stay in order
+//! of insertion (rule O1); a node knows for each child how far it reaches, so that a query leaves
+//! out whole subtrees. It takes the place of the kernel's augmented red-black tree
+//! (`lib/interval_tree.c`), whose query visits a cache line for each of its `2 log2 n` levels. What
+//! was measured against it, and why leaves have the size they have, is in `DESIGN.md`.
 //!
 //! Nothing here knows of sequences, locks or notifiers.
 #![forbid(unsafe_code)]
@@ -28,7 +29,8 @@ const HEIGHT: usize = 12;
 
 type Node = u32;
 
-/// The way down to a leaf: for each level from the bottom the node and which of its children comes next. Small, because it is filled with zeros first.
+/// The way down to a leaf: for each level from the bottom the node and which of its children comes
+/// next. Small, because it is filled with zeros first.
 type Path = [(Node, u32); HEIGHT];
 
 /// Nodes of one kind, and those that are free.
@@ -45,17 +47,19 @@ pub(crate) struct IntervalIndex<V> {
     /// 0 when the root is a leaf.
     height: usize,
     len: usize,
-    /// From the least start to the greatest `last` that any interval had since the index was empty: most invalidations of a process
-    /// are of memory that no device has mapped, and end here.
+    /// From the least start to the greatest `last` that any interval had since the index was empty:
+    /// most invalidations of a process are of memory that no device has mapped, and end here.
     span: (u64, u64),
-    /// No interval reaches further than this many bytes beyond the end of its leaf. It may be one that has gone, unless the index was empty since.
+    /// No interval reaches further than this many bytes beyond the end of its leaf. It may be one
+    /// that has gone, unless the index was empty since.
     reach: u64,
     hints: Hints,
 }
 
 impl<T: Part> Arena<T> {
-    /// Merges the neighbours `a` and `b`, or shares out evenly what they hold if that is too much for one node.
-    /// `start` and `order` are the parent's bound for `b`. Returns what the parent has to know; no upper child after a merge.
+    /// Merges the neighbours `a` and `b`, or shares out evenly what they hold if that is too much
+    /// for one node. `start` and `order` are the parent's bound for `b`. Returns what the parent
+    /// has to know; no upper child after a merge.
     fn balance(&mut self, a: Node, b: Node, (start, order): (u64, u64)) -> (Child, Option<Child>) {
         let [lower, upper] = self
             .nodes
@@ -91,7 +95,8 @@ impl<T> Arena<T> {
         }
         let at = Node::try_from(self.nodes.len()).expect("an index holds fewer than 2^32 nodes");
         if self.nodes.len() == self.nodes.capacity() {
-            // By an eighth, not twofold: memory per notifier is promised, and a large block is moved by its page table.
+            // By an eighth, not twofold: memory per notifier is promised, and a large block is
+            // moved by its page table.
             self.nodes.reserve_exact(self.nodes.len() / 8 + 1);
         }
         self.nodes.push(node);
@@ -127,7 +132,8 @@ impl<V: Indexed> IntervalIndex<V> {
         self.len
     }
 
-    /// Calls `hit` with each value whose interval overlaps `range`, in order of start, then of insertion.
+    /// Calls `hit` with each value whose interval overlaps `range`, in order of start, then of
+    /// insertion.
     #[inline]
     pub(crate) fn overlapping(&self, range: AddressRange, mut hit: impl FnMut(V)) {
         if self.may_overlap(range) {
@@ -142,8 +148,8 @@ impl<V: Indexed> IntervalIndex<V> {
         range.start() <= last && range.last() >= first
     }
 
-    /// [`overlapping`](Self::overlapping) when [`may_overlap`](Self::may_overlap) is known, as a fold: what changes from hit to hit is handed on
-    /// by value, so that it stays in registers.
+    /// [`overlapping`](Self::overlapping) when [`may_overlap`](Self::may_overlap) is known, as a
+    /// fold: what changes from hit to hit is handed on by value, so that it stays in registers.
     pub(crate) fn search<A>(
         &self,
         range: AddressRange,
@@ -177,7 +183,8 @@ impl<V: Indexed> IntervalIndex<V> {
                 self.fetch(node);
             }
         }
-        // There is none before the first insertion; when all intervals were removed there are only gaps in it.
+        // There is none before the first insertion; when all intervals were removed there are only
+        // gaps in it.
         match self.leaves.nodes.get(node as usize) {
             Some(leaf) => Self::visit(leaf, leaf.candidates(range), range, so_far, hit),
             None => so_far,
@@ -201,7 +208,8 @@ impl<V: Indexed> IntervalIndex<V> {
         so_far
     }
 
-    /// Several children may overlap. Said to be cold, so that the way down to one child need not save what this uses.
+    /// Several children may overlap. Said to be cold, so that the way down to one child need not
+    /// save what this uses.
     #[cold]
     #[inline(never)]
     fn branch<A>(
@@ -218,7 +226,8 @@ impl<V: Indexed> IntervalIndex<V> {
                 continue;
             }
             if height == 0 {
-                // There is a child behind it in which something starts early enough, so all of this does.
+                // There is a child behind it in which something starts early enough, so all of this
+                // does.
                 let leaf = self.leaves.at(inner.children[at]);
                 so_far = Self::visit(leaf, leaf.first_candidate(range)..CAP, range, so_far, hit);
             } else {
@@ -228,7 +237,8 @@ impl<V: Indexed> IntervalIndex<V> {
         so_far
     }
 
-    /// Adds an interval. `value.order()` must be greater than that of every interval with the same start.
+    /// Adds an interval. `value.order()` must be greater than that of every interval with the same
+    /// start.
     pub(crate) fn insert(&mut self, value: V) {
         let range = value.range();
         self.len += 1;
@@ -394,8 +404,8 @@ impl<V: Indexed> IntervalIndex<V> {
         }
     }
 
-    /// After an interval left its leaf, which has another greatest `last` now or has become small: corrects the greatest `last`s above and
-    /// merges what has become small.
+    /// After an interval left its leaf, which has another greatest `last` now or has become small:
+    /// corrects the greatest `last`s above and merges what has become small.
     #[inline(never)]
     fn shrink(&mut self, value: V) {
         let range = value.range();
@@ -439,7 +449,8 @@ impl<V: Indexed> IntervalIndex<V> {
     #[inline(never)]
     fn merge(&mut self, level: usize, parent: Node, at: usize) {
         let inner = self.inners.at(parent);
-        // With the left neighbour where there is one, else with the right one; every inner node has two children at least.
+        // With the left neighbour where there is one, else with the right one; every inner node has
+        // two children at least.
         let left = at.saturating_sub(1);
         let (a, b) = (inner.children[left], inner.children[left + 1]);
         let bound = (inner.starts[left + 1], inner.orders[left + 1]);

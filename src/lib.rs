@@ -1,11 +1,13 @@
 //! Asynchronous, multi-pass memory invalidation for drivers in user space.
 //!
-//! When a process's memory is unmapped, discarded or moved, every device that mapped it (a GPU, an RDMA or NVMe engine, io_uring, a
-//! virtual IOMMU) must stop using it before the memory is reused. Each device needs time for that: a TLB flush takes microseconds, the
-//! preemption of a context milliseconds. Who waits for one device after the other waits for the *sum*, and with eight GPUs that is eight
-//! times too long. This crate starts the work on all of them first and then waits for all at once, so that an invalidation
-//! takes as long as its slowest device. It is Linux's `mmu_interval_notifier` with the multi-pass patch, as an async library without
-//! a runtime of its own; the sequence semantics are the kernel's.
+//! When a process's memory is unmapped, discarded or moved, every device that mapped it (a GPU, an
+//! RDMA or NVMe engine, io_uring, a virtual IOMMU) must stop using it before the memory is reused.
+//! Each device needs time for that: a TLB flush takes microseconds, the preemption of a context
+//! milliseconds. Who waits for one device after the other waits for the *sum*, and with eight GPUs
+//! that is eight times too long. This crate starts the work on all of them first and then waits for
+//! all at once, so that an invalidation takes as long as its slowest device. It is Linux's
+//! `mmu_interval_notifier` with the multi-pass patch, as an async library without a runtime of its
+//! own; the sequence semantics are the kernel's.
 //!
 //! ```text
 //!              first passes                    passes, joined                  guard held
@@ -43,26 +45,33 @@
 //! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 //! ```
 //!
-//! The guide is in `docs`: writing a driver, the collision-retry loop, choosing between the notifier traits, executors and `no_std`, threads that wait,
-//! fences, cancellation, coming from the kernel, coming from libfabric or UCX.
+//! The guide is in `docs`: writing a driver, the collision-retry loop, choosing between the
+//! notifier traits, executors and `no_std`, threads that wait, fences, cancellation, coming from
+//! the kernel, coming from libfabric or UCX.
 //!
 //! Tags such as S6, L2 or C4 are rules of the contract, `docs::contract`.
 //!
 //! # Features
-//! `std` (default): contending threads yield to the operating system, panics of driver code are caught and resumed in the caller,
-//! invalidations have an age, and threads can wait for every future with its `wait()`. Without it the crate is `no_std` + `alloc`; a panic of driver code that unwinds may then leave its
-//! range under invalidation, because there is nothing to catch it with.
+//! `std` (default): contending threads yield to the operating system, panics of driver code are
+//! caught and resumed in the caller, invalidations have an age, and threads can wait for every
+//! future with its `wait()`. Without it the crate is `no_std` + `alloc`; a panic of driver code
+//! that unwinds may then leave its range under invalidation, because there is nothing to catch it
+//! with.
 //!
-//! `tracing`: a span (`DEBUG`, target `shootdown`) for each invalidation, with its range, event, sequence and hits; inside it an event (`TRACE`) for each first pass and for
-//! each pass that is done, with its latency since the first pass was called. Driver code runs inside the span.
+//! `tracing`: a span (`DEBUG`, target `shootdown`) for each invalidation, with its range, event,
+//! sequence and hits; inside it an event (`TRACE`) for each first pass and for each pass that is
+//! done, with its latency since the first pass was called. Driver code runs inside the span.
 //!
-//! `metrics`: through the `metrics` facade the counters `shootdown_invalidations_total` (by event), `shootdown_hits_total`, `shootdown_collisions_total`,
-//! `shootdown_retries_total`, `shootdown_waits_total`, `shootdown_lapses_total`, the gauge `shootdown_passes_pending`, and the histogram
-//! `shootdown_pass_latency_seconds` (by `notifier`, its [name](IntervalNotifier::name): a recorder keeps one for each, so a name says which device
-//! it is and not which buffer). With this feature a pass allocates for its label. Without either feature, [`AddressSpace::stats`] and [`Subscription::stats`] have the counts.
+//! `metrics`: through the `metrics` facade the counters `shootdown_invalidations_total` (by event),
+//! `shootdown_hits_total`, `shootdown_collisions_total`, `shootdown_retries_total`,
+//! `shootdown_waits_total`, `shootdown_lapses_total`, the gauge `shootdown_passes_pending`, and the
+//! histogram `shootdown_pass_latency_seconds` (by `notifier`, its [name](IntervalNotifier::name): a
+//! recorder keeps one for each, so a name says which device it is and not which buffer). With this
+//! feature a pass allocates for its label. Without either feature, [`AddressSpace::stats`] and
+//! [`Subscription::stats`] have the counts.
 //!
-//! `cache`: the registration cache. `mapping` (Unix): memory that invalidates before it changes. `userfaultfd` (Linux): memory that somebody else
-//! unmaps; includes the other two.
+//! `cache`: the registration cache. `mapping` (Unix): memory that invalidates before it changes.
+//! `userfaultfd` (Linux): memory that somebody else unmaps; includes the other two.
 //!
 //! `test-util`: faults on demand for the tests of drivers, in `test_util`.
 #![cfg_attr(not(feature = "std"), no_std)]

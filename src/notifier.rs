@@ -37,43 +37,50 @@ use core::fmt;
 pub trait IntervalNotifier: Send + Sync + 'static {
     /// First pass: start the work on the device, do not wait for it.
     ///
-    /// Runs on whatever thread polls the invalidation. The library holds no lock meanwhile (C8), so almost everything
-    /// may be called from here; *waiting* for `read_begin`, `remove` or an invalidation of the same space may not (C7),
-    /// and panics in debug builds.
+    /// Runs on whatever thread polls the invalidation. The library holds no lock meanwhile (C8), so
+    /// almost everything may be called from here; *waiting* for `read_begin`, `remove` or an
+    /// invalidation of the same space may not (C7), and panics in debug builds.
     ///
     /// The driver takes its lock, calls [`set_seq`](Invalidation::set_seq) (or does both with
     /// [`DriverLock::lock_for`](crate::DriverLock::lock_for)), zaps its mappings of
-    /// [`range`](Invalidation::range) and returns what remains to be waited for. A first pass that leaves the device alone
-    /// sets no sequence (S4) and returns `Ok(None)`; one that returns a pass has set it, or panics in debug builds.
+    /// [`range`](Invalidation::range) and returns what remains to be waited for. A first pass that
+    /// leaves the device alone sets no sequence (S4) and returns `Ok(None)`; one that returns a
+    /// pass has set it, or panics in debug builds.
     ///
-    /// The pass waits for the device and for nothing of the space: one that awaits its own notifier's `read_begin`, `mirror` or
-    /// `remove` waits for itself, and panics in debug builds. It is polled on any thread that waits, so it needs no timer or
-    /// socket of a runtime: see the guide, `driver`.
+    /// The pass waits for the device and for nothing of the space: one that awaits its own
+    /// notifier's `read_begin`, `mirror` or `remove` waits for itself, and panics in debug builds.
+    /// It is polled on any thread that waits, so it needs no timer or socket of a runtime: see the
+    /// guide, `driver`.
     ///
-    /// A notifier may be called again for another invalidation while a pass of it is pending (O6). Each call has to answer for itself:
-    /// one that finds nothing left to zap, because an earlier call zapped it, still has to wait for the device to be done with it.
+    /// A notifier may be called again for another invalidation while a pass of it is pending (O6).
+    /// Each call has to answer for itself: one that finds nothing left to zap, because an earlier
+    /// call zapped it, still has to wait for the device to be done with it.
     ///
     /// # Errors
-    /// [`WouldBlock`] when the invalidation is not [`blockable`](Invalidation::blockable) and the driver cannot start
-    /// without waiting; it must have changed nothing then. To refuse a blockable invalidation is a driver's bug (B1): it is
-    /// reported and counted, and the invalidation goes on.
+    /// [`WouldBlock`] when the invalidation is not [`blockable`](Invalidation::blockable) and the
+    /// driver cannot start without waiting; it must have changed nothing then. To refuse a
+    /// blockable invalidation is a driver's bug (B1): it is reported and counted, and the
+    /// invalidation goes on.
     ///
     /// # Panics
-    /// A panic stops neither the other notifiers nor the space; it is resumed in the caller of the invalidation (C5).
+    /// A panic stops neither the other notifiers nor the space; it is resumed in the caller of the
+    /// invalidation (C5).
     fn invalidate(&self, invalidation: &Invalidation<'_>)
     -> Result<Option<PassFuture>, WouldBlock>;
 
-    /// What to call this notifier in lists of what is pending (C6) and in messages. Called outside of all locks, when asked for.
+    /// What to call this notifier in lists of what is pending (C6) and in messages. Called outside
+    /// of all locks, when asked for.
     fn name(&self) -> Cow<'static, str> {
         Cow::Borrowed(core::any::type_name::<Self>())
     }
 }
 
-/// A first pass cannot start, or an invalidation cannot end, without waiting: the kernel's `-EAGAIN`.
+/// A first pass cannot start, or an invalidation cannot end, without waiting: the kernel's
+/// `-EAGAIN`.
 ///
-/// To be answered only where the invalidation is not [`blockable`](Invalidation::blockable). In a blockable one it changes
-/// nothing but a [count](crate::Stats::refused_blockable) and a [report](crate::Report::RefusedBlockable): the memory changes under the
-/// device (B1).
+/// To be answered only where the invalidation is not [`blockable`](Invalidation::blockable). In a
+/// blockable one it changes nothing but a [count](crate::Stats::refused_blockable) and a
+/// [report](crate::Report::RefusedBlockable): the memory changes under the device (B1).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WouldBlock;
 
@@ -87,9 +94,11 @@ impl fmt::Display for WouldBlock {
 
 impl core::error::Error for WouldBlock {}
 
-/// The value of a notifier's own sequence at some moment; what `read_begin` returns and `read_retry` checks.
+/// The value of a notifier's own sequence at some moment; what `read_begin` returns and
+/// `read_retry` checks.
 ///
-/// Good for that notifier alone. It does not name an invalidation: two that overlap may share one (O6).
+/// Good for that notifier alone. It does not name an invalidation: two that overlap may share one
+/// (O6).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Sequence(pub(crate) u64);
 
@@ -147,10 +156,10 @@ impl Invalidation<'_> {
         self.request.range
     }
 
-    /// What is invalidated, without the gaps: sorted ranges that neither overlap nor touch, all that
-    /// share a byte with what the notifier watches, each of them whole. More than one only if the
-    /// invalidation was started with [`invalidate_all`](crate::AddressSpace::invalidate_all), by
-    /// hand or by a source that has heard of several changes.
+    /// What is invalidated, without the gaps: sorted ranges that neither overlap nor touch, all
+    /// that share a byte with what the notifier watches, each of them whole. More than one only if
+    /// the invalidation was started with [`invalidate_all`](crate::AddressSpace::invalidate_all),
+    /// by hand or by a source that has heard of several changes.
     ///
     /// A device is told of all of them and flushed once.
     #[inline]
@@ -183,8 +192,8 @@ impl Invalidation<'_> {
         let _ = NO_SEQUENCE_IS_DUE.try_with(|due| due.set(true));
     }
 
-    /// Whether the driver may leave work to a further pass that takes time. In a non-blockable invalidation it may
-    /// answer [`WouldBlock`] instead.
+    /// Whether the driver may leave work to a further pass that takes time. In a non-blockable
+    /// invalidation it may answer [`WouldBlock`] instead.
     #[inline]
     pub fn blockable(&self) -> bool {
         self.request.terms.blockable()
@@ -196,8 +205,9 @@ impl Invalidation<'_> {
         Sequence(self.sequence)
     }
 
-    /// Whether a pass of this call may stay pending while other notifiers are called. `false` when the space's pass budget
-    /// is used up: the pass is then awaited at once (B4), and a driver that has a cheaper way to wait may choose it.
+    /// Whether a pass of this call may stay pending while other notifiers are called. `false` when
+    /// the space's pass budget is used up: the pass is then awaited at once (B4), and a driver that
+    /// has a cheaper way to wait may choose it.
     #[inline]
     pub fn may_defer(&self) -> bool {
         self.request.terms.may_defer()
@@ -231,10 +241,11 @@ impl Invalidation<'_> {
         }
     }
 
-    /// Sets the notifier's own sequence, so that readers that began before this invalidation retry (S4, R2).
+    /// Sets the notifier's own sequence, so that readers that began before this invalidation retry
+    /// (S4, R2).
     ///
-    /// To be called in the first pass, under the lock under which readers check and install. Drivers that use
-    /// [`DriverLock`](crate::DriverLock) need not call it.
+    /// To be called in the first pass, under the lock under which readers check and install.
+    /// Drivers that use [`DriverLock`](crate::DriverLock) need not call it.
     #[inline]
     pub fn set_seq(&self) {
         self.own.set(self.sequence);
@@ -244,7 +255,8 @@ impl Invalidation<'_> {
 #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
 std::thread_local!(static NO_SEQUENCE_IS_DUE: core::cell::Cell<bool> = const { core::cell::Cell::new(false) });
 
-/// Whether the first pass that has just left a pass on this thread has said that no sequence is due.
+/// Whether the first pass that has just left a pass on this thread has said that no sequence is
+/// due.
 #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
 pub(crate) fn take_no_sequence_is_due() -> bool {
     NO_SEQUENCE_IS_DUE.try_with(core::cell::Cell::take).unwrap_or(false)
@@ -262,7 +274,8 @@ pub struct InvalidationInfo {
     pub sequence: Sequence,
     /// Whether it may wait.
     pub blockable: bool,
-    /// Whether the memory may have changed already (M7): then nothing may be written back to it. See [`Invalidation::is_late`].
+    /// Whether the memory may have changed already (M7): then nothing may be written back to it.
+    /// See [`Invalidation::is_late`].
     pub late: bool,
     /// The ranges, if there is more than one.
     parts: Option<RangeSet>,

@@ -1,7 +1,8 @@
-//! What the features `tracing` and `metrics` tell; without them everything here is empty and compiles to nothing.
+//! What the features `tracing` and `metrics` tell; without them everything here is empty and
+//! compiles to nothing.
 //!
-//! Subscribers and recorders are foreign code: nothing here is called under the space's lock (C8), and none of their panics
-//! leaves this module.
+//! Subscribers and recorders are foreign code: nothing here is called under the space's lock (C8),
+//! and none of their panics leaves this module.
 #![forbid(unsafe_code)]
 
 #[cfg(any(feature = "tracing", feature = "metrics"))]

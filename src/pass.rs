@@ -12,11 +12,12 @@ use stackfuture::StackFuture;
 /// Bytes of a future that a [`PassFuture`] holds without an allocation of its own.
 const INLINE: usize = 64;
 
-/// What a first pass leaves to be waited for: the end of a TLB flush, of a context preemption, of a queue drain.
+/// What a first pass leaves to be waited for: the end of a TLB flush, of a context preemption, of a
+/// queue drain.
 ///
-/// Any `Future<Output = ()> + Send + 'static`. One of up to 64 bytes (aligned to at most 8) is stored in place, a larger one is
-/// boxed. The engine joins the passes of all notifiers (O4); a future with several stages is several passes, each at its
-/// driver's own pace.
+/// Any `Future<Output = ()> + Send + 'static`. One of up to 64 bytes (aligned to at most 8) is
+/// stored in place, a larger one is boxed. The engine joins the passes of all notifiers (O4); a
+/// future with several stages is several passes, each at its driver's own pace.
 ///
 /// # Cancel safety
 /// The engine drops it unfinished only when the whole space is dropped, or its notifier is
@@ -39,7 +40,8 @@ impl PassFuture {
         Self(StackFuture::from_or_box(future))
     }
 
-    /// Blocks the thread until the pass is done: for tests of a driver, which the engine polls otherwise (W1).
+    /// Blocks the thread until the pass is done: for tests of a driver, which the engine polls
+    /// otherwise (W1).
     #[cfg(feature = "std")]
     pub fn wait(self) {
         crate::block::wait(self);

@@ -1,7 +1,9 @@
-//! The sequence protocol: the space's sequence, each notifier's own, and the set of active invalidations.
+//! The sequence protocol: the space's sequence, each notifier's own, and the set of active
+//! invalidations.
 //!
-//! A plain state machine: `&mut self` in, decisions out. It holds no lock, wakes nobody and never calls a driver; whoever
-//! owns a [`Protocol`] does that. Rules S1 to S6, O1, O5 and the counting behind R1 and L2 live here and nowhere else.
+//! A plain state machine: `&mut self` in, decisions out. It holds no lock, wakes nobody and never
+//! calls a driver; whoever owns a [`Protocol`] does that. Rules S1 to S6, O1, O5 and the counting
+//! behind R1 and L2 live here and nowhere else.
 #![forbid(unsafe_code)]
 
 mod active;
@@ -30,7 +32,8 @@ pub(crate) struct Protocol<M, X> {
     started: u64,
 }
 
-/// Room for this many notifiers that were inserted under an invalidation stays for the next one in its place.
+/// Room for this many notifiers that were inserted under an invalidation stays for the next one in
+/// its place.
 const MOST_LATE: usize = 64;
 /// What the start of an invalidation decided.
 pub(crate) struct Started<'a, X> {
@@ -112,16 +115,20 @@ impl<M: Member, X: Default> Protocol<M, X> {
         self.index.remove(member)
     }
 
-    /// An invalidation of `range` starts soon: what its search is likely to need is on its way from memory from now on. To be called before all else is written down: the processor
-    /// gets here early only if there are few stores between the hit of one invalidation and the next (`DESIGN.md`, "The interval index").
+    /// An invalidation of `range` starts soon: what its search is likely to need is on its way from
+    /// memory from now on. To be called before all else is written down: the processor gets here
+    /// early only if there are few stores between the hit of one invalidation and the next
+    /// (`DESIGN.md`, "The interval index").
     #[inline(always)]
     pub(crate) fn expect(&self, range: AddressRange) {
         self.index.expect(range.last());
     }
 
-    /// S2, S6: starts an invalidation. `fill` gets what its owner keeps beside it, as the last invalidation in this place left it, and its id. What `hits` finds there,
-    /// which is empty, gets every notifier that overlaps `range`, in the order of their first passes (O1); it is not asked for when there can be none.
-    /// `is_movable` says, if there is no place left, of which active invalidations nobody believes the place in their id any more.
+    /// S2, S6: starts an invalidation. `fill` gets what its owner keeps beside it, as the last
+    /// invalidation in this place left it, and its id. What `hits` finds there, which is empty,
+    /// gets every notifier that overlaps `range`, in the order of their first passes (O1); it is
+    /// not asked for when there can be none. `is_movable` says, if there is no place left, of which
+    /// active invalidations nobody believes the place in their id any more.
     #[inline(always)]
     pub(crate) fn start(
         &mut self,
@@ -152,8 +159,9 @@ impl<M: Member, X: Default> Protocol<M, X> {
         Id(self.started).serial()
     }
 
-    /// S3: ends an invalidation. `hits` are the notifiers that its start named. `uncovered` gets the notifiers that are [`WATCHED`] and
-    /// that no active invalidation covers any more. Returns what its owner keeps beside it.
+    /// S3: ends an invalidation. `hits` are the notifiers that its start named. `uncovered` gets
+    /// the notifiers that are [`WATCHED`] and that no active invalidation covers any more. Returns
+    /// what its owner keeps beside it.
     pub(crate) fn end(
         &mut self,
         id: Id,
@@ -171,8 +179,9 @@ impl<M: Member, X: Default> Protocol<M, X> {
         Some(Kept::Gone(active.extra, set))
     }
 
-    /// First half of [`end`](Self::end) for an invalidation that has a place: `true` if somebody may have to be told, by
-    /// [`tell`](Self::tell), which then has to come before anything else. Does nothing for one that has none.
+    /// First half of [`end`](Self::end) for an invalidation that has a place: `true` if somebody
+    /// may have to be told, by [`tell`](Self::tell), which then has to come before anything else.
+    /// Does nothing for one that has none.
     #[inline(always)]
     pub(crate) fn quick_end(&mut self, id: Id, hits: &[M]) -> Option<(bool, &mut X)> {
         let ActiveSet { places, heads, .. } = &mut self.active;
@@ -183,8 +192,9 @@ impl<M: Member, X: Default> Protocol<M, X> {
         Some((marks & WATCHED != 0 || !active.late.is_empty(), &mut active.extra))
     }
 
-    /// Quick form of [`end`](Self::end) for an invalidation that has a place and hit one notifier, if that has no mark and
-    /// nobody may have to be told. Otherwise does nothing and returns `None`.
+    /// Quick form of [`end`](Self::end) for an invalidation that has a place and hit one notifier,
+    /// if that has no mark and nobody may have to be told. Otherwise does nothing and returns
+    /// `None`.
     #[inline(always)]
     pub(crate) fn quick_end_one(&mut self, id: Id, hit: M) -> Option<&mut X> {
         let ActiveSet { places, heads, .. } = &mut self.active;
@@ -204,8 +214,9 @@ impl<M: Member, X: Default> Protocol<M, X> {
         Some(&mut active.extra)
     }
 
-    /// Quick form of [`end`](Self::end) for an invalidation that has a place and hit nothing. Does nothing and returns `false` if
-    /// notifiers were inserted under it: somebody may have to be told.
+    /// Quick form of [`end`](Self::end) for an invalidation that has a place and hit nothing. Does
+    /// nothing and returns `false` if notifiers were inserted under it: somebody may have to be
+    /// told.
     #[inline]
     pub(crate) fn quick_end_none(&mut self, id: Id) -> bool {
         let ActiveSet { places, heads, .. } = &mut self.active;
@@ -219,7 +230,8 @@ impl<M: Member, X: Default> Protocol<M, X> {
     }
 }
 
-/// Names the notifiers that are [`WATCHED`] and that no active invalidation covers any more since the one that has just ended.
+/// Names the notifiers that are [`WATCHED`] and that no active invalidation covers any more since
+/// the one that has just ended.
 fn tell<M: Member>(hits: &[M], late: &mut Vec<M>, mut uncovered: impl FnMut(M)) {
     // A hit was covered until the end, so one that is not was uncovered by it.
     hits.iter()
@@ -240,7 +252,8 @@ fn settle(sequence: &mut u64, live: u32) {
     }
 }
 
-/// The notifiers that overlap `range` are covered by one more invalidation, which gets the sequence that is returned if there is one.
+/// The notifiers that overlap `range` are covered by one more invalidation, which gets the sequence
+/// that is returned if there is one.
 #[inline(always)]
 fn cover<M: Member>(
     index: &IntervalIndex<M>,
@@ -276,14 +289,16 @@ fn cover_many<M: Member>(
     })
 }
 
-/// Covers a hit. Returns the sequence that the invalidation gets, as far as is known: `sequence`, unless the hit has the `current` one of the space already.
+/// Covers a hit. Returns the sequence that the invalidation gets, as far as is known: `sequence`,
+/// unless the hit has the `current` one of the space already.
 #[inline(always)]
 fn cover_one<M: Member>(member: M, current: u64, sequence: u64) -> u64 {
     // An own sequence is odd, so it can equal the space's only while that is odd.
     if member.own().cover() == Some(current) { after_clash(current) } else { sequence }
 }
 
-/// S6: the sequence that follows when a notifier has the current one already, without being covered.
+/// S6: the sequence that follows when a notifier has the current one already, without being
+/// covered.
 #[cold]
 #[inline(never)]
 fn after_clash(current: u64) -> u64 {

@@ -1,4 +1,5 @@
-//! Ranges of addresses, with both ends inclusive so that the last byte of the address space can be named.
+//! Ranges of addresses, with both ends inclusive so that the last byte of the address space can be
+//! named.
 #![forbid(unsafe_code)]
 
 mod set;
@@ -75,7 +76,8 @@ impl AddressRange {
     /// The `len` bytes from `start` on.
     ///
     /// # Errors
-    /// [`RangeError::Empty`] when `len` is 0, [`RangeError::Overflow`] when a byte of it would lie beyond `u64::MAX`.
+    /// [`RangeError::Empty`] when `len` is 0, [`RangeError::Overflow`] when a byte of it would lie
+    /// beyond `u64::MAX`.
     pub const fn new(start: u64, len: u64) -> Result<Self, RangeError> {
         let Some(more) = len.checked_sub(1) else {
             return Err(RangeError::Empty { start });

@@ -25,7 +25,8 @@ use core::pin::Pin;
 use core::task::{Context, Poll};
 use core::time::Duration;
 
-/// The memory of one process as its devices see it: the kernel's `mm_struct` with its notifier subscriptions.
+/// The memory of one process as its devices see it: the kernel's `mm_struct` with its notifier
+/// subscriptions.
 ///
 /// A handle; cheap to clone, all clones are the same space.
 ///
@@ -64,35 +65,42 @@ pub struct Builder {
 }
 
 impl Builder {
-    /// At most `passes` passes may be pending at once in the whole space (B4); by default there is no bound.
+    /// At most `passes` passes may be pending at once in the whole space (B4); by default there is
+    /// no bound.
     ///
-    /// When they are used up, an invalidation awaits each further pass before it calls the next first pass. A budget of 0 is
-    /// the kernel before the multi-pass patch: one device after the other.
+    /// When they are used up, an invalidation awaits each further pass before it calls the next
+    /// first pass. A budget of 0 is the kernel before the multi-pass patch: one device after the
+    /// other.
     pub fn pass_budget(mut self, passes: usize) -> Self {
         self.settings.budget = Some(passes);
         self
     }
 
-    /// Calls `reporter` when foreign code goes wrong in a way that no caller is told of: see [`Report`]. Outside of all locks; a panic
-    /// of it is [counted](crate::Stats::lost_panics).
+    /// Calls `reporter` when foreign code goes wrong in a way that no caller is told of: see
+    /// [`Report`]. Outside of all locks; a panic of it is [counted](crate::Stats::lost_panics).
     pub fn on_report(mut self, reporter: impl Fn(&Report<'_>) + Send + Sync + 'static) -> Self {
         self.settings.reporter = Some(Box::new(reporter));
         self
     }
 
-    /// Takes the time from `clock` (the time since some fixed moment) and notes it at the start of *every* invalidation.
+    /// Takes the time from `clock` (the time since some fixed moment) and notes it at the start of
+    /// *every* invalidation.
     ///
-    /// By default the library asks the operating system, and only once an invalidation turns out to last, because
-    /// asking takes longer than a short invalidation: see [`ActiveInvalidation::age`]. Virtual time and `no_std` need this. Called outside of all
-    /// locks; a panic of it is [counted](crate::Stats::lost_panics), and what it was asked for has no time then.
+    /// By default the library asks the operating system, and only once an invalidation turns out to
+    /// last, because asking takes longer than a short invalidation: see
+    /// [`ActiveInvalidation::age`]. Virtual time and `no_std` need this. Called outside of all
+    /// locks; a panic of it is [counted](crate::Stats::lost_panics), and what it was asked for has
+    /// no time then.
     pub fn clock(mut self, clock: impl Fn() -> Duration + Send + Sync + 'static) -> Self {
         self.settings.clock = Some(Box::new(clock));
         self
     }
 
-    /// How long those who wait for a range are patient with a future that could end its invalidation and is not polled (C4): the
-    /// time since its passes were done, 20 ms by default. Twice as long after each lapse of the same future, up to one second, or up
-    /// to `patience` if that is longer. Where there is no clock, or one that stands still, turns of whoever waits are counted instead.
+    /// How long those who wait for a range are patient with a future that could end its
+    /// invalidation and is not polled (C4): the time since its passes were done, 20 ms by default.
+    /// Twice as long after each lapse of the same future, up to one second, or up to `patience` if
+    /// that is longer. Where there is no clock, or one that stands still, turns of whoever waits
+    /// are counted instead.
     pub fn patience(mut self, patience: Duration) -> Self {
         self.settings.patience = Some(patience);
         self
@@ -100,12 +108,13 @@ impl Builder {
 
     /// Readers are checked against a lease: while `valid` says no, no `read_begin` begins, every
     /// [`read_retry`](crate::Subscription::read_retry) is true, and a registration cache finds
-    /// nothing (R4). For memory that another host owns, such as `shootdown-lease` mirrors: a process
-    /// that was stopped goes on where it was, after its lease has ended, and nobody could invalidate
-    /// anything meanwhile. So `valid` reads the time by itself, on a clock that goes on in suspend.
+    /// nothing (R4). For memory that another host owns, such as `shootdown-lease` mirrors: a
+    /// process that was stopped goes on where it was, after its lease has ended, and nobody could
+    /// invalidate anything meanwhile. So `valid` reads the time by itself, on a clock that goes on
+    /// in suspend.
     ///
-    /// Called with each check, on the thread that checks, also under the driver's lock; never under a
-    /// lock of the library. A panic of it is counted and means no. Whoever makes it say yes again
+    /// Called with each check, on the thread that checks, also under the driver's lock; never under
+    /// a lock of the library. A panic of it is counted and means no. Whoever makes it say yes again
     /// [pauses](AddressSpace::pause) the space and ends the pause afterwards, which wakes readers.
     /// Passes and invalidations go on as ever. Costs other spaces nothing.
     #[cfg(any(feature = "lease", loom))]
@@ -114,14 +123,16 @@ impl Builder {
         self
     }
 
-    /// Takes none of the library's quick ways, which must make no difference: for tests that compare.
+    /// Takes none of the library's quick ways, which must make no difference: for tests that
+    /// compare.
     #[cfg(feature = "test-util")]
     pub fn plain_only(mut self) -> Self {
         self.settings.plain_only = true;
         self
     }
 
-    /// The sequence that the space starts with, rounded down to an even one; 2 by default (S1). For tests of wrap-around.
+    /// The sequence that the space starts with, rounded down to an even one; 2 by default (S1). For
+    /// tests of wrap-around.
     pub fn first_sequence(mut self, sequence: u64) -> Self {
         self.settings.sequence = Some(sequence & !1);
         self
@@ -143,7 +154,8 @@ impl fmt::Debug for Builder {
     }
 }
 
-/// The space was released: no notifier can be inserted any more (L4). Holds the notifier, so that it is not lost.
+/// The space was released: no notifier can be inserted any more (L4). Holds the notifier, so that
+/// it is not lost.
 pub struct InsertError<N> {
     notifier: N,
 }
@@ -188,9 +200,11 @@ impl AddressSpace {
         Builder::default()
     }
 
-    /// Registers `notifier` for `range`. Never waits; the notifier may be called before this returns (L3).
+    /// Registers `notifier` for `range`. Never waits; the notifier may be called before this
+    /// returns (L3).
     ///
-    /// Inserted while an invalidation of the range is active, the notifier is not called for it, and its readers wait for it (S5).
+    /// Inserted while an invalidation of the range is active, the notifier is not called for it,
+    /// and its readers wait for it (S5).
     ///
     /// # Errors
     /// [`InsertError`], with the notifier in it, after [`release`](Self::release).
@@ -208,17 +222,17 @@ impl AddressSpace {
         }
     }
 
-    /// Invalidates `range`: calls the first pass of every notifier that overlaps it, then joins all their passes. Change the memory while
-    /// you hold the guard.
+    /// Invalidates `range`: calls the first pass of every notifier that overlaps it, then joins all
+    /// their passes. Change the memory while you hold the guard.
     #[inline]
     pub fn invalidate(&self, range: AddressRange, event: Event) -> Invalidate<'_> {
         Invalidate::new(Handle::Borrowed(&self.shared), range, event)
     }
 
-    /// Invalidates several ranges as one (N1): one first pass for each notifier that overlaps any of
-    /// them, in the order of O1, with the [ranges that concern it](crate::Invalidation::ranges);
-    /// then all passes are joined, and one guard holds all the ranges. For whoever unmaps a thousand
-    /// pages and has a device that is flushed once.
+    /// Invalidates several ranges as one (N1): one first pass for each notifier that overlaps any
+    /// of them, in the order of O1, with the [ranges that concern it](crate::Invalidation::ranges);
+    /// then all passes are joined, and one guard holds all the ranges. For whoever unmaps a
+    /// thousand pages and has a device that is flushed once.
     ///
     /// Those who watch or read only what lies in the gaps are neither called nor held up (L2).
     ///
@@ -239,15 +253,18 @@ impl AddressSpace {
 
     /// Invalidates `range` without waiting (B2, B3): the kernel's non-blockable form.
     ///
-    /// Passes are polled as long as one of them is ready to go on and some finish: after 32 polls of all that are ready in which none
-    /// finishes it gives up, so that a pass that wakes itself for ever does not hold the caller.
+    /// Passes are polled as long as one of them is ready to go on and some finish: after 32 polls
+    /// of all that are ready in which none finishes it gives up, so that a pass that wakes itself
+    /// for ever does not hold the caller.
     ///
     /// # Errors
-    /// [`WouldBlock`] when a first pass refuses or a pass stays pending. Nothing has to be ended then; passes that are still pending
-    /// belong to the space, and the range stays under invalidation until they are done.
+    /// [`WouldBlock`] when a first pass refuses or a pass stays pending. Nothing has to be ended
+    /// then; passes that are still pending belong to the space, and the range stays under
+    /// invalidation until they are done.
     ///
     /// # Panics
-    /// Resumes a panic of a first pass or pass (C5), or returns [`WouldBlock`] if the thread is unwinding already.
+    /// Resumes a panic of a first pass or pass (C5), or returns [`WouldBlock`] if the thread is
+    /// unwinding already.
     pub fn try_invalidate(
         &self,
         range: AddressRange,
@@ -259,8 +276,8 @@ impl AddressSpace {
         )
     }
 
-    /// The end of the address space: calls every notifier with [`Event::Release`] and waits for all passes. From the first poll on
-    /// `insert` fails; `remove` still works (L4).
+    /// The end of the address space: calls every notifier with [`Event::Release`] and waits for all
+    /// passes. From the first poll on `insert` fails; `remove` still works (L4).
     pub fn release(&self) -> Release<'_> {
         Release {
             invalidate: Invalidate::new(
@@ -284,15 +301,15 @@ impl AddressSpace {
         Pause { shared: &self.shared, closings: self.shared.close_gate() }
     }
 
-    /// Drives what was abandoned to its end: passes of invalidations whose future was dropped, or that could not wait. Invalidations that
-    /// start after the first poll are not waited for.
+    /// Drives what was abandoned to its end: passes of invalidations whose future was dropped, or
+    /// that could not wait. Invalidations that start after the first poll are not waited for.
     pub fn drain(&self) -> Drain<'_> {
         Drain::new(&self.shared)
     }
 
     /// Says that the devices of these notifiers are cut off from the memory, whoever has their
-    /// subscriptions: what [`Subscription::fence`] says of one, for an operator who has the
-    /// [list of what is pending](crate::ActiveInvalidation::pending_ids) only, for a device with many
+    /// subscriptions: what [`Subscription::fence`] says of one, for an operator who has the [list
+    /// of what is pending](crate::ActiveInvalidation::pending_ids) only, for a device with many
     /// subscriptions that is reset, and for a driver that waits in [`remove`](Subscription::remove)
     /// for its dead device. Looks once at all that is registered and pending. Ids of nobody are
     /// ignored. Returns how many passes were pending.
@@ -300,7 +317,8 @@ impl AddressSpace {
         self.shared.fence_all(ids.into_iter().map(NotifierId::get))
     }
 
-    /// The space's sequence: even when no invalidation that hit a notifier is active, odd otherwise (S1).
+    /// The space's sequence: even when no invalidation that hit a notifier is active, odd otherwise
+    /// (S1).
     pub fn sequence(&self) -> Sequence {
         self.shared.with(|state, _| Sequence(state.protocol.sequence()))
     }

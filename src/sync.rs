@@ -1,8 +1,9 @@
 //! The one place that says where atomics and locks come from.
 //!
-//! [`Lock`] is held for a bounded number of steps of the library's own code and never while driver code runs (rule C8).
-//! That is why it spins: its release is a plain store, where a parking mutex needs a read-modify-write, and two locks are
-//! most of what a short invalidation costs (`DESIGN.md`, "The lock").
+//! [`Lock`] is held for a bounded number of steps of the library's own code and never while driver
+//! code runs (rule C8). That is why it spins: its release is a plain store, where a parking mutex
+//! needs a read-modify-write, and two locks are most of what a short invalidation costs
+//! (`DESIGN.md`, "The lock").
 
 #[cfg(not(any(loom, shuttle)))]
 mod real {
@@ -24,7 +25,8 @@ mod real {
             #[cfg(feature = "std")]
             {
                 std::thread_local!(static SPINS: core::cell::Cell<u32> = const { core::cell::Cell::new(0) });
-                // The holder may have been preempted: after some 64 looks it is more useful to let it run.
+                // The holder may have been preempted: after some 64 looks it is more useful to let
+                // it run.
                 let spins = SPINS.with(|spins| spins.replace(spins.get().wrapping_add(1)));
                 if spins % 64 == 63 {
                     std::thread::yield_now();
@@ -45,7 +47,8 @@ mod real {
 
         #[inline]
         pub(crate) fn lock(&self) -> impl DerefMut<Target = T> {
-            // The loop is not built into the caller: its registers would be saved on each call, and mostly for nothing.
+            // The loop is not built into the caller: its registers would be saved on each call, and
+            // mostly for nothing.
             Held::new(match self.0.try_lock() {
                 Some(guard) => guard,
                 None => self.contended(),
@@ -70,8 +73,9 @@ mod real {
     }
 }
 
-/// The same on the types of a model checker: `loom` explores every interleaving of small models, `shuttle` many random ones
-/// of larger ones. Both switch threads only at these types; what is inside a dependency (`FuturesUnordered`, `slab`) is one step to them.
+/// The same on the types of a model checker: `loom` explores every interleaving of small models,
+/// `shuttle` many random ones of larger ones. Both switch threads only at these types; what is
+/// inside a dependency (`FuturesUnordered`, `slab`) is one step to them.
 #[cfg(any(loom, shuttle))]
 mod checked {
     use core::ops::DerefMut;
@@ -230,7 +234,8 @@ pub(crate) fn give_turn() {
     spin_hint();
 }
 
-/// Debug builds count the locks that a thread holds, so that a call of foreign code under one is noticed (C8).
+/// Debug builds count the locks that a thread holds, so that a call of foreign code under one is
+/// noticed (C8).
 #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
 mod held {
     use core::cell::Cell;

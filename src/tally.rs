@@ -15,11 +15,13 @@ pub(crate) struct Tally {
     lapses: AtomicU32,
 }
 
-/// What happened to one notifier so far: [`Subscription::stats`](crate::Subscription::stats). Counters stop at [`u32::MAX`].
+/// What happened to one notifier so far: [`Subscription::stats`](crate::Subscription::stats).
+/// Counters stop at [`u32::MAX`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct NotifierStats {
-    /// Times that a check ([`read_retry`](crate::Subscription::read_retry)) said that the notifier was invalidated.
+    /// Times that a check ([`read_retry`](crate::Subscription::read_retry)) said that the notifier
+    /// was invalidated.
     pub collisions: u32,
     /// Times that [`DriverLock::mirror`](crate::DriverLock::mirror) started over.
     pub retries: u32,
@@ -27,7 +29,8 @@ pub struct NotifierStats {
     pub waits: u32,
     /// Invalidations of the notifier that lapsed (C4).
     pub lapses: u32,
-    /// The longest that an invalidation which hit the notifier was active, in whole microseconds; see [`Stats::longest`](crate::Stats::longest) for which are timed.
+    /// The longest that an invalidation which hit the notifier was active, in whole microseconds;
+    /// see [`Stats::longest`](crate::Stats::longest) for which are timed.
     pub longest: Duration,
 }
 

@@ -1,10 +1,12 @@
 //! Faults on demand, for the tests of drivers (feature `test-util`).
 //!
-//! The rare paths of a driver (a collision just before it installs, a device that takes its time, a refusal, a pass that panics) are where
-//! its bugs are. [`Faulty`] wraps any notifier and makes its first passes and passes misbehave;
-//! [`Subscription::collide_on`](crate::Subscription::collide_on) makes the check of the collision-retry loop fail. Neither takes a lock
-//! of the driver nor touches what it protects: a forced collision is an answer of the check itself, which the driver makes under
-//! whichever lock it uses. So injection cannot be used with the wrong lock, and every fault is one that can really happen.
+//! The rare paths of a driver (a collision just before it installs, a device that takes its time, a
+//! refusal, a pass that panics) are where its bugs are. [`Faulty`] wraps any notifier and makes its
+//! first passes and passes misbehave; [`Subscription::collide_on`](crate::Subscription::collide_on)
+//! makes the check of the collision-retry loop fail. Neither takes a lock of the driver nor touches
+//! what it protects: a forced collision is an answer of the check itself, which the driver makes
+//! under whichever lock it uses. So injection cannot be used with the wrong lock, and every fault
+//! is one that can really happen.
 //!
 //! ```
 //! # use shootdown::*;
@@ -52,8 +54,9 @@ use futures::task::AtomicWaker;
 
 /// A notifier with faults on demand; dereferences to the notifier.
 ///
-/// Each fault is for one call of the first pass, in the order in which they were asked for. A refusal waits for the next non-blockable
-/// invalidation, the others for the next call that is not refused.
+/// Each fault is for one call of the first pass, in the order in which they were asked for. A
+/// refusal waits for the next non-blockable invalidation, the others for the next call that is not
+/// refused.
 pub struct Faulty<N> {
     notifier: N,
     faults: Lock<VecDeque<Fault>>,
@@ -110,7 +113,8 @@ impl<N> Faulty<N> {
         self.faults.lock().push_back(Fault::Refuse);
     }
 
-    /// Calls the notifier, then holds its pass up until the [`Delay`] is ended. One that has no pass gets one.
+    /// Calls the notifier, then holds its pass up until the [`Delay`] is ended. One that has no
+    /// pass gets one.
     pub fn delay_next(&self) -> Delay {
         let gate = Arc::new(Gate::default());
         self.faults.lock().push_back(Fault::Delay(gate.clone()));

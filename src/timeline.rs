@@ -100,9 +100,10 @@ impl Timeline {
     /// at. A number that is not above the value changes nothing.
     ///
     /// From any thread, and from where nothing may be waited for: it takes no lock of the timeline
-    /// that somebody has, and allocates nothing. It calls the wakers of those it wakes, unless another thread is
-    /// at it, or a waker that was called by it, which then does; a waker may do anything, this included (C8). It also frees memory:
-    /// what must not do that, such as a POSIX signal handler, has a thread signal for it.
+    /// that somebody has, and allocates nothing. It calls the wakers of those it wakes, unless
+    /// another thread is at it, or a waker that was called by it, which then does; a waker may do
+    /// anything, this included (C8). It also frees memory: what must not do that, such as a POSIX
+    /// signal handler, has a thread signal for it.
     ///
     /// # Panics
     /// Never for a waker: its panic is [counted](Self::lost_panics), and the others are woken.
@@ -145,7 +146,8 @@ impl Core {
             let mut batch = [const { None }; BATCH];
             {
                 let Some(mut waiting) = self.waiting.try_lock() else { return };
-                // A swap, as below: either it comes after that, or whoever is at it sees what we have seen.
+                // A swap, as below: either it comes after that, or whoever is at it sees what we
+                // have seen.
                 if self.waking.swap(true, Ordering::AcqRel) {
                     // Perhaps below us on this stack: those that it has taken come first.
                     drop(waiting);

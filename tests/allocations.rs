@@ -132,7 +132,8 @@ fn collisions() -> [u64; 2] {
     [collide(), collide()]
 }
 
-/// Notifiers of three sizes that come and go: allocations of one that follows another of its size, and whether all bytes are free again afterwards.
+/// Notifiers of three sizes that come and go: allocations of one that follows another of its size,
+/// and whether all bytes are free again afterwards.
 fn comings_and_goings() {
     struct Large([u64; 9]);
 
@@ -197,8 +198,8 @@ enum Burst {
     Passes,
 }
 
-/// Bytes of the working memory of a space: after one invalidation, after so many at once, and after as
-/// many again.
+/// Bytes of the working memory of a space: after one invalidation, after so many at once, and after
+/// as many again.
 fn working_memory(kind: Burst, burst: usize) -> [i64; 3] {
     use futures::FutureExt;
     use futures::channel::oneshot::{Sender, channel};
@@ -249,8 +250,8 @@ fn working_memory(kind: Burst, burst: usize) -> [i64; 3] {
     })
 }
 
-/// Allocations of a pass that waits for a timeline: to make it, to find it ready, to wait; and whether all that
-/// waiters left is free again.
+/// Allocations of a pass that waits for a timeline: to make it, to find it ready, to wait; and
+/// whether all that waiters left is free again.
 fn fences() {
     let timeline = Timeline::new();
     timeline.signal(1);
@@ -343,13 +344,15 @@ fn allocations_and_bytes_are_within_their_bounds() {
         println!(
             "{kind:?}: a space works in {one} bytes after one, in {many} after {burst} at once"
         );
-        // There are 32 places for active invalidations, each of which keeps its working memory. The index
-        // of those that were parked keeps its nodes, too: up to 64 bytes for each of the most at once.
+        // There are 32 places for active invalidations, each of which keeps its working memory. The
+        // index of those that were parked keeps its nodes, too: up to 64 bytes for each of the most
+        // at once.
         let most = 32 * one + burst as i64 * each;
         assert!(many <= most, "{many} bytes after {burst} {kind:?}, {one} after one");
         assert!(again <= most, "{again} bytes after the same again");
     }
-    // Up to four million where that takes seconds: without optimization a million are enough of a wait.
+    // Up to four million where that takes seconds: without optimization a million are enough of a
+    // wait.
     let most = if cfg!(debug_assertions) { 1_000_000 } else { 4_000_000 };
     for n in [100, 10_000, 1_000_000, 4_000_000].into_iter().filter(|n| *n <= most) {
         let [ascending, random] = [true, false].map(|ascending| bytes(n, ascending));

@@ -1,7 +1,8 @@
 //! The library against recordings of the kernel's own code (`tests/conformance/`, 300 scenarios).
 //!
-//! `exact.jsonl` must be reproduced in every value; for `overlap.jsonl`, where the kernel defers work that the library does at once,
-//! the three rules of `tests/conformance/README.md` hold. `CONFORMANCE_DIR` names another directory with the two files.
+//! `exact.jsonl` must be reproduced in every value; for `overlap.jsonl`, where the kernel defers
+//! work that the library does at once, the three rules of `tests/conformance/README.md` hold.
+//! `CONFORMANCE_DIR` names another directory with the two files.
 #![allow(missing_docs)]
 
 use futures::executor::{LocalPool, LocalSpawner, block_on};
@@ -301,7 +302,8 @@ impl Run {
             Op::InvalidateEnd { h } => drop(self.guards.remove(h).unwrap()),
             Op::Release { calls } => {
                 if self.inserts_later {
-                    // The kernel's code takes an insert after the release, the library refuses it (L4): the same calls without the refusal.
+                    // The kernel's code takes an insert after the release, the library refuses it
+                    // (L4): the same calls without the refusal.
                     drop(block_on(self.space.invalidate(AddressRange::ALL, Event::Release)));
                 } else {
                     block_on(self.space.release());
@@ -331,7 +333,8 @@ impl Run {
             }
             Op::Remove { id, result, blocked } => {
                 let subscription = self.subscriptions.remove(id).unwrap();
-                // A `remove` takes the subscription, which readers that wait still borrow; `close` is the same wait without that.
+                // A `remove` takes the subscription, which readers that wait still borrow; `close`
+                // is the same wait without that.
                 self.wait(async move {
                     match Arc::try_unwrap(subscription) {
                         Ok(subscription) => drop(subscription.remove().await),
@@ -381,7 +384,8 @@ impl Run {
         let refusal = |calls: &[Call]| {
             calls.iter().find(|call| call.call == Kind::Refuse).map(|call| call.id)
         };
-        // A refusal by a notifier that only one side calls cuts off what comes behind it on that side.
+        // A refusal by a notifier that only one side calls cuts off what comes behind it on that
+        // side.
         if refusal(&ours) == refusal(kernel) {
             self.compare("calls that only the kernel made", missing, Vec::new());
             self.compare("calls that only the library made", more, Vec::new());

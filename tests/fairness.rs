@@ -31,8 +31,8 @@ fn c4_invalidations_beside_readers_that_read_all_the_time_practically_never_laps
             run.invalidations()
         );
         assert_eq!(run.invalidations(), INVALIDATIONS as u64);
-        // 2 %; more beside so many threads that the invalidating one waits for its turn, and in a pool
-        // that polls a task that wakes itself again before it polls others.
+        // 2 %; more beside so many threads that the invalidating one waits for its turn, and in a
+        // pool that polls a task that wakes itself again before it polls others.
         let wide = readers > 8 || host == Host::Pool;
         let most = run.invalidations() / if wide { 5 } else { 50 };
         assert!(

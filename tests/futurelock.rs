@@ -1,4 +1,5 @@
-//! C1 to C4 on real executors: futures that are dropped, leaked, or alive and never polled again wedge nobody.
+//! C1 to C4 on real executors: futures that are dropped, leaked, or alive and never polled again
+//! wedge nobody.
 #![cfg(not(any(loom, shuttle)))]
 #![allow(missing_docs, clippy::print_stdout)]
 
@@ -176,8 +177,9 @@ fn a_healthy_invalidation_beside_readers_that_never_stop_practically_never_lapse
 
 #[test]
 fn ten_thousand_passes_that_are_ready_through_tokio_primitives_finish() {
-    // Each takes a unit of the task's cooperative budget; when that is used up they answer `Pending` and wake the task, and a join
-    // that polls on without returning to tokio would never end (rust-lang/futures-rs#2053).
+    // Each takes a unit of the task's cooperative budget; when that is used up they answer
+    // `Pending` and wake the task, and a join that polls on without returning to tokio would never
+    // end (rust-lang/futures-rs#2053).
     for threads in [0, 2] {
         let tokio = if threads == 0 {
             tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap()

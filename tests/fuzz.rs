@@ -1,7 +1,9 @@
-//! Sequences of operations, written as bytes, on the library and on the contract's rules side by side.
+//! Sequences of operations, written as bytes, on the library and on the contract's rules side by
+//! side.
 //!
-//! With the feature `test-util` each case runs on a space that takes the library's quick ways, and on one that does not.
-//! `SHOOTDOWN_CASES=100000 cargo test --release --test fuzz` is the long form.
+//! With the feature `test-util` each case runs on a space that takes the library's quick ways, and
+//! on one that does not. `SHOOTDOWN_CASES=100000 cargo test --release --test fuzz` is the long
+//! form.
 #![cfg(not(any(loom, shuttle)))]
 #![allow(missing_docs)]
 
@@ -135,7 +137,8 @@ impl Machine {
         });
     }
 
-    /// Starts an invalidation; bit n of `pending` says whether the n-th device that it hits has something to wait for.
+    /// Starts an invalidation; bit n of `pending` says whether the n-th device that it hits has
+    /// something to wait for.
     fn start(&mut self, set: RangeSet, pending: u8, blockable: bool) -> Result<(), TestCaseError> {
         let name = self.names;
         self.names += 1;
@@ -391,7 +394,8 @@ proptest! {
     #[test]
     fn bytes_against_the_rules(bytes in prop::collection::vec(any::<u8>(), 4..600)) {
         let quick = run(&bytes, false)?;
-        // The plain ways are the specification of the quick ones: nothing that can be seen may differ.
+        // The plain ways are the specification of the quick ones: nothing that can be seen may
+        // differ.
         if cfg!(feature = "test-util") {
             prop_assert_eq!(quick, run(&bytes, true)?);
         }

@@ -104,8 +104,8 @@ fn a_drain_hears_of_passes_that_become_the_spaces_while_it_waits() {
     second.expect_pending();
     let mut drain = Task::new(space.drain());
     drain.expect_pending();
-    // The pass of `b`, which was over the budget, is done: the invalidation is unclaimed, with that of
-    // `a` never polled.
+    // The pass of `b`, which was over the budget, is done: the invalidation is unclaimed, with that
+    // of `a` never polled.
     other.open();
     drain.expect_pending();
     assert!(!one.is_waited_for());
@@ -673,8 +673,8 @@ fn f3_a_first_pass_may_start_what_waits_for_it() {
     let near = Arc::new(near);
     let far = space.insert(pages(9, 1), Device::new("far", &log)).unwrap();
     let reader = near.clone();
-    // The pass of `far` waits for readers of `near`, which an invalidation holds up that has begun the
-    // other one.
+    // The pass of `far` waits for readers of `near`, which an invalidation holds up that has begun
+    // the other one.
     far.next(Act::pass(async move { _ = reader.read_begin().await }));
     let elsewhere = space.clone();
     near.next(Act::Run(Box::new(move |_| {

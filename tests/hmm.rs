@@ -1,8 +1,10 @@
-//! The kernel's HMM self-tests (`tools/testing/selftests/mm/hmm-tests.c`), by their names, on the simulated memory and the mirroring driver of
-//! `examples/dmirror`; and what those tests do not have.
+//! The kernel's HMM self-tests (`tools/testing/selftests/mm/hmm-tests.c`), by their names, on the
+//! simulated memory and the mirroring driver of `examples/dmirror`; and what those tests do not
+//! have.
 //!
-//! Each kernel case runs on a multi-threaded tokio runtime and on an executor of one thread, for a device whose memory the processor cannot use
-//! (private) and one whose memory it can (coherent). `anon_teardown` runs on real memory too, in `tests/source` (feature `userfaultfd`).
+//! Each kernel case runs on a multi-threaded tokio runtime and on an executor of one thread, for a
+//! device whose memory the processor cannot use (private) and one whose memory it can (coherent).
+//! `anon_teardown` runs on real memory too, in `tests/source` (feature `userfaultfd`).
 //!
 //! Left out, because they test what has no counterpart here:
 //!

@@ -1,7 +1,8 @@
 //! Every interleaving of small models, explored by loom: `ci/loom.sh`.
 //!
-//! The library's own locks and atomics are loom's here (`src/sync.rs`); `FuturesUnordered` is one step. Each test prints how many
-//! executions it explored. `tests/README.md` lists which mutations of the library these models find.
+//! The library's own locks and atomics are loom's here (`src/sync.rs`); `FuturesUnordered` is one
+//! step. Each test prints how many executions it explored. `tests/README.md` lists which mutations
+//! of the library these models find.
 #![cfg(loom)]
 #![allow(missing_docs, clippy::print_stdout)]
 
@@ -90,7 +91,8 @@ struct Device {
 struct State {
     /// The value that the page table maps.
     mapping: Option<u64>,
-    /// The value that the device may still use although the page table does not map it, until a pass is done.
+    /// The value that the device may still use although the page table does not map it, until a
+    /// pass is done.
     in_flight: Option<u64>,
 }
 
@@ -111,7 +113,8 @@ impl IntervalNotifier for Device {
     ) -> Result<Option<PassFuture>, WouldBlock> {
         {
             let mut state = self.state.lock_for(invalidation);
-            // What an earlier invalidation zapped may still be in flight (O6): every pass waits for all of it.
+            // What an earlier invalidation zapped may still be in flight (O6): every pass waits for
+            // all of it.
             state.in_flight = state.mapping.take().or(state.in_flight);
         }
         let (state, fence) = (self.state.clone(), self.fence.clone());
@@ -287,7 +290,8 @@ impl Drop for Counted {
 
 #[test]
 fn notifiers_that_come_and_go_on_two_threads_do_not_share_memory() {
-    // The first removal fills the place of the spare memory, the others find it filled, reserved or empty.
+    // The first removal fills the place of the spare memory, the others find it filled, reserved or
+    // empty.
     for polled in [true, false] {
         explore(&format!("spare memory, polled: {polled}"), 4, move || {
             let (space, drops) = (AddressSpace::new(), Arc::new(RealUsize::new(0)));
@@ -375,7 +379,8 @@ fn a_future_that_is_dropped_at_any_point_loses_nothing_while_a_reader_waits() {
 
 #[test]
 fn a_future_that_is_dropped_between_two_first_passes_loses_nothing() {
-    // A budget of one: the first pass is put off, the second awaited before the third is called (B4).
+    // A budget of one: the first pass is put off, the second awaited before the third is called
+    // (B4).
     explore("drop between first passes", 2, || {
         let space = AddressSpace::builder().pass_budget(1).build();
         let (put_off, awaited) = (Fence::new(), Fence::new());
@@ -477,7 +482,8 @@ fn release_against_insert() {
     });
 }
 
-/// What userfaultfd does: the memory changes first, and who changed it goes on as soon as the monitor has heard of it.
+/// What userfaultfd does: the memory changes first, and who changed it goes on as soon as the
+/// monitor has heard of it.
 #[test]
 fn no_reader_that_begins_after_the_change_was_heard_of_gets_an_answer_from_before_it() {
     explore("a pause, a reader", 4, || {
@@ -545,7 +551,8 @@ fn who_begins_in_a_pause_waits_for_its_end_also_beside_others_that_overlap_it() 
     });
 }
 
-/// The other half: a reader that began before looks at the memory when somebody else is using it already.
+/// The other half: a reader that began before looks at the memory when somebody else is using it
+/// already.
 #[test]
 fn nothing_that_was_seen_after_the_change_is_accepted_with_a_sequence_from_before_it() {
     explore("a pause, a look, a check", 4, || {
@@ -573,7 +580,8 @@ fn nothing_that_was_seen_after_the_change_is_accepted_with_a_sequence_from_befor
     });
 }
 
-/// The word of a closed notifier, read without a lock beside a first pass that sets it, an end that uncovers it and a close.
+/// The word of a closed notifier, read without a lock beside a first pass that sets it, an end that
+/// uncovers it and a close.
 #[test]
 fn nothing_is_accepted_after_a_close_whether_an_invalidation_covers_the_notifier_or_not() {
     explore("a close, an invalidation, a check", 3, || {
@@ -601,7 +609,8 @@ fn nothing_is_accepted_after_a_close_whether_an_invalidation_covers_the_notifier
     });
 }
 
-/// Sets the sequence without a lock, as [`AsyncNotifier`] does for a driver with no `begin` of its own.
+/// Sets the sequence without a lock, as [`AsyncNotifier`] does for a driver with no `begin` of its
+/// own.
 struct Lockless;
 
 impl AsyncIntervalNotifier for Lockless {
@@ -610,9 +619,9 @@ impl AsyncIntervalNotifier for Lockless {
 
 type LocklessSubscription = Subscription<AsyncNotifier<Lockless>>;
 
-/// A space whose sequence is 3 and stays odd while `held` lives. `first` watches the first of two pages; the
-/// notifier of the second has sequence 3 already. So an invalidation of both pages gets 5 (S6), and one of the
-/// first page alone may get 3.
+/// A space whose sequence is 3 and stays odd while `held` lives. `first` watches the first of two
+/// pages; the notifier of the second has sequence 3 already. So an invalidation of both pages gets
+/// 5 (S6), and one of the first page alone may get 3.
 struct TwoSequences {
     space: AddressSpace,
     first: LocklessSubscription,

@@ -6,7 +6,8 @@ use std::path::PathBuf;
 use std::process::{Command, Output};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
-/// The example as the README says, in release form; it is built here, because `cargo test` does not.
+/// The example as the README says, in release form; it is built here, because `cargo test` does
+/// not.
 fn binary() -> PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     let binary = BINARY.get_or_init(|| {
@@ -250,8 +251,8 @@ fn a_program_that_gathers_its_changes_waits_less_and_nothing_is_stale() {
             total(&alone)
         );
     }
-    // Here first passes are told of several ranges, and of others than those before them: each of these runs finds a driver that
-    // does not keep them apart.
+    // Here first passes are told of several ranges, and of others than those before them: each of
+    // these runs finds a driver that does not keep them apart.
     let build =
         format!("{}/examples/multi_gpu/workloads/cargo-build.strace", env!("CARGO_MANIFEST_DIR"));
     for (profile, seed) in [("busy", "1"), ("busy", "2"), ("mixed", "1")] {
@@ -380,7 +381,8 @@ fn a_result_that_cannot_be_written_is_an_error_and_a_reader_that_goes_away_is_no
     assert_eq!(to(writer.into()).status.code(), Some(0));
 }
 
-/// A driver is the driver of a mapping only as long as it is there, also where many pages of each are in use.
+/// A driver is the driver of a mapping only as long as it is there, also where many pages of each
+/// are in use.
 #[test]
 fn many_pages_of_many_mappings_are_not_stale() {
     for seed in ["1", "5"] {

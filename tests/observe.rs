@@ -1,4 +1,5 @@
-//! What the features `tracing` and `metrics` tell, and that it is told without a lock of the library being held.
+//! What the features `tracing` and `metrics` tell, and that it is told without a lock of the
+//! library being held.
 #![cfg(not(any(loom, shuttle)))]
 #![allow(missing_docs)]
 
@@ -15,7 +16,8 @@ use tracing::span;
 use tracing_subscriber::layer::{Context, SubscriberExt};
 use tracing_subscriber::registry::LookupSpan;
 
-/// One line for each thing that is told; `space` is asked each time, which would hang under its lock.
+/// One line for each thing that is told; `space` is asked each time, which would hang under its
+/// lock.
 #[derive(Clone)]
 struct Lines(Arc<Mutex<Vec<String>>>, AddressSpace);
 
@@ -232,8 +234,8 @@ impl<S: tracing::Subscriber + for<'a> LookupSpan<'a>> tracing_subscriber::Layer<
     }
 }
 
-/// F1: right after the start, when the passes of an invalidation are in nobody's hands; while a first pass leaves a pass; when a
-/// pass is done.
+/// F1: right after the start, when the passes of an invalidation are in nobody's hands; while a
+/// first pass leaves a pass; when a pass is done.
 #[test]
 fn f1_a_subscriber_that_panics_in_whatever_it_is_told_loses_no_pass() {
     for call in ["new span", "enter", "exit", "first pass", "pass", "close"] {

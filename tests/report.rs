@@ -1,4 +1,5 @@
-//! The report of `multi_gpu --report` as a browser shows it: a screenshot by headless Chromium, looked at. Without Chromium the test counts as ignored, and says why.
+//! The report of `multi_gpu --report` as a browser shows it: a screenshot by headless Chromium,
+//! looked at. Without Chromium the test counts as ignored, and says why.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -110,7 +111,8 @@ fn look_in(dir: &Path) -> Result<(), Failed> {
             return Err(format!("{pixels} pixels of {name} in {}", shot.display()).into());
         }
     }
-    // Flushes: where each ends. One GPU after the other they go on to the right edge; poll-driven ones end long before.
+    // Flushes: where each ends. One GPU after the other they go on to the right edge; poll-driven
+    // ones end long before.
     let ends = |color: [u8; 3]| -> Vec<u32> {
         let fill = format!("fill=\"#{:02X}{:02X}{:02X}\"", color[0], color[1], color[2]);
         let number = |tag: &str, name: &str| -> Option<u32> {

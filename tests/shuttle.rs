@@ -1,6 +1,8 @@
-//! The whole engine under a randomised scheduler: `ci/shuttle.sh`. Larger than what loom can explore, every schedule repeatable.
+//! The whole engine under a randomised scheduler: `ci/shuttle.sh`. Larger than what loom can
+//! explore, every schedule repeatable.
 //!
-//! `SHUTTLE_ITERATIONS` sets how many schedules of each kind are tried. A failure prints the schedule that `shuttle::replay` takes.
+//! `SHUTTLE_ITERATIONS` sets how many schedules of each kind are tried. A failure prints the
+//! schedule that `shuttle::replay` takes.
 #![cfg(shuttle)]
 #![allow(missing_docs, clippy::print_stdout)]
 
@@ -28,7 +30,8 @@ type Oracle = Arc<Mutex<[u64; PAGES as usize]>>;
 /// One for each command: of another one's at the same device it is told apart by its address.
 type Fence = Arc<Timeline>;
 
-/// A device that maps pages; what it has zapped stays in flight until the hardware has completed a command.
+/// A device that maps pages; what it has zapped stays in flight until the hardware has completed a
+/// command.
 struct Device {
     table: Arc<DriverLock<Table>>,
     queue: Arc<Mutex<Vec<Command>>>,
@@ -38,7 +41,8 @@ struct Device {
 #[derive(Default)]
 struct Table {
     pages: [Option<u64>; PAGES as usize],
-    /// Pages that the device may still use, with their generation and the command after which it does not.
+    /// Pages that the device may still use, with their generation and the command after which it
+    /// does not.
     in_flight: Vec<(u64, u64, Fence)>,
 }
 
@@ -128,7 +132,8 @@ async fn mirror(device: &Subscription<Device>, oracle: &Oracle, page: u64) {
     let generation = oracle.lock().unwrap()[page as usize];
     let oracle = oracle.clone();
     let _ = device.table.install(device, sequence, move |table| {
-        // Under the driver lock and checked: no guard that covers the page can have been handed out since.
+        // Under the driver lock and checked: no guard that covers the page can have been handed out
+        // since.
         assert_eq!(
             oracle.lock().unwrap()[page as usize],
             generation,
@@ -235,7 +240,8 @@ fn scenario() {
     block_on(space.drain());
     stop.store(true, Ordering::SeqCst);
     hardware.join().unwrap();
-    // Whatever was forgotten lapses as soon as somebody needs the range; where nobody does, it stays.
+    // Whatever was forgotten lapses as soon as somebody needs the range; where nobody does, it
+    // stays.
     for device in &devices {
         block_on(device.read_begin());
     }

@@ -167,7 +167,8 @@ fn lower_modules_never_import_higher_ones() {
         let Some(own) = height(module) else { continue };
         for used in code.split("use crate::").skip(1) {
             let used = used.split([':', ';', ' ', '{']).next().unwrap_or_default();
-            // `space` and `subscription` are two halves of one thing; names at the top are re-exports.
+            // `space` and `subscription` are two halves of one thing; names at the top are
+            // re-exports.
             let pair = ["space", "subscription"].contains(&module)
                 && ["space", "subscription"].contains(&used);
             if let Some(theirs) = height(used) {

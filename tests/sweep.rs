@@ -79,7 +79,8 @@ fn ways(at: u64) -> Vec<Misbehaviour> {
 fn f1_whatever_foreign_code_does_at_any_point_nothing_of_others_is_lost() {
     let (mut hit, mut runs, mut calls) = (std::collections::BTreeMap::new(), 0, [0; 2]);
     for (unwinding, calls) in [false, true].into_iter().zip(&mut calls) {
-        // Subscribers are asked once for each place that tells them something, when that is first reached.
+        // Subscribers are asked once for each place that tells them something, when that is first
+        // reached.
         run(u64::MAX, Misbehaviour::Panic, unwinding);
         *calls = run(u64::MAX, Misbehaviour::Panic, unwinding).0;
         assert!(

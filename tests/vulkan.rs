@@ -1,5 +1,6 @@
-//! The example `vulkan` as a user runs it. Where there is no Vulkan loader or driver, or no userfaultfd, these count as ignored, and say why.
-//! The processor's driver of Mesa is enough (Debian: apt-get install mesa-vulkan-drivers libvulkan1 vulkan-validationlayers).
+//! The example `vulkan` as a user runs it. Where there is no Vulkan loader or driver, or no
+//! userfaultfd, these count as ignored, and say why. The processor's driver of Mesa is enough
+//! (Debian: apt-get install mesa-vulkan-drivers libvulkan1 vulkan-validationlayers).
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout)]
 
 use libtest_mimic::{Arguments, Failed, Trial};
@@ -110,7 +111,8 @@ fn a_device_that_reads_by_address_is_waited_for_before_owned_memory_changes() {
     assert_eq!(number(upload(&report, "owned", true), "unfinished"), 0, "{report}");
     let plain = upload(&report, "plain", true);
     assert!(number(plain, "wrong") > 0, "{plain}");
-    // The processor's driver pins nothing; then nothing is promised for `Uffd` with work in flight, and the example says so.
+    // The processor's driver pins nothing; then nothing is promised for `Uffd` with work in flight,
+    // and the example says so.
     if report["uploads"]["keeps_pages"] == false {
         assert_eq!(
             number(plain, "wrong"),
@@ -240,7 +242,8 @@ fn wrong_options_are_named_and_exit_with_2() {
 }
 
 fn without_a_driver_or_a_loader_it_says_so_and_exits_with_3() {
-    // No file that names a driver, and drivers that find no device: with a loader that knows this, Mesa's for cards alone.
+    // No file that names a driver, and drivers that find no device: with a loader that knows this,
+    // Mesa's for cards alone.
     for without in [
         &[("VK_DRIVER_FILES", "/does/not/exist"), ("VK_ICD_FILENAMES", "/does/not/exist")][..],
         &[("VK_LOADER_DRIVERS_DISABLE", "*lvp*,*nvidia*,*radeon*,*intel_icd*")],
@@ -259,7 +262,8 @@ fn without_a_driver_or_a_loader_it_says_so_and_exits_with_3() {
     assert!(error(&none).contains("no Vulkan loader"), "{}", error(&none));
 }
 
-/// Why these cannot run: with a loader and a driver, with userfaultfd besides, with the validation layer besides.
+/// Why these cannot run: with a loader and a driver, with userfaultfd besides, with the validation
+/// layer besides.
 struct Lacking {
     driver: Option<String>,
     source: Option<String>,

@@ -1,4 +1,5 @@
-//! What a thousand unmappings cost a driver whose device takes 50 µs to flush: told of each by itself, and told of many at once.
+//! What a thousand unmappings cost a driver whose device takes 50 µs to flush: told of each by
+//! itself, and told of many at once.
 
 use crate::bounds::{self, Bound};
 use crate::harness::middle;
@@ -161,7 +162,8 @@ enum Way {
     AllByHand,
     /// One thread reads an event and delivers it, in turns.
     InTurns,
-    /// A thread reads, and another one awaits the delivery of what was read while the device flushed.
+    /// A thread reads, and another one awaits the delivery of what was read while the device
+    /// flushed.
     WhileItFlushes,
     /// A thread reads, and another one is in `Deliveries::run`.
     Run,

@@ -82,7 +82,8 @@ fn readers(harness: &mut Harness) -> Curve {
             .map(|at| block_on(space.invalidate(page(population.page(at)), Event::Clear)))
             .collect();
         let mut cx = std::task::Context::from_waker(std::task::Waker::noop());
-        // The first device in memory is not the first in the space: look the waiting ones up by whether they wait.
+        // The first device in memory is not the first in the space: look the waiting ones up by
+        // whether they wait.
         let mut waiting = Vec::new();
         let mut free = None;
         for at in 0..=others as usize {
@@ -255,7 +256,8 @@ pub fn bounds(curves: &[Curve]) -> Vec<Row> {
     let mut row = |name: &str, bound: f64, measured: f64| {
         rows.push(Row::new(name.into(), None, bound, bound, measured));
     };
-    // Not linear: ten thousand times the others, at most four times the cost (their records no longer fit the nearest cache).
+    // Not linear: ten thousand times the others, at most four times the cost (their records no
+    // longer fit the nearest cache).
     for (name, curve) in [
         ("start + end beside 10,000 active ones", ACTIVE),
         ("end beside 10,000 waiting readers", READERS),

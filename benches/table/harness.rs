@@ -19,12 +19,14 @@ const QUIET: usize = 4;
 
 /// Takes the samples with criterion, and the median of their quiet slices.
 ///
-/// A sample is taken in slices, and beside each slice two things are timed that say how the machine does at this moment and have nothing to do with what is
-/// measured.
+/// A sample is taken in slices, and beside each slice two things are timed that say how the machine
+/// does at this moment and have nothing to do with what is measured.
 ///
-/// - Locks of a mutex, of which each waits for the one before, say how fast the clock runs: a time is noted in such locks, and said in nanoseconds of the run's median lock.
-/// - Loads, of which many are under way at once, take up to twice as long when somebody else uses the other half of the core, and the mutex does not. Those slices count beside
-///   which the loads took least: a slice is left out for what happened beside it, never for its own result.
+/// - Locks of a mutex, of which each waits for the one before, say how fast the clock runs: a time
+///   is noted in such locks, and said in nanoseconds of the run's median lock.
+/// - Loads, of which many are under way at once, take up to twice as long when somebody else uses
+///   the other half of the core, and the mutex does not. Those slices count beside which the loads
+///   took least: a slice is left out for what happened beside it, never for its own result.
 ///
 /// The calibration rows are measured in this way, too.
 pub struct Harness {
@@ -101,7 +103,8 @@ impl Harness {
         Self { criterion, machine, slices: BTreeMap::new(), measured: 0 }
     }
 
-    /// Nanoseconds for one operation of `work`, which does as many as it is asked for, from where it left off: now, and in earlier rounds under the same `name`.
+    /// Nanoseconds for one operation of `work`, which does as many as it is asked for, from where
+    /// it left off: now, and in earlier rounds under the same `name`.
     pub fn median(&mut self, name: &str, work: impl FnMut(u64)) -> f64 {
         self.measure(name, work);
         self.ns(name)

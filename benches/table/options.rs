@@ -39,7 +39,8 @@ pub enum Section {
     Costs,
     /// Invalidations beside readers
     Fairness,
-    /// A thousand pages unmapped one by one, told of each and all at once (with the feature userfaultfd)
+    /// A thousand pages unmapped one by one, told of each and all at once (with the feature
+    /// userfaultfd)
     Batches,
 }
 

@@ -19,7 +19,8 @@ fn short(number: f64) -> String {
     }
 }
 
-/// Those with more than four points are curves; the others are comparisons that the table shows better.
+/// Those with more than four points are curves; the others are comparisons that the table shows
+/// better.
 pub fn write(path: &Path, curves: &[Curve]) -> Result<(), Box<dyn Error>> {
     let curves: Vec<&Curve> = curves.iter().filter(|curve| curve.points.len() > 4).collect();
     let rows = curves.len().div_ceil(2).max(1);

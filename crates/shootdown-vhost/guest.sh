@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# A guest for the back-end: its kernel, the program that is its first process, and QEMU's command line. `--help` says more.
+# A guest for the back-end: its kernel, the program that is its first process, and QEMU's command
+# line. `--help` says more.
 set -euo pipefail
 
 usage() {

@@ -10,7 +10,8 @@ use std::fmt;
 pub enum CommandError {
     /// The process itself could not do that (`EFAULT`, `EPERM`, `EINVAL`).
     Fault(Fault),
-    /// The device has not got this page (`ENOENT`), or has it exclusively where it should not (`EPERM`).
+    /// The device has not got this page (`ENOENT`), or has it exclusively where it should not
+    /// (`EPERM`).
     Page(u64),
     /// The memory changed each time, until the retry budget was used up.
     Busy { retries: u32 },

@@ -1,5 +1,6 @@
-//! The driver of a device with a page table of its own, which reads and writes the memory of a process through pages that it mirrors: Linux's
-//! `dmirror` (`lib/test_hmm.c`) as a user of this library would write it.
+//! The driver of a device with a page table of its own, which reads and writes the memory of a
+//! process through pages that it mirrors: Linux's `dmirror` (`lib/test_hmm.c`) as a user of this
+//! library would write it.
 
 use crate::command::{CommandError, Outcome};
 use crate::engine::{Engine, pause};
@@ -33,8 +34,9 @@ pub struct Mirror {
     device: Device,
     subscription: Subscription<Shadow>,
     budget: RetryBudget,
-    /// Commands that install mappings, one after the other: a migration's own notifier is left alone (S4), so no other command may have
-    /// looked at the pages before it and install them after it.
+    /// Commands that install mappings, one after the other: a migration's own notifier is left
+    /// alone (S4), so no other command may have looked at the pages before it and install them
+    /// after it.
     commands: AsyncMutex<()>,
 }
 

@@ -1,4 +1,5 @@
-//! The device's engine: accesses take time, and whoever takes memory away has to wait for those under way.
+//! The device's engine: accesses take time, and whoever takes memory away has to wait for those
+//! under way.
 
 use futures::channel::oneshot;
 use futures::future::{BoxFuture, FutureExt, Shared, ready};
@@ -22,13 +23,15 @@ impl Engine {
         self.epoch.clone()
     }
 
-    /// Resolves when every access that has begun has ended; `None` if there is none. Those that an earlier call waits for count, too (O6).
+    /// Resolves when every access that has begun has ended; `None` if there is none. Those that an
+    /// earlier call waits for count, too (O6).
     pub fn drained(&mut self) -> Option<Shared<BoxFuture<'static, ()>>> {
         if Arc::strong_count(&self.epoch) > 1 {
             let next = Self::new();
             let (earlier, Self { ended, .. }) =
                 (self.earlier.clone(), std::mem::replace(self, next));
-            // `ended` is an error when the last access has dropped its end of the channel: that is the message.
+            // `ended` is an error when the last access has dropped its end of the channel: that is
+            // the message.
             self.earlier = async move { futures::join!(earlier, ended).0 }.boxed().shared();
         }
         self.earlier.clone().now_or_never().is_none().then(|| self.earlier.clone())

@@ -9,7 +9,8 @@ use std::sync::{Arc, Mutex, OnceLock};
 pub const PAGE: u64 = 4096;
 /// Words of a page; all memory here is read and written in words of 64 bits.
 pub const WORDS: usize = 512;
-/// What the next user of a frame writes to it: a device that reads this has used a mapping that it should have dropped.
+/// What the next user of a frame writes to it: a device that reads this has used a mapping that it
+/// should have dropped.
 pub const REUSED: u64 = 0xdead_dead_dead_dead;
 
 /// A page of physical memory, of the system's or of a device's.
@@ -45,7 +46,8 @@ impl Frame {
     }
 }
 
-/// A frame in a page table or file. When the last of them is dropped, somebody else gets the frame at once, whether a device still uses it or not.
+/// A frame in a page table or file. When the last of them is dropped, somebody else gets the frame
+/// at once, whether a device still uses it or not.
 pub struct Mapped(Arc<Frame>);
 
 impl Mapped {

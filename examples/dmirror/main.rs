@@ -1,5 +1,6 @@
-//! A simulated process and a device that mirrors its memory, as Linux's `dmirror` does: a tour of the commands, then random ones against a model
-//! of what the memory must hold, while other devices read. `device.rs` is the driver to copy from.
+//! A simulated process and a device that mirrors its memory, as Linux's `dmirror` does: a tour of
+//! the commands, then random ones against a model of what the memory must hold, while other devices
+//! read. `device.rs` is the driver to copy from.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 mod command;
@@ -23,8 +24,8 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use vma::{BIG, Backing, Protection};
 
-/// A device mirrors the memory of a simulated process: a tour of its commands, then random changes of the memory, each of them checked through the
-/// device.
+/// A device mirrors the memory of a simulated process: a tour of its commands, then random changes
+/// of the memory, each of them checked through the device.
 #[derive(Parser)]
 #[command(
     name = "dmirror",
@@ -178,7 +179,8 @@ async fn tour() -> Result<(), CommandError> {
     Ok(())
 }
 
-/// Changes of the memory at random; the device must see what the model says, whatever it had mapped before.
+/// Changes of the memory at random; the device must see what the model says, whatever it had mapped
+/// before.
 async fn random(options: &Options) -> Result<Report, CommandError> {
     const PAGES: u64 = 32;
     let (process, mut random) = (Process::new(), StdRng::seed_from_u64(options.seed));
@@ -254,7 +256,8 @@ async fn random(options: &Options) -> Result<Report, CommandError> {
                 child.exit().await;
                 changed.fill(step + 1);
             }
-            // Others may take pages back meanwhile, and shared memory stays where it is: neither is an error here.
+            // Others may take pages back meanwhile, and shared memory stays where it is: neither is
+            // an error here.
             7 => drop(mirror.migrate_to_device(part).await),
             _ => drop(mirror.exclusive(part).await),
         }

@@ -1,7 +1,9 @@
-//! A process's memory: every change of it is bracketed by an invalidation, with the event and the owner that the kernel gives it.
+//! A process's memory: every change of it is bracketed by an invalidation, with the event and the
+//! owner that the kernel gives it.
 //!
-//! Changes exclude each other (the kernel's `mmap_lock`). What the processor reads and writes does not wait for them, and neither does a device that
-//! [looks](Process::range_fault): that is what the sequence protocol is for.
+//! Changes exclude each other (the kernel's `mmap_lock`). What the processor reads and writes does
+//! not wait for them, and neither does a device that [looks](Process::range_fault): that is what
+//! the sequence protocol is for.
 
 use crate::engine::pause;
 use crate::frame::{Frame, Mapped, PAGE, WORDS};
@@ -161,7 +163,8 @@ impl Process {
         self.tables(|tables| tables.areas(pages(range)).for_each(|(_, vma)| vma.big = true));
     }
 
-    /// `mremap` to the address `to`, over what is there; with `keep` (`MREMAP_DONTUNMAP`) the old addresses stay mapped, to empty pages.
+    /// `mremap` to the address `to`, over what is there; with `keep` (`MREMAP_DONTUNMAP`) the old
+    /// addresses stay mapped, to empty pages.
     pub async fn remap(&self, range: AddressRange, to: u64, keep: bool) -> AddressRange {
         let change = self.change().await;
         let (from, first) = (pages(range), to / PAGE);
@@ -272,8 +275,9 @@ impl Process {
         }
     }
 
-    /// `hmm_range_fault`: what a device is to map, faulted in where it has to be. The answer may be stale when it is there: install it only
-    /// if the notifier was not invalidated since `read_begin`.
+    /// `hmm_range_fault`: what a device is to map, faulted in where it has to be. The answer may be
+    /// stale when it is there: install it only if the notifier was not invalidated since
+    /// `read_begin`.
     ///
     /// # Errors
     /// [`Fault`].
@@ -300,7 +304,8 @@ impl Process {
         Ok(seen)
     }
 
-    /// What a device would see, page by page. As with [`range_fault`](Self::range_fault) the answer may be stale.
+    /// What a device would see, page by page. As with [`range_fault`](Self::range_fault) the answer
+    /// may be stale.
     pub fn snapshot(&self, pages: Range<u64>, by: Owner) -> Vec<PageState> {
         self.tables(|tables| pages.map(|page| state(tables, page, by)).collect())
     }
@@ -319,7 +324,8 @@ impl Process {
             return Ok(());
         }
         self.split_edges(&(page..page + 1)).await;
-        // From a device's memory to the system's; else another frame, or an exclusive right that ends.
+        // From a device's memory to the system's; else another frame, or an exclusive right that
+        // ends.
         let home =
             self.tables(|tables| matches!(tables.entries.get(&page), Some(Entry::Device { .. })));
         let event = if home { Event::Migrate { owner: None } } else { Event::Clear };
@@ -361,8 +367,9 @@ impl Process {
         }
     }
 
-    /// Begins to move pages on behalf of a device, or to give it exclusive access: all *other* devices have let go of them now, and its own
-    /// notifier, which recognises the owner, was left alone. The pages stay as they are until one of the methods says otherwise.
+    /// Begins to move pages on behalf of a device, or to give it exclusive access: all *other*
+    /// devices have let go of them now, and its own notifier, which recognises the owner, was left
+    /// alone. The pages stay as they are until one of the methods says otherwise.
     ///
     /// # Errors
     /// [`Fault::NotReadable`] when not all of it is mapped and readable.
@@ -391,7 +398,8 @@ impl Process {
     }
 }
 
-/// Pages on their way from or to a device: see [`Process::begin`]. The change is over when this is dropped.
+/// Pages on their way from or to a device: see [`Process::begin`]. The change is over when this is
+/// dropped.
 pub struct Migration<'a> {
     process: &'a Process,
     pages: Range<u64>,
@@ -401,7 +409,8 @@ pub struct Migration<'a> {
 }
 
 impl Migration<'_> {
-    /// Moves what is private and in the system's memory to the owner's; returns what it has then and is to map.
+    /// Moves what is private and in the system's memory to the owner's; returns what it has then
+    /// and is to map.
     pub fn to_device(&self, coherent: bool) -> Vec<(u64, Seen)> {
         let Some(owner) = self.owner else { return Vec::new() };
         self.process.tables(|tables| {
@@ -455,7 +464,8 @@ impl Migration<'_> {
         })
     }
 
-    /// Gives the owner exclusive access to the private pages that are in the system's memory and writable; returns what it is to map.
+    /// Gives the owner exclusive access to the private pages that are in the system's memory and
+    /// writable; returns what it is to map.
     pub fn exclusive(&self) -> Vec<(u64, Seen)> {
         let Some(owner) = self.owner else { return Vec::new() };
         self.process.tables(|tables| {

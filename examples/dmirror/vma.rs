@@ -160,8 +160,9 @@ impl Tables {
             .then_some(first..first + BIG)
     }
 
-    /// Fills a page that has no entry, or more rights than its entry gives, where nobody has to be told of it: what was not there, or could do less, no
-    /// device can have mapped wrongly. Returns whether it could.
+    /// Fills a page that has no entry, or more rights than its entry gives, where nobody has to be
+    /// told of it: what was not there, or could do less, no device can have mapped wrongly. Returns
+    /// whether it could.
     pub fn fill(&mut self, page: u64, write: bool) -> bool {
         let Some((first, Vma { end, protection: rights, backing, big })) =
             self.vma(page).map(|(first, vma)| (first, vma.clone()))

@@ -119,13 +119,14 @@ impl Mirror {
                     // Jobs may also go on with pages that others have zapped before.
                     (pages, first, steps.chain(others.into_iter().map(Todo::Other)).collect())
                 }
-                // Where nothing was mapped no translation can be cached, unless another invalidation
-                // has zapped these pages and the device is not done with them. (If another mapping's
-                // notifier of this GPU did, for this invalidation, that is waited for in any case.)
+                // Where nothing was mapped no translation can be cached, unless another
+                // invalidation has zapped these pages and the device is not done with them. (If
+                // another mapping's notifier of this GPU did, for this invalidation, that is waited
+                // for in any case.)
                 None => {
                     let others = gpu.unfinished(&record, &pages)?;
-                    // What the others wait for at this moment, and a flush of its own; not their next
-                    // step, which is theirs to begin.
+                    // What the others wait for at this moment, and a flush of its own; not their
+                    // next step, which is theirs to begin.
                     let flush =
                         gpu.model.steps(gpu.id, record.number, record.at).last().map(Todo::Command);
                     gpu.joins(&record, &pages);

@@ -2,12 +2,14 @@
 
 use shootdown::Event;
 
-/// A bug. Those of drivers and devices are in the first GPU and the last, those of the program in all that it does.
+/// A bug. Those of drivers and devices are in the first GPU and the last, those of the program in
+/// all that it does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum)]
 pub enum Fault {
     /// Driver: does not wait for its device
     SkipWait,
-    /// Driver: flushes the TLB without waiting for the jobs in flight, or for the preemption (idle GPUs have neither)
+    /// Driver: flushes the TLB without waiting for the jobs in flight, or for the preemption (idle
+    /// GPUs have neither)
     SkipJobs,
     /// Driver: takes the fence of a command that has completed before
     OldFence,
@@ -37,7 +39,8 @@ pub enum Fault {
     IgnoreProtectionPage,
     /// Driver: ignores ProtectionVma
     IgnoreProtectionVma,
-    /// Driver: takes Release for the end of its duties: neither it nor what comes after it stops the device
+    /// Driver: takes Release for the end of its duties: neither it nor what comes after it stops
+    /// the device
     IgnoreRelease,
     /// Program: invalidates before every second unmapping only
     SkipUnmap,

@@ -8,15 +8,18 @@ use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// Replays what a real program did with its memory while 1 to 1024 simulated GPUs mirror that memory (`--gpus`), and compares four ways to wait for the GPUs:
-/// single-pass (before Linux 7.1), two-pass (Linux 7.1), round-robin (the proposal of August 2025) and poll-driven (this library).
+/// Replays what a real program did with its memory while 1 to 1024 simulated GPUs mirror that
+/// memory (`--gpus`), and compares four ways to wait for the GPUs: single-pass (before Linux 7.1),
+/// two-pass (Linux 7.1), round-robin (the proposal of August 2025) and poll-driven (this library).
 #[derive(Parser)]
 #[command(name = "multi_gpu", after_long_help = format!("{LATENCIES}\n\n{EXAMPLES}"))]
 pub struct Options {
-    /// A recording made by: strace -f -ttt -e trace=%memory,clone,clone3,fork,vfork,execve,exit_group -o FILE PROGRAM
+    /// A recording made by: strace -f -ttt -e
+    /// trace=%memory,clone,clone3,fork,vfork,execve,exit_group -o FILE PROGRAM
     ///
-    /// Other forms are read, too (see the guide, `docs::recording`). May be given several times, be a directory of what `strace -ff` wrote, a
-    /// glob, or - for the standard input. The default is a recording of a Python program that trains a network with NumPy, which is built in.
+    /// Other forms are read, too (see the guide, `docs::recording`). May be given several times, be
+    /// a directory of what `strace -ff` wrote, a glob, or - for the standard input. The default is
+    /// a recording of a Python program that trains a network with NumPy, which is built in.
     #[arg(long, value_name = "FILE")]
     pub workload: Vec<PathBuf>,
 
@@ -49,7 +52,8 @@ pub struct Options {
     #[arg(long, value_name = "FILE.svg")]
     pub plot: Option<PathBuf>,
 
-    /// Write a report (HTML, one file that needs no other): latency against GPUs, its distribution, one invalidation GPU by GPU, the figures
+    /// Write a report (HTML, one file that needs no other): latency against GPUs, its distribution,
+    /// one invalidation GPU by GPU, the figures
     #[arg(long, value_name = "FILE.html")]
     pub report: Option<PathBuf>,
 
@@ -69,23 +73,29 @@ pub struct Options {
     #[arg(long, value_name = "BUG")]
     pub fault: Option<Fault>,
 
-    /// Run in real time instead of virtual time; then at most 40 invalidations a row, and no latency below 1 ms, unless set otherwise
+    /// Run in real time instead of virtual time; then at most 40 invalidations a row, and no
+    /// latency below 1 ms, unless set otherwise
     #[arg(long)]
     pub real_time: bool,
 
-    /// Replay the threads and processes of the recording side by side; false: one call after the other
+    /// Replay the threads and processes of the recording side by side; false: one call after the
+    /// other
     #[arg(long, value_name = "BOOL", default_value_t = true, num_args = 0..=1, default_missing_value = "true", action = clap::ArgAction::Set)]
     pub threads: bool,
 
-    /// GPUs mirror the memory of all processes. By default they follow one address space, the one in which the most is invalidated, as drivers do
+    /// GPUs mirror the memory of all processes. By default they follow one address space, the one
+    /// in which the most is invalidated, as drivers do
     #[arg(long)]
     pub all_processes: bool,
 
-    /// The program gathers what it unmaps, discards or protects, and has it invalidated up to so many at once
+    /// The program gathers what it unmaps, discards or protects, and has it invalidated up to so
+    /// many at once
     ///
-    /// As a garbage collector does, or an allocator with a deferred list. What a thread does in calls that follow one another is put together if it is of one
-    /// kind and in one address space, and made where the last of these calls was; at the latest before another thread does what comes after one of them. Each
-    /// driver is told of the ranges that concern it in one first pass. 1: each by itself.
+    /// As a garbage collector does, or an allocator with a deferred list. What a thread does in
+    /// calls that follow one another is put together if it is of one kind and in one address space,
+    /// and made where the last of these calls was; at the latest before another thread does what
+    /// comes after one of them. Each driver is told of the ranges that concern it in one first
+    /// pass. 1: each by itself.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=65536))]
     batch: u32,
 
@@ -93,7 +103,8 @@ pub struct Options {
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     pub limit: Option<u64>,
 
-    /// Raise every latency of the hardware to this, in µs; beyond some 100 raise --reclaim-interval-us as well, or devices do nothing else
+    /// Raise every latency of the hardware to this, in µs; beyond some 100 raise
+    /// --reclaim-interval-us as well, or devices do nothing else
     #[arg(long, value_name = "µs", value_parser = micros)]
     latency_floor_us: Option<Duration>,
 
@@ -113,7 +124,8 @@ pub struct Options {
     #[arg(long, value_name = "µs", default_value = "2", value_parser = micros)]
     change_us: Duration,
 
-    /// Mean time between two pages that the kernel takes away from the program, as under memory pressure, in µs; 0: it takes none
+    /// Mean time between two pages that the kernel takes away from the program, as under memory
+    /// pressure, in µs; 0: it takes none
     #[arg(long, value_name = "µs", default_value = "150", value_parser = micros)]
     reclaim_interval_us: Duration,
 
@@ -133,7 +145,8 @@ pub struct Options {
     #[arg(long, value_name = "µs", default_value = "2", value_parser = micros)]
     wake_us: Duration,
 
-    /// The program pauses between two calls as long as in the recording, but no longer than this, in µs
+    /// The program pauses between two calls as long as in the recording, but no longer than this,
+    /// in µs
     #[arg(long = "longest-pause-us", value_name = "µs", default_value = "50", value_parser = micros)]
     pub longest_pause: Duration,
 }

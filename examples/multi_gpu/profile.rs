@@ -12,11 +12,13 @@ use std::time::Duration;
 pub enum Profile {
     /// Nothing: an invalidation flushes the TLB
     Idle,
-    /// Jobs are in flight: their fences, and then a TLB flush, which can be submitted only after them
+    /// Jobs are in flight: their fences, and then a TLB flush, which can be submitted only after
+    /// them
     Busy,
     /// Contexts that do not end by themselves: they are preempted, and then the TLB is flushed
     Preempting,
-    /// Each GPU is idle for half of the time, busy for a third, preempting for the rest, for some ms in turn
+    /// Each GPU is idle for half of the time, busy for a third, preempting for the rest, for some
+    /// ms in turn
     Mixed,
 }
 
@@ -97,14 +99,16 @@ had to be woken. What is above 1.00 is what the way to wait costs, and what othe
 columns of a row. Each change of an option shifts all later events: to see what one is worth use --profile idle or busy with --reclaim-interval-us 0, or several seeds.";
 
 impl Model {
-    /// The random numbers of GPU `gpu` for invalidation `number`: the same in every mode and for any number of GPUs.
+    /// The random numbers of GPU `gpu` for invalidation `number`: the same in every mode and for
+    /// any number of GPUs.
     pub fn random(&self, gpu: usize, number: u64) -> StdRng {
         let key = (gpu as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15)
             ^ number.wrapping_mul(0xd1b5_4a32_d192_ed03);
         StdRng::seed_from_u64(self.seed ^ key)
     }
 
-    /// The steps of GPU `gpu` for invalidation `number`, which the program comes to at `at`, each of which depends on the one before.
+    /// The steps of GPU `gpu` for invalidation `number`, which the program comes to at `at`, each
+    /// of which depends on the one before.
     pub fn steps(
         &self,
         gpu: usize,

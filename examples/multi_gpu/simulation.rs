@@ -28,7 +28,8 @@ pub enum Mode {
     SinglePass,
     /// Linux 7.1: start all; then, in order, each one's finish, which blocks and does what is left
     TwoPass,
-    /// The proposal of August 2025: start all; then go round those that are not done, and block for each until its present step is
+    /// The proposal of August 2025: start all; then go round those that are not done, and block for
+    /// each until its present step is
     RoundRobin,
     /// This library: start all; then whoever is ready goes on
     #[value(alias = "multi-pass")]
@@ -404,7 +405,8 @@ impl World {
         self.leave(space, changes);
     }
 
-    /// An invalidation of a space is over. Mappings of which nothing is left are no longer mirrored.
+    /// An invalidation of a space is over. Mappings of which nothing is left are no longer
+    /// mirrored.
     fn leave(&self, space: usize, changes: &[(AddressRange, &Change)]) {
         let mut spaces = self.spaces.lock().unwrap();
         let Some(of_space) = spaces.get_mut(&space) else { return };
@@ -465,8 +467,8 @@ impl World {
         }
     }
 
-    /// The kernel, under pressure: takes pages away from the program, and takes them again when devices have come back to them; and writes
-    /// some back, for which it write-protects them.
+    /// The kernel, under pressure: takes pages away from the program, and takes them again when
+    /// devices have come back to them; and writes some back, for which it write-protects them.
     fn reclaim(&self, thread: u64) {
         let mut random = StdRng::seed_from_u64(self.settings.model.seed ^ (0x5ec1_a1e0 + thread));
         let mut pause =
@@ -488,7 +490,8 @@ impl World {
         }
     }
 
-    /// Some page that devices work on: the next one of a mapping, and after its last one the first of the next.
+    /// Some page that devices work on: the next one of a mapping, and after its last one the first
+    /// of the next.
     fn resident(&self, at: u64) -> Option<(usize, AddressRange)> {
         let spaces = self.spaces.lock().unwrap();
         let mirrored: Vec<(usize, AddressRange)> = spaces

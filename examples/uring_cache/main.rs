@@ -1,5 +1,5 @@
-//! io_uring's fixed buffers through a registration cache, while the program unmaps and maps its buffers: a cache that is not told of that reads
-//! into memory that is gone. See `--help`.
+//! io_uring's fixed buffers through a registration cache, while the program unmaps and maps its
+//! buffers: a cache that is not told of that reads into memory that is gone. See `--help`.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 mod memory;
@@ -20,8 +20,9 @@ use std::error::Error;
 use std::process::ExitCode;
 use std::time::Instant;
 
-/// Reads a file through io_uring's fixed buffers while the program unmaps its buffers and maps new memory at the same addresses. The kernel pins
-/// the pages of a fixed buffer, so a registration from before writes to pages that nobody sees any more. Twice: with a plain cache of
+/// Reads a file through io_uring's fixed buffers while the program unmaps its buffers and maps new
+/// memory at the same addresses. The kernel pins the pages of a fixed buffer, so a registration
+/// from before writes to pages that nobody sees any more. Twice: with a plain cache of
 /// registrations by address, and with `RegistrationCache`, which userfaultfd tells of each unmap.
 #[derive(Parser)]
 #[command(name = "uring_cache")]

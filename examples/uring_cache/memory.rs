@@ -1,4 +1,5 @@
-//! The program's buffers, which it unmaps and maps again at the same address, and the file that it reads.
+//! The program's buffers, which it unmaps and maps again at the same address, and the file that it
+//! reads.
 
 use rustix::mm::{MapFlags, ProtFlags, mmap_anonymous, munmap};
 use shootdown::AddressRange;
@@ -43,7 +44,8 @@ impl Buffers {
         let at = self.page(buffer).cast();
         // SAFETY: ours; there are no references into it.
         unsafe { munmap(at, PAGE)? };
-        // SAFETY: a new mapping that replaces none: the kernel refuses if another thread was quicker.
+        // SAFETY: a new mapping that replaces none: the kernel refuses if another thread was
+        // quicker.
         unsafe {
             mmap_anonymous(
                 at,

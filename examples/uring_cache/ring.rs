@@ -16,7 +16,8 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// A ring with a table of `slots` fixed buffers, all empty (`IORING_REGISTER_BUFFERS2`, sparse), and one for the way from one to another.
+    /// A ring with a table of `slots` fixed buffers, all empty (`IORING_REGISTER_BUFFERS2`,
+    /// sparse), and one for the way from one to another.
     pub fn new(slots: usize) -> io::Result<Self> {
         let say = |error: io::Error| {
             io::Error::new(
@@ -34,18 +35,21 @@ impl Ring {
 
     fn update(&self, slot: u32, buffer: libc::iovec) -> io::Result<()> {
         let uring = self.uring.lock().unwrap();
-        // SAFETY: the kernel pins the pages itself; what happens when the program unmaps them is what this example is about.
+        // SAFETY: the kernel pins the pages itself; what happens when the program unmaps them is
+        // what this example is about.
         unsafe { uring.submitter().register_buffers_update(slot, &[buffer], None) }
     }
 
-    /// Reads a block of the file through a fixed buffer, to the address that it was registered for, and waits for it.
+    /// Reads a block of the file through a fixed buffer, to the address that it was registered for,
+    /// and waits for it.
     pub fn read(&self, file: &File, block: u64, slot: u32, range: AddressRange) -> io::Result<()> {
         let mut uring = self.uring.lock().unwrap();
         let at = std::ptr::with_exposed_provenance_mut(range.start() as usize);
         let read = opcode::ReadFixed::new(types::Fd(file.fd()), at, PAGE as u32, slot as u16)
             .offset(block * PAGE as u64)
             .build();
-        // SAFETY: the kernel writes to the pages that it has pinned for this slot, and this thread waits for it.
+        // SAFETY: the kernel writes to the pages that it has pinned for this slot, and this thread
+        // waits for it.
         unsafe {
             uring.submission().push(&read).map_err(|error| io::Error::other(error.to_string()))?
         };

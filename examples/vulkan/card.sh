@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# The example on a real card, in at most five minutes: uploads, passes, the price of an import beside a look-up.
-#   card.sh prepare   on a machine with a toolchain: builds into target/card, with the Vulkan loader beside it
-#   card.sh           on the machine with the card: runs what is there (no network needed), or builds it if it is not there or is
-#                     older than its sources and there is cargo
-# CARD=NAME chooses the device; without it the first card is taken, and where there is a processor's driver only it exits with 3.
-# What it prints goes to $OUT/vulkan.txt (and .json) as well, if OUT is set.
+# The example on a real card, in at most five minutes: uploads, passes, the price of an import
+# beside a look-up. card.sh prepare   on a machine with a toolchain: builds into target/card, with
+# the Vulkan loader beside it card.sh           on the machine with the card: runs what is there (no
+# network needed), or builds it if it is not there or is older than its sources and there is cargo
+# CARD=NAME chooses the device; without it the first card is taken, and where there is a processor's
+# driver only it exits with 3. What it prints goes to $OUT/vulkan.txt (and .json) as well, if OUT is
+# set.
 set -euo pipefail
 self="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
 cd "$(dirname "$self")/../.."
@@ -46,7 +47,8 @@ elif command -v apt-get >/dev/null 2>&1; then
     (timeout 60 apt-get install -y libvulkan1 || (timeout 60 apt-get update && timeout 60 apt-get install -y libvulkan1)) >/dev/null 2>&1 || true
 fi
 
-# In containers NVIDIA's library is often there without the file that names it. The one for EGL needs no X.
+# In containers NVIDIA's library is often there without the file that names it. The one for EGL
+# needs no X.
 names_nvidia() {
     local file
     for file in /usr/share/vulkan/icd.d/*.json /usr/local/share/vulkan/icd.d/*.json /etc/vulkan/icd.d/*.json; do
@@ -64,7 +66,8 @@ if [ -z "${VK_DRIVER_FILES:-}${VK_ICD_FILENAMES:-}" ] && ! names_nvidia; then
     done
 fi
 
-# A processor's driver beside the card would take its turn in the passes: the first card is named. Cards come before processors.
+# A processor's driver beside the card would take its turn in the passes: the first card is named.
+# Cards come before processors.
 if [ -z "${CARD:-}" ]; then
     cards=$("$place/vulkan" passes --devices 1 --repeats 1 --work-ms 1 --json) || { code=$?; [ "$code" = 1 ] || exit "$code"; }
     if ! grep '"processor":false' <<<"$cards" >/dev/null; then

@@ -1,11 +1,14 @@
 //! A device: what it imports, what it is given to do, and the thread that hears of what is done.
 //!
 //! # Why this is sound
-//! A handle of Vulkan is used only while it exists: an [`Import`] and the thread keep what they were made from, an import goes when its last job has
-//! ended, and a [`Gpu`] when nothing is in flight. What Vulkan calls externally synchronized (queue, command pool) is behind a mutex.
-//! What a device *reads* is the program's memory, which may be replaced meanwhile: that is what this example is about. It reads by itself, no
-//! reference of this program is involved, and the address is never without a mapping while a job is in flight ([`memory`](crate::memory)).
-//! As with `RegistrationCache::get`, nobody checks that a range is memory: what is imported here are whole buffers and mappings.
+//! A handle of Vulkan is used only while it exists: an [`Import`] and the thread keep what they
+//! were made from, an import goes when its last job has ended, and a [`Gpu`] when nothing is in
+//! flight. What Vulkan calls externally synchronized (queue, command pool) is behind a mutex. What
+//! a device *reads* is the program's memory, which may be replaced meanwhile: that is what this
+//! example is about. It reads by itself, no reference of this program is involved, and the address
+//! is never without a mapping while a job is in flight ([`memory`](crate::memory)). As with
+//! `RegistrationCache::get`, nobody checks that a range is memory: what is imported here are whole
+//! buffers and mappings.
 
 use crate::problem::Problem;
 use crate::vulkan::{Card, Vulkan};
@@ -24,7 +27,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A `VkDevice` with one queue. Its jobs are copies of imported memory to its [target](Self::arrived), in the order in which they were submitted.
+/// A `VkDevice` with one queue. Its jobs are copies of imported memory to its
+/// [target](Self::arrived), in the order in which they were submitted.
 pub struct Gpu {
     pub card: Card,
     device: ash::Device,
@@ -55,8 +59,8 @@ struct Queue {
 }
 
 impl Gpu {
-    /// Opens a device whose target is of `bytes`. With `fence_fd` the thread that hears of finished jobs waits for descriptors of
-    /// fences, if the card has them.
+    /// Opens a device whose target is of `bytes`. With `fence_fd` the thread that hears of finished
+    /// jobs waits for descriptors of fences, if the card has them.
     pub fn open(
         vulkan: &Arc<Vulkan>,
         card: &Card,
@@ -124,7 +128,8 @@ impl Gpu {
         let info = vk::BufferCreateInfo::default()
             .size(self.target_len)
             .usage(vk::BufferUsageFlags::TRANSFER_DST);
-        // SAFETY: the device is alive; what is made is destroyed with it. The memory is mapped once, whole, and is of a type that can be.
+        // SAFETY: the device is alive; what is made is destroyed with it. The memory is mapped
+        // once, whole, and is of a type that can be.
         unsafe {
             self.target = self.device.create_buffer(&info, None)?;
             let needs = self.device.get_buffer_memory_requirements(self.target);
@@ -211,7 +216,8 @@ impl Gpu {
             .usage(vk::BufferUsageFlags::TRANSFER_SRC)
             .push_next(&mut external);
         let mut pointer = vk::MemoryHostPointerPropertiesEXT::default();
-        // SAFETY: the device is alive, the structures live until the calls return, and what is made is destroyed with the import.
+        // SAFETY: the device is alive, the structures live until the calls return, and what is made
+        // is destroyed with the import.
         unsafe {
             let ask = self.host.fp().get_memory_host_pointer_properties_ext;
             ask(device.handle(), HOST, at, &mut pointer).result()?;
@@ -296,7 +302,8 @@ impl Gpu {
         }
     }
 
-    /// Submits a job that copies what is imported to the target, once the gate is at `gate` (0: at once). Returns the job's number.
+    /// Submits a job that copies what is imported to the target, once the gate is at `gate` (0: at
+    /// once). Returns the job's number.
     pub fn upload(&self, import: &Import, gate: u64) -> Result<u64, Problem> {
         assert!(ptr::eq(self, &*import.gpu), "an import is used on its own device");
         // So that the import is not dropped between the submission and the note: it is borrowed.
@@ -331,7 +338,8 @@ impl Gpu {
             .push_next(&mut values);
         let fence =
             if queue.fences.is_some() { self.exportable_fence()? } else { vk::Fence::null() };
-        // SAFETY: the queue is locked, what the job uses exists until it is done, and the numbers rise.
+        // SAFETY: the queue is locked, what the job uses exists until it is done, and the numbers
+        // rise.
         unsafe { self.device.queue_submit(queue.queue, &[job], fence) }.inspect_err(|_| {
             // SAFETY: it was not submitted, and is null or new.
             unsafe { self.device.destroy_fence(fence, None) }
@@ -380,7 +388,8 @@ impl Gpu {
         self.heard
             .insist(|| wait_for(&self.device, self.done, queue.submitted))
             .map_err(|_| vk::Result::ERROR_DEVICE_LOST)?;
-        // SAFETY: mapped for at least as many bytes; nothing is in flight and nothing can be submitted, so nobody writes.
+        // SAFETY: mapped for at least as many bytes; nothing is in flight and nothing can be
+        // submitted, so nobody writes.
         unsafe {
             ptr::copy_nonoverlapping(
                 ptr::with_exposed_provenance::<u8>(self.target_at),
@@ -391,7 +400,8 @@ impl Gpu {
         Ok(())
     }
 
-    /// Opens the gate of a job and blocks the thread until that is done, or the device lost: then nothing reaches memory any more.
+    /// Opens the gate of a job and blocks the thread until that is done, or the device lost: then
+    /// nothing reaches memory any more.
     fn settle(&self, last: Last) {
         let _ = self.heard.insist(|| {
             self.try_open_gate(last.gate)?;
@@ -412,8 +422,9 @@ impl Drop for Gpu {
         }
         self.heard.stop();
         let end = vk::SemaphoreSignalInfo::default().semaphore(self.done).value(last.job + 1);
-        // SAFETY: nobody has this but us, so nothing is submitted. The thread, which uses the device, too, ends by the signal, or when its
-        // bounded wait is over, or by the end of its channel, and is joined before anything goes. All imports have gone: they keep this.
+        // SAFETY: nobody has this but us, so nothing is submitted. The thread, which uses the
+        // device, too, ends by the signal, or when its bounded wait is over, or by the end of its
+        // channel, and is joined before anything goes. All imports have gone: they keep this.
         unsafe {
             if let Some(waiter) = self.waiter.take() {
                 let _ = self.device.signal_semaphore(&end);

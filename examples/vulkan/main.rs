@@ -1,5 +1,5 @@
-//! A program's own memory in Vulkan devices, while that memory is replaced: uploads without a copy that are never stale, and invalidations that wait
-//! for several devices. See `--help`.
+//! A program's own memory in Vulkan devices, while that memory is replaced: uploads without a copy
+//! that are never stale, and invalidations that wait for several devices. See `--help`.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 mod gpu;

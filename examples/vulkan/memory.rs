@@ -1,6 +1,7 @@
 //! The program's buffers, whose memory goes away and comes back at the same address.
 //!
-//! While a job may read a buffer its address is never without memory: a device that reads by address would fault.
+//! While a job may read a buffer its address is never without memory: a device that reads by
+//! address would fault.
 
 use crate::problem::Problem;
 use rustix::fs::{MemfdFlags, ftruncate, memfd_create};
@@ -22,8 +23,9 @@ pub trait Buffers {
     /// Writes all of a buffer that no job uses.
     fn write(&mut self, buffer: usize, bytes: &[u8]);
 
-    /// Other memory at the buffer's address, with `bytes` in it. A job in flight that uses it may go on when `steps.release` is called: after
-    /// all that the program does, or when the program waits for it.
+    /// Other memory at the buffer's address, with `bytes` in it. A job in flight that uses it may
+    /// go on when `steps.release` is called: after all that the program does, or when the program
+    /// waits for it.
     fn replace(
         &mut self,
         buffer: usize,
@@ -65,7 +67,8 @@ impl Files {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(at, file);
     }
 
-    /// Maps what is mapped at `range` a second time: it keeps its pages, as a device does that pins them.
+    /// Maps what is mapped at `range` a second time: it keeps its pages, as a device does that pins
+    /// them.
     pub fn second(&self, range: AddressRange) -> Result<OwnedMapping, Problem> {
         let files = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         let file = files
@@ -84,8 +87,9 @@ fn memfd(len: usize) -> io::Result<OwnedFd> {
     Ok(file)
 }
 
-/// Where nobody else maps: the kernel gives the highest gap that is wide enough, and another thread that maps something (an allocator, a driver)
-/// would be given the place of a buffer between its unmap and its map.
+/// Where nobody else maps: the kernel gives the highest gap that is wide enough, and another thread
+/// that maps something (an allocator, a driver) would be given the place of a buffer between its
+/// unmap and its map.
 const FAR_FROM_OTHERS: usize = 64 << 30;
 
 /// Memory that is mapped and unmapped by system calls, and nobody is told by the program.
@@ -100,7 +104,8 @@ pub struct Raw {
 }
 
 impl Raw {
-    /// Maps `count` buffers of `len` bytes that begin at multiples of `alignment`: private memory, or shared with `files`.
+    /// Maps `count` buffers of `len` bytes that begin at multiples of `alignment`: private memory,
+    /// or shared with `files`.
     pub fn map(
         count: usize,
         len: usize,
@@ -157,7 +162,8 @@ impl Buffers for Raw {
 
     fn write(&mut self, buffer: usize, bytes: &[u8]) {
         assert!(bytes.len() <= self.len, "a buffer has {} bytes", self.len);
-        // SAFETY: mapped, as long as that, and there are no references into it; no job reads it now.
+        // SAFETY: mapped, as long as that, and there are no references into it; no job reads it
+        // now.
         unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), self.at(buffer), bytes.len()) };
     }
 

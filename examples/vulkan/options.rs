@@ -5,11 +5,14 @@ use clap::{Parser, ValueEnum};
 use serde::Serialize;
 use std::path::PathBuf;
 
-/// Imports a program's own memory into Vulkan devices (`VK_EXT_external_memory_host`) while the program replaces that memory.
+/// Imports a program's own memory into Vulkan devices (`VK_EXT_external_memory_host`) while the
+/// program replaces that memory.
 ///
-/// uploads: copies from buffers whose memory goes away and comes back at the same address, through three caches of imports: a plain one that is told of
-/// nothing, `RegistrationCache` with `Uffd`, and `RegistrationCache` with `OwnedMapping`. What arrives is compared byte by byte. passes: one invalidation
-/// reaches several devices that are at work; they are waited for one after the other (a pass budget of 0), and all at once.
+/// uploads: copies from buffers whose memory goes away and comes back at the same address, through
+/// three caches of imports: a plain one that is told of nothing, `RegistrationCache` with `Uffd`,
+/// and `RegistrationCache` with `OwnedMapping`. What arrives is compared byte by byte. passes: one
+/// invalidation reaches several devices that are at work; they are waited for one after the other
+/// (a pass budget of 0), and all at once.
 #[derive(Parser)]
 #[command(name = "vulkan", after_long_help = AFTER)]
 pub struct Options {
@@ -17,7 +20,8 @@ pub struct Options {
     #[arg(value_enum, value_name = "PART")]
     parts: Vec<Part>,
 
-    /// Only physical devices whose name contains this; uploads use the first one, real cards before processors
+    /// Only physical devices whose name contains this; uploads use the first one, real cards before
+    /// processors
     #[arg(long, value_name = "NAME")]
     pub device: Option<String>,
 
@@ -33,11 +37,13 @@ pub struct Options {
     #[arg(long, value_name = "KIB", default_value_t = 16, value_parser = clap::value_parser!(u32).range(1..=65536))]
     pub kib: u32,
 
-    /// The memory of one in so many uploads is replaced: before it where buffers are idle, else during it
+    /// The memory of one in so many uploads is replaced: before it where buffers are idle, else
+    /// during it
     #[arg(long, value_name = "N", default_value_t = 8, value_parser = clap::value_parser!(u32).range(1..))]
     pub replace_one_in: u32,
 
-    /// Import a second mapping of the same shared pages: a driver that reads by address behaves as one that pins
+    /// Import a second mapping of the same shared pages: a driver that reads by address behaves as
+    /// one that pins
     #[arg(long)]
     pub pages: bool,
 
@@ -65,7 +71,8 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 1)]
     pub seed: u64,
 
-    /// Hear of finished jobs by descriptors of fences (VK_KHR_external_fence_fd) instead of a timeline semaphore
+    /// Hear of finished jobs by descriptors of fences (VK_KHR_external_fence_fd) instead of a
+    /// timeline semaphore
     #[arg(long)]
     pub fence_fd: bool,
 
@@ -99,7 +106,8 @@ pub enum Part {
 pub enum Work {
     /// A copy that waits for the host's signal, which comes when the job has taken its time
     Host,
-    /// As many copies as take that time on this device; devices that share processors or a card slow each other down
+    /// As many copies as take that time on this device; devices that share processors or a card
+    /// slow each other down
     Copy,
 }
 

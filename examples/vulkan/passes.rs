@@ -1,4 +1,5 @@
-//! One invalidation and several devices that are at work: waited for one after the other, and all at once.
+//! One invalidation and several devices that are at work: waited for one after the other, and all
+//! at once.
 #![forbid(unsafe_code)]
 
 use crate::gpu::{Gpu, Import};
@@ -43,8 +44,8 @@ impl Mode {
 pub struct Row {
     pub devices: usize,
     pub mode: Mode,
-    /// Medians: from the beginning of the invalidation until the memory had changed; the waits for the devices, added, and the longest of
-    /// them, each from the device's first pass to its end.
+    /// Medians: from the beginning of the invalidation until the memory had changed; the waits for
+    /// the devices, added, and the longest of them, each from the device's first pass to its end.
     pub total_ns: u64,
     pub sum_ns: u64,
     pub slowest_ns: u64,
@@ -133,7 +134,8 @@ struct Driver {
     waited: Arc<Mutex<Option<(Instant, Instant)>>>,
     /// What its work up to the last first pass is done at.
     marker: AtomicU64,
-    /// Up to which job somebody waits for it, or has gone on without: the host ends no later ones that the first pass has met.
+    /// Up to which job somebody waits for it, or has gone on without: the host ends no later ones
+    /// that the first pass has met.
     awaited: Timeline,
     fault: Option<Fault>,
     /// Let go of too early by a planted bug, and freed when that is safe.
@@ -177,7 +179,8 @@ struct Feed<'a> {
 }
 
 impl Feed<'_> {
-    /// Keeps a device at work until it has nothing to copy from. `at_work` is signalled when its first job is done.
+    /// Keeps a device at work until it has nothing to copy from. `at_work` is signalled when its
+    /// first job is done.
     fn run(&self, driver: &Driver, phase: Duration, at_work: &Timeline) -> Result<(), Problem> {
         let fed = self.feed(driver, phase, at_work);
         if fed.is_err() {
@@ -208,7 +211,8 @@ impl Feed<'_> {
             if host {
                 // The job takes its time, and the host says when it is over.
                 std::thread::sleep(work);
-                // What the first pass has met does not end before somebody waits for it, so that a wait that is missing is always seen.
+                // What the first pass has met does not end before somebody waits for it, so that a
+                // wait that is missing is always seen.
                 if driver.import.lock().is_none() {
                     driver.awaited.reached(job).wait();
                 }
@@ -250,7 +254,8 @@ impl Set {
         Ok(Self { mapping, range, drivers, mode, len: len as usize })
     }
 
-    /// The memory is written and mapped, devices work on it, and it changes. `copies` of all of it are a job.
+    /// The memory is written and mapped, devices work on it, and it changes. `copies` of all of it
+    /// are a job.
     fn invalidate(
         &mut self,
         feed: &Feed<'_>,

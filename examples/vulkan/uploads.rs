@@ -1,4 +1,5 @@
-//! Uploads without a copy, from memory that is replaced meanwhile: what arrives through three caches of imports.
+//! Uploads without a copy, from memory that is replaced meanwhile: what arrives through three
+//! caches of imports.
 #![forbid(unsafe_code)]
 
 use crate::gpu::Gpu;
@@ -57,7 +58,8 @@ pub struct Row {
     pub uploads: u32,
     pub replaced: u32,
     pub imports: u64,
-    /// Uploads of which something else arrived than what the program had written when it submitted them.
+    /// Uploads of which something else arrived than what the program had written when it submitted
+    /// them.
     pub wrong: u32,
     pub wrong_words: u64,
     /// Replacements after which the job in flight was not done: `OwnedMapping` promises that it is.
@@ -177,7 +179,8 @@ impl Stage<'_> {
         Importer::new(&self.gpu, self.files.clone(), self.options.fault)
     }
 
-    /// Uploads; `upload` submits one of a range that goes on when the gate is open, and returns its number.
+    /// Uploads; `upload` submits one of a range that goes on when the gate is open, and returns its
+    /// number.
     fn run(
         &self,
         cache: Cache,

@@ -1,4 +1,5 @@
-//! The loader, the instance and the cards. All `unsafe` here is calls of Vulkan with handles that live as long as what they were made from.
+//! The loader, the instance and the cards. All `unsafe` here is calls of Vulkan with handles that
+//! live as long as what they were made from.
 
 use crate::problem::Problem;
 use ash::vk;
@@ -43,7 +44,8 @@ fn text(of: Result<&CStr, std::ffi::FromBytesUntilNulError>) -> String {
 }
 
 /// # Safety
-/// As Vulkan calls it: `data` is valid for the call, `user` is a [`Messages`] that outlives the messenger.
+/// As Vulkan calls it: `data` is valid for the call, `user` is a [`Messages`] that outlives the
+/// messenger.
 unsafe extern "system" fn note(
     _severity: vk::DebugUtilsMessageSeverityFlagsEXT,
     _types: vk::DebugUtilsMessageTypeFlagsEXT,
@@ -65,12 +67,15 @@ unsafe extern "system" fn note(
 }
 
 impl Vulkan {
-    /// Loads Vulkan and makes an instance. With `validate` the validation layer looks at every call, if it is installed.
+    /// Loads Vulkan and makes an instance. With `validate` the validation layer looks at every
+    /// call, if it is installed.
     pub fn open(validate: bool) -> Result<Arc<Self>, Problem> {
-        // SAFETY: the system's Vulkan library, whose initializers are those of any program that uses Vulkan.
+        // SAFETY: the system's Vulkan library, whose initializers are those of any program that
+        // uses Vulkan.
         let entry = unsafe { ash::Entry::load() }
             .map_err(|error| Problem::Missing(format!("there is no Vulkan loader ({error})")))?;
-        // SAFETY: as for all calls below: the structures are well formed and live until the call returns.
+        // SAFETY: as for all calls below: the structures are well formed and live until the call
+        // returns.
         let layers = unsafe { entry.enumerate_instance_layer_properties() }?;
         let validate =
             validate && layers.iter().any(|layer| layer.layer_name_as_c_str() == Ok(LAYER));
@@ -159,7 +164,8 @@ impl Vulkan {
         let mut host = vk::PhysicalDeviceExternalMemoryHostPropertiesEXT::default();
         let mut driver = vk::PhysicalDeviceDriverProperties::default();
         let mut timeline = vk::PhysicalDeviceTimelineSemaphoreFeatures::default();
-        // SAFETY: for all: the physical device is of this instance, and the structures live until the call returns.
+        // SAFETY: for all: the physical device is of this instance, and the structures live until
+        // the call returns.
         let (basic, extensions) = unsafe {
             (
                 instance.get_physical_device_properties(physical),

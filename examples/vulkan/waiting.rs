@@ -1,7 +1,9 @@
-//! Hearing that jobs are done. Only a lost device reaches no memory any more: any other error says nothing about the jobs, so it is waited for again, or in
-//! another way. Every wait is bounded, so that a thread looks at what it was told meanwhile.
+//! Hearing that jobs are done. Only a lost device reaches no memory any more: any other error says
+//! nothing about the jobs, so it is waited for again, or in another way. Every wait is bounded, so
+//! that a thread looks at what it was told meanwhile.
 //!
-//! `unsafe` here is calls of Vulkan with handles that exist until the thread that makes them was joined.
+//! `unsafe` here is calls of Vulkan with handles that exist until the thread that makes them was
+//! joined.
 
 use ash::vk;
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
@@ -82,7 +84,8 @@ pub(crate) fn wait_for(
     unsafe { device.wait_semaphores(&info, BOUND) }
 }
 
-/// Waits for the next number on a timeline semaphore, again and again: one thread for all who wait for any number of it.
+/// Waits for the next number on a timeline semaphore, again and again: one thread for all who wait
+/// for any number of it.
 pub(crate) fn wait_for_the_next(device: &ash::Device, semaphore: vk::Semaphore, heard: &Heard) {
     while !heard.is_stopped() {
         let next = heard.done.value() + 1;
@@ -101,8 +104,9 @@ pub(crate) fn wait_for_the_next(device: &ash::Device, semaphore: vk::Semaphore, 
     }
 }
 
-/// The same by the descriptors of fences, which an executor's reactor could wait for as well. Where there is no descriptor, or it cannot be waited for,
-/// the semaphore is. It ends when nobody sends fences any more.
+/// The same by the descriptors of fences, which an executor's reactor could wait for as well. Where
+/// there is no descriptor, or it cannot be waited for, the semaphore is. It ends when nobody sends
+/// fences any more.
 pub(crate) fn wait_for_descriptors(
     device: &ash::Device,
     extension: &ash::khr::external_fence_fd::Device,

@@ -87,9 +87,9 @@ pub trait Device: Send + Sync + 'static {
     /// the handle keeps the number. `false` treats the registration as invalidated: it is not found
     /// again and deregistered when its users have let go, and the caller gets a new one.
     ///
-    /// Asked at each hit with the registration's own range, without a lock held, and again at the end
-    /// of a call that had to wait. It must not call the cache. What the same poll has registered is
-    /// not asked about.
+    /// Asked at each hit with the registration's own range, without a lock held, and again at the
+    /// end of a call that had to wait. It must not call the cache. What the same poll has
+    /// registered is not asked about.
     #[inline]
     fn still_valid(&self, range: AddressRange, handle: &Self::Handle) -> bool {
         let _ = (range, handle);

@@ -380,8 +380,8 @@ impl<D: Device> Orphan for Entry<D> {
     fn is_unreachable(&self) -> bool {
         let shared = self.subscription().shared();
         let sources = usize::from(self.device.source.is_abandoned());
-        // A notifier enters after its handle was made, and its handle goes after it has left: counted in
-        // between there are handles too many, never too few.
+        // A notifier enters after its handle was made, and its handle goes after it has left:
+        // counted in between there are handles too many, never too few.
         shared.with(|state, _| {
             let registered = state.protocol.registered();
             Arc::strong_count(shared) <= registered + sources

@@ -92,7 +92,8 @@ async fn keep_and_take<D: Device>(
                 core.collisions.fetch_add(1, Ordering::Relaxed);
                 tries += 1;
             }
-            // Nothing has changed: others have taken it away. It goes on before those who came later.
+            // Nothing has changed: others have taken it away. It goes on before those who came
+            // later.
             Taken::Gone => thefts += 1,
         }
     }
@@ -258,8 +259,8 @@ impl<D: Device> Tries<D> {
         by.is_some() && self.same >= SAME_CHANGE
     }
 
-    /// What was registered at the last try was taken away before the caller had it. Whether the same
-    /// change has done so too often.
+    /// What was registered at the last try was taken away before the caller had it. Whether the
+    /// same change has done so too often.
     fn overtaken(&mut self, core: &Core<D>, entry: &Entry<D>) -> bool {
         let Some(by) = entry.ended_by() else {
             // Nothing has changed: others needed room.
@@ -304,7 +305,8 @@ async fn miss<D: Device>(
         if way.as_mut().is_some_and(|way| way.has_changed(entry.range)) {
             continue;
         }
-        // Registered, and then taken away before the gate had opened, or while there was waited for room.
+        // Registered, and then taken away before the gate had opened, or while there was waited for
+        // room.
         let overtaken = tries.registered.take().is_some_and(|entry| tries.overtaken(core, &entry));
         if overtaken || tries.made >= core.limits.tries.max(1) {
             return Err(GetError::Invalidated { tries: tries.made });
@@ -323,7 +325,8 @@ async fn miss<D: Device>(
             })
             .await
         };
-        // From the table, not from the attempt. Before the limits are looked at, so that it is in use.
+        // From the table, not from the attempt. Before the limits are looked at, so that it is in
+        // use.
         let registration = core.look_up(range, now);
         drop(claim);
         let outdated =

@@ -2,10 +2,10 @@
 //! the next use.
 //!
 //! To register memory with a device (an RDMA memory region, an io_uring fixed buffer, a GPU's user
-//! pointer) takes microseconds, so programs keep registrations. A kept registration is wrong as soon
-//! as its memory is unmapped: the device still has the old pages. [`RegistrationCache`] is told of
-//! that by the [`AddressSpace`]: an invalidation takes the registration out of the look-up in its
-//! first pass, and its guard is handed out when the last user has let go and the device has
+//! pointer) takes microseconds, so programs keep registrations. A kept registration is wrong as
+//! soon as its memory is unmapped: the device still has the old pages. [`RegistrationCache`] is
+//! told of that by the [`AddressSpace`]: an invalidation takes the registration out of the look-up
+//! in its first pass, and its guard is handed out when the last user has let go and the device has
 //! deregistered it.
 //!
 //! ```
@@ -163,9 +163,9 @@ impl<D: Device> Drop for RegistrationCache<D> {
 }
 
 impl<D: Device> RegistrationCache<D> {
-    /// Makes a cache without limits that watches nothing (K5): it learns only of what is told to the
-    /// space, by [`AddressSpace::invalidate`] or by an `OwnedMapping` of it. For memory that others
-    /// unmap, [`Builder::watch`] it; an open `Uffd` alone is not enough.
+    /// Makes a cache without limits that watches nothing (K5): it learns only of what is told to
+    /// the space, by [`AddressSpace::invalidate`] or by an `OwnedMapping` of it. For memory that
+    /// others unmap, [`Builder::watch`] it; an open `Uffd` alone is not enough.
     pub fn new(space: &AddressSpace, device: D) -> Self {
         Builder::default().build(space, device)
     }
@@ -279,10 +279,10 @@ impl<D: Device> RegistrationCache<D> {
         Ok(all.into_iter().map(|live| Registration { live }).collect())
     }
 
-    /// Gives up all registrations: none that was made before is found again, and what the device was
-    /// asked for and has not finished is asked for again. Waits until those that nobody uses are
-    /// deregistered. What is in use is deregistered when its users have let go, and
-    /// not waited for.
+    /// Gives up all registrations: none that was made before is found again, and what the device
+    /// was asked for and has not finished is asked for again. Waits until those that nobody uses
+    /// are deregistered. What is in use is deregistered when its users have let go, and not waited
+    /// for.
     ///
     /// # Cancel safety
     /// May be dropped at any moment: what was given up is deregistered by whoever comes next.

@@ -271,7 +271,8 @@ impl<D> Builder<D> {
     ///
     /// It ends earlier when the same change (one event of one range) comes eight times in a row
     /// while the device registers: then the device raises it itself, and would do so again. Not so
-    /// with changes of protection: each `fork` of the process is one, of the same range as the last.
+    /// with changes of protection: each `fork` of the process is one, of the same range as the
+    /// last.
     pub fn tries(mut self, tries: u32) -> Self {
         self.limits.tries = tries;
         self

@@ -59,8 +59,8 @@ impl Source {
         false
     }
 
-    /// Whether there is one that nobody has but the cache: it has the space, and nobody reaches that
-    /// through it.
+    /// Whether there is one that nobody has but the cache: it has the space, and nobody reaches
+    /// that through it.
     pub(super) fn is_abandoned(&self) -> bool {
         #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
         return self.uffd.as_ref().is_some_and(crate::source::Uffd::is_abandoned);

@@ -40,7 +40,8 @@ pub(super) struct Way<'a, D: Device> {
     own: AddressRange,
     place: Place,
     merges: bool,
-    /// What was taken away for this, and belongs to the union as long as its memory has not changed.
+    /// What was taken away for this, and belongs to the union as long as its memory has not
+    /// changed.
     taken: Vec<Arc<Entry<D>>>,
     /// The union whose members the device has vouched for.
     vouched: Option<AddressRange>,

@@ -37,8 +37,8 @@ impl Shared {
         passes
     }
 
-    /// The same for all notifiers with these ids, whoever has their subscriptions, if anybody: in one
-    /// look at everything.
+    /// The same for all notifiers with these ids, whoever has their subscriptions, if anybody: in
+    /// one look at everything.
     pub(crate) fn fence_all(&self, ids: impl IntoIterator<Item = u64>) -> usize {
         let mut wanted: BTreeMap<u64, Option<EntryRef>> =
             ids.into_iter().map(|id| (id, None)).collect();
@@ -84,8 +84,8 @@ impl Shared {
         again
     }
 
-    /// Takes the passes of fenced notifiers that are there to be taken. Where somebody else has them,
-    /// under this lock or after it he finds that he is behind, and drops them.
+    /// Takes the passes of fenced notifiers that are there to be taken. Where somebody else has
+    /// them, under this lock or after it he finds that he is behind, and drops them.
     fn find(
         &self,
         state: &mut State,
@@ -117,7 +117,8 @@ impl Shared {
         self.host.losses.report(&Report::Fenced { notifier: &name, range: entry.range, passes });
     }
 
-    /// Drops the passes of fenced notifiers of a parked invalidation, if they are there to be taken.
+    /// Drops the passes of fenced notifiers of a parked invalidation, if they are there to be
+    /// taken.
     #[cold]
     pub(super) fn cut(&self, ticket: Ticket) {
         let lease = self.with(|state, _| match state.help(ticket, |_, _| true) {

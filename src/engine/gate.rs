@@ -80,9 +80,8 @@ mod real {
             Self { word: AtomicU64::new(word), changes: AtomicU64::new(0), valid }
         }
 
-        /// Or there is a lease to be asked. To be asked *before* the notifier's word: whoever finds the
-        /// gate open again sees what
-        /// was invalidated meanwhile.
+        /// Or there is a lease to be asked. To be asked *before* the notifier's word: whoever finds
+        /// the gate open again sees what was invalidated meanwhile.
         #[inline]
         pub(crate) fn is_closed(&self) -> bool {
             self.word.load(Ordering::Acquire) << 1 != 0
@@ -116,8 +115,8 @@ mod real {
             (word & ONES) + (word >> COUNT & ONES)
         }
 
-        /// Changes the sides, if nothing is left on the one that is not in use. Under the lock of the
-        /// space.
+        /// Changes the sides, if nothing is left on the one that is not in use. Under the lock of
+        /// the space.
         fn change_sides(&self) -> bool {
             let empty = |word: u64| {
                 let other = if word & SIDE == 0 { word >> COUNT } else { word };
@@ -175,8 +174,8 @@ mod real {
             self.gate.is_closed() && !self.is_let_in()
         }
 
-        /// Whether the gate only looks closed, because there is a lease, and that is valid. Asked after
-        /// everything that this thread has read until now.
+        /// Whether the gate only looks closed, because there is a lease, and that is valid. Asked
+        /// after everything that this thread has read until now.
         #[cold]
         pub(crate) fn is_let_in(&self) -> bool {
             fence(Ordering::Acquire);

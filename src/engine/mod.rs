@@ -14,9 +14,9 @@
 //!
 //! Beside them: `quick`, the quick ways of the start and the end; `wakers`, who is woken; `calls`,
 //! which first passes run at this moment; `gate`, which holds the readers of the whole space back;
-//! `registration`, how a notifier enters and leaves; `fence`, what ends the passes of a dead device; `held`, who is
-//! asked for its name; `host`, settings and counters; `nesting`, the
-//! check of C7.
+//! `registration`, how a notifier enters and leaves; `fence`, what ends the passes of a dead
+//! device; `held`, who is asked for its name; `host`, settings and counters; `nesting`, the check
+//! of C7.
 #![forbid(unsafe_code)]
 
 mod calls;

@@ -147,7 +147,8 @@ pub(crate) fn start_locked(
     set: Option<&RangeSet>,
     since: Option<Duration>,
 ) -> Start {
-    // Once its first passes are over, nobody looks at its flag any more, which is that of its place.
+    // Once its first passes are over, nobody looks at its flag any more, which is that of its
+    // place.
     let is_movable = |id| shared.host.flags.is_up(id) == Some(false);
     let fill = |record: &mut Record, id| record.fill(request, id, since);
     let Started { id, sequence, hit, extra } = match set {
@@ -172,9 +173,9 @@ pub(crate) fn end(shared: &Shared, id: Id, work: Box<Work>) {
     if observe::ON || work.timed || shared.host.is_plain_only() {
         return shared.end_plainly(id, Some(work));
     }
-    // Most invalidations that hit anything hit one notifier. This way has no loop and only tail calls,
-    // so no callee-saved register is spilled. The hit is read ahead of the lock, so that it is not
-    // waited for behind it.
+    // Most invalidations that hit anything hit one notifier. This way has no loop and only tail
+    // calls, so no callee-saved register is spilled. The hit is read ahead of the lock, so that it
+    // is not waited for behind it.
     let only = if let [only] = work.hits[..] { Some(only) } else { None };
     let Some(mut state) = shared.state.try_lock() else {
         return shared.end_plainly(id, Some(work));

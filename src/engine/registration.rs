@@ -47,7 +47,8 @@ impl<N: IntervalNotifier> Registered<N> {
             if space.quiet(state, erased) != Quiet::Yes {
                 return None;
             }
-            // Quiet and closed: nothing will call it again, also if an invalidation still covers it.
+            // Quiet and closed: nothing will call it again, also if an invalidation still covers
+            // it.
             let notifier = entry.take();
             *custody = Custody::Nothing;
             erased.detach();
@@ -104,8 +105,8 @@ impl Shared {
             drop(state);
             return self.register_anew(range, notifier);
         };
-        // What is written goes on while the index waits for its own loads; before the lock it would be
-        // waited for.
+        // What is written goes on while the index waits for its own loads; before the lock it would
+        // be waited for.
         let entry = EntryBox::new(room, range, notifier);
         state.attach(entry.erase());
         Ok(entry)

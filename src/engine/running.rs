@@ -131,7 +131,8 @@ impl<'s> Running<'s> {
             unreachable!("passes are pending, and in the work")
         };
         shared.with(|state, outbox| {
-            // The first passes are over, as far as others are concerned, as soon as the passes are listed.
+            // The first passes are over, as far as others are concerned, as soon as the passes are
+            // listed.
             shared.host.flags.lower(id);
             state.park(id, work, lapses, task, now, outbox)
         })

@@ -11,7 +11,8 @@ use core::time::Duration;
 /// No waiter: see [`Entry::first_waiter`].
 const NO_WAITER: u32 = u32::MAX;
 
-/// What is needed of a notifier only when a reader collides or waits, when an invalidation of it lapses, or while it is asked for its name.
+/// What is needed of a notifier only when a reader collides or waits, when an invalidation of it
+/// lapses, or while it is asked for its name.
 pub(super) struct Rare {
     tally: Tally,
     /// How many hold the entry.

@@ -12,20 +12,26 @@ use core::sync::atomic::{AtomicU32, Ordering};
 const PER_LEAF: usize = 8;
 /// So many leaves are asked how wide they are.
 const ASKED: usize = 64;
-/// So many parts of the address space have places that lie together, in a cache line. What is further apart is scattered.
+/// So many parts of the address space have places that lie together, in a cache line. What is
+/// further apart is scattered.
 const TOGETHER: u64 = 16;
-/// 2^64 divided by the golden ratio: what is multiplied by it differs in its upper bits (Knuth, The Art of Computer Programming, volume 3, section 6.4). Far apart, memory lies at
-/// multiples of great powers of two, and would share few places by its lower bits.
+/// 2^64 divided by the golden ratio: what is multiplied by it differs in its upper bits (Knuth, The
+/// Art of Computer Programming, volume 3, section 6.4). Far apart, memory lies at multiples of
+/// great powers of two, and would share few places by its lower bits.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The leaf in which a search of each part of the address space ended the last time: it mostly ends there again.
+/// The leaf in which a search of each part of the address space ended the last time: it mostly ends
+/// there again.
 ///
-/// The hint only says where to look first. It may name a leaf that holds other intervals by now, or none; whoever follows it has to see from the leaf whether it is
-/// the right one. So nothing has to be kept right when leaves are split, merged and used again, and parts may share a place.
+/// The hint only says where to look first. It may name a leaf that holds other intervals by now, or
+/// none; whoever follows it has to see from the leaf whether it is the right one. So nothing has to
+/// be kept right when leaves are split, merged and used again, and parts may share a place.
 pub(super) struct Hints {
-    /// Their number is a power of two, or 0. Atomics, so that a search can note where it ended; what one thread notes another may miss.
+    /// Their number is a power of two, or 0. Atomics, so that a search can note where it ended;
+    /// what one thread notes another may miss.
     leaves: Vec<AtomicU32>,
-    /// 64 less the logarithm of the number of groups of `TOGETHER` places. With fewer than two groups it does not matter.
+    /// 64 less the logarithm of the number of groups of `TOGETHER` places. With fewer than two
+    /// groups it does not matter.
     fold: u32,
     /// Addresses are told apart in units of `2^unit` bytes.
     unit: u32,
@@ -60,7 +66,8 @@ impl Hints {
         }
     }
 
-    /// Searches from `first` to `last` will end in `leaf`. Of one that is much wider than others, the first part is noted.
+    /// Searches from `first` to `last` will end in `leaf`. Of one that is much wider than others,
+    /// the first part is noted.
     pub(super) fn set_all(&self, (first, last): (u64, u64), leaf: Node) {
         for part in (first >> self.unit..=last >> self.unit).take(PER_LEAF) {
             self.set(part << self.unit, leaf);
@@ -73,7 +80,8 @@ impl Hints {
         leaves > self.fits + self.fits / 2
     }
 
-    /// Makes room for so many leaves. `extent` says from where to where one extends, if it is in use: a quarter of a leaf is told apart.
+    /// Makes room for so many leaves. `extent` says from where to where one extends, if it is in
+    /// use: a quarter of a leaf is told apart.
     #[cold]
     #[inline(never)]
     pub(super) fn make_room(
@@ -105,8 +113,10 @@ impl Hints {
 }
 
 impl<V: Indexed> IntervalIndex<V> {
-    /// Has the leaf fetched that a search of `address` is likely to need soon. The earlier, the better: invalidations in a row wait for their leaves together
-    /// if the processor comes to this place of the next one while it waits for a notifier of the one before (`DESIGN.md`, "The interval index").
+    /// Has the leaf fetched that a search of `address` is likely to need soon. The earlier, the
+    /// better: invalidations in a row wait for their leaves together if the processor comes to this
+    /// place of the next one while it waits for a notifier of the one before (`DESIGN.md`, "The
+    /// interval index").
     #[inline(always)]
     pub(crate) fn expect(&self, address: u64) {
         if self.is_large() {
@@ -135,8 +145,9 @@ impl<V: Indexed> IntervalIndex<V> {
         }
     }
 
-    /// The one leaf that holds what overlaps `range`, and the places in it that are to be looked at with [`Leaf::overlapping`]; `None` when there may be several leaves,
-    /// and it takes a [`search`](Self::search).
+    /// The one leaf that holds what overlaps `range`, and the places in it that are to be looked at
+    /// with [`Leaf::overlapping`]; `None` when there may be several leaves, and it takes a
+    /// [`search`](Self::search).
     ///
     /// Mostly there is one, and mostly it is the likely one: to be built into the caller.
     #[inline(always)]

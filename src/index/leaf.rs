@@ -15,22 +15,29 @@ const EASY_STEPS: usize = 2;
 
 /// Intervals in order, with gaps between them.
 ///
-/// What a search among many waits for is memory, so a leaf says little of an interval: where it starts, and the value, which knows the rest. Often that need not be
-/// asked: what starts in the range that is searched for is a hit, and what starts further before it than the longest interval goes on is none.
+/// What a search among many waits for is memory, so a leaf says little of an interval: where it
+/// starts, and the value, which knows the rest. Often that need not be asked: what starts in the
+/// range that is searched for is a hit, and what starts further before it than the longest interval
+/// goes on is none.
 ///
-/// A removal leaves a gap: a place that starts where the next one does, so that the starts remain sorted and a search passes it by. An insertion takes the nearest gap, so
-/// that it moves the few intervals up to there and not half of the leaf.
+/// A removal leaves a gap: a place that starts where the next one does, so that the starts remain
+/// sorted and a search passes it by. An insertion takes the nearest gap, so that it moves the few
+/// intervals up to there and not half of the leaf.
 #[derive(Clone)]
 #[repr(C)]
 pub(crate) struct Leaf<V> {
-    // What is asked first stands first, and what is asked least, the last values, where a fetch of nine lines may end.
+    // What is asked first stands first, and what is asked least, the last values, where a fetch of
+    // nine lines may end.
     /// No interval reaches further than this many bytes into the next place.
     pub(super) slack: u64,
-    /// No interval goes on for more than this many bytes after its first. It may be one that has gone.
+    /// No interval goes on for more than this many bytes after its first. It may be one that has
+    /// gone.
     pub(super) longest: u64,
-    /// Where the next leaf begins, or before that: what ends before it is of no account to other leaves.
+    /// Where the next leaf begins, or before that: what ends before it is of no account to other
+    /// leaves.
     pub(super) bound: u64,
-    /// The greatest `last`, or that of an interval that has gone and ended before `bound`; 0 in a new leaf.
+    /// The greatest `last`, or that of an interval that has gone and ended before `bound`; 0 in a
+    /// new leaf.
     pub(super) max_last: u64,
     /// Places that hold an interval, a bit each.
     pub(super) live: u32,
@@ -62,7 +69,8 @@ impl<V: Indexed> Leaf<V> {
         self.live < 1 << 8
     }
 
-    /// Has the lines of the leaf fetched that a search will need when it knows which: each interval's value, and the starts that its first step does not look at.
+    /// Has the lines of the leaf fetched that a search will need when it knows which: each
+    /// interval's value, and the starts that its first step does not look at.
     #[cold]
     #[inline(never)]
     pub(super) fn touch(&self) {
@@ -72,10 +80,12 @@ impl<V: Indexed> Leaf<V> {
         }
     }
 
-    /// Whether nothing in other leaves can overlap `range`, when no interval reaches further than `reach` bytes beyond the end of its leaf.
+    /// Whether nothing in other leaves can overlap `range`, when no interval reaches further than
+    /// `reach` bytes beyond the end of its leaf.
     #[inline(always)]
     pub(super) fn is_only(&self, range: AddressRange, reach: u64) -> bool {
-        // Leaves before this one end at or before its first place, and those behind it begin at its bound or behind it.
+        // Leaves before this one end at or before its first place, and those behind it begin at its
+        // bound or behind it.
         range.last() < self.bound
             && range.start() >= self.starts[0]
             && range.start() - self.starts[0] >= reach
@@ -100,7 +110,8 @@ impl<V: Indexed> Leaf<V> {
             .then(|| (self.starts[0], self.bound - 1))
     }
 
-    /// The places whose intervals may overlap `range`: of these, those do that [`overlapping`](Self::overlapping) says.
+    /// The places whose intervals may overlap `range`: of these, those do that
+    /// [`overlapping`](Self::overlapping) says.
     #[inline(always)]
     pub(super) fn candidates(&self, range: AddressRange) -> Range<usize> {
         // With a single interval nothing is to be counted, and its place is not waited for.
@@ -137,13 +148,15 @@ impl<V: Indexed> Leaf<V> {
         start - own > self.longest
     }
 
-    /// How many places start at or before `start`. Not built in: mixed with what uses it, its sum is computed several times over.
+    /// How many places start at or before `start`. Not built in: mixed with what uses it, its sum
+    /// is computed several times over.
     #[inline(never)]
     pub(super) fn rank(&self, start: u64) -> usize {
         count_at_most(&self.starts, false, start)
     }
 
-    /// Adds an interval behind all that start at or before it, to a leaf that is not full; says where.
+    /// Adds an interval behind all that start at or before it, to a leaf that is not full; says
+    /// where.
     #[inline(always)]
     pub(super) fn add(&mut self, value: V) -> usize {
         let range = value.range();
@@ -180,11 +193,13 @@ impl<V: Indexed> Leaf<V> {
         from
     }
 
-    /// Moves the nearest gap to between the first `rank` places and the others, fills it, and says where it is.
+    /// Moves the nearest gap to between the first `rank` places and the others, fills it, and says
+    /// where it is.
     #[inline(always)]
     fn make_gap(&mut self, rank: usize) -> usize {
         let gaps = u64::from(!self.live);
-        // How many intervals are between here and there: in the places from `rank` on, and in those before it.
+        // How many intervals are between here and there: in the places from `rank` on, and in those
+        // before it.
         let above = (gaps >> rank).trailing_zeros() as usize;
         let below = ((gaps << 1) << (63 - rank)).leading_zeros() as usize;
         // One loop for both directions: a jump that nobody can predict takes longer than all of it.
@@ -192,7 +207,8 @@ impl<V: Indexed> Leaf<V> {
         let (gap, step) =
             if up { (rank + above, CAP - 1) } else { (rank.wrapping_sub(1 + below), 1) };
         let (mut at, steps) = (gap % CAP, above.min(below));
-        // Mostly it is no further than this. What need not be moved is copied onto itself: that, too, is quicker than a jump that nobody can predict.
+        // Mostly it is no further than this. What need not be moved is copied onto itself: that,
+        // too, is quicker than a jump that nobody can predict.
         for taken in 0..EASY_STEPS {
             at = self.fill(at, if taken < steps { (at + step) % CAP } else { at });
         }
@@ -221,20 +237,23 @@ impl<V: Indexed> Leaf<V> {
         self.values[at].map_or(0, |value| value.range().last())
     }
 
-    /// How far the interval at `at` reaches into the next place, or the one before it into it, if that is further.
+    /// How far the interval at `at` reaches into the next place, or the one before it into it, if
+    /// that is further.
     #[inline]
     fn overhang(&self, at: usize) -> u64 {
         overhang(&self.starts, |at| self.last(at), CAP, at)
     }
 
-    /// Whether nothing but its place has to change when the interval up to `last`, inclusive, goes: the slack stays, the leaf does not become small, and if it had
-    /// the greatest `last`, that may stay.
+    /// Whether nothing but its place has to change when the interval up to `last`, inclusive, goes:
+    /// the slack stays, the leaf does not become small, and if it had the greatest `last`, that may
+    /// stay.
     #[inline(always)]
     pub(super) fn is_plain(&self, last: u64) -> bool {
         self.slack == 0 && last < self.bound && self.len as usize > LOW
     }
 
-    /// Makes a gap of the interval at `at`. If it is not [plain](Self::is_plain), more has to change.
+    /// Makes a gap of the interval at `at`. If it is not [plain](Self::is_plain), more has to
+    /// change.
     #[inline(always)]
     pub(super) fn clear(&mut self, at: usize) {
         self.starts[at] = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
@@ -243,7 +262,8 @@ impl<V: Indexed> Leaf<V> {
         self.len -= 1;
     }
 
-    /// The same, and what else has to change in the leaf. Says whether those above have to know: the leaf has become small, or has another greatest `last`.
+    /// The same, and what else has to change in the leaf. Says whether those above have to know:
+    /// the leaf has become small, or has another greatest `last`.
     pub(super) fn take(&mut self, at: usize) -> bool {
         let last = self.last(at);
         let loosens = self.slack != 0 && self.overhang(at) == self.slack;

@@ -1,4 +1,5 @@
-//! The inner nodes of the index: what they say of their children, and what merging needs of either kind of node.
+//! The inner nodes of the index: what they say of their children, and what merging needs of either
+//! kind of node.
 #![forbid(unsafe_code)]
 
 use super::Node;
@@ -12,15 +13,18 @@ pub(super) const CAP: usize = 32;
 pub(super) const LOW: usize = CAP / 4;
 /// A merged node holds no more than this, so that the next insertion does not split it again.
 pub(super) const MERGED: usize = CAP * 3 / 4;
-/// A start that is not in use: sorts behind all others. (An interval may start there, too; a node knows its `len`.)
+/// A start that is not in use: sorts behind all others. (An interval may start there, too; a node
+/// knows its `len`.)
 pub(super) const UNUSED: u64 = u64::MAX;
 
 #[derive(Clone)]
 pub(super) struct Inner {
     pub(super) len: usize,
-    /// As in a leaf: no child reaches further than this many bytes beyond the lower bound of the next one.
+    /// As in a leaf: no child reaches further than this many bytes beyond the lower bound of the
+    /// next one.
     pub(super) slack: u64,
-    /// Lower bounds: every key in `children[i]` is `>= (starts[i], orders[i])` and below the next bound. The first is not looked at.
+    /// Lower bounds: every key in `children[i]` is `>= (starts[i], orders[i])` and below the next
+    /// bound. The first is not looked at.
     pub(super) starts: [u64; CAP],
     pub(super) orders: [u64; CAP],
     /// The greatest `last` in `children[i]`; as in a leaf, it may be that of one that has gone.
@@ -61,7 +65,8 @@ pub(super) fn close<T: Copy, const N: usize>(array: &mut [T; N], len: usize, at:
     array.copy_within(at + 1..len, at);
 }
 
-/// How far part `at` of a node reaches into the next one, or the one before it into it, if that is further.
+/// How far part `at` of a node reaches into the next one, or the one before it into it, if that is
+/// further.
 #[inline]
 pub(super) fn overhang(
     starts: &[u64; CAP],
@@ -76,9 +81,11 @@ pub(super) fn overhang(
 
 /// How many of the sorted `starts` are at most `start`.
 ///
-/// Looks at some of them at a time: no step has a branch, and the loads of the first do not depend on each other, so that the cache lines of a
-/// node are fetched at the same time, which a search by halves does not allow. The first step is left out where only `few` places matter, the first eight.
-/// Of a sum of eight answers the compiler makes a chain of eight additions; of starts that are sorted the middle one says which half needs adding.
+/// Looks at some of them at a time: no step has a branch, and the loads of the first do not depend
+/// on each other, so that the cache lines of a node are fetched at the same time, which a search by
+/// halves does not allow. The first step is left out where only `few` places matter, the first
+/// eight. Of a sum of eight answers the compiler makes a chain of eight additions; of starts that
+/// are sorted the middle one says which half needs adding.
 #[inline(always)]
 pub(super) fn count_at_most(starts: &[u64; CAP], few: bool, start: u64) -> usize {
     let below = |candidate: u64| usize::from(candidate <= start);
@@ -94,11 +101,12 @@ pub(super) fn count_at_most(starts: &[u64; CAP], few: bool, start: u64) -> usize
     8 * eight + select_unpredictable(d <= start, upper, lower)
 }
 
-/// The first part of a node that may reach as far as `start`, of those before `end`, the count of those that start early enough: the last of them, and
-/// those before it that may reach so far.
+/// The first part of a node that may reach as far as `start`, of those before `end`, the count of
+/// those that start early enough: the last of them, and those before it that may reach so far.
 #[inline(always)]
 pub(super) fn first_candidate(starts: &[u64; CAP], slack: u64, start: u64, end: usize) -> usize {
-    // Where the next part must start, at least. A slack that is too great for a number is one less, so is the start.
+    // Where the next part must start, at least. A slack that is too great for a number is one less,
+    // so is the start.
     let bound = start.min(u64::MAX - 1).checked_sub(slack).map_or(0, |bound| bound + 1);
     // All of them, or few.
     if starts[0] >= bound {
@@ -132,7 +140,8 @@ impl Inner {
         children: [0; CAP],
     };
 
-    /// The children that may overlap `range`, without the last of them, which is the one where the range ends.
+    /// The children that may overlap `range`, without the last of them, which is the one where the
+    /// range ends.
     #[inline(always)]
     pub(super) fn candidates(&self, range: AddressRange) -> Range<usize> {
         let end = count_at_most(&self.starts, self.is_short(), range.last()).min(self.len);

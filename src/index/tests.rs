@@ -63,7 +63,8 @@ impl IntervalIndex<Value> {
 
     /// The greatest `last` below a node, behind which the next one begins at `bound`.
     fn check_node(&self, node: Node, height: usize, bound: u64, all: &mut Vec<(u64, u64)>) -> u64 {
-        // What a node believes may be the `last` of what has gone, if that is of no account to others.
+        // What a node believes may be the `last` of what has gone, if that is of no account to
+        // others.
         let fits = |believed: u64, greatest: u64, bound: u64| {
             believed == greatest || (greatest..bound).contains(&believed)
         };
@@ -163,7 +164,8 @@ enum Op {
     Query(AddressRange),
 }
 
-/// Ranges from the middle, a few of them long; some at either end of the numbers, and some from one end to the other.
+/// Ranges from the middle, a few of them long; some at either end of the numbers, and some from one
+/// end to the other.
 fn range() -> impl Strategy<Value = AddressRange> {
     let between =
         |first: u64, last: u64| AddressRange::try_from(first.min(last)..=first.max(last)).unwrap();
@@ -283,7 +285,8 @@ fn ascending_insertion_fills_its_leaves() {
 fn removal_finds_what_was_moved_since_it_was_put_somewhere() {
     let mut index = IntervalIndex::new();
     let range = |id: u64| AddressRange::new(id % 500 * 16, 8).unwrap();
-    // From both ends to the middle, so that leaves are split and their intervals moved, then back again.
+    // From both ends to the middle, so that leaves are split and their intervals moved, then back
+    // again.
     let ids: Vec<u64> = (0..250).flat_map(|id| [id, 499 - id]).collect();
     for &id in &ids {
         index.put(range(id), Id(id));
@@ -353,7 +356,8 @@ fn what_reached_into_other_leaves_is_forgotten_when_it_goes() {
         index.put(AddressRange::new(at * 8192, 4096).unwrap(), Id(2 * at));
     }
     assert_eq!(index.height, 1, "several leaves");
-    // Behind each of them, over nine others. Behind the last one of a leaf nothing in that leaf is reached.
+    // Behind each of them, over nine others. Behind the last one of a leaf nothing in that leaf is
+    // reached.
     for at in 0..190 {
         for id in [Id(1000), Id(1001)] {
             let long = AddressRange::new(at * 8192 + 4096, 9 * 8192).unwrap();
@@ -387,7 +391,8 @@ fn leaves_that_become_small_are_merged() {
 fn merged_leaves_know_what_is_long_and_what_reached_from_one_into_the_other() {
     let page = |at: u64| AddressRange::new(at * 8192, 4096).unwrap();
     let long = AddressRange::new(64 * 8192, 1 << 20).unwrap();
-    // Ascending insertion fills two leaves; the second ends with something long, and the first with something that reaches into the second.
+    // Ascending insertion fills two leaves; the second ends with something long, and the first with
+    // something that reaches into the second.
     let across = AddressRange::new(31 * 8192, 3 * 8192).unwrap();
     for across in [None, Some(across)] {
         let mut index = IntervalIndex::new();
@@ -408,7 +413,8 @@ fn merged_leaves_know_what_is_long_and_what_reached_from_one_into_the_other() {
     }
 }
 
-/// A few thousand pages, put in an order that goes back and forth, so that leaves are split everywhere.
+/// A few thousand pages, put in an order that goes back and forth, so that leaves are split
+/// everywhere.
 fn scattered(stride: impl Fn(u64) -> u64) -> (IntervalIndex<Value>, Vec<AddressRange>) {
     let mut index = IntervalIndex::new();
     let pages: Vec<_> = (0..5000).map(|at| AddressRange::new(stride(at), 4096).unwrap()).collect();

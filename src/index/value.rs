@@ -26,7 +26,8 @@ pub(crate) trait Indexed: Ordered {
     #[inline]
     fn set_place(self, _place: Place) {}
 
-    /// Has the cache lines of `memory` fetched and does not wait for them, if it can, which it says. A load that waits keeps what comes after it waiting, too.
+    /// Has the cache lines of `memory` fetched and does not wait for them, if it can, which it
+    /// says. A load that waits keeps what comes after it waiting, too.
     #[inline]
     fn prefetch<T>(_memory: &T) -> bool {
         false
@@ -60,7 +61,8 @@ impl Place {
     /// In no leaf that there is.
     pub(crate) const UNKNOWN: Self = Self(u32::MAX);
 
-    /// A leaf whose number is too great for this is taken for another one, in which the interval is not found.
+    /// A leaf whose number is too great for this is taken for another one, in which the interval is
+    /// not found.
     #[inline]
     pub(super) fn new(leaf: Node, at: usize) -> Self {
         Self(leaf.wrapping_mul(CAP as u32) | at as u32)

@@ -12,11 +12,11 @@ use core::ops::Deref;
 use core::pin::Pin;
 use core::task::{Context, Waker};
 
-/// A driver whose invalidation is one `async fn`: its first poll is the first pass, the rest is the pass future. Register it as
-/// [`AsyncNotifier`].
+/// A driver whose invalidation is one `async fn`: its first poll is the first pass, the rest is the
+/// pass future. Register it as [`AsyncNotifier`].
 ///
-/// Costs an allocation a call, for the future. Choose [`IntervalNotifier`] where that matters, [`Inbox`](crate::Inbox) where a task handles
-/// invalidations one after the other.
+/// Costs an allocation a call, for the future. Choose [`IntervalNotifier`] where that matters,
+/// [`Inbox`](crate::Inbox) where a task handles invalidations one after the other.
 ///
 /// ```
 /// # use shootdown::*;
@@ -39,15 +39,18 @@ use core::task::{Context, Waker};
 /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 /// ```
 pub trait AsyncIntervalNotifier: Send + Sync + 'static {
-    /// Decides, without waiting, whether the invalidation concerns the device, before `invalidate` is called.
+    /// Decides, without waiting, whether the invalidation concerns the device, before `invalidate`
+    /// is called.
     ///
-    /// Returns `Ok(true)` after [`set_seq`](Invalidation::set_seq), which is what it does unless it is written otherwise. To leave the
-    /// device alone (S4) return `Ok(false)` without it; then `invalidate` is not called.
+    /// Returns `Ok(true)` after [`set_seq`](Invalidation::set_seq), which is what it does unless it
+    /// is written otherwise. To leave the device alone (S4) return `Ok(false)` without it; then
+    /// `invalidate` is not called.
     ///
-    /// The sequence may be set here, before the driver's lock is taken, because two things hold: it never goes back, also when first
-    /// passes of two invalidations set it at the same time (S4); and `invalidate` zaps under the driver's lock *afterwards*. A reader
-    /// that checks under that lock before the zap and installs is zapped; one that checks after it collides. A driver that zaps in
-    /// `begin` has to take its lock first.
+    /// The sequence may be set here, before the driver's lock is taken, because two things hold: it
+    /// never goes back, also when first passes of two invalidations set it at the same time (S4);
+    /// and `invalidate` zaps under the driver's lock *afterwards*. A reader that checks under that
+    /// lock before the zap and installs is zapped; one that checks after it collides. A driver that
+    /// zaps in `begin` has to take its lock first.
     ///
     /// # Errors
     /// [`WouldBlock`] to refuse a non-blockable invalidation.
@@ -56,8 +59,8 @@ pub trait AsyncIntervalNotifier: Send + Sync + 'static {
         Ok(true)
     }
 
-    /// Stops the device from using the range. Up to the first await that is not ready it runs as the first pass: take the driver lock and
-    /// zap the mappings before that.
+    /// Stops the device from using the range. Up to the first await that is not ready it runs as
+    /// the first pass: take the driver lock and zap the mappings before that.
     ///
     /// A driver writes `async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo)`.
     fn invalidate(
@@ -90,11 +93,13 @@ impl<A: AsyncIntervalNotifier> IntervalNotifier for AsyncNotifier<A> {
         if !self.0.begin(invalidation)? {
             return Ok(None);
         }
-        // What the future waits for is waited for by the pass that it becomes, not by this call (F3).
+        // What the future waits for is waited for by the pass that it becomes, not by this call
+        // (F3).
         let _inline = Inline::enter();
         let mut pass: Pin<Box<dyn Future<Output = ()> + Send>> =
             Box::pin(self.0.clone().invalidate(invalidation.info()));
-        // The engine polls it again with a waker of its own, so that nothing that happens in between is lost.
+        // The engine polls it again with a waker of its own, so that nothing that happens in
+        // between is lost.
         let first = pass.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         Ok(first.is_pending().then(|| PassFuture::from(pass)))
     }

@@ -21,7 +21,8 @@ mod raw {
     pub(super) type Guard<'a, T> = of::MutexGuard<'a, T>;
 
     pub(super) fn lock<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
-        // A panic in a first pass is resumed in the caller of the invalidation (C5): the lock need not tell of it again.
+        // A panic in a first pass is resumed in the caller of the invalidation (C5): the lock need
+        // not tell of it again.
         mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 
@@ -108,13 +109,15 @@ mod holder {
 
 /// The kernel's `user_lock` around the driver's device mappings `T`, with the discipline built in.
 ///
-/// In a first pass [`lock_for`](Self::lock_for) locks *and* sets the sequence; a reader gets at `T` to install a mapping only through
-/// [`install`](Self::install), which locks, checks `read_retry`, and refuses if the mapping would be stale. One lock may serve several
-/// subscriptions, such as all mirrored ranges of one GPU. Drivers with a lock of their own call
-/// [`Invalidation::set_seq`] and [`Subscription::read_retry`] under it instead.
+/// In a first pass [`lock_for`](Self::lock_for) locks *and* sets the sequence; a reader gets at `T`
+/// to install a mapping only through [`install`](Self::install), which locks, checks `read_retry`,
+/// and refuses if the mapping would be stale. One lock may serve several subscriptions, such as all
+/// mirrored ranges of one GPU. Drivers with a lock of their own call [`Invalidation::set_seq`] and
+/// [`Subscription::read_retry`] under it instead.
 ///
-/// It blocks the thread, so hold it for short; with `std` it is the standard library's `Mutex` that ignores poisoning, without it a spin lock.
-/// A thread that waits for a lock that it holds itself panics (with `std`).
+/// It blocks the thread, so hold it for short; with `std` it is the standard library's `Mutex` that
+/// ignores poisoning, without it a spin lock. A thread that waits for a lock that it holds itself
+/// panics (with `std`).
 #[derive(Default)]
 pub struct DriverLock<T> {
     holder: holder::Holder,
@@ -139,8 +142,8 @@ impl Drop for Held<'_> {
     }
 }
 
-/// A mapping could not be installed: the notifier was invalidated since `read_begin` (R2), or its subscription was closed. Start
-/// over with `read_begin`, unless it was closed.
+/// A mapping could not be installed: the notifier was invalidated since `read_begin` (R2), or its
+/// subscription was closed. Start over with `read_begin`, unless it was closed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Collision;
 
@@ -152,13 +155,14 @@ impl fmt::Display for Collision {
 
 impl core::error::Error for Collision {}
 
-/// How long [`DriverLock::mirror`] goes on after collisions. A step that is under way is never interrupted: the budget is
-/// looked at only when an invalidation has made an installation fail.
+/// How long [`DriverLock::mirror`] goes on after collisions. A step that is under way is never
+/// interrupted: the budget is looked at only when an invalidation has made an installation fail.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryBudget {
     /// How often to start over.
     pub retries: u32,
-    /// How long after the first `read_begin` to start over, at most; no bound without a clock (`std` or [`Builder::clock`](crate::Builder::clock)).
+    /// How long after the first `read_begin` to start over, at most; no bound without a clock
+    /// (`std` or [`Builder::clock`](crate::Builder::clock)).
     pub time: Option<Duration>,
 }
 
@@ -272,8 +276,8 @@ impl<T> DriverLock<T> {
         raw::into_inner(self.mutex)
     }
 
-    /// Locks to look at the mappings or to remove some. To install one, use [`install`](Self::install); in a first pass,
-    /// [`lock_for`](Self::lock_for).
+    /// Locks to look at the mappings or to remove some. To install one, use
+    /// [`install`](Self::install); in a first pass, [`lock_for`](Self::lock_for).
     ///
     /// # Panics
     /// When this thread holds the lock already, which would never end (with `std`).
@@ -295,7 +299,8 @@ impl<T> DriverLock<T> {
         self.holder.is_here()
     }
 
-    /// In a first pass: locks, and sets the notifier's own sequence, so that readers that began before will collide (S4, R2).
+    /// In a first pass: locks, and sets the notifier's own sequence, so that readers that began
+    /// before will collide (S4, R2).
     #[inline]
     pub fn lock_for(&self, invalidation: &Invalidation<'_>) -> DriverGuard<'_, T> {
         let guard = self.lock();
@@ -304,15 +309,17 @@ impl<T> DriverLock<T> {
         guard
     }
 
-    /// Locks, checks that the notifier was not invalidated since `read_begin` returned `sequence`, and runs `install`, all in one.
+    /// Locks, checks that the notifier was not invalidated since `read_begin` returned `sequence`,
+    /// and runs `install`, all in one.
     ///
     /// # Errors
     /// [`Collision`] when it was; then nothing ran.
     ///
     /// # Panics
-    /// In debug builds when the notifier's first pass takes another [`DriverLock`] with [`lock_for`](Self::lock_for) and not this one:
-    /// such a check could miss an invalidation. (Not known before the first invalidation, and not checked for a first pass that takes
-    /// several.) When this thread holds the lock already.
+    /// In debug builds when the notifier's first pass takes another [`DriverLock`] with
+    /// [`lock_for`](Self::lock_for) and not this one: such a check could miss an invalidation. (Not
+    /// known before the first invalidation, and not checked for a first pass that takes several.)
+    /// When this thread holds the lock already.
     pub fn install<N: IntervalNotifier, R>(
         &self,
         subscription: &Subscription<N>,
@@ -339,11 +346,13 @@ impl<T> DriverLock<T> {
         }
     }
 
-    /// The whole collision-retry loop of a mirroring driver: `read_begin`; `prepare`, which looks at the memory and may wait for it; then lock, check and
-    /// `install`, or start over when an invalidation came in between.
+    /// The whole collision-retry loop of a mirroring driver: `read_begin`; `prepare`, which looks
+    /// at the memory and may wait for it; then lock, check and `install`, or start over when an
+    /// invalidation came in between.
     ///
-    /// `prepare` runs on each try, `install` at most once, with what `prepare` resolved to. What may fail belongs into
-    /// `prepare`; a `prepare` that cannot fail resolves to `Ok::<_, Infallible>(…)`.
+    /// `prepare` runs on each try, `install` at most once, with what `prepare` resolved to. What
+    /// may fail belongs into `prepare`; a `prepare` that cannot fail resolves to
+    /// `Ok::<_, Infallible>(…)`.
     ///
     /// ```
     /// # use shootdown::*;
@@ -371,8 +380,9 @@ impl<T> DriverLock<T> {
     /// ```
     ///
     /// # Errors
-    /// [`MirrorError::Prepare`] with the first error of `prepare`; [`MirrorError::RetriesExhausted`] when the budget is used up;
-    /// [`MirrorError::Closed`] when the subscription was closed.
+    /// [`MirrorError::Prepare`] with the first error of `prepare`;
+    /// [`MirrorError::RetriesExhausted`] when the budget is used up; [`MirrorError::Closed`] when
+    /// the subscription was closed.
     ///
     /// # Cancel safety
     /// May be dropped at any moment: nothing is installed then unless it has resolved.

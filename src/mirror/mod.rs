@@ -1,4 +1,5 @@
-//! The driver's side: how it mirrors memory without ever installing a stale mapping, and other forms that a notifier can have.
+//! The driver's side: how it mirrors memory without ever installing a stale mapping, and other
+//! forms that a notifier can have.
 #![forbid(unsafe_code)]
 
 pub(crate) mod async_notifier;

@@ -39,9 +39,9 @@ impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
         }
     }
 
-    /// `read_begin` of those for which nothing is prepared, until all of them have a sequence that is
-    /// good: who was hit while another one was waited for has prepared nothing that could be stale.
-    /// Those that are prepared are as good as they were (G2).
+    /// `read_begin` of those for which nothing is prepared, until all of them have a sequence that
+    /// is good: who was hit while another one was waited for has prepared nothing that could be
+    /// stale. Those that are prepared are as good as they were (G2).
     async fn begin(&mut self) -> Vec<(usize, Sequence)> {
         enum Step<'a> {
             Prepared,
@@ -123,19 +123,21 @@ impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
 }
 
 impl<T> DriverLock<T> {
-    /// The [collision-retry loop](Self::mirror) of several ranges: all are prepared, all are checked,
-    /// all are installed under one lock, or none (G1). For jobs that need all of them at once.
+    /// The [collision-retry loop](Self::mirror) of several ranges: all are prepared, all are
+    /// checked, all are installed under one lock, or none (G1). For jobs that need all of them at
+    /// once.
     ///
-    /// `prepare` is called with the place in `subscriptions`, counted from 0, and the sequence; what it
-    /// returns is awaited together for all ranges. `install` gets what was prepared in the order of
-    /// `subscriptions`, once. An invalidation makes the loop prepare those ranges again that it has
-    /// hit, and no others (G2). So there are no more calls of `prepare` than ranges and
-    /// collisions of single ranges together, and the loop ends as soon as no invalidation hits any of
-    /// them while those that were hit last are prepared. A loop for each range in turn, or one that prepares all of them
-    /// again, does not end while invalidations come faster than all of the ranges can be prepared.
+    /// `prepare` is called with the place in `subscriptions`, counted from 0, and the sequence;
+    /// what it returns is awaited together for all ranges. `install` gets what was prepared in the
+    /// order of `subscriptions`, once. An invalidation makes the loop prepare those ranges again
+    /// that it has hit, and no others (G2). So there are no more calls of `prepare` than ranges and
+    /// collisions of single ranges together, and the loop ends as soon as no invalidation hits any
+    /// of them while those that were hit last are prepared. A loop for each range in turn, or one
+    /// that prepares all of them again, does not end while invalidations come faster than all of
+    /// the ranges can be prepared.
     ///
-    /// What was prepared for a range is dropped at its next invalidation, also while others are waited
-    /// for: a pass of its notifier may wait for that (a pin, a registration).
+    /// What was prepared for a range is dropped at its next invalidation, also while others are
+    /// waited for: a pass of its notifier may wait for that (a pin, a registration).
     ///
     /// The first passes of all subscriptions have to take this lock. They may belong to several
     /// spaces. With none `install` runs at once.
@@ -168,9 +170,9 @@ impl<T> DriverLock<T> {
     /// ```
     ///
     /// # Errors
-    /// [`MirrorError::Prepare`] with the first error of `prepare`, which ends those of the other ranges; [`MirrorError::RetriesExhausted`]
-    /// when the budget is used up (a retry is a round, of however many ranges); [`MirrorError::Closed`]
-    /// when one of the subscriptions was closed.
+    /// [`MirrorError::Prepare`] with the first error of `prepare`, which ends those of the other
+    /// ranges; [`MirrorError::RetriesExhausted`] when the budget is used up (a retry is a round, of
+    /// however many ranges); [`MirrorError::Closed`] when one of the subscriptions was closed.
     ///
     /// # Panics
     /// As [`install`](Self::install).

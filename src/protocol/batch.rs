@@ -34,7 +34,8 @@ impl<M: Member, X: Default> Protocol<M, X> {
                 cover_one(member, *current, sequence)
             });
         } else {
-            // Those that begin in front of a gap or in it were found by the range before the gap, if at all.
+            // Those that begin in front of a gap or in it were found by the range before the gap,
+            // if at all.
             let mut found_to = None;
             for range in set.iter() {
                 sequence = index.search(*range, sequence, |sequence, member| {

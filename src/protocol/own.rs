@@ -4,28 +4,32 @@
 use crate::index::Place;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
-/// A notifier's own sequence, how many active invalidations cover it, and what the owner of the protocol marks it with.
+/// A notifier's own sequence, how many active invalidations cover it, and what the owner of the
+/// protocol marks it with.
 ///
-/// Own sequences are always odd (S5, S2), so the lowest bit is free to say whether the notifier is covered: a reader learns
-/// in one load what its sequence is and whether it has to wait (R3). These are atomics because readers look at them without a lock;
-/// they are *written* only by the owner of the protocol (`&mut Protocol`) and by `set_seq` in a first pass, during which
-/// the notifier is covered and the protocol leaves the word alone. So the protocol needs no read-modify-write; `set_seq`,
-/// which may run in two first passes at the same time, does.
+/// Own sequences are always odd (S5, S2), so the lowest bit is free to say whether the notifier is
+/// covered: a reader learns in one load what its sequence is and whether it has to wait (R3). These
+/// are atomics because readers look at them without a lock; they are *written* only by the owner of
+/// the protocol (`&mut Protocol`) and by `set_seq` in a first pass, during which the notifier is
+/// covered and the protocol leaves the word alone. So the protocol needs no read-modify-write;
+/// `set_seq`, which may run in two first passes at the same time, does.
 #[derive(Debug)]
 pub(crate) struct Own {
-    /// The sequence while no active invalidation covers the notifier; the sequence less one while one does, or when the notifier is [`CLOSED`]:
-    /// then a reader has to look more closely.
+    /// The sequence while no active invalidation covers the notifier; the sequence less one while
+    /// one does, or when the notifier is [`CLOSED`]: then a reader has to look more closely.
     word: AtomicU64,
-    /// How many active invalidations cover the notifier, in steps of [`COVER`], and below that the marks. In one word, so that the end of an
-    /// invalidation sees in one comparison that there is nothing to be told.
+    /// How many active invalidations cover the notifier, in steps of [`COVER`], and below that the
+    /// marks. In one word, so that the end of an invalidation sees in one comparison that there is
+    /// nothing to be told.
     covering: AtomicU32,
     /// Where the index has put the notifier. Read and written by the owner of the protocol only.
     place: AtomicU32,
-    /// Which driver lock the sequence was set under; 0 before, [`SEVERAL`] once it was under another one, too. For the check
-    /// that readers take one that the first pass takes.
+    /// Which driver lock the sequence was set under; 0 before, [`SEVERAL`] once it was under
+    /// another one, too. For the check that readers take one that the first pass takes.
     #[cfg(debug_assertions)]
     driver_lock: AtomicU32,
-    /// Checks until one is forced to fail; 0 when none is. Nothing to the protocol; it stands here because there is room.
+    /// Checks until one is forced to fail; 0 when none is. Nothing to the protocol; it stands here
+    /// because there is room.
     #[cfg(feature = "test-util")]
     pub(crate) collide_on: AtomicU32,
 }
@@ -94,7 +98,8 @@ impl Own {
         (sequence.wrapping_sub(self.sequence())).cast_signed() <= 0
     }
 
-    /// Whether a reader that holds the lock at `_address` is safe from the first pass; always `true` in release builds.
+    /// Whether a reader that holds the lock at `_address` is safe from the first pass; always
+    /// `true` in release builds.
     #[inline]
     pub(crate) fn is_driver_lock(&self, _address: usize) -> bool {
         #[cfg(debug_assertions)]
@@ -112,35 +117,40 @@ impl Own {
         self.word.load(Ordering::Acquire) | UNCOVERED
     }
 
-    /// The own sequence if no active invalidation covers the notifier at this moment (R1, R3), and it is not closed.
+    /// The own sequence if no active invalidation covers the notifier at this moment (R1, R3), and
+    /// it is not closed.
     #[inline]
     pub(crate) fn stable_sequence(&self) -> Option<u64> {
         let word = self.word.load(Ordering::Acquire);
         (word & UNCOVERED != 0).then_some(word)
     }
 
-    /// Whether the notifier has this own sequence, is not closed, and no active invalidation covers it.
+    /// Whether the notifier has this own sequence, is not closed, and no active invalidation covers
+    /// it.
     #[inline]
     pub(crate) fn is_stable_at(&self, sequence: u64) -> bool {
         self.word.load(Ordering::Acquire) == sequence
     }
 
-    /// Whether a reader that began with `sequence` has to start over (R2): the notifier has another one by now, or is closed.
+    /// Whether a reader that began with `sequence` has to start over (R2): the notifier has another
+    /// one by now, or is closed.
     pub(crate) fn is_past(&self, sequence: u64) -> bool {
         self.sequence() != sequence || self.is_closed()
     }
 
-    /// From now on readers of the notifier start over whatever sequence they have. Only the owner of the protocol; may be called again.
+    /// From now on readers of the notifier start over whatever sequence they have. Only the owner
+    /// of the protocol; may be called again.
     pub(crate) fn close(&self) {
         self.mark(CLOSED, true);
         if !self.is_covered() {
-            // While it is covered a first pass may set the sequence, and the word says already what it is to say.
+            // While it is covered a first pass may set the sequence, and the word says already what
+            // it is to say.
             self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Release);
         }
     }
 
-    /// Quick form of [`close`](Self::close), with these marks, for a notifier that no active invalidation covers and that has
-    /// no mark; otherwise does nothing and returns `false`.
+    /// Quick form of [`close`](Self::close), with these marks, for a notifier that no active
+    /// invalidation covers and that has no mark; otherwise does nothing and returns `false`.
     #[inline(always)]
     pub(crate) fn quick_close(&self, marks: u32) -> bool {
         let plain = self.covering.load(Ordering::Relaxed) == 0;
@@ -158,11 +168,13 @@ impl Own {
 
     /// S4: called in a first pass.
     ///
-    /// Never goes back: of two invalidations whose first passes reach a notifier in the other order than they
-    /// started, the later sequence stays. Otherwise a third invalidation could give the later one out again (S6).
+    /// Never goes back: of two invalidations whose first passes reach a notifier in the other order
+    /// than they started, the later sequence stays. Otherwise a third invalidation could give the
+    /// later one out again (S6).
     ///
-    /// A read-modify-write, because two first passes of one notifier may run at the same time and their driver need not
-    /// hold the same lock in both: a load and a store could each come between those of the other.
+    /// A read-modify-write, because two first passes of one notifier may run at the same time and
+    /// their driver need not hold the same lock in both: a load and a store could each come between
+    /// those of the other.
     #[inline]
     pub(crate) fn set(&self, sequence: u64) {
         let mut word = self.word.load(Ordering::Relaxed);
@@ -197,7 +209,8 @@ impl Own {
         self.covering.store(if set { before | marks } else { before & !marks }, Ordering::Relaxed);
     }
 
-    /// The first word of a notifier that has just been inserted (S5): its sequence, less one if it is covered already.
+    /// The first word of a notifier that has just been inserted (S5): its sequence, less one if it
+    /// is covered already.
     #[inline]
     pub(super) fn begin(&self, word: u64) {
         debug_assert_eq!(word & UNCOVERED == 0, self.is_covered());
@@ -216,7 +229,8 @@ impl Own {
         })
     }
 
-    /// One less covers it. If it was the last, returns the marks: somebody may have to be told of a moment at which nothing covers the notifier (R1).
+    /// One less covers it. If it was the last, returns the marks: somebody may have to be told of a
+    /// moment at which nothing covers the notifier (R1).
     #[inline(always)]
     pub(super) fn uncover(&self) -> u32 {
         let covering = self.covering.load(Ordering::Relaxed) - COVER;
@@ -229,7 +243,8 @@ impl Own {
         0
     }
 
-    /// Quick form of [`uncover`](Self::uncover) for a notifier without marks; otherwise does nothing and returns `false`.
+    /// Quick form of [`uncover`](Self::uncover) for a notifier without marks; otherwise does
+    /// nothing and returns `false`.
     #[inline(always)]
     pub(super) fn quick_uncover(&self) -> bool {
         let covering = self.covering.load(Ordering::Relaxed) - COVER;

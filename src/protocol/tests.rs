@@ -107,7 +107,8 @@ fn cases(default: u32) -> ProptestConfig {
     ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
 }
 
-/// Runs `ops` with the quick ways where they are possible, or only the plain ones, which are their specification.
+/// Runs `ops` with the quick ways where they are possible, or only the plain ones, which are their
+/// specification.
 fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
     let mut protocol = Protocol::<Test, Vec<Test>>::new(first);
     let mut sequence = first;
@@ -119,7 +120,8 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
             Op::Insert(start, len) => {
                 let range = AddressRange::new(start, len).unwrap();
                 let member = Test(Box::leak(Box::new((Own::new(), order, range))));
-                // Every other one is of interest to somebody; every third carries marks, which mean nothing to the protocol.
+                // Every other one is of interest to somebody; every third carries marks, which mean
+                // nothing to the protocol.
                 member.own().mark(WATCHED, order % 2 == 0);
                 member.own().mark(MARKS[order as usize % MARKS.len()], order % 3 == 0);
                 protocol.insert(member);

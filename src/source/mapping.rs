@@ -225,7 +225,8 @@ impl OwnedMapping {
     /// it; a [part of a descriptor](Self::from_fd) only as far as the descriptor reaches, and new
     /// pages have what is there.
     ///
-    /// Subscriptions neither move nor grow: drivers are inserted anew for the range that is returned.
+    /// Subscriptions neither move nor grow: drivers are inserted anew for the range that is
+    /// returned.
     ///
     /// # Errors
     /// [`MapError`]; the mapping is then where it was, whole. The file of shared memory may be
@@ -463,7 +464,8 @@ impl Drop for OwnedMapping {
     fn drop(&mut self) {
         let Some(memory) = self.memory.take() else { return };
         if self.check().is_err() {
-            // Only the child's own view of the memory goes; the space is the parent's, and so are its locks.
+            // Only the child's own view of the memory goes; the space is the parent's, and so are
+            // its locks.
             core::mem::forget(self.space.clone());
             return;
         }

@@ -1,9 +1,11 @@
 //! Where invalidations come from: the process's own memory.
 //!
-//! - [`OwnedMapping`]: a mapping that invalidates *before* each system call that changes it and ends the invalidation after it, which is the kernel's own
-//!   order. Nothing is left open. Prefer it where the program can say when its memory goes away.
-//! - [`Uffd`] (Linux, feature `userfaultfd`): watches memory that somebody else unmaps, and hears of the change when it has
-//!   happened. What remains open then is written [there](Uffd#what-remains).
+//! - [`OwnedMapping`]: a mapping that invalidates *before* each system call that changes it and
+//!   ends the invalidation after it, which is the kernel's own order. Nothing is left open. Prefer
+//!   it where the program can say when its memory goes away.
+//! - [`Uffd`] (Linux, feature `userfaultfd`): watches memory that somebody else unmaps, and hears
+//!   of the change when it has happened. What remains open then is written
+//!   [there](Uffd#what-remains).
 //!
 //! | | `OwnedMapping` | `Uffd` |
 //! | --- | --- | --- |

@@ -1,4 +1,5 @@
-//! The system calls that the compiler cannot check, each behind a function that can be called safely.
+//! The system calls that the compiler cannot check, each behind a function that can be called
+//! safely.
 //!
 //! Mapping memory is safe; unmapping or moving it is safe only for who owns it, because a reference
 //! into it would dangle. So [`Memory`] owns what it maps and never lends it: it hands out
@@ -114,7 +115,8 @@ impl Memory {
     pub(super) fn read(&self, offset: usize, into: &mut [u8]) {
         assert!(self.inside(offset, into.len()), "the copy is outside of the mapping");
         match self.backing {
-            // SAFETY: inside the mapping, which nobody unmaps while it is borrowed; `into` is another object.
+            // SAFETY: inside the mapping, which nobody unmaps while it is borrowed; `into` is
+            // another object.
             Backing::Private => unsafe {
                 ptr::copy_nonoverlapping(
                     self.at.as_ptr().add(offset),
@@ -173,7 +175,8 @@ impl Memory {
     pub(super) fn discard(&mut self, offset: usize, len: usize) -> io::Result<()> {
         assert!(self.inside(offset, len), "what is discarded is outside of the mapping");
         let flags = MapFlags::PRIVATE | MapFlags::FIXED;
-        // SAFETY: inside the mapping, which is ours and into which there are no references: the new pages replace only those.
+        // SAFETY: inside the mapping, which is ours and into which there are no references: the new
+        // pages replace only those.
         unsafe { mm::mmap_anonymous(self.at(offset), len, RIGHTS, flags).map(drop) }
     }
 
@@ -246,7 +249,8 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         if self.len != 0 {
-            // SAFETY: as in `unmap`. It cannot fail for a mapping that is there, but for want of kernel memory; then it stays.
+            // SAFETY: as in `unmap`. It cannot fail for a mapping that is there, but for want of
+            // kernel memory; then it stays.
             let _ = unsafe { mm::munmap(self.at(0), self.len) };
         }
     }

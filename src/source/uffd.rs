@@ -48,8 +48,8 @@ use watch::Table;
 /// # The promise
 /// Once `munmap`, `mmap(MAP_FIXED)` over, `mremap` or `madvise(DONTNEED)` of a watched range has
 /// returned, no [`read_begin`](crate::Subscription::read_begin) and no look-up in a cache of that
-/// range that begins then answers from before it, and no [check](crate::Subscription::read_retry) of
-/// a reader that began before succeeds.
+/// range that begins then answers from before it, and no [check](crate::Subscription::read_retry)
+/// of a reader that began before succeeds.
 ///
 /// The kernel lets the caller of `munmap` go on when the event has been *read*, not when it has
 /// been handled. So the reader first closes the [gate of the space](AddressSpace::pause), then
@@ -103,9 +103,9 @@ use watch::Table;
 /// 4. [`drain`](AddressSpace::drain) the space.
 ///
 /// When the reader or the deliveries are dropped, also by a panic of their thread, all watches end,
-/// no new one is made, and all that was watched is invalidated as [`Event::Unmap`](crate::Event::Unmap),
-/// late, by each of the two (M3). A panic of a driver ends nothing: it is [counted and
-/// reported](crate::Report::Panicked).
+/// no new one is made, and all that was watched is invalidated as
+/// [`Event::Unmap`](crate::Event::Unmap), late, by each of the two (M3). A panic of a driver ends
+/// nothing: it is [counted and reported](crate::Report::Panicked).
 ///
 /// # Fork
 /// In a child of `fork` all handles are inert (M4): using one is [`UffdError::Forked`], dropping
@@ -119,8 +119,9 @@ use watch::Table;
 /// - A page that another thread writes while `madvise` is about to drop it looks like one that was
 ///   written after it was dropped: the wait ends early, and a device that looks at the page in
 ///   between gets the old one. Programs do not write memory that they discard.
-/// - A discard whose time was used up is looked at for two more seconds (of the last 64 such). Pages of
-///   `MADV_FREE` that go later than that are told to nobody; those that a device has pinned do not go.
+/// - A discard whose time was used up is looked at for two more seconds (of the last 64 such).
+///   Pages of `MADV_FREE` that go later than that are told to nobody; those that a device has
+///   pinned do not go.
 /// - As long as changes of watched memory come faster than drivers are told of them, all readers of
 ///   the space begin after a wait for those that are left, and their checks fail. Such changes are
 ///   slowed down, by 5 ms each at most.

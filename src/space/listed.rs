@@ -46,14 +46,15 @@ pub struct ActiveInvalidation {
     pub phase: Phase,
     /// The future that started it is gone; it ends by itself when its passes are done.
     pub abandoned: bool,
-    /// How long it has been active. Exact in a space with a [clock](crate::Builder::clock). Otherwise the time since its passes became pending, or for an
-    /// invalidation that never had to wait, since it was first listed here: a lower bound. `None` without `std` and clock.
+    /// How long it has been active. Exact in a space with a [clock](crate::Builder::clock).
+    /// Otherwise the time since its passes became pending, or for an invalidation that never had to
+    /// wait, since it was first listed here: a lower bound. `None` without `std` and clock.
     pub age: Option<Duration>,
     /// Names of the notifiers whose passes are pending.
     pub pending: Vec<Cow<'static, str>>,
-    /// The [ids](crate::Subscription::id) of the same notifiers, in the same order: to find the device
-    /// that a name speaks of, and [fence](crate::Subscription::fence) it. With a
-    /// [pass budget](crate::Builder::pass_budget) some of them may be well, as their passes wait for
+    /// The [ids](crate::Subscription::id) of the same notifiers, in the same order: to find the
+    /// device that a name speaks of, and [fence](crate::Subscription::fence) it. With a [pass
+    /// budget](crate::Builder::pass_budget) some of them may be well, as their passes wait for
     /// their first poll behind another one; and so may those whose passes nobody polls: poll
     /// [`drain`](AddressSpace::drain) once before the look.
     pub pending_ids: Vec<NotifierId>,
@@ -72,20 +73,26 @@ pub struct Stats {
     pub retries: u64,
     /// Times that a reader had to wait for an invalidation (a pause is not counted).
     pub waits: u64,
-    /// The longest that an invalidation was active, of those that were timed: all in a space with a [clock](crate::Builder::clock); otherwise those
-    /// whose passes were still pending when they had been polled twice, from then on, and those that [`AddressSpace::active`] listed. `None` before the first.
+    /// The longest that an invalidation was active, of those that were timed: all in a space with a
+    /// [clock](crate::Builder::clock); otherwise those whose passes were still pending when they
+    /// had been polled twice, from then on, and those that [`AddressSpace::active`] listed. `None`
+    /// before the first.
     pub longest: Option<Duration>,
-    /// Invalidations that were ended on behalf of a future that was not polled, and started over if it was polled again (C4).
+    /// Invalidations that were ended on behalf of a future that was not polled, and started over if
+    /// it was polled again (C4).
     pub lapses: u64,
-    /// Invalidations whose future was dropped, or that could not wait, while passes were pending (C2, B3).
+    /// Invalidations whose future was dropped, or that could not wait, while passes were pending
+    /// (C2, B3).
     pub abandoned: u64,
     /// First passes that answered `WouldBlock` in a blockable invalidation: a driver's bug (B1).
     pub refused_blockable: u64,
-    /// Notifiers whose devices were cut off ([`Subscription::fence`](crate::Subscription::fence), L5).
+    /// Notifiers whose devices were cut off ([`Subscription::fence`](crate::Subscription::fence),
+    /// L5).
     pub fences: u64,
-    /// Panics of code that is not the library's and that had no caller to be resumed in (C5): passes of abandoned invalidations,
-    /// wakers, names, the reporter, the clock, observers, and the
-    /// further panics of an invalidation whose first one was resumed. Each is [reported](crate::Report::Panicked), too.
+    /// Panics of code that is not the library's and that had no caller to be resumed in (C5):
+    /// passes of abandoned invalidations, wakers, names, the reporter, the clock, observers, and
+    /// the further panics of an invalidation whose first one was resumed. Each is
+    /// [reported](crate::Report::Panicked), too.
     pub lost_panics: u64,
 }
 
@@ -109,8 +116,9 @@ impl AddressSpace {
         }
     }
 
-    /// The invalidations that are active at this moment, in the order in which they started (C6). Asks the notifiers with pending passes for
-    /// their [names](crate::IntervalNotifier::name), so it allocates, and is meant for people and watchdogs.
+    /// The invalidations that are active at this moment, in the order in which they started (C6).
+    /// Asks the notifiers with pending passes for their [names](crate::IntervalNotifier::name), so
+    /// it allocates, and is meant for people and watchdogs.
     pub fn active(&self) -> Vec<ActiveInvalidation> {
         let now = self.shared.now();
         let mut held: Vec<EntryRef> = Vec::new();
@@ -154,7 +162,8 @@ impl AddressSpace {
             held.iter().for_each(|entry| entry.hold());
             listed
         });
-        // Names are driver code: asked for without the lock, while the holds keep the notifiers alive.
+        // Names are driver code: asked for without the lock, while the holds keep the notifiers
+        // alive.
         let held = Held { shared: &self.shared, entries: held };
         for (_, of, invalidation) in &mut listed {
             invalidation.pending = held.entries[of.clone()]

@@ -24,7 +24,8 @@ pub struct State {
     pub register: VecDeque<Act>,
     pub deregister: VecDeque<Act>,
     pub registered: u64,
-    /// Whether what it has registered is still valid: what it answers next, and how often it was asked.
+    /// Whether what it has registered is still valid: what it answers next, and how often it was
+    /// asked.
     pub valid: VecDeque<Act>,
     pub asked: u64,
     pub calls_of_deregister: u64,

@@ -1,5 +1,5 @@
-//! K1, K6 to K9 on random programs: callers that ask, are polled, give up and let go; invalidations;
-//! a device that fails, panics, takes its time and does not vouch for what it has.
+//! K1, K6 to K9 on random programs: callers that ask, are polled, give up and let go;
+//! invalidations; a device that fails, panics, takes its time and does not vouch for what it has.
 //!
 //! The model is what the device has: from the moment it is asked to register until it has let go.
 

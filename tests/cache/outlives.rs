@@ -277,12 +277,14 @@ fn k1_caches_that_are_dropped_under_load_leave_nothing_and_hang_nobody() {
                             // Goes away while it waits.
                             drop(futures::FutureExt::now_or_never(get.as_mut()));
                         } else {
-                            // Nobody may hold one while he waits for another: that could be a circle.
+                            // Nobody may hold one while he waits for another: that could be a
+                            // circle.
                             held.clear();
                             held.extend(futures::executor::block_on(get));
                         }
                     }
-                    // The other one's handle may be gone already, and this registration outlives both.
+                    // The other one's handle may be gone already, and this registration outlives
+                    // both.
                     drop(cache);
                     drop(held);
                 });

@@ -150,8 +150,8 @@ fn k7_cancelled_at_each_poll_nobody_hangs() {
     }
 }
 
-/// The first that is polled drives those before it. (Where the device takes its time, each wake-up of
-/// the one whose turn it is wakes all: any of them may be one that nobody polls.)
+/// The first that is polled drives those before it. (Where the device takes its time, each wake-up
+/// of the one whose turn it is wakes all: any of them may be one that nobody polls.)
 #[test]
 fn k7_those_in_a_queue_are_polled_in_proportion_to_it() {
     for chain in [false, true] {

@@ -518,7 +518,8 @@ fn c8_a_notifier_may_call_back_when_it_is_dropped() {
 
 #[test]
 fn c8_the_last_handle_of_a_space_may_go_inside_a_callback() {
-    // In a first pass, in a pass, and in the drop of a pass; of another space, since the caller's future borrows its own.
+    // In a first pass, in a pass, and in the drop of a pass; of another space, since the caller's
+    // future borrows its own.
     for place in 0..3 {
         let (space, device, _log) = one_device();
         let (other, others_device, _log) = one_device();
@@ -542,7 +543,8 @@ fn c8_the_last_handle_of_a_space_may_go_inside_a_callback() {
     }
 }
 
-/// asomers/futures-locks #1, #2, #3: effects before the first poll; made in one order, awaited in another.
+/// asomers/futures-locks #1, #2, #3: effects before the first poll; made in one order, awaited in
+/// another.
 #[test]
 fn c1_report_18_invalidations_take_effect_in_the_order_in_which_they_are_polled() {
     let (space, device, log) = one_device();

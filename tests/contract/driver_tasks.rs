@@ -186,7 +186,8 @@ fn an_inbox_of_a_released_space_gives_its_mappings_back() {
 
 #[test]
 fn a2_a_handler_that_is_cancelled_at_any_await_loses_no_invalidation_and_completes_none_early() {
-    // The handler has five awaits; it is dropped after each number of polls, and another one takes over.
+    // The handler has five awaits; it is dropped after each number of polls, and another one takes
+    // over.
     for polls in 0..8 {
         let (space, inbox) = inbox();
         let handled = Arc::new(std::sync::Mutex::new(Vec::new()));
@@ -247,7 +248,8 @@ fn a4_an_inbox_that_is_dropped_with_its_task_wedges_nobody() {
     drop(invalidate.finish());
 }
 
-/// nutanix/libvfio-user PR #609, #369, spdk/spdk #2074: an unmap was acknowledged with I/O in flight.
+/// nutanix/libvfio-user PR #609, #369, spdk/spdk #2074: an unmap was acknowledged with I/O in
+/// flight.
 #[test]
 fn report_24_an_unmap_waits_for_the_last_of_64_ios_and_a_second_one_does_not_wait_for_it() {
     let (space, inbox) = inbox();

@@ -7,7 +7,8 @@ use std::borrow::Cow;
 use std::sync::{Arc, Mutex, OnceLock};
 use std::task::Poll;
 
-/// Three devices on page 0, the second of which hangs. The others' devices take until their gates are opened.
+/// Three devices on page 0, the second of which hangs. The others' devices take until their gates
+/// are opened.
 fn three(space: &AddressSpace) -> ([Subscription<Device>; 3], [Gate; 3]) {
     let gates = [Gate::default(), Gate::default(), Gate::default()];
     let log = Log::default();

@@ -1,4 +1,5 @@
-//! L5, where it is hard: passes that nobody has polled, fences inside of fences, many subscriptions, everything at once.
+//! L5, where it is hard: passes that nobody has polled, fences inside of fences, many
+//! subscriptions, everything at once.
 use crate::support::*;
 use shootdown::{
     AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, RangeSet, Subscription,
@@ -43,7 +44,8 @@ fn device(space: &AddressSpace, name: &'static str, act: Act) -> Subscription<De
     space.insert(pages(0, 1), Device::new(name, &Log::default()).then(act)).unwrap()
 }
 
-/// A budget of one: the pass of `dead` waits for its first poll, and that of another device is awaited alone.
+/// A budget of one: the pass of `dead` waits for its first poll, and that of another device is
+/// awaited alone.
 fn deferred(act: Act) -> (AddressSpace, Subscription<Device>, Subscription<Device>, Gate) {
     let (space, gate) = (AddressSpace::builder().pass_budget(1).build(), Gate::default());
     let dead = device(&space, "dead", act);
@@ -317,7 +319,8 @@ fn l5_w4_nobody_waits_for_ever_whoever_is_fenced_meanwhile() {
     }
 }
 
-/// Whatever is started, fenced, given up and polled in whatever order: all of it ends, and the budget is whole again.
+/// Whatever is started, fenced, given up and polled in whatever order: all of it ends, and the
+/// budget is whole again.
 #[test]
 fn l5_everything_ends_in_any_order() {
     for seed in 1..=1000_u64 {

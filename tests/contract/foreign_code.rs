@@ -429,8 +429,8 @@ fn f3_a_first_pass_may_wait_for_what_its_invalidation_does_not_cover() {
     let (gate, reader) = (Gate::default(), far.clone());
     far.next(Act::pass(gate.clone()));
     device.next(Act::Run(Box::new(move |_| {
-        // Polled again and again, as by who blocks on it; both wait for something that goes on without this
-        // first pass.
+        // Polled again and again, as by who blocks on it; both wait for something that goes on
+        // without this first pass.
         let mut read = Task::new(reader.read_begin());
         let mut unmap = Task::new(elsewhere.invalidate(pages(9, 1), Event::Unmap));
         for _ in 0..3 {

@@ -135,7 +135,8 @@ fn l1_remove_waits_for_first_passes_and_not_for_the_guard_however_many_are_activ
         let other = Arc::new(space.insert(pages(0, 1), Device::new("other", &log)).unwrap());
         let closes = other.clone();
         device.next(Act::Run(Box::new(move |_| {
-            // Nobody blocks who polls with this waker, so debug builds do not take it for a mistake (C7).
+            // Nobody blocks who polls with this waker, so debug builds do not take it for a mistake
+            // (C7).
             let mut context = std::task::Context::from_waker(std::task::Waker::noop());
             assert!(
                 std::pin::pin!(closes.close()).poll(&mut context).is_pending(),

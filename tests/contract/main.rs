@@ -1,4 +1,5 @@
-//! The contract, rule by rule: each test is named after what it says and begins with the rule's number.
+//! The contract, rule by rule: each test is named after what it says and begins with the rule's
+//! number.
 #![allow(missing_docs)]
 
 #[path = "../support/mod.rs"]

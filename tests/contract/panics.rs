@@ -40,7 +40,8 @@ fn c5_a_panic_in_a_first_pass_is_resumed_after_everything_has_been_completed_and
     assert_eq!(numbers([device.sequence(), other.sequence()]), [5, 5]);
 }
 
-/// A future that has panicked has resolved: it does not start another invalidation when somebody polls it once more.
+/// A future that has panicked has resolved: it does not start another invalidation when somebody
+/// polls it once more.
 #[test]
 fn c5_a_future_that_has_panicked_starts_no_other_invalidation() {
     let (space, device, _log) = one_device();

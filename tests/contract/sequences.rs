@@ -78,7 +78,8 @@ fn s6_two_separate_invalidations_never_give_one_notifier_the_same_sequence() {
     drop(now(space.invalidate(pages(0, 1), Event::Clear)));
     let sequence = now(device.read_begin());
     assert_eq!(sequence.get(), 3);
-    // Under the kernel's rule this one would give out 3 again, and the reader would install a stale mapping.
+    // Under the kernel's rule this one would give out 3 again, and the reader would install a stale
+    // mapping.
     drop(now(space.invalidate(pages(0, 1), Event::Clear)));
     assert!(device.read_retry(sequence));
     assert_eq!(device.sequence().get(), 5);

@@ -8,7 +8,8 @@ use std::cell::{Cell, RefCell};
 use std::convert::Infallible;
 use std::sync::Arc;
 
-/// All buffers of one GPU, under one lock: which pages it maps, each with the generation that it saw.
+/// All buffers of one GPU, under one lock: which pages it maps, each with the generation that it
+/// saw.
 #[derive(Clone, Default)]
 struct Gpu(Arc<DriverLock<Vec<(usize, u64)>>>);
 

@@ -60,7 +60,8 @@ fn g2_a_set_ends_if_no_invalidation_hits_it_while_it_is_prepared() {
     );
 }
 
-/// Counts references to pages, as the pins of a device or the registrations of a cache do; a pass waits until there are none.
+/// Counts references to pages, as the pins of a device or the registrations of a cache do; a pass
+/// waits until there are none.
 #[derive(Clone, Default)]
 struct Pinned(Arc<DriverLock<()>>, Arc<AtomicUsize>, Arc<futures::task::AtomicWaker>);
 

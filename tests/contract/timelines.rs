@@ -106,7 +106,8 @@ fn t3_more_waiters_than_one_batch_are_all_woken() {
 
 #[test]
 fn t3_what_a_waker_does_deadlocks_nobody_and_loses_no_wake_up() {
-    // It polls its task inline, signals, drops another waiter and registers a further one; also in the middle of a batch.
+    // It polls its task inline, signals, drops another waiter and registers a further one; also in
+    // the middle of a batch.
     for before in [0, 15, 40] {
         let timeline = Timeline::new();
         let mut others: Vec<_> = (0..before).map(|_| Task::new(timeline.reached(1))).collect();

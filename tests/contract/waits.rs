@@ -232,7 +232,8 @@ impl Future for Handed {
 
 #[test]
 fn w4_no_wake_is_lost_whenever_it_comes() {
-    // From another thread, at any moment of the way to sleep: each poll needs one wake, so a lost one hangs.
+    // From another thread, at any moment of the way to sleep: each poll needs one wake, so a lost
+    // one hangs.
     let rounds = if cfg!(miri) { 50 } else { 20_000 };
     let (polls, (wakers, woken)) = (Arc::new(AtomicUsize::new(0)), channel());
     let waking = std::thread::spawn(move || woken.into_iter().map(Waker::wake).count());
@@ -286,7 +287,8 @@ fn w1_a_panic_goes_on_in_the_thread_that_waits() {
     drop(space.invalidate(pages(0, 1), Event::Unmap).wait());
 }
 
-/// A task of tokio may do so much until it gives its turn; after that what it polls is pending and wakes it at once.
+/// A task of tokio may do so much until it gives its turn; after that what it polls is pending and
+/// wakes it at once.
 #[test]
 fn w3_a_wait_inside_an_unconstrained_task_of_tokio_ends_whatever_its_budget() {
     for turns in [1_usize, 1000] {

@@ -1,4 +1,5 @@
-//! What the kernel's tests do not have: passes that take time, several invalidations at once, the life cycle, retries.
+//! What the kernel's tests do not have: passes that take time, several invalidations at once, the
+//! life cycle, retries.
 
 use crate::command::CommandError;
 use crate::device::{Device as Gpu, Mirror};
@@ -186,7 +187,8 @@ pub async fn release_with_live_notifiers(runtime: Runtime) {
     let outcome = mirrors[0].read(range).await;
     assert!(outcome.is_err() || outcome.is_ok_and(|read| read.words.iter().all(|word| *word == 0)));
     exit.await;
-    // Called once, and again each time that the exit, not polled while its reader waited, lapsed and started over (C4).
+    // Called once, and again each time that the exit, not polled while its reader waited, lapsed
+    // and started over (C4).
     let calls = 1 + process.space().stats().lapses as usize;
     for mirror in mirrors {
         assert_eq!(mirror.take_events(), vec![Event::Release; calls]);
@@ -279,7 +281,8 @@ pub async fn a_retry_budget_that_is_used_up_is_an_error_that_says_so(runtime: Ru
     assert_eq!(looks.load(Ordering::Relaxed), 6);
     let text = MirrorError::<Gone>::RetriesExhausted { retries: 5, elapsed: None }.to_string();
     assert!(text.contains("each of 6 attempts") && text.contains("allow more retries"), "{text}");
-    // Through a driver's command it is the driver's error: to replace the zero page is an invalidation that collides with the look itself.
+    // Through a driver's command it is the driver's error: to replace the zero page is an
+    // invalidation that collides with the look itself.
     let (process, gpu) = (Process::new(), Gpu { owner: Owner::new(), coherent: false });
     let range = process.map(1, Protection::WRITE, Backing::Private);
     process.read(range.start(), 1).await.unwrap();

@@ -1,4 +1,5 @@
-//! The kernel's cases. Its buffers have 1024 pages and so have these; a word is 64 bits here and 32 there.
+//! The kernel's cases. Its buffers have 1024 pages and so have these; a word is 64 bits here and 32
+//! there.
 
 use crate::command::{CommandError, Outcome};
 use crate::device::{Device, Mirror};
@@ -330,7 +331,8 @@ pub async fn anon_read_multiple(machine: Machine) {
 
 pub async fn anon_teardown(machine: Machine) {
     let (mut complete, mut refused) = (0, 0);
-    // Sooner and later: before the device has begun, while it faults, while it reads; every thirteenth time when it has finished.
+    // Sooner and later: before the device has begun, while it faults, while it reads; every
+    // thirteenth time when it has finished.
     for time in 0..TIMES * 10 {
         let pages = if time % 10 == 0 { PAGES } else { 64 };
         let process = Process::new();
@@ -341,7 +343,8 @@ pub async fn anon_teardown(machine: Machine) {
         let unmap = machine.runtime.spawn({
             let process = process.clone();
             async move {
-                // By steps of the device's on one thread; longer for threads that run at the same time.
+                // By steps of the device's on one thread; longer for threads that run at the same
+                // time.
                 let pauses = if time % 2 == 0 { time / 2 % 13 } else { (time % 13).pow(2) * 8 };
                 for _ in 0..pauses {
                     pause().await;
@@ -357,7 +360,8 @@ pub async fn anon_teardown(machine: Machine) {
         let _ = finished.send(());
         match read {
             Ok(read) => {
-                // One fault, and one more for each time that the unmapping lapsed because the executor did not come to it (C4).
+                // One fault, and one more for each time that the unmapping lapsed because the
+                // executor did not come to it (C4).
                 assert!(
                     read.pages == pages
                         && (1..=1 + process.space().stats().lapses).contains(&read.faults.into()),

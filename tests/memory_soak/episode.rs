@@ -16,7 +16,8 @@ use std::sync::{Arc, Mutex, RwLock};
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-/// Registers what is there: the first word of each page, read as a device reads, through the page table.
+/// Registers what is there: the first word of each page, read as a device reads, through the page
+/// table.
 pub struct Stamps;
 
 impl Device for Stamps {
@@ -79,7 +80,8 @@ impl Episode {
         let space = AddressSpace::new();
         let (uffd, mut reader, mut deliveries) =
             settings().open(&space).expect("it was permitted before");
-        // Each ends on its own thread, at once or when the other has: nobody else must wait for that who changes watched memory meanwhile.
+        // Each ends on its own thread, at once or when the other has: nobody else must wait for
+        // that who changes watched memory meanwhile.
         let (reader_first, gone) =
             ((seed >> 1).is_multiple_of(2), Arc::new(AtomicBool::new(false)));
         let other = gone.clone();

@@ -1,11 +1,14 @@
-//! A soak on real memory: threads that unmap, map over, move, discard, free and fork at random, beside caches, mirrors and io_uring reads that are checked
-//! byte by byte.
+//! A soak on real memory: threads that unmap, map over, move, discard, free and fork at random,
+//! beside caches, mirrors and io_uring reads that are checked byte by byte.
 //!
-//! `SOAK_SECONDS=60 cargo test --release --features userfaultfd --test memory_soak` is the long form; its last line is one JSON object. It ends at the first
-//! look-up that answers from before a change that had returned, and when a thread gets nowhere for 20 s (with `SOAK_KEEP=1` it then stays, to be looked at).
+//! `SOAK_SECONDS=60 cargo test --release --features userfaultfd --test memory_soak` is the long
+//! form; its last line is one JSON object. It ends at the first look-up that answers from before a
+//! change that had returned, and when a thread gets nowhere for 20 s (with `SOAK_KEEP=1` it then
+//! stays, to be looked at).
 //!
-//! Each page that a thread owns holds a stamp, a number that only rises. The thread changes the page, then writes the next stamp, then says which: whoever finds an
-//! earlier stamp than was said before he asked has been given what is gone.
+//! Each page that a thread owns holds a stamp, a number that only rises. The thread changes the
+//! page, then writes the next stamp, then says which: whoever finds an earlier stamp than was said
+//! before he asked has been given what is gone.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout)]
 
 mod episode;
@@ -131,7 +134,8 @@ fn main() {
                 }
             }
         }
-        // The source ends while everybody goes on, each time in another way; then there is a new one.
+        // The source ends while everybody goes on, each time in another way; then there is a new
+        // one.
         let old = current.get();
         old.end();
         unsettled += old.uffd.stats().unsettled;

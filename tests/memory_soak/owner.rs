@@ -44,7 +44,8 @@ fn map(at: usize, pages: usize, flags: MapFlags) -> usize {
 
 impl Slot {
     pub fn new(own: usize) -> Self {
-        // Far below everything else: the kernel maps what asks for no address as high as it can, and so never into a hole that is left here for a moment.
+        // Far below everything else: the kernel maps what asks for no address as high as it can,
+        // and so never into a hole that is left here for a moment.
         let at = map(0x2000_0000_0000 + (own << 30), 2 * PAGES + 2, MapFlags::FIXED_NOREPLACE);
         // A page that nobody can map at, so that the slot and what is aside stay apart.
         for border in [at + PAGES * PAGE, at + (2 * PAGES + 1) * PAGE] {
@@ -147,7 +148,8 @@ pub fn first_words(range: AddressRange) -> io::Result<Vec<u64>> {
     Ok(words)
 }
 
-/// Compares what was found with what had been said before it was asked for. No stamp at all is new memory that was not written yet.
+/// Compares what was found with what had been said before it was asked for. No stamp at all is new
+/// memory that was not written yet.
 fn compare(counts: &Counts, of: &str, said: &[u64], found: &[u64]) {
     for (page, (said, found)) in said.iter().zip(found).enumerate() {
         if *found != 0 && found < said {
@@ -211,7 +213,8 @@ pub fn own(own: usize, seed: u64, slot: &Slot, current: &Current, counts: &Count
     }
 }
 
-/// Reads a file through a fixed buffer of a ring into memory of the allocator, which comes and goes, and looks at every byte.
+/// Reads a file through a fixed buffer of a ring into memory of the allocator, which comes and
+/// goes, and looks at every byte.
 fn read_into_heap(
     episode: &Episode,
     random: &mut StdRng,
@@ -239,7 +242,8 @@ fn read_into_heap(
         return;
     };
     let block = random.random_range(0..rings.file.blocks());
-    // The registration is of the page that is there: nobody has given the buffer back meanwhile, and it stays while it is held.
+    // The registration is of the page that is there: nobody has given the buffer back meanwhile,
+    // and it stays while it is held.
     if rings.cache.device().ring.read(&rings.file, block, *registration.handle(), range).is_err() {
         counts.refused.fetch_add(1, Ordering::Relaxed);
         return;

@@ -1,4 +1,5 @@
-//! A registration cache in the soak: its device's transfers are accesses that the oracle checks like any other.
+//! A registration cache in the soak: its device's transfers are accesses that the oracle checks
+//! like any other.
 
 use crate::soak::{Oracle, PAGE, Soak};
 use rand::rngs::StdRng;

@@ -65,7 +65,8 @@ struct Report {
     lost_wakeups: u64,
 }
 
-/// A page's generation rises when the guard of an invalidation that covers it is handed out, or when one was lost with a panic.
+/// A page's generation rises when the guard of an invalidation that covers it is handed out, or
+/// when one was lost with a panic.
 pub(crate) struct Oracle {
     generations: Vec<AtomicU64>,
     pub(crate) counts: Counts,
@@ -82,7 +83,8 @@ impl Oracle {
         self.generations[page as usize].load(Ordering::SeqCst)
     }
 
-    /// A device uses a page through a mapping of `generation`; `still` says afterwards whether it was allowed to all the while.
+    /// A device uses a page through a mapping of `generation`; `still` says afterwards whether it
+    /// was allowed to all the while.
     pub(crate) fn access(&self, page: u64, generation: u64) {
         self.counts.accesses.fetch_add(1, Ordering::Relaxed);
         if self.generation(page) != generation {
@@ -91,7 +93,8 @@ impl Oracle {
     }
 }
 
-/// What the driver lock protects: the page table, and what is zapped but may still be used by the device.
+/// What the driver lock protects: the page table, and what is zapped but may still be used by the
+/// device.
 #[derive(Default)]
 struct Table {
     mapped: BTreeMap<u64, u64>,
@@ -181,7 +184,8 @@ impl IntervalNotifier for Device {
     }
 }
 
-/// The device has completed a command: it uses nothing of those pages any more that was zapped before the command.
+/// The device has completed a command: it uses nothing of those pages any more that was zapped
+/// before the command.
 fn complete(table: &DriverLock<Table>, pages: &std::ops::RangeInclusive<u64>, command: u64) {
     table.lock().in_flight.retain(|(page, _, of)| !pages.contains(page) || *of > command);
 }
@@ -320,7 +324,8 @@ impl Soak {
         };
         let budget = RetryBudget::retries(20);
         let mirrored = device.table.mirror(&device, budget, look, |table, generation| {
-            // Checked and under the driver lock: the device may use this until the next first pass has zapped it.
+            // Checked and under the driver lock: the device may use this until the next first pass
+            // has zapped it.
             if !table.stopped {
                 oracle.access(page, generation);
                 table.mapped.insert(page, generation);
@@ -404,7 +409,8 @@ pub fn soak() {
         }
     }));
     let tokio = if threads == 1 {
-        // Time that does not pass by itself: timers fire in their order as soon as nothing else can be done.
+        // Time that does not pass by itself: timers fire in their order as soon as nothing else can
+        // be done.
         tokio::runtime::Builder::new_current_thread()
             .enable_time()
             .start_paused(true)

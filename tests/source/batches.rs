@@ -61,7 +61,8 @@ fn n4_no_reader_waits_for_more_than_if_each_change_were_told_of_alone() {
     }
 }
 
-/// The pages of one change of a batch stay, and the driver has dropped its watches in its first pass.
+/// The pages of one change of a batch stay, and the driver has dropped its watches in its first
+/// pass.
 fn m5_a_batch_with_pages_that_stay_is_under_invalidation_until_they_go() {
     let _fork = no_fork();
     struct Drops(Mutex<Vec<shootdown::source::Watch>>);

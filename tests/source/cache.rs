@@ -92,7 +92,8 @@ fn after_munmap_no_look_up_finds_the_registration() {
         assert_ne!(Some(handle), last, "round {round}: a registration from before the change");
         assert_eq!(*block_on(cache.get(memory.range())).unwrap().handle(), handle, "a hit");
         last = Some(handle);
-        // By this thread or by another: who knows that the call has returned gets no answer from before it.
+        // By this thread or by another: who knows that the call has returned gets no answer from
+        // before it.
         if round % 2 == 0 {
             memory.part(1, 1).map_over();
         } else {
@@ -112,7 +113,8 @@ fn memory_given_back_inside_the_allocators_lock_does_not_deadlock() {
     }
     {
         let _held = nic.lock.lock().unwrap();
-        // The deregistration of the first waits for the lock; the second has to be read all the same.
+        // The deregistration of the first waits for the lock; the second has to be read all the
+        // same.
         one.unmap();
         two.unmap();
     }
@@ -130,10 +132,12 @@ fn fork_with_registered_memory_registers_again() {
     memory.write(7);
     let before = *block_on(cache.get(memory.range())).unwrap().handle();
     let mut child = std::process::Command::new("true");
-    // SAFETY: does nothing; with a hook the standard library forks instead of spawning without a copy of the memory.
+    // SAFETY: does nothing; with a hook the standard library forks instead of spawning without a
+    // copy of the memory.
     unsafe { child.pre_exec(|| Ok(())) };
     assert!(child.status().unwrap().success());
-    // The parent's next write copies the page: what the device has pinned may be the child's. Unless the child did not get it.
+    // The parent's next write copies the page: what the device has pinned may be the child's.
+    // Unless the child did not get it.
     let registered_again = *block_on(cache.get(memory.range())).unwrap().handle() != before;
     assert_eq!(registered_again, source.uffd.promises().fork == Fork::Report);
 }
@@ -461,7 +465,8 @@ fn k5_a_cache_whose_source_tells_another_space_is_refused() {
     assert!(refused.downcast_ref::<&str>().is_some_and(|text| text.contains("another space")));
 }
 
-/// In use when all handles go, and its device takes its time: nobody can wait for it any more, and nothing is left.
+/// In use when all handles go, and its device takes its time: nobody can wait for it any more, and
+/// nothing is left.
 fn k1_a_watched_registration_that_nobody_can_reach_leaves_nothing_behind() {
     #[derive(Clone)]
     struct Slow(Arc<()>);

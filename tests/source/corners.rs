@@ -1,4 +1,5 @@
-//! Corners that a review found: memory that grows or moves, rings that overflow, deliveries that overlap, storms, and futures of which a child of `fork` has copies.
+//! Corners that a review found: memory that grows or moves, rings that overflow, deliveries that
+//! overlap, storms, and futures of which a child of `fork` has copies.
 
 use crate::forks::{exit_code, fork};
 use crate::memory::{PAGE, Raw};
@@ -95,7 +96,8 @@ fn patient() -> (AddressSpace, Uffd, Reader, Deliveries, Raw) {
     (space, uffd, reader, deliveries, memory)
 }
 
-/// A `MADV_FREE` of `memory` was read, and has left its page where it is: who reads waits until it is written.
+/// A `MADV_FREE` of `memory` was read, and has left its page where it is: who reads waits until it
+/// is written.
 fn is_waited_for(
     deliveries: &mut Deliveries,
     reader: &Subscription<impl IntervalNotifier>,
@@ -161,7 +163,8 @@ fn m5_who_waits_for_pages_refuses_nobody_elses_invalidation() {
     block_on(delivery).unwrap();
 }
 
-/// A reader looks every now and then at what nobody changes, beside a thread that discards and writes one page every 50 µs.
+/// A reader looks every now and then at what nobody changes, beside a thread that discards and
+/// writes one page every 50 µs.
 fn m5_a_storm_of_discards_holds_up_no_reader_of_another_range() {
     let _fork = no_fork();
     let source = Running::of(&AddressSpace::new(), Uffd::builder().fork(Fork::Ignore));

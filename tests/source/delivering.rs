@@ -1,4 +1,5 @@
-//! What a delivery owes whom: the time of a discard, what was read when it fails, readers that depend on nobody.
+//! What a delivery owes whom: the time of a discard, what was read when it fails, readers that
+//! depend on nobody.
 
 use crate::memory::Raw;
 use crate::never_stale::read_during;

@@ -1,5 +1,5 @@
-//! What a fork leaves of a source: everything in the parent, nothing in the child (M4). In processes
-//! of their own, because a fork concerns all threads.
+//! What a fork leaves of a source: everything in the parent, nothing in the child (M4). In
+//! processes of their own, because a fork concerns all threads.
 
 use crate::memory::{PAGE, Raw};
 use crate::uffd::{Running, eventually, is_readable, log};
@@ -45,8 +45,9 @@ impl Device for Nic {
     }
 }
 
-/// Forks. The child runs `child`, which must allocate nothing that another thread of the parent may be allocating (glibc makes that safe), and leaves with what
-/// it returns, without destructors. Returns the child's process.
+/// Forks. The child runs `child`, which must allocate nothing that another thread of the parent may
+/// be allocating (glibc makes that safe), and leaves with what it returns, without destructors.
+/// Returns the child's process.
 pub fn fork(child: impl FnOnce() -> i32) -> libc::pid_t {
     // SAFETY: the child runs on this thread's copy of the stack, and ends in `_exit`.
     match unsafe { libc::fork() } {
@@ -60,7 +61,8 @@ pub fn fork(child: impl FnOnce() -> i32) -> libc::pid_t {
     }
 }
 
-/// Waits for a child, at most some seconds, and returns its exit code; a child that hangs is killed.
+/// Waits for a child, at most some seconds, and returns its exit code; a child that hangs is
+/// killed.
 pub fn exit_code(process: libc::pid_t) -> Option<i32> {
     let (began, mut status) = (Instant::now(), 0);
     loop {
@@ -88,7 +90,8 @@ struct Handles {
     uffd: Uffd,
 }
 
-/// Uses all of them in the child; returns the number of the first use that was not refused as it should be, or 0.
+/// Uses all of them in the child; returns the number of the first use that was not refused as it
+/// should be, or 0.
 fn use_in_child(handles: &mut Handles, memory: Raw) -> i32 {
     let forked = |error: std::io::Error| {
         let inner = error.get_ref().and_then(|inner| inner.downcast_ref::<UffdError>());
@@ -116,7 +119,8 @@ fn use_in_child(handles: &mut Handles, memory: Raw) -> i32 {
 }
 
 fn m4_h2_in_a_child_every_handle_is_inert_and_the_parents_watches_stay() {
-    // By hand, so that the child has the reader and the deliveries, too. Forks are ignored: nobody would read their events here.
+    // By hand, so that the child has the reader and the deliveries, too. Forks are ignored: nobody
+    // would read their events here.
     let space = AddressSpace::new();
     let (uffd, reader, deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
     let memory = Raw::map(4);
@@ -372,8 +376,9 @@ impl Device for Contents {
     }
 }
 
-/// The event of `madvise` is read, and the thread inside it does not get its processor before the time for that is used up: then a look-up gets the old page, and
-/// nobody has been told that the call returned. Once it has, the range is invalidated again.
+/// The event of `madvise` is read, and the thread inside it does not get its processor before the
+/// time for that is used up: then a look-up gets the old page, and nobody has been told that the
+/// call returned. Once it has, the range is invalidated again.
 fn m5_a_thread_that_does_not_get_its_processor_inside_madvise_leaves_nothing_stale() {
     let space = AddressSpace::new();
     let (uffd, mut reader, mut deliveries) =
@@ -390,7 +395,8 @@ fn m5_a_thread_that_does_not_get_its_processor_inside_madvise_leaves_nothing_sta
         scope.spawn(|| {
             pin(0);
             let real_time = libc::sched_param { sched_priority: 10 };
-            // SAFETY: reads a structure of ours. An ordinary user is refused, and the thread shares the processor then.
+            // SAFETY: reads a structure of ours. An ordinary user is refused, and the thread shares
+            // the processor then.
             unsafe { libc::sched_setscheduler(0, libc::SCHED_FIFO, &raw const real_time) };
             while !stop.load(Ordering::SeqCst) {
                 if busy.load(Ordering::SeqCst) {
@@ -450,7 +456,8 @@ fn m8_where_the_system_call_is_filtered_the_device_file_serves() {
             refuse((libc::BPF_RET | libc::BPF_K) as u16, libc::SECCOMP_RET_ALLOW),
         ];
         let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
-        // SAFETY: the filter is a program of four instructions, which lives until the call returns; it concerns this process alone.
+        // SAFETY: the filter is a program of four instructions, which lives until the call returns;
+        // it concerns this process alone.
         unsafe {
             assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
             assert_eq!(

@@ -28,7 +28,8 @@ fn kept(range: AddressRange) -> u64 {
     flagged(range, &["uw", "um", "dc"])
 }
 
-/// Drops the watch of one page while a thread that unmaps another waits for the reader; then `meanwhile`.
+/// Drops the watch of one page while a thread that unmaps another waits for the reader; then
+/// `meanwhile`.
 fn dropped_during_a_change(uffd: &Uffd, reader: &mut Reader, meanwhile: impl FnOnce()) -> Raw {
     let memory = Raw::map(9);
     let (changed, other) = (memory.part(0, 1), memory.part(8, 1));
@@ -89,7 +90,8 @@ fn r4_what_was_dropped_in_a_leased_space_is_given_up() {
     delivering.join().unwrap();
 }
 
-/// Memory of which the first page is watched as far as `uffd` knows, and which has been mapped anew.
+/// Memory of which the first page is watched as far as `uffd` knows, and which has been mapped
+/// anew.
 fn mapped_anew(
     uffd: &Uffd,
     reader: &mut Reader,

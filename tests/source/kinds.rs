@@ -275,7 +275,8 @@ pub fn refused(kind: Kind, errno: i32, change: Change) {
 }
 
 /// Huge pages for the tests that need them, one at a time and each in a process of its own: what a
-/// test has used is free again when its process has ended. They are given back when this is dropped.
+/// test has used is free again when its process has ended. They are given back when this is
+/// dropped.
 pub struct HugePages(String);
 
 /// As many as a test needs.
@@ -284,7 +285,8 @@ const NEEDED: u64 = 64;
 const RESERVE: &str = "/proc/sys/vm/nr_hugepages";
 
 impl HugePages {
-    /// Reserves as many as a test needs, once for the whole run: an answer for now would not hold later.
+    /// Reserves as many as a test needs, once for the whole run: an answer for now would not hold
+    /// later.
     ///
     /// # Errors
     /// Why it cannot.
@@ -309,7 +311,8 @@ impl HugePages {
             if of("HugePages_Free:") >= Some(NEEDED) {
                 return Ok(reserved);
             }
-            // Where memory is in small pieces: whether that may be asked for or not, the next look decides.
+            // Where memory is in small pieces: whether that may be asked for or not, the next look
+            // decides.
             let _ = std::fs::write("/proc/sys/vm/compact_memory", "1");
         }
         Err("the kernel has no room for huge pages".into())

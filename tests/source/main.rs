@@ -1,4 +1,5 @@
-//! `source` on real memory. Where userfaultfd is not permitted, the tests that need it count as ignored, and say why.
+//! `source` on real memory. Where userfaultfd is not permitted, the tests that need it count as
+//! ignored, and say why.
 #![allow(
     missing_docs,
     unreachable_pub,
@@ -152,7 +153,8 @@ fn main() {
     conclusion.exit();
 }
 
-/// Runs a test of this program in a process of its own: it changes what the whole process has, or forks.
+/// Runs a test of this program in a process of its own: it changes what the whole process has, or
+/// forks.
 pub fn isolated(name: &str) {
     let output = std::process::Command::new(std::env::current_exe().unwrap())
         .env("SHOOTDOWN_ONE", name)

@@ -50,7 +50,8 @@ impl IntervalNotifier for Log {
         invalidation: &Invalidation<'_>,
     ) -> Result<Option<PassFuture>, WouldBlock> {
         let range = invalidation.range();
-        // SAFETY: the promise under test is that the memory is still there while the first pass runs.
+        // SAFETY: the promise under test is that the memory is still there while the first pass
+        // runs.
         let seen = unsafe {
             std::slice::from_raw_parts(
                 std::ptr::with_exposed_provenance::<u8>(range.start() as usize),

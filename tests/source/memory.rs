@@ -9,7 +9,8 @@ use std::ptr;
 
 pub const PAGE: usize = 4096;
 
-/// An address as a number, so that threads may share it. Unmapped by whoever is to unmap it, or at the end of the process.
+/// An address as a number, so that threads may share it. Unmapped by whoever is to unmap it, or at
+/// the end of the process.
 #[derive(Clone, Copy, Debug)]
 pub struct Raw {
     pub at: usize,
@@ -89,7 +90,8 @@ impl Raw {
         };
     }
 
-    /// Maps new memory where it was, unless somebody has taken the address since, as the allocator of another thread may.
+    /// Maps new memory where it was, unless somebody has taken the address since, as the allocator
+    /// of another thread may.
     pub fn map_again(self) -> bool {
         let flags = MapFlags::PRIVATE | MapFlags::FIXED_NOREPLACE;
         // SAFETY: it replaces nothing.
@@ -124,7 +126,8 @@ impl Raw {
     pub fn poke(self, value: u8) {
         let local = libc::iovec { iov_base: ptr::from_ref(&value).cast_mut().cast(), iov_len: 1 };
         let remote = libc::iovec { iov_base: self.ptr(), iov_len: 1 };
-        // SAFETY: `local` names one byte that is only read; the kernel checks `remote`, to which nobody holds a reference.
+        // SAFETY: `local` names one byte that is only read; the kernel checks `remote`, to which
+        // nobody holds a reference.
         let written = unsafe {
             libc::process_vm_writev(libc::getpid(), &raw const local, 1, &raw const remote, 1, 0)
         };

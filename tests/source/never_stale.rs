@@ -110,7 +110,8 @@ fn m1_what_is_mirrored_is_watched_although_it_was_mapped_over_while_the_driver_w
     let driver = source.space.insert(memory.range(), Copying::default()).unwrap();
     let (open, closed) = gate();
     let _slow = source.space.insert(memory.range(), Slow(closed)).unwrap();
-    // Somebody invalidates the range, and a device takes its time: the mirror waits in `read_begin`.
+    // Somebody invalidates the range, and a device takes its time: the mirror waits in
+    // `read_begin`.
     let mut other = Box::pin(source.space.invalidate(memory.range(), Event::ProtectionVma));
     assert!(other.as_mut().now_or_never().is_none());
     let mut mirroring = Box::pin(mirror(&source.uffd, &driver, memory));
@@ -130,7 +131,8 @@ fn m1_what_is_mirrored_is_watched_although_it_was_mapped_over_while_the_driver_w
     assert!(driver.0.lock().is_none(), "the driver was not told");
 }
 
-/// xenia-canary/xenia-canary PR #1062, shadps4-emu/shadPS4 PR #3186: marked valid after the range was invalidated.
+/// xenia-canary/xenia-canary PR #1062, shadps4-emu/shadPS4 PR #3186: marked valid after the range
+/// was invalidated.
 fn m1_report_1_what_is_marked_valid_after_an_invalidation_came_in_between_is_a_collision() {
     let _fork = no_fork();
     let source = Running::new();
@@ -143,7 +145,8 @@ fn m1_report_1_what_is_marked_valid_after_an_invalidation_came_in_between_is_a_c
     memory.map_over();
     let installed = driver.0.install(&driver, sequence, |copy| *copy = Some((copied, watch)));
     assert!(installed.is_err(), "a copy of what is gone was marked valid");
-    // A watch that was made too early, before `read_begin`, says so when it is looked at under the lock.
+    // A watch that was made too early, before `read_begin`, says so when it is looked at under the
+    // lock.
     let early = source.uffd.watch(memory.range()).unwrap();
     memory.map_over();
     let sequence = block_on(driver.read_begin());
@@ -196,7 +199,8 @@ fn m2_report_13_a_watch_whose_memory_was_mapped_over_says_so_is_reported_and_can
         Report::WatchEnded { range } => Some(*range),
         _ => None,
     });
-    // Before there is a source: what it is tried with is then elsewhere, and its end is none of these.
+    // Before there is a source: what it is tried with is then elsewhere, and its end is none of
+    // these.
     let memory = Raw::map(3);
     let source = Running::of(&space, Uffd::builder());
     let reports =
@@ -444,7 +448,8 @@ fn m3_deliveries_that_are_dropped_tell_also_a_driver_behind_one_that_would_block
     memory.part(1, 1).unmap();
 }
 
-/// Discards `memory` with `advice`, again and again, while a device copies it as soon as it may: the copies that it still has once the call has returned.
+/// Discards `memory` with `advice`, again and again, while a device copies it as soon as it may:
+/// the copies that it still has once the call has returned.
 fn stale_copies(source: &Running, memory: Raw, rounds: u32, advice: Advice, empty: u8) -> u32 {
     let driver = source.space.insert(memory.range(), Copying::default()).unwrap();
     let stop = AtomicBool::new(false);
@@ -522,7 +527,8 @@ fn m5_only_readers_of_the_discarded_range_wait() {
     assert_eq!(uffd.stats().unsettled, 0);
 }
 
-/// A registration is left from an earlier watch: the event comes, and who begins to watch the page after it may find what is about to go.
+/// A registration is left from an earlier watch: the event comes, and who begins to watch the page
+/// after it may find what is about to go.
 fn m5_pages_that_nobody_watches_are_waited_for_by_who_watches_them_next() {
     let _fork = no_fork();
     let space = AddressSpace::new();
@@ -549,7 +555,8 @@ fn m5_shared_memory_and_huge_pages_are_seen_to_go() {
     let source = Running::new();
     let shared = Raw::map_shared(16);
     assert_eq!(stale_copies(&source, shared, rounds() / 8, Advice::LinuxRemove, 0), 0);
-    // `MADV_DONTNEED` takes shared pages out of the page table only: what was in them stays, and so may the copy.
+    // `MADV_DONTNEED` takes shared pages out of the page table only: what was in them stays, and so
+    // may the copy.
     assert_eq!(stale_copies(&source, shared, rounds() / 8, Advice::LinuxDontNeed, 0xaa), 0);
     let huge = Raw::map_huge();
     assert_eq!(stale_copies(&source, huge, rounds() / 40, Advice::LinuxDontNeed, 0), 0);
@@ -614,7 +621,8 @@ impl IntervalNotifier for WritesBack {
     }
 }
 
-/// Ryujinx/Ryujinx PR #5755: flushes of textures whose memory is gone. (Under an `OwnedMapping` the same driver writes back: `mapping.rs`.)
+/// Ryujinx/Ryujinx PR #5755: flushes of textures whose memory is gone. (Under an `OwnedMapping` the
+/// same driver writes back: `mapping.rs`.)
 fn m7_report_5_a_driver_with_dirty_pages_does_not_write_into_memory_that_belongs_to_somebody_else()
 {
     let _fork = no_fork();
@@ -637,7 +645,8 @@ fn m7_report_5_a_driver_with_dirty_pages_does_not_write_into_memory_that_belongs
     assert_eq!((run(true), run(false)), (0, 0xdd));
 }
 
-/// firecracker-microvm/firecracker #5056; buildbuddy-io/buildbuddy PR #12673: the last deferred work was never done.
+/// firecracker-microvm/firecracker #5056; buildbuddy-io/buildbuddy PR #12673: the last deferred
+/// work was never done.
 fn report_15_an_event_between_the_last_read_and_the_bell_is_delivered_without_a_further_one() {
     let _fork = no_fork();
     let source = Running::new();
@@ -735,7 +744,8 @@ fn report_21_a_release_and_an_unmap_reach_the_drivers_behind_one_that_fails() {
     eventually("nothing is left", || source.space.active().is_empty());
 }
 
-/// ROCm/legacy-rocm-build #6630: the process hangs in `fork`, because an eviction waits for a dead GPU.
+/// ROCm/legacy-rocm-build #6630: the process hangs in `fork`, because an eviction waits for a dead
+/// GPU.
 fn report_22_a_dead_device_holds_up_only_readers_of_its_range() {
     let _fork = no_fork();
     let source = Running::new();
@@ -751,7 +761,8 @@ fn report_22_a_dead_device_holds_up_only_readers_of_its_range() {
     dead.part(1, 1).discard(Advice::LinuxDontNeed);
     well.part(0, 1).unmap();
     let mut child = std::process::Command::new("true");
-    // SAFETY: does nothing; with a hook the standard library forks instead of spawning without a copy of the memory.
+    // SAFETY: does nothing; with a hook the standard library forks instead of spawning without a
+    // copy of the memory.
     unsafe { std::os::unix::process::CommandExt::pre_exec(&mut child, || Ok(())) };
     assert!(child.status().unwrap().success());
     drop(vec![1_u8; 64 << 20]);

@@ -68,8 +68,8 @@ fn a_move_that_is_refused_half_way_leaves_the_mapping_whole() {
                 "{before:#x} {after:#x}"
             );
         }
-        // Nothing can be put in its place either: the new memory stays where it was made, and the old
-        // is left alone.
+        // Nothing can be put in its place either: the new memory stays where it was made, and the
+        // old is left alone.
         let leaked = OwnedMapping::leaked_bytes();
         let refused = block_on(mapping.map_again()).unwrap_err();
         assert!(

@@ -31,8 +31,9 @@ crate::list![
     more_changes_than_there_is_room_for_invalidate_everything_watched,
 ];
 
-/// A thread inside `fork` holds the allocator's locks and waits for *every* reader of the process: those of tests that read by hand, on threads that
-/// allocate, would never come. So whoever forks is alone.
+/// A thread inside `fork` holds the allocator's locks and waits for *every* reader of the process:
+/// those of tests that read by hand, on threads that allocate, would never come. So whoever forks
+/// is alone.
 static FORK: RwLock<()> = RwLock::new(());
 
 pub fn no_fork() -> RwLockReadGuard<'static, ()> {
@@ -62,7 +63,8 @@ impl Running {
             thread::spawn(move || reader.run().unwrap()),
             thread::spawn(move || deliveries.run().unwrap()),
         ];
-        // A thread allocates while it starts, and a thread inside `fork` holds the allocator's locks: the reader must be there before.
+        // A thread allocates while it starts, and a thread inside `fork` holds the allocator's
+        // locks: the reader must be there before.
         let page = Raw::map(1);
         let watch = uffd.watch(page.range()).unwrap();
         let probe = log(&space, page.range()).0;
@@ -143,7 +145,8 @@ fn every_kind_of_change_is_an_invalidation_of_exactly_its_range() {
     let moved = memory.part(8, 2).remap(20);
     assert_ne!(moved.at, memory.part(8, 2).at);
     expect(Event::Unmap, memory.part(8, 2).range());
-    // What nobody watches raises nothing, where the memory came to lie included. (The kernel does not say how much was added to it there.)
+    // What nobody watches raises nothing, where the memory came to lie included. (The kernel does
+    // not say how much was added to it there.)
     moved.part(0, 2).unmap();
     let other = Raw::map(4);
     other.unmap();
@@ -184,7 +187,8 @@ fn after_munmap_no_reader_gets_an_answer_from_before_it() {
                     thread::yield_now();
                 }
                 let began = block_on(device.read_begin());
-                // The device has let go, and nothing more is to come: the answer is from after the change.
+                // The device has let go, and nothing more is to come: the answer is from after the
+                // change.
                 stale.fetch_add(
                     u64::from(device.0.load(Ordering::Acquire) || device.read_retry(began)),
                     Ordering::Relaxed,
@@ -209,8 +213,9 @@ impl IntervalNotifier for Mirror {
     }
 }
 
-/// The kernel's case (`tests/hmm.rs`) on real memory: the device reads while another thread unmaps and maps something else at the same address. All of the old
-/// data or an error, never a mixture and nothing of what belongs to somebody else.
+/// The kernel's case (`tests/hmm.rs`) on real memory: the device reads while another thread unmaps
+/// and maps something else at the same address. All of the old data or an error, never a mixture
+/// and nothing of what belongs to somebody else.
 fn anon_teardown() {
     let _fork = no_fork();
     let source = Running::new();
@@ -246,7 +251,8 @@ fn anon_teardown() {
             let starts = starts.clone();
             move |sequence| {
                 starts.fetch_add(1, Ordering::Relaxed);
-                // Whatever is there; once the driver knows that the memory has changed, it is an error.
+                // Whatever is there; once the driver knows that the memory has changed, it is an
+                // error.
                 let looked = if sequence == unchanged { memory.look().ok_or(()) } else { Err(()) };
                 async move { looked }
             }
@@ -307,7 +313,8 @@ impl IntervalNotifier for Locks {
     }
 }
 
-/// ofiwg/libfabric#5554, #5687: memory is given back inside the allocator's lock, and the monitor needs that lock.
+/// ofiwg/libfabric#5554, #5687: memory is given back inside the allocator's lock, and the monitor
+/// needs that lock.
 fn a_lock_that_is_held_across_munmap_does_not_stop_the_reader() {
     let _fork = no_fork();
     let source = Running::new();
@@ -318,7 +325,8 @@ fn a_lock_that_is_held_across_munmap_does_not_stop_the_reader() {
     let _device = source.space.insert(AddressRange::ALL, Locks(allocator.clone())).unwrap();
     {
         let held = allocator.lock().unwrap();
-        // The delivery of the first waits for the lock that this thread holds; the second has to be read all the same.
+        // The delivery of the first waits for the lock that this thread holds; the second has to be
+        // read all the same.
         first.unmap();
         second.unmap();
         assert_eq!(*held, 0);
@@ -410,7 +418,8 @@ fn fork_invalidates_what_is_watched() {
     let _watch = source.uffd.watch(memory.range()).unwrap();
     let (subscription, told) = log(&source.space, memory.range());
     let mut child = std::process::Command::new("true");
-    // SAFETY: does nothing; with a hook the standard library forks instead of spawning without a copy of the memory.
+    // SAFETY: does nothing; with a hook the standard library forks instead of spawning without a
+    // copy of the memory.
     unsafe { child.pre_exec(|| Ok(())) };
     assert!(child.status().unwrap().success());
     block_on(subscription.read_begin());
@@ -490,7 +499,8 @@ pub fn as_nobody(what: &str) -> std::process::Output {
             .gid(65534)
             .output();
         match run {
-            // A process that another test has just started still has the descriptor with which the copy was written.
+            // A process that another test has just started still has the descriptor with which the
+            // copy was written.
             Err(error) if error.kind() == std::io::ErrorKind::ExecutableFileBusy => {
                 thread::yield_now()
             }

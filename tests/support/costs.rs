@@ -98,9 +98,9 @@ fn run<F: Future>(task: &mut Task<F>, polls: &mut u64) -> bool {
 /// One reader before `n` invalidations whose passes are done and whose futures are alive and not
 /// polled.
 ///
-/// The reader's patience with them is a constant: the space has a clock of its own, which advances by
-/// a millisecond before each poll. So patience is 20 polls and some, in next to no time, and the rest
-/// of what is measured is work.
+/// The reader's patience with them is a constant: the space has a clock of its own, which advances
+/// by a millisecond before each poll. So patience is 20 polls and some, in next to no time, and the
+/// rest of what is measured is work.
 pub fn one_reader(n: usize) -> Cost {
     let millis = Arc::new(AtomicU64::new(0));
     let shown = millis.clone();

@@ -95,8 +95,8 @@ impl IntervalNotifier for Timed {
 pub enum Host {
     /// Each in `block_on` on a thread of its own; the readers pause between two reads.
     Threads,
-    /// As tasks of `futures::executor::ThreadPool`. The readers pause, too: it polls a task that wakes
-    /// itself again at once, so two of them that only yield would leave it to nobody.
+    /// As tasks of `futures::executor::ThreadPool`. The readers pause, too: it polls a task that
+    /// wakes itself again at once, so two of them that only yield would leave it to nobody.
     Pool,
     /// As tasks of one executor. The readers never pause: they yield between two reads.
     TokioOneThread,
@@ -249,7 +249,8 @@ pub enum Waiters {
 pub struct Waited {
     /// Processor time of the process, all threads; `None` where it cannot be asked for.
     pub processor: Option<Duration>,
-    /// What the threads of the waiters have of it; the rest is the invalidating thread and the timer.
+    /// What the threads of the waiters have of it; the rest is the invalidating thread and the
+    /// timer.
     pub of_waiters: Duration,
     /// The waits of readers that could not be answered at once.
     pub waits: u64,
@@ -260,11 +261,12 @@ pub struct Waited {
 
 /// Invalidates while every waiter waits for each invalidation, one after the other.
 ///
-/// Two ranges are invalidated in turns, so that one is always under invalidation: a reader whose wait
-/// for one has ended begins to wait for the other at once. So it begins to wait once for each
+/// Two ranges are invalidated in turns, so that one is always under invalidation: a reader whose
+/// wait for one has ended begins to wait for the other at once. So it begins to wait once for each
 /// invalidation, and is parked by the library and nothing else; it has no loop, timer or signal of
-/// its own whose cost would be counted. An invalidation is started when the one before it in its range
-/// has ended, and halfway through the one of the other range: one ends every half of a [`PASS`].
+/// its own whose cost would be counted. An invalidation is started when the one before it in its
+/// range has ended, and halfway through the one of the other range: one ends every half of a
+/// [`PASS`].
 ///
 /// What is counted is the processor time of the whole process from when all waiters wait until the
 /// last of the invalidations ends: the invalidating thread, the timer thread that completes the
@@ -339,7 +341,8 @@ pub fn waited_for(waiters: Waiters, invalidations: usize) -> Waited {
         {
             std::thread::yield_now();
         }
-        // Polled once, its passes belong to the space. It is done already if the thread lost its turn.
+        // Polled once, its passes belong to the space. It is done already if the thread lost its
+        // turn.
         let start = |range| Box::pin(maybe_done(space.invalidate(range, Event::Unmap)));
         let mut next = start(ranges[1]);
         poll_immediate(&mut next).await;

@@ -128,7 +128,8 @@ impl Device {
         }
     }
 
-    /// Does this in the next first pass that has nothing to do yet; without it a first pass finishes at once.
+    /// Does this in the next first pass that has nothing to do yet; without it a first pass
+    /// finishes at once.
     pub fn then(self, act: Act) -> Self {
         self.next(act);
         self

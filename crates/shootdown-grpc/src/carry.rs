@@ -25,8 +25,8 @@ pub(crate) enum Ended {
     Down(Status),
 }
 
-/// Carries messages until the link breaks or the mirror has left. The last `farewell` is kept, to be
-/// said again by the next link if the owner may not have heard it.
+/// Carries messages until the link breaks or the mirror has left. The last `farewell` is kept, to
+/// be said again by the next link if the owner may not have heard it.
 pub(crate) async fn carry(
     leased: &Leased,
     mut incoming: Streaming<proto::FromOwner>,

@@ -264,8 +264,8 @@ impl Client {
             if let Some(name) = &inner.name {
                 request.metadata_mut().insert(INSECURE_NAME, name.clone());
             }
-            // What the owner itself says has no source. TLS tells a client that its certificate is refused when the
-            // handshake is over on its side.
+            // What the owner itself says has no source. TLS tells a client that its certificate is
+            // refused when the handshake is over on its side.
             let broken = |status: &Status| std::error::Error::source(status).is_some();
             client.mirror(request).await.map_err(|status| {
                 if broken(&status) { NoLink::Ended } else { NoLink::Refused(status) }
@@ -341,9 +341,9 @@ impl Connection {
         self.state.up.load(Ordering::Relaxed)
     }
 
-    /// Why there was no link, the last time that there was none: which owner was tried, and what it said
-    /// or did. The client goes on trying whatever it is. Look here first when a mirror gets nowhere, then
-    /// at [`Leased::denied`](shootdown_lease::engine::Leased::denied).
+    /// Why there was no link, the last time that there was none: which owner was tried, and what it
+    /// said or did. The client goes on trying whatever it is. Look here first when a mirror gets
+    /// nowhere, then at [`Leased::denied`](shootdown_lease::engine::Leased::denied).
     pub fn last_error(&self) -> Option<String> {
         self.state.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
@@ -358,8 +358,9 @@ impl Connection {
         }
     }
 
-    /// Waits until the mirror has left ([`Leased::leave`]) and the owner was told. Where no owner can be
-    /// reached that is for ever: put a time limit around it. Whoever is not told waits for the lease.
+    /// Waits until the mirror has left ([`Leased::leave`]) and the owner was told. Where no owner
+    /// can be reached that is for ever: put a time limit around it. Whoever is not told waits for
+    /// the lease.
     ///
     /// # Cancel safety
     /// Nothing is lost by dropping it.

@@ -44,8 +44,8 @@ pub struct Campaign {
 
 impl Campaign {
     /// A candidate that asks the members of etcd at these URLs. All candidates for a memory name
-    /// the same election; none may be called as another one with `/…` behind, because etcd waits for the
-    /// keys of both.
+    /// the same election; none may be called as another one with `/…` behind, because etcd waits
+    /// for the keys of both.
     pub fn new(
         endpoints: impl IntoIterator<Item = impl Into<String>>,
         election: impl Into<String>,

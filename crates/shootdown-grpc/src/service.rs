@@ -267,7 +267,8 @@ impl Receiving {
             Received::Open(_) => return Err(malformed(Malformed::Open)),
         };
         self.tally.add(Count::Messages);
-        // The hub asks whether it holds the memory before it grants anything, and takes acknowledgements.
+        // The hub asks whether it holds the memory before it grants anything, and takes
+        // acknowledgements.
         self.space.hub.handle(self.opened.host, message);
         if !self.space.hub.holds() {
             let status = not_owner();

@@ -90,8 +90,8 @@ pub struct Space {
 
 impl Space {
     /// The space of a hub, which nobody may join yet. When the hub's owner
-    /// [holds](shootdown_lease::engine::Hub::while_held) the memory no more, streams end, so that mirrors
-    /// look for another one.
+    /// [holds](shootdown_lease::engine::Hub::while_held) the memory no more, streams end, so that
+    /// mirrors look for another one.
     pub fn new(hub: Hub, contents: impl Contents) -> Self {
         Self { hub, contents: Arc::new(contents), admitted: BTreeMap::new() }
     }

@@ -1,19 +1,18 @@
 //! Memory of one host that other hosts mirror, and the invalidations that have to reach them.
 //!
 //! The *owner* may change the memory; a *mirror* has copies of it, or devices that reach it by
-//! themselves. Before the owner changes a range, every mirror has to let go of it. Some are stopped,
-//! cut off or dead, and the owner cannot tell which: so a mirror holds on by a *lease*, which it
-//! stops using before it ends, and the owner waits for an acknowledgement or for the end of the
-//! lease, whichever comes first. A link that is down, a new incarnation of a host, a missing
+//! themselves. Before the owner changes a range, every mirror has to let go of it. Some are
+//! stopped, cut off or dead, and the owner cannot tell which: so a mirror holds on by a *lease*,
+//! which it stops using before it ends, and the owner waits for an acknowledgement or for the end
+//! of the lease, whichever comes first. A link that is down, a new incarnation of a host, a missing
 //! heartbeat end no wait.
 //!
 //! [`Owner`] and [`Mirror`] are plain state machines: times and messages in, messages and decisions
-//! out, all of them to be carried and carried out (these enums are exhaustive). They have no lock, no
-//! clock, no socket and no task, and can be cloned, compared and hashed.
-//! What carries the messages may lose them, send them twice and in any order. With the feature
-//! `engine` (on by default) `engine::Mirrors` is an `IntervalNotifier` whose passes end when all
-//! mirrors have let go, and `engine::Leased` gives an `AddressSpace` whose readers are checked
-//! against the lease.
+//! out, all of them to be carried and carried out (these enums are exhaustive). They have no lock,
+//! no clock, no socket and no task, and can be cloned, compared and hashed. What carries the
+//! messages may lose them, send them twice and in any order. With the feature `engine` (on by
+//! default) `engine::Mirrors` is an `IntervalNotifier` whose passes end when all mirrors have let
+//! go, and `engine::Leased` gives an `AddressSpace` whose readers are checked against the lease.
 //!
 //! ```
 //! use shootdown::{AddressRange, RangeSet};

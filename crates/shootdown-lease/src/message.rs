@@ -8,8 +8,8 @@ use shootdown::{AddressRange, RangeSet};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Host(pub u64);
 
-/// One life of a mirror's process: a number that no other life of that host has, such as a random one
-/// or the nanoseconds at which it began.
+/// One life of a mirror's process: a number that no other life of that host has, such as a random
+/// one or the nanoseconds at which it began.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Incarnation(pub u64);
 
@@ -38,8 +38,8 @@ pub struct InvalidationId(pub u64);
 /// From a mirror.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ToOwner {
-    /// Asks for a lease. The mirror holds nothing: its devices have stopped, and all earlier epochs of
-    /// this incarnation are over.
+    /// Asks for a lease. The mirror holds nothing: its devices have stopped, and all earlier epochs
+    /// of this incarnation are over.
     Join {
         /// Which life of the host asks.
         incarnation: Incarnation,
@@ -62,8 +62,8 @@ pub enum ToOwner {
         /// Of which addresses of the owner.
         range: AddressRange,
     },
-    /// What was mapped of the ranges of an `Inv` is zapped and flushed, and no fetch from before it is
-    /// installed any more.
+    /// What was mapped of the ranges of an `Inv` is zapped and flushed, and no fetch from before it
+    /// is installed any more.
     Ack {
         /// The epoch that the `Inv` named.
         epoch: Epoch,

@@ -40,8 +40,8 @@ pub enum MirrorDecision {
         /// What will change.
         ranges: RangeSet,
     },
-    /// Stop all devices and drop all copies, then call [`Mirror::stopped`]: the lease is about to end.
-    /// All fetches and invalidations of this epoch are over, without a decision of their own.
+    /// Stop all devices and drop all copies, then call [`Mirror::stopped`]: the lease is about to
+    /// end. All fetches and invalidations of this epoch are over, without a decision of their own.
     Stop {
         /// The epoch that ends.
         epoch: Epoch,
@@ -103,8 +103,8 @@ pub enum Denied {
         /// The largest so far.
         newest: Boot,
     },
-    /// A driver panicked when everything was to be let go of, so nobody knows whether its device has
-    /// stopped. This mirror joins no more; another incarnation may.
+    /// A driver panicked when everything was to be let go of, so nobody knows whether its device
+    /// has stopped. This mirror joins no more; another incarnation may.
     Panicked,
 }
 
@@ -168,24 +168,25 @@ pub struct MirrorCounts {
     pub invalidated: u64,
     /// Fetches that an invalidation has met.
     pub collided: u64,
-    /// Messages of epochs that the mirror is not in, and replies to what it has not asked, or again.
+    /// Messages of epochs that the mirror is not in, and replies to what it has not asked, or
+    /// again.
     pub strangers: u64,
     /// Times that [`Mirror::stopped`] was called after the lease had ended: the devices took longer
-    /// than [`MirrorSettings::time_to_stop`], or the process stood still. What they did in between is
-    /// safe only if the owner fences.
+    /// than [`MirrorSettings::time_to_stop`], or the process stood still. What they did in between
+    /// is safe only if the owner fences.
     pub stopped_late: u64,
 }
 
 /// A mirror of an owner's memory: a state machine.
 ///
 /// Call [`handle`](Self::handle) with each message, [`tick`](Self::tick) when
-/// [`deadline`](Self::deadline) has come, then send what [`next_message`](Self::next_message) has and
-/// do what [`next_decision`](Self::next_decision) says, in that order. It asks to join by itself, and
-/// again when it has lost its lease.
+/// [`deadline`](Self::deadline) has come, then send what [`next_message`](Self::next_message) has
+/// and do what [`next_decision`](Self::next_decision) says, in that order. It asks to join by
+/// itself, and again when it has lost its lease.
 ///
 /// Whoever uses a copy asks *after* the use whether it was zapped meanwhile and whether the lease
-/// [`is_valid`](Self::is_valid) (D4): a process that was stopped in between goes on where it was, and
-/// nobody could tell it before.
+/// [`is_valid`](Self::is_valid) (D4): a process that was stopped in between goes on where it was,
+/// and nobody could tell it before.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Mirror {
     incarnation: Incarnation,
@@ -298,8 +299,8 @@ impl Mirror {
     }
 
     /// Says that a [`MirrorDecision::Invalidate`] was carried out. Returns whether it is one of the
-    /// present epoch; otherwise nothing is due any more. Another owner counts anew, so a flush that has
-    /// outlasted its epoch must not acknowledge what has the same number in the next one.
+    /// present epoch; otherwise nothing is due any more. Another owner counts anew, so a flush that
+    /// has outlasted its epoch must not acknowledge what has the same number in the next one.
     pub fn invalidated(&mut self, epoch: Epoch, invalidation: InvalidationId, now: Time) -> bool {
         self.tick(now);
         if !self.is_in(epoch) || !self.working.remove(&invalidation) {
@@ -313,8 +314,8 @@ impl Mirror {
         true
     }
 
-    /// Forgets which invalidations are under way: those who carried them out are gone, so they are to be
-    /// sent again.
+    /// Forgets which invalidations are under way: those who carried them out are gone, so they are
+    /// to be sent again.
     pub fn forget_under_way(&mut self) {
         self.working.clear();
     }

@@ -22,11 +22,12 @@ use shootdown::AddressRange;
 pub enum Memory {
     /// Nobody can hold anything: the memory is as new as the owner.
     New,
-    /// Mirrors of an earlier owner may still hold on: the memory has survived a restart, or is taken
-    /// over from another host. Invalidations wait for the end of those leases, whose terms were no
-    /// longer than this owner's.
+    /// Mirrors of an earlier owner may still hold on: the memory has survived a restart, or is
+    /// taken over from another host. Invalidations wait for the end of those leases, whose terms
+    /// were no longer than this owner's.
     Survived,
-    /// The same, where earlier owners have granted terms up to this one: before a term is shortened.
+    /// The same, where earlier owners have granted terms up to this one: before a term is
+    /// shortened.
     SurvivedTerm(Duration),
 }
 
@@ -161,12 +162,13 @@ enum Timer {
 /// The owner of memory that other hosts mirror: a state machine.
 ///
 /// Call [`handle`](Self::handle) with each message, [`tick`](Self::tick) when
-/// [`deadline`](Self::deadline) has come, then send what [`next_message`](Self::next_message) has and
-/// do what [`next_decision`](Self::next_decision) says. Messages that wait are to be handled before a
-/// tick: after a pause of the owner they are what saves a mirror from being taken for dead.
+/// [`deadline`](Self::deadline) has come, then send what [`next_message`](Self::next_message) has
+/// and do what [`next_decision`](Self::next_decision) says. Messages that wait are to be handled
+/// before a tick: after a pause of the owner they are what saves a mirror from being taken for
+/// dead.
 ///
-/// **The time of a message is read after it has arrived.** A time that an event loop has read before
-/// makes a lease end too early here, while its mirror still holds on.
+/// **The time of a message is read after it has arrived.** A time that an event loop has read
+/// before makes a lease end too early here, while its mirror still holds on.
 ///
 /// **An owner that can be deposed looks, after each message has arrived, whether it is the owner
 /// still**, and handles none otherwise: it would go on renewing leases that the next owner, once it
@@ -307,8 +309,8 @@ impl Owner {
         self.counts
     }
 
-    /// Who is in the books: its epoch, and for how long it may hold on from now, as far as the owner
-    /// knows; zero if it has to be fenced yet. Without those of earlier boots.
+    /// Who is in the books: its epoch, and for how long it may hold on from now, as far as the
+    /// owner knows; zero if it has to be fenced yet. Without those of earlier boots.
     pub fn members(&self) -> impl Iterator<Item = (Host, Epoch, Duration)> + '_ {
         let booked =
             self.members.iter().filter_map(|(number, member)| Some((number, member, member.who?)));

@@ -1,8 +1,9 @@
 //! The rules of the protocol that are kept here, by name, so that a test can leave one out.
 
 /// A rule of the protocol. A build with the feature `test-util` can leave one out
-/// ([`Owner::leave_out`](crate::Owner::leave_out), [`Mirror::leave_out`](crate::Mirror::leave_out)),
-/// to see that a simulation notices; any other build keeps all.
+/// ([`Owner::leave_out`](crate::Owner::leave_out),
+/// [`Mirror::leave_out`](crate::Mirror::leave_out)), to see that a simulation notices; any other
+/// build keeps all.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[cfg_attr(
     not(feature = "test-util"),

@@ -9,17 +9,17 @@ use shootdown::AddressRange;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Terms {
-    /// How long a mirror may hold on from when it asked, on its own clock (`T_m`). What a dead mirror
-    /// costs an invalidation, and five times the time between two renewals.
+    /// How long a mirror may hold on from when it asked, on its own clock (`T_m`). What a dead
+    /// mirror costs an invalidation, and five times the time between two renewals.
     pub term: Duration,
-    /// How far a clock may be from real time, in parts per million, either way (ρ). Quartz keeps 100,
-    /// a clock that is slewed 500; 1,000 unless changed. Below 1,000,000.
+    /// How far a clock may be from real time, in parts per million, either way (ρ). Quartz keeps
+    /// 100, a clock that is slewed 500; 1,000 unless changed. Below 1,000,000.
     pub drift_ppm: u32,
     /// How long an invalidation waits for a mirror before that one's lease is renewed no more. An
     /// invalidation takes this and the owner's own term at most, and what the host takes to fence.
     pub patience: Duration,
-    /// After how long an `Inv` that is not acknowledged is sent again. A transport that loses nothing
-    /// needs it only when it connects anew.
+    /// After how long an `Inv` that is not acknowledged is sent again. A transport that loses
+    /// nothing needs it only when it connects anew.
     pub resend: Duration,
     /// How many `Inv` are on their way to a mirror at most; further ones wait. At least 1.
     pub window: usize,
@@ -33,18 +33,18 @@ pub struct Terms {
     pub fetches: usize,
     /// How many bytes one fetch may ask for; longer ones are refused. 64 MiB unless changed.
     pub fetch_bytes: u64,
-    /// What is mirrored: fetches of anything else are refused, because nobody would invalidate it. All
-    /// addresses unless changed. `engine::Hub::insert` watches exactly this.
+    /// What is mirrored: fetches of anything else are refused, because nobody would invalidate it.
+    /// All addresses unless changed. `engine::Hub::insert` watches exactly this.
     pub shared: AddressRange,
-    /// Whether something reaches the memory by itself, so that an epoch has to be fenced before it is
-    /// closed by time ([`Decision::Fence`](crate::Decision::Fence)). Not needed where mirrors have
-    /// copies and check after each use. `false` unless changed.
+    /// Whether something reaches the memory by itself, so that an epoch has to be fenced before it
+    /// is closed by time ([`Decision::Fence`](crate::Decision::Fence)). Not needed where mirrors
+    /// have copies and check after each use. `false` unless changed.
     pub fences: bool,
 }
 
 impl Terms {
-    /// With a term, a patience of half of it, resending after a tenth, and room for 64 `Inv` on their
-    /// way to each of 1,024 members.
+    /// With a term, a patience of half of it, resending after a tenth, and room for 64 `Inv` on
+    /// their way to each of 1,024 members.
     pub const fn new(term: Duration) -> Self {
         let nanos = term.as_nanos() as u64;
         Self {
@@ -62,8 +62,8 @@ impl Terms {
         }
     }
 
-    /// How long the owner waits from its last grant before it takes a lease for ended: the term times
-    /// (1 + ρ) / (1 - ρ), rounded up (`T_o`).
+    /// How long the owner waits from its last grant before it takes a lease for ended: the term
+    /// times (1 + ρ) / (1 - ρ), rounded up (`T_o`).
     pub fn owner_term(&self) -> Duration {
         self.waits_for(self.term)
     }
@@ -137,13 +137,13 @@ pub struct MirrorSettings {
     /// How long its devices take to stop, at most: it begins to stop them so long before its lease
     /// ends. Zero, which it is unless changed, for copies that are checked after each use.
     pub time_to_stop: Duration,
-    /// After how long it asks to join again while nobody answers. 20 ms unless changed; what is below
-    /// 1 ms counts as that, what is above an hour as an hour.
+    /// After how long it asks to join again while nobody answers. 20 ms unless changed; what is
+    /// below 1 ms counts as that, what is above an hour as an hour.
     pub retry: Duration,
     /// How many fetches are under way at most. 1,024 unless changed; 0 counts as 1.
     pub fetches: usize,
-    /// How many invalidations are under way at most; further ones are left to be sent again. At least
-    /// the owner's window; 1,024 unless changed; 0 counts as 1.
+    /// How many invalidations are under way at most; further ones are left to be sent again. At
+    /// least the owner's window; 1,024 unless changed; 0 counts as 1.
     pub invalidations: usize,
 }
 

@@ -6,9 +6,9 @@ use core::time::Duration;
 
 /// A moment on the clock of one host, in nanoseconds since some fixed moment of that host.
 ///
-/// The clock has to go on while the host is suspended: `CLOCK_BOOTTIME` on Linux. `CLOCK_MONOTONIC`,
-/// and with it `std::time::Instant`, stands still then, and a lease would outlive its end. Moments of
-/// different hosts are never compared.
+/// The clock has to go on while the host is suspended: `CLOCK_BOOTTIME` on Linux.
+/// `CLOCK_MONOTONIC`, and with it `std::time::Instant`, stands still then, and a lease would
+/// outlive its end. Moments of different hosts are never compared.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Time(u64);
 

@@ -452,7 +452,8 @@ fn a_flush_that_ends_after_the_mirror_has_joined_another_owner_acknowledges_noth
     let first = world.invalidate(pages(1, 1));
     let old: Vec<_> = std::mem::take(&mut *gpu.0.lock().unwrap());
     assert_eq!(old.len(), 1);
-    // The lease ends; all that is mapped is let go of, and the mirror joins a new owner with numbers of its own.
+    // The lease ends; all that is mapped is let go of, and the mirror joins a new owner with
+    // numbers of its own.
     node.cut.set(true);
     world.pass(Duration::from_millis(160));
     assert!(first.get() && gpu.flush() == 1);

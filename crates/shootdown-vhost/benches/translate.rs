@@ -1,5 +1,6 @@
-//! What a translation costs that is known: a [`Mapping`](shootdown_vhost::Mapping), `vm-memory`'s trait on it, and `vm-memory`'s
-//! own `Iotlb` under a lock, in turns: `cargo bench -p shootdown-vhost --bench translate`.
+//! What a translation costs that is known: a [`Mapping`](shootdown_vhost::Mapping), `vm-memory`'s
+//! trait on it, and `vm-memory`'s own `Iotlb` under a lock, in turns:
+//! `cargo bench -p shootdown-vhost --bench translate`.
 #![allow(missing_docs, clippy::print_stdout)]
 
 use shootdown::AddressRange;

@@ -405,7 +405,8 @@ impl Iotlb {
         self.tell(over);
     }
 
-    /// Its session is over: nothing is known any more, of memory neither, and there is nobody to ask.
+    /// Its session is over: nothing is known any more, of memory neither, and there is nobody to
+    /// ask.
     pub(crate) fn leave(&self) {
         self.set_memory(MemoryTable::default());
         self.clear();

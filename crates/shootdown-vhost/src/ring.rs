@@ -117,7 +117,8 @@ pub enum Next {
     Chain(Chain),
     /// Nothing. The driver kicks when that changes: wait for [`Ring::kick`] to be readable.
     Empty,
-    /// The front-end stops the ring, or it has failed before: end what is in flight, and drop the ring.
+    /// The front-end stops the ring, or it has failed before: end what is in flight, and drop the
+    /// ring.
     Stopping,
 }
 

@@ -1,5 +1,5 @@
-//! Sessions on real sockets, driven by a thread and by a task of tokio: against the front-end of the
-//! `vhost` crate, and against one with an IOMMU that does one thing after the other.
+//! Sessions on real sockets, driven by a thread and by a task of tokio: against the front-end of
+//! the `vhost` crate, and against one with an IOMMU that does one thing after the other.
 #![allow(
     missing_docs,
     unreachable_pub,

@@ -101,8 +101,8 @@ fn connected(tokio: bool) -> (UnixStream, UnixStream, Iotlb) {
     (socket, backend, iotlb)
 }
 
-/// A front-end that does not want its UPDATEs to be answered: it sends the UPDATE, then the answer to
-/// the MISS, each on its channel.
+/// A front-end that does not want its UPDATEs to be answered: it sends the UPDATE, then the answer
+/// to the MISS, each on its channel.
 fn update_then_answer(tokio: bool) {
     let (socket, backend, iotlb) = connected(tokio);
     thread::spawn(move || {
@@ -335,7 +335,8 @@ fn a_front_end_sees_no_end_while_something_is_in_flight() {
     assert!(receive(&frontend).is_none(), "then the connection is closed");
 }
 
-/// Sends `message` over and over, and reads nothing, until the back-end listens no more. Says how often it was sent.
+/// Sends `message` over and over, and reads nothing, until the back-end listens no more. Says how
+/// often it was sent.
 fn flood(socket: &UnixStream, message: &Message, most: usize) -> usize {
     let bytes = message.bytes();
     socket.set_nonblocking(true).unwrap();
@@ -405,7 +406,8 @@ fn v5_tokio_that_is_stopped_answers_all_it_has_heard() {
     all_that_was_heard_is_answered(true);
 }
 
-/// An INVALIDATE waits for a request that takes its time; all that is asked after it has an answer due.
+/// An INVALIDATE waits for a request that takes its time; all that is asked after it has an answer
+/// due.
 #[test]
 fn v7_answers_that_wait_for_another_one_are_bounded() {
     let (socket, _backend, iotlb) = connected(false);

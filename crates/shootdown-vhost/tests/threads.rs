@@ -1,4 +1,5 @@
-//! A device of threads that is stopped, continued and invalidated at random: nothing is lost or told twice, nobody waits for ever.
+//! A device of threads that is stopped, continued and invalidated at random: nothing is lost or
+//! told twice, nobody waits for ever.
 #![allow(
     missing_docs,
     unreachable_pub,

@@ -48,8 +48,8 @@ pub enum Op {
         key: Option<u8>,
         partial: bool,
     },
-    /// Marks that tell mappings apart (`MADV_HUGEPAGE`, `mlock`, …): no invalidation, but neighbours
-    /// with other marks are other mappings.
+    /// Marks that tell mappings apart (`MADV_HUGEPAGE`, `mlock`, …): no invalidation, but
+    /// neighbours with other marks are other mappings.
     Mark {
         start: u64,
         len: u64,

@@ -29,7 +29,8 @@ fn calls_of_two_threads_keep_their_order_where_they_touch_the_same_pages() {
         "{BEGIN}1 1.2 munmap(0x10000, 8192) = 0\n2 1.3 munmap(0x14000, 4096) = 0\n\
          2 1.4 mmap(0x11000, 4096, PROT_READ, MAP_PRIVATE|MAP_FIXED, 3, 0) = 0x11000\n1 1.5 munmap(0x11000, 4096) = 0\n"
     ));
-    // The thread's first page was mapped by the first call, its second one unmapped by the third; the last call waits for the thread.
+    // The thread's first page was mapped by the first call, its second one unmapped by the third;
+    // the last call waits for the thread.
     assert_eq!(after(&plan), [&[][..], &[], &[], &[0], &[2], &[4]]);
     assert_eq!(plan.first, [1]);
     assert_eq!(plan.calls[1].begins, Some(2));
@@ -106,8 +107,9 @@ fn what_is_gathered_comes_after_all_that_its_calls_come_after_and_those_after_th
 #[test]
 fn changes_are_told_of_before_another_task_does_what_comes_after_one_of_them() {
     let map = "2 1.3 mmap(0x10000, 4096, PROT_READ, MAP_PRIVATE|MAP_FIXED, 3, 0) = 0x10000\n";
-    // The second unmapping of the first task is of what the other task has mapped where the first one was: put together,
-    // each task would wait for the other. Also if it is of something else the other task maps what is still to be unmapped.
+    // The second unmapping of the first task is of what the other task has mapped where the first
+    // one was: put together, each task would wait for the other. Also if it is of something else
+    // the other task maps what is still to be unmapped.
     for second in ["0x10000", "0x12000"] {
         let plan = gathering(
             &format!(

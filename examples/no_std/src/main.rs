@@ -1,7 +1,9 @@
-//! The engine without `std`: a hand-written executor, an allocator over a static block of memory, and no line of the standard library.
+//! The engine without `std`: a hand-written executor, an allocator over a static block of memory,
+//! and no line of the standard library.
 //!
-//! Build it for a bare machine (`cargo build --target x86_64-unknown-none`), or run it on Linux, where it enters at `_start` without a C library and
-//! ends with the system call `exit`: `ci/no-std.sh` does both and checks with `cargo tree` that no dependency has `std` turned on.
+//! Build it for a bare machine (`cargo build --target x86_64-unknown-none`), or run it on Linux,
+//! where it enters at `_start` without a C library and ends with the system call `exit`:
+//! `ci/no-std.sh` does both and checks with `cargo tree` that no dependency has `std` turned on.
 #![no_std]
 #![no_main]
 

@@ -32,13 +32,15 @@ impl Blocks {
     }
 }
 
-// SAFETY: a block is given out once until it comes back, is as large and as aligned as asked for, and lies in `memory`.
+// SAFETY: a block is given out once until it comes back, is as large and as aligned as asked for,
+// and lies in `memory`.
 unsafe impl GlobalAlloc for Blocks {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let Some(size) = Self::size(layout) else { return ptr::null_mut() };
         let (start, mut state) = (self.memory.get().cast::<u8>(), self.state.lock());
         if let Some(at) = state.free[size].take() {
-            // SAFETY: `at` is a block of this size that was given back; its first word says which was given back before it.
+            // SAFETY: `at` is a block of this size that was given back; its first word says which
+            // was given back before it.
             unsafe {
                 let next = start.add(at).cast::<usize>().read();
                 state.free[size] = (next != usize::MAX).then_some(next);
@@ -85,12 +87,14 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     exit("no_std: panicked\n", 101)
 }
 
-/// `core` was compiled to be unwound through, and refers to this where nothing was optimised away. Nothing unwinds here.
+/// `core` was compiled to be unwound through, and refers to this where nothing was optimised away.
+/// Nothing unwinds here.
 #[cfg(target_os = "linux")]
 #[unsafe(no_mangle)]
 extern "C" fn rust_eh_personality() {}
 
-/// What the compiler calls to copy, fill and compare memory; on a machine without an operating system its own runtime has them.
+/// What the compiler calls to copy, fill and compare memory; on a machine without an operating
+/// system its own runtime has them.
 #[cfg(target_os = "linux")]
 mod memory {
     use core::arch::asm;
@@ -110,7 +114,8 @@ mod memory {
             // SAFETY: copied upwards, nothing is overwritten before it is read.
             return unsafe { memcpy(to, from, len) };
         }
-        // SAFETY: copied downwards, from the last byte on; there is one, because the ranges overlap.
+        // SAFETY: copied downwards, from the last byte on; there is one, because the ranges
+        // overlap.
         unsafe {
             let (last_to, last_from) = (to.add(len).sub(1), from.add(len).sub(1));
             asm!("std", "rep movsb", "cld", inout("rcx") len => _, inout("rdi") last_to => _, inout("rsi") last_from => _);

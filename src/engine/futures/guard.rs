@@ -12,7 +12,8 @@ use alloc::boxed::Box;
 use core::fmt;
 use core::mem::ManuallyDrop;
 
-/// A handle of the space, borrowed or owned. Borrowing costs nothing, where a reference count would be a third of a short invalidation.
+/// A handle of the space, borrowed or owned. Borrowing costs nothing, where a reference count would
+/// be a third of a short invalidation.
 pub(crate) enum Handle<'a> {
     Borrowed(&'a Shared),
     Owned(Arc<Shared>),
@@ -49,14 +50,16 @@ impl Handle<'_> {
     }
 }
 
-/// An invalidation whose passes are all done: no device uses the old mapping. The range stays under invalidation, and its readers
-/// wait, until the guard is dropped: change the memory in between.
+/// An invalidation whose passes are all done: no device uses the old mapping. The range stays under
+/// invalidation, and its readers wait, until the guard is dropped: change the memory in between.
 ///
-/// Dropping it is the end of the invalidation (`mmu_notifier_invalidate_range_end`); it never waits. It may be held across
-/// awaits, moved to another thread, and leaked: then the range stays under invalidation for ever.
+/// Dropping it is the end of the invalidation (`mmu_notifier_invalidate_range_end`); it never
+/// waits. It may be held across awaits, moved to another thread, and leaked: then the range stays
+/// under invalidation for ever.
 #[must_use = "dropping the guard ends the invalidation: keep it until the memory has changed"]
 pub struct InvalidationGuard<'a> {
-    /// `None` once another guard has taken over. Dropped by hand, as is `work`, so that the end of a short invalidation is short.
+    /// `None` once another guard has taken over. Dropped by hand, as is `work`, so that the end of
+    /// a short invalidation is short.
     space: ManuallyDrop<Option<Handle<'a>>>,
     id: Id,
     work: ManuallyDrop<Option<Box<Work>>>,
@@ -87,7 +90,8 @@ impl<'a> InvalidationGuard<'a> {
         self.work.as_ref().map_or(0, |work| work.hits.len())
     }
 
-    /// The same guard with a handle of the space of its own, to be kept in a structure or sent to a task.
+    /// The same guard with a handle of the space of its own, to be kept in a structure or sent to a
+    /// task.
     pub fn into_owned(mut self) -> InvalidationGuard<'static> {
         InvalidationGuard {
             space: ManuallyDrop::new(self.space.take().map(Handle::into_owned)),

@@ -359,8 +359,8 @@ enum Settled {
 
 /// Polls the passes once more, and hands them to the space if that is not enough.
 fn settle(mut running: Running<'_>, late: bool, lapses: u32, cx: &mut Context<'_>) -> Settled {
-    // Who has only yielded is done after one more poll, which comes in any case, and need never be told
-    // of to others. But who starts a late one has others to tell.
+    // Who has only yielded is done after one more poll, which comes in any case, and need never be
+    // told of to others. But who starts a late one has others to tell.
     if !late && running.drive(1) && !running.is_deferred() {
         return Settled::Ready(running.finish_or_resume());
     }
@@ -385,7 +385,8 @@ fn look<'s>(shared: &'s Shared, ticket: Ticket, task: &Arc<TaskWaker>) -> Found<
     // The guards are made before anything else can unwind.
     shared.with(|state, outbox| match state.look(ticket, task, outbox) {
         Look::Claimed(id, work, resume_at, sequence) => {
-            // Also if there is none left to call: what has its flag up keeps its place until it lowers it.
+            // Also if there is none left to call: what has its flag up keeps its place until it
+            // lowers it.
             shared.host.flags.raise(id);
             Found::Claimed(Running::resume(shared, id, sequence, Some(work)), resume_at)
         }
@@ -412,7 +413,8 @@ impl<'a> Future for Invalidate<'a> {
         let (future, polled) =
             if let (Step::Start, Some(Handle::Borrowed(space))) = (&*this.step, &*this.space) {
                 let space: &'a Shared = space;
-                // Nothing in these is to be dropped: plain stores. Before the start, which may panic.
+                // Nothing in these is to be dropped: plain stores. Before the start, which may
+                // panic.
                 (this.space, this.step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
                 let (id, work) = begin(space, this.range, this.owner, this.terms);
                 if !pends(id) {

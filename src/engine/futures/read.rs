@@ -129,8 +129,8 @@ impl Future for ReadBegin<'_> {
 
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Sequence> {
-        // The gate first, then the word: whoever finds the gate open sees what was covered while it was
-        // closed.
+        // The gate first, then the word: whoever finds the gate open sees what was covered while it
+        // was closed.
         if self.slow.is_none()
             && !self.space.is_shut()
             && let Some(sequence) = self.entry.own.stable_sequence()

@@ -202,7 +202,8 @@ impl<N: IntervalNotifier> Waiting<N> {
         match registered.try_take() {
             Some(notifier) => Poll::Ready(notifier),
             None => {
-                // Somebody asks for its name at this moment (C6), and wakes whoever waits afterwards; look again.
+                // Somebody asks for its name at this moment (C6), and wakes whoever waits
+                // afterwards; look again.
                 wait.wait.look_again();
                 Poll::Pending
             }

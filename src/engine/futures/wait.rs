@@ -337,8 +337,8 @@ impl Wait {
             }
             self.ours.pop_front();
         }
-        // And those that had their time, if it is for us to look. Once in a poll, so that others have a
-        // turn in between.
+        // And those that had their time, if it is for us to look. Once in a poll, so that others
+        // have a turn in between.
         let shown = clock.take();
         self.is_watchman = state.patience.is_watchman(&mut self.watch);
         if let (Some(now), true) = (shown, self.is_watchman) {

@@ -310,7 +310,8 @@ impl State {
             self.unpark(ticket, outbox);
             let id = self.protocol.active().located(ticket);
             let Some(active) = self.protocol.get_mut(id) else { unreachable!("it was parked") };
-            // Its first passes may go on; `remove` has to know. One that has a place has a flag for that.
+            // Its first passes may go on; `remove` has to know. One that has a place has a flag for
+            // that.
             active.extra.calls = !id.has_place() && claim.resume_at.is_some();
             return Look::Claimed(id, work, claim.resume_at, active.sequence);
         }
@@ -360,8 +361,8 @@ impl State {
         let done = parking.note_done(now) || matches!(next, Next::End(_));
         // Only now, when others can take the passes again.
         let woken = parking.wakers.end();
-        // Then something is to be done for those who wait: to claim, to poll on, or to wait for something
-        // else.
+        // Then something is to be done for those who wait: to claim, to poll on, or to wait for
+        // something else.
         if woken || progress != Progress::Waiting || matches!(next, Next::Drive) {
             outbox.contents().sets.push(parking.wakers.clone());
         }

@@ -222,8 +222,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is done in whatever order: the work is in one place, it comes out once (claimed or ended), claimed only if nobody
-        /// abandoned it, ended only if somebody did, and never with a pass that is pending, nor ended with one that was never polled.
+        /// Whatever is done in whatever order: the work is in one place, it comes out once (claimed
+        /// or ended), claimed only if nobody abandoned it, ended only if somebody did, and never
+        /// with a pass that is pending, nor ended with one that was never polled.
         #[test]
         fn the_work_is_in_one_place_and_comes_out_once(
             pending in 0..4u32,

@@ -63,7 +63,8 @@ impl State {
         }
     }
 
-    /// Wakes those that wait for `entry` without their moment having come: there is something for them to look at.
+    /// Wakes those that wait for `entry` without their moment having come: there is something for
+    /// them to look at.
     pub(crate) fn nudge(&mut self, entry: EntryRef, ticket: Option<Ticket>, outbox: &mut Outbox) {
         let mut at = entry.first_waiter();
         while let Some(key) = at {
@@ -76,8 +77,8 @@ impl State {
     }
 }
 
-/// Called when the last invalidation that covered `entry` has ended. Wakes every waiter of `entry`, marks the readers among
-/// them as fired (R1), and frees the entry if it has been removed.
+/// Called when the last invalidation that covered `entry` has ended. Wakes every waiter of `entry`,
+/// marks the readers among them as fired (R1), and frees the entry if it has been removed.
 #[cold]
 pub(super) fn uncovered(waiters: &mut Slab<Waiter>, entry: EntryRef, outbox: &mut Outbox) {
     let mut at = entry.first_waiter();

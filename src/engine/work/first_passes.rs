@@ -54,7 +54,8 @@ fn call_from<'a, const BUDGET: bool>(
     at: &mut usize,
 ) -> Called {
     let request = invalidation.request;
-    // Whoever has not been told of a change that has happened uses memory that is gone: nobody waits for a permit (M7).
+    // Whoever has not been told of a change that has happened uses memory that is gone: nobody
+    // waits for a permit (M7).
     let budget =
         if BUDGET { host.budget.as_ref().filter(|_| !request.terms.is_late()) } else { None };
     let Some(mut entry) = hits.get(*at).copied() else { return Called::All };

@@ -52,8 +52,8 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        // Mostly empty. Otherwise the pass goes unfinished, with the space; `Passes::discard` has told of
-        // its panic.
+        // Mostly empty. Otherwise the pass goes unfinished, with the space; `Passes::discard` has
+        // told of its panic.
         if self.is_some() {
             let _ = self.clear();
         }
@@ -352,7 +352,8 @@ impl Passes {
         // After a panic the polls go on behind the pass that panicked (C5).
         while let Err(panic) = polled {
             first.note(&host.losses, Callback::Pass, panic);
-            // It need not be empty: its poll panicked. And its slot is not used again: its drop may have.
+            // It need not be empty: its poll panicked. And its slot is not used again: its drop may
+            // have.
             let mut slot = to_poll.get_mut(at - 1).and_then(|pass| pass.future.take());
             if let Some(Err(in_drop)) = slot.as_mut().map(Slot::clear) {
                 first.note(&host.losses, Callback::Pass, in_drop);

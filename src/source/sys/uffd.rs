@@ -29,8 +29,8 @@ pub(crate) fn open(flags: u32) -> io::Result<OwnedFd> {
     let flags = UserfaultfdFlags::from_bits_retain(flags)
         | UserfaultfdFlags::CLOEXEC
         | UserfaultfdFlags::NONBLOCK;
-    // SAFETY: what the descriptor can do to the process's memory is done by `register`, which changes
-    // nothing that can be read.
+    // SAFETY: what the descriptor can do to the process's memory is done by `register`, which
+    // changes nothing that can be read.
     unsafe { mm::userfaultfd(flags) }
 }
 
@@ -82,8 +82,8 @@ pub(crate) fn register(fd: impl AsFd, pages: AddressRange) -> io::Result<()> {
     let range = bounds(pages)?;
     let mut register =
         raw::uffdio_register { range, mode: u64::from(raw::UFFDIO_REGISTER_MODE_WP), ioctls: 0 };
-    // SAFETY: `UFFDIO_REGISTER` reads and writes one `uffdio_register`; see above for what it does to
-    // the memory.
+    // SAFETY: `UFFDIO_REGISTER` reads and writes one `uffdio_register`; see above for what it does
+    // to the memory.
     unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_REGISTER }, _>::new(&mut register)) }
 }
 
@@ -105,15 +105,16 @@ pub(crate) fn changing(fd: impl AsFd) -> bool {
         mode: 0,
         zeropage: 0,
     };
-    // SAFETY: `UFFDIO_ZEROPAGE` reads and writes one `uffdio_zeropage`; it fills no page of an empty
-    // range.
+    // SAFETY: `UFFDIO_ZEROPAGE` reads and writes one `uffdio_zeropage`; it fills no page of an
+    // empty range.
     let answer = unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_ZEROPAGE }, _>::new(&mut nothing)) };
     answer == Err(io::Errno::AGAIN)
 }
 
 /// Takes over a descriptor that a message carries.
 pub(crate) fn adopt(number: u32) -> OwnedFd {
-    // SAFETY: called for the descriptor in a fork event, which the kernel has just made for its reader.
+    // SAFETY: called for the descriptor in a fork event, which the kernel has just made for its
+    // reader.
     unsafe { OwnedFd::from_raw_fd(number.cast_signed()) }
 }
 
@@ -225,9 +226,9 @@ impl Pagemap {
                 scan.max_pages = u64::from(found == Found::Page);
             }
         }
-        // SAFETY: `PAGEMAP_SCAN` reads and writes one `pm_scan_arg`, and writes at most `vec_len` regions
-        // to `vec`. What it does to the pages of `PM_SCAN_WP_MATCHING` is a mark: `register` says
-        // who takes it away.
+        // SAFETY: `PAGEMAP_SCAN` reads and writes one `pm_scan_arg`, and writes at most `vec_len`
+        // regions to `vec`. What it does to the pages of `PM_SCAN_WP_MATCHING` is a mark:
+        // `register` says who takes it away.
         let count = unsafe { ioctl(&self.0, CountedUpdater(&mut scan))? };
         Ok((scan.walk_end, (count > 0).then_some(region)))
     }
@@ -379,8 +380,8 @@ impl Maps {
             query_addr: address,
             ..Query::default()
         };
-        // SAFETY: `PROCMAP_QUERY` reads and writes one `procmap_query`; without room for them it writes no
-        // names.
+        // SAFETY: `PROCMAP_QUERY` reads and writes one `procmap_query`; without room for them it
+        // writes no names.
         unsafe { ioctl(self.0.as_fd(), Updater::<{ PROCMAP_QUERY }, _>::new(&mut query)).ok()? };
         let range =
             AddressRange::new(query.vma_start, query.vma_end.checked_sub(query.vma_start)?).ok()?;
@@ -403,8 +404,8 @@ impl ForkMark {
 
     #[inline]
     pub(crate) fn is_forked(&self) -> bool {
-        // SAFETY: mapped as long as `self` exists, and written by nobody but the kernel, in a process of
-        // its own.
+        // SAFETY: mapped as long as `self` exists, and written by nobody but the kernel, in a
+        // process of its own.
         unsafe { AtomicU8::from_ptr(self.0.as_ptr()) }.load(Ordering::Relaxed) == 0
     }
 }

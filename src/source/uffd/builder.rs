@@ -99,10 +99,10 @@ impl UffdBuilder {
     /// [reported](crate::Report::Unsettled), readers go on, and the range is invalidated once more
     /// if the pages go within two seconds (of the last 64 such ranges).
     ///
-    /// A later discard of the same pages takes the earlier one over, and has a time of its own: readers
-    /// of pages that are discarded again before they have gone wait for as long as that lasts.
-    /// Pages of `MADV_FREE` do not go before the kernel needs them, and pages that the program
-    /// writes at once look as if they had stayed: then all of it is used up, for readers of
+    /// A later discard of the same pages takes the earlier one over, and has a time of its own:
+    /// readers of pages that are discarded again before they have gone wait for as long as that
+    /// lasts. Pages of `MADV_FREE` do not go before the kernel needs them, and pages that the
+    /// program writes at once look as if they had stayed: then all of it is used up, for readers of
     /// that range. Zero: nobody waits, and the promise is withdrawn.
     pub fn settle(mut self, most: Duration) -> Self {
         self.settle = most;
@@ -177,7 +177,8 @@ impl UffdBuilder {
 
     /// Opens a descriptor and agrees on what it tells.
     fn handshake(self) -> Result<(OwnedFd, Fork, u64), UffdError> {
-        // The kernel accepts one handshake for each descriptor: the first is only asked what there is.
+        // The kernel accepts one handshake for each descriptor: the first is only asked what there
+        // is.
         let known = uffd::api(descriptor()?, 0).map_err(os)?;
         let wp = u64::from(raw::UFFD_FEATURE_PAGEFAULT_FLAG_WP);
         if known & (EVENTS | wp) != EVENTS | wp {
@@ -204,8 +205,8 @@ impl UffdBuilder {
 
 /// A descriptor before its handshake.
 fn descriptor() -> Result<OwnedFd, UffdError> {
-    // What is marked is unmarked by the kernel, and nothing else faults: so faults of the kernel itself
-    // need not be handled.
+    // What is marked is unmarked by the kernel, and nothing else faults: so faults of the kernel
+    // itself need not be handled.
     let by_call = match uffd::open(uffd::USER_MODE_ONLY) {
         // Before Linux 5.11 there was no such mode.
         Err(Errno::INVAL) => uffd::open(0),

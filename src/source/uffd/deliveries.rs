@@ -41,10 +41,10 @@ pub struct Deliveries {
 impl Deliveries {
     /// Invalidates what was read so far, and waits until no device uses it and the pages of a
     /// `madvise` have been seen gone. What is of one kind and concerns the same notifiers is one
-    /// invalidation of [many ranges](crate::Invalidation::ranges) (N4). The invalidations start in the first poll, and every
-    /// driver is told in it; then the readers of the space go on. Resolves to how many changes
-    /// there were. Several may be under way at once: then readers go on when all of them have told
-    /// all drivers.
+    /// invalidation of [many ranges](crate::Invalidation::ranges) (N4). The invalidations start in
+    /// the first poll, and every driver is told in it; then the readers of the space go on.
+    /// Resolves to how many changes there were. Several may be under way at once: then readers go
+    /// on when all of them have told all drivers.
     ///
     /// The call makes the descriptor unreadable until more is read; a future that is dropped before
     /// its first poll makes it readable again.
@@ -327,8 +327,8 @@ impl Inner {
         };
         let started = changes.ranges.len();
         let batches = batches(core::mem::take(&mut changes.ranges), |range| self.concerned(range));
-        // All of them first: a driver that is told drops its watches, and the marks of another change would
-        // go with the registration.
+        // All of them first: a driver that is told drops its watches, and the marks of another
+        // change would go with the registration.
         let lates: Vec<Late> = batches.into_iter().filter_map(|batch| self.late(batch)).collect();
         for mut late in lates {
             let polled = Pin::new(&mut late).poll(cx);

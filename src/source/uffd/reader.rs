@@ -48,8 +48,8 @@ pub struct Reader {
 
 impl Reader {
     /// Reads what there is, without waiting; returns how many events that were. They are then to be
-    /// [delivered](crate::source::Deliveries::deliver); readers of the space wait until that
-    /// has begun. While a delivery of what was read before is under way it is given some time first,
+    /// [delivered](crate::source::Deliveries::deliver); readers of the space wait until that has
+    /// begun. While a delivery of what was read before is under way it is given some time first,
     /// for 50 µs, or 5 ms if drivers are being told.
     ///
     /// # Errors
@@ -64,8 +64,8 @@ impl Reader {
         let read = self.read_all();
         self.end_turn(closing);
         if self.inner.orphaned.load(Ordering::Acquire) {
-            // Nobody will deliver them: what is left is that readers do not wait for ever. Not while a change
-            // is under way, whose thread may hold a lock that a driver needs.
+            // Nobody will deliver them: what is left is that readers do not wait for ever. Not
+            // while a change is under way, whose thread may hold a lock that a driver needs.
             while uffd::changing(&self.fd) {
                 let _ = self.read_all();
                 std::thread::yield_now();
@@ -75,10 +75,10 @@ impl Reader {
         read
     }
 
-    /// Gives a delivery that is under way a moment to open the gate, and readers one to go on and to
-    /// check: without that a storm of changes has the gate closed again before it was opened. As long
-    /// as drivers are told, the more the longer it is behind, so that it does not fall behind further;
-    /// but if none is, the thread inside the change may hold a lock that a driver needs.
+    /// Gives a delivery that is under way a moment to open the gate, and readers one to go on and
+    /// to check: without that a storm of changes has the gate closed again before it was opened. As
+    /// long as drivers are told, the more the longer it is behind, so that it does not fall behind
+    /// further; but if none is, the thread inside the change may hold a lock that a driver needs.
     fn let_readers_go_on(&mut self) {
         let gate = &self.inner.shared().gate;
         let behind = gate.closings().min(MOMENTS);
@@ -100,8 +100,8 @@ impl Reader {
         }
     }
 
-    /// Takes the table's lock, and reads meanwhile: who has it allocates, and so may be inside `munmap`
-    /// and wait for this reader.
+    /// Takes the table's lock, and reads meanwhile: who has it allocates, and so may be inside
+    /// `munmap` and wait for this reader.
     fn with_table(&mut self, change: impl FnOnce(&mut Table)) {
         loop {
             if let Some(mut table) = self.inner.try_table() {
@@ -128,7 +128,8 @@ impl Reader {
                 Err(Errno::AGAIN) => return Ok(events),
                 Err(Errno::INTR) => continue,
                 Err(Errno::MFILE | Errno::NFILE) => {
-                    // A fork's event brings a descriptor, and there is none left: that of the reserve is.
+                    // A fork's event brings a descriptor, and there is none left: that of the
+                    // reserve is.
                     if self.reserve.take().is_some() {
                         continue;
                     }
@@ -247,14 +248,14 @@ impl Drop for Reader {
         let closing = self.inner.shared().close_gate();
         self.ending = true;
         self.with_table(Table::close);
-        // Nothing is watched any more, but a change may be under way whose event has to be read. To close
-        // the descriptor would not be enough: a thread inside `fork` waits for us, and its child,
-        // half made, has a copy of the descriptor.
+        // Nothing is watched any more, but a change may be under way whose event has to be read. To
+        // close the descriptor would not be enough: a thread inside `fork` waits for us, and its
+        // child, half made, has a copy of the descriptor.
         while self.read_all().is_ok() && uffd::changing(&self.fd) {
             std::thread::yield_now();
         }
-        // The kernel forgets whatever is left, once the descriptor is closed: that of memory that has
-        // grown or was moved meanwhile.
+        // The kernel forgets whatever is left, once the descriptor is closed: that of memory that
+        // has grown or was moved meanwhile.
         self.with_table(Table::forget_descriptor);
         self.inner.ring.overflow();
         self.end_turn(closing);

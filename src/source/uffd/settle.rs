@@ -61,8 +61,8 @@ pub(super) struct Marked {
     /// Nanoseconds from then to the last look that saw a thread inside the call that raised an
     /// event.
     held_up: AtomicU64,
-    /// Nobody waits for them any more: they are gone, or there was no more time, or a later change of
-    /// the same pages is waited for instead.
+    /// Nobody waits for them any more: they are gone, or there was no more time, or a later change
+    /// of the same pages is waited for instead.
     over: AtomicBool,
 }
 
@@ -156,7 +156,8 @@ impl Drop for Marked {
 pub(super) struct Settle(pub(super) Arc<Marked>);
 
 impl IntervalNotifier for Settle {
-    /// There is no device, so no sequence is set (S4). Other invalidations of the range do not wait.
+    /// There is no device, so no sequence is set (S4). Other invalidations of the range do not
+    /// wait.
     fn invalidate(
         &self,
         invalidation: &Invalidation<'_>,
@@ -174,8 +175,8 @@ impl IntervalNotifier for Settle {
 }
 
 std::thread_local! {
-    /// The round of polls that [`Deliveries::run`](super::Deliveries::run) is in on this thread, and
-    /// whether pages were looked at in it that are still there.
+    /// The round of polls that [`Deliveries::run`](super::Deliveries::run) is in on this thread,
+    /// and whether pages were looked at in it that are still there.
     static ROUND: Cell<(Option<NonZeroU64>, bool)> = const { Cell::new((None, false)) };
 }
 

@@ -101,8 +101,8 @@ impl Table {
         if self.armed.pieces() >= self.room && self.armed.within(range) != [range] {
             return Err(UffdError::NoRoom { range });
         }
-        // Also what is armed already: it may have been mapped over since, and nobody has heard of it yet.
-        // Noted before: the kernel may refuse when it has done some of it.
+        // Also what is armed already: it may have been mapped over since, and nobody has heard of
+        // it yet. Noted before: the kernel may refuse when it has done some of it.
         self.armed.insert(piece);
         let mut armed = uffd::register(&*fd, piece).map(|()| piece);
         if armed.is_err() && piece != range {
@@ -113,8 +113,8 @@ impl Table {
         }
         let keep = self.promises.fork == Fork::Keep;
         let kept = armed.and_then(|armed| {
-            // The kernel takes a range with a hole, and what is mapped there later is not watched: there must
-            // have been a moment without any.
+            // The kernel takes a range with a hole, and what is mapped there later is not watched:
+            // there must have been a moment without any.
             let whole = match (&self.pagemap, &self.maps) {
                 (Some(pagemap), _) => pagemap.is_watched(range).unwrap_or(false),
                 (None, Some(maps)) => maps.are_whole(range),
@@ -164,8 +164,8 @@ impl Table {
             return Ok(None);
         };
         if self.dropped.touches(range) {
-            // The marks went with the registration. What is there now may be what is about to go, or new: it is
-            // waited for.
+            // The marks went with the registration. What is there now may be what is about to go,
+            // or new: it is waited for.
             self.armed.insert(range);
             match uffd::register(&**fd, range) {
                 Err(Errno::INVAL) => return Ok(None),
@@ -181,9 +181,9 @@ impl Table {
         self.fd.as_ref().is_some_and(|fd| uffd::changing(&**fd))
     }
 
-    /// Gives up what nobody watches any more, and forgets what was dropped, unless a change is under
-    /// way that has raised its event: it is not read, or not delivered, and has then `closed` the
-    /// gate. Returns whether somebody has to be told that this is to be tried again.
+    /// Gives up what nobody watches any more, and forgets what was dropped, unless a change is
+    /// under way that has raised its event: it is not read, or not delivered, and has then `closed`
+    /// the gate. Returns whether somebody has to be told that this is to be tried again.
     #[must_use]
     pub(super) fn tidy(&mut self, closed: impl Fn() -> bool) -> bool {
         while self.later.pieces() > 0 || self.dropped.pieces() > 0 {
@@ -195,7 +195,8 @@ impl Table {
                 self.again = Some((Instant::now() + pause, pause));
                 return !known;
             }
-            // What is given up now was there until now, and is forgotten when that has been asked once more.
+            // What is given up now was there until now, and is forgotten when that has been asked
+            // once more.
             self.dropped = Ranges::default();
             self.give_up_later();
         }
@@ -219,8 +220,9 @@ impl Table {
 
     /// Ends what the kernel does for `range` and nobody else needs.
     fn give_up(&mut self, range: AddressRange) {
-        // Exactly where there is little; and granules in which nothing is watched any more, with what was
-        // registered around it. Where there is much, one in which something is watched stays registered.
+        // Exactly where there is little; and granules in which nothing is watched any more, with
+        // what was registered around it. Where there is much, one in which something is watched
+        // stays registered.
         if self.armed.pieces() < EXACT {
             self.give_up_in(range, page_size() as u64);
         }
@@ -274,8 +276,8 @@ impl Table {
         self.pagemap.as_ref().is_none_or(|pagemap| pagemap.is_watched(part).unwrap_or(false))
     }
 
-    /// A part and what has grown at its end: `mremap` enlarges a mapping in place, with all that the
-    /// kernel does for it, and raises no event.
+    /// A part and what has grown at its end: `mremap` enlarges a mapping in place, with all that
+    /// the kernel does for it, and raises no event.
     fn grown(&self, part: AddressRange) -> AddressRange {
         let mapping = self.maps.as_ref().and_then(|maps| maps.at(part.last()));
         let (Some(next), Some(mapping)) = (part.last().checked_add(1), mapping) else {
@@ -411,8 +413,8 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // In a child of `fork` the lock may be held by a thread that does not exist there, and the memory
-        // is the parent's (M4).
+        // In a child of `fork` the lock may be held by a thread that does not exist there, and the
+        // memory is the parent's (M4).
         if !self.inner.is_forked() {
             self.inner.unwatch(self.watched);
             self.inner.table().handles -= 1;

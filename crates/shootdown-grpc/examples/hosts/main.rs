@@ -1,8 +1,8 @@
 //! An owner and its mirrors as processes of this machine, over gRPC with mutual TLS.
 //!
-//! `table` compares how long an invalidation takes with a plain TCP fan-out, `costs` kills, stops, cuts
-//! off and restarts a mirror, `chaos` does so at random while every accepted read is checked. Without a
-//! command all three run. The figures are this machine's; run with `--release`.
+//! `table` compares how long an invalidation takes with a plain TCP fan-out, `costs` kills, stops,
+//! cuts off and restarts a mirror, `chaos` does so at random while every accepted read is checked.
+//! Without a command all three run. The figures are this machine's; run with `--release`.
 #![allow(clippy::print_stdout, clippy::print_stderr, reason = "a program for people")]
 #![forbid(unsafe_code)]
 
@@ -23,8 +23,8 @@ mod world;
 use clap::{Args, Parser, Subcommand};
 
 /// An owner and its mirrors as processes of this machine, over gRPC with mutual TLS: how long an
-/// invalidation takes, what a mirror that dies costs, and whether anything stale is ever read. Without a
-/// command all three run, for two minutes.
+/// invalidation takes, what a mirror that dies costs, and whether anything stale is ever read.
+/// Without a command all three run, for two minutes.
 #[derive(Parser)]
 #[command(version)]
 struct Options {

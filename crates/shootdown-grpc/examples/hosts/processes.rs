@@ -25,8 +25,8 @@ impl std::ops::AddAssign for Reads {
     }
 }
 
-/// In a process that was begun here: it is killed when whoever has begun it ends, however that ends, and
-/// also while it is stopped.
+/// In a process that was begun here: it is killed when whoever has begun it ends, however that
+/// ends, and also while it is stopped.
 pub(crate) fn end_with_parent() -> Result<()> {
     set_parent_process_death_signal(Some(Signal::KILL))?;
     // Whoever has ended before that has closed this.

@@ -45,7 +45,8 @@ async fn row(term: Duration, rounds: u32, mirrors: u64) -> Result<()> {
     }
     let counts = world.hub.counts();
     ensure!(counts.expelled == 0, "a mirror did not answer in time: {counts:?}");
-    // More, where this thread got no processor for so long that an invalidation lapsed and began anew (C4).
+    // More, where this thread got no processor for so long that an invalidation lapsed and began
+    // anew (C4).
     ensure!(
         counts.acknowledged >= mirrors * u64::from(rounds + 100),
         "not all have answered: {counts:?}"

@@ -119,8 +119,8 @@ async fn of(alive: Rc<Cell<bool>>, mut work: LocalBoxFuture<'static, ()>) {
     .await;
 }
 
-/// How long an invalidation may take a host of a tree whose hosts below have these terms: they have to
-/// be done before its own patience and lease end.
+/// How long an invalidation may take a host of a tree whose hosts below have these terms: they have
+/// to be done before its own patience and lease end.
 fn wait_of(terms: &Terms) -> Duration {
     terms.patience + terms.owner_term()
 }
@@ -199,7 +199,8 @@ impl<'a> Fleet<'a> {
             let gpus = (0..options.gpus)
                 .map(|gpu| leased.space().insert(memory(), fleet.gpu(host, gpu)).unwrap())
                 .collect();
-            // A host that tells others is a mirror above and an owner below: its hub is one more device.
+            // A host that tells others is a mirror above and an owner below: its hub is one more
+            // device.
             let own = level
                 .map(|level| teller(Hub::below(&leased, owner_of(level)), leased.space(), &alive));
             if let Some(own) = &own {
@@ -359,7 +360,8 @@ impl<'a> Fleet<'a> {
         self.run(|| left.get() == 0)
     }
 
-    /// GPUs that may still reach the memory at this moment: mapped, and by a lease that has not ended.
+    /// GPUs that may still reach the memory at this moment: mapped, and by a lease that has not
+    /// ended.
     fn reaching(&self) -> u64 {
         let now = self.time.now().as_nanos();
         let uses = |gpu: &Subscription<Gpu>| {

@@ -1,5 +1,6 @@
-//! Many hosts in virtual time: how long an invalidation takes that has to reach all their GPUs, what
-//! stragglers, loss and a dead host do to it, and where telling every host by oneself stops scaling.
+//! Many hosts in virtual time: how long an invalidation takes that has to reach all their GPUs,
+//! what stragglers, loss and a dead host do to it, and where telling every host by oneself stops
+//! scaling.
 #![allow(unreachable_pub, clippy::print_stdout, clippy::print_stderr)]
 
 mod fleet;

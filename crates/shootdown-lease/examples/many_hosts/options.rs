@@ -4,8 +4,10 @@ use clap::Parser;
 use std::path::PathBuf;
 use std::time::Duration;
 
-/// How long an invalidation takes that has to reach all GPUs of up to thousands of hosts, in virtual time: the owner tells every host by itself, or a tree of
-/// hosts does. Each host has the real ends of the lease protocol and a real address space; the network, the processors and the GPUs are simulated.
+/// How long an invalidation takes that has to reach all GPUs of up to thousands of hosts, in
+/// virtual time: the owner tells every host by itself, or a tree of hosts does. Each host has the
+/// real ends of the lease protocol and a real address space; the network, the processors and the
+/// GPUs are simulated.
 #[derive(Parser)]
 #[command(name = "many_hosts")]
 pub struct Options {

@@ -66,8 +66,9 @@ impl Hub {
     }
 
     /// The same for an owner that may lose the memory: what grants anything is taken only while
-    /// `held` says so, which is asked after each message has arrived. For owners that are elected, with
-    /// the end of their term as counted from when they asked for it; acknowledgements are always taken.
+    /// `held` says so, which is asked after each message has arrived. For owners that are elected,
+    /// with the end of their term as counted from when they asked for it; acknowledgements are
+    /// always taken.
     pub fn while_held(
         owner: Owner,
         clock: impl Clock,
@@ -76,12 +77,12 @@ impl Hub {
         Self::make(owner, Box::new(clock), Some(Box::new(held)))
     }
 
-    /// The hub of a host that is a mirror itself, for the hosts below it in a tree: it grants only while
-    /// its own lease lasts. [Insert](Self::insert) it into [`Leased::space`].
+    /// The hub of a host that is a mirror itself, for the hosts below it in a tree: it grants only
+    /// while its own lease lasts. [Insert](Self::insert) it into [`Leased::space`].
     ///
-    /// The mirror's [`time_to_stop`](crate::MirrorSettings::time_to_stop) has to cover what the hosts
-    /// below may take: the patience and the [term](crate::Terms::owner_term) of this owner, and the time
-    /// that its own devices take.
+    /// The mirror's [`time_to_stop`](crate::MirrorSettings::time_to_stop) has to cover what the
+    /// hosts below may take: the patience and the [term](crate::Terms::owner_term) of this owner,
+    /// and the time that its own devices take.
     pub fn below(leased: &Leased, owner: Owner) -> Self {
         let (above, clock) = (leased.clone(), leased.clock());
         Self::make(owner, Box::new(move || clock.now()), Some(Box::new(move || above.has_lease())))
@@ -120,20 +121,20 @@ impl Hub {
         space.insert(shared, self.mirrors())
     }
 
-    /// The notifier to insert, by hand, into the owner's `AddressSpace`, over all that is mirrored. Its
-    /// pass of an invalidation ends when every mirror has let go or can no longer hold on.
+    /// The notifier to insert, by hand, into the owner's `AddressSpace`, over all that is mirrored.
+    /// Its pass of an invalidation ends when every mirror has let go or can no longer hold on.
     ///
-    /// It refuses an invalidation that is not blockable as long as anybody is in the books. While there is
-    /// none, because its subscription was dropped or removed, the hub grants nothing; mirrors are told to
-    /// let go of everything then, but nobody waits for them: what changes before their leases have ended
-    /// they may still use.
+    /// It refuses an invalidation that is not blockable as long as anybody is in the books. While
+    /// there is none, because its subscription was dropped or removed, the hub grants nothing;
+    /// mirrors are told to let go of everything then, but nobody waits for them: what changes
+    /// before their leases have ended they may still use.
     pub fn mirrors(&self) -> Mirrors {
         self.inner.state.with(|state, _| state.notifiers += 1);
         Mirrors { hub: self.clone() }
     }
 
-    /// The way out to a host, from now on. Ends an earlier one of the same host. What the host has not
-    /// acknowledged is sent again; no epoch begins or ends.
+    /// The way out to a host, from now on. Ends an earlier one of the same host. What the host has
+    /// not acknowledged is sent again; no epoch begins or ends.
     pub fn link(&self, host: Host) -> Link {
         let waiter = Arc::<Waiter>::default();
         let generation = self.work(|state, now, after| {
@@ -172,14 +173,14 @@ impl Hub {
         });
     }
 
-    /// Whether the owner [holds](Self::while_held) the memory at this moment. Transports end the links
-    /// of one that does not, so that mirrors look for another.
+    /// Whether the owner [holds](Self::while_held) the memory at this moment. Transports end the
+    /// links of one that does not, so that mirrors look for another.
     pub fn holds(&self) -> bool {
         self.inner.held.as_ref().is_none_or(|held| self.inner.state.guard(held) == Some(true))
     }
 
-    /// Keeps time, for ever, on any executor, one task at a time: resends, ends leases. Invalidations
-    /// that wait for a mirror that is gone end only while this runs.
+    /// Keeps time, for ever, on any executor, one task at a time: resends, ends leases.
+    /// Invalidations that wait for a mirror that is gone end only while this runs.
     ///
     /// After the owner itself has stood still, messages that wait are given one more interval to be
     /// handled before anybody is taken for dead.
@@ -237,8 +238,8 @@ impl Hub {
         self.inner.state.with(|state, _| state.endings.0[how as usize])
     }
 
-    /// Messages that found no room on their way out, or no link; and messages that were not taken because
-    /// the owner did not [hold](Self::while_held) the memory.
+    /// Messages that found no room on their way out, or no link; and messages that were not taken
+    /// because the owner did not [hold](Self::while_held) the memory.
     pub fn dropped(&self) -> u64 {
         self.inner.state.with(|state, _| state.dropped)
     }
@@ -258,7 +259,8 @@ impl Hub {
         self.inner.state.with(|state, _| state.passes.values().filter(|pass| !pass.done).count())
     }
 
-    /// All that changes the owner goes through here: the clock is read, and what follows is handed on.
+    /// All that changes the owner goes through here: the clock is read, and what follows is handed
+    /// on.
     fn work<R>(&self, work: impl FnOnce(&mut State, Time, &mut After) -> R) -> R {
         // Where the clock panics the owner goes by the latest time that it knows.
         self.work_at(self.inner.now().unwrap_or_default(), work)
@@ -289,7 +291,8 @@ impl State {
                     for (_, ending) in endings {
                         self.endings.0[ending as usize] += 1;
                     }
-                    // Fetches wait for the end of the local invalidation (`Serve`), so they need not wait here.
+                    // Fetches wait for the end of the local invalidation (`Serve`), so they need
+                    // not wait here.
                     let _ = self.owner.end(invalidation, now);
                     if let Some(pass) = self.passes.get_mut(&invalidation) {
                         pass.done = true;

@@ -23,14 +23,14 @@ use std::panic::AssertUnwindSafe;
 /// What waits to be sent at most; of more, the oldest is dropped, as if the network had lost it.
 const OUTGOING: usize = 4_096;
 
-/// Memory of another host, held by a lease: an `AddressSpace` of the owner's addresses, in which this
-/// host's devices and copies are notifiers and readers. A handle: clones are the same.
+/// Memory of another host, held by a lease: an `AddressSpace` of the owner's addresses, in which
+/// this host's devices and copies are notifiers and readers. A handle: clones are the same.
 ///
-/// What the owner invalidates is invalidated here, and acknowledged when all passes are done. When the
-/// lease is about to end everything is invalidated, and readers wait until the mirror has joined anew.
-/// `read_retry` asks the lease, too (rule R4 of `shootdown`), so the loop of a reader is the ordinary
-/// one: `read_begin`, [`fetch`](Self::fetch), and install under the driver's lock unless `read_retry`;
-/// and who uses what is installed asks `read_retry` again after the use.
+/// What the owner invalidates is invalidated here, and acknowledged when all passes are done. When
+/// the lease is about to end everything is invalidated, and readers wait until the mirror has
+/// joined anew. `read_retry` asks the lease, too (rule R4 of `shootdown`), so the loop of a reader
+/// is the ordinary one: `read_begin`, [`fetch`](Self::fetch), and install under the driver's lock
+/// unless `read_retry`; and who uses what is installed asks `read_retry` again after the use.
 #[derive(Clone)]
 pub struct Leased {
     inner: Arc<Inner>,
@@ -108,7 +108,8 @@ impl fmt::Display for Lost {
 impl core::error::Error for Lost {}
 
 impl Leased {
-    /// Takes a mirror. It joins as soon as [`run`](Self::run) runs and a transport carries messages.
+    /// Takes a mirror. It joins as soon as [`run`](Self::run) runs and a transport carries
+    /// messages.
     pub fn new(mirror: Mirror, clock: impl Clock) -> Self {
         let (clock, until): (Arc<dyn Clock>, _) = (Arc::new(clock), Arc::new(AtomicU64::new(0)));
         let asks = (clock.clone(), until.clone());
@@ -136,8 +137,8 @@ impl Leased {
         &self.inner.space
     }
 
-    /// Takes a message of the owner; for `Fetched` with the contents, of the length of the range that
-    /// was asked for. Without contents the fetch is asked again.
+    /// Takes a message of the owner; for `Fetched` with the contents, of the length of the range
+    /// that was asked for. Without contents the fetch is asked again.
     pub fn handle(&self, message: ToMirror, contents: Option<Vec<u8>>) {
         let mut contents = contents;
         self.work(|state, now, after| {
@@ -152,9 +153,9 @@ impl Leased {
         });
     }
 
-    /// What to send next, once there is something; `None` when the mirror has left for good and said so.
-    /// One task at a time may wait here. Cancel safe. Not to be called while there is no connection: what
-    /// was not sent is dropped in time, and the protocol sends it again.
+    /// What to send next, once there is something; `None` when the mirror has left for good and
+    /// said so. One task at a time may wait here. Cancel safe. Not to be called while there is no
+    /// connection: what was not sent is dropped in time, and the protocol sends it again.
     pub async fn next_message(&self) -> Option<ToOwner> {
         let over = |state: &State| state.mirror.is_over().then_some(None);
         let next = |state: &mut State| state.outgoing.pop_front().map(Some).or_else(|| over(state));
@@ -162,12 +163,12 @@ impl Leased {
     }
 
     /// Keeps the lease and carries out what the owner asks, on any executor, until the mirror has
-    /// [left](Self::leave). Readers get nowhere while this does not run. One task at a time. If it is
-    /// dropped, the lease ends by itself, and nobody stops the devices then; another run begins what was
-    /// under way anew.
+    /// [left](Self::leave). Readers get nowhere while this does not run. One task at a time. If it
+    /// is dropped, the lease ends by itself, and nobody stops the devices then; another run begins
+    /// what was under way anew.
     ///
-    /// A panic of a driver costs the lease: everything is let go of, and the mirror joins anew. Where that
-    /// panics as well it joins no more ([`Denied::Panicked`]).
+    /// A panic of a driver costs the lease: everything is let go of, and the mirror joins anew.
+    /// Where that panics as well it joins no more ([`Denied::Panicked`]).
     pub async fn run<S: Future>(&self, sleep: impl Fn(Duration) -> S) {
         let mut under_way = FuturesUnordered::new();
         // What an earlier run had begun is begun anew.
@@ -252,8 +253,8 @@ impl Leased {
     }
 
     /// Asks the owner for the contents of a range: waits for the lease, and asks again when an
-    /// invalidation has met it. The contents are as they were at some moment since the call; whether
-    /// they may be installed, `read_retry` says. Cancel safe.
+    /// invalidation has met it. The contents are as they were at some moment since the call;
+    /// whether they may be installed, `read_retry` says. Cancel safe.
     ///
     /// # Errors
     /// [`Lost`].
@@ -284,8 +285,8 @@ impl Leased {
         }
     }
 
-    /// Waits until there is a lease; `None` if there will be none: the mirror has left, or joins no more
-    /// ([`Denied::Panicked`]). Cancel safe.
+    /// Waits until there is a lease; `None` if there will be none: the mirror has left, or joins no
+    /// more ([`Denied::Panicked`]). Cancel safe.
     pub async fn joined(&self) -> Option<Epoch> {
         loop {
             let (sender, changed) = oneshot::channel();
@@ -307,9 +308,10 @@ impl Leased {
         }
     }
 
-    /// Leaves for good: lets go of everything, and returns when that is done and waits to be sent. Needs
-    /// [`run`](Self::run), and while the mirror is joining, the owner's answer or a while. Where a driver
-    /// panics it returns as well ([`Denied::Panicked`]): the owner waits for the end of the lease.
+    /// Leaves for good: lets go of everything, and returns when that is done and waits to be sent.
+    /// Needs [`run`](Self::run), and while the mirror is joining, the owner's answer or a while.
+    /// Where a driver panics it returns as well ([`Denied::Panicked`]): the owner waits for the end
+    /// of the lease.
     pub async fn leave(&self) {
         self.work(|state, now, after| {
             state.mirror.leave(now);
@@ -333,7 +335,8 @@ impl Leased {
     }
 
     /// Whether there is a lease at this moment. `read_retry` asks this and whether anything was
-    /// invalidated since: a use that began under an earlier lease is not good because there is one now.
+    /// invalidated since: a use that began under an earlier lease is not good because there is one
+    /// now.
     pub fn has_lease(&self) -> bool {
         self.inner.clock.now().as_nanos() < self.inner.until.load(Ordering::Acquire)
     }
@@ -348,8 +351,8 @@ impl Leased {
         self.inner.state.with(|state, _| state.mirror.counts())
     }
 
-    /// Why the mirror cannot join, if that is what its last try has come to. It goes on trying, unless a
-    /// driver has panicked.
+    /// Why the mirror cannot join, if that is what its last try has come to. It goes on trying,
+    /// unless a driver has panicked.
     pub fn denied(&self) -> Option<Denied> {
         self.inner.state.with(|state, _| state.denied)
     }
@@ -369,8 +372,8 @@ impl Leased {
         self.inner.state.lost_panics()
     }
 
-    /// Says that the owner can be reached anew: what waits to be sent is dropped, because it is old, and
-    /// what matters is asked again at once. Ends nothing.
+    /// Says that the owner can be reached anew: what waits to be sent is dropped, because it is
+    /// old, and what matters is asked again at once. Ends nothing.
     pub fn connected(&self) {
         self.work(|state, now, _| {
             // What was left is not asked for again.
@@ -432,8 +435,8 @@ impl State {
         if before < until {
             let (space, clock) = (inner.space.clone(), inner.clock.clone());
             after.run(move || {
-                // A reader that has found the lease ended has read no later time than this, and waits:
-                // the end of a pause wakes it. Of a renewal in time nobody has to hear.
+                // A reader that has found the lease ended has read no later time than this, and
+                // waits: the end of a pause wakes it. Of a renewal in time nobody has to hear.
                 if clock.now().as_nanos() >= before {
                     drop(space.pause());
                 }

@@ -22,12 +22,13 @@ pub enum Outgoing {
 
 /// A fetch to be answered with the contents of a range.
 ///
-/// Wait until it may be read ([`ready`](Self::ready)), read the range, send what was read with the message.
-/// Nothing has to be checked after the reading: an invalidation that comes in between reaches the mirror
-/// before the memory changes, and the mirror drops what it had asked for before that.
+/// Wait until it may be read ([`ready`](Self::ready)), read the range, send what was read with the
+/// message. Nothing has to be checked after the reading: an invalidation that comes in between
+/// reaches the mirror before the memory changes, and the mirror drops what it had asked for before
+/// that.
 ///
-/// **Go on with the link meanwhile**: the invalidation that is waited for may be waiting for a message of
-/// the same link.
+/// **Go on with the link meanwhile**: the invalidation that is waited for may be waiting for a
+/// message of the same link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Serve {
     pub(super) epoch: Epoch,
@@ -37,8 +38,9 @@ pub struct Serve {
 }
 
 impl Serve {
-    /// Waits until no invalidation of the range is under way in the owner's space, the one into which the
-    /// [`Mirrors`](super::Mirrors) were inserted. Invalidations of other ranges hold nobody up.
+    /// Waits until no invalidation of the range is under way in the owner's space, the one into
+    /// which the [`Mirrors`](super::Mirrors) were inserted. Invalidations of other ranges hold
+    /// nobody up.
     ///
     /// # Errors
     /// [`Ended`], if the space was released: nothing can be read any more. Drop the fetch then.
@@ -67,9 +69,9 @@ impl Serve {
     }
 }
 
-/// Reads a range of the owner's memory while no invalidation of it is under way; again, if one has begun
-/// meanwhile. So `read` may read what is being changed, by means that allow that. Invalidations of other
-/// ranges hold nobody up.
+/// Reads a range of the owner's memory while no invalidation of it is under way; again, if one has
+/// begun meanwhile. So `read` may read what is being changed, by means that allow that.
+/// Invalidations of other ranges hold nobody up.
 ///
 /// # Errors
 /// [`Ended`], if the space was released: nothing can be read any more.
@@ -128,8 +130,8 @@ pub(super) struct Outbox {
 /// The way out to a host: what its transport sends. A newer link of the same host ends this one.
 ///
 /// It keeps `Inv` for the whole window and as many answers again; what finds no room is dropped and
-/// counted ([`Hub::dropped`]), because a transport that stands still must not cost the owner memory.
-/// The protocol sends again what matters.
+/// counted ([`Hub::dropped`]), because a transport that stands still must not cost the owner
+/// memory. The protocol sends again what matters.
 pub struct Link {
     pub(super) hub: Hub,
     pub(super) host: Host,

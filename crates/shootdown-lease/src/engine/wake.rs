@@ -84,8 +84,8 @@ impl<T> Guarded<T> {
     }
 }
 
-/// Sleeps for a time, if there is one, but not longer than until `changed`. Returns whether the time
-/// has come; if there is none left, without asking the timer.
+/// Sleeps for a time, if there is one, but not longer than until `changed`. Returns whether the
+/// time has come; if there is none left, without asking the timer.
 pub(super) async fn sleep_or<S: Future>(
     left: Option<Duration>,
     sleep: impl FnOnce(Duration) -> S,

@@ -40,8 +40,8 @@ impl fmt::Display for FetchError {
 impl core::error::Error for FetchError {}
 
 impl Mirror {
-    /// Asks for the contents of a range. Either it is installed, or it has collided, or the lease ends
-    /// ([`MirrorDecision::Stop`]).
+    /// Asks for the contents of a range. Either it is installed, or it has collided, or the lease
+    /// ends ([`MirrorDecision::Stop`]).
     ///
     /// # Errors
     /// [`FetchError`], and nothing is sent.

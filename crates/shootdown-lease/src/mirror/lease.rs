@@ -75,8 +75,8 @@ impl Mirror {
         }
     }
 
-    /// Says that the owner can be reached anew: asks at once for what it has no answer to, because what
-    /// was on its way may be lost. Ends nothing.
+    /// Says that the owner can be reached anew: asks at once for what it has no answer to, because
+    /// what was on its way may be lost. Ends nothing.
     pub fn connected(&mut self, now: Time) {
         self.tick(now);
         match &self.state {
@@ -260,8 +260,8 @@ impl Mirror {
         self.decisions.push_back(MirrorDecision::Stop { epoch });
     }
 
-    /// Says that a [`MirrorDecision::Stop`] was carried out: no device reaches the memory any more, and
-    /// no copy is used. The mirror tells the owner and joins anew, unless it is
+    /// Says that a [`MirrorDecision::Stop`] was carried out: no device reaches the memory any more,
+    /// and no copy is used. The mirror tells the owner and joins anew, unless it is
     /// [leaving](Self::leave). Returns whether that was asked for.
     pub fn stopped(&mut self, now: Time) -> bool {
         self.now = now;
@@ -269,8 +269,8 @@ impl Mirror {
         self.counts.stopped_late += u64::from(self.now > end);
         self.remember(epoch);
         self.messages.push_back(ToOwner::Left { epoch });
-        // Who was told to go at once, again and again, does not come back at once: another process of
-        // this host may have done it.
+        // Who was told to go at once, again and again, does not come back at once: another process
+        // of this host may have done it.
         let pause = if self.early > 1 {
             self.settings.retry * (1 << (self.early - 2))
         } else {
@@ -281,8 +281,8 @@ impl Mirror {
         true
     }
 
-    /// Gives the lease up: there is a [`MirrorDecision::Stop`] if the mirror is in that epoch. It joins
-    /// anew afterwards.
+    /// Gives the lease up: there is a [`MirrorDecision::Stop`] if the mirror is in that epoch. It
+    /// joins anew afterwards.
     pub fn give_up(&mut self, epoch: Epoch, now: Time) {
         self.now = now;
         if self.is_in(epoch) {
@@ -290,9 +290,9 @@ impl Mirror {
         }
     }
 
-    /// Leaves for good: there is a [`MirrorDecision::Stop`] if the mirror holds a lease. What is sent
-    /// after [`stopped`](Self::stopped) lets the owner go on at once. One that is joining waits a while
-    /// for the answer, to give back what it grants.
+    /// Leaves for good: there is a [`MirrorDecision::Stop`] if the mirror holds a lease. What is
+    /// sent after [`stopped`](Self::stopped) lets the owner go on at once. One that is joining
+    /// waits a while for the answer, to give back what it grants.
     pub fn leave(&mut self, now: Time) {
         self.now = now;
         self.leaving = true;
@@ -314,8 +314,8 @@ impl Mirror {
         self.past.push_back(epoch);
     }
 
-    /// An epoch of its own that is over was not heard to be: it says so again. Of others, such as those
-    /// of an earlier incarnation, it knows nothing.
+    /// An epoch of its own that is over was not heard to be: it says so again. Of others, such as
+    /// those of an earlier incarnation, it knows nothing.
     pub(super) fn answer_for_the_past(&mut self, epoch: Epoch) {
         self.counts.strangers += 1;
         if self.past.contains(&epoch) {
@@ -323,9 +323,9 @@ impl Mirror {
         }
     }
 
-    /// Whether there is a lease at `now`: to be asked after each use, with a time that was read after it
-    /// (D4). It speaks of the present lease: whether the use began under an earlier one, only the copy
-    /// knows, which was zapped in between. Needs no tick.
+    /// Whether there is a lease at `now`: to be asked after each use, with a time that was read
+    /// after it (D4). It speaks of the present lease: whether the use began under an earlier one,
+    /// only the copy knows, which was zapped in between. Needs no tick.
     pub fn is_valid(&self, now: Time) -> bool {
         self.valid_until().is_some_and(|end| now < end)
     }
@@ -377,8 +377,9 @@ impl Mirror {
     }
 }
 
-/// From three quarters of an interval to a whole one, by who asks and how often it has: mirrors that
-/// joined at the same moment, such as after a restart of the owner, do not go on asking together.
+/// From three quarters of an interval to a whole one, by who asks and how often it has: mirrors
+/// that joined at the same moment, such as after a restart of the owner, do not go on asking
+/// together.
 fn spread(term: Duration, of: Incarnation, nonce: Nonce) -> Duration {
     // SplitMix64 (Steele, Lea, Flood 2014), of which the top 8 bits are taken.
     let mut mixed = of.0.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(nonce.0);

@@ -49,8 +49,8 @@ impl Owner {
         self.timers.insert((expires, Timer::Expiry(number)));
     }
 
-    /// Who may hold on by leases of earlier owners is one member that is never renewed (D2). They have
-    /// granted no longer term than `longest`, or than this one.
+    /// Who may hold on by leases of earlier owners is one member that is never renewed (D2). They
+    /// have granted no longer term than `longest`, or than this one.
     pub(super) fn book_earlier_boots(&mut self, longest: Duration) {
         self.book(0, None, Phase::Expelled, self.terms.term.max(longest));
     }
@@ -247,8 +247,8 @@ impl Owner {
         self.decisions.push_back(Decision::Fence(what));
     }
 
-    /// Says that a [`Decision::Fence`] was carried out: nothing reaches the memory by that epoch any
-    /// more. Returns whether that was asked for.
+    /// Says that a [`Decision::Fence`] was carried out: nothing reaches the memory by that epoch
+    /// any more. Returns whether that was asked for.
     pub fn fenced(&mut self, what: Fenced, now: Time) -> bool {
         self.now = self.now.max(now);
         let epoch = what.epoch();

@@ -20,8 +20,8 @@ pub(super) struct Invalidation {
 }
 
 impl Owner {
-    /// Has every mirror let go of `ranges`, and no fetch of them served, until [`end`](Self::end). When
-    /// all have, there is a [`Decision::Done`]: at once if nobody is in the books.
+    /// Has every mirror let go of `ranges`, and no fetch of them served, until [`end`](Self::end).
+    /// When all have, there is a [`Decision::Done`]: at once if nobody is in the books.
     pub fn invalidate(&mut self, ranges: RangeSet, now: Time) -> InvalidationId {
         self.now = self.now.max(now);
         let id = InvalidationId(self.next_invalidation);
@@ -96,8 +96,8 @@ impl Owner {
         }
     }
 
-    /// Says that a host can be reached anew: what it has not acknowledged is sent again, because what
-    /// was on its way may be lost. Closes and renews nothing.
+    /// Says that a host can be reached anew: what it has not acknowledged is sent again, because
+    /// what was on its way may be lost. Closes and renews nothing.
     pub fn connected(&mut self, host: Host, now: Time) {
         self.now = self.now.max(now);
         let of_host = |member: &Member| {

@@ -14,7 +14,8 @@ fn wide() -> bool {
     std::env::var_os("SHOOTDOWN_EXHAUSTIVE").is_some()
 }
 
-/// One invalidation of what all hold, and neither losses nor doubles: what is on its way may be delayed for ever.
+/// One invalidation of what all hold, and neither losses nor doubles: what is on its way may be
+/// delayed for ever.
 fn bounds(mirrors: usize, horizon: u64, in_flight: usize) -> Bounds {
     let (joined, invalidations, fetches, lost, doubled, restarts) = (true, 1, 0, 0, 0, 0);
     let (tried, without) = (if wide() { 1 } else { 16 }, None);

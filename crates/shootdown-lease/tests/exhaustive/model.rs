@@ -182,7 +182,8 @@ impl State {
         }
     }
 
-    /// Whether everything ends if nothing goes wrong any more, what is on its way being lost or not.
+    /// Whether everything ends if nothing goes wrong any more, what is on its way being lost or
+    /// not.
     fn can_end(&self, bounds: &Bounds, lost: bool) -> bool {
         let mut state = self.clone();
         let bounds = Bounds { in_flight: 100, ..bounds.clone() };
@@ -398,8 +399,8 @@ pub struct Found {
     pub states: usize,
     /// What went wrong, and how it came to it.
     pub wrong: Option<(&'static str, Vec<Action>)>,
-    /// States with something to be waited for: an invalidation that has ended, a mirror that holds what is not
-    /// current and may not use it, one that has fetched what has changed.
+    /// States with something to be waited for: an invalidation that has ended, a mirror that holds
+    /// what is not current and may not use it, one that has fetched what has changed.
     pub ended: usize,
     pub outlived: usize,
     pub fetched: usize,
@@ -435,8 +436,8 @@ impl Found {
     }
 }
 
-/// All states up to the bounds, depth first, until something is wrong. Two states are one if their hashes
-/// of 64 bits are.
+/// All states up to the bounds, depth first, until something is wrong. Two states are one if their
+/// hashes of 64 bits are.
 pub fn explore(bounds: &Bounds) -> Found {
     let mut found = Found::default();
     let first = State::new(bounds);

@@ -279,8 +279,8 @@ fn d9_a_mirror_whose_driver_panics_when_all_is_let_go_of_says_nothing_and_joins_
     block_on(leased.leave());
 }
 
-/// A reader that finds the lease ended while its renewal is being taken in by another thread, which has
-/// read the clock before.
+/// A reader that finds the lease ended while its renewal is being taken in by another thread, which
+/// has read the clock before.
 #[test]
 fn r4_a_lease_that_is_valid_again_by_a_late_renewal_wakes_who_waits() {
     type Hook = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;

@@ -111,7 +111,8 @@ fn d7_a_fetch_that_meets_an_invalidation_costs_nobody_a_lease() {
     spawner.spawn_local(down).unwrap();
     timer.pass(&mut pool, 30);
     let epoch = leased.standing();
-    // A fetch has arrived; before the link's task has its turn, an invalidation of another page begins.
+    // A fetch has arrived; before the link's task has its turn, an invalidation of another page
+    // begins.
     let fetches = leased.clone();
     let mut fetch = Box::pin(async move { fetches.fetch(pages(0, 1)).await });
     assert!(fetch.as_mut().now_or_never().is_none());

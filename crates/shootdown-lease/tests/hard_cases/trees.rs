@@ -11,8 +11,8 @@ use std::cell::Cell;
 use std::rc::Rc;
 use std::time::Duration;
 
-/// The upper owner, an inner host, a leaf. The inner host's task that runs its lease gets no turn; its
-/// hub does. Both leases are kept to the letter, and the leaf checks after each use.
+/// The upper owner, an inner host, a leaf. The inner host's task that runs its lease gets no turn;
+/// its hub does. Both leases are kept to the letter, and the leaf checks after each use.
 #[test]
 fn d1_a_leaf_of_a_tree_uses_nothing_that_the_upper_owner_has_changed() {
     let (mut pool, timer) = (LocalPool::new(), Timer::default());

@@ -117,8 +117,8 @@ impl Plan {
         }
     }
 
-    /// The margin for drift hides a time that is not much too old, so there all clocks go apart as far
-    /// as they may.
+    /// The margin for drift hides a time that is not much too old, so there all clocks go apart as
+    /// far as they may.
     pub fn owner_rate(&self) -> Option<u64> {
         (self.without == Without::FreshTime).then_some(1_000_000 + DRIFT)
     }

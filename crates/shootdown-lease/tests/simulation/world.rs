@@ -226,8 +226,8 @@ impl World {
         }
     }
 
-    /// A process goes on: what waited runs in any order, and not all of it at once. Readers are threads
-    /// of their own, and may run before the loop does.
+    /// A process goes on: what waited runs in any order, and not all of it at once. Readers are
+    /// threads of their own, and may run before the loop does.
     pub fn resume(&mut self, process: Process) {
         if let Process::Mirror(of) = process
             && self.mirrors[of].paused

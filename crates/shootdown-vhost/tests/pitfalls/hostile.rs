@@ -67,8 +67,8 @@ fn v7_there_are_never_more_translations_than_65536() {
     assert!(iotlb.len() <= 65_536, "{} translations", iotlb.len());
 }
 
-/// virtio 1.2, 2.7.5.3.2: "The device MUST handle the case of zero or more normal chained descriptors
-/// followed by a single descriptor with flags&VIRTQ_DESC_F_INDIRECT."
+/// virtio 1.2, 2.7.5.3.2: "The device MUST handle the case of zero or more normal chained
+/// descriptors followed by a single descriptor with flags&VIRTQ_DESC_F_INDIRECT."
 #[test]
 fn v7_a_table_may_follow_descriptors() {
     let mut machine = Machine::connected();
@@ -92,8 +92,8 @@ fn v7_a_table_may_follow_descriptors() {
     assert_eq!(machine.in_flight(), 1, "the request is refused, and the ring is dead");
 }
 
-/// virtio 1.2, 2.7.5: "the total length of all buffers in a chain" is at most 2^32 bytes; without a limit a
-/// guest of 160 KiB has the device keep 4096 times what it has of translations.
+/// virtio 1.2, 2.7.5: "the total length of all buffers in a chain" is at most 2^32 bytes; without a
+/// limit a guest of 160 KiB has the device keep 4096 times what it has of translations.
 #[test]
 fn v7_a_chain_of_more_than_4_gib_is_refused() {
     let mut machine = Machine::connected();

@@ -291,7 +291,8 @@ fn v6_an_answer_that_was_there_before_the_channel_closed_is_no_error() {
     assert!(done.is_ok(), "the session is over: {done:?}");
 }
 
-/// The device has dropped its ring by itself, and the session has not been polled since: nobody wakes it.
+/// The device has dropped its ring by itself, and the session has not been polled since: nobody
+/// wakes it.
 #[test]
 fn v4_a_queue_without_a_ring_takes_its_base() {
     let (mut session, ring, _file) = ring(fd(), fd());

@@ -316,8 +316,8 @@ fn a_session_that_is_dropped_stops_its_rings() {
     assert_eq!(machine.without_session(), 0);
 }
 
-/// The next session of the same IOTLB begins without memory: translations into what another front-end
-/// has shared are refused.
+/// The next session of the same IOTLB begins without memory: translations into what another
+/// front-end has shared are refused.
 #[test]
 fn a_session_leaves_no_memory_to_the_next_one() {
     let mut machine = Machine::started();

@@ -58,7 +58,8 @@ fn v3_a_page_is_asked_for_again_when_nobody_waits_any_more() {
     assert!(machine.poll(&mut map).is_none());
     machine.poll_session();
     assert_eq!(machine.misses.len(), 1);
-    // The front-end has no translation, and says nothing. The guest resets its device, and maps the page.
+    // The front-end has no translation, and says nothing. The guest resets its device, and maps the
+    // page.
     drop(map);
     machine.get_vring_base(0);
     machine.plain(FrontendReq::SET_FEATURES, &FEATURES.to_ne_bytes());

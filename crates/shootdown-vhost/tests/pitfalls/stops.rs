@@ -61,7 +61,8 @@ fn v4_no_request_is_lost_when_a_flush_comes_before_the_stop() {
     assert_eq!(machine.in_flight(), 0, "it is not done again");
 }
 
-/// QEMU refuses every translation of a device that it has stopped, also those that were asked for before.
+/// QEMU refuses every translation of a device that it has stopped, also those that were asked for
+/// before.
 #[test]
 fn v4_no_request_is_lost_when_the_used_ring_is_refused_during_a_stop() {
     let mut machine = Machine::started();

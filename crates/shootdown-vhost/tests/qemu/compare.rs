@@ -1,4 +1,5 @@
-//! QEMU's own device: that the guest and the rig work is seen with it, and it is what speed is compared with.
+//! QEMU's own device: that the guest and the rig work is seen with it, and it is what speed is
+//! compared with.
 
 use crate::disk::check_words;
 use crate::rig::{Seen, Served, Setup};

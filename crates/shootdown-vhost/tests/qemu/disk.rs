@@ -23,7 +23,8 @@ pub fn check_words(seen: &Seen, devices: usize) {
     }
 }
 
-/// Half of them, so that each pair is met in one mode or the other; all with `SHOOTDOWN_GUESTS=all`.
+/// Half of them, so that each pair is met in one mode or the other; all with
+/// `SHOOTDOWN_GUESTS=all`.
 fn all_words_are_right(strict: bool) {
     let all = std::env::var("SHOOTDOWN_GUESTS").is_ok_and(|guests| guests == "all");
     for (devices, queues) in [(1, 1), (1, 4), (2, 1), (2, 4)] {
@@ -65,7 +66,8 @@ fn the_answer_to_a_flush_waits_only_for_what_is_in_flight() {
         seen.stats
     );
     let longest = Duration::from_micros(seen.stat("longest_answer_us")[0]);
-    // There is always something in flight: an answer that waits for what begins later, too, takes as long as the job.
+    // There is always something in flight: an answer that waits for what begins later, too, takes
+    // as long as the job.
     let job = Duration::from_millis(seen.sum("ms"));
     println!("the longest answer took {longest:?}, the job {job:?}");
     assert!(longest < 20 * latency && longest < job / 4, "{longest:?} of {job:?}");

@@ -1,4 +1,5 @@
-//! A process of the guest is killed while a device reads into its memory. No INVALIDATE comes then: the device is stopped.
+//! A process of the guest is killed while a device reads into its memory. No INVALIDATE comes then:
+//! the device is stopped.
 
 use crate::rig::{Seen, Setup, number};
 use crate::vfio::LATENCY;
@@ -15,7 +16,8 @@ const SHORT: Duration = Duration::from_secs(30);
 
 fn setup() -> Setup {
     let set = vec![("rounds", ROUNDS), ("watch_ms", 1000)];
-    // The neighbour takes all its memory within the latency, which is several times as long as that of an unmap.
+    // The neighbour takes all its memory within the latency, which is several times as long as that
+    // of an unmap.
     Setup { job: "vfio-exit", set, latency: 5 * LATENCY, filled: true, mib: 4, ..Setup::default() }
 }
 

@@ -1,6 +1,7 @@
-//! The back-end under a real QEMU, with a guest that uses its disks. Where QEMU or a kernel for the guest are missing the tests
-//! count as ignored, and say why. `guest.sh` of this package builds and boots the guest.
-//! `SHOOTDOWN_BACKEND` names another back-end that has the options of the example `blk`.
+//! The back-end under a real QEMU, with a guest that uses its disks. Where QEMU or a kernel for the
+//! guest are missing the tests count as ignored, and say why. `guest.sh` of this package builds and
+//! boots the guest. `SHOOTDOWN_BACKEND` names another back-end that has the options of the example
+//! `blk`.
 #![allow(missing_docs, unreachable_pub, clippy::print_stdout)]
 
 mod compare;
@@ -15,7 +16,8 @@ use libtest_mimic::{Arguments, Trial};
 
 fn main() {
     let mut arguments = Arguments::from_args();
-    // Guests and back-ends together are more threads than a small machine has processors, and times are looked at.
+    // Guests and back-ends together are more threads than a small machine has processors, and times
+    // are looked at.
     arguments.test_threads.get_or_insert(1);
     let missing = rig::missing();
     let trial = |missing: &Option<String>, (name, test): (&'static str, fn())| {

@@ -468,7 +468,8 @@ impl Seen {
         self
     }
 
-    /// What is printed of each boot: the guest's results, the back-end's figures, and the error's first line.
+    /// What is printed of each boot: the guest's results, the back-end's figures, and the error's
+    /// first line.
     pub fn print(&self, title: &str) {
         self.results.iter().chain(&self.stats).for_each(|object| println!("{title}: {object}"));
         if let Some(line) = self.error.as_deref().and_then(|error| error.lines().next()) {
@@ -491,7 +492,8 @@ impl Seen {
         self.stats.iter().map(|stats| number(stats, name)).collect()
     }
 
-    /// What the host has in the disk's file: how many words are not those of the pattern, and the sum.
+    /// What the host has in the disk's file: how many words are not those of the pattern, and the
+    /// sum.
     pub fn host_view(&self, disk: usize) -> (u64, u64) {
         let file = File::open(&self.files[disk]).unwrap();
         let mut part = vec![0; 1 << 20];

@@ -43,8 +43,8 @@ fn print_rounds(title: &str, seen: &Seen) {
     }
 }
 
-/// Every read was right and came back, and most were in flight at the unmap; those rounds' times from the read's beginning
-/// to the unmap's end.
+/// Every read was right and came back, and most were in flight at the unmap; those rounds' times
+/// from the read's beginning to the unmap's end.
 fn held(seen: &Seen) -> Vec<Duration> {
     assert_eq!(seen.results.len() as u64, ROUNDS);
     assert_eq!(seen.sum("wrong"), 0, "{:?}", seen.results);
@@ -52,7 +52,8 @@ fn held(seen: &Seen) -> Vec<Duration> {
         result[name].as_array().unwrap().iter().any(|status| *status != 0)
     };
     assert!(!seen.results.iter().any(|result| failed("statuses", result)), "{:?}", seen.results);
-    // On a busy machine the request may not have got to the device, or the read may be over: it fails, or has ended.
+    // On a busy machine the request may not have got to the device, or the read may be over: it
+    // fails, or has ended.
     let in_flight = seen
         .results
         .iter()

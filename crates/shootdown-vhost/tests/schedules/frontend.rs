@@ -296,7 +296,8 @@ impl Frontend {
         self.memory_table(guest);
     }
 
-    /// Disables a ring for a while, or gives it another descriptor for kicks: it goes on where it was.
+    /// Disables a ring for a while, or gives it another descriptor for kicks: it goes on where it
+    /// was.
     pub fn pause(&mut self, random: &mut SmallRng) {
         let queue = random.random_range(0..QUEUES);
         if random.random_bool(0.5) {

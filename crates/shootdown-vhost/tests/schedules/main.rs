@@ -1,7 +1,8 @@
 //! Random schedules of a session, its device and a front-end that does one thing after the other:
 //! no deadlock, nothing stale, whatever the order.
 //!
-//! 2,000 schedules by default; `SHOOTDOWN_SCHEDULES=100000` asks for more, `SHOOTDOWN_SEED` for one.
+//! 2,000 schedules by default; `SHOOTDOWN_SCHEDULES=100000` asks for more, `SHOOTDOWN_SEED` for
+//! one.
 #![allow(missing_docs, unreachable_pub, dead_code, clippy::print_stdout, reason = "a test")]
 
 mod device;

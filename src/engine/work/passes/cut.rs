@@ -15,7 +15,8 @@ impl Passes {
         self.fences != fences
     }
 
-    /// Drops the passes of notifiers that were fenced since the last look, unfinished: they are done.
+    /// Drops the passes of notifiers that were fenced since the last look, unfinished: they are
+    /// done.
     pub(crate) fn cut(&mut self, host: &Host) {
         loop {
             let fences = host.fences.load(Ordering::Acquire);
@@ -104,7 +105,8 @@ impl Passes {
 pub(crate) struct Unpolled(Vec<Pass>);
 
 impl Unpolled {
-    /// Drops them, whatever that does: the invalidation that they were of waits for its caller, who is not told of a panic.
+    /// Drops them, whatever that does: the invalidation that they were of waits for its caller, who
+    /// is not told of a panic.
     pub(crate) fn discard(self, host: &Host) {
         for mut pass in self.0 {
             if let Some(Err(panic)) = pass.future.as_mut().map(Slot::clear) {

@@ -1,0 +1,34 @@
+#!/usr/bin/env bash
+# Lines of at most 100 columns: code, comments and documents. Exempt are the rows of Markdown
+# tables, a line without a space (a link), and lines of code with a string in them, which rustfmt
+# leaves alone. DESIGN.md has at most 250 lines, and no file of a `src` folder 500.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+export LC_ALL=C.UTF-8
+failed=no
+
+long() {
+    git ls-files -z -- "$@" | xargs -0 grep -nE '^.{101,}' /dev/null || true
+}
+# `file:line:` in front of the text is taken off before it is looked at.
+found=$(
+    long '*.md' | grep -vE '^[^:]+:[0-9]+: *\|' | grep -E '^[^:]+:[0-9]+: *[^ ]+ +[^ ]' || true
+    long '*.sh' '*.py' '.ci/run' 'Cargo.toml' 'crates/*/Cargo.toml' | grep -E '^[^:]+:[0-9]+: *#' || true
+    long '*.rs' | grep -E '^[^:]+:[0-9]+: *//' | grep -vE '^[^:]+:[0-9]+: *//[/!]? *\|' \
+        | grep -E '^[^:]+:[0-9]+: *//[/!]? *[^ ]+ +[^ ]' || true
+    long '*.rs' | grep -vE '^[^:]+:[0-9]+: *//' | grep -v '"' || true
+)
+if [ -n "$found" ]; then
+    echo "$found" | cut -c1-160
+    echo "these lines have more than 100 columns" >&2
+    failed=yes
+fi
+lines=$(wc -l < DESIGN.md)
+if [ "$lines" -gt 250 ]; then
+    echo "DESIGN.md has $lines lines, more than 250: what was measured belongs into docs/measurements.md" >&2
+    failed=yes
+fi
+while read -r lines file; do
+    [ "$file" = total ] || [ "$lines" -lt 500 ] || { echo "$file has $lines lines, not fewer than 500" >&2; failed=yes; }
+done < <(git ls-files -z -- 'src/*.rs' 'crates/*/src/*.rs' | xargs -0 wc -l)
+[ "$failed" = no ]
