@@ -53,6 +53,7 @@ pub(crate) struct Leaf<V> {
 }
 
 impl<V: Indexed> Leaf<V> {
+    /// A leaf without intervals.
     pub(super) const EMPTY: Self = Self {
         slack: 0,
         longest: 0,

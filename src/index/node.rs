@@ -142,6 +142,7 @@ pub(super) fn slack(starts: &[u64], lasts: impl Iterator<Item = u64>) -> u64 {
 }
 
 impl Inner {
+    /// A node without children.
     pub(super) const EMPTY: Self = Self {
         len: 0,
         slack: 0,

@@ -195,7 +195,8 @@ impl<M, X> ActiveSet<M, X> {
         }
     }
 
-    /// Returns the id with the present whereabouts of the invalidation: its place or the crowd.
+    /// Returns the id of the same invalidation with the place that it has now. The place is
+    /// [`PLACES`] if it is in the crowd.
     pub(crate) fn located(&self, id: Id) -> Id {
         if self.places.get(id.place()).is_some_and(|active| active.is(id)) {
             id
