@@ -1,101 +1,173 @@
-//! Asynchronous, multi-pass memory invalidation for drivers in user space.
+//! Stops every device from using memory before a program changes it, and waits for all devices at
+//! once.
 //!
-//! When a process's memory is unmapped, discarded or moved, every device that mapped it (a GPU, an
-//! RDMA or NVMe engine, io_uring, a virtual IOMMU) must stop using it before the memory is reused.
-//! Each device needs time for that: a TLB flush takes microseconds, the preemption of a context
-//! milliseconds. Who waits for one device after the other waits for the *sum*, and with eight GPUs
-//! that is eight times too long. This crate starts the work on all of them first and then waits for
-//! all at once, so that an invalidation takes as long as its slowest device. It is Linux's
-//! `mmu_interval_notifier` with the multi-pass patch, as an async library without a runtime of its
-//! own; the sequence semantics are the kernel's.
+//! A driver (of a GPU, an RDMA or NVMe engine, io_uring, a virtual IOMMU) registers the ranges of
+//! memory that its device has mapped, and the program invalidates a range before it unmaps,
+//! discards or moves it. The library first starts the work on all devices (TLB flushes, preemptions
+//! of contexts) and then joins it, so an invalidation takes as long as its slowest device and not
+//! as long as all of them together. It is Linux's `mmu_interval_notifier` in its multi-pass form,
+//! with the kernel's sequence semantics, as an async library that runs on any executor.
 //!
 //! ```text
-//!              first passes                    passes, joined                  guard held
-//!         ┌──────────────────────┐  ┌───────────────────────────────────┐  ┌──────────────┐
-//! gpu 0   │ zap, submit ─┐       │  │░░░░░░ TLB flush                   │  │              │
-//! gpu 1   │              └ zap ─┐│  │░░░░░░░░░░░░░░░░░░░░░░ preemption  │  │  the memory  │
-//! gpu 2   │                     └│  │░░░░ TLB flush                     │  │   changes    │
-//!         └──────────────────────┘  └───────────────────────────────────┘  └──────────────┘
-//! readers ─── collide ───────────── wait in read_begin ──────────────────────────────────── go on
+//!             first passes           passes, joined           guard held
+//!         ┌──────────────────┐  ┌─────────────────────────┐  ┌────────────┐
+//! gpu 0   │ zap ─┐           │  │░░░░░░ TLB flush         │  │            │
+//! gpu 1   │      └ zap ─┐    │  │░░░░░░░░░░░░░ preemption │  │ the memory │
+//! gpu 2   │             └ zap│  │░░░░ TLB flush           │  │  changes   │
+//!         └──────────────────┘  └─────────────────────────┘  └────────────┘
+//! readers ─── collide ───────── wait in read_begin ───────────────── go on
 //! ```
+//!
+//! 1. **First passes.** The library calls each driver whose range is concerned. The driver removes
+//!    (*zaps*) its device's mappings, starts the device's work, and returns a future, its *pass*.
+//! 2. **Passes.** The library polls the passes of all drivers until each device is done.
+//! 3. **Guard.** The program gets an [`InvalidationGuard`]. It changes the memory and drops the
+//!    guard.
+//!
+//! A *reader* is a driver that installs a mapping. Its check fails (it *collides*) if an
+//! invalidation came after it looked at the memory. Then it starts over.
 //!
 //! # A driver
 //! ```
-//! use shootdown::{AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+//! use shootdown::{
+//!     AddressRange, AddressSpace, DriverLock, Event, IntervalNotifier,
+//!     Invalidation, PassFuture, WouldBlock,
+//! };
 //!
 //! #[derive(Default)]
 //! struct Gpu { page_table: DriverLock<Vec<u64>> }
 //!
 //! impl IntervalNotifier for Gpu {
-//!     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-//!         self.page_table.lock_for(invalidation).clear();  // first pass: zap, and make readers retry
-//!         Ok(Some(PassFuture::new(flush_tlb())))           // waited for together with all other devices
+//!     fn invalidate(
+//!         &self,
+//!         invalidation: &Invalidation<'_>,
+//!     ) -> Result<Option<PassFuture>, WouldBlock> {
+//!         // The first pass: zap, and make readers start over.
+//!         self.page_table.lock_for(invalidation).clear();
+//!         // The pass: joined with those of all other devices.
+//!         Ok(Some(PassFuture::new(flush_tlb())))
 //!     }
 //! }
-//! # async fn flush_tlb() {}
+//!
+//! async fn flush_tlb() { /* resolves when the device is done */ }
 //!
 //! # futures::executor::block_on(async {
-//! let space = AddressSpace::new();
+//! let space = AddressSpace::new(); // the memory of one process or guest
 //! let range = AddressRange::new(0x7f00_0000_0000, 0x20_0000)?;
 //! let gpu = space.insert(range, Gpu::default())?;
 //!
-//! let guard = space.invalidate(range, Event::Unmap).await;  // no device uses the range now
-//! drop(guard);                                              // the memory has changed: readers go on
+//! let guard = space.invalidate(range, Event::Unmap).await;
+//! // No device uses the range now: unmap it.
+//! drop(guard); // readers go on
 //! # drop(gpu);
 //! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 //! ```
 //!
-//! The guide is in `docs`: writing a driver, the collision-retry loop, choosing between the
-//! notifier traits, executors and `no_std`, threads that wait, fences, cancellation, coming from
-//! the kernel, coming from libfabric or UCX.
+//! A program needs this crate, and an executor or none: every future also has `wait()`, which
+//! blocks a thread. Only drivers that read an [`Inbox`] with `StreamExt` need the crate `futures`.
 //!
-//! Tags such as S6, L2 or C4 are rules of the contract, `docs::contract`.
+//! The guide is in [`docs`]. Begin with [`docs::driver`].
+//!
+//! # Where to find what
+//! | you want to | use |
+//! | --- | --- |
+//! | write a driver | [`IntervalNotifier`], [`PassFuture`], [`AddressSpace::insert`], [`Subscription`] |
+//! | write it as one `async fn` | [`AsyncIntervalNotifier`] in [`AsyncNotifier`] |
+//! | write it as a task or a thread | [`AddressSpace::inbox`], [`Inbox`], [`Delivery`] |
+//! | install mappings that are never stale | [`DriverLock::mirror`], [`DriverLock::mirror_all`]; by hand [`Subscription::read_begin`] and [`read_retry`](Subscription::read_retry) |
+//! | wait for a device's fence | [`Timeline`], [`Reached`] |
+//! | invalidate memory before it changes | [`AddressSpace::invalidate`], [`Event`], [`AddressRange`], [`InvalidationGuard`] |
+//! | invalidate many ranges at once | [`AddressSpace::invalidate_all`], [`RangeSet`] |
+//! | invalidate without waiting | [`AddressSpace::try_invalidate`] |
+//! | own memory that is invalidated before it changes | [`source::OwnedMapping`] |
+//! | hear of memory that other code unmaps | [`source::Uffd`] |
+//! | keep registrations of memory with a device | [`cache::RegistrationCache`] |
+//! | wait on a thread | `wait()` of each future, [`Waitable`]; the guide's page [`threads`] |
+//! | see what is pending, and count | [`AddressSpace::active`], [`AddressSpace::stats`], [`Subscription::stats`] |
+//! | hear of errors that no caller gets | [`Builder::on_report`], [`Report`] |
+//! | give up a device that is dead | [`Subscription::fence`], [`AddressSpace::fence`] |
+//! | stop a driver | [`Subscription::remove`], [`Subscription::close`] |
+//! | end a space | [`AddressSpace::release`] |
+//! | test a driver | [`test_util`] |
+//! | mirror memory of another host | the guide's page [`hosts`](docs::hosts) |
+//! | know what is promised | [`docs::contract`]; tags such as C4 are its rules |
 //!
 //! # Features
-//! `std` (default): contending threads yield to the operating system, panics of driver code are
-//! caught and resumed in the caller, invalidations have an age, and threads can wait for every
-//! future with its `wait()`. Without it the crate is `no_std` + `alloc`; a panic of driver code
-//! that unwinds may then leave its range under invalidation, because there is nothing to catch it
-//! with.
+//! | feature | what it adds |
+//! | --- | --- |
+//! | `std` (default) | threads wait by [`wait()`](Waitable); panics of driver code are caught; invalidations have an age; locks yield to the operating system |
+//! | `mapping` (Unix) | [`source::OwnedMapping`]: memory that is invalidated before each system call that changes it |
+//! | `userfaultfd` (Linux) | [`source::Uffd`]: memory that other code unmaps; includes `mapping` |
+//! | `cache` | [`cache::RegistrationCache`]: registrations of memory with a device, kept and never stale |
+//! | `lease` | `Builder::valid_while`: a space whose readers are checked against a lease; `AddressSpace::pause` |
+//! | `tracing` | a span for each invalidation |
+//! | `metrics` | counters and histograms |
+//! | `test-util` | [`test_util`]: faults on demand for the tests of drivers |
 //!
-//! `tracing`: a span (`DEBUG`, target `shootdown`) for each invalidation, with its range, event,
-//! sequence and hits; inside it an event (`TRACE`) for each first pass and for each pass that is
-//! done, with its latency since the first pass was called. Driver code runs inside the span.
+//! Each feature except `test-util` and `lease` includes `std`. An item that needs a feature says
+//! so.
 //!
-//! `metrics`: through the `metrics` facade the counters `shootdown_invalidations_total` (by event),
-//! `shootdown_hits_total`, `shootdown_collisions_total`, `shootdown_retries_total`,
-//! `shootdown_waits_total`, `shootdown_lapses_total`, the gauge `shootdown_passes_pending`, and the
-//! histogram `shootdown_pass_latency_seconds` (by `notifier`, its [name](IntervalNotifier::name): a
-//! recorder keeps one for each, so a name says which device it is and not which buffer). With this
-//! feature a pass allocates for its label. Without either feature, [`AddressSpace::stats`] and
-//! [`Subscription::stats`] have the counts.
+//! **Without `std`** the crate is `no_std` + `alloc`. A panic of driver code cannot be caught then:
+//! one that unwinds may leave its range under invalidation.
 //!
-//! `cache`: the registration cache. `mapping` (Unix): memory that invalidates before it changes.
-//! `userfaultfd` (Linux): memory that somebody else unmaps; includes the other two.
+//! **`tracing`** makes a span (`DEBUG`, target `shootdown`) for each invalidation, with its range,
+//! event, sequence and hits. In it are events (`TRACE`): one for each first pass, and one for each
+//! pass that is done, with its latency since the first pass was called. Driver code runs inside the
+//! span.
 //!
-//! `test-util`: faults on demand for the tests of drivers, in `test_util`.
+//! **`metrics`** reports through the `metrics` facade. With this feature a pass allocates for its
+//! label. [`AddressSpace::stats`] and [`Subscription::stats`] have the counts without any feature.
+//!
+//! | name | kind |
+//! | --- | --- |
+//! | `shootdown_invalidations_total` | counter, by event |
+//! | `shootdown_hits_total` | counter |
+//! | `shootdown_collisions_total` | counter |
+//! | `shootdown_retries_total` | counter |
+//! | `shootdown_waits_total` | counter |
+//! | `shootdown_lapses_total` | counter |
+//! | `shootdown_passes_pending` | gauge |
+//! | `shootdown_pass_latency_seconds` | histogram, by `notifier`: its [name](IntervalNotifier::name) |
+//!
+//! A recorder keeps one histogram for each name. So a name should say which device it is, not which
+//! buffer.
+// Links to items whose feature is off lead to the table of features.
+#![cfg_attr(feature = "std", doc = "", doc = "[`threads`]: docs::threads")]
+#![cfg_attr(not(feature = "std"), doc = "", doc = "[`threads`]: #features")]
+#![cfg_attr(not(feature = "test-util"), doc = "", doc = "[`test_util`]: #features")]
+#![cfg_attr(not(feature = "cache"), doc = "", doc = "[`cache::RegistrationCache`]: #features")]
+#![cfg_attr(
+    not(all(feature = "mapping", unix)),
+    doc = "",
+    doc = "[`source::OwnedMapping`]: #features"
+)]
+#![cfg_attr(
+    not(all(feature = "userfaultfd", target_os = "linux")),
+    doc = "",
+    doc = "[`source::Uffd`]: #features"
+)]
 #![cfg_attr(not(feature = "std"), no_std)]
 
-// Map of the modules.
-// Each module uses only those below it.
+// Map of the modules. Each module uses only the modules below it (`tests/source_rules.rs`).
 //
 // | what | where |
 // | --- | --- |
-// | registrations of memory with a device, kept and never stale (feature `cache`) | `cache` |
-// | where invalidations come from: owned mappings, userfaultfd (features `mapping`, `userfaultfd`) | `source` |
-// | drivers: `DriverLock` with the collision-retry loop, `Inbox` for drivers that are tasks, `AsyncIntervalNotifier` | `mirror` |
+// | registrations of memory with a device (feature `cache`) | `cache` |
+// | sources of invalidations: owned mappings, userfaultfd (features `mapping`, `userfaultfd`) | `source` |
+// | drivers: `DriverLock` and the collision-retry loop, `Inbox`, `AsyncIntervalNotifier` | `mirror` |
 // | `AddressSpace`, `Subscription` | `space`, `subscription` |
-// | start, join, end; whoever waits helps: `Invalidate`, `InvalidationGuard`, `ReadBegin`, `Remove` | `engine` |
-// | what the features `tracing` and `metrics` are told | `observe` |
-// | a registered notifier in memory (all the `unsafe` there is, but for the system calls of `source`) | `entry` |
-// | what a driver implements and is told: `IntervalNotifier`, `Invalidation`, `PassFuture` | `notifier`, `pass` |
-// | the sequence protocol, a plain state machine | `protocol` |
-// | which intervals overlap a range, in order | `index` |
-// | every call of code that is not the library's, and what becomes of its panics: `Report`, `Callback` | `foreign` |
-// | what is counted: `NotifierStats` | `tally` |
+// | start, join and end of invalidations; waits: `Invalidate`, `InvalidationGuard`, `ReadBegin`, `Remove` | `engine` |
+// | spans and metrics (features `tracing`, `metrics`) | `observe` |
+// | memory of a registered notifier; all `unsafe` code except the system calls of `source` | `entry` |
+// | the traits and values of a driver: `IntervalNotifier`, `Invalidation`, `PassFuture` | `notifier`, `pass` |
+// | the sequence protocol: a state machine without locks and wakers | `protocol` |
+// | the intervals that overlap a range, in order | `index` |
+// | every call of foreign code and the handling of its panics: `Report`, `Callback` | `foreign` |
+// | event counters: `NotifierStats` | `tally` |
 // | fences: `Timeline`, `Reached` | `timeline` |
 // | futures that a child of `fork` leaves to its parent (rule M4) | `fork` |
 // | threads that wait: `Waitable`, each `wait()` | `block` |
+// | locks, atomics and clocks of the platform or of a model checker | `sync` |
 // | `AddressRange`, `RangeSet`, `Event` | `range`, `event` |
 
 extern crate alloc;

@@ -1,4 +1,4 @@
-//! A registered notifier, as its driver holds it.
+//! The driver's handle of a registered notifier.
 #![forbid(unsafe_code)]
 
 use crate::engine::Shared;
@@ -16,13 +16,39 @@ use alloc::borrow::Cow;
 use core::fmt;
 use core::ops::Deref;
 
-/// A notifier that watches a range of an address space: the kernel's
+/// Keeps a notifier registered for a range of an address space: the kernel's
 /// `struct mmu_interval_notifier`.
 ///
-/// Made by [`AddressSpace::insert`](crate::AddressSpace::insert); dereferences to the notifier.
-/// Dropping it ends the subscription without waiting: no call begins any more, but one that runs on
-/// another thread may still be running, and passes that are pending still complete. To wait for
-/// both, and to get the notifier back, use [`remove`](Self::remove).
+/// [`AddressSpace::insert`](crate::AddressSpace::insert) makes it, and it dereferences to the
+/// notifier. Readers call [`read_begin`](Self::read_begin) and [`read_retry`](Self::read_retry), or
+/// pass it to [`DriverLock::mirror`](crate::DriverLock::mirror).
+///
+/// # Dropping
+/// The drop removes the notifier and does not wait. No call begins any more. A call on another
+/// thread may still run, and pending passes still complete. [`remove`](Self::remove) waits for both
+/// and returns the notifier.
+///
+/// ```
+/// # use shootdown::*;
+/// # struct Gpu;
+/// # impl IntervalNotifier for Gpu {
+/// #     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+/// #         invalidation.set_seq();
+/// #         Ok(None)
+/// #     }
+/// # }
+/// # futures::executor::block_on(async {
+/// # let space = AddressSpace::new();
+/// let range = AddressRange::new(0x1000, 0x1000)?;
+/// let gpu: Subscription<Gpu> = space.insert(range, Gpu)?;
+///
+/// let sequence = gpu.read_begin().await;
+/// drop(space.invalidate(range, Event::Clear).await);
+/// assert!(gpu.read_retry(sequence)); // invalidated since
+///
+/// let _gpu: Gpu = gpu.remove().await;
+/// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+/// ```
 #[must_use = "dropping a subscription removes the notifier at once: keep it as long as the device may use the range"]
 pub struct Subscription<N: IntervalNotifier> {
     registered: Registered<N>,
@@ -33,42 +59,55 @@ impl<N: IntervalNotifier> Subscription<N> {
         Self { registered: Registered::new(space, entry) }
     }
 
-    /// What the notifier watches.
+    /// Returns the range that the notifier watches.
     pub fn range(&self) -> AddressRange {
         self.registered.entry.range
     }
 
-    /// What tells this subscription from all others of the space, also in
-    /// [lists of what is pending](crate::ActiveInvalidation::pending_ids).
+    /// Returns the id of this subscription, which no other subscription of the space has.
+    ///
+    /// [Lists of pending passes](crate::ActiveInvalidation::pending_ids) have it, and
+    /// [`AddressSpace::fence`](crate::AddressSpace::fence) takes it.
     pub fn id(&self) -> NotifierId {
         NotifierId(self.registered.entry.order.load(Ordering::Relaxed))
     }
 
-    /// The notifier's own sequence at this moment, without waiting. For diagnostics: readers use
-    /// [`read_begin`](Self::read_begin).
+    /// Returns the notifier's own sequence at this moment, for diagnostics.
+    ///
+    /// It does not wait. Readers use [`read_begin`](Self::read_begin).
     pub fn sequence(&self) -> Sequence {
         Sequence(self.registered.entry.own.sequence())
     }
 
-    /// Begins a read-side section: returns the notifier's own sequence as it was on entry, once
-    /// there has been a moment since then at which no active invalidation covered the notifier
-    /// (R1). Takes no lock unless it has to wait (R3).
+    /// Begins a read-side section: returns the sequence that [`read_retry`](Self::read_retry)
+    /// checks.
     ///
-    /// Look at the memory, prepare the mapping, then check the sequence with
-    /// [`read_retry`](Self::read_retry) *under the driver's lock* and install:
-    /// [`DriverLock::install`](crate::DriverLock::install) does the second half,
-    /// [`DriverLock::mirror`](crate::DriverLock::mirror) the whole loop.
+    /// The result is the notifier's own sequence as it was on entry. The future resolves once there
+    /// has been a moment since entry at which no active invalidation covered the notifier ([R1]). It
+    /// takes no lock unless it has to wait ([R3]). It waits only for invalidations that cover this
+    /// notifier ([L2]), and back-to-back invalidations of the range do not hold it up for ever.
     ///
-    /// It waits for invalidations that cover this notifier only (L2), and back-to-back
-    /// invalidations of its range do not hold it up for ever.
+    /// Afterwards, look at the memory and prepare the mapping. Then check the sequence *under the
+    /// driver's lock* and install the mapping.
+    /// [`DriverLock::install`](crate::DriverLock::install) checks and installs;
+    /// [`DriverLock::mirror`](crate::DriverLock::mirror) is the whole loop. The guide's page
+    /// [`retry_loop`](crate::docs::retry_loop) explains it.
+    ///
+    /// [L2]: crate::docs::contract#l-life-cycle-and-progress-stronger-than-the-kernel
+    /// [R1]: crate::docs::contract#r-readers
+    /// [R3]: crate::docs::contract#r-readers
     #[inline]
     pub fn read_begin(&self) -> ReadBegin<'_> {
         ReadBegin::new(&self.registered.space, self.registered.entry.erase())
     }
 
-    /// Whether the notifier was invalidated since `read_begin` returned `sequence` (R2): then what
-    /// was read may be stale, and the reader starts over. Call it under the lock that the first
-    /// pass takes, together with installing the mapping.
+    /// Returns whether the notifier was invalidated since `read_begin` returned `sequence` ([R2]).
+    ///
+    /// If `true`, the memory that was read may be stale, and the reader starts over. Call it under
+    /// the lock that the first pass takes, in the same critical section that installs the mapping.
+    /// It is always `true` after [`close`](Self::close).
+    ///
+    /// [R2]: crate::docs::contract#r-readers
     #[inline]
     pub fn read_retry(&self, sequence: Sequence) -> bool {
         #[cfg(feature = "test-util")]
@@ -76,7 +115,8 @@ impl<N: IntervalNotifier> Subscription<N> {
             self.registered.space.collided(&self.registered.entry);
             return true;
         }
-        // The gate first: whoever finds it open sees what was invalidated while it was closed.
+        // The gate first: a reader that finds it open sees every invalidation from the time in
+        // which it was closed.
         let Registered { space, entry, .. } = &self.registered;
         let open = !space.gate.is_closed_now();
         if open && entry.own.is_stable_at(sequence.0) {
@@ -85,23 +125,29 @@ impl<N: IntervalNotifier> Subscription<N> {
         space.collides(entry, sequence, open)
     }
 
-    /// Whether [`close`](Self::close) was called: nothing tells the driver of invalidations any
-    /// more, so no check succeeds.
+    /// Returns whether [`close`](Self::close) or [`fence`](Self::fence) was called.
+    ///
+    /// The driver is not told of invalidations any more then, so no check succeeds.
     #[inline]
     pub fn is_closed(&self) -> bool {
         self.registered.entry.own.is_closed()
     }
 
-    /// What happened to the notifier so far. Only what waits or fails is counted, so a reader that
-    /// does neither pays nothing for it; the first count of each notifier allocates its counters,
-    /// 24 bytes.
+    /// Returns the counts of what happened to the notifier so far.
+    ///
+    /// Only waits and failures are counted, so a reader without them pays nothing. The first count
+    /// of each notifier allocates its counters, 24 bytes.
+    /// [`AddressSpace::stats`](crate::AddressSpace::stats) has the counts of the whole space.
     pub fn stats(&self) -> NotifierStats {
         self.registered.entry.stats()
     }
 
-    /// Makes the `n`-th check from now on, counted from 1, say that the notifier was invalidated,
-    /// whether it was or not; 0 takes that back. It is an answer that every reader must expect, so
-    /// it needs no lock.
+    /// Makes the `n`-th [`read_retry`](Self::read_retry) from now on return `true`.
+    ///
+    /// `n` counts from 1; 0 cancels it. Every reader must expect this answer, so the call needs no
+    /// lock. For other faults see [`test_util`](crate::test_util).
+    ///
+    /// Needs feature `test-util`.
     #[cfg(feature = "test-util")]
     pub fn collide_on(&self, n: u32) {
         self.registered.entry.own.collide_on.store(n, Ordering::Relaxed);
@@ -114,57 +160,69 @@ impl<N: IntervalNotifier> Subscription<N> {
         left.fetch_update(Ordering::Relaxed, Ordering::Relaxed, count_down) == Ok(1)
     }
 
-    /// Takes the notifier out of the space, in the call. Stop the device before: from now on nobody
-    /// tells it that memory goes away, and nobody waits for it. No mapping can be installed any
-    /// more, because every [`read_retry`](Self::read_retry) is true.
+    /// Takes the notifier out of the space, in the call itself, and keeps the subscription.
     ///
-    /// In detail: invalidations that start from now on do not call it, and calls that have not
-    /// begun do not begin. The returned future waits until no call and no pass of it is under way
-    /// (L1), as [`remove`](Self::remove) does, but leaves the subscription in place: for drivers
-    /// that share it with readers. May be called again.
+    /// **Stop the device before.** From now on it is not told that memory goes away, and no
+    /// invalidation waits for it. No mapping can be installed any more, because every
+    /// [`read_retry`](Self::read_retry) is true.
+    ///
+    /// Invalidations that start from now on do not call the notifier, and calls that have not begun
+    /// do not begin. The returned future waits until no call and no pass of it is running ([L1]). Use
+    /// it for a subscription that is shared with readers; otherwise use [`remove`](Self::remove).
+    /// It may be called again.
+    ///
+    /// [L1]: crate::docs::contract#l-life-cycle-and-progress-stronger-than-the-kernel
     pub fn close(&self) -> Close<'_> {
         Close::new(&self.registered.space, self.registered.entry.erase())
     }
 
-    /// Says that the device is cut off from the memory: it was reset, lost its bus mastering or its
-    /// IOMMU domain, or is gone, so that **nothing of it can reach the memory any more**. The way
-    /// out for a device that never answers (L5). To be called by its driver or by an operator; who
-    /// says so of a device that still runs corrupts memory.
+    /// Ends the notifier's passes, because its device is cut off from the memory ([L5]).
     ///
-    /// In the call the notifier is [closed](Self::close), and its passes that are pending are over:
-    /// they are dropped unfinished, and whoever waited for them goes on. A pass that another thread
-    /// polls at this moment is dropped as soon as that returns, and one that a first pass leaves
-    /// that runs at this moment after one more poll at most; one whose poll never returns cannot be
-    /// ended. Passes of other notifiers are not polled here. May be called from anywhere, also from
-    /// a pass of the notifier itself, and again.
+    /// **Nothing of the device may reach the memory any more**: it was reset, lost its bus
+    /// mastering or its IOMMU domain, or is gone. To fence a device that still runs corrupts
+    /// memory. The driver or an operator calls this for a device that never answers.
     ///
-    /// Counted ([`Stats::fences`](crate::Stats::fences)) and reported
-    /// ([`Report::Fenced`](crate::Report::Fenced)). [`remove`](Self::remove) gives the notifier
-    /// back afterwards; a device that works again is registered anew. Returns how many passes were
-    /// pending.
+    /// The call [closes](Self::close) the notifier and drops its pending passes unfinished. All
+    /// that waited for them goes on. Two passes end later:
+    /// - A pass that another thread polls at this moment is dropped when that poll returns. If the
+    ///   poll never returns, the pass cannot be ended.
+    /// - A pass of a first pass that runs at this moment is dropped after one more poll at most.
+    ///
+    /// Passes of other notifiers are not polled here. It may be called from anywhere, also from a
+    /// pass of the notifier itself, and again. It returns how many passes were pending.
+    ///
+    /// A fence is counted ([`Stats::fences`](crate::Stats::fences)) and reported
+    /// ([`Report::Fenced`](crate::Report::Fenced)). Afterwards [`remove`](Self::remove) returns the
+    /// notifier. Insert a device that works again anew.
+    /// [`AddressSpace::fence`](crate::AddressSpace::fence) does the same by ids.
     ///
     /// # Panics
-    /// A panic in the drop of a pass goes on in the caller of its invalidation (C5), not here.
+    /// A panic in the drop of a pass is resumed in the caller of its invalidation ([C5]), not here.
+    ///
+    /// [C5]: crate::docs::contract#c-cancellation-panics-stalls
+    /// [L5]: crate::docs::contract#l-life-cycle-and-progress-stronger-than-the-kernel
     pub fn fence(&self) -> usize {
         self.registered.space.fence(self.registered.entry.erase())
     }
 
-    /// Ends the subscription (stop the device before) and waits until the notifier is neither
-    /// called nor has a pass pending; returns it (L1).
+    /// Ends the subscription, waits until the notifier is quiet, and returns it ([L1]).
     ///
-    /// The removal itself happens in the call: invalidations that start afterwards do not call the
-    /// notifier. The future waits for this notifier's own calls and passes, and drives the latter;
-    /// guards that somebody holds do not keep it waiting.
+    /// **Stop the device before.** The removal happens in the call: invalidations that start
+    /// afterwards do not call the notifier. The future waits for this notifier's own calls and
+    /// passes, and drives the passes. A held [`InvalidationGuard`](crate::InvalidationGuard) does
+    /// not keep it waiting.
+    ///
+    /// [L1]: crate::docs::contract#l-life-cycle-and-progress-stronger-than-the-kernel
     pub fn remove(self) -> Remove<N> {
         Remove::new(self.registered)
     }
 
-    /// What the notifier calls itself; without a panic of that (F1).
+    /// Returns the notifier's name. A panic of `name` is counted and not resumed (F1).
     pub(crate) fn notifier_name(&self) -> Cow<'static, str> {
         self.registered.entry.erase().name(&self.registered.space.host.losses)
     }
 
-    /// Waits until something has happened since the notifier had this sequence.
+    /// Waits until the notifier was invalidated or closed since it had this sequence.
     pub(crate) fn hit(&self, sequence: Sequence) -> Hit<'_> {
         Hit::new(&self.registered.space, self.registered.entry.erase(), sequence)
     }

@@ -1,12 +1,17 @@
-//! Faults on demand, for the tests of drivers (feature `test-util`).
+//! Injects faults into drivers, for their tests.
 //!
-//! The rare paths of a driver (a collision just before it installs, a device that takes its time, a
-//! refusal, a pass that panics) are where its bugs are. [`Faulty`] wraps any notifier and makes its
-//! first passes and passes misbehave; [`Subscription::collide_on`](crate::Subscription::collide_on)
-//! makes the check of the collision-retry loop fail. Neither takes a lock of the driver nor touches
-//! what it protects: a forced collision is an answer of the check itself, which the driver makes
-//! under whichever lock it uses. So injection cannot be used with the wrong lock, and every fault
-//! is one that can really happen.
+//! A driver's bugs are in its rare paths: a collision just before it installs, a device that is
+//! slow, a refusal, a pass that panics.
+//!
+//! - [`Faulty`] wraps a notifier and makes its first passes and passes misbehave.
+//! - [`Subscription::collide_on`](crate::Subscription::collide_on) makes the check of the
+//!   collision-retry loop fail.
+//!
+//! Neither takes a lock of the driver, nor touches what it protects. A forced collision is an
+//! answer of the check itself, under whichever lock the driver uses. So it works with any lock, and
+//! every fault is one that can really happen.
+//!
+//! Needs feature `test-util`.
 //!
 //! ```
 //! # use shootdown::*;
@@ -52,30 +57,34 @@ use core::ops::Deref;
 use core::task::Poll;
 use futures::task::AtomicWaker;
 
-/// A notifier with faults on demand; dereferences to the notifier.
+/// Wraps a notifier, which then fails on demand; dereferences to the notifier.
 ///
-/// Each fault is for one call of the first pass, in the order in which they were asked for. A
-/// refusal waits for the next non-blockable invalidation, the others for the next call that is not
-/// refused.
+/// Each fault is for one call of the first pass, in the order in which the faults were requested. A
+/// refusal is for the next non-blockable invalidation. Each other fault is for the next call that
+/// is not refused. The [module](self) has an example.
 pub struct Faulty<N> {
     notifier: N,
+    /// The requested faults, in order. The lock is never held while the notifier runs.
     faults: Lock<VecDeque<Fault>>,
 }
 
 enum Fault {
+    /// The call returns `WouldBlock`; the notifier is not called.
     Refuse,
+    /// The pass waits for the gate. The [`Delay`] has its other handle.
     Delay(Arc<Gate>),
     PanicInFirstPass,
     PanicInPass,
 }
 
+/// Holds one pass up until `open` is set.
 #[derive(Default)]
 struct Gate {
     open: AtomicBool,
     waker: AtomicWaker,
 }
 
-/// A pass that is held up; [`end`](Self::end) it, or drop this, to let it go on.
+/// Holds a pass up until it is [ended](Self::end) or dropped: made by [`Faulty::delay_next`].
 #[must_use = "dropped, it holds nothing up"]
 pub struct Delay(Arc<Gate>);
 
@@ -98,40 +107,47 @@ impl fmt::Debug for Delay {
 }
 
 impl<N> Faulty<N> {
-    /// A notifier without faults so far.
+    /// Wraps `notifier`, without any fault so far.
     pub fn new(notifier: N) -> Self {
         Self { notifier, faults: Lock::new(VecDeque::new()) }
     }
 
-    /// The notifier.
+    /// Returns the notifier.
     pub fn into_inner(self) -> N {
         self.notifier
     }
 
-    /// Refuses the next non-blockable first pass: the notifier is not called (B2).
+    /// Makes the next non-blockable first pass refuse ([B2]). The notifier is not called.
+    ///
+    /// [B2]: crate::docs::contract#b-blocking-and-non-blocking
     pub fn refuse_next(&self) {
         self.faults.lock().push_back(Fault::Refuse);
     }
 
-    /// Calls the notifier, then holds its pass up until the [`Delay`] is ended. One that has no
-    /// pass gets one.
+    /// Holds up the pass of the next call until the [`Delay`] is ended.
+    ///
+    /// The notifier is called. If it returns no pass, the call gets one that waits for the delay.
     pub fn delay_next(&self) -> Delay {
         let gate = Arc::new(Gate::default());
         self.faults.lock().push_back(Fault::Delay(gate.clone()));
         Delay(gate)
     }
 
-    /// Calls the notifier, then panics in the first pass (C5).
+    /// Makes the next first pass panic after it has called the notifier ([C5]).
+    ///
+    /// [C5]: crate::docs::contract#c-cancellation-panics-stalls
     pub fn panic_next_first_pass(&self) {
         self.faults.lock().push_back(Fault::PanicInFirstPass);
     }
 
-    /// Calls the notifier, then panics when its pass is polled (C5).
+    /// Makes the pass of the next call panic when it is polled ([C5]). The notifier is called.
+    ///
+    /// [C5]: crate::docs::contract#c-cancellation-panics-stalls
     pub fn panic_next_pass(&self) {
         self.faults.lock().push_back(Fault::PanicInPass);
     }
 
-    /// The fault that this call is for.
+    /// Takes the first fault that fits this call.
     fn fault(&self, blockable: bool) -> Option<Fault> {
         let mut faults = self.faults.lock();
         let fits = |fault: &Fault| !(blockable && matches!(fault, Fault::Refuse));

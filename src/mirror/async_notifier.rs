@@ -1,4 +1,4 @@
-//! Notifiers whose invalidation is one `async fn`.
+//! Drivers whose invalidation is one `async fn`.
 
 use crate::foreign::Inline;
 use crate::notifier::{IntervalNotifier, Invalidation, InvalidationInfo, WouldBlock};
@@ -12,11 +12,12 @@ use core::ops::Deref;
 use core::pin::Pin;
 use core::task::{Context, Waker};
 
-/// A driver whose invalidation is one `async fn`: its first poll is the first pass, the rest is the
-/// pass future. Register it as [`AsyncNotifier`].
+/// Handles an invalidation in one `async fn`: its first poll is the first pass, the rest is the
+/// pass.
 ///
-/// Costs an allocation a call, for the future. Choose [`IntervalNotifier`] where that matters,
-/// [`Inbox`](crate::Inbox) where a task handles invalidations one after the other.
+/// Wrap the driver in [`AsyncNotifier`] to insert it. Each call allocates the future. Choose
+/// [`IntervalNotifier`] where that matters, and [`Inbox`](crate::Inbox) where a task handles
+/// invalidations.
 ///
 /// ```
 /// # use shootdown::*;
@@ -26,8 +27,11 @@ use core::task::{Context, Waker};
 /// # impl Gpu { async fn flush(&self, _: AddressRange) {} }
 /// impl AsyncIntervalNotifier for Gpu {
 ///     async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo) {
-///         self.page_table.lock().retain(|page| !invalidation.range.contains(*page)); // first pass: do not wait before this
-///         self.flush(invalidation.range).await;
+///         let range = invalidation.range;
+///         // The first pass: do not wait before this.
+///         self.page_table.lock().retain(|page| !range.contains(*page));
+///         // The pass.
+///         self.flush(range).await;
 ///     }
 /// }
 /// # futures::executor::block_on(async {
@@ -39,47 +43,52 @@ use core::task::{Context, Waker};
 /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 /// ```
 pub trait AsyncIntervalNotifier: Send + Sync + 'static {
-    /// Decides, without waiting, whether the invalidation concerns the device, before `invalidate`
-    /// is called.
+    /// Decides, without waiting, whether the invalidation concerns the device.
     ///
-    /// Returns `Ok(true)` after [`set_seq`](Invalidation::set_seq), which is what it does unless it
-    /// is written otherwise. To leave the device alone (S4) return `Ok(false)` without it; then
-    /// `invalidate` is not called.
+    /// It runs before [`invalidate`](Self::invalidate). The default calls
+    /// [`set_seq`](Invalidation::set_seq) and returns `Ok(true)`. To leave the device alone, return
+    /// `Ok(false)` without `set_seq` ([S4]); then `invalidate` is not called.
     ///
-    /// The sequence may be set here, before the driver's lock is taken, because two things hold: it
-    /// never goes back, also when first passes of two invalidations set it at the same time (S4);
-    /// and `invalidate` zaps under the driver's lock *afterwards*. A reader that checks under that
-    /// lock before the zap and installs is zapped; one that checks after it collides. A driver that
-    /// zaps in `begin` has to take its lock first.
+    /// The sequence may be set here, before the driver's lock is taken, for two reasons:
+    /// - The sequence never goes back, also when the first passes of two invalidations set it at
+    ///   the same time ([S4]).
+    /// - `invalidate` zaps under the driver's lock *afterwards*. If a reader checks under that lock
+    ///   before the zap, its mapping is zapped. If it checks after the zap, it collides.
+    ///
+    /// A driver that zaps in `begin` must take its lock first.
     ///
     /// # Errors
-    /// [`WouldBlock`] to refuse a non-blockable invalidation.
+    /// Return [`WouldBlock`] to refuse a non-blockable invalidation.
+    ///
+    /// [S4]: crate::docs::contract#s-sequence
     fn begin(&self, invalidation: &Invalidation<'_>) -> Result<bool, WouldBlock> {
         invalidation.set_seq();
         Ok(true)
     }
 
-    /// Stops the device from using the range. Up to the first await that is not ready it runs as
-    /// the first pass: take the driver lock and zap the mappings before that.
+    /// Stops the device from using the range.
     ///
-    /// A driver writes `async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo)`.
+    /// A driver writes `async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo)`. Up to
+    /// the first await that is not ready, it runs as the first pass. Take the driver's lock and zap
+    /// the mappings before that. The rules of a pass hold for the rest: see the guide's page
+    /// [`driver`](crate::docs::driver).
     fn invalidate(
         self: Arc<Self>,
         invalidation: InvalidationInfo,
     ) -> impl Future<Output = ()> + Send + 'static;
 
-    /// As [`IntervalNotifier::name`].
+    /// Returns the name of the driver: see [`IntervalNotifier::name`].
     fn name(&self) -> Cow<'static, str> {
         Cow::Borrowed(core::any::type_name::<Self>())
     }
 }
 
-/// Makes an [`AsyncIntervalNotifier`] an [`IntervalNotifier`]; dereferences to it.
+/// Makes an [`AsyncIntervalNotifier`] an [`IntervalNotifier`]; dereferences to the driver's `Arc`.
 #[must_use = "nothing calls the notifier before it is inserted into a space"]
 pub struct AsyncNotifier<A: ?Sized>(Arc<A>);
 
 impl<A: AsyncIntervalNotifier> AsyncNotifier<A> {
-    /// Wraps a driver, or an `Arc` of one.
+    /// Wraps a driver, or an `Arc` of a driver.
     pub fn new(driver: impl Into<Arc<A>>) -> Self {
         Self(driver.into())
     }
@@ -93,13 +102,11 @@ impl<A: AsyncIntervalNotifier> IntervalNotifier for AsyncNotifier<A> {
         if !self.0.begin(invalidation)? {
             return Ok(None);
         }
-        // What the future waits for is waited for by the pass that it becomes, not by this call
-        // (F3).
+        // F3: if the future waits, its pass waits, and not this call.
         let _inline = Inline::enter();
         let mut pass: Pin<Box<dyn Future<Output = ()> + Send>> =
             Box::pin(self.0.clone().invalidate(invalidation.info()));
-        // The engine polls it again with a waker of its own, so that nothing that happens in
-        // between is lost.
+        // No wake-up is lost: the engine polls the pass again, with a waker of its own.
         let first = pass.as_mut().poll(&mut Context::from_waker(Waker::noop()));
         Ok(first.is_pending().then(|| PassFuture::from(pass)))
     }

@@ -1,4 +1,4 @@
-//! The tasks that wait for the stream of an inbox.
+//! The wakers of tasks that wait for the stream of an inbox.
 
 use crate::foreign::TaskWaker;
 use crate::sync::Arc;
@@ -6,37 +6,40 @@ use alloc::collections::VecDeque;
 use alloc::vec::Vec;
 use core::task::Waker;
 
-/// Tasks that wait for the stream.
+/// The tasks that wait for the stream.
 ///
-/// A `&Inbox` is a stream, so nobody says when such a task goes. There is room for few: when one
-/// more comes the oldest is woken and forgotten. If it is still there it comes back, which shows
-/// that more are alive, and there is more room (A5).
+/// `&Inbox` is a stream, so a task that goes away does not say so. The set is bounded, so that such
+/// tasks leave nothing behind (A5). When it is full, the oldest task is woken and forgotten. If
+/// that task is alive, it polls again and comes back, and the bound grows.
 #[derive(Default)]
 pub(super) struct Consumers {
+    /// The tasks to wake, oldest first; at most `room` of them.
     waiting: VecDeque<Arc<TaskWaker>>,
-    /// Those that were forgotten last, to tell who comes back.
+    /// The tasks that were forgotten last, to recognise one that comes back.
     forgotten: VecDeque<Arc<TaskWaker>>,
+    /// The bound of `waiting`; at least [`FEW_CONSUMERS`] once a task waits.
     room: usize,
-    /// How often one was forgotten since there was more room.
+    /// The number of tasks that were forgotten since `room` was last doubled.
     count: usize,
 }
 
-/// There is room for as many tasks, at least.
+/// The least bound of waiting tasks.
 const FEW_CONSUMERS: usize = 8;
-/// As many are remembered of those that were forgotten.
+/// The bound of remembered tasks among those that were forgotten.
 const REMEMBERED: usize = 32;
-/// After so many turns of all that are known there is more room in any case: more than can be
-/// remembered may be waking each other.
+/// The bound doubles after this many turns of all known tasks. More tasks than are remembered may
+/// be alive then and wake each other in turn, without one being recognised.
 const MANY_TURNS: usize = 256;
 
 impl Consumers {
+    /// Takes all waiting tasks, to be woken outside of the lock.
     pub(super) fn take(&mut self) -> Vec<Arc<TaskWaker>> {
         self.room = self.waiting.len();
         core::mem::take(&mut self.waiting).into()
     }
 
-    /// One more waits. Returns who is to be woken, and others that are to be dropped outside of the
-    /// lock.
+    /// Adds a task. Returns the task to wake, if there is one, and tasks to drop; both outside of
+    /// the lock.
     #[must_use]
     pub(super) fn add(
         &mut self,
@@ -67,6 +70,7 @@ impl Consumers {
     }
 }
 
+/// Wakes the tasks. No lock is held.
 pub(super) fn wake(tasks: Vec<Arc<TaskWaker>>) {
     tasks.iter().for_each(|task| task.rouse());
 }

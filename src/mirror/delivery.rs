@@ -1,4 +1,4 @@
-//! What waits to be handled by a driver that is a task, and what it has taken.
+//! The queue of an inbox, and the deliveries that its task has taken.
 #![forbid(unsafe_code)]
 
 use crate::event::Event;
@@ -12,43 +12,51 @@ use alloc::vec::Vec;
 use core::fmt;
 use slab::Slab;
 
-/// What waits to be handled.
+/// The queue of an inbox. Its lock is inside the driver lock where both are held.
 #[derive(Default)]
 pub(super) struct Post {
-    /// Invalidations whose pass is pending.
+    /// One letter for each invalidation whose pass exists.
     pub(super) letters: Slab<Letter>,
-    /// Those that wait to be taken, in order.
+    /// Keys of the letters that wait to be taken, in order.
     pub(super) queue: VecDeque<usize>,
     pub(super) consumers: Consumers,
-    /// No further invalidation comes: the inbox was removed, or the space released.
+    /// Set when the inbox is closed or the space released. The stream ends when all letters are
+    /// done.
     pub(super) closing: bool,
-    /// The stream has ended, or the inbox is gone: nobody handles what comes now.
+    /// Set when the stream has ended or the inbox is dropped. Later invalidations leave no pass.
     pub(super) ended: bool,
+    /// The serial of the last letter.
     pub(super) serial: u64,
 }
 
+/// One invalidation, as long as its pass exists. It is queued, taken, or done.
 pub(super) struct Letter {
     pub(super) info: InvalidationInfo,
+    /// Tells it from later letters with the same key.
     pub(super) serial: u64,
     pub(super) deliveries: u32,
-    /// It is in the queue.
+    /// Set while its key is in the queue; clear while a [`Delivery`] has it.
     pub(super) queued: bool,
+    /// Set when `done()` was called or the inbox was dropped: its pass is ready.
     pub(super) done: bool,
+    /// The task that polled its pass last.
     pub(super) task: Option<Arc<TaskWaker>>,
 }
 
-/// What a delivery needs of the inbox that it comes from, whatever the driver's mappings are.
+/// The desk of an inbox, without the type of the driver's mappings.
 pub(super) trait Counter: Send + Sync {
     fn post(&self) -> &Lock<Post>;
-    /// Whether this thread holds the driver lock.
+    /// Returns whether this thread holds the driver lock.
     fn is_held_here(&self) -> bool;
 }
 
-/// An invalidation that the driver's task has taken from its [`Inbox`](crate::Inbox); call
-/// [`done`](Self::done) when the device has stopped using the range.
+/// Holds an invalidation that the driver's task has taken from its [`Inbox`](crate::Inbox).
 ///
-/// Dropped without that it goes back to the head of the queue. While it is held, readers of the
-/// range wait: see [`Inbox`](crate::Inbox#what-the-task-must-not-wait-for).
+/// Call [`done`](Self::done) when the device has stopped using the range. Until then readers of the
+/// range wait: see [`Inbox`](crate::Inbox#what-the-task-must-not-wait-for). If it is dropped
+/// without `done`, it goes back to the head of the queue ([A2]).
+///
+/// [A2]: crate::docs::contract#a-drivers-that-are-tasks
 #[must_use = "the invalidation waits until `done` is called; dropped, it is delivered again"]
 pub struct Delivery {
     desk: Arc<dyn Counter>,
@@ -59,12 +67,12 @@ pub struct Delivery {
 }
 
 impl Post {
-    /// The letter that a delivery stands for, unless its pass is gone or done.
+    /// Returns the letter of a delivery, unless its pass is gone or done.
     pub(super) fn letter(&mut self, letter: usize, serial: u64) -> Option<&mut Letter> {
         self.letters.get_mut(letter).filter(|letter| letter.serial == serial && !letter.done)
     }
 
-    /// Whether nothing is left to be handled and nothing will come.
+    /// Returns whether all letters are done and no further one comes.
     pub(super) fn is_over(&self) -> bool {
         self.closing && self.letters.iter().all(|(_, letter)| letter.done)
     }
@@ -81,45 +89,55 @@ impl Delivery {
         Self { desk, letter, serial, info, deliveries }
     }
 
-    /// What is invalidated, from the first address to the last one.
+    /// Returns the range that is invalidated, from the first address to the last one.
     pub fn range(&self) -> AddressRange {
         self.info.range
     }
 
-    /// What is invalidated, without the gaps: see
-    /// [`Invalidation::ranges`](crate::Invalidation::ranges).
+    /// Returns the ranges that are invalidated, without the gaps between them.
+    ///
+    /// See [`Invalidation::ranges`](crate::Invalidation::ranges).
     pub fn ranges(&self) -> &[AddressRange] {
         self.info.ranges()
     }
 
-    /// Why.
+    /// Returns the reason.
     pub fn event(&self) -> Event {
         self.info.event
     }
 
-    /// Returns whether the memory may have changed already (M7): then nothing may be written back
-    /// to it. See [`Invalidation::is_late`](crate::Invalidation::is_late).
+    /// Returns whether the memory may have changed already ([M7]).
+    ///
+    /// If `true`, nothing may be written back to it. See
+    /// [`Invalidation::is_late`](crate::Invalidation::is_late).
+    ///
+    /// [M7]: crate::docs::contract#m-memory-sources
     pub fn is_late(&self) -> bool {
         self.info.late
     }
 
-    /// All that the first pass was told.
+    /// Returns all that the first pass was told.
     pub fn info(&self) -> InvalidationInfo {
         self.info.clone()
     }
 
-    /// How often it has been delivered, this time included: above 1, a handler may have begun
-    /// already (A2).
+    /// Returns how often it was delivered, this time included ([A2]).
+    ///
+    /// If it is above 1, an earlier handler may have begun its work.
+    ///
+    /// [A2]: crate::docs::contract#a-drivers-that-are-tasks
     pub fn deliveries(&self) -> u32 {
         self.deliveries
     }
 
-    /// The device has stopped using the range: completes the pass.
+    /// Completes the pass: the device has stopped using the range ([A1]).
     ///
     /// # Panics
-    /// When called inside [`with`](crate::Inbox::with) or [`install`](crate::Inbox::install) of its
-    /// own inbox: what it wakes may need the lock that is held there. The delivery then goes back
-    /// to the head of the queue.
+    /// Panics inside [`with`](crate::Inbox::with) or [`install`](crate::Inbox::install) of its own
+    /// inbox, because a task that it wakes may need the lock that is held there. The delivery then
+    /// goes back to the head of the queue.
+    ///
+    /// [A1]: crate::docs::contract#a-drivers-that-are-tasks
     pub fn done(self) {
         assert!(
             !self.desk.is_held_here(),
@@ -137,7 +155,7 @@ impl Delivery {
             task.rouse();
         }
         wake(consumers);
-        // The drop that follows finds it done.
+        // The drop of `self` finds the letter done, and does nothing.
     }
 }
 

@@ -9,13 +9,14 @@ use core::future::Future;
 use core::ops::{Deref, DerefMut};
 use core::time::Duration;
 
-/// The kernel's `user_lock` around the driver's device mappings `T`, with the discipline built in.
+/// Protects the driver's device mappings `T`: the kernel's `user_lock`, with its rules built in.
 ///
-/// In a first pass [`lock_for`](Self::lock_for) locks *and* sets the sequence; a reader gets at `T`
-/// to install a mapping only through [`install`](Self::install), which locks, checks `read_retry`,
-/// and refuses if the mapping would be stale. One lock may serve several subscriptions, such as all
-/// mirrored ranges of one GPU. Drivers with a lock of their own call [`Invalidation::set_seq`] and
-/// [`Subscription::read_retry`] under it instead.
+/// - A first pass calls [`lock_for`](Self::lock_for), which locks *and* sets the sequence.
+/// - A reader calls [`mirror`](Self::mirror) or [`mirror_all`](Self::mirror_all). Their last step,
+///   [`install`](Self::install), locks, checks `read_retry`, and refuses a stale mapping.
+///
+/// One lock may serve several subscriptions, such as all mirrored ranges of one GPU. A driver may
+/// use a lock of its own: see the guide's page [`retry_loop`](crate::docs::retry_loop).
 ///
 /// It blocks the thread, so hold it for short. With `std` a waiting thread spins for some
 /// microseconds and then sleeps; without `std` it spins. A panic of the holder does not poison the
@@ -25,12 +26,15 @@ pub struct DriverLock<T> {
     raw: RawLock<T>,
 }
 
-/// Access to what a [`DriverLock`] protects. Not `Send` with `std`: do not hold it across an await.
+/// Gives access to the mappings of a [`DriverLock`] until it is dropped.
+///
+/// Do not hold it across an await. With `std` it is not `Send`.
 #[must_use = "dropping the guard unlocks at once"]
 pub struct DriverGuard<'a, T>(RawGuard<'a, T>);
 
-/// A mapping could not be installed: the notifier was invalidated since `read_begin` (R2), or its
-/// subscription was closed. Start over with `read_begin`, unless it was closed.
+/// Tells that a mapping was not installed, because it was invalidated since `read_begin`.
+///
+/// Start over with `read_begin`, unless the subscription [was closed](Subscription::is_closed).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Collision;
 
@@ -42,32 +46,33 @@ impl fmt::Display for Collision {
 
 impl core::error::Error for Collision {}
 
-/// How long [`DriverLock::mirror`] goes on after collisions. A step that is under way is never
-/// interrupted: the budget is looked at only when an invalidation has made an installation fail.
+/// Bounds how often and how long [`DriverLock::mirror`] starts over after collisions.
+///
+/// It is checked only after a collision, so a running step is never interrupted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RetryBudget {
-    /// How often to start over.
+    /// The greatest number of retries.
     pub retries: u32,
-    /// How long after the first `read_begin` to start over, at most; no bound without a clock
+    /// The longest time from the first `read_begin` to a retry. It is no bound without a clock
     /// (`std` or [`Builder::clock`](crate::Builder::clock)).
     pub time: Option<Duration>,
 }
 
 impl RetryBudget {
-    /// A bound on the number of retries only.
+    /// Bounds the number of retries only.
     pub const fn retries(retries: u32) -> Self {
         Self { retries, time: None }
     }
 }
 
 impl Default for RetryBudget {
-    /// 1,000 retries within one second, the kernel's `HMM_RANGE_DEFAULT_TIMEOUT`.
+    /// Allows 1,000 retries within one second, the kernel's `HMM_RANGE_DEFAULT_TIMEOUT`.
     fn default() -> Self {
         Self { retries: 1000, time: Some(Duration::from_secs(1)) }
     }
 }
 
-/// How much of a [`RetryBudget`] is used up.
+/// Counts how much of a [`RetryBudget`] is used up.
 pub(super) struct Tries {
     budget: RetryBudget,
     retries: u32,
@@ -75,12 +80,12 @@ pub(super) struct Tries {
 }
 
 impl Tries {
-    /// The clock is asked only when there is a bound on the time and a collision.
+    /// Begins to count. Reads the clock only if the budget bounds the time.
     pub(super) fn begin(budget: RetryBudget, now: impl FnOnce() -> Option<Duration>) -> Self {
         Self { budget, retries: 0, began: budget.time.and_then(|_| now()) }
     }
 
-    /// Starts over, if it may.
+    /// Counts a retry, or returns the error if the budget is used up.
     pub(super) fn again<E>(
         &mut self,
         now: impl FnOnce() -> Option<Duration>,
@@ -96,20 +101,20 @@ impl Tries {
     }
 }
 
-/// Why [`DriverLock::mirror`] gave up.
+/// Tells why [`DriverLock::mirror`] or [`DriverLock::mirror_all`] gave up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum MirrorError<E> {
     /// Every attempt collided with an invalidation until the [`RetryBudget`] was used up.
     RetriesExhausted {
-        /// How often it started over.
+        /// The number of retries.
         retries: u32,
-        /// How long it took in all, where there is a clock.
+        /// The time since it began. `None` without a clock or without a bound on the time.
         elapsed: Option<Duration>,
     },
-    /// The subscription was closed: no mapping can be installed for it any more.
+    /// The subscription was closed. No mapping can be installed for it any more.
     Closed,
-    /// The prepare step failed.
+    /// `prepare` failed with this error.
     Prepare(E),
 }
 
@@ -138,7 +143,7 @@ impl<E: fmt::Display> fmt::Display for MirrorError<E> {
 impl<E: core::error::Error + 'static> core::error::Error for MirrorError<E> {
     fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
         match self {
-            // Its own text stands in this one.
+            // The text of `error` is a part of this text, so the chain goes on behind it.
             Self::Prepare(error) => error.source(),
             Self::Closed | Self::RetriesExhausted { .. } => None,
         }
@@ -146,7 +151,7 @@ impl<E: core::error::Error + 'static> core::error::Error for MirrorError<E> {
 }
 
 impl<T> DriverLock<T> {
-    /// A lock around the driver's mappings.
+    /// Makes a lock around the driver's mappings.
     #[cfg(not(any(loom, shuttle)))]
     pub const fn new(mappings: T) -> Self {
         Self { raw: RawLock::new(mappings) }
@@ -158,16 +163,18 @@ impl<T> DriverLock<T> {
         Self { raw: RawLock::new(mappings) }
     }
 
-    /// The mappings, without the lock.
+    /// Returns the mappings.
     pub fn into_inner(self) -> T {
         self.raw.into_inner()
     }
 
-    /// Locks to look at the mappings or to remove some. To install one, use
-    /// [`install`](Self::install); in a first pass, [`lock_for`](Self::lock_for).
+    /// Locks the mappings, to look at them or to remove some.
+    ///
+    /// To install a mapping, use [`install`](Self::install). In a first pass, use
+    /// [`lock_for`](Self::lock_for).
     ///
     /// # Panics
-    /// When this thread holds the lock already, which would never end (with `std`).
+    /// Panics if this thread holds the lock already (with `std`). Without `std` it spins for ever.
     #[inline]
     pub fn lock(&self) -> DriverGuard<'_, T> {
         match self.raw.lock() {
@@ -176,14 +183,16 @@ impl<T> DriverLock<T> {
         }
     }
 
-    /// Whether this thread holds the lock.
+    /// Returns whether this thread holds the lock. Always `false` without `std`.
     #[inline]
     pub(crate) fn is_held_here(&self) -> bool {
         self.raw.is_held_here()
     }
 
-    /// In a first pass: locks, and sets the notifier's own sequence, so that readers that began
-    /// before will collide (S4, R2).
+    /// Locks in a first pass, and sets the notifier's own sequence.
+    ///
+    /// Readers that began before then collide ([R2](crate::docs::contract#r-readers)). Zap the
+    /// mappings while you hold the guard. It panics as [`lock`](Self::lock) does.
     #[inline]
     pub fn lock_for(&self, invalidation: &Invalidation<'_>) -> DriverGuard<'_, T> {
         let guard = self.lock();
@@ -192,17 +201,19 @@ impl<T> DriverLock<T> {
         guard
     }
 
-    /// Locks, checks that the notifier was not invalidated since `read_begin` returned `sequence`,
-    /// and runs `install`, all in one.
+    /// Locks, checks the sequence, and runs `install`, in one critical section.
+    ///
+    /// The check is that the notifier was not invalidated since `read_begin` returned `sequence`
+    /// ([R2](crate::docs::contract#r-readers)).
     ///
     /// # Errors
-    /// [`Collision`] when it was; then nothing ran.
+    /// Returns [`Collision`] if it was. Then `install` does not run.
     ///
     /// # Panics
-    /// In debug builds when the notifier's first pass takes another [`DriverLock`] with
-    /// [`lock_for`](Self::lock_for) and not this one: such a check could miss an invalidation. (Not
-    /// known before the first invalidation, and not checked for a first pass that takes several.)
-    /// When this thread holds the lock already.
+    /// Panics if this thread holds the lock already (with `std`). In debug builds, panics if the
+    /// notifier's first pass takes another [`DriverLock`] with [`lock_for`](Self::lock_for) and not
+    /// this one, because such a check could miss an invalidation. (The lock is not known before the
+    /// first invalidation. A first pass that takes several locks is not checked.)
     pub fn install<N: IntervalNotifier, R>(
         &self,
         subscription: &Subscription<N>,
@@ -212,7 +223,7 @@ impl<T> DriverLock<T> {
         self.install_if(subscription, sequence, |_| true, install)
     }
 
-    /// [`install`](Self::install) if what the lock protects is `open` to it, besides.
+    /// Installs as [`install`](Self::install) does, if `open` also allows it under the lock.
     pub(crate) fn install_if<N: IntervalNotifier, R>(
         &self,
         subscription: &Subscription<N>,
@@ -229,13 +240,15 @@ impl<T> DriverLock<T> {
         }
     }
 
-    /// The whole collision-retry loop of a mirroring driver: `read_begin`; `prepare`, which looks
-    /// at the memory and may wait for it; then lock, check and `install`, or start over when an
-    /// invalidation came in between.
+    /// Mirrors memory: the whole collision-retry loop of a driver.
     ///
-    /// `prepare` runs on each try, `install` at most once, with what `prepare` resolved to. What
-    /// may fail belongs into `prepare`; a `prepare` that cannot fail resolves to
-    /// `Ok::<_, Infallible>(…)`.
+    /// 1. It awaits [`read_begin`](Subscription::read_begin).
+    /// 2. It awaits `prepare`, which looks at the memory and may wait for it.
+    /// 3. It locks, checks the sequence, and runs `install`. After a collision it starts over.
+    ///
+    /// `prepare` runs on each try. `install` runs at most once, with the result of `prepare`. Put
+    /// work that can fail into `prepare`. A `prepare` that cannot fail resolves to
+    /// `Ok::<_, Infallible>(…)`. For several ranges see [`mirror_all`](Self::mirror_all).
     ///
     /// ```
     /// # use shootdown::*;
@@ -263,12 +276,15 @@ impl<T> DriverLock<T> {
     /// ```
     ///
     /// # Errors
-    /// [`MirrorError::Prepare`] with the first error of `prepare`;
-    /// [`MirrorError::RetriesExhausted`] when the budget is used up; [`MirrorError::Closed`] when
-    /// the subscription was closed.
+    /// - [`MirrorError::Prepare`] with the first error of `prepare`.
+    /// - [`MirrorError::RetriesExhausted`] when the budget is used up.
+    /// - [`MirrorError::Closed`] when the subscription was closed.
+    ///
+    /// # Panics
+    /// Panics for the same misuses as [`install`](Self::install).
     ///
     /// # Cancel safety
-    /// May be dropped at any moment: nothing is installed then unless it has resolved.
+    /// May be dropped at any moment. Nothing is installed unless it has resolved.
     pub fn mirror<N, P, E, F, R>(
         &self,
         subscription: &Subscription<N>,
@@ -283,7 +299,7 @@ impl<T> DriverLock<T> {
         Waitable::new(self.mirror_if(subscription, budget, |_| true, prepare, install))
     }
 
-    /// [`mirror`](Self::mirror) as long as what the lock protects is `open` to it.
+    /// Mirrors as [`mirror`](Self::mirror) does, as long as `open` allows it under the lock.
     pub(crate) async fn mirror_if<N, P, E, F, R>(
         &self,
         subscription: &Subscription<N>,
@@ -319,7 +335,7 @@ impl<T> DriverLock<T> {
         }
     }
 
-    /// Panics in debug builds when the first pass is known to take another lock.
+    /// Panics in debug builds if the first pass is known to take another lock.
     pub(super) fn assert_locked_by_first_pass_of<N: IntervalNotifier>(
         &self,
         subscription: &Subscription<N>,
@@ -331,7 +347,7 @@ impl<T> DriverLock<T> {
         );
     }
 
-    /// What tells this lock from others.
+    /// Returns the address, which identifies this lock.
     fn address(&self) -> usize {
         core::ptr::from_ref(self).addr()
     }

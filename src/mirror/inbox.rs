@@ -1,4 +1,4 @@
-//! Drivers that are tasks: invalidations as a stream.
+//! Drivers that are tasks or threads: invalidations as a stream (A).
 
 use crate::block::Waitable;
 use crate::engine::futures::read::ReadBegin;
@@ -22,13 +22,16 @@ use core::pin::Pin;
 use core::task::{Context, Poll};
 use futures::stream::Stream;
 
-/// A notifier whose invalidations are handled by a task: registered like any other, and a
-/// [`Stream`] on the driver's side.
+/// Delivers invalidations to a task or thread, as a [`Stream`]: made by [`AddressSpace::inbox`].
 ///
-/// Its first pass, under its driver lock, sets the sequence and queues the invalidation; its pass
-/// is done when the task has called [`done`](Delivery::done) on what it took from the stream (A1).
-/// Several may be taken and completed in any order. What is dropped without `done()`, because the
-/// task was cancelled or panicked, is delivered again, first in the queue (A2).
+/// It is a notifier like any other. Its first pass takes its driver lock, sets the sequence and
+/// queues the invalidation. The task takes a [`Delivery`] from the stream, stops the device, and
+/// calls [`done`](Delivery::done), which completes the pass ([A1]). It may take several deliveries
+/// and complete them in any order. A delivery that is dropped without `done()`, because the task
+/// was cancelled or panicked, is delivered again, first in the queue ([A2]).
+///
+/// The inbox also has the read side of the driver: [`mirror`](Self::mirror), or
+/// [`read_begin`](Self::read_begin) and [`install`](Self::install).
 ///
 /// ```
 /// # use shootdown::*;
@@ -41,38 +44,47 @@ use futures::stream::Stream;
 ///
 /// let driver = async {
 ///     while let Some(invalidation) = inbox.next().await {
-///         inbox.with(|mappings| mappings.retain(|page| !invalidation.range().contains(*page)));
-///         flush(invalidation.range()).await;
+///         let range = invalidation.range();
+///         inbox.with(|pages| pages.retain(|page| !range.contains(*page)));
+///         flush(range).await;
 ///         invalidation.done();
 ///     }
 /// };
 /// let program = async {
 ///     drop(space.invalidate(range, Event::Unmap).await);
-///     space.release().await; // ends the stream, once all of it has been handled
+///     space.release().await; // ends the stream after the last delivery
 /// };
 /// futures::join!(driver, program);
 /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 /// ```
 ///
-/// The stream ends after [`release`](AddressSpace::release) or [`close`](Self::close), and not
-/// because the handles of the space are gone: the inbox keeps the space itself, and so do guards,
-/// futures, memory sources and caches, any of which may still invalidate. A program that is done
-/// with a space releases it.
+/// # The end of the stream
+/// The stream ends after [`release`](AddressSpace::release) or [`close`](Self::close), when all
+/// deliveries are done ([A4]). It does not end when the program drops its handles of the space. The
+/// inbox keeps the space itself, and so do guards, futures, memory sources and caches, any of which
+/// may still invalidate. A program that is done with a space releases it.
 ///
 /// # What the task must not wait for
-/// An invalidation is pending until `done()` is called for it. A task that has taken one and then
-/// awaits what needs it to be over, before `done()`, waits for itself, for ever and in silence: a
-/// [`read_begin`](Self::read_begin) or [`mirror`](Self::mirror) of this inbox or of another driver
-/// of the same range, a [`close`](Self::close), an invalidation. So does one that waits for a task
-/// that does. The library cannot see it, because a delivery may be completed by any task. Call
-/// `done()` first, or mirror in a task of its own.
+/// An invalidation is pending until `done()` is called. Between the two, the task must not await
+/// - a [`read_begin`](Self::read_begin) or [`mirror`](Self::mirror) of this inbox, or of another
+///   driver of the same range,
+/// - a [`close`](Self::close),
+/// - an invalidation,
+/// - another task that waits for one of these.
+///
+/// Such a wait is for itself, and never ends. The library cannot see it, because any task may
+/// complete a delivery. Call `done()` first, or mirror in another task.
 ///
 /// # Dropping
-/// Dropping the inbox ends the subscription and completes what is pending: by that the driver says
-/// that its device maps the range no longer (A4). To handle first what is pending, call
+/// The drop ends the subscription and completes all pending passes. It says that the device does
+/// not map the range any more ([A4]). To handle pending invalidations first, call
 /// [`close`](Self::close) and go on until the stream ends. A task that stops before the stream has
-/// ended, after [`Event::Release`] for instance, drops the inbox: the next invalidation waits for
-/// it otherwise.
+/// ended, for instance after [`Event::Release`], must drop the inbox. Otherwise the next
+/// invalidation waits for it.
+///
+/// [A1]: crate::docs::contract#a-drivers-that-are-tasks
+/// [A2]: crate::docs::contract#a-drivers-that-are-tasks
+/// [A4]: crate::docs::contract#a-drivers-that-are-tasks
 #[must_use = "dropping an inbox ends its subscription at once: keep it as long as the device may use the range"]
 pub struct Inbox<T: Send + 'static> {
     subscription: Subscription<InboxNotifier<T>>,
@@ -85,12 +97,12 @@ struct InboxNotifier<T> {
     name: Cow<'static, str>,
 }
 
-/// What the inbox, its notifier, its passes and its deliveries share.
+/// The state that the inbox, its notifier, its passes and its deliveries share.
 struct Desk<T> {
-    /// The driver lock of the inbox. First passes and installs hold it; so does whoever ends the
-    /// stream, so that nothing is installed afterwards (A5).
+    /// The driver lock of the inbox. First passes and installs hold it. It is also held while the
+    /// stream is ended, so that nothing is installed afterwards (A5).
     mappings: DriverLock<T>,
-    /// Inside the driver lock where both are held.
+    /// Taken inside the driver lock where both are held.
     post: Lock<Post>,
     losses: Arc<Losses>,
 }
@@ -142,7 +154,7 @@ impl<T: Send + 'static> Future for InboxPass<T> {
     type Output = ();
 
     fn poll(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
-        // Cloned and dropped outside of the lock.
+        // C8: wakers are cloned and dropped outside of the lock.
         let task = TaskWaker::new(cx.waker(), &self.desk.losses);
         let _old = {
             let mut post = self.desk.post.lock();
@@ -170,67 +182,75 @@ impl<T: Send + 'static> Drop for InboxPass<T> {
 }
 
 impl<T: Send + 'static> Inbox<T> {
-    /// What is watched.
+    /// Returns the range that the inbox watches.
     pub fn range(&self) -> AddressRange {
         self.subscription.range()
     }
 
-    /// Locks the driver's mappings to look at them or to remove some. To install one use
-    /// [`install`](Self::install).
+    /// Locks the driver's mappings, to look at them or to remove some.
+    ///
+    /// To install a mapping, use [`install`](Self::install).
     ///
     /// # Panics
-    /// When this thread is in `with` or `install` of the same inbox already: one lock cannot be
-    /// taken twice.
+    /// Panics if this thread is in `with` or `install` of the same inbox already, because one lock
+    /// cannot be taken twice.
     pub fn with<R>(&self, look: impl FnOnce(&mut T) -> R) -> R {
         look(&mut self.desk.mappings.lock())
     }
 
-    /// What tells its subscription from all others of the space, also in
-    /// [lists of what is pending](crate::ActiveInvalidation::pending_ids).
+    /// Returns the id of its subscription: see [`Subscription::id`].
     pub fn id(&self) -> NotifierId {
         self.subscription.id()
     }
 
-    /// What it is called in those lists: see [`AddressSpace::named_inbox`].
+    /// Returns its name in lists of pending passes: see [`AddressSpace::named_inbox`].
     pub fn name(&self) -> &str {
         &self.subscription.name
     }
 
-    /// What has happened to it so far, as [`Subscription::stats`] says it.
+    /// Returns the counts of what happened to it so far: see [`Subscription::stats`].
     pub fn stats(&self) -> NotifierStats {
         self.subscription.stats()
     }
 
-    /// How many invalidations wait to be taken from the stream.
+    /// Returns how many invalidations wait to be taken from the stream.
     pub fn queued(&self) -> usize {
         self.desk.post.lock().queue.len()
     }
 
-    /// Whether the stream has ended, or [`close`](Self::close) was called: nothing can be
-    /// installed any more (A5).
+    /// Returns whether the stream has ended or [`close`](Self::close) was called ([A5]).
+    ///
+    /// Nothing can be installed any more then.
+    ///
+    /// [A5]: crate::docs::contract#a-drivers-that-are-tasks
     pub fn is_closed(&self) -> bool {
         self.subscription.is_closed() || self.desk.post.lock().ended
     }
 
-    /// Begins a read-side section, as [`Subscription::read_begin`] does.
+    /// Begins a read-side section: see [`Subscription::read_begin`].
     pub fn read_begin(&self) -> ReadBegin<'_> {
         self.subscription.read_begin()
     }
 
-    /// Whether an invalidation has come since `read_begin` returned `sequence`, as
-    /// [`Subscription::read_retry`] does.
+    /// Returns whether an invalidation has come since `read_begin` returned `sequence`.
+    ///
+    /// See [`Subscription::read_retry`].
     pub fn read_retry(&self, sequence: Sequence) -> bool {
         self.subscription.read_retry(sequence)
     }
 
-    /// Locks, checks and installs in one, as [`DriverLock::install`] does.
+    /// Locks, checks and installs in one critical section: see [`DriverLock::install`].
     ///
     /// # Errors
-    /// [`Collision`] when an invalidation has come since `read_begin`, whether the task has handled
-    /// it yet or not (A1), and always when the inbox [is closed](Self::is_closed) (A5).
+    /// Returns [`Collision`] if an invalidation has come since `read_begin`, whether the task has
+    /// handled it or not ([A1]), and always if the inbox [is closed](Self::is_closed) ([A5]). Then
+    /// `install` does not run.
     ///
     /// # Panics
-    /// When this thread is in `with` or `install` of the same inbox already.
+    /// Panics if this thread is in `with` or `install` of the same inbox already.
+    ///
+    /// [A1]: crate::docs::contract#a-drivers-that-are-tasks
+    /// [A5]: crate::docs::contract#a-drivers-that-are-tasks
     pub fn install<R>(
         &self,
         sequence: Sequence,
@@ -244,15 +264,36 @@ impl<T: Send + 'static> Inbox<T> {
         )
     }
 
-    /// The whole collision-retry loop, as [`DriverLock::mirror`] does it.
+    /// Mirrors memory: the whole collision-retry loop, as in [`DriverLock::mirror`].
+    ///
+    /// Do not await it in the task that handles deliveries, before `done()`.
+    ///
+    /// ```
+    /// # use shootdown::*;
+    /// # async fn pin(address: u64) -> Result<u64, std::io::Error> { Ok(address) }
+    /// # futures::executor::block_on(async {
+    /// # let space = AddressSpace::new();
+    /// # let range = AddressRange::new(0x1000, 0x1000)?;
+    /// let inbox = space.inbox(range, Vec::<u64>::new())?;
+    /// inbox
+    ///     .mirror(
+    ///         RetryBudget::default(),
+    ///         |_sequence| pin(0x1000),
+    ///         |pages, page| pages.push(page),
+    ///     )
+    ///     .await?;
+    /// # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
+    /// ```
     ///
     /// # Errors
-    /// [`MirrorError::Prepare`] with the first error of `prepare`;
-    /// [`MirrorError::RetriesExhausted`] when the budget is used up; [`MirrorError::Closed`]
-    /// after [`close`](Self::close) and after the stream has ended (A5).
+    /// - [`MirrorError::Prepare`] with the first error of `prepare`.
+    /// - [`MirrorError::RetriesExhausted`] when the budget is used up.
+    /// - [`MirrorError::Closed`] after [`close`](Self::close), and after the stream has ended ([A5]).
     ///
     /// # Cancel safety
-    /// May be dropped at any moment: nothing is installed then unless it has resolved.
+    /// May be dropped at any moment. Nothing is installed unless it has resolved.
+    ///
+    /// [A5]: crate::docs::contract#a-drivers-that-are-tasks
     pub fn mirror<P, E, F, R>(
         &self,
         budget: RetryBudget,
@@ -271,9 +312,13 @@ impl<T: Send + 'static> Inbox<T> {
         ))
     }
 
-    /// Ends the subscription in the call: invalidations that start from now on are not queued. The
-    /// future waits until what is pending has been handled, so somebody has to go on with the
-    /// stream, which ends after that (A4). Nothing can be installed any more.
+    /// Ends the subscription, in the call itself.
+    ///
+    /// Invalidations that start from now on are not queued, and nothing can be installed any more.
+    /// The future waits until pending invalidations have been handled. So a task must go on with
+    /// the stream, which ends after the last of them ([A4]).
+    ///
+    /// [A4]: crate::docs::contract#a-drivers-that-are-tasks
     pub fn close(&self) -> Close<'_> {
         let close = self.subscription.close();
         let consumers = {
@@ -285,8 +330,9 @@ impl<T: Send + 'static> Inbox<T> {
         close
     }
 
+    /// Takes the next delivery, or registers the task. `None` ends the stream (A4).
     pub(super) fn poll_delivery(&self, cx: &mut Context<'_>) -> Poll<Option<Delivery>> {
-        // Cloned and dropped outside of the lock.
+        // C8: wakers are cloned and dropped outside of the lock.
         let task = TaskWaker::new(cx.waker(), &self.desk.losses);
         let changed = {
             let mut post = self.desk.post.lock();
@@ -307,7 +353,7 @@ impl<T: Send + 'static> Inbox<T> {
                 drop(post);
                 return self.end_stream().map_or_else(
                     || {
-                        // Something has come between the two locks.
+                        // An invalidation came between the two locks: poll again.
                         task.rouse();
                         Poll::Pending
                     },
@@ -323,8 +369,8 @@ impl<T: Send + 'static> Inbox<T> {
         Poll::Pending
     }
 
-    /// A4, A5: the stream ends, unless something has come. Under the driver lock, so that nothing
-    /// is installed afterwards.
+    /// Ends the stream (A4). Returns `None` if an invalidation has come. Holds the driver lock, so
+    /// that nothing is installed afterwards (A5).
     fn end_stream(&self) -> Option<()> {
         {
             let _mappings = self.desk.mappings.lock();
@@ -350,7 +396,7 @@ impl<T: Send> Counter for Desk<T> {
 }
 
 impl<T> Desk<T> {
-    /// Whether something may be installed. Under the driver lock.
+    /// Returns whether mappings may be installed. The caller holds the driver lock.
     fn is_open(&self) -> bool {
         !self.post.lock().ended
     }
@@ -364,7 +410,8 @@ impl<T: Send + 'static> Stream for Inbox<T> {
     }
 }
 
-/// So that a task can take from the stream while others read: `(&inbox).next()`.
+/// Lets a task take from the stream while others read: `(&inbox).next()`. In an `Arc`:
+/// `(&*inbox).next()`.
 impl<T: Send + 'static> Stream for &Inbox<T> {
     type Item = Delivery;
 
@@ -402,11 +449,12 @@ impl<T: Send + 'static> fmt::Debug for Inbox<T> {
 }
 
 impl AddressSpace {
-    /// Registers a driver that is a task, with its mappings `T` under a driver lock of the inbox's
-    /// own.
+    /// Registers a driver that is a task or a thread: see [`Inbox`].
+    ///
+    /// The inbox keeps the driver's mappings under a driver lock of its own.
     ///
     /// # Errors
-    /// [`InsertError`], with the mappings in it, after [`release`](Self::release).
+    /// Returns [`InsertError`], with the mappings in it, after [`release`](Self::release).
     pub fn inbox<T: Send + 'static>(
         &self,
         range: AddressRange,
@@ -415,10 +463,13 @@ impl AddressSpace {
         self.named_inbox(range, mappings, Cow::Borrowed(core::any::type_name::<Inbox<T>>()))
     }
 
-    /// [`inbox`](Self::inbox) with a name for lists of what is pending (C6).
+    /// Registers a driver as [`inbox`](Self::inbox) does, with a name for lists of pending passes
+    /// ([C6]).
     ///
     /// # Errors
-    /// [`InsertError`], with the mappings in it, after [`release`](Self::release).
+    /// Returns [`InsertError`], with the mappings in it, after [`release`](Self::release).
+    ///
+    /// [C6]: crate::docs::contract#c-cancellation-panics-stalls
     pub fn named_inbox<T: Send + 'static>(
         &self,
         range: AddressRange,
@@ -434,7 +485,8 @@ impl AddressSpace {
             Ok(subscription) => Ok(Inbox { subscription, desk }),
             Err(error) => {
                 drop(error);
-                // Released just now: the notifier was the only other one who knew the desk.
+                // Released since the check above. The notifier had the only other handle of the
+                // desk.
                 match Arc::try_unwrap(desk) {
                     Ok(desk) => Err(InsertError::new(desk.mappings.into_inner())),
                     Err(_) => unreachable!("the notifier was dropped with the error"),

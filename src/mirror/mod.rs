@@ -1,5 +1,5 @@
-//! The driver's side: how it mirrors memory without ever installing a stale mapping, and other
-//! forms that a notifier can have.
+//! The driver's side: the collision-retry loop, and drivers that are an `async fn`, a task or a
+//! thread.
 #![forbid(unsafe_code)]
 
 pub(crate) mod async_notifier;

@@ -1,4 +1,4 @@
-//! The next delivery of an inbox, for a task or a thread.
+//! The future of `Inbox::recv`.
 #![forbid(unsafe_code)]
 
 use crate::mirror::delivery::Delivery;
@@ -8,16 +8,23 @@ use core::future::Future;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
-/// The future of [`Inbox::recv`].
+/// Waits for the next delivery of an inbox: the future of [`Inbox::recv`].
+///
+/// It resolves to `None` when the stream has ended ([A4]). Several may wait at once.
 ///
 /// # Cancel safety
-/// May be dropped at any moment, and several may wait at once: what is queued stays queued until a
-/// poll has returned it.
+/// May be dropped at any moment. An invalidation stays queued until a poll has returned it.
+///
+/// [A4]: crate::docs::contract#a-drivers-that-are-tasks
 #[must_use = "nothing is taken before the future is polled"]
 pub struct Recv<'a, T: Send + 'static>(&'a Inbox<T>);
 
 impl<T: Send + 'static> Recv<'_, T> {
-    /// Blocks the thread until there is a delivery, or `None` when there will be no more (W1).
+    /// Blocks the thread until there is a delivery, and returns it ([W1]).
+    ///
+    /// Returns `None` when the stream has ended. Needs feature `std`.
+    ///
+    /// [W1]: crate::docs::contract#w-threads-that-wait
     #[cfg(feature = "std")]
     pub fn wait(self) -> Option<Delivery> {
         crate::block::wait(self)
@@ -25,10 +32,10 @@ impl<T: Send + 'static> Recv<'_, T> {
 }
 
 impl<T: Send + 'static> Inbox<T> {
-    /// Takes the next delivery, as the stream's `next` does, by a shared reference: `None` when the
-    /// stream has ended (A4).
+    /// Takes the next delivery, by a shared reference; `None` when the stream has ended ([A4]).
     ///
-    /// A driver that is a thread:
+    /// It does what `next` of the stream does, without `futures::StreamExt`. This is a driver that
+    /// is a thread:
     /// ```
     /// # use shootdown::*;
     /// # fn zap(_range: AddressRange) {}
@@ -47,6 +54,8 @@ impl<T: Send + 'static> Inbox<T> {
     /// });
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
+    ///
+    /// [A4]: crate::docs::contract#a-drivers-that-are-tasks
     pub fn recv(&self) -> Recv<'_, T> {
         Recv(self)
     }

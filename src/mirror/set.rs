@@ -1,4 +1,4 @@
-//! Mirroring several ranges at once (G).
+//! The collision-retry loop of several ranges at once: `DriverLock::mirror_all` (G).
 #![forbid(unsafe_code)]
 
 use super::driver_lock::{DriverLock, MirrorError, RetryBudget, Tries};
@@ -13,23 +13,25 @@ use core::future::Future;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
-/// What was prepared for one of the ranges.
+/// The result of `prepare` for one range, until it is installed or hit.
 struct Prepared<'a, P> {
     sequence: Sequence,
     found: P,
-    /// A pass of its notifier may wait for what was found, so it goes at the next invalidation,
-    /// whatever else is waited for meanwhile.
+    /// Resolves at the next invalidation of the range. Then `found` is dropped at once, because a
+    /// pass of the notifier may wait for that (G2).
     hit: Hit<'a>,
 }
 
-/// A set in the making.
+/// The ranges of one `mirror_all`, and what is prepared for each. `prepared` has the order of
+/// `subscriptions`; `None` is a range that must be prepared.
 struct Set<'s, 'a, N: IntervalNotifier, P> {
     subscriptions: &'s [&'a Subscription<N>],
     prepared: Vec<Option<Prepared<'a, P>>>,
 }
 
 impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
-    /// Drops what was hit. With the task's waker, so that it is polled when more is.
+    /// Drops the results whose ranges were hit. Registers the task, so that it is polled at the
+    /// next hit.
     fn drop_what_was_hit(&mut self, cx: &mut Context<'_>) {
         for (subscription, prepared) in self.subscriptions.iter().zip(&mut self.prepared) {
             if let Some(hit) = prepared.take_if(|prepared| prepared.hit.poll(cx).is_ready()) {
@@ -39,9 +41,10 @@ impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
         }
     }
 
-    /// `read_begin` of those for which nothing is prepared, until all of them have a sequence that
-    /// is good: who was hit while another one was waited for has prepared nothing that could be
-    /// stale. Those that are prepared are as good as they were (G2).
+    /// Begins to read every range that is not prepared. Returns their places and sequences, all of
+    /// which are good at the same moment. A range that is hit while another one is waited for
+    /// begins again; nothing was prepared for it. Prepared ranges stay good until they are hit
+    /// (G2).
     async fn begin(&mut self) -> Vec<(usize, Sequence)> {
         enum Step<'a> {
             Prepared,
@@ -80,7 +83,7 @@ impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
                 if !changed {
                     return Poll::Ready(());
                 }
-                // Once more: none of them may have been hit meanwhile.
+                // Look again: a range may have been hit meanwhile.
             }
         })
         .await;
@@ -90,7 +93,7 @@ impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
         steps.into_iter().enumerate().filter_map(begun).collect()
     }
 
-    /// Prepares those that have begun, together.
+    /// Drives the `preparing` futures together. Ends at the first error.
     async fn prepare<E, F: Future<Output = Result<P, E>>>(
         &mut self,
         mut preparing: Vec<(usize, Sequence, Pin<Box<F>>)>,
@@ -123,24 +126,27 @@ impl<'a, N: IntervalNotifier, P> Set<'_, 'a, N, P> {
 }
 
 impl<T> DriverLock<T> {
-    /// The [collision-retry loop](Self::mirror) of several ranges: all are prepared, all are
-    /// checked, all are installed under one lock, or none (G1). For jobs that need all of them at
-    /// once.
+    /// Mirrors several ranges at once: prepares all, checks all, and installs all, or none ([G1]).
     ///
-    /// `prepare` is called with the place in `subscriptions`, counted from 0, and the sequence;
-    /// what it returns is awaited together for all ranges. `install` gets what was prepared in the
-    /// order of `subscriptions`, once. An invalidation makes the loop prepare those ranges again
-    /// that it has hit, and no others (G2). So there are no more calls of `prepare` than ranges and
-    /// collisions of single ranges together, and the loop ends as soon as no invalidation hits any
-    /// of them while those that were hit last are prepared. A loop for each range in turn, or one
-    /// that prepares all of them again, does not end while invalidations come faster than all of
-    /// the ranges can be prepared.
+    /// It is the [collision-retry loop](Self::mirror) of a job that needs all ranges at the same
+    /// moment.
     ///
-    /// What was prepared for a range is dropped at its next invalidation, also while others are
-    /// waited for: a pass of its notifier may wait for that (a pin, a registration).
+    /// - `prepare` is called with the place in `subscriptions`, counted from 0, and the sequence.
+    ///   The futures of all ranges are awaited together.
+    /// - `install` runs once, in one critical section, with the results in the order of
+    ///   `subscriptions`.
     ///
-    /// The first passes of all subscriptions have to take this lock. They may belong to several
-    /// spaces. With none `install` runs at once.
+    /// After an invalidation the loop prepares only the ranges again that were hit ([G2]). So
+    /// `prepare` is called at most once for each range and once for each collision of a range. The
+    /// loop ends as soon as no invalidation hits any range while the ranges that were hit last are
+    /// prepared. (A loop for each range in turn, or one that prepares all ranges again, does not
+    /// end while invalidations come faster than all ranges can be prepared.)
+    ///
+    /// The result of `prepare` is dropped at the next invalidation of its range, also while other
+    /// ranges are waited for. A pass of its notifier may wait for that (a pin, a registration).
+    ///
+    /// The first passes of all subscriptions must take this lock. The subscriptions may belong to
+    /// several spaces. Without any subscription `install` runs at once.
     ///
     /// ```
     /// # use shootdown::*;
@@ -170,15 +176,21 @@ impl<T> DriverLock<T> {
     /// ```
     ///
     /// # Errors
-    /// [`MirrorError::Prepare`] with the first error of `prepare`, which ends those of the other
-    /// ranges; [`MirrorError::RetriesExhausted`] when the budget is used up (a retry is a round, of
-    /// however many ranges); [`MirrorError::Closed`] when one of the subscriptions was closed.
+    /// - [`MirrorError::Prepare`] with the first error of `prepare`. It ends the other ranges'
+    ///   futures ([G3]).
+    /// - [`MirrorError::RetriesExhausted`] when the budget is used up. A retry is one round,
+    ///   whatever the number of ranges.
+    /// - [`MirrorError::Closed`] when one of the subscriptions was closed.
     ///
     /// # Panics
-    /// As [`install`](Self::install).
+    /// Panics for the same misuses as [`install`](Self::install).
     ///
     /// # Cancel safety
-    /// May be dropped at any moment: nothing is installed then unless it has resolved.
+    /// May be dropped at any moment. Nothing is installed unless it has resolved.
+    ///
+    /// [G1]: crate::docs::contract#g-several-ranges-mirrored-at-once
+    /// [G2]: crate::docs::contract#g-several-ranges-mirrored-at-once
+    /// [G3]: crate::docs::contract#g-several-ranges-mirrored-at-once
     pub fn mirror_all<N, P, E, F, R>(
         &self,
         subscriptions: &[&Subscription<N>],
@@ -231,7 +243,7 @@ impl<T> DriverLock<T> {
                     ));
                 }
             }
-            // What the driver has prepared may have a drop of its own, which may want the lock.
+            // Outside of the lock: the drop of a result is driver code and may take it.
             drop(stale);
             if subscriptions.iter().any(|subscription| subscription.is_closed()) {
                 return Err(MirrorError::Closed);

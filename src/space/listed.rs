@@ -1,4 +1,4 @@
-//! What a space says of itself: what is active, and what has happened.
+//! Observation of a space: its active invalidations and its counters.
 #![forbid(unsafe_code)]
 
 use super::AddressSpace;
@@ -13,91 +13,115 @@ use alloc::borrow::Cow;
 use alloc::vec::Vec;
 use core::time::Duration;
 
-/// How far an active invalidation is.
+/// Tells how far an active invalidation is: a field of [`ActiveInvalidation`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Phase {
-    /// Its first passes run at this moment.
+    /// Its first passes are being called.
     FirstPasses,
-    /// Passes are pending; see [`ActiveInvalidation::pending`].
+    /// Passes are pending: [`ActiveInvalidation::pending`] has their names.
     Passes,
-    /// All its passes are done and its future has to be polled to take the guard.
+    /// All passes are done. The future must be polled to take the guard.
     Unclaimed,
-    /// Somebody holds its guard.
+    /// Its guard exists.
     Held,
 }
 
-/// One active invalidation, as [`AddressSpace::active`] lists it (C6).
+/// Describes one active invalidation: an element of [`AddressSpace::active`] ([C6]).
+///
+/// [C6]: crate::docs::contract#c-cancellation-panics-stalls
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct ActiveInvalidation {
-    /// What is under invalidation, from the first address to the last one.
+    /// The range under invalidation, from the first address to the last one.
     pub range: AddressRange,
-    /// The same without the gaps: one range, or those of
-    /// [`AddressSpace::invalidate_all`].
+    /// The ranges under invalidation, without the gaps between them. There is one range, or those
+    /// of [`AddressSpace::invalidate_all`].
     pub ranges: RangeSet,
-    /// Why.
+    /// The reason.
     pub event: Event,
-    /// Whether it may wait.
+    /// `true` if it may wait; `false` for [`AddressSpace::try_invalidate`].
     pub blockable: bool,
-    /// The sequence of its passes.
+    /// The odd sequence that all its passes have ([S2]).
+    ///
+    /// [S2]: crate::docs::contract#s-sequence
     pub sequence: Sequence,
-    /// How far it is.
+    /// Its progress.
     pub phase: Phase,
-    /// The future that started it is gone; it ends by itself when its passes are done.
+    /// `true` if the future that started it is gone. Then it ends when its passes are done.
     pub abandoned: bool,
-    /// How long it has been active. Exact in a space with a [clock](crate::Builder::clock).
-    /// Otherwise the time since its passes became pending, or for an invalidation that never had to
-    /// wait, since it was first listed here: a lower bound. `None` without `std` and clock.
+    /// The time that it has been active.
+    ///
+    /// The age is exact in a space with a [clock](crate::Builder::clock). Otherwise it is a lower
+    /// bound: the time since its passes became pending, or, if it never had to wait, since it was
+    /// first listed. It is `None` without `std` and without a clock.
     pub age: Option<Duration>,
-    /// Names of the notifiers whose passes are pending.
+    /// [Names](crate::IntervalNotifier::name) of the notifiers whose passes are pending.
     pub pending: Vec<Cow<'static, str>>,
-    /// The [ids](crate::Subscription::id) of the same notifiers, in the same order: to find the
-    /// device that a name speaks of, and [fence](crate::Subscription::fence) it. With a [pass
-    /// budget](crate::Builder::pass_budget) some of them may be well, as their passes wait for
-    /// their first poll behind another one; and so may those whose passes nobody polls: poll
-    /// [`drain`](AddressSpace::drain) once before the look.
+    /// [Ids](crate::Subscription::id) of the notifiers in `pending`, in the same order.
+    ///
+    /// An id finds the device, and [fences](AddressSpace::fence) it. A notifier in the list may be
+    /// healthy in two cases. With a [pass budget](crate::Builder::pass_budget), its pass may wait
+    /// for its first poll behind another pass. And a pass that is done stays in the list until it
+    /// is polled: poll [`drain`](AddressSpace::drain) once before you look.
     pub pending_ids: Vec<NotifierId>,
 }
 
-/// What happened in a space so far.
+/// Counts what happened in a space: the result of [`AddressSpace::stats`].
+///
+/// [`NotifierStats`](crate::NotifierStats) has the counts of one notifier.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Stats {
-    /// Invalidations that were started.
+    /// Invalidations that were started. An invalidation that [lapsed](Self::lapses) and started
+    /// over is counted again.
     pub invalidations: u64,
-    /// Times that a reader's check said that its notifier was invalidated.
+    /// Checks of readers that failed because the notifier was invalidated.
     pub collisions: u64,
-    /// Times that [`DriverLock::mirror`](crate::DriverLock::mirror) started over; of
-    /// [`mirror_all`](crate::DriverLock::mirror_all) each range that did.
+    /// Times that [`DriverLock::mirror`](crate::DriverLock::mirror) started over. In
+    /// [`mirror_all`](crate::DriverLock::mirror_all) each range that starts over counts.
     pub retries: u64,
-    /// Times that a reader had to wait for an invalidation (a pause is not counted).
+    /// Times that a reader had to wait for an invalidation. A pause is not counted.
     pub waits: u64,
-    /// The longest that an invalidation was active, of those that were timed: all in a space with a
-    /// [clock](crate::Builder::clock); otherwise those whose passes were still pending when they
-    /// had been polled twice, from then on, and those that [`AddressSpace::active`] listed. `None`
-    /// before the first.
+    /// The longest time that a *timed* invalidation was active; `None` before the first.
+    ///
+    /// In a space with a [clock](crate::Builder::clock) every invalidation is timed, from its
+    /// start. Otherwise an invalidation is timed if its passes are still pending after two polls,
+    /// or if [`AddressSpace::active`] lists it, and from that moment on.
     pub longest: Option<Duration>,
-    /// Invalidations that were ended on behalf of a future that was not polled, and started over if
-    /// it was polled again (C4).
+    /// Invalidations that the library ended on behalf of a future that was not polled ([C4]). Such
+    /// an invalidation starts over when the future is polled again.
+    ///
+    /// [C4]: crate::docs::contract#c-cancellation-panics-stalls
     pub lapses: u64,
-    /// Invalidations whose future was dropped, or that could not wait, while passes were pending
-    /// (C2, B3).
+    /// Invalidations that left pending passes to the space, because the future was dropped ([C2]) or
+    /// could not wait ([B3]).
+    ///
+    /// [B3]: crate::docs::contract#b-blocking-and-non-blocking
+    /// [C2]: crate::docs::contract#c-cancellation-panics-stalls
     pub abandoned: u64,
-    /// First passes that answered `WouldBlock` in a blockable invalidation: a driver's bug (B1).
+    /// First passes that returned `WouldBlock` in a blockable invalidation, which is a driver's bug
+    /// ([B1]).
+    ///
+    /// [B1]: crate::docs::contract#b-blocking-and-non-blocking
     pub refused_blockable: u64,
-    /// Notifiers whose devices were cut off ([`Subscription::fence`](crate::Subscription::fence),
-    /// L5).
+    /// Notifiers that were [fenced](crate::Subscription::fence), because their devices were cut off
+    /// ([L5]).
+    ///
+    /// [L5]: crate::docs::contract#l-life-cycle-and-progress-stronger-than-the-kernel
     pub fences: u64,
-    /// Panics of code that is not the library's and that had no caller to be resumed in (C5):
-    /// passes of abandoned invalidations, wakers, names, the reporter, the clock, observers, and
-    /// the further panics of an invalidation whose first one was resumed. Each is
-    /// [reported](crate::Report::Panicked), too.
+    /// Panics of foreign code that had no caller to be resumed in ([C5]).
+    ///
+    /// Such panics come from passes of abandoned invalidations, wakers, names, the reporter, the
+    /// clock and observers. The further panics of an invalidation whose first panic was resumed
+    /// count, too. Each is [reported](crate::Report::Panicked).
+    ///
+    /// [C5]: crate::docs::contract#c-cancellation-panics-stalls
     pub lost_panics: u64,
 }
 
 impl AddressSpace {
-    /// What happened so far.
+    /// Returns the counts of what happened in the space so far.
     pub fn stats(&self) -> Stats {
         let (counts, invalidations, fences) =
             self.shared.with(|state, _| (state.counts, state.protocol.last_serial(), state.fences));
@@ -116,9 +140,26 @@ impl AddressSpace {
         }
     }
 
-    /// The invalidations that are active at this moment, in the order in which they started (C6).
-    /// Asks the notifiers with pending passes for their [names](crate::IntervalNotifier::name), so
-    /// it allocates, and is meant for people and watchdogs.
+    /// Lists the active invalidations, in the order in which they started ([C6]).
+    ///
+    /// It asks the notifiers with pending passes for their
+    /// [names](crate::IntervalNotifier::name), and it allocates. It is meant for people and
+    /// watchdogs.
+    ///
+    /// ```
+    /// # use shootdown::{AddressRange, AddressSpace, Event, Phase};
+    /// # futures::executor::block_on(async {
+    /// # let space = AddressSpace::new();
+    /// # let range = AddressRange::new(0x1000, 0x1000)?;
+    /// let guard = space.invalidate(range, Event::Unmap).await;
+    /// for active in space.active() {
+    ///     assert_eq!((active.range, active.phase), (range, Phase::Held));
+    /// }
+    /// drop(guard);
+    /// # Ok::<(), shootdown::RangeError>(()) }).unwrap();
+    /// ```
+    ///
+    /// [C6]: crate::docs::contract#c-cancellation-panics-stalls
     pub fn active(&self) -> Vec<ActiveInvalidation> {
         let now = self.shared.now();
         let mut held: Vec<EntryRef> = Vec::new();
@@ -162,8 +203,8 @@ impl AddressSpace {
             held.iter().for_each(|entry| entry.hold());
             listed
         });
-        // Names are driver code: asked for without the lock, while the holds keep the notifiers
-        // alive.
+        // C8: names are driver code, so they are asked for without the lock. The holds keep the
+        // notifiers alive.
         let held = Held { shared: &self.shared, entries: held };
         for (_, of, invalidation) in &mut listed {
             invalidation.pending = held.entries[of.clone()]
