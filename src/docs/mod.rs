@@ -13,7 +13,7 @@
 //! | [`from_the_kernel`] | each function of `mmu_notifier.h` and what it is here |
 //! | [`recording`] | who wants to know what multi-pass is worth for a program of one's own: recording it, and replaying its memory traffic |
 //! | `registration_cache` (feature `cache`) | who registers memory with a device: fences, devices that refuse overlaps, and what waits for itself |
-//! | `from_libfabric` (feature `userfaultfd`) | users of libfabric's memory monitors and UCX's registration cache |
+//! | `from_libfabric` (features `cache`, `userfaultfd`) | users of libfabric's memory monitors and UCX's registration cache |
 //! | `memory_changes` (feature `userfaultfd`) | which changes of memory raise an event, and what to do about those that raise none |
 //! | [`hosts`] | memory that other hosts mirror: leases, when they are enough and when not |
 //! | [`contract`] | what the library promises, rule by rule: where tags such as C4 lead |
@@ -60,7 +60,7 @@ pub mod recording {}
 #[doc = include_str!("registration_cache.md")]
 pub mod registration_cache {}
 
-#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+#[cfg(all(feature = "cache", feature = "userfaultfd", target_os = "linux"))]
 #[doc = include_str!("from_libfabric.md")]
 pub mod from_libfabric {}
 
