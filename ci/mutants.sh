@@ -5,10 +5,11 @@
 #   ci/mutants.sh --whole [--shard K/N] [MODULE ...]  everything, or some modules, or one part of N
 #
 # Without BASE it takes the point where this branch left origin/main, or else the last commit. Of
-# more than MUTANTS_MOST mutants (40) it tries a sample and says so. A mutant that the cheap tests of
-# its module miss meets further tests. `.cargo/mutants.toml` lists the mutants that change nothing
-# that can be seen, each with the reason. cargo-nextest, where it is there, ends a run at the first
-# test that fails and a test that hangs after 20 s; CONTRIBUTING.md says how long the whole takes.
+# more than MUTANTS_MOST mutants (40) it tries a sample and says so. A mutant that the cheap tests
+# of its module miss meets further tests. `.cargo/mutants.toml` lists the mutants that change
+# nothing that can be seen, each with the reason. cargo-nextest, where it is there, ends a run at
+# the first test that fails and a test that hangs after 20 s; CONTRIBUTING.md says how long the
+# whole takes.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD

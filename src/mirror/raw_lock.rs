@@ -1,13 +1,14 @@
 //! The mutex in a [`DriverLock`](super::driver_lock::DriverLock).
 //!
-//! With `std` it is a spin lock whose waiters sleep. Its release is a plain store, where the release
-//! of `std`'s mutex is a read-modify-write: a first pass is little more than its driver's lock, and
-//! one such instruction is a fifth of it (measured: `docs/measurements.md`, "The driver's lock").
+//! With `std` it is a spin lock whose waiters sleep. Its release is a plain store, where the
+//! release of `std`'s mutex is a read-modify-write: a first pass is little more than its driver's
+//! lock, and one such instruction is a fifth of it (measured: `docs/measurements.md`, "The driver's
+//! lock").
 //!
 //! A plain store has a price. The releasing thread may read [`RawLock::sleepers`] before its own
 //! store is visible. It then misses a thread that goes to sleep at that very moment, and nobody
-//! wakes that thread. So each sleep ends after [`LONGEST_SLEEP`] by itself. Every thread that sleeps
-//! for longer than a store takes to become visible is woken at once.
+//! wakes that thread. So each sleep ends after [`LONGEST_SLEEP`] by itself. Every thread that
+//! sleeps for longer than a store takes to become visible is woken at once.
 #![forbid(unsafe_code)]
 
 #[cfg(all(feature = "std", not(any(loom, shuttle))))]
@@ -20,8 +21,8 @@ mod real {
 
     /// How often a thread looks at the lock before it sleeps: some microseconds.
     const LOOKS: u32 = 100;
-    /// How long a thread sleeps at most before it looks again. In unit tests for ever: they must not
-    /// pass because of it.
+    /// How long a thread sleeps at most before it looks again. In unit tests for ever: they must
+    /// not pass because of it.
     const LONGEST_SLEEP: Duration = Duration::from_millis(if cfg!(test) { 1 << 40 } else { 1 });
 
     std::thread_local!(static HERE: u8 = const { 0 });
@@ -224,8 +225,8 @@ mod real {
     }
 }
 
-/// Model checkers have a mutex of their own, and run all their threads on one. Without `std` threads
-/// cannot be told apart, and none can sleep.
+/// Model checkers have a mutex of their own, and run all their threads on one. Without `std`
+/// threads cannot be told apart, and none can sleep.
 #[cfg(not(all(feature = "std", not(any(loom, shuttle)))))]
 mod real {
     #[cfg(loom)]
