@@ -92,8 +92,8 @@ impl fmt::Display for Callback {
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Report<'a> {
-    /// A first pass answered `WouldBlock` in a blockable invalidation (B1). The other notifiers went
-    /// on. This driver's device may still use the old mapping.
+    /// A first pass answered `WouldBlock` in a blockable invalidation (B1). The other notifiers
+    /// went on. This driver's device may still use the old mapping.
     RefusedBlockable {
         /// [`IntervalNotifier::name`](crate::IntervalNotifier::name) of the driver at fault.
         notifier: &'a str,
@@ -113,8 +113,8 @@ pub enum Report<'a> {
         passes: usize,
     },
     /// Pages that a `madvise` was about to drop were still there when the source's time for that
-    /// was used up (M5). Readers of the range went on. The range is invalidated again when the pages
-    /// go.
+    /// was used up (M5). Readers of the range went on. The range is invalidated again when the
+    /// pages go.
     Unsettled {
         /// The range that was to be dropped.
         range: AddressRange,
@@ -303,8 +303,8 @@ impl Losses {
         }
     }
 
-    /// Resumes a panic that was kept, in the caller. If the thread is unwinding already, the panic is
-    /// lost. Returns then, and if there was no panic.
+    /// Resumes a panic that was kept, in the caller. If the thread is unwinding already, the panic
+    /// is lost. Returns then, and if there was no panic.
     pub(crate) fn resume(&self, panic: FirstPanic) {
         let Some((callback, panic)) = panic.0 else { return };
         #[cfg(feature = "std")]
@@ -337,8 +337,8 @@ impl Losses {
     }
 }
 
-/// The waker of a task. A wake and a drop of it never panic, and a clone of its `Arc` runs no foreign
-/// code. The drop may run foreign code, so the last reference must not go under a lock.
+/// The waker of a task. A wake and a drop of it never panic, and a clone of its `Arc` runs no
+/// foreign code. The drop may run foreign code, so the last reference must not go under a lock.
 pub(crate) struct TaskWaker {
     /// `None` in the drop only.
     waker: Option<Waker>,

@@ -73,8 +73,8 @@ mod real {
 }
 
 /// Atomics and locks of a model checker. `loom` explores every interleaving of small models,
-/// `shuttle` many random interleavings of larger ones. Both switch threads only at these types, so a
-/// call into a dependency (`FuturesUnordered`, `slab`) is one step.
+/// `shuttle` many random interleavings of larger ones. Both switch threads only at these types, so
+/// a call into a dependency (`FuturesUnordered`, `slab`) is one step.
 #[cfg(any(loom, shuttle))]
 mod checked {
     use core::ops::DerefMut;
@@ -233,8 +233,8 @@ pub(crate) fn give_turn() {
     spin_hint();
 }
 
-/// Counts, in debug builds, the locks that a thread holds. Finds a call of foreign code under a lock
-/// (C8).
+/// Counts, in debug builds, the locks that a thread holds. Finds a call of foreign code under a
+/// lock (C8).
 #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
 mod held {
     use core::cell::Cell;

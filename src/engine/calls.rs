@@ -1,13 +1,13 @@
 //! Which active invalidations are in their first passes.
 //!
-//! `remove` must not wait for a guard (L1), so it has to know whether an invalidation may still call
-//! its notifier. The invalidation lowers a flag once, with a plain store and without the lock. After
-//! that its guard may be held for ever. A `remove` that finds a call under way on another thread
-//! yields to its executor and looks again. A sleeping wait would need a read-modify-write in every
-//! invalidation that hits a notifier (`DESIGN.md`, "When are the first passes over?").
+//! `remove` must not wait for a guard (L1), so it has to know whether an invalidation may still
+//! call its notifier. The invalidation lowers a flag once, with a plain store and without the lock.
+//! After that its guard may be held for ever. A `remove` that finds a call under way on another
+//! thread yields to its executor and looks again. A sleeping wait would need a read-modify-write in
+//! every invalidation that hits a notifier (`DESIGN.md`, "When are the first passes over?").
 //!
-//! Each place has a flag, and an invalidation uses that of the place in which it was started. It may
-//! be moved to another place when its first passes are over (see [`PLACES`]). An invalidation
+//! Each place has a flag, and an invalidation uses that of the place in which it was started. It
+//! may be moved to another place when its first passes are over (see [`PLACES`]). An invalidation
 //! without a place, in the crowd, changes [`Record::calls`](crate::engine::state::Record) under the
 //! lock instead.
 #![forbid(unsafe_code)]
@@ -24,8 +24,8 @@ impl FirstPassFlags {
         Self(core::array::from_fn(|_| AtomicBool::new(false)))
     }
 
-    /// Notes that the invalidation begins to call notifiers. Under the space's lock. Returns `false`
-    /// if it has no place.
+    /// Notes that the invalidation begins to call notifiers. Under the space's lock. Returns
+    /// `false` if it has no place.
     #[inline(always)]
     pub(crate) fn raise(&self, id: Id) -> bool {
         let flag = self.0.get(id.place());

@@ -1,4 +1,5 @@
-//! The gate: holds the readers of a whole space back. It is closed without a lock and without memory.
+//! The gate: holds the readers of a whole space back. It is closed without a lock and without
+//! memory.
 //!
 //! A source of invalidations hears of a change while another thread waits for it to have heard. It
 //! closes the gate, lets that thread go on, starts the invalidation, and opens the gate. No reader
@@ -6,13 +7,13 @@
 //!
 //! In a storm of changes the gate is closed again before it was opened. So a reader does not wait
 //! for a moment at which the gate is open. It waits until all closings from before it began have
-//! been undone. Later closings belong to changes that the reader overlaps, so its answer may be from
-//! before them. The reader's check ([`read_retry`](crate::Subscription::read_retry)) finds that: no
-//! check succeeds while the gate is closed.
+//! been undone. Later closings belong to changes that the reader overlaps, so its answer may be
+//! from before them. The reader's check ([`read_retry`](crate::Subscription::read_retry)) finds
+//! that: no check succeeds while the gate is closed.
 //!
 //! Closings are counted on one of two sides. A waiting reader changes the sides as soon as nothing
-//! is left on the side that is not in use, which then gets the closings to come. When the sides have
-//! been changed twice, all closings from before the reader began have been undone.
+//! is left on the side that is not in use, which then gets the closings to come. When the sides
+//! have been changed twice, all closings from before the reader began have been undone.
 //!
 //! In a space whose memory is held by a lease, a bit makes the gate look closed for ever. Then a
 //! reader asks whether the lease is valid: the lease may have ended while this process stood still

@@ -9,8 +9,8 @@ use alloc::boxed::Box;
 
 /// The work of a parked invalidation, taken out of the state to be polled.
 ///
-/// An invalidation has at most one lease at a time. The drop of the lease is the only way back: also
-/// when a panic unwinds, the work is in the state again and the waiting futures are woken.
+/// An invalidation has at most one lease at a time. The drop of the lease is the only way back:
+/// also when a panic unwinds, the work is in the state again and the waiting futures are woken.
 pub(crate) struct Lease<'s> {
     shared: &'s Shared,
     ticket: Ticket,

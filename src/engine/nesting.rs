@@ -1,9 +1,9 @@
-//! The check of C7: in debug builds, a wait inside a first pass that would never end panics with the
-//! notifier's name.
+//! The check of C7: in debug builds, a wait inside a first pass that would never end panics with
+//! the notifier's name.
 //!
 //! The check keeps a stack of the first passes that run on this thread. A future that is about to
-//! wait inside one panics only if that first pass waits for its own invalidation (F3). The future is
-//! *suspected* of that if all of this is true:
+//! wait inside one panics only if that first pass waits for its own invalidation (F3). The future
+//! is *suspected* of that if all of this is true:
 //!
 //! - The invalidation that holds it up cannot end before the first pass has returned.
 //! - Nothing in between polls without blocking, such as a waker that runs a task inline.
@@ -142,8 +142,8 @@ mod check {
     }
 
     /// Panics if a future of the space of `host` that is about to wait would wait for ever. `stuck`
-    /// says whether the future waits for the end of a given first pass of this space on this thread.
-    /// To be called without a lock.
+    /// says whether the future waits for the end of a given first pass of this space on this
+    /// thread. To be called without a lock.
     #[track_caller]
     pub(crate) fn forbid_waiting(
         host: &Host,
@@ -171,7 +171,8 @@ mod check {
             if !suspected {
                 nesting.suspects.push(suspect);
             }
-            // If another future with the same waker begins to wait, the former one blocks no thread.
+            // If another future with the same waker begins to wait, the former one blocks no
+            // thread.
             Some((of, suspected && !waits.first))
         });
         match found {

@@ -95,8 +95,8 @@ impl<'s> Running<'s> {
         (Begun::held(self.id, self.work.take()), panic)
     }
 
-    /// Returns what a guard takes over, or ends the invalidation and resumes the panic that was kept
-    /// (C5). To be called when the first passes and all passes are done.
+    /// Returns what a guard takes over, or ends the invalidation and resumes the panic that was
+    /// kept (C5). To be called when the first passes and all passes are done.
     ///
     /// If the thread is unwinding already, or the invalidation is late, the panic is lost and the
     /// guard is handed out.

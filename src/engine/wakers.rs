@@ -139,8 +139,8 @@ impl Registration {
     /// Registers `bell`, to be rung for `ticket`, unless it is registered with this set already.
     /// Returns the former registration, to be dropped outside of all locks.
     ///
-    /// To be called under the same lock of the space under which the passes were seen to be pending:
-    /// a task that finishes them takes that lock before it wakes.
+    /// To be called under the same lock of the space under which the passes were seen to be
+    /// pending: a task that finishes them takes that lock before it wakes.
     #[must_use]
     pub(crate) fn renew(&mut self, with: &Arc<WakerSet>, bell: &Arc<Bell>, ticket: Ticket) -> Self {
         let mut wakers = with.0.lock();
@@ -207,7 +207,8 @@ impl Bell {
         rung.task.take()
     }
 
-    /// Takes the tickets that were noted; `None` if there were too many, so all are to be looked at.
+    /// Takes the tickets that were noted; `None` if there were too many, so all are to be looked
+    /// at.
     pub(crate) fn take_rung(&self) -> Option<Vec<Ticket>> {
         let mut rung = self.0.lock();
         if core::mem::take(&mut rung.all) {

@@ -70,7 +70,12 @@ impl IntervalNotifier for Driver {
         invalidation: &Invalidation<'_>,
     ) -> Result<Option<PassFuture>, WouldBlock> {
         let act = self.stage.acts.lock().unwrap().pop_front().unwrap_or(0) % 20;
-        self.stage.note(format!("driver {} is called: {:?}", self.name, invalidation.info()));
+        let may_defer = invalidation.may_defer();
+        self.stage.note(format!(
+            "driver {} is called, may defer: {may_defer}: {:?}",
+            self.name,
+            invalidation.info()
+        ));
         let left = match act {
             0..=5 => {
                 invalidation.set_seq();

@@ -53,8 +53,8 @@ impl Handle<'_> {
 /// invalidation, and its readers wait, until the guard is dropped. Change the memory before that.
 ///
 /// Dropping the guard ends the invalidation (`mmu_notifier_invalidate_range_end`). It never waits.
-/// The guard may be held across awaits and moved to another thread. If it is leaked, the range stays
-/// under invalidation for ever.
+/// The guard may be held across awaits and moved to another thread. If it is leaked, the range
+/// stays under invalidation for ever.
 #[must_use = "dropping the guard ends the invalidation: keep it until the memory has changed"]
 pub struct InvalidationGuard<'a> {
     /// Empty once another guard has taken over.

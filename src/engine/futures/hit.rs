@@ -27,7 +27,8 @@ struct Changed(EntryRef, Sequence);
 
 impl Goal for Changed {
     fn queue(&self) -> Option<(EntryRef, WaitFor)> {
-        // Such a waiter is woken at each change of the notifier and stays in the list until it goes.
+        // Such a waiter is woken at each change of the notifier and stays in the list until it
+        // goes.
         Some((self.0, WaitFor::Quiet))
     }
 

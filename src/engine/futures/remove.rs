@@ -64,8 +64,8 @@ impl QuietWait {
 /// The future of [`Subscription::close`](crate::Subscription::close).
 ///
 /// # Cancel safety
-/// May be dropped at any moment, or never be polled. The notifier is out of the space since the call
-/// of `close`.
+/// May be dropped at any moment, or never be polled. The notifier is out of the space since the
+/// call of `close`.
 ///
 /// # Panics
 /// In debug builds, if it would wait inside a first pass of the same space (C7).

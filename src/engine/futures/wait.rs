@@ -39,16 +39,16 @@ pub(super) struct Wait {
     backlog: Vec<Ticket>,
     /// Invalidations whose passes hold us up. The registration wakes us when a pass can go on.
     pending: BTreeMap<Ticket, Registration>,
-    /// Invalidations whose passes are done and that their futures have not claimed, with the episode
-    /// that is waited for.
+    /// Invalidations whose passes are done and that their futures have not claimed, with the
+    /// episode that is waited for.
     unclaimed: BTreeMap<Ticket, u32>,
     /// Invalidations whose time is over, also if other tasks wait for them. A few lapse under each
     /// lock.
     over: Vec<Ticket>,
     /// The time at our last look at the clock.
     shown: Option<Duration>,
-    /// Those of `unclaimed` whose futures were last polled with our own waker, in the order in which
-    /// they were found, with the count of our polls then.
+    /// Those of `unclaimed` whose futures were last polled with our own waker, in the order in
+    /// which they were found, with the count of our polls then.
     ours: VecDeque<(Ticket, u64)>,
     polls: u64,
     watch: Watch,
@@ -70,8 +70,8 @@ pub(super) trait Goal {
     /// Returns the notifier among whose waiters the future queues, and for what. `None` if it waits
     /// for the whole space.
     fn queue(&self) -> Option<(EntryRef, WaitFor)>;
-    /// Decides under the lock whether the wait is over. `fired`: the moment has come that the future
-    /// is queued for. `held_up`: there are invalidations that it wants to help with.
+    /// Decides under the lock whether the wait is over. `fired`: the moment has come that the
+    /// future is queued for. `held_up`: there are invalidations that it wants to help with.
     fn look(&mut self, state: &State, fired: bool, held_up: bool) -> Verdict;
     /// Returns whether the future waits for the passes of an invalidation.
     fn wants(&self, parking: &Parking, serial: u64) -> bool;
@@ -100,8 +100,8 @@ enum Pause {
 }
 
 impl Wait {
-    /// Polls a wait: checks whether it is over, queues the future, and polls the passes that hold it
-    /// up.
+    /// Polls a wait: checks whether it is over, queues the future, and polls the passes that hold
+    /// it up.
     pub(super) fn poll(
         &mut self,
         shared: &Shared,

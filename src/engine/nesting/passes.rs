@@ -1,15 +1,15 @@
 //! The check of C7 for passes: in debug builds, a pass that waits for itself panics with its
 //! notifier's name.
 //!
-//! A reader of a notifier waits until no invalidation covers it, so until the passes of the notifier
-//! are done. A pass that awaits such a reader, or the notifier's removal, waits for itself. But a
-//! pass may also poll such a future beside a timer that ends it (F3). The difference is who can wake
-//! the pass. If only futures that wait for the pass have its waker, no one can.
+//! A reader of a notifier waits until no invalidation covers it, so until the passes of the
+//! notifier are done. A pass that awaits such a reader, or the notifier's removal, waits for
+//! itself. But a pass may also poll such a future beside a timer that ends it (F3). The difference
+//! is who can wake the pass. If only futures that wait for the pass have its waker, no one can.
 //!
-//! So a pass that polls such a future with its own waker is polled again at once, with a waker whose
-//! clones are counted. It panics if it is pending then, has not been woken, and each clone belongs
-//! to such a future. Anything else that it awaits has a clone of its own, as each poll renews the
-//! waker of a future.
+//! So a pass that polls such a future with its own waker is polled again at once, with a waker
+//! whose clones are counted. It panics if it is pending then, has not been woken, and each clone
+//! belongs to such a future. Anything else that it awaits has a clone of its own, as each poll
+//! renews the waker of a future.
 //!
 //! A pass that blocks its thread in the `wait` of such a future panics at once.
 #![forbid(unsafe_code)]
@@ -95,8 +95,8 @@ mod check {
             Self(None)
         }
 
-        /// Polls a pass of `entry` for the first time, with a waker that is not the pass's own. Checks
-        /// nothing: a pass that is pending is polled again in any case.
+        /// Polls a pass of `entry` for the first time, with a waker that is not the pass's own.
+        /// Checks nothing: a pass that is pending is polled again in any case.
         pub(crate) fn first_poll(
             entry: EntryRef,
             cx: &mut Context<'_>,

@@ -21,8 +21,8 @@ use core::time::Duration;
 const FIRST: Duration = Duration::from_millis(20);
 /// The longest patience. It doubles with each lapse of the same future, up to this.
 const MOST: Duration = Duration::from_secs(1);
-/// How often in a row the watchman looks before a future lapses whose time is over. Other tasks have
-/// a turn between two looks.
+/// How often in a row the watchman looks before a future lapses whose time is over. Other tasks
+/// have a turn between two looks.
 const LOOKS: u64 = if cfg!(loom) { 1 } else { 16 };
 /// Without a clock, the patience of a first lapse is over after this many looks.
 const TICKS: u32 = if cfg!(loom) { 1 } else { 64 };
@@ -37,8 +37,8 @@ const IN_A_ROW: u32 = if cfg!(loom) { 1000 } else { 32 };
 /// A waiting future becomes the watchman if it is polled this often without a look of the present
 /// one.
 const ABSENT: u32 = if cfg!(loom) { 2 } else { 64 };
-/// A task certainly does not poll its future once a waiter was polled this often with the same waker
-/// that the future left.
+/// A task certainly does not poll its future once a waiter was polled this often with the same
+/// waker that the future left.
 const CERTAIN: u64 = if cfg!(loom) { 2 } else { 4 };
 
 /// The clock of patience, and the unclaimed invalidations that futures wait for.
@@ -134,8 +134,8 @@ impl Patience {
         self.waiting.insert(ticket, Entry { until, unstamped, from: self.looks, had_gap: false });
     }
 
-    /// Notes that the clock has gone back, if it has. Times that were over stay over, and what begins
-    /// from now on is measured from the new time.
+    /// Notes that the clock has gone back, if it has. Times that were over stay over, and what
+    /// begins from now on is measured from the new time.
     fn go_back_to(&mut self, now: Duration) {
         if now < self.shown {
             self.skew = self.skew.saturating_add(self.shown - now);
@@ -143,8 +143,8 @@ impl Patience {
         }
     }
 
-    /// Stops waiting for the future of `ticket`: it was claimed or has ended, or no future waits any
-    /// more.
+    /// Stops waiting for the future of `ticket`: it was claimed or has ended, or no future waits
+    /// any more.
     pub(crate) fn end(&mut self, ticket: Ticket) {
         if let Some(entry) = self.waiting.remove(&ticket) {
             self.ends.remove(&(entry.until, ticket));
@@ -152,8 +152,8 @@ impl Patience {
         }
     }
 
-    /// Returns whether the waiting future is the watchman, who looks at the clock. It becomes that if
-    /// there is none, or if the present one has not looked for a while.
+    /// Returns whether the waiting future is the watchman, who looks at the clock. It becomes that
+    /// if there is none, or if the present one has not looked for a while.
     pub(crate) fn is_watchman(&mut self, watch: &mut Watch) -> bool {
         if watch.me == 0 {
             watch.me = self.next_waiter;
@@ -172,8 +172,8 @@ impl Patience {
     /// Decides how a waiting future yields. Returns whether it wakes itself.
     ///
     /// Now and then it rests instead, if another future `comes` at this moment, which will see it
-    /// resting and wake it. Some executors poll a task that has woken itself again at once, and then
-    /// no other task on that thread would have a turn.
+    /// resting and wake it. Some executors poll a task that has woken itself again at once, and
+    /// then no other task on that thread would have a turn.
     pub(crate) fn wakes_itself(
         &mut self,
         watch: &mut Watch,

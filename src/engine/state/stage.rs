@@ -12,13 +12,14 @@
 //!   └─────── the invalidation ends ◀────────────────────┘
 //! ```
 //!
-//! `abandon` makes a parked or leased invalidation end when its passes are done. If some passes were
-//! never polled, because the budget interrupted the first passes (B4), they are parked first.
+//! `abandon` makes a parked or leased invalidation end when its passes are done. If some passes
+//! were never polled, because the budget interrupted the first passes (B4), they are parked first.
 #![forbid(unsafe_code)]
 
 /// The owner of the work `W`.
 pub(crate) enum Stage<W> {
-    /// First passes run, or a guard is held, or the invalidation has ended. The caller has the work.
+    /// First passes run, or a guard is held, or the invalidation has ended. The caller has the
+    /// work.
     WithCaller,
     /// Passes are pending, and no task polls them at this moment. The work is here.
     Parked { work: W, then: Then },

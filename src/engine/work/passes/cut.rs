@@ -75,8 +75,8 @@ impl Passes {
         Unpolled(taken)
     }
 
-    /// Takes the passes of some notifiers out that wait for their first poll, and takes them off the
-    /// list of pending passes by `unlist`. Drops nothing: it is called under the lock.
+    /// Takes the passes of some notifiers out that wait for their first poll, and takes them off
+    /// the list of pending passes by `unlist`. Drops nothing: it is called under the lock.
     pub(crate) fn take_unpolled_of(
         &mut self,
         of: impl Fn(EntryRef) -> bool,
