@@ -5,8 +5,7 @@
 //! memory that its device has mapped, and the program invalidates a range before it unmaps,
 //! discards or moves it. The library first starts the work on all devices (TLB flushes, preemptions
 //! of contexts) and then joins it, so an invalidation takes as long as its slowest device and not
-//! as long as all of them together. It is Linux's `mmu_interval_notifier` in its multi-pass form,
-//! with the kernel's sequence semantics, as an async library that runs on any executor.
+//! as long as all of them together.
 //!
 //! ```text
 //!             first passes           passes, joined           guard held
@@ -26,6 +25,10 @@
 //!
 //! A *reader* is a driver that installs a mapping. Its check fails (it *collides*) if an
 //! invalidation came after it looked at the memory. Then it starts over.
+//!
+//! This is Linux's `mmu_interval_notifier` in its multi-pass form, with the kernel's sequence
+//! semantics, as an async library that runs on any executor. [`docs::from_the_kernel`] has the
+//! kernel's names.
 //!
 //! # A driver
 //! ```
