@@ -80,6 +80,7 @@ if command -v cargo-nextest >/dev/null 2>&1; then
     cat >"$work/nextest.toml" <<'END'
 [profile.default]
 slow-timeout = { period = "20s", terminate-after = 1, grace-period = "1s" }
+fail-fast = { max-fail = 1, terminate = "immediate" }
 END
     runner=(--test-tool nextest)
     last=(-- --config-file "$work/nextest.toml")

@@ -3,8 +3,11 @@
 use crate::support::*;
 use shootdown::{
     AddressSpace, AsyncIntervalNotifier, AsyncNotifier, DriverLock, Event, InvalidationInfo,
+    Subscription,
 };
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
 /// Its invalidation waits for ever, under a name of its own or under the one of its type.
 struct Stuck<const NAMED: bool>;
@@ -50,6 +53,43 @@ fn m7_a_delivery_says_whether_the_memory_may_have_changed_already() {
         delivery.done();
         drop(invalidate.finish());
     }
+}
+
+/// The clock is code of the program: what it does happens at any moment at which the library looks
+/// at the time.
+#[test]
+fn l5_a_fence_at_any_look_at_the_clock_ends_what_nobody_waits_for() {
+    let mut fenced = 0;
+    for look in 0..20 {
+        let looks = Arc::new(AtomicUsize::new(usize::MAX));
+        let dead = Arc::new(Mutex::new(None::<Arc<Subscription<Device>>>));
+        let (counted, inner) = (looks.clone(), dead.clone());
+        let clock = move || {
+            let left = counted.load(Ordering::SeqCst);
+            if left != usize::MAX {
+                counted.store(left.wrapping_sub(1), Ordering::SeqCst);
+            }
+            if left == 0 {
+                let dead = inner.lock().unwrap().clone();
+                dead.unwrap().fence();
+            }
+            Duration::ZERO
+        };
+        let space = AddressSpace::builder().clock(clock).build();
+        let device = Device::new("dead", &Log::default());
+        device.next(Act::pass(std::future::pending()));
+        *dead.lock().unwrap() = Some(Arc::new(space.insert(pages(0, 1), device).unwrap()));
+        looks.store(look, Ordering::SeqCst);
+        let _ = space.try_invalidate(pages(0, 1), Event::Unmap);
+        if space.stats().fences == 1 {
+            fenced += 1;
+            assert!(space.active().is_empty(), "look {look}: {:?}", space.active());
+        }
+        looks.store(usize::MAX, Ordering::SeqCst);
+        // The space has the clock, which has the subscription.
+        drop(dead.lock().unwrap().take());
+    }
+    assert!(fenced > 0, "the clock was never looked at");
 }
 
 /// Without `std` threads cannot be told apart.
