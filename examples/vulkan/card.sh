@@ -1,10 +1,14 @@
 #!/usr/bin/env bash
 # The example on a real card, in at most five minutes: uploads, passes, the price of an import
-# beside a look-up. card.sh prepare   on a machine with a toolchain: builds into target/card, with
-# the Vulkan loader beside it card.sh           on the machine with the card: runs what is there (no
-# network needed), or builds it if it is not there or is older than its sources and there is cargo
-# CARD=NAME chooses the device; without it the first card is taken, and where there is a processor's
-# driver only it exits with 3. What it prints goes to $OUT/vulkan.txt (and .json) as well, if OUT is
+# beside a look-up.
+#
+#   card.sh prepare   on a machine with a toolchain: builds into target/card, with the Vulkan loader
+#                     beside it
+#   card.sh           on the machine with the card: runs what is there (no network needed), or builds
+#                     it if it is not there or is older than its sources and there is cargo
+#
+# CARD=NAME chooses the device. Without it the first card is taken; where there is a processor's
+# driver only, it exits with 3. What it prints goes to $OUT/vulkan.txt (and .json) as well, if OUT is
 # set.
 set -euo pipefail
 self="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
