@@ -146,7 +146,7 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     /// Prefetches all cache lines of a leaf at once, if the tree is large.
-    #[inline(always)]
+    #[inline]
     pub(super) fn fetch(&self, leaf: Node) {
         let leaf = self.leaves.at(leaf);
         if self.is_large() && !V::prefetch(leaf) {

@@ -135,7 +135,7 @@ impl<V: Indexed> Leaf<V> {
 
     /// Returns the value in slot `at`, one of the [`candidates`](Self::candidates), if its interval
     /// overlaps `range`.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn overlapping(&self, at: usize, range: AddressRange) -> Option<V> {
         let own = self.starts[at % CAP];
         let value = self.values[at % CAP];
