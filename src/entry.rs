@@ -26,7 +26,7 @@
 //! could call it (`engine::registration`).
 //!
 //! # Why the functions of an entry fit its type
-//! Only [`EntryBox::new`] makes an entry. It stores a notifier of type `N` and the [`Calls`] of
+//! Only [`EntryBox::new`] makes an entry. It stores a notifier of type `N` and the [`VTable`] of
 //! `N`. Neither changes its type later.
 //!
 //! # Who owns the memory of a former entry
@@ -79,7 +79,7 @@ pub(crate) struct Entry {
     /// Number of pending passes of this notifier.
     pub(crate) pending: AtomicU32,
     /// The functions of the notifier's type.
-    calls: &'static Calls,
+    vtable: &'static VTable,
     /// The sequence and the covers. Marked as `WATCHED` while a future waits for this notifier, or
     /// while it is being removed. The end of an invalidation has more to do then.
     pub(crate) own: Own,
@@ -153,7 +153,7 @@ pub(crate) enum Answer {
 }
 
 /// The functions of a notifier's type, for an [`EntryRef`], which does not have the type.
-struct Calls {
+struct VTable {
     /// The layout of the `Allocation`.
     layout: Layout,
     first_pass: unsafe fn(EntryRef, &Invalidation<'_>, Pin<&mut Option<PassFuture>>) -> Answer,
@@ -163,7 +163,7 @@ struct Calls {
 
 impl<N: IntervalNotifier> Allocation<N> {
     const LAYOUT: Layout = Layout::new::<Self>();
-    const CALLS: &'static Calls = &Calls {
+    const VTABLE: &'static VTable = &VTable {
         layout: Self::LAYOUT,
         first_pass: Self::first_pass,
         name: Self::name,
@@ -242,7 +242,7 @@ impl<N: IntervalNotifier> EntryBox<N> {
             rare: OnceBox::new(),
             longest: AtomicU32::new(0),
             pending: AtomicU32::new(0),
-            calls: Allocation::<N>::CALLS,
+            vtable: Allocation::<N>::VTABLE,
             own: Own::new(),
         };
         let allocation =
@@ -304,7 +304,7 @@ impl Spare {
     #[inline]
     pub(crate) fn put(&self, entry: EntryRef) {
         debug_assert!(entry.is_taken() && self.0.load(Ordering::Relaxed) == RESERVED);
-        // SAFETY: no other code uses the entry, and `rare` is not accessed again. `calls` stays as
+        // SAFETY: no other code uses the entry, and `rare` is not accessed again. `vtable` stays as
         // it is.
         unsafe { ptr::drop_in_place(&raw mut (*entry.0.as_ptr()).rare) };
         self.0.store(entry.0.as_ptr(), Ordering::Release);
@@ -329,8 +329,8 @@ impl Spare {
         // The store comes before the load of the layout, which may miss the caches (measured:
         // docs/measurements.md).
         self.0.store(ptr::null_mut(), Ordering::Relaxed);
-        // SAFETY: no other code has the memory. An entry was there, and its `calls` are intact.
-        if unsafe { (*memory.as_ptr()).calls.layout } != Allocation::<N>::LAYOUT {
+        // SAFETY: no other code has the memory. An entry was there, and its `vtable` is intact.
+        if unsafe { (*memory.as_ptr()).vtable.layout } != Allocation::<N>::LAYOUT {
             self.0.store(memory.as_ptr(), Ordering::Relaxed);
             return None;
         }
@@ -355,9 +355,9 @@ impl Drop for Spare {
 
 impl Drop for Vacant {
     fn drop(&mut self) {
-        // SAFETY: no other code has the memory. An entry was there, and its `calls` are intact. It
+        // SAFETY: no other code has the memory. An entry was there, and its `vtable` is intact. It
         // was allocated as a `Room` of this layout.
-        unsafe { alloc::alloc::dealloc(self.0.as_ptr().cast(), (*self.0.as_ptr()).calls.layout) };
+        unsafe { alloc::alloc::dealloc(self.0.as_ptr().cast(), (*self.0.as_ptr()).vtable.layout) };
     }
 }
 
@@ -389,14 +389,14 @@ impl EntryRef {
     ) -> Answer {
         // SAFETY: alive (module documentation), with the functions of its own type. It is not taken
         // while an invalidation in its first passes may call it.
-        unsafe { (self.calls.first_pass)(self, invalidation, place) }
+        unsafe { (self.vtable.first_pass)(self, invalidation, place) }
     }
 
     /// Returns the notifier's name. Runs driver code, so call it without the space's lock.
     pub(crate) fn name(self, losses: &Losses) -> Cow<'static, str> {
         // SAFETY: alive (module documentation), with the functions of its own type. It is not taken
         // while an invalidation in its first passes, a pending pass or a hold keeps it.
-        let name = losses.run(Callback::Name, |_| unsafe { (self.calls.name)(self) });
+        let name = losses.run(Callback::Name, |_| unsafe { (self.vtable.name)(self) });
         name.unwrap_or(Cow::Borrowed("a notifier whose name() panics"))
     }
 
@@ -408,7 +408,7 @@ impl EntryRef {
     pub(crate) fn free(self, _: Inside) {
         // SAFETY: the caller saw `unused()` under the lock. None of the three reasons holds, so no
         // other `EntryRef` or `EntryBox` of this entry is used any more.
-        unsafe { (self.calls.free)(self) }
+        unsafe { (self.vtable.free)(self) }
     }
 }
 
@@ -454,7 +454,7 @@ impl Indexed for EntryRef {
 
     /// Prefetches the cache lines of `memory`, where the target has an instruction for it. This
     /// function is here and not in the index because the intrinsic is `unsafe`.
-    #[inline(always)]
+    #[inline]
     fn prefetch<T>(memory: &T) -> bool {
         #[cfg(all(target_arch = "x86_64", target_feature = "sse", not(miri)))]
         for line in (0..size_of::<T>()).step_by(64) {

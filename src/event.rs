@@ -124,7 +124,7 @@ impl Terms {
     const PAST: u32 = 64;
 
     /// Makes the terms of an invalidation whose passes may stay pending.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn new(event: Event, blockable: bool) -> Self {
         let kind = match event {
             Event::Unmap => 0,

@@ -30,7 +30,7 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use hints::Hints;
 use leaf::Leaf;
-use node::{CAP, Child, Inner, Part};
+use node::{CAP, Child, InnerNode, Mergeable};
 pub(crate) use value::{Indexed, Ordered, Position, Ranged};
 
 /// The span of an index without intervals.
@@ -55,7 +55,7 @@ struct Arena<T> {
 /// Values with their intervals, ordered by `(start, order)`.
 pub(crate) struct IntervalIndex<V> {
     leaves: Arena<Leaf<V>>,
-    inners: Arena<Inner>,
+    inners: Arena<InnerNode>,
     root: Node,
     /// Number of levels above the leaves. 0 if the root is a leaf.
     height: usize,
@@ -182,7 +182,7 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     /// Searches some slots of a leaf.
-    #[inline(always)]
+    #[inline]
     fn visit<A>(
         leaf: &Leaf<V>,
         slots: Range<usize>,
@@ -198,15 +198,11 @@ impl<V: Indexed> IntervalIndex<V> {
         so_far
     }
 
-    /// Searches several `children` of `inner`, all but the last candidate.
-    ///
-    /// Most searches have one candidate child. This function is cold and not inlined, so that their
-    /// descent saves no callee-saved registers for it.
-    #[cold]
-    #[inline(never)]
+    /// Searches several `children` of `inner`, all but the last candidate. Most searches have only
+    /// that one.
     fn branch<A>(
         &self,
-        inner: &Inner,
+        inner: &InnerNode,
         children: Range<usize>,
         height: usize,
         range: AddressRange,
@@ -289,7 +285,6 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     /// Splits the leaf where `value` belongs, which is full, and adds the value.
-    #[inline(never)]
     fn split(&mut self, value: V) {
         let start = value.range().start();
         let (path, node) = self.path(start, u64::MAX);
@@ -343,7 +338,7 @@ impl<V: Indexed> IntervalIndex<V> {
             let node = self.inners.add(split);
             upper = self.inners.at(node).child(node);
         }
-        let mut root = Inner::EMPTY;
+        let mut root = InnerNode::EMPTY;
         root.add(0, Child { start: 0, order: 0, max_last: lower_max, node: lower });
         root.add(1, upper);
         self.root = self.inners.add(root);
@@ -354,7 +349,7 @@ impl<V: Indexed> IntervalIndex<V> {
     #[cfg(test)]
     fn heap_bytes(&self) -> usize {
         self.leaves.nodes.capacity() * size_of::<Leaf<V>>()
-            + self.inners.nodes.capacity() * size_of::<Inner>()
+            + self.inners.nodes.capacity() * size_of::<InnerNode>()
     }
 }
 

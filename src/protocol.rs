@@ -221,7 +221,7 @@ fn report_uncovered<M: Member>(hits: &[M], late: &mut Vec<M>, mut uncovered: imp
 }
 
 /// Makes the space's sequence even if no invalidation is active (S3).
-#[inline(always)]
+#[inline]
 fn settle(sequence: &mut u64, live: u32) {
     if live == 0 && *sequence % 2 == 1 {
         *sequence = sequence.wrapping_add(1);

@@ -51,25 +51,21 @@ impl Tally {
     }
 
     /// Counts a collision.
-    #[cold]
     pub(crate) fn collided(&self) {
         add_one(&self.collisions);
     }
 
     /// Counts a retry.
-    #[cold]
     pub(crate) fn retried(&self) {
         add_one(&self.retries);
     }
 
     /// Counts a wait.
-    #[cold]
     pub(crate) fn waited(&self) {
         add_one(&self.waits);
     }
 
     /// Counts a lapse.
-    #[cold]
     pub(crate) fn lapsed(&self) {
         add_one(&self.lapses);
     }

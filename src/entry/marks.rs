@@ -20,7 +20,7 @@ impl Entry {
 
     /// Closes and detaches the notifier, if no invalidation covers it and it has no mark. Otherwise
     /// it does nothing and returns `false`. Under the space's lock.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn retire(&self) -> bool {
         self.own.quick_close(DETACHED | WATCHED)
     }

@@ -29,7 +29,6 @@ pub(super) struct Rare {
 
 impl Entry {
     /// Returns the rare data, and allocates it first if needed.
-    #[cold]
     fn rare(&self) -> &Rare {
         self.rare.get_or_init(|| {
             Box::new(Rare {
@@ -94,7 +93,6 @@ impl Entry {
     }
 
     /// Returns whether the device is cut off (L5).
-    #[cold]
     pub(crate) fn is_fenced(&self) -> bool {
         self.rare.get().is_some_and(|rare| rare.fenced.load(Ordering::Acquire))
     }

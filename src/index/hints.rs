@@ -51,7 +51,7 @@ impl Hints {
     }
 
     /// Returns the slot of an address.
-    #[inline(always)]
+    #[inline]
     fn slot(&self, address: u64) -> Option<&AtomicU32> {
         let unit = address >> self.unit;
         let group = (unit / TOGETHER).wrapping_mul(GOLDEN) >> self.fold;
@@ -61,7 +61,7 @@ impl Hints {
 
     /// Returns the leaf where a search of `address` is likely to end. Returns leaf 0 if there is no
     /// hint.
-    #[inline(always)]
+    #[inline]
     pub(super) fn get(&self, address: u64) -> Node {
         self.slot(address).map_or(0, |leaf| leaf.load(Ordering::Relaxed))
     }
@@ -91,8 +91,6 @@ impl Hints {
     /// Makes the table large enough for so many leaves, and fills it. `extent` returns the first
     /// and the last address of a leaf, if the leaf is in use. The unit becomes about a quarter of a
     /// narrow leaf.
-    #[cold]
-    #[inline(never)]
     pub(super) fn make_room(
         &mut self,
         leaves: usize,
@@ -127,7 +125,7 @@ impl<V: Indexed> IntervalIndex<V> {
     /// Call it as early as possible. The processor may reach this prefetch while it still waits for
     /// a notifier of the previous invalidation. Both then arrive together (`DESIGN.md`, "The
     /// interval index").
-    #[inline(always)]
+    #[inline]
     pub(crate) fn expect(&self, address: u64) {
         if self.is_large() {
             self.fetch(self.hints.get(address));
@@ -136,19 +134,19 @@ impl<V: Indexed> IntervalIndex<V> {
 
     /// Returns whether the tree has so many leaves that a prefetch pays. The leaves of smaller
     /// trees stay in the caches.
-    #[inline(always)]
+    #[inline]
     fn is_large(&self) -> bool {
         self.height > 2
     }
 
     /// Returns the leaf in which a search for `address` is likely to end.
-    #[inline(always)]
+    #[inline]
     pub(super) fn likely_leaf(&self, address: u64) -> Node {
         if self.height == 0 { self.root } else { self.hints.get(address) }
     }
 
     /// Prefetches all cache lines of a leaf at once, if the tree is large.
-    #[inline(always)]
+    #[inline]
     pub(super) fn fetch(&self, leaf: Node) {
         let leaf = self.leaves.at(leaf);
         if self.is_large() && !V::prefetch(leaf) {
@@ -172,7 +170,6 @@ impl<V: Indexed> IntervalIndex<V> {
 
     /// Finds the leaf of [`only_leaf`](Self::only_leaf) by a descent, after a wrong hint. Corrects
     /// the hint.
-    #[inline(never)]
     fn find_only_leaf(&self, range: AddressRange) -> Option<&Leaf<V>> {
         let mut node = self.root;
         for _ in 0..self.height {

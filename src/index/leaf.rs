@@ -3,7 +3,7 @@
 #![forbid(unsafe_code)]
 
 use super::node::{
-    CAP, Child, LOW, Part, UNUSED, count_at_most, first_candidate, into_next, overhang, slack,
+    CAP, Child, LOW, Mergeable, UNUSED, count_at_most, first_candidate, into_next, overhang, slack,
 };
 use super::{Indexed, Node};
 use crate::range::AddressRange;
@@ -71,15 +71,13 @@ impl<V: Indexed> Leaf<V> {
     }
 
     /// Returns whether only the first eight slots hold intervals.
-    #[inline(always)]
+    #[inline]
     fn is_short(&self) -> bool {
         self.live < 1 << 8
     }
 
     /// Loads one word of each cache line that a search of the leaf may need late: the values, and
     /// the starts that its first step does not look at.
-    #[cold]
-    #[inline(never)]
     pub(super) fn touch(&self) {
         core::hint::black_box(self.starts[0] ^ self.starts[CAP - 1]);
         for values in self.values.chunks(CAP / 4) {
@@ -89,7 +87,7 @@ impl<V: Indexed> Leaf<V> {
 
     /// Returns whether no interval of another leaf can overlap `range`, if no interval extends more
     /// than `reach` bytes past the end of its leaf.
-    #[inline(always)]
+    #[inline]
     pub(super) fn is_only(&self, range: AddressRange, reach: u64) -> bool {
         // Earlier leaves end at or before the first start of this one. Later leaves begin at its
         // bound or after it.
@@ -104,7 +102,7 @@ impl<V: Indexed> Leaf<V> {
     }
 
     /// Returns whether an interval belongs into this leaf and changes nothing in the nodes above.
-    #[inline(always)]
+    #[inline]
     pub(super) fn takes(&self, range: AddressRange) -> bool {
         range.start() >= self.starts[0]
             && range.start() < self.bound
@@ -137,7 +135,7 @@ impl<V: Indexed> Leaf<V> {
 
     /// Returns the value in slot `at`, one of the [`candidates`](Self::candidates), if its interval
     /// overlaps `range`.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn overlapping(&self, at: usize, range: AddressRange) -> Option<V> {
         let own = self.starts[at % CAP];
         let value = self.values[at % CAP];
@@ -153,14 +151,12 @@ impl<V: Indexed> Leaf<V> {
 
     /// Returns whether an interval that starts at `own` certainly ends before `start`, which is not
     /// below `own`.
-    #[inline(always)]
+    #[inline]
     fn ends_before(&self, own: u64, start: u64) -> bool {
         start - own > self.longest
     }
 
-    /// Returns how many slots start at or before `start`. It is not inlined: the compiler would
-    /// compute the sum several times in the caller.
-    #[inline(never)]
+    /// Returns how many slots start at or before `start`.
     pub(super) fn rank(&self, start: u64) -> usize {
         count_at_most(&self.starts, false, start)
     }
@@ -190,14 +186,12 @@ impl<V: Indexed> Leaf<V> {
     }
 
     /// Raises the slack for an interval that was added in slot `at`.
-    #[cold]
-    #[inline(never)]
     fn stretch(&mut self, at: usize) {
         self.slack = self.slack.max(self.overhang(at));
     }
 
     /// Copies slot `from` to slot `at`. Returns `from`, which is the gap now.
-    #[inline(always)]
+    #[inline]
     fn fill(&mut self, at: usize, from: usize) -> usize {
         self.starts[at] = self.starts[from];
         self.values[at] = self.values[from];
@@ -258,13 +252,13 @@ impl<V: Indexed> Leaf<V> {
     /// Returns whether the removal of an interval that ends at `last` changes only its slot. This
     /// is so if the slack is 0, the leaf does not become small, and the greatest `last` may stay
     /// even if it is `last`.
-    #[inline(always)]
+    #[inline]
     pub(super) fn is_plain(&self, last: u64) -> bool {
         self.slack == 0 && last < self.bound && self.len as usize > LOW
     }
 
     /// Makes slot `at` a gap. Sufficient only if the removal is [plain](Self::is_plain).
-    #[inline(always)]
+    #[inline]
     pub(super) fn clear(&mut self, at: usize) {
         self.starts[at] = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
         self.values[at] = None;
@@ -296,7 +290,6 @@ impl<V: Indexed> Leaf<V> {
     }
 
     /// Computes `max_last` anew.
-    #[inline(never)]
     fn find_max_last(&mut self) {
         // Without overlaps, intervals end in the order in which they start.
         let from =
@@ -333,7 +326,7 @@ impl<V: Indexed> Leaf<V> {
     }
 }
 
-impl<V: Indexed> Part for Leaf<V> {
+impl<V: Indexed> Mergeable for Leaf<V> {
     fn len(&self) -> usize {
         self.len as usize
     }

@@ -1,5 +1,5 @@
-//! The inner nodes of the index, the search for a start within one node, and [`Part`]: what merging
-//! needs of an inner node and of a leaf.
+//! The inner nodes of the index, the search for a start within one node, and [`Mergeable`]: what
+//! merging needs of an inner node and of a leaf.
 #![forbid(unsafe_code)]
 
 use super::Node;
@@ -20,7 +20,7 @@ pub(super) const UNUSED: u64 = u64::MAX;
 
 /// An inner node. The parts of it are its children, in order.
 #[derive(Clone)]
-pub(super) struct Inner {
+pub(super) struct InnerNode {
     /// Number of children.
     pub(super) len: usize,
     /// Upper bound, in bytes, on how far any child extends past the lower bound of the next one.
@@ -45,7 +45,7 @@ pub(super) struct Child {
 }
 
 /// The operations of a node, inner or leaf, that merging and balancing use.
-pub(super) trait Part: Sized {
+pub(super) trait Mergeable: Sized {
     /// Returns the number of parts: children or intervals.
     fn len(&self) -> usize;
     /// Replaces the lower bound of the first child, which the node itself does not maintain.
@@ -131,7 +131,7 @@ pub(super) fn first_candidate(starts: &[u64; CAP], slack: u64, start: u64, end: 
 
 /// Returns how many bytes an interval that ends at `last`, inclusive, extends into one that starts
 /// at `next`.
-#[inline(always)]
+#[inline]
 pub(super) fn into_next(last: u64, next: u64) -> u64 {
     last.checked_sub(next).map_or(0, |beyond| beyond.saturating_add(1))
 }
@@ -141,7 +141,7 @@ pub(super) fn slack(starts: &[u64], lasts: impl Iterator<Item = u64>) -> u64 {
     lasts.zip(starts.iter().skip(1)).map(|(last, next)| into_next(last, *next)).max().unwrap_or(0)
 }
 
-impl Inner {
+impl InnerNode {
     /// A node without children.
     pub(super) const EMPTY: Self = Self {
         len: 0,
@@ -164,7 +164,7 @@ impl Inner {
     }
 
     /// Returns whether there are at most eight children.
-    #[inline(always)]
+    #[inline]
     pub(super) fn is_short(&self) -> bool {
         self.len <= 8
     }
@@ -228,7 +228,7 @@ impl Inner {
     }
 }
 
-impl Part for Inner {
+impl Mergeable for InnerNode {
     fn len(&self) -> usize {
         self.len
     }

@@ -1,10 +1,10 @@
 //! Removal from the index, and the merges of nodes that have become small.
 #![forbid(unsafe_code)]
 
-use super::node::{Child, LOW, MERGED, Part};
+use super::node::{Child, LOW, MERGED, Mergeable};
 use super::{Arena, Indexed, IntervalIndex, NOWHERE, Node};
 
-impl<T: Part> Arena<T> {
+impl<T: Mergeable> Arena<T> {
     /// Merges the neighbours `a` and `b`. If one node cannot hold the parts of both, it distributes
     /// them evenly instead. `(start, order)` is the parent's bound for `b`. Returns the parent's
     /// new data of the lower and the upper node. There is no upper node after a merge.
@@ -88,7 +88,6 @@ impl<V: Indexed> IntervalIndex<V> {
 
     /// Updates the tree after `value` has left its leaf and the leaf has another greatest `last` or
     /// has become small. Corrects the greatest `last`s in the nodes above, and merges small nodes.
-    #[inline(never)]
     fn shrink(&mut self, value: V) {
         let range = value.range();
         let (path, _) = self.path(range.start(), value.order());
@@ -130,7 +129,6 @@ impl<V: Indexed> IntervalIndex<V> {
     }
 
     /// Merges child `at` of `parent`, which has become small, with a neighbour.
-    #[inline(never)]
     fn merge(&mut self, level: usize, parent: Node, at: usize) {
         let inner = self.inners.at(parent);
         // The left neighbour if there is one, else the right one. Each inner node has at least two

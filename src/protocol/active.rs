@@ -35,7 +35,7 @@ impl<M, X> Active<M, X> {
     }
 
     /// Returns whether this is the invalidation `id`, and active.
-    #[inline(always)]
+    #[inline]
     pub(super) fn is(&self, id: Id) -> bool {
         self.id == id.0
     }
@@ -67,26 +67,26 @@ impl Id {
     }
 
     /// Makes an id of the number that [`raw`](Self::raw) returned.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn from_raw(raw: u64) -> Self {
         Self(raw)
     }
 
     /// Returns the id as a number.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn raw(self) -> u64 {
         self.0
     }
 
     /// Returns the serial.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn serial(self) -> u64 {
         self.0 >> PLACE_BITS
     }
 
     /// Returns the place in which the invalidation was started. It is [`PLACES`] if the
     /// invalidation was started in the crowd or is known to be there.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn place(self) -> usize {
         (self.0 & ((1 << PLACE_BITS) - 1)) as usize
     }
@@ -407,7 +407,7 @@ fn overlaps_set(sets: &BTreeMap<u64, Set>, serial: u64, range: AddressRange) -> 
 }
 
 /// Frees the place of invalidation `id`. Returns how many invalidations remain active.
-#[inline(always)]
+#[inline]
 pub(super) fn release<M, X>(active: &mut Active<M, X>, occupancy: &mut Occupancy, id: Id) -> u32 {
     active.id = 0;
     occupancy.free |= 1 << id.place();

@@ -55,7 +55,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
     /// Call it before the start stores anything. The processor reaches this prefetch early only if
     /// few stores stand between the hit of one invalidation and the next one (`DESIGN.md`, "The
     /// interval index").
-    #[inline(always)]
+    #[inline]
     pub(crate) fn expect(&self, range: AddressRange) {
         self.index.expect(range.last());
     }
@@ -117,7 +117,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
 impl Own {
     /// Closes the notifier and sets `marks`, if no active invalidation covers it and it has no
     /// mark. Otherwise it does nothing and returns `false`.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn quick_close(&self, marks: u32) -> bool {
         let plain = self.covering.load(Ordering::Relaxed) == 0;
         if plain {
@@ -129,7 +129,7 @@ impl Own {
 
     /// Removes one cover if the notifier has no mark. Otherwise it does nothing and returns
     /// `false`.
-    #[inline(always)]
+    #[inline]
     pub(super) fn quick_uncover(&self) -> bool {
         let covering = self.covering.load(Ordering::Relaxed) - COVER;
         if !covering.is_multiple_of(COVER) {
