@@ -32,12 +32,12 @@ use core::task::{Context, Poll};
 /// space, not for each device.
 ///
 /// ```
-/// # use shootdown::{AddressSpace, AddressRange, DriverLock, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+/// # use shootdown::*;
 /// # #[derive(Default)]
 /// # struct Gpu { page_table: DriverLock<Vec<u64>> }
 /// # impl IntervalNotifier for Gpu {
-/// #     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-/// #         self.page_table.lock_for(invalidation).clear();
+/// #     fn invalidate(&self, i: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+/// #         self.page_table.lock_for(i).clear();
 /// #         Ok(None)
 /// #     }
 /// # }
@@ -110,8 +110,8 @@ impl AddressSpace {
 
     /// Registers `notifier` for `range`.
     ///
-    /// It never waits, and the notifier may be called before this returns ([L3]). An invalidation of
-    /// the range that is active already does not call the notifier. Its readers wait for that
+    /// It never waits, and the notifier may be called before this returns ([L3]). An invalidation
+    /// of the range that is active already does not call the notifier. Its readers wait for that
     /// invalidation ([S5]). For a driver that is a task, see [`inbox`](Self::inbox).
     ///
     /// # Errors
@@ -205,8 +205,8 @@ impl AddressSpace {
     /// until they are done.
     ///
     /// # Panics
-    /// Resumes a panic of a first pass or pass ([C5]). If the thread is unwinding already, it returns
-    /// [`WouldBlock`] instead.
+    /// Resumes a panic of a first pass or pass ([C5]). If the thread is unwinding already, it
+    /// returns [`WouldBlock`] instead.
     ///
     /// [B2]: crate::docs::contract#b-blocking-and-non-blocking
     /// [B3]: crate::docs::contract#b-blocking-and-non-blocking
@@ -269,7 +269,8 @@ impl AddressSpace {
         Drain::new(&self.shared)
     }
 
-    /// Ends the passes of these notifiers, because their devices are cut off from the memory ([L5]).
+    /// Ends the passes of these notifiers, because their devices are cut off from the memory
+    /// ([L5]).
     ///
     /// It does for each notifier what [`Subscription::fence`] does, without access to the
     /// subscription; the same warning holds. It serves

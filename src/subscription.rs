@@ -32,8 +32,8 @@ use core::ops::Deref;
 /// # use shootdown::*;
 /// # struct Gpu;
 /// # impl IntervalNotifier for Gpu {
-/// #     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-/// #         invalidation.set_seq();
+/// #     fn invalidate(&self, i: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+/// #         i.set_seq();
 /// #         Ok(None)
 /// #     }
 /// # }
@@ -83,9 +83,10 @@ impl<N: IntervalNotifier> Subscription<N> {
     /// checks.
     ///
     /// The result is the notifier's own sequence as it was on entry. The future resolves once there
-    /// has been a moment since entry at which no active invalidation covered the notifier ([R1]). It
-    /// takes no lock unless it has to wait ([R3]). It waits only for invalidations that cover this
-    /// notifier ([L2]), and back-to-back invalidations of the range do not hold it up for ever.
+    /// has been a moment since entry at which no active invalidation covered the notifier ([R1]).
+    /// It takes no lock unless it has to wait ([R3]). It waits only for invalidations that cover
+    /// this notifier ([L2]), and back-to-back invalidations of the range do not hold it up for
+    /// ever.
     ///
     /// Afterwards, look at the memory and prepare the mapping. Then check the sequence *under the
     /// driver's lock* and install the mapping.
@@ -167,9 +168,9 @@ impl<N: IntervalNotifier> Subscription<N> {
     /// [`read_retry`](Self::read_retry) is true.
     ///
     /// Invalidations that start from now on do not call the notifier, and calls that have not begun
-    /// do not begin. The returned future waits until no call and no pass of it is running ([L1]). Use
-    /// it for a subscription that is shared with readers; otherwise use [`remove`](Self::remove).
-    /// It may be called again.
+    /// do not begin. The returned future waits until no call and no pass of it is running ([L1]).
+    /// Use it for a subscription that is shared with readers; otherwise use
+    /// [`remove`](Self::remove). It may be called again.
     ///
     /// [L1]: crate::docs::contract#l-life-cycle-and-progress-stronger-than-the-kernel
     pub fn close(&self) -> Close<'_> {

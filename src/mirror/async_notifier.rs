@@ -68,9 +68,9 @@ pub trait AsyncIntervalNotifier: Send + Sync + 'static {
 
     /// Stops the device from using the range.
     ///
-    /// A driver writes `async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo)`. Up to
-    /// the first await that is not ready, it runs as the first pass. Take the driver's lock and zap
-    /// the mappings before that. The rules of a pass hold for the rest: see the guide's page
+    /// A driver writes `async fn invalidate(self: Arc<Self>, invalidation: InvalidationInfo)`. Up
+    /// to the first await that is not ready, it runs as the first pass. Take the driver's lock and
+    /// zap the mappings before that. The rules of a pass hold for the rest: see the guide's page
     /// [`driver`](crate::docs::driver).
     fn invalidate(
         self: Arc<Self>,

@@ -287,7 +287,8 @@ impl<T: Send + 'static> Inbox<T> {
     /// # Errors
     /// - [`MirrorError::Prepare`] with the first error of `prepare`.
     /// - [`MirrorError::RetriesExhausted`] when the budget is used up.
-    /// - [`MirrorError::Closed`] after [`close`](Self::close), and after the stream has ended ([A5]).
+    /// - [`MirrorError::Closed`] after [`close`](Self::close), and after the stream has ended
+    ///   ([A5]).
     ///
     /// # Cancel safety
     /// May be dropped at any moment. Nothing is installed unless it has resolved.

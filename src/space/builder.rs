@@ -52,8 +52,9 @@ impl Builder {
     ///
     /// The clock is read at the start of *every* invalidation. By default the library reads the
     /// operating system's clock, and only when an invalidation turns out to last, because reading
-    /// it takes longer than a short invalidation (see [`ActiveInvalidation::age`](crate::ActiveInvalidation::age)). Virtual time
-    /// and `no_std` need a clock.
+    /// it takes longer than a short invalidation (see
+    /// [`ActiveInvalidation::age`](crate::ActiveInvalidation::age)). Virtual time and `no_std` need
+    /// a clock.
     ///
     /// No lock of the library is held during the call. A panic of `clock` is
     /// [counted](crate::Stats::lost_panics), and that reading has no time.

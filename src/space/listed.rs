@@ -94,8 +94,8 @@ pub struct Stats {
     ///
     /// [C4]: crate::docs::contract#c-cancellation-panics-stalls
     pub lapses: u64,
-    /// Invalidations that left pending passes to the space, because the future was dropped ([C2]) or
-    /// could not wait ([B3]).
+    /// Invalidations that left pending passes to the space, because the future was dropped ([C2])
+    /// or could not wait ([B3]).
     ///
     /// [B3]: crate::docs::contract#b-blocking-and-non-blocking
     /// [C2]: crate::docs::contract#c-cancellation-panics-stalls
