@@ -1,10 +1,10 @@
-//! How many instructions the library takes: `ci/instructions.sh`, or
-//! `cargo bench --bench instructions` where `gungraun-runner` is installed.
+//! Counts the instructions of the library. Run it with `ci/instructions.sh`, or with
+//! `cargo bench --bench instructions` if `gungraun-runner` is installed.
 //!
-//! Times differ from machine to machine and from run to run; these counts (callgrind) do not, so a
-//! rise is a change of the code or of the compiler. Each count is for [`TIMES`] operations.
-//! `instructions.json` holds those of the last accepted run; a run fails where one is more than 5 %
-//! higher.
+//! Times differ between machines and runs. These counts (callgrind) do not, so a rise comes from a
+//! change of the code or of the compiler. Each count is for [`TIMES`] operations.
+//! `instructions.json` holds the counts of the last accepted run. A run fails if a count is more
+//! than 5 % higher.
 #![allow(missing_docs, unreachable_pub, dead_code, clippy::print_stdout, clippy::print_stderr)]
 
 #[path = "table/devices.rs"]
@@ -17,16 +17,16 @@ use gungraun::{Callgrind, EventKind};
 use shootdown::{AddressSpace, Event, Subscription};
 use std::hint::black_box;
 
-/// Operations in each measured function.
+/// Number of operations in each measured function.
 const TIMES: usize = 1000;
-/// A count may be this much higher than the accepted one.
+/// Greatest ratio of a count to the accepted one.
 const TOLERANCE: f64 = 1.05;
 
 /// The counts of the last accepted run, by function and case.
 const ACCEPTED: &str = include_str!("instructions.json");
 
-/// Fails the case `name` when it takes more instructions than accepted; a case without an accepted
-/// count must be accepted first.
+/// Makes the case `name` fail if it takes more instructions than accepted. A case without an
+/// accepted count always fails.
 fn limit(name: &str) -> LibraryBenchmarkConfig {
     let accepted: std::collections::BTreeMap<String, u64> =
         serde_json::from_str(ACCEPTED).expect("benches/instructions.json is an object of counts");
@@ -51,7 +51,7 @@ fn drawn(n: u64, address: fn(&Population, u64) -> u64) -> Drawn {
     let mut next = random(n + 7);
     let pages = (0..TIMES).map(|_| address(&population, next() % n)).collect();
     let drawn = Drawn { population, pages };
-    // The first invalidation makes the working memory that later ones use again.
+    // The first invalidation allocates the memory that later ones use again.
     invalidate(&drawn.population.space, &drawn.pages[..1]);
     drawn
 }

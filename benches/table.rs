@@ -13,7 +13,7 @@
 mod batches;
 #[path = "table/bounds.rs"]
 mod bounds;
-#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+#[cfg(all(feature = "cache", feature = "userfaultfd", target_os = "linux"))]
 #[path = "table/cache.rs"]
 mod cache;
 #[path = "table/costs.rs"]
@@ -377,15 +377,17 @@ fn main() {
         (calibration, rows) = (all, table.rows);
     }
     if wants(Section::Cache) {
-        #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+        #[cfg(all(feature = "cache", feature = "userfaultfd", target_os = "linux"))]
         {
             cache::measure(&mut harness, &mut rows);
             let of_cache = cache::curves(&mut harness);
             rows.extend(cache::bounds(&of_cache));
             curves.extend(of_cache);
         }
-        #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
-        println!("left out: the rows of the registration cache, which need --features userfaultfd");
+        #[cfg(not(all(feature = "cache", feature = "userfaultfd", target_os = "linux")))]
+        println!(
+            "left out: the rows of the registration cache, which need --features cache,userfaultfd"
+        );
     }
     if wants(Section::Curves) {
         let of_space = curves::measure(&mut harness);

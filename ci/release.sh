@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # The checks before a release whose tools take long to install. Without arguments it installs what
 # is missing and runs all; with --present it runs those whose tools are there and names the others,
-# as `.ci/run` does. cargo-mutants changes one small file; with --mutants the protocol and the
-# index, too (half an hour).
+# as `.ci/run` does. cargo-mutants changes the lines that the last commits have changed; with
+# --mutants everything (hours).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -52,10 +52,15 @@ if [ -n "$(cargo tree --edges normal,no-proc-macro --all-features --duplicates -
 fi
 # Builds what it packs.
 step cargo package --quiet --allow-dirty
-# Minutes at the least: not a part of `.ci/run`.
-if [ "$present" = no ] && tool cargo-mutants; then
-    files=(--file src/range.rs)
-    [ "$mutants" = no ] || files+=(--file src/protocol.rs --file src/index.rs)
-    step cargo mutants "${files[@]}" --no-shuffle --output target -- --lib
+# The changes by hand still fit the code.
+if command -v python3 >/dev/null 2>&1; then
+    step ci/mutations.py --check
+fi
+if [ "$mutants" = yes ]; then
+    step ci/mutants.sh --whole
+elif [ "$present" = yes ]; then
+    step ci/mutants.sh --present
+else
+    step ci/mutants.sh
 fi
 echo "== release checks done"

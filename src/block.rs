@@ -1,9 +1,8 @@
-//! Threads that wait: [`Waitable`], and what each `wait()` calls (W).
+//! [`Waitable`], and the function behind each `wait()`: threads that wait for a future (rules W).
 //!
-//! A thread that waits polls the future itself, so that it helps with the passes that it waits for
-//! (C3), and sleeps between two polls until its waker is woken. Nothing notes that the thread is
-//! inside of an executor: what is polled here is this future only, so it may be called anywhere
-//! where the thread may be kept.
+//! The thread polls the future itself, so it helps with the passes that it waits for (C3). Between
+//! two polls it sleeps until its waker is woken. It does not enter an executor and polls only this
+//! future. So a thread may call `wait()` wherever it may block.
 #![forbid(unsafe_code)]
 
 use core::fmt;
@@ -12,16 +11,17 @@ use core::pin::Pin;
 use core::task::{Context, Poll};
 use pin_project::pin_project;
 
-/// The future of a function of this crate, which a thread can wait for, too: `wait` (feature
-/// `std`).
+/// Wraps the future of a function of this crate, so that a thread can wait for it, too: with `wait`
+/// (feature `std`).
 ///
-/// It is what an `async fn` would return: nothing happens before it is polled, and it is `Send` and
-/// `Sync` where what it holds is.
+/// It behaves as the future of an `async fn`. Nothing happens before it is polled. It is `Send` and
+/// `Sync` if the data in it is. The guide has a page on threads that wait: `docs::threads`.
 #[pin_project]
 #[must_use = "nothing happens before the future is awaited or waited for"]
 pub struct Waitable<F>(#[pin] F);
 
 impl<F> Waitable<F> {
+    /// Wraps a future.
     #[inline]
     pub(crate) fn new(future: F) -> Self {
         Self(future)
@@ -29,7 +29,8 @@ impl<F> Waitable<F> {
 }
 
 impl<F: Future> Waitable<F> {
-    /// Blocks the thread until the future resolves (W1).
+    /// Blocks the thread until the future resolves, and returns its output (rule
+    /// [W1](crate::docs::contract)).
     #[cfg(feature = "std")]
     pub fn wait(self) -> F::Output {
         wait(self.0)
@@ -64,11 +65,12 @@ mod thread {
     use core::pin::pin;
     use core::task::{Context, Poll, Waker};
 
-    /// The waker of a thread. It may outlive the wait: then it wakes nobody.
+    /// The waker of a thread. It may outlive the wait and has no effect then.
     #[derive(Default)]
     struct Sleeper {
+        /// The waker was woken since the thread last looked.
         woken: AtomicBool,
-        /// Only threads listen to it, so that its lock, under which it wakes, is held over no
+        /// Only threads listen to it. It notifies under its own lock, and waking a thread runs no
         /// foreign code (C8).
         event: Event,
     }
@@ -79,7 +81,7 @@ mod thread {
         }
 
         fn wake_by_ref(self: &Arc<Self>) {
-            // Who has set it has notified, or is about to.
+            // The caller that has set `woken` notifies. Later callers need not.
             if !self.woken.swap(true, Ordering::AcqRel) {
                 self.event.notify(1);
             }
@@ -87,11 +89,11 @@ mod thread {
     }
 
     impl Sleeper {
-        /// Until it has been woken since the last call.
+        /// Blocks the thread until the waker was woken since the last call.
         fn sleep(&self) {
             while !self.woken.swap(false, Ordering::AcqRel) {
                 let listener = self.event.listen();
-                // Who woke before that has notified nobody.
+                // A wake-up before `listen` has notified no listener, so look again.
                 if self.woken.swap(false, Ordering::AcqRel) {
                     return;
                 }
@@ -100,7 +102,7 @@ mod thread {
         }
     }
 
-    /// Whether it is the waker of a thread that is in [`wait`].
+    /// Returns whether `waker` is that of a thread in [`wait`].
     #[cfg(all(debug_assertions, not(any(loom, shuttle))))]
     pub(crate) fn is_of_a_thread(waker: &Waker) -> bool {
         waker.vtable() == Waker::from(Arc::<Sleeper>::default()).vtable()
@@ -134,8 +136,8 @@ mod thread {
             SPARE.try_with(Cell::take).ok().flatten().unwrap_or_default()
         }
 
-        /// Keeps it for the next wait of this thread, unless somebody still has its waker: two
-        /// waits must not look like polls of one task (C4).
+        /// Keeps the waker for the next wait of this thread, unless a clone of it exists: two waits
+        /// must not look like polls of one task (C4).
         pub(super) fn put(mut sleeper: Arc<Sleeper>) {
             if let Some(unshared) = Arc::get_mut(&mut sleeper) {
                 *unshared.woken.get_mut() = false;
@@ -144,7 +146,7 @@ mod thread {
         }
     }
 
-    /// Model checkers run all their threads on one.
+    /// No cache under model checkers, which run all threads of a model on one thread.
     #[cfg(any(loom, shuttle))]
     mod spare {
         use super::{Arc, Sleeper};

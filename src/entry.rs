@@ -1,46 +1,51 @@
-//! A registered notifier in memory: the only module with `unsafe` code.
+//! A registered notifier in memory: the only module with `unsafe` code, except for the system calls
+//! of `source`.
 //!
-//! An [`Entry`] holds what the library keeps of a notifier and the notifier itself, in one
-//! allocation. [`EntryRef`] points to it without counting: an invalidation of 256 notifiers would
-//! otherwise spend more on reference counts than on everything else it does (`DESIGN.md`, "Entries
+//! An allocation holds an [`Entry`], which is what the library keeps of a notifier, and the
+//! notifier itself. An [`EntryRef`] points to it without a reference count. With reference counts,
+//! an invalidation of 256 notifiers would spend most of its time on them (`DESIGN.md`, "Entries
 //! without reference counts").
 //!
 //! # Why an `EntryRef` may be dereferenced
-//! An entry is freed by [`EntryRef::free`] or given to a [`Spare`], and nothing else ends it: by
-//! the one who finds, **under the space's lock**, that none of these holds any more
-//! ([`Entry::unused`]):
+//! An entry ends in one of two ways: [`EntryRef::free`] frees it, or a [`Spare`] receives its
+//! memory. The caller of either has found, **under the space's lock**, that none of these reasons
+//! to live holds any more ([`Entry::unused`]):
 //!
-//! 1. it is not `DETACHED`: the entry is in the index, or its [`EntryBox`] (the subscription)
-//!    exists;
-//! 2. an active invalidation covers it (`own.is_covered()`);
-//! 3. somebody holds it (`is_held()`), to call `name` outside the lock.
+//! 1. The entry is not `DETACHED`: it is in the index, or its [`EntryBox`] (the subscription)
+//!    exists.
+//! 2. An active invalidation covers it (`own.is_covered()`).
+//! 3. It is held (`is_held()`), so that `name` can be called outside the lock.
 //!
-//! Each of the three changes only under the lock. The places that keep an `EntryRef` are the index
-//! (1), the subscription (1), the hits, late members and passes of an active invalidation (2), and
-//! lists of names in the making (3). So whoever has one has a reason why it is alive, and the last
-//! reason to go frees it, once.
+//! Each of the three changes only under the lock. An `EntryRef` is kept by the index (reason 1),
+//! the subscription (1), the hits, late members and passes of an active invalidation (2), and a
+//! list of names that is being made (3). So each `EntryRef` in use has a reason why its entry is
+//! alive. The code that removes the last reason frees the entry, once.
 //!
-//! The notifier is moved out by [`EntryBox::take`] (`remove`), or dropped with the entry. It is
-//! called only by an invalidation in its first passes, and `remove` takes it after there is none of
-//! those left that could (`engine::registration`).
+//! The notifier is moved out by [`EntryBox::take`] (`remove`), or dropped with the entry. Only an
+//! invalidation in its first passes calls it. `remove` takes it when no invalidation is left that
+//! could call it (`engine::registration`).
 //!
-//! # Why its functions fit its type
-//! An entry is made by [`EntryBox::new`] and nowhere else, which stores [`Calls`] of the type `N`
-//! that it stores beside it. They never change.
+//! # Why the functions of an entry fit its type
+//! Only [`EntryBox::new`] makes an entry. It stores a notifier of type `N` and the [`Calls`] of
+//! `N`. Neither changes its type later.
 //!
 //! # Who owns the memory of a former entry
-//! Its [`Spare`], from [`Spare::put`] until [`Spare::take`] or [`Spare::clear`]; then the [`Room`]
-//! or [`Vacant`]. Nobody else knows of it, because it was put there in place of being freed. A
-//! removal whose future is leaked has reserved the `Spare` and never fills it: the space does
-//! without from then on.
+//! The [`Spare`] owns it from [`Spare::put`] until [`Spare::take`] or [`Spare::clear`]. After that
+//! the [`Room`] or the [`Vacant`] owns it. No other pointer to it is in use, because it was put
+//! there instead of being freed. A removal whose future is leaked may have reserved the `Spare`. It
+//! never fills it then, and the space works without a `Spare` from then on.
+//!
+//! What the attributes and the hand-made layouts of this module are worth is in
+//! `docs/measurements.md`, "Attributes".
 
+mod marks;
 mod rare;
 
 use crate::foreign::{Callback, Inside, Losses};
-use crate::index::{Indexed, Ordered, Place};
+use crate::index::{Indexed, Ordered, Position};
 use crate::notifier::{IntervalNotifier, Invalidation, WouldBlock};
 use crate::pass::PassFuture;
-use crate::protocol::{MARKS, Member, Own, WATCHED};
+use crate::protocol::{Member, Own};
 use crate::range::AddressRange;
 use crate::sync::{AtomicPtr, AtomicU32, AtomicU64, OnceBox, Ordering};
 use alloc::borrow::Cow;
@@ -50,42 +55,38 @@ use core::mem::{ManuallyDrop, MaybeUninit};
 use core::ops::Deref;
 use core::pin::Pin;
 use core::ptr::{self, NonNull};
+use marks::TAKEN;
 use rare::Rare;
 
-/// The subscription is gone.
-const DETACHED: u32 = MARKS[0];
-/// The notifier has been moved out.
-const TAKEN: u32 = MARKS[1];
-/// Somebody holds the entry.
-const HELD: u32 = MARKS[2];
-
-/// What the library keeps of one notifier. All of it but `own`'s word is written only under the
-/// space's lock, or by who has the entry alone; these are atomics so that this need not be argued
-/// with `unsafe`, and cost what plain fields cost.
+/// What the library keeps of one notifier.
 ///
-/// What an invalidation looks at stands at the end, where the notifier follows: among many
-/// notifiers both miss the caches, and so together.
+/// All fields but the word of `own` are written only under the space's lock, or while no other code
+/// has the entry. They are atomics so that this needs no `unsafe`. They cost what plain fields
+/// cost.
+///
+/// The fields that an invalidation loads come last, next to the notifier. Among many notifiers both
+/// miss the caches, and this way they share a cache line. `repr(C)` keeps this order.
 #[repr(C)]
 pub(crate) struct Entry {
     pub(crate) range: AddressRange,
-    /// The place among equals.
+    /// The order among notifiers with the same start (O1).
     pub(crate) order: AtomicU64,
-    /// What few notifiers ever need, made when the first of it is needed: what all have is a sixth
-    /// smaller without, and so more of them fit the caches.
+    /// Data that few notifiers need, allocated when it is needed first. Without it an entry is a
+    /// sixth smaller, so that more entries fit the caches.
     rare: OnceBox<Rare>,
-    /// The longest that an invalidation which hit the notifier was active, in microseconds.
+    /// The longest time, in microseconds, that an invalidation which hit the notifier was active.
     longest: AtomicU32,
-    /// Passes of this notifier that are pending.
+    /// Number of pending passes of this notifier.
     pub(crate) pending: AtomicU32,
-    /// What can be done with the notifier.
+    /// The functions of the notifier's type.
     calls: &'static Calls,
-    /// Marked as watched while a future waits for this notifier, or it is on its way out: then the
-    /// end of an invalidation has more to do.
+    /// The sequence and the covers. Marked as `WATCHED` while a future waits for this notifier, or
+    /// while it is being removed. The end of an invalidation has more to do then.
     pub(crate) own: Own,
 }
 
-/// 256 of them, with a driver of three words each and what the index has of them, fit a first cache
-/// of 32 KiB.
+/// 256 entries, each with a driver of three words, fit an L1 cache of 32 KiB together with their
+/// part of the index.
 #[cfg(all(
     target_pointer_width = "64",
     not(any(loom, shuttle, debug_assertions, feature = "test-util"))
@@ -93,89 +94,67 @@ pub(crate) struct Entry {
 const _: () = assert!(size_of::<Entry>() == 64);
 
 impl Entry {
-    /// An invalidation that hit the notifier was active for `micros`. Only under the space's lock,
-    /// so that no read-modify-write is needed.
+    /// Records that an invalidation which hit the notifier was active for `micros`. The caller has
+    /// the space's lock, so this needs no read-modify-write.
     #[inline]
     pub(crate) fn lasted(&self, micros: u32) {
         if self.longest.load(Ordering::Relaxed) < micros {
             self.longest.store(micros, Ordering::Relaxed);
         }
     }
-
-    /// The subscription is gone.
-    #[inline]
-    pub(crate) fn detach(&self) {
-        self.own.mark(DETACHED | WATCHED, true);
-    }
-
-    /// Closes and detaches the notifier if nobody has any business with it; otherwise does nothing
-    /// and says so. Under the lock.
-    #[inline(always)]
-    pub(crate) fn retire(&self) -> bool {
-        self.own.quick_close(DETACHED | WATCHED)
-    }
-
-    pub(crate) fn is_held(&self) -> bool {
-        self.own.is_marked(HELD)
-    }
-
-    /// Whether the notifier was moved out.
-    #[inline]
-    pub(crate) fn is_taken(&self) -> bool {
-        self.own.is_marked(TAKEN)
-    }
-
-    /// Whether nothing keeps the entry alive; under the lock.
-    pub(crate) fn unused(&self) -> bool {
-        self.own.is_marked(DETACHED) && !self.own.is_covered() && !self.is_held()
-    }
 }
 
+/// An entry with its notifier. `repr(C)` makes the entry the first field, so that a pointer to it
+/// is a pointer to the allocation.
 #[repr(C)]
 struct Allocation<N> {
     entry: Entry,
     notifier: ManuallyDrop<N>,
 }
 
-/// A pointer to an entry whose notifier's type is not known. See the module for why it is valid.
+/// A pointer to an entry whose notifier's type is not known. The module documentation says why it
+/// is valid.
 ///
-/// It may reach the whole `Allocation`, and points to its first field. One word and not the two of
-/// a pointer to `dyn`: the index and the lists of hits hold little else.
+/// It points to the first field of an `Allocation`, and its provenance covers the whole of it. It
+/// has one word, where a pointer to `dyn` has two. The index and the lists of hits hold little
+/// else.
 #[derive(Clone, Copy)]
 pub(crate) struct EntryRef(NonNull<Entry>);
 
-/// The subscription's pointer to an entry, which knows the notifier's type.
+/// The subscription's pointer to an entry. It has the notifier's type.
 pub(crate) struct EntryBox<N>(NonNull<Allocation<N>>);
 
-/// Where the memory of a former entry waits for the next one: where a notifier goes another one
-/// often comes.
+/// A one-element cache for the memory of a removed entry. The next insertion of the same size uses
+/// it again: a removal is often followed by an insertion.
 ///
-/// There is room for one. Who will fill it is decided under the space's lock
-/// ([`reserve`](Self::reserve)), as is who gets what is there; to fill it is one store, without the
-/// lock, and there is no read-modify-write.
+/// It is null, [`RESERVED`], or a pointer to the memory. Reserving ([`reserve`](Self::reserve)) and
+/// taking need the space's lock. Filling is a plain store by the code that reserved it, without the
+/// lock. There is no read-modify-write.
 pub(crate) struct Spare(AtomicPtr<Entry>);
 
-/// Memory in which an entry was, to be freed.
+/// The memory of a former entry. Dropping it frees the memory.
 pub(crate) struct Vacant(NonNull<Entry>);
 
 /// Memory for an entry with a notifier `N`.
 pub(crate) struct Room<N>(Box<MaybeUninit<Allocation<N>>>);
 
-/// In a [`Spare`] that somebody will fill.
+/// The value of a [`Spare`] that is reserved and not yet filled.
 const RESERVED: *mut Entry = ptr::without_provenance_mut(1);
 
 /// How a first pass answered.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Answer {
+    /// The device is done.
     Done,
-    /// It left a pass, which lies where it was asked to be put.
+    /// The first pass left a pass, which is in `place` now.
     Pass,
+    /// The first pass refused: it cannot start without waiting.
     WouldBlock,
 }
 
-/// What can be done with a notifier whose type is not known, as functions that know it.
+/// The functions of a notifier's type, for an [`EntryRef`], which does not have the type.
 struct Calls {
-    /// What the entry and the notifier take together.
+    /// The layout of the `Allocation`.
     layout: Layout,
     first_pass: unsafe fn(EntryRef, &Invalidation<'_>, Pin<&mut Option<PassFuture>>) -> Answer,
     name: unsafe fn(EntryRef) -> Cow<'static, str>,
@@ -191,12 +170,13 @@ impl<N: IntervalNotifier> Allocation<N> {
         free: Self::free,
     };
 
-    /// Calls the notifier's first pass and puts what it leaves into `place`. Not a `dyn` call whose
-    /// answer is moved from hand to hand: here the compiler knows the driver, and where the answer
-    /// belongs.
+    /// Calls the notifier's first pass and stores the pass that it leaves in `place`.
+    ///
+    /// A `dyn` call would return the pass by copies. Here the compiler knows the driver's type, and
+    /// writes the pass to `place` directly.
     ///
     /// # Safety
-    /// `entry` is alive, is the first field of an `Allocation<N>`, and its notifier was not taken.
+    /// `entry` is alive and the first field of an `Allocation<N>`. Its notifier was not taken.
     unsafe fn first_pass(
         entry: EntryRef,
         invalidation: &Invalidation<'_>,
@@ -214,6 +194,8 @@ impl<N: IntervalNotifier> Allocation<N> {
         }
     }
 
+    /// Returns the notifier's name.
+    ///
     /// # Safety
     /// As for `first_pass`.
     unsafe fn name(entry: EntryRef) -> Cow<'static, str> {
@@ -221,15 +203,18 @@ impl<N: IntervalNotifier> Allocation<N> {
         unsafe { &(*entry.0.cast::<Self>().as_ptr()).notifier }.name()
     }
 
+    /// Frees the allocation. Drops the notifier unless it was taken.
+    ///
     /// # Safety
-    /// `entry` was made by `EntryBox::<N>::new`, and nobody uses it any more.
+    /// `entry` was made by `EntryBox::<N>::new`, and no other code uses it any more.
     unsafe fn free(entry: EntryRef) {
         let taken = entry.is_taken();
-        // SAFETY: `EntryBox::new` made this box, and by the contract of this function nobody else
-        // points to it.
+        // SAFETY: `EntryBox::new` made this box. By the contract of this function no other pointer
+        // to it is in use.
         let mut allocation = unsafe { Box::from_raw(entry.0.cast::<Self>().as_ptr()) };
         if !taken {
-            // SAFETY: dropped once: the allocation goes away with it, also when the drop panics.
+            // SAFETY: the notifier is dropped once. The allocation is freed after it, also when the
+            // drop panics.
             unsafe { ManuallyDrop::drop(&mut allocation.notifier) };
         }
     }
@@ -248,7 +233,7 @@ unsafe impl<N: Send + Sync> Send for EntryBox<N> {}
 unsafe impl<N: Send + Sync> Sync for EntryBox<N> {}
 
 impl<N: IntervalNotifier> EntryBox<N> {
-    /// A new entry, attached, with no place among equals yet.
+    /// Makes an entry: attached, with its order not set yet.
     #[inline]
     pub(crate) fn new(room: Room<N>, range: AddressRange, notifier: N) -> Self {
         let entry = Entry {
@@ -265,93 +250,95 @@ impl<N: IntervalNotifier> EntryBox<N> {
         Self(NonNull::from(Box::leak(allocation)))
     }
 
-    /// The same entry without its notifier's type.
+    /// Returns a pointer to the entry without the notifier's type.
     #[inline]
     pub(crate) fn erase(&self) -> EntryRef {
         EntryRef(self.0.cast())
     }
 
-    /// The notifier.
+    /// Returns the notifier.
     #[inline]
     pub(crate) fn notifier(&self) -> &N {
         // SAFETY: the entry is alive by reason 1, and `take` consumes the `EntryBox`.
         unsafe { &(*self.0.as_ptr()).notifier }
     }
 
-    /// Moves the notifier out. To be called once, when nothing can call it any more, under the lock
-    /// or by the one who has the entry alone; then `notifier` must not be called again.
+    /// Moves the notifier out. Call it once, when no invalidation can call the notifier any more:
+    /// under the space's lock, or if no other code has the entry. Do not call `notifier` after it.
     #[inline]
     pub(crate) fn take(&self) -> N {
         let allocation = self.0.as_ptr();
         self.own.mark(TAKEN, true);
-        // SAFETY: alive by reason 1. Only the field is borrowed, so that the borrows of `entry` by
-        // others do not matter. The notifier is not called any more, and `TAKEN` keeps `free` from
+        // SAFETY: alive by reason 1. Only the field `notifier` is borrowed, so this does not alias
+        // borrows of `entry`. The notifier is not called any more, and `TAKEN` keeps `free` from
         // dropping it again.
         unsafe { ptr::read(&*(*allocation).notifier) }
     }
 }
 
 impl Spare {
+    /// Makes an empty cache.
     pub(crate) fn new() -> Self {
         Self(AtomicPtr::new(ptr::null_mut()))
     }
 
-    /// Whether there is room, and nobody else who will fill it: then the caller has to
-    /// [`put`](Self::put) something there, or to [`cancel`](Self::cancel). Under the space's lock.
+    /// Reserves the cache if it is empty and not reserved, and returns whether it did. The caller
+    /// then calls [`put`](Self::put) or [`cancel`](Self::cancel). Under the space's lock.
     #[inline]
     pub(crate) fn reserve(&self) -> bool {
         let empty = self.0.load(Ordering::Relaxed).is_null();
         if empty {
-            // Nothing else changes an empty one.
+            // An empty cache changes only under the lock, which the caller has.
             self.0.store(RESERVED, Ordering::Relaxed);
         }
         empty
     }
 
-    /// Takes the reservation back.
+    /// Ends the reservation without filling the cache.
     pub(crate) fn cancel(&self) {
         self.0.store(ptr::null_mut(), Ordering::Relaxed);
     }
 
-    /// Ends an entry and keeps its memory. To be called once, by the one who has reserved this, saw
-    /// `unused()` under the lock, and moved the notifier out.
+    /// Ends an entry and keeps its memory. Call it once, after reserving the cache, seeing
+    /// `unused()` under the lock, and moving the notifier out.
     #[inline]
     pub(crate) fn put(&self, entry: EntryRef) {
         debug_assert!(entry.is_taken() && self.0.load(Ordering::Relaxed) == RESERVED);
-        // SAFETY: nobody else uses the entry, and its memory is not looked at as an entry again.
-        // `calls` stays as it is.
+        // SAFETY: no other code uses the entry, and `rare` is not accessed again. `calls` stays as
+        // it is.
         unsafe { ptr::drop_in_place(&raw mut (*entry.0.as_ptr()).rare) };
         self.0.store(entry.0.as_ptr(), Ordering::Release);
     }
 
-    /// Whether there is something at this moment.
+    /// Returns whether the cache is filled at this moment.
     #[inline]
     pub(crate) fn is_filled(&self) -> bool {
         self.0.load(Ordering::Relaxed).addr() > RESERVED.addr()
     }
 
+    /// Returns the memory in the cache, if it is filled.
     #[inline]
     fn memory(&self) -> Option<NonNull<Entry>> {
         NonNull::new(self.0.load(Ordering::Acquire)).filter(|memory| memory.as_ptr() != RESERVED)
     }
 
-    /// What is there, for an entry with an `N`, if it fits. Under the space's lock.
+    /// Takes the memory for an entry with an `N`, if its layout fits. Under the space's lock.
     #[inline]
     pub(crate) fn take<N: IntervalNotifier>(&self) -> Option<Room<N>> {
         let memory = self.memory()?;
-        // Before the question, whose answer takes longer to come (1 ns).
+        // The store comes before the load of the layout, which may miss the caches (measured:
+        // docs/measurements.md).
         self.0.store(ptr::null_mut(), Ordering::Relaxed);
-        // SAFETY: nobody else has the memory any more; an entry was there, whose `calls` still are.
+        // SAFETY: no other code has the memory. An entry was there, and its `calls` are intact.
         if unsafe { (*memory.as_ptr()).calls.layout } != Allocation::<N>::LAYOUT {
             self.0.store(memory.as_ptr(), Ordering::Relaxed);
             return None;
         }
-        // SAFETY: a `Room` of this layout was allocated there, and nobody else has the memory any
-        // more.
+        // SAFETY: the memory was allocated as a `Room` of this layout, and no other code has it.
         Some(Room(unsafe { Box::from_raw(memory.cast().as_ptr()) }))
     }
 
-    /// What is there, to be freed when the lock is free. Under the space's lock.
+    /// Takes the memory, to be freed after the lock is released. Under the space's lock.
     #[inline]
     pub(crate) fn clear(&self) -> Option<Vacant> {
         let memory = self.memory()?;
@@ -368,13 +355,14 @@ impl Drop for Spare {
 
 impl Drop for Vacant {
     fn drop(&mut self) {
-        // SAFETY: nobody else has the memory. An entry was there, whose `calls` still are; it was
-        // allocated as a `Room` of this layout.
+        // SAFETY: no other code has the memory. An entry was there, and its `calls` are intact. It
+        // was allocated as a `Room` of this layout.
         unsafe { alloc::alloc::dealloc(self.0.as_ptr().cast(), (*self.0.as_ptr()).calls.layout) };
     }
 }
 
 impl<N> Room<N> {
+    /// Allocates the memory.
     pub(crate) fn new() -> Self {
         Self(Box::new_uninit())
     }
@@ -391,7 +379,7 @@ impl<N> Deref for EntryBox<N> {
 }
 
 impl EntryRef {
-    /// Calls the notifier's first pass; what it leaves to be waited for is put into `place`.
+    /// Calls the notifier's first pass. The pass that it leaves is stored in `place`.
     #[inline]
     pub(crate) fn first_pass(
         self,
@@ -399,27 +387,27 @@ impl EntryRef {
         invalidation: &Invalidation<'_>,
         place: Pin<&mut Option<PassFuture>>,
     ) -> Answer {
-        // SAFETY: alive (module documentation), with the functions of its own type; not taken while
-        // an invalidation in its first passes may call it.
+        // SAFETY: alive (module documentation), with the functions of its own type. It is not taken
+        // while an invalidation in its first passes may call it.
         unsafe { (self.calls.first_pass)(self, invalidation, place) }
     }
 
-    /// What the notifier is called. Runs driver code, so not under the lock.
+    /// Returns the notifier's name. Runs driver code, so call it without the space's lock.
     pub(crate) fn name(self, losses: &Losses) -> Cow<'static, str> {
-        // SAFETY: alive (module documentation), with the functions of its own type; not taken while
-        // an invalidation in its first passes, a pending pass or a hold keeps it.
+        // SAFETY: alive (module documentation), with the functions of its own type. It is not taken
+        // while an invalidation in its first passes, a pending pass or a hold keeps it.
         let name = losses.run(Callback::Name, |_| unsafe { (self.calls.name)(self) });
         name.unwrap_or(Cow::Borrowed("a notifier whose name() panics"))
     }
 
-    /// Frees the entry, and drops the notifier unless it was taken. Runs driver code, so not under
-    /// the lock.
+    /// Frees the entry, and drops the notifier unless it was taken. Runs driver code, so call it
+    /// without the space's lock.
     ///
-    /// To be called once, by the one who saw `unused()` under the lock.
+    /// Call it once, after seeing `unused()` under the lock.
     #[inline]
     pub(crate) fn free(self, _: Inside) {
-        // SAFETY: `unused()` was seen under the lock: none of the three reasons holds, so no other
-        // `EntryRef` or `EntryBox` is used any more.
+        // SAFETY: the caller saw `unused()` under the lock. None of the three reasons holds, so no
+        // other `EntryRef` or `EntryBox` of this entry is used any more.
         unsafe { (self.calls.free)(self) }
     }
 }
@@ -455,23 +443,24 @@ impl Indexed for EntryRef {
     }
 
     #[inline]
-    fn place(self) -> Place {
-        self.own.place()
+    fn position(self) -> Position {
+        self.own.position()
     }
 
     #[inline]
-    fn set_place(self, place: Place) {
-        self.own.set_place(place);
+    fn set_position(self, position: Position) {
+        self.own.set_position(position);
     }
 
-    /// Here and not in the index because the instruction counts as `unsafe`.
+    /// Prefetches the cache lines of `memory`, where the target has an instruction for it. This
+    /// function is here and not in the index because the intrinsic is `unsafe`.
     #[inline(always)]
     fn prefetch<T>(memory: &T) -> bool {
         #[cfg(all(target_arch = "x86_64", target_feature = "sse", not(miri)))]
         for line in (0..size_of::<T>()).step_by(64) {
             use core::arch::x86_64::{_MM_HINT_T0, _mm_prefetch};
             // SAFETY: the processor has the instruction (`target_feature`). It neither reads nor
-            // writes for the program, and no address is wrong for it.
+            // writes memory of the program, and every address is valid for it.
             unsafe {
                 _mm_prefetch::<_MM_HINT_T0>(ptr::from_ref(memory).cast::<i8>().wrapping_add(line))
             };

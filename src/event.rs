@@ -1,69 +1,85 @@
-//! Why memory is invalidated, and on whose behalf.
+//! [`Event`]: the reason for an invalidation; [`Owner`]: on whose behalf it happens.
 #![forbid(unsafe_code)]
 
 use core::num::NonZeroU64;
 use core::sync::atomic::{AtomicU64, Ordering};
 
-/// Who causes a migration or an exclusive mapping, so that its own notifier can recognise the event
-/// and ignore it.
+/// Identifies the driver that causes a migration or an exclusive mapping. Its own notifier can then
+/// recognise the event and ignore it (rule [S4](crate::docs::contract)).
 ///
-/// The kernel compares a `void *` that the driver chooses; so does this type, by value.
+/// Two owners are equal if their numbers are. The kernel compares a `void *` that the driver
+/// chooses. A notifier finds the owner with [`Invalidation::owner`](crate::Invalidation::owner).
+///
+/// ```
+/// use shootdown::{Event, Owner};
+///
+/// let driver = Owner::new();
+/// let event = Event::Migrate { owner: Some(driver) };
+/// assert_eq!(event.owner(), Some(driver));
+/// assert_ne!(event.owner(), Some(Owner::new()));
+/// ```
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Owner(NonZeroU64);
 
 impl Owner {
-    /// An owner that differs from every other made by this function in the process.
+    /// Makes an owner that differs from every other one that this function makes in the process.
     #[expect(
         clippy::new_without_default,
-        reason = "every call gives another value, which a default must not"
+        reason = "each call returns another value, which a default must not"
     )]
     pub fn new() -> Self {
         static NEXT: AtomicU64 = AtomicU64::new(1);
-        // 2^64 owners are not made in a process's life; if they were, the first would be given out
-        // again.
+        // A process does not live long enough for 2^64 owners. The next one after these would equal
+        // the first.
         Self(NonZeroU64::new(NEXT.fetch_add(1, Ordering::Relaxed)).unwrap_or(NonZeroU64::MIN))
     }
 
-    /// An owner from a number of the caller's choice, such as the address of its device.
+    /// Makes an owner of a number that the caller chooses, such as the address of its device.
     pub const fn from_raw(raw: NonZeroU64) -> Self {
         Self(raw)
     }
 }
 
-/// The reason for an invalidation: the kernel's `enum mmu_notifier_event`.
+/// Says why memory is invalidated: the kernel's `enum mmu_notifier_event`.
+///
+/// [`AddressSpace::invalidate`](crate::AddressSpace::invalidate) takes it, and a driver reads it
+/// with [`Invalidation::event`](crate::Invalidation::event).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Event {
-    /// `MMU_NOTIFY_UNMAP`: the range is unmapped or moved; what was there is gone afterwards.
+    /// `MMU_NOTIFY_UNMAP`: the range is unmapped or moved. Its contents are lost afterwards.
     Unmap,
-    /// `MMU_NOTIFY_CLEAR`: pages are discarded or replaced (`madvise`, copy-on-write, reclaim); the
+    /// `MMU_NOTIFY_CLEAR`: pages are discarded or replaced (`madvise`, copy-on-write, reclaim). The
     /// range stays mapped.
     Clear,
     /// `MMU_NOTIFY_PROTECTION_VMA`: the protection of the whole range changes (`mprotect`).
     ProtectionVma,
     /// `MMU_NOTIFY_PROTECTION_PAGE`: the protection of single pages changes.
     ProtectionPage,
-    /// `MMU_NOTIFY_SOFT_DIRTY`: pages are write-protected to see which are written next.
+    /// `MMU_NOTIFY_SOFT_DIRTY`: pages are write-protected to see which ones are written next.
     SoftDirty,
-    /// `MMU_NOTIFY_RELEASE`: the address space goes away
+    /// `MMU_NOTIFY_RELEASE`: the address space ends
     /// ([`AddressSpace::release`](crate::AddressSpace::release)).
     Release,
     /// `MMU_NOTIFY_MIGRATE`: pages move to or from device memory on behalf of `owner`.
     ///
-    /// A notifier that finds its own owner here may ignore the event (rule S4). It must then not
-    /// wait in `read_begin` of the same range before its own migration has ended.
+    /// A notifier that finds its own owner here may ignore the event (rule
+    /// [S4](crate::docs::contract)). Its driver must then not wait in
+    /// [`read_begin`](crate::Subscription::read_begin) of the same range before its own migration
+    /// has ended.
     Migrate {
-        /// On whose behalf; `None` when it is nobody's.
+        /// The driver that causes the migration, or `None` if no driver does.
         owner: Option<Owner>,
     },
     /// `MMU_NOTIFY_EXCLUSIVE`: a device gets exclusive (atomic) access on behalf of `owner`.
     Exclusive {
-        /// On whose behalf; `None` when it is nobody's.
+        /// The driver whose device gets the access, or `None` if there is none.
         owner: Option<Owner>,
     },
 }
 
 impl Event {
-    /// The owner that `Migrate` and `Exclusive` carry.
+    /// Returns the owner of [`Migrate`](Self::Migrate) and [`Exclusive`](Self::Exclusive), and
+    /// `None` for other events.
     #[inline]
     pub const fn owner(self) -> Option<Owner> {
         match self {
@@ -72,7 +88,7 @@ impl Event {
         }
     }
 
-    /// The reason's name in lower case, without the owner: `"unmap"`, `"protection-vma"`, …
+    /// Returns the event's name in lower case, without the owner: `"unmap"`, `"protection-vma"`, …
     pub const fn name(self) -> &'static str {
         match self {
             Self::Unmap => "unmap",
@@ -87,21 +103,27 @@ impl Event {
     }
 }
 
-/// An [`Event`] without its owner, and how the invalidation may be answered. One word, which goes
-/// through registers and is stored once: an [`Event`] that was just put together cannot be copied
-/// as a whole before both its words are stored, and that wait is a tenth of a short invalidation.
+/// The kind of an [`Event`], without its owner, and flags of the invalidation, packed into one
+/// word.
+///
+/// The word is passed in a register and stored once. Copying a two-word [`Event`] just after
+/// building it would stall on store forwarding (measured: docs/measurements.md).
 #[derive(Clone, Copy)]
 pub(crate) struct Terms(u32);
 
 impl Terms {
-    /// The kinds of events, as [`Event`] lists them.
+    /// Mask of the kind of event, a number in the order of [`Event`].
     const KIND: u32 = 7;
+    /// Flag: the invalidation is blockable.
     const BLOCKABLE: u32 = 8;
+    /// Flag: a pass may stay pending.
     const MAY_DEFER: u32 = 16;
+    /// Flag: the change may have been made already (M7).
     const LATE: u32 = 32;
+    /// Flag: all the changes have been made (N4).
     const PAST: u32 = 64;
 
-    /// Those of an invalidation whose passes may stay pending.
+    /// Makes the terms of an invalidation whose passes may stay pending.
     #[inline(always)]
     pub(crate) fn new(event: Event, blockable: bool) -> Self {
         let kind = match event {
@@ -117,6 +139,7 @@ impl Terms {
         Self(kind | if blockable { Self::BLOCKABLE } else { 0 } | Self::MAY_DEFER)
     }
 
+    /// Returns the event. `owner` is the owner of a migration or an exclusive access.
     #[inline]
     pub(crate) fn event(self, owner: Option<Owner>) -> Event {
         match self.0 & Self::KIND {
@@ -131,40 +154,44 @@ impl Terms {
         }
     }
 
+    /// Returns whether the invalidation is blockable.
     #[inline]
     pub(crate) fn blockable(self) -> bool {
         self.0 & Self::BLOCKABLE != 0
     }
 
+    /// Returns whether a pass may stay pending.
     #[inline]
     pub(crate) fn may_defer(self) -> bool {
         self.0 & Self::MAY_DEFER != 0
     }
 
+    /// Returns whether the change may have been made already (M7).
     #[inline]
     pub(crate) fn is_late(self) -> bool {
         self.0 & Self::LATE != 0
     }
 
-    /// Marks an invalidation of memory that has changed already (M7).
+    /// Returns the terms with the mark that the memory may have changed already (M7).
     #[inline]
     pub(crate) fn late(self) -> Self {
         Self(self.0 | Self::LATE)
     }
 
-    /// Marks one of many changes that all have happened: who comes from now on sees what is there
-    /// now, and need not wait (N4).
+    /// Returns the terms with the mark that all the changes have been made. A notifier that is
+    /// inserted from now on sees the memory as it is now, and its readers need not wait (N4).
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(crate) fn past(self) -> Self {
         Self(self.0 | Self::PAST)
     }
 
+    /// Returns whether all the changes have been made (N4).
     #[inline]
     pub(crate) fn is_past(self) -> bool {
         self.0 & Self::PAST != 0
     }
 
-    /// The same, for a pass that must not stay pending (B4).
+    /// Returns the terms without the permission that a pass may stay pending (B4).
     pub(crate) fn at_once(self) -> Self {
         Self(self.0 & !Self::MAY_DEFER)
     }

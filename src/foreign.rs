@@ -1,34 +1,33 @@
-//! The one room in which code runs that is not the library's (F1, F2).
+//! The one module that calls foreign code (F1, F2).
 //!
 //! Drivers, executors and observers bring code of their own. Each call of it goes through this
-//! module, which says what kind of call it is ([`Callback`]), keeps its panic, and in debug builds
-//! checks that the thread holds no lock of the library (C8). The kinds, and where a panic of each
-//! goes:
+//! module. The module names the kind of the call ([`Callback`]), keeps its panic, and in debug
+//! builds checks that the thread holds no lock of the library (C8). A panic goes:
 //!
-//! | call | a panic of it |
+//! | call | a panic of it goes to |
 //! | --- | --- |
 //! | first pass of a notifier; poll and drop of a pass | the caller of the invalidation (C5), or lost |
-//! | drop of a notifier by its own subscription or `remove` | who drops it |
+//! | drop of a notifier by its own subscription or `remove` | the caller of that drop |
 //! | drop of a notifier that outlived its subscription | lost |
 //! | `name` of a notifier | lost; the notifier is listed without a name |
 //! | clone of a waker | the executor that polls with it |
 //! | wake and drop of a waker | lost |
 //! | the reporter, the clock of a space | lost |
 //! | subscriber of `tracing`, recorder of `metrics` | lost |
-//! | the device of a cache, its futures and handles, `on_failure` | who asked for the range, or lost (K2) |
+//! | the device of a cache, its futures and handles, `on_failure` | the caller that asked for the range, or lost (K2) |
 //!
-//! A *lost* panic has no caller that could be told: it is counted
+//! A *lost* panic has no caller that could be told. It is counted
 //! ([`Stats::lost_panics`](crate::Stats::lost_panics)) and reported ([`Report::Panicked`]), and
-//! nothing else changes. So is one whose caller is unwinding already: the library never turns a
-//! second panic into an abort.
+//! nothing else changes. A panic whose caller is unwinding already is lost, too: the library never
+//! turns a second panic into an abort.
 //!
-//! What makes this the only room: [`EntryRef`](crate::entry::EntryRef) and
-//! [`PassFuture`](crate::PassFuture) are called with an [`Inside`], which only this module makes;
-//! the library keeps wakers only as [`TaskWaker`]s; `tests/source_rules.rs` looks for the rest.
+//! Three things make this the only such module. [`EntryRef`](crate::entry::EntryRef) and
+//! [`PassFuture`](crate::PassFuture) are called with an [`Inside`], which only this module makes.
+//! The library keeps wakers only as [`TaskWaker`]s. `tests/source_rules.rs` searches for the rest.
 //!
 //! Code that a caller hands to one call (`prepare` and `install` of a mirror, the closure of
-//! `Inbox::with`) is not here: its panics go to that caller, through locks that give themselves
-//! back.
+//! `Inbox::with`) is not called here. Its panics go to that caller, through locks that release
+//! themselves.
 #![forbid(unsafe_code)]
 
 use crate::event::Event;
@@ -38,11 +37,10 @@ use alloc::boxed::Box;
 use alloc::task::Wake;
 use core::any::Any;
 use core::fmt;
-use core::mem::ManuallyDrop;
 use core::task::Waker;
 use core::time::Duration;
 
-/// A kind of code that is not the library's: what panicked in a [`Report::Panicked`].
+/// A kind of foreign code: the one that panicked, in a [`Report::Panicked`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Callback {
@@ -56,16 +54,16 @@ pub enum Callback {
     Name,
     /// The wake or the drop of a waker.
     Waker,
-    /// What [`Builder::on_report`](crate::Builder::on_report) was given.
+    /// The closure given to [`Builder::on_report`](crate::Builder::on_report).
     Reporter,
-    /// What [`Builder::clock`](crate::Builder::clock) was given.
+    /// The closure given to [`Builder::clock`](crate::Builder::clock).
     Clock,
-    /// What a space asks whether its lease is valid (feature `lease`).
+    /// The closure that says whether a space's lease is valid (feature `lease`).
     Lease,
     /// A subscriber of `tracing` or a recorder of `metrics`.
     Observer,
-    /// The device of a registration cache: its methods, their futures, the drop of a handle or of
-    /// the device; and what the cache was given to report failures to.
+    /// The device of a registration cache: its methods, their futures, and the drop of a handle or
+    /// of the device. Also the closure to which the cache reports failures.
     Device,
 }
 
@@ -86,22 +84,22 @@ impl fmt::Display for Callback {
     }
 }
 
-/// What no caller can be told: mistakes and panics of drivers and other foreign code, and what
-/// became of watched memory.
+/// An event that no caller can be told of: a mistake or panic of a driver or other foreign code, or
+/// the end of watched memory.
 ///
-/// Reported on whatever thread polls an invalidation or delivers, never on the thread of a
-/// `source::Reader`. A reporter must not wait for the space: let it send to a channel.
+/// Reported on the thread that polls an invalidation or delivers, never on the thread of a
+/// `source::Reader`. A reporter must not wait for the space. Let it send to a channel.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Report<'a> {
-    /// A first pass answered `WouldBlock` in a blockable invalidation (B1). The others went on;
-    /// this driver's device may still use the old mapping.
+    /// A first pass answered `WouldBlock` in a blockable invalidation (B1). The other notifiers
+    /// went on. This driver's device may still use the old mapping.
     RefusedBlockable {
         /// [`IntervalNotifier::name`](crate::IntervalNotifier::name) of the driver at fault.
         notifier: &'a str,
-        /// What was invalidated.
+        /// The range of the invalidation.
         range: AddressRange,
-        /// Why.
+        /// The reason of the invalidation.
         event: Event,
     },
     /// A device was cut off from the memory ([`Subscription::fence`](crate::Subscription::fence),
@@ -109,31 +107,30 @@ pub enum Report<'a> {
     Fenced {
         /// [`IntervalNotifier::name`](crate::IntervalNotifier::name) of its driver.
         notifier: &'a str,
-        /// What it watched.
+        /// The range of the notifier.
         range: AddressRange,
-        /// Passes of it that were pending, and are over.
+        /// How many of its passes were pending. They are over.
         passes: usize,
     },
-    /// Pages that a `madvise` was about to drop had not been seen to go when the source's time for
-    /// that was used up (M5). Readers of the range went on; it is invalidated again when the pages
-    /// do go.
+    /// Pages that a `madvise` was about to drop were still there when the source's time for that
+    /// was used up (M5). Readers of the range went on. The range is invalidated again when the
+    /// pages go.
     Unsettled {
-        /// What was to be dropped.
+        /// The range that was to be dropped.
         range: AddressRange,
         /// How long it was under invalidation; zero where its pages could not be looked at.
         waited: Duration,
     },
     /// The memory of a watch is gone, as a whole or in part, or its source has ended (M2). New
     /// memory at its addresses is not watched until the watch is renewed. Not reported for a watch
-    /// that its driver has dropped by then, nor for those of a cache.
+    /// that its driver has dropped by then, nor for a watch of a cache.
     WatchEnded {
-        /// What was watched.
+        /// The range that was watched.
         range: AddressRange,
     },
-    /// Code that is not the library's panicked where no caller can be told (C5). Everything else
-    /// went on.
+    /// Foreign code panicked where no caller can be told (C5). Everything else went on.
     Panicked {
-        /// What was called.
+        /// The kind of code that was called.
         callback: Callback,
         /// The panic's message, if it was a string.
         message: Option<&'a str>,
@@ -173,25 +170,24 @@ impl fmt::Display for Report<'_> {
     }
 }
 
-/// Is told what has no caller to be returned to.
+/// Gets each [`Report`] of a space.
 pub(crate) type Reporter = Box<dyn Fn(&Report<'_>) + Send + Sync>;
 
-/// Proof that the code runs in this room: [`keep`] is above it on the stack.
+/// Proof that [`keep`] is above the code on the stack.
 #[derive(Clone, Copy)]
 pub(crate) struct Inside(());
 
-/// What a panic carried. Its drop never panics, whatever the payload's does (F2).
-pub(crate) struct Panic(ManuallyDrop<Box<dyn Any + Send>>);
+/// The payload of a panic. Its drop never panics, also if the payload's does (F2).
+pub(crate) struct Panic(Option<Box<dyn Any + Send>>);
 
 impl Panic {
     #[cfg(feature = "std")]
-    fn into_payload(self) -> Box<dyn Any + Send> {
-        let mut this = ManuallyDrop::new(self);
-        core::mem::replace(&mut *this.0, Box::new(()))
+    fn into_payload(mut self) -> Box<dyn Any + Send> {
+        self.0.take().unwrap_or_else(|| Box::new(()))
     }
 
     pub(crate) fn message(&self) -> Option<&str> {
-        let payload = &**self.0;
+        let payload = self.0.as_deref()?;
         payload
             .downcast_ref::<&str>()
             .copied()
@@ -201,24 +197,23 @@ impl Panic {
 
 impl Drop for Panic {
     fn drop(&mut self) {
-        let payload = core::mem::replace(&mut *self.0, Box::new(()));
+        let payload = self.0.take();
         if let Err(second) = keep(|_| drop(payload)) {
-            // A payload whose drop panics may leave another such: this one is leaked, so that there
-            // is an end.
+            // The second payload's drop may panic again, and so on. Leaking it ends that.
             core::mem::forget(second);
         }
     }
 }
 
-/// Runs foreign code and keeps its panic. Without `std` there is nothing to catch a panic with: it
-/// unwinds through the caller.
+/// Runs foreign code and keeps its panic. Without `std`, a panic cannot be caught and unwinds
+/// through the caller.
 #[inline(always)]
 pub(crate) fn keep<R>(code: impl FnOnce(Inside) -> R) -> Result<R, Panic> {
     assert_no_lock();
     #[cfg(feature = "std")]
     {
         std::panic::catch_unwind(core::panic::AssertUnwindSafe(|| code(Inside(()))))
-            .map_err(|payload| Panic(ManuallyDrop::new(payload)))
+            .map_err(|payload| Panic(Some(payload)))
     }
     #[cfg(not(feature = "std"))]
     {
@@ -226,7 +221,7 @@ pub(crate) fn keep<R>(code: impl FnOnce(Inside) -> R) -> Result<R, Panic> {
     }
 }
 
-/// Whether the thread is unwinding: then no panic can go on in its caller.
+/// Returns whether the thread is unwinding. If so, no panic can go on in its caller.
 pub(crate) fn unwinding() -> bool {
     #[cfg(feature = "std")]
     return std::thread::panicking();
@@ -234,7 +229,7 @@ pub(crate) fn unwinding() -> bool {
     false
 }
 
-/// The first panic of several calls, which goes on in the caller of an invalidation (C5).
+/// The first panic of several calls. It goes on in the caller of an invalidation (C5).
 #[derive(Default)]
 pub(crate) struct FirstPanic(Option<(Callback, Panic)>);
 
@@ -243,7 +238,7 @@ impl FirstPanic {
         Self(Some((callback, panic)))
     }
 
-    /// Notes `panic` if it is the first; a further one is lost, since one only can go on.
+    /// Notes `panic` if it is the first. A further one is lost, because only one can go on.
     #[cold]
     pub(crate) fn note(&mut self, losses: &Losses, callback: Callback, panic: Panic) {
         if self.0.is_some() {
@@ -263,7 +258,7 @@ impl FirstPanic {
     }
 }
 
-/// The panics that no caller is told of.
+/// The count of lost panics, and the reporter.
 pub(crate) struct Losses {
     count: AtomicU64,
     reporter: Option<Reporter>,
@@ -274,12 +269,12 @@ impl Losses {
         Self { count: AtomicU64::new(0), reporter }
     }
 
-    /// How many there were.
+    /// Returns how many panics were lost.
     pub(crate) fn count(&self) -> u64 {
         self.count.load(Ordering::Relaxed)
     }
 
-    /// Runs foreign code that has no caller to be told of its panic.
+    /// Runs foreign code. A panic of it is lost.
     #[inline]
     pub(crate) fn run<R>(&self, callback: Callback, code: impl FnOnce(Inside) -> R) -> Option<R> {
         match keep(code) {
@@ -291,7 +286,7 @@ impl Losses {
         }
     }
 
-    /// Counts and reports a panic.
+    /// Counts and reports a lost panic.
     #[cold]
     #[inline(never)]
     pub(crate) fn lose(&self, callback: Callback, panic: Panic) {
@@ -301,15 +296,15 @@ impl Losses {
         }
     }
 
-    /// The same for the panic that an invalidation kept, where nobody is left to claim it.
+    /// Counts and reports the panic that an invalidation kept, if it kept one.
     pub(crate) fn lose_first(&self, panic: FirstPanic) {
         if let Some((callback, panic)) = panic.0 {
             self.lose(callback, panic);
         }
     }
 
-    /// Continues a panic that was kept in its caller, unless there was none. Returns if the thread
-    /// is unwinding already: then it is lost.
+    /// Resumes a panic that was kept, in the caller. If the thread is unwinding already, the panic
+    /// is lost. Returns then, and if there was no panic.
     pub(crate) fn resume(&self, panic: FirstPanic) {
         let Some((callback, panic)) = panic.0 else { return };
         #[cfg(feature = "std")]
@@ -319,8 +314,7 @@ impl Losses {
         self.lose(callback, panic);
     }
 
-    /// Runs foreign code whose panic concerns the caller: it goes on there, unless the thread is
-    /// unwinding already.
+    /// Runs foreign code whose panic goes on in the caller, unless the thread is unwinding already.
     #[inline]
     pub(crate) fn run_for_caller<R>(
         &self,
@@ -343,22 +337,23 @@ impl Losses {
     }
 }
 
-/// A task's waker: cloned, woken and dropped without a panic, and cloned without foreign code. Its
-/// drop may run foreign code, so the last one must not go under a lock.
+/// The waker of a task. A wake and a drop of it never panic, and a clone of its `Arc` runs no
+/// foreign code. The drop may run foreign code, so the last reference must not go under a lock.
 pub(crate) struct TaskWaker {
-    waker: ManuallyDrop<Waker>,
+    /// `None` in the drop only.
+    waker: Option<Waker>,
     losses: Arc<Losses>,
 }
 
 impl TaskWaker {
-    /// Clones `waker`. A panic of that goes to the executor that polls with it: nothing may have
-    /// been taken from the state.
+    /// Clones `waker`. A panic of that goes to the executor that polls with it, so nothing may have
+    /// been taken from the state before.
     pub(crate) fn new(waker: &Waker, losses: &Arc<Losses>) -> Arc<Self> {
         assert_no_lock();
-        Arc::new(Self { waker: ManuallyDrop::new(waker.clone()), losses: losses.clone() })
+        Arc::new(Self { waker: Some(waker.clone()), losses: losses.clone() })
     }
 
-    /// Keeps `known` if it wakes the same task as `waker`.
+    /// Returns `known` if it wakes the same task as `waker`. Otherwise replaces it.
     pub(crate) fn renew(
         known: &mut Option<Arc<Self>>,
         waker: &Waker,
@@ -374,15 +369,18 @@ impl TaskWaker {
         new
     }
 
-    /// Whether it wakes the same task as `waker`.
+    /// Returns whether it wakes the same task as `waker`.
     pub(crate) fn wakes(&self, waker: &Waker) -> bool {
-        self.waker.will_wake(waker)
+        self.waker.as_ref().is_some_and(|own| own.will_wake(waker))
     }
 
-    /// Wakes the task. What polls a task inline here is not the code that called the waker (F3).
+    /// Wakes the task. A waker may poll the task inline, which does not block the code that wakes
+    /// (F3).
     pub(crate) fn rouse(&self) {
         let _inline = Inline::enter();
-        self.losses.run(Callback::Waker, |_| self.waker.wake_by_ref());
+        if let Some(waker) = &self.waker {
+            self.losses.run(Callback::Waker, |_| waker.wake_by_ref());
+        }
     }
 }
 
@@ -399,14 +397,13 @@ impl Wake for TaskWaker {
 impl Drop for TaskWaker {
     fn drop(&mut self) {
         let _inline = Inline::enter();
-        let waker = core::mem::replace(&mut *self.waker, Waker::noop().clone());
+        let waker = self.waker.take();
         self.losses.run(Callback::Waker, |_| drop(waker));
     }
 }
 
-/// What runs on this thread while this exists is polled by somebody who does not block until it is
-/// ready: a task that a waker polls inline, or a future that becomes a pass. Debug builds count how
-/// many there are, for the check of C7.
+/// Exists while this thread polls a future without blocking until it is ready: a task that a waker
+/// polls inline, or a future that becomes a pass. Debug builds count these, for the check of C7.
 pub(crate) struct Inline(());
 
 #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
@@ -420,7 +417,7 @@ impl Inline {
         Self(())
     }
 
-    /// How many there are on this thread.
+    /// Returns how many exist on this thread.
     #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
     pub(crate) fn depth() -> u32 {
         INLINE.get()

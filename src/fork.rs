@@ -1,4 +1,4 @@
-//! What a child of `fork` does with futures that are its parent's: nothing (M4).
+//! [`LeftToParent`]: a future that a child of `fork` neither polls nor drops (M4).
 #![forbid(unsafe_code)]
 
 use alloc::boxed::Box;
@@ -6,16 +6,20 @@ use core::future::Future;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
-/// A future that is leaked instead of dropped where it is `inert`, and not polled there but
-/// answered for: what it holds would take locks that threads of the parent held when it forked, and
-/// nobody holds in the child.
+/// A future that does nothing where `inert` returns `true`, which is in a child of `fork`. A poll
+/// returns the `answer` there, and a drop leaks the future.
+///
+/// A poll or a drop in the child could take a lock that a thread of the parent held during the
+/// fork. That thread does not exist in the child, so the lock would never be released.
 pub(crate) struct LeftToParent<F, I: Fn() -> bool, O> {
+    /// `None` only during the drop.
     future: Option<Pin<Box<F>>>,
     inert: I,
     answer: O,
 }
 
 impl<F: Future, I: Fn() -> bool, O: Fn() -> F::Output> LeftToParent<F, I, O> {
+    /// Wraps a future.
     pub(crate) fn new(future: F, inert: I, answer: O) -> Self {
         Self { future: Some(Box::pin(future)), inert, answer }
     }

@@ -1,4 +1,4 @@
-//! What a driver implements, and what it is told.
+//! [`IntervalNotifier`], which a driver implements, and [`Invalidation`], which it receives.
 #![forbid(unsafe_code)]
 
 use crate::event::{Event, Owner, Terms};
@@ -8,10 +8,17 @@ use crate::range::{AddressRange, Parts, RangeSet};
 use alloc::borrow::Cow;
 use core::fmt;
 
-/// A driver's side of a mirrored range: the kernel's `mmu_interval_notifier_ops`.
+/// Lets a driver take part in the invalidations of a range that it mirrors: the kernel's
+/// `mmu_interval_notifier_ops`.
+///
+/// [`AddressSpace::insert`](crate::AddressSpace::insert) registers a notifier for a range. A driver
+/// whose invalidation is one `async fn` implements
+/// [`AsyncIntervalNotifier`](crate::AsyncIntervalNotifier) instead. A driver that is a task has an
+/// [`Inbox`](crate::Inbox). The guide compares them: [`docs::notifiers`](crate::docs::notifiers).
 ///
 /// ```
-/// use shootdown::{DriverLock, IntervalNotifier, Invalidation, PassFuture, WouldBlock};
+/// use shootdown::{DriverLock, IntervalNotifier};
+/// use shootdown::{Invalidation, PassFuture, WouldBlock};
 ///
 /// #[derive(Default)]
 /// struct Gpu {
@@ -19,11 +26,15 @@ use core::fmt;
 /// }
 ///
 /// impl IntervalNotifier for Gpu {
-///     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-///         // Locking through the invalidation sets the sequence: readers that began before it will retry.
+///     fn invalidate(
+///         &self,
+///         invalidation: &Invalidation<'_>,
+///     ) -> Result<Option<PassFuture>, WouldBlock> {
+///         // `lock_for` also sets the sequence:
+///         // readers that began before this invalidation will retry.
 ///         self.page_table.lock_for(invalidation).clear();
-///         let flushed = submit_tlb_flush();
-///         Ok(Some(PassFuture::new(flushed))) // waited for together with those of all other devices
+///         // The engine awaits the flushes of all devices together.
+///         Ok(Some(PassFuture::new(submit_tlb_flush())))
 ///     }
 /// }
 /// # fn submit_tlb_flush() -> impl Future<Output = ()> { async {} }
@@ -35,52 +46,62 @@ use core::fmt;
     note = "a driver that is a task has an inbox: `AddressSpace::inbox`"
 )]
 pub trait IntervalNotifier: Send + Sync + 'static {
-    /// First pass: start the work on the device, do not wait for it.
+    /// Starts the work on the device without waiting for it: the first pass.
     ///
-    /// Runs on whatever thread polls the invalidation. The library holds no lock meanwhile (C8), so
-    /// almost everything may be called from here; *waiting* for `read_begin`, `remove` or an
-    /// invalidation of the same space may not (C7), and panics in debug builds.
+    /// The driver does this, in order:
     ///
-    /// The driver takes its lock, calls [`set_seq`](Invalidation::set_seq) (or does both with
-    /// [`DriverLock::lock_for`](crate::DriverLock::lock_for)), zaps its mappings of
-    /// [`range`](Invalidation::range) and returns what remains to be waited for. A first pass that
-    /// leaves the device alone sets no sequence (S4) and returns `Ok(None)`; one that returns a
-    /// pass has set it, or panics in debug builds.
+    /// 1. It takes its lock and calls [`set_seq`](Invalidation::set_seq).
+    ///    [`DriverLock::lock_for`](crate::DriverLock::lock_for) does both.
+    /// 2. It zaps its mappings of [`range`](Invalidation::range).
+    /// 3. It returns a [`PassFuture`] for the work that remains, or `Ok(None)`.
     ///
-    /// The pass waits for the device and for nothing of the space: one that awaits its own
-    /// notifier's `read_begin`, `mirror` or `remove` waits for itself, and panics in debug builds.
-    /// It is polled on any thread that waits, so it needs no timer or socket of a runtime: see the
-    /// guide, `driver`.
+    /// A first pass that leaves the device alone sets no sequence (rule
+    /// [S4](crate::docs::contract)) and returns `Ok(None)`. A first pass that returns a pass must
+    /// have set the sequence. Debug builds panic otherwise.
     ///
-    /// A notifier may be called again for another invalidation while a pass of it is pending (O6).
-    /// Each call has to answer for itself: one that finds nothing left to zap, because an earlier
-    /// call zapped it, still has to wait for the device to be done with it.
+    /// The first pass runs on the thread that polls the invalidation. The library holds no lock
+    /// meanwhile (rule [C8](crate::docs::contract)), so it may call almost everything. It must not
+    /// *wait* for `read_begin`, `remove` or an invalidation of the same space (rule
+    /// [C7](crate::docs::contract)). Debug builds panic if it does.
+    ///
+    /// The pass waits for the device and for nothing of the space. A pass that awaits `read_begin`,
+    /// `mirror` or `remove` of its own notifier waits for itself. Debug builds panic if it does.
+    /// Any thread that waits may poll the pass, so it must not need a timer or a socket of a
+    /// runtime. The guide has more: [`docs::driver`](crate::docs::driver).
+    ///
+    /// The engine may call a notifier for another invalidation while a pass of it is pending (rule
+    /// [O6](crate::docs::contract)). Each call answers for itself. A call that finds nothing left
+    /// to zap, because an earlier call zapped it, still has to wait until the device is done.
     ///
     /// # Errors
-    /// [`WouldBlock`] when the invalidation is not [`blockable`](Invalidation::blockable) and the
-    /// driver cannot start without waiting; it must have changed nothing then. To refuse a
-    /// blockable invalidation is a driver's bug (B1): it is reported and counted, and the
-    /// invalidation goes on.
+    /// [`WouldBlock`] if the invalidation is not [`blockable`](Invalidation::blockable) and the
+    /// driver cannot start without waiting. It must have changed nothing then. Refusing a blockable
+    /// invalidation is a bug of the driver (rule [B1](crate::docs::contract)). The space reports
+    /// and counts it, and the invalidation goes on.
     ///
     /// # Panics
-    /// A panic stops neither the other notifiers nor the space; it is resumed in the caller of the
-    /// invalidation (C5).
+    /// A panic stops neither the other notifiers nor the space. It resumes in the caller of the
+    /// invalidation (rule [C5](crate::docs::contract)).
     fn invalidate(&self, invalidation: &Invalidation<'_>)
     -> Result<Option<PassFuture>, WouldBlock>;
 
-    /// What to call this notifier in lists of what is pending (C6) and in messages. Called outside
-    /// of all locks, when asked for.
+    /// Returns the name of this notifier, for lists of pending passes (rule
+    /// [C6](crate::docs::contract)) and for messages.
+    ///
+    /// The library calls it without a lock, when such a list or message is made. By default it is
+    /// the name of the type.
     fn name(&self) -> Cow<'static, str> {
         Cow::Borrowed(core::any::type_name::<Self>())
     }
 }
 
-/// A first pass cannot start, or an invalidation cannot end, without waiting: the kernel's
-/// `-EAGAIN`.
+/// Says that a first pass cannot start, or an invalidation cannot end, without waiting: the
+/// kernel's `-EAGAIN`.
 ///
-/// To be answered only where the invalidation is not [`blockable`](Invalidation::blockable). In a
-/// blockable one it changes nothing but a [count](crate::Stats::refused_blockable) and a
-/// [report](crate::Report::RefusedBlockable): the memory changes under the device (B1).
+/// A first pass returns it only if the invalidation is not [`blockable`](Invalidation::blockable).
+/// In a blockable one it has no effect but a [count](crate::Stats::refused_blockable) and a
+/// [report](crate::Report::RefusedBlockable). The memory then changes under the device (rule
+/// [B1](crate::docs::contract)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct WouldBlock;
 
@@ -94,52 +115,77 @@ impl fmt::Display for WouldBlock {
 
 impl core::error::Error for WouldBlock {}
 
-/// The value of a notifier's own sequence at some moment; what `read_begin` returns and
-/// `read_retry` checks.
+/// Holds the value of a notifier's own sequence at some moment.
 ///
-/// Good for that notifier alone. It does not name an invalidation: two that overlap may share one
-/// (O6).
+/// [`read_begin`](crate::Subscription::read_begin) returns it, and
+/// [`read_retry`](crate::Subscription::read_retry) checks it. It is valid for that notifier alone.
+/// It does not name an invalidation: two that overlap may share one (rule
+/// [O6](crate::docs::contract)).
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Sequence(pub(crate) u64);
 
 impl Sequence {
-    /// The number behind it, for logs and tests. Odd for a notifier's own sequence.
+    /// Returns the number, for logs and tests. A notifier's own sequence is odd.
     pub const fn get(self) -> u64 {
         self.0
     }
 }
 
-/// Names a subscription among all that its space has had
-/// ([`Subscription::id`](crate::Subscription::id)); it is given to no other one.
+/// Names a subscription among all subscriptions that its space has had.
+///
+/// [`Subscription::id`](crate::Subscription::id) returns it. No other subscription of the space
+/// gets the same one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct NotifierId(pub(crate) u64);
 
 impl NotifierId {
-    /// The number behind it, for logs: 1 for the first subscription of a space, then upwards.
+    /// Returns the number, for logs. The first subscription of a space has 1, and later ones have
+    /// greater numbers.
     pub const fn get(self) -> u64 {
         self.0
     }
 }
 
-/// What to invalidate and how.
+/// What to invalidate, and how.
 #[derive(Clone, Copy)]
 pub(crate) struct Request<'a> {
+    /// The range. With `parts`, from the first address to the last one.
     pub(crate) range: AddressRange,
     pub(crate) owner: Option<Owner>,
     pub(crate) terms: Terms,
-    /// The ranges, if it is of many: sorted, with gaps. `range` is from the first address to the
-    /// last one.
+    /// The ranges of an invalidation of many ranges: sorted, with gaps.
     pub(crate) parts: Option<Parts<'a>>,
 }
 
 impl Request<'_> {
+    /// Returns why memory is invalidated.
     #[inline]
     pub(crate) fn event(&self) -> Event {
         self.terms.event(self.owner)
     }
 }
 
-/// One call of a first pass: what is invalidated, why, and how the driver may answer.
+/// Describes one call of a first pass: what is invalidated, why, and how the driver may answer.
+///
+/// [`IntervalNotifier::invalidate`] receives it. [`info`](Self::info) makes a copy that outlives
+/// the call.
+///
+/// ```
+/// use shootdown::Invalidation;
+/// use std::collections::BTreeMap;
+///
+/// /// Zaps the invalidated pages in a page table by address.
+/// fn zap(
+///     page_table: &mut BTreeMap<u64, u64>,
+///     invalidation: &Invalidation<'_>,
+/// ) {
+///     for range in invalidation.ranges() {
+///         for page in range.pages(0x1000) {
+///             page_table.remove(&page.start());
+///         }
+///     }
+/// }
+/// ```
 #[derive(Clone, Copy)]
 pub struct Invalidation<'a> {
     pub(crate) request: &'a Request<'a>,
@@ -148,88 +194,98 @@ pub struct Invalidation<'a> {
 }
 
 impl Invalidation<'_> {
-    /// What is invalidated: all of it, not only the part that the notifier watches. If it is of
-    /// [several ranges](Self::ranges), from the first address to the last one of those that concern
-    /// the notifier; what lies in the gaps is not invalidated, and may be zapped all the same.
+    /// Returns the range that is invalidated: all of it, not only the part that the notifier
+    /// watches.
+    ///
+    /// With [several ranges](Self::ranges) it extends from the first address to the last one of
+    /// those that concern the notifier. The gaps are not invalidated, but the driver may zap them,
+    /// too.
     #[inline]
     pub fn range(&self) -> AddressRange {
         self.request.range
     }
 
-    /// What is invalidated, without the gaps: sorted ranges that neither overlap nor touch, all
-    /// that share a byte with what the notifier watches, each of them whole. More than one only if
-    /// the invalidation was started with [`invalidate_all`](crate::AddressSpace::invalidate_all),
-    /// by hand or by a source that has heard of several changes.
+    /// Returns the ranges that are invalidated, without the gaps.
     ///
-    /// A device is told of all of them and flushed once.
+    /// They are sorted and neither overlap nor touch. Each is whole and shares a byte with the
+    /// range that the notifier watches. There is more than one only if the invalidation was started
+    /// with [`invalidate_all`](crate::AddressSpace::invalidate_all): by the program, or by a source
+    /// that has received several changes.
+    ///
+    /// A driver zaps all of them and flushes its device once.
     #[inline]
     pub fn ranges(&self) -> &[AddressRange] {
         self.request.parts.map_or(core::slice::from_ref(&self.request.range), Parts::as_slice)
     }
 
-    /// Why.
+    /// Returns why the memory is invalidated.
     #[inline]
     pub fn event(&self) -> Event {
         self.request.event()
     }
 
-    /// On whose behalf, for [`Event::Migrate`] and [`Event::Exclusive`].
+    /// Returns on whose behalf the memory is invalidated, for [`Event::Migrate`] and
+    /// [`Event::Exclusive`].
     #[inline]
     pub fn owner(&self) -> Option<Owner> {
         self.event().owner()
     }
 
-    /// Whether it was [tagged](crate::Invalidate::tagged) so.
+    /// Returns whether the invalidation was [tagged](crate::Invalidate::tagged) with `owner`.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(crate) fn is_tagged(&self, owner: Owner) -> bool {
         self.request.owner == Some(owner)
     }
 
-    /// Says that the pass which this call leaves is not the device's, so that no sequence is due.
+    /// Declares that the pass which this call returns does not wait for the device, so that the
+    /// call need not set the sequence.
     #[cfg(any(feature = "test-util", all(feature = "userfaultfd", target_os = "linux")))]
     pub(crate) fn is_not_the_devices(&self) {
         #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
         let _ = NO_SEQUENCE_IS_DUE.try_with(|due| due.set(true));
     }
 
-    /// Whether the driver may leave work to a further pass that takes time. In a non-blockable
-    /// invalidation it may answer [`WouldBlock`] instead.
+    /// Returns whether the driver may leave work to a further pass that takes time. In a
+    /// non-blockable invalidation it may return [`WouldBlock`] instead.
     #[inline]
     pub fn blockable(&self) -> bool {
         self.request.terms.blockable()
     }
 
-    /// The odd sequence that every pass of this invalidation gets (S2).
+    /// Returns the odd sequence that every pass of this invalidation gets (rule
+    /// [S2](crate::docs::contract)).
     #[inline]
     pub fn sequence(&self) -> Sequence {
         Sequence(self.sequence)
     }
 
-    /// Whether a pass of this call may stay pending while other notifiers are called. `false` when
-    /// the space's pass budget is used up: the pass is then awaited at once (B4), and a driver that
-    /// has a cheaper way to wait may choose it.
+    /// Returns whether a pass of this call may stay pending while other notifiers are called.
+    ///
+    /// It is `false` if the space's pass budget is used up. The engine then awaits the pass at once
+    /// (rule [B4](crate::docs::contract)), and a driver may choose a cheaper way to wait.
     #[inline]
     pub fn may_defer(&self) -> bool {
         self.request.terms.may_defer()
     }
 
-    /// Returns whether the change may have been made already (M7): the invalidation comes from a
-    /// source that hears of changes afterwards. Every invalidation of a
-    /// `source::Uffd` is late, also those of a fork and of the end of the source.
+    /// Returns whether the change may have been made already (rule [M7](crate::docs::contract)):
+    /// the invalidation comes from a source that receives changes after they were made. Every
+    /// invalidation of a `source::Uffd` is late, also those of a fork and of the end of the source.
     ///
-    /// A driver that wrote dirty data back now would write into whatever is mapped there by now,
-    /// which may be somebody else's. So what the device has not written back yet is lost.
+    /// If it is late, do not write dirty data back. The write would go into the memory that is
+    /// mapped there by now, which may belong to other code. The data that the device has not
+    /// written back yet is lost.
     ///
-    /// `false` says only that *this* change has not been made yet. In memory of an `OwnedMapping`,
-    /// which nobody else unmaps, that is a permission to write back before the pass is done. Memory
-    /// that others unmap may have gone by a change that has not been delivered, or be going at this
-    /// moment: write back there only if the program excludes that by a lock of its own.
+    /// `false` says only that *this* change has not been made yet. No other code unmaps the memory
+    /// of an `OwnedMapping`, so a driver may write back there before its pass is done. Other memory
+    /// may have been unmapped by a change that is not delivered yet, or may be unmapped at this
+    /// moment. Write back there only if the program excludes that by a lock of its own.
     #[inline]
     pub fn is_late(&self) -> bool {
         self.request.terms.is_late()
     }
 
-    /// The same without what can be done in the first pass only.
+    /// Returns a copy of this description that may be kept after the first pass.
     pub fn info(&self) -> InvalidationInfo {
         InvalidationInfo {
             range: self.range(),
@@ -242,10 +298,10 @@ impl Invalidation<'_> {
     }
 
     /// Sets the notifier's own sequence, so that readers that began before this invalidation retry
-    /// (S4, R2).
+    /// (rules [S4 and R2](crate::docs::contract)).
     ///
-    /// To be called in the first pass, under the lock under which readers check and install.
-    /// Drivers that use [`DriverLock`](crate::DriverLock) need not call it.
+    /// Call it in the first pass, under the lock under which readers check and install.
+    /// [`DriverLock::lock_for`](crate::DriverLock::lock_for) calls it.
     #[inline]
     pub fn set_seq(&self) {
         self.own.set(self.sequence);
@@ -253,36 +309,43 @@ impl Invalidation<'_> {
 }
 
 #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
-std::thread_local!(static NO_SEQUENCE_IS_DUE: core::cell::Cell<bool> = const { core::cell::Cell::new(false) });
+std::thread_local! {
+    /// The first pass that runs on this thread has declared that it need not set the sequence.
+    static NO_SEQUENCE_IS_DUE: core::cell::Cell<bool> = const { core::cell::Cell::new(false) };
+}
 
-/// Whether the first pass that has just left a pass on this thread has said that no sequence is
-/// due.
+/// Returns whether the first pass that has just returned a pass on this thread has declared that it
+/// need not set the sequence. Clears the declaration.
 #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
 pub(crate) fn take_no_sequence_is_due() -> bool {
     NO_SEQUENCE_IS_DUE.try_with(core::cell::Cell::take).unwrap_or(false)
 }
 
-/// What an [`Invalidation`] says, to be kept beyond the first pass.
+/// Describes an invalidation as an [`Invalidation`] does, and may be kept after the first pass.
+///
+/// [`Invalidation::info`] makes it.
+/// [`AsyncIntervalNotifier::invalidate`](crate::AsyncIntervalNotifier::invalidate) receives it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct InvalidationInfo {
-    /// What is invalidated, as [`Invalidation::range`] says it.
+    /// The range that is invalidated: [`Invalidation::range`].
     pub range: AddressRange,
-    /// Why.
+    /// The reason: [`Invalidation::event`].
     pub event: Event,
-    /// The odd sequence that every pass of it gets (S2).
+    /// The odd sequence that every pass of the invalidation gets (rule
+    /// [S2](crate::docs::contract)): [`Invalidation::sequence`].
     pub sequence: Sequence,
-    /// Whether it may wait.
+    /// The invalidation may wait: [`Invalidation::blockable`].
     pub blockable: bool,
-    /// Whether the memory may have changed already (M7): then nothing may be written back to it.
-    /// See [`Invalidation::is_late`].
+    /// The memory may have changed already (rule [M7](crate::docs::contract)), so nothing may be
+    /// written back to it: [`Invalidation::is_late`].
     pub late: bool,
     /// The ranges, if there is more than one.
     parts: Option<RangeSet>,
 }
 
 impl InvalidationInfo {
-    /// What is invalidated, without the gaps: see [`Invalidation::ranges`].
+    /// Returns the ranges that are invalidated, without the gaps: [`Invalidation::ranges`].
     pub fn ranges(&self) -> &[AddressRange] {
         self.parts.as_deref().unwrap_or(core::slice::from_ref(&self.range))
     }

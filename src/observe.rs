@@ -1,8 +1,8 @@
-//! What the features `tracing` and `metrics` tell; without them everything here is empty and
-//! compiles to nothing.
+//! Spans, events and metrics of the features `tracing` and `metrics`. Without them everything here
+//! is empty and compiles to nothing.
 //!
-//! Subscribers and recorders are foreign code: nothing here is called under the space's lock (C8),
-//! and none of their panics leaves this module.
+//! Subscribers and recorders are foreign code. So nothing here is called under the space's lock
+//! (C8), and none of their panics leaves this module.
 #![forbid(unsafe_code)]
 
 #[cfg(any(feature = "tracing", feature = "metrics"))]
@@ -13,15 +13,15 @@ mod told {
     use crate::sync::Arc;
     use std::time::{Duration, Instant};
 
-    /// Somebody may want to know.
+    /// Whether there may be a subscriber or a recorder.
     pub(crate) const ON: bool = true;
 
-    /// Tells a subscriber or a recorder.
+    /// Calls a subscriber or a recorder.
     fn tell<R>(losses: &Losses, what: impl FnOnce() -> R) -> Option<R> {
         losses.run(Callback::Observer, |_| what())
     }
 
-    /// When something began, if anybody wants to know.
+    /// The begin of a first pass, if a subscriber or a recorder wants it.
     #[derive(Clone, Copy, Default)]
     pub(crate) struct Moment(Option<Instant>);
 
@@ -42,7 +42,7 @@ mod told {
         }
     }
 
-    /// A key whose label is known when it is compiled allocates nothing.
+    /// Counts an invalidation. A key whose label is a literal allocates nothing.
     #[cfg(feature = "metrics")]
     fn count_event(event: &str) {
         macro_rules! count {
@@ -65,7 +65,7 @@ mod told {
         );
     }
 
-    /// The span of an invalidation; closed when dropped.
+    /// The span of an invalidation. Its drop closes it.
     #[derive(Default)]
     pub(crate) struct Trace {
         #[cfg(feature = "tracing")]
@@ -167,7 +167,7 @@ mod told {
             }
         }
 
-        /// A pass is done; `began` is when its first pass was called.
+        /// Tells that a pass is done. Its first pass was called at `began`.
         #[inline]
         pub(crate) fn pass(
             &self,

@@ -1,4 +1,4 @@
-//! The further passes of an invalidation: the future that a first pass returns.
+//! [`PassFuture`]: the further passes of an invalidation, as a future that a first pass returns.
 #![forbid(unsafe_code)]
 
 use alloc::boxed::Box;
@@ -9,19 +9,22 @@ use core::task::{Context, Poll};
 use pin_project::pin_project;
 use stackfuture::StackFuture;
 
-/// Bytes of a future that a [`PassFuture`] holds without an allocation of its own.
+/// Size of the largest future that a [`PassFuture`] stores without an allocation.
 const INLINE: usize = 64;
 
-/// What a first pass leaves to be waited for: the end of a TLB flush, of a context preemption, of a
-/// queue drain.
+/// Waits for the work that a first pass has started: a TLB flush, the preemption of a context, the
+/// drain of a queue.
 ///
-/// Any `Future<Output = ()> + Send + 'static`. One of up to 64 bytes (aligned to at most 8) is
-/// stored in place, a larger one is boxed. The engine joins the passes of all notifiers (O4); a
-/// future with several stages is several passes, each at its driver's own pace.
+/// [`IntervalNotifier::invalidate`](crate::IntervalNotifier::invalidate) returns it. It wraps any
+/// `Future<Output = ()> + Send + 'static`. A future of up to 64 bytes (aligned to at most 8) is
+/// stored in place. A larger one is boxed. The engine joins the passes of all notifiers (rule
+/// [O4](crate::docs::contract)). A future with several stages stands for several passes, each at
+/// the pace of its driver. A [`Timeline`](crate::Timeline) makes such futures of a device's fences.
 ///
 /// # Cancel safety
-/// The engine drops it unfinished only when the whole space is dropped, or its notifier is
-/// [fenced](crate::Subscription::fence): passes belong to the space (C2).
+/// The engine drops an unfinished pass only if the whole space is dropped, or if its notifier is
+/// [fenced](crate::Subscription::fence). Passes belong to the space (rule
+/// [C2](crate::docs::contract)).
 ///
 /// ```
 /// use shootdown::PassFuture;
@@ -34,14 +37,14 @@ const INLINE: usize = 64;
 pub struct PassFuture(#[pin] StackFuture<'static, (), INLINE>);
 
 impl PassFuture {
-    /// Wraps a future, without an allocation if it is small.
+    /// Wraps a future. A future of up to 64 bytes needs no allocation.
     #[inline]
     pub fn new(future: impl Future<Output = ()> + Send + 'static) -> Self {
         Self(StackFuture::from_or_box(future))
     }
 
-    /// Blocks the thread until the pass is done: for tests of a driver, which the engine polls
-    /// otherwise (W1).
+    /// Blocks the thread until the pass is done (rule [W1](crate::docs::contract)). It is for tests
+    /// of a driver. In a space, the engine polls the pass.
     #[cfg(feature = "std")]
     pub fn wait(self) {
         crate::block::wait(self);

@@ -1,14 +1,26 @@
-//! The sequence protocol: the space's sequence, each notifier's own, and the set of active
-//! invalidations.
+//! The sequence protocol: the space's sequence, each notifier's own sequence, and the set of
+//! active invalidations.
 //!
-//! A plain state machine: `&mut self` in, decisions out. It holds no lock, wakes nobody and never
-//! calls a driver; whoever owns a [`Protocol`] does that. Rules S1 to S6, O1, O5 and the counting
-//! behind R1 and L2 live here and nowhere else.
+//! [`Protocol`] is a plain state machine: `&mut self` in, decisions out. It holds no lock, wakes no
+//! task and never calls a driver. Its owner (`engine::state`) does all of that. Rules S1 to S6, O1,
+//! O5 and the counting behind R1 and L2 are implemented here and nowhere else.
+//!
+//! | file | what it holds |
+//! | --- | --- |
+//! | `protocol.rs` | [`Protocol`]: insert, remove, start, end |
+//! | `own.rs` | [`Own`]: what the protocol keeps of one notifier |
+//! | `active.rs` | `ActiveSet`: the active invalidations, in places and in the crowd |
+//! | `batch.rs` | the start of an invalidation of many ranges |
+//! | `quick.rs` | forms of the above that exist for speed only |
+//!
+//! What the attributes and the hand-made layouts of this module are worth is in
+//! `docs/measurements.md`, "Attributes".
 #![forbid(unsafe_code)]
 
 mod active;
 mod batch;
 mod own;
+mod quick;
 
 pub(crate) use active::{Active, Id, Kept, PLACES};
 use active::{ActiveSet, PLACE_BITS, release};
@@ -20,84 +32,95 @@ use alloc::vec::Vec;
 
 /// A notifier as the protocol sees it.
 pub(crate) trait Member: Indexed {
+    /// Returns what the protocol keeps of this notifier.
     fn own(&self) -> &Own;
 }
 
+/// The state of a space. `M` names a notifier. `X` is what the owner of the protocol keeps beside
+/// each invalidation.
 pub(crate) struct Protocol<M, X> {
-    /// S1.
+    /// The space's sequence (S1): odd while an invalidation that hit a notifier is active.
     sequence: u64,
+    /// The notifiers that new invalidations are checked against.
     index: IntervalIndex<M>,
     active: ActiveSet<M, X>,
-    /// The id of the invalidation that started last, with place 0.
+    /// The id of the invalidation that started last, with its place replaced by 0.
     started: u64,
 }
 
-/// Room for this many notifiers that were inserted under an invalidation stays for the next one in
-/// its place.
+/// Largest capacity of [`Active::late`] that is kept for the next invalidation in the same place.
 const MOST_LATE: usize = 64;
+
 /// What the start of an invalidation decided.
 pub(crate) struct Started<'a, X> {
     pub(crate) id: Id,
     pub(crate) sequence: u64,
-    /// It hit a notifier.
+    /// The invalidation hit at least one notifier.
     pub(crate) hit: bool,
-    /// What its owner keeps beside it, as the last invalidation in this place left it.
+    /// The owner's data of this invalidation. In a place it is as the last invalidation in that
+    /// place left it.
     pub(crate) extra: &'a mut X,
 }
 
 impl<M: Member, X: Default> Protocol<M, X> {
-    /// A space whose sequence starts at `sequence`, which must be even (S1: 2).
+    /// Creates a space whose sequence starts at `sequence`, which must be even (S1: 2).
     pub(crate) fn new(sequence: u64) -> Self {
         debug_assert!(sequence.is_multiple_of(2), "the sequence of an idle space is even");
         Self { sequence, index: IntervalIndex::new(), active: ActiveSet::new(), started: 0 }
     }
 
-    /// The space's sequence (S1 to S3).
+    /// Returns the space's sequence (S1 to S3).
     pub(crate) fn sequence(&self) -> u64 {
         self.sequence
     }
 
-    /// Notifiers that new invalidations are checked against.
+    /// Returns how many notifiers new invalidations are checked against.
     pub(crate) fn registered(&self) -> usize {
         self.index.len()
     }
 
-    /// Those that an invalidation of `range` would hit now.
+    /// Calls `member` with each notifier that an invalidation of `range` would hit now.
     pub(crate) fn overlapping(&self, range: AddressRange, member: impl FnMut(M)) {
         self.index.overlapping(range, member);
     }
 
+    /// Returns the active invalidations.
     pub(crate) fn active(&self) -> &ActiveSet<M, X> {
         &self.active
     }
 
+    /// Returns the active invalidations, mutably.
     pub(crate) fn active_mut(&mut self) -> &mut ActiveSet<M, X> {
         &mut self.active
     }
 
+    /// Returns the invalidation `id`, if it is active.
     pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
         self.active.get(id)
     }
 
+    /// Returns the invalidation `id`, mutably, if it is active.
     pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut Active<M, X>> {
         self.active.get_mut(id)
     }
 
-    /// S5, L3: `member` takes part from now on. Its [`Own`] must be new.
+    /// Adds `member`, whose [`Own`] must be new (S5, L3). Later invalidations hit it. Active
+    /// invalidations of its range cover it.
     #[inline]
     pub(crate) fn insert(&mut self, member: M) {
         if self.active.len() != 0 && self.insert_covered(member) {
             self.sequence |= 1;
             member.own().begin(self.sequence & !1);
         } else {
-            // Odd, and not the current one, so that its readers do not wait.
+            // Odd, and not the current sequence, so that its readers do not wait.
             let other = if self.sequence.is_multiple_of(2) { 1 } else { 2 };
             member.own().begin(self.sequence.wrapping_sub(other));
         }
         self.index.insert(member);
     }
 
-    /// Notes `member` with the active invalidations that cover it; returns whether there are any.
+    /// Adds `member` to the late members of each active invalidation that covers it. Returns
+    /// whether there is one.
     #[cold]
     #[inline(never)]
     fn insert_covered(&mut self, member: M) -> bool {
@@ -110,25 +133,20 @@ impl<M: Member, X: Default> Protocol<M, X> {
         covered
     }
 
-    /// O5, L1: no invalidation that starts from now on hits `member`.
+    /// Removes `member`: no invalidation that starts from now on hits it (O5, L1). Returns whether
+    /// it was there.
     pub(crate) fn remove(&mut self, member: M) -> bool {
         self.index.remove(member)
     }
 
-    /// An invalidation of `range` starts soon: what its search is likely to need is on its way from
-    /// memory from now on. To be called before all else is written down: the processor gets here
-    /// early only if there are few stores between the hit of one invalidation and the next
-    /// (`DESIGN.md`, "The interval index").
-    #[inline(always)]
-    pub(crate) fn expect(&self, range: AddressRange) {
-        self.index.expect(range.last());
-    }
-
-    /// S2, S6: starts an invalidation. `fill` gets what its owner keeps beside it, as the last
-    /// invalidation in this place left it, and its id. What `hits` finds there, which is empty,
-    /// gets every notifier that overlaps `range`, in the order of their first passes (O1); it is
-    /// not asked for when there can be none. `is_movable` says, if there is no place left, of which
-    /// active invalidations nobody believes the place in their id any more.
+    /// Starts an invalidation of `range` (S2, S6).
+    ///
+    /// - `is_movable` is asked only if no place is free. It says of which active invalidations no
+    ///   code relies on the place in their [`Id`] any more. One of these moves to the crowd.
+    /// - `fill` gets the owner's data of the new invalidation, and its id.
+    /// - `hits` returns a list in the owner's data, which must be empty. The list receives each
+    ///   notifier that overlaps `range`, in the order of the first passes (O1). `hits` is not
+    ///   called if no notifier can overlap `range`.
     #[inline(always)]
     pub(crate) fn start(
         &mut self,
@@ -143,7 +161,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
         if self.index.may_overlap(range) {
             let hits = hits(&mut active.extra);
             debug_assert!(hits.is_empty(), "an invalidation that has ended left its hits");
-            let sequence = cover(&self.index, self.sequence, range, hits);
+            let sequence = quick::cover(&self.index, self.sequence, range, hits);
             if !hits.is_empty() {
                 self.sequence = sequence;
                 active.sequence = sequence;
@@ -154,86 +172,44 @@ impl<M: Member, X: Default> Protocol<M, X> {
         Started { id, sequence: self.sequence, hit: false, extra: &mut active.extra }
     }
 
-    /// The serial of the invalidation that started last.
+    /// Returns the serial of the invalidation that started last.
     pub(crate) fn last_serial(&self) -> u64 {
         Id(self.started).serial()
     }
 
-    /// S3: ends an invalidation. `hits` are the notifiers that its start named. `uncovered` gets
-    /// the notifiers that are [`WATCHED`] and that no active invalidation covers any more. Returns
-    /// what its owner keeps beside it.
+    /// Ends invalidation `id` (S3) and returns the owner's data, or `None` if `id` is not active.
+    ///
+    /// `hits` are the notifiers that the start named. `uncovered` gets each notifier that is
+    /// [`WATCHED`] and that no active invalidation covers any more (R1).
     pub(crate) fn end(
         &mut self,
         id: Id,
         hits: &[M],
         uncovered: impl FnMut(M),
     ) -> Option<Kept<'_, X>> {
-        if self.quick_end(id, hits).is_some() {
-            return self.tell(id, hits, uncovered).map(Kept::InPlace);
+        if let Some(mut active) = self.active.leave_crowd(id) {
+            let set = self.active.take_set(id);
+            hits.iter().for_each(|member| _ = member.own().uncover());
+            settle(&mut self.sequence, self.active.occupancy.live);
+            report_uncovered(hits, &mut active.late, uncovered);
+            return Some(Kept::Gone(active.extra, set));
         }
-        let mut active = self.active.leave_crowd(id)?;
-        let set = self.active.take_set(id);
-        hits.iter().for_each(|member| _ = member.own().uncover());
-        settle(&mut self.sequence, self.active.heads.live);
-        tell(hits, &mut active.late, uncovered);
-        Some(Kept::Gone(active.extra, set))
-    }
-
-    /// First half of [`end`](Self::end) for an invalidation that has a place: `true` if somebody
-    /// may have to be told, by [`tell`](Self::tell), which then has to come before anything else.
-    /// Does nothing for one that has none.
-    #[inline(always)]
-    pub(crate) fn quick_end(&mut self, id: Id, hits: &[M]) -> Option<(bool, &mut X)> {
-        let ActiveSet { places, heads, .. } = &mut self.active;
+        let ActiveSet { places, occupancy, .. } = &mut self.active;
         let active = places.get_mut(id.place()).filter(|active| active.is(id))?;
-        let live = release(active, heads, id);
-        let marks = hits.iter().fold(0, |marks, member| marks | member.own().uncover());
+        let live = release(active, occupancy, id);
+        hits.iter().for_each(|member| _ = member.own().uncover());
         settle(&mut self.sequence, live);
-        Some((marks & WATCHED != 0 || !active.late.is_empty(), &mut active.extra))
-    }
-
-    /// Quick form of [`end`](Self::end) for an invalidation that has a place and hit one notifier,
-    /// if that has no mark and nobody may have to be told. Otherwise does nothing and returns
-    /// `None`.
-    #[inline(always)]
-    pub(crate) fn quick_end_one(&mut self, id: Id, hit: M) -> Option<&mut X> {
-        let ActiveSet { places, heads, .. } = &mut self.active;
-        let active =
-            places.get_mut(id.place()).filter(|active| active.is(id) && active.late.is_empty())?;
-        if !hit.own().quick_uncover() {
-            return None;
-        }
-        settle(&mut self.sequence, release(active, heads, id));
-        Some(&mut active.extra)
-    }
-
-    /// Second half of [`end`](Self::end), after [`quick_end`](Self::quick_end).
-    pub(crate) fn tell(&mut self, id: Id, hits: &[M], uncovered: impl FnMut(M)) -> Option<&mut X> {
-        let active = self.active.places.get_mut(id.place())?;
-        tell(hits, &mut active.late, uncovered);
-        Some(&mut active.extra)
-    }
-
-    /// Quick form of [`end`](Self::end) for an invalidation that has a place and hit nothing. Does
-    /// nothing and returns `false` if notifiers were inserted under it: somebody may have to be
-    /// told.
-    #[inline]
-    pub(crate) fn quick_end_none(&mut self, id: Id) -> bool {
-        let ActiveSet { places, heads, .. } = &mut self.active;
-        let Some(active) =
-            places.get_mut(id.place()).filter(|active| active.is(id) && active.late.is_empty())
-        else {
-            return false;
-        };
-        settle(&mut self.sequence, release(active, heads, id));
-        true
+        report_uncovered(hits, &mut active.late, uncovered);
+        Some(Kept::InPlace(&mut active.extra))
     }
 }
 
-/// Names the notifiers that are [`WATCHED`] and that no active invalidation covers any more since
-/// the one that has just ended.
-fn tell<M: Member>(hits: &[M], late: &mut Vec<M>, mut uncovered: impl FnMut(M)) {
-    // A hit was covered until the end, so one that is not was uncovered by it.
+/// Calls `uncovered` with each notifier of an invalidation that has just ended that is [`WATCHED`]
+/// and that no active invalidation covers any more.
+///
+/// The end has uncovered `hits` already. This function uncovers the notifiers in `late`.
+fn report_uncovered<M: Member>(hits: &[M], late: &mut Vec<M>, mut uncovered: impl FnMut(M)) {
+    // A hit was covered until the end. If it is not covered now, this end uncovered it.
     hits.iter()
         .copied()
         .filter(|member| !member.own().is_covered() && member.own().is_marked(WATCHED))
@@ -244,7 +220,7 @@ fn tell<M: Member>(hits: &[M], late: &mut Vec<M>, mut uncovered: impl FnMut(M)) 
     }
 }
 
-/// S3: the sequence is even when no invalidation is active.
+/// Makes the space's sequence even if no invalidation is active (S3).
 #[inline(always)]
 fn settle(sequence: &mut u64, live: u32) {
     if live == 0 && *sequence % 2 == 1 {
@@ -252,32 +228,12 @@ fn settle(sequence: &mut u64, live: u32) {
     }
 }
 
-/// The notifiers that overlap `range` are covered by one more invalidation, which gets the sequence
-/// that is returned if there is one.
-#[inline(always)]
-fn cover<M: Member>(
-    index: &IntervalIndex<M>,
-    current: u64,
-    range: AddressRange,
-    hits: &mut Vec<M>,
-) -> u64 {
-    let Some((leaf, candidates)) = index.only_leaf(range) else {
-        return cover_many(index, current, range, hits);
-    };
-    let mut sequence = current | 1;
-    for at in candidates {
-        if let Some(member) = leaf.overlapping(at, range) {
-            hits.push(member);
-            sequence = cover_one(member, current, sequence);
-        }
-    }
-    sequence
-}
-
-/// The same when they may be in several leaves.
+/// Adds the notifiers that overlap `range` to `hits` and covers each of them with one more
+/// invalidation. `current` is the space's sequence. Returns the sequence of that invalidation if
+/// there is a hit.
 #[cold]
 #[inline(never)]
-fn cover_many<M: Member>(
+fn cover<M: Member>(
     index: &IntervalIndex<M>,
     current: u64,
     range: AddressRange,
@@ -289,16 +245,16 @@ fn cover_many<M: Member>(
     })
 }
 
-/// Covers a hit. Returns the sequence that the invalidation gets, as far as is known: `sequence`,
-/// unless the hit has the `current` one of the space already.
+/// Covers one hit. Returns the sequence of the invalidation as far as it is known: `sequence`,
+/// unless the hit already has the space's `current` sequence without being covered (S6).
 #[inline(always)]
 fn cover_one<M: Member>(member: M, current: u64, sequence: u64) -> u64 {
-    // An own sequence is odd, so it can equal the space's only while that is odd.
+    // An own sequence is odd. It can equal the space's sequence only while that is odd.
     if member.own().cover() == Some(current) { after_clash(current) } else { sequence }
 }
 
-/// S6: the sequence that follows when a notifier has the current one already, without being
-/// covered.
+/// Returns the sequence of an invalidation that hit an uncovered notifier whose own sequence is the
+/// `current` one (S6).
 #[cold]
 #[inline(never)]
 fn after_clash(current: u64) -> u64 {

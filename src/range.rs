@@ -1,5 +1,5 @@
-//! Ranges of addresses, with both ends inclusive so that the last byte of the address space can be
-//! named.
+//! [`AddressRange`]: a range of addresses. Both ends are inclusive, so that a range can contain the
+//! last byte of the address space.
 #![forbid(unsafe_code)]
 
 mod set;
@@ -10,9 +10,10 @@ pub use set::RangeSet;
 use core::fmt;
 use core::ops::{Range, RangeInclusive};
 
-/// A non-empty range of addresses `[start, last]` in bytes, **both ends inclusive**.
+/// Names a non-empty range of addresses `[start, last]` in bytes, **both ends inclusive**.
 ///
-/// The kernel's interval tree has the same form. Adjacent ranges do not overlap.
+/// The kernel's interval tree uses the same form. Adjacent ranges do not overlap. Several ranges
+/// together are a [`RangeSet`].
 ///
 /// ```
 /// use shootdown::{AddressRange, RangeError};
@@ -20,7 +21,8 @@ use core::ops::{Range, RangeInclusive};
 /// let pages = AddressRange::new(0x1000, 0x2000)?; // start, length in bytes
 /// assert_eq!(pages, AddressRange::try_from(0x1000..0x3000)?); // end exclusive
 /// assert_eq!(pages, AddressRange::try_from(0x1000..=0x2fff)?); // end inclusive
-/// assert_eq!(AddressRange::new(0x1000, 0), Err(RangeError::Empty { start: 0x1000 }));
+/// let empty = AddressRange::new(0x1000, 0);
+/// assert_eq!(empty, Err(RangeError::Empty { start: 0x1000 }));
 /// # Ok::<(), RangeError>(())
 /// ```
 #[derive(Clone, Copy, PartialEq, Eq, Hash)]
@@ -29,24 +31,24 @@ pub struct AddressRange {
     last: u64,
 }
 
-/// Why two numbers do not make an [`AddressRange`].
+/// Says why numbers make no [`AddressRange`], or ranges no [`RangeSet`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum RangeError {
-    /// The range holds no byte. Skip the call: there is nothing to watch or to invalidate.
+    /// The range contains no byte. Skip the call: there is nothing to watch or to invalidate.
     Empty {
         /// The start that was given.
         start: u64,
     },
-    /// `start + len` lies beyond the last address. Shorten the range; to reach the last byte of the
-    /// address space use `start..=u64::MAX`.
+    /// The range extends past the last address. Shorten it. A range up to the last byte of the
+    /// address space is `start..=u64::MAX`.
     Overflow {
         /// The start that was given.
         start: u64,
         /// The length in bytes that was given.
         len: u64,
     },
-    /// A [`RangeSet`] was to be made of no range. Skip the call, as for an empty range.
+    /// A [`RangeSet`] needs at least one range. Skip the call, as for an empty range.
     NoRange,
 }
 
@@ -70,14 +72,14 @@ impl fmt::Display for RangeError {
 impl core::error::Error for RangeError {}
 
 impl AddressRange {
-    /// The whole address space, `0..=u64::MAX`.
+    /// Covers the whole address space, `0..=u64::MAX`.
     pub const ALL: Self = Self { start: 0, last: u64::MAX };
 
-    /// The `len` bytes from `start` on.
+    /// Makes the range of the `len` bytes from `start` on.
     ///
     /// # Errors
-    /// [`RangeError::Empty`] when `len` is 0, [`RangeError::Overflow`] when a byte of it would lie
-    /// beyond `u64::MAX`.
+    /// [`RangeError::Empty`] if `len` is 0. [`RangeError::Overflow`] if the range would extend past
+    /// `u64::MAX`.
     pub const fn new(start: u64, len: u64) -> Result<Self, RangeError> {
         let Some(more) = len.checked_sub(1) else {
             return Err(RangeError::Empty { start });
@@ -88,35 +90,36 @@ impl AddressRange {
         }
     }
 
-    /// The memory that a slice occupies.
+    /// Makes the range of the memory that a slice occupies.
     ///
-    /// Exposes the provenance of the slice, so that [`as_ptr`](Self::as_ptr) leads back to it.
+    /// It exposes the provenance of the slice, so that the pointer of [`as_ptr`](Self::as_ptr) may
+    /// access it.
     ///
     /// # Errors
-    /// [`RangeError::Empty`] when the slice, or its element type, has no size.
+    /// [`RangeError::Empty`] if the slice has no elements, or elements of size 0.
     pub fn of_slice<T>(slice: &[T]) -> Result<Self, RangeError> {
         Self::from_ptr(slice.as_ptr(), size_of_val(slice))
     }
 
-    /// The `len` *bytes* that begin where a pointer points to.
+    /// Makes the range of the `len` *bytes* from the address of a pointer on.
     ///
-    /// Exposes the provenance of the pointer, so that [`as_ptr`](Self::as_ptr) leads back to what
-    /// it points to.
+    /// It exposes the provenance of the pointer, so that the pointer of [`as_ptr`](Self::as_ptr)
+    /// may access the same memory.
     ///
     /// # Errors
-    /// As [`new`](Self::new).
+    /// Those of [`new`](Self::new).
     pub fn from_ptr<T>(start: *const T, len: usize) -> Result<Self, RangeError> {
         Self::new(start.expose_provenance() as u64, len as u64)
     }
 
-    /// Makes a pointer of the first address, for a device, a system call or code that copies.
+    /// Returns a pointer to the first address, for a device, a system call or code that copies.
     ///
-    /// A range is two numbers, and says nothing of what is there: it promises neither that the
-    /// memory is mapped nor that it may be read, nor for how long, nor that nobody else writes.
-    /// Those who read through the pointer (`unsafe`) answer for that. What may be reached are
-    /// objects whose provenance was exposed: memory that the kernel mapped, a mapping of
-    /// `source::OwnedMapping`, what [`of_slice`](Self::of_slice) and [`from_ptr`](Self::from_ptr)
-    /// were given.
+    /// A range is two numbers. It promises nothing about the memory: not that it is mapped, not
+    /// that it may be read, not for how long, and not that no other thread writes it. The code that
+    /// reads through the pointer (`unsafe`) has to ensure that. The pointer may access objects
+    /// whose provenance was exposed: memory that the kernel mapped, a mapping of
+    /// `source::OwnedMapping`, and the arguments of [`of_slice`](Self::of_slice) and
+    /// [`from_ptr`](Self::from_ptr).
     ///
     /// ```
     /// # use shootdown::AddressRange;
@@ -127,18 +130,19 @@ impl AddressRange {
     /// ```
     ///
     /// # Panics
-    /// When a pointer of this machine is shorter than the address.
+    /// If the address does not fit into a pointer of this machine.
     pub fn as_ptr(self) -> *const u8 {
         core::ptr::with_exposed_provenance(self.start_usize())
     }
 
-    /// Makes a pointer through which may be written: see [`as_ptr`](Self::as_ptr).
+    /// Returns a pointer to the first address through which memory may be written. It promises as
+    /// little as [`as_ptr`](Self::as_ptr).
     ///
-    /// Memory that was exposed by a shared reference, as [`of_slice`](Self::of_slice) does, must
-    /// not be written through it.
+    /// Do not write memory through it that was exposed by a shared reference, as
+    /// [`of_slice`](Self::of_slice) does.
     ///
     /// # Panics
-    /// As [`as_ptr`](Self::as_ptr).
+    /// If the address does not fit into a pointer of this machine.
     pub fn as_mut_ptr(self) -> *mut u8 {
         core::ptr::with_exposed_provenance_mut(self.start_usize())
     }
@@ -147,24 +151,26 @@ impl AddressRange {
         usize::try_from(self.start).expect("a pointer of this machine is shorter than the address")
     }
 
-    /// First address, inclusive.
+    /// Returns the first address, inclusive.
     #[inline]
     pub const fn start(self) -> u64 {
         self.start
     }
 
-    /// Last address, **inclusive**.
+    /// Returns the last address, **inclusive**.
     #[inline]
     pub const fn last(self) -> u64 {
         self.last
     }
 
-    /// Length in bytes; `None` for [`AddressRange::ALL`], whose length does not fit in a `u64`.
+    /// Returns the length in bytes. `None` for [`AddressRange::ALL`], whose length does not fit in
+    /// a `u64`.
     pub const fn len(self) -> Option<u64> {
         (self.last - self.start).checked_add(1)
     }
 
-    /// Length in bytes, for slices and system calls; `None` where it does not fit in a `usize`.
+    /// Returns the length in bytes, for slices and system calls. `None` if it does not fit in a
+    /// `usize`.
     pub const fn len_usize(self) -> Option<usize> {
         match self.len() {
             Some(len) if len <= usize::MAX as u64 => Some(len as usize),
@@ -172,8 +178,10 @@ impl AddressRange {
         }
     }
 
-    /// The pages of `bytes` that the range touches, in order, each whole: the first one may begin
-    /// before the range, and the last one end behind it.
+    /// Returns the pages of `bytes` bytes that the range touches, in order.
+    ///
+    /// Each page is whole. The first one may begin before the range, and the last one may end after
+    /// it.
     ///
     /// ```
     /// # use shootdown::{AddressRange, RangeError};
@@ -184,7 +192,7 @@ impl AddressRange {
     /// ```
     ///
     /// # Panics
-    /// When `bytes` is no power of two.
+    /// If `bytes` is not a power of two.
     pub fn pages(self, bytes: u64) -> impl DoubleEndedIterator<Item = Self> + Clone {
         assert!(bytes.is_power_of_two(), "a page has a power of two of bytes, not {bytes}");
         let (more, shift) = (bytes - 1, bytes.trailing_zeros());
@@ -194,30 +202,30 @@ impl AddressRange {
         })
     }
 
-    /// Always `false`: a range holds at least one byte.
+    /// Returns `false`: a range contains at least one byte.
     pub const fn is_empty(self) -> bool {
         false
     }
 
-    /// Whether the two ranges share a byte. Adjacent ranges do not.
+    /// Returns whether the two ranges share a byte. Adjacent ranges do not.
     #[inline]
     pub const fn overlaps(self, other: Self) -> bool {
         self.start <= other.last && other.start <= self.last
     }
 
-    /// Whether `address` lies in the range.
+    /// Returns whether `address` lies in the range.
     #[inline]
     pub const fn contains(self, address: u64) -> bool {
         self.start <= address && address <= self.last
     }
 
-    /// Whether all of `other` lies in the range.
+    /// Returns whether all of `other` lies in the range.
     #[inline]
     pub const fn covers(self, other: Self) -> bool {
         self.start <= other.start && other.last <= self.last
     }
 
-    /// The bytes that both ranges hold.
+    /// Returns the bytes that both ranges contain, or `None` if there are none.
     pub fn intersection(self, other: Self) -> Option<Self> {
         self.overlaps(other)
             .then(|| Self { start: self.start.max(other.start), last: self.last.min(other.last) })

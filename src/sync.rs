@@ -1,9 +1,9 @@
-//! The one place that says where atomics and locks come from.
+//! Atomics and locks: the real ones, or those of a model checker.
 //!
-//! [`Lock`] is held for a bounded number of steps of the library's own code and never while driver
-//! code runs (rule C8). That is why it spins: its release is a plain store, where a parking mutex
-//! needs a read-modify-write, and two locks are most of what a short invalidation costs
-//! (`DESIGN.md`, "The lock").
+//! [`Lock`] is held for a bounded number of steps of the library's own code, and never while driver
+//! code runs (C8). So it spins. Its release is a plain store, where a parking mutex needs a
+//! read-modify-write, and two locks are most of the cost of a short invalidation (`DESIGN.md`, "The
+//! lock").
 
 #[cfg(not(any(loom, shuttle)))]
 mod real {
@@ -12,11 +12,11 @@ mod real {
     pub(crate) use core::sync::atomic::{
         AtomicBool, AtomicPtr, AtomicU32, AtomicU64, AtomicUsize, Ordering, fence,
     };
-    /// What a thread sleeps on.
+    /// A thread sleeps on these.
     #[cfg(feature = "std")]
     pub(crate) use event_listener::{Event, Listener};
 
-    /// Spins; where there is an operating system, gives it the processor now and then.
+    /// Spins. Gives the processor to the operating system now and then, if there is one.
     struct Relax;
 
     impl spin::RelaxStrategy for Relax {
@@ -25,8 +25,7 @@ mod real {
             #[cfg(feature = "std")]
             {
                 std::thread_local!(static SPINS: core::cell::Cell<u32> = const { core::cell::Cell::new(0) });
-                // The holder may have been preempted: after some 64 looks it is more useful to let
-                // it run.
+                // The holder may have been preempted. After 64 looks it is better to let it run.
                 let spins = SPINS.with(|spins| spins.replace(spins.get().wrapping_add(1)));
                 if spins % 64 == 63 {
                     std::thread::yield_now();
@@ -47,15 +46,15 @@ mod real {
 
         #[inline]
         pub(crate) fn lock(&self) -> impl DerefMut<Target = T> {
-            // The loop is not built into the caller: its registers would be saved on each call, and
-            // mostly for nothing.
+            // The loop is a function of its own. Inlined, it would make the caller save registers
+            // on each call, mostly for nothing.
             Held::new(match self.0.try_lock() {
                 Some(guard) => guard,
                 None => self.contended(),
             })
         }
 
-        /// The lock if nobody has it.
+        /// Returns the lock if no thread has it.
         #[inline]
         pub(crate) fn try_lock(&self) -> Option<impl DerefMut<Target = T>> {
             self.0.try_lock().map(Held::new)
@@ -73,9 +72,9 @@ mod real {
     }
 }
 
-/// The same on the types of a model checker: `loom` explores every interleaving of small models,
-/// `shuttle` many random ones of larger ones. Both switch threads only at these types; what is
-/// inside a dependency (`FuturesUnordered`, `slab`) is one step to them.
+/// Atomics and locks of a model checker. `loom` explores every interleaving of small models,
+/// `shuttle` many random interleavings of larger ones. Both switch threads only at these types, so
+/// a call into a dependency (`FuturesUnordered`, `slab`) is one step.
 #[cfg(any(loom, shuttle))]
 mod checked {
     use core::ops::DerefMut;
@@ -114,8 +113,8 @@ mod checked {
     }
 }
 
-/// What `event-listener` promises of one thread that listens: a listener is woken by a notification
-/// that comes after `listen`, and by none before it.
+/// An event as `event-listener` promises it to one thread that listens: a listener is woken by a
+/// notification after `listen`, and by none before it.
 #[cfg(all(feature = "std", any(loom, shuttle)))]
 mod event {
     #[cfg(loom)]
@@ -124,14 +123,14 @@ mod event {
     use shuttle::sync::{Condvar, Mutex};
     use std::sync::PoisonError;
 
-    /// Has a `wait`, as the trait of that name.
+    /// Stands for the trait of that name.
     pub(crate) trait Listener: Sized {
         fn wait(self);
     }
 
     #[derive(Default)]
     pub(crate) struct Event {
-        /// Whether somebody listens, and has been notified.
+        /// `None` if no thread listens, otherwise whether it has been notified.
         listening: Mutex<Option<bool>>,
         notified: Condvar,
     }
@@ -175,7 +174,7 @@ mod once {
     use super::{AtomicBool, Lock, Ordering};
     use alloc::boxed::Box;
 
-    /// `once_cell`'s, with the order of its loads and stores where loom sees it.
+    /// `once_cell`'s box, with the order of its loads and stores where loom sees it.
     pub(crate) struct OnceBox<T> {
         value: once_cell::race::OnceBox<T>,
         filled: AtomicBool,
@@ -226,7 +225,7 @@ pub(crate) fn spin_hint() {
     shuttle::thread::yield_now();
 }
 
-/// Gives the processor to whoever else can use it (C4).
+/// Gives the processor to another thread (C4).
 #[inline]
 pub(crate) fn give_turn() {
     #[cfg(all(feature = "std", not(any(loom, shuttle))))]
@@ -234,8 +233,8 @@ pub(crate) fn give_turn() {
     spin_hint();
 }
 
-/// Debug builds count the locks that a thread holds, so that a call of foreign code under one is
-/// noticed (C8).
+/// Counts, in debug builds, the locks that a thread holds. Finds a call of foreign code under a
+/// lock (C8).
 #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
 mod held {
     use core::cell::Cell;
@@ -281,7 +280,7 @@ mod held {
 
 #[cfg(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))))]
 mod held {
-    /// Nothing is counted.
+    /// Counts nothing.
     #[cfg_attr(
         any(loom, shuttle),
         allow(dead_code, reason = "the locks of model checkers are not wrapped")

@@ -1,8 +1,10 @@
-//! Fences: a number that rises, and futures that wait until it has reached theirs.
+//! [`Timeline`]: a fence, which is a number that rises, and futures that wait until it reaches a
+//! value.
 //!
-//! `signal` is called where nothing may be waited for, so it only tries for the lock. Who has the
-//! lock looks again after giving it back: either `signal` gets it, or its holder sees what `signal`
-//! has noted before it tried. In the same way one wakes at a time, and looks again after that.
+//! [`Timeline::signal`] must not wait, so it only tries to take the lock. Each holder of the lock
+//! looks again after releasing it. So either `signal` gets the lock, or the holder sees the note
+//! (`risen`) that `signal` made before it tried. One thread at a time calls wakers (`waking`). It
+//! looks again after that in the same way.
 #![forbid(unsafe_code)]
 
 use crate::foreign::{Losses, TaskWaker};
@@ -14,13 +16,13 @@ use core::num::NonZeroU64;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
-/// A number that rises, and that tasks and threads wait for: the fence of a device's queue, as
-/// `dma_fence` with its sequence numbers or a timeline semaphore of Vulkan.
+/// Counts the finished work of a device's queue, for tasks and threads that wait for it: a fence,
+/// as `dma_fence` with its sequence numbers, or a timeline semaphore of Vulkan.
 ///
-/// A driver numbers what it submits. The device, or whoever hears of it, [signals](Self::signal)
-/// the number of what is done. Whoever waits for that holds the future of
-/// [`reached`](Self::reached).
-/// Clones are handles of the same timeline.
+/// A driver numbers the work that it submits. When work is done, the device's interrupt handler or
+/// poller [signals](Self::signal) its number. A [`PassFuture`](crate::PassFuture) waits for the
+/// number with the future of [`reached`](Self::reached). Clones are handles of the same timeline.
+/// The guide has more: `docs::fences`.
 ///
 /// ```
 /// use shootdown::{PassFuture, Timeline};
@@ -35,35 +37,40 @@ use core::task::{Context, Poll};
 /// ```
 ///
 /// # Numbers
-/// They start at 0 and never wrap: at a signal each nanosecond they last for 584 years. A device
-/// that counts in 32 bits needs its driver to add what is above them.
+/// Numbers start at 0 and never wrap. At one signal each nanosecond they last for 584 years. If a
+/// device counts in 32 bits, its driver adds the upper bits.
 ///
-/// # Nobody signals
-/// What is never signalled is waited for for ever, as a `dma_fence` is: a future that resolved
-/// because the last handle was dropped would say that the device is done, when nobody has. A pass
-/// that hangs is in [`AddressSpace::active`](crate::AddressSpace::active) with its driver's name. A
-/// driver whose device is reset, so that it reaches no memory any more, signals the last number
-/// that it has given out, or [`u64::MAX`], after which every number is reached: the device goes on
-/// with a new timeline.
-/// Waiting futures keep the state alive, and need no handle to.
+/// # Numbers that are never signalled
+/// A future waits for ever for a number that is never signalled, as with a `dma_fence`. It does not
+/// resolve when the last handle is dropped, because that would say that the device is done. A pass
+/// that hangs is listed in [`AddressSpace::active`](crate::AddressSpace::active) with the name of
+/// its notifier.
+///
+/// After a reset a device accesses no memory any more. Its driver then signals the last number that
+/// it has given out, or [`u64::MAX`], after which every number is reached. The device goes on with
+/// a new timeline. A waiting future keeps the state of the timeline alive and needs no handle.
 #[derive(Clone, Default)]
 pub struct Timeline(Arc<Core>);
 
 struct Core {
-    /// Only rises. What it allows to go on happened before it rose.
+    /// The greatest number that was signalled. It only rises. Everything before a signal happens
+    /// before a load that returns its number.
     value: AtomicU64,
-    /// It has risen since somebody last looked who waits for that.
+    /// The value has risen since a thread last looked for futures to wake.
     risen: AtomicBool,
-    /// Somebody calls wakers, and looks again afterwards. Set under the lock.
+    /// A thread calls wakers, and looks again afterwards. Set under the lock.
     waking: AtomicBool,
     waiting: Lock<Waiting>,
     losses: Arc<Losses>,
 }
 
-/// Who waits for which number: in that order, and in the order in which they came.
+/// The tasks that wait.
 #[derive(Default)]
 struct Waiting {
+    /// By the number that a task waits for, then by its ticket.
     tasks: BTreeMap<(u64, u64), Arc<TaskWaker>>,
+    /// The last ticket that was given out. Tickets rise, so tasks that wait for one number are
+    /// woken in the order in which they came.
     tickets: u64,
 }
 
@@ -81,64 +88,73 @@ impl Default for Core {
     }
 }
 
-/// So many are woken between two locks.
+/// Number of tasks that are woken after one acquisition of the lock.
 const BATCH: usize = if cfg!(any(loom, shuttle)) { 1 } else { 16 };
 
 impl Timeline {
-    /// At 0.
+    /// Makes a timeline whose value is 0.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// The greatest number that was signalled. What happened before that signal is seen by who has
-    /// this value.
+    /// Returns the greatest number that was signalled. Everything that happened before that signal
+    /// is visible to the caller.
     pub fn value(&self) -> u64 {
         self.0.value.load(Ordering::Acquire)
     }
 
-    /// Raises the value to `value`, and wakes who waits for it or for less; nobody else is looked
-    /// at. A number that is not above the value changes nothing.
+    /// Raises the value to `value`, and wakes the tasks and threads that wait for this number or a
+    /// lower one. It looks at no others. A number that is not above the value has no effect.
     ///
-    /// From any thread, and from where nothing may be waited for: it takes no lock of the timeline
-    /// that somebody has, and allocates nothing. It calls the wakers of those it wakes, unless
-    /// another thread is at it, or a waker that was called by it, which then does; a waker may do
-    /// anything, this included (C8). It also frees memory: what must not do that, such as a POSIX
-    /// signal handler, has a thread signal for it.
+    /// Any thread may call it, also where it must not wait: it never waits for the lock of the
+    /// timeline, and allocates nothing. It calls the wakers, unless another thread is calling
+    /// wakers of this timeline, or a caller further up this stack is. In that case that thread or
+    /// caller calls them. A waker may do anything, including another signal (rule
+    /// [C8](crate::docs::contract)). `signal` also frees memory. Code that must not do that, such
+    /// as a POSIX signal handler, lets a thread signal for it.
     ///
     /// # Panics
-    /// Never for a waker: its panic is [counted](Self::lost_panics), and the others are woken.
-    /// Without `std` there is nothing to catch it with.
+    /// Never because of a waker. A panic of a waker is [counted](Self::lost_panics), and the other
+    /// wakers are called. Without `std` a panic cannot be caught.
     pub fn signal(&self, value: u64) {
         if self.0.value.fetch_max(value, Ordering::AcqRel) < value {
-            // A swap, as the others, so that who clears it sees the values of all who have set it.
+            // A read-modify-write, as at the other places, so that the thread that clears `risen`
+            // sees the values of all threads that have set it.
             self.0.risen.swap(true, Ordering::AcqRel);
             self.0.look_again();
         }
     }
 
     /// Waits until the value is at least `value`.
+    ///
+    /// The future fits into a [`PassFuture`](crate::PassFuture) without an allocation.
     pub fn reached(&self, value: u64) -> Reached {
         Reached { core: self.0.clone(), value, ticket: None, task: None }
     }
 
-    /// How many wakers have panicked, when they were woken or dropped: a timeline belongs to no
-    /// space that would count them, and who signals has nothing to do with them.
+    /// Returns how many wakers have panicked when they were called or dropped.
+    ///
+    /// A timeline belongs to no space that could count them, and the caller of
+    /// [`signal`](Self::signal) is not responsible for them.
     pub fn lost_panics(&self) -> u64 {
         self.0.losses.count()
     }
 }
 
 impl Core {
+    /// Returns whether the value is at least `value`.
     fn has_reached(&self, value: u64) -> bool {
         self.value.load(Ordering::Acquire) >= value
     }
 
-    /// To be called after the value has risen, and after the lock was given back. Wakes those whose
-    /// number is reached, or leaves that to who has the lock, and will call this.
+    /// Wakes the tasks whose number is reached. If another thread has the lock, it leaves this to
+    /// that thread, which calls this function after releasing the lock.
+    ///
+    /// Call it after the value has risen, and after each release of the lock.
     fn look_again(&self) {
         loop {
-            // Between the note and the try, and between giving the lock back and the look: one of
-            // two threads sees what the other did.
+            // A full fence between setting `risen` and trying the lock, and between releasing the
+            // lock and loading `risen`. So at least one of two threads sees what the other did.
             fence(Ordering::SeqCst);
             if !self.risen.load(Ordering::Relaxed) {
                 return;
@@ -146,12 +162,13 @@ impl Core {
             let mut batch = [const { None }; BATCH];
             {
                 let Some(mut waiting) = self.waiting.try_lock() else { return };
-                // A swap, as below: either it comes after that, or whoever is at it sees what we
-                // have seen.
+                // A read-modify-write, as below. Either it comes after the one below, or the thread
+                // that calls wakers sees the value that this thread has seen.
                 if self.waking.swap(true, Ordering::AcqRel) {
-                    // Perhaps below us on this stack: those that it has taken come first.
+                    // The wakers are being called, perhaps by a caller further up this stack. Its
+                    // batch comes first.
                     drop(waiting);
-                    // It may have found the lock taken by us when it looked again.
+                    // That thread may have looked again while this one had the lock.
                     fence(Ordering::SeqCst);
                     if self.waking.load(Ordering::Relaxed) {
                         return;
@@ -174,44 +191,48 @@ impl Core {
 }
 
 impl Waiting {
+    /// Removes the first task that waits for at most `value`.
     fn pop_up_to(&mut self, value: u64) -> Option<Arc<TaskWaker>> {
         let first = self.tasks.first_entry()?;
         (first.key().0 <= value).then(|| first.remove())
     }
 }
 
-/// The future of [`Timeline::reached`].
+/// Waits until a timeline has reached a value: the future of [`Timeline::reached`].
 ///
-/// It keeps the timeline's state, but signals nothing. Polled again after it has resolved, it
-/// resolves again: the value does not fall.
+/// It keeps the timeline's state alive, but does not signal. A poll after it has resolved resolves
+/// again, because the value never falls.
 ///
 /// # Cancel safety
-/// May be dropped at any moment, and leaves nothing behind.
+/// The future may be dropped at any moment. It leaves nothing behind.
 #[must_use = "nothing is waited for before the future is polled"]
 pub struct Reached {
     core: Arc<Core>,
     value: u64,
-    /// Its place among those who wait for this value, once it has waited.
+    /// The ticket of this future, after it has been pending. Its key in [`Waiting::tasks`] is the
+    /// value and this ticket.
     ticket: Option<NonZeroU64>,
     task: Option<Arc<TaskWaker>>,
 }
 
-/// A pass holds it in place.
+/// A `PassFuture` stores it without an allocation.
 const _: () = assert!(size_of::<Reached>() <= 64 && align_of::<Reached>() <= 8);
 
 impl Reached {
-    /// Blocks the thread until the value is reached (W1).
+    /// Blocks the thread until the value is reached (rule [W1](crate::docs::contract)).
     #[cfg(feature = "std")]
     pub fn wait(self) {
         crate::block::wait(self);
     }
 
-    /// Takes it back from those who wait. Returns what is to be dropped outside of the lock.
+    /// Removes the task of this future from the waiting ones, and returns it, to be dropped without
+    /// the lock.
     fn leave(&mut self) -> Option<Arc<TaskWaker>> {
         let ticket = self.ticket.take()?;
         let task = {
             let mut waiting = self.core.waiting.lock();
-            // Nothing else here is a step to a model checker: another one may try for the lock now.
+            // A model checker switches threads only at steps like this one, so that another thread
+            // may try the lock now.
             spin_hint();
             waiting.tasks.remove(&(self.value, ticket.get()))
         };
@@ -229,7 +250,7 @@ impl Future for Reached {
             drop((this.leave(), this.task.take()));
             return Poll::Ready(());
         }
-        // Cloned and dropped outside of the lock. A panic of that leaves all as it was.
+        // The waker is cloned and dropped without the lock. If that panics, nothing has changed.
         let task = TaskWaker::renew(&mut this.task, cx.waker(), &this.core.losses);
         let (reached, _former) = {
             let mut waiting = this.core.waiting.lock();

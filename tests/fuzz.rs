@@ -2,11 +2,14 @@
 //! side.
 //!
 //! With the feature `test-util` each case runs on a space that takes the library's quick ways, and
-//! on one that does not. `SHOOTDOWN_CASES=100000 cargo test --release --test fuzz` is the long
-//! form.
+//! on one that does not; `both_ways` does that with schedules for which there is no model.
+//! `SHOOTDOWN_CASES=100000 cargo test --release --features test-util --test fuzz` is the long form.
 #![cfg(not(any(loom, shuttle)))]
 #![allow(missing_docs)]
 
+#[cfg(feature = "test-util")]
+#[path = "fuzz/both_ways.rs"]
+mod both_ways;
 mod support;
 
 use proptest::prelude::*;
@@ -29,18 +32,18 @@ struct Notifier {
 }
 
 /// What the rules say of one invalidation.
-struct Running {
+struct Running<'s> {
     name: usize,
     set: RangeSet,
     /// Fences of the devices that have to complete, each with its notifier.
     gates: Vec<(usize, Gate)>,
     /// Dropped by its caller: ends by itself.
     abandoned: bool,
-    future: Option<Task<Pin<Box<Invalidate<'static>>>>>,
-    guard: Option<InvalidationGuard<'static>>,
+    future: Option<Task<Pin<Box<Invalidate<'s>>>>>,
+    guard: Option<InvalidationGuard<'s>>,
 }
 
-impl Running {
+impl Running<'_> {
     fn open(&self) {
         self.gates.iter().for_each(|(_, gate)| gate.open());
     }
@@ -59,28 +62,35 @@ struct Reader {
     task: Task<Pin<Box<dyn Future<Output = u64>>>>,
 }
 
-struct Machine {
-    space: AddressSpace,
+struct Machine<'s> {
+    space: &'s AddressSpace,
     log: Log,
     sequence: u64,
     notifiers: Vec<Notifier>,
-    running: Vec<Running>,
+    running: Vec<Running<'s>>,
     readers: Vec<Reader>,
     names: usize,
     /// What can be seen after each step.
     seen: Vec<String>,
 }
 
-impl Machine {
-    /// `plain`: without the library's quick ways.
-    fn new(plain: bool) -> Self {
-        let builder = AddressSpace::builder();
-        #[cfg(feature = "test-util")]
-        let builder = if plain { builder.plain_only() } else { builder };
-        #[cfg(not(feature = "test-util"))]
-        assert!(!plain);
+/// The names of devices, so that the order of their calls can be seen.
+const NAMES: [&str; 8] = ["a", "b", "c", "d", "e", "f", "g", "h"];
+
+/// A space; `plain`: without the library's quick ways.
+fn space(plain: bool) -> AddressSpace {
+    let builder = AddressSpace::builder();
+    #[cfg(feature = "test-util")]
+    let builder = if plain { builder.plain_only() } else { builder };
+    #[cfg(not(feature = "test-util"))]
+    assert!(!plain);
+    builder.build()
+}
+
+impl<'s> Machine<'s> {
+    fn new(space: &'s AddressSpace) -> Self {
         Self {
-            space: builder.build(),
+            space,
             log: Log::default(),
             sequence: 2,
             notifiers: vec![],
@@ -93,31 +103,21 @@ impl Machine {
 
     /// Notes all that can be seen, but for times.
     fn look(&mut self) {
-        let active: Vec<_> = self.space.active();
-        let active = active.iter().map(|one| {
-            (
-                one.ranges.clone(),
-                one.sequence,
-                one.phase,
-                one.abandoned,
-                one.blockable,
-                one.pending.len(),
-            )
-        });
-        let active: Vec<_> = active.collect();
-        let shootdown::Stats {
-            invalidations, collisions, retries, waits, lapses, abandoned, ..
-        } = self.space.stats();
-        let calls = self.log.lock().unwrap().len();
-        self.seen.push(format!(
-            "{:?} {active:?} {:?} {calls}",
-            self.space.sequence(),
-            [invalidations, collisions, retries, waits, lapses, abandoned]
-        ));
+        let mut active = self.space.active();
+        active.iter_mut().for_each(|one| one.age = None);
+        let mut stats = self.space.stats();
+        stats.longest = None;
+        let calls = std::mem::take(&mut *self.log.lock().unwrap());
+        let woken: Vec<_> = self.readers.iter().map(|reader| reader.task.is_woken()).collect();
+        self.seen
+            .push(format!("{:?} {active:?} {stats:?} {calls:?} {woken:?}", self.space.sequence()));
     }
 
     fn insert(&mut self, range: AddressRange) {
-        let subscription = self.space.insert(range, Device::new("device", &self.log)).unwrap();
+        let subscription = self
+            .space
+            .insert(range, Device::new(NAMES[self.notifiers.len() % NAMES.len()], &self.log))
+            .unwrap();
         let covering = self
             .running
             .iter()
@@ -174,17 +174,18 @@ impl Machine {
         let mut running =
             Running { name, set: set.clone(), gates, abandoned: false, future: None, guard: None };
         if blockable {
-            running.future = Some(Task::new(Box::pin(
-                if let [range] = set[..] {
-                    self.space.invalidate(range, Event::Clear)
-                } else {
-                    self.space.invalidate_all(set, Event::Clear)
-                }
-                .into_owned(),
-            )));
+            let future = if let [range] = set[..] {
+                self.space.invalidate(range, Event::Clear)
+            } else {
+                self.space.invalidate_all(set, Event::Clear)
+            };
+            // Both kinds of handle.
+            let owned = name % 3 == 0;
+            let future = if owned { future.into_owned() } else { future };
+            running.future = Some(Task::new(Box::pin(future)));
         } else {
             match self.space.try_invalidate(set.hull(), Event::Clear) {
-                Ok(guard) => running.guard = Some(guard.into_owned()),
+                Ok(guard) => running.guard = Some(guard),
                 Err(WouldBlock) => running.abandoned = true,
             }
             prop_assert_eq!(running.abandoned, !running.gates.is_empty(), "B3");
@@ -223,7 +224,7 @@ impl Machine {
             }
         }
         let _ = Task::new(self.space.drain()).run();
-        let over = |running: &Running| running.abandoned && running.is_done();
+        let over = |running: &Running<'_>| running.abandoned && running.is_done();
         for name in self
             .running
             .iter()
@@ -363,7 +364,8 @@ impl Machine {
 
 /// Runs a case; returns what could be seen on the way.
 fn run(bytes: &[u8], plain: bool) -> Result<Vec<String>, TestCaseError> {
-    let mut machine = Machine::new(plain);
+    let space = space(plain);
+    let mut machine = Machine::new(&space);
     for step in bytes.as_chunks::<4>().0 {
         machine.step(*step)?;
         machine.look();

@@ -4,29 +4,40 @@
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Output};
-use std::sync::{Mutex, OnceLock, PoisonError};
+use std::sync::{OnceLock, PoisonError, RwLock};
 
-/// The example as the README says, in release form; it is built here, because `cargo test` does
-/// not.
+/// The example, built like this test: `cargo test --release --test multi_gpu` runs what the README
+/// says. `cargo test` builds the example itself; `cargo test --test multi_gpu` does not.
 fn binary() -> PathBuf {
     static BINARY: OnceLock<PathBuf> = OnceLock::new();
     let binary = BINARY.get_or_init(|| {
         let mut build = Command::new(env!("CARGO"));
         build
-            .args(["build", "--quiet", "--release", "--example", "multi_gpu"])
+            .args(["build", "--quiet", "--example", "multi_gpu"])
+            .args((!cfg!(debug_assertions)).then_some("--release"))
             .current_dir(env!("CARGO_MANIFEST_DIR"));
         assert!(build.status().expect("cargo runs").success(), "the example cannot be built");
         let test = std::env::current_exe().unwrap();
-        test.ancestors().nth(3).unwrap().join("release").join("examples").join("multi_gpu")
+        test.ancestors().nth(2).unwrap().join("examples").join("multi_gpu")
     });
     binary.clone()
 }
 
+/// Held alone by a run in real time, which would not like company.
+static MACHINE: RwLock<()> = RwLock::new(());
+
 fn multi_gpu(arguments: &[&str]) -> Output {
+    let _shared = MACHINE.read().unwrap_or_else(PoisonError::into_inner);
+    run(arguments)
+}
+
+fn multi_gpu_alone(arguments: &[&str]) -> Output {
+    let _alone = MACHINE.write().unwrap_or_else(PoisonError::into_inner);
+    run(arguments)
+}
+
+fn run(arguments: &[&str]) -> Output {
     let binary = binary();
-    // One at a time: the one in real time would not like company.
-    static TURN: Mutex<()> = Mutex::new(());
-    let _turn = TURN.lock().unwrap_or_else(PoisonError::into_inner);
     Command::new(&binary)
         .args(arguments)
         .output()
@@ -55,6 +66,7 @@ fn row<'a>(rows: &'a [Value], gpus: u64, mode: &str) -> &'a Value {
 const MODES: [&str; 4] = ["single-pass", "two-pass", "round-robin", "poll-driven"];
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "long: cargo test --release --test multi_gpu")]
 fn four_ways_to_wait_are_compared_at_every_number_of_gpus() {
     let of = |profile| {
         let output = multi_gpu(&["--json", "--profile", profile]);
@@ -117,6 +129,7 @@ fn four_ways_to_wait_are_compared_at_every_number_of_gpus() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "long: cargo test --release --test multi_gpu")]
 fn much_happens_at_once() {
     let rows = rows(&multi_gpu(&["--json", "--gpus", "16"]));
     for row in &rows {
@@ -133,6 +146,7 @@ fn much_happens_at_once() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "long: cargo test --release --test multi_gpu")]
 fn real_time_is_within_a_tenth_of_the_ideal_at_16_gpus() {
     // The machine is shared: the best of a few runs counts.
     let ratios: Vec<f64> = (0..5)
@@ -152,7 +166,7 @@ fn real_time_is_within_a_tenth_of_the_ideal_at_16_gpus() {
                 "--reclaim-interval-us",
                 "0",
             ];
-            let output = multi_gpu(&options);
+            let output = multi_gpu_alone(&options);
             assert!(output.status.success(), "{}", error(&output));
             row(&rows(&output), 16, "poll-driven")["ideal_ratio"].as_f64().unwrap()
         })
@@ -199,6 +213,21 @@ fn faults() -> Vec<String> {
 }
 
 #[test]
+fn starting_all_first_is_worth_it_and_a_planted_bug_is_found() {
+    let right = multi_gpu(&["--json", "--gpus", "1,4", "--limit", "60"]);
+    assert!(right.status.success(), "{}", error(&right));
+    let rows_of_right = rows(&right);
+    let total = |mode| number(row(&rows_of_right, 4, mode), "total_ns");
+    assert!(total("single-pass") > total("poll-driven"));
+    assert!(rows_of_right.iter().all(|row| row["stale_accesses"] == 0));
+    let faults = faults();
+    let wrong = multi_gpu(&["--json", "--gpus", "1", "--fault", &faults[0]]);
+    assert_eq!(wrong.status.code(), Some(1), "{}", faults[0]);
+    assert!(rows(&wrong).iter().all(|row| number(row, "stale_accesses") > 0), "{}", faults[0]);
+}
+
+#[test]
+#[cfg_attr(debug_assertions, ignore = "long: cargo test --release --test multi_gpu")]
 fn every_planted_bug_is_found_in_every_mode_with_any_number_of_gpus() {
     let (faults, help) =
         (faults(), String::from_utf8_lossy(&multi_gpu(&["--help"]).stdout).into_owned());
@@ -225,6 +254,7 @@ fn every_planted_bug_is_found_in_every_mode_with_any_number_of_gpus() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "long: cargo test --release --test multi_gpu")]
 fn a_program_that_gathers_its_changes_waits_less_and_nothing_is_stale() {
     let run = |gpus, options: &[&str]| {
         let options: Vec<&str> = [&["--json", "--gpus", gpus], options].concat();
@@ -278,6 +308,7 @@ fn a_program_that_gathers_its_changes_waits_less_and_nothing_is_stale() {
 
 /// What a batch adds to the driver: several ranges in one first pass, one command and one wait.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "long: cargo test --release --test multi_gpu")]
 fn planted_bugs_are_found_if_changes_are_gathered() {
     for fault in faults() {
         let output = multi_gpu(&["--gpus", "1,4", "--json", "--batch", "64", "--fault", &fault]);
@@ -294,6 +325,7 @@ fn planted_bugs_are_found_if_changes_are_gathered() {
 
 /// Long form: `MULTI_GPU_SEEDS=100 cargo test --release --test multi_gpu nothing_is_stale`.
 #[test]
+#[cfg_attr(debug_assertions, ignore = "long: cargo test --release --test multi_gpu")]
 fn nothing_is_stale_whatever_the_seed_the_workload_and_the_profile() {
     let seeds: u64 =
         std::env::var("MULTI_GPU_SEEDS").ok().map_or(2, |seeds| seeds.parse().expect("a number"));
@@ -427,6 +459,7 @@ fn the_picture_shows_all_four() {
 }
 
 #[test]
+#[cfg_attr(debug_assertions, ignore = "long: cargo test --release --test multi_gpu")]
 fn a_run_says_what_it_has_found() {
     let found = |profile| {
         String::from_utf8(multi_gpu(&["--gpus", "1,32", "--profile", profile]).stdout).unwrap()

@@ -19,7 +19,7 @@ fn binary() -> PathBuf {
             "--quiet",
             "--release",
             "--features",
-            "userfaultfd",
+            "cache,userfaultfd",
             "--example",
             "vulkan",
         ]);

@@ -1,11 +1,10 @@
 //! Drivers and populations of notifiers for the benchmarks.
 
 use shootdown::{
-    AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, Subscription,
-    WouldBlock,
+    AddressRange, AddressSpace, DriverLock, IntervalNotifier, Invalidation, PassFuture,
+    Subscription, WouldBlock,
 };
 use std::pin::Pin;
-use std::sync::Mutex;
 use std::task::{Context, Poll};
 
 const PAGE: u64 = 4096;
@@ -18,15 +17,15 @@ pub enum Kind {
     PendOnce,
 }
 
-/// The driver of the goals: takes a mutex, sets the sequence and counts.
+/// The driver of the goals: takes its lock, sets the sequence and counts.
 pub struct Device {
     kind: Kind,
-    calls: Mutex<u64>,
+    calls: DriverLock<u64>,
 }
 
 impl Device {
     pub fn new(kind: Kind) -> Self {
-        Self { kind, calls: Mutex::new(0) }
+        Self { kind, calls: DriverLock::new(0) }
     }
 }
 
@@ -36,11 +35,7 @@ impl IntervalNotifier for Device {
         &self,
         invalidation: &Invalidation<'_>,
     ) -> Result<Option<PassFuture>, WouldBlock> {
-        {
-            let mut calls = self.calls.lock().unwrap();
-            invalidation.set_seq();
-            *calls += 1;
-        }
+        *self.calls.lock_for(invalidation) += 1;
         Ok(match self.kind {
             Kind::Single => None,
             Kind::Ready => Some(PassFuture::new(std::future::ready(()))),

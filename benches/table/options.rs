@@ -31,7 +31,7 @@ pub struct Options {
 pub enum Section {
     /// Rows beside the goals, scaled by calibration rows
     Goals,
-    /// Rows of the registration cache and of userfaultfd (with the feature userfaultfd)
+    /// Rows of the registration cache and of userfaultfd (with the features cache and userfaultfd)
     Cache,
     /// Costs against what they must not depend on
     Curves,

@@ -13,7 +13,7 @@ PATH="$PATH:/usr/sbin:/sbin"
 place=target/card
 
 if [ "${1:-}" = prepare ]; then
-    cargo build --quiet --release --features userfaultfd --example vulkan
+    cargo build --quiet --release --features cache,userfaultfd --example vulkan
     mkdir -p "$place"
     cp "${CARGO_TARGET_DIR:-target}/release/examples/vulkan" "$place/"
     loader=$(ldconfig -p | awk '/libvulkan\.so\.1 / && !found++ { print $NF }')

@@ -1,22 +1,22 @@
 //! Which active invalidations are in their first passes.
 //!
-//! `remove` must not wait for a guard that somebody holds (L1), so it has to know whether an
-//! invalidation may still call its notifier. The invalidation says so once, with a plain store and
-//! without the lock: after that its guard may be held for ever. Who removes and finds a call under
-//! way on another thread yields to its executor and looks again; a sleeping wait would need a
-//! read-modify-write in every invalidation that hits something (`DESIGN.md`, "When are the first
-//! passes over?").
+//! `remove` must not wait for a guard (L1), so it has to know whether an invalidation may still
+//! call its notifier. The invalidation lowers a flag once, with a plain store and without the lock.
+//! After that its guard may be held for ever. A `remove` that finds a call under way on another
+//! thread yields to its executor and looks again. A sleeping wait would need a read-modify-write in
+//! every invalidation that hits a notifier (`DESIGN.md`, "When are the first passes over?").
 //!
-//! The flag is that of the place in which the invalidation was started. It may be moved from there
-//! when its first passes are over (see [`PLACES`]); one that calls first passes in the crowd says
-//! so under the lock.
+//! Each place has a flag, and an invalidation uses that of the place in which it was started. It
+//! may be moved to another place when its first passes are over (see [`PLACES`]). An invalidation
+//! without a place, in the crowd, changes [`Record::calls`](crate::engine::state::Record) under the
+//! lock instead.
 #![forbid(unsafe_code)]
 
+use crate::engine::Shared;
 use crate::protocol::{Id, PLACES};
 use crate::sync::{AtomicBool, Ordering};
 
-/// A flag for each place, at an address that does not change, so that it is reached without the
-/// lock.
+/// A flag for each place. Its address does not change, so it is reached without the lock.
 pub(crate) struct FirstPassFlags([AtomicBool; PLACES]);
 
 impl FirstPassFlags {
@@ -24,8 +24,8 @@ impl FirstPassFlags {
         Self(core::array::from_fn(|_| AtomicBool::new(false)))
     }
 
-    /// The invalidation begins to call notifiers. Under the space's lock. Returns `false` if it has
-    /// no place.
+    /// Notes that the invalidation begins to call notifiers. Under the space's lock. Returns
+    /// `false` if it has no place.
     #[inline(always)]
     pub(crate) fn raise(&self, id: Id) -> bool {
         let flag = self.0.get(id.place());
@@ -35,8 +35,8 @@ impl FirstPassFlags {
         flag.is_some()
     }
 
-    /// It will call none any more: what its first passes did happened before whoever learns of it.
-    /// Returns `false` if it has no place.
+    /// Notes that the invalidation calls no notifier any more. Its first passes happened before any
+    /// read of the lowered flag. Returns `false` if it has no place.
     #[inline(always)]
     pub(crate) fn lower(&self, id: Id) -> bool {
         let flag = self.0.get(id.place());
@@ -46,9 +46,35 @@ impl FirstPassFlags {
         flag.is_some()
     }
 
-    /// Whether it may still call notifiers; `None` if it has no place. Under the space's lock.
+    /// Returns whether the invalidation may still call notifiers; `None` if it has no place. Under
+    /// the space's lock.
     pub(crate) fn is_up(&self, id: Id) -> Option<bool> {
         Some(self.0.get(id.place())?.load(Ordering::Acquire))
+    }
+}
+
+impl Shared {
+    /// Notes that the invalidation calls no further first pass (L1).
+    #[inline(always)]
+    pub(crate) fn first_passes_over(&self, id: Id) {
+        if !self.host.flags.lower(id) {
+            self.first_passes_over_in_crowd(id);
+        }
+    }
+
+    #[cold]
+    #[inline(never)]
+    fn first_passes_over_in_crowd(&self, id: Id) {
+        self.with(|state, _| {
+            if let Some(active) = state.protocol.active_mut().get_mut(id) {
+                active.extra.calls = false;
+            }
+        });
+    }
+
+    /// Returns whether an invalidation may still call first passes. Under the lock.
+    pub(crate) fn calls(&self, id: Id, in_crowd: bool) -> bool {
+        self.host.flags.is_up(id).unwrap_or(in_crowd)
     }
 }
 

@@ -1,4 +1,4 @@
-//! The way out for a device that never answers (L5).
+//! The fence: ends the passes of a device that never answers (L5).
 #![forbid(unsafe_code)]
 
 use super::Shared;
@@ -15,14 +15,15 @@ use crate::sync::Ordering;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
-/// What a fence has found, to be ended without the lock.
+/// Passes that a fence has found, to be ended without the lock.
 struct Found<'s> {
     leases: Vec<Lease<'s>>,
     unpolled: Vec<Unpolled>,
 }
 
 impl Shared {
-    /// Closes a notifier and ends its passes. The entry is the caller's, so it stays.
+    /// Closes a notifier and ends its passes. Returns how many were pending. The caller keeps the
+    /// entry alive.
     pub(crate) fn fence(&self, entry: EntryRef) -> usize {
         let (again, passes, found) = self.with(|state, outbox| {
             let again = self.close_for_good(state, entry);
@@ -37,8 +38,8 @@ impl Shared {
         passes
     }
 
-    /// The same for all notifiers with these ids, whoever has their subscriptions, if anybody: in
-    /// one look at everything.
+    /// Closes all notifiers with these ids and ends their passes, in one search of the space. Their
+    /// subscriptions may be anywhere, or gone. Returns how many passes were pending.
     pub(crate) fn fence_all(&self, ids: impl IntoIterator<Item = u64>) -> usize {
         let mut wanted: BTreeMap<u64, Option<EntryRef>> =
             ids.into_iter().map(|id| (id, None)).collect();
@@ -49,7 +50,7 @@ impl Shared {
                 }
             };
             state.protocol.overlapping(AddressRange::ALL, &mut note);
-            // Those that were taken out of the space and have a pass pending.
+            // Notifiers that were taken out of the space and have a pass pending.
             let parked =
                 state.protocol.active().iter().filter_map(|(_, active)| active.extra.parked());
             parked.flat_map(|parking| parking.pending.iter()).for_each(note);
@@ -73,7 +74,8 @@ impl Shared {
         passes.into_iter().sum()
     }
 
-    /// Under the lock. Returns whether it was fenced before.
+    /// Closes a notifier and marks it as fenced. Under the lock. Returns whether it was fenced
+    /// before.
     fn close_for_good(&self, state: &mut State, entry: EntryRef) -> bool {
         state.close(entry);
         let again = entry.fence();
@@ -84,8 +86,8 @@ impl Shared {
         again
     }
 
-    /// Takes the passes of fenced notifiers that are there to be taken. Where somebody else has
-    /// them, under this lock or after it he finds that he is behind, and drops them.
+    /// Takes the passes of fenced notifiers out of parked and unclaimed invalidations. A task that
+    /// has leased others sees the count of fences when it brings them back, and drops them.
     fn find(
         &self,
         state: &mut State,
@@ -105,7 +107,7 @@ impl Shared {
         Found { leases, unpolled }
     }
 
-    /// Ends what was found, without the lock.
+    /// Ends the passes that were found, without the lock.
     fn end(&self, found: Option<Found<'_>>) {
         let Some(Found { leases, unpolled }) = found else { return };
         leases.into_iter().for_each(Lease::cut);
@@ -117,8 +119,7 @@ impl Shared {
         self.host.losses.report(&Report::Fenced { notifier: &name, range: entry.range, passes });
     }
 
-    /// Drops the passes of fenced notifiers of a parked invalidation, if they are there to be
-    /// taken.
+    /// Drops the passes of fenced notifiers of an invalidation, if that is parked.
     #[cold]
     pub(super) fn cut(&self, ticket: Ticket) {
         let lease = self.with(|state, _| match state.help(ticket, |_, _| true) {

@@ -1,22 +1,23 @@
-//! A gate before the readers of a whole space, which is closed without a lock and without memory.
+//! The gate: holds the readers of a whole space back. It is closed without a lock and without
+//! memory.
 //!
-//! For sources of invalidations that hear of a change while somebody waits for them to have heard:
-//! they close the gate, let the other one go on, start the invalidation, and open the gate.
-//! Meanwhile no reader begins, so none gets an answer from before the change.
+//! A source of invalidations hears of a change while another thread waits for it to have heard. It
+//! closes the gate, lets that thread go on, starts the invalidation, and opens the gate. No reader
+//! begins meanwhile, so none gets an answer from before the change.
 //!
-//! In a storm of changes it is closed again before it was opened, so a reader does not wait for a
-//! moment at which it is open. It waits until all closings from before it began have been undone:
-//! those that come later are of changes that it overlaps, and may answer from before. Who uses the
-//! answer checks it ([`read_retry`](crate::Subscription::read_retry)), and no check succeeds while
-//! the gate is closed.
+//! In a storm of changes the gate is closed again before it was opened. So a reader does not wait
+//! for a moment at which the gate is open. It waits until all closings from before it began have
+//! been undone. Later closings belong to changes that the reader overlaps, so its answer may be
+//! from before them. The reader's check ([`read_retry`](crate::Subscription::read_retry)) finds
+//! that: no check succeeds while the gate is closed.
 //!
-//! Closings are counted on one of two sides. A waiting reader has the sides changed once nothing is
-//! left on the other one, which is then that of the closings to come; when the sides have been
-//! changed twice, nothing is left of what was there when it began.
+//! Closings are counted on one of two sides. A waiting reader changes the sides as soon as nothing
+//! is left on the side that is not in use, which then gets the closings to come. When the sides
+//! have been changed twice, all closings from before the reader began have been undone.
 //!
-//! A space whose memory is held by a lease has the gate look closed for ever, by a bit of its own:
-//! then a reader asks whether the lease is valid (it may have ended while this process stood still,
-//! so nobody could close the gate). Other spaces do not pay for that.
+//! In a space whose memory is held by a lease, a bit makes the gate look closed for ever. Then a
+//! reader asks whether the lease is valid: the lease may have ended while this process stood still
+//! and could not close the gate. Other spaces do not pay for that.
 #![forbid(unsafe_code)]
 
 #[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
@@ -32,15 +33,15 @@ mod real {
     /// Bits of the count of one side.
     const COUNT: u32 = 31;
     const ONES: u64 = (1 << COUNT) - 1;
-    /// The side on which it is closed now.
+    /// The side on which closings are counted now.
     const SIDE: u64 = 1 << 63;
-    /// A lease is asked, too. Never changes.
+    /// There is a lease to be asked. Never changes.
     const LEASED: u64 = 1 << 62;
 
-    /// On cache lines of its own: every reader looks at it.
+    /// Has cache lines of its own, because every reader reads it.
     #[repr(align(128))]
     pub(crate) struct Gate {
-        /// How often it was closed and not yet opened, on either side, and [`SIDE`].
+        /// The count of closings that were not undone on each side, [`SIDE`], and [`LEASED`].
         word: AtomicU64,
         /// How often the sides were changed. Under the lock of the space.
         changes: AtomicU64,
@@ -53,7 +54,7 @@ mod real {
 
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     impl Closings {
-        /// What others count in an atomic.
+        /// Returns a number, so that the caller can add closings up in an atomic.
         pub(crate) fn into_bits(self) -> u64 {
             self.0
         }
@@ -70,7 +71,7 @@ mod real {
         }
     }
 
-    /// When a reader began to wait.
+    /// When a reader began to wait: how often the sides had been changed.
     #[derive(Clone, Copy, Default)]
     pub(crate) struct Since(Option<u64>);
 
@@ -80,43 +81,45 @@ mod real {
             Self { word: AtomicU64::new(word), changes: AtomicU64::new(0), valid }
         }
 
-        /// Or there is a lease to be asked. To be asked *before* the notifier's word: whoever finds
-        /// the gate open again sees what was invalidated meanwhile.
+        /// Returns whether the gate is closed, or a lease is to be asked. To be read *before* the
+        /// notifier's word: a reader that finds the gate open again sees what was invalidated
+        /// meanwhile.
         #[inline]
         pub(crate) fn is_closed(&self) -> bool {
             self.word.load(Ordering::Acquire) << 1 != 0
         }
 
-        /// Whether it was closed, whatever the lease says.
+        /// Returns whether it was closed, whatever the lease says.
         pub(crate) fn has_closings(&self) -> bool {
             self.word.load(Ordering::Acquire) & !(SIDE | LEASED) != 0
         }
 
-        /// The same, and not looked at before anything that this thread has read until now: whoever
-        /// has seen memory as it is after a change finds the gate closed, or what was
-        /// invalidated.
+        /// Returns [`is_closed`](Self::is_closed), read after all earlier reads of this thread. A
+        /// thread that has seen memory as it is after a change finds the gate closed, or its
+        /// notifier invalidated.
         #[inline]
         pub(crate) fn is_closed_now(&self) -> bool {
             fence(Ordering::Acquire);
             self.is_closed()
         }
 
-        /// The same of the closings alone.
+        /// Returns [`has_closings`](Self::has_closings), read after all earlier reads of this
+        /// thread.
         #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
         pub(crate) fn has_closings_now(&self) -> bool {
             fence(Ordering::Acquire);
             self.has_closings()
         }
 
-        /// How often it was closed and not yet opened.
+        /// Returns how many closings were not undone.
         #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
         pub(crate) fn closings(&self) -> u64 {
             let word = self.word.load(Ordering::Acquire);
             (word & ONES) + (word >> COUNT & ONES)
         }
 
-        /// Changes the sides, if nothing is left on the one that is not in use. Under the lock of
-        /// the space.
+        /// Changes the sides if nothing is left on the one that is not in use. Returns whether it
+        /// did. Under the lock of the space.
         fn change_sides(&self) -> bool {
             let empty = |word: u64| {
                 let other = if word & SIDE == 0 { word >> COUNT } else { word };
@@ -131,8 +134,8 @@ mod real {
             changed
         }
 
-        /// Whether all closings from before somebody began have been undone. Under the lock of the
-        /// space.
+        /// Returns whether all closings from before a reader began have been undone. Under the lock
+        /// of the space.
         fn was_open(&self, since: &mut Since) -> bool {
             if !self.has_closings() {
                 return true;
@@ -145,7 +148,7 @@ mod real {
     }
 
     impl Shared {
-        /// Readers that begin from now on wait. Takes no lock and no memory.
+        /// Closes the gate: readers that begin from now on wait. Takes no lock and no memory.
         pub(crate) fn close_gate(&self) -> Closings {
             let one = |word: u64| if word & SIDE == 0 { 1 } else { 1 << COUNT };
             let close = |word| Some(word + one(word));
@@ -153,7 +156,7 @@ mod real {
             Closings(closed.map_or(0, one))
         }
 
-        /// Undoes closings, and wakes the readers that may have waited for that.
+        /// Undoes closings, and wakes the readers that waited for that.
         pub(crate) fn open_gate(&self, closings: Closings) {
             if closings.0 == 0 {
                 return;
@@ -168,34 +171,36 @@ mod real {
             });
         }
 
-        /// Whether a reader is held back: the gate is closed, or the lease has ended.
+        /// Returns whether a reader is held back: the gate is closed, or the lease has ended.
         #[inline]
         pub(crate) fn is_shut(&self) -> bool {
             self.gate.is_closed() && !self.is_let_in()
         }
 
-        /// Whether the gate only looks closed, because there is a lease, and that is valid. Asked
-        /// after everything that this thread has read until now.
+        /// Returns whether the gate only looks closed, because there is a lease, and that is valid.
+        /// Read after all earlier reads of this thread.
         #[cold]
         pub(crate) fn is_let_in(&self) -> bool {
             fence(Ordering::Acquire);
             !self.gate.has_closings() && self.is_leased()
         }
 
-        /// Whether the lease is valid, if there is one. Foreign code; one that panics is not.
+        /// Returns whether the lease is valid, or there is none. Runs foreign code. If that panics,
+        /// the lease is not valid.
         fn is_leased(&self) -> bool {
             let valid =
                 |valid: &Valid| self.host.losses.run(Callback::Lease, |_| valid()).unwrap_or(false);
             self.gate.valid.as_ref().is_none_or(valid)
         }
 
-        /// Waits for the gate; `open_gate` takes the lock after it has opened it, so a reader
-        /// either sees that or is woken. Who has the lease opens it after it has become valid.
+        /// Waits for the gate. `open_gate` takes the lock after it has opened the gate, so a reader
+        /// sees that or is woken. The holder of a lease opens the gate after the lease has become
+        /// valid.
         #[cold]
         pub(crate) fn poll_gate(&self, since: &mut Since, cx: &mut Context<'_>) -> Poll<()> {
             let valid = self.is_leased();
             let polled = self.poll_closings(valid, since, cx);
-            // It has become valid before this reader was among those who are woken for that.
+            // The lease has become valid before this reader was in the list of those to be woken.
             if polled.is_pending() && !valid && self.is_leased() {
                 return self.poll_closings(true, since, cx);
             }
@@ -229,7 +234,7 @@ mod real {
     use crate::engine::host::Valid;
     use core::task::{Context, Poll};
 
-    /// Nobody can close it.
+    /// A gate that is never closed.
     pub(crate) struct Gate;
 
     #[derive(Clone, Copy, Default)]
@@ -248,7 +253,7 @@ mod real {
 
     #[cfg_attr(
         not(feature = "cache"),
-        expect(clippy::unused_self, reason = "as where somebody can")
+        expect(clippy::unused_self, reason = "as in the other form")
     )]
     impl Shared {
         #[inline]

@@ -1,12 +1,12 @@
-//! Notifiers that are kept alive without the lock, to be asked for their names.
+//! Notifiers that are kept alive without the lock, so that they can be asked for their names.
 #![forbid(unsafe_code)]
 
 use super::Shared;
 use crate::entry::EntryRef;
 use alloc::vec::Vec;
 
-/// Each of them was [held](crate::entry::Entry::hold) under the lock, once for each time that it is
-/// in the list.
+/// Holds notifiers and releases them when dropped. Each was [held](crate::entry::Entry::hold) under
+/// the lock once for each time that it is in the list.
 pub(crate) struct Held<'a> {
     pub(crate) shared: &'a Shared,
     pub(crate) entries: Vec<EntryRef>,
@@ -21,7 +21,7 @@ impl Drop for Held<'_> {
             for &entry in &self.entries {
                 entry.unhold();
                 if !entry.is_held() {
-                    // Somebody may wait in `remove` for just that.
+                    // `remove` may wait for that.
                     state.nudge(entry, None, outbox);
                     state.reap(entry, outbox);
                 }

@@ -1,4 +1,4 @@
-//! What a space is told when it is made, and counters that need no lock.
+//! The settings of a space, and counters that need no lock.
 #![forbid(unsafe_code)]
 
 use crate::engine::calls::FirstPassFlags;
@@ -7,10 +7,10 @@ use crate::sync::{Arc, AtomicU64, AtomicUsize, Ordering};
 use alloc::boxed::Box;
 use core::time::Duration;
 
-/// The time since some fixed moment.
+/// Returns the time since some fixed moment.
 pub(crate) type Clock = Box<dyn Fn() -> Duration + Send + Sync>;
 
-/// Whether memory that is held by a lease may still have been used.
+/// Returns whether a lease that holds memory is still valid (R4).
 pub(crate) type Valid = Box<dyn Fn() -> bool + Send + Sync>;
 
 /// The settings of a space.
@@ -26,7 +26,7 @@ pub(crate) struct Settings {
     pub(crate) plain_only: bool,
 }
 
-/// What needs no lock.
+/// The part of a space that needs no lock.
 pub(crate) struct Host {
     /// Which active invalidations are in their first passes.
     pub(crate) flags: FirstPassFlags,
@@ -34,7 +34,7 @@ pub(crate) struct Host {
     pub(crate) clock: Option<Clock>,
     pub(crate) losses: Arc<Losses>,
     pub(crate) counters: Counters,
-    /// How many waiting futures are about to take the lock, and will wake who rests.
+    /// How many waiting futures are about to take the lock. Each wakes the futures that rest.
     pub(crate) coming: AtomicUsize,
     /// How many notifiers were fenced (L5). Changes under the lock.
     pub(crate) fences: AtomicU64,
@@ -42,7 +42,7 @@ pub(crate) struct Host {
     plain_only: bool,
 }
 
-/// What happened; only slow paths count.
+/// Counts of events; only slow paths count.
 #[derive(Default)]
 pub(crate) struct Counters {
     pub(crate) collisions: AtomicU64,
@@ -66,8 +66,8 @@ impl Host {
         }
     }
 
-    /// Whether the quick ways are not to be taken: then everything goes the plain way, which is
-    /// their specification.
+    /// Returns whether the forms in [`quick`](crate::engine::quick) are not to be taken. Always
+    /// `false` without the feature `test-util`.
     #[inline(always)]
     pub(crate) fn is_plain_only(&self) -> bool {
         #[cfg(feature = "test-util")]
@@ -76,13 +76,13 @@ impl Host {
         false
     }
 
-    /// Time since some fixed moment; `None` where there is no clock, and when the user's panics: it
-    /// is asked in the middle of things.
+    /// Returns the time since some fixed moment; `None` if there is no clock, or if the user's
+    /// panics.
     pub(crate) fn now(&self) -> Option<Duration> {
         if let Some(clock) = &self.clock {
             return self.losses.run(Callback::Clock, |_| clock());
         }
-        // A model checker has no time but its own.
+        // A model checker controls no real time.
         #[cfg(all(feature = "std", not(any(loom, shuttle))))]
         {
             static EPOCH: std::sync::OnceLock<std::time::Instant> = std::sync::OnceLock::new();
@@ -92,7 +92,7 @@ impl Host {
         None
     }
 
-    /// What tells this space from others.
+    /// Returns a number that no other space has.
     pub(crate) fn address(&self) -> usize {
         core::ptr::from_ref(self).addr()
     }
@@ -105,7 +105,7 @@ impl Host {
     }
 }
 
-/// B4: how many passes may be pending at once.
+/// How many passes may be pending at once (B4).
 pub(crate) struct PassBudget {
     limit: usize,
     used: AtomicUsize,
@@ -126,7 +126,8 @@ impl PassBudget {
     }
 }
 
-/// A place in the pass budget (B4), if one was left; given back unless a pass keeps it.
+/// A place in the pass budget (B4), if one was left. Given back when dropped, unless a pass keeps
+/// it.
 pub(crate) struct Permit<'a> {
     budget: &'a PassBudget,
     pub(crate) granted: bool,
@@ -137,7 +138,7 @@ impl<'a> Permit<'a> {
         Self { budget, granted: budget.reserve() }
     }
 
-    /// Whether there is a place, which the pass now keeps.
+    /// Returns whether there is a place. The pass keeps it.
     pub(crate) fn keep(mut self) -> bool {
         core::mem::take(&mut self.granted)
     }

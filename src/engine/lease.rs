@@ -1,4 +1,4 @@
-//! The right to poll the passes of one invalidation (C8).
+//! The right to poll the passes of one parked invalidation (C8).
 #![forbid(unsafe_code)]
 
 use crate::engine::Shared;
@@ -7,15 +7,16 @@ use crate::engine::work::{Progress, Work};
 use crate::sync::Ordering;
 use alloc::boxed::Box;
 
-/// The work of a parked invalidation, taken out of the state to be polled. There is one for an
-/// invalidation at a time, and its drop is the only way back: whatever unwinds, the work is in the
-/// state again and those who wait for it are woken.
+/// The work of a parked invalidation, taken out of the state to be polled.
+///
+/// An invalidation has at most one lease at a time. The drop of the lease is the only way back:
+/// also when a panic unwinds, the work is in the state again and the waiting futures are woken.
 pub(crate) struct Lease<'s> {
     shared: &'s Shared,
     ticket: Ticket,
     work: Option<Box<Work>>,
     progress: Progress,
-    /// The joined passes are all done.
+    /// All joined passes are done. Valid once the work was given back.
     done: bool,
 }
 
@@ -24,12 +25,12 @@ impl<'s> Lease<'s> {
         Self { shared, ticket, work: Some(work), progress: Progress::Interrupted, done: false }
     }
 
-    /// Polls the passes and gives them back. Returns whether the joined ones are all done.
+    /// Polls the passes and gives them back. Returns whether all joined ones are done.
     pub(crate) fn drive(mut self) -> bool {
         if let Some(work) = &mut self.work {
             let (passes, host) = (work.passes(), &self.shared.host);
             self.progress = passes.drive(host);
-            // By one of them, perhaps, that was polled.
+            // A pass that was polled may have fenced a notifier.
             while passes.is_behind(host.fences.load(Ordering::Acquire)) {
                 self.progress = passes.drive(host);
             }
@@ -47,7 +48,7 @@ impl<'s> Lease<'s> {
 
     fn give_back(&mut self) {
         let Some(mut work) = self.work.take() else { return };
-        // Then it is unclaimed from now on, or over.
+        // If no pass is left, the invalidation is unclaimed from now on, or over.
         let now = if work.passes().running() == 0 { self.shared.host.now() } else { None };
         let (done, behind) = self
             .shared

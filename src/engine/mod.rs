@@ -1,25 +1,33 @@
-//! The engine: starts invalidations, joins their passes, ends them, and lets whoever waits help
+//! The engine: starts invalidations, joins their passes, ends them, and lets waiting futures help
 //! (C3).
 //!
-//! Three worlds, and the border between them:
+//! Three folders and the border between them:
 //!
-//! - `state`: all that changes, under the space's one lock. No foreign code, no time of its own:
-//!   what is to be done when the lock is free goes into an `outbox`.
-//! - `work`: the hits and passes of one invalidation, with one owner at a time and no lock. Foreign
-//!   code runs here.
-//! - `futures`: what users hold.
-//! - The border: what leaves the state is in the hands of a [`lease::Lease`] (passes that are
-//!   polled) or a [`running::Running`] (first passes that are called), and comes back when that is
-//!   dropped, whoever unwinds.
+//! - `state` is all that changes, under the space's one lock. It runs no foreign code and asks for
+//!   no time. Work for after the lock goes into an `outbox`.
+//! - `work` is the hits and passes of one invalidation. It has one owner at a time and needs no
+//!   lock. Foreign code runs here.
+//! - `futures` is what users hold.
+//! - Two guards are the border. Work that leaves the state is in the hands of a [`lease::Lease`]
+//!   (its passes are polled) or a [`running::Running`] (its first passes are called). The drop of
+//!   the guard brings it back, also when a panic unwinds.
 //!
-//! Beside them: `quick`, the quick ways of the start and the end; `wakers`, who is woken; `calls`,
-//! which first passes run at this moment; `gate`, which holds the readers of the whole space back;
-//! `registration`, how a notifier enters and leaves; `fence`, what ends the passes of a dead
-//! device; `held`, who is asked for its name; `host`, settings and counters; `nesting`, the check
-//! of C7.
+//! | file | question |
+//! | --- | --- |
+//! | `quick` | what is written for nanoseconds only? |
+//! | `running`, `lease`, `end` | how does an invalidation start, go on, and end? |
+//! | `calls` | which first passes run at this moment? |
+//! | `wakers` | who is woken when a pass can go on? |
+//! | `registration` | how does a notifier enter and leave? |
+//! | `gate` | what holds the readers of the whole space back? |
+//! | `fence` | what ends the passes of a dead device? |
+//! | `held` | which notifiers are kept alive to be asked for their names? |
+//! | `host` | what are the settings and counters? |
+//! | `nesting` | which wait would never end (C7)? |
 #![forbid(unsafe_code)]
 
 mod calls;
+mod end;
 mod fence;
 pub(crate) mod futures;
 pub(crate) mod gate;
@@ -39,7 +47,6 @@ use crate::entry::{Entry, Spare};
 use crate::foreign::{Callback, FirstPanic};
 use crate::notifier::Sequence;
 use crate::observe;
-use crate::protocol::Id;
 use crate::sync::{Arc, Lock, Ordering, Weak};
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
 use crate::{index::Ordered, range::AddressRange};
@@ -51,14 +58,14 @@ use host::{Host, Settings};
 pub(crate) use outbox::Outbox;
 use state::{Patience, State};
 
-/// What all handles of one address space share.
+/// The part of an address space that all its handles share.
 pub(crate) struct Shared {
-    /// The handle that all others are counted with, for those who have a reference only.
+    /// Makes a handle out of a reference.
     this: Weak<Self>,
     state: Lock<State>,
-    /// Memory for the next entry.
+    /// Memory of a former entry, for the next one.
     pub(crate) spare: Spare,
-    /// Before all readers of the space.
+    /// Holds all readers of the space back while it is closed.
     pub(crate) gate: Gate,
     pub(crate) host: Host,
 }
@@ -76,16 +83,16 @@ impl Shared {
         })
     }
 
-    /// One more handle.
+    /// Returns one more handle.
     pub(crate) fn handle(&self) -> Arc<Self> {
         let Some(handle) = self.this.upgrade() else {
-            unreachable!("whoever has a reference has it from a handle")
+            unreachable!("a reference is borrowed from a handle")
         };
         handle
     }
 
-    /// The way to the state: under the lock, and with somewhere to put what must wait until it is
-    /// free.
+    /// Runs `work` on the state, under the lock. The outbox takes what must wait until the lock is
+    /// free, and is emptied then.
     #[inline]
     pub(crate) fn with<R>(&self, work: impl FnOnce(&mut State, &mut Outbox) -> R) -> R {
         let mut outbox = Outbox::default();
@@ -98,13 +105,8 @@ impl Shared {
         self.host.now()
     }
 
-    /// Whether an invalidation may still call first passes. Under the lock.
-    pub(crate) fn calls(&self, id: Id, in_crowd: bool) -> bool {
-        self.host.flags.is_up(id).unwrap_or(in_crowd)
-    }
-
-    /// What tells the notifiers that an invalidation of `range` would call from those of another
-    /// range.
+    /// Returns the numbers of the notifiers that an invalidation of `range` would call now. Two
+    /// ranges with the same numbers concern the same notifiers.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(crate) fn concerned(&self, range: AddressRange) -> Vec<u64> {
         let mut orders = Vec::new();
@@ -112,8 +114,8 @@ impl Shared {
         orders
     }
 
-    /// Whether a reader has to start over (R2) that finds its notifier not as it was, or the gate
-    /// not `open`.
+    /// Returns whether a reader has to start over (R2). Called if its notifier may have changed, or
+    /// the gate is not `open`.
     #[cold]
     #[inline(never)]
     pub(crate) fn collides(&self, entry: &Entry, sequence: Sequence, open: bool) -> bool {
@@ -124,14 +126,14 @@ impl Shared {
         retry
     }
 
-    /// A check of a reader said that it has to start over.
+    /// Counts that a reader's check has told it to start over.
     pub(crate) fn collided(&self, entry: &Entry) {
         self.host.counters.collisions.fetch_add(1, Ordering::Relaxed);
         entry.tally().collided();
         observe::collided(&self.host.losses);
     }
 
-    /// The library's collision-retry loop starts over.
+    /// Counts that the library's collision-retry loop starts over.
     #[cold]
     pub(crate) fn retried(&self, entry: &Entry) {
         self.host.counters.retries.fetch_add(1, Ordering::Relaxed);
@@ -139,7 +141,7 @@ impl Shared {
         observe::retried(&self.host.losses);
     }
 
-    /// A reader has to wait.
+    /// Counts that a reader has to wait.
     #[cold]
     fn waited(&self, entry: &Entry) {
         self.host.counters.waits.fetch_add(1, Ordering::Relaxed);
@@ -149,9 +151,9 @@ impl Shared {
 }
 
 impl Drop for Shared {
-    /// No handle, subscription, guard or future is left. What was abandoned and never drained goes
-    /// with the space. The first panic of a pass or notifier that is dropped here goes on in
-    /// whoever drops the last handle: nobody can ask for the count any more.
+    /// Drops the passes of invalidations that were abandoned and never drained. No handle,
+    /// subscription, guard or future is left. The first panic of a pass or notifier that is dropped
+    /// here goes on in the caller, because the count of lost panics cannot be asked for any more.
     fn drop(&mut self) {
         let mut outbox = Outbox::default();
         let works = self.state.get_mut().dismantle(&mut outbox);

@@ -1,18 +1,22 @@
-//! C7: in debug builds, a wait inside a first pass that would never end fails with the notifier's
-//! name instead of hanging.
+//! The check of C7: in debug builds, a wait inside a first pass that would never end panics with
+//! the notifier's name.
 //!
-//! The check has a stack of the first passes that run on this thread. A future that is about to
-//! wait inside one fails only if that first pass waits for its own invalidation (F3). It is
-//! *suspected* of that if what holds the future up cannot end before the first pass has returned;
-//! if nothing in between polls without blocking, such as a waker that runs a task inline; and if
-//! the future began to wait there, with a waker that nothing outside of a first pass was polled
-//! with. Whether somebody blocks on it shows when it is woken: who blocks polls it again inside the
-//! same first pass, and that fails. What is polled once and left for later goes on.
+//! The check keeps a stack of the first passes that run on this thread. A future that is about to
+//! wait inside one panics only if that first pass waits for its own invalidation (F3). The future
+//! is *suspected* of that if all of this is true:
 //!
-//! An invalidation inside a first pass of what it overlaps calls this first pass again, and so on:
-//! that fails before the stack is used up.
+//! - The invalidation that holds it up cannot end before the first pass has returned.
+//! - Nothing in between polls without blocking, such as a waker that runs a task inline.
+//! - The future began to wait there, with a waker with which nothing outside of a first pass was
+//!   polled.
 //!
-//! What a *pass* waits for is checked in [`passes`].
+//! A suspect is woken. Code that blocks on it polls it again inside the same first pass, and that
+//! panics. A future that is polled once and left for later goes on.
+//!
+//! An invalidation inside a first pass of a notifier that it hits calls this first pass again, and
+//! so on. That panics before the stack is used up.
+//!
+//! Waits of a *pass* are checked in [`passes`].
 #![forbid(unsafe_code)]
 
 pub(crate) mod passes;
@@ -21,7 +25,7 @@ use crate::entry::EntryRef;
 use crate::notifier::Request;
 use crate::range::{AddressRange, RangeSet};
 
-/// A first pass: its space, its notifier, and what its invalidation covers.
+/// A first pass: its space, its notifier, and the ranges of its invalidation.
 #[derive(Clone)]
 #[cfg_attr(
     not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))),
@@ -34,7 +38,7 @@ pub(crate) struct FirstPassOf {
     pub(crate) invalidates: Covers,
 }
 
-/// What an invalidation covers.
+/// The ranges of an invalidation.
 #[derive(Clone)]
 pub(crate) enum Covers {
     One(AddressRange),
@@ -60,9 +64,9 @@ impl Covers {
     allow(dead_code, reason = "for the check")
 )]
 pub(crate) struct Waits<'a> {
-    /// What it is, for the message.
+    /// Its name in the message.
     pub(crate) what: &'static str,
-    /// It has not waited before.
+    /// Whether it begins to wait.
     pub(crate) first: bool,
     pub(crate) waker: &'a core::task::Waker,
 }
@@ -83,7 +87,7 @@ mod check {
         /// Innermost last, each with the number of inline polls below it.
         first_passes: Vec<(FirstPassOf, u32)>,
         /// Wakers of futures that are suspected of blocking a first pass, each with the depth of
-        /// that.
+        /// that first pass.
         suspects: Vec<(usize, WakerId)>,
     }
 
@@ -97,11 +101,12 @@ mod check {
         (waker.data(), core::ptr::from_ref(waker.vtable()))
     }
 
-    /// As often a first pass of one notifier may be on the stack of a thread: many more than any
-    /// that ends has been seen to need, and few enough for a small stack.
+    /// How often a first pass of one notifier may be on the stack of a thread. Many more than a
+    /// recursion that ends needs, and few enough for a small stack.
     const MOST_NESTED: usize = 32;
 
-    /// A first pass runs while this exists. There is no stack in the destructor of a thread-local.
+    /// Exists while a first pass runs. It is not noted in the destructor of a thread-local, where
+    /// the stack may be gone.
     pub(crate) struct InFirstPass(bool);
 
     impl InFirstPass {
@@ -136,9 +141,9 @@ mod check {
         }
     }
 
-    /// To be called where a future of the space of `host` is about to wait, with no lock. `stuck`
-    /// says, of a first pass of this space on this thread, whether what the future waits for
-    /// needs it to return.
+    /// Panics if a future of the space of `host` that is about to wait would wait for ever. `stuck`
+    /// says whether the future waits for the end of a given first pass of this space on this
+    /// thread. To be called without a lock.
     #[track_caller]
     pub(crate) fn forbid_waiting(
         host: &Host,
@@ -166,7 +171,8 @@ mod check {
             if !suspected {
                 nesting.suspects.push(suspect);
             }
-            // Another one with the same waker begins to wait: the former one blocked nobody.
+            // If another future with the same waker begins to wait, the former one blocks no
+            // thread.
             Some((of, suspected && !waits.first))
         });
         match found {
@@ -176,7 +182,7 @@ mod check {
                 waits.what,
                 entry.name(&host.losses)
             ),
-            // Who blocks on it polls it again now.
+            // Code that blocks on the future polls it again now.
             Ok(Some((_, false))) => {
                 _ = host.losses.run(Callback::Waker, |_| waits.waker.wake_by_ref())
             }

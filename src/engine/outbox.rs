@@ -1,4 +1,4 @@
-//! What is noted under the lock and done when it is free (C8).
+//! Work that is noted under the lock and done when the lock is free (C8).
 #![forbid(unsafe_code)]
 
 use crate::engine::state::Record;
@@ -12,7 +12,7 @@ use crate::sync::Arc;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
 
-/// What remains to be done once the lock is free. Mostly nothing, which costs one comparison.
+/// Work for after the lock. An empty outbox costs one comparison.
 #[derive(Default)]
 pub(crate) struct Outbox(Option<Box<Contents>>);
 
@@ -20,22 +20,22 @@ pub(crate) struct Outbox(Option<Box<Contents>>);
 pub(crate) struct Contents {
     /// Tasks to be woken.
     pub(crate) tasks: Vec<Arc<TaskWaker>>,
-    /// Tasks that nobody needs to wake any more.
+    /// Tasks to be dropped without being woken.
     pub(crate) unused: Vec<Arc<TaskWaker>>,
-    /// Bells of futures that may be gone.
+    /// Bells to be dropped. Their futures may be gone, so this may be the last reference.
     pub(crate) bells: Vec<Arc<Bell>>,
-    /// Everybody who waits for the passes of some invalidation is to be woken.
+    /// Sets all of whose wakers are to be woken.
     pub(crate) sets: Vec<Arc<WakerSet>>,
-    /// Entries that nothing keeps alive any more.
+    /// Entries to be freed.
     pub(crate) dead: Vec<EntryRef>,
-    /// Panics that have no caller left.
+    /// Panics that have no caller any more.
     pub(crate) panics: Vec<FirstPanic>,
-    /// Spans to be closed.
+    /// Spans of invalidations that have ended, to be closed.
     pub(crate) traces: Vec<Trace>,
-    /// Memory of invalidations that have ended. All passes in it are done.
+    /// Memory of invalidations that have ended, to be freed. All passes in it are done.
     pub(crate) works: Vec<Work>,
     pub(crate) records: Vec<Record>,
-    /// What invalidations of many ranges covered.
+    /// Ranges of invalidations that have ended, to be freed.
     pub(crate) ranges: Vec<RangeSet>,
 }
 
@@ -45,13 +45,12 @@ impl Outbox {
         self.0.get_or_insert_default()
     }
 
-    /// The entries that nothing keeps alive any more.
+    /// Takes the entries that are to be freed.
     pub(crate) fn take_dead(&mut self) -> Vec<EntryRef> {
         self.0.as_mut().map(|contents| core::mem::take(&mut contents.dead)).unwrap_or_default()
     }
 
-    /// Wakes and frees. Foreign code runs here; none of its panics leaves, so all of the list is
-    /// worked off.
+    /// Wakes and frees. Foreign code runs here. None of its panics leaves, so everything is done.
     #[inline]
     pub(crate) fn empty(self, losses: &Losses) {
         if let Some(contents) = self.0 {
@@ -69,6 +68,6 @@ impl Contents {
             losses.run(Callback::NotifierDrop, |inside| entry.free(inside));
         }
         self.panics.into_iter().for_each(|panic| losses.lose_first(panic));
-        // The drops of the others keep their panics themselves.
+        // The rest is dropped here. Those drops keep their panics themselves.
     }
 }

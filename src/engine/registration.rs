@@ -17,18 +17,18 @@ pub(crate) struct Registered<N: IntervalNotifier> {
     custody: Custody,
 }
 
-/// What a registration has of its entry. As wide as the words beside it: a narrow store would be
-/// waited for when they are moved.
+/// Who else needs the entry of a registration. As wide as the words beside it, so that a move of
+/// all three does not wait for a narrow store.
 #[derive(Clone, Copy, PartialEq)]
 #[repr(usize)]
-enum Custody {
-    /// It is one of those who keep it alive.
+pub(super) enum Custody {
+    /// Others may keep the entry alive, too.
     Shared,
-    /// It is the only one who has it.
+    /// The registration alone has the entry, and frees it.
     Alone,
-    /// The same, and the memory goes to [`Shared::spare`].
+    /// The registration alone has the entry, and gives its memory to [`Shared::spare`].
     Spare,
-    /// The entry may be gone.
+    /// The registration has ended, and the entry may be freed.
     Nothing,
 }
 
@@ -37,8 +37,8 @@ impl<N: IntervalNotifier> Registered<N> {
         Self { space, entry, custody: Custody::Shared }
     }
 
-    /// Closes the notifier; moves it out and ends the registration if nothing can call it any more
-    /// (L1).
+    /// Closes the notifier. If nothing can call it any more (L1), moves it out and ends the
+    /// registration.
     pub(crate) fn try_take(&mut self) -> Option<N> {
         let Self { space, entry, custody } = self;
         let erased = entry.erase();
@@ -47,22 +47,21 @@ impl<N: IntervalNotifier> Registered<N> {
             if space.quiet(state, erased) != Quiet::Yes {
                 return None;
             }
-            // Quiet and closed: nothing will call it again, also if an invalidation still covers
-            // it.
+            // Nothing calls it again, also if an invalidation still covers it.
             let notifier = entry.take();
             *custody = Custody::Nothing;
             erased.detach();
             Some((notifier, erased.unused()))
         })?;
         if unused {
-            // Without its notifier: no foreign code is left in it.
+            // The notifier was moved out, so this runs no foreign code.
             space.host.losses.run(Callback::NotifierDrop, |inside| erased.free(inside));
         }
         Some(notifier)
     }
 
-    /// Closes the notifier; if nobody else has any business with its entry, which is mostly so,
-    /// ends the registration and says so.
+    /// Closes the notifier. If nothing else needs its entry, which is the common case, ends the
+    /// registration and returns `true`.
     #[inline]
     pub(crate) fn detach(&mut self) -> bool {
         self.custody = self.space.detach(self.entry.erase());
@@ -89,38 +88,15 @@ impl<N: IntervalNotifier> Drop for Registered<N> {
 }
 
 impl Shared {
-    /// Puts a notifier into the index, behind all others with its start; gives it back in a space
-    /// that was released (L4).
-    #[inline(always)]
-    pub(crate) fn register<N: IntervalNotifier>(
-        &self,
-        range: AddressRange,
-        notifier: N,
-    ) -> Result<EntryBox<N>, N> {
-        if !self.spare.is_filled() {
-            return self.register_anew(range, notifier);
-        }
-        let mut state = self.state.lock();
-        let (false, Some(room)) = (state.released, self.spare.take()) else {
-            drop(state);
-            return self.register_anew(range, notifier);
-        };
-        // What is written goes on while the index waits for its own loads; before the lock it would
-        // be waited for.
-        let entry = EntryBox::new(room, range, notifier);
-        state.attach(entry.erase());
-        Ok(entry)
-    }
-
-    /// The same in new memory; what was spare and does not fit makes room for what is used now.
+    /// Puts a notifier into the index, in new memory. Frees spare memory that does not fit.
     #[inline(never)]
-    fn register_anew<N: IntervalNotifier>(
+    pub(super) fn register_plainly<N: IntervalNotifier>(
         &self,
         range: AddressRange,
         notifier: N,
     ) -> Result<EntryBox<N>, N> {
         let room = Room::new();
-        // The lock is free before that is.
+        // Declared before the lock, so freed after it.
         let _unfit;
         let mut state = self.state.lock();
         _unfit = self.spare.clear();
@@ -132,7 +108,7 @@ impl Shared {
         Ok(entry)
     }
 
-    /// Frees an entry whose notifier its own driver drops: a panic of that is the caller's.
+    /// Frees an entry. A panic of the notifier's drop goes on in the caller.
     #[cold]
     #[inline(never)]
     fn free(&self, entry: EntryRef) {
@@ -152,27 +128,11 @@ impl Shared {
         }
     }
 
-    /// Closes a notifier and, if nobody but its subscription has any business with it, leaves its
-    /// entry to that.
-    #[inline(never)]
-    fn detach(&self, entry: EntryRef) -> Custody {
-        let Some(mut state) = self.state.try_lock() else { return self.detach_slowly(entry) };
-        // Without an invalidation that covers it there is neither a call nor a pass.
-        let alone = entry.retire();
-        if !alone {
-            drop(state);
-            return self.detach_slowly(entry);
-        }
-        let spare = self.spare.reserve();
-        state.protocol.remove(entry);
-        if spare { Custody::Spare } else { Custody::Alone }
-    }
-
-    /// The same for one that somebody has to do with or that is closed already, or with the lock
-    /// taken.
+    /// Closes a notifier, which may be covered, held or closed. If nothing but its subscription
+    /// needs its entry, leaves the entry to the subscription.
     #[cold]
     #[inline(never)]
-    fn detach_slowly(&self, entry: EntryRef) -> Custody {
+    pub(super) fn detach_plainly(&self, entry: EntryRef) -> Custody {
         let mut state = self.state.lock();
         state.close(entry);
         let alone = !entry.own.is_covered() && !entry.is_held();
@@ -184,19 +144,20 @@ impl Shared {
     }
 }
 
-/// Whether no call of a notifier and no pass of it is under way.
+/// Whether a call of a notifier or a pass of it is under way.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Quiet {
+    /// Neither is.
     Yes,
-    /// A first pass runs on another thread and will not tell us.
+    /// A first pass runs on another thread. It wakes no one when it returns.
     Soon,
-    /// Somebody will tell us.
+    /// A pass is pending, or the notifier is asked for its name. The end of that wakes the waiters.
     No,
 }
 
 impl Shared {
-    /// L1: whether no call of the notifier and no pass of it is under way. The guards that others
-    /// hold do not matter.
+    /// Returns whether a call of the notifier or a pass of it is under way (L1). Guards do not
+    /// matter.
     pub(crate) fn quiet(&self, state: &State, entry: EntryRef) -> Quiet {
         if entry.pending.load(Ordering::Relaxed) != 0 || entry.is_held() {
             return Quiet::No;

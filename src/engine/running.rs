@@ -1,22 +1,24 @@
-//! An invalidation that has started and is neither parked nor in a guard's hands.
+//! The start of an invalidation, and the time until a guard or the space has it.
 #![forbid(unsafe_code)]
 
 use crate::engine::Shared;
-use crate::engine::quick::{Begun, pending, start_locked, strip};
-use crate::engine::state::Parked;
+use crate::engine::quick::Begun;
+use crate::engine::state::{Parked, Record, State};
 use crate::engine::work::Work;
 use crate::engine::work::first_passes::{Reached, advance_from};
 use crate::foreign::{FirstPanic, Losses, TaskWaker, unwinding};
 use crate::notifier::Request;
 use crate::observe::{self, Trace};
-use crate::protocol::Id;
+use crate::protocol::{Id, Started};
 use crate::range::RangeSet;
 use crate::sync::Arc;
 use alloc::boxed::Box;
+use core::ops::DerefMut;
+use core::time::Duration;
 
-/// Has the work of an invalidation between its start and the moment when a guard or the space gets
-/// it. Dropped before that, by something that unwinds, it is given up: the passes that it has are
-/// the space's, and it ends when they are done (C2, C5).
+/// Holds the work of an invalidation between its start and the moment when a guard or the space
+/// gets it. If it is dropped before that, because a panic unwinds, the invalidation is abandoned:
+/// its passes belong to the space, and it ends when they are done (C2, C5).
 pub(crate) struct Running<'s> {
     shared: &'s Shared,
     pub(crate) id: Id,
@@ -26,8 +28,7 @@ pub(crate) struct Running<'s> {
 }
 
 impl<'s> Running<'s> {
-    /// S2: starts an invalidation, the plain way. `set` has what `request` has, if that is of many
-    /// ranges.
+    /// Starts an invalidation (S2). `set` is what `request` covers, if that is many ranges.
     pub(crate) fn start(shared: &'s Shared, request: &Request<'_>, set: Option<&RangeSet>) -> Self {
         let since = if shared.host.clock.is_some() { shared.host.now() } else { None };
         let state = shared.state.lock();
@@ -47,17 +48,17 @@ impl<'s> Running<'s> {
         running
     }
 
-    /// Goes on with what a claim has given, or the quick way.
+    /// Goes on with an invalidation that was claimed, or that the quick form has started.
     pub(crate) fn resume(
         shared: &'s Shared,
         id: Id,
         sequence: u64,
         work: Option<Box<Work>>,
     ) -> Self {
-        Self { shared, id: strip(id), sequence, work, armed: true }
+        Self { shared, id, sequence, work, armed: true }
     }
 
-    /// O1 to O3, B1, B2, B4: calls the first passes from hit `from` on, and polls each pass once.
+    /// Calls the first passes from hit `from` on, and polls each pass once (O1 to O3, B1, B2, B4).
     pub(crate) fn advance(&mut self, request: &Request<'_>, from: u32) -> Reached {
         match &mut self.work {
             Some(work) => {
@@ -67,43 +68,45 @@ impl<'s> Running<'s> {
         }
     }
 
-    /// Polls the joined passes, at most `idle` times without one that finishes. Returns whether
-    /// they are done.
+    /// Polls the joined passes, at most `idle` times in a row without one that finishes. Returns
+    /// whether they are done.
     pub(crate) fn drive(&mut self, idle: usize) -> bool {
         let Some(work) = &mut self.work else { return true };
         work.passes().drive_alone(&self.shared.host, idle);
         work.passes().running() == 0
     }
 
-    /// The hit whose first pass is called next, if the budget made them stop.
+    /// Takes the hit whose first pass is called next, if the budget interrupted the first passes.
     pub(crate) fn take_deferred(&mut self) -> Option<u32> {
         self.work.as_mut()?.deferred_at.take()
     }
 
-    /// The hit whose first pass is called next stays noted, for who claims the invalidation.
+    /// Returns whether the budget interrupted the first passes. The hit stays noted for the claim.
     pub(crate) fn is_deferred(&self) -> bool {
         self.work.as_ref().is_some_and(|work| work.deferred_at.is_some())
     }
 
-    /// The first passes and all passes are done. Returns what a guard takes over, and the panic
-    /// that was kept.
+    /// Returns what a guard takes over, and the panic that was kept. To be called when the first
+    /// passes and all passes are done.
     pub(crate) fn finish(mut self) -> (Begun, FirstPanic) {
         self.shared.first_passes_over(self.id);
         self.armed = false;
         let panic = self.take_panic();
-        ((self.id, self.work.take()), panic)
+        (Begun::held(self.id, self.work.take()), panic)
     }
 
-    /// The first passes and all passes are done: what a guard takes over, or the first panic after
-    /// the end (C5). If the thread is unwinding already, or the invalidation is late, the panic is
-    /// lost and the caller gets what the guard takes over.
+    /// Returns what a guard takes over, or ends the invalidation and resumes the panic that was
+    /// kept (C5). To be called when the first passes and all passes are done.
+    ///
+    /// If the thread is unwinding already, or the invalidation is late, the panic is lost and the
+    /// guard is handed out.
     pub(crate) fn finish_or_resume(self) -> Begun {
         let (shared, id) = (self.shared, self.id);
         let (begun, panic) = self.finish();
         if !panic.is_some() {
             return begun;
         }
-        // A change that has happened is nobody's whom a panic could be told (M7).
+        // The change of a late invalidation has happened, so its caller cannot act on a panic (M7).
         let is_late = shared.with(|state, _| {
             state.protocol.get(id).is_some_and(|active| active.extra.terms.is_late())
         });
@@ -116,13 +119,14 @@ impl<'s> Running<'s> {
         unreachable!("there is a panic, and the thread does not unwind")
     }
 
-    /// Passes are pending: what the quick way would return.
+    /// Returns what the quick form would return: passes are pending.
     pub(crate) fn into_begun(mut self) -> Begun {
         self.armed = false;
-        (pending(self.id), self.work.take())
+        Begun::pending(self.id, self.work.take())
     }
 
-    /// Hands it to the space: from now on others may drive the passes. The caller waits as `task`.
+    /// Hands the invalidation to the space, so that other tasks may poll its passes. The caller
+    /// waits as `task`.
     pub(crate) fn park(mut self, lapses: u32, task: Option<Arc<TaskWaker>>) -> Parked {
         let (shared, id) = (self.shared, self.id);
         let now = shared.host.now();
@@ -131,26 +135,25 @@ impl<'s> Running<'s> {
             unreachable!("passes are pending, and in the work")
         };
         shared.with(|state, outbox| {
-            // The first passes are over, as far as others are concerned, as soon as the passes are
-            // listed.
+            // For `remove`, the first passes are over as soon as the passes are listed.
             shared.host.flags.lower(id);
             state.park(id, work, lapses, task, now, outbox)
         })
     }
 
-    /// Hands it to the space and gives it up (B3).
+    /// Hands the invalidation to the space and abandons it (B3).
     pub(crate) fn leave(self) {
         let shared = self.shared;
         let Parked { ticket, ready, .. } = self.park(0, None);
         let now = shared.host.now();
         shared.with(|state, outbox| state.leave(ticket, now, outbox));
         if ready {
-            // There is nobody who would look.
+            // No caller is left that would look.
             shared.cut(ticket);
         }
     }
 
-    /// The panic that was kept so far.
+    /// Takes the panic that was kept so far.
     pub(crate) fn take_panic(&mut self) -> FirstPanic {
         self.work.as_mut().map(|work| work.passes().panic.take()).unwrap_or_default()
     }
@@ -170,7 +173,53 @@ impl Drop for Running<'_> {
             Self { shared: self.shared, id: self.id, sequence: self.sequence, work, armed: false }
                 .leave();
         } else {
-            self.shared.end_without_hits(self.id);
+            self.shared.end_begun(Begun::held(self.id, None));
         }
     }
+}
+
+/// Starts an invalidation, calls its first passes and polls each pass once, in every case that
+/// there is. `set` has what `request` has, if that is of many ranges.
+pub(crate) fn begin_request(
+    shared: &Shared,
+    request: &Request<'_>,
+    set: Option<&RangeSet>,
+) -> Begun {
+    let mut running = Running::start(shared, request, set);
+    match running.advance(request, 0) {
+        Reached::Pends | Reached::RefusedAndPends => running.into_begun(),
+        Reached::Plainly | Reached::Done | Reached::Refused => running.finish_or_resume(),
+    }
+}
+
+/// What has started: the invalidation's id and sequence, and its work if it hit a notifier.
+type Start = (Id, u64, Option<Box<Work>>);
+
+/// S2: starts an invalidation under the lock, and releases it.
+#[inline(always)]
+pub(crate) fn start_locked(
+    shared: &Shared,
+    mut state: impl DerefMut<Target = State>,
+    request: &Request<'_>,
+    set: Option<&RangeSet>,
+    since: Option<Duration>,
+) -> Start {
+    // An invalidation may be moved out of its place once its first passes are over: no one reads
+    // its flag, which is that of the place, after that.
+    let is_movable = |id| shared.host.flags.is_up(id) == Some(false);
+    let fill = |record: &mut Record, id| record.fill(request, id, since);
+    let Started { id, sequence, hit, extra } = match set {
+        None => state.protocol.start(request.range, is_movable, fill, Record::hits),
+        Some(set) => state.protocol.start_set(set, request.terms.is_past(), fill, Record::hits),
+    };
+    if !hit {
+        return (id, sequence, None);
+    }
+    let work = extra.take_work();
+    if !shared.host.flags.raise(id) {
+        extra.calls = true;
+    }
+    // No driver was called and nobody woken, so nothing remains to be done without the lock.
+    drop(state);
+    (id, sequence, work)
 }

@@ -1,5 +1,4 @@
-//! Who is woken when a pass can go on: the waker of an invalidation's passes, and those who are
-//! registered with it.
+//! The waker of an invalidation's passes, and the futures that it wakes.
 #![forbid(unsafe_code)]
 
 use crate::engine::state::Ticket;
@@ -11,59 +10,59 @@ use core::task::Waker;
 use slab::Slab;
 
 /// The waker of an invalidation's passes. It wakes the future that started the invalidation (the
-/// *owner*) first and then everybody who waits for it (C3).
+/// *owner*) first and then all futures that wait for it (C3).
 ///
-/// Why everybody, and not one of them: one may be a future that is alive and never polled again,
-/// and then nobody would poll the passes (C4).
+/// It wakes all of them, because a single one may be a future that is alive and never polled again,
+/// and then the passes would not be polled (C4).
 #[derive(Default)]
 pub(crate) struct WakerSet(Lock<Wakers>);
 
 #[derive(Default)]
 struct Wakers {
-    /// Somebody polls the passes at this moment, and will look at `woken` afterwards.
+    /// A task polls the passes at this moment. It checks `woken` afterwards.
     polling: bool,
     /// A pass was woken since the last poll began.
     woken: bool,
-    /// Rises each time all are woken: registrations from before are void.
+    /// Rises each time all are woken, which makes earlier registrations void.
     epoch: u64,
-    /// The task of the owner. Kept after it was woken, to be compared with others (C4).
+    /// The task of the owner. Kept after it was woken, to be compared with other tasks (C4).
     owner: Option<Arc<TaskWaker>>,
     owner_waits: bool,
     waiting: Slab<(Arc<Bell>, Ticket)>,
 }
 
-/// Room for this many waiters stays when none is left.
+/// The set keeps its memory up to this many waiters when none is left.
 const MOST_IDLE: usize = 256;
 
 impl WakerSet {
-    /// A poll of the passes begins: a wake-up is only noted until [`end`](Self::end).
+    /// Begins a poll of the passes. A wake-up is only noted until [`end`](Self::end).
     pub(super) fn begin(&self) {
         let mut wakers = self.0.lock();
         wakers.polling = true;
         wakers.woken = false;
     }
 
-    /// Ends the poll. Returns whether a pass was woken during it. To be called when others can take
-    /// the passes again: a waiter that is woken earlier would find nothing to poll, and the
-    /// wake-up would be lost.
+    /// Ends the poll. Returns whether a pass was woken during it. To be called when other tasks can
+    /// take the passes again: a waiter that is woken earlier finds nothing to poll, and the wake-up
+    /// is lost.
     pub(crate) fn end(&self) -> bool {
         let mut wakers = self.0.lock();
         wakers.polling = false;
         wakers.woken
     }
 
-    /// Some passes are ready to go on, and were left at that.
+    /// Notes that the poll has left passes that are ready to go on.
     pub(super) fn note_woken(&self) {
         self.0.lock().woken = true;
     }
 
-    /// Whether a pass was woken since the last look, during a poll that goes on.
+    /// Returns whether a pass was woken since the last call, during a poll that goes on.
     pub(super) fn take_woken(&self) -> bool {
         core::mem::take(&mut self.0.lock().woken)
     }
 
-    /// The owner waits. Returns what is to be dropped outside of all locks, and whether a pass was
-    /// woken since the last poll, in which case the owner has to look again itself.
+    /// Notes that the owner waits as `task`. Returns the former task, to be dropped outside of all
+    /// locks, and whether a pass was woken since the last poll. If so, the owner has to look again.
     #[must_use]
     pub(crate) fn await_as_owner(&self, task: Arc<TaskWaker>) -> (Option<Arc<TaskWaker>>, bool) {
         let mut wakers = self.0.lock();
@@ -71,7 +70,7 @@ impl WakerSet {
         (wakers.owner.replace(task), wakers.woken)
     }
 
-    /// There is no owner any more. Returns what is to be dropped outside of all locks.
+    /// Forgets the owner. Returns its task, to be dropped outside of all locks.
     #[must_use]
     pub(crate) fn disown(&self) -> Option<Arc<TaskWaker>> {
         let mut wakers = self.0.lock();
@@ -79,13 +78,14 @@ impl WakerSet {
         wakers.owner.take()
     }
 
-    /// Whether the owner was last polled with `waker`. A waker that wakes nobody is no task's.
+    /// Returns whether the owner was last polled with `waker`. A waker without data, such as
+    /// [`Waker::noop`], belongs to no task.
     pub(crate) fn is_owned_by(&self, waker: &Waker) -> bool {
         !waker.data().is_null()
             && self.0.lock().owner.as_ref().is_some_and(|owner| owner.wakes(waker))
     }
 
-    /// Wakes all that are registered.
+    /// Wakes the owner, if it waits, and all registered futures.
     pub(crate) fn wake_all(&self) {
         let (owner, mut waiting) = {
             let mut wakers = self.0.lock();
@@ -105,7 +105,7 @@ impl WakerSet {
                 task.rouse();
             }
         }
-        // The memory is used again, unless it is much.
+        // Keeps the memory for later waiters, unless it is large.
         let mut wakers = self.0.lock();
         if wakers.waiting.capacity() == 0 && waiting.capacity() <= MOST_IDLE {
             wakers.waiting = waiting;
@@ -130,17 +130,17 @@ impl Wake for WakerSet {
     }
 }
 
-/// A waiting future's registration with a [`WakerSet`]; taken back when dropped, outside of the
-/// space's lock.
+/// The registration of a waiting future with a [`WakerSet`]. Its drop takes it back. To be dropped
+/// outside of the space's lock.
 #[derive(Default)]
 pub(crate) struct Registration(Option<(Arc<WakerSet>, usize, u64)>);
 
 impl Registration {
     /// Registers `bell`, to be rung for `ticket`, unless it is registered with this set already.
-    /// Returns a registration with another set, to be dropped outside of all locks.
+    /// Returns the former registration, to be dropped outside of all locks.
     ///
-    /// To be called under the space's lock, where the passes were seen to be pending: whoever
-    /// finishes them takes that lock before it wakes.
+    /// To be called under the same lock of the space under which the passes were seen to be
+    /// pending: a task that finishes them takes that lock before it wakes.
     #[must_use]
     pub(crate) fn renew(&mut self, with: &Arc<WakerSet>, bell: &Arc<Bell>, ticket: Ticket) -> Self {
         let mut wakers = with.0.lock();
@@ -166,8 +166,7 @@ impl Drop for Registration {
     }
 }
 
-/// What wakes a waiting future, and says why: the parked invalidations at which it has to look
-/// again.
+/// Wakes a waiting future, and collects the parked invalidations at which it has to look again.
 #[derive(Default)]
 pub(crate) struct Bell(Lock<Rung>);
 
@@ -175,21 +174,22 @@ pub(crate) struct Bell(Lock<Rung>);
 struct Rung {
     task: Option<Arc<TaskWaker>>,
     tickets: Vec<Ticket>,
-    /// There were more than [`MOST_RUNG`] tickets: all that overlap are to be looked at.
+    /// There were more than [`MOST_RUNG`] tickets. The future has to look at all that overlap.
     all: bool,
 }
 
-/// As many tickets are listed for a future that is not polled; after that it has to look at all.
+/// The most tickets that are listed for a future that is not polled.
 const MOST_RUNG: usize = if cfg!(test) { 4 } else { 4096 };
 
 impl Bell {
-    /// The task waits. Returns what is to be dropped outside of all locks.
+    /// Notes that the future waits as `task`. Returns the former task, to be dropped outside of all
+    /// locks.
     #[must_use]
     pub(crate) fn arm(&self, task: Arc<TaskWaker>) -> Option<Arc<TaskWaker>> {
         self.0.lock().task.replace(task)
     }
 
-    /// Notes `ticket`. Returns the task, to be woken outside of all locks, unless it was woken
+    /// Notes `ticket`. Returns the task, to be woken outside of all locks; `None` if it was woken
     /// since it was last polled.
     #[must_use]
     pub(crate) fn ring(&self, ticket: Option<Ticket>) -> Option<Arc<TaskWaker>> {
@@ -207,7 +207,8 @@ impl Bell {
         rung.task.take()
     }
 
-    /// What it was rung for; `None` if that is all there is.
+    /// Takes the tickets that were noted; `None` if there were too many, so all are to be looked
+    /// at.
     pub(crate) fn take_rung(&self) -> Option<Vec<Ticket>> {
         let mut rung = self.0.lock();
         if core::mem::take(&mut rung.all) {

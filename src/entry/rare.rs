@@ -1,29 +1,34 @@
-//! What few notifiers ever need: made when the first of it is needed.
+//! [`Rare`]: the data of an entry that few notifiers need. It is allocated when it is needed first.
 #![forbid(unsafe_code)]
 
-use super::{DETACHED, Entry, HELD};
+use super::Entry;
+use super::marks::{DETACHED, HELD};
 use crate::protocol::WATCHED;
 use crate::sync::{AtomicBool, AtomicU32, Ordering};
 use crate::tally::{NotifierStats, Tally};
 use alloc::boxed::Box;
 use core::time::Duration;
 
-/// No waiter: see [`Entry::first_waiter`].
+/// The value of [`Rare::first_waiter`] if no future waits.
 const NO_WAITER: u32 = u32::MAX;
 
-/// What is needed of a notifier only when a reader collides or waits, when an invalidation of it
-/// lapses, or while it is asked for its name.
+/// The data that a notifier needs only when a reader collides or waits, an invalidation lapses, its
+/// name is asked for, or its device is fenced.
+///
+/// All but the counters and `fenced` is read and written under the space's lock.
 pub(super) struct Rare {
     tally: Tally,
-    /// How many hold the entry.
+    /// Number of holds of the entry.
     holds: AtomicU32,
-    /// Head of the list of futures that wait for this notifier, a key of the space's waiters.
+    /// Head of the list of futures that wait for this notifier: a key of the space's waiters, or
+    /// [`NO_WAITER`].
     first_waiter: AtomicU32,
-    /// Its device is cut off from the memory: its passes are over (L5).
+    /// The device is cut off from the memory. Its passes are over (L5).
     fenced: AtomicBool,
 }
 
 impl Entry {
+    /// Returns the rare data, and allocates it first if needed.
     #[cold]
     fn rare(&self) -> &Rare {
         self.rare.get_or_init(|| {
@@ -36,11 +41,12 @@ impl Entry {
         })
     }
 
-    /// The counters of what waits or fails. The first count allocates them.
+    /// Returns the counters of slow paths. The first call allocates them.
     pub(crate) fn tally(&self) -> &Tally {
         &self.rare().tally
     }
 
+    /// Returns what the counters say, for [`Subscription::stats`](crate::Subscription::stats).
     pub(crate) fn stats(&self) -> NotifierStats {
         let longest = Duration::from_micros(self.longest.load(Ordering::Relaxed).into());
         self.rare.get().map_or(NotifierStats { longest, ..NotifierStats::default() }, |rare| {
@@ -48,17 +54,19 @@ impl Entry {
         })
     }
 
-    /// The first of the futures that wait for this notifier.
+    /// Returns the first future that waits for this notifier. Under the space's lock.
     pub(crate) fn first_waiter(&self) -> Option<u32> {
         let first = self.rare.get()?.first_waiter.load(Ordering::Relaxed);
         (first != NO_WAITER).then_some(first)
     }
 
+    /// Sets the first future that waits for this notifier. Under the space's lock.
     pub(crate) fn set_first_waiter(&self, waiter: Option<u32>) {
         self.rare().first_waiter.store(waiter.unwrap_or(NO_WAITER), Ordering::Relaxed);
         self.own.mark(WATCHED, waiter.is_some() || self.own.is_marked(DETACHED));
     }
 
+    /// Adds a hold, which keeps the entry alive. Under the space's lock.
     pub(crate) fn hold(&self) {
         let holds = self
             .rare()
@@ -69,6 +77,7 @@ impl Entry {
         self.set_holds(holds);
     }
 
+    /// Removes a hold. Under the space's lock.
     pub(crate) fn unhold(&self) {
         self.set_holds(self.rare().holds.load(Ordering::Relaxed) - 1);
     }
@@ -78,11 +87,13 @@ impl Entry {
         self.own.mark(HELD, holds != 0);
     }
 
-    /// The device is cut off. Under the lock. Returns whether it was before.
+    /// Marks the device as cut off (L5). Returns whether it was marked before. Under the space's
+    /// lock.
     pub(crate) fn fence(&self) -> bool {
         self.rare().fenced.swap(true, Ordering::AcqRel)
     }
 
+    /// Returns whether the device is cut off (L5).
     #[cold]
     pub(crate) fn is_fenced(&self) -> bool {
         self.rare.get().is_some_and(|rare| rare.fenced.load(Ordering::Acquire))

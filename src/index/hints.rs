@@ -1,4 +1,9 @@
-//! Where a search is likely to end, said before the way there is gone.
+//! [`Hints`]: the leaf where a search is likely to end, known before the descent. With it come the
+//! quick forms of a search.
+//!
+//! [`IntervalIndex::only_leaf`] is the quick form of [`IntervalIndex::search`], for the case that
+//! all hits are in one leaf. [`IntervalIndex::expect`] prefetches that leaf and changes no result.
+//! The tests of the index compare `only_leaf` with `search` for each query of a random schedule.
 #![forbid(unsafe_code)]
 
 use super::leaf::Leaf;
@@ -8,80 +13,84 @@ use alloc::vec::Vec;
 use core::ops::Range;
 use core::sync::atomic::{AtomicU32, Ordering};
 
-/// Places for each leaf, at least.
+/// Least number of slots in the table for each leaf.
 const PER_LEAF: usize = 8;
-/// So many leaves are asked how wide they are.
+/// Number of leaves whose widths decide the unit.
 const ASKED: usize = 64;
-/// So many parts of the address space have places that lie together, in a cache line. What is
-/// further apart is scattered.
+/// Number of adjacent units of the address space whose slots are adjacent, in one cache line.
+/// Units that are further apart are scattered.
 const TOGETHER: u64 = 16;
-/// 2^64 divided by the golden ratio: what is multiplied by it differs in its upper bits (Knuth, The
-/// Art of Computer Programming, volume 3, section 6.4). Far apart, memory lies at multiples of
-/// great powers of two, and would share few places by its lower bits.
+/// 2^64 divided by the golden ratio. Products with it differ in their upper bits (Knuth, The Art of
+/// Computer Programming, volume 3, section 6.4). Regions that are far apart often begin at
+/// multiples of large powers of two. Their lower bits would map them to few slots.
 const GOLDEN: u64 = 0x9e37_79b9_7f4a_7c15;
 
-/// The leaf in which a search of each part of the address space ended the last time: it mostly ends
-/// there again.
+/// A hash table from units of the address space to the leaf where the last search of that unit
+/// ended. The next search of the unit mostly ends there again.
 ///
-/// The hint only says where to look first. It may name a leaf that holds other intervals by now, or
-/// none; whoever follows it has to see from the leaf whether it is the right one. So nothing has to
-/// be kept right when leaves are split, merged and used again, and parts may share a place.
+/// A hint says only where to look first. The leaf may hold other intervals by now, or none. The
+/// caller checks the leaf itself. So splits and merges need not update the table, and several units
+/// may share a slot.
 pub(super) struct Hints {
-    /// Their number is a power of two, or 0. Atomics, so that a search can note where it ended;
-    /// what one thread notes another may miss.
+    /// The slots. Their number is a power of two, or 0. They are atomics so that a search (`&self`)
+    /// can store where it ended. A lost update costs only time.
     leaves: Vec<AtomicU32>,
-    /// 64 less the logarithm of the number of groups of `TOGETHER` places. With fewer than two
-    /// groups it does not matter.
+    /// 64 less the binary logarithm of the number of groups of [`TOGETHER`] slots. Without effect
+    /// if there are fewer than two groups.
     fold: u32,
-    /// Addresses are told apart in units of `2^unit` bytes.
+    /// A unit has `2^unit` bytes.
     unit: u32,
-    /// There were so many leaves when that was decided.
+    /// Number of leaves for which the table was made.
     fits: usize,
 }
 
 impl Hints {
+    /// Creates a table without slots.
     pub(super) const fn new() -> Self {
         Self { leaves: Vec::new(), fold: 0, unit: 0, fits: 0 }
     }
 
+    /// Returns the slot of an address.
     #[inline(always)]
-    fn place(&self, address: u64) -> Option<&AtomicU32> {
+    fn slot(&self, address: u64) -> Option<&AtomicU32> {
         let unit = address >> self.unit;
         let group = (unit / TOGETHER).wrapping_mul(GOLDEN) >> self.fold;
         let at = (group * TOGETHER + unit % TOGETHER) as usize;
         self.leaves.get(at & self.leaves.len().wrapping_sub(1))
     }
 
-    /// Where a search of `address` is likely to end; the first leaf when nothing is known.
+    /// Returns the leaf where a search of `address` is likely to end. Returns leaf 0 if there is no
+    /// hint.
     #[inline(always)]
     pub(super) fn get(&self, address: u64) -> Node {
-        self.place(address).map_or(0, |leaf| leaf.load(Ordering::Relaxed))
+        self.slot(address).map_or(0, |leaf| leaf.load(Ordering::Relaxed))
     }
 
-    /// A search of `address` has ended in `leaf`.
+    /// Stores that a search of `address` has ended in `leaf`.
     #[inline]
     pub(super) fn set(&self, address: u64, leaf: Node) {
-        if let Some(place) = self.place(address) {
-            place.store(leaf, Ordering::Relaxed);
+        if let Some(slot) = self.slot(address) {
+            slot.store(leaf, Ordering::Relaxed);
         }
     }
 
-    /// Searches from `first` to `last` will end in `leaf`. Of one that is much wider than others,
-    /// the first part is noted.
+    /// Stores that searches from `first` to `last` will end in `leaf`. If the leaf is much wider
+    /// than others, it stores this for its first [`PER_LEAF`] units only.
     pub(super) fn set_all(&self, (first, last): (u64, u64), leaf: Node) {
         for part in (first >> self.unit..=last >> self.unit).take(PER_LEAF) {
             self.set(part << self.unit, leaf);
         }
     }
 
-    /// Whether so many leaves are too many, and narrower than they were.
+    /// Returns whether the table is too small for so many leaves.
     #[inline]
     pub(super) fn are_few_for(&self, leaves: usize) -> bool {
         leaves > self.fits + self.fits / 2
     }
 
-    /// Makes room for so many leaves. `extent` says from where to where one extends, if it is in
-    /// use: a quarter of a leaf is told apart.
+    /// Makes the table large enough for so many leaves, and fills it. `extent` returns the first
+    /// and the last address of a leaf, if the leaf is in use. The unit becomes about a quarter of a
+    /// narrow leaf.
     #[cold]
     #[inline(never)]
     pub(super) fn make_room(
@@ -95,14 +104,14 @@ impl Hints {
             .map(|(first, last)| last - first)
             .collect();
         widths.sort_unstable();
-        // Of leaves of different widths, the narrow ones.
+        // If the widths differ, the narrow leaves decide.
         let narrow = widths.get(widths.len() / 4).copied().unwrap_or(0);
         self.unit = narrow.checked_ilog2().map_or(0, |bits| bits.saturating_sub(2));
         self.fits = leaves;
-        let places = (leaves * PER_LEAF).next_power_of_two();
-        if places != self.leaves.len() {
-            self.leaves = (0..places).map(|_| AtomicU32::new(0)).collect();
-            self.fold = 64 - (places as u64 / TOGETHER).max(2).ilog2();
+        let slots = (leaves * PER_LEAF).next_power_of_two();
+        if slots != self.leaves.len() {
+            self.leaves = (0..slots).map(|_| AtomicU32::new(0)).collect();
+            self.fold = 64 - (slots as u64 / TOGETHER).max(2).ilog2();
         }
         for leaf in 0..leaves {
             if let Some(extent) = extent(leaf) {
@@ -113,9 +122,10 @@ impl Hints {
 }
 
 impl<V: Indexed> IntervalIndex<V> {
-    /// Has the leaf fetched that a search of `address` is likely to need soon. The earlier, the
-    /// better: invalidations in a row wait for their leaves together if the processor comes to this
-    /// place of the next one while it waits for a notifier of the one before (`DESIGN.md`, "The
+    /// Prefetches the leaf that a search of `address` is likely to need soon.
+    ///
+    /// Call it as early as possible. The processor may reach this prefetch while it still waits for
+    /// a notifier of the previous invalidation. Both then arrive together (`DESIGN.md`, "The
     /// interval index").
     #[inline(always)]
     pub(crate) fn expect(&self, address: u64) {
@@ -124,19 +134,20 @@ impl<V: Indexed> IntervalIndex<V> {
         }
     }
 
-    /// Leaves of smaller trees are in the caches as they are.
+    /// Returns whether the tree has so many leaves that a prefetch pays. The leaves of smaller
+    /// trees stay in the caches.
     #[inline(always)]
     fn is_large(&self) -> bool {
         self.height > 2
     }
 
-    /// The leaf in which a search for `address` is likely to end.
+    /// Returns the leaf in which a search for `address` is likely to end.
     #[inline(always)]
     pub(super) fn likely_leaf(&self, address: u64) -> Node {
         if self.height == 0 { self.root } else { self.hints.get(address) }
     }
 
-    /// Has the cache lines of a leaf fetched, all at once.
+    /// Prefetches all cache lines of a leaf at once, if the tree is large.
     #[inline(always)]
     pub(super) fn fetch(&self, leaf: Node) {
         let leaf = self.leaves.at(leaf);
@@ -145,11 +156,11 @@ impl<V: Indexed> IntervalIndex<V> {
         }
     }
 
-    /// The one leaf that holds what overlaps `range`, and the places in it that are to be looked at
-    /// with [`Leaf::overlapping`]; `None` when there may be several leaves, and it takes a
-    /// [`search`](Self::search).
+    /// Returns the one leaf that holds all intervals that overlap `range`, and the candidate slots
+    /// in it. Check each slot with [`Leaf::overlapping`]. Returns `None` if several leaves may have
+    /// hits: then use [`search`](Self::search).
     ///
-    /// Mostly there is one, and mostly it is the likely one: to be built into the caller.
+    /// Most searches have one leaf, and the hint names it. This case is inlined into the caller.
     #[inline(always)]
     pub(crate) fn only_leaf(&self, range: AddressRange) -> Option<(&Leaf<V>, Range<usize>)> {
         let mut leaf = self.leaves.nodes.get(self.likely_leaf(range.last()) as usize)?;
@@ -159,7 +170,8 @@ impl<V: Indexed> IntervalIndex<V> {
         Some((leaf, leaf.candidates(range)))
     }
 
-    /// [`only_leaf`](Self::only_leaf) without a hint that was right; the next one will be.
+    /// Finds the leaf of [`only_leaf`](Self::only_leaf) by a descent, after a wrong hint. Corrects
+    /// the hint.
     #[inline(never)]
     fn find_only_leaf(&self, range: AddressRange) -> Option<&Leaf<V>> {
         let mut node = self.root;
@@ -169,7 +181,7 @@ impl<V: Indexed> IntervalIndex<V> {
             if children.start < children.end {
                 return None;
             }
-            // A leaf that does not reach so far has no places to be looked at.
+            // If the child does not extend to the range, its leaf has no candidates.
             node = inner.children[children.end];
         }
         self.fetch(node);
@@ -177,3 +189,6 @@ impl<V: Indexed> IntervalIndex<V> {
         Some(self.leaves.at(node))
     }
 }
+
+#[cfg(test)]
+mod tests;

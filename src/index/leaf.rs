@@ -1,4 +1,5 @@
-//! The leaves of the index: what is stored of an interval, and how it is found, added and removed.
+//! The leaves of the index: what is stored of an interval, and how it is found, added and removed
+//! within a leaf.
 #![forbid(unsafe_code)]
 
 use super::node::{
@@ -8,46 +9,51 @@ use super::{Indexed, Node};
 use crate::range::AddressRange;
 use core::ops::Range;
 
-/// All places of a leaf hold an interval.
+/// [`Leaf::live`] of a leaf in which each slot holds an interval.
 const FULL: u32 = u32::MAX;
-/// An insertion goes this many steps to the nearest gap without asking whether it must.
+/// Number of steps that an insertion makes towards the nearest gap without a branch.
 const EASY_STEPS: usize = 2;
 
-/// Intervals in order, with gaps between them.
+/// Intervals in order, in [`CAP`] slots, with gaps between them.
 ///
-/// What a search among many waits for is memory, so a leaf says little of an interval: where it
-/// starts, and the value, which knows the rest. Often that need not be asked: what starts in the
-/// range that is searched for is a hit, and what starts further before it than the longest interval
-/// goes on is none.
+/// Memory latency dominates a search among many intervals. So a leaf stores little of an interval:
+/// its start, and its value, which has the rest. Often a search does not need the value. An
+/// interval that starts within the range is a hit. An interval that starts further before the range
+/// than the longest interval is long is no hit.
 ///
-/// A removal leaves a gap: a place that starts where the next one does, so that the starts remain
-/// sorted and a search passes it by. An insertion takes the nearest gap, so that it moves the few
-/// intervals up to there and not half of the leaf.
+/// A removal leaves a gap: a slot without a value, whose start is that of the next slot. So the
+/// starts stay sorted, and a search skips the gap. An insertion uses the nearest gap, so it moves
+/// the few intervals up to there and not half of the leaf.
+///
+/// `repr(C)` fixes the order of the fields: the fields that a search loads first come first.
 #[derive(Clone)]
 #[repr(C)]
 pub(crate) struct Leaf<V> {
-    // What is asked first stands first, and what is asked least, the last values, where a fetch of
-    // nine lines may end.
-    /// No interval reaches further than this many bytes into the next place.
+    // A leaf of one-word values has 552 bytes, so it may cover ten cache lines. A prefetch loads
+    // nine. The last values, which are needed least, may be in the tenth.
+    /// Upper bound, in bytes, on how far any interval extends into the next slot.
     pub(super) slack: u64,
-    /// No interval goes on for more than this many bytes after its first. It may be one that has
-    /// gone.
+    /// Upper bound on the length of any interval, less one byte. It may stem from a removed
+    /// interval.
     pub(super) longest: u64,
-    /// Where the next leaf begins, or before that: what ends before it is of no account to other
-    /// leaves.
+    /// Where the next leaf begins, or an address before that. An interval that ends before `bound`
+    /// does not concern other leaves.
     pub(super) bound: u64,
-    /// The greatest `last`, or that of an interval that has gone and ended before `bound`; 0 in a
-    /// new leaf.
+    /// The greatest `last`. It may stem from a removed interval if that ended before `bound`. 0 in
+    /// a new leaf.
     pub(super) max_last: u64,
-    /// Places that hold an interval, a bit each.
+    /// One bit for each slot that holds an interval.
     pub(super) live: u32,
-    /// How many they are.
+    /// Number of intervals.
     pub(super) len: u32,
+    /// The start of each slot, sorted. A gap has the start of the next slot.
     pub(super) starts: [u64; CAP],
+    /// The value of each slot; `None` in a gap.
     pub(super) values: [Option<V>; CAP],
 }
 
 impl<V: Indexed> Leaf<V> {
+    /// A leaf without intervals.
     pub(super) const EMPTY: Self = Self {
         slack: 0,
         longest: 0,
@@ -59,18 +65,19 @@ impl<V: Indexed> Leaf<V> {
         values: [None; CAP],
     };
 
+    /// Returns whether there is no gap.
     pub(super) fn is_full(&self) -> bool {
         self.live == FULL
     }
 
-    /// Whether there are intervals in the first eight places only.
+    /// Returns whether only the first eight slots hold intervals.
     #[inline(always)]
     fn is_short(&self) -> bool {
         self.live < 1 << 8
     }
 
-    /// Has the lines of the leaf fetched that a search will need when it knows which: each
-    /// interval's value, and the starts that its first step does not look at.
+    /// Loads one word of each cache line that a search of the leaf may need late: the values, and
+    /// the starts that its first step does not look at.
     #[cold]
     #[inline(never)]
     pub(super) fn touch(&self) {
@@ -80,23 +87,23 @@ impl<V: Indexed> Leaf<V> {
         }
     }
 
-    /// Whether nothing in other leaves can overlap `range`, when no interval reaches further than
-    /// `reach` bytes beyond the end of its leaf.
+    /// Returns whether no interval of another leaf can overlap `range`, if no interval extends more
+    /// than `reach` bytes past the end of its leaf.
     #[inline(always)]
     pub(super) fn is_only(&self, range: AddressRange, reach: u64) -> bool {
-        // Leaves before this one end at or before its first place, and those behind it begin at its
-        // bound or behind it.
+        // Earlier leaves end at or before the first start of this one. Later leaves begin at its
+        // bound or after it.
         range.last() < self.bound
             && range.start() >= self.starts[0]
             && range.start() - self.starts[0] >= reach
     }
 
-    /// How far beyond its end an interval reaches, in bytes.
+    /// Returns how far any interval extends past the end of the leaf, in bytes.
     pub(super) fn reach(&self) -> u64 {
         into_next(self.max_last, self.bound)
     }
 
-    /// Whether an interval belongs here, and those above need not learn of it.
+    /// Returns whether an interval belongs into this leaf and changes nothing in the nodes above.
     #[inline(always)]
     pub(super) fn takes(&self, range: AddressRange) -> bool {
         range.start() >= self.starts[0]
@@ -104,17 +111,17 @@ impl<V: Indexed> Leaf<V> {
             && range.last() <= self.max_last
     }
 
-    /// From its first interval to where the next leaf begins, if there are both.
+    /// Returns the first start and the last address before the next leaf, if there are both.
     pub(super) fn extent(&self) -> Option<(u64, u64)> {
         (self.starts[0] < self.bound && self.bound != UNUSED)
             .then(|| (self.starts[0], self.bound - 1))
     }
 
-    /// The places whose intervals may overlap `range`: of these, those do that
-    /// [`overlapping`](Self::overlapping) says.
+    /// Returns the slots whose intervals may overlap `range`. Check each with
+    /// [`overlapping`](Self::overlapping).
     #[inline(always)]
     pub(super) fn candidates(&self, range: AddressRange) -> Range<usize> {
-        // With a single interval nothing is to be counted, and its place is not waited for.
+        // A single interval in the first slot needs no count.
         if self.live == 1 {
             return 0..usize::from(self.starts[0] <= range.last());
         }
@@ -122,12 +129,14 @@ impl<V: Indexed> Leaf<V> {
         first_candidate(&self.starts, self.slack, range.start(), end)..end
     }
 
-    /// The first of the places whose intervals may overlap `range`, when all start early enough.
+    /// Returns the first slot whose interval may overlap `range`, if all intervals start early
+    /// enough.
     pub(super) fn first_candidate(&self, range: AddressRange) -> usize {
         first_candidate(&self.starts, self.slack, range.start(), CAP)
     }
 
-    /// What lies at `at`, one of the [`candidates`](Self::candidates), if it does overlap `range`.
+    /// Returns the value in slot `at`, one of the [`candidates`](Self::candidates), if its interval
+    /// overlaps `range`.
     #[inline(always)]
     pub(crate) fn overlapping(&self, at: usize, range: AddressRange) -> Option<V> {
         let own = self.starts[at % CAP];
@@ -135,28 +144,29 @@ impl<V: Indexed> Leaf<V> {
         if own >= range.start() {
             return value;
         }
-        // What even the longest would not reach need not be asked, and its value not be fetched.
+        // If even the longest interval would end before the range, the value is not loaded.
         if self.ends_before(own, range.start()) {
             return None;
         }
         value.filter(|value| value.range().last() >= range.start())
     }
 
-    /// Whether what starts at `own`, at or before `start`, certainly ends before that.
+    /// Returns whether an interval that starts at `own` certainly ends before `start`, which is not
+    /// below `own`.
     #[inline(always)]
     fn ends_before(&self, own: u64, start: u64) -> bool {
         start - own > self.longest
     }
 
-    /// How many places start at or before `start`. Not built in: mixed with what uses it, its sum
-    /// is computed several times over.
+    /// Returns how many slots start at or before `start`. It is not inlined: the compiler would
+    /// compute the sum several times in the caller.
     #[inline(never)]
     pub(super) fn rank(&self, start: u64) -> usize {
         count_at_most(&self.starts, false, start)
     }
 
-    /// Adds an interval behind all that start at or before it, to a leaf that is not full; says
-    /// where.
+    /// Adds an interval after all that start at or before it, and returns its slot. The leaf must
+    /// not be full.
     #[inline(always)]
     pub(super) fn add(&mut self, value: V) -> usize {
         let range = value.range();
@@ -171,7 +181,7 @@ impl<V: Indexed> Leaf<V> {
         if last - start > self.longest {
             self.longest = last - start;
         }
-        // It may reach into the next, and the one before into it.
+        // The interval may extend into the next slot, and the previous one into it.
         let next = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
         if last >= next || at > 0 && !self.ends_before(self.starts[at - 1], start) {
             self.stretch(at);
@@ -179,13 +189,14 @@ impl<V: Indexed> Leaf<V> {
         at
     }
 
+    /// Raises the slack for an interval that was added in slot `at`.
     #[cold]
     #[inline(never)]
     fn stretch(&mut self, at: usize) {
         self.slack = self.slack.max(self.overhang(at));
     }
 
-    /// Copies what lies at `from` to `at`, and says where there is a gap then.
+    /// Copies slot `from` to slot `at`. Returns `from`, which is the gap now.
     #[inline(always)]
     fn fill(&mut self, at: usize, from: usize) -> usize {
         self.starts[at] = self.starts[from];
@@ -193,22 +204,22 @@ impl<V: Indexed> Leaf<V> {
         from
     }
 
-    /// Moves the nearest gap to between the first `rank` places and the others, fills it, and says
-    /// where it is.
+    /// Moves the nearest gap to the boundary between the first `rank` slots and the others, marks
+    /// it as live, and returns its slot.
     #[inline(always)]
     fn make_gap(&mut self, rank: usize) -> usize {
         let gaps = u64::from(!self.live);
-        // How many intervals are between here and there: in the places from `rank` on, and in those
-        // before it.
+        // Number of intervals between the boundary and the nearest gap: in the slots from `rank`
+        // on, and in those before it.
         let above = (gaps >> rank).trailing_zeros() as usize;
         let below = ((gaps << 1) << (63 - rank)).leading_zeros() as usize;
-        // One loop for both directions: a jump that nobody can predict takes longer than all of it.
+        // One loop serves both directions. A branch on the direction would be mispredicted.
         let up = above <= below;
         let (gap, step) =
             if up { (rank + above, CAP - 1) } else { (rank.wrapping_sub(1 + below), 1) };
         let (mut at, steps) = (gap % CAP, above.min(below));
-        // Mostly it is no further than this. What need not be moved is copied onto itself: that,
-        // too, is quicker than a jump that nobody can predict.
+        // The gap is mostly no further than this. A slot that need not move is copied onto itself:
+        // that is faster than a branch that is mispredicted.
         for taken in 0..EASY_STEPS {
             at = self.fill(at, if taken < steps { (at + step) % CAP } else { at });
         }
@@ -219,7 +230,7 @@ impl<V: Indexed> Leaf<V> {
         at
     }
 
-    /// Where this interval is.
+    /// Returns the slot of a value.
     #[inline(always)]
     pub(super) fn find(&self, value: V) -> Option<usize> {
         let mut at = self.rank(value.range().start());
@@ -231,29 +242,28 @@ impl<V: Indexed> Leaf<V> {
         }
     }
 
-    /// The last address of what lies at `at`. A gap has none that counts.
+    /// Returns the last address of the interval in slot `at`; 0 for a gap.
     #[inline]
     pub(super) fn last(&self, at: usize) -> u64 {
         self.values[at].map_or(0, |value| value.range().last())
     }
 
-    /// How far the interval at `at` reaches into the next place, or the one before it into it, if
-    /// that is further.
+    /// Returns how far the interval in slot `at` extends into the next slot, or the previous one
+    /// into slot `at`, whichever is more.
     #[inline]
     fn overhang(&self, at: usize) -> u64 {
         overhang(&self.starts, |at| self.last(at), CAP, at)
     }
 
-    /// Whether nothing but its place has to change when the interval up to `last`, inclusive, goes:
-    /// the slack stays, the leaf does not become small, and if it had the greatest `last`, that may
-    /// stay.
+    /// Returns whether the removal of an interval that ends at `last` changes only its slot. This
+    /// is so if the slack is 0, the leaf does not become small, and the greatest `last` may stay
+    /// even if it is `last`.
     #[inline(always)]
     pub(super) fn is_plain(&self, last: u64) -> bool {
         self.slack == 0 && last < self.bound && self.len as usize > LOW
     }
 
-    /// Makes a gap of the interval at `at`. If it is not [plain](Self::is_plain), more has to
-    /// change.
+    /// Makes slot `at` a gap. Sufficient only if the removal is [plain](Self::is_plain).
     #[inline(always)]
     pub(super) fn clear(&mut self, at: usize) {
         self.starts[at] = if at + 1 < CAP { self.starts[at + 1] } else { UNUSED };
@@ -262,8 +272,8 @@ impl<V: Indexed> Leaf<V> {
         self.len -= 1;
     }
 
-    /// The same, and what else has to change in the leaf. Says whether those above have to know:
-    /// the leaf has become small, or has another greatest `last`.
+    /// Makes slot `at` a gap and updates the bounds of the leaf. Returns whether the nodes above
+    /// have to change: the leaf has become small, or may have another greatest `last`.
     pub(super) fn take(&mut self, at: usize) -> bool {
         let last = self.last(at);
         let loosens = self.slack != 0 && self.overhang(at) == self.slack;
@@ -278,22 +288,23 @@ impl<V: Indexed> Leaf<V> {
         (self.len as usize) < LOW
     }
 
-    /// What depends on all intervals, anew.
+    /// Computes `slack` and `longest` anew.
     fn tighten(&mut self) {
         self.slack = slack(&self.starts, (0..CAP).map(|at| self.last(at)));
         self.longest =
             (0..CAP).map(|at| self.last(at).saturating_sub(self.starts[at])).max().unwrap_or(0);
     }
 
+    /// Computes `max_last` anew.
     #[inline(never)]
     fn find_max_last(&mut self) {
-        // Without overlaps they end in the order in which they start.
+        // Without overlaps, intervals end in the order in which they start.
         let from =
             if self.slack == 0 { self.live.checked_ilog2().unwrap_or(0) as usize } else { 0 };
         self.max_last = (from..CAP).map(|at| self.last(at)).max().unwrap_or(0);
     }
 
-    /// Moves the intervals together, to the front.
+    /// Moves all gaps to the end.
     fn close_gaps(&mut self) {
         let mut to = 0;
         for at in 0..CAP {
@@ -305,7 +316,7 @@ impl<V: Indexed> Leaf<V> {
         self.truncate(to);
     }
 
-    /// Leaves only the first `len` places, which have no gaps.
+    /// Removes all but the first `len` slots, which must have no gaps.
     fn truncate(&mut self, len: usize) {
         self.starts[len..].fill(UNUSED);
         self.values[len..].fill(None);
@@ -313,7 +324,7 @@ impl<V: Indexed> Leaf<V> {
         self.live = ((1u64 << len) - 1) as u32;
     }
 
-    /// After others have come or gone: what is known of those that there are. There are no gaps.
+    /// Computes the bounds anew after intervals were moved in or out. There must be no gaps.
     fn refit(&mut self) {
         if self.slack != 0 {
             self.tighten();
@@ -327,6 +338,7 @@ impl<V: Indexed> Part for Leaf<V> {
         self.len as usize
     }
 
+    /// Does nothing: a leaf has no lower bounds of children.
     fn set_bound(&mut self, _start: u64, _order: u64) {}
 
     fn split_off(&mut self, at: usize) -> Self {
@@ -364,3 +376,6 @@ impl<V: Indexed> Part for Leaf<V> {
         Child { start, order, max_last: self.max_last, node }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,5 +1,5 @@
-//! The inner nodes of the index: what they say of their children, and what merging needs of either
-//! kind of node.
+//! The inner nodes of the index, the search for a start within one node, and [`Part`]: what merging
+//! needs of an inner node and of a leaf.
 #![forbid(unsafe_code)]
 
 use super::Node;
@@ -7,32 +7,35 @@ use crate::range::AddressRange;
 use core::hint::select_unpredictable;
 use core::ops::Range;
 
-/// Children of an inner node, or intervals of a leaf, at most.
+/// Capacity of a node: children of an inner node, or intervals of a leaf.
 pub(super) const CAP: usize = 32;
-/// Below this a node looks for a neighbour to merge with.
+/// A node with fewer parts than this is merged with a neighbour.
 pub(super) const LOW: usize = CAP / 4;
-/// A merged node holds no more than this, so that the next insertion does not split it again.
+/// Two nodes are merged only if they have at most this many parts together. The next insertion then
+/// does not split the node again.
 pub(super) const MERGED: usize = CAP * 3 / 4;
-/// A start that is not in use: sorts behind all others. (An interval may start there, too; a node
-/// knows its `len`.)
+/// The start of an unused slot. It sorts after all others. An interval may have this start, too;
+/// a node tells them apart by its `len`.
 pub(super) const UNUSED: u64 = u64::MAX;
 
+/// An inner node. The parts of it are its children, in order.
 #[derive(Clone)]
 pub(super) struct Inner {
+    /// Number of children.
     pub(super) len: usize,
-    /// As in a leaf: no child reaches further than this many bytes beyond the lower bound of the
-    /// next one.
+    /// Upper bound, in bytes, on how far any child extends past the lower bound of the next one.
     pub(super) slack: u64,
-    /// Lower bounds: every key in `children[i]` is `>= (starts[i], orders[i])` and below the next
-    /// bound. The first is not looked at.
+    /// Starts of the lower bounds. Every key in `children[i]` is at least `(starts[i], orders[i])`
+    /// and below the next bound. A search does not look at the first bound.
     pub(super) starts: [u64; CAP],
+    /// Orders of the lower bounds.
     pub(super) orders: [u64; CAP],
-    /// The greatest `last` in `children[i]`; as in a leaf, it may be that of one that has gone.
+    /// The greatest `last` in `children[i]`. It may stem from a removed interval.
     pub(super) max_lasts: [u64; CAP],
     pub(super) children: [Node; CAP],
 }
 
-/// What a split or a merge tells the parent of a child: its lower bound and greatest `last`.
+/// What a parent stores of a child: its lower bound and greatest `last`.
 #[derive(Clone, Copy)]
 pub(super) struct Child {
     pub(super) start: u64,
@@ -41,14 +44,17 @@ pub(super) struct Child {
     pub(super) node: Node,
 }
 
-/// What merging and balancing need of either kind of node.
+/// The operations of a node, inner or leaf, that merging and balancing use.
 pub(super) trait Part: Sized {
+    /// Returns the number of parts: children or intervals.
     fn len(&self) -> usize;
-    /// Replaces the lower bound of the first child, which a node does not keep right itself.
+    /// Replaces the lower bound of the first child, which the node itself does not maintain.
     fn set_bound(&mut self, start: u64, order: u64);
-    /// The upper part from `at` on, cut off into a node of its own.
+    /// Moves the parts from `at` on into a new node, and returns it.
     fn split_off(&mut self, at: usize) -> Self;
+    /// Moves all parts of `upper` to the end of this node.
     fn append(&mut self, upper: &mut Self);
+    /// Returns what the parent stores of this node, whose number is `node`.
     fn child(&self, node: Node) -> Child;
 }
 
@@ -65,8 +71,8 @@ pub(super) fn close<T: Copy, const N: usize>(array: &mut [T; N], len: usize, at:
     array.copy_within(at + 1..len, at);
 }
 
-/// How far part `at` of a node reaches into the next one, or the one before it into it, if that is
-/// further.
+/// Returns how far part `at` of a node extends into the next one, or the previous one into part
+/// `at`, whichever is more. `last` gives the last address of a part.
 #[inline]
 pub(super) fn overhang(
     starts: &[u64; CAP],
@@ -79,13 +85,15 @@ pub(super) fn overhang(
     own.max(before)
 }
 
-/// How many of the sorted `starts` are at most `start`.
+/// Returns how many of the sorted `starts` are at most `start`.
 ///
-/// Looks at some of them at a time: no step has a branch, and the loads of the first do not depend
-/// on each other, so that the cache lines of a node are fetched at the same time, which a search by
-/// halves does not allow. The first step is left out where only `few` places matter, the first
-/// eight. Of a sum of eight answers the compiler makes a chain of eight additions; of starts that
-/// are sorted the middle one says which half needs adding.
+/// The first step selects eight starts, the second counts within them. No step has a branch. The
+/// loads of the first step do not depend on each other, so the cache lines of a node arrive at the
+/// same time. A binary search would load them one after the other. With `few`, only the first eight
+/// starts are in use, and the first step is skipped.
+///
+/// A sum of eight comparisons would compile to a chain of eight additions. The starts are sorted,
+/// so the middle one selects the half that needs adding.
 #[inline(always)]
 pub(super) fn count_at_most(starts: &[u64; CAP], few: bool, start: u64) -> usize {
     let below = |candidate: u64| usize::from(candidate <= start);
@@ -101,14 +109,16 @@ pub(super) fn count_at_most(starts: &[u64; CAP], few: bool, start: u64) -> usize
     8 * eight + select_unpredictable(d <= start, upper, lower)
 }
 
-/// The first part of a node that may reach as far as `start`, of those before `end`, the count of
-/// those that start early enough: the last of them, and those before it that may reach so far.
+/// Returns the index of the first of `starts[..end]` whose interval may extend to `start`.
+///
+/// `end` is the number of intervals that start early enough. The last of them is always a
+/// candidate. Earlier ones are candidates only within `slack`.
 #[inline(always)]
 pub(super) fn first_candidate(starts: &[u64; CAP], slack: u64, start: u64, end: usize) -> usize {
-    // Where the next part must start, at least. A slack that is too great for a number is one less,
-    // so is the start.
+    // A part is a candidate if the next one starts at `bound` or later. A slack of 2^64 is stored
+    // as one less. The start is lowered by one to match.
     let bound = start.min(u64::MAX - 1).checked_sub(slack).map_or(0, |bound| bound + 1);
-    // All of them, or few.
+    // Either all parts are candidates, or few.
     if starts[0] >= bound {
         return 0;
     }
@@ -119,18 +129,20 @@ pub(super) fn first_candidate(starts: &[u64; CAP], slack: u64, start: u64, end: 
     from
 }
 
-/// How far what ends at `last`, inclusive, reaches into what starts at `next`, in bytes.
+/// Returns how many bytes an interval that ends at `last`, inclusive, extends into one that starts
+/// at `next`.
 #[inline(always)]
 pub(super) fn into_next(last: u64, next: u64) -> u64 {
     last.checked_sub(next).map_or(0, |beyond| beyond.saturating_add(1))
 }
 
-/// The smallest slack of a node whose parts start and end there.
+/// Returns the smallest slack of a node whose parts have these starts and last addresses.
 pub(super) fn slack(starts: &[u64], lasts: impl Iterator<Item = u64>) -> u64 {
     lasts.zip(starts.iter().skip(1)).map(|(last, next)| into_next(last, *next)).max().unwrap_or(0)
 }
 
 impl Inner {
+    /// A node without children.
     pub(super) const EMPTY: Self = Self {
         len: 0,
         slack: 0,
@@ -140,23 +152,24 @@ impl Inner {
         children: [0; CAP],
     };
 
-    /// The children that may overlap `range`, without the last of them, which is the one where the
-    /// range ends.
+    /// Returns the children that may overlap `range`, except the last one. The last one is the
+    /// `end` of the result: the child where the range ends.
     #[inline(always)]
     pub(super) fn candidates(&self, range: AddressRange) -> Range<usize> {
         let end = count_at_most(&self.starts, self.is_short(), range.last()).min(self.len);
         let from = first_candidate(&self.starts, self.slack, range.start(), end);
-        // What starts before the first bound is in the first child, too.
+        // The first child also has the intervals that start before the first bound.
         let last = end.saturating_sub(1);
         from.min(last)..last
     }
 
-    /// Whether there are no more than eight children.
+    /// Returns whether there are at most eight children.
     #[inline(always)]
     pub(super) fn is_short(&self) -> bool {
         self.len <= 8
     }
 
+    /// Inserts a child at `at`. The node must not be full.
     pub(super) fn add(&mut self, at: usize, child: Child) {
         open(&mut self.starts, self.len, at, child.start);
         open(&mut self.orders, self.len, at, child.order);
@@ -166,16 +179,19 @@ impl Inner {
         self.stretch(at);
     }
 
-    /// The greatest `last` below child `at` has risen, or the child is new.
+    /// Raises the slack after the greatest `last` below child `at` has risen, or the child was
+    /// added.
     #[inline]
     pub(super) fn stretch(&mut self, at: usize) {
         self.slack = self.slack.max(overhang(&self.starts, |at| self.max_lasts[at], self.len, at));
     }
 
+    /// Computes the slack anew.
     pub(super) fn tighten(&mut self) {
         self.slack = slack(&self.starts[..self.len], self.max_lasts[..self.len].iter().copied());
     }
 
+    /// Removes child `at`.
     pub(super) fn take(&mut self, at: usize) {
         close(&mut self.starts, self.len, at);
         close(&mut self.orders, self.len, at);
@@ -185,6 +201,7 @@ impl Inner {
         self.starts[self.len] = UNUSED;
     }
 
+    /// Returns child `at`.
     pub(super) fn get(&self, at: usize) -> Child {
         Child {
             start: self.starts[at],
@@ -194,15 +211,16 @@ impl Inner {
         }
     }
 
+    /// Returns the greatest `last` below the node.
     pub(super) fn max_last(&self) -> u64 {
         self.max_lasts[..self.len].iter().copied().max().unwrap_or(0)
     }
 
-    /// The child in whose part of the order `(start, order)` lies.
+    /// Returns the child to which the key `(start, order)` belongs.
     #[inline(always)]
-    pub(super) fn place(&self, start: u64, order: u64) -> usize {
+    pub(super) fn child_for(&self, start: u64, order: u64) -> usize {
         let mut at = count_at_most(&self.starts, self.is_short(), start).clamp(1, self.len) - 1;
-        // Only bounds with this very start can still be above the key.
+        // Only a bound with the same start can still be above the key.
         while at > 0 && self.starts[at] == start && self.orders[at] > order {
             at -= 1;
         }

@@ -1,4 +1,5 @@
-//! The index against a plain list, step by step.
+//! The index against a plain list, step by step. The tests of its bounds are in `leaf/tests.rs`,
+//! those of its hints in `hints/tests.rs`.
 
 use super::node::{UNUSED, slack};
 use super::*;
@@ -8,15 +9,15 @@ use std::collections::BTreeMap;
 use std::vec::Vec;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Id(u64);
+pub(super) struct Id(pub(super) u64);
 
 /// An [`Id`] with its interval.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct Value(AddressRange, Id);
+pub(super) struct Value(AddressRange, Id);
 
 std::thread_local! {
-    /// Where every other value was put; the rest, as those of some users, remember nothing.
-    static PLACES: RefCell<BTreeMap<u64, Place>> = const { RefCell::new(BTreeMap::new()) };
+    /// The position of every other value. The rest store none, as the values of some users.
+    static POSITIONS: RefCell<BTreeMap<u64, Position>> = const { RefCell::new(BTreeMap::new()) };
 }
 
 impl Ordered for Value {
@@ -30,28 +31,29 @@ impl Indexed for Value {
         self.0
     }
 
-    fn place(self) -> Place {
-        PLACES.with_borrow(|places| places.get(&self.1.0).copied().unwrap_or(Place::UNKNOWN))
+    fn position(self) -> Position {
+        POSITIONS
+            .with_borrow(|positions| positions.get(&self.1.0).copied().unwrap_or(Position::UNKNOWN))
     }
 
-    fn set_place(self, place: Place) {
+    fn set_position(self, position: Position) {
         if self.1.0.is_multiple_of(2) {
-            PLACES.with_borrow_mut(|places| places.insert(self.1.0, place));
+            POSITIONS.with_borrow_mut(|positions| positions.insert(self.1.0, position));
         }
     }
 }
 
 impl IntervalIndex<Value> {
-    fn put(&mut self, range: AddressRange, id: Id) {
+    pub(super) fn put(&mut self, range: AddressRange, id: Id) {
         self.insert(Value(range, id));
     }
 
-    fn cut(&mut self, range: AddressRange, id: Id) -> bool {
+    pub(super) fn cut(&mut self, range: AddressRange, id: Id) -> bool {
         self.remove(Value(range, id))
     }
 
-    /// Walks the whole tree and checks what every node says of what is below it.
-    fn check(&self) {
+    /// Walks the whole tree and checks what each node stores about its parts.
+    pub(super) fn check(&self) {
         if self.len == 0 {
             return;
         }
@@ -61,10 +63,10 @@ impl IntervalIndex<Value> {
         assert!(all.windows(2).all(|pair| pair[0] < pair[1]), "keys out of order");
     }
 
-    /// The greatest `last` below a node, behind which the next one begins at `bound`.
+    /// Checks the subtree of `node`, after which the next node begins at `bound`. Returns its
+    /// greatest `last`.
     fn check_node(&self, node: Node, height: usize, bound: u64, all: &mut Vec<(u64, u64)>) -> u64 {
-        // What a node believes may be the `last` of what has gone, if that is of no account to
-        // others.
+        // A stored `last` may stem from a removed interval if that did not extend into other nodes.
         let fits = |believed: u64, greatest: u64, bound: u64| {
             believed == greatest || (greatest..bound).contains(&believed)
         };
@@ -128,13 +130,13 @@ impl IntervalIndex<Value> {
         greatest
     }
 
-    fn hits(&self, range: AddressRange) -> Vec<Id> {
+    pub(super) fn hits(&self, range: AddressRange) -> Vec<Id> {
         let mut hits = Vec::new();
         self.overlapping(range, |value| hits.push(value.1));
-        // Twice: the first may have to look for the leaf, the second has a hint.
+        // Twice: the first search may have a wrong hint, the second has the right one.
         for _ in 0..2 {
-            if let Some((leaf, places)) = self.only_leaf(range) {
-                let in_leaf: Vec<_> = places
+            if let Some((leaf, slots)) = self.only_leaf(range) {
+                let in_leaf: Vec<_> = slots
                     .filter_map(|at| leaf.overlapping(at, range))
                     .map(|value| value.1)
                     .collect();
@@ -164,8 +166,8 @@ enum Op {
     Query(AddressRange),
 }
 
-/// Ranges from the middle, a few of them long; some at either end of the numbers, and some from one
-/// end to the other.
+/// Draws ranges from the middle, a few of them long, some at either end of the address space, and
+/// some from one end to the other.
 fn range() -> impl Strategy<Value = AddressRange> {
     let between =
         |first: u64, last: u64| AddressRange::try_from(first.min(last)..=first.max(last)).unwrap();
@@ -186,7 +188,7 @@ fn op() -> impl Strategy<Value = Op> {
     ]
 }
 
-/// `SHOOTDOWN_CASES` sets how many random sequences are tried.
+/// Sets the number of random schedules: `SHOOTDOWN_CASES`, or `default`.
 fn cases(default: u32) -> ProptestConfig {
     let cases = std::env::var("SHOOTDOWN_CASES")
         .ok()
@@ -253,7 +255,7 @@ fn finds_what_reaches_from_one_end_of_the_numbers_to_the_other() {
     index.put(AddressRange::new(0, 10).unwrap(), Id(1));
     index.put(AddressRange::new(20, 10).unwrap(), Id(2));
     let last = AddressRange::try_from(u64::MAX..=u64::MAX).unwrap();
-    // How far the first reaches into the second is one more than a number can say.
+    // The first extends 2^64 bytes into the second, which no `u64` can hold.
     assert_eq!(index.hits(last), [Id(0)]);
     assert!(index.cut(AddressRange::new(20, 10).unwrap(), Id(2)));
     assert_eq!(index.hits(last), [Id(0)]);
@@ -270,7 +272,7 @@ fn ascending_insertion_fills_its_leaves() {
     }
     index.check();
     let full = index.leaves.nodes.len() * CAP;
-    assert!(full < 101_000, "{full} places for 100000 intervals");
+    assert!(full < 101_000, "{full} slots for 100000 intervals");
     assert!(index.heap_bytes() > 0);
     for id in 0..100_000 {
         assert!(index.cut(AddressRange::new(id * 8192, 4096).unwrap(), Id(id)));
@@ -285,15 +287,15 @@ fn ascending_insertion_fills_its_leaves() {
 fn removal_finds_what_was_moved_since_it_was_put_somewhere() {
     let mut index = IntervalIndex::new();
     let range = |id: u64| AddressRange::new(id % 500 * 16, 8).unwrap();
-    // From both ends to the middle, so that leaves are split and their intervals moved, then back
-    // again.
+    // From both ends to the middle, so that leaves are split and their intervals moved. The
+    // removals come in the same order.
     let ids: Vec<u64> = (0..250).flat_map(|id| [id, 499 - id]).collect();
     for &id in &ids {
         index.put(range(id), Id(id));
     }
     let stays = |id: u64| {
         let value = Value(range(id), Id(id));
-        let (leaf, at) = value.place().get();
+        let (leaf, at) = value.position().get();
         index.leaves.nodes.get(leaf).is_some_and(|leaf| leaf.values[at] == Some(value))
     };
     let evens = || ids.iter().copied().filter(|id| id.is_multiple_of(2));
@@ -322,183 +324,6 @@ fn what_comes_and_goes_does_not_make_the_index_grow() {
         assert!(index.hits(page(at)).is_empty());
     }
     index.check();
-    // It has not grown by what came and went.
+    // Insertion and removal in turn have not made the index grow.
     assert!(index.leaves.nodes.len() < 100, "{} leaves", index.leaves.nodes.len());
-}
-
-#[test]
-fn what_reached_far_is_forgotten_when_it_goes() {
-    let mut index = IntervalIndex::new();
-    for at in 0..20 {
-        index.put(AddressRange::new(at * 8192, 4096).unwrap(), Id(at));
-    }
-    let slack = |index: &IntervalIndex<Value>| index.leaves.nodes[index.root as usize].slack;
-    // Over nine others. One remembers where it was put, the other does not.
-    let long = AddressRange::new(3 * 8192 + 4096, 9 * 8192).unwrap();
-    for id in [Id(100), Id(101)] {
-        assert_eq!(slack(&index), 0);
-        index.put(long, id);
-        assert_eq!(slack(&index), 9 * 8192 - 4096);
-        assert!(index.cut(long, id));
-    }
-    assert_eq!(slack(&index), 0, "queries would look at ten intervals where one can overlap");
-    let longest = index.leaves.nodes[index.root as usize].longest;
-    assert_eq!(
-        longest, 4095,
-        "queries would ask the interval before a gap whether it reaches into it"
-    );
-}
-
-#[test]
-fn what_reached_into_other_leaves_is_forgotten_when_it_goes() {
-    let mut index = IntervalIndex::new();
-    for at in 0..200 {
-        index.put(AddressRange::new(at * 8192, 4096).unwrap(), Id(2 * at));
-    }
-    assert_eq!(index.height, 1, "several leaves");
-    // Behind each of them, over nine others. Behind the last one of a leaf nothing in that leaf is
-    // reached.
-    for at in 0..190 {
-        for id in [Id(1000), Id(1001)] {
-            let long = AddressRange::new(at * 8192 + 4096, 9 * 8192).unwrap();
-            index.put(long, id);
-            assert!(index.cut(long, id));
-            index.check();
-            let root = &index.inners.nodes[index.root as usize];
-            assert_eq!(root.slack, 0, "queries would look at two leaves where one is enough");
-        }
-    }
-}
-
-#[test]
-fn leaves_that_become_small_are_merged() {
-    let mut index = IntervalIndex::new();
-    let page = |at: u64| AddressRange::new(at * 4096, 4096).unwrap();
-    // All of them remember where they were put.
-    for at in 0..3200 {
-        index.put(page(at), Id(2 * at));
-    }
-    // What stays is the last of each leaf, which reaches furthest there.
-    for at in (0..3200).filter(|at| at % 32 != 31) {
-        assert!(index.cut(page(at), Id(2 * at)));
-    }
-    index.check();
-    let leaves = index.leaves.nodes.len() - index.leaves.free.len();
-    assert!(leaves <= 100 / LOW + 1, "{leaves} leaves for 100 intervals");
-}
-
-#[test]
-fn merged_leaves_know_what_is_long_and_what_reached_from_one_into_the_other() {
-    let page = |at: u64| AddressRange::new(at * 8192, 4096).unwrap();
-    let long = AddressRange::new(64 * 8192, 1 << 20).unwrap();
-    // Ascending insertion fills two leaves; the second ends with something long, and the first with
-    // something that reaches into the second.
-    let across = AddressRange::new(31 * 8192, 3 * 8192).unwrap();
-    for across in [None, Some(across)] {
-        let mut index = IntervalIndex::new();
-        let at_31 = across.unwrap_or(page(31));
-        for at in 0..63 {
-            index.put(if at == 31 { at_31 } else { page(at) }, Id(2 * at));
-        }
-        index.put(long, Id(2 * 63));
-        assert_eq!((index.height, index.leaves.nodes.len()), (1, 2));
-        for at in (0..31).chain(40..63) {
-            assert!(index.cut(page(at), Id(2 * at)));
-            index.check();
-        }
-        assert_eq!(index.height, 0, "they were merged");
-        assert_eq!(index.hits(AddressRange::new(long.last(), 1).unwrap()), [Id(2 * 63)]);
-        let end = AddressRange::new(at_31.last(), 1).unwrap();
-        assert_eq!(index.hits(end)[0], Id(2 * 31));
-    }
-}
-
-/// A few thousand pages, put in an order that goes back and forth, so that leaves are split
-/// everywhere.
-fn scattered(stride: impl Fn(u64) -> u64) -> (IntervalIndex<Value>, Vec<AddressRange>) {
-    let mut index = IntervalIndex::new();
-    let pages: Vec<_> = (0..5000).map(|at| AddressRange::new(stride(at), 4096).unwrap()).collect();
-    for id in 0..5000 {
-        index.put(pages[id as usize * 1009 % 5000], Id(id));
-    }
-    index.check();
-    (index, pages)
-}
-
-/// How many of the `pages` are in the leaf where a search is told to look first.
-fn foreseen(index: &IntervalIndex<Value>, pages: &[AddressRange]) -> usize {
-    let starts = |page: &AddressRange| {
-        index.leaves.at(index.likely_leaf(page.last())).starts.contains(&page.start())
-    };
-    pages.iter().filter(|page| starts(page)).count()
-}
-
-#[test]
-fn a_search_is_mostly_told_in_which_leaf_it_ends() {
-    let (index, pages) = scattered(|at| at * 8192);
-    // Known from the insertions already, but for leaves of which a quarter is told apart.
-    let known = foreseen(&index, &pages);
-    assert!(known > 4300, "{known} of 5000 after the insertions");
-    // Each search that was told wrong says where it ended.
-    for page in &pages {
-        index.only_leaf(*page).unwrap();
-        assert_eq!(foreseen(&index, &[*page]), 1, "{page:?} is looked for in vain twice");
-    }
-}
-
-#[test]
-fn a_search_is_told_where_to_look_beside_leaves_a_thousand_times_wider() {
-    let (index, pages) = scattered(|at| if at < 2500 { at * 8192 } else { (at - 2400) << 23 });
-    for at in 0..15_000 {
-        index.only_leaf(pages[at * 1009 % 5000]).unwrap();
-    }
-    // The wide ones have more parts than there are places, and leave the narrow ones theirs.
-    let known = foreseen(&index, &pages[..2500]);
-    assert!(known > 2000, "{known} of 2500 in the narrow ones");
-}
-
-#[test]
-fn a_search_is_told_where_to_look_in_regions_that_begin_at_multiples_of_great_powers_of_two() {
-    let (index, pages) = scattered(|at| ((at % 16) << 40) + at / 16 * 8192);
-    let known = foreseen(&index, &pages);
-    assert!(known > 3000, "{known} of 5000 after the insertions");
-}
-
-#[test]
-fn what_reaches_out_of_its_leaf_sends_searches_the_long_way_until_the_index_is_empty() {
-    let (mut index, pages) = scattered(|at| at * 8192);
-    assert_eq!(index.reach, 0);
-    let long = AddressRange::new(4096 * 2 + 8192 * 100, 8192 * 1000).unwrap();
-    index.put(long, Id(9999));
-    assert!(index.reach > 8192 * 900);
-    index.check();
-    assert_eq!(index.hits(AddressRange::new(long.last(), 1).unwrap()), [Id(9999)]);
-    assert!(index.cut(long, Id(9999)));
-    for (id, at) in (0..5000).map(|id| (id, id as usize * 1009 % 5000)) {
-        assert!(index.cut(pages[at], Id(id)));
-    }
-    assert_eq!((index.len(), index.reach), (0, 0));
-    index.put(pages[7], Id(10_000));
-    assert_eq!(index.hits(pages[7]), [Id(10_000)]);
-}
-
-#[test]
-fn leaves_that_share_what_they_hold_note_what_reaches_from_one_into_the_other() {
-    let mut index = IntervalIndex::new();
-    let page = |at: u64| AddressRange::new(at * 8192, 4096).unwrap();
-    // The twelfth interval of the second leaf reaches over the two behind it.
-    let long = AddressRange::new(43 * 8192, 3 * 8192).unwrap();
-    for at in 0..64 {
-        index.put(if at == 43 { long } else { page(at) }, Id(2 * at));
-    }
-    assert_eq!((index.height, index.leaves.nodes.len(), index.reach), (1, 2, 0));
-    // Seven of the first stay and get twelve of the second.
-    for at in 0..25 {
-        assert!(index.cut(page(at), Id(2 * at)));
-    }
-    assert_eq!((index.height, index.reach), (1, 2 * 8192));
-    index.check();
-    for at in [44, 45] {
-        assert_eq!(index.hits(page(at)), [Id(86), Id(2 * at)]);
-    }
 }

@@ -1,40 +1,42 @@
-//! What the index stores, and how it says where that is.
+//! The values that the index stores, and [`Position`], which says where one of them is.
 #![forbid(unsafe_code)]
 
 use super::Node;
 use super::node::CAP;
 use crate::range::AddressRange;
 
-/// What can name its place among equals.
+/// A value with an order among intervals that have the same start.
 pub(crate) trait Ordered: Copy + PartialEq {
-    /// Rises with each insertion; the order of intervals with one start.
+    /// Returns the order, which rises with each insertion.
     fn order(self) -> u64;
 }
 
-/// What the index stores: small, comparable, and able to name its interval.
+/// A value that the index can store: small, comparable, with an interval.
 pub(crate) trait Indexed: Ordered {
-    /// The interval, which does not change.
+    /// Returns the interval, which never changes.
     fn range(self) -> AddressRange;
 
-    /// Where the index put it, if it can remember that: a removal looks there first.
+    /// Returns where the index has put the value, if the value can store that. A removal looks
+    /// there first.
     #[inline]
-    fn place(self) -> Place {
-        Place::UNKNOWN
+    fn position(self) -> Position {
+        Position::UNKNOWN
     }
 
-    /// The index has put it there. It may be moved later without being told.
+    /// Stores where the index has put the value. The index may move the value later without another
+    /// call.
     #[inline]
-    fn set_place(self, _place: Place) {}
+    fn set_position(self, _position: Position) {}
 
-    /// Has the cache lines of `memory` fetched and does not wait for them, if it can, which it
-    /// says. A load that waits keeps what comes after it waiting, too.
+    /// Prefetches the cache lines of `memory` without waiting for them. Returns whether it can: the
+    /// default cannot, and a load instead would stall what follows it.
     #[inline]
     fn prefetch<T>(_memory: &T) -> bool {
         false
     }
 }
 
-/// A value that does not know its interval, with it.
+/// A value together with its interval, for values that do not store it.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) struct Ranged<T> {
     pub(crate) range: AddressRange,
@@ -53,30 +55,33 @@ impl<T: Ordered> Indexed for Ranged<T> {
     }
 }
 
-/// A leaf and a place in it.
+/// A leaf and a slot in it.
 #[derive(Clone, Copy, PartialEq)]
-pub(crate) struct Place(u32);
+pub(crate) struct Position(u32);
 
-impl Place {
-    /// In no leaf that there is.
+impl Position {
+    /// A position in no leaf.
     pub(crate) const UNKNOWN: Self = Self(u32::MAX);
 
-    /// A leaf whose number is too great for this is taken for another one, in which the interval is
-    /// not found.
+    /// Packs a leaf and a slot. A leaf number that does not fit wraps around. It then names another
+    /// leaf, where the value is not found, and the removal searches for it.
     #[inline]
     pub(super) fn new(leaf: Node, at: usize) -> Self {
         Self(leaf.wrapping_mul(CAP as u32) | at as u32)
     }
 
+    /// Returns the leaf and the slot.
     #[inline]
     pub(super) fn get(self) -> (usize, usize) {
         (self.0 as usize / CAP, self.0 as usize % CAP)
     }
 
+    /// Makes a position of the number that [`raw`](Self::raw) returned.
     pub(crate) fn from_raw(raw: u32) -> Self {
         Self(raw)
     }
 
+    /// Returns the position as a number.
     pub(crate) fn raw(self) -> u32 {
         self.0
     }

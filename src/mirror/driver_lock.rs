@@ -1,5 +1,6 @@
 //! The lock under which a driver's first pass zaps its mappings and its readers install them.
 
+use super::raw_lock::{RawGuard, RawLock};
 use crate::block::Waitable;
 use crate::notifier::{IntervalNotifier, Invalidation, Sequence};
 use crate::subscription::Subscription;
@@ -7,105 +8,6 @@ use core::fmt;
 use core::future::Future;
 use core::ops::{Deref, DerefMut};
 use core::time::Duration;
-
-#[cfg(feature = "std")]
-mod raw {
-    #[cfg(loom)]
-    use loom::sync as of;
-    #[cfg(shuttle)]
-    use shuttle::sync as of;
-    #[cfg(not(any(loom, shuttle)))]
-    use std::sync as of;
-
-    pub(super) type Mutex<T> = of::Mutex<T>;
-    pub(super) type Guard<'a, T> = of::MutexGuard<'a, T>;
-
-    pub(super) fn lock<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
-        // A panic in a first pass is resumed in the caller of the invalidation (C5): the lock need
-        // not tell of it again.
-        mutex.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-
-    pub(super) fn into_inner<T>(mutex: Mutex<T>) -> T {
-        mutex.into_inner().unwrap_or_else(std::sync::PoisonError::into_inner)
-    }
-}
-
-#[cfg(not(feature = "std"))]
-mod raw {
-    pub(super) type Mutex<T> = spin::mutex::SpinMutex<T>;
-    pub(super) type Guard<'a, T> = spin::mutex::SpinMutexGuard<'a, T>;
-
-    pub(super) fn lock<T>(mutex: &Mutex<T>) -> Guard<'_, T> {
-        mutex.lock()
-    }
-
-    pub(super) fn into_inner<T>(mutex: Mutex<T>) -> T {
-        mutex.into_inner()
-    }
-}
-
-/// Which thread holds a lock, so that one that waits for itself panics instead.
-mod holder {
-    // Model checkers run all their threads on one, and without `std` threads cannot be told apart.
-    #[cfg(all(feature = "std", not(any(loom, shuttle))))]
-    mod real {
-        use core::sync::atomic::{AtomicUsize, Ordering};
-
-        std::thread_local!(static HERE: u8 = const { 0 });
-
-        /// The address of something that each thread has; 0 while nobody holds the lock.
-        #[derive(Default)]
-        pub(crate) struct Holder(AtomicUsize);
-
-        fn here() -> usize {
-            HERE.with(|here| core::ptr::from_ref(here).addr())
-        }
-
-        impl Holder {
-            pub(crate) const fn new() -> Self {
-                Self(AtomicUsize::new(0))
-            }
-
-            #[inline]
-            pub(crate) fn is_here(&self) -> bool {
-                // Only this thread stores its own address, and clears it before the lock is free.
-                self.0.load(Ordering::Relaxed) == here()
-            }
-
-            #[inline]
-            pub(crate) fn take(&self) {
-                self.0.store(here(), Ordering::Relaxed);
-            }
-
-            #[inline]
-            pub(crate) fn clear(&self) {
-                self.0.store(0, Ordering::Relaxed);
-            }
-        }
-    }
-
-    #[cfg(not(all(feature = "std", not(any(loom, shuttle)))))]
-    mod real {
-        #[derive(Default)]
-        pub(crate) struct Holder;
-
-        impl Holder {
-            pub(crate) const fn new() -> Self {
-                Self
-            }
-
-            pub(crate) fn is_here(&self) -> bool {
-                false
-            }
-
-            pub(crate) fn take(&self) {}
-            pub(crate) fn clear(&self) {}
-        }
-    }
-
-    pub(crate) use real::Holder;
-}
 
 /// Protects the driver's device mappings `T`: the kernel's `user_lock`, with its rules built in.
 ///
@@ -116,34 +18,19 @@ mod holder {
 /// One lock may serve several subscriptions, such as all mirrored ranges of one GPU. A driver may
 /// use a lock of its own: see the guide's page [`retry_loop`](crate::docs::retry_loop).
 ///
-/// It blocks the thread, so hold it for short; with `std` it is the standard library's `Mutex` that
-/// ignores poisoning, without it a spin lock. A thread that waits for a lock that it holds itself
-/// panics (with `std`).
+/// It blocks the thread, so hold it for short. With `std` a waiting thread spins for some
+/// microseconds and then sleeps; without `std` it spins. A panic of the holder does not poison the
+/// lock. A thread that waits for a lock that it holds itself panics (with `std`).
 #[derive(Default)]
 pub struct DriverLock<T> {
-    holder: holder::Holder,
-    mutex: raw::Mutex<T>,
+    raw: RawLock<T>,
 }
 
 /// Gives access to the mappings of a [`DriverLock`] until it is dropped.
 ///
 /// Do not hold it across an await. With `std` it is not `Send`.
 #[must_use = "dropping the guard unlocks at once"]
-pub struct DriverGuard<'a, T> {
-    // Dropped first: before the lock is free.
-    _held: Held<'a>,
-    guard: raw::Guard<'a, T>,
-}
-
-/// Marks this thread as the holder of a lock until it is dropped.
-struct Held<'a>(&'a holder::Holder);
-
-impl Drop for Held<'_> {
-    #[inline]
-    fn drop(&mut self) {
-        self.0.clear();
-    }
-}
+pub struct DriverGuard<'a, T>(RawGuard<'a, T>);
 
 /// Tells that a mapping was not installed, because it was invalidated since `read_begin`.
 ///
@@ -267,18 +154,18 @@ impl<T> DriverLock<T> {
     /// Makes a lock around the driver's mappings.
     #[cfg(not(any(loom, shuttle)))]
     pub const fn new(mappings: T) -> Self {
-        Self { holder: holder::Holder::new(), mutex: raw::Mutex::new(mappings) }
+        Self { raw: RawLock::new(mappings) }
     }
 
     #[cfg(any(loom, shuttle))]
     #[allow(missing_docs, reason = "as above; the types of model checkers have no `const fn new`")]
     pub fn new(mappings: T) -> Self {
-        Self { holder: holder::Holder::new(), mutex: raw::Mutex::new(mappings) }
+        Self { raw: RawLock::new(mappings) }
     }
 
     /// Returns the mappings.
     pub fn into_inner(self) -> T {
-        raw::into_inner(self.mutex)
+        self.raw.into_inner()
     }
 
     /// Locks the mappings, to look at them or to remove some.
@@ -290,20 +177,16 @@ impl<T> DriverLock<T> {
     /// Panics if this thread holds the lock already (with `std`). Without `std` it spins for ever.
     #[inline]
     pub fn lock(&self) -> DriverGuard<'_, T> {
-        assert!(
-            !self.is_held_here(),
-            "this thread holds this driver lock already: drop the guard, or leave the closure, before it is locked again, \
-             also by a first pass that is called from here"
-        );
-        let guard = raw::lock(&self.mutex);
-        self.holder.take();
-        DriverGuard { _held: Held(&self.holder), guard }
+        match self.raw.lock() {
+            Some(guard) => DriverGuard(guard),
+            None => held_already(),
+        }
     }
 
     /// Returns whether this thread holds the lock. Always `false` without `std`.
     #[inline]
     pub(crate) fn is_held_here(&self) -> bool {
-        self.holder.is_here()
+        self.raw.is_held_here()
     }
 
     /// Locks in a first pass, and sets the notifier's own sequence.
@@ -470,19 +353,27 @@ impl<T> DriverLock<T> {
     }
 }
 
+#[cold]
+fn held_already() -> ! {
+    panic!(
+        "this thread holds this driver lock already: drop the guard, or leave the closure, before \
+         it is locked again, also by a first pass that is called from here"
+    )
+}
+
 impl<T> Deref for DriverGuard<'_, T> {
     type Target = T;
 
     #[inline]
     fn deref(&self) -> &T {
-        &self.guard
+        &self.0
     }
 }
 
 impl<T> DerefMut for DriverGuard<'_, T> {
     #[inline]
     fn deref_mut(&mut self) -> &mut T {
-        &mut self.guard
+        &mut self.0
     }
 }
 

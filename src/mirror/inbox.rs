@@ -1,6 +1,8 @@
 //! Drivers that are tasks or threads: invalidations as a stream (A).
 
 use crate::block::Waitable;
+use crate::engine::futures::read::ReadBegin;
+use crate::engine::futures::remove::Close;
 use crate::event::Event;
 use crate::foreign::{Losses, TaskWaker};
 use crate::mirror::consumers::wake;
@@ -13,7 +15,6 @@ use crate::space::{AddressSpace, InsertError};
 use crate::subscription::Subscription;
 use crate::sync::{Arc, Lock};
 use crate::tally::NotifierStats;
-use crate::{Close, ReadBegin};
 use alloc::borrow::Cow;
 use core::fmt;
 use core::future::Future;

@@ -7,5 +7,6 @@ mod consumers;
 pub(crate) mod delivery;
 pub(crate) mod driver_lock;
 pub(crate) mod inbox;
+mod raw_lock;
 pub(crate) mod recv;
 mod set;

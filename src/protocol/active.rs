@@ -1,4 +1,4 @@
-//! The active invalidations: those that have a place, and the crowd.
+//! The active invalidations: [`ActiveSet`], which keeps them in places and in the crowd.
 #![forbid(unsafe_code)]
 
 use super::own;
@@ -8,29 +8,33 @@ use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
-/// An active invalidation, with whatever its owner keeps beside it.
+/// An active invalidation, with the data `extra` that the owner of the protocol keeps beside it.
 pub(crate) struct Active<M, X> {
+    /// The range; of an invalidation of many ranges, from the first address to the last one.
     pub(crate) range: AddressRange,
-    /// The sequence that all its passes get; odd if it hit a notifier, meaningless otherwise.
+    /// The sequence that all passes of the invalidation get. Odd if the invalidation hit a
+    /// notifier, meaningless otherwise.
     pub(crate) sequence: u64,
-    /// The id with which it was started; 0 when it is not active.
+    /// The id with which the invalidation was started. 0 in a place that is free.
     id: u64,
-    /// Notifiers inserted since it started, which it covers but does not call (S5).
+    /// Notifiers that were inserted since the start. The invalidation covers them but does not call
+    /// them (S5).
     pub(super) late: Vec<M>,
     pub(crate) extra: X,
 }
 
 impl<M, X> Active<M, X> {
-    /// Tells this invalidation from an earlier one with the same id; rises with each start.
+    /// Returns the serial, which rises with each start.
     pub(crate) fn serial(&self) -> u64 {
         Id(self.id).serial()
     }
 
+    /// Returns whether this is an active invalidation and not a free place.
     fn is_live(&self) -> bool {
         self.id != 0
     }
 
-    /// Whether it is the invalidation `id`, and active.
+    /// Returns whether this is the invalidation `id`, and active.
     #[inline(always)]
     pub(super) fn is(&self, id: Id) -> bool {
         self.id == id.0
@@ -38,98 +42,108 @@ impl<M, X> Active<M, X> {
 }
 
 impl<M: Copy, X> Active<M, X> {
+    /// Returns the notifiers that were inserted since the start and are covered.
     pub(crate) fn late(&self) -> impl Iterator<Item = M> {
         self.late.iter().copied()
     }
 }
 
-/// Names an invalidation for ever: its serial, which rises with each start, and below that the
-/// place in which it was started.
+/// Names an invalidation. An id is never used again.
 ///
-/// It may be moved from there into the crowd, so the place says where to look first, and whether to
-/// believe its flag of first passes (`engine::calls`).
+/// The upper bits are the serial, which rises with each start. The lower [`PLACE_BITS`] are the
+/// place in which the invalidation was started. The invalidation may move from there into the
+/// crowd. So the place says only where to look first, and whether the flag of first passes counts
+/// (`engine::calls`).
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
 pub(crate) struct Id(pub(super) u64);
 
-/// Bits of an id for the place.
+/// Number of bits of an [`Id`] that hold the place.
 pub(super) const PLACE_BITS: u32 = 6;
 
 impl Id {
+    /// Puts an id together.
     pub(super) fn new(serial: u64, place: u32) -> Self {
         Self(serial << PLACE_BITS | u64::from(place))
     }
 
-    /// An id from its number.
+    /// Makes an id of the number that [`raw`](Self::raw) returned.
     #[inline(always)]
     pub(crate) fn from_raw(raw: u64) -> Self {
         Self(raw)
     }
 
+    /// Returns the id as a number.
     #[inline(always)]
     pub(crate) fn raw(self) -> u64 {
         self.0
     }
 
+    /// Returns the serial.
     #[inline(always)]
     pub(crate) fn serial(self) -> u64 {
         self.0 >> PLACE_BITS
     }
 
-    /// The place in which it was started, at least [`PLACES`] if it was started in the crowd or is
-    /// known to be there.
+    /// Returns the place in which the invalidation was started. It is [`PLACES`] if the
+    /// invalidation was started in the crowd or is known to be there.
     #[inline(always)]
     pub(crate) fn place(self) -> usize {
         (self.0 & ((1 << PLACE_BITS) - 1)) as usize
     }
 
-    /// Whether it was started in a place, and is not known to have been moved.
+    /// Returns whether the invalidation was started in a place and is not known to have moved.
     pub(crate) fn has_place(self) -> bool {
         self.place() < PLACES
     }
 
+    /// Returns the id of the same invalidation, known to be in the crowd.
     fn in_crowd(self) -> Self {
         Self::new(self.serial(), PLACES as u32)
     }
 }
 
-/// How many active invalidations have a place that is filled and used again where it lies.
+/// Number of active invalidations that have a place. A place is memory that is filled where it lies
+/// and used again.
 pub(crate) const PLACES: usize = if cfg!(test) { 4 } else { 32 };
 
 /// The active invalidations.
 ///
-/// The youngest have places; a map would move each in and out, and those copies stall on the stores
-/// just made and took a quarter of a short invalidation. When there is no place left the oldest
-/// that can be moved goes into the *crowd*: a map, so that what it took is free again when it has
-/// ended, and an interval index, so that what asks for those that overlap a range does not ask all.
-/// An invalidation that lasts is moved once; one that is short never is, however many last.
+/// The youngest invalidations have places. A map would copy each invalidation in and out, and these
+/// copies stall on the stores just made (measured: docs/measurements.md). If no place is free, the
+/// oldest invalidation that can be moved goes into the *crowd*. The crowd is a map, so that an
+/// invalidation that has ended leaves no memory behind. An interval index beside it finds the
+/// invalidations that overlap a range. A long invalidation is moved once. A short one is never
+/// moved, however many long ones are active.
 pub(crate) struct ActiveSet<M, X> {
     pub(super) places: Vec<Active<M, X>>,
-    pub(super) heads: Heads,
-    /// By serial.
+    pub(super) occupancy: Occupancy,
+    /// The invalidations without a place, by serial.
     pub(super) crowd: BTreeMap<u64, Box<Active<M, X>>>,
-    /// From the first address of each to its last.
+    /// The range of each invalidation in the crowd, from its first address to its last.
     crowd_ranges: IntervalIndex<Ranged<InCrowd>>,
-    /// Of those in the crowd that have gaps, the ranges. By serial.
+    /// The ranges of each invalidation of many ranges, by serial. All of these are in the crowd.
     sets: BTreeMap<u64, Set>,
-    /// How many may be active at once.
+    /// How many invalidations may be active at once.
     pub(super) most: u32,
 }
 
-/// The ranges of an invalidation of many.
+/// The ranges of an invalidation of many ranges.
 pub(super) struct Set {
     ranges: RangeSet,
-    /// Who is inserted from now on is not covered: what has changed is not seen any more (N4).
+    /// Notifiers inserted from now on are not covered: the changes have all happened, so a new
+    /// notifier sees the memory as it is now (N4).
     is_past: bool,
 }
 
-/// The places that are free, and how many invalidations are active.
-pub(super) struct Heads {
-    /// A bit for each place that exists and is free.
+/// Which places are free, and how many invalidations are active.
+pub(super) struct Occupancy {
+    /// One bit for each place that exists and is free.
     free: u32,
+    /// Number of active invalidations, with and without a place.
     pub(super) live: u32,
 }
 
-/// The serial of one in the crowd.
+/// The serial of an invalidation in the crowd.
 #[derive(Clone, Copy, PartialEq)]
 struct InCrowd(u64);
 
@@ -139,11 +153,12 @@ impl Ordered for InCrowd {
     }
 }
 
-/// What the owner of the protocol keeps beside an invalidation that has ended.
+/// The owner's data of an invalidation that has ended.
 pub(crate) enum Kept<'a, X> {
-    /// It stays for the next one in this place.
+    /// The data stays for the next invalidation in this place.
     InPlace(&'a mut X),
-    /// Nobody will use it again. With the ranges, if there were many, to be freed without a lock.
+    /// The data is not used again. The ranges come with it if there were many. Free both without a
+    /// lock.
     Gone(X, Option<RangeSet>),
 }
 
@@ -151,7 +166,7 @@ impl<M, X> ActiveSet<M, X> {
     pub(super) fn new() -> Self {
         Self {
             places: Vec::new(),
-            heads: Heads { free: 0, live: 0 },
+            occupancy: Occupancy { free: 0, live: 0 },
             crowd: BTreeMap::new(),
             crowd_ranges: IntervalIndex::new(),
             sets: BTreeMap::new(),
@@ -159,10 +174,12 @@ impl<M, X> ActiveSet<M, X> {
         }
     }
 
+    /// Returns how many invalidations are active.
     pub(crate) fn len(&self) -> usize {
-        self.heads.live as usize
+        self.occupancy.live as usize
     }
 
+    /// Returns the invalidation `id`, if it is active.
     pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
         match self.places.get(id.place()).filter(|active| active.is(id)) {
             None => self.crowd.get(&id.serial()).map(|active| &**active),
@@ -170,6 +187,7 @@ impl<M, X> ActiveSet<M, X> {
         }
     }
 
+    /// Returns the invalidation `id`, mutably, if it is active.
     pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut Active<M, X>> {
         match self.places.get_mut(id.place()).filter(|active| active.is(id)) {
             None => self.crowd.get_mut(&id.serial()).map(|active| &mut **active),
@@ -177,7 +195,8 @@ impl<M, X> ActiveSet<M, X> {
         }
     }
 
-    /// The id, with what is known of where the invalidation is.
+    /// Returns the id of the same invalidation with the place that it has now. The place is
+    /// [`PLACES`] if it is in the crowd.
     pub(crate) fn located(&self, id: Id) -> Id {
         if self.places.get(id.place()).is_some_and(|active| active.is(id)) {
             id
@@ -186,6 +205,7 @@ impl<M, X> ActiveSet<M, X> {
         }
     }
 
+    /// Returns the active invalidations.
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Id, &Active<M, X>)> {
         let in_places = (0..).zip(&self.places).filter(|(_, active)| active.is_live());
         in_places.map(|(place, active)| (Id::new(active.serial(), place), active)).chain(
@@ -193,6 +213,7 @@ impl<M, X> ActiveSet<M, X> {
         )
     }
 
+    /// Returns the active invalidations, mutably.
     pub(crate) fn iter_mut(&mut self) -> impl Iterator<Item = (Id, &mut Active<M, X>)> {
         let in_places = (0..).zip(&mut self.places).filter(|(_, active)| active.is_live());
         in_places.map(|(place, active)| (Id::new(active.serial(), place), active)).chain(
@@ -202,8 +223,8 @@ impl<M, X> ActiveSet<M, X> {
         )
     }
 
-    /// Whether one of those that overlap `range` is as `wanted`. Looks at no more than [`PLACES`]
-    /// others.
+    /// Returns whether an active invalidation that overlaps `range` is `wanted`. Looks at no more
+    /// than [`PLACES`] invalidations that do not overlap it.
     pub(crate) fn any_overlapping(
         &self,
         range: AddressRange,
@@ -225,7 +246,8 @@ impl<M, X> ActiveSet<M, X> {
         any
     }
 
-    /// Those that cover who is inserted into `range`.
+    /// Calls `each` with the active invalidations that cover a notifier inserted for `range` (S5,
+    /// N4).
     pub(super) fn for_overlapping(
         &mut self,
         range: AddressRange,
@@ -248,18 +270,19 @@ impl<M, X> ActiveSet<M, X> {
         }
     }
 
-    /// The ranges of each invalidation of many ranges, by serial.
+    /// Returns the ranges of each invalidation of many ranges, by serial.
     pub(crate) fn sets(&self) -> BTreeMap<u64, RangeSet> {
         self.sets.iter().map(|(serial, set)| (*serial, set.ranges.clone())).collect()
     }
 
-    /// Whether one that overlaps `range` from its first address to its last does so in truth.
+    /// Returns whether invalidation `id` overlaps `range` with one of its ranges and not only with
+    /// a gap. The hull of its ranges must overlap `range`.
     pub(crate) fn overlaps(&self, id: Id, range: AddressRange) -> bool {
         overlaps_set(&self.sets, id.serial(), range)
     }
 
-    /// A place that was free and is live now, made or vacated if there was none, or one in the
-    /// crowd. `first` is the id that it would have in place 0.
+    /// Adds an active invalidation of `range`: in a free place, in a place that is made or vacated
+    /// for it, or else in the crowd. `first` is the id that it would have in place 0.
     #[inline(always)]
     pub(super) fn take(
         &mut self,
@@ -270,20 +293,24 @@ impl<M, X> ActiveSet<M, X> {
     where
         X: Default,
     {
-        if self.heads.free == 0 && !self.make_room(is_movable) {
+        if self.occupancy.free == 0 && !self.make_room(is_movable) {
             return self.take_in_crowd(Id(first).serial(), range);
         }
-        let place = self.heads.free.trailing_zeros();
+        let place = self.occupancy.free.trailing_zeros();
         let active = &mut self.places[place as usize];
         let id = Id(first | u64::from(place));
         active.range = range;
         active.id = id.0;
-        self.heads.free &= self.heads.free - 1;
-        self.heads.live += 1;
+        self.occupancy.free &= self.occupancy.free - 1;
+        self.occupancy.live += 1;
         (id, active)
     }
 
-    /// Sees to it that there is a free place. Returns whether there is one.
+    /// Makes a free place: adds one, or moves the oldest movable invalidation to the crowd. Returns
+    /// whether there is one.
+    ///
+    /// # Panics
+    /// When one more invalidation would be more than can be counted. Nothing has changed then.
     #[cold]
     #[inline(never)]
     fn make_room(&mut self, is_movable: impl Fn(Id) -> bool) -> bool
@@ -291,7 +318,7 @@ impl<M, X> ActiveSet<M, X> {
         X: Default,
     {
         if self.places.len() < PLACES {
-            self.heads.free = 1 << self.places.len();
+            self.occupancy.free = 1 << self.places.len();
             self.places.push(Active::new(AddressRange::ALL, Id(0)));
             return true;
         }
@@ -306,34 +333,35 @@ impl<M, X> ActiveSet<M, X> {
             &mut self.places[place as usize],
             Active::new(AddressRange::ALL, Id(0)),
         );
-        self.heads.free = 1 << place;
+        self.occupancy.free = 1 << place;
         self.crowd_ranges.insert(Ranged { range: active.range, value: InCrowd(active.serial()) });
         self.crowd.insert(active.serial(), Box::new(active));
         true
     }
 
-    /// Panics before anything has changed if one more would be more than can be counted.
+    /// Panics if one more invalidation would be more than can be counted.
     pub(super) fn assert_room(&self) {
         assert!(
-            self.heads.live < self.most,
+            self.occupancy.live < self.most,
             "{} invalidations are active at once: drop the guards of those that have ended",
-            self.heads.live
+            self.occupancy.live
         );
     }
 
+    /// Adds an active invalidation of `range` to the crowd.
     #[cold]
     #[inline(never)]
     fn take_in_crowd(&mut self, serial: u64, range: AddressRange) -> (Id, &mut Active<M, X>)
     where
         X: Default,
     {
-        self.heads.live += 1;
+        self.occupancy.live += 1;
         self.crowd_ranges.insert(Ranged { range, value: InCrowd(serial) });
         let id = Id::new(serial, PLACES as u32);
         (id, self.crowd.entry(serial).or_insert_with(|| Box::new(Active::new(range, id))))
     }
 
-    /// One in the crowd, live, that has gaps.
+    /// Adds an active invalidation of many ranges to the crowd.
     pub(super) fn take_set_in_crowd(
         &mut self,
         serial: u64,
@@ -347,18 +375,18 @@ impl<M, X> ActiveSet<M, X> {
         self.take_in_crowd(serial, set.hull())
     }
 
-    /// The ranges of one that leaves the crowd, if it has many.
+    /// Removes and returns the ranges of an invalidation that leaves the crowd, if it has many.
     pub(super) fn take_set(&mut self, id: Id) -> Option<RangeSet> {
         self.sets.remove(&id.serial()).map(|set| set.ranges)
     }
 
-    /// Takes one out of the crowd.
+    /// Removes invalidation `id` from the crowd.
     pub(super) fn leave_crowd(&mut self, id: Id) -> Option<Box<Active<M, X>>> {
         let active = self.crowd.remove(&id.serial())?;
         self.crowd_ranges.remove(Ranged { range: active.range, value: InCrowd(id.serial()) });
-        self.heads.live -= 1;
+        self.occupancy.live -= 1;
         if self.crowd.is_empty() {
-            // Also the memory of the index.
+            // This also frees the memory of the index.
             self.crowd_ranges = IntervalIndex::new();
         }
         Some(active)
@@ -366,21 +394,23 @@ impl<M, X> ActiveSet<M, X> {
 }
 
 impl<M, X: Default> Active<M, X> {
+    /// Makes an invalidation that has not started, or a free place if `id` is 0.
     pub(super) fn new(range: AddressRange, id: Id) -> Self {
         Self { range, sequence: 0, id: id.0, late: Vec::new(), extra: X::default() }
     }
 }
 
-/// Whether one of the ranges of an invalidation in the crowd overlaps `range`, which its hull does.
+/// Returns whether one of the ranges of an invalidation in the crowd overlaps `range`. Its hull
+/// must overlap `range`.
 fn overlaps_set(sets: &BTreeMap<u64, Set>, serial: u64, range: AddressRange) -> bool {
     sets.get(&serial).is_none_or(|set| set.ranges.overlaps(range))
 }
 
-/// The place of an invalidation is free again. Returns how many remain active.
+/// Frees the place of invalidation `id`. Returns how many invalidations remain active.
 #[inline(always)]
-pub(super) fn release<M, X>(active: &mut Active<M, X>, heads: &mut Heads, id: Id) -> u32 {
+pub(super) fn release<M, X>(active: &mut Active<M, X>, occupancy: &mut Occupancy, id: Id) -> u32 {
     active.id = 0;
-    heads.free |= 1 << id.place();
-    heads.live -= 1;
-    heads.live
+    occupancy.free |= 1 << id.place();
+    occupancy.live -= 1;
+    occupancy.live
 }

@@ -1,4 +1,4 @@
-//! An invalidation of many ranges at once (N1 to N4).
+//! The start of an invalidation of many ranges at once (N1 to N4).
 #![forbid(unsafe_code)]
 
 use super::{Id, Member, PLACE_BITS, PLACES, Protocol, Started, cover_one};
@@ -6,8 +6,11 @@ use crate::range::RangeSet;
 use alloc::vec::Vec;
 
 impl<M: Member, X: Default> Protocol<M, X> {
-    /// [`start`](Self::start) for all ranges of `set`. It is in the crowd from the beginning, which
-    /// knows of gaps; places do not. `is_past`: it does not cover who is inserted from now on (N4).
+    /// Starts an invalidation of all ranges of `set`; `fill` and `hits` are those of
+    /// [`start`](Self::start). With `is_past` it does not cover notifiers that are inserted from
+    /// now on (N4).
+    ///
+    /// The invalidation is in the crowd from the beginning. A place has no room for gaps.
     pub(crate) fn start_set(
         &mut self,
         set: &RangeSet,
@@ -25,7 +28,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
         debug_assert!(hits.is_empty(), "an invalidation that has ended left its hits");
         let mut sequence = *current | 1;
         if index.len() < set.len() {
-            // Fewer notifiers than ranges.
+            // There are fewer notifiers than ranges: one search, which skips those in gaps.
             sequence = index.search(set.hull(), sequence, |sequence, member| {
                 if !set.overlaps(member.range()) {
                     return sequence;
@@ -34,8 +37,8 @@ impl<M: Member, X: Default> Protocol<M, X> {
                 cover_one(member, *current, sequence)
             });
         } else {
-            // Those that begin in front of a gap or in it were found by the range before the gap,
-            // if at all.
+            // One search for each range. A notifier that overlaps this range and begins at or
+            // before the end of the previous one overlaps that one, too. It was found there.
             let mut found_to = None;
             for range in set.iter() {
                 sequence = index.search(*range, sequence, |sequence, member| {

@@ -1,68 +1,74 @@
-//! What the protocol keeps of each notifier: its own sequence and who covers it.
+//! [`Own`]: what the protocol keeps of each notifier, its own sequence and its covers.
 #![forbid(unsafe_code)]
 
-use crate::index::Place;
+use crate::index::Position;
 use crate::sync::{AtomicU32, AtomicU64, Ordering};
 
-/// A notifier's own sequence, how many active invalidations cover it, and what the owner of the
-/// protocol marks it with.
+/// A notifier's own sequence, the number of active invalidations that cover it, and its marks.
 ///
-/// Own sequences are always odd (S5, S2), so the lowest bit is free to say whether the notifier is
-/// covered: a reader learns in one load what its sequence is and whether it has to wait (R3). These
-/// are atomics because readers look at them without a lock; they are *written* only by the owner of
-/// the protocol (`&mut Protocol`) and by `set_seq` in a first pass, during which the notifier is
-/// covered and the protocol leaves the word alone. So the protocol needs no read-modify-write;
-/// `set_seq`, which may run in two first passes at the same time, does.
+/// Own sequences are always odd (S5, S2). So the lowest bit is free to say whether the notifier is
+/// covered, and one load tells a reader its sequence and whether it has to wait (R3).
+///
+/// The fields are atomics because readers load them without a lock. They have two writers:
+///
+/// - The owner of the protocol (`&mut Protocol`, so under the space's lock). It needs no
+///   read-modify-write.
+/// - `set_seq` in a first pass. The notifier is covered then, and the protocol does not write the
+///   word of a covered notifier. `set_seq` may run in two first passes at the same time, so it is a
+///   read-modify-write.
 #[derive(Debug)]
 pub(crate) struct Own {
-    /// The sequence while no active invalidation covers the notifier; the sequence less one while
-    /// one does, or when the notifier is [`CLOSED`]: then a reader has to look more closely.
-    word: AtomicU64,
-    /// How many active invalidations cover the notifier, in steps of [`COVER`], and below that the
-    /// marks. In one word, so that the end of an invalidation sees in one comparison that there is
-    /// nothing to be told.
-    covering: AtomicU32,
+    /// The own sequence while no active invalidation covers the notifier. The own sequence less one
+    /// while one does, or if the notifier is [`CLOSED`]. A reader then takes its slow path.
+    pub(super) word: AtomicU64,
+    /// The number of active invalidations that cover the notifier, in steps of [`COVER`], and the
+    /// marks below that. One word, so that the end of an invalidation needs one comparison to see
+    /// that there is nothing to notify.
+    pub(super) covering: AtomicU32,
     /// Where the index has put the notifier. Read and written by the owner of the protocol only.
-    place: AtomicU32,
-    /// Which driver lock the sequence was set under; 0 before, [`SEVERAL`] once it was under
-    /// another one, too. For the check that readers take one that the first pass takes.
+    position: AtomicU32,
+    /// The driver lock under which the sequence was set. 0 before the first time, [`SEVERAL`] after
+    /// a second lock. Used to check that readers take a lock that the first pass takes.
     #[cfg(debug_assertions)]
     driver_lock: AtomicU32,
-    /// Checks until one is forced to fail; 0 when none is. Nothing to the protocol; it stands here
-    /// because there is room.
+    /// Checks until one is forced to fail; 0 when none is. The protocol does not use it. It is here
+    /// because this struct has room for it.
     #[cfg(feature = "test-util")]
     pub(crate) collide_on: AtomicU32,
 }
 
-const UNCOVERED: u64 = 1;
+/// In [`Own::word`]: the notifier is neither covered nor closed.
+pub(super) const UNCOVERED: u64 = 1;
 
 /// One active invalidation in [`Own::covering`].
-const COVER: u32 = 32;
-/// As many invalidations as may be active at once: with one more, [`Own::covering`] could wrap.
+pub(super) const COVER: u32 = 32;
+/// Largest number of active invalidations. With one more, [`Own::covering`] could wrap.
 pub(super) const MOST_ACTIVE: u32 = u32::MAX / COVER - 1;
-/// A mark of a notifier: the end of an invalidation is to tell when nothing covers it any more.
+/// Mark: the end of an invalidation reports the notifier when nothing covers it any more (R1).
 pub(crate) const WATCHED: u32 = 1;
-/// A mark of a notifier: no sequence of it is good for anything any more.
-const CLOSED: u32 = 2;
-/// Marks whose meaning is the owner's.
+/// Mark: the notifier is closed. `read_retry` is `true` for every sequence of it.
+pub(super) const CLOSED: u32 = 2;
+/// Marks whose meaning the owner of the protocol defines.
 pub(crate) const MARKS: [u32; 3] = [4, 8, 16];
 
-/// In [`Own::driver_lock`]: the first pass takes more than one.
+/// In [`Own::driver_lock`]: the first pass takes more than one lock.
 #[cfg(debug_assertions)]
 const SEVERAL: u32 = 1;
 
-/// Enough of an address to tell two locks apart; neither 0 nor [`SEVERAL`].
+/// Returns enough bits of an address to tell two locks apart. The result is neither 0 nor
+/// [`SEVERAL`].
 #[cfg(debug_assertions)]
 fn short(address: usize) -> u32 {
     (address >> 2) as u32 | 1 << 31
 }
 
 impl Own {
+    /// Creates the state of a notifier that has not been inserted.
     pub(crate) fn new() -> Self {
         Self {
             word: AtomicU64::new(UNCOVERED),
             covering: AtomicU32::new(0),
-            place: AtomicU32::new(Place::UNKNOWN.raw()),
+            position: AtomicU32::new(Position::UNKNOWN.raw()),
             #[cfg(debug_assertions)]
             driver_lock: AtomicU32::new(0),
             #[cfg(feature = "test-util")]
@@ -70,17 +76,20 @@ impl Own {
         }
     }
 
+    /// Returns where the index has put the notifier.
     #[inline]
-    pub(crate) fn place(&self) -> Place {
-        Place::from_raw(self.place.load(Ordering::Relaxed))
+    pub(crate) fn position(&self) -> Position {
+        Position::from_raw(self.position.load(Ordering::Relaxed))
     }
 
+    /// Stores where the index has put the notifier.
     #[inline]
-    pub(crate) fn set_place(&self, place: Place) {
-        self.place.store(place.raw(), Ordering::Relaxed);
+    pub(crate) fn set_position(&self, position: Position) {
+        self.position.store(position.raw(), Ordering::Relaxed);
     }
 
-    /// Notes under which lock the first pass set the sequence (debug builds).
+    /// Stores the address of the lock under which the first pass set the sequence. Does nothing in
+    /// release builds.
     #[inline]
     pub(crate) fn note_driver_lock(&self, _address: usize) {
         #[cfg(debug_assertions)]
@@ -92,14 +101,14 @@ impl Own {
         }
     }
 
-    /// Whether a first pass of an invalidation with `sequence`, or a later one, has set it.
+    /// Returns whether the own sequence is `sequence` or a later one: a first pass has set it.
     #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
     pub(crate) fn has_reached(&self, sequence: u64) -> bool {
         (sequence.wrapping_sub(self.sequence())).cast_signed() <= 0
     }
 
-    /// Whether a reader that holds the lock at `_address` is safe from the first pass; always
-    /// `true` in release builds.
+    /// Returns whether a reader that holds the lock at `_address` excludes the first pass, as far
+    /// as is known. Always `true` in release builds.
     #[inline]
     pub(crate) fn is_driver_lock(&self, _address: usize) -> bool {
         #[cfg(debug_assertions)]
@@ -111,70 +120,58 @@ impl Own {
         true
     }
 
-    /// The notifier's own sequence (R2).
+    /// Returns the notifier's own sequence (R2).
     #[inline]
     pub(crate) fn sequence(&self) -> u64 {
         self.word.load(Ordering::Acquire) | UNCOVERED
     }
 
-    /// The own sequence if no active invalidation covers the notifier at this moment (R1, R3), and
-    /// it is not closed.
+    /// Returns the own sequence if no active invalidation covers the notifier at this moment (R1,
+    /// R3) and it is not closed.
     #[inline]
     pub(crate) fn stable_sequence(&self) -> Option<u64> {
         let word = self.word.load(Ordering::Acquire);
         (word & UNCOVERED != 0).then_some(word)
     }
 
-    /// Whether the notifier has this own sequence, is not closed, and no active invalidation covers
-    /// it.
+    /// Returns whether the own sequence is `sequence`, the notifier is not closed, and no active
+    /// invalidation covers it.
     #[inline]
     pub(crate) fn is_stable_at(&self, sequence: u64) -> bool {
         self.word.load(Ordering::Acquire) == sequence
     }
 
-    /// Whether a reader that began with `sequence` has to start over (R2): the notifier has another
-    /// one by now, or is closed.
+    /// Returns whether a reader that began with `sequence` has to start over (R2): the own sequence
+    /// has changed, or the notifier is closed.
     pub(crate) fn is_past(&self, sequence: u64) -> bool {
         self.sequence() != sequence || self.is_closed()
     }
 
-    /// From now on readers of the notifier start over whatever sequence they have. Only the owner
-    /// of the protocol; may be called again.
+    /// Closes the notifier: readers start over from now on, whatever sequence they have. Only the
+    /// owner of the protocol calls this. A second call has no effect.
     pub(crate) fn close(&self) {
         self.mark(CLOSED, true);
         if !self.is_covered() {
-            // While it is covered a first pass may set the sequence, and the word says already what
-            // it is to say.
+            // While the notifier is covered, a first pass may store the word, and its lowest bit is
+            // clear already.
             self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Release);
         }
     }
 
-    /// Quick form of [`close`](Self::close), with these marks, for a notifier that no active
-    /// invalidation covers and that has no mark; otherwise does nothing and returns `false`.
-    #[inline(always)]
-    pub(crate) fn quick_close(&self, marks: u32) -> bool {
-        let plain = self.covering.load(Ordering::Relaxed) == 0;
-        if plain {
-            self.covering.store(CLOSED | marks, Ordering::Relaxed);
-            self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Release);
-        }
-        plain
-    }
-
+    /// Returns whether the notifier is closed.
     #[inline]
     pub(crate) fn is_closed(&self) -> bool {
         self.is_marked(CLOSED)
     }
 
-    /// S4: called in a first pass.
+    /// Sets the own sequence in a first pass (S4).
     ///
-    /// Never goes back: of two invalidations whose first passes reach a notifier in the other order
-    /// than they started, the later sequence stays. Otherwise a third invalidation could give the
-    /// later one out again (S6).
+    /// The sequence never goes back. If the first passes of two invalidations reach a notifier in
+    /// the reverse order of their starts, the later sequence stays. Otherwise a third invalidation
+    /// could give the later sequence out again (S6).
     ///
-    /// A read-modify-write, because two first passes of one notifier may run at the same time and
-    /// their driver need not hold the same lock in both: a load and a store could each come between
-    /// those of the other.
+    /// This is a read-modify-write. Two first passes of one notifier may run at the same time, and
+    /// the driver need not hold the same lock in both.
     #[inline]
     pub(crate) fn set(&self, sequence: u64) {
         let mut word = self.word.load(Ordering::Relaxed);
@@ -191,17 +188,18 @@ impl Own {
         }
     }
 
+    /// Returns whether an active invalidation covers the notifier.
     pub(crate) fn is_covered(&self) -> bool {
         self.covering.load(Ordering::Relaxed) >= COVER
     }
 
-    /// Whether any of `marks` is set.
+    /// Returns whether any of `marks` is set.
     #[inline]
     pub(crate) fn is_marked(&self, marks: u32) -> bool {
         self.covering.load(Ordering::Relaxed) & marks != 0
     }
 
-    /// Sets or takes away `marks`; only the owner of the protocol.
+    /// Sets or clears `marks`. Only the owner of the protocol calls this.
     #[inline]
     pub(crate) fn mark(&self, marks: u32, set: bool) {
         debug_assert!(marks < COVER);
@@ -209,15 +207,15 @@ impl Own {
         self.covering.store(if set { before | marks } else { before & !marks }, Ordering::Relaxed);
     }
 
-    /// The first word of a notifier that has just been inserted (S5): its sequence, less one if it
-    /// is covered already.
+    /// Stores the first word of a notifier that is being inserted (S5): its own sequence, less one
+    /// if it is covered already.
     #[inline]
     pub(super) fn begin(&self, word: u64) {
         debug_assert_eq!(word & UNCOVERED == 0, self.is_covered());
         self.word.store(word, Ordering::Release);
     }
 
-    /// One more invalidation covers the notifier. Returns the own sequence if it is the first.
+    /// Adds one cover. Returns the own sequence if it is the first cover.
     #[inline]
     pub(super) fn cover(&self) -> Option<u64> {
         let covering = self.covering.load(Ordering::Relaxed);
@@ -229,8 +227,8 @@ impl Own {
         })
     }
 
-    /// One less covers it. If it was the last, returns the marks: somebody may have to be told of a
-    /// moment at which nothing covers the notifier (R1).
+    /// Removes one cover. If it was the last one, returns the marks: nothing covers the notifier at
+    /// this moment, which a waiter may have to be notified of (R1). Otherwise returns 0.
     #[inline(always)]
     pub(super) fn uncover(&self) -> u32 {
         let covering = self.covering.load(Ordering::Relaxed) - COVER;
@@ -243,21 +241,7 @@ impl Own {
         0
     }
 
-    /// Quick form of [`uncover`](Self::uncover) for a notifier without marks; otherwise does
-    /// nothing and returns `false`.
-    #[inline(always)]
-    pub(super) fn quick_uncover(&self) -> bool {
-        let covering = self.covering.load(Ordering::Relaxed) - COVER;
-        if !covering.is_multiple_of(COVER) {
-            return false;
-        }
-        self.covering.store(covering, Ordering::Relaxed);
-        if covering == 0 {
-            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);
-        }
-        true
-    }
-
+    /// Ends the last cover of a notifier that has `marks`. The word of a closed one stays as it is.
     #[cold]
     #[inline(never)]
     fn uncover_marked(&self, marks: u32) -> u32 {

@@ -1,14 +1,15 @@
-//! The state machine against the rules, written down as naively as the contract says them.
+//! The state machine against a naive model of the rules of the contract, with the quick forms and
+//! without them.
 
 use super::*;
-use crate::index::{Ordered, Place};
+use crate::index::{Ordered, Position};
 use crate::range::RangeSet;
 use proptest::prelude::*;
 use std::boxed::Box;
 use std::vec;
 use std::vec::Vec;
 
-/// A notifier of the tests: leaked, so that it is `Copy`.
+/// A notifier of the tests. It is leaked, so that it is `Copy`.
 #[derive(Clone, Copy)]
 struct Test(&'static (Own, u64, AddressRange));
 
@@ -29,12 +30,12 @@ impl Indexed for Test {
         self.0.2
     }
 
-    fn place(self) -> Place {
-        self.own().place()
+    fn position(self) -> Position {
+        self.own().position()
     }
 
-    fn set_place(self, place: Place) {
-        self.own().set_place(place);
+    fn set_position(self, position: Position) {
+        self.own().set_position(position);
     }
 }
 
@@ -44,7 +45,7 @@ impl Member for Test {
     }
 }
 
-/// One notifier as the contract speaks of it.
+/// One notifier as the contract describes it.
 struct Model {
     range: AddressRange,
     member: Test,
@@ -64,7 +65,8 @@ struct Running {
 enum Op {
     Insert(u64, u64),
     Remove(prop::sample::Index),
-    /// Start, of one range or many; the bits say which hits set their sequence (S4).
+    /// Starts an invalidation of one range or many. The bits say which hits set their sequence
+    /// (S4).
     Start(Vec<(u64, u64)>, u8),
     End(prop::sample::Index),
 }
@@ -73,13 +75,15 @@ fn op() -> impl Strategy<Value = Op> {
     prop_oneof![
         3 => (0..30u64, 1..12u64).prop_map(|(start, len)| Op::Insert(start, len)),
         1 => any::<prop::sample::Index>().prop_map(Op::Remove),
-        3 => (0..40u64, 1..12u64, any::<u8>()).prop_map(|(start, len, sets)| Op::Start(vec![(start, len)], sets | 0x33)),
-        2 => (prop::collection::vec((0..42u64, 1..5u64), 2..12), any::<u8>()).prop_map(|(ranges, sets)| Op::Start(ranges, sets | 0x32)),
+        3 => (0..40u64, 1..12u64, any::<u8>())
+            .prop_map(|(start, len, sets)| Op::Start(vec![(start, len)], sets | 0x33)),
+        2 => (prop::collection::vec((0..42u64, 1..5u64), 2..12), any::<u8>())
+            .prop_map(|(ranges, sets)| Op::Start(ranges, sets | 0x32)),
         4 => any::<prop::sample::Index>().prop_map(Op::End),
     ]
 }
 
-/// What the protocol and the model say of one notifier, side by side.
+/// Compares what the protocol and the model say of each notifier.
 fn compare(
     model: &[Model],
     protocol: &Protocol<Test, Vec<Test>>,
@@ -90,7 +94,7 @@ fn compare(
         let own = notifier.member.own();
         prop_assert_eq!(own.sequence(), notifier.own);
         prop_assert_eq!(own.is_covered(), !notifier.covered_by.is_empty());
-        // Those that were taken out were closed before.
+        // Removed notifiers were closed before.
         let stable = notifier.covered_by.is_empty() && notifier.registered;
         prop_assert_eq!(own.stable_sequence(), stable.then_some(notifier.own));
         prop_assert_eq!(own.is_past(notifier.own), !notifier.registered);
@@ -107,8 +111,8 @@ fn cases(default: u32) -> ProptestConfig {
     ProptestConfig { failure_persistence: None, ..ProptestConfig::with_cases(cases) }
 }
 
-/// Runs `ops` with the quick ways where they are possible, or only the plain ones, which are their
-/// specification.
+/// Runs `ops` on the protocol and on the model, and compares them. With `quick` it uses the quick
+/// forms where they apply, and without it only the plain functions, which are their specification.
 fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
     let mut protocol = Protocol::<Test, Vec<Test>>::new(first);
     let mut sequence = first;
@@ -120,8 +124,8 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
             Op::Insert(start, len) => {
                 let range = AddressRange::new(start, len).unwrap();
                 let member = Test(Box::leak(Box::new((Own::new(), order, range))));
-                // Every other one is of interest to somebody; every third carries marks, which mean
-                // nothing to the protocol.
+                // Every other notifier is watched. Every third has a mark that the protocol does
+                // not interpret.
                 member.own().mark(WATCHED, order % 2 == 0);
                 member.own().mark(MARKS[order as usize % MARKS.len()], order % 3 == 0);
                 protocol.insert(member);
@@ -156,15 +160,28 @@ fn run(first: u64, ops: &[Op], quick: bool) -> Result<(), TestCaseError> {
                     of.iter().map(|(start, len)| AddressRange::new(*start, *len).unwrap()),
                 )
                 .unwrap();
+                let mut plain = None;
                 let started = match set[..] {
                     // Some may be moved into the crowd, and some not.
                     [range] => {
+                        if quick {
+                            // The specification of `quick::cover`, undone before the start.
+                            let mut hits = vec![];
+                            let sequence =
+                                cover(&protocol.index, protocol.sequence, range, &mut hits);
+                            hits.iter().for_each(|member| _ = member.own().uncover());
+                            plain = Some((sequence, hits));
+                        }
                         protocol.start(range, |id| id.serial() % 3 != 0, |_, _| (), |hits| hits)
                     }
                     _ => protocol.start_set(&set, sets % 2 == 0, |_, _| (), |hits| hits),
                 };
                 let hits = core::mem::take(started.extra);
                 prop_assert_eq!(started.hit, !hits.is_empty());
+                if let Some((sequence, plain)) = plain {
+                    prop_assert!(hits == plain, "the quick cover found other hits");
+                    prop_assert!(!started.hit || started.sequence == sequence);
+                }
                 let started = (started.id, started.sequence);
                 let serial = protocol.last_serial();
                 let mut expected: Vec<_> = model
@@ -303,7 +320,7 @@ fn a_later_sequence_is_not_set_back_by_an_earlier_invalidation() {
     own.set(5);
     assert_eq!(own.sequence(), 7);
     own.set(u64::MAX);
-    assert_eq!(own.sequence(), 7, "that is before 7, around the end of the numbers");
+    assert_eq!(own.sequence(), 7, "u64::MAX is before 7: sequences wrap");
 }
 
 #[test]

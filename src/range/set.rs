@@ -1,4 +1,4 @@
-//! Many ranges at once.
+//! [`RangeSet`]: many ranges at once.
 #![forbid(unsafe_code)]
 
 use super::{AddressRange, RangeError};
@@ -7,10 +7,11 @@ use alloc::vec::Vec;
 use core::fmt;
 use core::ops::Deref;
 
-/// A non-empty set of addresses, as ranges that are sorted and neither overlap nor touch: what one
-/// [invalidation of many ranges](crate::AddressSpace::invalidate_all) covers.
+/// Holds a non-empty set of addresses, as sorted ranges that neither overlap nor touch.
 ///
-/// Dereferences to the slice of its ranges. A clone shares their memory.
+/// One [invalidation of many ranges](crate::AddressSpace::invalidate_all) covers such a set (rule
+/// [N1](crate::docs::contract)). It dereferences to the slice of its [`AddressRange`]s. A clone
+/// shares their memory.
 ///
 /// ```
 /// use shootdown::{AddressRange, RangeError, RangeSet};
@@ -18,24 +19,24 @@ use core::ops::Deref;
 /// let page = |number: u64| AddressRange::new(number * 0x1000, 0x1000);
 /// let set = RangeSet::new([page(9)?, page(1)?, page(2)?, page(1)?])?;
 /// assert_eq!(*set, [AddressRange::new(0x1000, 0x2000)?, page(9)?]);
-/// assert_eq!(set.hull(), AddressRange::try_from(0x1000..0xa000)?); // end exclusive
+/// assert_eq!(set.hull(), AddressRange::new(0x1000, 0x9000)?);
 /// assert!(!set.overlaps(page(5)?));
 /// # Ok::<(), RangeError>(())
 /// ```
 #[must_use = "a set of ranges does nothing by itself: give it to `invalidate_all`"]
 #[derive(Clone, PartialEq, Eq, Hash)]
 pub struct RangeSet {
-    /// Sorted, with a gap before each but the first; at least one.
+    /// At least one range. They are sorted, with a gap before each but the first.
     ranges: Arc<[AddressRange]>,
 }
 
 impl RangeSet {
-    /// The addresses that any of `ranges` holds. They may come in any order, overlap and touch.
+    /// Makes the set of all addresses in `ranges`. They may come in any order, overlap and touch.
     ///
-    /// Sorts what is not sorted: *n* log *n*, or *n* comparisons where it is.
+    /// It takes *n* comparisons if the ranges are sorted, and *n* log *n* otherwise.
     ///
     /// # Errors
-    /// [`RangeError::NoRange`] when there is none.
+    /// [`RangeError::NoRange`] if `ranges` has no element.
     pub fn new(ranges: impl IntoIterator<Item = AddressRange>) -> Result<Self, RangeError> {
         let mut sorted: Vec<AddressRange> = ranges.into_iter().collect();
         sorted.sort_unstable_by_key(|range| range.start);
@@ -53,30 +54,30 @@ impl RangeSet {
         }
     }
 
-    /// The ranges of another set, or some of them.
+    /// Makes a set of neighbouring ranges of another set.
     fn of_parts(parts: &[AddressRange]) -> Self {
         debug_assert!(!parts.is_empty(), "a set has at least one range");
         Self { ranges: parts.into() }
     }
 
-    /// From the first address of the set to its last.
+    /// Returns the range from the first address of the set to its last.
     pub fn hull(&self) -> AddressRange {
         hull(self)
     }
 
-    /// Whether one of the ranges shares a byte with `range`: in the logarithm of how many there
-    /// are.
+    /// Returns whether one of the ranges shares a byte with `range`. It takes log *n* comparisons
+    /// for *n* ranges.
     pub fn overlaps(&self, range: AddressRange) -> bool {
         !self.overlapping(range).is_empty()
     }
 
-    /// Those of the ranges that share a byte with `range`, whole.
+    /// Returns the ranges that share a byte with `range`, each whole.
     pub fn overlapping(&self, range: AddressRange) -> &[AddressRange] {
         Parts::all(self).overlapping(range).as_slice()
     }
 }
 
-/// Neighbours in a set.
+/// Some ranges of a set that are neighbours.
 #[derive(Clone, Copy)]
 pub(crate) struct Parts<'a> {
     set: &'a RangeSet,
@@ -85,15 +86,17 @@ pub(crate) struct Parts<'a> {
 }
 
 impl<'a> Parts<'a> {
+    /// Returns all ranges of a set.
     pub(crate) fn all(set: &'a RangeSet) -> Self {
         Self { set, from: 0, count: set.len() }
     }
 
+    /// Returns the ranges.
     pub(crate) fn as_slice(self) -> &'a [AddressRange] {
         &self.set.ranges[self.from..][..self.count]
     }
 
-    /// Those that overlap `range`.
+    /// Returns the ranges that overlap `range`.
     pub(crate) fn overlapping(self, range: AddressRange) -> Self {
         let ranges = self.as_slice();
         let before = ranges.partition_point(|part| part.last < range.start);
@@ -101,10 +104,12 @@ impl<'a> Parts<'a> {
         Self { from: self.from + before, count, ..self }
     }
 
+    /// Returns the range from the first address to the last one.
     pub(crate) fn hull(self) -> AddressRange {
         hull(self.as_slice())
     }
 
+    /// Returns the ranges as a set of their own. Allocates unless they are all ranges of the set.
     pub(crate) fn to_set(self) -> RangeSet {
         if self.count == self.set.len() {
             self.set.clone()
@@ -114,7 +119,7 @@ impl<'a> Parts<'a> {
     }
 }
 
-/// From the first address of sorted ranges to the last one.
+/// Returns the range from the first address of sorted ranges to the last one.
 fn hull(parts: &[AddressRange]) -> AddressRange {
     match (parts.first(), parts.last()) {
         (Some(first), Some(last)) => AddressRange { start: first.start, last: last.last },
@@ -157,18 +162,24 @@ mod tests {
 
     proptest! {
         #[test]
-        fn n1_a_set_holds_what_its_ranges_hold_sorted_and_apart(ranges in proptest::collection::vec(range(), 1..12), at in range()) {
+        fn n1_a_set_holds_what_its_ranges_hold_sorted_and_apart(
+            ranges in proptest::collection::vec(range(), 1..12),
+            at in range(),
+        ) {
             let set = RangeSet::new(ranges.iter().copied()).unwrap();
-            let holds = |of: &[AddressRange], address| of.iter().any(|range| range.contains(address));
+            let holds =
+                |of: &[AddressRange], address| of.iter().any(|range| range.contains(address));
             for address in (0..80).chain(u64::MAX - 80..=u64::MAX) {
                 prop_assert_eq!(holds(&set, address), holds(&ranges, address));
             }
             prop_assert!(set.windows(2).all(|two| two[0].last + 1 < two[1].start));
-            let overlapping: Vec<_> = set.iter().copied().filter(|range| range.overlaps(at)).collect();
+            let overlapping: Vec<_> =
+                set.iter().copied().filter(|range| range.overlaps(at)).collect();
             prop_assert_eq!(set.overlapping(at), overlapping);
             prop_assert_eq!(set.overlaps(at), ranges.iter().any(|range| range.overlaps(at)));
             prop_assert!(ranges.iter().all(|range| set.hull().covers(*range)));
-            prop_assert!(set.contains(&set[0]) && set[0].start == set.hull().start && set[set.len() - 1].last == set.hull().last);
+            let (first, last) = (set[0].start, set[set.len() - 1].last);
+            prop_assert_eq!(set.hull(), AddressRange { start: first, last });
         }
     }
 

@@ -61,7 +61,7 @@ use watch::Table;
 /// # The order
 /// A watch has to be made *after* `read_begin` has returned and before the memory is looked at, on
 /// each try: a watch ends with its memory, and what is mapped there next is not watched.
-/// [`mirror`](Self::mirror) does it so, and so does the [cache](crate::cache).
+/// [`mirror`](Self::mirror) does it so, and so does the registration cache (feature `cache`).
 ///
 /// # Two steps
 /// A thread inside `munmap` may hold any lock of the program: the allocator's, a driver's. It waits
@@ -210,11 +210,13 @@ impl Uffd {
 
     /// The same for a holder who hears of the end of the watch by the invalidation, so that it is
     /// not reported.
+    #[cfg(feature = "cache")]
     pub(crate) fn watch_quietly(&self, range: AddressRange) -> Result<Watch, UffdError> {
         Watch::new(&self.inner, range, true)
     }
 
     /// Whether nobody has the source but one handle and watches: neither can invalidate anything.
+    #[cfg(feature = "cache")]
     pub(crate) fn is_abandoned(&self) -> bool {
         let table = self.inner.table();
         Arc::strong_count(&self.inner) <= 1 + table.handles

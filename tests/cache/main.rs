@@ -4,6 +4,7 @@
 #![allow(missing_docs, unreachable_pub)]
 
 mod changes;
+mod details;
 mod device;
 mod exact;
 mod growth;

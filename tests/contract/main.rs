@@ -7,6 +7,7 @@ mod support;
 
 mod blocking;
 mod cancellation;
+mod details;
 mod driver_tasks;
 mod executors;
 mod fenced;

@@ -416,7 +416,7 @@ fn k3_when_the_process_has_no_mapping_left_for_a_watch_idle_registrations_are_gi
     );
 }
 
-/// `cargo run --release --features userfaultfd --example uring_cache -- --json`.
+/// `cargo run --release --features cache,userfaultfd --example uring_cache -- --json`.
 pub fn the_proof_on_io_uring() {
     let mut build = std::process::Command::new(env!("CARGO"));
     build.args([
@@ -424,7 +424,7 @@ pub fn the_proof_on_io_uring() {
         "--quiet",
         "--release",
         "--features",
-        "userfaultfd",
+        "cache,userfaultfd",
         "--example",
         "uring_cache",
     ]);

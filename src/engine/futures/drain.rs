@@ -1,4 +1,4 @@
-//! Drives what nobody else will.
+//! Polls the passes of all parked invalidations of a space.
 #![forbid(unsafe_code)]
 
 use super::wait::{Goal, Verdict, Wait};
@@ -13,12 +13,12 @@ use core::task::{Context, Poll};
 /// The future of [`AddressSpace::drain`](crate::AddressSpace::drain).
 ///
 /// # Cancel safety
-/// May be dropped at any moment; what it has driven so far stays done.
+/// May be dropped at any moment. Passes that it has polled to their end stay done.
 #[must_use = "nothing is driven before the future is polled"]
 pub struct Drain<'a> {
     space: &'a Shared,
     wait: Wait,
-    /// Invalidations that started later are not waited for.
+    /// The serial of the last invalidation that is waited for.
     until: Option<u64>,
 }
 
@@ -27,14 +27,15 @@ impl<'a> Drain<'a> {
         Self { space, wait: Wait::default(), until: None }
     }
 
-    /// Blocks the thread until all is driven (W1).
+    /// Blocks the thread until all is done (W1).
     #[cfg(feature = "std")]
     pub fn wait(self) {
         crate::block::wait(self);
     }
 }
 
-/// That no invalidation up to this serial is parked that is abandoned or has passes pending.
+/// The goal that no invalidation up to this serial is parked that is abandoned or has passes
+/// pending.
 struct Drained(u64);
 
 impl Goal for Drained {

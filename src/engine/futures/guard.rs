@@ -1,8 +1,8 @@
-//! The guard of an invalidation, and the handle of the space that it and its future hold.
+//! The guard of an invalidation, and the handle of the space that guard and future hold.
 #![forbid(unsafe_code)]
 
 use crate::engine::Shared;
-use crate::engine::quick::end;
+use crate::engine::quick::{Begun, ByHand, end};
 use crate::engine::work::Work;
 use crate::notifier::Sequence;
 use crate::protocol::Id;
@@ -10,10 +10,9 @@ use crate::range::AddressRange;
 use crate::sync::Arc;
 use alloc::boxed::Box;
 use core::fmt;
-use core::mem::ManuallyDrop;
 
-/// A handle of the space, borrowed or owned. Borrowing costs nothing, where a reference count would
-/// be a third of a short invalidation.
+/// A handle of the space, borrowed or owned. A borrowed one saves two atomic changes of the
+/// reference count (measured: docs/measurements.md).
 pub(crate) enum Handle<'a> {
     Borrowed(&'a Shared),
     Owned(Arc<Shared>),
@@ -51,57 +50,58 @@ impl Handle<'_> {
 }
 
 /// An invalidation whose passes are all done: no device uses the old mapping. The range stays under
-/// invalidation, and its readers wait, until the guard is dropped: change the memory in between.
+/// invalidation, and its readers wait, until the guard is dropped. Change the memory before that.
 ///
-/// Dropping it is the end of the invalidation (`mmu_notifier_invalidate_range_end`); it never
-/// waits. It may be held across awaits, moved to another thread, and leaked: then the range stays
-/// under invalidation for ever.
+/// Dropping the guard ends the invalidation (`mmu_notifier_invalidate_range_end`). It never waits.
+/// The guard may be held across awaits and moved to another thread. If it is leaked, the range
+/// stays under invalidation for ever.
 #[must_use = "dropping the guard ends the invalidation: keep it until the memory has changed"]
 pub struct InvalidationGuard<'a> {
-    /// `None` once another guard has taken over. Dropped by hand, as is `work`, so that the end of
-    /// a short invalidation is short.
-    space: ManuallyDrop<Option<Handle<'a>>>,
+    /// Empty once another guard has taken over.
+    space: ByHand<Handle<'a>>,
     id: Id,
-    work: ManuallyDrop<Option<Box<Work>>>,
+    /// Empty if the invalidation hit nothing.
+    work: ByHand<Box<Work>>,
 }
 
 impl<'a> InvalidationGuard<'a> {
     #[inline(always)]
-    pub(super) fn new(space: Handle<'a>, id: Id, work: Option<Box<Work>>) -> Self {
-        Self { space: ManuallyDrop::new(Some(space)), id, work: ManuallyDrop::new(work) }
+    pub(super) fn new(space: Handle<'a>, begun: Begun) -> Self {
+        let (id, work) = begun.into_held();
+        Self { space: ByHand::full(space), id, work: work.into() }
     }
 
-    /// What is under invalidation, from the first address to the last one.
+    /// Returns the range under invalidation, from the first address to the last one.
     pub fn range(&self) -> AddressRange {
         self.space().with(|state, _| {
             state.protocol.active().get(self.id).map_or(AddressRange::ALL, |active| active.range)
         })
     }
 
-    /// The sequence that the passes got; odd if a notifier was hit.
+    /// Returns the sequence that the passes got; odd if a notifier was hit.
     pub fn sequence(&self) -> Sequence {
         self.space().with(|state, _| {
             Sequence(state.protocol.active().get(self.id).map_or(0, |active| active.sequence))
         })
     }
 
-    /// How many notifiers the invalidation hit.
+    /// Returns how many notifiers the invalidation hit.
     pub fn hits(&self) -> usize {
-        self.work.as_ref().map_or(0, |work| work.hits.len())
+        self.work.get().map_or(0, |work| work.hits.len())
     }
 
-    /// The same guard with a handle of the space of its own, to be kept in a structure or sent to a
-    /// task.
+    /// Gives the guard a handle of the space of its own, so that it can be kept in a structure or
+    /// sent to a task.
     pub fn into_owned(mut self) -> InvalidationGuard<'static> {
         InvalidationGuard {
-            space: ManuallyDrop::new(self.space.take().map(Handle::into_owned)),
-            work: ManuallyDrop::new(self.work.take()),
+            space: self.space.take().map(Handle::into_owned).into(),
+            work: self.work.take().into(),
             id: self.id,
         }
     }
 
     fn space(&self) -> &Shared {
-        match &*self.space {
+        match self.space.get() {
             Some(space) => space,
             None => unreachable!("the handle goes only in `into_owned` and in the drop"),
         }
@@ -111,27 +111,19 @@ impl<'a> InvalidationGuard<'a> {
 impl Drop for InvalidationGuard<'_> {
     #[inline]
     fn drop(&mut self) {
-        match &*self.space {
+        match self.space.get() {
             // A borrowed handle is not dropped, so it stays where it is.
-            Some(Handle::Borrowed(space)) => finish(space, self.id, self.work.take()),
-            Some(Handle::Owned(_)) => finish_owned(self.space.take(), self.id, self.work.take()),
+            Some(Handle::Borrowed(space)) => end(space, self.id, self.work.take()),
+            Some(Handle::Owned(_)) => end_owned(self.space.take(), self.id, self.work.take()),
             None => {}
         }
     }
 }
 
 #[inline(never)]
-fn finish_owned(space: Option<Handle<'_>>, id: Id, work: Option<Box<Work>>) {
+fn end_owned(space: Option<Handle<'_>>, id: Id, work: Option<Box<Work>>) {
     if let Some(space) = space {
-        finish(&space, id, work);
-    }
-}
-
-#[inline(always)]
-fn finish(space: &Shared, id: Id, work: Option<Box<Work>>) {
-    match work {
-        Some(work) => end(space, id, work),
-        None => space.end_without_hits(id),
+        end(&space, id, work);
     }
 }
 

@@ -9,10 +9,10 @@ use crate::notifier::Sequence;
 use core::marker::PhantomData;
 use core::task::{Context, Poll};
 
-/// Tells when a notifier does not have the sequence any more that it had, or is under invalidation,
-/// or closed. For who holds something that its passes may wait for.
+/// Resolves when a notifier has another sequence than it had, or is under invalidation or closed.
+/// For a driver that holds something that a pass of the notifier may wait for.
 ///
-/// It is woken if an invalidation has passes pending: only then somebody may wait.
+/// It is woken when an invalidation has passes pending. Only then can a pass wait.
 pub(crate) struct Hit<'a> {
     space: &'a Shared,
     entry: EntryRef,
@@ -22,12 +22,13 @@ pub(crate) struct Hit<'a> {
     subscription: PhantomData<&'a ()>,
 }
 
-/// That the sequence is not what it was.
+/// The goal that the sequence is not what it was.
 struct Changed(EntryRef, Sequence);
 
 impl Goal for Changed {
     fn queue(&self) -> Option<(EntryRef, WaitFor)> {
-        // Woken at each turn of the notifier's, and never taken off the list before it goes.
+        // Such a waiter is woken at each change of the notifier and stays in the list until it
+        // goes.
         Some((self.0, WaitFor::Quiet))
     }
 
@@ -41,7 +42,7 @@ impl Goal for Changed {
 }
 
 impl<'a> Hit<'a> {
-    /// The entry lives as long as `'a`.
+    /// Makes the future. The entry lives as long as `'a`.
     pub(crate) fn new(space: &'a Shared, entry: EntryRef, sequence: Sequence) -> Self {
         Self { space, entry, sequence, wait: Wait::default(), subscription: PhantomData }
     }

@@ -5,9 +5,9 @@ use super::guard::{Handle, InvalidationGuard};
 use crate::engine::Shared;
 use crate::engine::lease::Lease;
 use crate::engine::nesting::{Waits, forbid_waiting};
-use crate::engine::quick::{Begun, begin, begin_set, pends};
-use crate::engine::running::Running;
-use crate::engine::state::{Look, Parked, Ticket};
+use crate::engine::quick::{Begun, ByHand, begin};
+use crate::engine::running::{Running, begin_request};
+use crate::engine::state::{Claimed, Look, Parked, Ticket};
 use crate::engine::work::first_passes::Reached;
 use crate::event::{Event, Owner, Terms};
 use crate::foreign::TaskWaker;
@@ -17,16 +17,15 @@ use crate::sync::Arc;
 use alloc::boxed::Box;
 use core::fmt;
 use core::future::Future;
-use core::mem::ManuallyDrop;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
-/// How often a non-blockable invalidation polls passes none of which finishes (B3). The recordings
-/// need 4; a pass that wakes itself for ever, as one does whose task has used up its cooperative
-/// budget, must not hold the caller for ever.
+/// How often in a row a non-blockable invalidation polls passes none of which finishes (B3). The
+/// recordings need 4. A pass may wake itself for ever, as one does whose task has used up its
+/// cooperative budget, and must not hold the caller.
 const IDLE_ROUNDS: usize = 32;
 
-/// A non-blockable invalidation (B2, B3).
+/// Starts a non-blockable invalidation (B2, B3).
 pub(crate) fn try_invalidate<'a>(
     space: Handle<'a>,
     request: Request<'_>,
@@ -54,56 +53,55 @@ pub(crate) fn try_invalidate<'a>(
             }
         }
     };
-    let ((id, work), panic) = running.finish();
-    let guard = InvalidationGuard::new(space, id, work);
+    let (begun, panic) = running.finish();
+    let guard = InvalidationGuard::new(space, begun);
     let panicked = panic.is_some();
     if panicked || refused {
         drop(guard);
         losses.resume(panic);
-        // Here if nothing panicked, or if the thread unwinds and a panic cannot go on.
+        // Reached if nothing panicked, or if the thread unwinds and the panic is lost.
         return Err(WouldBlock);
     }
     Ok(guard)
 }
 
-/// The future of an invalidation; resolves to its guard when every pass of every notifier is done.
+/// The future of an invalidation. Resolves to its guard when every pass of every notifier is done.
 ///
 /// Made by [`AddressSpace::invalidate`](crate::AddressSpace::invalidate); does nothing before its
 /// first poll (C1).
 ///
 /// # Cancel safety
-/// May be dropped at any moment. Once its first passes ran, their passes belong to the space: they
-/// are driven by whoever waits for the range or by
-/// [`AddressSpace::drain`](crate::AddressSpace::drain), and the range stays under invalidation
-/// until they are done (C2). A future that is kept but not polled holds nobody up: it may *lapse*
+/// May be dropped at any moment. Once its first passes ran, their passes belong to the space.
+/// Futures that wait for the range poll them, and so does
+/// [`AddressSpace::drain`](crate::AddressSpace::drain). The range stays under invalidation until
+/// they are done (C2). A future that is kept but not polled holds no other task up: it may *lapse*,
 /// and then starts over when it is polled again (C4).
 ///
 /// # Panics
-/// A panic of a driver's first pass or pass is resumed here once everything has been completed and
-/// ended (C5); polled while the thread unwinds, it resolves, and the panic is
-/// [counted](crate::Stats::lost_panics). Panics in debug builds when it would have to wait inside a
-/// first pass that it needs to return (C7), and always when polled after it has resolved.
+/// Resumes the first panic of a driver's first pass or pass, once everything has been completed and
+/// ended (C5). If it is polled while the thread unwinds, it resolves instead, and the panic is
+/// [counted](crate::Stats::lost_panics). In debug builds, panics if it would wait inside a first
+/// pass that has to return first (C7). Panics if it is polled after it has resolved.
 #[must_use = "nothing is invalidated before the future is awaited"]
 pub struct Invalidate<'a> {
-    /// Moves into the guard. This and `step` are dropped by hand, so that the drop of a future that
-    /// has resolved is one comparison.
-    space: ManuallyDrop<Option<Handle<'a>>>,
-    range: AddressRange,
-    owner: Option<Owner>,
-    terms: Terms,
-    step: ManuallyDrop<Step>,
+    /// Moves into the guard.
+    pub(in crate::engine) space: ByHand<Handle<'a>>,
+    pub(in crate::engine) range: AddressRange,
+    pub(in crate::engine) owner: Option<Owner>,
+    pub(in crate::engine) terms: Terms,
+    /// Empty, as `space` is, once the future has resolved.
+    pub(in crate::engine) step: ByHand<Step>,
     lapses: u32,
 }
 
-enum Step {
+/// How far a future is that has not resolved.
+pub(in crate::engine) enum Step {
+    /// Nothing has begun, or what had begun has lapsed (C4).
     Start,
     /// The passes belong to the space. `task` was polled last.
-    Joining {
-        ticket: Ticket,
-        task: Option<Arc<TaskWaker>>,
-    },
-    Done,
-    /// One of the first two, of an invalidation of many ranges. Here these cost the others nothing.
+    Joining { ticket: Ticket, task: Option<Arc<TaskWaker>> },
+    /// One of the others, of an invalidation of many ranges. The ranges lie here, so that a future
+    /// of one range is no larger.
     OfSet(Box<(RangeSet, Step)>),
 }
 
@@ -112,27 +110,27 @@ impl<'a> Invalidate<'a> {
     pub(crate) fn new(space: Handle<'a>, range: AddressRange, event: Event) -> Self {
         let (owner, terms) = (event.owner(), Terms::new(event, true));
         Self {
-            space: ManuallyDrop::new(Some(space)),
+            space: ByHand::full(space),
             range,
             owner,
             terms,
-            step: ManuallyDrop::new(Step::Start),
+            step: ByHand::full(Step::Start),
             lapses: 0,
         }
     }
 
-    /// N1: an invalidation of all ranges of `set`.
+    /// Makes an invalidation of all ranges of `set` (N1).
     pub(crate) fn of_set(space: Handle<'a>, set: RangeSet, event: Event) -> Self {
         let mut future = Self::new(space, set.hull(), event);
         if set.len() > 1 {
-            future.step = ManuallyDrop::new(Step::OfSet(Box::new((set, Step::Start))));
+            future.step = ByHand::full(Step::OfSet(Box::new((set, Step::Start))));
         }
         future
     }
 
-    /// The ranges, if there are many.
+    /// Returns the ranges, if there are many.
     fn set(&self) -> Option<&RangeSet> {
-        if let Step::OfSet(of) = &*self.step { Some(&of.0) } else { None }
+        if let Some(Step::OfSet(of)) = self.step.get() { Some(&of.0) } else { None }
     }
 
     /// Blocks the thread until no device uses the range (W1).
@@ -141,82 +139,81 @@ impl<'a> Invalidate<'a> {
         crate::block::wait(self)
     }
 
-    /// What is left of a future that has resolved or was moved.
+    /// Returns what is left of a future that has resolved or was moved.
     fn resolved() -> Self {
-        let (space, step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
         Self {
-            space,
+            space: ByHand::empty(),
             range: AddressRange::ALL,
             owner: None,
             terms: Terms::new(Event::Unmap, true),
-            step,
+            step: ByHand::empty(),
             lapses: 0,
         }
     }
 
-    /// The same future with a handle of the space of its own, to be spawned or kept in a structure.
+    /// Gives the future a handle of the space of its own, so that it can be spawned or kept in a
+    /// structure.
     pub fn into_owned(mut self) -> Invalidate<'static> {
         Invalidate {
-            space: ManuallyDrop::new(self.space.take().map(Handle::into_owned)),
+            space: self.space.take().map(Handle::into_owned).into(),
             range: self.range,
             owner: self.owner,
             terms: self.terms,
-            step: ManuallyDrop::new(core::mem::replace(&mut *self.step, Step::Done)),
+            step: self.step.take().into(),
             lapses: self.lapses,
         }
     }
 
-    /// Says that the memory has changed already (M7), for a source of invalidations that hears of
+    /// Says that the memory has changed already (M7). For a source of invalidations that hears of
     /// changes afterwards. To be called before the first poll.
     ///
     /// Drivers learn of it by [`Invalidation::is_late`](crate::Invalidation::is_late). All of them
-    /// are told in the first poll, also beyond the [pass budget](crate::Builder::pass_budget) (B4):
-    /// whoever has not been told yet uses memory that is gone. In that poll each of their passes is
-    /// polled once, and no more. A panic of one has no caller who
-    /// could do anything about it: it is [counted](crate::Stats::lost_panics) and
-    /// [reported](crate::Report::Panicked), and the future resolves.
+    /// are told in the first poll, also beyond the [pass budget](crate::Builder::pass_budget) (B4),
+    /// because a device that has not been told uses memory that is gone. That poll polls each of
+    /// their passes once. A panic of a driver is [counted](crate::Stats::lost_panics) and
+    /// [reported](crate::Report::Panicked), because the caller cannot act on it, and the future
+    /// resolves.
     pub fn late(mut self) -> Self {
         self.terms = self.terms.late();
-        // The quick way of a first poll is for others.
-        self.space =
-            ManuallyDrop::new(self.space.take().map(|space| -> Handle<'a> { space.into_owned() }));
+        // With an owned handle, the first poll takes the plain form, which knows late ones.
+        self.space = self.space.take().map(|space| -> Handle<'a> { space.into_owned() }).into();
         self
     }
 
-    /// Says of several changes that all have happened (N4).
+    /// Says that several changes have all happened (N4).
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(crate) fn past(mut self) -> Self {
         self.terms = self.terms.past();
-        if let Step::Start = *self.step {
-            // Also if they are one range together: places know of no such thing.
+        if let Some(Step::Start) = self.step.get() {
+            // As a set, also if the changes are one range together: a place cannot note it.
             let set = RangeSet::from(self.range);
-            self.step = ManuallyDrop::new(Step::OfSet(Box::new((set, Step::Start))));
+            self.step = ByHand::full(Step::OfSet(Box::new((set, Step::Start))));
         }
         self
     }
 
-    /// Tags it, for a notifier of the library's own that belongs to this invalidation alone.
+    /// Tags the invalidation for a notifier of the library that belongs to it alone.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(crate) fn tagged(mut self, owner: Owner) -> Self {
         self.owner = Some(owner);
         self
     }
 
-    /// How often this future lapsed because it was not polled while somebody needed its range (C4).
+    /// Returns how often this future lapsed because it was not polled while another task needed its
+    /// range (C4).
     pub fn lapses(&self) -> u32 {
         self.lapses
     }
 
     /// Marks the space as released (L4), unless that was done in an earlier poll.
     pub(crate) fn release(&self) {
-        if let (Some(space), Step::Start) = (&*self.space, &*self.step) {
+        if let (Some(space), Some(Step::Start)) = (self.space.get(), self.step.get()) {
             space.with(|state, _| state.released = true);
         }
     }
 
-    /// Continues a first poll that left passes pending. The request is read back from the state:
-    /// the quick way need not keep it alive, and a future that resolves at once is never
-    /// written to memory.
+    /// Continues a first poll that left passes pending. Takes the request back from the state, so
+    /// that the quick form need not keep it.
     #[cold]
     #[inline(never)]
     fn pend(
@@ -224,41 +221,35 @@ impl<'a> Invalidate<'a> {
         begun: Begun,
         cx: &mut Context<'_>,
     ) -> (Self, Poll<InvalidationGuard<'a>>) {
-        let (id, work) = begun;
+        let (id, work) = begun.into_pending();
         match settle(Running::resume(&space, id, 0, work), false, 0, cx) {
-            Settled::Ready((id, work)) => {
-                (Self::resolved(), Poll::Ready(InvalidationGuard::new(space, id, work)))
+            Settled::Ready(begun) => {
+                (Self::resolved(), Poll::Ready(InvalidationGuard::new(space, begun)))
             }
             Settled::Parked(
                 Parked { ticket, ready, request: Request { range, owner, terms, .. } },
                 task,
             ) => {
-                let step = ManuallyDrop::new(Step::Joining { ticket, task: Some(task) });
-                let future = Self {
-                    space: ManuallyDrop::new(Some(space)),
-                    range,
-                    owner,
-                    terms,
-                    step,
-                    lapses: 0,
-                };
+                let step = ByHand::full(Step::Joining { ticket, task: Some(task) });
+                let space = ByHand::full(space);
+                let future = Self { space, range, owner, terms, step, lapses: 0 };
                 if ready { future.go_on(cx) } else { (future, Poll::Pending) }
             }
         }
     }
 
-    /// Every poll but a first one that resolves.
+    /// Polls the future from whatever step it is at.
     ///
-    /// Takes and returns the future by value: the address of one that resolves at once is given to
-    /// nobody. And what unwinds drops it, which gives up what it has begun.
+    /// Takes and returns it by value. A panic that unwinds drops it, which abandons what it has
+    /// begun. And the quick form of a first poll gives its address to no function.
     #[cold]
     #[inline(never)]
     fn go_on(mut self, cx: &mut Context<'_>) -> (Self, Poll<InvalidationGuard<'a>>) {
         loop {
-            let Some(space) = &*self.space else {
+            let (Some(space), Some(step)) = (self.space.get(), self.step.get_mut()) else {
                 panic!("`Invalidate` polled after it has resolved");
             };
-            let (set, step) = match &mut *self.step {
+            let (set, step) = match step {
                 Step::OfSet(of) => (Some(&of.0), &mut of.1),
                 step => (None, step),
             };
@@ -275,12 +266,12 @@ impl<'a> Invalidate<'a> {
                     *step = Step::Start;
                 }
                 Turn::Pending => return (self, Poll::Pending),
-                Turn::Ready((id, work)) => {
-                    *self.step = Step::Done;
+                Turn::Ready(begun) => {
+                    drop(self.step.take());
                     let Some(space) = self.space.take() else {
                         unreachable!("it was there a moment ago")
                     };
-                    return (self, Poll::Ready(InvalidationGuard::new(space, id, work)));
+                    return (self, Poll::Ready(InvalidationGuard::new(space, begun)));
                 }
             }
         }
@@ -289,13 +280,17 @@ impl<'a> Invalidate<'a> {
 
 /// How one turn of a future has ended.
 enum Turn {
+    /// All passes are done.
     Ready(Begun),
+    /// The next turn finds more to do.
     Again,
+    /// The task will be woken.
     Pending,
+    /// The invalidation was ended, and the future starts over (C4).
     Lapsed,
 }
 
-/// One turn of a future that is at `step`.
+/// Takes one turn with a future that is at `step`.
 fn turn(
     shared: &Shared,
     request: &Request<'_>,
@@ -307,36 +302,35 @@ fn turn(
     let late = request.terms.is_late();
     let settled = match step {
         Step::Start => {
-            let (id, work) = match set {
+            let begun = match set {
                 None => begin(shared, request.range, request.owner, request.terms),
-                Some(set) => begin_set(shared, request.owner, request.terms, set),
+                Some(_) => begin_request(shared, request, set),
             };
-            if !pends(id) {
-                return Turn::Ready((id, work));
+            if !begun.pends() {
+                return Turn::Ready(begun);
             }
+            let (id, work) = begun.into_pending();
             settle(Running::resume(shared, id, 0, work), late, lapses, cx)
         }
         Step::Joining { ticket, task } => {
-            // Before the lock: the clone of a waker is foreign code.
+            // Before the lock, because the clone of a waker is foreign code.
             let task = TaskWaker::renew(task, cx.waker(), &shared.host.losses);
             match look(shared, *ticket, &task) {
-                Found::Claimed(running, None) => return Turn::Ready(running.finish_or_resume()),
-                Found::Claimed(mut running, Some(from)) => match running.advance(request, from) {
+                Look::Claimed((running, None)) => return Turn::Ready(running.finish_or_resume()),
+                Look::Claimed((mut running, Some(from))) => match running.advance(request, from) {
                     Reached::Pends | Reached::RefusedAndPends => settle(running, late, lapses, cx),
                     Reached::Plainly | Reached::Done | Reached::Refused => {
                         return Turn::Ready(running.finish_or_resume());
                     }
                 },
-                Found::Leased(lease) => {
+                Look::Leased(lease) => {
                     return if lease.drive() { Turn::Again } else { Turn::Pending };
                 }
-                Found::Busy => return Turn::Pending,
-                Found::Lapsed => return Turn::Lapsed,
+                Look::Busy => return Turn::Pending,
+                Look::Lapsed => return Turn::Lapsed,
             }
         }
-        Step::Done | Step::OfSet(_) => {
-            unreachable!("the handle is gone then, or it is the one in the box")
-        }
+        Step::OfSet(_) => unreachable!("it is the one in the box"),
     };
     match settled {
         Settled::Ready(begun) => Turn::Ready(begun),
@@ -351,16 +345,18 @@ fn turn(
     }
 }
 
-/// Where an invalidation is whose first passes or first polls have left something.
+/// Where an invalidation is after [`settle`].
 enum Settled {
+    /// All passes are done.
     Ready(Begun),
+    /// It belongs to the space. The task waits for it.
     Parked(Parked, Arc<TaskWaker>),
 }
 
-/// Polls the passes once more, and hands them to the space if that is not enough.
+/// Polls pending passes once more, and hands the invalidation to the space if some still pend.
 fn settle(mut running: Running<'_>, late: bool, lapses: u32, cx: &mut Context<'_>) -> Settled {
-    // Who has only yielded is done after one more poll, which comes in any case, and need never be
-    // told of to others. But who starts a late one has others to tell.
+    // A pass that only yields is done after one more poll, so it need not be listed in the space.
+    // A late invalidation is not polled again: its caller has other notifiers to tell.
     if !late && running.drive(1) && !running.is_deferred() {
         return Settled::Ready(running.finish_or_resume());
     }
@@ -368,65 +364,47 @@ fn settle(mut running: Running<'_>, late: bool, lapses: u32, cx: &mut Context<'_
     Settled::Parked(running.park(lapses, Some(task.clone())), task)
 }
 
-/// In what state a future finds the invalidation that it handed over.
-enum Found<'s> {
-    /// Its joined passes are done. The first passes go on from a hit if the budget interrupted
-    /// them.
-    Claimed(Running<'s>, Option<u32>),
-    /// Its passes are to be polled.
-    Leased(Lease<'s>),
-    /// Somebody polls its passes at this moment.
-    Busy,
-    /// It was ended on behalf of the future, which starts over (C4).
-    Lapsed,
-}
-
-fn look<'s>(shared: &'s Shared, ticket: Ticket, task: &Arc<TaskWaker>) -> Found<'s> {
-    // The guards are made before anything else can unwind.
+/// Looks at a parked invalidation for its future. What comes out of the state is in the hands of a
+/// guard before anything else can unwind. A claim comes with the hit at which the first passes go
+/// on, if the budget interrupted them (B4).
+fn look<'s>(
+    shared: &'s Shared,
+    ticket: Ticket,
+    task: &Arc<TaskWaker>,
+) -> Look<(Running<'s>, Option<u32>), Lease<'s>> {
     shared.with(|state, outbox| match state.look(ticket, task, outbox) {
-        Look::Claimed(id, work, resume_at, sequence) => {
-            // Also if there is none left to call: what has its flag up keeps its place until it
-            // lowers it.
+        Look::Claimed(Claimed { id, work, resume_at, sequence }) => {
+            // Also if no first pass is left: an invalidation whose flag is up keeps its place.
             shared.host.flags.raise(id);
-            Found::Claimed(Running::resume(shared, id, sequence, Some(work)), resume_at)
+            Look::Claimed((Running::resume(shared, id, sequence, Some(work)), resume_at))
         }
-        Look::Leased(work) => Found::Leased(Lease::new(shared, ticket, work)),
-        Look::Busy => Found::Busy,
-        Look::Lapsed => Found::Lapsed,
+        Look::Leased(work) => Look::Leased(Lease::new(shared, ticket, work)),
+        Look::Busy => Look::Busy,
+        Look::Lapsed => Look::Lapsed,
     })
 }
 
 impl<'a> Future for Invalidate<'a> {
     type Output = InvalidationGuard<'a>;
 
-    /// The first poll mostly resolves. Then nothing is called that gets the address of the future
-    /// or of the guard, so that the compiler keeps both in registers: their stores, of which
-    /// the second lock has to wait for each, took longer than what is done between the locks.
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Self::Output> {
         let this = &mut *self;
         let range = this.range;
-        let first = match &*this.step {
-            Step::OfSet(of) => matches!(of.1, Step::Start),
-            step => matches!(step, Step::Start),
+        let first = match this.step.get() {
+            Some(Step::OfSet(of)) => matches!(of.1, Step::Start),
+            step => matches!(step, Some(Step::Start)),
         };
-        let (future, polled) =
-            if let (Step::Start, Some(Handle::Borrowed(space))) = (&*this.step, &*this.space) {
-                let space: &'a Shared = space;
-                // Nothing in these is to be dropped: plain stores. Before the start, which may
-                // panic.
-                (this.space, this.step) = (ManuallyDrop::new(None), ManuallyDrop::new(Step::Done));
-                let (id, work) = begin(space, this.range, this.owner, this.terms);
-                if !pends(id) {
-                    return Poll::Ready(InvalidationGuard::new(Handle::Borrowed(space), id, work));
-                }
-                Self::pend(Handle::Borrowed(space), (id, work), cx)
-            } else {
-                core::mem::replace(this, Self::resolved()).go_on(cx)
-            };
+        let (future, polled) = match this.begin_quickly() {
+            Some((space, begun)) if !begun.pends() => {
+                return Poll::Ready(InvalidationGuard::new(Handle::Borrowed(space), begun));
+            }
+            Some((space, begun)) => Self::pend(Handle::Borrowed(space), begun, cx),
+            None => core::mem::replace(this, Self::resolved()).go_on(cx),
+        };
         *this = future;
         if polled.is_pending()
-            && let Some(space) = &*this.space
+            && let Some(space) = this.space.get()
         {
             let waits = Waits { what: "an invalidation", first, waker: cx.waker() };
             let set = this.set();
@@ -442,18 +420,18 @@ impl<'a> Future for Invalidate<'a> {
 impl Drop for Invalidate<'_> {
     #[inline]
     fn drop(&mut self) {
-        // With `Step::Done` the handle is gone and nothing is left.
+        // A future that has resolved has no handle.
         if let Some(space) = self.space.take() {
-            leave(space, core::mem::replace(&mut *self.step, Step::Done));
+            leave(space, self.step.take());
         }
     }
 }
 
-/// C1, C2: the future is dropped before it has resolved.
+/// Abandons what a future has begun that is dropped before it has resolved (C1, C2).
 #[cold]
-fn leave(space: Handle<'_>, step: Step) {
-    let step = if let Step::OfSet(of) = step { of.1 } else { step };
-    if let Step::Joining { ticket, .. } = step {
+fn leave(space: Handle<'_>, step: Option<Step>) {
+    let step = if let Some(Step::OfSet(of)) = step { Some(of.1) } else { step };
+    if let Some(Step::Joining { ticket, .. }) = step {
         let now = space.now();
         space.with(|state, outbox| state.leave(ticket, now, outbox));
     }
@@ -461,11 +439,14 @@ fn leave(space: Handle<'_>, step: Step) {
 
 impl fmt::Debug for Invalidate<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let step = if let Step::OfSet(of) = &*self.step { &of.1 } else { &*self.step };
+        let mut step = self.step.get();
+        if let Some(Step::OfSet(of)) = step {
+            step = Some(&of.1);
+        }
         let step = match step {
-            Step::Start => "not started",
-            Step::Joining { .. } => "passes pending",
-            Step::Done | Step::OfSet(_) => "resolved",
+            Some(Step::Start) => "not started",
+            Some(Step::Joining { .. }) => "passes pending",
+            Some(Step::OfSet(_)) | None => "resolved",
         };
         f.debug_struct("Invalidate")
             .field("ranges", &self.set().map_or(core::slice::from_ref(&self.range), |set| &**set))

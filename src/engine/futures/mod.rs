@@ -1,4 +1,4 @@
-//! What users hold: futures and guards.
+//! Futures and guards that users hold.
 #![forbid(unsafe_code)]
 
 pub(crate) mod drain;

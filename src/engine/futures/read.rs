@@ -1,4 +1,4 @@
-//! Readers that have to wait.
+//! The begin of a reader, which may have to wait.
 #![forbid(unsafe_code)]
 
 use super::wait::{Goal, Verdict, Wait};
@@ -17,31 +17,31 @@ use core::marker::PhantomData;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
-/// The future of [`Subscription::read_begin`](crate::Subscription::read_begin); resolves to the
+/// The future of [`Subscription::read_begin`](crate::Subscription::read_begin). Resolves to the
 /// notifier's own sequence.
 ///
 /// # Cancel safety
-/// May be dropped at any moment; nothing is lost. While it waits it drives the passes that it waits
+/// May be dropped at any moment. Nothing is lost. While it waits, it polls the passes that it waits
 /// for (C3).
 ///
 /// # Panics
-/// In debug builds when it would have to wait inside a first pass for that first pass's own
-/// invalidation (C7).
+/// In debug builds, if it would wait inside a first pass for that first pass's own invalidation
+/// (C7).
 #[must_use = "the wait begins when the future is polled"]
 pub struct ReadBegin<'a> {
     /// Followed only when it has to wait.
     space: &'a Arc<Shared>,
     entry: EntryRef,
-    /// There is one when it has had to wait.
+    /// `None` before it has had to wait.
     slow: Option<Box<SlowRead<'a>>>,
     /// Borrows the subscription, which keeps the entry alive.
     subscription: PhantomData<&'a ()>,
 }
 
-/// A reader that has to wait; leaves the list of those that do when it is dropped.
+/// A reader that has to wait. Its drop takes it out of all lists of waiters.
 struct SlowRead<'a> {
     space: &'a Shared,
-    /// It waits for the gate.
+    /// When it began to wait for the gate; `None` once it has passed the gate.
     gate: Option<Since>,
     wait: Wait,
     /// The own sequence on entry (R1).
@@ -55,7 +55,7 @@ impl Drop for SlowRead<'_> {
     }
 }
 
-/// R1: a moment at which no active invalidation covers the notifier.
+/// The goal of a moment at which no active invalidation covers the notifier (R1).
 struct Uncovered(EntryRef);
 
 impl Goal for Uncovered {
@@ -85,10 +85,10 @@ impl<'a> ReadBegin<'a> {
     }
 }
 
-/// What is left to do for a reader that may have to wait, and whether it waits.
+/// Polls a reader that may have to wait: the plain form of [`ReadBegin::poll`].
 ///
-/// Takes and returns `slow` by value: the address of a future that need not wait is given to
-/// nobody, so it is never put into memory.
+/// Takes and returns `slow` by value. So a future that need not wait gives its address to no
+/// function, and is never written to memory.
 #[cold]
 fn wait_for_sequence<'a>(
     space: &'a Shared,
@@ -129,9 +129,10 @@ impl Future for ReadBegin<'_> {
 
     #[inline]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Sequence> {
-        // The gate first, then the word: whoever finds the gate open sees what was covered while it
-        // was closed.
+        // The gate before the word: a reader that finds the gate open sees what was covered while
+        // the gate was closed.
         if self.slow.is_none()
+            && !self.space.host.is_plain_only()
             && !self.space.is_shut()
             && let Some(sequence) = self.entry.own.stable_sequence()
         {

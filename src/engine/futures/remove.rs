@@ -16,14 +16,14 @@ use core::marker::PhantomData;
 use core::pin::Pin;
 use core::task::{Context, Poll};
 
-/// A wait until a notifier that was closed is quiet.
+/// A wait until a closed notifier is quiet.
 #[derive(Default)]
 struct QuietWait {
     wait: Wait,
     has_waited: bool,
 }
 
-/// L1: that the notifier is quiet.
+/// The goal that the notifier is quiet (L1).
 struct UntilQuiet<'a>(&'a Shared, EntryRef);
 
 impl Goal for UntilQuiet<'_> {
@@ -64,11 +64,11 @@ impl QuietWait {
 /// The future of [`Subscription::close`](crate::Subscription::close).
 ///
 /// # Cancel safety
-/// May be dropped at any moment, or never be polled: the notifier is out of the space since the
+/// May be dropped at any moment, or never be polled. The notifier is out of the space since the
 /// call of `close`.
 ///
 /// # Panics
-/// In debug builds when it would have to wait inside a first pass of the same space (C7).
+/// In debug builds, if it would wait inside a first pass of the same space (C7).
 #[must_use = "the notifier may still be called, and its passes run, until the future has resolved"]
 pub struct Close<'a> {
     space: &'a Shared,
@@ -112,32 +112,32 @@ impl fmt::Debug for Close<'_> {
     }
 }
 
-/// The future of [`Subscription::remove`](crate::Subscription::remove); resolves to the notifier.
+/// The future of [`Subscription::remove`](crate::Subscription::remove). Resolves to the notifier.
 ///
 /// The removal begins with the call, not with the first poll: new invalidations do not call the
 /// notifier any more.
 ///
 /// # Cancel safety
-/// When it is dropped early the notifier stays removed, and is dropped as soon as no call and no
+/// If it is dropped early, the notifier stays removed. It is dropped as soon as no call and no
 /// invalidation needs it any more.
 ///
 /// # Panics
-/// In debug builds when it would have to wait inside a first pass of the same space (C7).
+/// In debug builds, if it would wait inside a first pass of the same space (C7).
 #[must_use = "the notifier may still be called, and its passes run, until the future has resolved"]
 pub struct Remove<N: IntervalNotifier> {
     step: RemoveStep<N>,
 }
 
 enum RemoveStep<N: IntervalNotifier> {
-    /// It was quiet already. The notifier stays where it is until it is asked for: each move of one
+    /// The notifier was quiet already. It stays in its entry until it is taken, because a move
     /// takes longer than the rest of a removal.
     Removed(Registered<N>),
     Wait(Box<Waiting<N>>),
     Done,
 }
 
-/// A removal that has to wait; leaves the list of those that do when it is dropped, and then ends
-/// the registration.
+/// A removal that has to wait. Its drop takes it out of the list of waiters and ends the
+/// registration.
 struct Waiting<N: IntervalNotifier> {
     wait: QuietWait,
     registered: Registered<N>,
@@ -173,7 +173,7 @@ impl<N: IntervalNotifier> Future for Remove<N> {
     #[inline(never)]
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<N> {
         match &mut self.step {
-            // Straight to where the caller wants it.
+            // Moved once, straight into the caller's place.
             RemoveStep::Removed(registered) if !registered.entry.is_taken() => {
                 Poll::Ready(registered.entry.take())
             }
@@ -202,8 +202,8 @@ impl<N: IntervalNotifier> Waiting<N> {
         match registered.try_take() {
             Some(notifier) => Poll::Ready(notifier),
             None => {
-                // Somebody asks for its name at this moment (C6), and wakes whoever waits
-                // afterwards; look again.
+                // It is asked for its name at this moment (C6), which wakes the waiters when it is
+                // over. Look again.
                 wait.wait.look_again();
                 Poll::Pending
             }
@@ -211,7 +211,7 @@ impl<N: IntervalNotifier> Waiting<N> {
     }
 }
 
-// The notifier is never pinned by its subscription.
+// A subscription never pins its notifier.
 impl<N: IntervalNotifier> Unpin for Remove<N> {}
 
 impl<N: IntervalNotifier> fmt::Debug for Remove<N> {

@@ -1,10 +1,9 @@
-//! What all futures have in common that wait for invalidations that others started: readers,
-//! removers and `drain`.
+//! The wait for invalidations that other tasks started. Readers, removers and `drain` share it.
 //!
-//! All of them help: they poll the passes that they wait for (C3), and let an invalidation lapse
-//! whose future is not polled (C4). What a poll costs depends on what has changed since the last
-//! one, not on how many invalidations are waited for: a future's [`Bell`] says at which of them it
-//! has to look again.
+//! A waiting future helps: it polls the passes that it waits for (C3), and lets an invalidation
+//! lapse whose future is not polled (C4). The cost of a poll depends on what has changed since the
+//! last one, not on how many invalidations are waited for: the future's [`Bell`] says at which of
+//! them it has to look again.
 #![forbid(unsafe_code)]
 
 use crate::engine::Shared;
@@ -22,96 +21,99 @@ use alloc::vec::Vec;
 use core::task::{Context, Poll};
 use core::time::Duration;
 
-/// As many invalidations lapse under one lock.
+/// At most this many invalidations lapse under one lock.
 const AT_ONCE: usize = 64;
 
-/// A wait that could not be answered at once.
+/// The state of a waiting future.
 #[derive(Default)]
 pub(super) struct Wait {
-    /// Our place among those that wait for the notifier.
+    /// Our key in the list of those that wait for the notifier.
     waiter: Option<usize>,
-    /// Our place among those that wait for the whole space.
+    /// Our key among those that wait for the whole space.
     drain: Option<usize>,
     bell: Arc<Bell>,
     task: Option<Arc<TaskWaker>>,
-    /// The parked invalidations have been looked at, and the bell says which are to be looked at
-    /// again.
+    /// All parked invalidations have been looked at once. The bell says at which to look again.
     scanned: bool,
-    /// Those that are to be looked at.
+    /// Invalidations at which to look.
     backlog: Vec<Ticket>,
-    /// Those whose passes hold us up, with what wakes us when they can go on.
+    /// Invalidations whose passes hold us up. The registration wakes us when a pass can go on.
     pending: BTreeMap<Ticket, Registration>,
-    /// Those whose passes are done and whose futures have not claimed them, with the episode that
-    /// is waited for.
+    /// Invalidations whose passes are done and that their futures have not claimed, with the
+    /// episode that is waited for.
     unclaimed: BTreeMap<Ticket, u32>,
-    /// Those that have had their time, ours or others'. Few lapse under one lock.
+    /// Invalidations whose time is over, also if other tasks wait for them. A few lapse under each
+    /// lock.
     over: Vec<Ticket>,
-    /// What the clock showed at our last look.
+    /// The time at our last look at the clock.
     shown: Option<Duration>,
-    /// The same as `unclaimed` in the order in which they were found, with the count of polls then,
-    /// as far as they were left by our own waker.
+    /// Those of `unclaimed` whose futures were last polled with our own waker, in the order in
+    /// which they were found, with the count of our polls then.
     ours: VecDeque<(Ticket, u64)>,
     polls: u64,
     watch: Watch,
     is_watchman: bool,
 }
 
-/// What one look at the state says to a waiting future.
+/// Whether a wait is over.
 pub(super) enum Verdict {
+    /// It is over.
     Over,
-    /// Something runs on another thread at this moment and will not wake us.
+    /// A first pass runs on another thread. It wakes no one when it returns.
     Soon,
+    /// It goes on, and the future will be woken.
     Wait,
 }
 
-/// What a future waits for.
+/// The thing that a future waits for.
 pub(super) trait Goal {
-    /// The notifier among whose waiters it queues, and for what. Without it the whole space is
-    /// looked at.
+    /// Returns the notifier among whose waiters the future queues, and for what. `None` if it waits
+    /// for the whole space.
     fn queue(&self) -> Option<(EntryRef, WaitFor)>;
-    /// Decides under the lock whether the wait is over. `fired`: the moment has come that it is
-    /// queued for. `held_up`: there are invalidations that it wants to help with.
+    /// Decides under the lock whether the wait is over. `fired`: the moment has come that the
+    /// future is queued for. `held_up`: there are invalidations that it wants to help with.
     fn look(&mut self, state: &State, fired: bool, held_up: bool) -> Verdict;
-    /// Whether it waits for the passes of an invalidation.
+    /// Returns whether the future waits for the passes of an invalidation.
     fn wants(&self, parking: &Parking, serial: u64) -> bool;
 }
 
-/// What a look under the lock has found to do.
+/// The result of a look under the lock: what the future does next.
 enum Step<'s> {
+    /// The wait is over.
     Over,
-    /// Passes that hold us up, to be polled.
+    /// It polls passes that hold it up.
     Drive(Ticket, Lease<'s>),
-    /// Something has lapsed: look again.
+    /// It looks again, because an invalidation has lapsed.
     Again,
-    /// Nothing but to wait.
+    /// It waits.
     Wait(Pause),
 }
 
 /// How a future waits.
 enum Pause {
-    /// Somebody will wake it.
+    /// It will be woken.
     Sleep,
     /// It wakes itself.
     Yield,
-    /// Others who yield go first; the next one wakes it.
+    /// It lets other futures that yield go first. The next of them wakes it.
     Rest,
 }
 
 impl Wait {
-    /// Polls a wait: looks whether it is over, queues this future, and polls the passes that hold
-    /// it up as far as they go.
+    /// Polls a wait: checks whether it is over, queues the future, and polls the passes that hold
+    /// it up.
     pub(super) fn poll(
         &mut self,
         shared: &Shared,
         goal: &mut impl Goal,
         cx: &mut Context<'_>,
     ) -> Poll<()> {
-        // Before the lock: the clone of a waker is foreign code, and so is a clock.
+        // Before the lock, because the clone of a waker and a clock are foreign code.
         let task = TaskWaker::renew(&mut self.task, cx.waker(), &shared.host.losses);
         let mut look = self.is_watchman.then(|| shared.host.now());
         self.polls += 1;
         let mut first = true;
-        // Whoever sees that may rest, and is woken as soon as we have the lock.
+        // A future that sees this count may rest: we wake it as soon as we have the lock.
         let comes = !self.unclaimed.is_empty();
         if comes {
             shared.host.coming.fetch_add(1, Ordering::AcqRel);
@@ -139,7 +141,7 @@ impl Wait {
                 }
                 Step::Drive(ticket, lease) => {
                     if lease.drive() {
-                        // It is unclaimed now, or over.
+                        // The invalidation is unclaimed now, or over.
                         self.backlog.push(ticket);
                     }
                 }
@@ -166,7 +168,7 @@ impl Wait {
         }
     }
 
-    /// Notes at which invalidations to look.
+    /// Takes from the bell at which invalidations to look.
     fn hear(&mut self, state: &State, goal: &impl Goal) {
         let rung = self.bell.take_rung();
         if let (true, Some(rung)) = (self.scanned, rung) {
@@ -175,23 +177,24 @@ impl Wait {
         }
         self.scanned = true;
         self.scan(state, goal);
-        // Those that are not parked any more are over.
+        // Also at those that are not parked any more: they are over.
         self.backlog.extend(self.pending.keys().chain(self.unclaimed.keys()));
     }
 
-    /// Looks at all.
+    /// Notes all parked invalidations that overlap.
     fn scan(&mut self, state: &State, goal: &impl Goal) {
         let range = goal.queue().map_or(AddressRange::ALL, |(entry, _)| entry.range);
         let backlog = &mut self.backlog;
         backlog.clear();
         state.parked.overlapping(range, |parked| {
-            // Not those with a gap there (L2).
+            // Not if the range lies in a gap of theirs (L2).
             if state.protocol.active().overlaps(parked.value, range) {
                 backlog.push(parked.value);
             }
         });
     }
 
+    /// Looks once, under the lock.
     #[allow(clippy::too_many_arguments, reason = "what a poll knows")]
     fn step<'s>(
         &mut self,
@@ -224,12 +227,13 @@ impl Wait {
             let held_up = !self.pending.is_empty() || !self.unclaimed.is_empty();
             match goal.look(state, fired, held_up) {
                 Verdict::Over if goal.queue().is_some() => {
-                    // The last first pass has ended since the look above, which needs no lock.
+                    // A first pass takes no lock when it ends, and the last one has ended since the
+                    // look above.
                     self.leave(state, outbox);
                     return Step::Over;
                 }
                 Verdict::Over => {
-                    // Nothing is left of what it has heard of. There may be others by now.
+                    // All that the bell has told of is over. There may be others by now.
                     self.scan(state, goal);
                     self.backlog.retain(|ticket| {
                         state
@@ -258,7 +262,7 @@ impl Wait {
         Step::Wait(if wakes_itself { Pause::Yield } else { Pause::Rest })
     }
 
-    /// Looks at the invalidations of the backlog, until there is one whose passes are to be polled.
+    /// Looks at the invalidations of the backlog, up to the first whose passes are to be polled.
     fn work_off<'s>(
         &mut self,
         shared: &'s Shared,
@@ -292,6 +296,7 @@ impl Wait {
         None
     }
 
+    /// Notes that we wait until an invalidation is claimed.
     fn await_claim(&mut self, state: &mut State, ticket: Ticket, cx: &Context<'_>) {
         let known =
             self.unclaimed.get(&ticket).is_some_and(|episode| state.is_awaited(ticket, *episode));
@@ -303,7 +308,7 @@ impl Wait {
         }
     }
 
-    /// Lets those lapse that had their time (C4). Returns whether there were any.
+    /// Lets the invalidations lapse whose time is over (C4). Returns whether there were any.
     fn lose_patience(
         &mut self,
         state: &mut State,
@@ -312,7 +317,7 @@ impl Wait {
         outbox: &mut Outbox,
         lapses: &mut u64,
     ) -> bool {
-        // Those that were claimed meanwhile.
+        // Invalidations that were claimed meanwhile.
         while let Some((ticket, episode)) = self.unclaimed.first_key_value()
             && !state.is_awaited(*ticket, *episode)
         {
@@ -323,12 +328,12 @@ impl Wait {
             self.is_watchman = false;
             return false;
         }
-        // Those of our own task.
+        // Invalidations of our own task.
         while let Some((ticket, since)) = self.ours.front() {
             let (awaited, polls) = (self.unclaimed.get(ticket), self.polls - since);
             if awaited.is_some_and(|episode| state.is_awaited(*ticket, *episode)) {
                 if !state.is_certain(*ticket, cx.waker(), u64::MAX) {
-                    // It moved to another task, and has its time.
+                    // The future moved to another task, and time decides.
                 } else if state.is_certain(*ticket, cx.waker(), polls) {
                     self.over.push(*ticket);
                 } else {
@@ -337,8 +342,8 @@ impl Wait {
             }
             self.ours.pop_front();
         }
-        // And those that had their time, if it is for us to look. Once in a poll, so that others
-        // have a turn in between.
+        // Invalidations whose time is over, if we are the watchman. Once in a poll, so that other
+        // tasks have a turn in between.
         let shown = clock.take();
         self.is_watchman = state.patience.is_watchman(&mut self.watch);
         if let (Some(now), true) = (shown, self.is_watchman) {
@@ -349,20 +354,20 @@ impl Wait {
         for ticket in self.over.drain(self.over.len().saturating_sub(AT_ONCE)..) {
             if state.lapse(ticket, self.shown, outbox) {
                 *lapses += 1;
-                // Passes that were never polled may be left.
+                // It may have passes that were never polled.
                 self.backlog.push(ticket);
             }
         }
         any
     }
 
-    /// Takes the future out of everything that knows it. Under the lock.
+    /// Takes the future out of all lists. Under the lock.
     pub(super) fn leave(&mut self, state: &mut State, outbox: &mut Outbox) {
         if let Some(key) = self.waiter.take() {
             state.remove_waiter(key);
         }
         if let Some(key) = self.drain.take() {
-            // We have the bell, too: this is not its last.
+            // We have the bell, too, so this does not drop the last reference.
             state.drains.remove(key);
         }
         for (ticket, episode) in core::mem::take(&mut self.unclaimed) {
@@ -373,7 +378,7 @@ impl Wait {
         wake_resting(state, outbox);
     }
 
-    /// The same for a future that is dropped.
+    /// Takes a future that is dropped out of all lists.
     pub(super) fn give_up(&mut self, shared: &Shared) {
         if self.waiter.is_some()
             || self.drain.is_some()
@@ -395,7 +400,7 @@ mod tests {
     use std::sync::{Arc, Mutex};
     use std::vec::Vec;
 
-    /// Passes that wait: `None` once they are done.
+    /// The wakers of passes that wait; `None` once the passes are done.
     #[derive(Clone)]
     struct Fence(Arc<Mutex<Option<Vec<Waker>>>>);
 
@@ -440,11 +445,11 @@ mod tests {
     }
 }
 
-/// Wakes those who let us go first.
+/// Wakes the futures that rest.
 fn wake_resting(state: &mut State, outbox: &mut Outbox) {
     for bell in state.patience.take_resting() {
         outbox.contents().tasks.extend(bell.ring(None));
-        // Outside of the lock, should it be the last one.
+        // Dropped outside of the lock, because it may be the last reference.
         outbox.contents().bells.push(bell);
     }
 }

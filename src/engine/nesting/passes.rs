@@ -1,17 +1,17 @@
-//! C7: in debug builds, a pass that waits for itself fails with its notifier's name.
+//! The check of C7 for passes: in debug builds, a pass that waits for itself panics with its
+//! notifier's name.
 //!
 //! A reader of a notifier waits until no invalidation covers it, so until the passes of the
 //! notifier are done. A pass that awaits such a reader, or the notifier's removal, waits for
-//! itself. But a pass may poll one that it does not wait for, beside a timer that ends it (F3). The
-//! two differ in who can wake the pass: nobody, if what waits for the pass is all that has its
-//! waker.
+//! itself. But a pass may also poll such a future beside a timer that ends it (F3). The difference
+//! is who can wake the pass. If only futures that wait for the pass have its waker, no one can.
 //!
-//! So a pass that is seen to poll such a wait with its own waker is polled again, at once, with a
-//! waker whose clones are counted. It fails if it is pending after that, has not been woken, and
-//! each clone is that of such a wait. Whatever else it awaits has a clone of its own then, as each
-//! poll renews the waker that a future is to wake.
+//! So a pass that polls such a future with its own waker is polled again at once, with a waker
+//! whose clones are counted. It panics if it is pending then, has not been woken, and each clone
+//! belongs to such a future. Anything else that it awaits has a clone of its own, as each poll
+//! renews the waker of a future.
 //!
-//! A pass whose poll blocks its thread, in `wait` for such a wait, fails at once.
+//! A pass that blocks its thread in the `wait` of such a future panics at once.
 #![forbid(unsafe_code)]
 
 #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
@@ -36,7 +36,7 @@ mod check {
         watched: bool,
         /// How many pending waits for the pass itself have been polled with its waker.
         waits: usize,
-        /// What the last of them says.
+        /// The message of the last of them.
         message: Option<String>,
     }
 
@@ -45,11 +45,11 @@ mod check {
         static POLLED: RefCell<Vec<Polled>> = const { RefCell::new(Vec::new()) };
     }
 
-    /// Takes the pass off the list, whoever unwinds.
+    /// Takes the pass off the list when dropped, also when a panic unwinds.
     struct Entered(bool);
 
     impl Entered {
-        /// There is no list in the destructor of a thread-local.
+        /// Puts the pass on the list. In the destructor of a thread-local, the list may be gone.
         fn new(polled: Polled) -> Self {
             Self(POLLED.try_with(|list| list.borrow_mut().push(polled)).is_ok())
         }
@@ -70,7 +70,7 @@ mod check {
         }
     }
 
-    /// A waker of the join whose clones are counted, by its `Arc`.
+    /// A waker of the join. Its `Arc` counts its clones.
     struct Counted {
         waker: Waker,
         woken: AtomicBool,
@@ -87,7 +87,7 @@ mod check {
         }
     }
 
-    /// Whether a pass is suspected of waiting for itself.
+    /// The suspicion that a pass waits for itself.
     pub(crate) struct Suspicion(Option<Arc<Counted>>);
 
     impl Suspicion {
@@ -95,8 +95,8 @@ mod check {
             Self(None)
         }
 
-        /// The first poll of a pass of `entry`, with a waker that is not the pass's own. It may be
-        /// pending: it is polled again in any case.
+        /// Polls a pass of `entry` for the first time, with a waker that is not the pass's own.
+        /// Checks nothing: a pass that is pending is polled again in any case.
         pub(crate) fn first_poll(
             entry: EntryRef,
             cx: &mut Context<'_>,
@@ -137,8 +137,8 @@ mod check {
             }
             match (&self.0, message) {
                 (Some(counted), Some(message)) => {
-                    // Ours are the one in `self` and the one that it was polled with. Whoever wakes
-                    // has woken before its clone goes.
+                    // Two clones are ours: the one in `self` and the one in the poll. A task that
+                    // wakes does so before it drops its clone.
                     let clones = Arc::strong_count(counted).saturating_sub(2);
                     fence(Ordering::Acquire);
                     if clones == waits && !counted.woken.load(Ordering::Acquire) {
@@ -154,8 +154,8 @@ mod check {
         }
     }
 
-    /// To be called where a future that waits until the passes of `entry` are done is pending, with
-    /// no lock.
+    /// Notes that a future is pending that waits until the passes of `entry` are done. To be called
+    /// without a lock.
     pub(crate) fn note_wait(host: &Host, what: &'static str, entry: EntryRef, waker: &Waker) {
         let own = POLLED.try_with(|list| {
             let list = list.borrow();
@@ -163,7 +163,7 @@ mod check {
             Some((polled.watched, polled.waker.will_wake(waker)))
         });
         let Ok(Some((watched, awaits))) = own else { return };
-        // Driver code: nothing is borrowed meanwhile.
+        // Runs driver code, so nothing is borrowed meanwhile.
         let message = || {
             format!(
                 "a pass of {} waits for itself: it awaits {what} of its own notifier, which waits for the pass: \

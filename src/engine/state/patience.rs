@@ -1,13 +1,12 @@
-//! How long those who wait are patient with a future that could end its invalidation and is not
-//! polled (C4).
+//! Patience with a future that could end its invalidation and is not polled (C4).
 //!
-//! A plain state machine: it is told the time and answers who has had enough. Time is what counts,
-//! since the passes were done; how often somebody looked matters only as far as time could be
-//! unjust: after a thread was held up, or where there is no clock, or one that stands still.
+//! A plain state machine. It is told the time and answers which invalidations lapse. The time since
+//! the passes were done decides. The number of looks matters only where time alone would be unjust:
+//! after a thread was held up, without a clock, or with a clock that stands still.
 //!
-//! Nobody sleeps while a future is not claimed: with no timer and no thread of its own, the library
-//! could not wake a sleeper if the one who is awake were itself a future that is never polled
-//! again. So each of them yields, to its executor and to the operating system, and *one* of them,
+//! No waiting future sleeps while an invalidation is not claimed. The library has no timer and no
+//! thread of its own. So it could not wake a sleeper if the future that is awake were never polled
+//! again. Each waiting future yields, to its executor and to the operating system. *One* of them,
 //! the watchman, looks at the clock.
 #![forbid(unsafe_code)]
 
@@ -18,71 +17,73 @@ use alloc::collections::{BTreeMap, BTreeSet};
 use alloc::vec::Vec;
 use core::time::Duration;
 
-/// The patience with a future that has not lapsed before, unless the space was given another one.
+/// The patience with a future that has not lapsed before, unless the space has a setting for it.
 const FIRST: Duration = Duration::from_millis(20);
-/// It doubles with each lapse of the same future, up to this.
+/// The longest patience. It doubles with each lapse of the same future, up to this.
 const MOST: Duration = Duration::from_secs(1);
-/// Looks by the watchman, one after the other, before a future lapses whose time is over: in
-/// between everybody had a turn.
+/// How often in a row the watchman looks before a future lapses whose time is over. Other tasks
+/// have a turn between two looks.
 const LOOKS: u64 = if cfg!(loom) { 1 } else { 16 };
-/// Where there is no clock, the patience of a first lapse is over after this many looks.
+/// Without a clock, the patience of a first lapse is over after this many looks.
 const TICKS: u32 = if cfg!(loom) { 1 } else { 64 };
 /// A clock that shows the same time this often in a row is taken to stand still.
 const STILL: u32 = 1024;
-/// A watchman who has not looked for this part of the first patience was held up, and others
-/// perhaps as well: the looks count anew, once for each future, so that one whose turns are always
-/// that far apart goes on as well.
+/// A watchman that has not looked for this part of the first patience was held up, and other tasks
+/// may have been, too. Then the looks count anew, but only once for each invalidation. So one also
+/// lapses if all looks are that far apart.
 const HELD_UP: u32 = 4;
-/// After as many yields in a row a waiting future lets others go first for one turn.
+/// After this many yields in a row a waiting future lets others go first for one turn.
 const IN_A_ROW: u32 = if cfg!(loom) { 1000 } else { 32 };
-/// Polls of one watchman's rivals without a look of its own until one of them takes over.
+/// A waiting future becomes the watchman if it is polled this often without a look of the present
+/// one.
 const ABSENT: u32 = if cfg!(loom) { 2 } else { 64 };
-/// Polls of a waiter by the very waker that a future left, until it is certain that the task does
-/// not poll the future.
+/// A task certainly does not poll its future once a waiter was polled this often with the same
+/// waker that the future left.
 const CERTAIN: u64 = if cfg!(loom) { 2 } else { 4 };
 
-/// The clock of patience, and the invalidations that somebody waits for and nobody has claimed.
+/// The clock of patience, and the unclaimed invalidations that futures wait for.
 pub(crate) struct Patience {
     first: Duration,
     waiting: BTreeMap<Ticket, Entry>,
-    /// The same by the time at which patience ends.
+    /// The keys of `waiting` by the time at which patience ends.
     ends: BTreeSet<(Duration, Ticket)>,
-    /// How many have no stamp.
+    /// How many entries have no stamp.
     unstamped: usize,
     looks: u64,
-    /// What the clock showed last.
+    /// The time that the clock showed last.
     shown: Duration,
     /// How often in a row it has shown that.
     still: u32,
-    /// How much later it is than the clock shows: ticks while there was no clock or it stood still,
-    /// and what the clock went back.
+    /// Added to the time of the clock: ticks while there was no clock or it stood still, and each
+    /// step back of the clock.
     skew: Duration,
     watchman: Option<u64>,
-    /// Rises with each look, and each time that there is another watchman.
+    /// Rises with each look, and with each change of the watchman.
     turns: u64,
     next_waiter: u64,
-    /// Who lets others go first for one turn, until the next one takes the lock.
+    /// Bells of futures that rest. The next future that takes the lock wakes them.
     resting: Vec<Arc<Bell>>,
 }
 
-/// An invalidation that somebody waits for.
+/// An unclaimed invalidation that a future waits for.
 struct Entry {
     until: Duration,
-    /// How long it has, from the next look on, if it is not known when its passes were done.
+    /// The patience from the next look on, if it is not known when the passes were done.
     unstamped: Option<Duration>,
-    /// No look before this one counts.
+    /// Looks count from this one on.
     from: u64,
-    /// A gap between two looks has made the looks count anew. It does so once.
+    /// A gap between two looks has made the looks count anew, which happens once.
     had_gap: bool,
 }
 
-/// What a waiting future knows of the watch.
+/// A waiting future's part in the watch.
 #[derive(Default)]
 pub(crate) struct Watch {
-    /// Its number; 0 before it has one.
+    /// The number of the future; 0 before it has one.
     me: u64,
-    /// The count of turns that it saw last, and how often in a row.
+    /// The count of turns that it saw last.
     seen: u64,
+    /// How often in a row it has seen that.
     unchanged: u32,
     /// How often it has yielded since it last rested.
     in_a_row: u32,
@@ -106,18 +107,18 @@ impl Patience {
         }
     }
 
-    /// How long to wait for a future that has lapsed `lapses` times.
+    /// Returns the patience with a future that has lapsed `lapses` times.
     pub(crate) fn with(&self, lapses: u32) -> Duration {
         self.first.saturating_mul(2u32.saturating_pow(lapses)).min(MOST.max(self.first))
     }
 
-    /// How many polls make it certain that a task does not poll its future; more after each lapse.
+    /// Returns how many polls make it certain that a task does not poll its future. More after each
+    /// lapse.
     pub(crate) fn certain_after(lapses: u32) -> u64 {
         CERTAIN << lapses.min(8)
     }
 
-    /// Somebody waits for the future of `ticket`, whose passes were done at `done`, if that is
-    /// known.
+    /// Begins to wait for the future of `ticket`. Its passes were done at `done`, if that is known.
     pub(crate) fn begin(&mut self, ticket: Ticket, done: Option<Duration>, lapses: u32) {
         let patience = self.with(lapses);
         if let Some(done) = done {
@@ -133,8 +134,8 @@ impl Patience {
         self.waiting.insert(ticket, Entry { until, unstamped, from: self.looks, had_gap: false });
     }
 
-    /// The clock shows less than before, if it does: what was over is over, and what begins from
-    /// now on is measured from there.
+    /// Notes that the clock has gone back, if it has. Times that were over stay over, and what
+    /// begins from now on is measured from the new time.
     fn go_back_to(&mut self, now: Duration) {
         if now < self.shown {
             self.skew = self.skew.saturating_add(self.shown - now);
@@ -142,7 +143,8 @@ impl Patience {
         }
     }
 
-    /// The future was claimed or has ended, or nobody waits for it any more.
+    /// Stops waiting for the future of `ticket`: it was claimed or has ended, or no future waits
+    /// any more.
     pub(crate) fn end(&mut self, ticket: Ticket) {
         if let Some(entry) = self.waiting.remove(&ticket) {
             self.ends.remove(&(entry.until, ticket));
@@ -150,8 +152,8 @@ impl Patience {
         }
     }
 
-    /// Whether the waiting future is the watchman, who looks at the clock. It becomes that if there
-    /// is none, or if the one there is has not looked for a while.
+    /// Returns whether the waiting future is the watchman, who looks at the clock. It becomes that
+    /// if there is none, or if the present one has not looked for a while.
     pub(crate) fn is_watchman(&mut self, watch: &mut Watch) -> bool {
         if watch.me == 0 {
             watch.me = self.next_waiter;
@@ -167,10 +169,11 @@ impl Patience {
         self.watchman == Some(watch.me)
     }
 
-    /// A waiting future is about to yield. Returns whether it wakes itself for that. Now and then
-    /// it does not, if another one `comes` at this very moment, who will see it resting and
-    /// wake it: some executors poll a task that has woken itself again at once, and nobody
-    /// else's turn would come on that thread.
+    /// Decides how a waiting future yields. Returns whether it wakes itself.
+    ///
+    /// Now and then it rests instead, if another future `comes` at this moment, which will see it
+    /// resting and wake it. Some executors poll a task that has woken itself again at once, and
+    /// then no other task on that thread would have a turn.
     pub(crate) fn wakes_itself(
         &mut self,
         watch: &mut Watch,
@@ -186,20 +189,20 @@ impl Patience {
         !rests
     }
 
-    /// Those who rest, to be woken.
+    /// Takes the bells of the futures that rest, to be rung.
     pub(crate) fn take_resting(&mut self) -> Vec<Arc<Bell>> {
         core::mem::take(&mut self.resting)
     }
 
-    /// The waiting future is about to go, or has nothing to wait for.
+    /// Gives the watch up, if the future has it: it goes, or has nothing to wait for.
     pub(crate) fn leave(&mut self, watch: &Watch) {
         if self.watchman == Some(watch.me) {
             self.watchman = None;
         }
     }
 
-    /// The watchman looks: the clock shows `now`, if there is one. Returns those whose time is
-    /// over.
+    /// Notes a look of the watchman; the clock shows `now`, if there is one. Returns the
+    /// invalidations whose time is over.
     pub(crate) fn look(&mut self, now: Option<Duration>) -> Vec<Ticket> {
         self.looks += 1;
         self.turns += 1;
@@ -225,7 +228,7 @@ impl Patience {
         over.map(|(_, ticket)| *ticket).filter(has_had_its_turns).collect()
     }
 
-    /// Looks at all: to stamp those that have none, and to note a gap.
+    /// Gives a stamp to each entry that has none, and notes a gap in each.
     #[cold]
     fn revise(&mut self, time: Duration, gap: bool) {
         self.unstamped = 0;
@@ -266,7 +269,7 @@ mod tests {
         assert_eq!(Patience::new(Some(ms(3000))).with(7), ms(3000));
     }
 
-    /// Looks every 100 µs until somebody's time is over; says when.
+    /// Looks every 100 µs until a time is over. Returns when.
     fn until_over(patience: &mut Patience, mut now: Duration) -> Duration {
         for _ in 0..1_000_000 {
             if !patience.look(Some(now)).is_empty() {
@@ -274,7 +277,7 @@ mod tests {
             }
             now += Duration::from_micros(100);
         }
-        panic!("nobody lapses");
+        panic!("nothing lapses");
     }
 
     #[test]
@@ -390,7 +393,8 @@ mod tests {
     }
 
     proptest! {
-        /// Nobody lapses before its time, and everybody who is still waited for does soon after it.
+        /// No invalidation lapses before its time, and each that is still waited for lapses soon
+        /// after it.
         #[test]
         fn c4_nobody_lapses_early_and_nobody_is_forgotten(
             waits in proptest::collection::vec((0..50u64, 0..3u32, any::<bool>()), 1..20),

@@ -1,6 +1,7 @@
-//! What the engine keeps beside each active invalidation.
+//! The engine's part of an active invalidation.
 #![forbid(unsafe_code)]
 
+use crate::engine::quick::fill_empty;
 use crate::engine::state::stage::Stage;
 use crate::engine::wakers::WakerSet;
 use crate::engine::work::{PendingNotifiers, Work};
@@ -23,33 +24,34 @@ impl Ordered for Ticket {
     }
 }
 
-/// Lies in the place of an invalidation, and is used again by the next one there.
+/// The engine's part of an active invalidation. It lies in the place of the invalidation, and the
+/// next one there uses it again.
 pub(crate) struct Record {
     pub(crate) owner: Option<Owner>,
     pub(crate) terms: Terms,
-    /// Made when an invalidation in this place parks for the first time, and kept.
+    /// Made when an invalidation in this place first parks, and kept for later ones.
     pub(crate) parking: Option<Box<Parking>>,
     /// Time stamp, with the serial of the invalidation that it belongs to. Set at the start if the
-    /// space has a clock, otherwise when passes first turn out to be pending or `active()`
-    /// first lists the invalidation. With another serial it is a left-over of an earlier
-    /// invalidation in this place, not cleared because most never set one.
+    /// space has a clock, otherwise when passes are first found pending or `active()` first lists
+    /// the invalidation. With another serial it belongs to an earlier invalidation in this place.
+    /// It is not cleared, because most invalidations never set one.
     since: Option<(u64, Duration)>,
-    /// The memory that the last invalidation in this place left, until one takes it that hits
-    /// something.
+    /// Memory of an earlier invalidation in this place, for the next one that hits a notifier.
     idle_work: Option<Box<Work>>,
-    /// First passes may still be called; only for an invalidation that has no flag (see `calls`).
+    /// First passes may still be called. Only for an invalidation without a flag (see
+    /// [`calls`](crate::engine::calls)).
     pub(crate) calls: bool,
 }
 
-/// An invalidation whose guard is not handed out yet although its first passes ran: its passes
-/// belong to the space (C2).
+/// The part of a parked invalidation: its first passes ran, its guard is not handed out, and its
+/// passes belong to the space (C2).
 pub(crate) struct Parking {
     pub(crate) stage: Stage<Box<Work>>,
-    /// Who is woken when its passes can go on. That of the work.
+    /// Woken when its passes can go on. The work has the same.
     pub(crate) wakers: Arc<WakerSet>,
     /// Notifiers whose passes are pending.
     pub(crate) pending: PendingNotifiers,
-    /// When its passes were done, while it is unclaimed, if there is a clock.
+    /// When its passes were done, if there is a clock. Valid while it is unclaimed.
     pub(crate) done_at: Option<Duration>,
     pub(crate) awaited: Awaited,
 }
@@ -58,7 +60,7 @@ pub(crate) struct Parking {
 #[derive(Clone, Copy, Default)]
 pub(crate) struct Awaited {
     pub(crate) count: u32,
-    /// Rises each time that the invalidation becomes unclaimed: those who waited before do not
+    /// Rises each time that the invalidation becomes unclaimed. Futures that waited before do not
     /// count any more.
     pub(crate) episode: u32,
 }
@@ -75,8 +77,8 @@ impl Parking {
         }
     }
 
-    /// To be called when the work has come to the space: notes since when it is unclaimed, if it
-    /// is.
+    /// Returns whether the invalidation is unclaimed, and notes since when. To be called when the
+    /// work has come to the space.
     pub(super) fn note_done(&mut self, now: Option<Duration>) -> bool {
         let unclaimed = self.stage.unclaimed().is_some();
         if unclaimed {
@@ -87,7 +89,7 @@ impl Parking {
         unclaimed
     }
 
-    /// Nobody waits for a claim any more. Returns whether somebody did.
+    /// Forgets the futures that wait for a claim. Returns whether there were any.
     pub(super) fn forget_awaited(&mut self) -> bool {
         core::mem::take(&mut self.awaited.count) != 0
     }
@@ -101,7 +103,7 @@ impl Default for Record {
 }
 
 impl Record {
-    /// Notes why the range is under invalidation, and when that began if it is timed.
+    /// Notes the request, and when the invalidation began if it is timed.
     #[inline(always)]
     pub(crate) fn fill(&mut self, request: &Request<'_>, id: Id, since: Option<Duration>) {
         (self.owner, self.terms) = (request.owner, request.terms);
@@ -110,7 +112,7 @@ impl Record {
         }
     }
 
-    /// Where the start of an invalidation collects its hits.
+    /// Returns the list in which the start of an invalidation collects its hits.
     #[inline(always)]
     pub(crate) fn hits(&mut self) -> &mut Vec<EntryRef> {
         if self.idle_work.is_none() {
@@ -135,14 +137,11 @@ impl Record {
     #[inline(always)]
     pub(crate) fn recycle(&mut self, mut work: Box<Work>) {
         work.hits.clear();
-        debug_assert!(
-            self.idle_work.is_none(),
-            "an invalidation gives the memory back that it took from here"
-        );
-        core::mem::forget(self.idle_work.replace(work));
+        // It took the memory from here when it started.
+        fill_empty(&mut self.idle_work, work);
     }
 
-    /// The parking of an invalidation that is parked.
+    /// Returns the parking if the invalidation is parked.
     pub(crate) fn parked(&self) -> Option<&Parking> {
         self.parking.as_deref().filter(|parking| parking.stage.is_parked())
     }
@@ -153,12 +152,12 @@ impl Record {
 }
 
 impl Active<EntryRef, Record> {
-    /// When the invalidation was first seen to last, if it was.
+    /// Returns the time stamp of the invalidation, if it has one.
     pub(crate) fn since(&self) -> Option<Duration> {
         self.extra.since.and_then(|(serial, since)| (serial == self.serial()).then_some(since))
     }
 
-    /// The same; that is `now` if it was not seen before.
+    /// Returns the time stamp of the invalidation. Sets it to `now` if there was none.
     pub(crate) fn seen_to_last(&mut self, now: Option<Duration>) -> Option<Duration> {
         let since = self.since().or(now)?;
         self.extra.since = Some((self.serial(), since));

@@ -1,4 +1,4 @@
-//! Who has the work of an active invalidation, and what becomes of it: a plain state machine.
+//! The owner of an active invalidation's work, and what follows: a plain state machine.
 //!
 //! ```text
 //!              park                    lease
@@ -12,24 +12,24 @@
 //!   └─────── the invalidation ends ◀────────────────────┘
 //! ```
 //!
-//! `abandon` makes a parked or leased invalidation end when its passes are done. If it comes when
-//! some passes were never polled, because the budget interrupted the first passes (B4), it parks
-//! these.
+//! `abandon` makes a parked or leased invalidation end when its passes are done. If some passes
+//! were never polled, because the budget interrupted the first passes (B4), they are parked first.
 #![forbid(unsafe_code)]
 
-/// Who has the work `W`.
+/// The owner of the work `W`.
 pub(crate) enum Stage<W> {
-    /// First passes run, or a guard is held, or the invalidation has ended.
+    /// First passes run, or a guard is held, or the invalidation has ended. The caller has the
+    /// work.
     WithCaller,
-    /// Passes are pending; nobody polls them at this moment.
+    /// Passes are pending, and no task polls them at this moment. The work is here.
     Parked { work: W, then: Then },
-    /// Somebody polls them: there is one [`Lease`](crate::engine::lease::Lease).
+    /// A task polls the passes. Its [`Lease`](crate::engine::lease::Lease) has the work.
     Leased { then: Then },
-    /// The passes that ran are done, and the caller has not come back.
+    /// The joined passes are done, and the caller has not come back. The work is here.
     Unclaimed { work: W, claim: Claim },
 }
 
-/// What follows when the passes are done.
+/// What follows when the joined passes are done.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub(crate) enum Then {
     /// The caller comes back for the work.
@@ -38,37 +38,37 @@ pub(crate) enum Then {
     End,
 }
 
-/// What the caller finds when it comes back.
+/// What the caller needs when it comes back.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub(crate) struct Claim {
-    /// The hit whose first pass is called next, if the budget made them stop (B4).
+    /// The hit whose first pass is called next, if the budget interrupted the first passes (B4).
     pub(crate) resume_at: Option<u32>,
     /// How often the caller's future has lapsed.
     pub(crate) lapses: u32,
 }
 
-/// What whoever made a transition has to do now.
+/// What the caller of a transition has to do.
 #[derive(Debug)]
 pub(crate) enum Next<W> {
     Nothing,
-    /// Passes are to be polled: tell those who wait for them.
+    /// Wake the waiting futures: passes are to be polled.
     Drive,
-    /// The passes are done: end the invalidation.
+    /// End the invalidation: its passes are done.
     End(W),
 }
 
-/// What the stage has to know of the work.
+/// The questions that the stage asks of the work.
 pub(crate) trait Load {
-    /// No pass that was polled is pending.
+    /// Returns whether no joined pass is pending.
     fn is_done(&mut self) -> bool;
-    /// Some passes were never polled.
+    /// Returns whether some passes were never polled.
     fn has_unpolled(&mut self) -> bool;
-    /// Lets them be polled: no further first pass will be called.
+    /// Joins the passes that were never polled. No further first pass will be called.
     fn join_unpolled(&mut self);
 }
 
 impl<W: Load> Stage<W> {
-    /// From `WithCaller`: the work is everybody's from now on (C2).
+    /// Takes the work from the caller: other tasks may poll its passes from now on (C2).
     pub(crate) fn park(&mut self, mut work: W, claim: Claim) {
         debug_assert!(matches!(self, Self::WithCaller));
         *self = if work.is_done() {
@@ -78,7 +78,7 @@ impl<W: Load> Stage<W> {
         };
     }
 
-    /// The work, to be polled, if it is there to be taken. It comes back by
+    /// Gives the work of a parked invalidation out, to be polled. It comes back by
     /// [`give_back`](Self::give_back).
     pub(crate) fn lease(&mut self) -> Option<W> {
         match core::mem::replace(self, Self::WithCaller) {
@@ -93,7 +93,7 @@ impl<W: Load> Stage<W> {
         }
     }
 
-    /// The work comes back from a lease.
+    /// Takes the work back from a lease.
     pub(crate) fn give_back(&mut self, mut work: W) -> Next<W> {
         let Self::Leased { then } = *self else {
             unreachable!("there is one lease, and it comes back once")
@@ -120,7 +120,7 @@ impl<W: Load> Stage<W> {
         }
     }
 
-    /// The caller takes the work of an invalidation whose passes are done.
+    /// Gives the work of an unclaimed invalidation back to the caller.
     pub(crate) fn claim(&mut self) -> Option<(W, Claim)> {
         match core::mem::replace(self, Self::WithCaller) {
             Self::Unclaimed { work, claim } => Some((work, claim)),
@@ -131,7 +131,7 @@ impl<W: Load> Stage<W> {
         }
     }
 
-    /// Nobody will claim it.
+    /// Notes that the caller does not come back.
     pub(crate) fn abandon(&mut self) -> Next<W> {
         match core::mem::replace(self, Self::WithCaller) {
             Self::WithCaller => Next::Nothing,
@@ -154,7 +154,7 @@ impl<W: Load> Stage<W> {
         }
     }
 
-    /// The work, wherever it lies; `None` while it is leased or with the caller.
+    /// Returns the work; `None` while it is leased or with the caller.
     pub(crate) fn work(&self) -> Option<&W> {
         match self {
             Self::Parked { work, .. } | Self::Unclaimed { work, .. } => Some(work),
@@ -166,12 +166,12 @@ impl<W: Load> Stage<W> {
         !matches!(self, Self::WithCaller)
     }
 
-    /// It ends by itself when its passes are done.
+    /// Returns whether the invalidation ends by itself when its passes are done.
     pub(crate) fn is_abandoned(&self) -> bool {
         matches!(self, Self::Parked { then: Then::End, .. } | Self::Leased { then: Then::End })
     }
 
-    /// What the caller would find if it came back now.
+    /// Returns what the caller needs, if it could claim the work now.
     pub(crate) fn unclaimed(&self) -> Option<Claim> {
         match self {
             Self::Unclaimed { claim, .. } => Some(*claim),
@@ -185,7 +185,7 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    /// Work as numbers: passes that are pending, and passes that were never polled.
+    /// Work as numbers: joined passes that are pending, and passes that were never polled.
     #[derive(Clone, Debug, PartialEq)]
     struct Passes {
         pending: u32,
@@ -222,9 +222,9 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever is done in whatever order: the work is in one place, it comes out once (claimed
-        /// or ended), claimed only if nobody abandoned it, ended only if somebody did, and never
-        /// with a pass that is pending, nor ended with one that was never polled.
+        /// In any order of operations, the work is in one place and comes out once. It is claimed
+        /// only if it was not abandoned, and ended only if it was. No pass is pending then, and at
+        /// an end all have been polled.
         #[test]
         fn the_work_is_in_one_place_and_comes_out_once(
             pending in 0..4u32,
@@ -273,7 +273,7 @@ mod tests {
                 prop_assert_eq!(stage.is_parked(), !out);
                 prop_assert_eq!(stage.is_abandoned(), abandoned && !out);
             }
-            // However it stands: whoever drives brings it to its end.
+            // A task that polls its passes brings it to its end.
             let mut work = match leased {
                 Some(work) => work,
                 None => stage.lease().unwrap_or(Passes { pending: 0, unpolled: 0 }),

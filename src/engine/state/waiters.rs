@@ -1,4 +1,4 @@
-//! Who waits for which notifier: a list for each, in one arena.
+//! The futures that wait for notifiers: a linked list for each notifier, all in one arena.
 #![forbid(unsafe_code)]
 
 use crate::engine::outbox::Outbox;
@@ -8,12 +8,12 @@ use crate::entry::EntryRef;
 use crate::sync::Arc;
 use slab::Slab;
 
-/// What a future waits for.
+/// The moment that a future waits for.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum WaitFor {
     /// A moment at which no active invalidation covers the notifier (R1).
     Uncovered,
-    /// That no call of the notifier and no pass of it is under way (L1).
+    /// A moment at which no call of the notifier and no pass of it is under way (L1).
     Quiet,
 }
 
@@ -21,18 +21,18 @@ pub(crate) enum WaitFor {
 pub(crate) struct Waiter {
     bell: Arc<Bell>,
     wait_for: WaitFor,
-    /// The moment has come; the waiter is in no list any more.
+    /// The moment has come. The waiter is in no list any more.
     pub(crate) fired: bool,
     entry: EntryRef,
     prev: Option<u32>,
     next: Option<u32>,
 }
 
-/// Room for this many waiters stays when none is left.
+/// The arena keeps its memory up to this many waiters when none is left.
 const MOST_IDLE: usize = 256;
 
 impl State {
-    /// Puts a future in the list of those that wait for `entry`.
+    /// Puts a future into the list of those that wait for `entry`. Returns its key.
     pub(crate) fn add_waiter(
         &mut self,
         entry: EntryRef,
@@ -51,20 +51,20 @@ impl State {
         key
     }
 
-    /// Takes a future out again, whether its moment has come or not.
+    /// Takes a future out, whether its moment has come or not.
     pub(crate) fn remove_waiter(&mut self, key: usize) {
         if !self.waiters[key].fired {
             unlink(&mut self.waiters, key);
         }
-        // The future has the bell, too: this is not its last.
+        // The future has the bell, too, so this does not drop the last reference.
         self.waiters.remove(key);
         if self.waiters.is_empty() && self.waiters.capacity() > MOST_IDLE {
             self.waiters = Slab::new();
         }
     }
 
-    /// Wakes those that wait for `entry` without their moment having come: there is something for
-    /// them to look at.
+    /// Wakes all futures that wait for `entry`, before their moment: they have to look at `ticket`,
+    /// or whether their moment has come.
     pub(crate) fn nudge(&mut self, entry: EntryRef, ticket: Option<Ticket>, outbox: &mut Outbox) {
         let mut at = entry.first_waiter();
         while let Some(key) = at {

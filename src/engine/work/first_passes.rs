@@ -1,4 +1,4 @@
-//! The first passes of an invalidation, in order, and the first polls of what they leave.
+//! The first passes of an invalidation, in order, and the first poll of each pass.
 #![forbid(unsafe_code)]
 
 use super::{Passes, Work};
@@ -13,25 +13,26 @@ use crate::observe::Moment;
 use crate::sync::Ordering;
 
 /// Why the calls of first passes stopped.
-enum Called {
+pub(in crate::engine) enum Called {
+    /// All were called.
     All,
-    /// Those before the next hit.
+    /// The next hit's is to be called.
     Some,
-    /// A pass beyond the budget is pending: it is awaited alone, before the next first pass (B4).
+    /// A pass beyond the budget is pending. It is awaited alone, before the next first pass (B4).
     Deferred,
-    /// A first pass refused in an invalidation that is not blockable (B2).
+    /// One refused, in an invalidation that is not blockable (B2).
     Refused,
 }
 
 /// How far the first passes and first polls have come.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) enum Reached {
-    /// All first passes were called, none refused, and what passes they left were ready at once;
+    /// All first passes were called, none refused, every pass was ready at its first poll, and
     /// nothing panicked.
     Plainly,
-    /// All were called, and the passes are done; something may have panicked.
+    /// All first passes were called and all passes are done. Something may have panicked.
     Done,
-    /// A first pass refused, the ones behind it were not called (B2), and the passes are done.
+    /// A first pass refused, those behind it were not called (B2), and all passes are done.
     Refused,
     /// Passes are pending. [`Work::deferred_at`] says whether first passes are left to be called.
     Pends,
@@ -39,12 +40,13 @@ pub(crate) enum Reached {
     RefusedAndPends,
 }
 
-/// Calls the first passes of `hits[*at..]` in order. `*at` is advanced *before* each call, so after
-/// a panic it names the next notifier. `invalidation` is made for hit `*at`; most of it is the same
-/// for all. With `BUDGET`, a notifier for which no permit is left gets the request `at_once`, which
-/// does not allow it to defer.
+/// Calls the first passes of `hits[*at..]` in order.
+///
+/// `*at` moves on *before* each call, so after a panic it names the next notifier. `invalidation`
+/// is made for hit `*at`; most of it is the same for all hits. With `BUDGET`, a notifier for which
+/// no permit is left gets the request `at_once`, which does not allow it to defer.
 #[inline(always)]
-fn call_from<'a, const BUDGET: bool>(
+pub(in crate::engine) fn call_from<'a, const BUDGET: bool>(
     inside: Inside,
     host: &Host,
     invalidation: &mut Invalidation<'a>,
@@ -54,8 +56,8 @@ fn call_from<'a, const BUDGET: bool>(
     at: &mut usize,
 ) -> Called {
     let request = invalidation.request;
-    // Whoever has not been told of a change that has happened uses memory that is gone: nobody
-    // waits for a permit (M7).
+    // A late invalidation waits for no permit (M7): a device that has not been told uses memory
+    // that is gone.
     let budget =
         if BUDGET { host.budget.as_ref().filter(|_| !request.terms.is_late()) } else { None };
     let Some(mut entry) = hits.get(*at).copied() else { return Called::All };
@@ -75,7 +77,8 @@ fn call_from<'a, const BUDGET: bool>(
                 };
                 let (_here, _entered) = (InFirstPass::enter(host, of), passes.trace.enter());
                 match request.parts {
-                    // Those have the plain way only, and each notifier its own of them.
+                    // An invalidation of many ranges goes through the plain form only. Each
+                    // notifier is told of the ranges that overlap its own.
                     Some(parts) if BUDGET => {
                         let own = parts.overlapping(entry.range);
                         let own = Request {
@@ -94,12 +97,12 @@ fn call_from<'a, const BUDGET: bool>(
                 Answer::Pass => {
                     let has_permit = permit.map(Permit::keep);
                     let may_defer = has_permit != Some(false);
-                    // Before anybody is told.
+                    // Before an observer or an assertion runs, whose panic must not lose it.
                     passes.start_pass::<BUDGET>(entry, has_permit == Some(true), began);
                     passes.trace.first_pass(entry, answer, began);
                     assert_sequence_is_set(host, entry, invalidation.sequence);
                     if !may_defer {
-                        // Those before it wait until all have been called (O2).
+                        // The passes before it wait until all first passes have been called (O2).
                         let last = passes.started() - 1;
                         passes.first_polls(host, last);
                         if passes.running() > 0 {
@@ -121,41 +124,8 @@ fn call_from<'a, const BUDGET: bool>(
     }
 }
 
-/// Calls first passes in order (O1), then polls each pass once, in order (O2, O3).
-///
-/// Inlined into one place, for most invalidations; all others call [`advance_from`].
-#[inline(always)]
-pub(crate) fn advance(
-    host: &Host,
-    work: &mut Work,
-    request: &Request<'_>,
-    sequence: u64,
-) -> Reached {
-    if host.budget.is_some() || host.is_plain_only() {
-        return advance_from(host, work, request, sequence, 0);
-    }
-    let mut at = 0;
-    let (hits, passes) = work.split();
-    let Some(first) = hits.first() else { return Reached::Plainly };
-    let mut invalidation = Invalidation { request, sequence, own: &first.own };
-    // One landing for all first passes.
-    let called = keep(|inside| {
-        call_from::<false>(inside, host, &mut invalidation, request, hits, passes, &mut at)
-    });
-    if matches!(called, Ok(Called::All)) {
-        let plain = match passes.started() {
-            0 => true,
-            1 => passes.first_poll(host),
-            _ => passes.first_polls(host, 0),
-        };
-        if plain {
-            return Reached::Plainly;
-        }
-    }
-    go_on(host, work, request, sequence, at, called)
-}
-
-/// Plain form of [`advance`], from hit `at` on.
+/// Calls first passes from hit `at` on, in order (O1), then polls each pass once, in order (O2,
+/// O3). The plain form of [`advance`](crate::engine::quick).
 #[cold]
 #[inline(never)]
 pub(crate) fn advance_from(
@@ -168,11 +138,11 @@ pub(crate) fn advance_from(
     go_on(host, work, request, sequence, at, Ok(Called::Some))
 }
 
-/// Slow continuation of [`advance`]. Handles what stopped the calls (`called`: panic, refusal,
-/// budget used up), calls the first passes of `hits[at..]`, then polls each new pass once.
+/// Handles what stopped the calls (`called`: a panic, a refusal, a budget that is used up), calls
+/// the first passes of `hits[at..]`, then polls each new pass once.
 #[cold]
 #[inline(never)]
-fn go_on(
+pub(in crate::engine) fn go_on(
     host: &Host,
     work: &mut Work,
     request: &Request<'_>,
@@ -199,7 +169,7 @@ fn go_on(
                 refused = true;
                 break;
             }
-            // The others are called all the same (C5).
+            // The first passes behind it are called all the same (C5).
             Err(panic) => passes.panic.note(&host.losses, Callback::FirstPass, panic),
         }
         let Some(next) = hits.get(at) else { break };
@@ -219,8 +189,8 @@ fn go_on(
     }
 }
 
-/// S4: in debug builds, a first pass that has left a pass without having set the sequence fails.
-/// Its pass is waited for all the same.
+/// Panics, in debug builds, if a first pass has returned a pass without having set the sequence
+/// (S4). The pass is waited for all the same.
 #[inline(always)]
 fn assert_sequence_is_set(_host: &Host, _entry: EntryRef, _sequence: u64) {
     #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]

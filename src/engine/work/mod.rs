@@ -1,8 +1,7 @@
-//! The work of an invalidation, which one owner has at a time, without the lock: its hits, their
-//! first passes, the join of their passes.
+//! The work of an invalidation: its hits, their first passes, the join of their passes.
 //!
-//! Foreign code runs here, through [`foreign`](crate::foreign). Nothing here knows the state of the
-//! space.
+//! The work has one owner at a time, who needs no lock. Foreign code runs here, through
+//! [`foreign`](crate::foreign). Nothing here knows the state of the space.
 #![forbid(unsafe_code)]
 
 pub(crate) mod first_passes;
@@ -21,11 +20,11 @@ use sync_wrapper::SyncWrapper;
 pub(crate) struct Work {
     /// The notifiers that the invalidation hit, in order of their first passes.
     pub(crate) hits: Vec<EntryRef>,
-    /// Passes need not be `Sync`, and guards are, which hold this: so nobody looks at them who
-    /// could not also poll them.
+    /// A pass need not be `Sync`, but a guard is, which holds this. So passes can be reached by
+    /// `&mut` only.
     passes: SyncWrapper<Passes>,
-    /// The first passes go on from this hit: the pass budget interrupted them (B4). Taken by who
-    /// parks the work or goes on.
+    /// The hit whose first pass is called next, if the pass budget interrupted the first passes
+    /// (B4). Taken when the work is parked or the first passes go on.
     pub(crate) deferred_at: Option<u32>,
     /// The invalidation has a time stamp.
     pub(crate) timed: bool,
@@ -48,7 +47,7 @@ impl Work {
         self.passes.get_mut()
     }
 
-    /// The hits, and where their passes go.
+    /// Returns the hits, and the place of their passes.
     #[inline(always)]
     pub(crate) fn split(&mut self) -> (&[EntryRef], &mut Passes) {
         (&self.hits, self.passes.get_mut())
@@ -69,25 +68,23 @@ impl Load for Box<Work> {
     }
 }
 
-/// The key of a pass that no [`PendingNotifiers`] lists.
-pub(crate) const UNLISTED: usize = usize::MAX;
-
-/// The notifiers whose passes are pending, one for each pass. Keeps
-/// [`Entry::pending`](crate::entry::Entry) in step.
+/// The notifiers whose passes are pending, one for each pass.
+///
+/// Each change here changes [`Entry::pending`](crate::entry::Entry), too.
 #[derive(Default)]
 pub(crate) struct PendingNotifiers(Slab<EntryRef>);
 
 impl PendingNotifiers {
-    /// One more pass of `entry` is pending. Returns its key.
-    pub(crate) fn add(&mut self, entry: EntryRef) -> usize {
+    /// Lists one more pass of `entry`. Returns its key.
+    pub(crate) fn add(&mut self, entry: EntryRef) -> u32 {
         entry.pending.store(entry.pending.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-        self.0.insert(entry)
+        u32::try_from(self.0.insert(entry)).expect("fewer than 2^32 passes are pending")
     }
 
-    /// The pass with this key is done. Returns the notifier if that was the last that it waited
-    /// for.
-    pub(crate) fn remove(&mut self, key: usize) -> Option<EntryRef> {
-        let entry = self.0.try_remove(key)?;
+    /// Takes the pass with this key off the list. Returns its notifier if no other pass of that is
+    /// there.
+    pub(crate) fn remove(&mut self, key: u32) -> Option<EntryRef> {
+        let entry = self.0.try_remove(key as usize)?;
         (count_down(entry) == 0).then_some(entry)
     }
 

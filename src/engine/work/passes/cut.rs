@@ -1,7 +1,7 @@
-//! The passes of devices that were cut off (L5).
+//! The passes of fenced notifiers (L5).
 #![forbid(unsafe_code)]
 
-use super::{Finished, Pass, Passes, Slot, UNLISTED};
+use super::{Finished, Pass, Passes, Slot};
 use crate::engine::host::Host;
 use crate::entry::EntryRef;
 use crate::foreign::Callback;
@@ -10,17 +10,17 @@ use crate::sync::Ordering;
 use alloc::vec::Vec;
 
 impl Passes {
-    /// Whether a notifier was fenced since these passes were looked at.
+    /// Returns whether a notifier was fenced since these passes were last searched for theirs.
     pub(crate) fn is_behind(&self, fences: u64) -> bool {
         self.fences != fences
     }
 
-    /// Drops the passes of notifiers that were fenced since the last look, unfinished: they are
-    /// done.
+    /// Drops the passes of notifiers that were fenced since the last search, unfinished. They count
+    /// as done.
     pub(crate) fn cut(&mut self, host: &Host) {
         loop {
             let fences = host.fences.load(Ordering::Acquire);
-            // Another one may be fenced by what is dropped.
+            // The drop of a pass may fence another notifier.
             if core::mem::replace(&mut self.fences, fences) == fences {
                 return;
             }
@@ -35,7 +35,7 @@ impl Passes {
         }
         (0..core::mem::take(&mut self.untold)).for_each(|_| observe::pass_pends(&host.losses));
         let Some(join) = &mut self.join else { return };
-        // There is no way to take one out of the join before it is done, so a shell stays there.
+        // A pass cannot be taken out of the join before it is done, so a shell stays there.
         let cut = |pass: &&mut Pass| pass.future.is_some() && pass.entry.is_fenced();
         let cut: Vec<Pass> = join.running.iter_mut().filter(cut).map(Pass::move_out).collect();
         join.shells += cut.len();
@@ -63,7 +63,7 @@ impl Passes {
         }
     }
 
-    /// Takes out those that wait for their first poll, of some notifiers.
+    /// Takes the passes of some notifiers out that wait for their first poll.
     fn take_unpolled(&mut self, of: impl Fn(EntryRef) -> bool) -> Unpolled {
         if !self.slots[..self.started].iter().any(|pass| of(pass.entry)) {
             return Unpolled(Vec::new());
@@ -75,20 +75,21 @@ impl Passes {
         Unpolled(taken)
     }
 
-    /// The same, off the list of what is pending. Under the lock, where nothing is dropped.
+    /// Takes the passes of some notifiers out that wait for their first poll, and takes them off
+    /// the list of pending passes by `unlist`. Drops nothing: it is called under the lock.
     pub(crate) fn take_unpolled_of(
         &mut self,
         of: impl Fn(EntryRef) -> bool,
-        mut unlist: impl FnMut(usize),
+        mut unlist: impl FnMut(u32),
     ) -> Unpolled {
         let mut taken = self.take_unpolled(of);
         for pass in &mut taken.0 {
-            unlist(core::mem::replace(&mut pass.listed, UNLISTED));
+            pass.listed.take().into_iter().for_each(&mut unlist);
         }
         taken
     }
 
-    /// Forgets the shells when nothing else is left in the join.
+    /// Drops the shells when nothing else is left in the join.
     pub(super) fn tidy(&mut self) {
         if let Some(join) = &mut self.join
             && join.shells > 0
@@ -100,13 +101,13 @@ impl Passes {
     }
 }
 
-/// Passes of a fenced notifier that nobody has polled, and nobody will.
+/// Passes of fenced notifiers that were never polled.
 #[must_use]
 pub(crate) struct Unpolled(Vec<Pass>);
 
 impl Unpolled {
-    /// Drops them, whatever that does: the invalidation that they were of waits for its caller, who
-    /// is not told of a panic.
+    /// Drops the passes. A panic of that is lost: their invalidation waits for its caller, which is
+    /// not told of it.
     pub(crate) fn discard(self, host: &Host) {
         for mut pass in self.0 {
             if let Some(Err(panic)) = pass.future.as_mut().map(Slot::clear) {

@@ -1,0 +1,74 @@
+//! The hints: the leaf where a search looks first.
+
+use crate::index::tests::{Id, Value};
+use crate::index::{AddressRange, IntervalIndex};
+use std::vec::Vec;
+
+/// Inserts a few thousand pages in an order that goes back and forth, so that leaves are split
+/// everywhere.
+fn scattered(stride: impl Fn(u64) -> u64) -> (IntervalIndex<Value>, Vec<AddressRange>) {
+    let mut index = IntervalIndex::new();
+    let pages: Vec<_> = (0..5000).map(|at| AddressRange::new(stride(at), 4096).unwrap()).collect();
+    for id in 0..5000 {
+        index.put(pages[id as usize * 1009 % 5000], Id(id));
+    }
+    index.check();
+    (index, pages)
+}
+
+/// Returns how many of the `pages` are in the leaf where a search looks first.
+fn foreseen(index: &IntervalIndex<Value>, pages: &[AddressRange]) -> usize {
+    let starts = |page: &AddressRange| {
+        index.leaves.at(index.likely_leaf(page.last())).starts.contains(&page.start())
+    };
+    pages.iter().filter(|page| starts(page)).count()
+}
+
+#[test]
+fn a_search_is_mostly_told_in_which_leaf_it_ends() {
+    let (index, pages) = scattered(|at| at * 8192);
+    // The insertions have set most hints. A unit that spans two leaves has the hint of only one.
+    let known = foreseen(&index, &pages);
+    assert!(known > 4300, "{known} of 5000 after the insertions");
+    // Each search with a wrong hint corrects it.
+    for page in &pages {
+        index.only_leaf(*page).unwrap();
+        assert_eq!(foreseen(&index, &[*page]), 1, "{page:?} is looked for in vain twice");
+    }
+}
+
+#[test]
+fn a_search_is_told_where_to_look_beside_leaves_a_thousand_times_wider() {
+    let (index, pages) = scattered(|at| if at < 2500 { at * 8192 } else { (at - 2400) << 23 });
+    for at in 0..15_000 {
+        index.only_leaf(pages[at * 1009 % 5000]).unwrap();
+    }
+    // The wide leaves have more units than the table has slots. The narrow ones keep theirs.
+    let known = foreseen(&index, &pages[..2500]);
+    assert!(known > 2000, "{known} of 2500 in the narrow ones");
+}
+
+#[test]
+fn a_search_is_told_where_to_look_in_regions_that_begin_at_multiples_of_great_powers_of_two() {
+    let (index, pages) = scattered(|at| ((at % 16) << 40) + at / 16 * 8192);
+    let known = foreseen(&index, &pages);
+    assert!(known > 3000, "{known} of 5000 after the insertions");
+}
+
+#[test]
+fn what_reaches_out_of_its_leaf_sends_searches_the_long_way_until_the_index_is_empty() {
+    let (mut index, pages) = scattered(|at| at * 8192);
+    assert_eq!(index.reach, 0);
+    let long = AddressRange::new(4096 * 2 + 8192 * 100, 8192 * 1000).unwrap();
+    index.put(long, Id(9999));
+    assert!(index.reach > 8192 * 900);
+    index.check();
+    assert_eq!(index.hits(AddressRange::new(long.last(), 1).unwrap()), [Id(9999)]);
+    assert!(index.cut(long, Id(9999)));
+    for (id, at) in (0..5000).map(|id| (id, id as usize * 1009 % 5000)) {
+        assert!(index.cut(pages[at], Id(id)));
+    }
+    assert_eq!((index.len(), index.reach), (0, 0));
+    index.put(pages[7], Id(10_000));
+    assert_eq!(index.hits(pages[7]), [Id(10_000)]);
+}
