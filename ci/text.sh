@@ -12,9 +12,9 @@ long() {
 }
 # `file:line:` in front of the text is taken off before it is looked at.
 found=$(
-    long '*.md' | grep -vE '^[^:]+:[0-9]+:( *\||.*│)' | grep -E '^[^:]+:[0-9]+: *[^ ]+ +[^ ]' || true
+    long '*.md' | grep -vE '^[^:]+:[0-9]+:( *\||.*│|# |\[[^]]+\]: )' | grep -E '^[^:]+:[0-9]+: *[^ ]+ +[^ ]' || true
     long '*.sh' '*.py' '.ci/run' 'Cargo.toml' 'crates/*/Cargo.toml' | grep -E '^[^:]+:[0-9]+: *#' || true
-    long '*.rs' | grep -E '^[^:]+:[0-9]+: *//' | grep -vE '^[^:]+:[0-9]+: *//[/!]? *\|' \
+    long '*.rs' | grep -E '^[^:]+:[0-9]+: *//' | grep -vE '^[^:]+:[0-9]+: *//[/!]? *(\||# )' \
         | grep -E '^[^:]+:[0-9]+: *//[/!]? *[^ ]+ +[^ ]' || true
 )
 if [ -n "$found" ]; then
