@@ -1,10 +1,10 @@
 //! A soak on real memory: threads that unmap, map over, move, discard, free and fork at random,
 //! beside caches, mirrors and io_uring reads that are checked byte by byte.
 //!
-//! `SOAK_SECONDS=60 cargo test --release --features cache,userfaultfd --test memory_soak` is the long
-//! form; its last line is one JSON object. It ends at the first look-up that answers from before a
-//! change that had returned, and when a thread gets nowhere for 20 s (with `SOAK_KEEP=1` it then
-//! stays, to be looked at).
+//! `SOAK_SECONDS=60 cargo test --release --features cache,userfaultfd --test memory_soak` is the
+//! long form; its last line is one JSON object. It ends at the first look-up that answers from
+//! before a change that had returned, and when a thread gets nowhere for 20 s (with `SOAK_KEEP=1`
+//! it then stays, to be looked at).
 //!
 //! Each page that a thread owns holds a stamp, a number that only rises. The thread changes the
 //! page, then writes the next stamp, then says which: whoever finds an earlier stamp than was said
