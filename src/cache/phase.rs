@@ -85,7 +85,7 @@ impl<E: Send + Sync + 'static, L> Progress<E, L> {
     }
 }
 
-/// What a caller that needs a registration does next.
+/// Next step of a caller that needs a registration.
 pub(super) enum Step<E: Send + Sync + 'static> {
     /// Wait until the range is stable, then begin to register.
     Begin,

@@ -19,8 +19,10 @@ use futures::FutureExt;
 /// Number of nearby places checked for another one to wait behind, before the index is searched.
 const LOOKS: usize = 8;
 
+/// The places of a cache, in the order of their numbers.
 pub(super) struct Turns(Lock<State>);
 
+/// The places, under the lock of [`Turns`].
 struct State {
     /// Number of the last place.
     next: u64,
@@ -46,6 +48,7 @@ impl Ordered for Seat {
     }
 }
 
+/// A caller's place.
 struct Place {
     range: AddressRange,
     serial: u64,
@@ -62,7 +65,7 @@ struct Place {
     root: (u64, u64),
 }
 
-/// What a place waits for.
+/// The reason why a turn cannot begin, if there is one.
 enum Ahead {
     /// Nothing: the turn has come.
     Nobody,

@@ -37,7 +37,7 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Whether a connection is in use.
+/// Use of a connection: the number of its streams.
 #[derive(Debug, Default)]
 pub(crate) struct Use {
     streams: AtomicUsize,

@@ -59,7 +59,7 @@ pub enum Decision {
     },
 }
 
-/// What must be cut off from the memory.
+/// A holder that must be cut off from the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fenced {
     /// Everything that reaches the memory by this epoch: keys, queue pairs, mappings.

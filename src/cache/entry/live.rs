@@ -1,4 +1,4 @@
-//! What the users of a registration share.
+//! A live registration, shared by its users.
 #![forbid(unsafe_code)]
 
 use super::Entry;
@@ -17,8 +17,10 @@ use futures::channel::oneshot;
 pub(in crate::cache) struct Live<D: Device> {
     /// Time of the last use, by the clock of misses.
     used: AtomicU64,
+    /// `None` only during the drop.
     handle: Option<D::Handle>,
     pub(in crate::cache) range: AddressRange,
+    /// Sends the handle to the task that waits for the last user.
     gone: Option<oneshot::Sender<D::Handle>>,
     pub(in crate::cache) entry: Arc<Entry<D>>,
 }

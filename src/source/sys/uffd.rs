@@ -164,7 +164,7 @@ struct Kind {
     any: u64,
 }
 
-/// What a scan does with the pages that it finds.
+/// Action of a scan on the pages that it finds.
 #[derive(PartialEq)]
 enum Found {
     /// Marks all of them.

@@ -9,7 +9,7 @@ use alloc::vec::Vec;
 /// A change that an event names: its range, its kind, and whether it has happened.
 pub(super) type Changed = (AddressRange, Event, Seen);
 
-/// Whether a change has happened when its invalidation starts.
+/// State of a change when its invalidation starts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Seen {
     /// The change has happened.

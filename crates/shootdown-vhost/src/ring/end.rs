@@ -1,4 +1,4 @@
-//! What a ring leaves to the next ring of its queue when it ends.
+//! State that a ring leaves to the next ring of its queue.
 #![forbid(unsafe_code)]
 
 use super::split::Layout;
@@ -30,7 +30,7 @@ pub(super) struct Progress {
     /// Entries of the available ring whose requests the device has.
     taken: Vec<u16>,
     untold: Vec<(u16, u32)>,
-    /// What the former ring has left.
+    /// State that the former ring has left.
     before: Option<End>,
 }
 
