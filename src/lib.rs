@@ -159,7 +159,7 @@
 // | sources of invalidations: owned mappings, userfaultfd (features `mapping`, `userfaultfd`) | `source` |
 // | drivers: `DriverLock` and the collision-retry loop, `Inbox`, `AsyncIntervalNotifier` | `mirror` |
 // | `AddressSpace`, `Subscription` | `space`, `subscription` |
-// | start, join and end of invalidations; waits: `Invalidate`, `InvalidationGuard`, `ReadBegin`, `Remove` | `engine` |
+// | start, join and end of invalidations; waits: `Invalidate`, `InvalidationGuard`, `ReadBegin`, `Remove` | `engine`; its fast paths in `engine::quick` |
 // | spans and metrics (features `tracing`, `metrics`) | `observe` |
 // | memory of a registered notifier; all `unsafe` code except the system calls of `source` | `entry` |
 // | the traits and values of a driver: `IntervalNotifier`, `Invalidation`, `PassFuture` | `notifier`, `pass` |

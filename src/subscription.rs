@@ -32,8 +32,8 @@ use core::ops::Deref;
 /// # use shootdown::*;
 /// # struct Gpu;
 /// # impl IntervalNotifier for Gpu {
-/// #     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-/// #         invalidation.set_seq();
+/// #     fn invalidate(&self, i: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+/// #         i.set_seq();
 /// #         Ok(None)
 /// #     }
 /// # }

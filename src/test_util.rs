@@ -18,8 +18,8 @@
 //! # #[derive(Default)]
 //! # struct Gpu { page_table: DriverLock<Vec<u64>> }
 //! # impl IntervalNotifier for Gpu {
-//! #     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-//! #         self.page_table.lock_for(invalidation).clear();
+//! #     fn invalidate(&self, i: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+//! #         self.page_table.lock_for(i).clear();
 //! #         Ok(None)
 //! #     }
 //! # }

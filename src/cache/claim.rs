@@ -6,15 +6,15 @@ use super::entry::{Entry, Live, Shelf};
 use crate::range::AddressRange;
 use crate::sync::{Arc, Weak};
 
-/// A caller's interest in a registration. Without any, one that the device was not asked for is
-/// over.
+/// A caller's interest in a registration. When the last claim is dropped before the device was
+/// asked, the registration is over.
 pub(super) struct Claim<D: Device> {
     entry: Arc<Entry<D>>,
     keeps: bool,
 }
 
 impl<D: Device> Claim<D> {
-    /// On a new registration.
+    /// Makes a new entry with one claim.
     pub(super) fn begin(
         range: AddressRange,
         device: Arc<Guarded<D>>,
@@ -23,13 +23,13 @@ impl<D: Device> Claim<D> {
         Self { entry: Arc::new(Entry::claimed(range, device, shelf)), keeps: false }
     }
 
-    /// `None` if it is over or on its way out.
+    /// Claims `entry`. Returns `None` if it is over or leaving.
     pub(super) fn new(entry: &Arc<Entry<D>>) -> Option<Self> {
         entry.claim().then(|| Self { entry: entry.clone(), keeps: false })
     }
 
-    /// On one that its caller needs together with others: limits leave it alone as if it were in
-    /// use, and no invalidation waits for it (K7). `None` if it is on its way out.
+    /// Claims a registration that its caller needs together with others. Limits treat it as in use,
+    /// and an invalidation does not wait for it (K8). Returns `None` if it is leaving.
     pub(super) fn keep(live: Arc<Live<D>>) -> Option<Self> {
         let mut claim = Self::new(&live.entry)?;
         claim.keeps = claim.entry.keep(live);

@@ -1,5 +1,10 @@
-//! What all handles of a cache share: the shelf on which registrations stand.
+//! State that all handles of a cache share. It implements the [`Shelf`] on which look-ups find
+//! registrations.
 #![forbid(unsafe_code)]
+
+mod room;
+
+pub(super) use room::{gone, until_gone};
 
 use super::claim::Claim;
 use super::device::{Device, Guarded};
@@ -14,56 +19,60 @@ use crate::space::AddressSpace;
 use crate::sync::{Arc, AtomicU64, AtomicUsize, Lock, Ordering, Weak};
 use alloc::collections::VecDeque;
 use alloc::vec::Vec;
+use core::cell::Cell;
 use crossbeam_utils::CachePadded;
 use crossbeam_utils::sync::{ShardedLock, ShardedLockReadGuard};
-use futures::future::{FutureExt, join_all};
 use std::sync::PoisonError;
 
-/// Counters of hits, so that threads do not share one.
+/// Number of hit counters. Several counters keep threads from writing to one cache line.
 const COUNTERS: usize = 16;
-/// Registrations on their way out that a miss looks after.
-const LOOKED_AFTER: usize = 3;
 
+/// State that all handles of a cache share.
 pub(super) struct Core<D: Device> {
     pub(super) space: AddressSpace,
     pub(super) device: Arc<Guarded<D>>,
     pub(super) limits: Limits,
-    /// There is a source, which the process may have lost.
+    /// A source of invalidations is set. The process may have lost it (a child of `fork`).
     watched: bool,
     hits: [CachePadded<AtomicU64>; COUNTERS],
-    /// Rises by two with each miss, so that a look-up is later than the miss before it.
+    /// Rises by two with each miss, so that a look-up has a later time than the miss before it.
     clock: AtomicU64,
     pub(super) misses: AtomicU64,
     pub(super) collisions: AtomicU64,
     merges: AtomicU64,
     evictions: AtomicU64,
     outdated: AtomicU64,
-    /// Callers for whose registrations the device has to let go of others.
+    /// Turns of callers with overlapping ranges. Used with [`Overlap::Wait`] and
+    /// [`Overlap::Merge`].
     pub(super) turns: Arc<Turns>,
-    /// Registrations whose last user has let go, and which the device has still to let go.
+    /// Registrations that the last user has released and the device has not yet deregistered.
     ready: Lock<VecDeque<Key>>,
-    /// Registrations that larger ones have replaced.
+    /// Registrations that a larger one has replaced.
     replaced: Lock<Vec<Arc<Entry<D>>>>,
-    /// Dropped last: what it holds may then be the last that has the space.
+    /// Dropped last. The registrations in it may hold the last reference to the space.
     table: Standing<D>,
 }
 
-/// The table. Look-ups take one shard of its lock, changes all.
+/// The table behind its lock. A look-up locks one shard, a change locks all shards.
 struct Standing<D: Device>(ShardedLock<Table<Entry<D>, Live<D>>>);
 
+/// Result of [`Core::find_or_begin`].
 pub(super) enum Found<D: Device> {
+    /// A registration that covers the range.
     Live(Arc<Live<D>>),
-    /// What will cover the range, and the time.
+    /// An attempt that will cover the range, and the time of this look-up.
     Attempt(Claim<D>, u64),
-    /// Something is in its way again.
+    /// A registration that must not be overlapped is in the way again.
     Blocked,
 }
 
-/// Which counter this thread counts in: one of its own, or the last, which is everybody's once
-/// there have been many threads.
+/// Returns the index of this thread's counter. The first threads get one each. All later threads
+/// share the last one.
 fn counter() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
-    std::thread_local!(static OURS: core::cell::Cell<usize> = const { core::cell::Cell::new(usize::MAX) });
+    std::thread_local! {
+        static OURS: Cell<usize> = const { Cell::new(usize::MAX) };
+    }
     let ours = OURS.get();
     if ours < COUNTERS {
         return ours;
@@ -109,7 +118,7 @@ impl<D: Device> Core<D> {
         work(&mut self.table.0.write().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// Whether this is a child of the process that the cache is of (M4).
+    /// Returns `true` in a child of the process that owns the cache (M4).
     #[inline]
     pub(super) fn is_inert(&self) -> bool {
         self.watched && self.device.source.is_inert()
@@ -122,7 +131,7 @@ impl<D: Device> Core<D> {
 
     pub(super) fn stats(&self) -> CacheStats {
         let of = |count: &AtomicU64| count.load(Ordering::Relaxed);
-        // A thread of the parent may have held the locks when it forked (M4).
+        // M4: a thread of the parent may have held the locks when it forked.
         let counted = !self.is_inert();
         CacheStats {
             hits: self.hits.iter().map(|hits| of(hits)).sum(),
@@ -139,7 +148,7 @@ impl<D: Device> Core<D> {
         }
     }
 
-    /// A look-up, counted.
+    /// Looks `range` up and counts the hit.
     #[inline]
     pub(super) fn hit(&self, range: AddressRange) -> Option<Arc<Live<D>>> {
         let live = self.vouched(range, self.clock.load(Ordering::Relaxed) + 1)?;
@@ -147,13 +156,14 @@ impl<D: Device> Core<D> {
         Some(live)
     }
 
-    /// A look-up at a time. What its device does not vouch for is not found.
+    /// Looks `range` up at time `now`. Ignores a registration that the device does not vouch for
+    /// (K9).
     #[inline]
     pub(super) fn vouched(&self, range: AddressRange, now: u64) -> Option<Arc<Live<D>>> {
         self.look_up(range, now).filter(|live| self.is_vouched_for(live))
     }
 
-    /// Whether the device vouches for what a look-up has found. It is not found again otherwise.
+    /// Asks the device whether `live` is still valid (K9). If not, look-ups no longer find it.
     #[inline]
     pub(super) fn is_vouched_for(&self, live: &Arc<Live<D>>) -> bool {
         let valid = self.device.still_valid(live.range, live.handle());
@@ -168,14 +178,14 @@ impl<D: Device> Core<D> {
         let ours = counter();
         let hits = &self.hits[ours];
         if ours < COUNTERS - 1 {
-            // Nobody else counts in it.
+            // No other thread writes to this counter.
             hits.store(hits.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
         } else {
             hits.fetch_add(1, Ordering::Relaxed);
         }
     }
 
-    /// Look-ups of all that `range` takes, counted if all find something.
+    /// Looks up every piece of `range`. Returns and counts them only if all are found.
     pub(super) fn hit_all(&self, range: AddressRange) -> Option<Vec<Arc<Live<D>>>> {
         let now = self.clock.load(Ordering::Relaxed) + 1;
         let all: Vec<_> = self
@@ -187,8 +197,8 @@ impl<D: Device> Core<D> {
         Some(all)
     }
 
-    /// A look-up at a time. The gate first: whoever finds it open sees what was invalidated while
-    /// it was closed.
+    /// Looks `range` up at time `now`. Checks the gate first: a look-up that finds the gate open
+    /// sees every invalidation made while it was closed.
     #[inline]
     pub(super) fn look_up(&self, range: AddressRange, now: u64) -> Option<Arc<Live<D>>> {
         if self.space.shared().is_shut() {
@@ -210,7 +220,7 @@ impl<D: Device> Core<D> {
         table.covering(range, now)
     }
 
-    /// What is being registered and will do for `range`.
+    /// Returns an attempt whose registration will serve a `get` of `range`.
     fn attempt<'a>(
         &self,
         table: &'a Table<Entry<D>, Live<D>>,
@@ -222,24 +232,23 @@ impl<D: Device> Core<D> {
         table.attempt(range, false)
     }
 
-    /// Takes one away whose device says that it is not of the memory there any more.
-    #[cold]
+    /// Withdraws a registration that the device no longer vouches for (K9).
     fn outdate(&self, live: &Arc<Live<D>>) {
         let found = live.entry.key().and_then(|key| self.take(key));
         self.outdated.fetch_add(u64::from(found.is_some()), Ordering::Relaxed);
         live.entry.leave();
     }
 
-    /// `wanted` with all that overlaps it, or touches it where that merges, and is registered or
-    /// being so.
+    /// Returns `wanted` extended by every overlapping registration and attempt. With
+    /// [`Merge::Touching`], adjacent registrations count as well.
     pub(super) fn united(&self, wanted: AddressRange) -> AddressRange {
         let table = self.read();
         let union = table.united(wanted);
         if self.limits.merge == Merge::Touching { table.merged(union) } else { union }
     }
 
-    /// Takes away what is registered of `range` and its device does not vouch for. Says whether
-    /// there was anything.
+    /// Withdraws every registration in `range` that the device does not vouch for. Returns `true`
+    /// if there was one.
     pub(super) fn outdate_all(&self, range: AddressRange) -> bool {
         let lives = self.read().lives(range);
         let mut any = false;
@@ -249,8 +258,10 @@ impl<D: Device> Core<D> {
         any
     }
 
-    /// What covers `range`, or an attempt to register that will: `target`, if somebody has said so,
-    /// who has seen that nothing is in its way.
+    /// Returns a registration that covers `range`, or joins or begins an attempt to register it.
+    ///
+    /// The attempt is of `target` if that is given. The caller has then checked that nothing is in
+    /// its way.
     pub(super) fn find_or_begin(
         self: &Arc<Self>,
         range: AddressRange,
@@ -280,18 +291,19 @@ impl<D: Device> Core<D> {
             if let Some((key, entry)) = known {
                 match Claim::new(&entry) {
                     Some(claim) => return Ok(Found::Attempt(claim, now)),
-                    // It is over, and about to say so itself.
+                    // The attempt is over and is about to leave the table itself.
                     None => self.reject(key),
                 }
                 continue;
             }
-            // Outside of the lock: to subscribe takes one of its own.
+            // Without the table's lock: `subscribe` takes the lock of the space.
             let claim = self.subscribe(target)?;
             let entry = claim.entry();
             let begun = self.write(|table| {
                 let late =
                     self.find(table, range, now).is_some() || self.attempt(table, range).is_some();
-                // What has been leaving since it was looked at, too.
+                // Checks again for leaving registrations that overlap: one may have appeared since
+                // the caller looked.
                 let free = !late && table.is_free(target);
                 if free {
                     entry.is_at(table.begin(target, entry.clone()));
@@ -300,7 +312,7 @@ impl<D: Device> Core<D> {
             });
             match begun {
                 (true, _) => return Ok(Found::Attempt(claim, now)),
-                // Another caller was quicker.
+                // Another caller began an attempt first.
                 (false, true) => {}
                 (false, false) => return Ok(Found::Blocked),
             }
@@ -317,67 +329,8 @@ impl<D: Device> Core<D> {
         Ok(claim)
     }
 
-    /// Gives up idle registrations that overlap `range`.
-    fn give_up_idle(&self, range: AddressRange) -> Vec<Arc<Entry<D>>> {
-        self.given_up(self.write(|table| table.give_up_idle(range)))
-    }
-
-    /// Gives up idle registrations while there are more than the limits allow.
-    fn give_up_over(&self) -> Vec<Arc<Entry<D>>> {
-        let Limits { max_bytes, max_registrations, .. } = self.limits;
-        if !self.limits.are_set() {
-            return Vec::new();
-        }
-        self.given_up(self.write(|table| table.give_up_over(max_bytes, max_registrations)))
-    }
-
-    fn given_up(&self, lives: Vec<Arc<Live<D>>>) -> Vec<Arc<Entry<D>>> {
-        self.evictions.fetch_add(lives.len() as u64, Ordering::Relaxed);
-        lives
-            .into_iter()
-            .map(|live| {
-                let entry = live.entry.clone();
-                entry.leave();
-                drop(live);
-                entry
-            })
-            .collect()
-    }
-
-    /// Gives up what the limits say, and looks after some of what is on its way out for other
-    /// reasons. Returns what the device has still to let go of.
-    pub(super) fn tidy(&self) -> Vec<Arc<Entry<D>>> {
-        let mut gone = self.give_up_over();
-        gone.append(&mut self.replaced.lock());
-        for _ in 0..LOOKED_AFTER {
-            let Some(key) = self.ready.lock().pop_front() else { break };
-            let entry = self.read().entry(key).cloned();
-            if entry.is_some_and(|entry| !entry.goes_on()) {
-                self.ready.lock().push_back(key);
-            }
-        }
-        // Those in use go when their users let go.
-        gone.retain(|entry| {
-            entry.is_handed_back() && entry.leaving().is_some_and(|leaving| !leaving.poke(1))
-        });
-        gone
-    }
-
-    /// Gives up all that is idle, and waits for the device to let go. Says whether there was
-    /// anything.
-    pub(super) async fn make_room(&self) -> bool {
-        let mut gone = self.give_up_idle(AddressRange::ALL);
-        let (_, leaving) = self.read().unsettled(AddressRange::ALL);
-        gone.extend(
-            leaving.into_iter().filter(|entry| entry.is_handed_back() && !entry.is_stuck()),
-        );
-        let any = !gone.is_empty();
-        until_gone(gone).await;
-        any
-    }
-
-    /// What is in the way of registering `target` for `range`: all that overlaps it. `None` if
-    /// something will do for `range` already.
+    /// Returns every entry that overlaps `target`. Returns `None` if a registration or attempt
+    /// already serves `range`.
     pub(super) fn in_the_way(
         &self,
         target: AddressRange,
@@ -390,7 +343,8 @@ impl<D: Device> Core<D> {
         Some(table.overlapping(target))
     }
 
-    /// Takes one away because another is to have its place. Says whether look-ups found it.
+    /// Withdraws `entry` because another range needs its place. Returns `true` if look-ups found it
+    /// until now.
     pub(super) fn give_way(&self, entry: &Entry<D>) -> bool {
         let Some(live) = entry.key().and_then(|key| self.take(key)) else { return false };
         let merged = self.limits.overlap == Overlap::Merge;
@@ -400,51 +354,6 @@ impl<D: Device> Core<D> {
         drop(live);
         true
     }
-
-    /// Takes all that overlaps `range` away from look-ups, and waits until what nobody uses there
-    /// is over.
-    pub(super) async fn flush(&self, range: AddressRange) {
-        let (begun, leaving) = self.read().unsettled(range);
-        // What nobody waits for any more is finished first. What somebody waits for is begun again.
-        let (awaited, left): (Vec<_>, Vec<_>) =
-            begun.into_iter().partition(|entry| entry.has_claims());
-        for entry in awaited.into_iter().filter(|entry| entry.registering().is_some()) {
-            entry.flushed.store(true, Ordering::Release);
-            if let Some(key) = entry.key() {
-                self.reject(key);
-                // Those who wait for it may go away.
-                self.idle(key);
-            }
-        }
-        let left = left.into_iter().chain(leaving.into_iter().filter(|entry| !entry.has_claims()));
-        join_all(left.filter_map(|entry| entry.registering())).await;
-        let mut all = self.given_up(self.write(|table| table.give_up(range)));
-        all.extend(self.read().unsettled(range).1);
-        all.retain(|entry| entry.is_handed_back());
-        gone(all, Entry::is_lost).await;
-    }
-}
-
-/// Waits until those that nobody uses are over, or their device refuses: those are tried again
-/// another time.
-pub(super) async fn until_gone<D: Device>(mut entries: Vec<Arc<Entry<D>>>) {
-    entries.retain(|entry| entry.is_handed_back());
-    gone(entries, Entry::is_stuck).await;
-}
-
-/// Waits until those on their way out are over, or not worth waiting for.
-pub(super) async fn gone<D: Device>(
-    entries: Vec<Arc<Entry<D>>>,
-    hopeless: impl Fn(&Entry<D>) -> bool,
-) {
-    let mut waits: Vec<_> =
-        entries.into_iter().filter_map(|entry| Some((entry.leaving()?.wait(), entry))).collect();
-    core::future::poll_fn(|cx| {
-        waits
-            .retain_mut(|(leaving, entry)| leaving.poll_unpin(cx).is_pending() && !hopeless(entry));
-        if waits.is_empty() { core::task::Poll::Ready(()) } else { core::task::Poll::Pending }
-    })
-    .await;
 }
 
 impl<D: Device> Shelf<D> for Core<D> {
@@ -473,7 +382,8 @@ impl<D: Device> Shelf<D> for Core<D> {
     fn idle(&self, key: Key) {
         let table = self.read();
         let mut ready = self.ready.lock();
-        // Those that others have ended meanwhile go, also if nobody else looks.
+        // Removes entries from the front that are over by now. This bounds the queue even if no
+        // miss looks after it.
         for _ in 0..2 {
             match ready.pop_front() {
                 Some(key) if table.entry(key).is_some() => ready.push_back(key),
@@ -490,8 +400,8 @@ impl<D: Device> Shelf<D> for Core<D> {
 }
 
 impl<D: Device> Drop for Standing<D> {
-    /// The last handle is gone, and nobody finds anything any more. What is idle is deregistered
-    /// if the device does it at once; what is in use is its users'.
+    /// The last handle is gone, and no look-up can find anything. Deregisters idle registrations
+    /// that the device releases at once. Registrations in use belong to their users.
     fn drop(&mut self) {
         let (entries, lives) = self.0.get_mut().unwrap_or_else(PoisonError::into_inner).drain();
         if entries.first().is_some_and(|entry| entry.device.source.is_inert()) {

@@ -1,4 +1,4 @@
-//! What memory is registered with, and the one place that calls it (K2).
+//! The [`Device`] trait, and the only code that calls it (K2).
 #![forbid(unsafe_code)]
 
 use super::error::DevicePanic;
@@ -14,64 +14,74 @@ use core::pin::Pin;
 use core::task::{Context, Poll};
 use pin_project::{pin_project, pinned_drop};
 
-/// What memory is registered with.
+/// Registers memory with a device on behalf of a [`RegistrationCache`](super::RegistrationCache).
 ///
-/// Both futures are polled by whoever needs them: a caller of
-/// [`get`](super::RegistrationCache::get), an invalidation that waits for a registration to go, and
-/// once the last handle of the cache is gone whoever drops a registration. They must not call the
-/// cache or wait for an invalidation of its space.
+/// Any task that needs them polls the futures: a caller of [`get`](super::RegistrationCache::get),
+/// an invalidation that waits for a registration, or, once the last handle of the cache is gone,
+/// the task that drops a registration. The methods must not call the cache or wait for an
+/// invalidation of its space.
 ///
-/// A panic, of a method or of a future of it, concerns the one registration that it was asked for:
-/// of [`register`](Self::register) it is [`GetError::Panicked`](super::GetError::Panicked), of
-/// [`deregister`](Self::deregister) a failure that has taken the handle
-/// ([`deregister_lost`](Self::deregister_lost)), of [`still_valid`](Self::still_valid) a `false`.
+/// # Panics
+/// A panic of a method or of its future affects only the registration that it was called for:
+/// - [`register`](Self::register): the caller gets
+///   [`GetError::Panicked`](super::GetError::Panicked).
+/// - [`deregister`](Self::deregister): counts as a failure that took the handle. The cache calls
+///   [`deregister_lost`](Self::deregister_lost) instead.
+/// - [`still_valid`](Self::still_valid): counts as `false`.
 pub trait Device: Send + Sync + 'static {
-    /// What a registration is known by: a key, an index.
+    /// Identifies a registration: a key or an index.
     type Handle: Send + Sync + 'static;
-    /// Why the device refused.
+    /// Reason why the device refused.
     type Error: core::error::Error + Send + Sync + 'static;
 
-    /// Maps `range` for the device: whole [pages](super::Builder::page) around what was asked for,
-    /// or more or less than that by [`Merge`](super::Merge), [`Match`](super::Match) and
-    /// [`Overlap`](super::Overlap). Once begun it is polled to its end, unless the last handle of
-    /// the cache is dropped: then it is dropped, and must leave nothing mapped.
+    /// Maps `range` for the device.
     ///
-    /// If it changes the memory itself in a way that the space hears of, the registration is one
-    /// from before the change and does not count; see [`Builder::tries`](super::Builder::tries).
+    /// The range is the requested one, extended to whole [pages](super::Builder::page).
+    /// [`Merge`](super::Merge), [`Match`](super::Match) and [`Overlap`](super::Overlap) can make it
+    /// larger or smaller. The future is polled to its end. If the last handle of the cache is
+    /// dropped meanwhile, the future is dropped and must leave nothing mapped.
+    ///
+    /// If `register` itself changes the memory and the space learns of it, the registration
+    /// predates the change and does not count. See [`Builder::tries`](super::Builder::tries).
     fn register(
         &self,
         range: AddressRange,
     ) -> impl Future<Output = Result<Self::Handle, Self::Error>> + Send;
 
-    /// Ends a registration: when this resolves to `Ok`, the device does not use the memory any
-    /// more. Called once the last user has let go. Work of the device that is still in flight is
-    /// waited for here: await its fence first.
+    /// Ends a registration. Once this resolves to `Ok`, the device no longer uses the memory.
     ///
-    /// The handle is the device's to drop. A failure gives it back in [`StillRegistered`]: the
-    /// device is taken to use the memory still, and is called again: at once, three times in all,
-    /// and then by whoever waits, who gives the other tasks their turn between two calls, ever more
-    /// often. The future is dropped unfinished, with the handle, only when neither the cache nor
-    /// the space can be reached any more.
+    /// Called after the last user has released the registration. Wait for work in flight here:
+    /// await the device's fence first.
+    ///
+    /// The device drops the handle. A failure returns it in [`StillRegistered`]. The cache then
+    /// assumes that the device still uses the memory, and calls again: three times at once, then
+    /// from any task that waits, with more and more yields in between. The future is dropped
+    /// unfinished, with the handle, only when neither the cache nor the space can be reached any
+    /// more.
     ///
     /// # Panics
-    /// A panic takes the handle with it. The device is taken to use the memory still, and
-    /// [`deregister_lost`](Self::deregister_lost) is called from then on.
+    /// A panic takes the handle with it. The cache assumes that the device still uses the memory,
+    /// and calls [`deregister_lost`](Self::deregister_lost) from then on.
     fn deregister(
         &self,
         range: AddressRange,
         handle: Self::Handle,
     ) -> impl Future<Output = Result<(), StillRegistered<Self::Handle, Self::Error>>> + Send;
 
-    /// Ends a registration whose handle is gone, because [`deregister`](Self::deregister) panicked:
-    /// `true` says that the device does not use `range` through it any more, whatever that takes (a
-    /// reset of the device). Other registrations that overlap `range` may exist. Called again after
-    /// an error or a panic, as `deregister` is.
+    /// Ends a registration whose handle was lost, because [`deregister`](Self::deregister)
+    /// panicked.
     ///
-    /// `false`, the default, says that nobody can know. Then the device is taken to use the memory
-    /// for ever: invalidations of `range` do not end, which
-    /// [`AddressSpace::active`](crate::AddressSpace::active) shows; `flush` and limits do not wait
-    /// for it; and where nothing may overlap, a `get` beside it is
-    /// [`GetError::Lost`](super::GetError::Lost).
+    /// Returns `true` if the device no longer uses `range` through that registration, whatever this
+    /// takes (a reset of the device). Other registrations may overlap `range`. Called again after
+    /// an error or a panic, like `deregister`.
+    ///
+    /// Returns `false`, the default, if the device cannot know. The cache then assumes that it uses
+    /// the memory for ever:
+    /// - Invalidations of `range` do not end. [`AddressSpace::active`](crate::AddressSpace::active)
+    ///   lists them.
+    /// - `flush` and limits do not wait for the registration.
+    /// - Where registrations must not overlap, a `get` beside it returns
+    ///   [`GetError::Lost`](super::GetError::Lost).
     fn deregister_lost(
         &self,
         range: AddressRange,
@@ -80,16 +90,17 @@ pub trait Device: Send + Sync + 'static {
         core::future::ready(Ok(false))
     }
 
-    /// Says whether a registration that a look-up has found is still one of the memory at its
-    /// addresses; `true` by default, which costs nothing.
+    /// Returns whether a registration that a look-up found still maps the memory at its addresses
+    /// (K9). The default is `true` and costs nothing.
     ///
-    /// For memory whose changes nobody reports, such as a GPU's, whose driver numbers its buffers:
-    /// the handle keeps the number. `false` treats the registration as invalidated: it is not found
-    /// again and deregistered when its users have let go, and the caller gets a new one.
+    /// Use it for memory whose changes no source reports. A GPU driver numbers its buffers, for
+    /// example, and the handle can store that number. `false` treats the registration as
+    /// invalidated: look-ups no longer find it, it is deregistered when its users release it, and
+    /// the caller gets a new one.
     ///
-    /// Asked at each hit with the registration's own range, without a lock held, and again at the
-    /// end of a call that had to wait. It must not call the cache. What the same poll has
-    /// registered is not asked about.
+    /// Called at each hit with the range of the registration and without a lock held, and again at
+    /// the end of a call that had to wait. Not called for a registration made in the same poll. It
+    /// must not call the cache.
     #[inline]
     fn still_valid(&self, range: AddressRange, handle: &Self::Handle) -> bool {
         let _ = (range, handle);
@@ -97,12 +108,13 @@ pub trait Device: Send + Sync + 'static {
     }
 }
 
-/// A deregistration that failed: the handle comes back, since the device may use the memory still.
+/// Error of a deregistration that failed. It returns the handle, because the device may still use
+/// the memory.
 #[derive(Debug)]
 pub struct StillRegistered<H, E> {
-    /// What the registration is known by. The next try gets it.
+    /// Handle of the registration, for the next try.
     pub handle: H,
-    /// Why the device did not let go.
+    /// Reason why the device did not release the memory.
     pub error: E,
 }
 
@@ -170,36 +182,40 @@ impl<D: Device> Device for &'static D {
     }
 }
 
-/// What a deregistration came to.
+/// Result of a deregistration.
 pub(super) enum Deregistered<H> {
+    /// The device no longer uses the memory.
     Gone,
-    /// It is to be tried again; without the handle if a panic has taken it.
+    /// The deregistration must be tried again. Holds no handle if a panic has taken it.
     Kept(Option<H>),
-    /// Nobody can know, now or later.
+    /// The device cannot tell, now or later, whether it still uses the memory.
     Never,
 }
 
-/// Why a device did not register.
+/// Reason why a device did not register.
 pub(super) enum Fault<E> {
+    /// The device returned this error.
     Refused(Arc<E>),
+    /// The device panicked with this message.
     Panicked(Option<Arc<str>>),
-    /// Nobody wants it any more.
+    /// The cache is gone, so no caller can want the registration.
     Cancelled,
 }
 
-/// A registration whose cache and last user are gone, and which the device has not let go.
+/// A registration that the device has not released, while its cache and its last user are gone.
 pub(super) trait Orphan: Send + Sync {
-    /// Whether nobody can invalidate it any more. Once that is so it stays so.
+    /// Returns `true` if no invalidation of its space is possible any more. This never becomes
+    /// `false` again.
     fn is_unreachable(&self) -> bool;
-    /// Ends the device's future unfinished. Does nothing when it is over, or while somebody polls
-    /// it: who polls it without waiting then looks at it himself.
+    /// Ends the device's future unfinished. Does nothing if the future is over or being polled: its
+    /// poller then checks `is_unreachable` itself.
     fn give_up(&self);
 }
 
-/// A device whose panics are caught and whose failures are counted and reported. Lives as long as
-/// the cache or a registration does.
+/// A device whose panics are caught, and whose failures are counted and reported. The cache and
+/// each of its registrations keep it alive.
 pub(super) struct Guarded<D: Device> {
-    /// `None` only while it is dropped.
+    /// `None` only during the drop.
     device: Option<D>,
     on_failure: Option<Reporter>,
     pub(super) losses: Arc<Losses>,
@@ -207,7 +223,7 @@ pub(super) struct Guarded<D: Device> {
     pub(super) register_failures: AtomicU64,
     pub(super) deregister_failures: AtomicU64,
     pub(super) invalidations: AtomicU64,
-    /// Bytes that it has mapped, or may have.
+    /// Bytes that the device has mapped, or may have mapped.
     pinned: Lock<u128>,
     orphans: Lock<Vec<Weak<dyn Orphan>>>,
 }
@@ -244,27 +260,28 @@ impl<D: Device> Guarded<D> {
         *self.pinned.lock() -= bytes(range);
     }
 
-    /// Gives a registration up if nobody can reach the space, now or when another one of the device
-    /// goes.
+    /// Gives up `orphan` if the space cannot be reached, now or when another registration of the
+    /// device ends.
     pub(super) fn left_behind(&self, orphan: &Arc<dyn Orphan>) {
-        // Noted before it is looked at: of two that go at once the later one sees the other.
+        // Pushed before the check: of two registrations that end at once, the later check sees the
+        // other.
         self.orphans.lock().push(Arc::downgrade(orphan));
         self.look_at_orphans();
     }
 
-    /// Gives up those that nobody can reach.
+    /// Gives up the orphans if their space cannot be reached.
     pub(super) fn look_at_orphans(&self) {
         while let Some(orphan) = self.an_orphan() {
             if !orphan.is_unreachable() {
                 return;
             }
-            // So are all: they are of one space. Their drops look here again, and find nothing.
+            // All orphans belong to one space. Their drops call this again, and find an empty list.
             let all = core::mem::take(&mut *self.orphans.lock());
             all.iter().filter_map(Weak::upgrade).for_each(|orphan| orphan.give_up());
         }
     }
 
-    /// One of them.
+    /// Returns any orphan that still exists.
     fn an_orphan(&self) -> Option<Arc<dyn Orphan>> {
         let mut orphans = self.orphans.lock();
         while let Some(last) = orphans.last() {
@@ -276,7 +293,7 @@ impl<D: Device> Guarded<D> {
         None
     }
 
-    /// Registers `range`. `told` says whether somebody waits who is told of a panic.
+    /// Registers `range`. `told` returns `true` if a caller waits that a panic is reported to.
     pub(super) async fn register(
         &self,
         range: AddressRange,
@@ -313,7 +330,7 @@ impl<D: Device> Guarded<D> {
         Err(fault)
     }
 
-    /// Deregisters. A failure was counted and reported.
+    /// Deregisters `range`. Counts and reports a failure.
     pub(super) async fn deregister(
         &self,
         range: AddressRange,
@@ -364,7 +381,7 @@ impl<D: Device> Guarded<D> {
         }
     }
 
-    /// Whether what a look-up has found is still a registration of the memory there.
+    /// Asks the device about a registration that a look-up found (K9).
     #[inline]
     pub(super) fn still_valid(&self, range: AddressRange, handle: &D::Handle) -> bool {
         let Some(device) = &self.device else { return true };
@@ -377,7 +394,7 @@ impl<D: Device> Guarded<D> {
         }
     }
 
-    /// Drops what a device made, without a panic.
+    /// Drops a handle, and catches a panic of that drop.
     pub(super) fn drop_handle(&self, handle: D::Handle) {
         self.losses.run(Callback::Device, |_| drop(handle));
     }
@@ -398,7 +415,8 @@ impl<D: Device> Guarded<D> {
         }
     }
 
-    /// Returns the panic's message. Who is not `told` of it finds it among those that were lost.
+    /// Counts and reports a panic, and returns its message. Unless a caller is `told`, the panic
+    /// also counts as lost.
     fn panicked(
         &self,
         count: &AtomicU64,
@@ -440,10 +458,10 @@ impl<T> Ended<T> {
     }
 }
 
-/// A future of a device: its panics are caught, in its poll and in its drop.
+/// A future of the device. Catches a panic in its poll and in its drop.
 #[pin_project(PinnedDrop)]
 struct Caught<'a, F> {
-    /// `None` when it has ended.
+    /// `None` once it has ended.
     #[pin]
     future: Option<F>,
     losses: &'a Losses,

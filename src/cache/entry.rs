@@ -1,78 +1,84 @@
-//! One registration: an ordinary driver with a notifier, a lock and futures of its own.
+//! One registration: an ordinary driver with its own notifier, lock and futures.
 //!
-//! It goes through [`Phase`]s under its [`DriverLock`], which its first pass takes like that of any
-//! other driver. It knows its cache only as a [`Shelf`], which may be gone: then it lives on until
-//! its last user and the device have let go (K1).
+//! It goes through its [`Phase`]s under its [`DriverLock`]. Its first pass takes that lock, as in
+//! any other driver. It knows the cache only as a [`Shelf`]. If the cache is dropped, the
+//! registration lives on until the last user and the device have released it (K1).
 //!
-//! Locks are taken in one order: that of a registration, then that of the shelf. References that
-//! may be the last of anything are dropped outside of both.
+//! Lock order: the lock of a registration, then the lock of the shelf. A reference that may be the
+//! last one is dropped outside of both.
 #![forbid(unsafe_code)]
+
+mod guardian;
+mod live;
+
+pub(super) use guardian::Guardian;
+pub(super) use live::Live;
 
 use super::device::{Device, Guarded, Orphan};
 use super::phase::{Change, Outcome, Phase, Progress, Registering, Step};
-use super::table::{Found, Key};
+use super::table::Key;
 use super::task::{Task, Waiter};
 use super::watch::Watched;
 use crate::foreign::Callback;
 use crate::mirror::driver_lock::DriverLock;
-use crate::notifier::{IntervalNotifier, Invalidation, Sequence, WouldBlock};
-use crate::pass::PassFuture;
+use crate::notifier::Sequence;
 use crate::range::AddressRange;
 use crate::subscription::Subscription;
-use crate::sync::{Arc, AtomicBool, AtomicU32, AtomicU64, Ordering, Weak};
-use alloc::borrow::Cow;
+use crate::sync::{Arc, AtomicBool, AtomicU32, Ordering, Weak};
 use alloc::vec::Vec;
 use core::future::Future;
 use futures::FutureExt;
-use futures::channel::oneshot;
 use std::sync::OnceLock;
 
-/// So often a device may go on at once where nobody waits for it.
+/// Number of polls in a row for a device that no waiter drives.
 const POKES: u32 = 64;
 
-/// What a registration needs of its cache.
+/// The part of the cache that a registration uses.
 pub(super) trait Shelf<D: Device>: Send + Sync {
-    /// Lets look-ups find it. Returns what it replaces, or itself if the cache has given it up.
+    /// Publishes `live` to look-ups. Returns the registrations that it replaces, or `live` itself
+    /// if the cache has given the attempt up.
     fn put(&self, key: Key, live: Arc<Live<D>>) -> Result<Vec<Arc<Live<D>>>, Arc<Live<D>>>;
-    /// Takes it away from look-ups.
+    /// Withdraws a registration from look-ups.
     fn take(&self, key: Key) -> Option<Arc<Live<D>>>;
-    /// Takes an attempt away from those who look for one.
+    /// Withdraws an attempt: no further caller joins it.
     fn reject(&self, key: Key);
-    /// Its last user has let go, and the device is to be asked.
+    /// Queues a registration whose last user has released it, so that a later call drives its
+    /// deregistration.
     fn idle(&self, key: Key);
-    /// It is over. Takes no other lock than the shelf's.
+    /// Removes an entry that is over. Takes only the lock of the shelf.
     fn forget(&self, key: Key);
 }
 
-/// A registration, from the first who asks for it until the device has let go.
+/// A registration, from the first request until the device has released the memory.
 pub(super) struct Entry<D: Device> {
     pub(super) range: AddressRange,
     pub(super) device: Arc<Guarded<D>>,
-    /// Where look-ups find it; gone with the last handle of the cache.
+    /// The cache. Dead once its last handle is dropped.
     shelf: Weak<dyn Shelf<D>>,
-    /// Set when it comes onto the shelf.
+    /// Slot in the table. Set once, when the entry enters it.
     key: OnceLock<Key>,
     progress: DriverLock<Progress<D::Error, Live<D>>>,
-    /// Set before anybody else knows of it.
+    /// Set once, before the entry is shared.
     subscription: OnceLock<Subscription<Guardian<D>>>,
-    /// Nobody can ask for what the device registers.
+    /// The cache is gone while the device registers. `register` then ends unfinished.
     pub(super) cancelled: AtomicBool,
-    /// The last user has let go.
+    /// The last user has released the registration.
     handed_back: AtomicBool,
-    /// The device refuses to deregister it.
+    /// The device refuses to deregister.
     pub(super) stuck: AtomicBool,
-    /// A panic of the device has taken its handle, and nobody can know whether it was deregistered.
+    /// A panic of the device has taken the handle, and the device cannot tell whether it still uses
+    /// the memory.
     pub(super) lost: AtomicBool,
-    /// The memory was invalidated when look-ups did not find it any more.
+    /// The memory was invalidated after the registration had left look-ups.
     changed: AtomicBool,
-    /// A flush has come while the device registered.
+    /// A flush came while the device registered (K3).
     pub(super) flushed: AtomicBool,
-    /// How often what was registered for its caller was given to others who waited.
+    /// How often the registrations of this caller were given to other waiters (K7).
     pub(super) thefts: AtomicU32,
 }
 
 impl<D: Device> Entry<D> {
-    /// Makes one that its maker has claimed.
+    /// Makes an entry with one claim, which belongs to the caller.
     pub(super) fn claimed(
         range: AddressRange,
         device: Arc<Guarded<D>>,
@@ -95,17 +101,17 @@ impl<D: Device> Entry<D> {
         }
     }
 
-    /// The notifier of it.
+    /// Returns the notifier of this entry.
     pub(super) fn guardian(self: &Arc<Self>) -> Guardian<D> {
         Guardian(Arc::downgrade(self))
     }
 
-    /// Is called once, before anybody else knows of it.
+    /// Stores the subscription. Called once, before the entry is shared.
     pub(super) fn subscribed(&self, subscription: Subscription<Guardian<D>>) {
         let _ = self.subscription.set(subscription);
     }
 
-    /// Is called once, under the lock of the shelf.
+    /// Stores the key. Called once, under the lock of the shelf.
     pub(super) fn is_at(&self, key: Key) {
         let _ = self.key.set(key);
     }
@@ -114,7 +120,7 @@ impl<D: Device> Entry<D> {
         self.subscription.get().expect("a registration is subscribed before anybody knows of it")
     }
 
-    /// Where the shelf has it.
+    /// Returns the slot in the table, if the entry has entered it.
     pub(super) fn key(&self) -> Option<Key> {
         self.key.get().copied()
     }
@@ -123,13 +129,14 @@ impl<D: Device> Entry<D> {
         self.progress.lock().claims > 0
     }
 
-    /// Whether look-ups find it, and a caller for whom it was registered has still to do so.
+    /// Returns `true` if look-ups find the registration and a caller that it was made for has yet
+    /// to pick it up.
     pub(super) fn is_kept(&self) -> bool {
         let progress = self.progress.lock();
         progress.claims > 0 && matches!(progress.phase, Phase::Live { .. })
     }
 
-    /// `false` if it is over or on its way out.
+    /// Adds a claim. Returns `false` if the entry is over or leaving.
     pub(super) fn claim(&self) -> bool {
         let mut progress = self.progress.lock();
         let open = !matches!(progress.phase, Phase::Leaving { .. } | Phase::Gone);
@@ -137,12 +144,12 @@ impl<D: Device> Entry<D> {
         open
     }
 
-    /// Whether look-ups find it.
+    /// Returns `true` if look-ups find the registration.
     pub(super) fn is_live(&self) -> bool {
         matches!(self.progress.lock().phase, Phase::Live { .. })
     }
 
-    /// Keeps its registration as if a claim used it. `false` if it is on its way out.
+    /// Holds `live` on behalf of a claim. Returns `false` if the registration is leaving.
     pub(super) fn keep(&self, live: Arc<Live<D>>) -> bool {
         let mut progress = self.progress.lock();
         let found = matches!(progress.phase, Phase::Live { .. });
@@ -169,17 +176,18 @@ impl<D: Device> Entry<D> {
         }
     }
 
-    /// The invalidation that has ended it.
+    /// Returns the invalidation that ended the registration, if one did.
     pub(super) fn ended_by(&self) -> Option<Change> {
         self.progress.lock().by
     }
 
-    /// Whether the memory has changed since it was registered: then nothing says that there is any.
+    /// Returns `true` if the memory changed since it was registered. The range may be unmapped
+    /// then.
     pub(super) fn has_changed(&self) -> bool {
         self.changed.load(Ordering::Acquire) || self.ended_by().is_some()
     }
 
-    /// Whether the last user has let go.
+    /// Returns `true` if the last user has released the registration.
     pub(super) fn is_handed_back(&self) -> bool {
         self.handed_back.load(Ordering::Acquire)
     }
@@ -201,8 +209,9 @@ impl<D: Device> Entry<D> {
         }
     }
 
-    /// Begins to register, unless the memory was invalidated since `read_begin` or somebody else
-    /// was quicker. The future and the watch are dropped then, as arguments are: after the guard.
+    /// Begins to register. Returns `None` if the memory was invalidated since `read_begin`, or if
+    /// another caller began first. `task` and `watched` are arguments so that they are dropped
+    /// after the guard.
     pub(super) fn begin(
         &self,
         sequence: Sequence,
@@ -210,20 +219,20 @@ impl<D: Device> Entry<D> {
         watched: Watched,
     ) -> Option<Waiter<Outcome<D::Error>>> {
         let mut progress = self.progress.lock();
-        // A closed gate does not matter here: it is asked when the registration is looked up.
+        // A closed gate is no reason to stop: the look-up checks the gate.
         let valid = !self.subscription().entry().own.is_past(sequence.0);
         if !valid || !matches!(progress.phase, Phase::Waiting) {
             return None;
         }
         let waiter = task.wait();
         progress.phase = Phase::Registering { task };
-        // What waits has none.
+        // A waiting entry has no watch, so nothing is dropped here.
         progress.watched = watched;
         Some(waiter)
     }
 
-    /// Lets look-ups find what the device has registered. If the memory was invalidated since
-    /// `read_begin`, it only leaves again; what has invalidated it comes back.
+    /// Publishes what the device has registered to look-ups. If the memory was invalidated since
+    /// `read_begin`, the registration leaves at once, and the invalidation is returned.
     pub(super) fn publish(
         &self,
         sequence: Sequence,
@@ -257,7 +266,7 @@ impl<D: Device> Entry<D> {
         match live {
             None => Ok(()),
             Some(live) => {
-                // Nobody has seen it: the device lets go at once.
+                // No caller has seen it, so the device deregisters it at once.
                 drop(live);
                 let subscription = self.subscription();
                 subscription.shared().collided(subscription.entry());
@@ -266,7 +275,7 @@ impl<D: Device> Entry<D> {
         }
     }
 
-    /// Waits for the device to register, if it does.
+    /// Returns a future that waits until the device has registered, if it is registering.
     pub(super) fn registering(&self) -> Option<impl Future<Output = ()> + Send + use<D>> {
         match &self.progress.lock().phase {
             Phase::Registering { task } => Some(self.ended(task)),
@@ -274,7 +283,8 @@ impl<D: Device> Entry<D> {
         }
     }
 
-    /// Waits for the device, for one who does not want to know more: an error is the device's code.
+    /// Waits for `task` and drops its result. The drop is guarded, because an error is the device's
+    /// code (F1).
     fn ended(&self, task: &Registering<D::Error>) -> impl Future<Output = ()> + Send + use<D> {
         let losses = self.device.losses.clone();
         task.wait().map(move |outcome| {
@@ -282,7 +292,8 @@ impl<D: Device> Entry<D> {
         })
     }
 
-    /// It was taken away from look-ups.
+    /// Moves a live registration to [`Phase::Leaving`]. Called after it was withdrawn from
+    /// look-ups.
     pub(super) fn leave(&self) {
         let mut progress = self.progress.lock();
         if let Phase::Live { leaving } = &progress.phase {
@@ -294,7 +305,7 @@ impl<D: Device> Entry<D> {
         drop(kept);
     }
 
-    /// What waits for the users and for the device, if it is on its way out.
+    /// Returns the task that waits for the users and the device, if the registration is leaving.
     pub(super) fn leaving(&self) -> Option<Task<()>> {
         match &self.progress.lock().phase {
             Phase::Leaving { leaving } => Some(leaving.clone()),
@@ -302,7 +313,8 @@ impl<D: Device> Entry<D> {
         }
     }
 
-    /// Asks the device to go on with what look-ups do not find. Says whether that is over.
+    /// Polls the device once for a registration that look-ups do not find. Returns `true` if that
+    /// is over.
     pub(super) fn goes_on(&self) -> bool {
         let (registering, leaving) = match &self.progress.lock().phase {
             Phase::Registering { task } => (Some(task.clone()), None),
@@ -313,7 +325,7 @@ impl<D: Device> Entry<D> {
         over && leaving.is_none_or(|leaving| leaving.poke(1))
     }
 
-    /// The device has nothing of it: ends it.
+    /// Ends the entry. The device holds nothing for it any more.
     pub(super) fn over(&self) {
         let (phase, watched) = {
             let mut progress = self.progress.lock();
@@ -332,8 +344,8 @@ impl<D: Device> Entry<D> {
         }
     }
 
-    /// The cache is gone: nobody can ask for it any more. What is registered lives on until its
-    /// users have let go.
+    /// Called when the last handle of the cache is dropped. Later requests are impossible. A
+    /// registration in use lives on until its users release it.
     pub(super) fn orphan(self: &Arc<Self>) {
         let (task, former, kept) = {
             let mut progress = self.progress.lock();
@@ -364,8 +376,8 @@ impl<D: Device> Entry<D> {
         }
     }
 
-    /// Asks the device to let go, without anybody who waits for it: what takes time is left to the
-    /// next invalidation, or given up if there can be none.
+    /// Polls the deregistration without a waiter. What takes longer is left to the next
+    /// invalidation, or given up if no invalidation is possible any more.
     fn drive(self: &Arc<Self>) {
         let Some(leaving) = self.leaving() else { return };
         if !leaving.poke(POKES) {
@@ -376,12 +388,12 @@ impl<D: Device> Entry<D> {
 }
 
 impl<D: Device> Orphan for Entry<D> {
-    /// Whether nobody but subscriptions has the space: it cannot be invalidated any more.
+    /// Returns `true` if only subscriptions hold the space. It can no longer be invalidated then.
     fn is_unreachable(&self) -> bool {
         let shared = self.subscription().shared();
         let sources = usize::from(self.device.source.is_abandoned());
-        // A notifier enters after its handle was made, and its handle goes after it has left:
-        // counted in between there are handles too many, never too few.
+        // A notifier is registered after its handle was made, and its handle is dropped after it
+        // was removed. So a concurrent change makes the count of handles too high, never too low.
         shared.with(|state, _| {
             let registered = state.protocol.registered();
             Arc::strong_count(shared) <= registered + sources
@@ -390,8 +402,8 @@ impl<D: Device> Orphan for Entry<D> {
 
     fn give_up(&self) {
         let Some(leaving) = self.leaving() else { return };
-        // It keeps the registration alive, which keeps the space alive; also as the pass of an
-        // invalidation that nobody owns.
+        // The task keeps the registration alive, and the registration keeps the space alive. The
+        // same holds if it is the pass of an abandoned invalidation.
         if leaving.give_up() {
             let mut progress = self.progress.lock();
             let former = (
@@ -412,122 +424,8 @@ impl<D: Device> Drop for Entry<D> {
             core::mem::forget(core::mem::replace(&mut self.progress, gone));
             return;
         }
-        // Others of the same device may have found the space in use only because of this one.
+        // Another orphan of this device may have become unreachable with this subscription.
         drop(self.subscription.take());
         self.device.look_at_orphans();
-    }
-}
-
-/// A registration that the device has. The shelf has one reference while look-ups find it, each
-/// user one; the last to go hands the handle to the future that waits for it. What a look-up
-/// touches comes first, mostly on the cache line of the counts.
-#[repr(C)]
-pub(super) struct Live<D: Device> {
-    /// When it was used last, by the clock of misses.
-    used: AtomicU64,
-    handle: Option<D::Handle>,
-    pub(super) range: AddressRange,
-    gone: Option<oneshot::Sender<D::Handle>>,
-    pub(super) entry: Arc<Entry<D>>,
-}
-
-impl<D: Device> Live<D> {
-    pub(super) fn new(
-        entry: Arc<Entry<D>>,
-        handle: D::Handle,
-        gone: oneshot::Sender<D::Handle>,
-        used: u64,
-    ) -> Arc<Self> {
-        Arc::new(Self {
-            used: AtomicU64::new(used),
-            handle: Some(handle),
-            range: entry.range,
-            gone: Some(gone),
-            entry,
-        })
-    }
-
-    #[inline]
-    pub(super) fn handle(&self) -> &D::Handle {
-        self.handle.as_ref().expect("the handle goes with the registration")
-    }
-}
-
-impl<D: Device> Found for Live<D> {
-    #[inline]
-    fn used(&self) -> &AtomicU64 {
-        &self.used
-    }
-}
-
-impl<D: Device> Drop for Live<D> {
-    fn drop(&mut self) {
-        if self.entry.device.source.is_inert() {
-            core::mem::forget((self.handle.take(), self.gone.take(), self.entry.clone()));
-            return;
-        }
-        let (Some(gone), Some(handle)) = (self.gone.take(), self.handle.take()) else { return };
-        self.entry.handed_back.store(true, Ordering::Release);
-        if let Err(handle) = gone.send(handle) {
-            self.entry.device.drop_handle(handle);
-        }
-        match (self.entry.shelf.upgrade(), self.entry.key.get()) {
-            (Some(shelf), Some(key)) => shelf.idle(*key),
-            _ => self.entry.drive(),
-        }
-    }
-}
-
-/// The notifier of one registration.
-pub(super) struct Guardian<D: Device>(Weak<Entry<D>>);
-
-impl<D: Device> IntervalNotifier for Guardian<D> {
-    fn invalidate(
-        &self,
-        invalidation: &Invalidation<'_>,
-    ) -> Result<Option<PassFuture>, WouldBlock> {
-        let Some(entry) = self.0.upgrade() else { return Ok(None) };
-        let shelf = entry.shelf.upgrade();
-        let (mut live, mut kept) = (None, None);
-        let pass = {
-            let mut progress = entry.progress.lock_for(invalidation);
-            match &mut progress.phase {
-                Phase::Waiting => None,
-                Phase::Gone => {
-                    entry.changed.store(true, Ordering::Release);
-                    None
-                }
-                Phase::Registering { task } => {
-                    let pass = PassFuture::new(entry.ended(task));
-                    progress.by = Some((invalidation.event(), invalidation.range()));
-                    Some(pass)
-                }
-                Phase::Live { leaving } => {
-                    let leaving = leaving.clone();
-                    let pass = leaving.wait();
-                    progress.phase = Phase::Leaving { leaving };
-                    progress.by = Some((invalidation.event(), invalidation.range()));
-                    kept = progress.kept.take();
-                    live = shelf
-                        .as_ref()
-                        .zip(entry.key.get())
-                        .and_then(|(shelf, key)| shelf.take(*key));
-                    entry.device.invalidations.fetch_add(1, Ordering::Relaxed);
-                    Some(PassFuture::new(pass))
-                }
-                Phase::Leaving { leaving } => {
-                    entry.changed.store(true, Ordering::Release);
-                    Some(PassFuture::new(leaving.wait()))
-                }
-            }
-        };
-        // The shelf's references: without users the device is asked when the pass is polled.
-        drop((live, kept));
-        drop((shelf, entry));
-        Ok(pass)
-    }
-
-    fn name(&self) -> Cow<'static, str> {
-        Cow::Owned(alloc::format!("registration with {}", core::any::type_name::<D>()))
     }
 }

@@ -1,52 +1,53 @@
-//! Why there is no registration.
+//! Errors of a `get`.
 #![forbid(unsafe_code)]
 
 use crate::range::AddressRange;
 use crate::sync::Arc;
 use core::fmt;
 
-/// Why there is no registration.
+/// Reason why [`get`](super::RegistrationCache::get) returned no registration.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum GetError<E> {
-    /// The device refused, also after all idle registrations had been given up.
+    /// The device refused, even after all idle registrations were given up.
     Register(Arc<E>),
     /// The device panicked. The next call starts anew.
     Panicked {
-        /// The panic's message, if it was a string.
+        /// Message of the panic, if it was a string.
         message: Option<Arc<str>>,
     },
-    /// The memory was invalidated during each try: see [`Builder::tries`](super::Builder::tries).
+    /// The memory was invalidated during each try. See [`Builder::tries`](super::Builder::tries).
     Invalidated {
-        /// Tries that were made.
+        /// Number of tries.
         tries: u32,
     },
-    /// Nobody would say when the memory goes away.
+    /// No source reports changes of the memory, so the cache does not register it (K5).
     Unwatched(Unwatched),
-    /// The range is larger than one registration may be:
+    /// The range exceeds the limit for one registration.
     /// [`get_all`](super::RegistrationCache::get_all) registers it in pieces.
     TooLarge {
-        /// The most that one registration may hold, in bytes: what
-        /// [`max_registration`](super::Builder::max_registration) was given, in whole pages.
+        /// Limit for one registration in bytes: the value given to
+        /// [`max_registration`](super::Builder::max_registration), in whole pages.
         max: u64,
     },
-    /// Nothing may overlap, and the device may have a registration there for ever: see
+    /// Registrations must not overlap, and the device may hold one there for ever. See
     /// [`Device::deregister_lost`](super::Device::deregister_lost).
     Lost {
-        /// What was registered.
+        /// Range of the lost registration.
         range: AddressRange,
     },
 }
 
-/// Why nobody would say when memory goes away.
+/// Reason why no source reports changes of the memory.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Unwatched {
     /// The space was [released](crate::AddressSpace::release).
     Released,
-    /// This is a child of `fork`, and the cache belongs to its parent: make another one (M4).
+    /// This process is a child of `fork`, and the cache belongs to its parent (M4). Make another
+    /// cache.
     Forked,
-    /// The source of invalidations refused to watch the memory, for this reason.
+    /// The source of invalidations refused to watch the memory. Carries its reason.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     Source(crate::source::UffdError),
 }
@@ -114,7 +115,7 @@ impl<E: core::error::Error + 'static> core::error::Error for GetError<E> {
     }
 }
 
-/// What [`Failure::error`] is for a panic.
+/// Error of a panic, as [`Failure::error`](super::Failure::error) reports it.
 #[derive(Debug)]
 pub(super) struct DevicePanic {
     pub(super) message: Option<Arc<str>>,

@@ -1,4 +1,4 @@
-//! How a registration comes and goes: all that waits.
+//! How a registration begins and ends: the futures that wait for the space and the device.
 #![forbid(unsafe_code)]
 
 use super::device::{Deregistered, Device, Fault};
@@ -13,13 +13,15 @@ use core::task::Poll;
 use futures::FutureExt;
 use futures::channel::oneshot;
 
-/// Deregistrations that are tried at once before the other tasks have their turn.
+/// Number of deregistrations that are tried at once, before other tasks get their turn.
 const AT_ONCE: u32 = 3;
-/// As many turns they have at most between two tries, as a power of two.
+/// Exponent of the highest number of yields between two tries: at most `2^MOST_TURNS`.
 const MOST_TURNS: u32 = 6;
 
-/// One caller's try to have a range registered, alone or with others. `watch` is called once it has
-/// been seen to be stable, `now` says when it was used last.
+/// Makes one try to register the range of `entry`, alone or together with other callers.
+///
+/// Calls `watch` once `read_begin` has found the range stable (M1). `now` is the time of the first
+/// use.
 pub(super) async fn attempt<D: Device>(
     entry: &Arc<Entry<D>>,
     now: u64,
@@ -34,22 +36,22 @@ pub(super) async fn attempt<D: Device>(
         let (mut begin, mut early) = (entry.subscription().read_begin(), None);
         let sequence = core::future::poll_fn(|cx| {
             let polled = begin.poll_unpin(cx);
-            // What cannot be watched is refused before it is waited for.
+            // Reports at once that the range cannot be watched, instead of after the wait.
             if polled.is_pending() && early.is_none() {
                 early = Some(watch()?);
             }
             polled.map(Ok)
         })
         .await?;
-        // M1: what has changed before is not of interest, what changes from now on is told. The
-        // memory that was watched earlier may have gone.
+        // M1: earlier changes do not matter, later ones are reported. The watch is made anew here,
+        // because the memory of the early watch may be gone.
         (sequence, watch()?)
     };
     let task = Task::new(&entry.device.losses, register(entry.clone(), sequence, now));
     if let Some(task) = entry.begin(sequence, task, watched) {
         return Ok(task.await);
     }
-    // Somebody else was quicker, or an invalidation was.
+    // Another caller has begun to register, or an invalidation has come.
     match entry.step() {
         Step::Join(task) => Ok(task.await),
         Step::Over(outcome) => Ok(outcome),
@@ -57,8 +59,8 @@ pub(super) async fn attempt<D: Device>(
     }
 }
 
-/// Registers. Anybody who needs the range may poll it, and so does an invalidation that comes
-/// meanwhile, so it waits for the device only.
+/// Registers `entry` with the device. Any caller that needs the range may poll this future. So may
+/// an invalidation of the range, so it waits for the device only.
 async fn register<D: Device>(
     entry: Arc<Entry<D>>,
     sequence: Sequence,
@@ -82,8 +84,8 @@ async fn register<D: Device>(
     match entry.publish(sequence, live, &leaving) {
         Ok(()) => Outcome::Live,
         Err(by) => {
-            // An invalidation that came meanwhile waits for this only. Without one it is taken care
-            // of like anything that is idle.
+            // An invalidation that came meanwhile waits for this future only. Without one the
+            // registration is cleaned up like any idle one.
             if by.is_some() {
                 leaving.wait().await;
             }
@@ -92,8 +94,8 @@ async fn register<D: Device>(
     }
 }
 
-/// Waits for the last user, then for the device (K1). It is never given up, because the device may
-/// still use the memory (K2).
+/// Waits for the last user, then until the device has deregistered (K1). Never gives up, because
+/// the device may still use the memory (K2).
 async fn deregister<D: Device>(entry: Arc<Entry<D>>, handed_back: oneshot::Receiver<D::Handle>) {
     let Ok(handle) = handed_back.await else { return };
     let (mut handle, mut failures) = (Some(handle), 0);
@@ -104,7 +106,7 @@ async fn deregister<D: Device>(entry: Arc<Entry<D>>, handed_back: oneshot::Recei
             Deregistered::Never => {
                 entry.lost.store(true, Ordering::Release);
                 entry.stuck.store(true, Ordering::Release);
-                // Those who do not wait for such a one see it.
+                // Lets the waiters that skip a lost registration observe the flags.
                 yield_now().await;
                 return core::future::pending().await;
             }
@@ -122,7 +124,7 @@ async fn deregister<D: Device>(entry: Arc<Entry<D>>, handed_back: oneshot::Recei
     entry.over();
 }
 
-/// Lets the other tasks of whoever polls have their turn.
+/// Yields to the other tasks of the polling executor once.
 pub(super) async fn yield_now() {
     let mut polled = false;
     core::future::poll_fn(|cx| {

@@ -1,5 +1,5 @@
-//! What a `get` does that finds nothing: it registers one range or several, in turns where the
-//! device may have no two that overlap.
+//! The slow path of a `get`: it registers one range or several. Where the device must not hold
+//! overlapping registrations, it does so in turns.
 #![forbid(unsafe_code)]
 
 use super::claim::Claim;
@@ -22,10 +22,11 @@ use alloc::vec::Vec;
 use core::future::Future;
 use futures::FutureExt;
 
-/// So often in a row the same change ends an attempt before the device is taken to raise it itself.
+/// Number of times in a row that one change may end an attempt. After that, the device is taken to
+/// cause the change itself.
 const SAME_CHANGE: u32 = 8;
 
-/// Counts the polls of `future`: what was seen in an earlier one is not certain any more.
+/// Counts the polls of `future`. An observation of an earlier poll may be outdated.
 async fn counted<F: Future>(polls: &AtomicU64, future: F) -> F::Output {
     let mut future = core::pin::pin!(future);
     core::future::poll_fn(|cx| {
@@ -35,7 +36,7 @@ async fn counted<F: Future>(polls: &AtomicU64, future: F) -> F::Output {
     .await
 }
 
-/// Registers what `range` takes, which is one registration.
+/// Registers `range` as one registration.
 pub(super) async fn one<D: Device>(
     core: &Arc<Core<D>>,
     range: AddressRange,
@@ -47,12 +48,12 @@ pub(super) async fn one<D: Device>(
     if limits.overlap == Overlap::Allowed {
         return miss(core, range, None).await;
     }
-    // One piece, because it fits.
+    // The range fits the limit, so it is one piece.
     Ok(all(core, range).await?.swap_remove(0))
 }
 
-/// Registers what `range` takes. Holds nothing while it waits: what it has it only
-/// [keeps](Claim::keep), and takes all of it at once in the end.
+/// Registers all pieces of `range` (K8). While it waits it only [keeps](Claim::keep) the pieces. It
+/// takes all of them at once in the end.
 pub(super) async fn all<D: Device>(
     core: &Arc<Core<D>>,
     range: AddressRange,
@@ -92,23 +93,25 @@ async fn keep_and_take<D: Device>(
                 core.collisions.fetch_add(1, Ordering::Relaxed);
                 tries += 1;
             }
-            // Nothing has changed: others have taken it away. It goes on before those who came
-            // later.
+            // The memory did not change; other callers took a piece. The next try goes ahead of
+            // later callers.
             Taken::Gone => thefts += 1,
         }
     }
     Err(GetError::Invalidated { tries })
 }
 
-/// What a caller finds when all of its pieces have been registered.
+/// Result of taking all pieces at once.
 enum Taken<D: Device> {
+    /// All pieces, in order.
     All(Vec<Arc<Live<D>>>),
+    /// Look-ups do not find one of the pieces.
     Gone,
-    /// The device does not vouch for one of them.
+    /// The device does not vouch for one of the pieces.
     Outdated,
 }
 
-/// Takes all pieces. The device is asked about those of another poll than `now`.
+/// Takes all pieces. Asks the device about every piece that was not vouched for in poll `now` (K9).
 fn take<D: Device>(core: &Core<D>, range: AddressRange, kept: &[Piece<D>], now: u64) -> Taken<D> {
     let found = core.limits.pieces(range).map(|piece| core.look_up(piece, 0));
     let Some(found) = found.collect::<Option<Vec<_>>>() else { return Taken::Gone };
@@ -123,7 +126,7 @@ fn take<D: Device>(core: &Core<D>, range: AddressRange, kept: &[Piece<D>], now: 
     Taken::All(found)
 }
 
-/// Waits until the gate is open, or has been since this began.
+/// Waits until the gate is open, or was open at some moment since the call.
 async fn open<D: Device>(core: &Core<D>) {
     if core.space.shared().is_shut() {
         let mut since = Since::default();
@@ -131,8 +134,8 @@ async fn open<D: Device>(core: &Core<D>) {
     }
 }
 
-/// Finds or registers all pieces of `range`, and keeps them if there are several: limits may take a
-/// single one away like anything idle.
+/// Finds or registers all pieces of `range`, and claims them. Several pieces are kept. A single one
+/// is not, so limits may evict it like any idle registration.
 async fn keep<D: Device>(
     core: &Arc<Core<D>>,
     range: AddressRange,
@@ -154,37 +157,38 @@ async fn keep<D: Device>(
     Ok(kept)
 }
 
-/// One piece of a range, kept.
+/// One claimed piece of a range.
 struct Piece<D: Device> {
     entry: Arc<Entry<D>>,
-    /// In which poll it was certain that it is of the memory there; 0 for none that counts.
+    /// Number of the poll in which the piece was known to be valid; 0 for none that counts.
     vouched: u64,
-    /// `None` if it was on its way out already.
+    /// `None` if the registration was leaving already.
     _claim: Option<Claim<D>>,
 }
 
-/// All pieces of a range, in order.
+/// All pieces of a range in order, or the error of the first that failed.
 type Kept<D> = Result<Vec<Piece<D>>, GetError<<D as Device>::Error>>;
 
-/// What a turn came to.
+/// Result of a turn.
 struct Answer<D: Device> {
     losses: Arc<Losses>,
     kept: Lock<Option<Kept<D>>>,
-    /// Of the turn.
+    /// Number of polls of the turn.
     polls: AtomicU64,
 }
 
 impl<D: Device> Drop for Answer<D> {
     fn drop(&mut self) {
-        // It may hold the device's error.
+        // The result may hold an error of the device, so its drop is guarded.
         let kept = self.kept.get_mut().take();
         self.losses.run(Callback::Device, |_| drop(kept));
     }
 }
 
-/// Does the same in a turn: once no earlier caller needs what overlaps. The work belongs to nobody,
-/// so that those behind need not wait for this caller to be polled. `number` is its place, which it
-/// keeps from try to try.
+/// Keeps all pieces of `range` in a turn, once no earlier caller needs an overlapping range.
+///
+/// The work is a task without an owner, so later callers do not depend on this caller's polls (K7).
+/// `number` is the caller's place; it stays the same from try to try.
 async fn in_turn<D: Device>(
     core: &Arc<Core<D>>,
     range: AddressRange,
@@ -194,7 +198,7 @@ async fn in_turn<D: Device>(
 ) -> Kept<D> {
     let pages = core.limits.pages(range);
     let merges = core.limits.overlap == Overlap::Merge && core.limits.fits(pages);
-    // What it will be is known in the turn only.
+    // An estimate: the final union is known only in the turn.
     let union = if merges { core.united(pages) } else { pages };
     let union = if core.limits.allow(union, pages) { union } else { pages };
     let losses = &core.device.losses;
@@ -233,24 +237,25 @@ async fn in_turn<D: Device>(
     Ok(kept)
 }
 
-/// How often a caller has tried to have its range registered.
+/// State of a caller's tries to register its range.
 struct Tries<D: Device> {
     made: u32,
-    /// What the device has registered at the last try, if it was not found then.
+    /// The entry of the last try, if the device registered it but a look-up did not find it.
     registered: Option<Arc<Entry<D>>>,
     last: Option<Change>,
     same: u32,
     made_room: bool,
-    /// Its neighbours were too much, so it is registered without them.
+    /// Register without the neighbours, because the union was refused.
     alone: bool,
-    /// What was registered at an earlier try was given up to make room for others: the next is
-    /// taken at once.
+    /// A registration of an earlier try was evicted to make room for others. The next one is taken
+    /// without waiting.
     hurried: bool,
 }
 
 impl<D: Device> Tries<D> {
-    /// Whether the same change has come too often in a row. A change of protection is what each
-    /// `fork` of the process is: many of them come from elsewhere, and count as any other try.
+    /// Records the change that ended a try. Returns `true` if the same change has come too often in
+    /// a row. Changes of protection do not count, because each `fork` of the process causes one of
+    /// the same range.
     fn collided(&mut self, by: Option<Change>) -> bool {
         let by =
             by.filter(|(event, _)| !matches!(event, Event::ProtectionPage | Event::ProtectionVma));
@@ -259,11 +264,11 @@ impl<D: Device> Tries<D> {
         by.is_some() && self.same >= SAME_CHANGE
     }
 
-    /// What was registered at the last try was taken away before the caller had it. Whether the
-    /// same change has done so too often.
+    /// Records that the registration of the last try was withdrawn before the caller had it.
+    /// Returns `true` if the same change did so too often.
     fn overtaken(&mut self, core: &Core<D>, entry: &Entry<D>) -> bool {
         let Some(by) = entry.ended_by() else {
-            // Nothing has changed: others needed room.
+            // The memory did not change; other callers needed the room.
             self.made -= 1;
             self.hurried = true;
             return false;
@@ -273,7 +278,7 @@ impl<D: Device> Tries<D> {
     }
 }
 
-/// Has `range` registered, or finds it; in a turn, once there is a way to it.
+/// Finds or registers `range`. With `way`, does so once nothing is in its way.
 async fn miss<D: Device>(
     core: &Arc<Core<D>>,
     range: AddressRange,
@@ -305,14 +310,14 @@ async fn miss<D: Device>(
         if way.as_mut().is_some_and(|way| way.has_changed(entry.range)) {
             continue;
         }
-        // Registered, and then taken away before the gate had opened, or while there was waited for
-        // room.
+        // The entry was registered, and withdrawn before the gate opened or while the call waited
+        // for room.
         let overtaken = tries.registered.take().is_some_and(|entry| tries.overtaken(core, &entry));
         if overtaken || tries.made >= core.limits.tries.max(1) {
             return Err(GetError::Invalidated { tries: tries.made });
         }
         tries.made += 1;
-        // What this poll has registered is not asked about.
+        // `true` if this poll made the registration. The device is not asked about it (K9).
         let mut fresh = false;
         let attempt = {
             let mut attempt = core::pin::pin!(life::attempt(&entry, now, || core
@@ -325,8 +330,8 @@ async fn miss<D: Device>(
             })
             .await
         };
-        // From the table, not from the attempt. Before the limits are looked at, so that it is in
-        // use.
+        // Takes the registration from the table, not from the attempt. Does so before the limits
+        // are enforced, so that it counts as in use.
         let registration = core.look_up(range, now);
         drop(claim);
         let outdated =
@@ -336,14 +341,14 @@ async fn miss<D: Device>(
             && !outdated
             && let Some(registration) = registration
         {
-            // Those who come later look after what is to go.
+            // Later calls look after `gone`.
             return Ok(registration);
         }
         // A `get` that is not polled must not hold a registration.
         drop(registration);
         until_gone(gone).await;
         if let Some(live) = core.vouched(range, now) {
-            // It may have the device's error.
+            // The attempt may hold an error of the device, so its drop is guarded.
             core.device.losses.run(Callback::Device, |_| drop(attempt));
             return Ok(live);
         }
@@ -353,7 +358,8 @@ async fn miss<D: Device>(
                 continue;
             }
             Ok(Outcome::Collided(None)) if entry.flushed.load(Ordering::Acquire) => {
-                // Nothing has changed, only nothing from before the flush is to be found.
+                // The memory did not change. A flush came, and no earlier registration may be found
+                // after it (K3).
                 tries.made -= 1;
                 continue;
             }
@@ -370,7 +376,7 @@ async fn miss<D: Device>(
             Err(why) if entry.range == own => return Err(GetError::Unwatched(why)),
             Err(why) => GetError::Unwatched(why),
         };
-        // Its neighbours may be what is too much, or may have gone.
+        // The union may be too large, or its neighbours may be unmapped.
         if !tries.alone && entry.range != own {
             tries.alone = true;
         } else if core::mem::replace(&mut tries.made_room, true) || !core.make_room().await {
@@ -378,7 +384,7 @@ async fn miss<D: Device>(
         } else {
             tries.alone = false;
         }
-        // The device's error is the device's code.
+        // The error is the device's code, so its drop is guarded.
         core.device.losses.run(Callback::Device, |_| drop(no_room));
         tries.made -= 1;
     }

@@ -1,29 +1,34 @@
-//! A registration cache that is never stale: device mappings of the program's own memory, kept for
-//! the next use.
+//! A registration cache that is never stale.
 //!
-//! To register memory with a device (an RDMA memory region, an io_uring fixed buffer, a GPU's user
-//! pointer) takes microseconds, so programs keep registrations. A kept registration is wrong as
-//! soon as its memory is unmapped: the device still has the old pages. [`RegistrationCache`] is
-//! told of that by the [`AddressSpace`]: an invalidation takes the registration out of the look-up
-//! in its first pass, and its guard is handed out when the last user has let go and the device has
-//! deregistered it.
+//! Registering memory with a device (an RDMA memory region, an io_uring fixed buffer, a GPU's user
+//! pointer) takes microseconds, so programs keep registrations. A kept registration is wrong once
+//! its memory is unmapped: the device still maps the old pages. The [`AddressSpace`] tells a
+//! [`RegistrationCache`] of each change. The first pass of an invalidation withdraws the
+//! registration from look-ups. The guard is handed out once the last user has released the
+//! registration and the device has deregistered it.
 //!
 //! ```
 //! use shootdown::cache::{Device, RegistrationCache, StillRegistered};
 //! use shootdown::{AddressRange, AddressSpace, Event};
 //!
 //! struct Nic;
+//!
 //! impl Device for Nic {
 //!     type Handle = u32; // a key
 //!     type Error = std::io::Error;
-//!     async fn register(&self, range: AddressRange) -> Result<u32, std::io::Error> {
+//!
+//!     async fn register(
+//!         &self,
+//!         range: AddressRange,
+//!     ) -> Result<u32, Self::Error> {
 //!         Ok(range.start() as u32)
 //!     }
+//!
 //!     async fn deregister(
 //!         &self,
 //!         _: AddressRange,
 //!         _: u32,
-//!     ) -> Result<(), StillRegistered<u32, std::io::Error>> {
+//!     ) -> Result<(), StillRegistered<u32, Self::Error>> {
 //!         Ok(())
 //!     }
 //! }
@@ -33,53 +38,57 @@
 //! let cache = RegistrationCache::new(&space, Nic);
 //! let buffer = AddressRange::new(0x7000, 0x1000)?;
 //!
-//! let registration = cache.get(buffer).await?;    // registers
-//! drop(registration);                             // stays cached
+//! let registration = cache.get(buffer).await?; // registers
+//! drop(registration); // stays cached
 //! assert_eq!(*cache.get(buffer).await?.handle(), 0x7000);
 //! assert_eq!(cache.stats().hits, 1);
 //!
-//! drop(space.invalidate(buffer, Event::Unmap).await); // deregistered now: unmap it
+//! // Deregisters. The buffer may be unmapped while the guard is held.
+//! drop(space.invalidate(buffer, Event::Unmap).await);
 //! assert_eq!(cache.stats().registrations, 0);
 //! # Ok::<(), Box<dyn std::error::Error>>(()) }).unwrap();
 //! ```
 //!
 //! # When something fails
-//! - The device refuses to register: [`GetError::Register`], after all idle registrations have been
-//!   given up and it was asked once more. It refuses to deregister: it is asked again by whoever
-//!   waits, because it may still use the memory, so an invalidation waits until it succeeds. Others
-//!   have their turn meanwhile.
-//! - The device panics: [`GetError::Panicked`] for those who asked, or a failure to deregister like
-//!   any other. No other range learns of it. A panic that no caller is told of is counted
+//! - The device refuses to register: all idle registrations are given up and the device is asked
+//!   once more, then the caller gets [`GetError::Register`].
+//! - The device refuses to deregister: it may still use the memory, so each waiting task asks it
+//!   again. An invalidation waits until it succeeds. Other tasks run meanwhile.
+//! - The device panics: the callers get [`GetError::Panicked`], or the deregistration counts as
+//!   failed. Other ranges are not affected. A panic that no caller is told of is counted
 //!   ([`Stats::lost_panics`](crate::Stats::lost_panics)) and reported
 //!   ([`Callback::Device`](crate::Callback::Device)).
-//! - The memory changes while the device registers: the registration is let go of and begun again,
-//!   see [`Builder::tries`]. A device that changes the memory itself each time ends after eight
-//!   tries with [`GetError::Invalidated`]; what it changes elsewhere does not matter.
-//! - The process has no mapping left for a watch: as for a device without room.
+//! - The memory changes while the device registers: the registration is dropped and begun again,
+//!   see [`Builder::tries`]. If the device itself changes that memory each time, the call ends
+//!   after eight tries with [`GetError::Invalidated`]. Changes of other memory do not count.
+//! - The process has no mapping left for a watch: handled like a device without room.
 //!
-//! # How it is made
+//! # Structure
 //! One registration is an ordinary driver of this crate: it has a notifier, a
-//! [`DriverLock`](crate::DriverLock) and futures of its own, and the cache is the shelf on which
-//! look-ups find it. So a registration outlives its cache, and a failure of the device concerns one
+//! [`DriverLock`](crate::DriverLock) and futures of its own. The cache is the shelf on which
+//! look-ups find it. So a registration outlives its cache, and a failure of the device affects one
 //! registration.
 //!
 //! ```text
 //! mod       RegistrationCache, Registration: get, get_all, flush
-//!  └ miss      what a get does that finds nothing
-//!     └ way       what a caller in its turn takes out of its way
-//!        └ core      what all handles share: limits, counts, the shelf
-//!           └ life      all that waits: an attempt, the end of a registration
+//!  └ miss      a get that finds nothing
+//!     └ way       clears what is in a caller's way, in its turn
+//!        └ core      state of all handles: limits, counts, the shelf
+//!           │           core/room: limits, flush, making room
+//!           └ life      the waiting: an attempt, the end of a registration
 //!              └ claim     a caller's interest in a registration
-//!                 └ entry     one registration: its notifier, its users
-//!                    └ phase     how far it is
-//!                       └ device    Device, and the one place that calls it
-//!                          └ watch     who says when memory goes away
-//!                             └ settings, error   what goes in and comes out
-//! turns     whose turn it is where nothing may overlap (uses only task)
-//! task      a future that belongs to nobody (uses none of the above)
-//! table     look-up, attempts, what is given up first (knows no device)
+//!                 └ entry     one registration and its lock
+//!                    │           entry/live: what users share
+//!                    │           entry/guardian: its notifier
+//!                    └ phase     the phases of a registration
+//!                       └ device    Device, and the only calls of it
+//!                          └ watch     the source of invalidations
+//!                             └ settings, error   input and output
+//! turns     turns of callers, where nothing may overlap (uses only task)
+//! task      a future without an owner (uses none of the above)
+//! table     look-up, attempts, eviction order (knows no device)
 //! ```
-//! Each file imports only those below it (`tests/source_rules.rs` looks).
+//! Each file imports only files below it (`tests/source_rules.rs` checks).
 #![forbid(unsafe_code)]
 
 mod claim;
@@ -113,13 +122,14 @@ pub use error::{GetError, Unwatched};
 pub use settings::{Builder, CacheStats, Failure, Match, Merge, Operation, Overlap};
 
 impl<D: Device> Builder<D> {
-    /// Makes the cache.
+    /// Makes a cache of `device` for memory of `space`.
     ///
     /// # Panics
-    /// When what [watches](Self::watch) tells another space: then nobody would say when the memory
-    /// goes away. When settings contradict each other: [`Match::Exact`] with [`Merge::Touching`] or
-    /// [`Overlap::Merge`], [`Merge::Touching`] with [`Overlap::Wait`], a
-    /// [`max_registration`](Self::max_registration) of less than one page.
+    /// - The [watching](Self::watch) source belongs to another space. The cache would not learn of
+    ///   changes.
+    /// - Settings contradict each other: [`Match::Exact`] with [`Merge::Touching`] or
+    ///   [`Overlap::Merge`], or [`Merge::Touching`] with [`Overlap::Wait`].
+    /// - [`max_registration`](Self::max_registration) is less than one page.
     pub fn build(self, space: &AddressSpace, device: D) -> RegistrationCache<D> {
         #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
         assert!(
@@ -132,17 +142,23 @@ impl<D: Device> Builder<D> {
     }
 }
 
-/// Registrations of one device, by address. A handle: cheap to clone.
+/// Caches registrations of one device by address. This is a handle, and cheap to clone.
+///
+/// [`get`](Self::get) returns a [`Registration`]. [`builder`](Self::builder) has the settings.
 ///
 /// # Dropping
-/// Dropping the last handle gives up what is being registered at that moment, and asks the device
-/// to let go of what is idle, without waiting for it; to wait, await [`flush`](Self::flush) before.
-/// What is in use stays registered until its [`Registration`]s are dropped. An invalidation waits
-/// for all of it as before, and deregisters what is left.
+/// Dropping the last handle:
+/// - ends the attempts to register that are under way;
+/// - asks the device to deregister what is idle, without waiting for it. To wait, await
+///   [`flush`](Self::flush) first;
+/// - leaves what is in use registered until its [`Registration`]s are dropped.
+///
+/// An invalidation still waits for all of these, and deregisters the rest.
 ///
 /// # In a child of `fork`
-/// A cache that [watches](Builder::watch) belongs to the process that made it: in a child,
-/// [`get`](Self::get) is [`GetError::Unwatched`], [`flush`](Self::flush) and all drops do nothing.
+/// A cache that [watches](Builder::watch) belongs to the process that made it (M4). In a child,
+/// [`get`](Self::get) returns [`GetError::Unwatched`]. [`flush`](Self::flush) and all drops do
+/// nothing.
 pub struct RegistrationCache<D: Device> {
     core: Arc<Core<D>>,
 }
@@ -156,22 +172,23 @@ impl<D: Device> Clone for RegistrationCache<D> {
 impl<D: Device> Drop for RegistrationCache<D> {
     fn drop(&mut self) {
         if self.core.is_inert() {
-            // So that this is never the last.
+            // Leaks a reference, so that this drop is never the last.
             ::core::mem::forget(self.core.clone());
         }
     }
 }
 
 impl<D: Device> RegistrationCache<D> {
-    /// Makes a cache without limits that watches nothing (K5): it learns only of what is told to
-    /// the space, by [`AddressSpace::invalidate`] or by an `OwnedMapping` of it. For memory that
-    /// others unmap, [`Builder::watch`] it; an open `Uffd` alone is not enough.
+    /// Makes a cache without limits that watches nothing (K5).
+    ///
+    /// It learns only of changes that the space is told of: by [`AddressSpace::invalidate`] or by
+    /// an `OwnedMapping` of the space. For memory that other code unmaps, use [`Builder::watch`];
+    /// an open `Uffd` alone is not enough.
     pub fn new(space: &AddressSpace, device: D) -> Self {
         Builder::default().build(space, device)
     }
 
-    /// Returns settings for a cache. The device's type follows from what
-    /// [`build`](Builder::build) is given.
+    /// Returns settings for a cache. [`build`](Builder::build) infers the type of the device.
     ///
     /// ```
     /// # use shootdown::cache::{Device, RegistrationCache, StillRegistered};
@@ -192,31 +209,36 @@ impl<D: Device> RegistrationCache<D> {
     /// #     }
     /// # }
     /// let space = AddressSpace::new();
-    /// let cache = RegistrationCache::builder().max_registrations(1000).build(&space, Nic);
+    /// let cache = RegistrationCache::builder()
+    ///     .max_registrations(1000)
+    ///     .build(&space, Nic);
     /// ```
     pub fn builder() -> Builder<D> {
         Builder::default()
     }
 
-    /// Returns a registration that covers `range`, from the cache or made now. Of misses of one
-    /// range at the same time, one registers and the others wait for it.
+    /// Returns a registration that covers `range`, from the cache or newly made.
     ///
-    /// The registration is of memory as it is: an invalidation that began before this resolves is
-    /// over, or waits for the registration to be dropped. What was registered while the space's
-    /// gate was closed counts once it is open, unless an invalidation has taken it by then.
+    /// If several callers miss one range at the same time, one registers and the others wait for
+    /// it. For a range larger than [`Builder::max_registration`], use [`get_all`](Self::get_all).
     ///
-    /// Do not await it while you hold a registration of an overlapping range that may have been
-    /// invalidated: it waits for that one to be dropped (K1).
+    /// The registration is of the current memory: an invalidation that began before this resolves
+    /// is over, or waits until the registration is dropped. A registration made while the space's
+    /// gate was closed counts once the gate is open, unless an invalidation has withdrawn it by
+    /// then.
+    ///
+    /// Do not await this while you hold a registration of an overlapping range that may have been
+    /// invalidated: it waits until that one is dropped (K1).
     ///
     /// # Errors
-    /// [`GetError`].
+    /// [`GetError`] names the reason.
     ///
     /// # Panics
-    /// Never because of the device: see [`GetError::Panicked`].
+    /// A panic of the device is returned as [`GetError::Panicked`].
     ///
     /// # Cancel safety
-    /// May be dropped at any moment. A registration that has begun belongs to the cache and is
-    /// finished by whoever needs it next.
+    /// The future may be dropped at any moment. A registration that has begun belongs to the cache,
+    /// and the next task that needs it finishes it.
     pub fn get(
         &self,
         range: AddressRange,
@@ -241,24 +263,25 @@ impl<D: Device> RegistrationCache<D> {
             .map(|live| Registration { live })
     }
 
-    /// Returns registrations that cover `range` together, in order of their addresses: as many as
-    /// [`Builder::max_registration`] makes necessary, one without it. The range is cut from its
-    /// first page on, so that only the last piece is smaller than the limit; what was registered
-    /// before in the same pieces is found again.
+    /// Returns registrations that together cover `range`, in order of their addresses.
     ///
-    /// All or none: it holds no registration while it waits, and on an error or when it is dropped
-    /// none is in use because of it. What it has registered by then stays in the cache like
-    /// anything idle. Limits leave the pieces alone meanwhile; an invalidation does not wait for
-    /// them, and makes them be registered again ([`Builder::tries`]).
+    /// There are as many as [`Builder::max_registration`] requires, and one without that limit. The
+    /// range is cut from its first page on, so only the last piece is smaller than the limit.
+    /// Pieces that were registered before are found again.
+    ///
+    /// All or none (K8): the call holds no registration while it waits. If it fails or is dropped,
+    /// it leaves none in use, and what it has registered stays in the cache as idle. Limits do not
+    /// evict the pieces meanwhile. An invalidation does not wait for them; they are registered
+    /// again ([`Builder::tries`]).
     ///
     /// # Errors
-    /// [`GetError`], of the first piece that fails; never [`GetError::TooLarge`].
+    /// [`GetError`] of the first piece that fails, but never [`GetError::TooLarge`].
     ///
     /// # Panics
-    /// Never because of the device.
+    /// A panic of the device is returned as [`GetError::Panicked`].
     ///
     /// # Cancel safety
-    /// As of [`get`](Self::get).
+    /// The future may be dropped at any moment, as that of [`get`](Self::get).
     #[expect(clippy::type_complexity, reason = "an alias cannot have the future in it")]
     pub fn get_all(
         &self,
@@ -279,21 +302,23 @@ impl<D: Device> RegistrationCache<D> {
         Ok(all.into_iter().map(|live| Registration { live }).collect())
     }
 
-    /// Gives up all registrations: none that was made before is found again, and what the device
-    /// was asked for and has not finished is asked for again. Waits until those that nobody uses
-    /// are deregistered. What is in use is deregistered when its users have let go, and not waited
-    /// for.
+    /// Gives up all registrations (K3), and waits until those not in use are deregistered.
+    ///
+    /// After it no earlier registration is found. Attempts that the device has not finished are
+    /// begun again. A registration in use is deregistered when its users release it; this call does
+    /// not wait for it.
     ///
     /// # Cancel safety
-    /// May be dropped at any moment: what was given up is deregistered by whoever comes next.
+    /// The future may be dropped at any moment. A later call deregisters what was given up.
     pub fn flush(&self) -> Waitable<impl Future<Output = ()>> {
         self.flush_range(AddressRange::ALL)
     }
 
-    /// Does what [`flush`](Self::flush) does for registrations that overlap `range` only.
+    /// Gives up the registrations that overlap `range` (K3), and waits until those not in use are
+    /// deregistered. [`flush`](Self::flush) does so for all.
     ///
     /// # Cancel safety
-    /// As of [`flush`](Self::flush).
+    /// The future may be dropped at any moment, as that of [`flush`](Self::flush).
     pub fn flush_range(&self, range: AddressRange) -> Waitable<impl Future<Output = ()>> {
         Waitable::new(self.flush_all_in(range))
     }
@@ -304,7 +329,7 @@ impl<D: Device> RegistrationCache<D> {
         }
     }
 
-    /// Counts what happened so far, and what is cached.
+    /// Returns the counters of the cache and the size of its content.
     pub fn stats(&self) -> CacheStats {
         self.core.stats()
     }
@@ -322,7 +347,7 @@ fn forked<E>() -> GetError<E> {
 impl<D: Device> fmt::Debug for RegistrationCache<D> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let mut debug = f.debug_struct("RegistrationCache");
-        // In a child of `fork` somebody may hold the lock for ever.
+        // In a child of `fork` a thread of the parent may hold the lock for ever.
         if !self.core.is_inert() {
             debug.field("stats", &self.stats());
         }
@@ -330,34 +355,36 @@ impl<D: Device> fmt::Debug for RegistrationCache<D> {
     }
 }
 
-/// Memory that is registered as long as this exists. Let go of it when the device's work on the
-/// memory is done: an invalidation of the memory waits for that, also when the cache is gone.
+/// Keeps memory registered. [`RegistrationCache::get`] returns it.
 ///
-/// Its drop does not call the device, unless the last handle of the cache is gone: then nobody else
-/// might, and the device is asked at once and not waited for.
+/// Drop it when the device's work on the memory is done. An invalidation of the memory waits for
+/// that, even after the cache is gone.
+///
+/// The drop does not call the device while a handle of the cache exists. Without one no later call
+/// of the cache would, so the drop asks the device at once, and does not wait for it.
 #[must_use = "the device may use the memory as long as the registration exists"]
 pub struct Registration<D: Device> {
     live: Arc<Live<D>>,
 }
 
 impl<D: Device> Registration<D> {
-    /// Returns what is registered: it covers what was asked for.
+    /// Returns the registered range. It covers the requested range.
     #[inline]
     pub fn range(&self) -> AddressRange {
         self.live.range
     }
 
-    /// Returns how many bytes `address` lies after the first byte of what is registered: devices
-    /// address memory by a handle and an offset. `None` if it is not registered with this.
+    /// Returns the offset of `address` from the first registered byte, or `None` if the
+    /// registration does not contain it. Devices address memory by a handle and an offset.
     ///
-    /// A registration may begin before what was asked for: take the offset from here, and not from
-    /// the range that `get` was given.
+    /// A registration may begin before the requested range. Take the offset from here, not from the
+    /// range given to [`get`](RegistrationCache::get).
     #[inline]
     pub fn offset_of(&self, address: u64) -> Option<u64> {
         self.live.range.contains(address).then(|| address - self.live.range.start())
     }
 
-    /// Returns what the device knows it by.
+    /// Returns the device's handle of the registration.
     #[inline]
     pub fn handle(&self) -> &D::Handle {
         self.live.handle()

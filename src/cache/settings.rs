@@ -1,4 +1,4 @@
-//! What a cache is told when it is made, and what it answers with.
+//! Settings and counters of a cache.
 #![forbid(unsafe_code)]
 
 use super::table::bytes;
@@ -7,108 +7,116 @@ use alloc::boxed::Box;
 use core::fmt;
 use core::marker::PhantomData;
 
-/// A device that failed, as [`Builder::on_failure`] is told of it.
+/// Describes a failure of the device to the reporter of [`Builder::on_failure`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub struct Failure<'a> {
-    /// What was to be registered or deregistered.
+    /// Range that was to be registered or deregistered.
     pub range: AddressRange,
-    /// Which of the two.
+    /// The operation that failed.
     pub operation: Operation,
-    /// What the device answered, or an error with the message of its panic.
+    /// Error of the device, or an error with the message of its panic.
     pub error: &'a (dyn core::error::Error + 'static),
-    /// Whether it panicked instead of answering.
+    /// `true` if the device panicked instead of returning an error.
     pub panicked: bool,
 }
 
-/// What a [`Device`](super::Device) was asked for.
+/// Operation of a [`Device`](super::Device).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Operation {
-    /// [`Device::register`](super::Device::register): the caller is told, unless giving up idle
-    /// registrations helps.
+    /// [`Device::register`](super::Device::register). The caller gets the error, unless giving up
+    /// idle registrations helps.
     Register,
-    /// [`Device::deregister`](super::Device::deregister): it is tried again, and an invalidation of
+    /// [`Device::deregister`](super::Device::deregister). It is tried again, and an invalidation of
     /// the memory waits.
     Deregister,
 }
 
 pub(super) type Reporter = Box<dyn Fn(&Failure<'_>) + Send + Sync>;
 
-/// Which registrations become one.
+/// Selects which registrations become one. The setting is [`Builder::merge`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Merge {
     /// Each miss registers its own pages.
     #[default]
     Never,
-    /// A miss registers its pages and those of all registrations that overlap or touch them, which
-    /// it replaces, as far as [`Builder::max_registration`] and [`Builder::max_bytes`] allow. Users
-    /// of those keep them until they let go.
+    /// A miss registers its pages together with those of all registrations that overlap or touch
+    /// them, and replaces these. [`Builder::max_registration`] and [`Builder::max_bytes`] limit the
+    /// union. Users of a replaced registration keep it until they release it.
     Touching,
 }
 
-/// Which registration a `get` may be given.
+/// Selects which registration a `get` may return. The setting is [`Builder::matching`].
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Match {
-    /// Any that covers the range.
+    /// Any registration that covers the range.
     #[default]
     Covering,
-    /// One of the range, neither larger nor smaller: for devices that must not be given more than
-    /// was asked for. Nothing is rounded, unless [`Builder::page`] is set: then a registration is
-    /// of the whole pages of the range, and ranges within the same pages share it.
+    /// A registration of the range itself, neither larger nor smaller. For devices that must not be
+    /// given more than was asked for.
+    ///
+    /// Nothing is rounded unless [`Builder::page`] is set. With it a registration consists of the
+    /// whole pages of the range, and ranges within the same pages share it.
     Exact,
 }
 
-/// Whether the device may have two registrations that share a byte.
+/// Selects whether the device may hold two registrations that share a byte. The setting is
+/// [`Builder::overlap`].
 ///
-/// Where it may not (CUDA's `cudaHostRegister` answers error 712), a `get` that finds a smaller or
-/// shifted registration in its way takes that one away from look-ups, waits until its users have
-/// let go and the device has deregistered it, and then registers. Callers whose ranges overlap have
-/// their turns in the order in which they asked. No two are ever in the device, whatever fails, is
-/// cancelled or invalidated meanwhile.
+/// Some devices must not (CUDA's `cudaHostRegister` returns error 712). A `get` then clears its
+/// way: it withdraws a smaller or shifted registration from look-ups, waits until its users have
+/// released it and the device has deregistered it, and registers. Callers with overlapping ranges
+/// have their turns in the order in which they asked. No two overlapping registrations are ever in
+/// the device, whatever fails, is cancelled or is invalidated (K7).
 ///
 /// # Deadlocks
-/// Do not await a `get` while your task holds a registration that overlaps its range, unless it is
-/// sure to be given that one: it waits for you. One that covers the range is not enough with
-/// [`Match::Exact`], nor after a [`flush_range`](super::RegistrationCache::flush_range), an
-/// invalidation or a `get` of anybody else has taken it away from look-ups. The same goes for an
-/// [`InvalidationGuard`](crate::InvalidationGuard): a `get` of other memory may stand behind a
-/// wider one that overlaps it and waits for the guard. Nor hold a registration while you wait for
-/// another of any range, unless all tasks take theirs in the same order: two tasks may wait for
-/// each other. A [`get_all`](super::RegistrationCache::get_all) is safe: it holds nothing while it
-/// waits. The library cannot see who holds a registration, so neither is detected.
+/// The library cannot see which task holds a registration, so it detects none of these:
+/// - A task that holds a registration must not await a `get` of an overlapping range, unless it is
+///   sure to get that same registration: the `get` waits for the task itself. Covering the range is
+///   not enough with [`Match::Exact`], nor after a
+///   [`flush_range`](super::RegistrationCache::flush_range), an invalidation or a `get` of another
+///   task has withdrawn the registration.
+/// - The same holds for an [`InvalidationGuard`](crate::InvalidationGuard). A `get` of other memory
+///   may queue behind a wider one that overlaps it and waits for the guard.
+/// - Two tasks that hold a registration and wait for another one, of any range, may wait for each
+///   other, unless all tasks take theirs in the same order.
+///   [`get_all`](super::RegistrationCache::get_all) is safe: it holds nothing while it waits.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Overlap {
-    /// It may.
+    /// Registrations may overlap.
     #[default]
     Allowed,
-    /// It may not. Each `get` registers its own pages when what overlaps them has gone.
+    /// Registrations must not overlap. A `get` registers its own pages, once everything that
+    /// overlaps them is gone.
     Wait,
-    /// It may not. A `get` registers the union of its pages with all registrations that overlap
-    /// them, when those have gone, also those in use: their users find it from then on. With
-    /// [`Merge::Touching`] those that touch belong to the union, too.
+    /// Registrations must not overlap. A `get` registers the union of its pages with all
+    /// registrations that overlap them, including those in use, once these are gone. Their users
+    /// find the union from then on. With [`Merge::Touching`], adjacent registrations belong to the
+    /// union as well.
     ///
-    /// If the union is more than [`Builder::max_registration`] or [`Builder::max_bytes`], or the
-    /// device refuses it, the `get` registers its own pages. What was invalidated while it waited
-    /// does not belong to the union, nor what the device does
-    /// [not vouch for](super::Device::still_valid). A window that moves along a buffer registers
-    /// ever more: set a limit, or use [`Wait`](Self::Wait).
+    /// The `get` registers only its own pages if the union exceeds [`Builder::max_registration`] or
+    /// [`Builder::max_bytes`], or if the device refuses it. The union contains nothing that was
+    /// invalidated while the `get` waited, and nothing that the device does [not vouch
+    /// for](super::Device::still_valid). A window that moves along a buffer registers more and
+    /// more: set a limit, or use [`Wait`](Self::Wait).
     Merge,
 }
 
-/// Settings of a [`RegistrationCache`](super::RegistrationCache) of a device `D`, which
-/// [`build`](Self::build) is given.
+/// Settings of a [`RegistrationCache`](super::RegistrationCache) with a device of type `D`.
+/// [`RegistrationCache::builder`](super::RegistrationCache::builder) returns it, and
+/// [`build`](Self::build) makes the cache.
 #[must_use = "there is no cache before `build`"]
 pub struct Builder<D> {
     pub(super) limits: Limits,
     pub(super) on_failure: Option<Reporter>,
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(super) uffd: Option<crate::source::Uffd>,
-    /// Unless the default is right.
+    /// `None` for the default.
     page: Option<u64>,
     device: PhantomData<fn() -> D>,
 }
 
-/// What of the settings is a number.
+/// The numeric settings.
 #[derive(Clone, Copy)]
 pub(super) struct Limits {
     pub(super) max_bytes: u64,
@@ -117,36 +125,36 @@ pub(super) struct Limits {
     pub(super) merge: Merge,
     pub(super) exact: bool,
     pub(super) overlap: Overlap,
-    /// In bytes, whole pages of them.
+    /// In bytes; a multiple of `page`, or `u64::MAX` for no limit.
     pub(super) max_registration: u64,
     pub(super) tries: u32,
 }
 
 impl Limits {
-    /// Whether something has to be given up when there is too much of it.
+    /// Returns `true` if there is a limit that evicts registrations.
     pub(super) fn are_set(&self) -> bool {
         self.max_bytes != u64::MAX || self.max_registrations != usize::MAX
     }
 
-    /// The whole pages that a range touches.
+    /// Returns the whole pages that `range` touches.
     pub(super) fn pages(&self, range: AddressRange) -> AddressRange {
         let mask = self.page - 1;
         AddressRange::try_from(range.start() & !mask..=range.last() | mask)
             .unwrap_or(AddressRange::ALL)
     }
 
-    /// Whether one registration may be as large.
+    /// Returns `true` if one registration may be as large as `pages`.
     pub(super) fn fits(&self, pages: AddressRange) -> bool {
         self.max_registration == u64::MAX || pages.last() - pages.start() < self.max_registration
     }
 
-    /// Whether `union` may be registered in the place of `wanted`, which is part of it.
+    /// Returns `true` if `union` may be registered instead of `wanted`, which is a part of it.
     pub(super) fn allow(&self, union: AddressRange, wanted: AddressRange) -> bool {
         let few = self.max_bytes == u64::MAX || bytes(union) <= u128::from(self.max_bytes);
         union == wanted || self.fits(union) && few
     }
 
-    /// The registrations that a range takes, in order.
+    /// Cuts `range` into the ranges of its registrations, in order.
     pub(super) fn pieces(&self, range: AddressRange) -> impl Iterator<Item = AddressRange> + use<> {
         let (all, more) = (
             self.pages(range),
@@ -187,52 +195,53 @@ impl<D> Default for Builder<D> {
 }
 
 impl<D> Builder<D> {
-    /// Gives up idle registrations, the one used longest ago first, while more than `bytes` are
-    /// registered; no limit by default.
+    /// Evicts idle registrations, least recently used first, while more than `bytes` bytes are
+    /// registered. There is no limit by default. See also
+    /// [`max_registrations`](Self::max_registrations).
     pub fn max_bytes(mut self, bytes: u64) -> Self {
         self.limits.max_bytes = bytes;
         self
     }
 
-    /// Does the same for the number of registrations.
+    /// Evicts idle registrations, least recently used first, while there are more than
+    /// `registrations`. There is no limit by default. See also [`max_bytes`](Self::max_bytes).
     pub fn max_registrations(mut self, registrations: usize) -> Self {
         self.limits.max_registrations = registrations;
         self
     }
 
-    /// Makes registrations begin and end at multiples of `page` bytes, a power of two; 4096 by
-    /// default, and 1 with [`Match::Exact`].
+    /// Makes registrations begin and end at multiples of `page` bytes. The default is 4096, and 1
+    /// with [`Match::Exact`].
     ///
     /// # Panics
-    /// When it is none.
+    /// If `page` is not a power of two.
     pub fn page(mut self, page: u64) -> Self {
         assert!(page.is_power_of_two(), "a page is a power of two, not {page}");
         self.page = Some(page);
         self
     }
 
-    /// Says which registration a `get` may be given; [`Match::Covering`] by default.
+    /// Selects which registration a `get` may return. The default is [`Match::Covering`].
     pub fn matching(mut self, matching: Match) -> Self {
         self.limits.exact = matching == Match::Exact;
         self
     }
 
-    /// Says whether the device may have two registrations that overlap; [`Overlap::Allowed`] by
-    /// default.
+    /// Selects whether the device may hold overlapping registrations. The default is
+    /// [`Overlap::Allowed`].
     pub fn overlap(mut self, overlap: Overlap) -> Self {
         self.limits.overlap = overlap;
         self
     }
 
-    /// Lets no registration be of more than `bytes`, rounded down to whole pages; no limit by
-    /// default. What is larger is registered in pieces, by
-    /// [`get_all`](super::RegistrationCache::get_all).
+    /// Limits one registration to `bytes` bytes, rounded down to whole pages. There is no limit by
+    /// default. [`get_all`](super::RegistrationCache::get_all) registers a larger range in pieces.
     pub fn max_registration(mut self, bytes: u64) -> Self {
         self.limits.max_registration = bytes;
         self
     }
 
-    /// The numbers, once it is known what was set.
+    /// Returns the numeric settings with their defaults filled in.
     ///
     /// # Panics
     /// As [`build`](Self::build).
@@ -260,35 +269,37 @@ impl<D> Builder<D> {
         limits
     }
 
-    /// Says which registrations become one; [`Merge::Never`] by default.
+    /// Selects which registrations become one. The default is [`Merge::Never`].
     pub fn merge(mut self, merge: Merge) -> Self {
         self.limits.merge = merge;
         self
     }
 
-    /// Says how often a registration is begun because its memory was invalidated meanwhile, or
-    /// outdated by the time that the caller could be given it; 64 by default.
+    /// Limits how often a registration is begun because its memory was invalidated meanwhile, or
+    /// because the device no longer vouched for it. The default is 64.
     ///
-    /// It ends earlier when the same change (one event of one range) comes eight times in a row
-    /// while the device registers: then the device raises it itself, and would do so again. Not so
-    /// with changes of protection: each `fork` of the process is one, of the same range as the
-    /// last.
+    /// The call ends earlier if the same change (one event of one range) comes eight times in a row
+    /// while the device registers: the device then causes the change itself, and would do so again.
+    /// Changes of protection are exempt, because each `fork` of the process is one, of the same
+    /// range as the last.
     pub fn tries(mut self, tries: u32) -> Self {
         self.limits.tries = tries;
         self
     }
 
-    /// Calls `reporter` each time the device fails or panics, also where no caller is told: a
-    /// deregistration that an invalidation or a limit began. Outside of all locks; like the device
-    /// it must not call the cache. A panic of it is counted
-    /// ([`Stats::lost_panics`](crate::Stats::lost_panics)).
+    /// Calls `reporter` each time the device fails or panics. This includes failures that no caller
+    /// is told of: a deregistration that an invalidation or a limit began.
+    ///
+    /// No lock is held during the call. Like the device, the reporter must not call the cache. A
+    /// panic of it is counted ([`Stats::lost_panics`](crate::Stats::lost_panics)).
     pub fn on_failure(mut self, reporter: impl Fn(&Failure<'_>) + Send + Sync + 'static) -> Self {
         self.on_failure = Some(Box::new(reporter));
         self
     }
 
-    /// Watches what is registered, for memory that somebody else unmaps (K5). Its space must be the
-    /// cache's: [`build`](Self::build) panics otherwise.
+    /// Watches registered memory with `uffd`, for memory that other code unmaps (K5).
+    ///
+    /// Its space must be that of the cache: [`build`](Self::build) panics otherwise.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub fn watch(mut self, uffd: crate::source::Uffd) -> Self {
         self.uffd = Some(uffd);
@@ -309,32 +320,33 @@ impl<D> fmt::Debug for Builder<D> {
     }
 }
 
-/// What happened in a cache so far, and what is in it.
+/// Counters of a cache, and the size of its content.
+/// [`RegistrationCache::stats`](super::RegistrationCache::stats) returns them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct CacheStats {
     /// Look-ups that found a registration.
     pub hits: u64,
-    /// Look-ups that did not.
+    /// Look-ups that found none.
     pub misses: u64,
-    /// Registrations that a larger one replaced.
+    /// Registrations replaced by a larger one.
     pub merges: u64,
-    /// Registrations that were given up because of a limit, a flush, so that the device had room,
-    /// or because they overlapped another.
+    /// Registrations evicted by a limit, a flush, a device without room, or an overlapping
+    /// registration.
     pub evictions: u64,
-    /// Registrations that an invalidation ended.
+    /// Registrations ended by an invalidation.
     pub invalidations: u64,
     /// Registrations that [`Device::still_valid`](super::Device::still_valid) did not vouch for.
     pub outdated: u64,
-    /// Registrations that were begun again because of an invalidation.
+    /// Registrations begun again because of an invalidation.
     pub collisions: u64,
-    /// Times that the device failed to register, panics included.
+    /// Failures of the device to register, including panics.
     pub register_failures: u64,
-    /// Times that the device failed to deregister, panics included.
+    /// Failures of the device to deregister, including panics.
     pub deregister_failures: u64,
-    /// Registrations that look-ups find; 0 in a child of `fork` if the cache watches.
+    /// Registrations that look-ups find. 0 in a child of `fork` if the cache watches.
     pub registrations: u64,
-    /// Bytes that the device has mapped, those included that are on their way out; at most
-    /// `u64::MAX`, and 0 in a child of `fork` if the cache watches.
+    /// Bytes that the device has mapped, including registrations that are leaving, at most
+    /// `u64::MAX`. 0 in a child of `fork` if the cache watches.
     pub pinned_bytes: u64,
 }

@@ -1,7 +1,7 @@
-//! What is registered: look-up, attempts, and what is to be given up first.
+//! The table of a cache: look-up, attempts, and the order of eviction.
 //!
-//! Knows of ranges and of references that it keeps; neither of devices nor of futures. What it
-//! gives back is dropped by the caller, outside of the lock around it.
+//! It knows ranges and stores references; it knows neither devices nor futures. Its caller drops
+//! what it returns, outside of the lock around it.
 #![forbid(unsafe_code)]
 
 use crate::index::{IntervalIndex, Ordered, Ranged};
@@ -14,10 +14,10 @@ use core::num::NonZeroU64;
 use core::ops::Bound;
 use slab::Slab;
 
-/// Where something is in the table; used again, so `serial` tells it from an earlier one.
+/// Slot of an entry. Slots are reused; `serial` tells the entries apart.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) struct Key {
-    /// Never 0, so that a place in the index takes no more than the key itself.
+    /// Never 0. The niche keeps an element of the index as small as a key.
     serial: NonZeroU64,
     slot: u32,
 }
@@ -34,34 +34,35 @@ impl Ordered for Key {
     }
 }
 
-/// What look-ups find.
+/// A registration that look-ups find.
 pub(super) trait Found {
-    /// When it was used last, by a clock that rises with each miss.
+    /// Returns the time of the last use, by a clock that rises with each miss.
     fn used(&self) -> &AtomicU64;
 }
 
-/// So many registrations in use are looked at in vain before a limit leaves it at that.
+/// Number of busy registrations in a row after which a limit stops its search for an idle one.
 const LOOKS: u32 = 8;
 
-/// Entries `E` by key, and what look-ups find of them, `L`.
+/// Entries `E` by key, and the registrations `L` that look-ups find. The lock around it is the
+/// caller's.
 pub(super) struct Table<E, L> {
-    /// What look-ups find. The keys in it have serials of their own, which rise with each
-    /// insertion.
+    /// Ranges of the live registrations. The keys in it have serials of their own, which rise with
+    /// each insertion.
     live: IntervalIndex<Ranged<Key>>,
-    /// The same, by slot: all that a look-up needs, close together.
+    /// The live registrations, by slot. Holds all that a look-up needs, close together.
     lives: Vec<Option<Arc<L>>>,
-    /// What is being registered.
+    /// Ranges of the attempts.
     attempts: IntervalIndex<Ranged<Key>>,
-    /// All of it until it is forgotten, where nothing may overlap.
+    /// Ranges of all entries until they are forgotten. `Some` if registrations must not overlap.
     held: Option<IntervalIndex<Ranged<Key>>>,
-    /// What look-ups find, by its range, where they look for that range only.
+    /// Live registrations by exact range. `Some` with exact matching.
     ranges: Option<BTreeMap<(u64, u64), Key>>,
-    /// What look-ups do not find any more, or never did: few.
+    /// Entries that look-ups no longer find, or never found. Usually few.
     leaving: BTreeSet<Key>,
     slots: Slab<Slot<E>>,
-    /// Of the next key.
+    /// Serial of the next key.
     serial: NonZeroU64,
-    /// What to give up first, where there are limits.
+    /// Order of eviction. `Some` if there are limits.
     queue: Option<Queue>,
     bytes: u128,
     count: usize,
@@ -74,29 +75,32 @@ struct Slot<E> {
     stage: Stage,
 }
 
+/// Which index of the table an entry is in.
 #[derive(Clone, Copy)]
 enum Stage {
+    /// The device is to register or registers it.
     Attempt,
-    /// With its key in the index, and when it was used last as far as the queue knows.
+    /// Live, with its key in `live`, and the last use as recorded in the queue.
     Live(Key, u64),
-    /// Look-ups do not find it any more.
+    /// Withdrawn from look-ups. The device may still hold it.
     Leaving,
 }
 
-/// Registrations in order of their last use, as far as that is known: a look-up only notes the
-/// time.
+/// Registrations in order of their last use, as far as it is known. A look-up only stores the time;
+/// the queue is brought up to date when it is searched.
 #[derive(Default)]
 struct Queue {
     oldest: BTreeSet<(u64, Key)>,
-    /// Those that were in use when they were looked at.
+    /// Registrations that were in use when they were last checked.
     busy: BTreeSet<Key>,
-    /// The one of them that was looked at last.
+    /// The busy registration that was checked last.
     looked: Option<Key>,
 }
 
 impl<E, L: Found> Table<E, L> {
-    /// `limited`: it says what to give up first. `exclusive`: it says what overlaps a range.
-    /// `exact`: look-ups are for a range, neither more nor less.
+    /// Makes an empty table. `limited`: there are limits, so it keeps an eviction order.
+    /// `exclusive`: registrations must not overlap, so it indexes every entry. `exact`: look-ups
+    /// match the exact range.
     pub(super) fn new(limited: bool, exclusive: bool, exact: bool) -> Self {
         Self {
             live: IntervalIndex::new(),
@@ -113,12 +117,12 @@ impl<E, L: Found> Table<E, L> {
         }
     }
 
-    /// How many look-ups find.
+    /// Returns the number of live registrations.
     pub(super) fn len(&self) -> usize {
         self.count
     }
 
-    /// Whether there is nothing in any part of it.
+    /// Returns `true` if every part is empty.
     #[cfg(test)]
     pub(super) fn is_empty(&self) -> bool {
         let queued = self.queue.as_ref().map_or(0, |queue| queue.oldest.len() + queue.busy.len());
@@ -148,8 +152,8 @@ impl<E, L: Found> Table<E, L> {
         self.get(key).map(|slot| &slot.entry)
     }
 
-    /// What covers `range`, and is used at the time `now`. Looks only at what holds the first byte
-    /// of `range`: not at what lies within it.
+    /// Returns a live registration that covers `range`, and marks it as used at time `now`. Checks
+    /// only the registrations that contain the first byte of `range` (K4).
     #[inline]
     pub(super) fn covering(&self, range: AddressRange, now: u64) -> Option<Arc<L>> {
         let mut found = None;
@@ -161,13 +165,12 @@ impl<E, L: Found> Table<E, L> {
         found
     }
 
-    /// What is `range`, neither more nor less.
+    /// Returns the live registration of exactly `range`, and marks it as used at time `now`.
     pub(super) fn exactly(&self, range: AddressRange, now: u64) -> Option<Arc<L>> {
         let key = self.ranges.as_ref()?.get(&(range.start(), range.last()))?;
         self.used_at(*key, now)
     }
 
-    #[inline(always)]
     fn used_at(&self, key: Key, now: u64) -> Option<Arc<L>> {
         let Some(Some(live)) = self.lives.get(key.slot()) else { return None };
         if live.used().load(Ordering::Relaxed) < now {
@@ -176,7 +179,7 @@ impl<E, L: Found> Table<E, L> {
         Some(live.clone())
     }
 
-    /// All that look-ups find of `range`.
+    /// Returns every live registration that overlaps `range`.
     pub(super) fn lives(&self, range: AddressRange) -> Vec<Arc<L>> {
         let mut all = Vec::new();
         self.live.overlapping(range, |Ranged { value: key, .. }| {
@@ -185,7 +188,7 @@ impl<E, L: Found> Table<E, L> {
         all
     }
 
-    /// What is being registered and covers `range`, or is it.
+    /// Returns an attempt that covers `range`, or equals it if `exact`.
     pub(super) fn attempt(&self, range: AddressRange, exact: bool) -> Option<(Key, &Arc<E>)> {
         let mut found = None;
         self.attempts.overlapping(first_byte(range), |Ranged { range: own, value: key }| {
@@ -196,7 +199,8 @@ impl<E, L: Found> Table<E, L> {
         found
     }
 
-    /// `wanted` with all that overlaps or touches it, and what touches that.
+    /// Returns `wanted` extended by every live registration that overlaps or touches it,
+    /// repeatedly.
     pub(super) fn merged(&self, wanted: AddressRange) -> AddressRange {
         let mut target = wanted;
         loop {
@@ -211,7 +215,7 @@ impl<E, L: Found> Table<E, L> {
         }
     }
 
-    /// `wanted` with all that overlaps it and is found by look-ups or being registered.
+    /// Returns `wanted` extended by every live registration and every attempt that overlaps it.
     pub(super) fn united(&self, wanted: AddressRange) -> AddressRange {
         let (mut start, mut last) = (wanted.start(), wanted.last());
         for index in [&self.live, &self.attempts] {
@@ -222,7 +226,8 @@ impl<E, L: Found> Table<E, L> {
         span(start, last)
     }
 
-    /// All that overlaps `range`, however far it is. Only where nothing may overlap.
+    /// Returns every entry that overlaps `range`, in any stage. Empty unless the table is
+    /// exclusive.
     pub(super) fn overlapping(&self, range: AddressRange) -> Vec<Arc<E>> {
         let mut all = Vec::new();
         if let Some(held) = &self.held {
@@ -233,7 +238,7 @@ impl<E, L: Found> Table<E, L> {
         all
     }
 
-    /// Whether nothing overlaps `range` that must not.
+    /// Returns `true` unless the table is exclusive and an entry overlaps `range`.
     pub(super) fn is_free(&self, range: AddressRange) -> bool {
         let mut free = true;
         if let Some(held) = &self.held {
@@ -253,7 +258,7 @@ impl<E, L: Found> Table<E, L> {
         key
     }
 
-    /// Takes an attempt away from those who look for one.
+    /// Withdraws an attempt: no further caller joins it.
     pub(super) fn reject(&mut self, key: Key) {
         let Some(slot) = self.slots.get_mut(key.slot()).filter(|slot| slot.key == key) else {
             return;
@@ -265,7 +270,8 @@ impl<E, L: Found> Table<E, L> {
         }
     }
 
-    /// Lets look-ups find it from now on. Returns it if the attempt is over already.
+    /// Turns an attempt into a live registration. Returns `live` if the attempt was withdrawn
+    /// before.
     pub(super) fn publish(&mut self, key: Key, live: Arc<L>) -> Result<(), Arc<L>> {
         if !self.get(key).is_some_and(|slot| matches!(slot.stage, Stage::Attempt)) {
             return Err(live);
@@ -292,7 +298,7 @@ impl<E, L: Found> Table<E, L> {
         Ok(())
     }
 
-    /// Takes it away from look-ups. Returns the table's reference.
+    /// Withdraws a live registration from look-ups. Returns the table's reference.
     pub(super) fn withdraw(&mut self, key: Key) -> Option<Arc<L>> {
         let slot = self.slots.get_mut(key.slot()).filter(|slot| slot.key == key)?;
         let Stage::Live(at, queued) = slot.stage else { return None };
@@ -315,7 +321,7 @@ impl<E, L: Found> Table<E, L> {
         self.lives.get_mut(key.slot())?.take()
     }
 
-    /// Ends an entry's business with the table. Returns the table's references.
+    /// Removes an entry. Returns the table's references.
     pub(super) fn forget(&mut self, key: Key) -> (Option<Arc<E>>, Option<Arc<L>>) {
         let live = self.withdraw(key);
         self.reject(key);
@@ -328,7 +334,7 @@ impl<E, L: Found> Table<E, L> {
         (slot.map(|slot| slot.entry), live)
     }
 
-    /// Takes what `range`, just published as `key`, replaces away from look-ups.
+    /// Withdraws the live registrations that `range`, just published as `key`, replaces.
     pub(super) fn replace(&mut self, key: Key, range: AddressRange) -> Vec<Arc<L>> {
         let mut replaced = Vec::new();
         self.live.overlapping(range, |Ranged { range: own, value }| {
@@ -339,7 +345,7 @@ impl<E, L: Found> Table<E, L> {
         replaced.into_iter().filter_map(|key| self.withdraw(key)).collect()
     }
 
-    /// All entries that are being registered, or on their way out, and touch `range`.
+    /// Returns the attempts and the leaving entries that overlap `range`.
     pub(super) fn unsettled(&self, range: AddressRange) -> (Vec<Arc<E>>, Vec<Arc<E>>) {
         let mut attempts = Vec::new();
         self.attempts.overlapping(range, |Ranged { value: key, .. }| {
@@ -353,7 +359,7 @@ impl<E, L: Found> Table<E, L> {
         (attempts, leaving.map(|slot| slot.entry.clone()).collect())
     }
 
-    /// The keys of what look-ups find of `range`.
+    /// Returns the keys of the live registrations that overlap `range`.
     fn keys(&self, range: AddressRange) -> Vec<Key> {
         let mut keys = Vec::new();
         self.live.overlapping(range, |Ranged { value, .. }| {
@@ -362,7 +368,8 @@ impl<E, L: Found> Table<E, L> {
         keys
     }
 
-    /// Whether nobody but the table has it. Under the lock that keeps look-ups out.
+    /// Returns `true` if only the table refers to the registration. The caller holds the lock
+    /// exclusively, so no look-up runs.
     fn is_idle(&self, key: Key) -> bool {
         matches!(self.lives.get(key.slot()), Some(Some(live)) if Arc::strong_count(live) == 1)
     }
@@ -374,8 +381,7 @@ impl<E, L: Found> Table<E, L> {
             .map_or(0, |live| live.used().load(Ordering::Relaxed))
     }
 
-    /// Takes all that nobody uses and that overlaps `range` away from look-ups, what was used
-    /// longest ago first.
+    /// Withdraws the idle registrations that overlap `range`, least recently used first.
     pub(super) fn give_up_idle(&mut self, range: AddressRange) -> Vec<Arc<L>> {
         let idle = self.keys(range).into_iter().filter(|key| self.is_idle(*key));
         let mut idle: Vec<_> = idle.map(|key| (self.used(key), key)).collect();
@@ -383,13 +389,13 @@ impl<E, L: Found> Table<E, L> {
         idle.into_iter().filter_map(|(_, key)| self.withdraw(key)).collect()
     }
 
-    /// Takes all that overlaps `range` away from look-ups, whether it is used or not.
+    /// Withdraws every live registration that overlaps `range`, idle or in use.
     pub(super) fn give_up(&mut self, range: AddressRange) -> Vec<Arc<L>> {
         let live = self.keys(range);
         live.into_iter().filter_map(|key| self.withdraw(key)).collect()
     }
 
-    /// Takes what was used longest ago and is idle away from look-ups, while there is too much.
+    /// Withdraws idle registrations, least recently used first, while a limit is exceeded.
     pub(super) fn give_up_over(&mut self, max_bytes: u64, max_count: usize) -> Vec<Arc<L>> {
         let mut given_up = Vec::new();
         let over = |table: &Self| table.count > max_count || table.bytes > u128::from(max_bytes);
@@ -414,7 +420,7 @@ impl<E, L: Found> Table<E, L> {
         given_up
     }
 
-    /// Moves one from where it is queued: to when it was `used`, or to those in use.
+    /// Moves a registration in the queue: to the time `used`, or to the busy ones.
     fn requeue(&mut self, key: Key, queued: u64, used: Option<u64>) {
         let Some(queue) = &mut self.queue else { return };
         queue.oldest.remove(&(queued, key));
@@ -428,8 +434,8 @@ impl<E, L: Found> Table<E, L> {
         }
     }
 
-    /// Queues those again that were in use and are not any more: all if they are, and else only as
-    /// many as a look finds that is in vain [`LOOKS`] times in a row.
+    /// Requeues busy registrations that are idle by now. Stops after [`LOOKS`] checks in a row that
+    /// find one in use.
     fn look_at_busy(&mut self) {
         let mut in_vain = 0;
         let mut left = self.queue.as_ref().map_or(0, |queue| queue.busy.len());
@@ -464,14 +470,14 @@ impl<E, L: Found> Table<E, L> {
         }
     }
 
-    /// Everything that it refers to, when it is dropped.
+    /// Removes and returns every reference. Called in the drop of the cache.
     pub(super) fn drain(&mut self) -> (Vec<Arc<E>>, Vec<Arc<L>>) {
         let entries = self.slots.drain().map(|slot| slot.entry).collect();
         (entries, self.lives.drain(..).flatten().collect())
     }
 }
 
-/// The bytes of a range; those of the whole address space do not fit in a `u64`.
+/// Returns the length of a range in bytes. That of the whole address space does not fit a `u64`.
 pub(super) fn bytes(range: AddressRange) -> u128 {
     u128::from(range.last() - range.start()) + 1
 }
@@ -484,7 +490,7 @@ fn first_byte(range: AddressRange) -> AddressRange {
     span(range.start(), range.start())
 }
 
-/// The range and one byte on either side.
+/// Returns the range extended by one byte on either side.
 pub(super) fn touching(range: AddressRange) -> AddressRange {
     span(range.start().saturating_sub(1), range.last().saturating_add(1))
 }

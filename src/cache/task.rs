@@ -1,7 +1,7 @@
-//! A future that belongs to nobody and that anybody may poll, as often as he likes.
+//! A future without an owner. Any number of waiters poll it.
 //!
-//! `futures::future::Shared` does the same, but clones and wakes the wakers of others under its
-//! lock, and a panic of one of them poisons it for all (C8, F1).
+//! `futures::future::Shared` is similar, but it clones and wakes foreign wakers under its lock, and
+//! a panic of one waker poisons it for all waiters (C8, F1).
 #![forbid(unsafe_code)]
 
 use crate::foreign::{Callback, Losses, TaskWaker};
@@ -14,7 +14,7 @@ use core::task::{Context, Poll, Waker};
 use futures::future::BoxFuture;
 use slab::Slab;
 
-/// The future, shared. Its result is kept, and cloned for each who asks.
+/// A shared future. Stores the result, and clones it for each waiter.
 pub(super) struct Task<T: Send + 'static>(Arc<Inner<T>>);
 
 struct Inner<T: Send + 'static> {
@@ -22,28 +22,36 @@ struct Inner<T: Send + 'static> {
     state: Lock<State<T>>,
 }
 
+/// State of a task, under its lock. No waker is cloned, woken or dropped under it (C8).
 struct State<T> {
     stage: Stage<T>,
-    /// Somebody woke it since its last poll began.
+    /// The future was woken since its last poll began.
     woken: bool,
+    /// Wakers of the waiters, by the slot of each. `None` once it was taken to be woken.
     waiting: Slab<Option<Arc<TaskWaker>>>,
 }
 
+/// Where the future of a task is.
 enum Stage<T> {
+    /// No thread polls the future; it is here.
     Idle(BoxFuture<'static, T>),
-    /// Somebody polls it. The right to do so is tried for, never waited for.
+    /// A thread polls the future, which is on its stack. Other threads try for the right to poll,
+    /// and never wait for it.
     Polled,
+    /// The future has ended with this result, and was dropped.
     Over(T),
 }
 
-/// What a poll came to.
+/// Result of a poll.
 #[derive(PartialEq)]
 enum Driven {
+    /// The task is over.
     Over,
+    /// The future is pending and has stored the waker.
     Waits,
-    /// It wants to be polled again.
+    /// The future was woken during the poll and must be polled again.
     Woken,
-    /// Somebody else polls it.
+    /// Another thread polls the future.
     Busy,
 }
 
@@ -66,7 +74,8 @@ fn rouse(waiting: Vec<Arc<TaskWaker>>) {
     waiting.iter().for_each(|waiting| waiting.rouse());
 }
 
-/// Ends a task whose poll panics, which only a defect of the library does: nobody waits for ever.
+/// Ends the task if its poll panics, so that no waiter waits for ever. Only a defect of the library
+/// panics here.
 struct Turn<'a, T: Clone + Default + Send + 'static> {
     task: &'a Inner<T>,
     armed: bool,
@@ -90,7 +99,8 @@ impl<T: Clone + Default + Send + 'static> Inner<T> {
         self.state.lock().outcome()
     }
 
-    /// Polls the future unless somebody does. `own` is the place of who polls: he sees the end.
+    /// Polls the future unless another thread does. `own` is the slot of the polling waiter. If the
+    /// future ends, that waiter sees the result itself and is not woken.
     fn drive(self: &Arc<Self>, own: Option<usize>) -> Driven {
         let mut future = {
             let mut state = self.state.lock();
@@ -142,7 +152,7 @@ impl<T: Send + 'static> Wake for Inner<T> {
         let waiting = {
             let mut state = self.state.lock();
             state.woken = true;
-            // Who polls it tells the others.
+            // The polling thread wakes the waiters after its poll.
             if matches!(state.stage, Stage::Polled) {
                 return;
             }
@@ -154,7 +164,7 @@ impl<T: Send + 'static> Wake for Inner<T> {
 
 impl<T: Send + 'static> Drop for Inner<T> {
     fn drop(&mut self) {
-        // It holds what its device made.
+        // The future holds values of the device, so its drop is guarded.
         let stage = core::mem::replace(&mut self.state.get_mut().stage, Stage::Polled);
         self.losses.run(Callback::Device, |_| drop(stage));
     }
@@ -176,28 +186,28 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
         Self(Arc::new(Inner { losses: losses.clone(), state: Lock::new(state) }))
     }
 
-    /// Waits for the end, and polls the future meanwhile.
+    /// Returns a future that waits for the result and polls the task meanwhile.
     pub(super) fn wait(&self) -> Waiter<T> {
         Waiter { task: self.0.clone(), place: None, waker: None }
     }
 
-    /// A reference that does not keep it.
+    /// Returns a weak reference.
     pub(super) fn downgrade(&self) -> TaskRef<T> {
         TaskRef(Arc::downgrade(&self.0))
     }
 
-    /// Whether it is the same one.
+    /// Returns `true` if both refer to the same task.
     pub(super) fn is(&self, other: &Self) -> bool {
         Arc::ptr_eq(&self.0, &other.0)
     }
 
-    /// Lets those who wait poll it once more.
+    /// Wakes the waiters, so that they poll the task once more.
     pub(super) fn look_again(&self) {
         self.0.wake_by_ref();
     }
 
-    /// Ends it unfinished: nobody can see it end any more. What it has is dropped. `false` if
-    /// somebody polls it.
+    /// Drops the future unfinished and ends the task with the default result. Returns `false` if a
+    /// thread polls it.
     pub(super) fn give_up(&self) -> bool {
         let (future, waiting) = {
             let mut state = self.0.state.lock();
@@ -218,8 +228,8 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
         true
     }
 
-    /// Polls it without anybody who waits, again as often as it wakes itself, at most so often. If
-    /// somebody else polls it, those who wait will do so once more. Says whether it is over.
+    /// Polls the task without a waiter, up to `times` times while it wakes itself. If another
+    /// thread polls it, the waiters poll it once more. Returns `true` if it is over.
     pub(super) fn poke(&self, times: u32) -> bool {
         for _ in 0..times {
             match self.0.drive(None) {
@@ -236,17 +246,18 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
     }
 }
 
-/// A [`Task`] if somebody still has it.
+/// A weak reference to a [`Task`].
 pub(super) struct TaskRef<T: Send + 'static>(Weak<Inner<T>>);
 
 impl<T: Send + 'static> TaskRef<T> {
-    /// The last to go drops the future: outside of locks.
+    /// Returns the task if it still exists. The last reference drops the future, so drop it outside
+    /// of locks.
     pub(super) fn upgrade(&self) -> Option<Task<T>> {
         self.0.upgrade().map(Task)
     }
 }
 
-/// Waits for a [`Task`]. Dropped, it leaves nothing behind.
+/// Waits for a [`Task`]. Its drop leaves nothing behind.
 pub(super) struct Waiter<T: Send + 'static> {
     task: Arc<Inner<T>>,
     place: Option<usize>,
@@ -261,7 +272,7 @@ impl<T: Clone + Default + Send + 'static> Future for Waiter<T> {
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<T> {
         let this = &mut *self;
         this.task.drive(this.place);
-        // Mostly it is over at once, and nobody need be woken.
+        // Most tasks end in the first poll, and then need no waker.
         if let Some(outcome) = this.task.outcome() {
             return Poll::Ready(outcome);
         }
@@ -270,7 +281,7 @@ impl<T: Clone + Default + Send + 'static> Future for Waiter<T> {
             let mut state = this.task.state.lock();
             let place = *this.place.get_or_insert_with(|| state.waiting.insert(None));
             let former = state.waiting[place].replace(waker.clone());
-            // It was woken after our poll, and before we could be told.
+            // The task was woken after the poll and before this waker was stored.
             let missed = state.woken && matches!(state.stage, Stage::Idle(_));
             (former, missed, state.outcome())
         };

@@ -1,4 +1,4 @@
-//! What only the inside shows: queues, and a process that was forked.
+//! Tests of internal state: the queues, and a forked process.
 
 use super::*;
 use crate::event::Event;
@@ -90,12 +90,12 @@ fn m4_in_a_child_of_fork_every_handle_is_inert() {
     let cache = RegistrationCache::new(&space, Null { deregistered: deregistered.clone() });
     let held: Vec<_> = (0..4).map(|at| block_on(cache.get(page(at))).unwrap()).collect();
     drop(block_on(cache.get(page(9))).unwrap());
-    // One that look-ups do not find any more: its user is the last who has it.
+    // Look-ups no longer find this one: its user holds the last reference.
     assert!(space.invalidate(page(3), Event::Unmap).now_or_never().is_none());
     cache.core.device.source.forked.store(true, Ordering::SeqCst);
     let refused = block_on(cache.get(page(9))).unwrap_err();
     assert!(matches!(&refused, GetError::Unwatched(Unwatched::Forked)), "{refused}");
-    // A thread of the parent held these locks when it forked: whoever takes one waits for ever.
+    // A thread of the parent held these locks when it forked, so taking one would hang.
     space.shared().with(|_, _| {
         let shelf = cache.clone();
         shelf.core.write(|_| {
@@ -111,7 +111,7 @@ fn m4_in_a_child_of_fork_every_handle_is_inert() {
             let last = held.pop();
             drop(held);
             drop(cache);
-            // Also one that outlives the cache.
+            // One that outlives the cache.
             drop(last);
         });
         assert_eq!(shelf.core.queued(), 0, "nothing is to be given up");

@@ -1,8 +1,9 @@
-//! Turns of callers whose ranges overlap, where the device may have no two registrations that do.
+//! Turns of callers with overlapping ranges, where the device must not hold overlapping
+//! registrations.
 //!
-//! A caller enters with a range and has its turn when no earlier caller with an overlapping range
-//! is left. What it does in its turn is a [`Task`]: those behind it poll it as well, so a caller
-//! that is not polled holds up nobody (K7).
+//! A caller enters with a range. Its turn comes when no earlier caller with an overlapping range is
+//! left. The work of a turn is a [`Task`]. Later callers poll it as well, so a caller that is not
+//! polled holds nobody up (K7).
 #![forbid(unsafe_code)]
 
 use super::task::{Task, TaskRef, Waiter};
@@ -15,24 +16,26 @@ use core::future::Future;
 use core::task::{Context, Poll};
 use futures::FutureExt;
 
-/// So many places are looked at for another one to wait behind, before the index is asked.
+/// Number of nearby places checked for another one to wait behind, before the index is searched.
 const LOOKS: usize = 8;
 
+/// The places of a cache, in the order of their numbers.
 pub(super) struct Turns(Lock<State>);
 
+/// The places, under the lock of [`Turns`].
 struct State {
-    /// The next number.
+    /// Number of the last place.
     next: u64,
-    /// Rises with each place that is taken.
+    /// Serial of the last entry in the index.
     serial: u64,
-    /// Rises whenever the roots of places change.
+    /// Incremented whenever the root of a place may change.
     version: u64,
     places: BTreeMap<u64, Place>,
-    /// The same by range.
+    /// The places by range.
     index: IntervalIndex<Ranged<Seat>>,
 }
 
-/// A place in the index. A number may be used again, a serial is not.
+/// Element of the index. A number may be used again, a serial never is.
 #[derive(Clone, Copy, PartialEq)]
 struct Seat {
     serial: u64,
@@ -45,25 +48,30 @@ impl Ordered for Seat {
     }
 }
 
+/// A caller's place.
 struct Place {
     range: AddressRange,
     serial: u64,
     task: TaskRef<()>,
-    /// It has its turn.
+    /// The turn has begun.
     begun: bool,
-    /// How many it waits for: those that overlap it and have begun or have a smaller number.
+    /// Number of places that this one waits for: those that overlap it, and have begun or have a
+    /// smaller number.
     before: usize,
-    /// One of them.
+    /// One of these places. Valid while `before` is not 0.
     behind: u64,
-    /// Where the way along `behind` has led, and in which version: one that waits for nobody.
+    /// Cached end of the chain along `behind`, with the version in which it was found. The place at
+    /// the end waits for no other.
     root: (u64, u64),
 }
 
-/// Whom somebody waits for.
+/// The reason why a turn cannot begin, if there is one.
 enum Ahead {
+    /// Nothing: the turn has come.
     Nobody,
+    /// This task, which waits for no turn.
     Task(Task<()>),
-    /// One that another thread is ending.
+    /// A place that another thread is about to leave.
     Ending,
 }
 
@@ -75,21 +83,22 @@ impl Default for Turns {
 }
 
 impl State {
-    /// Those whose places overlap `range`.
+    /// Returns the numbers of the places that overlap `range`.
     fn overlapping(&self, range: AddressRange) -> Vec<u64> {
         let mut all = Vec::new();
         self.index.overlapping(range, |Ranged { value, .. }| all.push(value.number));
         all
     }
 
-    /// Whether the place `number` waits for `other`, which overlaps it.
+    /// Returns `true` if place `number` waits for `other`, which overlaps it.
     fn waits(&self, number: u64, other: u64) -> bool {
         self.places
             .get(&other)
             .is_some_and(|place| other != number && (other < number || place.begun))
     }
 
-    /// One that `number` waits for: the first of them, so that ways are short.
+    /// Returns how many places `number` waits for, and the first of them. Waiting behind the first
+    /// keeps chains short.
     fn first_before(&self, number: u64, range: AddressRange) -> (usize, u64) {
         let before: Vec<_> = self
             .overlapping(range)
@@ -100,7 +109,7 @@ impl State {
         (before.len(), first.copied().unwrap_or(0))
     }
 
-    /// Lets `number`, which `before` is new for, wait for it.
+    /// Makes `number` wait for `before`, a new place.
     fn put_behind(&mut self, number: u64, before: u64) {
         if let Some(place) = self.places.get_mut(&number) {
             if place.before == 0 {
@@ -111,7 +120,7 @@ impl State {
         }
     }
 
-    /// Takes a place. With an old number it is before those that have not begun.
+    /// Adds a place. A number that was used before goes ahead of all places that have not begun.
     fn enter(&mut self, number: u64, range: AddressRange, task: TaskRef<()>) {
         let (before, behind) = self.first_before(number, range);
         for later in self.overlapping(range) {
@@ -128,7 +137,7 @@ impl State {
         );
     }
 
-    /// Makes the place of `number`, whose turn has begun, as large as `range`.
+    /// Extends place `number`, whose turn has begun, to `range`.
     fn widen(&mut self, number: u64, range: AddressRange) {
         let Some((former, serial)) =
             self.places.get(&number).map(|place| (place.range, place.serial))
@@ -150,7 +159,7 @@ impl State {
         }
     }
 
-    /// Leaves a place. Returns those whose turn has come.
+    /// Removes a place. Returns the tasks whose turn has come.
     fn leave(&mut self, number: u64) -> Vec<Task<()>> {
         let Some(left) = self.places.remove(&number) else { return Vec::new() };
         self.index
@@ -181,7 +190,8 @@ impl State {
         ready
     }
 
-    /// The one that everything before `number` waits for: that one waits for nobody.
+    /// Returns the place at the end of the chain that `number` waits for. It waits for no other
+    /// place.
     fn root(&mut self, number: u64) -> u64 {
         let (mut at, mut way) = (number, Vec::new());
         let root = loop {
@@ -205,8 +215,9 @@ impl State {
 }
 
 impl Turns {
-    /// Enters, again if `number` is known. `make` makes what is done, of the number of the place
-    /// and a flag that says that nobody wants it any more; it calls no foreign code.
+    /// Enters a place, or enters again with a known `number`. `make` makes the work from the number
+    /// and a flag that is set when the caller gives up. It runs under the lock and calls no foreign
+    /// code.
     pub(super) fn enter(
         &self,
         number: Option<u64>,
@@ -224,13 +235,13 @@ impl Turns {
         Turn { task, cancelled, number }
     }
 
-    /// In the turn of `number`: it needs as much as `range`, which covers what it had.
+    /// Extends the place of `number` to `range`, which covers its former range. Called in its turn.
     pub(super) fn widen(&self, number: u64, range: AddressRange) {
         self.0.lock().widen(number, range);
     }
 
-    /// Begins the turn of `number` if it has come. Otherwise returns the one that everything before
-    /// it waits for: that one waits for no turn.
+    /// Begins the turn of `number` if it has come. Otherwise returns the task at the end of its
+    /// chain, which waits for no turn.
     fn begin(&self, number: u64) -> Ahead {
         let mut state = self.0.lock();
         let Some(place) = state.places.get_mut(&number) else { return Ahead::Nobody };
@@ -258,7 +269,7 @@ impl Turns {
             let same = ahead.take().filter(|(known, _)| known.is(&task));
             let (_, waiter) = ahead.insert(same.unwrap_or_else(|| (task.clone(), task.wait())));
             if waiter.poll_unpin(cx).is_ready() {
-                // It leaves its place when it ends, here or on another thread.
+                // The task leaves its place when it ends, on this thread or on another.
                 cx.waker().wake_by_ref();
             }
             Poll::Pending
@@ -266,14 +277,14 @@ impl Turns {
         .await;
     }
 
-    /// Leaves a place. Those whose turn has come are woken.
+    /// Leaves a place, and wakes the tasks whose turn has come.
     fn leave(&self, number: u64) {
         let ready = self.0.lock().leave(number);
         ready.iter().for_each(Task::look_again);
     }
 }
 
-/// A place, left by its drop.
+/// A place. Its drop leaves it.
 pub(super) struct Placed {
     pub(super) turns: Arc<Turns>,
     pub(super) number: u64,
@@ -285,7 +296,7 @@ impl Drop for Placed {
     }
 }
 
-/// A caller's turn. Dropped, it is over.
+/// A caller's turn. Its drop gives it up.
 pub(super) struct Turn {
     task: Task<()>,
     cancelled: Arc<AtomicBool>,
@@ -293,7 +304,7 @@ pub(super) struct Turn {
 }
 
 impl Turn {
-    /// What its place is known by, to enter again before those who came later.
+    /// Returns the number of the place. Entering with it again goes ahead of later callers.
     pub(super) fn number(&self) -> u64 {
         self.number
     }
@@ -307,13 +318,14 @@ impl Drop for Turn {
     fn drop(&mut self) {
         self.cancelled.store(true, Ordering::Release);
         if !self.task.give_up() {
-            // Who polls it looks once more, and ends it.
+            // Another thread polls it. That thread polls once more, sees the flag and ends the
+            // task.
             self.task.look_again();
         }
     }
 }
 
-/// `future`, until nobody wants it any more.
+/// Runs `future` until it ends or `cancelled` is set.
 pub(super) async fn unless(cancelled: Arc<AtomicBool>, future: impl Future<Output = ()>) {
     let mut future = core::pin::pin!(future);
     core::future::poll_fn(|cx| {

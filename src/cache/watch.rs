@@ -1,4 +1,5 @@
-//! Who says when memory goes away, where it is not the program itself (K5).
+//! The source that reports changes of registered memory, where the program does not report them
+//! itself (K5).
 #![forbid(unsafe_code)]
 
 use super::error::Unwatched;
@@ -7,8 +8,8 @@ use crate::range::AddressRange;
 #[cfg(test)]
 use core::sync::atomic::{AtomicBool, Ordering};
 
-/// What tells the space that registered memory has changed: a userfaultfd, or nobody but the
-/// program.
+/// Source of invalidations of registered memory: a `Uffd`, or none. Without one the cache learns
+/// only of the program's own invalidations.
 pub(super) struct Source {
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     uffd: Option<crate::source::Uffd>,
@@ -16,7 +17,7 @@ pub(super) struct Source {
     pub(super) forked: AtomicBool,
 }
 
-/// A range is watched as long as this exists. Its drop takes a lock of the source.
+/// Keeps a range watched as long as it exists. Its drop takes a lock of the source.
 #[derive(Default)]
 pub(super) struct Watched {
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
@@ -24,7 +25,7 @@ pub(super) struct Watched {
 }
 
 impl Source {
-    /// Takes what the settings have.
+    /// Takes the source out of `settings`.
     #[cfg_attr(
         not(all(feature = "userfaultfd", target_os = "linux")),
         allow(unused_variables, reason = "they have none")
@@ -38,7 +39,7 @@ impl Source {
         }
     }
 
-    /// Whether there is one, so that its other answers are worth asking for.
+    /// Returns `true` if there is a source. The other methods need not be called otherwise.
     pub(super) fn is_set(&self) -> bool {
         #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
         return cfg!(test) || self.uffd.is_some();
@@ -46,8 +47,8 @@ impl Source {
         return cfg!(test);
     }
 
-    /// Whether this is a child of the process that the source belongs to (M4). Its locks may be
-    /// held for ever by threads that do not exist here: nothing may be locked, nothing given up.
+    /// Returns `true` in a child of the process that owns the source (M4). Threads that do not
+    /// exist in the child may hold its locks, so nothing may be locked or given up.
     pub(super) fn is_inert(&self) -> bool {
         #[cfg(test)]
         if self.forked.load(Ordering::Relaxed) {
@@ -59,8 +60,8 @@ impl Source {
         false
     }
 
-    /// Whether there is one that nobody has but the cache: it has the space, and nobody reaches
-    /// that through it.
+    /// Returns `true` if only the cache holds the source. The source then holds the space, but no
+    /// one can invalidate through it.
     pub(super) fn is_abandoned(&self) -> bool {
         #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
         return self.uffd.as_ref().is_some_and(crate::source::Uffd::is_abandoned);
@@ -68,14 +69,14 @@ impl Source {
         false
     }
 
-    /// Watches `range`, if there is a source.
+    /// Watches `range` if there is a source.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(super) fn watch(&self, range: AddressRange) -> Result<Watched, Unwatched> {
         let watch = self.uffd.as_ref().map(|uffd| uffd.watch_quietly(range)).transpose();
         watch.map(|watch| Watched { _watch: watch }).map_err(Unwatched::Source)
     }
 
-    /// Does nothing: there is no source.
+    /// Does nothing, because no source can be set.
     #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
     pub(super) fn watch(&self, _range: AddressRange) -> Result<Watched, Unwatched> {
         Ok(Watched::default())
@@ -83,8 +84,8 @@ impl Source {
 }
 
 impl Unwatched {
-    /// Whether the process has used up its mappings: each watch may split one. With others given up
-    /// there may be room for a further watch.
+    /// Returns `true` if the process has no mappings left. Each watch may split one. Giving up
+    /// other watches may make room.
     pub(super) fn is_full(&self) -> bool {
         #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
         return matches!(self, Self::Source(crate::source::UffdError::NoRoom { .. }));

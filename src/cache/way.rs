@@ -1,5 +1,5 @@
-//! What a caller in its turn registers, and what it takes out of its way, where the device may have
-//! no two registrations that overlap.
+//! The range that a caller registers in its turn, and the removal of what is in its way. Used where
+//! the device must not hold overlapping registrations.
 #![forbid(unsafe_code)]
 
 use super::core::{Core, gone};
@@ -15,50 +15,50 @@ use alloc::vec::Vec;
 use core::time::Duration;
 use futures::future::join_all;
 
-/// So many looks at least, one after the other, before patience is over: in between the others had
-/// their turn.
+/// Minimum number of looks before patience is over. Other tasks run between two looks.
 const LOOKS: u32 = 16;
-/// Where there is no clock, patience is over after this many looks.
+/// Number of looks after which patience is over if there is no clock.
 const TICKS: u32 = 64;
-/// A clock that shows no later time this often in a row is taken to stand still.
+/// Number of equal readings after which the clock counts as stopped.
 const STILL: u32 = 1024;
 
-/// A turn, and the place that it has.
+/// A turn and its place.
 #[derive(Clone, Copy)]
 pub(super) struct Place {
     pub(super) number: u64,
     pub(super) range: AddressRange,
-    /// How often what was registered for its caller was given to others.
+    /// How often the registrations of its caller were given to others.
     pub(super) thefts: u32,
 }
 
-/// The way to a registration of `range`, in a turn.
+/// Clears the way for a registration of `range`, in a turn.
 pub(super) struct Way<'a, D: Device> {
     core: &'a Arc<Core<D>>,
     range: AddressRange,
-    /// Its pages.
+    /// The whole pages of `range`.
     own: AddressRange,
     place: Place,
     merges: bool,
-    /// What was taken away for this, and belongs to the union as long as its memory has not
-    /// changed.
+    /// Entries withdrawn for this registration. They belong to the union until their memory
+    /// changes.
     taken: Vec<Arc<Entry<D>>>,
-    /// The union whose members the device has vouched for.
+    /// The union whose members the device has vouched for (K9).
     vouched: Option<AddressRange>,
 }
 
 impl<'a, D: Device> Way<'a, D> {
     pub(super) fn new(core: &'a Arc<Core<D>>, range: AddressRange, place: Place) -> Self {
         let own = core.limits.pages(range);
-        // Pieces are what they are.
+        // A piece of a larger range is never merged.
         let merges = core.limits.overlap == Overlap::Merge
             && place.range.covers(own)
             && core.limits.fits(place.range);
         Self { core, range, own, place, merges, taken: Vec::new(), vouched: None }
     }
 
-    /// Waits until nothing of the device overlaps what may be registered, or something will do for
-    /// the range already. Returns what may be registered: the pages `alone`, or the union.
+    /// Waits until nothing in the device overlaps the range to be registered, or until another
+    /// registration serves the range. Returns that range: the pages if `alone`, otherwise the
+    /// union.
     pub(super) async fn make(
         &mut self,
         mut alone: bool,
@@ -80,7 +80,7 @@ impl<'a, D: Device> Way<'a, D> {
                 alone = true;
                 continue;
             }
-            // What its caller has left is finished first.
+            // An attempt that its caller has left is finished first.
             let registering: Vec<_> = way.iter().filter_map(|entry| entry.registering()).collect();
             if !registering.is_empty() {
                 drop(way);
@@ -110,8 +110,8 @@ impl<'a, D: Device> Way<'a, D> {
         }
     }
 
-    /// Whether memory of what `union` was made of has changed since this was asked: it belongs to
-    /// none any more.
+    /// Returns `true` if the memory of a member of `union` has changed since the last call. That
+    /// member no longer belongs to a union.
     pub(super) fn has_changed(&mut self, union: AddressRange) -> bool {
         let changed = |entry: &Arc<Entry<D>>| entry.has_changed() && entry.range.overlaps(union);
         let before = self.taken.len();
@@ -119,8 +119,8 @@ impl<'a, D: Device> Way<'a, D> {
         union != self.own && self.taken.len() < before
     }
 
-    /// The pages with all that overlaps them, or touches them where that merges: what is
-    /// registered, and what was until it was taken away for this.
+    /// Returns the pages extended by every registration that overlaps them, including those
+    /// withdrawn for this turn. With [`Merge::Touching`], adjacent registrations count as well.
     fn union(&mut self) -> AddressRange {
         loop {
             let union = self.united();
@@ -150,7 +150,7 @@ impl<'a, D: Device> Way<'a, D> {
         }
     }
 
-    /// Those whose ranges overlap what is to be registered come later.
+    /// Extends the place, so that callers which overlap `target` come later.
     fn widen(&mut self, target: AddressRange) {
         if !self.place.range.covers(target) {
             self.place.range = hull(self.place.range, target);
@@ -163,8 +163,8 @@ fn hull(one: AddressRange, other: AddressRange) -> AddressRange {
     span(one.start().min(other.start()), one.last().max(other.last()))
 }
 
-/// How long a caller has to take what was registered for it, before the next one that needs the
-/// place takes it away: as long as an invalidation has to be claimed (C4).
+/// Time in which a caller may pick up its registration before the next caller takes its place: as
+/// long as an invalidation may stay unclaimed (C4).
 struct Patience {
     whole: Duration,
     passed: Duration,
@@ -173,17 +173,17 @@ struct Patience {
 }
 
 impl Patience {
-    /// With a caller from whom so much was taken before.
+    /// Returns the patience with a caller that lost `thefts` registrations before.
     fn new<D: Device>(core: &Core<D>, thefts: u32) -> Self {
         let shared = core.space.shared();
         let whole = shared.with(|state, _| state.patience.with(thefts));
         Self { whole, passed: Duration::ZERO, shown: shared.now(), still: 0 }
     }
 
-    /// Looks at the clock. A look counts only so much: who looks may have been held up, and the
-    /// caller as well.
+    /// Reads the clock. One look counts at most `1 / LOOKS` of the time, because this thread and
+    /// the caller may both have been held up.
     fn is_over<D: Device>(&mut self, core: &Core<D>) -> bool {
-        // It may be what the caller waits for.
+        // This thread may be the one that the caller waits for.
         give_turn();
         let now = core.space.shared().now();
         let passed = match (now, self.shown) {

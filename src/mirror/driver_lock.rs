@@ -15,8 +15,9 @@ use core::time::Duration;
 /// - A reader calls [`mirror`](Self::mirror) or [`mirror_all`](Self::mirror_all). Their last step,
 ///   [`install`](Self::install), locks, checks `read_retry`, and refuses a stale mapping.
 ///
-/// One lock may serve several subscriptions, such as all mirrored ranges of one GPU. A driver may
-/// use a lock of its own: see the guide's page [`retry_loop`](crate::docs::retry_loop).
+/// One lock may serve several subscriptions, such as all mirrored ranges of one GPU. A driver with
+/// a lock of its own calls [`Invalidation::set_seq`] and [`Subscription::read_retry`] under it
+/// instead. The guide's page [`retry_loop`](crate::docs::retry_loop) explains both.
 ///
 /// It blocks the thread, so hold it for short. With `std` a waiting thread spins for some
 /// microseconds and then sleeps; without `std` it spins. A panic of the holder does not poison the
@@ -32,9 +33,11 @@ pub struct DriverLock<T> {
 #[must_use = "dropping the guard unlocks at once"]
 pub struct DriverGuard<'a, T>(RawGuard<'a, T>);
 
-/// Tells that a mapping was not installed, because it was invalidated since `read_begin`.
+/// Tells that a mapping was not installed, because it would be stale
+/// ([R2](crate::docs::contract#r-readers)).
 ///
-/// Start over with `read_begin`, unless the subscription [was closed](Subscription::is_closed).
+/// The notifier was invalidated since `read_begin`, or its subscription was closed. Start over with
+/// `read_begin`, unless the subscription [was closed](Subscription::is_closed).
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Collision;
 
@@ -192,7 +195,10 @@ impl<T> DriverLock<T> {
     /// Locks in a first pass, and sets the notifier's own sequence.
     ///
     /// Readers that began before then collide ([R2](crate::docs::contract#r-readers)). Zap the
-    /// mappings while you hold the guard. It panics as [`lock`](Self::lock) does.
+    /// mappings while you hold the guard.
+    ///
+    /// # Panics
+    /// Panics if this thread holds the lock already (with `std`).
     #[inline]
     pub fn lock_for(&self, invalidation: &Invalidation<'_>) -> DriverGuard<'_, T> {
         let guard = self.lock();
@@ -255,8 +261,8 @@ impl<T> DriverLock<T> {
     /// # #[derive(Default)]
     /// # struct Gpu { page_table: DriverLock<Vec<u64>> }
     /// # impl IntervalNotifier for Gpu {
-    /// #     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-    /// #         self.page_table.lock_for(invalidation).clear();
+    /// #     fn invalidate(&self, i: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    /// #         self.page_table.lock_for(i).clear();
     /// #         Ok(None)
     /// #     }
     /// # }

@@ -153,8 +153,8 @@ impl<T> DriverLock<T> {
     /// # #[derive(Clone, Default)]
     /// # struct Gpu { page_table: std::sync::Arc<DriverLock<Vec<u64>>> }
     /// # impl IntervalNotifier for Gpu {
-    /// #     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
-    /// #         self.page_table.lock_for(invalidation).clear();
+    /// #     fn invalidate(&self, i: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    /// #         self.page_table.lock_for(i).clear();
     /// #         Ok(None)
     /// #     }
     /// # }
@@ -162,7 +162,8 @@ impl<T> DriverLock<T> {
     /// # futures::executor::block_on(async {
     /// # let (space, gpu) = (AddressSpace::new(), Gpu::default());
     /// # let range = |number: u64| AddressRange::new(number * 0x1000, 0x1000);
-    /// # let buffers = [space.insert(range(1)?, gpu.clone())?, space.insert(range(7)?, gpu.clone())?];
+    /// # let (first, second) = (gpu.clone(), gpu.clone());
+    /// # let buffers = [space.insert(range(1)?, first)?, space.insert(range(7)?, second)?];
     /// gpu.page_table
     ///     .mirror_all(
     ///         &buffers.each_ref(),

@@ -1,4 +1,4 @@
-//! The descriptor behind shared memory: what part of it is mapped, and how long it is.
+//! The descriptor behind shared memory: which part of the file is mapped, and how long the file is.
 #![forbid(unsafe_code)]
 
 use super::mapping::MapError;
@@ -8,28 +8,30 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, fstat, fstatfs, ftruncate, memfd_create};
 use rustix::io;
 
-/// `statfs` of hugetlbfs, whose files are mapped in huge pages.
+/// Type that `statfs` returns for hugetlbfs. Its files are mapped in huge pages.
 const HUGETLBFS: u64 = 0x9584_58f6;
 
+/// A file that a mapping shows a part of.
 pub(super) struct File {
     fd: OwnedFd,
-    /// Where in the file the mapping begins.
+    /// Offset of the mapping in the file.
     offset: u64,
-    /// Bytes that offsets and lengths are multiples of.
+    /// Page size of the file in bytes: offsets and lengths are multiples of it.
     unit: usize,
-    /// Made here: its length is that of the mapping.
+    /// The library made the file. Its length is then that of the mapping.
     ours: bool,
 }
 
 impl File {
-    /// New memory without a name in the file system, `len` bytes.
+    /// Makes an unnamed file of `len` bytes in memory.
     pub(super) fn new(len: usize) -> io::Result<Self> {
         let fd = memfd_create("shootdown", MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING)?;
         ftruncate(&fd, len as u64)?;
         Ok(Self { fd, offset: 0, unit: page_size(), ours: true })
     }
 
-    /// Somebody's memory, `len` bytes from `offset` on; returns the length in whole pages, too.
+    /// Takes a descriptor of the program for a mapping of `len` bytes from `offset` on. Also
+    /// returns the length in whole pages.
     pub(super) fn adopt(fd: OwnedFd, offset: u64, len: usize) -> Result<(Self, usize), MapError> {
         let unit = match fstatfs(&fd) {
             Ok(system) if system.f_type as u64 & 0xffff_ffff == HUGETLBFS => {
@@ -56,7 +58,8 @@ impl File {
         }
     }
 
-    /// Another `len` bytes of new memory: the descriptor that was given once more, or a new one.
+    /// Returns a file for a new mapping of `len` bytes: a duplicate of the program's descriptor, or
+    /// a new file.
     pub(super) fn again(&self, len: usize) -> io::Result<Self> {
         if self.ours {
             return Self::new(len);
@@ -70,22 +73,22 @@ impl File {
         })
     }
 
-    /// Makes the file as long as a mapping of `len` bytes needs it, if it was made here; else
-    /// looks whether it is that long.
+    /// Makes the file long enough for a mapping of `len` bytes, if the library made it. Otherwise
+    /// checks that it is long enough.
     pub(super) fn resize(&mut self, len: usize) -> Result<(), MapError> {
         let end = self.offset.checked_add(len as u64).ok_or_else(|| self.not_pages(len))?;
         if self.ours {
             return ftruncate(&self.fd, end).map_err(|error| MapError::Os(error.into()));
         }
         let size = fstat(&self.fd).map_err(|error| MapError::Os(error.into()))?.st_size as u64;
-        // The rest of the last page is there, and zeros.
+        // The rest of the last page is accessible, and zero.
         match size.next_multiple_of(self.unit as u64) >= end {
             true => Ok(()),
             false => Err(MapError::BeyondEnd { end, size }),
         }
     }
 
-    /// Discards a part, for all who have mapped it.
+    /// Discards a part of the file, for every mapping of it.
     pub(super) fn punch(&self, offset: usize, len: usize) -> io::Result<()> {
         fallocate(
             &self.fd,

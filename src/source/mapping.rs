@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 mod error;
+mod resize;
 mod unmap;
 
 pub use error::MapError;
@@ -24,55 +25,71 @@ use rustix::fd::{BorrowedFd, OwnedFd};
 use rustix::mm::MprotectFlags;
 use std::sync::atomic::Ordering;
 
-/// Owns memory and brackets every change of it by an invalidation.
+/// Owns memory, and invalidates it around every change.
 ///
-/// No device uses the old pages when a call that changes them returns, and no reader looks at them
-/// in between. This is the kernel's own order, without the gap that a [monitor](super::Uffd) has:
-/// passes run *before* the change, so a driver may still write back what its device has changed.
+/// When a call that changes the memory returns, no device uses the old pages, and no reader has
+/// looked at them in between. This is the kernel's own order, without the gap of a
+/// [monitor](super::Uffd). Passes run *before* the change, so a driver may still write back what
+/// its device has changed.
 ///
-/// The memory is [anonymous and private](Self::new), or [shared](Self::shared), or a part of
-/// [somebody's descriptor](Self::from_fd).
+/// The memory is [anonymous and private](Self::new), or [shared](Self::shared), or a part of a
+/// [given descriptor](Self::from_fd).
+///
+/// ```
+/// # use shootdown::{AddressSpace, source::OwnedMapping};
+/// let space = AddressSpace::new();
+/// let mut mapping = OwnedMapping::new(&space, 1 << 16)?;
+/// mapping.write(0, b"data");
+///
+/// // Waits until no device uses the pages, then discards them.
+/// mapping.discard(0..mapping.len()).wait()?;
+/// let mut data = [1; 4];
+/// mapping.read(0, &mut data);
+/// assert_eq!(data, [0; 4]);
+///
+/// mapping.unmap().wait()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
 ///
 /// # Cancel safety
-/// The methods that change the memory are futures that do nothing before they are polled. When one
-/// is dropped before it has resolved, the memory has not changed (the mapping of `unmap` is
-/// dropped, see below).
+/// The methods that change the memory return futures that do nothing before they are polled. If a
+/// future is dropped before it has resolved, the memory has not changed. (`unmap` takes the
+/// mapping, which is then dropped; see below.)
 ///
 /// # Dropping
-/// Dropping it without awaiting [`unmap`](Self::unmap) is safe: if no device uses the memory, or
-/// all let go at once, it is unmapped; if one needs time, the memory stays mapped for ever
-/// ([`leaked_bytes`](Self::leaked_bytes) counts it), because unmapping it would take it away under
-/// the device.
+/// Dropping the mapping without [`unmap`](Self::unmap) is safe. If no device uses the memory, or
+/// every device releases it at once, the memory is unmapped. If a device needs time, the memory
+/// stays mapped for ever, because unmapping would take it away under the device.
+/// [`leaked_bytes`](Self::leaked_bytes) counts it.
 ///
 /// # Shared memory
-/// An invalidation covers *this* mapping. Others who have mapped the same memory, in this process
-/// or another, see its discarded pages go, and are not told: that is the program's to do.
-/// [`read`](Self::read) and [`write`](Self::write) are atomic for each byte, so that two mappings
-/// of the same memory may be used at the same time. If somebody makes the file shorter, accesses
-/// of what is missing end the process (`SIGBUS`); seal it (`F_SEAL_SHRINK`) against others whom
-/// you do not trust.
+/// An invalidation covers *this* mapping. Other mappings of the same memory, in this process or
+/// another, lose discarded pages without being told: telling them is up to the program.
+/// [`read`](Self::read) and [`write`](Self::write) are atomic for each byte, so two mappings of the
+/// same memory may be used concurrently. If the file is made shorter, accesses beyond its end kill
+/// the process (`SIGBUS`). Seal it (`F_SEAL_SHRINK`) against processes that you do not trust.
 ///
 /// # Fork
-/// In a child of `fork` it can be read and written; shared memory is the parent's, too. Changing
-/// it is [`MapError::Forked`], and dropping it unmaps it in the child only: the drivers of its
-/// space are the parent's, and are not called (M4).
+/// In a child of `fork` the mapping can be read and written; shared memory remains shared with the
+/// parent. Changing it returns [`MapError::Forked`]. Dropping it unmaps it in the child only. The
+/// drivers of its space belong to the parent and are not called (M4).
 #[must_use = "dropping a mapping unmaps it"]
 pub struct OwnedMapping {
     space: AddressSpace,
     /// `None` once it has been unmapped.
     memory: Option<Memory>,
-    /// The process that it was made in.
+    /// Id of the process that made the mapping.
     process: u32,
 }
 
-/// What may be done with a part of a mapping.
+/// Access rights of a part of a mapping, for [`OwnedMapping::protect`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Protection {
-    /// Nothing: every access faults.
+    /// No access: every access faults.
     None,
-    /// Reading.
+    /// Read access.
     Read,
-    /// Reading and writing, as in a new mapping.
+    /// Read and write access, as in a new mapping.
     ReadWrite,
 }
 
@@ -81,30 +98,31 @@ fn os(error: rustix::io::Errno) -> MapError {
 }
 
 impl OwnedMapping {
-    /// Maps `len` bytes of anonymous private memory, rounded up to whole pages, readable and
-    /// writable, filled with zeros.
+    /// Maps `len` bytes of anonymous private memory, rounded up to whole pages. It is readable,
+    /// writable and zero. See also [`shared`](Self::shared).
     ///
     /// # Errors
-    /// [`MapError`]; a length of 0 is [`MapError::NotPages`].
+    /// [`MapError`]. A length of 0 is [`MapError::NotPages`].
     pub fn new(space: &AddressSpace, len: usize) -> Result<Self, MapError> {
         Ok(Self::of(space, Memory::map(whole_pages(len)?).map_err(os)?))
     }
 
-    /// Maps `len` bytes of shared memory, rounded up to whole pages, readable and writable, filled
-    /// with zeros (Linux).
+    /// Maps `len` bytes of shared memory, rounded up to whole pages (Linux). It is readable,
+    /// writable and zero.
     ///
-    /// It is a `memfd`, which other processes can map when they have been given its
-    /// [`descriptor`](Self::descriptor), and which a `fork` shares instead of copying it. It is
-    /// `shootdown` in `/proc/PID/maps`, and may be sealed.
+    /// The memory is a `memfd`. Another process can map it when it has received the
+    /// [`descriptor`](Self::descriptor). A `fork` shares it instead of copying it. `/proc/PID/maps`
+    /// shows it as `shootdown`. It may be sealed.
     ///
     /// ```
     /// # use shootdown::{AddressSpace, source::OwnedMapping};
     /// # let space = AddressSpace::new();
     /// let mut ring = OwnedMapping::shared(&space, 1 << 16)?;
     /// ring.write(0, b"tail");
-    /// // What the other process does with the descriptor that it has received:
-    /// let descriptor = ring.descriptor().unwrap().try_clone_to_owned()?;
-    /// let theirs = OwnedMapping::from_fd(&space, descriptor, 0, 1 << 16)?;
+    ///
+    /// // The other process does this with the received descriptor:
+    /// let fd = ring.descriptor().unwrap().try_clone_to_owned()?;
+    /// let theirs = OwnedMapping::from_fd(&space, fd, 0, 1 << 16)?;
     /// let mut tail = [0; 4];
     /// theirs.read(0, &mut tail);
     /// assert_eq!(&tail, b"tail");
@@ -121,12 +139,12 @@ impl OwnedMapping {
         Ok(Self::of(space, memory))
     }
 
-    /// Maps `len` bytes from `offset` on of a descriptor that somebody else made, readable and
-    /// writable, shared with all who have mapped it (Linux).
+    /// Maps `len` bytes of `fd` from `offset` on, readable, writable and shared with every other
+    /// mapping of it (Linux).
     ///
-    /// `offset` is a multiple of the page size, `len` is rounded up to whole pages; for a
-    /// descriptor of hugetlbfs those are huge pages. The descriptor must be open for reading and
-    /// writing. It is never made longer or shorter by this mapping.
+    /// `offset` is a multiple of the page size. `len` is rounded up to whole pages. A descriptor of
+    /// hugetlbfs has huge pages. `fd` must be open for reading and writing. This mapping never
+    /// changes the length of the file.
     ///
     /// # Errors
     /// [`MapError::NotPages`], [`MapError::BeyondEnd`], [`MapError::Os`].
@@ -145,31 +163,31 @@ impl OwnedMapping {
         Self { space: space.clone(), memory: Some(memory), process: std::process::id() }
     }
 
-    /// Returns where the memory is. [`AddressRange::as_ptr`] makes a pointer of it.
+    /// Returns the addresses of the mapping. [`AddressRange::as_ptr`] makes a pointer of them.
     pub fn range(&self) -> AddressRange {
         self.memory().range()
     }
 
-    /// Returns the bytes of the mapping.
+    /// Returns the length of the mapping in bytes.
     pub fn len(&self) -> usize {
         self.memory().len()
     }
 
-    /// Returns `false`: a mapping has a page at least.
+    /// Returns `false`: a mapping has at least one page.
     pub fn is_empty(&self) -> bool {
         false
     }
 
-    /// Returns where it begins, for a device. Valid until the next call of `unmap`, `remap` or
+    /// Returns the first address, for a device. Valid until the next call of `unmap`, `remap` or
     /// `resize`.
     pub fn as_ptr(&self) -> *mut u8 {
         self.memory().as_ptr()
     }
 
-    /// Returns the descriptor of shared memory; `None` for private memory (Linux).
+    /// Returns the descriptor of shared memory, or `None` for private memory (Linux).
     ///
-    /// Who gives it to others should know that a [`resize`](Self::resize) of a mapping that was
-    /// made by [`shared`](Self::shared) changes the length of the file.
+    /// A [`resize`](Self::resize) of a mapping made by [`shared`](Self::shared) changes the length
+    /// of the file, also for other holders of the descriptor.
     #[cfg(target_os = "linux")]
     pub fn descriptor(&self) -> Option<BorrowedFd<'_>> {
         match self.memory().backing() {
@@ -178,16 +196,16 @@ impl OwnedMapping {
         }
     }
 
-    /// Copies out of it, from `offset` on.
+    /// Copies bytes from `offset` on out of the mapping.
     ///
     /// # Panics
-    /// When the copy would be outside of the mapping. The process faults where it may not be
-    /// [read](Protection).
+    /// If the copy exceeds the mapping. The process faults if the part is not
+    /// [readable](Protection).
     pub fn read(&self, offset: usize, into: &mut [u8]) {
         self.memory().read(offset, into);
     }
 
-    /// Copies into it, from `offset` on.
+    /// Copies bytes into the mapping, from `offset` on.
     ///
     /// # Panics
     /// As [`read`](Self::read).
@@ -195,21 +213,21 @@ impl OwnedMapping {
         self.memory_mut().write(offset, from);
     }
 
-    /// Moves it to another address; what is in it stays, and so do the protections of its parts.
+    /// Moves the mapping to another address. Its contents and the protections of its parts stay.
     ///
-    /// Without `mremap` (on systems other than Linux) it is copied, and readable and writable
-    /// afterwards.
+    /// Systems other than Linux have no `mremap`. There the contents are copied, and the new
+    /// mapping is readable and writable.
     ///
-    /// Subscriptions do not move: drivers are inserted anew for the range that is returned.
+    /// Subscriptions do not move: insert the drivers anew for the returned range.
     ///
     /// # Errors
-    /// [`MapError::Os`]; it is then where it was, whole. Once a part has been
-    /// [protected](Self::protect) this needs Linux 5.7 (5.13 for shared memory), and is refused as
-    /// invalid input before that, and for huge pages.
+    /// [`MapError::Os`]; the mapping is then whole and where it was. Once a part has been
+    /// [protected](Self::protect), a move needs Linux 5.7 (5.13 for shared memory). Older kernels
+    /// and huge pages refuse it as invalid input.
     ///
     /// # Panics
-    /// When the kernel has moved a part, refuses another and refuses to take the first one back,
-    /// which it does for want of its own memory only.
+    /// If the kernel has moved a part, refuses to move another, and refuses to move the first one
+    /// back. It does so only if it lacks memory of its own.
     pub fn remap(&mut self) -> Waitable<impl Future<Output = Result<AddressRange, MapError>>> {
         Waitable::new(async move {
             self.bracketed(Event::Unmap, |memory| memory.relocated(memory.len())).await?;
@@ -217,20 +235,19 @@ impl OwnedMapping {
         })
     }
 
-    /// Makes it longer or shorter, `len` rounded up to whole pages.
+    /// Makes the mapping longer or shorter: `len` bytes, rounded up to whole pages.
     ///
-    /// What fits stays, with its protection; new pages are readable and writable, and zeros. Made
-    /// shorter it does not move, made longer it may (on Linux; elsewhere it always does, and is
-    /// readable and writable). [Shared](Self::shared) memory is resized for all who have mapped
-    /// it; a [part of a descriptor](Self::from_fd) only as far as the descriptor reaches, and new
-    /// pages have what is there.
+    /// Contents that fit stay, with their protection. New pages are readable, writable and zero. A
+    /// mapping that is made shorter does not move. One that is made longer may move (on other
+    /// systems than Linux it always moves, and is readable and writable). [Shared](Self::shared)
+    /// memory is resized for every mapping of it. A [part of a descriptor](Self::from_fd) can grow
+    /// only as far as the file reaches; new pages have the contents of the file.
     ///
-    /// Subscriptions neither move nor grow: drivers are inserted anew for the range that is
-    /// returned.
+    /// Subscriptions neither move nor grow: insert the drivers anew for the returned range.
     ///
     /// # Errors
-    /// [`MapError`]; the mapping is then where it was, whole. The file of shared memory may be
-    /// longer than it. See [`remap`](Self::remap) for parts with different protections.
+    /// [`MapError`]; the mapping is then whole and where it was. The file of shared memory may be
+    /// longer than before. See [`remap`](Self::remap) for parts with different protections.
     ///
     /// # Panics
     /// As [`remap`](Self::remap).
@@ -245,11 +262,10 @@ impl OwnedMapping {
         })
     }
 
-    /// Changes what may be done with a part: offsets, end exclusive, whole pages.
+    /// Changes the access rights of a part: offsets, end exclusive, whole pages.
     ///
     /// # Errors
-    /// [`MapError`]. A part that has several protections and is refused may have changed up to
-    /// where it was refused.
+    /// [`MapError`]. If a part with several protections is refused, its beginning may have changed.
     pub fn protect(
         &mut self,
         part: Range<usize>,
@@ -270,16 +286,16 @@ impl OwnedMapping {
         })
     }
 
-    /// Discards the pages of a part: offsets, end exclusive, whole pages. They read as zeros
-    /// afterwards; on systems other than Linux they are readable and writable, too.
+    /// Discards the pages of a part: offsets, end exclusive, whole pages. They are zero afterwards.
+    /// On systems other than Linux they are also readable and writable.
     ///
-    /// Private memory is discarded by `MADV_DONTNEED`; shared memory by punching a hole into its
-    /// file (`FALLOC_FL_PUNCH_HOLE`), so that it is gone for all who have mapped it, and the
-    /// operating system has it back.
+    /// Private memory is discarded by `MADV_DONTNEED`. For shared memory a hole is punched into its
+    /// file (`FALLOC_FL_PUNCH_HOLE`): every mapping of it loses the pages, and the operating system
+    /// gets them back.
     ///
     /// # Errors
-    /// [`MapError`]. Memory that is locked (`mlock`) is refused; what lies before it in the part
-    /// may have been discarded.
+    /// [`MapError`]. Locked memory (`mlock`) is refused; the pages before it may have been
+    /// discarded.
     pub fn discard(
         &mut self,
         part: Range<usize>,
@@ -294,12 +310,12 @@ impl OwnedMapping {
         })
     }
 
-    /// Discards all of it and maps new memory of the same kind at the same address, under one
-    /// invalidation: at no moment may somebody else take the address.
+    /// Discards everything and maps new memory of the same kind at the same address, under one
+    /// invalidation. At no moment can another thread map something at the address.
     ///
-    /// All of it is readable and writable afterwards. Private memory and [shared](Self::shared)
-    /// memory are zeros; the latter has a new descriptor, and who has mapped the old one keeps it.
-    /// A [part of a descriptor](Self::from_fd) is mapped once more, with what is in it.
+    /// All of it is readable and writable afterwards. Private and [shared](Self::shared) memory is
+    /// zero. Shared memory has a new descriptor; other mappings of the old one keep it. A [part of
+    /// a descriptor](Self::from_fd) is mapped again, with its contents.
     ///
     /// # Errors
     /// [`MapError::Os`]: nothing has changed. [`MapError::AddressLost`].
@@ -313,12 +329,12 @@ impl OwnedMapping {
         })
     }
 
-    /// Discards all of it and maps a descriptor from `offset` on at the same address, with the same
-    /// length, under one invalidation (Linux). See [`from_fd`](Self::from_fd) for what may be
-    /// mapped, [`map_again`](Self::map_again) for the rest.
+    /// Discards everything and maps `fd` from `offset` on at the same address and with the same
+    /// length, under one invalidation (Linux). See [`from_fd`](Self::from_fd) for the descriptor,
+    /// and [`map_again`](Self::map_again) for the rest.
     ///
     /// # Errors
-    /// [`MapError`]; but for [`MapError::AddressLost`] nothing has changed.
+    /// [`MapError`]. Nothing has changed, except with [`MapError::AddressLost`].
     #[cfg(target_os = "linux")]
     pub fn map_again_from_fd(
         &mut self,
@@ -336,7 +352,7 @@ impl OwnedMapping {
         })
     }
 
-    /// Changes all of it between the beginning and the end of an invalidation.
+    /// Runs `change` on the whole memory under an invalidation.
     async fn bracketed(
         &mut self,
         event: Event,
@@ -350,14 +366,14 @@ impl OwnedMapping {
         changed
     }
 
-    /// Returns the bytes that all mappings of the process together left mapped: because they were
-    /// dropped while a device used them, or because the kernel refused to move something there and
-    /// did not say whether it had unmapped the place already.
+    /// Returns how many bytes all mappings of the process together have left mapped. Reasons: the
+    /// mapping was dropped while a device used it, or the kernel refused a move and did not say
+    /// whether it had unmapped the target.
     pub fn leaked_bytes() -> u64 {
         LEAKED.load(Ordering::Relaxed)
     }
 
-    /// Whether it may be changed in this process (M4).
+    /// Returns an error in a child of the process that made the mapping (M4).
     fn check(&self) -> Result<(), MapError> {
         if self.process == std::process::id() { Ok(()) } else { Err(MapError::Forked) }
     }
@@ -369,7 +385,7 @@ impl OwnedMapping {
             && part.end <= len
             && part.start.is_multiple_of(page)
             && part.end.is_multiple_of(page);
-        // Added only when it lies inside, so that the sum is an address.
+        // Added only if the part is inside, so that the sum does not overflow.
         let range =
             || AddressRange::new(self.range().start() + part.start as u64, part.len() as u64).ok();
         whole.then(range).flatten().ok_or(MapError::NotPages { part: part.clone(), len, page })
@@ -384,8 +400,8 @@ impl OwnedMapping {
     }
 }
 
-/// Invalidates before a change. The future is left to the parent in a child of `fork` (M4), as the
-/// mapping itself is.
+/// Invalidates before a change. In a child of `fork` the future is left to the parent, like the
+/// mapping (M4).
 async fn invalidated(
     space: &AddressSpace,
     process: u32,
@@ -416,60 +432,16 @@ fn replaced(answer: Result<(), Refused>) -> Result<(), MapError> {
     })
 }
 
-impl Memory {
-    #[cfg(target_os = "linux")]
-    fn relocated(&mut self, len: usize) -> Result<(), MapError> {
-        self.relocate(len).map_err(os)
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn relocated(&mut self, len: usize) -> Result<(), MapError> {
-        self.copied(len).map_err(os)
-    }
-
-    /// The file is resized first: a page that it does not have cannot be accessed, and it may be
-    /// refused (sealed), when nothing has changed yet.
-    #[cfg(target_os = "linux")]
-    fn resize(&mut self, len: usize) -> Result<(), MapError> {
-        let old = self.len();
-        if let Backing::Shared(file) = self.backing_mut() {
-            file.resize(len)?;
-        }
-        match len.cmp(&old) {
-            core::cmp::Ordering::Less => self.shrink(len).map_err(os),
-            core::cmp::Ordering::Equal => Ok(()),
-            core::cmp::Ordering::Greater => self.grow(len).map_err(os),
-        }
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    fn resize(&mut self, len: usize) -> Result<(), MapError> {
-        self.copied(len).map_err(os)
-    }
-}
-
-impl Backing {
-    /// New memory of the same kind.
-    fn again(&self, len: usize) -> rustix::io::Result<Self> {
-        #[cfg(target_os = "linux")]
-        if let Self::Shared(file) = self {
-            return file.again(len).map(Self::Shared);
-        }
-        let _ = len;
-        Ok(Self::Private)
-    }
-}
-
 impl Drop for OwnedMapping {
     fn drop(&mut self) {
         let Some(memory) = self.memory.take() else { return };
         if self.check().is_err() {
-            // Only the child's own view of the memory goes; the space is the parent's, and so are
-            // its locks.
+            // Unmaps only the child's view of the memory. The space and its locks belong to the
+            // parent, so the space is leaked.
             core::mem::forget(self.space.clone());
             return;
         }
-        // After a panic of a driver it is not known whether its device has let go.
+        // After a panic of a driver, its device may still use the memory.
         match keep(|_| self.space.try_invalidate(memory.range(), Event::Unmap)) {
             Ok(Err(_)) => memory.leak(),
             Ok(Ok(guard)) => {

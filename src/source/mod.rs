@@ -1,18 +1,17 @@
-//! Where invalidations come from: the process's own memory.
+//! Sources of invalidations of the process's own memory.
 //!
-//! - [`OwnedMapping`]: a mapping that invalidates *before* each system call that changes it and
-//!   ends the invalidation after it, which is the kernel's own order. Nothing is left open. Prefer
-//!   it where the program can say when its memory goes away.
-//! - [`Uffd`] (Linux, feature `userfaultfd`): watches memory that somebody else unmaps, and hears
-//!   of the change when it has happened. What remains open then is written
-//!   [there](Uffd#what-remains).
+//! - [`OwnedMapping`] is a mapping that invalidates *before* each system call that changes it, and
+//!   ends the invalidation after the call. This is the kernel's own order, and it leaves no gap.
+//!   Prefer it if the program itself decides when its memory goes away.
+//! - [`Uffd`] (Linux, feature `userfaultfd`) watches memory that other code unmaps. It reports a
+//!   change after it has happened. [What remains](Uffd#what-remains) lists the gaps.
 //!
 //! | | `OwnedMapping` | `Uffd` |
 //! | --- | --- | --- |
-//! | hears of the change | before it | when it has happened, before the caller goes on |
+//! | reports a change | before it | after it, before the caller goes on |
 //! | `munmap`, `mremap`, `madvise(DONTNEED)` | yes | yes |
 //! | `mprotect`, holes and lengths of files, `shmat` over it | its own | no: the kernel raises no event, see the guide `memory_changes` |
-//! | needs | a program that calls it | Linux; no privilege, but for events of forks |
+//! | needs | a program that calls it | Linux; no privilege, except for events of forks |
 
 #[cfg(target_os = "linux")]
 mod file;

@@ -1,24 +1,24 @@
-//! A set of addresses, kept as the ranges that it consists of.
+//! A set of addresses, stored as ranges.
 #![forbid(unsafe_code)]
 
 use crate::range::AddressRange;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
-/// Ranges that neither overlap nor touch, by start.
+/// Disjoint ranges that do not touch: last address by start.
 #[derive(Debug, Default)]
 pub(super) struct Ranges(BTreeMap<u64, u64>);
 
 impl Ranges {
-    /// How many ranges the set consists of.
+    /// Returns the number of ranges.
     pub(super) fn pieces(&self) -> usize {
         self.0.len()
     }
 
-    /// Adds `range`. Ranges that touch become one, as the kernel's mappings do.
+    /// Adds `range`. Ranges that touch are merged, as the kernel does with mappings.
     pub(super) fn insert(&mut self, range: AddressRange) {
         let (mut start, mut last) = (range.start(), range.last());
-        // Backwards from the last range that can touch it.
+        // Goes backwards from the last range that can touch it.
         let highest = last.saturating_add(1);
         while let Some((&from, &to)) = self.0.range(..=highest).next_back() {
             if to.saturating_add(1) < start {
@@ -30,7 +30,7 @@ impl Ranges {
         self.0.insert(start, last);
     }
 
-    /// Takes `range` out.
+    /// Removes `range`.
     pub(super) fn remove(&mut self, range: AddressRange) {
         while let Some((&from, &to)) = self.0.range(..=range.last()).next_back() {
             if to < range.start() {
@@ -47,7 +47,7 @@ impl Ranges {
         }
     }
 
-    /// The parts of `range` that are in the set, highest first.
+    /// Returns the parts of `range` that are in the set, highest first.
     pub(super) fn within(&self, range: AddressRange) -> Vec<AddressRange> {
         let overlapping =
             self.0.range(..=range.last()).rev().take_while(|(_, last)| **last >= range.start());
@@ -58,12 +58,12 @@ impl Ranges {
         overlapping.filter_map(part).collect()
     }
 
-    /// Whether a part of `range` is in the set.
+    /// Returns `true` if a part of `range` is in the set.
     pub(super) fn touches(&self, range: AddressRange) -> bool {
         self.first_in(range).is_some()
     }
 
-    /// The first address of `range` that is in the set. Allocates nothing.
+    /// Returns the first address of `range` that is in the set. Does not allocate.
     pub(super) fn first_in(&self, range: AddressRange) -> Option<u64> {
         let before = self.0.range(..=range.start()).next_back();
         if before.is_some_and(|(_, last)| *last >= range.start()) {
@@ -72,7 +72,7 @@ impl Ranges {
         self.0.range(range.start()..=range.last()).next().map(|(start, _)| *start)
     }
 
-    /// Calls `each` with every range of the set, in order. Allocates nothing.
+    /// Calls `each` with every range, in order. Does not allocate.
     pub(super) fn for_each(&self, mut each: impl FnMut(AddressRange)) {
         self.0
             .iter()
@@ -85,7 +85,7 @@ impl Ranges {
 mod tests {
     use super::*;
 
-    /// Against a set of single addresses.
+    /// Compares with a set of single addresses.
     #[test]
     fn is_the_set_of_what_was_inserted_and_not_removed() {
         let (mut ranges, mut model) = (Ranges::default(), [false; 64]);

@@ -1,35 +1,37 @@
-//! Fixed storage between the step that reads events and the step that calls drivers: one producer,
-//! one consumer, no lock and no memory.
+//! Fixed storage between the reader of events and the delivery that calls drivers. One producer,
+//! one consumer, no lock, no allocation.
 #![forbid(unsafe_code)]
 
 use crate::sync::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 
-/// Events that are kept. When more arrive before they are delivered, the rest becomes "everything
-/// that is watched".
+/// Capacity. If more changes arrive before a delivery, the excess becomes "everything that is
+/// watched".
 const PLACES: usize = 1024;
 
-/// A change of the process's memory, as userfaultfd tells of it.
+/// A change of the process's memory, as userfaultfd reports it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Change {
-    /// `start`, end exclusive.
+    /// Unmapped: start, end (exclusive).
     Unmap(u64, u64),
-    /// `start`, end exclusive; the pages that are there are marked, and about to go.
+    /// About to be discarded: start, end (exclusive). The present pages are marked.
     Remove(u64, u64),
-    /// The same where they could not be marked.
+    /// About to be discarded: start, end (exclusive). The pages could not be marked.
     Unseen(u64, u64),
-    /// From, to, bytes.
+    /// Moved: old start, new start, length in bytes.
     Remap(u64, u64, u64),
+    /// The process has forked.
     Fork,
 }
 
 #[derive(Default)]
 struct Place([AtomicU64; 4]);
 
+/// A ring of changes. The reader puts, a delivery takes.
 pub(super) struct Ring {
     places: [Place; PLACES],
-    /// Changes that were ever put in.
+    /// Number of changes ever put.
     put: AtomicUsize,
-    /// Changes that were ever taken out.
+    /// Number of changes ever taken.
     taken: AtomicUsize,
     overflowed: AtomicBool,
 }
@@ -44,13 +46,12 @@ impl Ring {
         }
     }
 
-    /// Notes that anything may have changed: what is taken from now on is everything that is
-    /// watched.
+    /// Records that any watched memory may have changed.
     pub(super) fn overflow(&self) {
         self.overflowed.store(true, Ordering::Release);
     }
 
-    /// To be called by one thread at a time.
+    /// Adds a change. Only one thread may call it at a time.
     pub(super) fn put(&self, change: Change) {
         let at = self.put.load(Ordering::Relaxed);
         if at.wrapping_sub(self.taken.load(Ordering::Acquire)) == PLACES {
@@ -70,7 +71,7 @@ impl Ring {
         self.put.store(at.wrapping_add(1), Ordering::Release);
     }
 
-    /// To be called by one thread at a time.
+    /// Removes the oldest change. Only one thread may call it at a time.
     pub(super) fn take(&self) -> Option<Change> {
         let at = self.taken.load(Ordering::Relaxed);
         if at == self.put.load(Ordering::Acquire) {
@@ -88,7 +89,7 @@ impl Ring {
         })
     }
 
-    /// Whether changes were lost since the last question: to be asked before the rest is taken.
+    /// Returns `true` if changes were lost since the last call. Call it before taking the rest.
     pub(super) fn take_overflow(&self) -> bool {
         self.overflowed.swap(false, Ordering::AcqRel)
     }

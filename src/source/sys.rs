@@ -1,15 +1,15 @@
-//! The system calls that the compiler cannot check, each behind a function that can be called
-//! safely.
+//! System calls that need `unsafe`, each behind a safe function.
 //!
-//! Mapping memory is safe; unmapping or moving it is safe only for who owns it, because a reference
-//! into it would dangle. So [`Memory`] owns what it maps and never lends it: it hands out
-//! addresses, and copies in and out between two system calls, for which it is borrowed. Nobody else
-//! can unmap it through this module.
+//! Mapping memory is safe. Unmapping or moving it is safe only for its owner, because a reference
+//! into it would dangle. So [`Memory`] owns what it maps and never lends it. It hands out
+//! addresses, and copies in and out while it is borrowed. No other code can unmap it through this
+//! module.
 //!
 //! An address is owned from the call that mapped it to the call that unmaps it *or may have done
-//! so*: `mremap` onto a fixed address may unmap what is there and fail all the same. Another thread
-//! may then have mapped its own memory there, so nothing is unmapped at an address that such a call
-//! was given, whatever it answered. At worst address space is left mapped ([`LEAKED`]).
+//! so*: `mremap` onto a fixed address may unmap the target and fail all the same. Another thread
+//! may then have mapped its own memory there. So nothing is unmapped at an address that was the
+//! target of such a call, whatever the call returned. At worst address space stays mapped
+//! ([`LEAKED`]).
 
 #[cfg(target_os = "linux")]
 mod moving;
@@ -27,19 +27,19 @@ use std::sync::atomic::{AtomicU8, Ordering};
 
 const RIGHTS: ProtFlags = ProtFlags::READ.union(ProtFlags::WRITE);
 
-/// Bytes of address space that stay mapped for ever.
+/// Number of bytes of address space that stay mapped for ever.
 pub(super) static LEAKED: AtomicU64 = AtomicU64::new(0);
 
-/// What is mapped.
+/// Kind of memory behind a mapping.
 pub(super) enum Backing {
     /// Anonymous memory of this process.
     Private,
-    /// Memory that whoever has the descriptor may map.
+    /// Memory of a file. Every holder of its descriptor may map it.
     #[cfg(target_os = "linux")]
     Shared(File),
 }
 
-/// Memory of this process, unmapped when dropped.
+/// Memory of this process. Its drop unmaps it.
 pub(super) struct Memory {
     at: NonNull<u8>,
     len: usize,
@@ -76,12 +76,12 @@ fn map(len: usize, backing: &Backing) -> io::Result<NonNull<u8>> {
 }
 
 impl Memory {
-    /// Maps `len` bytes of anonymous private memory, a positive multiple of the page size.
+    /// Maps `len` bytes of anonymous private memory. `len` is a positive multiple of the page size.
     pub(super) fn map(len: usize) -> io::Result<Self> {
         Self::new(len, Backing::Private)
     }
 
-    /// Maps `len` bytes, a positive multiple of the page size.
+    /// Maps `len` bytes of `backing`. `len` is a positive multiple of the page size.
     pub(super) fn new(len: usize, backing: Backing) -> io::Result<Self> {
         Ok(Self { at: map(len, &backing)?, len, backing, plain: true })
     }
@@ -111,11 +111,11 @@ impl Memory {
         offset.checked_add(len).is_some_and(|end| end <= self.len)
     }
 
-    /// Copies out of it; it must be readable.
+    /// Copies bytes from `offset` on into `into`. The part must be readable.
     pub(super) fn read(&self, offset: usize, into: &mut [u8]) {
         assert!(self.inside(offset, into.len()), "the copy is outside of the mapping");
         match self.backing {
-            // SAFETY: inside the mapping, which nobody unmaps while it is borrowed; `into` is
+            // SAFETY: inside the mapping, which cannot be unmapped while it is borrowed; `into` is
             // another object.
             Backing::Private => unsafe {
                 ptr::copy_nonoverlapping(
@@ -132,7 +132,7 @@ impl Memory {
         }
     }
 
-    /// Copies into it; it must be writable.
+    /// Copies `from` into the memory, from `offset` on. The part must be writable.
     pub(super) fn write(&mut self, offset: usize, from: &[u8]) {
         assert!(self.inside(offset, from.len()), "the copy is outside of the mapping");
         match self.backing {
@@ -148,16 +148,16 @@ impl Memory {
         }
     }
 
-    /// A byte that other mappings of the same memory may access at the same time.
+    /// Returns a byte of shared memory. Other mappings may access it at the same time.
     #[cfg(target_os = "linux")]
     fn byte(&self, offset: usize) -> &AtomicU8 {
         assert!(offset < self.len, "the byte is outside of the mapping");
-        // SAFETY: inside the mapping, which nobody unmaps while it is borrowed. This module's other
-        // accesses of shared memory are atomic, too.
+        // SAFETY: inside the mapping, which cannot be unmapped while it is borrowed. All other
+        // accesses of shared memory by this module are atomic, too.
         unsafe { AtomicU8::from_ptr(self.at.as_ptr().add(offset)) }
     }
 
-    /// Discards its pages: they read as zeros afterwards.
+    /// Discards pages. They are zero afterwards.
     #[cfg(target_os = "linux")]
     pub(super) fn discard(&mut self, offset: usize, len: usize) -> io::Result<()> {
         assert!(self.inside(offset, len), "what is discarded is outside of the mapping");
@@ -170,12 +170,13 @@ impl Memory {
         }
     }
 
-    /// Elsewhere that call is a hint: new pages take their place, readable and writable.
+    /// Discards pages by mapping new ones, readable and writable: elsewhere `madvise` is only a
+    /// hint.
     #[cfg(not(target_os = "linux"))]
     pub(super) fn discard(&mut self, offset: usize, len: usize) -> io::Result<()> {
         assert!(self.inside(offset, len), "what is discarded is outside of the mapping");
         let flags = MapFlags::PRIVATE | MapFlags::FIXED;
-        // SAFETY: inside the mapping, which is ours and into which there are no references: the new
+        // SAFETY: inside the mapping, which is ours and into which there are no references. The new
         // pages replace only those.
         unsafe { mm::mmap_anonymous(self.at(offset), len, RIGHTS, flags).map(drop) }
     }
@@ -192,7 +193,7 @@ impl Memory {
         unsafe { mm::mprotect(self.at(offset), len, flags) }
     }
 
-    /// Bytes that parts of it are multiples of: a page, or a huge page.
+    /// Returns the page size of the memory in bytes: a page, or a huge page.
     pub(super) fn unit(&self) -> usize {
         match &self.backing {
             Backing::Private => page_size(),
@@ -201,7 +202,7 @@ impl Memory {
         }
     }
 
-    /// Elsewhere one call replaces it.
+    /// Replaces the memory by new memory at the same address. Elsewhere one call does so.
     #[cfg(not(target_os = "linux"))]
     pub(super) fn replace(&mut self, backing: Backing) -> Result<(), Refused> {
         self.discard(0, self.len).map_err(Refused::Unchanged)?;
@@ -209,7 +210,8 @@ impl Memory {
         Ok(())
     }
 
-    /// Without `mremap`: a new mapping, readable and writable, and a copy of what fits.
+    /// Moves the memory to a new mapping of `len` bytes, by a copy. The new mapping is readable and
+    /// writable. For systems without `mremap`.
     #[cfg(not(target_os = "linux"))]
     pub(super) fn copied(&mut self, len: usize) -> io::Result<()> {
         let new = Self::new(len, Backing::Private)?;
@@ -222,7 +224,7 @@ impl Memory {
         Ok(())
     }
 
-    /// Unmaps it; who is refused gets it back.
+    /// Unmaps the memory. If the kernel refuses, returns it with the error.
     pub(super) fn unmap(mut self) -> Result<(), (Self, io::Errno)> {
         // SAFETY: the mapping is ours, and there are no references into it.
         match unsafe { mm::munmap(self.at(0), self.len) } {
@@ -234,7 +236,7 @@ impl Memory {
         }
     }
 
-    /// Leaves it mapped for ever.
+    /// Leaves the memory mapped for ever, and counts it.
     pub(super) fn leak(mut self) {
         LEAKED.fetch_add(self.len as u64, std::sync::atomic::Ordering::Relaxed);
         self.len = 0;
@@ -249,17 +251,18 @@ impl Memory {
 impl Drop for Memory {
     fn drop(&mut self) {
         if self.len != 0 {
-            // SAFETY: as in `unmap`. It cannot fail for a mapping that is there, but for want of
-            // kernel memory; then it stays.
+            // SAFETY: as in `unmap`. It fails for an existing mapping only if the kernel lacks
+            // memory; the mapping then stays.
             let _ = unsafe { mm::munmap(self.at(0), self.len) };
         }
     }
 }
 
-/// Why memory was not replaced.
+/// Reason why memory was not replaced.
 pub(super) enum Refused {
+    /// Nothing has changed.
     Unchanged(io::Errno),
-    /// The new memory is there, at another address.
+    /// The old address is lost. The new memory is mapped at another address.
     #[cfg_attr(
         not(target_os = "linux"),
         expect(dead_code, reason = "only `mremap` leaves that open")

@@ -1,5 +1,5 @@
-//! Which ranges are watched, and how often: what one user no longer watches another may still
-//! watch.
+//! The watched ranges. Several watches may overlap: memory is watched until the last of them is
+//! removed.
 #![forbid(unsafe_code)]
 
 use crate::index::{Indexed, IntervalIndex, Ordered};
@@ -8,13 +8,13 @@ use crate::sync::{Arc, AtomicBool, Ordering};
 use alloc::vec::Vec;
 use slab::Slab;
 
-/// A registration of interest in a range.
+/// One watch of a range, as the index stores it.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) struct Watched {
     pub(super) range: AddressRange,
-    /// Tells it from others of the same range.
+    /// Distinguishes watches of the same range.
     serial: u64,
-    /// Where its state is.
+    /// Index of its state in `Watches::states`.
     slot: usize,
 }
 
@@ -30,11 +30,11 @@ impl Indexed for Watched {
     }
 }
 
-/// What a watch and its source both know.
+/// State that a watch shares with its source.
 pub(super) struct WatchState {
-    /// Its memory has gone, as a whole or in part, or its source has ended.
+    /// The memory is gone, at least in part, or the source has ended (M2).
     ended: AtomicBool,
-    /// Its end is not reported: its holder hears of it by the invalidation.
+    /// The end is not reported, because the invalidation tells the holder.
     quiet: bool,
 }
 
@@ -44,10 +44,11 @@ impl WatchState {
     }
 }
 
+/// All watches of a source. Under the lock of its table.
 pub(super) struct Watches {
     index: IntervalIndex<Watched>,
     states: Slab<Arc<WatchState>>,
-    /// The serial of the last one.
+    /// Serial of the newest watch.
     last: u64,
 }
 
@@ -70,22 +71,22 @@ impl Watches {
         }
     }
 
-    /// Watches again what had ended.
+    /// Marks a watch as armed again.
     pub(super) fn renew(&mut self, watched: Watched) {
         if let Some(state) = self.states.get(watched.slot) {
             state.ended.store(false, Ordering::Release);
         }
     }
 
-    /// The parts of `range` that nobody watches, as ranges that do not touch.
+    /// Returns the parts of `range` that are not watched, as ranges that do not touch.
     pub(super) fn unwatched(&self, range: AddressRange) -> Vec<AddressRange> {
         let mut free = Vec::new();
-        // Where the next free part would begin; `None` behind the last address.
+        // Start of the next gap; `None` behind the last address.
         let mut from = Some(range.start());
         let mut gap = |from: u64, end: u64| {
             free.extend((from < end).then(|| AddressRange::new(from, end - from).ok()).flatten())
         };
-        // In order of their start.
+        // The index calls back in the order of the starts.
         self.index.overlapping(range, |Watched { range: watched, .. }| {
             let Some(at) = from else { return };
             gap(at, watched.start());
@@ -97,14 +98,15 @@ impl Watches {
         free
     }
 
-    /// Whether a watch exists.
+    /// Returns `true` if the watch still exists.
     pub(super) fn has(&self, watched: Watched) -> bool {
         let mut has = false;
         self.index.overlapping(watched.range, |other| has |= other == watched);
         has
     }
 
-    /// Ends the watches of what `range` overlaps. Calls `lost` with those that nobody else tells.
+    /// Ends every watch that overlaps `range`. Calls `lost` with each one that was armed and is not
+    /// quiet.
     pub(super) fn end(&self, range: AddressRange, mut lost: impl FnMut(Watched)) {
         self.index.overlapping(range, |watched| {
             let Some(state) = self.states.get(watched.slot) else { return };
@@ -114,7 +116,7 @@ impl Watches {
         });
     }
 
-    /// Calls `each` with all that is watched, in order of start. Allocates nothing.
+    /// Calls `each` with every watched range, in the order of the starts. Does not allocate.
     pub(super) fn for_each(&self, mut each: impl FnMut(AddressRange)) {
         self.index.overlapping(AddressRange::ALL, |watched| each(watched.range));
     }

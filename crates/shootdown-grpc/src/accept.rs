@@ -1,4 +1,4 @@
-//! From a socket that listens to connections whose peers are known.
+//! From a listening socket to connections with known peers.
 #![forbid(unsafe_code)]
 
 use crate::limits::Limits;
@@ -17,13 +17,13 @@ use tokio::time::{sleep, timeout};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-/// After how long a socket that cannot accept is tried again: the process has no file descriptors
+/// Time after which a socket that cannot accept is tried again: the process has no file descriptors
 /// left.
 const AGAIN: Duration = Duration::from_millis(50);
 
-/// Takes connections as long as somebody receives them.
+/// Accepts connections as long as they are received.
 pub(crate) struct Door {
-    /// `None`: no TLS, and nobody's name is known.
+    /// `None`: no TLS, and peers have no names.
     pub(crate) tls: Option<TlsAcceptor>,
     pub(crate) limits: Limits,
     pub(crate) tally: Tally,
@@ -66,14 +66,14 @@ impl Door {
         }
     }
 
-    /// Finds out who is there.
+    /// Authenticates a peer.
     async fn greet(
         &self,
         stream: TcpStream,
         address: SocketAddr,
         permit: OwnedSemaphorePermit,
     ) -> Option<Socket> {
-        // An `Inv` is small and must not wait for more.
+        // An `Inv` is small and must not be delayed.
         let _ = stream.set_nodelay(true);
         let (wire, shown): (Box<dyn Wire>, _) = match &self.tls {
             None => (Box::new(stream), None),

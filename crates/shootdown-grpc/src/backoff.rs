@@ -1,9 +1,9 @@
-//! How long to wait before the next try.
+//! Waits between tries.
 #![forbid(unsafe_code)]
 
 use std::time::Duration;
 
-/// Twice as long each time, with a random part of up to half of it left out.
+/// A wait that doubles each time. Up to half of it is left out at random.
 #[derive(Debug)]
 pub(crate) struct Backoff {
     first: Duration,
@@ -17,17 +17,18 @@ impl Backoff {
         Self { first, longest, next: first, last: Duration::ZERO }
     }
 
-    /// What was waited last, at most. What has lasted for longer than that was a success.
+    /// Returns the upper bound of the last wait. A connection that has lasted longer counts as a
+    /// success.
     pub(crate) fn last(&self) -> Duration {
         self.last
     }
 
-    /// A try was a success.
+    /// Records a success: the next wait is the first one again.
     pub(crate) fn reset(&mut self) {
         self.next = self.first;
     }
 
-    /// The next wait is the longest.
+    /// Makes the next wait the longest one.
     pub(crate) fn slow_down(&mut self) {
         self.next = self.longest;
     }

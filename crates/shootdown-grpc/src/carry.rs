@@ -1,4 +1,4 @@
-//! What a link carries, both ways.
+//! Messages of a link, in both directions.
 #![forbid(unsafe_code)]
 
 use crate::codec::{self, Heard, Malformed};
@@ -12,10 +12,10 @@ use tokio::sync::mpsc;
 use tokio::time::timeout;
 use tonic::{Code, Status, Streaming};
 
-/// Fetches that are remembered; of more, the oldest is asked again.
+/// Number of fetches that are remembered. Beyond it the oldest is asked again.
 const FETCHES: usize = 4_096;
 
-/// How long the owner may take to hear that the mirror has left.
+/// How long the owner may take to learn that the mirror has left.
 const FAREWELL: Duration = Duration::from_secs(2);
 
 /// How a link has ended.
@@ -25,8 +25,8 @@ pub(crate) enum Ended {
     Down(Status),
 }
 
-/// Carries messages until the link breaks or the mirror has left. The last `farewell` is kept, to
-/// be said again by the next link if the owner may not have heard it.
+/// Carries messages until the link breaks or the mirror has left. Keeps the last `farewell`, so
+/// that the next link can repeat it if the owner may not have received it.
 pub(crate) async fn carry(
     leased: &Leased,
     mut incoming: Streaming<proto::FromOwner>,
@@ -36,11 +36,11 @@ pub(crate) async fn carry(
 ) -> Ended {
     let mut pieces = Pieces::default();
     if let Some(farewell) = farewell {
-        // The first one: there is room.
+        // The first message, so there is room.
         let _ = sender.send(codec::from_mirror(farewell)).await;
     }
     loop {
-        // Only when there is room, so that what is not sent stays with the mirror.
+        // Only if there is room, so that unsent messages stay with the mirror.
         let outgoing = async {
             let Ok(room) = sender.reserve().await else { return std::future::pending().await };
             (room, leased.next_message().await)
@@ -64,7 +64,7 @@ pub(crate) async fn carry(
             }
         }
     }
-    // The owner ends its half when it has heard all.
+    // The owner ends its half when it has received everything.
     drop(sender);
     let rest = async {
         loop {
@@ -86,7 +86,7 @@ pub(crate) async fn carry(
     })
 }
 
-/// A message for the mirror, with the contents that belong to it.
+/// A message for the mirror, with its contents.
 type Whole = (ToMirror, Option<Vec<u8>>);
 
 fn hear(
@@ -121,11 +121,12 @@ fn hear(
     heard.map_err(|what| counted(what.into()))
 }
 
-/// Contents on their way, of fetches that were asked by this link.
+/// Contents being received, of fetches of this link.
 #[derive(Default)]
 struct Pieces(BTreeMap<Asked, (u64, Vec<u8>)>);
 
-/// A fetch. An earlier life of the host may have asked with the same nonce, in an epoch of its own.
+/// Identifies a fetch. An earlier life of the host may have used the same nonce, in an epoch of its
+/// own.
 type Asked = (Epoch, Nonce);
 
 impl Pieces {
@@ -133,12 +134,12 @@ impl Pieces {
         if self.0.len() == FETCHES && !self.0.contains_key(&of) {
             self.0.pop_first();
         }
-        // Asked again: what has come of it goes on.
+        // A repeated fetch: the pieces received so far stay.
         self.0.entry(of).or_insert_with(|| (length.unwrap_or(u64::MAX), Vec::new()));
     }
 
     fn add(&mut self, of: Asked, offset: u64, data: &[u8]) -> Result<(), Malformed> {
-        // Forgotten, or given up.
+        // Forgotten, or cancelled.
         let Some((length, contents)) = self.0.get_mut(&of) else { return Ok(()) };
         if offset == 0 {
             contents.clear();
@@ -151,7 +152,7 @@ impl Pieces {
         Ok(())
     }
 
-    /// All that has come, if it is all that was asked for.
+    /// Returns the contents, if they are complete.
     fn take(&mut self, of: Asked) -> Option<Vec<u8>> {
         let (length, contents) = self.0.remove(&of)?;
         (contents.len() as u64 == length).then_some(contents)

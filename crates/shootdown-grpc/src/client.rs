@@ -1,4 +1,4 @@
-//! The mirror's side: a link to the owner, made again whenever it breaks.
+//! The mirror's side: a link to the owner that is made again whenever it breaks.
 #![forbid(unsafe_code)]
 
 use crate::backoff::Backoff;
@@ -25,10 +25,10 @@ use tokio::time::{Instant, sleep, timeout};
 use tonic::metadata::{Ascii, MetadataValue};
 use tonic::{Code, Request, Status};
 
-/// Messages between the mirror and its connection.
+/// Capacity of the queue from the mirror to its connection.
 const OUTGOING: usize = 16;
 
-/// Why a client cannot be made.
+/// Reason why a client cannot be made.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ClientError {
@@ -37,21 +37,21 @@ pub enum ClientError {
         "how the owner is known is not said: call `tls` (or `insecure_plaintext`, where everybody on the network is trusted)"
     )]
     NoSecurity,
-    /// No [`ClientBuilder::owner`].
+    /// [`ClientBuilder::owner`] was not called.
     #[error("no owner to connect to")]
     NoOwner,
-    /// Not `host:port`, or the host is no name that a certificate may have.
+    /// The address is not `host:port`, or the host cannot be a name in a certificate.
     #[error("{0:?} is no address of an owner: `host:port`")]
     Address(String),
-    /// A space's name is empty or longer than 255 bytes.
+    /// The name of the space is empty or longer than 255 bytes.
     #[error("a space's name has 1 to 255 bytes, not {0}")]
     SpaceName(usize),
-    /// The name for a server without TLS is no text of a header.
+    /// The name for a server without TLS is not valid in a header.
     #[error("the mirror's name is no text of visible ASCII")]
     Name,
 }
 
-/// How a client is made: [`Client::builder`].
+/// Settings of a client. [`Client::builder`] returns them.
 #[derive(Debug)]
 pub struct ClientBuilder {
     space: String,
@@ -70,53 +70,53 @@ enum Security {
 }
 
 impl ClientBuilder {
-    /// An owner to try, as `host:port`. With several, those that may be the owner are tried one
-    /// after the other.
+    /// Adds an owner as `host:port`. With several owners the client tries them one after the other.
     pub fn owner(mut self, address: impl Into<String>) -> Self {
         self.owners.push(address.into());
         self
     }
 
-    /// The name that the owner's certificate must have, if it is not the host of its address.
+    /// Sets the name that the owner's certificate must have, if it is not the host of its address.
     pub fn server_name(mut self, name: impl Into<String>) -> Self {
         self.server_name = Some(name.into());
         self
     }
 
-    /// The mirror shows a certificate, and so does the owner.
+    /// Uses TLS. The mirror and the owner show certificates.
     pub fn tls(mut self, tls: ClientTls) -> Self {
         self.security = Some(Security::Tls(tls));
         self
     }
 
-    /// No TLS, for a server that has none; the mirror says its name.
+    /// Uses no TLS, for a server without it. The mirror states its `name`.
     pub fn insecure_plaintext(mut self, name: impl Into<String>) -> Self {
         self.security = Some(Security::Plaintext(name.into()));
         self
     }
 
-    /// How long to wait before a link is made again: at first, and at most. A random part of up to
-    /// half of it is left out, so that mirrors do not come all at once. 20 ms and 1 s unless
-    /// changed; the longest should be below half of a term.
+    /// Sets the first and the longest wait before a link is made again. Up to half of a wait is
+    /// left out at random, so that mirrors do not come all at once. The default is 20 ms and 1 s.
+    /// The longest wait should be below half of a term.
     pub fn backoff(mut self, first: Duration, longest: Duration) -> Self {
         self.backoff = (first, longest.max(first));
         self
     }
 
-    /// How long a connection may take until the owner has taken the stream. 2 s unless changed.
+    /// Sets how long a connection may take until the owner has taken the stream. The default is 2
+    /// s.
     pub fn connect_timeout(mut self, time: Duration) -> Self {
         self.connect_timeout = time;
         self
     }
 
-    /// After how long without traffic the owner is asked whether it is there, and how long its
-    /// answer may take before the link is made anew. 2 s each unless changed.
+    /// Sets after how long without traffic the owner is probed, and how long its answer may take
+    /// before the link is made again. The default is 2 s each.
     pub fn keep_alive(mut self, interval: Duration, time: Duration) -> Self {
         self.keep_alive = (interval, time);
         self
     }
 
-    /// Checks what was said. Nothing is connected yet.
+    /// Checks the settings and makes a client. It does not connect yet.
     ///
     /// # Errors
     /// [`ClientError`].
@@ -153,7 +153,7 @@ impl ClientBuilder {
     }
 }
 
-/// The mirror's end of the transport. A handle: clones are the same.
+/// The mirror's side of the transport. This is a handle; clones share one client.
 #[derive(Clone, Debug)]
 pub struct Client {
     inner: Arc<Inner>,
@@ -169,7 +169,7 @@ struct Inner {
     connect_timeout: Duration,
 }
 
-/// Why there is no link.
+/// Reason why there is no link.
 #[derive(Debug, Error)]
 enum NoLink {
     #[error("{0}")]
@@ -185,7 +185,7 @@ enum NoLink {
 }
 
 impl Client {
-    /// A client for a space by that name.
+    /// Returns settings of a client for a space with that name.
     pub fn builder(space: impl Into<String>) -> ClientBuilder {
         ClientBuilder {
             space: space.into(),
@@ -198,11 +198,11 @@ impl Client {
         }
     }
 
-    /// Carries the messages of a mirror, in a task: connects, and connects again whenever the link
-    /// breaks. That ends no epoch. Its [`Leased::run`] is the program's to spawn.
+    /// Carries the messages of a mirror in a task. Connects, and connects again whenever the link
+    /// breaks, which ends no epoch. The program itself spawns [`Leased::run`].
     ///
     /// # Panics
-    /// Outside a tokio runtime.
+    /// Outside of a tokio runtime.
     pub fn connect(&self, leased: Leased) -> Connection {
         let state = Arc::<LinkState>::default();
         let task = tokio::spawn(self.clone().run(leased, state.clone()));
@@ -224,7 +224,7 @@ impl Client {
                         backoff.reset();
                     }
                     match status.code() {
-                        // Two processes with one certificate: nothing gained by hurry.
+                        // Two processes use one certificate. Retrying soon does not help.
                         Code::Aborted => backoff.slow_down(),
                         Code::Unavailable | Code::PermissionDenied => {
                             owner = owners.next().unwrap_or(owner)
@@ -264,8 +264,8 @@ impl Client {
             if let Some(name) = &inner.name {
                 request.metadata_mut().insert(INSECURE_NAME, name.clone());
             }
-            // What the owner itself says has no source. TLS tells a client that its certificate is
-            // refused when the handshake is over on its side.
+            // A status from the owner itself has no source. With TLS a client learns that its
+            // certificate is refused only after the handshake on its side.
             let broken = |status: &Status| std::error::Error::source(status).is_some();
             client.mirror(request).await.map_err(|status| {
                 if broken(&status) { NoLink::Ended } else { NoLink::Refused(status) }
@@ -275,7 +275,7 @@ impl Client {
             timeout(inner.connect_timeout, open).await.map_err(|_| NoLink::Slow)??.into_inner();
         let began = Instant::now();
         state.up(&inner.space, owner);
-        // A mirror that is out has nothing to ask; what it may have to say yet is that it has left.
+        // A mirror that is out has no questions. It may still have to say that it has left.
         if !matches!(leased.standing(), Standing::Out) {
             leased.connected();
         }
@@ -290,7 +290,7 @@ fn messages(
     futures::stream::poll_fn(move |cx| outgoing.poll_recv(cx))
 }
 
-/// What the task of a connection writes down.
+/// State that the task of a connection records.
 #[derive(Debug, Default)]
 struct LinkState {
     up: AtomicBool,
@@ -314,20 +314,20 @@ impl LinkState {
     }
 }
 
-/// What a client has seen so far.
+/// Counters of a client. [`Connection::counts`] returns them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ClientCounts {
     /// Links made.
     pub links: u64,
-    /// Tries that came to none.
+    /// Failed tries.
     pub failed: u64,
-    /// Messages of the owner that do not decode, or say what cannot be.
+    /// Messages of the owner that do not decode or are impossible.
     pub malformed: u64,
 }
 
-/// The link of a mirror to its owner, kept by a task. Dropped, the link is cut; the lease ends by
-/// itself.
+/// The link of a mirror to its owner, kept by a task. [`Client::connect`] returns it. Its drop cuts
+/// the link; the lease then ends by time.
 #[derive(Debug)]
 pub struct Connection {
     task: JoinHandle<()>,
@@ -335,20 +335,20 @@ pub struct Connection {
 }
 
 impl Connection {
-    /// Whether there is a link now, as far as this end knows. Nothing follows from that for the
-    /// lease.
+    /// Returns `true` if there is a link now, as far as this side knows. This says nothing about
+    /// the lease.
     pub fn is_up(&self) -> bool {
         self.state.up.load(Ordering::Relaxed)
     }
 
-    /// Why there was no link, the last time that there was none: which owner was tried, and what it
-    /// said or did. The client goes on trying whatever it is. Look here first when a mirror gets
-    /// nowhere, then at [`Leased::denied`](shootdown_lease::engine::Leased::denied).
+    /// Returns the reason of the last failure: the owner that was tried, and what it answered or
+    /// did. The client keeps trying in any case. If a mirror makes no progress, look here first,
+    /// then at [`Leased::denied`](shootdown_lease::engine::Leased::denied).
     pub fn last_error(&self) -> Option<String> {
         self.state.why.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// What happened so far.
+    /// Returns the counters.
     pub fn counts(&self) -> ClientCounts {
         let get = |count: &AtomicU64| count.load(Ordering::Relaxed);
         ClientCounts {
@@ -358,12 +358,12 @@ impl Connection {
         }
     }
 
-    /// Waits until the mirror has left ([`Leased::leave`]) and the owner was told. Where no owner
-    /// can be reached that is for ever: put a time limit around it. Whoever is not told waits for
-    /// the lease.
+    /// Waits until the mirror has left ([`Leased::leave`]) and the owner has been told. If no owner
+    /// can be reached, this never resolves, so use a timeout. An owner that is not told waits for
+    /// the end of the lease.
     ///
     /// # Cancel safety
-    /// Nothing is lost by dropping it.
+    /// The future may be dropped at any moment.
     pub async fn ended(&mut self) {
         if !self.task.is_finished() {
             let _ = (&mut self.task).await;

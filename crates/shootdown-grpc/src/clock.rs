@@ -5,14 +5,14 @@ use rustix::time::{ClockId, clock_gettime};
 use shootdown_lease::Time;
 use shootdown_lease::engine::Clock;
 
-/// `CLOCK_BOOTTIME`: it goes on while the host is suspended, as leases have to.
+/// `CLOCK_BOOTTIME`. It continues while the host is suspended, as leases require.
 ///
-/// It stands still in a virtual machine that is paused: see the README.
+/// It stops in a virtual machine that is paused: see the README.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct BootClock;
 
 impl BootClock {
-    /// The time since the host was started.
+    /// Returns the time since the host was started.
     pub fn now(self) -> Time {
         let time = clock_gettime(ClockId::Boottime);
         let (seconds, nanos) =

@@ -1,4 +1,5 @@
-//! Messages of the protocol as messages of gRPC, and back. What does not decode is a [`Malformed`].
+//! Conversion between messages of the protocol and messages of gRPC. A message that does not decode
+//! is [`Malformed`].
 #![forbid(unsafe_code)]
 
 use crate::limits::{MAX_RANGES, MAX_SPACE_NAME};
@@ -12,17 +13,17 @@ use std::time::Duration;
 use thiserror::Error;
 use tonic::Status;
 
-/// What a message says that cannot be. It ends the stream that it came by.
+/// Reason why a message is invalid. It ends its stream.
 #[derive(Clone, Debug, PartialEq, Eq, Error)]
 #[non_exhaustive]
 pub enum Malformed {
     /// The message has no content that this version knows.
     #[error("the message says nothing that this version knows")]
     Empty,
-    /// A part that must be there is not.
+    /// A required part is missing.
     #[error("`{0}` is missing")]
     Missing(&'static str),
-    /// A range that ends before it starts.
+    /// A range ends before it starts.
     #[error("a range ends at {last:#x}, before it starts at {start:#x}")]
     Range {
         /// First address.
@@ -30,25 +31,25 @@ pub enum Malformed {
         /// Last address.
         last: u64,
     },
-    /// A set of ranges without one.
+    /// A set contains no range.
     #[error("a set of no ranges")]
     NoRanges,
-    /// A set of more than 1,024 ranges.
+    /// A set contains more than 1,024 ranges.
     #[error("a set of {0} ranges: 1,024 are the most")]
     ManyRanges(usize),
-    /// A space's name that is empty or longer than 255 bytes.
+    /// The name of a space is empty or longer than 255 bytes.
     #[error("a space's name of {0} bytes: it has 1 to 255")]
     SpaceName(usize),
-    /// `Open` again, or another message before it.
+    /// `Open` was repeated, or another message came before it.
     #[error("`Open` is the first message of a stream, and no other is")]
     Open,
-    /// A term of nothing.
+    /// The term is zero.
     #[error("a term of zero")]
     Term,
-    /// A reason for a refusal that this version does not know.
+    /// This version does not know the reason of a refusal.
     #[error("a refusal for the unknown reason {0}")]
     Refusal(i32),
-    /// Contents that nobody asked for, more of them than was asked for, or not in their order.
+    /// The contents were not requested, are too long, or are out of order.
     #[error("contents that were not asked for, or not in their order")]
     Contents,
 }
@@ -59,14 +60,14 @@ impl From<Malformed> for Status {
     }
 }
 
-/// What a mirror's stream carries.
+/// A message on a mirror's stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Received {
     Open(String),
     Message(ToOwner),
 }
 
-/// What an owner's stream carries.
+/// A message on an owner's stream.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) enum Heard {
     Message(ToMirror),
@@ -99,8 +100,8 @@ fn ranges(list: Vec<proto::Range>) -> Result<RangeSet, Malformed> {
     RangeSet::new(list).map_err(|_| Malformed::NoRanges)
 }
 
-/// As many ranges as a message may have. Neighbours become one if there are more: to let go of more
-/// than what changes is safe.
+/// Returns as many ranges as a message may have. If there are more, neighbours are merged:
+/// releasing more than what changes is safe.
 fn to_ranges(ranges: &RangeSet) -> Vec<proto::Range> {
     let each = ranges.len().div_ceil(MAX_RANGES).max(1);
     let hull = |part: &[AddressRange]| {
@@ -212,7 +213,7 @@ fn to_refusal(why: Refusal) -> Why {
     }
 }
 
-/// The first message of a stream.
+/// Makes the first message of a stream.
 pub(crate) fn open(space: &str) -> proto::FromMirror {
     let open = proto::Open { space: space.to_owned() };
     proto::FromMirror { message: Some(proto::from_mirror::Message::Open(open)) }
@@ -275,7 +276,7 @@ pub(crate) fn from_owner(message: &ToMirror) -> proto::FromOwner {
     proto::FromOwner { message: Some(message) }
 }
 
-/// A piece of what a fetch asked for.
+/// Makes a message with a piece of the contents of a fetch.
 pub(crate) fn piece(
     epoch: Epoch,
     nonce: Nonce,

@@ -15,12 +15,12 @@ use tokio_rustls::TlsConnector;
 use tokio_rustls::rustls::pki_types::ServerName;
 use tonic::transport::{Channel, Endpoint, Error};
 
-/// Bytes of the headers of an answer.
+/// Maximum size of an answer's headers in bytes.
 const HEADERS: u32 = 8 * 1_024;
-/// Bytes of contents that may be on their way.
+/// Flow-control window for contents in bytes.
 const WINDOW: u32 = 1 << 20;
 
-/// Where an owner is, and which name its certificate must have.
+/// Address of an owner, and the name that its certificate must have.
 #[derive(Clone, Debug)]
 pub(crate) struct Address {
     text: Arc<str>,
@@ -28,7 +28,7 @@ pub(crate) struct Address {
 }
 
 impl Address {
-    /// From `host:port`; an IPv6 address stands in brackets.
+    /// Parses `host:port`. An IPv6 address is in brackets.
     pub(crate) fn read(text: &str, server_name: Option<&str>) -> Option<Self> {
         let (host, port) = text.rsplit_once(':')?;
         port.parse::<u16>().ok()?;
@@ -48,20 +48,20 @@ impl fmt::Display for Address {
     }
 }
 
-/// Why there is no connection.
+/// Reason why there is no connection.
 #[derive(Debug, Error)]
 pub(crate) enum DialError {
     #[error("no connection: {}", chain(.0))]
     Transport(#[from] Error),
 }
 
-/// An error with what is behind it, as texts.
+/// Returns an error and its sources as text.
 fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(error) = source {
         let behind = error.to_string();
-        // Some say what is behind them as well.
+        // Some errors already contain the text of their source.
         if !text.ends_with(&behind) {
             text.push_str(": ");
             text.push_str(&behind);
@@ -84,7 +84,7 @@ impl Dial {
         address: &Address,
         time: Duration,
     ) -> Result<Channel, DialError> {
-        // The connector below does TLS, so tonic is told of none.
+        // The connector below does TLS, so tonic is not told of it.
         let endpoint = Endpoint::from_shared(format!("http://{address}"))?
             .connect_timeout(time)
             .http2_keep_alive_interval(self.keep_alive.0.min(LONGEST))
@@ -105,7 +105,7 @@ async fn connect(
     address: Address,
 ) -> io::Result<TokioIo<Box<dyn Wire>>> {
     let stream = TcpStream::connect(&*address.text).await?;
-    // An acknowledgement is small and must not wait for more.
+    // An acknowledgement is small and must not be delayed.
     let _ = stream.set_nodelay(true);
     let wire: Box<dyn Wire> = match tls {
         None => Box::new(stream),

@@ -1,4 +1,4 @@
-//! Who the owner is, where there may be several: an election in etcd (feature `etcd`).
+//! Election of the owner among several candidates, in etcd (feature `etcd`).
 #![forbid(unsafe_code)]
 
 use crate::clock::BootClock;
@@ -12,26 +12,26 @@ use thiserror::Error;
 use tokio::task::JoinHandle;
 use tokio::time::{sleep, timeout};
 
-/// Why somebody is not the owner.
+/// Reason why a candidate is not the owner.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum CampaignError {
-    /// etcd cannot be reached, or does not do it.
+    /// etcd cannot be reached, or refuses.
     #[error("etcd: {0}")]
     Etcd(#[from] EtcdError),
-    /// etcd was not heard of for as long as the key lives: campaign again.
+    /// There was no reply of etcd for the key's time to live. Campaign again.
     #[error("etcd was not heard of for the time to live of the key: campaign again")]
     Lost,
-    /// etcd says that it has a leader and does not say which key.
+    /// etcd reports a leader without its key.
     #[error("etcd names no leader")]
     NoLeader,
 }
 
 /// A candidate for the ownership of memory.
 ///
-/// The keys of all candidates stand below `election` in etcd, each under a lease that its candidate
-/// keeps alive; the oldest is the owner's. The revision at which it was created is larger for each
-/// later owner: it is the [`Boot`].
+/// The keys of all candidates are below `election` in etcd, each under a lease that its candidate
+/// keeps alive. The oldest key is the owner's. Its creation revision is larger for each later
+/// owner, and is the [`Boot`].
 #[derive(Clone, Debug)]
 pub struct Campaign {
     endpoints: Vec<String>,
@@ -43,9 +43,9 @@ pub struct Campaign {
 }
 
 impl Campaign {
-    /// A candidate that asks the members of etcd at these URLs. All candidates for a memory name
-    /// the same election; none may be called as another one with `/…` behind, because etcd waits
-    /// for the keys of both.
+    /// Makes a candidate that uses the members of etcd at these URLs. All candidates for a memory
+    /// use the same election. An election must not be named like another one followed by `/…`,
+    /// because etcd would wait for the keys of both.
     pub fn new(
         endpoints: impl IntoIterator<Item = impl Into<String>>,
         election: impl Into<String>,
@@ -62,46 +62,46 @@ impl Campaign {
         }
     }
 
-    /// How etcd is reached: its TLS, user, time-outs.
+    /// Sets how etcd is reached: TLS, user, timeouts.
     pub fn options(mut self, options: ConnectOptions) -> Self {
         self.options = Some(options);
         self
     }
 
-    /// What the key says, for whoever looks at it: such as the address at which mirrors find the
-    /// owner.
+    /// Sets the value of the key, for other readers: for example the address at which mirrors find
+    /// the owner.
     pub fn value(mut self, value: impl Into<Vec<u8>>) -> Self {
         self.value = value.into();
         self
     }
 
-    /// How long the key outlives its candidate, rounded up to seconds; 5 s unless changed. etcd
-    /// gives more if its own election takes longer.
+    /// Sets how long the key outlives its candidate, rounded up to seconds. The default is 5 s.
+    /// etcd grants more if its own election takes longer.
     pub fn time_to_live(mut self, time_to_live: Duration) -> Self {
         self.time_to_live = time_to_live;
         self
     }
 
-    /// How far a clock may be from real time:
+    /// Sets the largest deviation of a clock from real time:
     /// [`Terms::drift_ppm`](shootdown_lease::Terms::drift_ppm).
     pub fn drift_ppm(mut self, drift_ppm: u32) -> Self {
         self.drift_ppm = drift_ppm;
         self
     }
 
-    /// Waits until this candidate is the owner. Its key is kept alive by a task from then on.
+    /// Waits until this candidate is the owner. A task then keeps its key alive.
     ///
-    /// The memory has survived an earlier owner, whose mirrors may still hold on: begin with
+    /// The memory has survived an earlier owner, whose mirrors may still hold on. Begin with
     /// [`Memory::Survived`](shootdown_lease::Memory::Survived) and the boot of the [`Ownership`].
     ///
-    /// # Cancel safety
-    /// Dropped, the candidate steps back; its key lives on for its time to live at most.
-    ///
     /// # Errors
-    /// [`CampaignError`]: nothing is owned then.
+    /// [`CampaignError`]. The candidate then owns nothing.
     ///
     /// # Panics
-    /// Outside a tokio runtime.
+    /// Outside of a tokio runtime.
+    ///
+    /// # Cancel safety
+    /// If the future is dropped, the candidate withdraws. Its key may live on for its time to live.
     pub async fn win(&self) -> Result<Ownership, CampaignError> {
         let mut client = Client::connect(&self.endpoints, self.options.clone()).await?;
         let seconds = i64::try_from(self.time_to_live.as_nanos().div_ceil(1_000_000_000))
@@ -120,7 +120,7 @@ impl Campaign {
         let key = match won.map(|mut won| won.take_leader()) {
             Ok(key) => key.ok_or(CampaignError::NoLeader)?,
             Err(error) => {
-                // So that its key does not become an owner that nobody is.
+                // Otherwise its key could become an owner without a candidate.
                 let _ = client.lease_revoke(lease.id()).await;
                 return Err(error.into());
             }
@@ -133,7 +133,7 @@ impl Campaign {
     }
 }
 
-/// How long an ownership lasts, for whoever has to ask. A handle: clones say the same.
+/// The time until which an ownership lasts. This is a handle; clones share it.
 #[derive(Clone, Debug)]
 pub struct Held {
     /// In nanoseconds of [`BootClock`].
@@ -142,29 +142,29 @@ pub struct Held {
 }
 
 impl Held {
-    /// Whether it lasted until `now`: to be asked with a time that was read after what it is asked
-    /// for has begun. It counts from when etcd was *asked* to keep the key, so that it ends before
-    /// etcd gives the memory to another one. It ends once, and for good.
+    /// Returns `true` if the ownership lasted until `now`. Read `now` after the guarded action has
+    /// begun. The time counts from when etcd was *asked* to keep the key, so the ownership ends
+    /// before etcd gives the memory to another candidate. It ends once, and for good.
     pub fn is_held(&self, now: Time) -> bool {
         now < self.until()
     }
 
-    /// The end as it is known now, exclusive.
+    /// Returns the end as known now, exclusive.
     pub fn until(&self) -> Time {
         Time::from_nanos(self.until.load(Ordering::Acquire))
     }
 
-    /// Ends when it is lost.
+    /// Resolves when the ownership is lost.
     ///
     /// # Cancel safety
-    /// Nothing is lost by dropping it.
+    /// The future may be dropped at any moment.
     pub async fn lost(&self) {
         loop {
             let left = self.until().since(BootClock.now());
             if left.is_zero() {
                 return;
             }
-            // The timer stands still while the host is suspended; the clock of the check does not.
+            // The timer stops while the host is suspended; the clock of the check does not.
             sleep(left.min(Duration::from_millis(100))).await;
         }
     }
@@ -176,7 +176,7 @@ impl Held {
         asked + Duration::from_nanos(u64::try_from(usable).unwrap_or(u64::MAX))
     }
 
-    /// A reply has come to what was asked then. Returns whether it lasts.
+    /// Handles the reply to a question asked at `asked`. Returns `true` if the ownership lasts.
     fn extend(&self, asked: Time, time_to_live: i64) -> bool {
         let now = BootClock.now();
         if time_to_live <= 0 || !self.is_held(now) {
@@ -184,7 +184,7 @@ impl Held {
             return false;
         }
         let end = self.end(asked, time_to_live).as_nanos();
-        // What has ended meanwhile stays so.
+        // An ownership that has ended meanwhile stays so.
         let longer = |until: u64| (until != 0).then(|| until.max(end));
         self.until.fetch_update(Ordering::AcqRel, Ordering::Acquire, longer).is_ok()
     }
@@ -194,12 +194,12 @@ impl Held {
     }
 }
 
-/// The ownership of memory: won by [`Campaign::win`], kept by a task, lost when etcd is not heard
-/// of for long enough, or when it is dropped.
+/// The ownership of memory. [`Campaign::win`] returns it, and a task keeps it. It is lost if etcd
+/// does not reply for long enough, or when it is dropped.
 ///
-/// An owner that stood still may not know yet that it is none. Ask [`Held::is_held`] before the
-/// memory is changed; where that may stand still as well, give the [`boot`](Self::boot) with each
-/// change to a memory that refuses smaller ones than it has seen.
+/// An owner that was stopped may not know yet that it is none. Call [`Held::is_held`] before the
+/// memory is changed. If a stop between the check and the change is possible, pass the
+/// [`boot`](Self::boot) with each change to a memory that refuses smaller boots than it has seen.
 pub struct Ownership {
     client: Client,
     key: LeaderKey,
@@ -210,28 +210,28 @@ pub struct Ownership {
 }
 
 impl Ownership {
-    /// The revision at which the key was created: larger than that of each earlier owner. A fencing
-    /// token.
+    /// Returns the creation revision of the key. It is larger than that of each earlier owner: a
+    /// fencing token.
     pub fn boot(&self) -> Boot {
         self.boot
     }
 
-    /// How long it lasts.
+    /// Returns how long the ownership lasts.
     pub fn held(&self) -> Held {
         self.held.clone()
     }
 
-    /// Whether it lasted until `now`: see [`Held::is_held`].
+    /// Returns `true` if the ownership lasted until `now`: see [`Held::is_held`].
     pub fn is_held(&self, now: Time) -> bool {
         self.held.is_held(now)
     }
 
-    /// Gives the memory away: the next candidate wins at once. Nothing may change the memory any
-    /// more.
+    /// Gives the memory away, so that the next candidate wins at once. Nothing may change the
+    /// memory any more.
     ///
     /// # Errors
-    /// etcd does not hear it; the key then lives for its time to live. Where etcd stands still this
-    /// waits for it: put a time limit around it.
+    /// etcd has not received it. The key then lives for its time to live. If etcd does not reply,
+    /// this waits, so use a timeout.
     pub async fn resign(mut self) -> Result<(), CampaignError> {
         self.held.end_now();
         self.keeper.0.abort();
@@ -262,7 +262,7 @@ impl Drop for Ownership {
     }
 }
 
-/// Ends with what it keeps.
+/// Aborts a task when it is dropped.
 #[derive(Debug)]
 struct Keeper(JoinHandle<()>);
 
@@ -272,11 +272,11 @@ impl Drop for Keeper {
     }
 }
 
-/// Asks five times in each time to live; on a new stream when one does not answer.
+/// Asks five times in each time to live, on a new stream if one does not reply.
 async fn keep(mut client: Client, lease: i64, time_to_live: i64, held: Held) {
     let interval = Duration::from_secs(u64::try_from(time_to_live).unwrap_or(1)) / 5;
     while held.is_held(BootClock.now()) {
-        // Opening asks as well. What it says counts by the next reply only.
+        // Opening a stream also asks. Its result counts only with the next reply.
         if let Ok(Ok((mut keeper, mut replies))) =
             timeout(interval, client.lease_keep_alive(lease)).await
         {

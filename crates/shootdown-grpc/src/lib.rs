@@ -2,20 +2,20 @@
 #![cfg_attr(docsrs, feature(doc_cfg))]
 #![forbid(unsafe_code)]
 
-// Map of the modules: each uses only those above it.
+// Map of the modules. Each uses only those above it.
 //
-// | module | it holds |
+// | module | contents |
 // | --- | --- |
 // | `clock` | `CLOCK_BOOTTIME` |
-// | `limits` | bounds |
-// | `proto`, `codec` | messages, and what is malformed |
-// | `name`, `tls` | who a peer is |
-// | `observe` | what is counted and told |
-// | `space` | what is shared, and with whom |
+// | `limits` | limits |
+// | `proto`, `codec` | messages, and their malformed forms |
+// | `name`, `tls` | identity of a peer |
+// | `observe` | counters, `tracing`, `metrics` |
+// | `space` | shared memory, and the mirrors that may join it |
 // | `list`, `socket`, `accept` | connections of an owner |
 // | `sending`, `service`, `server` | streams of an owner |
 // | `backoff`, `dial`, `carry`, `client` | the link of a mirror |
-// | `etcd` | who the owner is |
+// | `etcd` | election of the owner |
 
 mod accept;
 mod backoff;

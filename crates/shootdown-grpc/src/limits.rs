@@ -1,61 +1,61 @@
-//! Bounds on what a peer can send, and on what it can cost.
+//! Limits on the messages and the cost of a peer.
 #![forbid(unsafe_code)]
 
 use std::time::Duration;
 
-/// Ranges in one set.
+/// Maximum number of ranges in a set.
 pub(crate) const MAX_RANGES: usize = 1_024;
-/// Bytes of a space's name.
+/// Maximum length of a space's name in bytes.
 pub(crate) const MAX_SPACE_NAME: usize = 255;
-/// Bytes of one message of a mirror.
+/// Maximum size of a mirror's message in bytes.
 pub(crate) const MAX_FROM_MIRROR: usize = 1_024;
-/// Bytes of one message of an owner.
+/// Maximum size of an owner's message in bytes.
 pub(crate) const MAX_FROM_OWNER: usize = 128 * 1_024;
-/// Bytes of one piece of contents.
+/// Size of a piece of contents in bytes.
 pub(crate) const PIECE: usize = 64 * 1_024;
 
-/// A timer has no later end.
+/// Longest time for a timer.
 pub(crate) const LONGEST: Duration = Duration::from_secs(10 * 365 * 86_400);
 
-/// What a peer of a server may do and cost. The bounds of single messages are part of the protocol
-/// and stand in `proto/shootdown.proto`.
+/// Limits for the peers of a server. The limits of single messages are part of the protocol, in
+/// `proto/shootdown.proto`.
 #[derive(Clone, Debug)]
 #[non_exhaustive]
 pub struct Limits {
-    /// Connections at one time, those that have not shown a certificate yet included. Further ones
-    /// are closed at once. 4,096 unless changed; above the number of mirrors.
+    /// Maximum number of connections, including those that have not shown a certificate. Further
+    /// ones are closed at once. The default is 4,096. Use more than the number of mirrors.
     pub connections: usize,
-    /// Of those, before they have shown a certificate. 256 unless changed.
+    /// Maximum number of connections that have not shown a certificate yet. The default is 256.
     pub handshakes: usize,
-    /// Of those, by one certificate. A further one ends the oldest, so that a host that was cut off
-    /// can come back. 64 unless changed; above the number of spaces, because a mirror has a
-    /// connection for each.
+    /// Maximum number of connections with one certificate. A further one ends the oldest, so that a
+    /// host that was cut off can come back. The default is 64. Use more than the number of spaces,
+    /// because a mirror has one connection for each.
     pub connections_of_a_name: usize,
-    /// How long a TLS handshake may take, and how long a connection may stay without a stream. 5 s
-    /// unless changed.
+    /// How long a TLS handshake may take, and how long a connection may have no stream. The default
+    /// is 5 s.
     pub handshake: Duration,
-    /// How long a stream may take to say which space it is for. 5 s unless changed.
+    /// How long a stream may take to name its space. The default is 5 s.
     pub open: Duration,
-    /// Streams of one connection. 16 unless changed.
+    /// Maximum number of streams of one connection. The default is 16.
     pub streams_of_a_connection: u32,
-    /// Messages that one stream may send in a second, over some time. What comes faster is left in
-    /// the mirror's socket. 20,000 unless changed.
+    /// Maximum rate of messages of one stream per second, over some time. Faster messages stay in
+    /// the mirror's socket. The default is 20,000.
     pub messages_a_second: u32,
-    /// Messages that it may send at once before that bound holds. 4,096 unless changed.
+    /// Number of messages that a stream may send at once before the rate applies. The default is
+    /// 4,096.
     pub burst: u32,
-    /// Bytes that one fetch may ask for; a stream may have twice as many in memory. 16 MiB unless
-    /// changed.
+    /// Maximum number of bytes of one fetch. A stream may have twice as many in memory. The default
+    /// is 16 MiB.
     pub fetch: u64,
-    /// Fetches of one stream that wait to be read and sent. Further ones are refused. 1,024 unless
-    /// changed.
+    /// Maximum number of fetches of one stream that wait to be read and sent. Further ones are
+    /// refused. The default is 1,024.
     pub fetches: usize,
-    /// Bytes of the headers of a request. 8 KiB unless changed.
+    /// Maximum size of a request's headers in bytes. The default is 8 KiB.
     pub headers: u32,
-    /// After how long without traffic a connection is asked whether it is there. 10 s unless
-    /// changed.
+    /// Time without traffic after which a connection is probed. The default is 10 s.
     pub keep_alive: Duration,
-    /// How long the answer may take, before the connection is closed. 10 s unless changed. A peer
-    /// that takes nothing of what is sent is given up after both times.
+    /// How long the answer to a probe may take before the connection is closed. The default is 10
+    /// s. A peer that takes no written bytes is given up after both times.
     pub keep_alive_timeout: Duration,
 }
 

@@ -9,7 +9,7 @@ use tokio_util::sync::CancellationToken;
 
 type OfName = HashMap<Arc<[Name]>, VecDeque<(u64, CancellationToken)>>;
 
-/// The connections of each certificate's names, from the oldest.
+/// The connections of each name in certificates, oldest first.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct List(Arc<Mutex<(u64, OfName)>>);
 
@@ -40,7 +40,7 @@ impl List {
     }
 }
 
-/// A connection on the list; forgotten with it.
+/// A connection on the list. Its drop removes it.
 #[derive(Debug)]
 pub(crate) struct Listed {
     list: List,

@@ -1,4 +1,4 @@
-//! Who a peer is: the names in its certificate.
+//! Identity of a peer: the names in its certificate.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -7,19 +7,19 @@ use std::time::{Duration, SystemTime};
 use tokio_rustls::rustls::pki_types::CertificateDer;
 use x509_parser::prelude::{FromDer, GeneralName, X509Certificate};
 
-/// Where a peer without a certificate says its name, on a server without TLS.
+/// Header in which a peer states its name on a server without TLS.
 pub(crate) const INSECURE_NAME: &str = "shootdown-insecure-name";
 
-/// A name that a certificate gives its holder: a DNS or URI entry of its subject alternative names.
-/// The common name counts for nothing, nor does a name with a wildcard.
+/// A name of a certificate's holder: a DNS or URI entry of the subject alternative names. The
+/// common name and names with a wildcard do not count.
 ///
-/// Made from a text: with `://` in it it is a URI (as SPIFFE has them), compared byte by byte;
-/// otherwise a DNS name, compared without regard to case.
+/// Made from a text. A text with `://` is a URI (as in SPIFFE), and is compared byte by byte. Any
+/// other text is a DNS name, and is compared without regard to case.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Name {
-    /// Of a host, in lower case, without a final dot.
+    /// Name of a host, in lower case, without a final dot.
     Dns(String),
-    /// Such as `spiffe://example.org/gpu-1`.
+    /// A URI, such as `spiffe://example.org/gpu-1`.
     Uri(String),
 }
 
@@ -40,7 +40,7 @@ impl fmt::Display for Name {
     }
 }
 
-/// Who has shown a certificate that the roots vouch for.
+/// The holder of a verified certificate.
 #[derive(Clone, Debug)]
 pub(crate) struct Shown {
     pub(crate) names: Arc<[Name]>,
@@ -48,7 +48,7 @@ pub(crate) struct Shown {
     pub(crate) valid_for: Duration,
 }
 
-/// Reads a certificate that was verified already. `None` if it names nobody.
+/// Reads a verified certificate. Returns `None` if it has no usable name.
 pub(crate) fn shown(certificate: &CertificateDer<'_>) -> Option<Shown> {
     let (_, certificate) = X509Certificate::from_der(certificate).ok()?;
     let entries = certificate.subject_alternative_name().ok()??;
@@ -106,7 +106,7 @@ mod tests {
         );
         assert_eq!(names(vec![SanType::DnsName(text("*.example"))]), None);
         assert_eq!(names(vec![]), None, "a common name says nothing");
-        // A DNS entry that looks like a URI is none.
+        // A DNS entry that looks like a URI does not count.
         assert_eq!(names(vec![SanType::DnsName(text("spiffe://example/gpu-1"))]), None);
     }
 }

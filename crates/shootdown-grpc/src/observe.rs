@@ -1,11 +1,11 @@
-//! What is counted, and what the features `tracing` and `metrics` are told of it.
+//! Counters, and their reports through the features `tracing` and `metrics`.
 #![forbid(unsafe_code)]
 
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// What a server counts.
+/// A counter of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Count {
     Connections,
@@ -29,7 +29,7 @@ pub(crate) enum Count {
 const COUNTS: usize = Count::WithoutStream as usize + 1;
 
 impl Count {
-    /// Why a peer was refused, for those counts that say so.
+    /// Returns the reason of a refusal, if the counter is one of refusals.
     fn refusal(self) -> Option<&'static str> {
         Some(match self {
             Self::Full => "full",
@@ -60,7 +60,7 @@ impl Count {
     }
 }
 
-/// The counts of a server, while it runs and after. A handle: clones count the same.
+/// The counters of a server, also after its end. This is a handle; clones share the counters.
 #[derive(Clone, Debug, Default)]
 pub struct Tally(Arc<[AtomicU64; COUNTS]>);
 
@@ -76,7 +76,7 @@ impl Tally {
         }
     }
 
-    /// Counts a refusal, and says whose.
+    /// Counts a refusal, and reports the peer.
     pub(crate) fn refuse(&self, count: Count, who: impl fmt::Display, why: impl fmt::Display) {
         self.add(count);
         #[cfg(feature = "tracing")]
@@ -85,7 +85,7 @@ impl Tally {
         let _ = (who, why, count.refusal());
     }
 
-    /// What was counted so far.
+    /// Returns the counters.
     pub fn counts(&self) -> ServerCounts {
         let get = |count: Count| self.0[count as usize].load(Ordering::Relaxed);
         ServerCounts {
@@ -109,48 +109,47 @@ impl Tally {
     }
 }
 
-/// What a server has seen so far. What the protocol counts is in
-/// [`Hub::counts`](shootdown_lease::engine::Hub::counts).
+/// Counters of a server. [`Hub::counts`](shootdown_lease::engine::Hub::counts) has those of the
+/// protocol.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ServerCounts {
-    /// Connections accepted from the socket, those that were refused then included.
+    /// Connections accepted from the socket, including those that were then refused.
     pub connections: u64,
-    /// Connections closed because there were as many as may be, and the oldest of a certificate's
-    /// when it had as many as it may have.
+    /// Connections closed because of the limit, and the oldest one of a certificate at its limit.
     pub full: u64,
-    /// TLS handshakes that failed: no certificate, one of other roots, one that has expired or is
-    /// revoked, none in time, or no TLS at all.
+    /// Failed TLS handshakes: no certificate, one of other roots, an expired or revoked one, none
+    /// in time, or no TLS.
     pub handshakes: u64,
     /// Certificates without a usable name.
     pub nameless: u64,
-    /// Streams for a space that is not here, or that the certificate's names may not join.
+    /// Streams for an unknown space, or for one that the certificate's names may not join.
     pub not_admitted: u64,
     /// Streams that did not begin with `Open`, or not in time.
     pub not_opened: u64,
-    /// Messages that do not decode, or say what cannot be.
+    /// Messages that do not decode or are impossible.
     pub malformed: u64,
     /// Messages longer than 1 KiB.
     pub oversized: u64,
-    /// Messages that came when this owner owned the memory no more.
+    /// Messages received after this owner had lost the memory.
     pub not_owner: u64,
     /// Streams opened.
     pub streams: u64,
-    /// Streams that ended for a newer one of the same host and space.
+    /// Streams replaced by a newer one of the same host and space.
     pub replaced: u64,
     /// Messages handed to a hub.
     pub messages: u64,
-    /// Times that a stream sent faster than it may and was read later.
+    /// How often a stream sent too fast and was read later.
     pub throttled: u64,
-    /// Fetches that were refused because too many of one stream waited.
+    /// Fetches refused because too many of one stream were waiting.
     pub fetches_dropped: u64,
-    /// Fetches that were refused because the contents are too long or could not be read.
+    /// Fetches refused because the contents were too long or could not be read.
     pub unreadable: u64,
-    /// Connections that ended without ever having had a stream.
+    /// Connections that ended without any stream.
     pub without_stream: u64,
 }
 
-/// A stream of a mirror begins.
+/// Reports that a mirror's stream has begun.
 pub(crate) fn stream_began(space: &str, host: u64, who: &dyn fmt::Display) {
     #[cfg(feature = "metrics")]
     metrics::gauge!("shootdown_grpc_streams", "space" => space.to_owned()).increment(1.0);
@@ -159,7 +158,7 @@ pub(crate) fn stream_began(space: &str, host: u64, who: &dyn fmt::Display) {
     let _ = (space, host, who);
 }
 
-/// A stream of a mirror has ended. Its epoch goes on.
+/// Reports that a mirror's stream has ended. Its epoch continues.
 pub(crate) fn stream_ended(space: &str, host: u64) {
     #[cfg(feature = "metrics")]
     metrics::gauge!("shootdown_grpc_streams", "space" => space.to_owned()).decrement(1.0);
@@ -168,7 +167,7 @@ pub(crate) fn stream_ended(space: &str, host: u64) {
     let _ = (space, host);
 }
 
-/// The way to the owner changes.
+/// Reports a change of the link to the owner.
 pub(crate) fn link(space: &str, what: &dyn fmt::Display, up: bool) {
     #[cfg(feature = "metrics")]
     metrics::gauge!("shootdown_grpc_link_up", "space" => space.to_owned()).set(if up {
@@ -185,13 +184,13 @@ pub(crate) fn link(space: &str, what: &dyn fmt::Display, up: bool) {
     let _ = (space, what, up);
 }
 
-/// What a space's hub counts, told now and then.
+/// The counters of a space's hub, reported from time to time.
 #[cfg(any(feature = "tracing", feature = "metrics"))]
 pub(crate) mod books {
     use shootdown_lease::OwnerCounts;
     use shootdown_lease::engine::Hub;
 
-    /// Tells what has changed since `before`.
+    /// Reports the changes since `before`.
     pub(crate) fn tell(space: &str, hub: &Hub, before: &mut OwnerCounts) {
         let now = hub.counts();
         #[cfg(feature = "metrics")]

@@ -1,4 +1,4 @@
-//! What `proto/shootdown.proto` generates.
+//! Code generated from `proto/shootdown.proto`.
 #![allow(missing_docs, unreachable_pub, clippy::all, clippy::pedantic, reason = "generated")]
 
 tonic::include_proto!("shootdown.v1");

@@ -1,4 +1,4 @@
-//! The owner's half of a stream: what its hub has for a mirror, and contents between that.
+//! The owner's half of a stream: messages of its hub, interleaved with contents.
 #![forbid(unsafe_code)]
 
 use crate::codec;
@@ -26,14 +26,14 @@ type Read = (Serve, Result<Bytes, Unreadable>);
 
 type Message = Result<proto::FromOwner, Status>;
 
-/// What a stream sends, where its end can drop it: a peer that takes nothing is never asked again,
-/// and would keep all that was read for it.
+/// The sender of a stream, which the end of the stream can drop. A peer that takes nothing is never
+/// polled again, and would keep all contents in memory.
 #[derive(Clone)]
 pub(crate) struct Place(Arc<Mutex<Placed>>);
 
 enum Placed {
     Sending(BoxStream<'static, Message>),
-    /// Out of its place: no lock is held while it works.
+    /// Taken out of its slot: no lock is held while it works.
     AtWork,
     Ended,
 }
@@ -46,7 +46,7 @@ impl Place {
         ))))))
     }
 
-    /// Drops it, now or when it has done what it is at.
+    /// Drops the sender, now or when it has finished its current work.
     pub(crate) fn end(&self) {
         drop(self.put(Placed::Ended));
     }
@@ -58,7 +58,7 @@ impl Place {
     fn poll_next(&self, cx: &mut Context<'_>) -> Poll<Option<Message>> {
         let mut sending = match self.put(Placed::AtWork) {
             Placed::Sending(sending) => sending,
-            // How it has ended is about to be said.
+            // The status is about to be sent.
             Placed::AtWork | Placed::Ended => {
                 self.end();
                 return Poll::Pending;
@@ -76,12 +76,12 @@ impl Place {
     }
 }
 
-/// The owner's half of a stream, as gRPC asks for it.
+/// The owner's half of a stream, in gRPC's form.
 pub(crate) struct Half {
     pub(crate) place: Place,
-    /// How the mirror's half has ended; `None` when that was said.
+    /// How the mirror's half has ended; `None` once that was sent.
     pub(crate) end: Option<oneshot::Receiver<Option<Status>>>,
-    /// When this is dropped the mirror's half ends as well.
+    /// Ends the mirror's half when this is dropped.
     pub(crate) _ended: DropGuard,
 }
 
@@ -102,28 +102,28 @@ impl Stream for Half {
     }
 }
 
-/// Contents that are being sent, and how much of them has been.
+/// Contents being sent, and their progress.
 struct Piecewise {
     serve: Serve,
     contents: Bytes,
     sent: usize,
 }
 
-/// What goes out by one stream. Messages come before contents, so that an `Inv` waits for one piece
-/// of contents at most, and for nothing that is being read.
+/// Sends the output of one stream. Messages go before contents, so an `Inv` waits for one piece of
+/// contents at most, and never for a read.
 pub(crate) struct Sending {
     link: Link,
     contents: Arc<dyn Contents>,
     limits: Limits,
     tally: Tally,
     peer: Peer,
-    /// Not begun.
+    /// Fetches that have not begun.
     waiting: VecDeque<Serve>,
     reading: FuturesUnordered<BoxFuture<'static, Read>>,
     read: VecDeque<Piecewise>,
-    /// All that is here, so that what is asked again is served once.
+    /// All fetches of the stream, so that a repeated fetch is served once.
     serves: Vec<Serve>,
-    /// Bytes of those that are not waiting.
+    /// Number of bytes of the fetches that have begun.
     begun: u64,
     over: bool,
 }
@@ -152,7 +152,7 @@ impl Sending {
         }
     }
 
-    /// The next message, once there is one; `None` at the end.
+    /// Waits for the next message. Returns `None` at the end.
     pub(crate) async fn next(&mut self) -> Option<Result<proto::FromOwner, Status>> {
         loop {
             if self.over {
@@ -197,7 +197,7 @@ impl Sending {
         }
     }
 
-    /// Takes a fetch, or says why not.
+    /// Accepts a fetch, or returns a refusal.
     fn take(&mut self, serve: Serve) -> Option<proto::FromOwner> {
         if self.serves.iter().any(|known| is_same(known, &serve)) {
             return None;
@@ -213,8 +213,8 @@ impl Sending {
         None
     }
 
-    /// Reads what there is room for, all of it at once: one range may be under invalidation for
-    /// long.
+    /// Reads as many fetches as there is room for, concurrently: one range may be under
+    /// invalidation for long.
     fn begin(&mut self) {
         while let Some(serve) = self.waiting.pop_front() {
             let begun = self.begun.saturating_add(bytes(&serve));
@@ -231,7 +231,7 @@ impl Sending {
         }
     }
 
-    /// The next piece of what was read, or the message after the last one.
+    /// Returns the next piece of contents, or the message after the last piece.
     fn piece(&mut self) -> Option<proto::FromOwner> {
         let first = self.read.front_mut()?;
         if first.sent == first.contents.len() {
@@ -258,7 +258,7 @@ impl Sending {
         })
     }
 
-    /// One that was begun is over.
+    /// Removes a fetch that is over.
     fn forget(&mut self, serve: &Serve) {
         self.begun = self.begun.saturating_sub(bytes(serve));
         self.serves.retain(|known| !is_same(known, serve));
@@ -273,7 +273,7 @@ fn is_same(one: &Serve, other: &Serve) -> bool {
     (one.epoch(), one.nonce()) == (other.epoch(), other.nonce())
 }
 
-/// A newer stream has taken over.
+/// Returns the status of a stream that a newer one has replaced.
 pub(crate) fn replaced() -> Status {
     Status::aborted("a newer stream of this host has replaced this one")
 }

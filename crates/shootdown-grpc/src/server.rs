@@ -1,4 +1,4 @@
-//! The owner's side: a socket, who may connect, and the spaces that they may join.
+//! The owner's side: a socket, the peers that may connect, and the spaces that they may join.
 #![forbid(unsafe_code)]
 
 use crate::accept::Door;
@@ -21,7 +21,7 @@ use tokio::sync::mpsc;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::sync::CancellationToken;
 
-/// Why a server cannot begin.
+/// Reason why a server cannot start.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum ServerError {
@@ -30,7 +30,7 @@ pub enum ServerError {
         "who may connect is not said: call `tls` (or `insecure_plaintext`, where everybody on the network is trusted)"
     )]
     NoSecurity,
-    /// A space's name is empty or longer than 255 bytes.
+    /// The name of a space is empty or longer than 255 bytes.
     #[error("a space's name has 1 to 255 bytes, not {0}")]
     SpaceName(usize),
     /// The address cannot be bound.
@@ -38,7 +38,7 @@ pub enum ServerError {
     Bind(#[from] io::Error),
 }
 
-/// How a server is made: [`Server::builder`].
+/// Settings of a server. [`Server::builder`] returns them.
 #[derive(Debug, Default)]
 pub struct ServerBuilder {
     security: Option<Security>,
@@ -54,32 +54,32 @@ enum Security {
 }
 
 impl ServerBuilder {
-    /// Mirrors show certificates, and so does the owner.
+    /// Uses TLS. The mirrors and the owner show certificates.
     pub fn tls(mut self, tls: ServerTls) -> Self {
         self.security = Some(Security::Tls(tls));
         self
     }
 
-    /// No TLS: whoever reaches the port is who it says it is, reads the memory, and can keep every
-    /// invalidation waiting. For tests, and for networks on which everybody is trusted.
+    /// Uses no TLS. Any process that reaches the port can take any name, read the memory, and delay
+    /// every invalidation. For tests, and for networks in which every host is trusted.
     pub fn insecure_plaintext(mut self) -> Self {
         self.security = Some(Security::Plaintext);
         self
     }
 
-    /// Offers a space by that name, of 1 to 255 bytes.
+    /// Offers a space by a name of 1 to 255 bytes.
     pub fn space(mut self, name: impl Into<Arc<str>>, space: Space) -> Self {
         self.spaces.insert(name.into(), space);
         self
     }
 
-    /// What peers may do and cost.
+    /// Sets the limits for peers.
     pub fn limits(mut self, limits: Limits) -> Self {
         self.limits = limits;
         self
     }
 
-    /// Listens at an address. Mirrors are served by [`Server::run`].
+    /// Listens at an address. [`Server::run`] then serves mirrors.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -108,7 +108,7 @@ impl ServerBuilder {
     }
 }
 
-/// The owner's end of the transport: it listens, and serves the mirrors of its spaces.
+/// The owner's side of the transport. It listens, and serves the mirrors of its spaces.
 pub struct Server {
     listener: TcpListener,
     address: SocketAddr,
@@ -119,36 +119,36 @@ pub struct Server {
 }
 
 impl Server {
-    /// A server without a space and without a way in.
+    /// Returns settings of a server, without a space and without TLS.
     pub fn builder() -> ServerBuilder {
         ServerBuilder::default()
     }
 
-    /// Where it listens.
+    /// Returns the address at which it listens.
     pub fn local_addr(&self) -> SocketAddr {
         self.address
     }
 
-    /// What it counts, to be kept while it runs.
+    /// Returns a handle to its counters. Keep it while the server runs.
     pub fn tally(&self) -> Tally {
         self.tally.clone()
     }
 
-    /// Serves mirrors, for ever. Streams and handshakes are tasks of their own.
+    /// Serves mirrors for ever. Each stream and each handshake is a task.
     ///
     /// # Cancel safety
-    /// Dropped, the server stops: it listens no more and all connections are cut. That ends no
-    /// epoch; mirrors try to connect again.
+    /// If the future is dropped, the server stops listening and cuts all connections. This ends no
+    /// epoch, and mirrors try to connect again.
     ///
     /// # Panics
-    /// Outside a tokio runtime, or in one without timers or I/O.
+    /// Outside of a tokio runtime, or in one without timers or I/O.
     pub async fn run(self) -> Infallible {
         let cut = CancellationToken::new();
         let _cut_all = cut.clone().drop_guard();
         let Self { listener, tls, spaces, limits, tally, .. } = self;
         let door =
             Door { tls, limits: limits.clone(), tally: tally.clone(), cut, list: List::default() };
-        // One at a time: what waits here has its place already.
+        // One at a time: a connection that waits here has its permit already.
         let (ready, mut accepted) = mpsc::channel(1);
         let incoming = futures::stream::poll_fn(move |cx| accepted.poll_recv(cx));
         let told = tell_books(&spaces);
@@ -183,11 +183,11 @@ impl fmt::Debug for Server {
     }
 }
 
-/// How often it is told what the hubs count.
+/// Interval between two reports of the hubs' counters.
 #[cfg(any(feature = "tracing", feature = "metrics"))]
 const TELL: std::time::Duration = std::time::Duration::from_secs(1);
 
-/// Tells now and then what the hubs count.
+/// Reports the hubs' counters from time to time.
 #[cfg(any(feature = "tracing", feature = "metrics"))]
 fn tell_books(spaces: &BTreeMap<Arc<str>, Space>) -> impl Future<Output = Infallible> + use<> {
     let hubs =

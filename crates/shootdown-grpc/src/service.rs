@@ -1,4 +1,4 @@
-//! The service: who a stream is, which space it is for, and its mirror's half.
+//! The service: the peer and the space of a stream, and its mirror's half.
 #![forbid(unsafe_code)]
 
 use crate::codec::{Malformed, Received};
@@ -31,7 +31,7 @@ pub(crate) struct Service {
     pub(crate) streams: Arc<Mutex<(u64, Streams)>>,
 }
 
-/// Who has opened a stream, and for what.
+/// The peer that has opened a stream, and the space.
 struct Opened {
     space: Arc<str>,
     host: Host,
@@ -93,7 +93,7 @@ impl Shootdown for Service {
                 &peer,
                 format!("asked for the space {space:?}: {why}"),
             );
-            // The same for all, so that nobody learns which spaces there are.
+            // The same answer for all, so that a peer does not learn which spaces exist.
             return Err(Status::permission_denied(
                 "no such space, or no name of this certificate may join it",
             ));
@@ -173,14 +173,14 @@ impl Service {
     }
 }
 
-/// What is said on a stream that could not be read.
+/// Returns the status to send on a stream that could not be read.
 fn failed(tally: &Tally, peer: &Peer, status: Status) -> Status {
     match status.code() {
         Code::OutOfRange => {
             tally.refuse(Count::Oversized, peer, status.message());
             status
         }
-        // What the decoder says; a broken connection has a source.
+        // A status of the decoder. A broken connection has a source.
         Code::Internal | Code::Unimplemented if std::error::Error::source(&status).is_none() => {
             tally.refuse(Count::Malformed, peer, status.message());
             Status::invalid_argument(status.message())
@@ -200,7 +200,7 @@ fn not_owner() -> Status {
     Status::unavailable("this owner owns the space no more")
 }
 
-/// A stream among those of its host; forgotten with it, if no newer one is there.
+/// Registers a stream of its host. Its drop removes it, unless a newer one has replaced it.
 struct Registered {
     streams: Arc<Mutex<(u64, Streams)>>,
     key: (Arc<str>, Host),
@@ -227,7 +227,7 @@ struct Receiving {
 }
 
 impl Receiving {
-    /// Hands messages to the hub until the stream ends. Returns what to say, if anything.
+    /// Hands messages to the hub until the stream ends. Returns the status to send, if any.
     async fn run(mut self) -> Option<Status> {
         let mut pace = Pace::new(&self.limits);
         let ended = self.ended.clone();
@@ -267,7 +267,7 @@ impl Receiving {
             Received::Open(_) => return Err(malformed(Malformed::Open)),
         };
         self.tally.add(Count::Messages);
-        // The hub asks whether it holds the memory before it grants anything, and takes
+        // The hub checks that it holds the memory before it grants anything, and always takes
         // acknowledgements.
         self.space.hub.handle(self.opened.host, message);
         if !self.space.hub.holds() {
@@ -279,11 +279,11 @@ impl Receiving {
     }
 }
 
-/// How fast a stream may send: so many messages at once, so many in a second.
+/// Rate limit of a stream: a burst, and messages per second.
 struct Pace {
     each: Duration,
     burst: Duration,
-    /// When all that came would have come at the pace.
+    /// When all received messages would have come at that rate.
     at: Option<Instant>,
 }
 
@@ -293,7 +293,7 @@ impl Pace {
         Self { each, burst: each * limits.burst.max(1), at: None }
     }
 
-    /// A message has come. Returns how long the next one has to wait, if at all.
+    /// Counts a message. Returns how long the next one must wait, if at all.
     fn wait(&mut self, now: Instant) -> Option<Duration> {
         let at = self.at.map_or(now, |at| at.max(now)) + self.each;
         self.at = Some(at);

@@ -1,4 +1,4 @@
-//! One connection of a mirror: what it reads from, who is behind it, and when it is cut.
+//! One connection of a mirror: its bytes, its peer, and the conditions to cut it.
 #![forbid(unsafe_code)]
 
 use crate::limits::LONGEST;
@@ -19,11 +19,11 @@ use tokio::time::{Instant, Sleep, sleep_until};
 use tokio_util::sync::{CancellationToken, WaitForCancellationFutureOwned};
 use tonic::transport::server::Connected;
 
-/// Who is behind a connection, for each of its streams.
+/// The peer of a connection, for each of its streams.
 #[derive(Clone, Debug)]
 pub(crate) struct Peer {
     pub(crate) address: SocketAddr,
-    /// In its certificate; `None` without TLS.
+    /// Names in its certificate; `None` without TLS.
     pub(crate) names: Option<Arc<[Name]>>,
     pub(crate) use_: Arc<Use>,
 }
@@ -37,12 +37,12 @@ impl fmt::Display for Peer {
     }
 }
 
-/// Whether a connection is of use.
+/// Use of a connection: the number of its streams.
 #[derive(Debug, Default)]
 pub(crate) struct Use {
     streams: AtomicUsize,
     ever: AtomicBool,
-    /// A stream has begun or ended since this was looked at.
+    /// A stream has begun or ended since the last check.
     lately: AtomicBool,
 }
 
@@ -52,7 +52,7 @@ impl Use {
     }
 }
 
-/// A stream of a connection, as long as it is one.
+/// Counts a stream of a connection while it exists.
 #[derive(Debug)]
 pub(crate) struct InUse(Arc<Use>);
 
@@ -72,16 +72,16 @@ impl Drop for InUse {
     }
 }
 
-/// Bytes, encrypted or not.
+/// A byte stream, encrypted or not.
 pub(crate) trait Wire: AsyncRead + AsyncWrite + Send + Unpin {}
 
 impl<T: AsyncRead + AsyncWrite + Send + Unpin> Wire for T {}
 
-/// What a connection costs as long as it is there.
+/// Resources that a connection holds while it exists.
 #[derive(Debug)]
 pub(crate) struct Slot {
     pub(crate) _permit: OwnedSemaphorePermit,
-    /// Forgets the connection among those of its name.
+    /// Removes the connection from the list of its name.
     pub(crate) _listed: Option<Listed>,
 }
 
@@ -91,12 +91,12 @@ pub(crate) struct Socket {
     peer: Peer,
     tally: Tally,
     cut: Pin<Box<WaitForCancellationFutureOwned>>,
-    /// When it is looked at whether it has streams.
+    /// Next check whether the connection has streams.
     idle: Pin<Box<Sleep>>,
     idle_for: Duration,
-    /// When the certificate ends.
+    /// End of the certificate.
     end: Pin<Box<Sleep>>,
-    /// When a peer that takes nothing of what is written is given up.
+    /// When a peer that takes no written bytes is given up.
     stalled: Option<Pin<Box<Sleep>>>,
     stalled_for: Duration,
     _slot: Slot,
@@ -145,8 +145,8 @@ impl Socket {
         Ok(())
     }
 
-    /// Writes. HTTP/2 reads nothing while an answer of its own waits for the socket, so whether the
-    /// connection is to be cut is looked at here as well.
+    /// Writes. Also checks here whether to cut the connection: HTTP/2 reads nothing while an answer
+    /// of its own waits for the socket.
     fn poll_out<T>(
         &mut self,
         cx: &mut Context<'_>,
@@ -173,7 +173,7 @@ impl Socket {
 pub(crate) struct Terms {
     pub(crate) cut: CancellationToken,
     pub(crate) idle_for: Duration,
-    /// With nothing taken of what is written.
+    /// Without the peer taking any written bytes.
     pub(crate) stalled_for: Duration,
     pub(crate) valid_for: Duration,
 }

@@ -1,4 +1,4 @@
-//! A space that a server offers: whose memory, who may join, what is in it.
+//! A space that a server offers: its memory, its contents, and the mirrors that may join.
 #![forbid(unsafe_code)]
 
 use crate::name::Name;
@@ -12,17 +12,17 @@ use std::fmt;
 use std::sync::Arc;
 use thiserror::Error;
 
-/// A range that cannot be read. The fetch is refused
+/// Error: a range cannot be read. The fetch is refused
 /// ([`Refusal::Contents`](shootdown_lease::Refusal::Contents)).
 #[derive(Debug, Error)]
 #[error("the range cannot be read: {0}")]
 pub struct Unreadable(
-    /// Why.
+    /// The reason.
     pub Box<dyn std::error::Error + Send + Sync>,
 );
 
 impl Unreadable {
-    /// For a reason that is a text.
+    /// Makes an error from a text or another error.
     pub fn new(why: impl Into<Box<dyn std::error::Error + Send + Sync>>) -> Self {
         Self(why.into())
     }
@@ -30,18 +30,18 @@ impl Unreadable {
 
 /// Reads the owner's memory for mirrors that fetch it.
 ///
-/// A mirror may ask for any range: refuse what is not shared. Read only while no invalidation of
-/// the range is under way in the owner's `AddressSpace`, as [`Checked`] does.
+/// A mirror may ask for any range: refuse memory that is not shared. Read only while no
+/// invalidation of the range is under way in the owner's `AddressSpace`, as [`Checked`] does.
 pub trait Contents: Send + Sync + 'static {
-    /// All bytes of a range, as many as it has.
+    /// Returns all bytes of a range, exactly as many as it has.
     fn read(&self, range: AddressRange) -> BoxFuture<'_, Result<Bytes, Unreadable>>;
 }
 
-/// Contents that a function reads, of a shared range, while no invalidation of what is read is
-/// under way.
+/// Contents that a function reads from a shared range, while no invalidation of the part is under
+/// way.
 ///
-/// What was read while one began is read again, so the function may read what is being changed, by
-/// means that allow that, such as a file or `process_vm_readv`.
+/// If an invalidation begins during a read, the read is repeated. So the function may read memory
+/// that is being changed; it must use means that allow that, such as a file or `process_vm_readv`.
 pub struct Checked<F> {
     space: AddressSpace,
     shared: AddressRange,
@@ -49,8 +49,9 @@ pub struct Checked<F> {
 }
 
 impl<F: Fn(AddressRange) -> Result<Bytes, Unreadable>> Checked<F> {
-    /// Of the space into which the hub's [`Mirrors`](shootdown_lease::engine::Mirrors) were
-    /// inserted, over that range. The function runs on the server's threads: it should not wait.
+    /// Makes contents of `space`, into which the hub's
+    /// [`Mirrors`](shootdown_lease::engine::Mirrors) were inserted over the range `shared`. The
+    /// function runs on the server's threads and should not wait.
     pub fn new(space: AddressSpace, shared: AddressRange, read: F) -> Self {
         Self { space, shared, read }
     }
@@ -79,8 +80,8 @@ impl<F> fmt::Debug for Checked<F> {
 
 /// A space that mirrors may join.
 ///
-/// Its [`Hub::run`] is the program's to spawn: invalidations that wait for a mirror that is gone
-/// end only while that runs.
+/// The program itself spawns [`Hub::run`]: invalidations that wait for a dead mirror end only while
+/// that runs.
 #[derive(Clone)]
 pub struct Space {
     pub(crate) hub: Hub,
@@ -89,26 +90,26 @@ pub struct Space {
 }
 
 impl Space {
-    /// The space of a hub, which nobody may join yet. When the hub's owner
-    /// [holds](shootdown_lease::engine::Hub::while_held) the memory no more, streams end, so that
-    /// mirrors look for another one.
+    /// Makes the space of a hub. No mirror may join it yet; see [`admit`](Self::admit). When the
+    /// hub's owner no longer [holds](shootdown_lease::engine::Hub::while_held) the memory, streams
+    /// end, so that mirrors look for another owner.
     pub fn new(hub: Hub, contents: impl Contents) -> Self {
         Self { hub, contents: Arc::new(contents), admitted: BTreeMap::new() }
     }
 
-    /// Lets whoever has a certificate with that name join, as that host. Several names may be one
-    /// host (an old and a new one); a host has one stream, so two machines need two.
+    /// Admits holders of a certificate with this name, as this host. Several names may be one host
+    /// (an old and a new one). A host has one stream, so two machines need two hosts.
     pub fn admit(mut self, name: impl Into<Name>, host: Host) -> Self {
         self.admitted.insert(name.into(), host);
         self
     }
 
-    /// Whether any of these names is admitted.
+    /// Returns `true` if any of these names is admitted.
     pub(crate) fn knows(&self, names: &[Name]) -> bool {
         names.iter().any(|name| self.admitted.contains_key(name))
     }
 
-    /// Which host has these names: none, or more than one, is nobody.
+    /// Returns the host with these names; `None` if there is none or more than one.
     pub(crate) fn host_of(&self, names: &[Name]) -> Option<Host> {
         let mut hosts = names.iter().filter_map(|name| self.admitted.get(name).copied());
         let host = hosts.next()?;

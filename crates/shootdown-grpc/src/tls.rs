@@ -1,4 +1,4 @@
-//! Who may take part is said by TLS 1.3, on both sides.
+//! Authentication by TLS 1.3, of both sides.
 #![forbid(unsafe_code)]
 
 use std::sync::Arc;
@@ -15,28 +15,28 @@ use tokio_rustls::rustls::server::{
 use tokio_rustls::rustls::version::TLS13;
 use tokio_rustls::rustls::{ClientConfig, Error as RustlsError, RootCertStore, ServerConfig};
 
-/// What TLS calls HTTP/2.
+/// Name of HTTP/2 in TLS.
 const H2: &[u8] = b"h2";
 
-/// Why certificates cannot be used.
+/// Reason why certificates cannot be used.
 #[derive(Debug, Error)]
 #[non_exhaustive]
 pub enum TlsError {
-    /// A text that should be PEM is not, or has nothing of what it should have.
+    /// A text is not PEM, or lacks the expected part.
     #[error("the {what} cannot be read from PEM: {error}")]
     Pem {
-        /// Which text.
+        /// The text.
         what: &'static str,
-        /// Why.
+        /// The reason.
         error: pem::Error,
     },
-    /// A key that is protected by a password.
+    /// The key is protected by a password.
     #[error("the key is encrypted: give it without a password (`openssl pkey -in KEY -out PLAIN`)")]
     Encrypted,
-    /// A text without any certificate.
+    /// A text contains no certificate.
     #[error("no certificate in the {0}")]
     Nothing(&'static str),
-    /// The key is not that of the certificate, or of a kind that is not supported.
+    /// The key does not belong to the certificate, or its kind is not supported.
     #[error("rustls does not take the certificate and its key, or a root: {0}")]
     Rustls(#[from] RustlsError),
     /// The roots or revocation lists cannot be used to verify mirrors.
@@ -44,31 +44,31 @@ pub enum TlsError {
     Verifier(#[from] VerifierBuilderError),
 }
 
-/// How an owner shows who it is, and which certificates of mirrors it takes.
+/// The certificate of an owner, and the certificates of mirrors that it accepts.
 #[derive(Clone, Debug)]
 pub struct ServerTls {
     pub(crate) config: Arc<ServerConfig>,
 }
 
-/// How a mirror shows who it is, and which certificates of owners it takes.
+/// The certificate of a mirror, and the certificates of owners that it accepts.
 #[derive(Clone, Debug)]
 pub struct ClientTls {
     pub(crate) config: Arc<ClientConfig>,
 }
 
 impl ServerTls {
-    /// With the owner's certificate (and what is between it and a root), its key, and the roots of
-    /// the mirrors' certificates, all as PEM. Mirrors without a certificate of these roots are
+    /// Makes settings from PEM: the owner's certificate (with intermediate ones), its key, and the
+    /// roots of the mirrors' certificates. Mirrors without a certificate of these roots are
     /// refused.
     ///
     /// # Errors
-    /// [`TlsError`]: a text is not what it should be, or the key is another one's.
+    /// [`TlsError`], if a text is not valid or the key does not fit.
     pub fn from_pem(certificate: &[u8], key: &[u8], roots: &[u8]) -> Result<Self, TlsError> {
         Self::from_pem_with_revoked(certificate, key, roots, &[])
     }
 
-    /// As [`from_pem`](Self::from_pem), and with revocation lists (PEM) of the roots. Certificates
-    /// between a root and a mirror's have to be on one list, too, if `revoked` is not empty.
+    /// Makes settings like [`from_pem`](Self::from_pem), with revocation lists (PEM) of the roots.
+    /// If `revoked` is not empty, intermediate certificates must be on a list, too.
     ///
     /// # Errors
     /// As [`from_pem`](Self::from_pem).
@@ -93,9 +93,9 @@ impl ServerTls {
         ))
     }
 
-    /// With settings of your own, such as certificates that are read anew when they change. Whoever
-    /// shows no certificate is refused here as well. Sessions are not resumed, so that each
-    /// connection shows a certificate that is valid now, and the protocol is HTTP/2.
+    /// Makes settings from a configuration, such as one that reloads certificates when they change.
+    /// Peers without a certificate are refused here as well. Sessions are not resumed, so each
+    /// connection shows a certificate that is valid now. The protocol is HTTP/2.
     pub fn from_config(mut config: ServerConfig) -> Self {
         config.alpn_protocols = vec![H2.to_vec()];
         config.session_storage = Arc::new(NoServerSessionStorage {});
@@ -107,11 +107,11 @@ impl ServerTls {
 }
 
 impl ClientTls {
-    /// With the mirror's certificate (and what is between it and a root), its key, and the roots of
-    /// the owners' certificates, all as PEM.
+    /// Makes settings from PEM: the mirror's certificate (with intermediate ones), its key, and the
+    /// roots of the owners' certificates.
     ///
     /// # Errors
-    /// [`TlsError`]: a text is not what it should be, or the key is another one's.
+    /// [`TlsError`], if a text is not valid or the key does not fit.
     pub fn from_pem(certificate: &[u8], key: &[u8], roots: &[u8]) -> Result<Self, TlsError> {
         let (chain, key) = (read_chain(certificate)?, read_key(key)?);
         let config =
@@ -121,7 +121,7 @@ impl ClientTls {
         Ok(Self::from_config(config))
     }
 
-    /// With settings of your own. Sessions are not resumed, and the protocol is HTTP/2.
+    /// Makes settings from a configuration. Sessions are not resumed, and the protocol is HTTP/2.
     pub fn from_config(mut config: ClientConfig) -> Self {
         config.alpn_protocols = vec![H2.to_vec()];
         config.resumption = Resumption::disabled();
@@ -130,7 +130,7 @@ impl ClientTls {
     }
 }
 
-/// Takes none either: another server's with the same secret would resume a session here.
+/// Resumes no sessions: another server with the same secret could otherwise resume one here.
 #[derive(Debug)]
 struct NoTickets;
 

@@ -1,5 +1,5 @@
-//! The job `disk`: every disk is written and read back with direct I/O, by several threads, in
-//! blocks of random sizes.
+//! The job `disk`: several threads write every disk and read it back, with direct I/O, in blocks of
+//! random sizes.
 
 use crate::pattern;
 use crate::system::{self, Buffer, Options, PAGE, Result, ioctl};
@@ -10,14 +10,14 @@ use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering::Relaxed};
 use std::thread;
 use std::time::Instant;
 
-/// The largest block, bytes.
+/// Largest block in bytes.
 const LARGEST: usize = 256 << 10;
-/// How much is discarded in the middle of a disk, bytes.
+/// Number of bytes discarded in the middle of a disk.
 const DISCARDED: u64 = 1 << 20;
-/// `_IO(0x12, 119)`: discards a range, two numbers of bytes.
+/// `_IO(0x12, 119)`: discards a range; the argument is two numbers of bytes.
 const BLKDISCARD: u64 = 0x1277;
 
-/// The disks of the guest in the order of their names.
+/// Returns the disks of the guest in the order of their names.
 pub(crate) fn disks() -> Result<Vec<String>> {
     let names = fs::read_dir("/sys/block")?
         .map(|entry| Ok(entry?.file_name().to_string_lossy().into_owned()));
@@ -27,7 +27,7 @@ pub(crate) fn disks() -> Result<Vec<String>> {
     if names.is_empty() { Err("there is no disk".into()) } else { Ok(names) }
 }
 
-/// A disk, open for direct I/O.
+/// Opens a disk for direct I/O.
 pub(crate) fn open(name: &str) -> Result<File> {
     Ok(OpenOptions::new()
         .read(true)
@@ -87,7 +87,8 @@ impl Disk {
         Ok(())
     }
 
-    /// The blocks of a range, of 4 KiB to 256 KiB, in a random order that `round` chooses.
+    /// Returns the blocks of a range, of 4 KiB to 256 KiB, in a random order that depends on
+    /// `round`.
     fn blocks(&self, start: u64, bytes: u64, round: u64) -> Vec<(u64, usize)> {
         let mut state = u64::from(self.seed) << 32 | (self.index as u64) << 16 | round;
         let mut below = |limit: usize| {
@@ -96,7 +97,7 @@ impl Disk {
         };
         let (mut blocks, mut offset) = (Vec::new(), start);
         while offset < start + bytes {
-            // Small and large ones are as many: a power of two, and some pages.
+            // Small and large blocks are equally frequent: a power of two, and some pages.
             let pages = (1 << below(7)) - 1 + below(2);
             let length =
                 (pages.clamp(1, LARGEST / PAGE) * PAGE).min((start + bytes - offset) as usize);
@@ -107,7 +108,7 @@ impl Disk {
         blocks
     }
 
-    /// Several threads take one block after the other.
+    /// Lets several threads take one block after the other.
     fn each(
         &self,
         blocks: &[(u64, usize)],
@@ -131,13 +132,13 @@ impl Disk {
         })
     }
 
-    /// Writes the blocks, and asks now and then that all be kept.
+    /// Writes the blocks, and flushes from time to time.
     fn write(&self, blocks: &[(u64, usize)]) -> Result<()> {
         self.each(blocks, |bytes, offset, turn| {
             pattern::fill(bytes, self.seed, self.index, offset);
             self.file.write_all_at(bytes, offset)?;
             if turn == 64 {
-                // From here on there is always something in flight.
+                // From here on a request is always in flight.
                 system::report(&format!(r#"{{"begun":{}}}"#, self.index));
             }
             if turn % 64 == 63 { Ok(self.file.sync_data()?) } else { Ok(()) }
@@ -145,7 +146,7 @@ impl Disk {
         Ok(self.file.sync_all()?)
     }
 
-    /// Reads the blocks; how many words are wrong, and the sum of all.
+    /// Reads the blocks. Returns how many words are wrong, and the sum of all.
     fn read(&self, blocks: &[(u64, usize)]) -> Result<(u64, u64)> {
         let (wrong, sum) = (AtomicU64::new(0), AtomicU64::new(0));
         self.each(blocks, |bytes, offset, _| {
@@ -158,8 +159,8 @@ impl Disk {
         Ok((wrong.into_inner(), sum.into_inner()))
     }
 
-    /// Discards a part, looks at what is there then, and writes it again. Whether the device can do
-    /// it, and what was found.
+    /// Discards a part, checks its contents, and writes it again. Returns whether the device
+    /// supports it, and what was found.
     fn discard(&self) -> Result<(bool, &'static str)> {
         let most: u64 =
             system::text(&format!("/sys/block/{}/queue/discard_max_bytes", self.name))?.parse()?;

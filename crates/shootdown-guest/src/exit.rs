@@ -1,5 +1,5 @@
-//! The job `vfio-exit`: a process is killed while a device reads into its memory, and another one
-//! gets that memory.
+//! The job `vfio-exit`: a process is killed while a device reads into its memory, and another
+//! process gets that memory.
 #![forbid(unsafe_code)]
 
 use crate::in_flight::{DATA, PATIENCE, QUEUES, Reads, bind, place};
@@ -12,7 +12,7 @@ use std::process::{Child, ChildStdout, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// What the neighbour takes at once, bytes.
+/// Number of bytes that the neighbour takes at once.
 const BITE: usize = 2 << 20;
 
 pub(crate) fn run(options: &Options) -> Result<()> {
@@ -37,7 +37,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let begun = Instant::now();
         at?;
         reader.kill()?;
-        // The memory is free as soon as it is: who wants it is there already.
+        // The memory may be free at once, and the neighbour is ready to take it.
         neighbour.stdin.take().ok_or("no input of the neighbour's")?.write_all(b"!")?;
         reader.wait()?;
         let exit = begun.elapsed();
@@ -45,7 +45,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         said.read_to_string(&mut rest)?;
         let ended = neighbour.wait()?;
         let [wrong, read_us, early] = numbers(&found)?;
-        // A neighbour without a last word has crashed.
+        // A neighbour without a last line has crashed.
         let changed =
             numbers::<1>(&rest).map_or("null".to_owned(), |[changed]| changed.to_string());
         report(&format!(
@@ -57,7 +57,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Another process of this program.
+/// Starts another process of this program.
 fn start(arguments: &[String]) -> Result<(Child, BufReader<ChildStdout>)> {
     let streams = || Stdio::piped();
     let mut child = Command::new("/proc/self/exe")
@@ -88,8 +88,8 @@ fn say(text: &str) -> Result<()> {
     Ok(writeln!(out, "{text}").and_then(|()| out.flush())?)
 }
 
-/// The process that is killed: one read to its end, which says that the device is in order, and one
-/// in flight.
+/// The process that is killed. One read runs to its end, which shows that the device works; another
+/// one is in flight.
 pub(crate) fn reader(arguments: &[String]) -> Result<()> {
     let [address, rest @ ..] = arguments else { return Err("a reader has arguments".into()) };
     let [group, bytes, seed, round, delay] = numbers(&rest.join(" "))?;
@@ -118,7 +118,7 @@ pub(crate) fn reader(arguments: &[String]) -> Result<()> {
     }
 }
 
-/// The process that takes memory, fills it and looks whether it stays so.
+/// The process that takes memory, fills it, and checks that it stays unchanged.
 pub(crate) fn neighbour(arguments: &[String]) -> Result<()> {
     let [mib, watch] = numbers(&arguments.join(" "))?;
     say("ready")?;

@@ -1,5 +1,5 @@
-//! The jobs `vfio` and `vfio-pair`: memory is unmapped while a device reads into it, and is used
-//! for something else then.
+//! The jobs `vfio` and `vfio-pair`: memory is unmapped while a device reads into it, and is then
+//! used for something else.
 #![forbid(unsafe_code)]
 
 use crate::pattern;
@@ -10,24 +10,24 @@ use crate::virtio::Block;
 use std::thread;
 use std::time::{Duration, Instant};
 
-/// Where the devices see the pages of their queues, one after the other.
+/// I/O virtual address of the pages of the devices' queues, one after the other.
 pub(crate) const QUEUES: u64 = 0x10_0000;
-/// Where they see the data.
+/// I/O virtual address of the data.
 pub(crate) const DATA: u64 = 0x4000_0000;
-/// Where a page is that no read goes to.
+/// I/O virtual address of a page that no read uses.
 const APART: u64 = 0x8000_0000;
-/// How long a read may take.
+/// Longest time of a read.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(3);
 
-/// What all jobs with VFIO are told.
+/// Settings of all jobs with VFIO.
 pub(crate) struct Reads {
     pub(crate) rounds: u64,
-    /// What each device reads at once.
+    /// Number of bytes that each device reads at once.
     pub(crate) bytes: usize,
     pub(crate) seed: u16,
-    /// From the doorbell to the unmap: the device has the request by then.
+    /// Time from the doorbell to the unmap. The device has the request by then.
     pub(crate) delay: Duration,
-    /// After the request has come back, and before memory is looked at.
+    /// Time after the request has come back and before memory is checked.
     pub(crate) settle: Duration,
 }
 
@@ -43,13 +43,13 @@ impl Reads {
     }
 }
 
-/// Gives the first devices to VFIO; their addresses and their group.
+/// Gives the first devices to VFIO. Returns their addresses and their group.
 pub(crate) fn bind(count: usize) -> Result<(Vec<String>, u32)> {
     let mut addresses = pci::block_devices()?;
     if addresses.len() < count {
         return Err(format!("there are {} devices, not {count}", addresses.len()).into());
     }
-    // Devices of the group that are not used have to be VFIO's as well.
+    // Unused devices of the group must belong to VFIO as well.
     let groups = addresses
         .iter()
         .take(count)
@@ -62,12 +62,12 @@ pub(crate) fn bind(count: usize) -> Result<(Vec<String>, u32)> {
     }
 }
 
-/// Where in the disk the read of a round begins: another place each time.
+/// Returns where in the disk the read of a round begins: another place each time.
 pub(crate) fn place(round: u64, device: &Block, bytes: usize) -> u64 {
     round * bytes as u64 % (device.bytes() - bytes as u64 + 1) / PAGE as u64 * PAGE as u64
 }
 
-/// The job with so many devices, which are in one group.
+/// Runs the job with `count` devices of one group.
 pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
     let reads = Reads::new(options)?;
     let (addresses, number) = bind(count)?;
@@ -77,7 +77,7 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
     };
     let mut devices = (0..).zip(&addresses).map(device).collect::<Result<Vec<_>>>()?;
     for round in 0..reads.rounds {
-        // One range: each device has a part of it, and all of it is unmapped by one call.
+        // One range: each device has a part of it, and one call unmaps all of it.
         let data = Pages::new(reads.bytes * count)?;
         group.map(&data, DATA)?;
         let apart = Pages::new(PAGE)?;
@@ -85,29 +85,28 @@ pub(crate) fn run(options: &Options, count: usize) -> Result<()> {
         for device in &mut devices {
             device.start()?;
         }
-        // One read to its end: it is right, and says how long a read takes.
+        // One read runs to its end: its data are right, and it shows how long a read takes.
         data.fill_own();
         let begun = Instant::now();
         begin(&mut devices, &reads, 3 * round)?;
         let before = finish(&devices)?;
         let read = begun.elapsed();
         let wrong_before = wrong(&data, &devices, &reads, 3 * round);
-        // One that is still in flight when its memory is taken away.
+        // One read is still in flight when its memory is unmapped.
         data.fill_own();
         let begun = Instant::now();
         begin(&mut devices, &reads, 3 * round + 1)?;
         thread::sleep(reads.delay);
         let early = devices.iter().filter(|device| device.ended()).count();
-        // This meets nothing that is in flight.
+        // No request in flight meets this one.
         let unmap_apart = group.unmap(APART, apart.bytes())?;
         let unmap = group.unmap(DATA, data.bytes())?;
         let held = begun.elapsed();
-        // The memory is the program's again, which has another use for it.
+        // The memory belongs to the program again, which uses it for something else.
         data.fill_own();
         let later = finish(&devices)?;
         thread::sleep(reads.settle);
-        // Other pages at the same address, and the device has not been reset: it has to ask for
-        // them.
+        // Other pages at the same address. The device was not reset, so it must ask for them.
         let other = Pages::new(reads.bytes * count)?;
         other.fill_own();
         group.map(&other, DATA)?;
@@ -140,7 +139,7 @@ fn finish(devices: &[Block]) -> Result<Vec<u8>> {
     devices.iter().map(|device| device.finish(PATIENCE)).collect()
 }
 
-/// How many words of all reads are not those of the disks.
+/// Returns how many words of all reads differ from those of the disks.
 fn wrong(data: &Pages, devices: &[Block], reads: &Reads, round: u64) -> u64 {
     let found = data.copy();
     let parts = found.chunks_exact(reads.bytes).zip(devices).enumerate();

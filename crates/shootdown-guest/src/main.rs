@@ -1,6 +1,6 @@
-//! The first and only program of a guest: it does one job with the guest's disks, says on the
-//! console what came of it, in lines `GUEST {…}` with one JSON object each, and powers the guest
-//! off. `guest.job=` on the kernel's command line names the job.
+//! The first and only program of a guest. It does one job with the guest's disks, prints the
+//! results on the console in lines `GUEST {…}` with one JSON object each, and powers the guest off.
+//! `guest.job=` on the kernel's command line names the job.
 
 #[cfg(target_os = "linux")]
 mod disk;
@@ -26,7 +26,7 @@ fn main() {
     use system::{Options, Result};
 
     let arguments: Vec<String> = std::env::args().skip(1).collect();
-    // What the job `vfio-exit` starts.
+    // Processes that the job `vfio-exit` starts.
     match arguments.split_first() {
         Some((first, rest)) if first == "reader" => {
             return exit::reader(rest).expect("a reader that ends has failed");

@@ -1,11 +1,12 @@
-//! What the disks hold: each 64-bit word names its own place. The tests on the host read this file
+//! Contents of the disks: each 64-bit word names its own place. The tests on the host use this file
 //! as well.
 #![forbid(unsafe_code)]
 
-/// Bytes of one word.
+/// Size of a word in bytes.
 pub(crate) const WORD: usize = 8;
 
-/// The word at the byte `offset` (a multiple of 8, below 2^43) of the disk `disk` (below 256).
+/// Returns the word at the byte `offset` (a multiple of 8, below 2^43) of the disk `disk` (below
+/// 256).
 pub(crate) fn word(seed: u16, disk: usize, offset: u64) -> u64 {
     (u64::from(seed) << 48) + ((disk as u64) << 40) + offset / WORD as u64
 }
@@ -17,7 +18,7 @@ pub(crate) fn fill(bytes: &mut [u8], seed: u16, disk: usize, offset: u64) {
     }
 }
 
-/// How many words of `bytes` are not those of the disk from the byte `offset` on.
+/// Returns how many words of `bytes` differ from those of the disk from the byte `offset` on.
 pub(crate) fn wrong(bytes: &[u8], seed: u16, disk: usize, offset: u64) -> u64 {
     let words = bytes.chunks_exact(WORD).enumerate();
     words
@@ -27,8 +28,8 @@ pub(crate) fn wrong(bytes: &[u8], seed: u16, disk: usize, offset: u64) -> u64 {
         .count() as u64
 }
 
-/// A sum over bytes at their place, which is the same in whatever order the parts of a disk are
-/// added up (`wrapping_add`).
+/// Returns a sum over bytes and their places. The sums of the parts of a disk can be added
+/// (`wrapping_add`) in any order.
 pub(crate) fn sum(bytes: &[u8], offset: u64) -> u64 {
     let words = bytes.chunks_exact(WORD).enumerate();
     words.fold(0, |sum, (index, bytes)| {

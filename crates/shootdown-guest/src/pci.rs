@@ -7,7 +7,7 @@ use std::path::Path;
 
 const BUS: &str = "/sys/bus/pci";
 
-/// The addresses of all virtio block devices, in their order.
+/// Returns the addresses of all virtio block devices, in order.
 pub(crate) fn block_devices() -> Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in fs::read_dir(format!("{BUS}/devices"))? {
@@ -21,7 +21,7 @@ pub(crate) fn block_devices() -> Result<Vec<String>> {
     Ok(found)
 }
 
-/// Gives a device to `vfio-pci`; returns the number of its IOMMU group.
+/// Gives a device to `vfio-pci`. Returns the number of its IOMMU group.
 pub(crate) fn give_to_vfio(address: &str) -> Result<u32> {
     let device = format!("{BUS}/devices/{address}");
     tell(&format!("{device}/driver_override"), "vfio-pci")?;

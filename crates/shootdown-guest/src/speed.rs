@@ -15,7 +15,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
         let sectors: u64 = system::text(&format!("/sys/block/{name}/size"))?.parse()?;
         for block in [4 << 10, 64 << 10] {
             for depth in [1, 32] {
-                // Once before it counts, so that translations and caches are as in the long run.
+                // A warm-up for translations and caches.
                 reads(&file, sectors * 512, block, depth, time / 10)?;
                 let (count, took) = reads(&file, sectors * 512, block, depth, time)?;
                 let seconds = took.as_secs_f64();
@@ -30,7 +30,7 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-/// Reads for `time`; how many reads were done, and how long they took.
+/// Reads for `time`. Returns the number of reads and the time that they took.
 fn reads(
     file: &File,
     bytes: u64,
@@ -38,7 +38,7 @@ fn reads(
     depth: u32,
     time: Duration,
 ) -> Result<(u64, Duration)> {
-    // An error ends the guest, and may find reads in flight: their memory is never given back.
+    // An error ends the guest and may leave reads in flight, so their memory is never freed.
     let buffers: &mut Vec<Buffer> =
         Box::leak(Box::new((0..depth).map(|_| Buffer::new(block)).collect()));
     let mut ring = IoUring::new(depth)?;
@@ -52,7 +52,7 @@ fn reads(
             let memory = buffers[slot as usize].bytes(block).as_mut_ptr();
             let read =
                 opcode::Read::new(types::Fd(file.as_raw_fd()), memory, block as u32).offset(offset);
-            // SAFETY: the buffer lives for ever, and the slot's next read begins when this one has
+            // SAFETY: the buffer lives for ever, and the slot's next read begins after this one has
             // ended.
             unsafe { ring.submission().push(&read.build().user_data(slot)) }?;
             begun += 1;

@@ -1,5 +1,4 @@
-//! What the first process of a system has to do, and the few system calls that the standard library
-//! lacks.
+//! Work of the first process of a system, and the few system calls that the standard library lacks.
 
 use std::collections::HashMap;
 use std::ffi::{CStr, CString};
@@ -11,10 +10,10 @@ use std::str::FromStr;
 
 pub(crate) type Result<T> = std::result::Result<T, Box<dyn std::error::Error + Send + Sync>>;
 
-/// Bytes of a page.
+/// Page size in bytes.
 pub(crate) const PAGE: usize = 4096;
 
-/// Mounts what the kernel shows of itself, and makes the console this process's streams.
+/// Mounts the kernel's own file systems, and makes the console this process's standard streams.
 pub(crate) fn mount_all() -> Result<()> {
     for (kind, target) in [(c"proc", c"/proc"), (c"sysfs", c"/sys"), (c"devtmpfs", c"/dev")] {
         fs::create_dir_all(target.to_str()?)?;
@@ -22,7 +21,7 @@ pub(crate) fn mount_all() -> Result<()> {
     }
     let console = OpenOptions::new().read(true).write(true).open("/dev/console")?;
     for stream in 0..3 {
-        // SAFETY: changes which file a descriptor means; no memory is concerned.
+        // SAFETY: changes which file a descriptor refers to; no memory is involved.
         check(unsafe { libc::dup2(console.as_raw_fd(), stream) })?;
     }
     Ok(())
@@ -36,7 +35,7 @@ fn mount(kind: &CStr, target: &CStr) -> io::Result<()> {
     .map(drop)
 }
 
-/// Loads the modules that `/modules/LIST` names, in its order. `LIST` has the parameters, too.
+/// Loads the modules that `/modules/LIST` names, in its order. `LIST` also has the parameters.
 pub(crate) fn load_modules(list: &str) -> Result<()> {
     let lines = fs::read_to_string(format!("/modules/{list}"))?;
     for line in lines.lines() {
@@ -58,7 +57,7 @@ pub(crate) fn load_modules(list: &str) -> Result<()> {
     Ok(())
 }
 
-/// What the kernel's command line says of the form `guest.NAME=VALUE`.
+/// Options on the kernel's command line, of the form `guest.NAME=VALUE`.
 pub(crate) struct Options(HashMap<String, String>);
 
 impl Options {
@@ -69,7 +68,7 @@ impl Options {
         Ok(Self(options.map(|(name, value)| (name.to_owned(), value.to_owned())).collect()))
     }
 
-    /// The option's value, or the one that is meant where it does not stand.
+    /// Returns the value of an option, or `default` if it is missing.
     pub(crate) fn get<T: FromStr>(&self, name: &str, default: T) -> Result<T> {
         match self.0.get(name) {
             None => Ok(default),
@@ -80,21 +79,21 @@ impl Options {
     }
 }
 
-/// Prints one result, a JSON object, with one call: lines of the kernel do not come between.
+/// Prints one result, a JSON object, with one call, so that no line of the kernel splits it.
 pub(crate) fn report(object: &str) {
     let mut out = io::stdout().lock();
-    // Nobody is left to be told that the console is gone.
+    // If the console is gone, there is nowhere to report it.
     let _ = out.write_all(format!("GUEST {object}\n").as_bytes()).and_then(|()| out.flush());
 }
 
-/// The end of the guest.
+/// Powers the guest off.
 pub(crate) fn power_off() -> ! {
-    // SAFETY: both calls concern no memory of this process.
+    // SAFETY: neither call involves memory of this process.
     unsafe {
         libc::sync();
         libc::reboot(libc::RB_POWER_OFF);
     }
-    // The monitor ends when the last line has come, should the system not.
+    // If the system does not power off, the monitor ends after the last line.
     loop {
         std::thread::park();
     }
@@ -104,26 +103,25 @@ fn check(result: i32) -> io::Result<i32> {
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(result) }
 }
 
-/// An `ioctl` whose argument is a structure, which the kernel may write to.
+/// Makes an `ioctl` whose argument is a structure, which the kernel may write to.
 ///
 /// # Safety
-/// `T` is what `request` takes, and what its addresses name is memory of this process that may be
-/// used so.
+/// `T` is the argument type of `request`, and its addresses refer to memory of this process that
+/// may be used in this way.
 pub(crate) unsafe fn ioctl<T>(file: RawFd, request: u64, argument: &mut T) -> io::Result<i32> {
     // SAFETY: the caller's obligations are passed on.
     check(unsafe { libc::ioctl(file, request as libc::Ioctl, std::ptr::from_mut(argument)) })
 }
 
-/// An `ioctl` whose argument is a number, or is not looked at.
+/// Makes an `ioctl` whose argument is a number, or is ignored.
 pub(crate) fn ioctl_number(file: RawFd, request: u64, argument: u64) -> io::Result<i32> {
-    // SAFETY: the kernel takes the argument of the requests of this program that come here for a
-    // number.
+    // SAFETY: the requests of this program that come here take a number.
     check(unsafe { libc::ioctl(file, request as libc::Ioctl, argument) })
 }
 
-/// Pages of this process, zeroed, page by page (never a huge one).
+/// Zeroed pages of this process, page by page (never a huge one).
 ///
-/// Devices write to them, so they are looked at word by word and never as a slice.
+/// Devices write to them, so they are accessed word by word and never as a slice.
 pub(crate) struct Pages {
     start: NonNull<u64>,
     bytes: usize,
@@ -133,17 +131,17 @@ pub(crate) struct Pages {
 unsafe impl Send for Pages {}
 
 impl Pages {
-    /// `bytes` is a multiple of the page's.
+    /// Maps `bytes` bytes, a multiple of the page size.
     pub(crate) fn new(bytes: usize) -> io::Result<Self> {
         assert!(bytes > 0 && bytes.is_multiple_of(PAGE));
         let (access, kind) =
             (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
-        // SAFETY: new memory, at a place of the kernel's choice.
+        // SAFETY: new memory where the kernel chooses.
         let start = unsafe { libc::mmap(std::ptr::null_mut(), bytes, access, kind, -1, 0) };
         if start == libc::MAP_FAILED {
             return Err(io::Error::last_os_error());
         }
-        // SAFETY: these are the pages of just now.
+        // SAFETY: the pages that were just mapped.
         check(unsafe { libc::madvise(start, bytes, libc::MADV_NOHUGEPAGE) })?;
         Ok(Self { start: NonNull::new(start.cast()).expect("a mapping is not at zero"), bytes })
     }
@@ -156,14 +154,14 @@ impl Pages {
         self.bytes
     }
 
-    /// A pointer to the `T` at the byte `offset`.
+    /// Returns a pointer to the `T` at the byte `offset`.
     fn at<T>(&self, offset: usize) -> *mut T {
         assert!(offset + size_of::<T>() <= self.bytes && offset.is_multiple_of(align_of::<T>()));
         // SAFETY: just checked to be inside the pages.
         unsafe { self.start.as_ptr().byte_add(offset).cast() }
     }
 
-    /// `T` is a plain number.
+    /// Reads a `T`, which is a plain number.
     pub(crate) fn read<T: Copy>(&self, offset: usize) -> T {
         // SAFETY: inside the pages, aligned, and every pattern of bits is a number.
         unsafe { self.at::<T>(offset).read_volatile() }
@@ -174,18 +172,18 @@ impl Pages {
         unsafe { self.at::<T>(offset).write_volatile(value) }
     }
 
-    /// Words that no disk has, each at its place.
+    /// Fills the pages with words that no disk has, each at its place.
     pub(crate) fn fill_own(&self) {
         (0..self.bytes / 8).for_each(|index| self.write(index * 8, own(index)));
     }
 
-    /// How many words are not those of [`fill_own`](Self::fill_own).
+    /// Returns how many words differ from those of [`fill_own`](Self::fill_own).
     pub(crate) fn foreign(&self) -> u64 {
         (0..self.bytes / 8).filter(|index| self.read::<u64>(index * 8) != own(*index)).count()
             as u64
     }
 
-    /// A copy of what is there now.
+    /// Returns a copy of the current contents.
     pub(crate) fn copy(&self) -> Vec<u8> {
         (0..self.bytes / 8).flat_map(|index| self.read::<u64>(index * 8).to_le_bytes()).collect()
     }
@@ -202,7 +200,7 @@ fn own(index: usize) -> u64 {
     0xa5a5 << 48 | index as u64
 }
 
-/// Memory for direct I/O of up to `bytes` bytes.
+/// Memory for direct I/O of a given number of bytes.
 pub(crate) struct Buffer(Vec<Page>);
 
 #[derive(Clone)]
@@ -221,7 +219,7 @@ impl Buffer {
     }
 }
 
-/// A file's text without the white space around it.
+/// Returns the text of a file without surrounding white space.
 pub(crate) fn text(path: &str) -> Result<String> {
     let mut text = String::new();
     File::open(path)
@@ -230,7 +228,7 @@ pub(crate) fn text(path: &str) -> Result<String> {
     Ok(text.trim().to_owned())
 }
 
-/// Writes to a file of the kernel's with one call.
+/// Writes to a file of the kernel with one call.
 pub(crate) fn tell(path: &str, text: &str) -> Result<()> {
     let file = OpenOptions::new().write(true).open(path);
     file.and_then(|mut file| file.write_all(text.as_bytes()))

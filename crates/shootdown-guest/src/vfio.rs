@@ -1,4 +1,4 @@
-//! An IOMMU group, the memory that its devices reach, and the devices' registers, all through VFIO.
+//! An IOMMU group, the memory that its devices reach, and the devices' registers, through VFIO.
 
 use crate::system::{Pages, Result, ioctl, ioctl_number};
 use std::fs::{File, OpenOptions};
@@ -22,7 +22,7 @@ const IOMMU_UNMAP_DMA: u64 = request(14);
 const TYPE1V2_IOMMU: u64 = 3;
 const GROUP_VIABLE: u32 = 1;
 const MAP_READ_AND_WRITE: u32 = 3;
-/// The region of the configuration space; those of the BARs have the numbers 0 to 5.
+/// Number of the configuration space's region. The BARs have the numbers 0 to 5.
 pub(crate) const CONFIG: u32 = 7;
 
 #[repr(C)]
@@ -91,8 +91,8 @@ impl Group {
         Ok(Self { group, container })
     }
 
-    /// Lets the group's devices read and write the pages at `iova`. They are still the caller's, to
-    /// whom the device's writes look like another thread's.
+    /// Lets the group's devices read and write the pages at `iova`. The pages still belong to the
+    /// caller; a device's writes look like those of another thread.
     pub(crate) fn map(&self, pages: &Pages, iova: u64) -> Result<()> {
         let (size, bytes) = (size_of::<Map>() as u32, pages.bytes() as u64);
         let mut map =
@@ -104,7 +104,7 @@ impl Group {
         Ok(())
     }
 
-    /// Ends [`map`](Self::map) for the `bytes` at `iova`; how long the call took.
+    /// Ends [`map`](Self::map) for `bytes` bytes at `iova`. Returns how long the call took.
     pub(crate) fn unmap(&self, iova: u64, bytes: usize) -> Result<Duration> {
         let mut unmap =
             Unmap { size: size_of::<Unmap>() as u32, flags: 0, iova, bytes: bytes as u64 };
@@ -120,14 +120,14 @@ impl Group {
         }
     }
 
-    /// The device at the address on the bus, after a reset.
+    /// Opens the device at the address on the bus, and resets it.
     pub(crate) fn device(&self, address: &str) -> Result<Device> {
         let mut name = [0_u8; 32];
         name[..address.len()].copy_from_slice(address.as_bytes());
         // SAFETY: this request takes a string that ends in a zero.
         let file = unsafe { ioctl(self.group.as_raw_fd(), GROUP_GET_DEVICE_FD, &mut name) }
             .map_err(|error| format!("device {address}: {error}"))?;
-        // SAFETY: the descriptor is new and nobody else's.
+        // SAFETY: the descriptor is new and has no other owner.
         let file = unsafe { File::from_raw_fd(file) };
         let mut offsets = [0; CONFIG as usize + 1];
         for (index, offset) in (0..).zip(&mut offsets) {
@@ -148,7 +148,7 @@ pub(crate) struct Device {
 }
 
 impl Device {
-    /// A register of `N` bytes (1, 2, 4 or 8), in the order of little-endian numbers.
+    /// Reads a register of `N` bytes (1, 2, 4 or 8), in little-endian order.
     pub(crate) fn read<const N: usize>(&self, region: u32, at: u64) -> Result<[u8; N]> {
         let mut value = [0; N];
         self.file.read_exact_at(&mut value, self.offsets[region as usize] + at)?;

@@ -1,4 +1,4 @@
-//! A driver of a virtio block device (virtio 1.x on PCI) that has one queue and polls.
+//! A driver of a virtio block device (virtio 1.x on PCI) with one queue. It polls.
 #![forbid(unsafe_code)]
 
 use crate::system::{PAGE, Pages, Result};
@@ -36,7 +36,7 @@ const FEATURES_OK: u8 = 8;
 const FEATURES: u32 = 1 << 0 | 1 << 1;
 
 const SIZE: u16 = 16;
-/// Where the parts of the queue are in its page, and the parts of a request that are not data.
+/// Offsets in the queue's page: the parts of the queue, and the parts of a request other than data.
 const DESCRIPTORS: usize = 0;
 const AVAILABLE: usize = 256;
 const USED: usize = 512;
@@ -44,7 +44,7 @@ const HEADER: usize = 1024;
 const STATUS: usize = 1040;
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
-/// What no device answers.
+/// A status that no device returns.
 const NO_STATUS: u8 = 0xff;
 
 /// A place in one of the device's regions.
@@ -54,13 +54,13 @@ struct Place {
     at: u64,
 }
 
-/// The device, with one request in flight at most.
+/// The device. At most one request is in flight.
 pub(crate) struct Block {
     device: Device,
     common: Place,
     notify: Place,
     notify_multiplier: u64,
-    /// Bytes of the disk.
+    /// Size of the disk in bytes.
     bytes: u64,
     doorbell: Place,
     queue: Pages,
@@ -69,8 +69,8 @@ pub(crate) struct Block {
 }
 
 impl Block {
-    /// The device at the address on the bus; the page of its queue is at `iova`. It is to be
-    /// [started](Self::start).
+    /// Opens the device at the address on the bus. The page of its queue is at `iova`.
+    /// [Start](Self::start) it next.
     pub(crate) fn new(group: &Group, address: &str, iova: u64) -> Result<Self> {
         let device = group.device(address)?;
         let command = u16::from_le_bytes(device.read(CONFIG, COMMAND)?) | COMMAND_BITS;
@@ -126,7 +126,7 @@ impl Block {
         self.device.write(self.common.region, self.common.at + register, value)
     }
 
-    /// Resets the device and begins with an empty queue.
+    /// Resets the device and starts with an empty queue.
     pub(crate) fn start(&mut self) -> Result<()> {
         self.set(DEVICE_STATUS, [0])?;
         while self.get(DEVICE_STATUS)? != [0] {
@@ -155,7 +155,7 @@ impl Block {
         self.set(QUEUE_SIZE, SIZE.to_le_bytes())?;
         for (register, part) in (QUEUE_RINGS..).step_by(8).zip([DESCRIPTORS, AVAILABLE, USED]) {
             let address = self.iova + part as u64;
-            // As two halves: the device need not take all eight bytes at once.
+            // In two halves: the device need not accept eight bytes at once.
             self.set(register, (address as u32).to_le_bytes())?;
             self.set(register + 4, ((address >> 32) as u32).to_le_bytes())?;
         }
@@ -166,7 +166,7 @@ impl Block {
         self.set(DEVICE_STATUS, [ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK])
     }
 
-    /// Begins to read `bytes` from the byte `offset` of the disk, into the memory at `iova`.
+    /// Begins to read `bytes` bytes from the byte `offset` of the disk into the memory at `iova`.
     pub(crate) fn begin(&mut self, offset: u64, iova: u64, bytes: usize) -> Result<()> {
         let descriptor = |index: usize, address: u64, bytes: usize, flags: u16| {
             let at = DESCRIPTORS + index * 16;
@@ -178,7 +178,7 @@ impl Block {
         descriptor(0, self.iova + HEADER as u64, 16, NEXT);
         descriptor(1, iova, bytes, NEXT | WRITE);
         descriptor(2, self.iova + STATUS as u64, 1, WRITE);
-        // The kind of request, 0, is a read.
+        // Kind 0 of a request is a read.
         self.queue.write(HEADER, 0_u64);
         self.queue.write(HEADER + 8, offset / 512);
         self.queue.write(STATUS, NO_STATUS);
@@ -190,14 +190,14 @@ impl Block {
         self.device.write(self.doorbell.region, self.doorbell.at, 0_u16.to_le_bytes())
     }
 
-    /// Whether the device has returned the request.
+    /// Returns `true` if the device has returned the request.
     pub(crate) fn ended(&self) -> bool {
         fence(SeqCst);
         self.queue.read::<u16>(USED + 2) == self.begun
     }
 
-    /// Waits until the device has returned the request, but not for ever; its status: 0 is success,
-    /// and a request that has not come back is an error.
+    /// Waits until the device has returned the request, at most for `patience`. Returns its status
+    /// (0 is success), or an error if the request has not come back.
     pub(crate) fn finish(&self, patience: Duration) -> Result<u8> {
         let begun = Instant::now();
         while !self.ended() {

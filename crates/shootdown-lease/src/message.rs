@@ -1,138 +1,140 @@
-//! What the two ends say to each other.
+//! Messages between an owner and a mirror.
 
 use core::fmt;
 use core::time::Duration;
 use shootdown::{AddressRange, RangeSet};
 
-/// Who a mirror is, as the transport has authenticated it: never as a message says.
+/// Identifies a mirror's host, as the transport has authenticated it. A message never carries it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Host(pub u64);
 
-/// One life of a mirror's process: a number that no other life of that host has, such as a random
-/// one or the nanoseconds at which it began.
+/// Identifies one life of a mirror's process. No other life of that host has the same number. Use a
+/// random number or the start time in nanoseconds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Incarnation(pub u64);
 
-/// One life of an owner. Every later owner of the memory has a larger one: a fencing token, such as
-/// the revision of a lock in etcd.
+/// Identifies one life of an owner. Every later owner of the memory has a larger number: a fencing
+/// token, such as the revision of a lock in etcd.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Boot(pub u64);
 
-/// One membership of a mirror: from a join to the end of its lease or its leaving.
+/// Identifies one membership of a mirror: from a join until its lease ends or it leaves.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Epoch {
     /// The owner that granted it.
     pub boot: Boot,
-    /// Counted by that owner from 1. 0 stands for all epochs of earlier boots.
+    /// Number given by that owner, from 1. 0 stands for all epochs of earlier boots.
     pub number: u64,
 }
 
-/// A number that a mirror gives to one question; the reply has it, too, and counts once.
+/// Number that a mirror gives to one question. The reply carries it, and counts once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Nonce(pub u64);
 
-/// Names an invalidation of one owner, counted from 1.
+/// Identifies an invalidation of one owner; counted from 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct InvalidationId(pub u64);
 
-/// From a mirror.
+/// A message from a mirror to its owner.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ToOwner {
     /// Asks for a lease. The mirror holds nothing: its devices have stopped, and all earlier epochs
     /// of this incarnation are over.
     Join {
-        /// Which life of the host asks.
+        /// The life of the host that asks.
         incarnation: Incarnation,
-        /// For the reply; a join that is sent again has the same one.
+        /// Number for the reply. A repeated join has the same number.
         nonce: Nonce,
     },
     /// Asks for more time.
     Renew {
-        /// Of this lease.
+        /// The lease to renew.
         epoch: Epoch,
-        /// For the reply.
+        /// Number for the reply.
         nonce: Nonce,
     },
     /// Asks for the contents of a range, to hold a copy.
     Fetch {
-        /// Under this lease.
+        /// The lease of the mirror.
         epoch: Epoch,
-        /// For the reply.
+        /// Number for the reply.
         nonce: Nonce,
-        /// Of which addresses of the owner.
+        /// The range, in addresses of the owner.
         range: AddressRange,
     },
-    /// What was mapped of the ranges of an `Inv` is zapped and flushed, and no fetch from before it
-    /// is installed any more.
+    /// Acknowledges an `Inv`: mappings of its ranges are zapped and flushed, and no earlier fetch
+    /// will be installed.
     Ack {
-        /// The epoch that the `Inv` named.
+        /// The epoch named in the `Inv`.
         epoch: Epoch,
-        /// The `Inv`.
+        /// The invalidation named in the `Inv`.
         invalidation: InvalidationId,
     },
-    /// The mirror holds nothing by this epoch and never will: its devices have stopped.
+    /// Ends an epoch: the mirror holds nothing by it and never will, because its devices have
+    /// stopped.
     Left {
         /// The epoch.
         epoch: Epoch,
     },
 }
 
-/// To a mirror.
+/// A message from an owner to a mirror.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum ToMirror {
-    /// The mirror is in the books.
+    /// Answers a join: the mirror is in the books.
     Welcome {
-        /// Its epoch.
+        /// The new epoch.
         epoch: Epoch,
-        /// Which life of the host has asked.
+        /// The life of the host that asked.
         incarnation: Incarnation,
-        /// Of the join.
+        /// Number of the join.
         nonce: Nonce,
-        /// How long it may hold on from when it asked.
+        /// How long the mirror may hold on, from when it asked.
         term: Duration,
     },
-    /// The mirror may hold on for another term from when it asked.
+    /// Answers a renewal: the mirror may hold on for another term, from when it asked.
     Renewed {
-        /// Its epoch.
+        /// The epoch.
         epoch: Epoch,
-        /// Of the question.
+        /// Number of the question.
         nonce: Nonce,
     },
-    /// The contents that were asked for are with this message, or follow by the same nonce.
+    /// Answers a fetch. The contents come with this message, or follow with the same nonce.
     Fetched {
         /// The mirror's epoch.
         epoch: Epoch,
-        /// Of the question.
+        /// Number of the question.
         nonce: Nonce,
-        /// How many invalidations the owner had ended when the contents were read.
+        /// Number of invalidations that the owner had ended when the contents were read.
         version: u64,
     },
-    /// Let go of these ranges, and acknowledge.
+    /// Asks the mirror to release these ranges and to acknowledge.
     Inv {
         /// The mirror's epoch.
         epoch: Epoch,
-        /// To be named in the acknowledgement.
+        /// Number for the acknowledgement.
         invalidation: InvalidationId,
-        /// What will change.
+        /// The ranges that will change.
         ranges: RangeSet,
     },
-    /// The epoch is not renewed any more, or over. A hint: the lease ends without it as well.
+    /// Tells that the epoch is over, or will not be renewed. This is a hint: the lease also ends
+    /// without it.
     Gone {
         /// The epoch.
         epoch: Epoch,
     },
-    /// A question will not be answered.
+    /// Refuses a question.
     Refused {
-        /// Of the question.
+        /// Number of the question.
         nonce: Nonce,
-        /// What has asked: each life of a host counts its nonces from 1.
+        /// Kind of the question and who asked: each life of a host counts its nonces from 1.
         asker: Asker,
-        /// Why.
+        /// The reason.
         why: Refusal,
     },
 }
 
-/// Whose question is refused.
+/// Identifies the asker of a refused question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Asker {
     /// A join of this life of the host.
@@ -141,21 +143,21 @@ pub enum Asker {
     Fetch(Epoch),
 }
 
-/// Why an owner does not answer a question.
+/// Reason why an owner refuses a question.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Refusal {
     /// The books are full.
     Members,
-    /// The host has as many epochs as one may have.
+    /// The host has the maximum number of epochs.
     MembersOfHost,
-    /// As many fetches wait already as one mirror may have.
+    /// The maximum number of fetches of this mirror is waiting.
     Fetches,
-    /// The epoch that this join was given is not renewed any more. A mirror that has not entered it
-    /// asks anew, at once.
+    /// The epoch granted to this join is no longer renewed. A mirror that has not entered it asks
+    /// anew at once.
     Expelled,
-    /// The owner's notifier is in no address space, so nothing would tell its mirrors of changes.
+    /// The owner's notifier is in no address space, so mirrors would not be told of changes.
     NotWatched,
-    /// The range is not shared, is longer than the owner sends at once, or cannot be read.
+    /// The range is not shared, exceeds the length of one fetch, or cannot be read.
     Contents,
 }
 

@@ -1,4 +1,4 @@
-//! A mirror's side: how long it may hold on, and what it lets go of when.
+//! The mirror's state machine: how long it may hold on, and what it must release.
 
 mod fetches;
 mod lease;
@@ -18,93 +18,94 @@ use shootdown::{AddressRange, RangeSet};
 pub use fetches::FetchError;
 use lease::State;
 
-/// Epochs of its own that a mirror remembers after it has left them, and acknowledgements that it
-/// can repeat. One that is forgotten costs a wait for the lease, or one more flush.
+/// Number of own past epochs that a mirror remembers, and of acknowledgements that it can repeat. A
+/// forgotten one costs a wait for the lease, or one more flush.
 const REMEMBERED: usize = 64;
 
-/// What a mirror's host has to do.
+/// Work for the mirror's host.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum MirrorDecision {
-    /// The mirror may fetch and use the memory from now on, as long as
-    /// [`is_valid`](Mirror::is_valid) says so after each use.
+    /// The mirror may fetch and use the memory from now on. Check [`is_valid`](Mirror::is_valid)
+    /// after each use.
     Joined {
-        /// Its epoch.
+        /// The new epoch.
         epoch: Epoch,
     },
-    /// Zap what is mapped of the ranges, flush it, then call [`Mirror::invalidated`].
+    /// Zap the mappings of the ranges, flush, then call [`Mirror::invalidated`].
     Invalidate {
-        /// For that call: the numbers of another owner's invalidations may be the same.
+        /// Argument of that call. Another owner may use the same numbers for its invalidations.
         epoch: Epoch,
-        /// For that call.
+        /// Argument of that call.
         invalidation: InvalidationId,
-        /// What will change.
+        /// The ranges that will change.
         ranges: RangeSet,
     },
-    /// Stop all devices and drop all copies, then call [`Mirror::stopped`]: the lease is about to
+    /// Stop all devices and drop all copies, then call [`Mirror::stopped`]. The lease is about to
     /// end. All fetches and invalidations of this epoch are over, without a decision of their own.
     Stop {
         /// The epoch that ends.
         epoch: Epoch,
     },
-    /// Install what came with this reply, in the same critical section as the check that
+    /// Install the contents that came with this reply, in the same critical section as a check of
     /// [`is_valid`](Mirror::is_valid).
     Install {
-        /// As [`Mirror::fetch`] returned it.
+        /// Returned by [`Mirror::fetch`].
         nonce: Nonce,
-        /// What was asked for.
+        /// The fetched range.
         range: AddressRange,
-        /// How many invalidations the owner had ended by then.
+        /// Number of invalidations that the owner had ended by then.
         version: u64,
     },
-    /// An invalidation has met the fetch: drop what came, and fetch again if it is still wanted.
+    /// An invalidation has met the fetch. Drop the contents, and fetch again if they are still
+    /// wanted.
     Collided {
-        /// As [`Mirror::fetch`] returned it.
+        /// Returned by [`Mirror::fetch`].
         nonce: Nonce,
     },
-    /// The owner does not serve the fetch.
+    /// The owner refused the fetch.
     FetchRefused {
-        /// As [`Mirror::fetch`] returned it.
+        /// Returned by [`Mirror::fetch`].
         nonce: Nonce,
-        /// Why.
+        /// The reason.
         why: Refusal,
     },
     /// The mirror cannot join. It asks again after a while.
     Denied(
-        /// Why.
+        /// The reason.
         Denied,
     ),
 }
 
-/// Why a mirror cannot join.
+/// Reason why a mirror cannot join.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Denied {
-    /// The owner does not take it.
+    /// The owner refused.
     Refused(Refusal),
-    /// The owner's term is no longer than the devices here take to stop.
+    /// The owner's term is not longer than the time that the devices take to stop.
     TermTooShort {
-        /// What the owner grants.
+        /// Term of the owner.
         term: Duration,
         /// [`MirrorSettings::time_to_stop`].
         time_to_stop: Duration,
     },
     /// The welcome took longer than the lease that it grants.
     TooLate {
-        /// What the owner grants.
+        /// Term of the owner.
         term: Duration,
-        /// How long it took.
+        /// Time from the question to the welcome.
         took: Duration,
     },
-    /// The owner is older than one that has welcomed this mirror before: it is none any more, or
-    /// boots are not counted upwards.
+    /// The owner is older than one that has welcomed this mirror before. It is no longer the owner,
+    /// or its boots do not rise.
     OlderOwner {
-        /// Of this one.
+        /// Boot of this owner.
         boot: Boot,
-        /// The largest so far.
+        /// Largest boot so far.
         newest: Boot,
     },
-    /// A driver panicked when everything was to be let go of, so nobody knows whether its device
-    /// has stopped. This mirror joins no more; another incarnation may.
+    /// A driver panicked when everything had to be released, so its device may not have stopped.
+    /// This mirror joins no more; another incarnation may.
     Panicked,
 }
 
@@ -140,7 +141,7 @@ impl fmt::Display for Denied {
 
 impl core::error::Error for Denied {}
 
-/// Where a mirror stands.
+/// State of a mirror.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub enum Standing {
@@ -148,13 +149,13 @@ pub enum Standing {
     Out,
     /// It has asked to join, and holds nothing.
     Joining,
-    /// It may hold on until that moment.
+    /// It may hold on by this epoch until this moment.
     Live(Epoch, Time),
     /// Its devices are being stopped.
     Stopping(Epoch),
 }
 
-/// What happened so far.
+/// Counters of a mirror.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct MirrorCounts {
@@ -162,31 +163,31 @@ pub struct MirrorCounts {
     pub joined: u64,
     /// Leases that have ended.
     pub lost: u64,
-    /// Times that more time was granted.
+    /// Renewals granted.
     pub renewed: u64,
     /// Invalidations begun.
     pub invalidated: u64,
     /// Fetches that an invalidation has met.
     pub collided: u64,
-    /// Messages of epochs that the mirror is not in, and replies to what it has not asked, or
-    /// again.
+    /// Messages of epochs that the mirror is not in, and replies to no question or to one answered
+    /// before.
     pub strangers: u64,
-    /// Times that [`Mirror::stopped`] was called after the lease had ended: the devices took longer
-    /// than [`MirrorSettings::time_to_stop`], or the process stood still. What they did in between
-    /// is safe only if the owner fences.
+    /// Calls of [`Mirror::stopped`] after the end of the lease. The devices took longer than
+    /// [`MirrorSettings::time_to_stop`], or the process was stopped. Accesses in between are safe
+    /// only if the owner fences.
     pub stopped_late: u64,
 }
 
-/// A mirror of an owner's memory: a state machine.
+/// The state machine of a mirror of an owner's memory.
 ///
-/// Call [`handle`](Self::handle) with each message, [`tick`](Self::tick) when
-/// [`deadline`](Self::deadline) has come, then send what [`next_message`](Self::next_message) has
-/// and do what [`next_decision`](Self::next_decision) says, in that order. It asks to join by
-/// itself, and again when it has lost its lease.
+/// Call [`handle`](Self::handle) with each message, and [`tick`](Self::tick) at the
+/// [`deadline`](Self::deadline). Then send every [`next_message`](Self::next_message) and carry out
+/// every [`next_decision`](Self::next_decision), in that order. The mirror asks to join by itself,
+/// and again after it has lost its lease.
 ///
-/// Whoever uses a copy asks *after* the use whether it was zapped meanwhile and whether the lease
-/// [`is_valid`](Self::is_valid) (D4): a process that was stopped in between goes on where it was,
-/// and nobody could tell it before.
+/// *After* each use of a copy, check that it was not zapped meanwhile and that the lease
+/// [`is_valid`](Self::is_valid) (D4). A process that was stopped in between continues where it was,
+/// and could not be told before.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Mirror {
     incarnation: Incarnation,
@@ -196,13 +197,13 @@ pub struct Mirror {
     nonce: u64,
     state: State,
     leaving: bool,
-    /// The largest boot that has welcomed it: an older owner is none any more.
+    /// Largest boot that has welcomed the mirror. An older owner is no longer the owner.
     boot: Option<Boot>,
     /// Own epochs that are over.
     past: VecDeque<Epoch>,
-    /// How long a join is waited for.
+    /// How long the mirror waits for the answer to a join.
     age: Duration,
-    /// Leases in a row that ended before they had been renewed.
+    /// Number of leases in a row that ended before a renewal.
     early: u32,
     fetches: BTreeMap<Nonce, Fetch>,
     working: BTreeSet<InvalidationId>,
@@ -213,7 +214,7 @@ pub struct Mirror {
 }
 
 impl Mirror {
-    /// A mirror that will ask to join at its first tick.
+    /// Makes a mirror that asks to join at its first tick.
     pub fn new(incarnation: Incarnation, settings: MirrorSettings, now: Time) -> Self {
         let settings = settings.usable();
         Self {
@@ -237,13 +238,13 @@ impl Mirror {
         }
     }
 
-    /// Leaves a rule out, to see that a simulation notices.
+    /// Leaves a rule out, to check that a simulation notices.
     #[cfg(feature = "test-util")]
     pub fn leave_out(&mut self, rule: Rule) {
         self.rules = Rules::without(rule);
     }
 
-    /// Forgets its counts, so that an exploration takes states that act alike for one.
+    /// Resets the counters, so that an exploration treats states with equal behaviour as one.
     #[cfg(feature = "test-util")]
     pub fn forget_counts(&mut self) {
         self.counts = MirrorCounts::default();
@@ -285,7 +286,7 @@ impl Mirror {
             return self.messages.push_back(ToOwner::Ack { epoch, invalidation });
         }
         if self.working.len() >= self.settings.invalidations {
-            // It is sent again.
+            // The owner sends it again.
             self.counts.strangers += 1;
             return;
         }
@@ -298,9 +299,10 @@ impl Mirror {
         self.decisions.push_back(MirrorDecision::Invalidate { epoch, invalidation, ranges });
     }
 
-    /// Says that a [`MirrorDecision::Invalidate`] was carried out. Returns whether it is one of the
-    /// present epoch; otherwise nothing is due any more. Another owner counts anew, so a flush that
-    /// has outlasted its epoch must not acknowledge what has the same number in the next one.
+    /// Tells the mirror that a [`MirrorDecision::Invalidate`] was carried out. Returns `true` if it
+    /// belongs to the present epoch; otherwise nothing is due any more. Another owner counts from 1
+    /// again, so a flush that has outlasted its epoch must not acknowledge the same number in the
+    /// next one.
     pub fn invalidated(&mut self, epoch: Epoch, invalidation: InvalidationId, now: Time) -> bool {
         self.tick(now);
         if !self.is_in(epoch) || !self.working.remove(&invalidation) {
@@ -314,23 +316,23 @@ impl Mirror {
         true
     }
 
-    /// Forgets which invalidations are under way: those who carried them out are gone, so they are
-    /// to be sent again.
+    /// Forgets which invalidations are under way, so that the owner sends them again. Call it when
+    /// the tasks that carried them out are gone.
     pub fn forget_under_way(&mut self) {
         self.working.clear();
     }
 
-    /// What to send next.
+    /// Returns the next message to send.
     pub fn next_message(&mut self) -> Option<ToOwner> {
         self.messages.pop_front()
     }
 
-    /// What to do next.
+    /// Returns the next work to do.
     pub fn next_decision(&mut self) -> Option<MirrorDecision> {
         self.decisions.pop_front()
     }
 
-    /// What happened so far.
+    /// Returns the counters.
     pub fn counts(&self) -> MirrorCounts {
         self.counts
     }

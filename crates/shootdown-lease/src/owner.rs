@@ -1,4 +1,4 @@
-//! The owner's side: who may hold on, and when an invalidation is done.
+//! The owner's state machine: which mirrors may hold on, and when an invalidation is done.
 
 mod books;
 mod fetches;
@@ -17,59 +17,59 @@ use fetches::Parked;
 use invalidations::Invalidation;
 use shootdown::AddressRange;
 
-/// What stands behind a new owner.
+/// State of the memory behind a new owner.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Memory {
-    /// Nobody can hold anything: the memory is as new as the owner.
+    /// The memory is as new as the owner, so no mirror can hold anything.
     New,
-    /// Mirrors of an earlier owner may still hold on: the memory has survived a restart, or is
-    /// taken over from another host. Invalidations wait for the end of those leases, whose terms
+    /// The memory has survived a restart, or was taken over from another host. Mirrors of an
+    /// earlier owner may hold on. Invalidations wait until those leases have ended; their terms
     /// were no longer than this owner's.
     Survived,
-    /// The same, where earlier owners have granted terms up to this one: before a term is
-    /// shortened.
+    /// The memory has survived, and earlier owners have granted terms up to this one. Use it when a
+    /// term is shortened.
     SurvivedTerm(Duration),
 }
 
-/// What the owner's host has to do.
+/// Work for the owner's host.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum Decision {
-    /// Nobody holds anything of the ranges any more, nor gets it before [`Owner::end`]: change the
+    /// No mirror holds anything of the ranges, and none gets it before [`Owner::end`]. Change the
     /// memory, then call that.
     Done {
-        /// As [`Owner::invalidate`] returned it.
+        /// Returned by [`Owner::invalidate`].
         invalidation: InvalidationId,
-        /// How each that was waited for has ended, in that order.
+        /// How the invalidation ended for each member that it waited for, in that order.
         endings: Vec<(Epoch, Ending)>,
     },
-    /// Cut it off from the memory, then call [`Owner::fenced`]. Only where [`Terms::fences`].
+    /// Cut this off from the memory, then call [`Owner::fenced`]. Only with [`Terms::fences`].
     Fence(Fenced),
-    /// Read the range and send the contents with a `Fetched` of these.
+    /// Read the range and send the contents with a `Fetched` with these values.
     Serve {
-        /// To whom.
+        /// The host.
         to: Host,
-        /// Its epoch.
+        /// The epoch of the host.
         epoch: Epoch,
-        /// Of the fetch.
+        /// Number of the fetch.
         nonce: Nonce,
-        /// What to read.
+        /// The range to read.
         range: AddressRange,
-        /// How many invalidations have ended.
+        /// Number of invalidations that have ended.
         version: u64,
     },
 }
 
-/// What is to be cut off from the memory.
+/// A holder that must be cut off from the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Fenced {
-    /// All that reaches it by this epoch: keys, queue pairs, mappings.
+    /// Everything that reaches the memory by this epoch: keys, queue pairs, mappings.
     Epoch(Host, Epoch),
-    /// All that reaches it by any epoch of a boot before this one.
+    /// Everything that reaches the memory by an epoch of an earlier boot than this one.
     Before(Boot),
 }
 
 impl Fenced {
-    /// What [`Owner::fenced`] calls it.
+    /// Returns the epoch by which [`Owner::fenced`] identifies it.
     pub fn epoch(self) -> Epoch {
         match self {
             Self::Epoch(_, epoch) => epoch,
@@ -81,51 +81,51 @@ impl Fenced {
 /// How an invalidation ended for one member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Ending {
-    /// It has let go of the ranges.
+    /// The member has released the ranges.
     Acknowledged,
-    /// It has left.
+    /// The member has left.
     Left,
-    /// It has joined anew, after its devices had stopped.
+    /// The member has joined anew, after its devices had stopped.
     JoinedAnew,
-    /// Its lease has ended, and it was fenced where that is needed.
+    /// The lease has ended, and the member was fenced if that is needed.
     Expired,
 }
 
-/// What happened so far.
+/// Counters of an owner.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct OwnerCounts {
     /// Epochs granted.
     pub joins: u64,
-    /// Questions that were refused: [`Refusal`](crate::Refusal).
+    /// Questions refused: [`Refusal`](crate::Refusal).
     pub refused: u64,
-    /// Times that a lease was granted anew.
+    /// Leases renewed.
     pub renewals: u64,
-    /// Members whose leases are not renewed any more.
+    /// Members whose leases are no longer renewed.
     pub expelled: u64,
     /// Epochs that ended by time.
     pub expired: u64,
-    /// Epochs that their mirrors left, or left by joining anew.
+    /// Epochs that their mirrors left, also by joining anew.
     pub left: u64,
-    /// `Inv` sent, again included.
+    /// `Inv` sent, including repetitions.
     pub sent: u64,
-    /// Of those, again.
+    /// `Inv` sent again.
     pub resent: u64,
     /// Acknowledgements that counted.
     pub acknowledged: u64,
-    /// Acknowledgements of what was not asked, or not of the one who sent it, or twice.
+    /// Acknowledgements that did not count: not requested, of another member, or repeated.
     pub unasked: u64,
-    /// Other messages by an epoch that its sender does not have, and joins that came late.
+    /// Other messages with an epoch that the sender does not have, and late joins.
     pub strangers: u64,
-    /// Invalidations that were done; an `engine::Hub` begins none while nobody is in the books.
+    /// Invalidations done. An `engine::Hub` begins none while the books are empty.
     pub done: u64,
 }
 
-/// Names that `Owner::end` does not take.
+/// Error of [`Owner::end`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum EndError {
-    /// Somebody may still hold on: wait for [`Decision::Done`].
+    /// A mirror may still hold on: wait for [`Decision::Done`].
     NotDone(InvalidationId),
     /// There is no such invalidation, or it has ended.
     Unknown(InvalidationId),
@@ -148,62 +148,62 @@ impl fmt::Display for EndError {
 
 impl core::error::Error for EndError {}
 
-/// What has a time.
+/// An event with a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 enum Timer {
-    /// The lease of a member ends; looked up again, because renewals move it.
+    /// The lease of a member ends. The time is checked again, because renewals move it.
     Expiry(u64),
     /// An `Inv` to a member is sent again.
     Resend(u64),
-    /// Who has not acknowledged this is renewed no more.
+    /// Members that have not acknowledged this invalidation are expelled.
     Patience(InvalidationId),
 }
 
-/// The owner of memory that other hosts mirror: a state machine.
+/// The state machine of an owner of mirrored memory.
 ///
-/// Call [`handle`](Self::handle) with each message, [`tick`](Self::tick) when
-/// [`deadline`](Self::deadline) has come, then send what [`next_message`](Self::next_message) has
-/// and do what [`next_decision`](Self::next_decision) says. Messages that wait are to be handled
-/// before a tick: after a pause of the owner they are what saves a mirror from being taken for
-/// dead.
+/// Call [`handle`](Self::handle) with each message, and [`tick`](Self::tick) at the
+/// [`deadline`](Self::deadline). Then send every [`next_message`](Self::next_message) and carry out
+/// every [`next_decision`](Self::next_decision). Handle waiting messages before a tick: after a
+/// pause of the owner they keep a mirror from counting as dead.
 ///
-/// **The time of a message is read after it has arrived.** A time that an event loop has read
-/// before makes a lease end too early here, while its mirror still holds on.
+/// **Read the time of a message after it has arrived.** An earlier time, such as that of an event
+/// loop, ends a lease too early here, while the mirror still holds on.
 ///
-/// **An owner that can be deposed looks, after each message has arrived, whether it is the owner
-/// still**, and handles none otherwise: it would go on renewing leases that the next owner, once it
-/// has waited for those from before, knows nothing of.
+/// **If another owner can be elected, check after each message has arrived that this one is still
+/// the owner**, and drop the message otherwise. It would go on renewing leases unknown to the next
+/// owner, which waits only for earlier ones.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Owner {
     boot: Boot,
     terms: Terms,
     rules: Rules,
-    /// Does not go back, whatever the clock does.
+    /// Never goes back, even if the clock does.
     now: Time,
-    /// By number of the epoch; 0 are those of earlier boots.
+    /// Members by the number of their epoch. 0 stands for all epochs of earlier boots.
     members: BTreeMap<u64, Member>,
     next_epoch: u64,
     invalidations: BTreeMap<InvalidationId, Invalidation>,
     next_invalidation: u64,
     ended: u64,
-    /// By epoch and nonce, so that one that is sent again waits once.
+    /// Waiting fetches by epoch and nonce, so that a repeated fetch waits once.
     parked: BTreeMap<(u64, Nonce), Parked>,
     timers: BTreeSet<(Time, Timer)>,
-    /// The newest joins of each host's latest lives, so that a late copy of one is known as such.
+    /// Newest joins of each host's latest lives, to recognise late copies.
     joins: BTreeMap<Host, VecDeque<(Incarnation, Nonce)>>,
     messages: VecDeque<(Host, ToMirror)>,
     decisions: VecDeque<Decision>,
     counts: OwnerCounts,
-    /// Welcomed and not in the books: with [`Rule::BookedBeforeWelcome`] left out.
+    /// Members welcomed without being in the books. Only with [`Rule::BookedBeforeWelcome`] left
+    /// out.
     #[cfg(feature = "test-util")]
     unbooked: BTreeMap<u64, Who>,
 }
 
 impl Owner {
-    /// An owner that begins now.
+    /// Makes an owner.
     ///
-    /// `boot` has to be larger than that of every earlier owner of the memory; messages of earlier
-    /// boots are counted as strangers.
+    /// `boot` must be larger than that of every earlier owner of the memory. Messages of earlier
+    /// boots count as strangers.
     ///
     /// # Errors
     /// [`TermsError`], if the terms bound nothing.
@@ -236,7 +236,7 @@ impl Owner {
         Ok(owner)
     }
 
-    /// Leaves a rule out, to see that a simulation notices. To be called before anything else.
+    /// Leaves a rule out, to check that a simulation notices. Call it first.
     #[cfg(feature = "test-util")]
     pub fn leave_out(&mut self, rule: Rule) {
         self.rules = Rules::without(rule);
@@ -245,24 +245,24 @@ impl Owner {
         }
     }
 
-    /// Forgets its counts, so that an exploration takes states that act alike for one.
+    /// Resets the counters, so that an exploration treats states with equal behaviour as one.
     #[cfg(feature = "test-util")]
     pub fn forget_counts(&mut self) {
         self.counts = OwnerCounts::default();
     }
 
-    /// Its boot.
+    /// Returns the boot.
     pub fn boot(&self) -> Boot {
         self.boot
     }
 
-    /// Its terms.
+    /// Returns the terms.
     pub fn terms(&self) -> &Terms {
         &self.terms
     }
 
-    /// Takes a message from a host, as the transport has authenticated it, at a time that was read
-    /// after the message had arrived. What the host may not say is counted and changes nothing.
+    /// Takes a message from a host, as the transport has authenticated it. `now` was read after the
+    /// message had arrived. A message that the host may not send is counted and changes nothing.
     pub fn handle(&mut self, from: Host, message: ToOwner, now: Time) {
         self.now = self.now.max(now);
         match message {
@@ -274,7 +274,7 @@ impl Owner {
         }
     }
 
-    /// Does what is due by now.
+    /// Does the work that is due now.
     pub fn tick(&mut self, now: Time) {
         self.now = self.now.max(now);
         while let Some((at, timer)) = self.timers.first().copied()
@@ -289,28 +289,29 @@ impl Owner {
         }
     }
 
-    /// When to call [`tick`](Self::tick) at the latest. It may find nothing to do then.
+    /// Returns the latest time for the next [`tick`](Self::tick). It may find nothing to do then.
     pub fn deadline(&self) -> Option<Time> {
         self.timers.first().map(|(at, _)| *at)
     }
 
-    /// What to send next, and to whom.
+    /// Returns the next message to send, and its host.
     pub fn next_message(&mut self) -> Option<(Host, ToMirror)> {
         self.messages.pop_front()
     }
 
-    /// What to do next.
+    /// Returns the next work to do.
     pub fn next_decision(&mut self) -> Option<Decision> {
         self.decisions.pop_front()
     }
 
-    /// What happened so far.
+    /// Returns the counters.
     pub fn counts(&self) -> OwnerCounts {
         self.counts
     }
 
-    /// Who is in the books: its epoch, and for how long it may hold on from now, as far as the
-    /// owner knows; zero if it has to be fenced yet. Without those of earlier boots.
+    /// Returns the members in the books: host, epoch, and how long it may hold on from now, as far
+    /// as the owner knows. The time is zero for a member that must be fenced. Members of earlier
+    /// boots are not included.
     pub fn members(&self) -> impl Iterator<Item = (Host, Epoch, Duration)> + '_ {
         let booked =
             self.members.iter().filter_map(|(number, member)| Some((number, member, member.who?)));
@@ -319,12 +320,12 @@ impl Owner {
         })
     }
 
-    /// Whether nobody is in the books: an invalidation would be done at once.
+    /// Returns `true` if the books are empty. An invalidation would then be done at once.
     pub fn is_deserted(&self) -> bool {
         self.members.is_empty()
     }
 
-    /// Who has an epoch that is renewed.
+    /// Returns `true` if this epoch is in the books and is renewed.
     pub fn is_live(&self, epoch: Epoch) -> bool {
         epoch.boot == self.boot
             && self.members.get(&epoch.number).is_some_and(|member| member.phase == Phase::Live)
@@ -338,23 +339,23 @@ impl Owner {
         self.messages.push_back((to, message));
     }
 
-    /// How long a lease of that term is waited for.
+    /// Returns how long the owner waits for a lease with this term.
     fn waits_for(&self, term: Duration) -> Duration {
         if self.rules.keep(Rule::DriftMargin) { self.terms.waits_for(term) } else { term }
     }
 
-    /// The member that has this epoch, if it is this host's.
+    /// Returns the member with this epoch, if it belongs to the host.
     fn member_of(&mut self, from: Host, epoch: Epoch) -> Option<&mut Member> {
         let member = self.members.get_mut(&epoch.number).filter(|_| epoch.boot == self.boot)?;
         member.who.is_some_and(|who| who.host == from).then_some(member)
     }
 }
 
-/// Whose a member is.
+/// Identity of a member.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 struct Who {
     host: Host,
     incarnation: Incarnation,
-    /// Of its join.
+    /// Number of its join.
     nonce: Nonce,
 }

@@ -1,50 +1,50 @@
-//! How long, how many.
+//! Terms of an owner and settings of a mirror.
 
 use core::fmt;
 use core::time::Duration;
 use shootdown::AddressRange;
 
-/// What an owner grants and how long it waits. One set for a space; a mirror is told the term with
-/// its welcome, so the two cannot disagree about it.
+/// What an owner grants and how long it waits. An owner has one set. It sends the term with each
+/// welcome, so that both sides use the same one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct Terms {
-    /// How long a mirror may hold on from when it asked, on its own clock (`T_m`). What a dead
-    /// mirror costs an invalidation, and five times the time between two renewals.
+    /// How long a mirror may hold on from when it asked, on its own clock (`T_m`). An invalidation
+    /// waits this long for a dead mirror. Mirrors renew five times in a term.
     pub term: Duration,
-    /// How far a clock may be from real time, in parts per million, either way (ρ). Quartz keeps
-    /// 100, a clock that is slewed 500; 1,000 unless changed. Below 1,000,000.
+    /// Largest deviation of a clock from real time, in parts per million, in either direction (ρ).
+    /// Quartz keeps 100, a slewed clock 500. The default is 1,000. Must be below 1,000,000.
     pub drift_ppm: u32,
-    /// How long an invalidation waits for a mirror before that one's lease is renewed no more. An
-    /// invalidation takes this and the owner's own term at most, and what the host takes to fence.
+    /// How long an invalidation waits for a mirror before the mirror's lease is no longer renewed.
+    /// An invalidation takes at most this, the owner's term, and the time for fencing.
     pub patience: Duration,
-    /// After how long an `Inv` that is not acknowledged is sent again. A transport that loses
-    /// nothing needs it only when it connects anew.
+    /// Time after which an `Inv` without acknowledgement is sent again. A transport without losses
+    /// needs it only after a reconnect.
     pub resend: Duration,
-    /// How many `Inv` are on their way to a mirror at most; further ones wait. At least 1.
+    /// Maximum number of `Inv` in flight to one mirror; further ones wait. At least 1.
     pub window: usize,
-    /// How many epochs are in the books at most; a join beyond that is refused. At least 1.
+    /// Maximum number of epochs in the books; a further join is refused. At least 1.
     pub members: usize,
-    /// How many of them one host may have: itself, and incarnations from before a restart whose
-    /// leases have not ended. 4 unless changed, at least 1.
+    /// Maximum number of epochs of one host: the current incarnation, and those from before a
+    /// restart whose leases have not ended. The default is 4. At least 1.
     pub members_of_a_host: usize,
-    /// How many fetches of one mirror wait for the end of an invalidation at most; further ones are
-    /// refused. 1,024 unless changed, at least 1.
+    /// Maximum number of fetches of one mirror that wait for the end of an invalidation; further
+    /// ones are refused. The default is 1,024. At least 1.
     pub fetches: usize,
-    /// How many bytes one fetch may ask for; longer ones are refused. 64 MiB unless changed.
+    /// Maximum number of bytes of one fetch; longer ones are refused. The default is 64 MiB.
     pub fetch_bytes: u64,
-    /// What is mirrored: fetches of anything else are refused, because nobody would invalidate it.
-    /// All addresses unless changed. `engine::Hub::insert` watches exactly this.
+    /// The mirrored range. The default is all addresses. Fetches of other memory are refused,
+    /// because it would not be invalidated. `engine::Hub::insert` watches exactly this range.
     pub shared: AddressRange,
-    /// Whether something reaches the memory by itself, so that an epoch has to be fenced before it
-    /// is closed by time ([`Decision::Fence`](crate::Decision::Fence)). Not needed where mirrors
-    /// have copies and check after each use. `false` unless changed.
+    /// Something reaches the memory by itself, so an epoch must be fenced before it is closed by
+    /// time ([`Decision::Fence`](crate::Decision::Fence)). Not needed if mirrors have copies and
+    /// check after each use. The default is `false`.
     pub fences: bool,
 }
 
 impl Terms {
-    /// With a term, a patience of half of it, resending after a tenth, and room for 64 `Inv` on
-    /// their way to each of 1,024 members.
+    /// Makes terms with this term. The patience is half of it, and resending happens after a tenth.
+    /// There is room for 1,024 members with 64 `Inv` in flight to each.
     pub const fn new(term: Duration) -> Self {
         let nanos = term.as_nanos() as u64;
         Self {
@@ -62,13 +62,13 @@ impl Terms {
         }
     }
 
-    /// How long the owner waits from its last grant before it takes a lease for ended: the term
-    /// times (1 + ρ) / (1 - ρ), rounded up (`T_o`).
+    /// Returns how long the owner waits after its last grant until it considers a lease ended: the
+    /// term times (1 + ρ) / (1 - ρ), rounded up (`T_o`).
     pub fn owner_term(&self) -> Duration {
         self.waits_for(self.term)
     }
 
-    /// The same for another term.
+    /// Returns how long the owner waits for a lease with this term.
     pub(crate) fn waits_for(&self, term: Duration) -> Duration {
         let (whole, drift) = (1_000_000_u128, u128::from(self.drift_ppm));
         let nanos = term
@@ -101,15 +101,15 @@ impl Terms {
     }
 }
 
-/// Why terms cannot be granted.
+/// Reason why terms cannot be granted.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum TermsError {
-    /// A number that must not be zero is.
+    /// This number must not be zero.
     Zero(&'static str),
-    /// A clock that is wrong by all of the time bounds nothing.
+    /// A clock with such a deviation bounds nothing.
     Drift(u32),
-    /// Longer than 136 years.
+    /// The term is longer than 136 years.
     Long(Duration),
 }
 
@@ -130,25 +130,26 @@ impl fmt::Display for TermsError {
 
 impl core::error::Error for TermsError {}
 
-/// What a mirror knows of itself.
+/// Settings of a mirror.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 #[non_exhaustive]
 pub struct MirrorSettings {
-    /// How long its devices take to stop, at most: it begins to stop them so long before its lease
-    /// ends. Zero, which it is unless changed, for copies that are checked after each use.
+    /// Longest time that the devices take to stop. The mirror begins to stop them this long before
+    /// its lease ends. The default is zero, which is right for copies that are checked after each
+    /// use.
     pub time_to_stop: Duration,
-    /// After how long it asks to join again while nobody answers. 20 ms unless changed; what is
-    /// below 1 ms counts as that, what is above an hour as an hour.
+    /// Time after which an unanswered join is repeated, between 1 ms and an hour. The default is 20
+    /// ms.
     pub retry: Duration,
-    /// How many fetches are under way at most. 1,024 unless changed; 0 counts as 1.
+    /// Maximum number of fetches under way. The default is 1,024; 0 counts as 1.
     pub fetches: usize,
-    /// How many invalidations are under way at most; further ones are left to be sent again. At
-    /// least the owner's window; 1,024 unless changed; 0 counts as 1.
+    /// Maximum number of invalidations under way. Further ones are ignored, and the owner sends
+    /// them again. Use at least the owner's window. The default is 1,024; 0 counts as 1.
     pub invalidations: usize,
 }
 
 impl MirrorSettings {
-    /// Numbers that a mirror can live by.
+    /// Returns the settings with each number in its valid range.
     pub(crate) fn usable(mut self) -> Self {
         self.retry = self.retry.clamp(Duration::from_millis(1), Duration::from_secs(3_600));
         (self.fetches, self.invalidations) = (self.fetches.max(1), self.invalidations.max(1));

@@ -1,5 +1,4 @@
-//! Threads that wait: event descriptors that wake them out of `poll`, those of the front-end, and
-//! futures.
+//! Eventfds that wake threads out of `poll`, eventfds of the front-end, and blocking on futures.
 #![forbid(unsafe_code)]
 
 use futures::task::ArcWake;
@@ -16,7 +15,7 @@ pub(crate) struct Bell(OwnedFd);
 
 impl ArcWake for Bell {
     fn wake_by_ref(bell: &Arc<Self>) {
-        // Full: then the thread wakes up anyway.
+        // If the counter is full, the thread wakes up anyway.
         let _ = rustix::io::write(&bell.0, &1u64.to_ne_bytes());
     }
 }
@@ -37,10 +36,10 @@ impl AsFd for Bell {
     }
 }
 
-/// A descriptor of the front-end's that is written to.
+/// An eventfd of the front-end that is written to.
 pub(crate) struct Call {
     fd: OwnedFd,
-    /// Whether a write may block: then nobody writes who would.
+    /// A write may block. The eventfd is then polled before each write.
     blocks: bool,
 }
 
@@ -50,7 +49,7 @@ impl Call {
         Self { fd, blocks }
     }
 
-    /// If it is full already it is readable, and that is all that is wanted.
+    /// Writes the eventfd. A full one is readable already, which is enough.
     pub(crate) fn ring(&self) {
         let now = Timespec { tv_sec: 0, tv_nsec: 0 };
         if self.blocks
@@ -63,7 +62,7 @@ impl Call {
     }
 }
 
-/// Polls `future` to its end on this thread, inside another executor too.
+/// Polls `future` to its end on this thread, also inside another executor.
 pub(crate) fn block_on<F: Future>(future: F) -> F::Output {
     let waker = Waker::from(Arc::new(Unpark(std::thread::current())));
     let (mut future, mut cx) = (pin!(future), Context::from_waker(&waker));

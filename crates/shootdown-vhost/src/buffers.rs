@@ -1,36 +1,36 @@
-//! The buffers of a request, as if they were one.
+//! The buffers of a request as one sequence of bytes.
 #![forbid(unsafe_code)]
 
 use crate::mapping::{AccessError, Mapping};
 use std::ops::Range;
 
-/// Mappings in a row.
+/// Mappings in a row, as one sequence of bytes.
 #[derive(Debug, Default)]
 pub struct Buffers(Vec<Mapping>);
 
 impl Buffers {
-    /// These, in order.
+    /// Makes buffers of these mappings, in order.
     pub fn new(mappings: Vec<Mapping>) -> Self {
         Self(mappings)
     }
 
-    /// The mappings, one for each descriptor.
+    /// Returns the mappings, one for each descriptor.
     pub fn mappings(&self) -> &[Mapping] {
         &self.0
     }
 
-    /// The number of bytes.
+    /// Returns the number of bytes.
     pub fn len(&self) -> usize {
         self.0.iter().map(Mapping::len).sum()
     }
 
-    /// Whether there are none.
+    /// Returns `true` if there are no bytes.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// The parts of the mappings that `range` is made of: which, from where, how long, how far from
-    /// the start of `range`.
+    /// Returns the parts of the mappings that `range` consists of: the mapping, the offset in it,
+    /// the length, and the distance from the start of `range`.
     fn parts(&self, range: Range<usize>) -> impl Iterator<Item = (&Mapping, usize, usize, usize)> {
         let mut at = 0;
         self.0.iter().filter_map(move |mapping| {
@@ -47,7 +47,7 @@ impl Buffers {
         end.map(|end| offset..end).ok_or(AccessError::Outside { offset, len, size })
     }
 
-    /// Copies from `offset` on into `into`.
+    /// Copies bytes from `offset` on into `into`.
     ///
     /// # Errors
     /// As for [`Mapping::read`].
@@ -59,7 +59,7 @@ impl Buffers {
         Ok(())
     }
 
-    /// Copies `from` to `offset`.
+    /// Copies `from` into the buffers, from `offset` on.
     ///
     /// # Errors
     /// As for [`Mapping::write`].
@@ -71,11 +71,11 @@ impl Buffers {
         Ok(())
     }
 
-    /// Pointers for `readv`, `io_uring` and their kin, to the bytes of `range`. They are valid as
-    /// long as the buffers exist: keep them until the kernel has completed the request.
+    /// Returns pointers to the bytes of `range`, for `readv`, `io_uring` and the like. They are
+    /// valid as long as the buffers exist: keep them until the kernel has completed the request.
     ///
     /// # Errors
-    /// [`AccessError::Outside`] when `range` goes beyond the end.
+    /// [`AccessError::Outside`] if `range` goes beyond the end.
     pub fn iovecs(&self, range: Range<usize>) -> Result<Vec<libc::iovec>, AccessError> {
         let range = self.check(range.start, range.end.saturating_sub(range.start))?;
         let mut all = Vec::new();

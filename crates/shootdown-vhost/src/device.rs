@@ -1,28 +1,28 @@
-//! What a device has to say of itself.
+//! The trait of a device.
 #![forbid(unsafe_code)]
 
 use crate::ring::Ring;
 
-/// A virtio device. One session after the other has it; rings of an earlier session have ended
-/// before the next one begins.
+/// A virtio device. Sessions use it one after the other: rings of a session have ended before the
+/// next session begins.
 pub trait Device: Send + Sync + 'static {
-    /// The features of its type (VIRTIO_BLK_F_…), as bits. Those of the transport are the
-    /// session's.
+    /// Returns the feature bits of its type (VIRTIO_BLK_F_…). The session adds those of the
+    /// transport.
     fn features(&self) -> u64;
 
-    /// How many queues it has at most.
+    /// Returns the maximum number of its queues.
     fn queues(&self) -> u16;
 
-    /// Its configuration space from the start. What a front-end reads beyond the end is zero.
+    /// Returns its configuration space. Reads of the front-end beyond the end return zero.
     fn config(&self) -> Vec<u8>;
 
-    /// The driver writes to the configuration space. Says whether that is allowed.
+    /// Handles a write of the driver to the configuration space. Returns `true` if it is permitted.
     fn set_config(&self, offset: u32, bytes: &[u8]) -> bool {
         let _ = (offset, bytes);
         false
     }
 
-    /// A ring begins. Called by the session's driver: spawn a task or a thread that has the ring,
-    /// and return. Translate nothing here: the session that would ask is waiting for this call.
+    /// Starts a ring. The session's driver calls it: spawn a task or a thread with the ring, and
+    /// return. Do not translate here: the session that would ask waits for this call.
     fn start(&self, ring: Ring);
 }

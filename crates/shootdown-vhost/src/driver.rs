@@ -1,4 +1,4 @@
-//! Drivers of a session: they move messages between it and its sockets.
+//! Drivers of a session. They move messages between the session and its sockets.
 #![forbid(unsafe_code)]
 
 mod lines;
@@ -14,14 +14,14 @@ pub use with_tokio::serve as serve_tokio;
 use crate::message::ProtocolError;
 use std::io;
 
-/// Why a session has ended, other than by the front-end's wish.
+/// Reason why a session has ended without the front-end's wish.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ServeError {
     /// A socket failed.
     #[error("the front-end's socket: {0}")]
     Io(io::Error),
-    /// The front-end has sent what the protocol does not allow.
+    /// The front-end has violated the protocol.
     #[error("the front-end: {0}")]
     Protocol(ProtocolError),
 }

@@ -1,4 +1,4 @@
-//! What is in flight, as a notifier.
+//! The notifier of a mapping.
 #![forbid(unsafe_code)]
 
 use crate::sync::{AtomicU8, Ordering};
@@ -6,15 +6,15 @@ use shootdown::{IntervalNotifier, Invalidation, PassFuture, Timeline, WouldBlock
 use std::borrow::Cow;
 use std::sync::OnceLock;
 
-/// Is registered for the range of a mapping while that exists.
+/// Notifier of the range of a mapping, registered while the mapping exists.
 #[derive(Default)]
 pub(crate) struct InFlight {
     state: AtomicU8,
-    /// Made when it is waited for, which is rare.
+    /// Made by the first wait. Most mappings are never waited for.
     gone: OnceLock<Timeline>,
 }
 
-/// The states of what is in flight.
+/// States of a mapping, as flags.
 const WAITED_FOR: u8 = 1;
 const GONE: u8 = 2;
 

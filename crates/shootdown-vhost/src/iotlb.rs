@@ -1,15 +1,19 @@
-//! The IOTLB of a device: what its I/O virtual addresses are, for as long as the front-end lets it
-//! know.
+//! The IOTLB of a device: the translations of its I/O virtual addresses, as long as the front-end
+//! permits.
 //!
-//! What is in flight is a driver of an [`AddressSpace`] of I/O virtual addresses: a
-//! [`Mapping`] is a notifier of its range, whose pass ends when the mapping is dropped. So an
-//! INVALIDATE is an invalidation: translations are taken out of the table first, then everything
-//! that overlaps is waited for, and only that. A mapping registers its range *before* it looks into
-//! the table. So whoever has found a translation is registered when that is taken out, and whoever
-//! registers later does not find it.
+//! Accesses in flight are drivers of an [`AddressSpace`](shootdown::AddressSpace) of I/O virtual
+//! addresses: a [`Mapping`] is a notifier of its range, and its pass ends when the mapping is
+//! dropped. So an INVALIDATE is an invalidation. It first removes translations from the table, then
+//! waits for every mapping that overlaps, and for nothing else.
+//!
+//! A mapping registers its range *before* it searches the table. So a mapping that has found a
+//! translation is registered when the translation is removed, and a mapping that registers later
+//! does not find it.
 #![forbid(unsafe_code)]
 
 mod asked;
+mod domain;
+mod invalidated;
 mod table;
 mod want;
 
@@ -21,79 +25,45 @@ use crate::parts::Parts;
 use crate::stats::{Counters, IotlbStats, count};
 use crate::sync::{Lock, Shared};
 use asked::{Answers, Asked, Miss};
+pub use domain::Domain;
 use futures::task::AtomicWaker;
-use shootdown::{AddressRange, AddressSpace, Event, Invalidate};
+pub use invalidated::Invalidated;
+use shootdown::{AddressRange, Event, Invalidate};
 use smallvec::SmallVec;
 use std::fmt;
-use std::future::Future;
-use std::pin::Pin;
 use std::sync::{Arc, Weak};
-use std::task::{Context, Poll, ready};
-use std::time::Instant;
+use std::task::{Context, Poll};
 use table::Table;
 use vm_memory::Permissions;
 pub use want::{MapError, Want};
 
-/// The least that an IOMMU translates. Those that miss addresses of one page ask together.
+/// Smallest unit that an IOMMU translates. Misses in one page share one question.
 const PAGE: u64 = 0x1000;
 
-/// As many translations one look asks for at most.
+/// Maximum number of translations that one look-up asks for.
 const AHEAD: usize = 16;
 
-/// IOTLBs whose devices share an IOMMU domain: an INVALIDATE of one is an invalidation of all.
+/// The IOTLB of one device. This is a handle; clones share one IOTLB. `default` makes one in a
+/// domain of its own.
 ///
-/// A guest's IOMMU driver that unmaps a range sends one INVALIDATE to each device of the domain,
-/// one after the other, each after the answer to the one before. With one domain in this process
-/// the first of them begins to wait for all devices at once, and the others find nothing left to
-/// wait for.
-#[derive(Clone, Default)]
-pub struct Domain(Arc<Members>);
-
-#[derive(Default)]
-struct Members {
-    space: AddressSpace,
-    all: Lock<Vec<Weak<Inner>>>,
-}
-
-impl Domain {
-    /// A domain without devices.
-    pub fn new() -> Self {
-        Self::default()
-    }
-
-    /// The I/O virtual addresses of all of its devices; its notifiers are what is in flight.
-    pub fn space(&self) -> &AddressSpace {
-        &self.0.space
-    }
-}
-
-impl fmt::Debug for Domain {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Domain({} in flight)", self.0.space.len())
-    }
-}
-
-/// The IOTLB of one device. Clones are handles of the same. `default` is one in a domain of its
-/// own.
-///
-/// A device [maps](Self::map). What the front-end says ([`update`](Self::update),
-/// [`invalidate`](Self::invalidate), [`forget_all`](Self::forget_all)) is the session's to tell.
+/// A device [maps](Self::map) ranges. The session reports the front-end's messages
+/// ([`update`](Self::update), [`invalidate`](Self::invalidate), [`forget_all`](Self::forget_all)).
 #[derive(Clone)]
 pub struct Iotlb(Arc<Inner>);
 
 pub(crate) struct Inner {
     domain: Domain,
-    /// Changes under the lock of `asked` only when something is added.
+    /// Additions also need the lock of `asked`.
     table: Shared<Table>,
     asked: Lock<Asked>,
-    /// What the front-end shares.
+    /// Memory that the front-end shares.
     memory: Lock<MemoryTable>,
-    /// The session, which sends what is asked for.
+    /// Wakes the session, which sends questions.
     sender: AtomicWaker,
     counters: Counters,
 }
 
-/// What a look has found.
+/// Result of a look-up.
 enum Found {
     All,
     Asked(Arc<Miss>),
@@ -106,7 +76,8 @@ impl Default for Iotlb {
 }
 
 impl Iotlb {
-    /// An empty one in `domain`. There is nobody to ask until a [`Session`](crate::Session) has it.
+    /// Makes an empty IOTLB in `domain`. It can ask for translations once a
+    /// [`Session`](crate::Session) has it.
     pub fn new(domain: &Domain) -> Self {
         let (table, asked) = (Shared::new(Table::default()), Lock::new(Asked::default()));
         let (sender, counters, memory) =
@@ -126,50 +97,53 @@ impl Iotlb {
         iotlb
     }
 
-    /// The domain of the device.
+    /// Returns the domain of the device.
     pub fn domain(&self) -> &Domain {
         &self.0.domain
     }
 
-    /// The memory that the front-end shares now. Empty before it has said so.
+    /// Returns the memory that the front-end shares. Empty before the front-end has sent it.
     pub fn memory(&self) -> MemoryTable {
         self.0.memory.lock().clone()
     }
 
     pub(crate) fn set_memory(&self, memory: MemoryTable) {
-        // Dropped after the guard: it may be what keeps the former memory mapped.
+        // Dropped after the guard: it may be the last reference to the former memory.
         let _former = std::mem::replace(&mut *self.0.memory.lock(), memory);
     }
 
-    /// What has happened so far.
+    /// Returns the counters of the IOTLB.
     pub fn stats(&self) -> IotlbStats {
         self.0.counters.read()
     }
 
-    /// How many translations are known.
+    /// Returns the number of known translations.
     pub fn len(&self) -> usize {
         self.0.table.read().len()
     }
 
-    /// Whether no translation is known.
+    /// Returns `true` if no translation is known.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// A mapping of one range, if all of it is known and may be accessed so. Asks nobody.
+    /// Maps a range if all of it is known and permits the access. Does not ask the front-end.
     pub fn try_map(&self, want: Want) -> Option<Mapping> {
         let (mut mapping, range) = self.register(want).ok()?;
         let found = self.0.table.read().look_up(range, want.access, mapping.parts_mut());
         found.is_ok().then_some(mapping)
     }
 
-    /// A mapping of one range. What is not known is asked for, and waited for.
+    /// Maps a range. Asks the front-end for missing translations, and waits for them.
     ///
-    /// While it waits it holds nothing, so an INVALIDATE is never answered later for it. Dropped,
-    /// it leaves what was asked for to others.
+    /// It holds nothing while it waits, so it never delays the answer to an INVALIDATE (V2).
+    /// [`map_wait`](Self::map_wait) blocks a thread instead.
     ///
     /// # Errors
-    /// [`MapError`]. It says nothing of later: the guest may map the address at any time.
+    /// [`MapError`]. A later call may succeed: the guest may map the address at any time.
+    ///
+    /// # Cancel safety
+    /// The future may be dropped at any moment. Its questions stay for other waiters.
     pub async fn map(&self, want: Want) -> Result<Mapping, MapError> {
         let patience = self.patience(&[want]);
         loop {
@@ -185,8 +159,8 @@ impl Iotlb {
         }
     }
 
-    /// The same, for a thread: it blocks until the front-end has answered. Not for the thread that
-    /// drives the session.
+    /// Maps a range like [`map`](Self::map), and blocks the thread until the front-end has
+    /// answered. Not for the thread that drives the session.
     ///
     /// # Errors
     /// As for [`map`](Self::map).
@@ -194,13 +168,18 @@ impl Iotlb {
         block_on(self.map(want))
     }
 
-    /// Mappings of all ranges at once, in order, or none: while one of them is asked for, no other
-    /// is held. This is what a request needs that has several buffers: one that held the first of
-    /// them while it waits for the second would keep the front-end, which may be waiting for the
-    /// first, from telling of the second.
+    /// Maps all ranges at once, in order, or none (V2). It holds no mapping while it asks for
+    /// another one.
+    ///
+    /// A request with several buffers needs this. If it held the first buffer while it waits for
+    /// the second, the front-end, which may be waiting for the first, could not send the second
+    /// translation.
     ///
     /// # Errors
-    /// As for [`map`](Self::map), of the first that fails.
+    /// As for [`map`](Self::map), of the first range that fails.
+    ///
+    /// # Cancel safety
+    /// As for [`map`](Self::map).
     pub async fn map_all(&self, wants: &[Want]) -> Result<Vec<Mapping>, MapError> {
         let ranges = wants
             .iter()
@@ -222,7 +201,7 @@ impl Iotlb {
     }
 
     /// Calls `f` with the memory of all `wants` under the lock of the table, once all is known. An
-    /// INVALIDATE takes that lock: what has been told of it is not in use when it goes on.
+    /// INVALIDATE takes that lock, so memory that it has removed is not in use when it goes on.
     pub(crate) async fn peek<R, const N: usize>(
         &self,
         wants: &[Want; N],
@@ -255,7 +234,7 @@ impl Iotlb {
         Patience { many: pages > table::MOST as u64 / 2, overflows: self.stats().overflows }
     }
 
-    /// Puts a mapping without memory in flight.
+    /// Registers a mapping without memory.
     fn register(&self, want: Want) -> Result<(Mapping, AddressRange), MapError> {
         let range = want.range()?;
         let registered = self.0.domain.0.space.insert(range, InFlight::default());
@@ -263,7 +242,7 @@ impl Iotlb {
         Ok((Mapping::new(registered, want.access), range))
     }
 
-    /// Looks for all ranges, which are in flight already, and asks for what is missing.
+    /// Looks up all ranges, which are registered already, and asks for those that are missing.
     fn look<'p>(
         &self,
         ranges: &[(AddressRange, Permissions)],
@@ -274,7 +253,8 @@ impl Iotlb {
         if known { Ok(Found::All) } else { self.ask(ranges, parts) }
     }
 
-    /// The same, where something was missing: nothing comes in between that look and the question.
+    /// Looks up all ranges again and asks for those that are missing. Holds the lock of `asked`, so
+    /// no addition comes between the look-up and the question.
     fn ask<'p>(
         &self,
         ranges: &[(AddressRange, Permissions)],
@@ -288,7 +268,7 @@ impl Iotlb {
             if asked.answers == Answers::Nobody {
                 return Err(MapError::Nobody { iova: gap });
             }
-            // The pages after it are likely to be missing, too.
+            // The following pages are likely to be missing as well.
             while left > 0 {
                 left -= 1;
                 let miss = asked.ask(gap, *access);
@@ -307,7 +287,7 @@ impl Iotlb {
         Ok(Found::Asked(miss))
     }
 
-    /// UPDATE: `range` is at `place` of the front-end's memory, for this access.
+    /// Handles UPDATE: maps `range` to `place` of the front-end's memory, for this access.
     pub fn update(&self, range: AddressRange, place: Place, access: Permissions) {
         let mut asked = self.0.asked.lock();
         let full = self.0.table.write().insert(range, place, access);
@@ -318,18 +298,20 @@ impl Iotlb {
         self.tell(over);
     }
 
-    /// INVALIDATE: all devices of the domain forget `range` before this returns. The future
-    /// resolves when whatever overlaps it has let go, to how many mappings that were. Poll it once
-    /// before the front-end is heard again.
+    /// Handles INVALIDATE: removes `range` from all devices of the domain before it returns.
+    ///
+    /// The future resolves to the number of overlapping mappings, once they have been dropped. Poll
+    /// it once before you handle the next message of the front-end.
     pub fn invalidate(&self, range: AddressRange) -> Invalidated {
         self.forget_in_domain(range);
         self.invalidate_in_flight(range)
     }
 
-    /// The same, and forgets nothing.
+    /// Waits for the mappings that overlap `range`, and counts an INVALIDATE. Removes no
+    /// translation.
     pub(crate) fn invalidate_in_flight(&self, range: AddressRange) -> Invalidated {
         count(&self.0.counters.invalidates, 1);
-        Invalidated { future: self.wait_for(range), iotlb: self.clone(), began: Instant::now() }
+        Invalidated::new(self, range)
     }
 
     fn forget_in_domain(&self, range: AddressRange) {
@@ -343,17 +325,17 @@ impl Iotlb {
         }
     }
 
-    /// Waits for what is in flight in `range`, and forgets nothing.
+    /// Waits for the mappings that overlap `range`. Removes no translation.
     pub(crate) fn wait_for(&self, range: AddressRange) -> Invalidate<'static> {
         self.0.domain.0.space.invalidate(range, Event::Unmap).into_owned()
     }
 
-    /// Forgets all translations. What is in flight keeps its own.
+    /// Removes all translations. Mappings in flight keep theirs.
     pub fn forget_all(&self) {
         self.0.table.write().forget_all();
     }
 
-    /// The guest's memory as it is, without an IOMMU: there is nobody to ask.
+    /// Maps the guest's memory as it is, without an IOMMU. No questions are asked.
     pub(crate) fn without_iommu(&self) {
         let memory = self.memory();
         let mut asked = self.0.asked.lock();
@@ -373,8 +355,8 @@ impl Iotlb {
         self.tell(over);
     }
 
-    /// With an IOMMU: misses are asked for, and each has an answer if `each` is set. `keep`: a
-    /// fault, what is known from an IOMMU is not forgotten.
+    /// Asks the front-end for misses, as with an IOMMU. `each`: it answers every miss. `keep`:
+    /// known translations of an IOMMU stay (a fault for tests).
     pub(crate) fn with_iommu(&self, each: bool, keep: bool) {
         let mut asked = self.0.asked.lock();
         if !keep || asked.answers == Answers::Nobody {
@@ -386,33 +368,32 @@ impl Iotlb {
         self.tell(over);
     }
 
-    /// The channel on which misses are asked for is another one.
+    /// Sends questions on a new channel.
     pub(crate) fn new_channel(&self) {
         let over = self.0.asked.lock().channel();
         self.tell(over);
     }
 
-    /// As with a front-end that answers no misses, for models.
+    /// Behaves as with a front-end that answers no misses. For models.
     #[cfg(loom)]
     #[doc(hidden)]
     pub fn ask_silently(&self) {
         self.with_iommu(false, false);
     }
 
-    /// There is nobody to ask any more: all that waits fails. What is known stays.
+    /// Ends all questions: everything that waits fails. Known translations stay.
     pub(crate) fn end(&self) {
         let over = self.0.asked.lock().end();
         self.tell(over);
     }
 
-    /// Its session is over: nothing is known any more, of memory neither, and there is nobody to
-    /// ask.
+    /// Ends the session's use: removes all translations and the memory, and ends all questions.
     pub(crate) fn leave(&self) {
         self.set_memory(MemoryTable::default());
         self.clear();
     }
 
-    /// No translation is known any more, and there is nobody to ask.
+    /// Removes all translations and ends all questions.
     pub(crate) fn clear(&self) {
         let mut asked = self.0.asked.lock();
         self.0.table.write().clear(false);
@@ -421,7 +402,7 @@ impl Iotlb {
         self.tell(over);
     }
 
-    /// What is to be asked for next.
+    /// Returns the next question to send.
     pub(crate) fn poll_ask(&self, cx: &mut Context<'_>) -> Poll<(u64, Permissions)> {
         self.0.sender.register(cx.waker());
         let miss = self.0.asked.lock().next();
@@ -430,7 +411,8 @@ impl Iotlb {
         Poll::Ready((miss.iova, miss.access))
     }
 
-    /// The front-end has answered what was asked for first. `false`: nothing was.
+    /// Records that the front-end has answered the first question that was sent. Returns `false` if
+    /// there was none.
     pub(crate) fn answered(&self, ok: bool) -> bool {
         let over = self.0.asked.lock().answered();
         count(&self.0.counters.refused, u64::from(!ok));
@@ -439,14 +421,14 @@ impl Iotlb {
         known
     }
 
-    /// Lets who waits for them look again; the next may be sent.
+    /// Wakes the waiters of `over`, and the session, which may send the next question.
     fn tell(&self, over: impl IntoIterator<Item = Arc<Miss>>) {
         over.into_iter().for_each(|miss| miss.over.signal(1));
         self.0.sender.wake();
     }
 }
 
-/// Says when a range that may have more translations than are kept is not to be asked for any more.
+/// Limits the questions for a range that may need more translations than are kept.
 struct Patience {
     many: bool,
     overflows: u64,
@@ -459,7 +441,7 @@ impl Patience {
     }
 }
 
-/// Waits until it is over. The answer counts, not the translation: that may have gone by now.
+/// Waits until the question is over. Only the answer counts: the translation may be gone again.
 async fn answer(miss: &Miss) -> Result<(), MapError> {
     miss.over.reached(1).await;
     miss.outcome()
@@ -471,31 +453,5 @@ impl fmt::Debug for Iotlb {
             .field("translations", &self.len())
             .field("stats", &self.stats())
             .finish_non_exhaustive()
-    }
-}
-
-/// The future of [`Iotlb::invalidate`].
-#[must_use = "the answer to an INVALIDATE is sent when this has resolved"]
-pub struct Invalidated {
-    future: Invalidate<'static>,
-    iotlb: Iotlb,
-    began: Instant,
-}
-
-impl Future for Invalidated {
-    type Output = u64;
-
-    fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<u64> {
-        let guard = ready!(Pin::new(&mut self.future).poll(cx));
-        let met = guard.hits() as u64;
-        drop(guard);
-        self.iotlb.0.counters.answered(self.began.elapsed(), met);
-        Poll::Ready(met)
-    }
-}
-
-impl fmt::Debug for Invalidated {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Invalidated(since {:?})", self.began.elapsed())
     }
 }

@@ -1,5 +1,5 @@
-//! A vhost-user back-end with an IOMMU: an INVALIDATE is answered when everything that overlaps it
-//! has let go, and waits for nothing else.
+//! A vhost-user back-end with an IOMMU. An INVALIDATE is answered when everything that overlaps it
+//! has been released, and waits for nothing else.
 //!
 //! ```text
 //!  front-end ── messages ──▶ Session ── rings ──▶ Device ── I/O ──▶ guest memory
@@ -14,12 +14,12 @@
 //! use std::os::unix::net::UnixListener;
 //! use std::sync::Arc;
 //!
-//! /// Fills what the driver gives it with zeros.
+//! /// Fills the driver's buffers with zeros.
 //! struct Zeros;
 //!
 //! impl Device for Zeros {
 //!     fn features(&self) -> u64 {
-//!         0 // of the device's type
+//!         0 // features of the device's type
 //!     }
 //!     fn queues(&self) -> u16 {
 //!         1
@@ -29,12 +29,16 @@
 //!     }
 //!     fn start(&self, mut ring: Ring) {
 //!         std::thread::spawn(move || {
-//!             // An error means that the guest's ring makes no sense, or has no translation.
+//!             // An error: the guest's ring is invalid or has no
+//!             // translation.
 //!             while let Ok(Some(chain)) = ring.next_wait() {
 //!                 let len = chain.writable().len();
-//!                 let written = chain.writable().write(0, &vec![0; len]);
-//!                 // `Stopping`: it is told when the ring goes on.
-//!                 let _ = chain.complete_wait(if written.is_ok() { len as u32 } else { 0 });
+//!                 let zeros = vec![0; len];
+//!                 let done = chain.writable().write(0, &zeros);
+//!                 let len = if done.is_ok() { len as u32 } else { 0 };
+//!                 // `Stopping`: the driver is told when the ring
+//!                 // continues.
+//!                 let _ = chain.complete_wait(len);
 //!             }
 //!         });
 //!     }
@@ -44,20 +48,22 @@
 //! let (device, iotlb) = (Arc::new(Zeros), Iotlb::default());
 //! let listener = UnixListener::bind("/tmp/zeros.sock")?;
 //! loop {
-//!     // One front-end after the other; `Session::stopper` ends one from elsewhere.
+//!     // One front-end after the other. `Session::stopper` ends one
+//!     // from elsewhere.
 //!     let (socket, _) = listener.accept()?;
-//!     driver::serve(socket, Session::new(device.clone(), iotlb.clone()))?;
+//!     let session = Session::new(device.clone(), iotlb.clone());
+//!     driver::serve(socket, session)?;
 //! }
 //! # }
 //! ```
 //!
 //! With an executor: [`Ring::next`] and [`Chain::complete`] are futures, and
 //! [`driver::serve_tokio`] drives the session. QEMU needs `iommu_platform=on,ats=on` on a device
-//! behind a root port, `intel-iommu,device-iotlb=on`, and memory that is a shared file
-//! (`memory-backend-memfd,share=on`); `guest.sh` has such a command line.
+//! behind a root port, `intel-iommu,device-iotlb=on`, and memory in a shared file
+//! (`memory-backend-memfd,share=on`). `guest.sh` has such a command line.
 //!
-//! Offered to the driver besides the device's own features: VERSION_1, ACCESS_PLATFORM (the IOMMU),
-//! INDIRECT_DESC, EVENT_IDX. Offered to the front-end: MQ, REPLY_ACK, BACKEND_REQ, CONFIG.
+//! Features offered to the driver besides the device's own: VERSION_1, ACCESS_PLATFORM (the IOMMU),
+//! INDIRECT_DESC, EVENT_IDX. Features offered to the front-end: MQ, REPLY_ACK, BACKEND_REQ, CONFIG.
 #![forbid(unsafe_code)]
 
 mod bell;

@@ -1,4 +1,4 @@
-//! Guest memory that is in flight.
+//! Guest memory in flight.
 #![forbid(unsafe_code)]
 
 use crate::in_flight::InFlight;
@@ -7,11 +7,12 @@ use shootdown::{AddressRange, Subscription};
 use std::fmt;
 use vm_memory::{Permissions, VolatileSlice};
 
-/// A translation in use: the guest's memory of a range of I/O virtual addresses, mapped into this
-/// process for as long as this exists, whatever becomes of the front-end's memory table.
+/// A translation in use: the guest memory of a range of I/O virtual addresses. It stays mapped into
+/// this process while this exists, whatever happens to the front-end's memory table (V5).
+/// [`Iotlb::map`](crate::Iotlb::map) returns it.
 ///
-/// An INVALIDATE that overlaps the range is answered when this has been dropped. So drop it when
-/// the device has ended its access, and wait for nothing that needs a translation before that.
+/// An INVALIDATE that overlaps the range is answered when this has been dropped (V1). So drop it
+/// when the device has ended its access, and do not wait for another translation before.
 pub struct Mapping {
     parts: Parts,
     access: Permissions,
@@ -22,20 +23,20 @@ pub struct Mapping {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum AccessError {
-    /// It goes beyond the end.
+    /// The access goes beyond the end.
     #[error("{len} bytes at {offset} are outside of a mapping of {size} bytes")]
     Outside {
-        /// The first byte, from the start of the mapping.
+        /// First byte, as an offset in the mapping.
         offset: usize,
-        /// How many bytes.
+        /// Number of bytes.
         len: usize,
-        /// The size of the mapping.
+        /// Size of the mapping.
         size: usize,
     },
-    /// The mapping was not asked for with this access.
+    /// The mapping was not requested for this access.
     #[error("the mapping allows {has:?} only")]
     NotAllowed {
-        /// What it allows.
+        /// The permitted access.
         has: Permissions,
     },
 }
@@ -49,33 +50,33 @@ impl Mapping {
         &mut self.parts
     }
 
-    /// The I/O virtual addresses.
+    /// Returns the I/O virtual addresses.
     pub fn range(&self) -> AddressRange {
         self.registered.range()
     }
 
-    /// What it was asked for.
+    /// Returns the permitted access.
     pub fn access(&self) -> Permissions {
         self.access
     }
 
-    /// The number of bytes.
+    /// Returns the number of bytes.
     pub fn len(&self) -> usize {
         self.parts.len()
     }
 
-    /// Whether there are none, which is never the case.
+    /// Returns `false`: a mapping has at least one byte.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The memory, in order: as few slices as it has contiguous parts. The guest may change it at
-    /// any time.
+    /// Returns the memory in order, with one slice for each contiguous part. The guest may change
+    /// it at any time.
     pub fn slices(&self) -> impl ExactSizeIterator<Item = VolatileSlice<'_>> {
         self.parts.slices()
     }
 
-    /// Where the parts are in the guest's physical memory, and how long they are.
+    /// Returns the guest's physical address and the length of each part.
     pub(crate) fn guest_parts(&self) -> impl Iterator<Item = (u64, usize)> {
         self.parts
             .pieces()
@@ -83,33 +84,33 @@ impl Mapping {
             .map(|piece| (piece.region.guest() + piece.offset as u64, piece.len))
     }
 
-    /// Pointers for `readv`, `io_uring` and their kin. They are valid as long as the mapping
+    /// Returns pointers for `readv`, `io_uring` and the like. They are valid as long as the mapping
     /// exists: keep it until the kernel has completed the request.
     pub fn iovecs(&self) -> impl ExactSizeIterator<Item = libc::iovec> {
         self.slices().map(|slice| iovec(&slice))
     }
 
-    /// Copies from `offset` on into `into`.
+    /// Copies bytes from `offset` on into `into`.
     ///
     /// # Errors
-    /// [`AccessError`] when it goes beyond the end, or when the mapping is for writes only. Nothing
-    /// is copied then.
+    /// [`AccessError`] if it goes beyond the end or the mapping is for writes only. Nothing is
+    /// copied then.
     pub fn read(&self, offset: usize, into: &mut [u8]) -> Result<(), AccessError> {
         self.check(Permissions::Read)?;
         self.parts.read(offset, into).ok_or(self.outside(offset, into.len()))
     }
 
-    /// Copies `from` to `offset`.
+    /// Copies `from` into the memory, from `offset` on.
     ///
     /// # Errors
-    /// [`AccessError`] when it goes beyond the end, or when the mapping is for reads only. Nothing
-    /// is copied then.
+    /// [`AccessError`] if it goes beyond the end or the mapping is for reads only. Nothing is
+    /// copied then.
     pub fn write(&self, offset: usize, from: &[u8]) -> Result<(), AccessError> {
         self.check(Permissions::Write)?;
         self.parts.write(offset, from).ok_or(self.outside(offset, from.len()))
     }
 
-    /// Adds the pointers to `len` bytes at `offset`, which are inside.
+    /// Adds pointers to `len` bytes at `offset`, which are inside.
     pub(crate) fn add_iovecs(&self, offset: usize, len: usize, all: &mut Vec<libc::iovec>) {
         self.parts.each(offset, len, |slice, _| all.push(iovec(&slice)));
     }

@@ -1,4 +1,4 @@
-//! The guest's memory, as the front-end shares it.
+//! The guest's memory as the front-end shares it.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -10,34 +10,34 @@ use vm_memory::{
     MmapRegion, VolatileMemory, VolatileSlice,
 };
 
-/// Memory that the front-end shares, mapped into this process. It is unmapped when the last user
-/// lets go: the table that has it, and each [`Mapping`](crate::Mapping) of a part of it.
+/// A region of shared memory, mapped into this process. It is unmapped with its last user: the
+/// table that contains it, and each [`Mapping`](crate::Mapping) of a part of it.
 pub struct Region {
     map: Arc<MmapRegion>,
     guest: u64,
     user: u64,
 }
 
-/// Why the front-end's memory is not mapped.
+/// Reason why the front-end's memory is not mapped.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum MemoryError {
     /// The file is too short, or the kernel refused.
     #[error("{len:#x} bytes of guest memory at {guest:#x} cannot be mapped: {error}")]
     Map {
-        /// The guest's physical address of the region.
+        /// Guest physical address of the region.
         guest: u64,
-        /// Its length in bytes.
+        /// Length in bytes.
         len: u64,
-        /// What the kernel or `vm-memory` said.
+        /// Error of the kernel or of `vm-memory`.
         error: vm_memory::mmap::MmapRegionError,
     },
     /// Addresses of a region wrap around, or two regions overlap.
     #[error("the region of {len:#x} bytes at {guest:#x} wraps around or overlaps another one")]
     Overlap {
-        /// The guest's physical address of the region.
+        /// Guest physical address of the region.
         guest: u64,
-        /// Its length in bytes.
+        /// Length in bytes.
         len: u64,
     },
 }
@@ -47,7 +47,7 @@ impl Region {
     /// memory and at `user` in the front-end's address space.
     ///
     /// # Errors
-    /// [`MemoryError`] when addresses wrap around, or when it cannot be mapped.
+    /// [`MemoryError`] if addresses wrap around or the memory cannot be mapped.
     pub fn map(
         file: OwnedFd,
         offset: u64,
@@ -65,22 +65,22 @@ impl Region {
         Ok(Arc::new(Self { map: Arc::new(map), guest, user }))
     }
 
-    /// The length in bytes.
+    /// Returns the length in bytes.
     pub fn len(&self) -> usize {
         self.map.size()
     }
 
-    /// Whether it is empty, which no region is.
+    /// Returns `false`: a region has at least one byte.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
-    /// The guest's physical address of the first byte.
+    /// Returns the guest physical address of the first byte.
     pub fn guest(&self) -> u64 {
         self.guest
     }
 
-    /// `len` bytes at `offset`, if they are inside.
+    /// Returns `len` bytes at `offset`, if they are inside.
     pub(crate) fn slice(&self, offset: usize, len: usize) -> Option<VolatileSlice<'_>> {
         self.map.get_slice(offset, len).ok()
     }
@@ -97,22 +97,22 @@ impl fmt::Debug for Region {
 pub struct Place {
     /// The region.
     pub region: Arc<Region>,
-    /// The first byte in it.
+    /// Offset of the first byte in the region.
     pub offset: usize,
 }
 
 /// All regions that the front-end shares.
 #[derive(Clone, Debug, Default)]
 pub struct MemoryTable {
-    /// A clone is a handle of the same.
+    /// Shared with clones.
     regions: Arc<[Arc<Region>]>,
 }
 
 impl MemoryTable {
-    /// A table of these regions.
+    /// Makes a table of these regions.
     ///
     /// # Errors
-    /// [`MemoryError::Overlap`] when two of them overlap in the guest or in the front-end.
+    /// [`MemoryError::Overlap`] if two of them overlap in the guest or in the front-end.
     pub fn new(regions: Vec<Arc<Region>>) -> Result<Self, MemoryError> {
         let overlap = |a: u64, b: u64, one: &Region, other: &Region| {
             a < b + other.len() as u64 && b < a + one.len() as u64
@@ -132,33 +132,35 @@ impl MemoryTable {
         Ok(Self { regions: regions.into() })
     }
 
-    /// The regions, in the front-end's order.
+    /// Returns the regions, in the front-end's order.
     pub fn regions(&self) -> &[Arc<Region>] {
         &self.regions
     }
 
-    /// The same memory by the guest's physical addresses, for `vm-memory`: what
-    /// [`BlockingIommu`](crate::BlockingIommu) translates to, as the backend of a
-    /// [`vm_memory::IommuMemory`]. It keeps the memory mapped.
+    /// Returns the memory by guest physical addresses, for `vm-memory`: the backend of a
+    /// [`vm_memory::IommuMemory`] with a [`BlockingIommu`](crate::BlockingIommu). It keeps the
+    /// memory mapped.
     ///
     /// # Errors
-    /// What `vm-memory` says of a table that is empty.
+    /// The error of `vm-memory` for an empty table.
     pub fn guest_memory(&self) -> Result<GuestMemoryMmap, GuestRegionCollectionError> {
         let mut regions: Vec<_> = self.regions.iter().collect();
         regions.sort_by_key(|region| region.guest);
         let regions = regions.into_iter().map(|region| {
             GuestRegionMmap::with_arc(region.map.clone(), GuestAddress(region.guest))
         });
-        // No region ends beyond the last address: that was checked.
+        // Checked before: no region ends beyond the last address.
         GuestMemoryMmap::from_regions(regions.flatten().collect())
     }
 
-    /// Where the front-end's address `user` is, and how many bytes of that region follow it.
+    /// Returns the place of the front-end's address `user`, and the number of bytes of that region
+    /// from there on.
     pub fn find_user(&self, user: u64) -> Option<(Place, u64)> {
         self.find(user, |region| region.user)
     }
 
-    /// Where the guest's physical address `guest` is, and how many bytes of that region follow it.
+    /// Returns the place of the guest physical address `guest`, and the number of bytes of that
+    /// region from there on.
     pub fn find_guest(&self, guest: u64) -> Option<(Place, u64)> {
         self.find(guest, |region| region.guest)
     }
@@ -178,7 +180,7 @@ impl MemoryTable {
 pub(crate) mod tests_support {
     use super::*;
 
-    /// Memory of so many pages, at 0 in the guest and at 1 << 40 in the front-end.
+    /// Makes memory of so many pages, at 0 in the guest and at 1 << 40 in the front-end.
     pub(crate) fn region(pages: usize) -> Arc<Region> {
         let file = rustix::fs::memfd_create("guest", rustix::fs::MemfdFlags::CLOEXEC).unwrap();
         let len = (pages * 0x1000) as u64;

@@ -1,5 +1,5 @@
-//! Messages of the two channels, as bytes and descriptors. Types of `vhost` where they fit; it has
-//! none for IOTLB messages on a socket.
+//! Messages of the two channels as bytes and descriptors. Types of `vhost` are used where they fit;
+//! it has none for IOTLB messages on a socket.
 #![forbid(unsafe_code)]
 
 use std::fmt;
@@ -8,103 +8,104 @@ use vhost::vhost_user::message::VhostUserHeaderFlag;
 use vhost::{VhostAccess, VhostIotlbMsg, VhostIotlbType};
 use vm_memory::{ByteValued, Permissions};
 
-/// The length of a header in bytes.
+/// Length of a header in bytes.
 pub const HEADER: usize = 12;
-/// The longest payload that is accepted, in bytes.
+/// Longest accepted payload in bytes.
 pub const LONGEST: usize = 4096;
-/// The length of an IOTLB message in bytes.
+/// Length of an IOTLB message in bytes.
 const IOTLB: usize = 32;
 
-/// Which of the two sockets a message belongs to.
+/// The socket that a message belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Channel {
-    /// The front-end asks, the back-end answers.
+    /// The front-end asks, and the back-end answers.
     Frontend,
-    /// The back-end asks (SET_BACKEND_REQ_FD), the front-end answers.
+    /// The back-end asks (SET_BACKEND_REQ_FD), and the front-end answers.
     Backend,
 }
 
 /// A message with its descriptors.
 pub struct Message {
-    /// What it is, as a number of its channel.
+    /// Type of the message, as a number of its channel.
     pub request: u32,
-    /// Version, and whether it is an answer or needs one.
+    /// Protocol version, and whether the message is an answer or needs one.
     pub flags: u32,
-    /// What follows the header.
+    /// Bytes after the header.
     pub payload: Vec<u8>,
-    /// Descriptors that came with it, or are to be sent with it.
+    /// Descriptors received with the message, or to be sent with it.
     pub fds: Vec<OwnedFd>,
 }
 
-/// What a peer has sent that the protocol does not allow. The connection is to be closed.
+/// A violation of the protocol by the peer. Close the connection.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ProtocolError {
-    /// Another version than 1.
+    /// The version is not 1.
     #[error("a message of version {0} of the protocol; this is version 1")]
     Version(u32),
-    /// A longer payload than any message has.
+    /// The payload is longer than that of any message.
     #[error("a message {request} of {len} bytes; none has more than {LONGEST}")]
     TooLong {
-        /// What it is.
+        /// Type of the message.
         request: u32,
-        /// The length that its header has.
+        /// Length in the header.
         len: usize,
     },
-    /// A payload that is not what the request has.
+    /// The payload does not fit the type of the message.
     #[error("message {request} with a payload of {len} bytes that is none of its own")]
     Payload {
-        /// What it is.
+        /// Type of the message.
         request: u32,
-        /// The length of the payload.
+        /// Length of the payload.
         len: usize,
     },
-    /// Too many or too few descriptors.
+    /// There are too many or too few descriptors.
     #[error("message {request} with {found} descriptors instead of {expected}")]
     Descriptors {
-        /// What it is.
+        /// Type of the message.
         request: u32,
-        /// How many came.
+        /// Number of descriptors received.
         found: usize,
-        /// How many it has.
+        /// Number of descriptors that the message needs.
         expected: usize,
     },
-    /// A queue that the device does not have.
+    /// The device does not have this queue.
     #[error("message {request} for queue {queue}; the device has {queues}")]
     Queue {
-        /// What it is.
+        /// Type of the message.
         request: u32,
-        /// Which queue.
+        /// Number of the queue.
         queue: u32,
-        /// How many there are.
+        /// Number of queues of the device.
         queues: u16,
     },
-    /// An answer on the back-end channel to nothing that was asked.
+    /// An answer on the back-end channel without a question.
     #[error("an answer that nothing was asked for")]
     Answer,
-    /// A request on the back-end channel that is no answer.
+    /// A request on the back-end channel that is not an answer.
     #[error("message {0} on the back-end channel is no answer")]
     NoAnswer(u32),
 }
 
 impl Message {
-    /// A message without descriptors.
+    /// Makes a message without descriptors.
     pub fn new(request: impl Into<u32>, flags: VhostUserHeaderFlag, payload: &[u8]) -> Self {
         let flags = flags.bits() | 1;
         Self { request: request.into(), flags, payload: payload.to_vec(), fds: Vec::new() }
     }
 
-    /// The bytes that are sent.
+    /// Returns the bytes to send.
     pub fn bytes(&self) -> Vec<u8> {
         let len = u32::try_from(self.payload.len()).expect("payloads are short");
         let header = [self.request, self.flags, len].into_iter().flat_map(u32::to_ne_bytes);
         header.chain(self.payload.iter().copied()).collect()
     }
 
-    /// Reads a header: the message without its payload, and the length of that in bytes.
+    /// Parses a header. Returns the message without its payload, and the length of the payload in
+    /// bytes.
     ///
     /// # Errors
-    /// [`ProtocolError`] when the version is another one or the payload is too long.
+    /// [`ProtocolError`] if the version differs or the payload is too long.
     pub fn of_header(header: [u8; HEADER]) -> Result<(Self, usize), ProtocolError> {
         let word = |at: usize| {
             u32::from_ne_bytes([header[at], header[at + 1], header[at + 2], header[at + 3]])
@@ -119,23 +120,23 @@ impl Message {
         Ok((Self { request, flags, payload: Vec::new(), fds: Vec::new() }, len))
     }
 
-    /// Whether who has sent it waits for an answer even if it has none of its own.
+    /// Returns `true` if the sender waits for an answer even to a message that has none of its own.
     pub fn needs_reply(&self) -> bool {
         self.flags & VhostUserHeaderFlag::NEED_REPLY.bits() != 0
     }
 
-    /// Whether it is an answer.
+    /// Returns `true` if the message is an answer.
     pub fn is_reply(&self) -> bool {
         self.flags & VhostUserHeaderFlag::REPLY.bits() != 0
     }
 
-    /// The payload as what the request has.
+    /// Returns the payload as the type of the request.
     pub(crate) fn body<T: ByteValued>(&self) -> Result<T, ProtocolError> {
         let (body, rest) = self.head::<T>()?;
         if rest.is_empty() { Ok(body) } else { Err(self.malformed()) }
     }
 
-    /// The same, with what follows it.
+    /// Returns the start of the payload as a type, and the bytes after it.
     pub(crate) fn head<T: ByteValued>(&self) -> Result<(T, &[u8]), ProtocolError> {
         let (head, rest) =
             self.payload.split_at_checked(size_of::<T>()).ok_or_else(|| self.malformed())?;
@@ -157,7 +158,7 @@ impl fmt::Debug for Message {
     }
 }
 
-/// The bytes of an IOTLB message.
+/// Returns the bytes of an IOTLB message.
 pub fn iotlb_bytes(message: &VhostIotlbMsg) -> [u8; IOTLB] {
     let mut bytes = [0; IOTLB];
     bytes[..8].copy_from_slice(&message.iova.to_ne_bytes());
@@ -168,8 +169,8 @@ pub fn iotlb_bytes(message: &VhostIotlbMsg) -> [u8; IOTLB] {
     bytes
 }
 
-/// The IOTLB message that these bytes are: `None` if they are none. Fields that its type does not
-/// have may be anything.
+/// Parses an IOTLB message. Returns `None` if the bytes are none. Fields that its type does not use
+/// may have any value.
 pub fn iotlb_message(bytes: &[u8]) -> Option<VhostIotlbMsg> {
     let bytes: &[u8; IOTLB] = bytes.try_into().ok()?;
     let word = |at: usize| bytes[at..at + 8].try_into().map(u64::from_ne_bytes).ok();

@@ -1,4 +1,4 @@
-//! Guest memory in parts, whoever keeps it in use.
+//! Guest memory in parts. Others keep it in use.
 #![forbid(unsafe_code)]
 
 use crate::memory::Region;
@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use vm_memory::{Bytes, VolatileSlice};
 
-/// Contiguous memory.
+/// A contiguous part of a region.
 #[derive(Clone, Debug)]
 pub(crate) struct Piece {
     pub(crate) region: Arc<Region>,
@@ -15,7 +15,7 @@ pub(crate) struct Piece {
     pub(crate) len: usize,
 }
 
-/// Memory in order. Says nothing of how long it may be used.
+/// Parts of memory in order. They do not keep the memory in use.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct Parts(SmallVec<[Piece; 1]>);
 
@@ -32,7 +32,7 @@ impl Parts {
         self.0.clear();
     }
 
-    /// Adds what follows; one piece with what it is contiguous with.
+    /// Appends a part. Merges it with the last one if they are contiguous.
     pub(crate) fn push(&mut self, region: &Arc<Region>, offset: usize, len: usize) {
         match self.0.last_mut() {
             Some(before)
@@ -54,12 +54,12 @@ impl Parts {
         })
     }
 
-    /// Whether there are so many bytes at `offset`.
+    /// Returns `true` if there are `len` bytes at `offset`.
     pub(crate) fn has(&self, offset: usize, len: usize) -> bool {
         offset.checked_add(len).is_some_and(|end| end <= self.len())
     }
 
-    /// `None`, and nothing is copied, if it goes beyond the end.
+    /// Copies out of the memory. Returns `None` and copies nothing if it goes beyond the end.
     pub(crate) fn read(&self, offset: usize, into: &mut [u8]) -> Option<()> {
         self.has(offset, into.len()).then(|| {
             self.each(offset, into.len(), |slice, at| {
@@ -68,24 +68,24 @@ impl Parts {
         })
     }
 
-    /// `None`, and nothing is copied, if it goes beyond the end.
+    /// Copies into the memory. Returns `None` and copies nothing if it goes beyond the end.
     pub(crate) fn write(&self, offset: usize, from: &[u8]) -> Option<()> {
         self.has(offset, from.len()).then(|| {
             self.each(offset, from.len(), |slice, at| slice.copy_from(&from[at..at + slice.len()]));
         })
     }
 
-    /// `None` if it is not inside, not aligned or not contiguous.
+    /// Loads a number. Returns `None` if it is not inside, not aligned or not contiguous.
     pub(crate) fn load_u16(&self, offset: usize) -> Option<u16> {
         self.contiguous(offset, 2)?.load(0, Ordering::Acquire).ok().map(u16::from_le)
     }
 
-    /// `None` if it is not inside, not aligned or not contiguous.
+    /// Stores a number. Returns `None` if it is not inside, not aligned or not contiguous.
     pub(crate) fn store_u16(&self, offset: usize, value: u16) -> Option<()> {
         self.contiguous(offset, 2)?.store(value.to_le(), 0, Ordering::Release).ok()
     }
 
-    /// Calls `f` for each contiguous part of a range that is inside, with how far it is from
+    /// Calls `f` with each contiguous part of a range inside the memory, and its distance from
     /// `offset`.
     pub(crate) fn each(
         &self,

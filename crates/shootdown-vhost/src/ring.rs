@@ -1,7 +1,7 @@
 //! A split virtqueue of a device behind an IOMMU.
 //!
-//! The ring's own memory is translated like any other, and can be invalidated like any other. So it
-//! is looked at under the lock of the IOTLB, never while something is waited for: the front-end
+//! The memory of the ring itself is translated and can be invalidated like any other. So it is
+//! accessed under the lock of the IOTLB, and never while something is waited for: the front-end
 //! serves no miss while it waits for the answer to an INVALIDATE.
 #![forbid(unsafe_code)]
 
@@ -28,11 +28,11 @@ use std::sync::atomic::{AtomicU16, Ordering};
 /// A descriptor that may be replaced while the ring runs.
 pub(crate) type Replaceable = Arc<Lock<Option<Arc<Call>>>>;
 
-/// What the front-end has said of a ring.
+/// Settings of a ring from the front-end.
 pub(crate) struct Setup {
     pub(crate) index: u16,
     pub(crate) layout: Layout,
-    /// Where it begins, and what the ring before has left.
+    /// Where the ring begins, and what the former ring has left.
     pub(crate) before: End,
     pub(crate) features: u64,
     pub(crate) kick: Arc<OwnedFd>,
@@ -41,7 +41,7 @@ pub(crate) struct Setup {
     pub(crate) iotlb: Iotlb,
 }
 
-/// Where a ring is, and how it is laid out. For the session.
+/// Returns the layout of a ring with these addresses. For the session.
 pub(crate) fn layout(
     size: u16,
     descriptors: u64,
@@ -52,12 +52,12 @@ pub(crate) fn layout(
     Layout { size, descriptors, available, used, event_idx }
 }
 
-/// A ring that runs. The device that has it takes [chains](Self::next) from it until the ring is
-/// [stopping](Next::Stopping), and drops it then. The front-end hears that the ring has stopped
-/// when the ring and all of its chains are gone.
+/// A running ring. The device takes [chains](Self::next) from it until the ring is
+/// [stopping](Next::Stopping), and then drops it. The front-end learns that the ring has stopped
+/// when the ring and all of its chains are gone (V4).
 ///
-/// Dropped before, the queue is dead until the guest's driver resets the device (SET_VRING_ERR
-/// tells the front-end).
+/// If it is dropped earlier, the queue is dead until the guest's driver resets the device.
+/// SET_VRING_ERR tells the front-end.
 pub struct Ring {
     shared: Arc<Shared>,
     next: u16,
@@ -66,7 +66,7 @@ pub struct Ring {
 
 struct Shared {
     setup: Setup,
-    /// [`STOP`], then [`HURRY`].
+    /// Signalled with [`STOP`], then with [`HURRY`].
     stop: Timeline,
     base: AtomicU16,
     progress: Lock<Progress>,
@@ -82,12 +82,12 @@ impl Drop for Shared {
     }
 }
 
-/// The ring takes nothing any more.
+/// The ring takes no more requests.
 const STOP: u64 = 1;
-/// Nor does it wait for a translation: the front-end is waiting itself, or has gone.
+/// The ring no longer waits for a translation: the front-end itself waits, or has disconnected.
 const HURRY: u64 = 2;
 
-/// How the session stops a ring.
+/// The session's handle of a ring, to stop it.
 pub(crate) struct Running {
     stop: Timeline,
     shared: std::sync::Weak<Shared>,
@@ -103,58 +103,59 @@ impl Running {
         self.stop.signal(HURRY);
     }
 
-    /// The next entry of the available ring, as far as it has come.
+    /// Returns the next entry of the available ring, if the ring has ended.
     pub(crate) fn base(&self) -> Option<u16> {
         self.shared.upgrade().map(|shared| shared.base.load(Ordering::Acquire))
     }
 }
 
-/// What a ring has.
+/// Result of [`Ring::next`].
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum Next {
-    /// A request, with all of its buffers mapped.
+    /// A request with all of its buffers mapped.
     Chain(Chain),
-    /// Nothing. The driver kicks when that changes: wait for [`Ring::kick`] to be readable.
+    /// There is no request. The driver kicks when there is one: wait until [`Ring::kick`] is
+    /// readable.
     Empty,
-    /// The front-end stops the ring, or it has failed before: end what is in flight, and drop the
-    /// ring.
+    /// The front-end stops the ring, or it has failed before. Finish what is in flight, and drop
+    /// the ring.
     Stopping,
 }
 
-/// Why a ring cannot go on. The guest's driver has to reset the device.
+/// Reason why a ring cannot continue. The guest's driver must reset the device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum RingError {
-    /// The ring's own memory, or a buffer, has no translation.
+    /// The memory of the ring, or a buffer, has no translation.
     #[error("{what}: {error}")]
     Map {
-        /// What was to be mapped.
+        /// The part that was to be mapped.
         what: &'static str,
-        /// Why it is not.
+        /// The reason.
         error: MapError,
     },
-    /// An index of the ring is not aligned, or not in one piece of memory.
+    /// An index of the ring is not aligned, or not contiguous.
     #[error("the ring is not laid out as a ring")]
     Layout,
-    /// The driver has made more available than the ring has room for.
+    /// The driver has made more entries available than the ring has.
     #[error("the available ring is {0} entries ahead, which is more than it has")]
     Ahead(u16),
     /// The thread cannot wait.
     #[error("the thread cannot wait for the ring: {error}")]
     Wait {
-        /// What the kernel said.
+        /// Error of the kernel.
         error: std::io::ErrorKind,
     },
-    /// A chain of descriptors that loops, leaves its table, or has a table inside of a table.
+    /// A chain of descriptors loops, leaves its table, or contains a table inside of a table.
     #[error("the chain of descriptors at {head} is malformed")]
     Chain {
-        /// Its first descriptor.
+        /// First descriptor of the chain.
         head: u16,
     },
 }
 
-/// Why the used ring was not told of a request.
+/// Reason why a request was not put into the used ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum CompleteError {
@@ -178,45 +179,47 @@ impl Ring {
         (Self { shared, next, bell: None }, running)
     }
 
-    /// Which of the device's queues it is.
+    /// Returns the number of the queue.
     pub fn index(&self) -> u16 {
         self.shared.setup.index
     }
 
-    /// How many descriptors it has.
+    /// Returns the number of descriptors.
     pub fn size(&self) -> u16 {
         self.shared.setup.layout.size
     }
 
-    /// The features of virtio that the guest's driver has accepted.
+    /// Returns the virtio features that the guest's driver has accepted.
     pub fn features(&self) -> u64 {
         self.shared.setup.features
     }
 
-    /// The IOTLB of its device.
+    /// Returns the IOTLB of the device.
     pub fn iotlb(&self) -> &Iotlb {
         &self.shared.setup.iotlb
     }
 
-    /// An eventfd that is readable when the driver has made something available. Read it (it may
-    /// block if it is not readable), then look at the ring again. A stop does not make it readable:
-    /// wait for [`stopping`](Self::stopping), too, or leave both to [`next_wait`](Self::next_wait).
+    /// Returns an eventfd that is readable when the driver has made a request available. Read it
+    /// (it may block if it is not readable), then look at the ring again. A stop does not make it
+    /// readable: also wait for [`stopping`](Self::stopping), or leave both to
+    /// [`next_wait`](Self::next_wait).
     pub fn kick(&self) -> BorrowedFd<'_> {
         self.shared.setup.kick.as_fd()
     }
 
-    /// Resolves when the front-end stops the ring, or when it has [failed](Self::next).
+    /// Resolves when the front-end stops the ring, or when the ring has [failed](Self::next).
     pub fn stopping(&self) -> Reached {
         self.shared.stop.reached(STOP)
     }
 
-    /// The next request. It waits for translations only; while it waits it holds none.
+    /// Returns the next request. It waits for translations only, and holds none while it waits
+    /// (V2).
     ///
     /// # Errors
-    /// [`RingError`]; the front-end is told (SET_VRING_ERR). Drop the ring then.
+    /// [`RingError`]. The front-end is told (SET_VRING_ERR). Drop the ring then.
     ///
     /// # Cancel safety
-    /// Dropped, it has taken nothing.
+    /// The future may be dropped at any moment. It has then taken no request.
     pub async fn next(&mut self) -> Result<Next, RingError> {
         let stopping = pin!(self.shared.stop.reached(STOP));
         let taken = match select(stopping, pin!(self.take())).await {
@@ -234,7 +237,7 @@ impl Ring {
             // A front-end that has stopped the device refuses to translate.
             Err(_) if self.shared.stop.value() >= STOP => Ok(Next::Stopping),
             Err(error) => {
-                // It takes nothing any more.
+                // The ring takes no more requests.
                 self.shared.stop.signal(STOP);
                 ring_bell(&self.shared.setup.error);
                 Err(error)
@@ -256,7 +259,7 @@ impl Ring {
             if rest.iter().any(Descriptor::is_indirect) {
                 return Err(RingError::Chain { head });
             }
-            // A table may follow descriptors of the ring.
+            // Descriptors of the ring may be followed by a table.
             found.append(&mut rest);
         }
         if found.iter().map(|descriptor| u64::from(descriptor.len)).sum::<u64>()
@@ -278,20 +281,19 @@ impl Ring {
         Ok(Some(Chain { head, entry: self.next, readable, writable, shared: self.shared.clone() }))
     }
 
-    /// The next head, and its descriptors in the ring's table.
+    /// Returns the next head and its descriptors in the ring's table.
     async fn find(&self) -> Result<Option<(u16, Vec<Descriptor>)>, RingError> {
         let Setup { layout, iotlb, .. } = &self.shared.setup;
         let (wants, mut calls) = (layout.all(), false);
         let looked = iotlb.peek(&wants, |[descriptors, available, used]| {
-            // Known from now on: who stops has no translation to wait for.
+            // Known from now on: a stop has no translation to wait for.
             calls |= self.shared.progress.lock().begin(*layout, used)?;
             let mut ahead = layout.ahead(available, self.next)?;
             if ahead == 0 {
                 layout.want_kick(used, self.next)?;
                 ahead = layout.ahead(available, self.next)?;
             }
-            // Each request has a descriptor of its own for as long as the driver was not told of
-            // it.
+            // Each request has a descriptor of its own until the driver is told of it.
             let full = self.shared.progress.lock().in_flight() >= usize::from(layout.size);
             if ahead == 0 || ahead > layout.size || full {
                 return Some(Err(ahead));
@@ -313,8 +315,8 @@ impl Ring {
 }
 
 impl Shared {
-    /// Tells the driver of a request. The used ring is translated first, then its entry is taken:
-    /// another one that completes meanwhile has the entry before.
+    /// Puts a request into the used ring. The used ring is translated first, then the entry is
+    /// taken: a request that completes meanwhile gets the entry before it.
     async fn push(&self, entry: u16, head: u16, len: u32) -> Result<(), CompleteError> {
         let Setup { layout, iotlb, .. } = &self.setup;
         let wants = layout.to_put();
@@ -325,14 +327,16 @@ impl Shared {
             drop(progress);
             Some(layout.wants_call(available, at)? || others)
         }));
-        // Polled first, so that it succeeds in the end too if that is possible without an answer.
+        // Polled first, so that it succeeds also during a stop, if that is possible without an
+        // answer.
         let put = match select(put, self.stop.reached(HURRY)).await {
             Either::Left((put, _)) => Some(put),
             Either::Right(_) => None,
         };
         let calls = match put {
             Some(Ok(put)) => put.ok_or(RingError::Layout)?,
-            // A front-end that has stopped the device refuses to translate. The next ring tells it.
+            // A front-end that has stopped the device refuses to translate. The next ring tells the
+            // driver.
             failed => {
                 self.progress.lock().keep(entry, head, len);
                 let error = failed.and_then(Result::err).filter(|_| self.stop.value() < STOP);
@@ -354,14 +358,16 @@ fn ring_bell(bell: &Replaceable) {
     }
 }
 
-/// A request of the driver: what the device may read, and what it may write. Its buffers are in
-/// flight as long as it exists. One that is dropped without [`complete`](Self::complete) is taken
-/// again when the ring is stopped and goes on, unless later ones are done: then it is lost. One
-/// that is leaked keeps its ring, and a front-end that stops it, waiting for ever. Ask for no other
-/// translation while you have one: the front-end may be waiting for this.
+/// A request of the driver: buffers that the device may read, and buffers that it may write. The
+/// buffers are in flight as long as it exists.
+///
+/// If it is dropped without [`complete`](Self::complete), it is taken again when the ring is
+/// stopped and continues. If later requests are done, it is lost. If it is leaked, its ring never
+/// ends, and a front-end that stops the ring waits for ever. Do not ask for another translation
+/// while you have a chain: the front-end may be waiting for it (V2).
 pub struct Chain {
     head: u16,
-    /// Where it is in the available ring.
+    /// Its entry in the available ring.
     entry: u16,
     readable: Buffers,
     writable: Buffers,
@@ -369,38 +375,38 @@ pub struct Chain {
 }
 
 impl Chain {
-    /// Its first descriptor, by which the driver knows it.
+    /// Returns the first descriptor, which identifies the request for the driver.
     pub fn head(&self) -> u16 {
         self.head
     }
 
-    /// What the device may read.
+    /// Returns the buffers that the device may read.
     pub fn readable(&self) -> &Buffers {
         &self.readable
     }
 
-    /// What the device may write.
+    /// Returns the buffers that the device may write.
     pub fn writable(&self) -> &Buffers {
         &self.writable
     }
 
-    /// The device has ended its access, and has written the first `len` bytes of what it may write,
-    /// or more that the driver is not to look at (0 where it is to look at the status only). The
-    /// buffers are let go first, then the used ring is told.
+    /// Completes the request: the device has ended its access, and has written the first `len`
+    /// bytes of the writable buffers. It may have written more that the driver must not use (0 if
+    /// only the status counts). Drops the buffers first, then puts the request into the used ring.
     ///
     /// # Errors
-    /// [`CompleteError`]: the driver does not hear of it. Where the ring is stopping, it hears of
-    /// it when the ring goes on.
+    /// [`CompleteError`]: the driver is not told. If the ring is stopping, the driver is told when the ring continues.
     ///
     /// # Cancel safety
-    /// Dropped, the buffers have been let go, and the driver may hear of it or not.
+    /// If the future is dropped, the buffers have been dropped, and the driver may be told or not.
     pub async fn complete(self, len: u32) -> Result<(), CompleteError> {
         let Self { head, entry, readable, writable, shared } = self;
         drop((readable, writable));
         shared.push(entry, head, len).await
     }
 
-    /// Tells the used ring while the buffers are in use still: a fault, for tests of guests.
+    /// Puts the request into the used ring while the buffers are still in use. A fault, for tests
+    /// of guests.
     #[doc(hidden)]
     pub async fn complete_early(&self, len: u32) -> Result<(), CompleteError> {
         self.shared.push(self.entry, self.head, len).await
@@ -420,7 +426,7 @@ impl fmt::Debug for Chain {
 }
 
 impl Drop for Ring {
-    /// A ring that the device drops by itself is dead: the guest waits for what it has.
+    /// A ring that the device drops by itself is dead: the guest waits for the requests in it.
     fn drop(&mut self) {
         if self.shared.stop.value() == 0 {
             tracing::warn!(

@@ -1,7 +1,7 @@
 //! A connection of a front-end, as a state machine without I/O: messages go in, messages come out.
 //!
-//! Messages are handled in their order at once; only answers wait. An answer that waits (an
-//! INVALIDATE, a ring that stops) holds up the answers after it, as the protocol says, and nothing
+//! Messages take effect in their order, at once; only answers wait (V6). An answer that waits (an
+//! INVALIDATE, a ring that stops) delays the answers after it, as the protocol says, and nothing
 //! else.
 #![forbid(unsafe_code)]
 
@@ -24,25 +24,25 @@ use vhost::vhost_user::message::{BackendReq, VhostUserHeaderFlag, VhostUserProto
 use vhost::{VhostIotlbMsg, VhostIotlbType};
 use virtio_bindings::virtio_config::VIRTIO_F_ACCESS_PLATFORM;
 
-/// A mistake on purpose, to see what a guest makes of it: it overwrites memory.
+/// A deliberate mistake, to test how a guest reacts. It overwrites memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fault {
     /// Answers INVALIDATE and GET_VRING_BASE at once, whatever is in flight.
     AnswerEarly,
-    /// Keeps translations: INVALIDATE waits for what is in flight, and forgets nothing. Nor does a
-    /// device that stops.
+    /// Keeps translations: INVALIDATE waits for mappings in flight and removes no translation. Nor
+    /// does a device that stops.
     KeepTranslations,
 }
 
-/// What a session wants to be done. All of it has to be, so a further one is a breaking change.
+/// Work that a session requests. All of it must be done, so a new variant is a breaking change.
 #[derive(Debug)]
 pub enum Output {
-    /// Send this.
+    /// Send this message.
     Send(Channel, Message),
-    /// Receive from this socket, too, and send what is for the back-end channel there.
+    /// Also receive from this socket, and send the messages of the back-end channel there.
     Open(OwnedFd),
-    /// No ring is left, as [`Stopper::stop`] has asked for: close the connection.
+    /// No ring is left after [`Stopper::stop`]: close the connection.
     Close,
 }
 
@@ -51,11 +51,11 @@ pub enum Output {
 pub struct Stopper(Timeline);
 
 impl Stopper {
-    /// All rings take no more requests, end what they have, and tell the driver of it; then the
-    /// session closes the connection. Until then the front-end has its answers: a connection that
-    /// is closed before is an answer to an INVALIDATE, too.
+    /// Stops all rings. They take no more requests, finish what they have, and tell the driver;
+    /// then the session closes the connection. Until then the front-end gets its answers: a
+    /// connection that is closed earlier counts as an answer to an INVALIDATE, too.
     ///
-    /// From any thread, and more than once.
+    /// May be called from any thread, and more than once.
     pub fn stop(&self) {
         self.0.signal(1);
     }
@@ -63,10 +63,10 @@ impl Stopper {
 
 /// A connection of a front-end to a device.
 ///
-/// Whoever drives it [receives](Self::receive) what comes, and does what
-/// [`poll_output`](Self::poll_output) says after each message and whenever it is woken.
-/// [`crate::driver`] has two that do so. When the front-end is gone, [close](Self::poll_closed) it:
-/// rings that have something in flight may take their time.
+/// Its driver passes each message to [`receive`](Self::receive), and does what
+/// [`poll_output`](Self::poll_output) requests, after each message and whenever the waker is woken.
+/// [`crate::driver`] has two drivers. When the front-end has disconnected,
+/// [close](Self::poll_closed) the session: rings with requests in flight may take their time.
 pub struct Session<D: Device> {
     device: Arc<D>,
     iotlb: Iotlb,
@@ -77,19 +77,19 @@ pub struct Session<D: Device> {
     backend: Backend,
     replies: VecDeque<Reply>,
     stopper: Stopper,
-    /// Resolves when it was stopped; `None` once it has.
+    /// Resolves after a stop; `None` once it has resolved.
     stopping: Option<Reached>,
 }
 
-/// The back-end channel.
+/// State of the back-end channel.
 enum Backend {
     None,
-    /// The driver has not been told.
+    /// The session's driver has not been told of the socket.
     New(OwnedFd),
     Open,
 }
 
-/// An answer that is due.
+/// A due answer.
 struct Reply {
     request: u32,
     state: Due,
@@ -97,19 +97,20 @@ struct Reply {
 
 enum Due {
     Now(Vec<u8>),
-    /// When an INVALIDATE has been carried out; `true` if it is to be answered.
+    /// Due when an INVALIDATE has been carried out. `true` if it must be answered.
     Invalidated(Invalidated, bool),
-    /// When nothing of before is in flight.
+    /// Due when nothing of the former memory is in flight. `true` if it must be answered.
     Quiet(Invalidate<'static>, bool),
-    /// When this queue has stopped. The base may have been set since the ring was told to stop.
+    /// Due when this queue has stopped. The base may have been set since the ring was told to stop.
     Base(usize, Option<u16>),
-    /// When all have.
+    /// Due when all queues have stopped. `true` if it must be answered.
     Bases(bool),
 }
 
 impl<D: Device> Session<D> {
-    /// A connection to `device`, whose translations go into `iotlb`. One session after the other
-    /// may have the same one, and its statistics go on; no two at a time.
+    /// Makes a connection to `device`, whose translations go into `iotlb`. Sessions may use the
+    /// same IOTLB one after the other, and its counters go on. Two sessions must not use it at the
+    /// same time.
     pub fn new(device: Arc<D>, iotlb: Iotlb) -> Self {
         let queues = (0..device.queues()).map(|_| Queue::default()).collect();
         let stopper = Stopper::default();
@@ -127,37 +128,36 @@ impl<D: Device> Session<D> {
         }
     }
 
-    /// Ends the session from elsewhere, such as when the process is to end.
+    /// Returns a handle that ends the session from elsewhere, such as at the end of the process.
     pub fn stopper(&self) -> Stopper {
         self.stopper.clone()
     }
 
-    /// Makes a mistake on purpose.
+    /// Makes a deliberate mistake.
     pub fn fault(mut self, fault: Option<Fault>) -> Self {
         self.fault = fault;
         self
     }
 
-    /// The IOTLB of the device.
+    /// Returns the IOTLB of the device.
     pub fn iotlb(&self) -> &Iotlb {
         &self.iotlb
     }
 
-    /// The features that the front-end has accepted.
+    /// Returns the features that the front-end has accepted.
     pub fn features(&self) -> u64 {
         self.features
     }
 
-    /// How many answers are due.
+    /// Returns the number of due answers.
     pub fn due(&self) -> usize {
         self.replies.len()
     }
 
-    /// Takes a message. Poll the [output](Self::poll_output) afterwards, before the next message.
+    /// Handles a message. Poll the [output](Self::poll_output) afterwards, before the next message.
     ///
     /// # Errors
-    /// [`ProtocolError`]: close the connection. What the protocol allows and this side refuses is
-    /// no error: it is answered so.
+    /// [`ProtocolError`]: close the connection. A request that the protocol permits and this side refuses is no error: its answer refuses it.
     pub fn receive(&mut self, channel: Channel, message: Message) -> Result<(), ProtocolError> {
         tracing::trace!(?channel, ?message, "received");
         match channel {
@@ -165,7 +165,7 @@ impl<D: Device> Session<D> {
             Channel::Backend if !message.is_reply() => {
                 Err(ProtocolError::NoAnswer(message.request))
             }
-            // From before it was closed.
+            // The message is from before the channel was closed.
             Channel::Backend if matches!(self.backend, Backend::None) => Ok(()),
             Channel::Backend => {
                 let answer: u64 = message.body()?;
@@ -174,13 +174,13 @@ impl<D: Device> Session<D> {
         }
     }
 
-    /// What is to be done next. `Pending`: nothing until a message comes or the waker is woken.
+    /// Returns the next work. `Pending`: none until a message comes or the waker is woken.
     ///
-    /// It also lets rings go on that were stopped and started again.
+    /// It also continues rings that were stopped and started again.
     pub fn poll_output(&mut self, cx: &mut Context<'_>) -> Poll<Output> {
         if self.stopping.as_mut().is_some_and(|stopping| Pin::new(stopping).poll(cx).is_ready()) {
             self.stopping = None;
-            // Where a miss may have no answer, none is waited for.
+            // If a miss may have no answer, none is waited for.
             let each = self.protocol.contains(VhostUserProtocolFeatures::REPLY_ACK);
             self.queues.iter_mut().for_each(if each { Queue::stop } else { Queue::disconnect });
         }
@@ -191,7 +191,7 @@ impl<D: Device> Session<D> {
             return Poll::Ready(Output::Open(socket));
         }
         let reply = self.poll_reply(cx);
-        // Only now: an answer that says where a ring has stopped comes before the next one starts.
+        // Last: an answer that tells where a ring has stopped comes before the next ring starts.
         self.start_queues();
         self.queues.iter_mut().for_each(|queue| queue.poll_ended(cx));
         if let Poll::Ready(message) = reply {
@@ -223,7 +223,7 @@ impl<D: Device> Session<D> {
         Poll::Pending
     }
 
-    /// The next answer. All that are due are polled, so that none begins later than it could.
+    /// Returns the next answer. Polls all due answers, so that none starts later than it could.
     fn poll_reply(&mut self, cx: &mut Context<'_>) -> Poll<Message> {
         let (queues, mut stopped) = (&mut self.queues, false);
         for reply in &mut self.replies {
@@ -257,8 +257,9 @@ impl<D: Device> Session<D> {
                 reply.state = Due::Now(payload);
             }
         }
-        // What is unmapped while no ring runs is never told. As long as one does, it is: and that
-        // may need what is known to end.
+        // Memory that is unmapped while no ring runs is never reported, so translations must go.
+        // While a ring runs, unmapped memory is reported, and the ring may need known translations
+        // to end.
         let quiet = queues.iter().all(|queue| queue.base().is_some());
         if stopped && quiet && self.fault != Some(Fault::KeepTranslations) {
             self.iotlb.forget_all();
@@ -273,12 +274,12 @@ impl<D: Device> Session<D> {
         Poll::Pending
     }
 
-    /// The front-end is gone, or is not to be heard any more: all rings stop, and what waits for a
-    /// translation fails. Resolves when no ring is left, so nothing of the guest's memory is in
-    /// flight through one.
+    /// Stops all rings and fails everything that waits for a translation. Call it when the
+    /// front-end has disconnected, or must no longer be heard. Resolves when no ring is left, so
+    /// that rings have no guest memory in flight.
     pub fn poll_closed(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        // What is known stays until then: the front-end has no answer to anything, so it holds, and
-        // completions are told.
+        // Known translations stay until then: the front-end has received no answer, so they hold,
+        // and completions can be put.
         self.queues.iter_mut().for_each(Queue::disconnect);
         self.iotlb.end();
         self.replies.clear();
@@ -294,7 +295,7 @@ impl<D: Device> Session<D> {
         Poll::Ready(())
     }
 
-    /// The front-end has closed its back-end channel: there is nobody to ask for translations.
+    /// Records that the front-end has closed its back-end channel, so no questions are possible.
     pub fn backend_closed(&mut self) {
         self.backend = Backend::None;
         self.iotlb.new_channel();
@@ -305,7 +306,7 @@ impl<D: Device> Session<D> {
 }
 
 impl<D: Device> Drop for Session<D> {
-    /// Rings that nobody waits for stop all the same.
+    /// Also stops rings that no session waits for.
     fn drop(&mut self) {
         self.queues.iter_mut().for_each(Queue::disconnect);
         self.iotlb.leave();

@@ -1,32 +1,32 @@
-//! What has happened.
+//! Counters.
 #![forbid(unsafe_code)]
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// What an IOTLB has seen.
+/// Counters of an IOTLB. [`Iotlb::stats`](crate::Iotlb::stats) returns them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct IotlbStats {
-    /// Translations that the front-end has told of.
+    /// Translations that the front-end has sent.
     pub updates: u64,
-    /// Translations that were asked for.
+    /// Translations requested from the front-end.
     pub misses: u64,
-    /// Those of them that the front-end has refused.
+    /// Requests that the front-end has refused.
     pub refused: u64,
-    /// Translations that had to be forgotten, in messages.
+    /// INVALIDATE messages.
     pub invalidates: u64,
-    /// Those of them that met something in flight.
+    /// INVALIDATE messages that met a mapping in flight.
     pub met_in_flight: u64,
-    /// Mappings that all of them together met.
+    /// Mappings that all of these messages met.
     pub mappings_met: u64,
-    /// The longest time from an INVALIDATE to its answer.
+    /// Longest time from an INVALIDATE to its answer.
     pub longest_answer: Duration,
-    /// How often all was forgotten because there were too many translations.
+    /// How often everything was forgotten because there were too many translations.
     pub overflows: u64,
 }
 
-/// The same, while it happens.
+/// The counters while they change.
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     pub(crate) updates: AtomicU64,
@@ -44,7 +44,7 @@ pub(crate) fn count(counter: &AtomicU64, by: u64) {
 }
 
 impl Counters {
-    /// An INVALIDATE was answered after so long, and met so many.
+    /// Counts the answer to an INVALIDATE, its time, and the mappings that it met.
     pub(crate) fn answered(&self, took: Duration, met: u64) {
         count(&self.met, u64::from(met > 0));
         count(&self.in_flight, met);

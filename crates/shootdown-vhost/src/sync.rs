@@ -1,4 +1,4 @@
-//! What model checkers replace.
+//! Locks and atomics, which model checkers replace.
 #![forbid(unsafe_code)]
 
 #[cfg(loom)]
@@ -9,7 +9,7 @@ use std::sync as imp;
 pub(crate) use imp::atomic::{AtomicU8, Ordering};
 use std::sync::PoisonError;
 
-/// A mutex without poison: what it guards is changed in steps that do not panic.
+/// A mutex without poisoning: no code under it panics.
 #[derive(Debug, Default)]
 pub(crate) struct Lock<T>(imp::Mutex<T>);
 
@@ -25,7 +25,7 @@ impl<T> Lock<T> {
     }
 }
 
-/// A lock that many may read under. Nothing but this package's own code runs under it.
+/// A read-write lock. Only code of this package runs under it.
 #[derive(Debug, Default)]
 pub(crate) struct Shared<T>(imp::RwLock<T>);
 

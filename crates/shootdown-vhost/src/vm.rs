@@ -1,4 +1,4 @@
-//! `vm-memory`'s trait for IOMMUs, on the IOTLB.
+//! The IOMMU trait of `vm-memory`, implemented by the IOTLB.
 #![forbid(unsafe_code)]
 
 use crate::iotlb::{Iotlb, MapError, Want};
@@ -8,20 +8,20 @@ use std::ops::Deref;
 use vm_memory::iommu::{Error, IotlbIterator, IovaRange};
 use vm_memory::{GuestAddress, Iommu, Permissions};
 
-/// An [`Iotlb`] as [`vm_memory::Iommu`], for code that is written on [`vm_memory::IommuMemory`].
+/// An [`Iotlb`] as [`vm_memory::Iommu`], for code that uses [`vm_memory::IommuMemory`].
 ///
-/// A translation's guard is a [`Mapping`]: while the iterator of [`translate`](Iommu::translate)
-/// exists, an INVALIDATE that overlaps it is not answered. This suffices for what ends within the
-/// call: `Bytes::read`, `write`, `load`, `store` and their kin.
+/// The guard of a translation is a [`Mapping`]. While the iterator of
+/// [`translate`](Iommu::translate) exists, an INVALIDATE that overlaps it is not answered. This is
+/// enough for accesses that end within the call: `Bytes::read`, `write`, `load`, `store` and the
+/// like.
 ///
-/// It does **not** suffice for slices that are kept: those of `GuestMemory::get_slices` outlive the
-/// iterator, and with it the guard, so that the front-end takes the memory for free while they are
-/// in use. For asynchronous I/O take a [`Mapping`] by [`Iotlb::map`], and keep it until the I/O has
-/// ended.
+/// It is **not** enough for slices that are kept. Slices of `GuestMemory::get_slices` outlive the
+/// iterator and its guard, so the front-end considers the memory free while they are in use. For
+/// asynchronous I/O take a [`Mapping`] by [`Iotlb::map`], and keep it until the I/O has ended.
 ///
-/// Addresses that it translates to are the guest's physical ones:
+/// Translations are to the guest's physical addresses.
 /// [`MemoryTable::guest_memory`](crate::MemoryTable::guest_memory) of [`Iotlb::memory`] is the
-/// backend that has them.
+/// backend for them.
 ///
 /// A miss blocks the thread until the front-end has answered, so the thread that drives the
 /// [`Session`](crate::Session) must not translate.
@@ -29,15 +29,15 @@ use vm_memory::{GuestAddress, Iommu, Permissions};
 pub struct BlockingIommu(Iotlb);
 
 impl BlockingIommu {
-    /// The same translations.
+    /// Makes an IOMMU with the translations of `iotlb`.
     pub fn new(iotlb: Iotlb) -> Self {
         Self(iotlb)
     }
 }
 
-/// What keeps a translation in use: see [`BlockingIommu`].
+/// Guard of a translation; see [`BlockingIommu`].
 pub struct Held {
-    /// This translation, and no other.
+    /// A view with this translation only.
     view: vm_memory::Iotlb,
     mapping: Mapping,
 }

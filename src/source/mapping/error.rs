@@ -1,39 +1,40 @@
-//! Why a mapping could not be made or changed.
+//! Errors of a mapping.
 #![forbid(unsafe_code)]
 
 use core::fmt;
 use core::ops::Range;
 use std::io;
 
-/// Why a mapping could not be made or changed.
+/// Reason why a mapping could not be made or changed.
 #[derive(Debug)]
 #[non_exhaustive]
 pub enum MapError {
-    /// A length of 0, or a part that is outside of the mapping or does not begin and end at a page.
+    /// The length is 0, or the part is outside of the mapping or not whole pages.
     NotPages {
         /// The part, as offsets in the mapping (in the file, when a mapping is made).
         part: Range<usize>,
-        /// The mapping's length (the file's).
+        /// Length of the mapping (of the file).
         len: usize,
-        /// Bytes of a page.
+        /// Page size in bytes.
         page: usize,
     },
-    /// The mapping would end behind the end of its descriptor, which the program did not make
-    /// here: an access would end the process. A pipe, a socket or a device has 0 bytes.
+    /// The mapping would end beyond the end of the given file, and an access there would kill the
+    /// process. A pipe, a socket or a device has 0 bytes.
     BeyondEnd {
-        /// Where in the file the mapping would end, exclusive.
+        /// End of the mapping in the file, exclusive.
         end: u64,
-        /// Bytes that the file has.
+        /// Length of the file in bytes.
         size: u64,
     },
-    /// The process is a child of the one that made the mapping: the drivers are the parent's.
+    /// This process is a child of the one that made the mapping. The drivers belong to the parent
+    /// (M4).
     Forked,
-    /// The operating system refused; the memory is as it was, unless the method says otherwise.
+    /// The operating system refused. The memory is unchanged, unless the method says otherwise.
     Os(io::Error),
-    /// New memory could not be put at the address of the old one. The mapping is the new memory, at
-    /// another address: see [`OwnedMapping::range`](super::OwnedMapping::range). The old address is
-    /// taken for lost, and counted by
-    /// [`OwnedMapping::leaked_bytes`](super::OwnedMapping::leaked_bytes).
+    /// The new memory could not be put at the old address. The mapping is now the new memory at
+    /// another address: see [`OwnedMapping::range`](super::OwnedMapping::range). The old address
+    /// counts as lost; [`OwnedMapping::leaked_bytes`](super::OwnedMapping::leaked_bytes) includes
+    /// it.
     AddressLost(io::Error),
 }
 

@@ -6,7 +6,7 @@ use crate::block::Waitable;
 use crate::range::AddressRange;
 use core::fmt;
 
-/// A mapping that could not be unmapped, and why. Dropping it drops the mapping.
+/// Error of [`OwnedMapping::unmap`]. It holds the mapping, and its drop drops the mapping.
 pub struct UnmapError {
     /// Boxed, so that a result is small.
     mapping: Box<OwnedMapping>,
@@ -18,12 +18,12 @@ impl UnmapError {
         Self { mapping: Box::new(mapping), error }
     }
 
-    /// The mapping, which is still there.
+    /// Returns the mapping, which is unchanged.
     pub fn into_mapping(self) -> OwnedMapping {
         *self.mapping
     }
 
-    /// Why.
+    /// Returns the reason.
     pub fn error(&self) -> &MapError {
         &self.error
     }
@@ -47,25 +47,29 @@ impl fmt::Debug for UnmapError {
 impl core::error::Error for UnmapError {}
 
 impl OwnedMapping {
-    /// Unmaps it, once no device uses it.
+    /// Unmaps the memory, once no device uses it.
     ///
     /// # Errors
-    /// [`UnmapError`], with the mapping in it, which is still there.
+    /// [`UnmapError`]. It returns the mapping, which is unchanged.
     pub fn unmap(self) -> Waitable<impl Future<Output = Result<(), UnmapError>>> {
         self.unmap_with(|_| ())
     }
 
-    /// [`unmap`](Self::unmap) with what the owner does between the two: no device uses the memory
-    /// any more, and it is still there. For its own bookkeeping, or a last look at what the devices
-    /// have left. Runs at most once, under the invalidation: it must not wait for readers of the
-    /// range.
+    /// Unmaps the memory like [`unmap`](Self::unmap), and calls `last` just before. No device uses
+    /// the memory then, and it is still mapped.
+    ///
+    /// Use it for bookkeeping, or to look at the devices' results. `last` runs at most once, under
+    /// the invalidation, so it must not wait for readers of the range.
     ///
     /// ```
     /// # use shootdown::{AddressSpace, source::OwnedMapping};
+    /// # use std::collections::HashMap;
     /// # let space = AddressSpace::new();
     /// let mapping = OwnedMapping::new(&space, 1 << 16)?;
-    /// let mut buffers = std::collections::HashMap::from([(mapping.range(), "ring")]);
-    /// mapping.unmap_with(|range| drop(buffers.remove(&range))).wait()?;
+    /// let mut buffers = HashMap::from([(mapping.range(), "ring")]);
+    /// mapping
+    ///     .unmap_with(|range| drop(buffers.remove(&range)))
+    ///     .wait()?;
     /// assert!(buffers.is_empty());
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
@@ -74,7 +78,7 @@ impl OwnedMapping {
     /// As [`unmap`](Self::unmap). If the operating system refused, `last` has run.
     ///
     /// # Panics
-    /// A panic of `last` goes on in the caller; the mapping is dropped.
+    /// A panic of `last` resumes in the caller, and the mapping is dropped.
     pub fn unmap_with(
         mut self,
         last: impl FnOnce(AddressRange),

@@ -1,4 +1,4 @@
-//! Moving memory by `mremap`: whole or not at all, and to no address that is somebody else's.
+//! Moves memory by `mremap`: whole or not at all, and never onto memory of another owner.
 
 use super::{Backing, LEAKED, Memory, Refused, map, page_size};
 use alloc::vec::Vec;
@@ -9,7 +9,7 @@ use rustix::mm::{self, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 use std::sync::atomic::Ordering;
 
 impl Memory {
-    /// Unmaps what lies behind `len` bytes, fewer than it has.
+    /// Unmaps everything behind the first `len` bytes. `len` is shorter than the memory.
     pub(in crate::source) fn shrink(&mut self, len: usize) -> io::Result<()> {
         assert!(len < self.len && len != 0, "a part stays mapped");
         // SAFETY: the end of a mapping that is ours, into which there are no references.
@@ -18,11 +18,11 @@ impl Memory {
         Ok(())
     }
 
-    /// Makes it longer; it may move. New pages are readable and writable.
+    /// Makes the memory longer. It may move. New pages are readable and writable.
     pub(in crate::source) fn grow(&mut self, len: usize) -> io::Result<()> {
         assert!(len > self.len, "it becomes longer");
         if !self.plain || self.is_huge() {
-            // The last page's protection would be that of the new ones, and huge pages cannot grow.
+            // New pages would get the protection of the last page, and huge pages cannot grow.
             return self.relocate(len);
         }
         // SAFETY: the mapping is ours, and there are no references into it. The kernel chooses
@@ -32,19 +32,20 @@ impl Memory {
                 (self.at, self.len) = (NonNull::new(at.cast()).ok_or(io::Errno::NOMEM)?, len);
                 Ok(())
             }
-            // Several mappings for the kernel: a part is watched, locked or advised otherwise.
+            // The memory is several mappings for the kernel: a part is watched, locked, or advised
+            // otherwise.
             Err(io::Errno::FAULT) => self.relocate(len),
             Err(error) => Err(error),
         }
     }
 
-    /// Moves it to another address and makes it `len` bytes long, at least as long as it is; or
-    /// refuses and leaves it where it is, whole.
+    /// Moves the memory to another address and makes it `len` bytes long, at least its length. If
+    /// the kernel refuses, the memory stays where it is, whole.
     ///
-    /// A part with another protection is another mapping for the kernel, and `mremap` moves one. So
-    /// the pieces are moved one by one to a place that was reserved for all of them. Each leaves an
-    /// empty mapping behind (`MREMAP_DONTUNMAP`, Linux 5.7; for shared memory 5.13), which keeps
-    /// the old address, so that it can go back if a later one is refused.
+    /// A part with another protection is a separate mapping for the kernel, and `mremap` moves one
+    /// mapping. So the pieces are moved one by one to a place that was reserved for all of them.
+    /// Each leaves an empty mapping behind (`MREMAP_DONTUNMAP`, Linux 5.7; for shared memory 5.13).
+    /// It keeps the old address, so that the piece can go back if a later one is refused.
     pub(in crate::source) fn relocate(&mut self, len: usize) -> io::Result<()> {
         assert!(len >= self.len, "all of it moves");
         let pieces = self.pieces()?;
@@ -59,7 +60,8 @@ impl Memory {
             }
         }
         if pieces.len() > 1 {
-            // SAFETY: the empty mappings that the pieces left are ours. Refused they stay, empty.
+            // SAFETY: the empty mappings that the pieces left are ours. If the kernel refuses, they
+            // stay, empty.
             if unsafe { mm::munmap(self.at(0), self.len) }.is_err() {
                 LEAKED.fetch_add(self.len as u64, Ordering::Relaxed);
             }
@@ -68,21 +70,21 @@ impl Memory {
         Ok(())
     }
 
-    /// Puts the pieces that begin at `moved` back where they were.
+    /// Moves the pieces `moved` back to where they were.
     ///
     /// # Panics
-    /// When the kernel refuses, which it does for want of memory of its own only: for the mappings
-    /// there was [room](room_for) when the move began. Other threads may have used it up meanwhile;
-    /// that is waited for, within a bound.
+    /// If the kernel refuses. It does so only if it lacks memory of its own: there was
+    /// [room](room_for) for the mappings when the move began. Other threads may have used it up
+    /// meanwhile, so this retries, within a bound.
     fn move_back(&mut self, place: Reserved, moved: &[(usize, usize)]) {
         let at = place.at;
-        // Unmaps what no piece was moved to: a mapping less before they go back.
+        // Unmaps the places without a piece first, which frees a mapping.
         drop(place);
         for &(from, len) in moved.iter().rev() {
             let back = || {
                 let piece = at.as_ptr().wrapping_add(from).cast();
                 // SAFETY: the piece is ours, where it was moved to. So is the empty mapping that it
-                // left behind and now replaces: kernels that leave one refuse for want of mappings
+                // left behind and now replaces: kernels that leave one check for free mappings
                 // before they unmap it.
                 unsafe { mm::mremap_fixed(piece, len, len, MremapFlags::MAYMOVE, self.at(from)) }
             };
@@ -100,12 +102,12 @@ impl Memory {
         }
     }
 
-    /// Its parts that are one mapping for the kernel each, in order: where, and how many bytes.
+    /// Returns the pieces that are one mapping for the kernel each: offset and length, in order.
     fn pieces(&self) -> io::Result<Vec<(usize, usize)>> {
         let mut pieces = Vec::new();
         if self.is_huge() {
             // Huge pages leave no empty mapping behind, so several pieces could not go back. Nor
-            // can it be found out where one begins, since they do not grow in place.
+            // can the start of a piece be found, because huge pages do not grow in place.
             if !self.plain {
                 return Err(io::Errno::INVAL);
             }
@@ -125,7 +127,7 @@ impl Memory {
         self.unit() != page_size()
     }
 
-    /// Bytes from `from` on that are one mapping for the kernel.
+    /// Returns the length of the piece that starts at `from`.
     fn piece(&self, from: usize) -> usize {
         let (unit, rest) = (self.unit(), self.len - from);
         if self.is_one(from, rest) {
@@ -139,32 +141,32 @@ impl Memory {
         one * unit
     }
 
-    /// Whether a part is one mapping for the kernel, which is asked to make it a page longer where
-    /// it is. It looks at that first, and refuses with `EFAULT` if it is not so.
+    /// Returns `true` if a part is one mapping for the kernel. Asks the kernel to make it a page
+    /// longer in place: the kernel refuses with `EFAULT` first if it is several mappings.
     ///
-    /// To try a move would not do: since Linux 6.17 `mremap` moves several at once, and when it
-    /// refuses one of them it does not say which it has moved already.
+    /// A trial move does not work: since Linux 6.17 `mremap` moves several mappings at once, and if
+    /// it refuses one of them it does not tell which it has moved.
     fn is_one(&self, from: usize, len: usize) -> bool {
         let unit = self.unit();
         // SAFETY: inside the mapping, which is ours. It does not move, and nothing is replaced.
         match unsafe { mm::mremap(self.at(from), len, len + unit, MremapFlags::empty()) } {
             Ok(_) => {
-                // SAFETY: the page that was just added behind the end, where nothing was.
+                // SAFETY: the page that was just added behind the end, where nothing was mapped.
                 if unsafe { mm::munmap(self.at(from + len), unit) }.is_err() {
                     LEAKED.fetch_add(unit as u64, Ordering::Relaxed);
                 }
                 true
             }
-            // No room behind it, or none that may be used. Who is sealed is refused before that.
+            // There is no room behind it. A sealed part is refused with another error before that.
             Err(error) => matches!(error, io::Errno::NOMEM | io::Errno::AGAIN),
         }
     }
 
-    /// Maps other memory of the same length at the same address, readable and writable. At no
-    /// moment the address is free.
+    /// Maps other memory of the same length at the same address, readable and writable. The address
+    /// is never free in between.
     pub(in crate::source) fn replace(&mut self, backing: Backing) -> Result<(), Refused> {
         let mut new = Reserved::new(self.len, &backing).map_err(Refused::Unchanged)?;
-        // What can be refused is tried where nothing is at stake.
+        // First tries everything that can be refused at an address where nothing is lost.
         let mut rehearsal = Reserved::new(self.len, &backing).map_err(Refused::Unchanged)?;
         room_for(1).map_err(Refused::Unchanged)?;
         // SAFETY: both are ours alone.
@@ -188,7 +190,8 @@ impl Memory {
                 Ok(())
             }
             Err(error) => {
-                // What was at the old address may be gone and somebody else there.
+                // The memory at the old address may be gone, and another thread may have mapped its
+                // own there.
                 LEAKED.fetch_add(self.len as u64, Ordering::Relaxed);
                 self.at = new.keep();
                 Err(Refused::AddressLost(error))
@@ -197,9 +200,9 @@ impl Memory {
     }
 }
 
-/// Looks whether the process may have so many mappings more, and those that `mremap` wants to see
-/// free before it does anything. It is limited (`vm.max_map_count`), and what is refused by
-/// `mremap` itself costs a place of which it is not known whether it is still ours.
+/// Checks that the process may have `pieces` more mappings, and those that `mremap` wants to be
+/// free at its start. Their number is limited (`vm.max_map_count`). If `mremap` itself refuses, it
+/// may have unmapped the target.
 fn room_for(pieces: usize) -> io::Result<()> {
     let page = page_size();
     let pages = pieces + FREE;
@@ -209,27 +212,28 @@ fn room_for(pieces: usize) -> io::Result<()> {
         mm::mmap_anonymous(core::ptr::null_mut(), pages * page, ProtFlags::empty(), flags)?
     };
     let at_page = |number: usize| at.cast::<u8>().wrapping_add(number * page).cast();
-    // SAFETY: pages of that mapping, of which nobody knows. Each second one becomes its own.
+    // SAFETY: pages of that mapping, whose address is not shared. Every second page becomes a
+    // mapping.
     let split = |number| unsafe { mm::mprotect(at_page(number), page, MprotectFlags::READ) };
     let room = (1..pages).step_by(2).try_for_each(split);
-    // SAFETY: the mapping from above. Refused it stays, and is never used.
+    // SAFETY: the mapping from above. If the kernel refuses, it stays, and is never used.
     if unsafe { mm::munmap(at, pages * page) }.is_err() {
         LEAKED.fetch_add((pages * page) as u64, Ordering::Relaxed);
     }
     room
 }
 
-/// Mappings that `mremap` wants to see free, and some for those that other threads map meanwhile.
+/// Number of mappings that `mremap` wants to be free, and some for other threads.
 const FREE: usize = 16;
 
-/// How often a move back is tried.
+/// Number of tries to move a piece back.
 const TRIES: usize = 10_000;
 
-/// Address space into which something is moved piece by piece, in order.
+/// Reserved address space. Pieces are moved into it one by one, in order.
 struct Reserved {
     at: NonNull<u8>,
     len: usize,
-    /// Bytes from its start on that are not ours to unmap: a piece has been moved there, or may
+    /// Number of bytes from its start that are not ours to unmap: a piece was moved there, or may
     /// have been.
     given: usize,
 }
@@ -239,7 +243,7 @@ impl Reserved {
         Ok(Self { at: map(len, backing)?, len, given: 0 })
     }
 
-    /// Moves `len` bytes from `piece` to `from`, behind what has been moved before.
+    /// Moves `len` bytes from `piece` to offset `from`, behind the pieces moved before.
     ///
     /// # Safety
     /// The piece belongs to the caller, and there are no references into it.
@@ -255,7 +259,7 @@ impl Reserved {
             "the piece belongs behind the others"
         );
         let to = self.at.as_ptr().wrapping_add(from).cast();
-        // From here on the place is not ours, whatever the answer is.
+        // From here on the place is not ours, whatever the kernel returns.
         self.given = from + len;
         // SAFETY: the piece is the caller's, and what is replaced was ours until now.
         let moved = unsafe { mm::mremap_fixed(piece, len, len, MremapFlags::MAYMOVE | keep, to) };
@@ -265,7 +269,7 @@ impl Reserved {
         moved.map(drop)
     }
 
-    /// All of it belongs to the caller from now on.
+    /// Gives all of it to the caller.
     fn keep(mut self) -> NonNull<u8> {
         self.given = self.len;
         self.at
@@ -275,7 +279,8 @@ impl Reserved {
 impl Drop for Reserved {
     fn drop(&mut self) {
         if self.given < self.len {
-            // SAFETY: ours since it was reserved: no piece was moved there, and none was tried to.
+            // SAFETY: ours since it was reserved. No piece was moved there, and no move there was
+            // tried.
             let _ = unsafe {
                 mm::munmap(self.at.as_ptr().wrapping_add(self.given).cast(), self.len - self.given)
             };

@@ -1,7 +1,6 @@
-//! userfaultfd, and what `/proc` says of the process's own pages and mappings.
+//! userfaultfd, and what `/proc` tells about the pages and mappings of this process.
 //!
-//! None of these calls changes what the process can read or write, so all of them can be called
-//! safely.
+//! None of these calls changes what the process can read or write, so all of them are safe to call.
 
 use super::{Memory, page_size};
 use crate::range::AddressRange;
@@ -17,14 +16,14 @@ use rustix::ioctl::{Ioctl, IoctlOutput, Opcode, Setter, Updater, ioctl, opcode};
 use rustix::mm::{self, Advice, UserfaultfdFlags};
 use std::fs::File;
 
-/// Bytes of one message.
+/// Size of a message in bytes.
 pub(crate) const MESSAGE: usize = size_of::<raw::uffd_msg>();
 
-/// Flag with which an ordinary user may open one: faults of the kernel itself cannot be handled
-/// through it.
+/// Flag that lets an ordinary user open a descriptor. Faults of the kernel cannot be handled
+/// through such a descriptor.
 pub(crate) const USER_MODE_ONLY: u32 = raw::UFFD_USER_MODE_ONLY;
 
-/// Opens a descriptor by the system call. It does not block.
+/// Opens a non-blocking descriptor by the system call.
 pub(crate) fn open(flags: u32) -> io::Result<OwnedFd> {
     let flags = UserfaultfdFlags::from_bits_retain(flags)
         | UserfaultfdFlags::CLOEXEC
@@ -58,8 +57,8 @@ unsafe impl Ioctl for New {
     }
 }
 
-/// Opens a descriptor through `/dev/userfaultfd` (Linux 6.1), whose file mode says who may. It does
-/// not block.
+/// Opens a non-blocking descriptor through `/dev/userfaultfd` (Linux 6.1). The mode of that file
+/// tells who may do so.
 pub(crate) fn open_by(device: &File, flags: u32) -> io::Result<OwnedFd> {
     let flags = UserfaultfdFlags::from_bits_retain(flags)
         | UserfaultfdFlags::CLOEXEC
@@ -68,7 +67,8 @@ pub(crate) fn open_by(device: &File, flags: u32) -> io::Result<OwnedFd> {
     unsafe { ioctl(device, New(flags.bits() as usize)) }
 }
 
-/// Shakes hands; returns the features that the kernel knows. To be done once for a descriptor.
+/// Does the handshake, which is allowed once for a descriptor. Returns the features that the kernel
+/// knows.
 pub(crate) fn api(fd: impl AsFd, features: u64) -> io::Result<u64> {
     let mut api = raw::uffdio_api { api: u64::from(raw::UFFD_API), features, ioctls: 0 };
     // SAFETY: `UFFDIO_API` reads and writes one `uffdio_api`.
@@ -76,8 +76,8 @@ pub(crate) fn api(fd: impl AsFd, features: u64) -> io::Result<u64> {
     Ok(api.features)
 }
 
-/// Watches pages for events. In write-protect mode: what is marked by [`Pagemap::mark`] is unmarked
-/// by the kernel itself when it is written, so no access faults for anybody to handle.
+/// Registers pages for events, in write-protect mode. The kernel itself removes a mark of
+/// [`Pagemap::mark`] when the page is written, so no access raises a fault that must be handled.
 pub(crate) fn register(fd: impl AsFd, pages: AddressRange) -> io::Result<()> {
     let range = bounds(pages)?;
     let mut register =
@@ -87,7 +87,7 @@ pub(crate) fn register(fd: impl AsFd, pages: AddressRange) -> io::Result<()> {
     unsafe { ioctl(fd, Updater::<{ codes::UFFDIO_REGISTER }, _>::new(&mut register)) }
 }
 
-/// Watches them no more.
+/// Unregisters pages.
 pub(crate) fn unregister(fd: impl AsFd, pages: AddressRange) -> io::Result<()> {
     // SAFETY: `UFFDIO_UNREGISTER` reads one `uffdio_range`.
     unsafe { ioctl(fd, Setter::<{ codes::UFFDIO_UNREGISTER }, _>::new(bounds(pages)?)) }
@@ -97,8 +97,8 @@ fn bounds(pages: AddressRange) -> io::Result<raw::uffdio_range> {
     Ok(raw::uffdio_range { start: pages.start(), len: pages.len().ok_or(io::Errno::INVAL)? })
 }
 
-/// Whether a change is under way whose event may still be to come. The kernel asks itself that
-/// before it fills a page, so it is asked to fill none.
+/// Returns `true` if a change is under way whose event may not have been raised yet. The kernel
+/// checks this before it fills a page, so it is asked to fill an empty range.
 pub(crate) fn changing(fd: impl AsFd) -> bool {
     let mut nothing = raw::uffdio_zeropage {
         range: raw::uffdio_range { start: 0, len: 0 },
@@ -118,7 +118,7 @@ pub(crate) fn adopt(number: u32) -> OwnedFd {
     unsafe { OwnedFd::from_raw_fd(number.cast_signed()) }
 }
 
-/// Leaves pages out of the children of a fork (`MADV_DONTFORK`), or not any more.
+/// Excludes pages from the children of a fork (`MADV_DONTFORK`), or includes them again.
 pub(crate) fn keep_from_children(pages: AddressRange, keep: bool) -> io::Result<()> {
     let range = bounds(pages)?;
     let (at, len) = (usize::try_from(range.start), usize::try_from(range.len));
@@ -128,7 +128,7 @@ pub(crate) fn keep_from_children(pages: AddressRange, keep: bool) -> io::Result<
     unsafe { mm::madvise(ptr::without_provenance_mut(at), len, advice) }
 }
 
-/// The page tables of this process, as `/proc/self/pagemap` shows them.
+/// The page tables of this process, as in `/proc/self/pagemap`.
 pub(crate) struct Pagemap(OwnedFd);
 
 /// `struct pm_scan_arg` of `linux/fs.h`.
@@ -156,22 +156,22 @@ struct Region {
     categories: u64,
 }
 
-/// Pages that are looked for: those with all of one, none of another, and some of a third set of
-/// categories.
+/// Kind of pages to scan for: those that have all categories of `with`, none of `without`, and some
+/// of `any`.
 struct Kind {
     with: u64,
     without: u64,
     any: u64,
 }
 
-/// What is done with what is found.
+/// Action of a scan on the pages that it finds.
 #[derive(PartialEq)]
 enum Found {
-    /// All of it is marked.
+    /// Marks all of them.
     Marked,
-    /// The first of it is returned.
+    /// Returns the first region.
     Region,
-    /// The first page of it is returned.
+    /// Returns the first page.
     Page,
 }
 
@@ -184,18 +184,18 @@ const PAGE_IS_SWAPPED: u64 = 1 << 4;
 const PAGE_IS_PFNZERO: u64 = 1 << 5;
 
 impl Pagemap {
-    /// Opens it, if the kernel can scan it (Linux 6.7).
+    /// Opens the file, if the kernel can scan it (Linux 6.7).
     pub(crate) fn open() -> Option<Self> {
         let pagemap = Self(File::open("/proc/self/pagemap").ok()?.into());
-        // An empty range is refused by a kernel that cannot, and by nobody else.
+        // A kernel that can scan accepts an empty range; one that cannot refuses it.
         pagemap
             .scan(0, 0, Kind { with: 0, without: 0, any: PAGE_IS_PRESENT }, Found::Page)
             .is_ok()
             .then_some(pagemap)
     }
 
-    /// Scans `start` to `end` (exclusive) for pages of a kind. Returns where it stopped and what it
-    /// found first.
+    /// Scans `start` to `end` (exclusive) for pages of a kind. Returns where the scan stopped, and
+    /// the first region found.
     fn scan(
         &self,
         start: u64,
@@ -227,25 +227,25 @@ impl Pagemap {
             }
         }
         // SAFETY: `PAGEMAP_SCAN` reads and writes one `pm_scan_arg`, and writes at most `vec_len`
-        // regions to `vec`. What it does to the pages of `PM_SCAN_WP_MATCHING` is a mark:
-        // `register` says who takes it away.
+        // regions to `vec`. With `PM_SCAN_WP_MATCHING` it marks pages; `register` tells what
+        // removes the marks.
         let count = unsafe { ioctl(&self.0, CountedUpdater(&mut scan))? };
         Ok((scan.walk_end, (count > 0).then_some(region)))
     }
 
-    /// Whether all of `pages` is mapped and watched, as of one moment.
+    /// Returns `true` if all of `pages` is mapped and registered, at one moment.
     pub(crate) fn is_watched(&self, pages: AddressRange) -> io::Result<bool> {
         let of = Kind { with: PAGE_IS_WPALLOWED, without: 0, any: 0 };
         let (_, found) =
             self.scan(pages.start(), pages.last().wrapping_add(1), of, Found::Region)?;
-        // Adjacent mappings are one region.
+        // The kernel reports adjacent mappings as one region.
         Ok(found.is_some_and(|found| {
             found.start == pages.start() && found.end == pages.last().wrapping_add(1)
         }))
     }
 
-    /// Marks the pages that are there, in memory or swapped out, where they are watched. Takes no
-    /// memory of the process.
+    /// Marks the present pages, in memory or swapped out, as far as they are registered. Does not
+    /// allocate.
     pub(crate) fn mark(&self, pages: AddressRange) -> io::Result<()> {
         let (mut at, end) = (pages.start(), pages.last().wrapping_add(1));
         while at < end {
@@ -263,9 +263,8 @@ impl Pagemap {
         Ok(())
     }
 
-    /// Whether a page that was marked is still in memory, unwritten. One that is swapped out cannot
-    /// be told from the mark that the kernel keeps of a page that is gone. A page of zeros is
-    /// as good as gone.
+    /// Returns `true` if a marked page is in memory and unwritten. A swapped-out page looks like
+    /// the mark that the kernel keeps of a page that is gone. A zero page counts as gone.
     pub(crate) fn has_marked(&self, pages: AddressRange) -> io::Result<bool> {
         let end = pages.last().wrapping_add(1);
         let of = Kind {
@@ -277,7 +276,7 @@ impl Pagemap {
     }
 }
 
-/// `PAGEMAP_SCAN`: reads and writes its argument, and returns a count.
+/// `PAGEMAP_SCAN`. Reads and writes its argument, and returns a count.
 struct CountedUpdater<'a>(&'a mut Scan);
 
 // SAFETY: the argument is one `pm_scan_arg`, as the opcode says.
@@ -299,7 +298,7 @@ unsafe impl Ioctl for CountedUpdater<'_> {
     }
 }
 
-/// The mappings of this process, as `/proc/self/maps` lists them.
+/// The mappings of this process, as in `/proc/self/maps`.
 pub(crate) struct Maps(OwnedFd);
 
 /// `struct procmap_query` of `linux/fs.h`.
@@ -331,26 +330,25 @@ const PROCMAP_QUERY: Opcode = opcode::read_write::<Query>(b'f', 17);
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Mapping {
     pub(crate) range: AddressRange,
-    /// Bytes of its pages: more than elsewhere in hugetlbfs.
+    /// Page size in bytes. Larger in hugetlbfs.
     pub(crate) page: u64,
 }
 
 impl Maps {
-    /// Opens it, if the kernel answers questions about single mappings (Linux 6.11).
+    /// Opens the file, if the kernel answers queries for single mappings (Linux 6.11).
     pub(crate) fn open() -> Option<Self> {
         let maps = Self(File::open("/proc/self/maps").ok()?.into());
-        // A mapping that is there for sure: that of a local variable.
+        // The stack of this thread is certainly mapped.
         let here = ptr::from_ref(&maps).addr() as u64;
         maps.at(here).is_some().then_some(maps)
     }
 
-    /// The mapping that `address` lies in.
+    /// Returns the mapping that contains `address`.
     pub(crate) fn at(&self, address: u64) -> Option<Mapping> {
         self.query(address, 0)
     }
 
-    /// Calls `each` with the parts of `range` that are mapped, mapping by mapping. Allocates
-    /// nothing.
+    /// Calls `each` with every mapped part of `range`, mapping by mapping. Does not allocate.
     pub(crate) fn walk(&self, range: AddressRange, mut each: impl FnMut(AddressRange)) {
         let mut from = range.start();
         while let Some(Mapping { range: found, .. }) = self.query(from, COVERING_OR_NEXT) {
@@ -366,7 +364,7 @@ impl Maps {
         }
     }
 
-    /// Whether every page of `range` is mapped.
+    /// Returns `true` if every page of `range` is mapped.
     pub(crate) fn are_whole(&self, range: AddressRange) -> bool {
         let mut mapped = 0_u64;
         self.walk(range, |part| mapped = mapped.saturating_add(part.len().unwrap_or(u64::MAX)));
@@ -380,8 +378,8 @@ impl Maps {
             query_addr: address,
             ..Query::default()
         };
-        // SAFETY: `PROCMAP_QUERY` reads and writes one `procmap_query`; without room for them it
-        // writes no names.
+        // SAFETY: `PROCMAP_QUERY` reads and writes one `procmap_query`. It has no buffers for
+        // names, so the kernel writes none.
         unsafe { ioctl(self.0.as_fd(), Updater::<{ PROCMAP_QUERY }, _>::new(&mut query)).ok()? };
         let range =
             AddressRange::new(query.vma_start, query.vma_end.checked_sub(query.vma_start)?).ok()?;
@@ -389,8 +387,8 @@ impl Maps {
     }
 }
 
-/// Says whether the process is still the one in which it was made, or a child of it after `fork`.
-/// A page that the kernel wipes in children says so (`MADV_WIPEONFORK`): to ask costs one load.
+/// Detects a child of `fork`: a page that the kernel wipes in children (`MADV_WIPEONFORK`). The
+/// check is one load.
 pub(crate) struct ForkMark(Memory);
 
 impl ForkMark {
@@ -404,13 +402,12 @@ impl ForkMark {
 
     #[inline]
     pub(crate) fn is_forked(&self) -> bool {
-        // SAFETY: mapped as long as `self` exists, and written by nobody but the kernel, in a
-        // process of its own.
+        // SAFETY: mapped as long as `self` exists. Only the kernel writes it, in a child.
         unsafe { AtomicU8::from_ptr(self.0.as_ptr()) }.load(Ordering::Relaxed) == 0
     }
 }
 
-/// The process's limit of mappings.
+/// Returns the limit of mappings of the process.
 pub(crate) fn most_mappings() -> usize {
     let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
     limit.and_then(|text| text.trim().parse().ok()).unwrap_or(65_530)

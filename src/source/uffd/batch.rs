@@ -1,4 +1,4 @@
-//! Which changes are told of as one (N4).
+//! Batches of changes that are delivered as one invalidation (N4).
 #![forbid(unsafe_code)]
 
 use crate::event::Event;
@@ -6,18 +6,19 @@ use crate::range::AddressRange;
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
 
-/// What an event names.
+/// A change that an event names: its range, its kind, and whether it has happened.
 pub(super) type Changed = (AddressRange, Event, Seen);
 
-/// Whether a change has happened when its invalidation starts.
+/// State of a change when its invalidation starts.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(super) enum Seen {
+    /// The change has happened.
     Happened,
-    /// It is about to: the pages are marked.
+    /// The change is about to happen. Its pages are marked.
     ToCome,
 }
 
-/// Changes that are told of as one.
+/// Changes that are delivered as one invalidation.
 #[derive(Debug, PartialEq)]
 pub(super) struct Batch {
     pub(super) event: Event,
@@ -25,12 +26,12 @@ pub(super) struct Batch {
     pub(super) ranges: Vec<AddressRange>,
 }
 
-/// Puts those together that are of one kind and concern the same notifiers, in the order in which
-/// the first of each came. `concerned` says what tells one set of notifiers from another.
+/// Groups changes of one kind that concern the same notifiers (N4). Batches are in the order in
+/// which the first change of each came. `concerned` returns the set of notifiers of a range.
 ///
-/// A reader waits for all changes that concern its notifier, so it waits for no more than if each
-/// was told of alone: a device that hangs holds up nobody to whom its ranges are nothing. What is
-/// told of together is flushed once.
+/// A reader waits for every change that concerns its notifier. So a batch makes no reader wait for
+/// more than separate invalidations would, and a device that hangs does not hold up readers of
+/// ranges that it does not map. Each batch is flushed once.
 pub(super) fn batches(
     changes: Vec<Changed>,
     concerned: impl Fn(AddressRange) -> Vec<u64>,
@@ -40,7 +41,7 @@ pub(super) fn batches(
         batches.push(Batch { event, seen, ranges: alloc::vec![range] });
         return batches;
     }
-    // Few kinds, but perhaps many sets of notifiers.
+    // There are few kinds, but possibly many sets of notifiers.
     let mut known: BTreeMap<Vec<u64>, Vec<usize>> = BTreeMap::new();
     for (range, event, seen) in changes {
         let of_these = known.entry(concerned(range)).or_default();
@@ -63,7 +64,8 @@ mod tests {
     #[test]
     fn n4_changes_of_one_kind_that_concern_the_same_notifiers_are_one_batch() {
         let at = |page: u64| AddressRange::new(page << 12, 4096).unwrap();
-        // Pages below 4 concern one notifier, those from 8 on another one, those in between both.
+        // Pages below 4 concern one notifier, pages from 8 on another one, and pages in between
+        // both.
         let concerned = |range: AddressRange| match range.start() >> 12 {
             0..4 => alloc::vec![1],
             4..8 => alloc::vec![1, 2],

@@ -1,4 +1,4 @@
-//! How a source is opened: what a fork means, and what the kernel permits.
+//! Settings of a source, and the handshake with the kernel.
 #![forbid(unsafe_code)]
 
 use super::error::os;
@@ -18,59 +18,64 @@ use std::fs::OpenOptions;
 use std::sync::Mutex;
 use std::time::Instant;
 
-/// Events that every source asks for.
+/// Events that every source needs.
 const EVENTS: u64 = (raw::UFFD_FEATURE_EVENT_REMAP
     | raw::UFFD_FEATURE_EVENT_REMOVE
     | raw::UFFD_FEATURE_EVENT_UNMAP) as u64;
 const EVENT_FORK: u64 = raw::UFFD_FEATURE_EVENT_FORK as u64;
 const WP_ASYNC: u64 = raw::UFFD_FEATURE_WP_ASYNC as u64;
-/// Where the kernel can, every kind of memory is watched, files too.
+/// Optional features: they let the kernel watch every kind of memory, including files.
 const OPTIONAL: u64 =
     WP_ASYNC | (raw::UFFD_FEATURE_WP_HUGETLBFS_SHMEM | raw::UFFD_FEATURE_WP_UNPOPULATED) as u64;
 
-/// What `fork` without `exec` means for watched memory. (`vfork`, `posix_spawn` and most of
-/// [`std::process::Command`] copy no memory, and mean nothing here.)
+/// Selects what `fork` without `exec` means for watched memory. The setting is
+/// [`UffdBuilder::fork`]. (`vfork`, `posix_spawn` and most of [`std::process::Command`] copy no
+/// memory, so they do not matter here.)
 ///
-/// After a fork the parent and the child share each page until one of them writes it; if that is
-/// the parent, it gets a copy, and a device that has mapped the page without pinning it for itself
-/// goes on using what is the child's from then on.
+/// After a fork the parent and the child share each page until one of them writes it. If the parent
+/// writes, it gets a copy. A device that mapped the page without pinning it for itself then goes on
+/// using the page of the child.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Fork {
-    /// The kernel says when the process forks, and all that is watched is invalidated
+    /// The kernel reports a fork, and everything that is watched is invalidated
     /// ([`Event::ProtectionPage`](crate::Event::ProtectionPage)). Needs the capability
     /// `CAP_SYS_PTRACE`.
     Report,
-    /// Children do not get the pages that are watched (`MADV_DONTFORK`, as libraries of RDMA do
-    /// it), so nothing happens to them in the parent. A child that touches one before it has
-    /// called `exec` is killed by `SIGSEGV`: watch whole buffers, not single objects of a heap,
-    /// and where many ranges are watched mind what lies [around them](UffdBuilder::granule), which
-    /// children do not get either. A range that the program itself has excluded by
-    /// `MADV_DONTFORK` is no longer so once it was watched.
+    /// Children do not get the watched pages (`MADV_DONTFORK`, as RDMA libraries do it), so nothing
+    /// happens to them in the parent.
+    ///
+    /// A child that touches such a page before it has called `exec` is killed by `SIGSEGV`. Watch
+    /// whole buffers, not single objects of a heap. If many ranges are watched, children do not get
+    /// the memory [around them](UffdBuilder::granule) either. A range that the program itself has
+    /// excluded by `MADV_DONTFORK` is no longer excluded once it was watched.
     Keep,
-    /// Nothing is done. Right for a process that does not fork, and for devices that pin pages for
-    /// themselves (since Linux 5.19 a page that is pinned stays the parent's).
+    /// A fork is ignored. Right for a process that does not fork, and for devices that pin pages
+    /// for themselves (since Linux 5.19 a pinned page stays with the parent).
     Ignore,
 }
 
-/// What a source promises: what it asked for, as far as the kernel and the process's rights permit
-/// it.
+/// Promises of a source: the settings, as far as the kernel and the rights of the process permit
+/// them. [`Uffd::promises`] returns them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Promises {
-    /// What a fork means.
+    /// How a fork is handled.
     pub fork: Fork,
-    /// Whether `madvise(DONTNEED)` and the like keep their range under invalidation until the pages
-    /// are seen gone (M5). `false` before Linux 6.7, or where `/proc/self/pagemap` cannot be
-    /// opened, or when [`UffdBuilder::settle`] is zero: then a device that looks at the memory
-    /// right after such a call has begun may get the old page.
+    /// `true` if `madvise(DONTNEED)` and the like keep their range under invalidation until the
+    /// pages are gone (M5).
+    ///
+    /// It is `false` before Linux 6.7, if `/proc/self/pagemap` cannot be opened, or if
+    /// [`UffdBuilder::settle`] is zero. A device that looks at the memory right after such a call
+    /// has begun may then get the old page.
     pub discards: bool,
-    /// Bytes of the units in which memory is watched once that is many ranges. One page before
-    /// Linux 6.11, whatever was asked for.
+    /// Size in bytes of the units in which memory is watched, once many ranges are watched. Always
+    /// one page before Linux 6.11.
     pub granule: u64,
 }
 
-/// Settings of a [`Uffd`].
+/// Settings of a [`Uffd`]. [`Uffd::builder`] returns them, and [`open`](Self::open) opens the
+/// source.
 #[must_use = "a builder does nothing until `open` is called"]
 #[derive(Clone, Copy, Debug)]
 pub struct UffdBuilder {
@@ -86,52 +91,56 @@ impl Default for UffdBuilder {
 }
 
 impl UffdBuilder {
-    /// What a fork means. By default [`Fork::Report`] where that is permitted, and [`Fork::Keep`]
-    /// where it is not: [`Uffd::promises`] says which.
+    /// Selects how a fork is handled. The default is [`Fork::Report`] if it is permitted, and
+    /// [`Fork::Keep`] otherwise; [`Uffd::promises`] tells which.
     pub fn fork(mut self, fork: Fork) -> Self {
         self.fork = Some(fork);
         self
     }
 
-    /// How long the range of a `madvise(DONTNEED)` stays under invalidation at most, until its
-    /// pages are seen gone (M5); 20 ms by default, from when the thread inside the call has been
-    /// seen to go on, and five times as long in all. When it is used up, that is
-    /// [reported](crate::Report::Unsettled), readers go on, and the range is invalidated once more
-    /// if the pages go within two seconds (of the last 64 such ranges).
+    /// Limits how long the range of a `madvise(DONTNEED)` stays under invalidation until its pages
+    /// are gone (M5). The default is 20 ms. Zero withdraws the promise, and no reader waits.
     ///
-    /// A later discard of the same pages takes the earlier one over, and has a time of its own:
-    /// readers of pages that are discarded again before they have gone wait for as long as that
-    /// lasts. Pages of `MADV_FREE` do not go before the kernel needs them, and pages that the
-    /// program writes at once look as if they had stayed: then all of it is used up, for readers of
-    /// that range. Zero: nobody waits, and the promise is withdrawn.
+    /// The time counts from when the thread inside the call has been seen to go on, and is at most
+    /// five times as long in all. When it is used up, this is [reported](crate::Report::Unsettled)
+    /// and readers go on. The range is invalidated once more if the pages go within two seconds
+    /// (for the last 64 such ranges).
+    ///
+    /// A later discard of the same pages replaces the earlier one, and has its own time. So readers
+    /// of pages that are discarded again and again wait as long as this lasts. Pages of `MADV_FREE`
+    /// stay until the kernel needs them, and pages that the program writes at once look as if they
+    /// had stayed. For such pages readers of the range wait for the whole time.
     pub fn settle(mut self, most: Duration) -> Self {
         self.settle = most;
         self
     }
 
-    /// Once what is watched consists of more than 64 ranges, watches the mappings around what is
-    /// asked for, too, up to multiples of `bytes`, a power of two; 2 MiB by default. The kernel
-    /// splits a mapping where a watched part begins and ends, and a process may have 65,530
-    /// mappings. One page: only what is asked for, however much that is.
+    /// Sets the unit in which memory is watched once more than 64 ranges are watched: `bytes`, a
+    /// power of two. The default is 2 MiB.
     ///
-    /// Changes of what lies around cost a turn of the reader, and hit no driver. A program whose
-    /// reader shares a thread with code that unmaps memory chooses one page.
+    /// The source then also watches the mappings around a range, up to multiples of `bytes`. This
+    /// is necessary because the kernel splits a mapping where a watched part begins and ends, and a
+    /// process may have only 65,530 mappings. One page: only the requested ranges are watched,
+    /// however many they are.
+    ///
+    /// A change of the memory around costs a turn of the reader, and hits no driver. Choose one
+    /// page if the reader shares a thread with code that unmaps memory.
     ///
     /// # Panics
-    /// When `bytes` is no power of two.
+    /// If `bytes` is not a power of two.
     pub fn granule(mut self, bytes: u64) -> Self {
         assert!(bytes.is_power_of_two(), "a granule is a power of two, not {bytes}");
         self.granule = bytes;
         self
     }
 
-    /// Opens a source of invalidations of `space`, and its two other handles.
+    /// Opens a source of invalidations of `space`. Returns its three handles.
     ///
     /// The descriptor comes from the system call, in the mode that ordinary users are permitted
-    /// (`UFFD_USER_MODE_ONLY`); where that is refused, from `/dev/userfaultfd`.
+    /// (`UFFD_USER_MODE_ONLY`). If that is refused, it comes from `/dev/userfaultfd`.
     ///
     /// # Errors
-    /// [`UffdError::NotPermitted`], also for a [`Fork::Report`] that was asked for;
+    /// [`UffdError::NotPermitted`], also if [`Fork::Report`] was requested and is not permitted;
     /// [`UffdError::Unsupported`]; [`UffdError::Os`].
     pub fn open(self, space: &AddressSpace) -> Result<(Uffd, Reader, Deliveries), UffdError> {
         let (fd, fork, known) = self.handshake()?;
@@ -175,10 +184,10 @@ impl UffdBuilder {
         ))
     }
 
-    /// Opens a descriptor and agrees on what it tells.
+    /// Opens a descriptor and enables the features on it.
     fn handshake(self) -> Result<(OwnedFd, Fork, u64), UffdError> {
-        // The kernel accepts one handshake for each descriptor: the first is only asked what there
-        // is.
+        // The kernel accepts one handshake for each descriptor. The first descriptor only asks for
+        // the known features.
         let known = uffd::api(descriptor()?, 0).map_err(os)?;
         let wp = u64::from(raw::UFFD_FEATURE_PAGEFAULT_FLAG_WP);
         if known & (EVENTS | wp) != EVENTS | wp {
@@ -203,12 +212,12 @@ impl UffdBuilder {
     }
 }
 
-/// A descriptor before its handshake.
+/// Opens a descriptor without a handshake.
 fn descriptor() -> Result<OwnedFd, UffdError> {
-    // What is marked is unmarked by the kernel, and nothing else faults: so faults of the kernel
-    // itself need not be handled.
+    // User mode is enough: no access faults (the kernel removes marks itself), so faults of the
+    // kernel need no handling.
     let by_call = match uffd::open(uffd::USER_MODE_ONLY) {
-        // Before Linux 5.11 there was no such mode.
+        // Kernels before Linux 5.11 do not have this mode.
         Err(Errno::INVAL) => uffd::open(0),
         opened => opened,
     };

@@ -1,4 +1,4 @@
-//! The step that calls drivers.
+//! The delivery: it turns events into invalidations and calls drivers.
 #![forbid(unsafe_code)]
 
 use super::batch::{Batch, Changed, Seen, batches};
@@ -25,13 +25,15 @@ use futures::stream::{FuturesUnordered, StreamExt};
 use rustix::fd::{AsFd, BorrowedFd};
 use std::sync::{MutexGuard, PoisonError};
 
-/// Turns what was read into invalidations.
+/// Turns the events that a [`Reader`](crate::source::Reader) has read into invalidations.
 ///
-/// [`run`](Self::run) it on a thread, or wait for its descriptor ([`AsFd`]) to be readable, or
-/// until [`next_look`](Self::next_look), and await [`deliver`](Self::deliver), again and again
-/// until it [is stopped](Self::is_stopped). Dropping it starts what is left without waiting, ends
-/// all watches, and invalidates all that was watched (M3). In a child of `fork` dropping it does
-/// nothing.
+/// There are two ways to use it:
+/// - [`run`](Self::run) it on a thread;
+/// - or loop: wait until its descriptor ([`AsFd`]) is readable or [`next_look`](Self::next_look)
+///   has passed, and await [`deliver`](Self::deliver), until it [is stopped](Self::is_stopped).
+///
+/// Its drop starts the remaining invalidations without waiting, ends all watches, and invalidates
+/// everything that was watched (M3). In a child of `fork` the drop does nothing.
 #[must_use = "dropping the deliveries ends all watches and invalidates what was watched: run them"]
 #[derive(Debug)]
 pub struct Deliveries {
@@ -39,18 +41,19 @@ pub struct Deliveries {
 }
 
 impl Deliveries {
-    /// Invalidates what was read so far, and waits until no device uses it and the pages of a
-    /// `madvise` have been seen gone. What is of one kind and concerns the same notifiers is one
-    /// invalidation of [many ranges](crate::Invalidation::ranges) (N4). The invalidations start in
-    /// the first poll, and every driver is told in it; then the readers of the space go on.
-    /// Resolves to how many changes there were. Several may be under way at once: then readers go
-    /// on when all of them have told all drivers.
+    /// Invalidates everything read so far. Waits until no device uses it, and until the pages of a
+    /// `madvise` are gone. Returns the number of changes.
     ///
-    /// The call makes the descriptor unreadable until more is read; a future that is dropped before
+    /// Changes of one kind that concern the same notifiers become one invalidation of [many
+    /// ranges](crate::Invalidation::ranges) (N4). The first poll starts all invalidations and tells
+    /// every driver; then the readers of the space go on. Several deliveries may run at once.
+    /// Readers then go on when all of them have told all drivers.
+    ///
+    /// The call makes the descriptor unreadable until more is read. A future that is dropped before
     /// its first poll makes it readable again.
     ///
-    /// Between two looks at pages that have not gone, a poll leaves the processor to others and at
-    /// last rests, for some 100 µs; [`run`](Self::run) does not.
+    /// While pages have not gone, a poll yields the processor, and later rests for some 100 µs.
+    /// [`run`](Self::run) does not.
     ///
     /// A panic of a driver has no caller here: it is counted and [reported](Report::Panicked) (C5).
     ///
@@ -58,8 +61,8 @@ impl Deliveries {
     /// [`UffdError::Forked`] in a child of `fork`.
     ///
     /// # Cancel safety
-    /// May be dropped at any moment: before the first poll nothing has happened, after it the
-    /// passes belong to the space.
+    /// The future may be dropped at any moment. Before the first poll nothing has happened. After
+    /// it, the passes belong to the space.
     pub fn deliver(
         &mut self,
     ) -> Waitable<impl Future<Output = Result<usize, UffdError>> + Send + use<>> {
@@ -81,13 +84,13 @@ impl Deliveries {
         })
     }
 
-    /// Delivers on this thread until [`Uffd::stop`](crate::source::Uffd::stop). Passes that are
-    /// pending do not keep it from starting what is read meanwhile.
+    /// Delivers on this thread until [`Uffd::stop`](crate::source::Uffd::stop). Pending passes do
+    /// not delay the start of later invalidations.
     ///
     /// # Errors
-    /// What `poll` returns; in a child of `fork`, [`UffdError::Forked`].
+    /// Errors of `poll`. In a child of `fork`, [`UffdError::Forked`].
     pub fn run(&mut self) -> std::io::Result<()> {
-        /// Rings only while this thread waits for that: else it comes by itself.
+        /// Rings the bell only while the thread sleeps. Otherwise the thread polls anyway.
         struct Bell {
             inner: Arc<Inner>,
             sleeping: AtomicBool,
@@ -105,7 +108,7 @@ impl Deliveries {
         let mut cx = Context::from_waker(&waker);
         let mut late = FuturesUnordered::<Late>::new();
         let rounds = Rounds::begin();
-        // How often pages were looked at without a rest.
+        // Number of looks in a row without a rest.
         let mut looks = 0;
         loop {
             rounds.next();
@@ -117,7 +120,7 @@ impl Deliveries {
                 (true, next) => Some(next.map_or(REST, |next| next.min(REST))),
                 (false, next) => {
                     bell.sleeping.store(true, Ordering::SeqCst);
-                    // Who was woken until now has not rung.
+                    // Polls what was woken before `sleeping` was set: it has not rung the bell.
                     while let Poll::Ready(Some(())) = late.poll_next_unpin(&mut cx) {}
                     next
                 }
@@ -126,7 +129,7 @@ impl Deliveries {
             bell.sleeping.store(false, Ordering::SeqCst);
             if rung || self.next_look().is_some_and(|next| next.is_zero()) {
                 self.clear();
-                // At once, however many of those before have something to do.
+                // Starts at once, however many earlier passes can make progress.
                 if self.inner.start(Which::Due, &mut cx, |started| late.push(started)) > 0 {
                     looks = 0;
                 }
@@ -139,11 +142,13 @@ impl Deliveries {
         }
     }
 
-    /// Returns when to call [`deliver`](Self::deliver) again although nothing was read: a discard
-    /// was not seen to happen in time ([`Report::Unsettled`]), and its range is to be looked at
-    /// again; or what nobody watches any more could not be given up, because of a change that was
-    /// under way. `None`: only when the descriptor is readable. [`run`](Self::run) does it by
-    /// itself.
+    /// Returns the time until the next call of [`deliver`](Self::deliver) that is due although
+    /// nothing was read. `None`: wait until the descriptor is readable. [`run`](Self::run) needs no
+    /// such call.
+    ///
+    /// There are two reasons: a discard did not happen in time ([`Report::Unsettled`]), and its
+    /// range must be checked again; or unwatched memory could not be given up, because a change was
+    /// under way.
     pub fn next_look(&self) -> Option<Duration> {
         if self.inner.is_forked() {
             return None;
@@ -152,8 +157,8 @@ impl Deliveries {
         looks.into_iter().chain(gives_up).min()
     }
 
-    /// Returns whether [`Uffd::stop`](crate::source::Uffd::stop) was called, which makes the
-    /// descriptor readable: a loop of one's own ends then, after a last [`deliver`](Self::deliver).
+    /// Returns `true` after [`Uffd::stop`](crate::source::Uffd::stop), which makes the descriptor
+    /// readable. The program's own loop then calls [`deliver`](Self::deliver) a last time and ends.
     pub fn is_stopped(&self) -> bool {
         self.inner.stopped.load(Ordering::Acquire)
     }
@@ -166,7 +171,7 @@ impl Deliveries {
     }
 }
 
-/// What a delivery that has not begun has cleared: the bell is rung again if it never does.
+/// The cleared bell of a delivery that has not begun. Its drop rings the bell again.
 struct Taken(Option<Arc<Inner>>);
 
 impl Taken {
@@ -202,7 +207,7 @@ impl Drop for Deliveries {
         if self.inner.is_forked() {
             return;
         }
-        // Closed from before the watches end until everything has been invalidated (M3).
+        // M3: the gate stays closed from before the watches end until everything is invalidated.
         let closing = self.inner.shared().close_gate();
         self.inner.turns.fetch_add(closing.into_bits(), Ordering::AcqRel);
         self.inner.table().close();
@@ -212,16 +217,16 @@ impl Drop for Deliveries {
     }
 }
 
-/// What is being started, by several threads if need be.
+/// Invalidations that are being started, possibly by several threads.
 #[derive(Default)]
 pub(super) struct Starting {
-    /// Threads that have taken events and not yet told all drivers.
+    /// Number of threads that have taken events and have not yet told all drivers.
     threads: usize,
-    /// Closings of the gate that the last of them undoes.
+    /// Closings of the gate. The last of the threads undoes them.
     closings: Closings,
 }
 
-/// Opens the gate when all invalidations of what was taken have been started.
+/// Opens the gate when all invalidations of the taken events have been started.
 struct Open<'a>(&'a Inner);
 
 impl Drop for Open<'_> {
@@ -239,7 +244,7 @@ impl Drop for Open<'_> {
     }
 }
 
-/// Has what was read delivered by the next who comes, if this one goes.
+/// Rings the bell on a panic, so that the next delivery handles the events.
 struct Undelivered<'a>(&'a Inner);
 
 impl Drop for Undelivered<'_> {
@@ -248,17 +253,17 @@ impl Drop for Undelivered<'_> {
     }
 }
 
-/// An invalidation of changes that have happened, or are about to.
+/// The invalidation of a batch of changes.
 struct Late {
     inner: Arc<Inner>,
     marked: Vec<Arc<Marked>>,
-    /// Stand in their ranges while pages are still to go (M5).
+    /// Notifiers that keep the ranges under invalidation while their pages are present (M5).
     settle: Vec<Subscription<Settle>>,
     invalidation: Option<Pin<Box<Invalidate<'static>>>>,
 }
 
 impl Late {
-    /// Whether pages are still to go that it waits for.
+    /// Returns `true` while pages that it waits for are present.
     fn looks(&self) -> bool {
         self.marked.iter().any(|marked| !marked.is_over())
     }
@@ -272,14 +277,14 @@ impl Future for Late {
             return Poll::Ready(());
         }
         let Some(invalidation) = &mut self.invalidation else { return Poll::Ready(()) };
-        // Its guard ends the range as soon as it is there: there is nothing left to change.
+        // Drops the guard at once: the memory has changed already.
         invalidation.as_mut().poll(cx).map(drop)
     }
 }
 
 impl Drop for Late {
     fn drop(&mut self) {
-        // In a child of `fork` the locks of the space may be held for ever (M4).
+        // M4: in a child of `fork` the locks of the space may be held for ever.
         if self.inner.is_forked() {
             let (settle, marked) =
                 (core::mem::take(&mut self.settle), core::mem::take(&mut self.marked));
@@ -291,7 +296,7 @@ impl Drop for Late {
     }
 }
 
-/// What events name.
+/// The changes that a delivery has taken.
 #[derive(Default)]
 struct Changes {
     ranges: Vec<Changed>,
@@ -306,15 +311,15 @@ impl Inner {
         self.starting.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Starts an invalidation of everything that the events name; `pending` gets those whose passes
-    /// are pending.
+    /// Starts an invalidation of each taken change. Calls `pending` with those whose passes are
+    /// pending.
     fn start(
         self: &Arc<Self>,
         look: Which,
         cx: &mut Context<'_>,
         mut pending: impl FnMut(Late),
     ) -> usize {
-        // Before anything is taken: the clone of a waker is foreign code, and may panic.
+        // Before events are taken: the clone of a waker is foreign code and may panic.
         let undelivered = Undelivered(self);
         let waker = Waker::from(TaskWaker::new(cx.waker(), &self.shared().host.losses));
         core::mem::forget(undelivered);
@@ -327,8 +332,8 @@ impl Inner {
         };
         let started = changes.ranges.len();
         let batches = batches(core::mem::take(&mut changes.ranges), |range| self.concerned(range));
-        // All of them first: a driver that is told drops its watches, and the marks of another
-        // change would go with the registration.
+        // Makes all of them before the first starts: a driver that is told drops its watches, and
+        // the marks of another change would go with the registration.
         let lates: Vec<Late> = batches.into_iter().filter_map(|batch| self.late(batch)).collect();
         for mut late in lates {
             let polled = Pin::new(&mut late).poll(cx);
@@ -339,13 +344,13 @@ impl Inner {
             }
         }
         drop(open);
-        // Who delivers asks himself when to come again.
+        // The delivery asks for the next time itself.
         let _ = self.table().tidy(|| self.shared().gate.has_closings_now());
         for range in changes.unseen {
             self.report_unsettled(range, Duration::ZERO);
         }
         for lost in changes.lost {
-            // Who has heard of it by the invalidation, and has dropped the watch, knows.
+            // A holder that has dropped its watch knows of the end.
             if self.table().watches.has(lost) {
                 self.shared().host.losses.report(&Report::WatchEnded { range: lost.range });
             }
@@ -353,7 +358,7 @@ impl Inner {
         started
     }
 
-    /// What tells the drivers of a range from those of another one. Ours are none.
+    /// Returns the ids of the notifiers that `range` concerns, without the source's own.
     fn concerned(&self, range: AddressRange) -> Vec<u64> {
         let mut concerned = self.shared().concerned(range);
         let settles = self.settles();
@@ -365,7 +370,7 @@ impl Inner {
         self.settles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// N4: the invalidation of a batch.
+    /// N4: makes the invalidation of a batch.
     fn late(self: &Arc<Self>, batch: Batch) -> Option<Late> {
         let (mut marked, mut settle, owner) = (Vec::new(), Vec::new(), Owner::new());
         if batch.seen == Seen::ToCome {
@@ -395,12 +400,12 @@ impl Inner {
         })
     }
 
-    /// Without anybody who could wait: the passes are left to the space.
+    /// Starts the invalidations without a waiter. Their passes are left to the space.
     pub(super) fn open(self: &Arc<Self>) {
         self.start(Which::All, &mut Context::from_waker(Waker::noop()), drop);
     }
 
-    /// What the events that were read name. By one thread at a time.
+    /// Takes the changes that the read events name. Only one thread may call it at a time.
     fn changes(&self, look: Which) -> Changes {
         let mut changes = Changes::default();
         let mut again = self.changed_suspects(look);
@@ -410,7 +415,7 @@ impl Inner {
             table
                 .watches
                 .for_each(|range| changes.ranges.push((range, Event::Unmap, Seen::Happened)));
-            // Nobody knows which of them have lost their memory, nor what is still about to go.
+            // The lost events could have named any memory, also pages that are about to go.
             table.watches.end(AddressRange::ALL, |watched| changes.lost.push(watched));
             if self.promises.discards {
                 table.for_each_armed(|range| {
@@ -445,14 +450,14 @@ impl Inner {
         changes
     }
 
-    /// Memory was unmapped, mapped over or moved away.
+    /// Records memory that was unmapped, mapped over or moved away.
     fn gone(&self, changes: &mut Changes, start: u64, len: u64) {
         let Ok(range) = AddressRange::new(start, len) else { return };
         changes.ranges.push((range, Event::Unmap, Seen::Happened));
         self.table().watches.end(range, |watched| changes.lost.push(watched));
     }
 
-    /// Pages are about to be dropped.
+    /// Records pages that are about to be dropped.
     fn discarded(&self, changes: &mut Changes, start: u64, end: u64, seen: Seen) {
         let Ok(range) = AddressRange::new(start, end.wrapping_sub(start)) else { return };
         if seen == Seen::Happened {

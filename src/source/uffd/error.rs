@@ -1,40 +1,39 @@
-//! Why memory cannot be watched.
+//! Errors of a source.
 #![forbid(unsafe_code)]
 
 use crate::range::AddressRange;
 use core::fmt;
 use rustix::io::Errno;
 
-/// Why memory cannot be watched.
+/// Reason why memory cannot be watched.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum UffdError {
-    /// The process may not use userfaultfd, or may not be told of forks.
+    /// The process may not use userfaultfd, or may not receive events of forks.
     NotPermitted,
-    /// The kernel has no userfaultfd, or does not raise these events.
+    /// The kernel has no userfaultfd, or does not raise the needed events.
     Unsupported,
-    /// The kernel cannot watch this memory: it is not mapped, or of a kind that userfaultfd does
-    /// not know (a device), or another userfaultfd watches it already.
+    /// The kernel cannot watch this memory. It is not mapped, or it is a device, or another
+    /// userfaultfd watches it.
     Watch {
-        /// What was to be watched, in whole pages.
+        /// The range, in whole pages.
         range: AddressRange,
-        /// The kernel's answer.
+        /// Answer of the kernel.
         os: std::io::ErrorKind,
     },
-    /// The process has no mappings left to tell apart what is watched and what is not, or watches
-    /// use up a quarter of them: like a device without room. Drop watches that are not needed,
-    /// and try again.
+    /// The process has no mappings left to separate watched from unwatched memory, or watches use a
+    /// quarter of them. This is like a device without room: drop watches and try again.
     NoRoom {
-        /// What was to be watched, in whole pages.
+        /// The range, in whole pages.
         range: AddressRange,
     },
-    /// The [`Reader`](super::Reader) or the [`Deliveries`](super::Deliveries) have been dropped:
-    /// nobody would tell of changes.
+    /// The [`Reader`](super::Reader) or the [`Deliveries`](super::Deliveries) were dropped, so
+    /// changes would not be reported.
     Closed,
-    /// The process is a child of the one that opened the source, which watches the parent's memory.
-    /// Open one in the child.
+    /// This process is a child of the one that opened the source, which watches the parent's memory
+    /// (M4). Open another source.
     Forked,
-    /// Something else that the operating system refused.
+    /// The operating system refused for another reason.
     Os(std::io::ErrorKind),
 }
 
@@ -42,23 +41,28 @@ impl fmt::Display for UffdError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::NotPermitted => f.write_str(
-                "userfaultfd is not permitted: events of fork need the capability CAP_SYS_PTRACE (other answers to forks, `Fork::Keep` and \
-                 `Fork::Ignore`, do not); if the system call itself is refused (a seccomp filter; before Linux 5.11 the sysctl \
-                 vm.unprivileged_userfaultfd = 0), permit it, or let the process open /dev/userfaultfd",
+                "userfaultfd is not permitted: events of fork need the capability CAP_SYS_PTRACE \
+                 (other answers to forks, `Fork::Keep` and `Fork::Ignore`, do not); if the system \
+                 call itself is refused (a seccomp filter; before Linux 5.11 the sysctl \
+                 vm.unprivileged_userfaultfd = 0), permit it, or let the process open \
+                 /dev/userfaultfd",
             ),
             Self::Unsupported => f.write_str(
-                "the kernel has no userfaultfd with the events UNMAP, REMOVE, REMAP and write-protect mode: Linux 5.7 or newer with \
-                 CONFIG_USERFAULTFD is needed; invalidate with `OwnedMapping` instead",
+                "the kernel has no userfaultfd with the events UNMAP, REMOVE, REMAP and \
+                 write-protect mode: Linux 5.7 or newer with CONFIG_USERFAULTFD is needed; \
+                 invalidate with `OwnedMapping` instead",
             ),
             Self::Watch { range, os } => write!(
                 f,
-                "{range} cannot be watched ({os}): it must be mapped, be memory and not a device, begin and end at a page (a huge page in hugetlbfs), and \
-                 not be watched by another userfaultfd"
+                "{range} cannot be watched ({os}): it must be mapped, be memory and not a device, \
+                 begin and end at a page (a huge page in hugetlbfs), and not be watched by another \
+                 userfaultfd"
             ),
             Self::NoRoom { range } => write!(
                 f,
-                "there is no room to watch {range}: each watched part of a mapping takes two of the process's mappings (sysctl vm.max_map_count), of \
-                 which watches use at most a quarter; drop watches, or watch larger ranges"
+                "there is no room to watch {range}: each watched part of a mapping takes two of \
+                 the process's mappings (sysctl vm.max_map_count), of which watches use at most a \
+                 quarter; drop watches, or watch larger ranges"
             ),
             Self::Closed => f.write_str("the reader or the deliveries have been dropped: keep both as long as anything is watched"),
             Self::Forked => f.write_str("this process is a child of the one that opened the source: open another one here"),

@@ -1,4 +1,4 @@
-//! The retry loop of a driver whose memory is watched.
+//! The collision-retry loop of a driver whose memory is watched.
 #![forbid(unsafe_code)]
 
 use super::{Uffd, UffdError, Watch};
@@ -13,13 +13,13 @@ use core::future::Future;
 use core::pin::Pin;
 use core::task::{Context, Poll, ready};
 
-/// Why nothing could be prepared under a watch.
+/// Error of a preparation under a watch.
 #[derive(Clone, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum Unwatched<E> {
     /// The memory cannot be watched.
     Watch(UffdError),
-    /// The error of `prepare`.
+    /// `prepare` failed with this error.
     Prepare(E),
 }
 
@@ -35,7 +35,7 @@ impl<E: fmt::Display> fmt::Display for Unwatched<E> {
 impl<E: core::error::Error + 'static> core::error::Error for Unwatched<E> {
     fn source(&self) -> Option<&(dyn core::error::Error + 'static)> {
         match self {
-            // The text is theirs.
+            // `Display` prints the inner error, so its source is this one's source.
             Self::Watch(error) => error.source(),
             Self::Prepare(error) => error.source(),
         }
@@ -43,14 +43,15 @@ impl<E: core::error::Error + 'static> core::error::Error for Unwatched<E> {
 }
 
 impl Uffd {
-    /// Runs the whole collision-retry loop of a driver that mirrors watched memory: `read_begin`; a
-    /// new watch of `range`; `prepare`, which looks at the memory; then lock, check and
-    /// `install`, or all of it again (M1). The watch goes to `install`, to be kept with what it
-    /// installs and dropped with it.
+    /// Runs the whole collision-retry loop of a driver that mirrors watched memory (M1).
     ///
-    /// [`DriverLock::mirror`] with the one order in which nothing is missed: memory that is mapped
-    /// over after the watch was made fails the check, and memory that was mapped over before is
-    /// watched as it is now.
+    /// The order is: `read_begin`; a new watch of `range`; `prepare`, which looks at the memory;
+    /// then lock, check and `install`, or all of it again. `install` gets the watch, to keep it
+    /// with what it installs and to drop it at the same time.
+    ///
+    /// This is [`DriverLock::mirror`] with the one order that misses no change: if memory is mapped
+    /// over after the watch was made, the check fails; if it was mapped over before, the new memory
+    /// is watched.
     ///
     /// ```no_run
     /// # use shootdown::*;
@@ -58,13 +59,21 @@ impl Uffd {
     /// # #[derive(Default)]
     /// # struct Gpu { pages: DriverLock<Option<(u64, Watch)>> }
     /// # impl IntervalNotifier for Gpu {
-    /// #     fn invalidate(&self, invalidation: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+    /// #     fn invalidate(
+    /// #         &self,
+    /// #         invalidation: &Invalidation<'_>,
+    /// #     ) -> Result<Option<PassFuture>, WouldBlock> {
     /// #         *self.pages.lock_for(invalidation) = None;
     /// #         Ok(None)
     /// #     }
     /// # }
-    /// # async fn pin(range: AddressRange) -> Result<u64, std::io::Error> { Ok(range.start()) }
-    /// # async fn example(uffd: Uffd, buffer: AddressRange) -> Result<(), Box<dyn std::error::Error>> {
+    /// # async fn pin(range: AddressRange) -> Result<u64, std::io::Error> {
+    /// #     Ok(range.start())
+    /// # }
+    /// # async fn example(
+    /// #     uffd: Uffd,
+    /// #     buffer: AddressRange,
+    /// # ) -> Result<(), Box<dyn std::error::Error>> {
     /// let gpu = uffd.space().insert(buffer, Gpu::default())?;
     /// uffd.mirror(
     ///     &gpu,
@@ -83,8 +92,8 @@ impl Uffd {
     /// [`MirrorError::Closed`].
     ///
     /// # Cancel safety
-    /// May be dropped at any moment: nothing is installed, and nothing watched, unless it has
-    /// resolved.
+    /// The future may be dropped at any moment. Unless it has resolved, nothing is installed and
+    /// nothing stays watched.
     pub fn mirror<N, T, P, E, F, R>(
         &self,
         subscription: &Subscription<N>,
@@ -111,9 +120,9 @@ impl Uffd {
         })
     }
 
-    /// Makes a `prepare` for [`DriverLock::mirror`] or [`Inbox::mirror`](crate::Inbox::mirror) that
-    /// first watches `range`, on each try (M1). It resolves to what `prepare` resolves to and
-    /// the watch.
+    /// Returns a `prepare` for [`DriverLock::mirror`] or [`Inbox::mirror`](crate::Inbox::mirror)
+    /// that first watches `range`, on each try (M1). It resolves to the result of `prepare` and the
+    /// watch.
     pub fn prepare_watched<P, E, F>(
         &self,
         range: AddressRange,
@@ -123,7 +132,7 @@ impl Uffd {
         F: Future<Output = Result<P, E>>,
     {
         move |sequence| {
-            // Before `prepare` is called: it may look at the memory at once.
+            // Watches before `prepare` is called, because `prepare` may look at the memory at once.
             Watching(match self.watch(range) {
                 Ok(watch) => Step::Preparing { watch: Some(watch), prepare: prepare(sequence) },
                 Err(error) => Step::Refused(Some(error)),
@@ -132,7 +141,7 @@ impl Uffd {
     }
 }
 
-/// The future of a `prepare` under a watch: see [`Uffd::prepare_watched`].
+/// Future of a `prepare` under a watch. [`Uffd::prepare_watched`] makes it.
 #[pin_project::pin_project]
 #[must_use = "futures do nothing unless polled"]
 pub struct Watching<F>(#[pin] Step<F>);

@@ -1,4 +1,4 @@
-//! The step that reads events: no lock, no memory.
+//! The reader of events. It takes no lock and does not allocate.
 #![forbid(unsafe_code)]
 
 use super::watch::Table;
@@ -14,48 +14,49 @@ use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
 use rustix::io::{Errno, fcntl_dupfd_cloexec};
 use std::time::Instant;
 
-/// Messages that are read at once.
+/// Number of messages read by one call.
 const AT_ONCE: usize = 16;
 
-/// How long a change waits for the delivery of those before it.
+/// Time that a change waits for an earlier delivery.
 const MOMENT: Duration = Duration::from_micros(50);
 
-/// So many times as long at most, while drivers are told.
+/// Largest multiple of [`MOMENT`] that a change waits while drivers are being told.
 const MOMENTS: u64 = 100;
 
-/// Reads the kernel's events. Threads that unmap watched memory wait for it, so it waits for
-/// nobody: no lock, no memory.
+/// Reads the kernel's events. Threads that unmap watched memory wait for the reader. So it never
+/// waits for another thread: it takes no lock and does not allocate.
 ///
-/// [`run`](Self::run) it on a thread of its own, or wait for its descriptor ([`AsFd`]) to be
-/// readable and [`read`](Self::read). While nobody does either, threads that unmap watched memory
-/// hang.
+/// [`run`](Self::run) it on a thread of its own. Or wait until its descriptor ([`AsFd`]) is
+/// readable, and call [`read`](Self::read). Without either, threads that unmap watched memory hang.
 ///
-/// Dropping it ends all watches and reads what is left, so that those threads go on; all that was
-/// watched is invalidated by the next delivery, and until then readers of the space wait (M3). In a
-/// child of `fork` dropping it does nothing.
+/// Its drop ends all watches and reads what is left, so that those threads go on. The next delivery
+/// invalidates everything that was watched. Readers of the space wait until then (M3). In a child
+/// of `fork` the drop does nothing.
 #[derive(Debug)]
 #[must_use = "dropping the reader ends all watches and invalidates what was watched: run it"]
 pub struct Reader {
     pub(super) inner: Arc<Inner>,
     pub(super) fd: Arc<OwnedFd>,
-    /// Kept open, so that a descriptor is free when a fork's event brings one.
+    /// Kept open, so that a descriptor is free when the event of a fork brings one.
     pub(super) reserve: Option<OwnedFd>,
-    /// Being dropped: nothing is watched any more.
+    /// The reader is being dropped, and nothing is watched any more.
     pub(super) ending: bool,
-    /// Invalidations that had been started when it last waited for the delivery.
+    /// Value of `Inner::told` at the last wait for a delivery.
     pub(super) told: u64,
 }
 
 impl Reader {
-    /// Reads what there is, without waiting; returns how many events that were. They are then to be
-    /// [delivered](crate::source::Deliveries::deliver); readers of the space wait until that has
-    /// begun. While a delivery of what was read before is under way it is given some time first,
-    /// for 50 µs, or 5 ms if drivers are being told.
+    /// Reads all pending events without waiting for more, and returns their number. Then
+    /// [deliver](crate::source::Deliveries::deliver) them: readers of the space wait until that has
+    /// begun.
+    ///
+    /// If an earlier delivery is under way, the call first gives it some time: 50 µs, or up to 5 ms
+    /// while drivers are being told.
     ///
     /// # Errors
-    /// What `read` returns, but not for want of data (0 events) or of a descriptor for a fork's
-    /// event (one is kept in reserve; while another thread has taken that, everything watched
-    /// is invalidated, and the event is read by the next call). In a child of `fork`,
+    /// Errors of `read`, with two exceptions. No pending event returns 0. A missing descriptor for
+    /// the event of a fork is taken from a reserve; if another thread has taken that, everything
+    /// watched is invalidated, and the next call reads the event. In a child of `fork`,
     /// [`UffdError::Forked`](super::UffdError::Forked).
     pub fn read(&mut self) -> std::io::Result<usize> {
         self.inner.check()?;
@@ -64,8 +65,8 @@ impl Reader {
         let read = self.read_all();
         self.end_turn(closing);
         if self.inner.orphaned.load(Ordering::Acquire) {
-            // Nobody will deliver them: what is left is that readers do not wait for ever. Not
-            // while a change is under way, whose thread may hold a lock that a driver needs.
+            // There will be no delivery, and readers must not wait for ever. Waits for changes that
+            // are under way first, because their threads may hold a lock that a driver needs.
             while uffd::changing(&self.fd) {
                 let _ = self.read_all();
                 std::thread::yield_now();
@@ -75,10 +76,12 @@ impl Reader {
         read
     }
 
-    /// Gives a delivery that is under way a moment to open the gate, and readers one to go on and
-    /// to check: without that a storm of changes has the gate closed again before it was opened. As
-    /// long as drivers are told, the more the longer it is behind, so that it does not fall behind
-    /// further; but if none is, the thread inside the change may hold a lock that a driver needs.
+    /// Gives a running delivery time to open the gate, and readers time to go on and to check.
+    /// Otherwise a storm of changes closes the gate again before it was opened.
+    ///
+    /// While drivers are being told, the time grows with the number of closings, so that the
+    /// delivery does not fall further behind. If no driver is being told, the thread inside the
+    /// change may hold a lock that a driver needs, so the time is short.
     fn let_readers_go_on(&mut self) {
         let gate = &self.inner.shared().gate;
         let behind = gate.closings().min(MOMENTS);
@@ -100,8 +103,8 @@ impl Reader {
         }
     }
 
-    /// Takes the table's lock, and reads meanwhile: who has it allocates, and so may be inside
-    /// `munmap` and wait for this reader.
+    /// Locks the table, and reads meanwhile: the thread that holds the lock allocates, so it may be
+    /// inside `munmap` and wait for this reader.
     fn with_table(&mut self, change: impl FnOnce(&mut Table)) {
         loop {
             if let Some(mut table) = self.inner.try_table() {
@@ -112,9 +115,10 @@ impl Reader {
         }
     }
 
-    /// Has the next delivery open the gate that was closed.
+    /// Makes the next delivery open the gate.
     fn end_turn(&self, closing: Closings) {
-        // The events before the turn: who takes the turn finds them all.
+        // The events were put before the closings: a delivery that takes the closings finds all of
+        // them.
         self.inner.turns.fetch_add(closing.into_bits(), Ordering::AcqRel);
         ring(&self.inner.bell);
     }
@@ -128,8 +132,8 @@ impl Reader {
                 Err(Errno::AGAIN) => return Ok(events),
                 Err(Errno::INTR) => continue,
                 Err(Errno::MFILE | Errno::NFILE) => {
-                    // A fork's event brings a descriptor, and there is none left: that of the
-                    // reserve is.
+                    // The event of a fork brings a descriptor, and none is free. Frees the reserve
+                    // for it.
                     if self.reserve.take().is_some() {
                         continue;
                     }
@@ -161,8 +165,8 @@ impl Reader {
         }
     }
 
-    /// Reads one message of the kernel. The descriptor of a fork, which would tell of the child's
-    /// memory, is closed.
+    /// Parses one message of the kernel. Closes the descriptor of a fork, which would report
+    /// changes of the child's memory.
     fn parse(&self, message: &[u8; uffd::MESSAGE]) -> Option<Change> {
         let (words, _) = message.as_chunks::<8>();
         let word = |at: usize| words.get(at).map_or(0, |word| u64::from_ne_bytes(*word));
@@ -173,7 +177,7 @@ impl Reader {
                 if self.ending
                     && let Ok(moved) = AddressRange::new(word(2), word(3))
                 {
-                    // Nobody will read of it there.
+                    // No delivery will unregister it at its new address.
                     let _ = uffd::unregister(&self.fd, moved);
                 }
                 Some(Change::Remap(word(1), word(2), word(3)))
@@ -183,12 +187,13 @@ impl Reader {
                 drop(uffd::adopt(u32::from_ne_bytes([a, b, c, d])));
                 Some(Change::Fork)
             }
-            // Page faults are not asked for.
+            // Page faults are not requested.
             _ => None,
         }
     }
 
-    /// Marks the pages that are about to go, before the thread that drops them has come far (M5).
+    /// Marks the pages that are about to go, before the calling thread has dropped many of them
+    /// (M5).
     fn mark(&self, start: u64, end: u64) -> Change {
         let pagemap = self.inner.pagemap.as_ref().filter(|_| self.inner.promises.discards);
         let marked = match (pagemap, AddressRange::new(start, end.wrapping_sub(start))) {
@@ -201,7 +206,7 @@ impl Reader {
     /// Reads on this thread until [`Uffd::stop`](crate::source::Uffd::stop).
     ///
     /// # Errors
-    /// What `poll` and [`read`](Self::read) return.
+    /// Errors of `poll` and of [`read`](Self::read).
     pub fn run(&mut self) -> std::io::Result<()> {
         self.inner.check()?;
         self.inner.reading.store(true, Ordering::Release);
@@ -218,7 +223,7 @@ impl Reader {
     }
 }
 
-/// Says that nobody is in [`Reader::run`] any more.
+/// Records that no thread is in [`Reader::run`] any more.
 struct Ends(Arc<Inner>);
 
 impl Drop for Ends {
@@ -244,18 +249,18 @@ impl Drop for Reader {
         if self.inner.is_forked() {
             return;
         }
-        // From here on nothing is found that changes may make stale (M3).
+        // M3: from here on no look-up finds anything that a change may make stale.
         let closing = self.inner.shared().close_gate();
         self.ending = true;
         self.with_table(Table::close);
-        // Nothing is watched any more, but a change may be under way whose event has to be read. To
-        // close the descriptor would not be enough: a thread inside `fork` waits for us, and its
-        // child, half made, has a copy of the descriptor.
+        // Nothing is watched any more, but the event of a running change must still be read.
+        // Closing the descriptor is not enough: a thread inside `fork` waits for this reader, and
+        // its half-made child has a copy of the descriptor.
         while self.read_all().is_ok() && uffd::changing(&self.fd) {
             std::thread::yield_now();
         }
-        // The kernel forgets whatever is left, once the descriptor is closed: that of memory that
-        // has grown or was moved meanwhile.
+        // Once the descriptor is closed, the kernel forgets the remaining registrations: those of
+        // memory that has grown or moved meanwhile.
         self.with_table(Table::forget_descriptor);
         self.inner.ring.overflow();
         self.end_turn(closing);

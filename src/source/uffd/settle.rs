@@ -1,14 +1,14 @@
-//! Changes whose event comes before them: their range stays under invalidation until the pages are
-//! seen gone (M5).
+//! Changes whose event comes before them. Their range stays under invalidation until the pages are
+//! gone (M5).
 //!
-//! `madvise(DONTNEED)` and its kin raise their event, wait until it has been read, and only then
-//! drop the pages; no signal of the kernel says when they have. So right after the read the reader
-//! marks what is there (`PAGEMAP_SCAN`), and the invalidation lasts until none of the range is
-//! there and still marked. A mark goes with its page, or when the page is written.
+//! `madvise(DONTNEED)` and similar calls raise their event, wait until it has been read, and only
+//! then drop the pages. The kernel does not signal the end. So the reader marks the present pages
+//! right after the read (`PAGEMAP_SCAN`), and the invalidation lasts until no present page of the
+//! range is marked. A mark goes with its page, or when the page is written.
 //!
-//! The wait is a pass of the invalidation, left by a notifier of the source's own, so that it
-//! belongs to the space as all passes do (C2): whoever waits for the range looks (C3), whatever
-//! becomes of the delivery.
+//! The wait is a pass of the invalidation, made by a notifier of the source itself. So it belongs
+//! to the space like every pass (C2), and every waiter of the range looks at the pages (C3),
+//! whatever happens to the delivery.
 #![forbid(unsafe_code)]
 
 use super::{Inner, ring};
@@ -30,44 +30,44 @@ use core::time::Duration;
 use std::sync::{MutexGuard, PoisonError};
 use std::time::Instant;
 
-/// Looks between which the one who looks only gives his turn to other threads; after that he rests.
+/// Number of looks that yield the processor. Later looks rest.
 pub(super) const YIELDS: u32 = 16;
 
-/// How long a rest between two looks is asked to be: with the timer slack of Linux some 100 µs.
+/// Requested time of a rest. With the timer slack of Linux it takes some 100 µs.
 pub(super) const REST: Duration = Duration::from_micros(50);
 
-/// How many times longer a change is waited for while threads are seen inside calls that have
-/// raised an event.
+/// Multiple of the `settle` time that a change may take while threads are seen inside calls that
+/// have raised an event.
 const HELD_UP: u32 = 5;
 
-/// Ranges that are looked at after their time was used up, at most: those that have been longest
-/// are given up for new ones.
+/// Number of ranges checked after their time was used up. New ones replace the oldest.
 const SUSPECTS: usize = 64;
 
-/// How long after its time was used up a range is looked at.
+/// How long a range is checked after its time was used up.
 const SUSPECTED: Duration = Duration::from_secs(2);
 
-/// Pages of one such change. They stay registered as long as this exists: the kernel would take the
-/// marks away with the registration, and a driver that is told drops its watch.
+/// Marked pages of one discard. The pages stay registered as long as this exists, because the
+/// kernel removes marks with the registration, and a driver that is told drops its watch.
 pub(super) struct Marked {
-    /// Weak: a pass of this belongs to the space, which the source holds.
+    /// Weak: a pass with this belongs to the space, and the source holds the space.
     inner: Weak<Inner>,
     watched: Watched,
-    /// Its invalidation is told from others of the range by this.
+    /// Tag of its invalidation, which distinguishes it from others of the range.
     owner: Owner,
-    /// When the change came. Earlier ones of the same pages give it none of their time: they may
-    /// have used theirs up, and the pages of this one are there still.
+    /// Time of the event. Each discard has its own time: an earlier discard of the same pages may
+    /// have used up its own while the pages are still present.
     began: Instant,
-    /// Nanoseconds from then to the last look that saw a thread inside the call that raised an
+    /// Nanoseconds from `began` to the last look that saw a thread inside a call that had raised an
     /// event.
     held_up: AtomicU64,
-    /// Nobody waits for them any more: they are gone, or there was no more time, or a later change
-    /// of the same pages is waited for instead.
+    /// The wait is over: the pages are gone, the time was used up, or a later discard of the same
+    /// pages has taken over.
     over: AtomicBool,
 }
 
 impl Marked {
-    /// `None` when there is nothing to wait for. `owner` tags the invalidation.
+    /// Starts to wait for the pages of `range`. Returns `None` if there is nothing to wait for.
+    /// `owner` tags the invalidation.
     pub(super) fn new(inner: &Arc<Inner>, range: AddressRange, owner: Owner) -> Option<Arc<Self>> {
         inner.pagemap.as_ref()?;
         let held = inner.table().hold(range);
@@ -93,7 +93,7 @@ impl Marked {
         self.watched.range
     }
 
-    /// Looks at them. Readers of the range go on when it is over.
+    /// Looks at the pages. Readers of the range go on once the result is `Over`.
     fn look(self: &Arc<Self>) -> Seen {
         let Some(inner) = self.inner.upgrade() else { return Seen::Over };
         if self.is_over() {
@@ -108,8 +108,8 @@ impl Marked {
             self.held_up
                 .store(u64::try_from(waited.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
         }
-        // The time begins when the thread inside `madvise` has gone on: as long as one has not, for
-        // want of a processor, nothing is known of its pages.
+        // The time starts when the thread inside `madvise` has gone on. A thread without a
+        // processor has not dropped its pages yet.
         let held_up = Duration::from_nanos(self.held_up.load(Ordering::Relaxed));
         if waited.saturating_sub(held_up) < inner.settle
             && waited < inner.settle.saturating_mul(HELD_UP)
@@ -122,23 +122,24 @@ impl Marked {
         Seen::Over
     }
 
-    /// Whether nobody waits for them any more.
+    /// Returns `true` if the wait is over.
     pub(super) fn is_over(&self) -> bool {
         self.over.load(Ordering::Acquire)
     }
 
-    /// Whether none of the pages is there any more.
+    /// Returns `true` if no marked page is present.
     fn are_gone(&self, inner: &Inner) -> bool {
         let Some(pagemap) = &inner.pagemap else { return true };
         inner.is_forked() || !pagemap.has_marked(self.range()).unwrap_or(false)
     }
 }
 
-/// What a look has seen.
+/// Result of a look.
 #[derive(PartialEq)]
 enum Seen {
+    /// A marked page is present, and there is time left.
     There,
-    /// The pages are gone, or have been waited for as long as there is time, or the source is gone.
+    /// The pages or the source are gone, or the time was used up.
     Over,
 }
 
@@ -152,11 +153,11 @@ impl Drop for Marked {
     }
 }
 
-/// Stands in the range of one such change while its invalidation is active.
+/// A notifier of the range while the invalidation of the discard is active.
 pub(super) struct Settle(pub(super) Arc<Marked>);
 
 impl IntervalNotifier for Settle {
-    /// There is no device, so no sequence is set (S4). Other invalidations of the range do not
+    /// Sets no sequence, because there is no device (S4). Other invalidations of the range do not
     /// wait.
     fn invalidate(
         &self,
@@ -175,12 +176,12 @@ impl IntervalNotifier for Settle {
 }
 
 std::thread_local! {
-    /// The round of polls that [`Deliveries::run`](super::Deliveries::run) is in on this thread,
-    /// and whether pages were looked at in it that are still there.
+    /// The round of polls of [`Deliveries::run`](super::Deliveries::run) on this thread, and
+    /// whether pages were seen present since the last question.
     static ROUND: Cell<(Option<NonZeroU64>, bool)> = const { Cell::new((None, false)) };
 }
 
-/// Rounds of polls on this thread, which rests between two of them.
+/// Rounds of polls on this thread. The thread rests between two rounds.
 pub(super) struct Rounds(());
 
 impl Rounds {
@@ -194,7 +195,7 @@ impl Rounds {
         ROUND.set((round.and_then(|round| round.checked_add(1)), looked));
     }
 
-    /// Whether pages were still there when they were looked at since the last question.
+    /// Returns `true` if a look since the last call saw pages present.
     pub(super) fn has_looked(&self) -> bool {
         let (round, looked) = ROUND.get();
         ROUND.set((round, false));
@@ -208,11 +209,11 @@ impl Drop for Rounds {
     }
 }
 
-/// Looks until the pages are gone.
+/// The pass: looks until the wait is over.
 struct Look {
     pages: Arc<Marked>,
     looks: u32,
-    /// The round of the last look.
+    /// Round of the last look.
     round: Option<NonZeroU64>,
 }
 
@@ -221,10 +222,10 @@ impl Future for Look {
 
     fn poll(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<()> {
         let (round, _) = ROUND.get();
-        // Whoever may poll it next, and whatever becomes of this thread (C3).
+        // Another waiter may poll next, whatever happens to this thread (C3).
         cx.waker().wake_by_ref();
         if round.is_some() && round == self.round {
-            // Once in each round.
+            // One look in each round.
             return Poll::Pending;
         }
         if self.pages.look() == Seen::Over {
@@ -232,7 +233,7 @@ impl Future for Look {
         }
         match (round, self.pages.inner.upgrade()) {
             (Some(_), _) => ROUND.set((round, true)),
-            // The thread inside `madvise` may need this very processor.
+            // The thread inside `madvise` may need this processor.
             (None, Some(inner)) => inner.rest(self.looks),
             (None, None) => return Poll::Ready(()),
         }
@@ -241,25 +242,27 @@ impl Future for Look {
     }
 }
 
-/// A range whose pages had not gone when its time was used up.
+/// A range whose pages were present when its time was used up.
 pub(super) struct Suspect {
     pages: Arc<Marked>,
     since: Instant,
-    /// When to look again, and how long to wait after that.
+    /// Time of the next look, and the pause before the one after it.
     next: Instant,
     pause: Duration,
 }
 
-/// At which of them to look.
+/// Selects the suspects to look at.
 #[derive(Clone, Copy, PartialEq)]
 pub(super) enum Which {
+    /// Every suspect.
     All,
+    /// Those whose next look is due.
     Due,
 }
 
 impl Inner {
-    /// Leaves the processor to others after so many looks, unless that was done a moment ago: of
-    /// several who look on one thread, one rests.
+    /// Yields the processor; after many looks, sleeps. Does not sleep right after another sleep, so
+    /// that of several passes on one thread one sleeps.
     fn rest(&self, looks: u32) {
         if looks < YIELDS {
             return std::thread::yield_now();
@@ -271,8 +274,8 @@ impl Inner {
         }
     }
 
-    /// The invalidation of a change has begun: it is waited for, and earlier ones of the same pages
-    /// are not, as their marks cannot be told from its own.
+    /// Records that the invalidation of a discard has begun. Earlier discards of the same pages are
+    /// over, because their marks cannot be told from the new ones.
     pub(super) fn takes_over(&self, marked: &Arc<Marked>) {
         let earlier: Vec<_> = {
             let mut waited_for = self.waited_for.lock().unwrap_or_else(PoisonError::into_inner);
@@ -281,15 +284,14 @@ impl Inner {
             waited_for.push(Arc::downgrade(marked));
             earlier
         };
-        // Outside of the lock: what is held for them may be given up.
+        // Without the lock: the registrations held for them may be given up.
         for earlier in earlier.into_iter().filter(|earlier| marked.range().covers(earlier.range()))
         {
             earlier.over.store(true, Ordering::Release);
         }
     }
 
-    /// The time is used up: readers go on, and the range is invalidated again once the pages have
-    /// gone.
+    /// Ends a wait whose time was used up. The range is invalidated again once its pages have gone.
     fn suspect(&self, pages: Arc<Marked>, waited: Duration) {
         let range = pages.range();
         let (now, pause) = (Instant::now(), Duration::from_millis(1));
@@ -309,7 +311,7 @@ impl Inner {
         self.shared().host.losses.report(&Report::Unsettled { range, waited });
     }
 
-    /// Takes out what has changed after all.
+    /// Removes and returns the suspects whose pages have gone.
     pub(super) fn changed_suspects(&self, look: Which) -> Vec<AddressRange> {
         let (mut over, mut changed) = (Vec::new(), Vec::new());
         {
@@ -334,12 +336,12 @@ impl Inner {
                 at += 1;
             }
         }
-        // Outside of the lock: what is held for them is given up.
+        // Without the lock: the registrations held for them are given up.
         drop(over);
         changed
     }
 
-    /// When to look at the next suspect.
+    /// Returns the time until the next look at a suspect.
     pub(super) fn next_look(&self) -> Option<Duration> {
         let next = self.suspects().iter().map(|suspect| suspect.next).min()?;
         Some(next.saturating_duration_since(Instant::now()))

@@ -1,4 +1,4 @@
-//! What is watched: the handles of users, and what the kernel has been told for them.
+//! The watches, and what the kernel watches for them.
 #![forbid(unsafe_code)]
 
 use super::{Fork, Inner, Promises, UffdError};
@@ -14,39 +14,38 @@ use rustix::fd::OwnedFd;
 use rustix::io::Errno;
 use std::time::Instant;
 
-/// As long as what is watched consists of fewer ranges than this, exactly that is watched.
+/// While fewer ranges than this are watched, the kernel watches exactly them.
 const EXACT: usize = 64;
 
-/// How long after a change was seen to be under way it is asked again whether one is, first and at
-/// last.
+/// First and longest pause between two checks whether a change is still under way.
 const SOON: Duration = Duration::from_micros(100);
 const LATE: Duration = Duration::from_millis(1);
 
-/// What users watch, and what the kernel watches for that: [`Table::armed`] holds at least all of
-/// it.
+/// The ranges that users watch, and the ranges that the kernel watches for them. [`Table::armed`]
+/// contains all of the former.
 pub(super) struct Table {
-    /// `None` once the reader is gone: the kernel then forgets whatever is left.
+    /// `None` once the reader is gone. The kernel then forgets the rest.
     fd: Option<Arc<OwnedFd>>,
     maps: Option<Maps>,
-    /// `None` where it cannot be seen what is watched.
+    /// `None` if the kernel cannot tell which pages are watched.
     pagemap: Option<Arc<Pagemap>>,
     promises: Promises,
-    /// Set once the reader or the deliveries are gone: nothing is watched any more.
+    /// The reader or the deliveries are gone, and nothing is watched any more.
     closed: bool,
     pub(super) watches: Watches,
-    /// What was registered and not unregistered since. The kernel forgets what is unmapped; this
-    /// does not, so that nothing is left registered once nobody reads.
+    /// Everything registered and not yet unregistered. It keeps unmapped ranges, which the kernel
+    /// forgets, so that nothing stays registered once the reader is gone.
     armed: Ranges,
-    /// What was unregistered since there was a moment without a change under way: marks in it are
-    /// gone. A change that begins later finds nothing registered, and raises no event.
+    /// Everything unregistered since the last moment without a change under way. Its marks are
+    /// gone. A later change finds nothing registered there, and raises no event.
     dropped: Ranges,
-    /// What is to be given up once no change is under way: its marks are needed until then.
+    /// Ranges to give up once no change is under way. Their marks are needed until then.
     later: Ranges,
-    /// When to ask for that again, and how long that was to wait.
+    /// When to check that again, and the pause before that check.
     again: Option<(Instant, Duration)>,
-    /// Most ranges that `armed` may consist of.
+    /// Most ranges that `armed` may have.
     room: usize,
-    /// [`Watch`]es that exist.
+    /// Number of [`Watch`]es. The cache compares it with the references of the source.
     pub(super) handles: usize,
 }
 
@@ -57,7 +56,7 @@ impl Table {
         pagemap: Option<Arc<Pagemap>>,
         promises: Promises,
     ) -> Self {
-        // Each takes two mappings.
+        // Each range takes two mappings.
         let room = uffd::most_mappings() / 8;
         Self {
             fd: Some(fd),
@@ -75,7 +74,7 @@ impl Table {
         }
     }
 
-    /// Watches the pages of `range`.
+    /// Adds a watch of the pages of `range`.
     fn add(
         &mut self,
         range: AddressRange,
@@ -85,7 +84,8 @@ impl Table {
         Ok(self.watches.add(range, quiet))
     }
 
-    /// Has the kernel watch the pages of `range`, and what lies around them; returns the pages.
+    /// Makes the kernel watch the pages of `range`, and possibly the memory around them. Returns
+    /// the pages.
     fn arm(&mut self, range: AddressRange) -> Result<AddressRange, UffdError> {
         let Some(fd) = self.fd.clone().filter(|_| !self.closed) else {
             return Err(UffdError::Closed);
@@ -101,20 +101,21 @@ impl Table {
         if self.armed.pieces() >= self.room && self.armed.within(range) != [range] {
             return Err(UffdError::NoRoom { range });
         }
-        // Also what is armed already: it may have been mapped over since, and nobody has heard of
-        // it yet. Noted before: the kernel may refuse when it has done some of it.
+        // Registers armed memory again: it may have been mapped over, with the event not yet
+        // delivered. Inserts before the call, because the kernel may do a part of it and then
+        // refuse.
         self.armed.insert(piece);
         let mut armed = uffd::register(&*fd, piece).map(|()| piece);
         if armed.is_err() && piece != range {
-            // What lies around it may be of a kind that cannot be watched.
+            // The memory around `range` may be of a kind that cannot be watched.
             self.give_up(piece);
             self.armed.insert(range);
             armed = uffd::register(&*fd, range).map(|()| range);
         }
         let keep = self.promises.fork == Fork::Keep;
         let kept = armed.and_then(|armed| {
-            // The kernel takes a range with a hole, and what is mapped there later is not watched:
-            // there must have been a moment without any.
+            // The kernel accepts a range with a hole, and does not watch what is mapped there
+            // later. So check that there was a moment without a hole.
             let whole = match (&self.pagemap, &self.maps) {
                 (Some(pagemap), _) => pagemap.is_watched(range).unwrap_or(false),
                 (None, Some(maps)) => maps.are_whole(range),
@@ -126,15 +127,16 @@ impl Table {
             if keep { uffd::keep_from_children(armed, true) } else { Ok(()) }
         });
         if let Err(error) = kept {
-            // Some of it may have been done before the kernel came to what it could not.
+            // The kernel may have watched a part before it refused.
             self.give_up(range);
             return Err(refused(error));
         }
         Ok(range)
     }
 
-    /// The whole pages that `range` touches, and what is to be registered for them: the same as
-    /// long as there is little of it, then also the mappings around them, up to a granule.
+    /// Returns the whole pages that `range` touches, and the piece to register for them. The piece
+    /// equals the pages while few ranges are watched. Later it includes the mappings around them,
+    /// up to a granule.
     fn piece(&self, range: AddressRange) -> (AddressRange, AddressRange) {
         let page = page_size() as u64;
         let asked = aligned(range, page);
@@ -155,17 +157,17 @@ impl Table {
         (asked, piece)
     }
 
-    /// Keeps the pages of `range` registered and marked. Also what nobody watches: its registration
-    /// is left from earlier, and who begins to watch it now may find what is about to go. `None`
-    /// when there is nothing to wait for; an error when it cannot be seen.
+    /// Keeps the pages of `range` registered and marked, also those without a watch: they may still
+    /// be registered from earlier, and a new watch may find pages that are about to go. Returns
+    /// `None` if there is nothing to wait for, and an error if the kernel cannot show it.
     pub(super) fn hold(&mut self, range: AddressRange) -> Result<Option<Watched>, Errno> {
         let (Some(fd), Some(pagemap)) = (self.fd.as_ref().filter(|_| !self.closed), &self.pagemap)
         else {
             return Ok(None);
         };
         if self.dropped.touches(range) {
-            // The marks went with the registration. What is there now may be what is about to go,
-            // or new: it is waited for.
+            // The marks went with the registration. The present pages may be the old ones that are
+            // about to go, or new ones. Waits for both.
             self.armed.insert(range);
             match uffd::register(&**fd, range) {
                 Err(Errno::INVAL) => return Ok(None),
@@ -176,27 +178,27 @@ impl Table {
         Ok(Some(self.watches.add(range, true).0))
     }
 
-    /// Whether a thread is inside a call that has raised an event.
+    /// Returns `true` while a thread is inside a call that has raised an event.
     pub(super) fn is_changing(&self) -> bool {
         self.fd.as_ref().is_some_and(|fd| uffd::changing(&**fd))
     }
 
-    /// Gives up what nobody watches any more, and forgets what was dropped, unless a change is
-    /// under way that has raised its event: it is not read, or not delivered, and has then `closed`
-    /// the gate. Returns whether somebody has to be told that this is to be tried again.
+    /// Gives up ranges without a watch, and forgets `dropped`, unless a change is under way. Its
+    /// event is either not read, or not delivered; the gate is then `closed`. Returns `true` if a
+    /// delivery must be woken to try again.
     #[must_use]
     pub(super) fn tidy(&mut self, closed: impl Fn() -> bool) -> bool {
         while self.later.pieces() > 0 || self.dropped.pieces() > 0 {
-            // In this order: the gate is closed before the event is read.
+            // This order: the gate is closed before the event is read.
             if self.is_changing() || closed() {
                 let known = self.again.is_some();
-                // Nothing says when the change is over.
+                // The kernel does not tell when the change is over.
                 let pause = self.again.map_or(SOON, |(_, pause)| (2 * pause).min(LATE));
                 self.again = Some((Instant::now() + pause, pause));
                 return !known;
             }
-            // What is given up now was there until now, and is forgotten when that has been asked
-            // once more.
+            // Ranges given up now were registered until now. They are forgotten after the next
+            // check.
             self.dropped = Ranges::default();
             self.give_up_later();
         }
@@ -204,7 +206,7 @@ impl Table {
         false
     }
 
-    /// When to try again.
+    /// Returns the time until the next call of `tidy`.
     pub(super) fn next_tidy(&self) -> Option<Duration> {
         self.again.map(|(at, _)| at.saturating_duration_since(Instant::now()))
     }
@@ -218,18 +220,18 @@ impl Table {
         self.later.insert(watched.range);
     }
 
-    /// Ends what the kernel does for `range` and nobody else needs.
+    /// Unregisters what only `range` needed.
     fn give_up(&mut self, range: AddressRange) {
-        // Exactly where there is little; and granules in which nothing is watched any more, with
-        // what was registered around it. Where there is much, one in which something is watched
-        // stays registered.
+        // While few ranges are registered, works page by page. Otherwise only granules without a
+        // watch are given up, with what was registered around them; a granule with a watch stays
+        // registered.
         if self.armed.pieces() < EXACT {
             self.give_up_in(range, page_size() as u64);
         }
         self.give_up_in(range, self.promises.granule);
     }
 
-    /// Does so for those multiples of `unit` that `range` touches and in which nothing is watched.
+    /// Unregisters every multiple of `unit` that `range` touches and that has no watch.
     fn give_up_in(&mut self, range: AddressRange, unit: u64) {
         for free in self.watches.unwatched(aligned(range, unit)) {
             let start = free.start().checked_next_multiple_of(unit);
@@ -243,7 +245,7 @@ impl Table {
         }
     }
 
-    /// Has the kernel do nothing more for a part, and notes that its marks are gone.
+    /// Unregisters a part, and records that its marks are gone.
     fn drop_part(&mut self, part: AddressRange) {
         self.armed.remove(part);
         self.disarm(part);
@@ -251,13 +253,13 @@ impl Table {
         self.again.get_or_insert_with(|| (Instant::now() + LATE, LATE));
     }
 
-    /// Has the kernel do nothing more for a part, as far as it is still ours: what was mapped there
-    /// since may be the program's own or another source's. Allocates nothing.
+    /// Unregisters a part, as far as it is still ours: memory mapped there since may belong to the
+    /// program or another source. Does not allocate.
     fn disarm(&self, part: AddressRange) {
         let Some(fd) = &self.fd else { return };
         let give_back = |part: AddressRange| {
             if self.promises.fork == Fork::Keep {
-                // It may be gone.
+                // The memory may be gone.
                 let _ = uffd::keep_from_children(part, false);
             }
         };
@@ -271,13 +273,14 @@ impl Table {
         }
     }
 
-    /// Whether all of a part of one mapping is watched, by whomever, as far as that can be seen.
+    /// Returns `true` if all of a part of one mapping is watched, by this source or another, as far
+    /// as the kernel tells.
     fn is_watched(&self, part: AddressRange) -> bool {
         self.pagemap.as_ref().is_none_or(|pagemap| pagemap.is_watched(part).unwrap_or(false))
     }
 
-    /// A part and what has grown at its end: `mremap` enlarges a mapping in place, with all that
-    /// the kernel does for it, and raises no event.
+    /// Returns the part and what was added at its end. `mremap` enlarges a mapping in place
+    /// together with its registration, and raises no event.
     fn grown(&self, part: AddressRange) -> AddressRange {
         let mapping = self.maps.as_ref().and_then(|maps| maps.at(part.last()));
         let (Some(next), Some(mapping)) = (part.last().checked_add(1), mapping) else {
@@ -290,47 +293,48 @@ impl Table {
         AddressRange::try_from(part.start()..=last.max(part.last())).unwrap_or(part)
     }
 
-    /// What the kernel watches where memory was moved to, it watches no more: nobody asked for
-    /// that.
+    /// Unregisters unwatched memory at the target of a move. The registration moved with the
+    /// memory.
     pub(super) fn moved(&mut self, to: AddressRange) {
         for part in self.watches.unwatched(to) {
             self.drop_part(part);
         }
     }
 
-    /// Calls `each` with all that the kernel may raise events for, unless the source has ended.
+    /// Calls `each` with every range for which the kernel may raise events, unless the source has
+    /// ended.
     pub(super) fn for_each_armed(&self, each: impl FnMut(AddressRange)) {
         if !self.closed {
             self.armed.for_each(each);
         }
     }
 
-    /// Ends all that the kernel does: changes go on without anybody being told. Allocates nothing.
+    /// Unregisters everything: changes no longer raise events. Does not allocate.
     pub(super) fn close(&mut self) {
         if !core::mem::replace(&mut self.closed, true) {
             self.armed.for_each(|range| self.disarm(range));
         }
     }
 
-    /// Gives up the descriptor: once the reader has dropped its own, the kernel forgets what it
-    /// still does for it, whatever that is.
+    /// Drops the descriptor. Once the reader has dropped its own, the kernel forgets every
+    /// registration.
     pub(super) fn forget_descriptor(&mut self) {
         self.fd = None;
     }
 }
 
-/// The multiples of `unit` bytes, a power of two, that a range touches.
+/// Returns the multiples of `unit` (a power of two) that `range` touches.
 fn aligned(range: AddressRange, unit: u64) -> AddressRange {
     let (start, last) = (range.start() & !(unit - 1), range.last() | (unit - 1));
     AddressRange::try_from(start..=last).unwrap_or(AddressRange::ALL)
 }
 
-/// Ends the kernel's watch of the pages of `range`, where the kernel does not say what is mapped
-/// there, and calls `each` with what it has done so for. Allocates nothing.
+/// Unregisters the pages of `range` on kernels that do not list mappings. Calls `each` with every
+/// unregistered part. Does not allocate.
 ///
-/// It refuses for a range in which there is somebody else's memory by now, or none, as a whole:
-/// what it refuses is tried again in halves: down to a page if there is at most [`HALVED`], else to
-/// some 64 pieces, because memory that is gone must not be asked for page by page.
+/// The kernel refuses a range as a whole if it contains memory of another owner, or none. A refused
+/// range is halved: down to a page if it has at most [`HALVED`] bytes, otherwise down to about 64
+/// pieces. Memory that is gone must not cost one call for each page.
 fn unregister(fd: &OwnedFd, range: AddressRange, each: &impl Fn(AddressRange)) {
     let least = range.len().map_or(u64::MAX, |len| {
         if len <= HALVED { page_size() as u64 } else { (len / 64).max(HALVED) }
@@ -338,7 +342,7 @@ fn unregister(fd: &OwnedFd, range: AddressRange, each: &impl Fn(AddressRange)) {
     unregister_halves(fd, range, least, each);
 }
 
-/// A range of so many bytes is unwatched page by page if it must be.
+/// Largest range, in bytes, that is unregistered page by page if necessary.
 const HALVED: u64 = 1 << 20;
 
 fn unregister_halves(fd: &OwnedFd, range: AddressRange, least: u64, each: &impl Fn(AddressRange)) {
@@ -354,10 +358,11 @@ fn unregister_halves(fd: &OwnedFd, range: AddressRange, least: u64, each: &impl 
     halves.into_iter().flatten().for_each(|part| unregister_halves(fd, part, least, each));
 }
 
-/// A range is watched as long as this exists and its memory does.
+/// Keeps a range watched, as long as this handle and the memory exist.
+/// [`Uffd::watch`](super::Uffd::watch) returns it.
 ///
-/// Dropping it does not touch the memory, and does not unwatch what others watch. In a child of
-/// `fork` it does nothing.
+/// Its drop does not touch the memory, and does not affect other watches. In a child of `fork` it
+/// does nothing (M4).
 #[must_use = "a range is watched as long as its handle exists"]
 pub struct Watch {
     inner: Arc<Inner>,
@@ -372,7 +377,7 @@ impl Watch {
         quiet: bool,
     ) -> Result<Self, UffdError> {
         inner.check()?;
-        // Before it is counted: there are never more watches than references.
+        // Cloned before the watch is counted: there are never more watches than references.
         let inner = inner.clone();
         let (watched, state) = {
             let mut table = inner.table();
@@ -383,25 +388,26 @@ impl Watch {
         Ok(Self { inner, watched, state })
     }
 
-    /// Returns the pages that are watched.
+    /// Returns the watched pages.
     pub fn range(&self) -> AddressRange {
         self.watched.range
     }
 
-    /// Returns whether all of the range has been watched without a gap since the watch was made or
-    /// last renewed, as far as has been [delivered](super::Deliveries): `false` once a part of
-    /// it was unmapped, mapped over or moved, events were lost, or the source has ended (M2). The
-    /// range has been invalidated then, and new memory at its addresses is watched only once the
-    /// watch is [renewed](Self::renew).
+    /// Returns `true` if the whole range has been watched without a gap since the watch was made or
+    /// last renewed, as far as changes have been [delivered](super::Deliveries) (M2).
+    ///
+    /// It is `false` once a part was unmapped, mapped over or moved, once events were lost, and
+    /// once the source has ended. The range has then been invalidated. New memory at its addresses
+    /// is watched only after the watch is [renewed](Self::renew).
     pub fn is_armed(&self) -> bool {
         self.state.is_armed() && !self.inner.is_forked()
     }
 
-    /// Watches what is mapped in the range now. As a new watch (M1): *after*
-    /// [`read_begin`](crate::Subscription::read_begin), and before the memory is looked at.
+    /// Watches the memory that is mapped in the range now. Like a new watch (M1), renew it *after*
+    /// [`read_begin`](crate::Subscription::read_begin), and before you look at the memory.
     ///
     /// # Errors
-    /// As [`Uffd::watch`](super::Uffd::watch); the watch is as it was then.
+    /// As [`Uffd::watch`](super::Uffd::watch). The watch is then unchanged.
     pub fn renew(&self) -> Result<(), UffdError> {
         self.inner.check()?;
         let mut table = self.inner.table();
@@ -413,8 +419,8 @@ impl Watch {
 
 impl Drop for Watch {
     fn drop(&mut self) {
-        // In a child of `fork` the lock may be held by a thread that does not exist there, and the
-        // memory is the parent's (M4).
+        // M4: in a child of `fork` a thread of the parent may hold the lock, and the memory is the
+        // parent's.
         if !self.inner.is_forked() {
             self.inner.unwatch(self.watched);
             self.inner.table().handles -= 1;

@@ -1,5 +1,5 @@
 //! Packs the initramfs of a guest: `image KERNEL INIT FILE`, with the root of an unpacked kernel
-//! package, the program that is the first process, and the file to write.
+//! package, the program for the first process, and the file to write.
 #![forbid(unsafe_code)]
 
 #[cfg(target_os = "linux")]
@@ -25,11 +25,11 @@ mod pack {
 
     type Result<T> = std::result::Result<T, Box<dyn Error>>;
 
-    /// The lists of modules that the program loads, with their parameters. What they depend on
-    /// comes before them.
+    /// The lists of modules that the program loads, with their parameters. Modules that they depend
+    /// on come first.
     const LISTS: [(&str, &[&str]); 2] = [
         ("disk", &["virtio_pci", "virtio_blk"]),
-        // Interrupts are not remapped, which matters to nobody who polls.
+        // Interrupts are not remapped. Polling drivers do not need that.
         ("vfio", &["vfio_iommu_type1 allow_unsafe_interrupts=1", "vfio_pci"]),
     ];
 
@@ -51,13 +51,13 @@ mod pack {
             let entry = cpio::NewcBuilder::new(&name).mode(0o100_000 | mode);
             (entry, Cursor::new(content))
         });
-        // Whole or not at all: another test may be looking.
+        // Whole or not at all: another test may read the file.
         let unfinished = file.with_extension(format!("{}.part", std::process::id()));
         cpio::write_cpio([folder].into_iter().chain(entries), fs::File::create(&unfinished)?)?;
         Ok(fs::rename(unfinished, file)?)
     }
 
-    /// Modules by their names, in which `-` is `_`.
+    /// Modules by their names, with `-` replaced by `_`.
     struct Modules {
         files: HashMap<String, PathBuf>,
         builtin: String,
@@ -66,7 +66,7 @@ mod pack {
 
     impl Modules {
         fn find(kernel: &Path) -> Result<Self> {
-            // Since the merger of /usr, packages have them there.
+            // Packages have them there since the merge of /usr.
             let roots = [kernel.join("lib/modules"), kernel.join("usr/lib/modules")];
             let root = roots
                 .iter()
@@ -83,7 +83,8 @@ mod pack {
             })
         }
 
-        /// Appends the module to the order, after what it needs and is not there yet.
+        /// Appends a module to the order, after the modules that it needs and that are not in it
+        /// yet.
         fn load(&mut self, name: &str, parameters: &str, order: &mut Vec<String>) -> Result<()> {
             if order.iter().any(|line| line.split(' ').next() == Some(name)) {
                 return Ok(());
@@ -109,7 +110,7 @@ mod pack {
         }
     }
 
-    /// The name of the module in the file, if it is one: `a-b.ko.xz` has `a_b`.
+    /// Returns the name of the module in the file, if it is one: `a-b.ko.xz` contains `a_b`.
     fn module(file: &Path) -> Option<String> {
         let (name, rest) = file.file_name()?.to_str()?.split_once(".ko")?;
         let known = ["", ".xz", ".zst", ".gz"].contains(&rest);
@@ -128,7 +129,7 @@ mod pack {
         Ok(())
     }
 
-    /// A module's content. Those that are compressed are unpacked by the system's tools.
+    /// Returns the contents of a module. Tools of the system decompress it.
     fn unpacked(file: &Path) -> Result<Vec<u8>> {
         let tool = match file.extension().and_then(|extension| extension.to_str()) {
             Some("xz") => "xz",
@@ -148,7 +149,7 @@ mod pack {
         }
     }
 
-    /// What a module says of itself: the names of those that have to be there before it.
+    /// Returns the names of the modules that a module depends on.
     fn depends(content: &[u8]) -> Vec<String> {
         const KEY: &[u8] = b"\0depends=";
         let Some(start) = content.windows(KEY.len()).position(|window| window == KEY) else {

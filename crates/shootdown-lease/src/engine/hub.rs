@@ -1,4 +1,4 @@
-//! The owner's end.
+//! The owner's side in an `AddressSpace`.
 
 use super::Clock;
 use super::leased::Leased;
@@ -19,7 +19,8 @@ use shootdown::{
     WouldBlock,
 };
 
-/// An owner, its clock, and the way out to each host. A handle: clones are the same hub.
+/// An owner with its clock, and the queue of messages to each host. This is a handle; clones share
+/// one hub.
 #[derive(Clone)]
 pub struct Hub {
     pub(super) inner: Arc<Inner>,
@@ -28,9 +29,9 @@ pub struct Hub {
 pub(super) struct Inner {
     pub(super) state: Guarded<State>,
     clock: Box<dyn Clock>,
-    /// Whether the owner may grant anything at this moment.
+    /// Returns `true` if the owner may grant leases at this moment.
     held: Option<Box<dyn Fn() -> bool + Send + Sync>>,
-    /// The deadline may have changed.
+    /// Wakes `run` when the deadline has changed.
     timer: Arc<Waiter>,
     fence: Arc<Waiter>,
 }
@@ -39,14 +40,14 @@ pub(super) struct State {
     owner: Owner,
     pub(super) outboxes: BTreeMap<Host, Outbox>,
     links: u64,
-    /// Passes that wait, and those that are done.
+    /// Passes that wait, and passes that are done.
     passes: BTreeMap<InvalidationId, Pass>,
     fences: VecDeque<Fenced>,
     deadline: Option<Time>,
     dropped: u64,
-    /// Notifiers of it that exist.
+    /// Number of existing [`Mirrors`] notifiers.
     notifiers: usize,
-    /// How each invalidation ended for each member, for whoever asks.
+    /// Counts how invalidations ended for members.
     endings: Endings,
 }
 
@@ -55,20 +56,22 @@ struct Pass {
     done: bool,
 }
 
-/// How often each [`Ending`] was.
+/// Counter of each [`Ending`].
 #[derive(Clone, Copy, Debug, Default)]
 struct Endings([u64; 4]);
 
 impl Hub {
-    /// Takes an owner. Its clock is read here, after each message has arrived.
+    /// Makes a hub for an owner. The hub reads `clock` after each message has arrived.
     pub fn new(owner: Owner, clock: impl Clock) -> Self {
         Self::make(owner, Box::new(clock), None)
     }
 
-    /// The same for an owner that may lose the memory: what grants anything is taken only while
-    /// `held` says so, which is asked after each message has arrived. For owners that are elected,
-    /// with the end of their term as counted from when they asked for it; acknowledgements are
-    /// always taken.
+    /// Makes a hub for an owner that may lose the memory. Messages that ask for a grant are taken
+    /// only while `held` returns `true`; it is called after each message has arrived.
+    /// Acknowledgements are always taken.
+    ///
+    /// Use it for an elected owner. `held` then compares the time with the end of the owner's term,
+    /// counted from when it asked for the term.
     pub fn while_held(
         owner: Owner,
         clock: impl Clock,
@@ -77,12 +80,12 @@ impl Hub {
         Self::make(owner, Box::new(clock), Some(Box::new(held)))
     }
 
-    /// The hub of a host that is a mirror itself, for the hosts below it in a tree: it grants only
-    /// while its own lease lasts. [Insert](Self::insert) it into [`Leased::space`].
+    /// Makes the hub of a host that is a mirror itself, for the hosts below it in a tree. It grants
+    /// only while its own lease lasts. [Insert](Self::insert) it into [`Leased::space`].
     ///
-    /// The mirror's [`time_to_stop`](crate::MirrorSettings::time_to_stop) has to cover what the
-    /// hosts below may take: the patience and the [term](crate::Terms::owner_term) of this owner,
-    /// and the time that its own devices take.
+    /// The mirror's [`time_to_stop`](crate::MirrorSettings::time_to_stop) must cover the time that
+    /// the hosts below may take: the patience and the [term](crate::Terms::owner_term) of this
+    /// owner, and the time of its own devices.
     pub fn below(leased: &Leased, owner: Owner) -> Self {
         let (above, clock) = (leased.clone(), leased.clock());
         Self::make(owner, Box::new(move || clock.now()), Some(Box::new(move || above.has_lease())))
@@ -108,7 +111,7 @@ impl Hub {
         Self { inner: Arc::new(Inner { state: Guarded::new(state), clock, held, timer, fence }) }
     }
 
-    /// Inserts [`mirrors`](Self::mirrors) over [what is shared](crate::Terms::shared). Keep the
+    /// Inserts [`mirrors`](Self::mirrors) over the [shared range](crate::Terms::shared). Keep the
     /// subscription as long as anything is mirrored.
     ///
     /// # Errors
@@ -121,20 +124,22 @@ impl Hub {
         space.insert(shared, self.mirrors())
     }
 
-    /// The notifier to insert, by hand, into the owner's `AddressSpace`, over all that is mirrored.
-    /// Its pass of an invalidation ends when every mirror has let go or can no longer hold on.
+    /// Returns the notifier of all mirrors. Insert it into the owner's `AddressSpace`, over
+    /// everything that is mirrored; [`insert`](Self::insert) does so. Its pass of an invalidation
+    /// ends when every mirror has released the range or can no longer hold on.
     ///
-    /// It refuses an invalidation that is not blockable as long as anybody is in the books. While
-    /// there is none, because its subscription was dropped or removed, the hub grants nothing;
-    /// mirrors are told to let go of everything then, but nobody waits for them: what changes
-    /// before their leases have ended they may still use.
+    /// It refuses an invalidation that is not blockable while a member is in the books.
+    ///
+    /// Without such a notifier in a space, because its subscription was dropped or removed, the hub
+    /// grants nothing. Mirrors are then told to release everything, but no invalidation waits for
+    /// them: they may use changed memory until their leases have ended.
     pub fn mirrors(&self) -> Mirrors {
         self.inner.state.with(|state, _| state.notifiers += 1);
         Mirrors { hub: self.clone() }
     }
 
-    /// The way out to a host, from now on. Ends an earlier one of the same host. What the host has
-    /// not acknowledged is sent again; no epoch begins or ends.
+    /// Opens the queue of messages to a host, and ends an earlier link of that host. Messages
+    /// without acknowledgement are sent again. No epoch begins or ends.
     pub fn link(&self, host: Host) -> Link {
         let waiter = Arc::<Waiter>::default();
         let generation = self.work(|state, now, after| {
@@ -153,11 +158,11 @@ impl Hub {
     /// Takes a message from a host, as the transport has authenticated it.
     pub fn handle(&self, from: Host, message: ToOwner) {
         let grants = !matches!(message, ToOwner::Ack { .. } | ToOwner::Left { .. });
-        // A time that is missing would be an old one.
+        // If the clock panics, there is no current time, and an old one must not be used.
         let now = self.inner.now();
         let taken = now.filter(|_| !grants || self.holds());
         self.work_at(now.unwrap_or_default(), |state, _, after| match taken {
-            // What nothing would tell of changes is granted nothing.
+            // The owner would not learn of changes, so it grants nothing.
             Some(_) if grants && state.notifiers == 0 => {
                 if let ToOwner::Join { incarnation, nonce } = message {
                     let refused = ToMirror::Refused {
@@ -173,17 +178,18 @@ impl Hub {
         });
     }
 
-    /// Whether the owner [holds](Self::while_held) the memory at this moment. Transports end the
-    /// links of one that does not, so that mirrors look for another.
+    /// Returns `true` if the owner [holds](Self::while_held) the memory at this moment. A transport
+    /// ends the links of an owner that does not, so that mirrors look for another one.
     pub fn holds(&self) -> bool {
         self.inner.held.as_ref().is_none_or(|held| self.inner.state.guard(held) == Some(true))
     }
 
-    /// Keeps time, for ever, on any executor, one task at a time: resends, ends leases.
-    /// Invalidations that wait for a mirror that is gone end only while this runs.
+    /// Keeps time for ever, on any executor: sends messages again and ends leases. One task at a
+    /// time may run it. An invalidation that waits for a dead mirror ends only while this runs.
+    /// `sleep` returns a timer of the runtime.
     ///
-    /// After the owner itself has stood still, messages that wait are given one more interval to be
-    /// handled before anybody is taken for dead.
+    /// If the owner itself was stopped for a while, waiting messages get one more interval to be
+    /// handled, before any mirror counts as dead.
     pub async fn run<S: Future>(&self, sleep: impl Fn(Duration) -> S) {
         loop {
             let deadline = self.inner.state.with(|state, _| state.deadline);
@@ -206,63 +212,66 @@ impl Hub {
         }
     }
 
-    /// Does what is due by now; for programs that keep time by themselves, at
+    /// Does the work that is due now. For programs that keep time themselves, at
     /// [`deadline`](Self::deadline).
     pub fn tick(&self) {
         self.work(|state, now, _| state.owner.tick(now));
     }
 
-    /// When to tick at the latest.
+    /// Returns the latest time for the next [`tick`](Self::tick).
     pub fn deadline(&self) -> Option<Time> {
         self.inner.state.with(|state, _| state.deadline)
     }
 
-    /// The next that has to be cut off from the memory, once there is one: do it, then call
-    /// [`fenced`](Self::fenced). One task at a time may wait here. Cancel safe.
+    /// Waits for the next host or boot that must be cut off from the memory. Cut it off, then call
+    /// [`fenced`](Self::fenced). One task at a time may wait here.
+    ///
+    /// # Cancel safety
+    /// The future may be dropped at any moment. A fence that it has not returned stays queued.
     pub async fn next_fence(&self) -> Fenced {
         self.inner.state.until(&self.inner.fence, |state, _| state.fences.pop_front()).await
     }
 
-    /// Says that a fence was carried out. Returns whether it was asked for.
+    /// Tells the owner that a fence was carried out. Returns `true` if the owner had asked for it.
     pub fn fenced(&self, what: Fenced) -> bool {
         self.work(|state, now, _| state.owner.fenced(what, now))
     }
 
-    /// What happened so far.
+    /// Returns the counters of the owner.
     pub fn counts(&self) -> OwnerCounts {
         self.inner.state.with(|state, _| state.owner.counts())
     }
 
-    /// How often an invalidation ended so for a member.
+    /// Returns how often an invalidation ended like this for a member.
     pub fn endings(&self, how: Ending) -> u64 {
         self.inner.state.with(|state, _| state.endings.0[how as usize])
     }
 
-    /// Messages that found no room on their way out, or no link; and messages that were not taken
-    /// because the owner did not [hold](Self::while_held) the memory.
+    /// Returns the number of dropped messages: those without room or without a link on their way
+    /// out, and those not taken because the owner did not [hold](Self::while_held) the memory.
     pub fn dropped(&self) -> u64 {
         self.inner.state.with(|state, _| state.dropped)
     }
 
-    /// Panics of wakers and of the clock, which have stopped nobody.
+    /// Returns the number of panics of wakers and of the clock. They affect no other task.
     pub fn lost_panics(&self) -> u64 {
         self.inner.state.lost_panics()
     }
 
-    /// Who is in the books, and for how long.
+    /// Returns the members in the books, with the rest of their leases.
     pub fn members(&self) -> Vec<(Host, Epoch, Duration)> {
         self.inner.state.with(|state, _| state.owner.members().collect())
     }
 
-    /// Invalidations that wait for somebody.
+    /// Returns the number of invalidations that wait for a mirror.
     pub fn waiting(&self) -> usize {
         self.inner.state.with(|state, _| state.passes.values().filter(|pass| !pass.done).count())
     }
 
-    /// All that changes the owner goes through here: the clock is read, and what follows is handed
-    /// on.
+    /// Reads the clock, runs `work` under the lock, then [`State::settle`]. Every change of the
+    /// owner goes through here.
     fn work<R>(&self, work: impl FnOnce(&mut State, Time, &mut After) -> R) -> R {
-        // Where the clock panics the owner goes by the latest time that it knows.
+        // If the clock panics, the owner uses the latest time that it knows.
         self.work_at(self.inner.now().unwrap_or_default(), work)
     }
 
@@ -277,7 +286,7 @@ impl Hub {
 }
 
 impl Inner {
-    /// `None` where the clock panics.
+    /// Returns `None` if the clock panics.
     fn now(&self) -> Option<Time> {
         self.state.guard(|| self.clock.now())
     }
@@ -331,12 +340,13 @@ impl State {
     }
 }
 
-/// All mirrors of an owner, as one notifier.
+/// The notifier of all mirrors of an owner. [`Hub::mirrors`] makes it.
 pub struct Mirrors {
     hub: Hub,
 }
 
-/// Nothing tells the mirrors of changes any more.
+/// The owner no longer learns of changes, so every member is expelled and told to release
+/// everything.
 impl Drop for Mirrors {
     fn drop(&mut self) {
         self.hub.work(|state, now, _| {
@@ -387,7 +397,8 @@ impl IntervalNotifier for Mirrors {
     }
 }
 
-/// A pass that waits; forgotten when it is dropped, as it is when the mirrors are fenced.
+/// A pass that waits. Its drop removes it from the state; the pass is dropped when it ends or the
+/// mirrors are fenced.
 struct Waiting {
     hub: Hub,
     id: InvalidationId,

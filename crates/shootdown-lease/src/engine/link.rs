@@ -1,4 +1,4 @@
-//! What goes out to one host.
+//! Messages to one host.
 
 use super::hub::Hub;
 use super::wake::Waiter;
@@ -11,23 +11,22 @@ use shootdown::{
     AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
 };
 
-/// What a transport has to do for a host.
+/// Work of a transport for a host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Outgoing {
-    /// Send it.
+    /// Send the message.
     Message(ToMirror),
     /// Send contents, with [`Serve::message`].
     Serve(Serve),
 }
 
-/// A fetch to be answered with the contents of a range.
+/// A fetch that must be answered with the contents of a range.
 ///
-/// Wait until it may be read ([`ready`](Self::ready)), read the range, send what was read with the
-/// message. Nothing has to be checked after the reading: an invalidation that comes in between
-/// reaches the mirror before the memory changes, and the mirror drops what it had asked for before
-/// that.
+/// Wait until the range may be read ([`ready`](Self::ready)), read it, and send the contents with
+/// the message. No check after the read is needed: an invalidation that comes in between reaches
+/// the mirror before the memory changes, and the mirror then drops the results of earlier fetches.
 ///
-/// **Go on with the link meanwhile**: the invalidation that is waited for may be waiting for a
+/// **Continue with the link meanwhile**: the invalidation that `ready` waits for may wait for a
 /// message of the same link.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Serve {
@@ -38,9 +37,8 @@ pub struct Serve {
 }
 
 impl Serve {
-    /// Waits until no invalidation of the range is under way in the owner's space, the one into
-    /// which the [`Mirrors`](super::Mirrors) were inserted. Invalidations of other ranges hold
-    /// nobody up.
+    /// Waits until no invalidation of the range is under way in the owner's space, into which the
+    /// [`Mirrors`](super::Mirrors) were inserted. Invalidations of other ranges do not delay it.
     ///
     /// # Errors
     /// [`Ended`], if the space was released: nothing can be read any more. Drop the fetch then.
@@ -48,30 +46,30 @@ impl Serve {
         read_unchanged(space, self.range, || ()).await
     }
 
-    /// What to read.
+    /// Returns the range to read.
     pub fn range(&self) -> AddressRange {
         self.range
     }
 
-    /// The mirror's epoch.
+    /// Returns the mirror's epoch.
     pub fn epoch(&self) -> Epoch {
         self.epoch
     }
 
-    /// Of the fetch.
+    /// Returns the number of the fetch.
     pub fn nonce(&self) -> Nonce {
         self.nonce
     }
 
-    /// What the contents are sent with.
+    /// Returns the message to send with the contents.
     pub fn message(&self) -> ToMirror {
         ToMirror::Fetched { epoch: self.epoch, nonce: self.nonce, version: self.version }
     }
 }
 
-/// Reads a range of the owner's memory while no invalidation of it is under way; again, if one has
-/// begun meanwhile. So `read` may read what is being changed, by means that allow that.
-/// Invalidations of other ranges hold nobody up.
+/// Reads a range of the owner's memory while no invalidation of it is under way. Repeats the read
+/// if an invalidation has begun meanwhile. So `read` may read memory that is being changed; it must
+/// use means that allow that. Invalidations of other ranges do not delay it.
 ///
 /// # Errors
 /// [`Ended`], if the space was released: nothing can be read any more.
@@ -80,7 +78,7 @@ pub async fn read_unchanged<T>(
     range: AddressRange,
     mut read: impl FnMut() -> T,
 ) -> Result<T, Ended> {
-    // Of its own range, so that it waits for no invalidation of another one (N2).
+    // A reader of its own range waits for no invalidation of another range (N2).
     let reader = space.insert(range, Reader).map_err(|_| Ended)?;
     loop {
         let seen = reader.read_begin().await;
@@ -91,7 +89,7 @@ pub async fn read_unchanged<T>(
     }
 }
 
-/// The owner's space was released.
+/// Error: the owner's space was released.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ended;
 
@@ -103,7 +101,7 @@ impl fmt::Display for Ended {
 
 impl core::error::Error for Ended {}
 
-/// Who reads for a fetch: nothing of it has to be let go of.
+/// A reader for a fetch. It holds nothing that must be released.
 struct Reader;
 
 impl IntervalNotifier for Reader {
@@ -120,18 +118,19 @@ impl IntervalNotifier for Reader {
     }
 }
 
-/// What waits to go out to a host. What finds no room is dropped, as if the network had lost it.
+/// Queue of messages to a host. A message that finds no room is dropped, as if the network had lost
+/// it.
 pub(super) struct Outbox {
     pub(super) generation: u64,
     pub(super) queue: VecDeque<Outgoing>,
     pub(super) waiter: Arc<Waiter>,
 }
 
-/// The way out to a host: what its transport sends. A newer link of the same host ends this one.
+/// Messages to a host, for its transport. A newer link of the same host ends this one.
 ///
-/// It keeps `Inv` for the whole window and as many answers again; what finds no room is dropped and
-/// counted ([`Hub::dropped`]), because a transport that stands still must not cost the owner
-/// memory. The protocol sends again what matters.
+/// It has room for the `Inv` of the whole window, and as many answers. A message that finds no room
+/// is dropped and counted ([`Hub::dropped`]), so that a stalled transport does not cost the owner
+/// memory. The protocol repeats important messages.
 pub struct Link {
     pub(super) hub: Hub,
     pub(super) host: Host,
@@ -140,8 +139,10 @@ pub struct Link {
 }
 
 impl Link {
-    /// The next to send, once there is one; `None` when a newer link has taken over. Cancel safe:
-    /// what it does not return stays.
+    /// Waits for the next message to send. Returns `None` when a newer link has replaced this one.
+    ///
+    /// # Cancel safety
+    /// The future may be dropped at any moment. A message that it has not returned stays queued.
     pub async fn next(&mut self) -> Option<Outgoing> {
         let (host, generation) = (self.host, self.generation);
         let look = |outbox: Option<&mut Outbox>| match outbox
@@ -157,13 +158,13 @@ impl Link {
             .await
     }
 
-    /// Whose it is.
+    /// Returns the host of the link.
     pub fn host(&self) -> Host {
         self.host
     }
 }
 
-/// What waits is dropped; no epoch ends.
+/// Drops the queued messages. No epoch ends.
 impl Drop for Link {
     fn drop(&mut self) {
         self.hub.inner.state.with(|state, _| {

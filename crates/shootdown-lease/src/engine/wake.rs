@@ -1,4 +1,4 @@
-//! Who waits, and a lock outside of which wakers run.
+//! Waiting tasks, and a lock outside of which wakers run.
 
 use alloc::sync::Arc;
 use alloc::vec::Vec;
@@ -11,11 +11,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// One task that waits for something of a state.
+/// The waker of one task that waits for a change of the state.
 #[derive(Debug, Default)]
 pub(super) struct Waiter(AtomicWaker);
 
-/// What is to be done when the lock is free again: foreign code runs outside of it.
+/// Foreign code to run after the lock is released.
 #[derive(Default)]
 pub(super) struct After {
     wake: Vec<Arc<Waiter>>,
@@ -34,10 +34,10 @@ impl After {
     }
 }
 
-/// A state behind a lock that is left before anybody is woken.
+/// State behind a lock. Wakers run after the lock is released.
 pub(super) struct Guarded<T> {
     state: Mutex<T>,
-    /// Panics of wakers.
+    /// Number of panics of wakers.
     lost_panics: AtomicU64,
 }
 
@@ -59,7 +59,7 @@ impl<T> Guarded<T> {
         result
     }
 
-    /// Runs foreign code that belongs to somebody else than the caller: a panic of it stops nobody.
+    /// Runs foreign code that does not belong to the caller, and catches its panic.
     pub(super) fn guard<R>(&self, foreign: impl FnOnce() -> R) -> Option<R> {
         let done = catch_unwind(AssertUnwindSafe(foreign));
         self.lost_panics.fetch_add(u64::from(done.is_err()), Ordering::Relaxed);
@@ -70,7 +70,7 @@ impl<T> Guarded<T> {
         self.lost_panics.load(Ordering::Relaxed)
     }
 
-    /// Waits until `look` finds something, woken by `waiter`: one task at a time.
+    /// Waits until `look` returns a value. `waiter` wakes it; one task at a time may wait with it.
     pub(super) async fn until<R>(
         &self,
         waiter: &Waiter,
@@ -84,8 +84,8 @@ impl<T> Guarded<T> {
     }
 }
 
-/// Sleeps for a time, if there is one, but not longer than until `changed`. Returns whether the
-/// time has come; if there is none left, without asking the timer.
+/// Sleeps for `left`, but not beyond `changed`. Returns `true` if the time has passed. A time of
+/// zero needs no timer.
 pub(super) async fn sleep_or<S: Future>(
     left: Option<Duration>,
     sleep: impl FnOnce(Duration) -> S,

@@ -1,4 +1,4 @@
-//! Fetches under way, and the invalidations that meet them.
+//! Fetches under way, and their collisions with invalidations.
 
 use super::lease::State;
 use super::{Mirror, MirrorDecision};
@@ -11,20 +11,20 @@ use shootdown::{AddressRange, RangeSet};
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Fetch {
     range: AddressRange,
-    /// An invalidation has met it.
+    /// An invalidation has met the fetch.
     collided: bool,
-    /// When it is sent again.
+    /// When the fetch is sent again.
     pub(super) again: Time,
 }
 
-/// Why a fetch is not sent.
+/// Reason why a fetch is not sent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[non_exhaustive]
 pub enum FetchError {
-    /// The mirror has no lease now: wait for [`MirrorDecision::Joined`].
+    /// The mirror has no lease: wait for [`MirrorDecision::Joined`].
     NoLease,
-    /// As many are under way as [`MirrorSettings::fetches`](crate::MirrorSettings::fetches) allows:
-    /// wait for one of them.
+    /// The maximum number of fetches ([`MirrorSettings::fetches`](crate::MirrorSettings::fetches))
+    /// is under way: wait for one of them.
     Full,
 }
 
@@ -40,11 +40,12 @@ impl fmt::Display for FetchError {
 impl core::error::Error for FetchError {}
 
 impl Mirror {
-    /// Asks for the contents of a range. Either it is installed, or it has collided, or the lease
-    /// ends ([`MirrorDecision::Stop`]).
+    /// Asks for the contents of a range. The result is [`MirrorDecision::Install`],
+    /// [`MirrorDecision::Collided`] or [`MirrorDecision::FetchRefused`], or the lease ends
+    /// ([`MirrorDecision::Stop`]).
     ///
     /// # Errors
-    /// [`FetchError`], and nothing is sent.
+    /// [`FetchError`]; nothing is sent then.
     pub fn fetch(&mut self, range: AddressRange, now: Time) -> Result<Nonce, FetchError> {
         self.tick(now);
         let epoch = self.epoch().ok_or(FetchError::NoLease)?;
@@ -57,7 +58,7 @@ impl Mirror {
         Ok(nonce)
     }
 
-    /// Gives a fetch up that nobody waits for any more.
+    /// Cancels a fetch.
     pub fn cancel(&mut self, nonce: Nonce) {
         self.fetches.remove(&nonce);
     }
@@ -66,7 +67,7 @@ impl Mirror {
         self.fetches.values().map(|fetch| fetch.again).min()
     }
 
-    /// Sends those again that were not answered.
+    /// Sends unanswered fetches again.
     pub(super) fn fetch_again(&mut self) {
         let (now, again) = (self.now, self.now + self.interval());
         let State::Live(lease) = &self.state else { return };
@@ -80,7 +81,8 @@ impl Mirror {
         }
     }
 
-    /// Before anything is zapped: what was asked for before the change may come from before it.
+    /// Marks the fetches that an invalidation meets. Called before anything is zapped: their
+    /// contents may be from before the change.
     pub(super) fn collide(&mut self, ranges: &RangeSet) {
         if !self.rules.keep(Rule::CollidedFetches) {
             return;

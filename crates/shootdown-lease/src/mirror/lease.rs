@@ -1,4 +1,4 @@
-//! The lease: asked for, renewed, stopped before it ends.
+//! The lease of a mirror: the join, renewals, and the stop before it ends.
 
 use super::{Denied, Mirror, MirrorDecision, REMEMBERED, Standing};
 use crate::message::{Epoch, Incarnation, Nonce, Refusal, ToOwner};
@@ -7,28 +7,21 @@ use crate::time::Time;
 use alloc::collections::BTreeMap;
 use core::time::Duration;
 
-/// The longest wait for the answer to a join.
+/// Longest wait for the answer to a join.
 const LONGEST: Duration = Duration::from_secs(30);
 
+/// State of a mirror, and what it may hold.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) enum State {
-    /// Joins after that.
-    Out {
-        until: Time,
-    },
-    /// Has asked at that time, and asks again with the same nonce.
-    Joining {
-        nonce: Nonce,
-        asked: Time,
-        again: Time,
-    },
+    /// Holds nothing. Joins at `until`.
+    Out { until: Time },
+    /// Holds nothing. Has asked to join at `asked`, and asks again at `again` with the same nonce.
+    Joining { nonce: Nonce, asked: Time, again: Time },
+    /// May hold on, by this lease.
     Live(Lease),
-    /// Until the host says that its devices have stopped.
-    Stopping {
-        epoch: Epoch,
-        end: Time,
-    },
-    /// Has left for good.
+    /// The host is stopping its devices. The lease ends at `end`.
+    Stopping { epoch: Epoch, end: Time },
+    /// Has left for good, and holds nothing.
     Over,
 }
 
@@ -38,13 +31,13 @@ pub(super) struct Lease {
     term: Duration,
     /// When the devices begin to stop.
     stop: Time,
-    /// When each question was asked that has no reply yet.
+    /// Questions without a reply, with the time when they were asked.
     asks: BTreeMap<Nonce, Time>,
     next_ask: Time,
 }
 
 impl Mirror {
-    /// Does what is due by now.
+    /// Does the work that is due now.
     pub fn tick(&mut self, now: Time) {
         self.now = now;
         match &self.state {
@@ -54,7 +47,7 @@ impl Mirror {
             }
             State::Joining { nonce, asked, again } if *again <= now && !self.leaving => {
                 if *asked + self.age <= now {
-                    // Nobody has answered for so long; the next one is waited for longer.
+                    // No answer came in this time. The next join waits longer.
                     self.age = (self.age * 2).min(LONGEST);
                     return self.join();
                 }
@@ -75,8 +68,8 @@ impl Mirror {
         }
     }
 
-    /// Says that the owner can be reached anew: asks at once for what it has no answer to, because
-    /// what was on its way may be lost. Ends nothing.
+    /// Tells the mirror that the owner can be reached anew. Repeats every unanswered question at
+    /// once, because earlier messages may be lost. Ends nothing.
     pub fn connected(&mut self, now: Time) {
         self.tick(now);
         match &self.state {
@@ -93,8 +86,8 @@ impl Mirror {
         }
     }
 
-    /// When to call [`tick`](Self::tick) at the latest; not at all while the devices are being
-    /// stopped, and after the mirror has left.
+    /// Returns the latest time for the next [`tick`](Self::tick). `None` while the devices are
+    /// being stopped, and after the mirror has left.
     pub fn deadline(&self) -> Option<Time> {
         match &self.state {
             State::Out { until } => Some(*until),
@@ -125,7 +118,7 @@ impl Mirror {
         let (nonce, now) = (self.next_nonce(), self.now);
         let incarnation = self.incarnation;
         let State::Live(lease) = &mut self.state else { return };
-        // What was asked a term ago grants nothing any more.
+        // A question from a term ago grants nothing any more.
         let term = lease.term;
         lease.asks.retain(|_, asked| now.since(*asked) < term);
         lease.asks.insert(nonce, now);
@@ -134,7 +127,7 @@ impl Mirror {
         self.messages.push_back(ToOwner::Renew { epoch, nonce });
     }
 
-    /// From when a reply to what was asked then counts.
+    /// Returns the time from which the reply to a question counts.
     fn counted_from(&self, asked: Time) -> Time {
         if self.rules.keep(Rule::CountedFromAsking) { asked } else { self.now }
     }
@@ -168,7 +161,7 @@ impl Mirror {
         let from = self.counted_from(asked);
         let stop = from + usable;
         if stop <= self.now {
-            // It would have to stop before it begins.
+            // The mirror would have to stop before it begins.
             let took = self.now.since(asked);
             self.decisions.push_back(MirrorDecision::Denied(Denied::TooLate { term, took }));
             self.state = State::Out { until: self.now + self.settings.retry };
@@ -188,13 +181,14 @@ impl Mirror {
         self.state = State::Out { until: self.now + self.settings.retry * 8 };
     }
 
-    /// A welcome that came too late, or twice.
+    /// Handles a welcome that came too late or twice.
     fn not_entered(&mut self, epoch: Epoch) {
         self.counts.strangers += 1;
         if !self.is_in(epoch)
             && !matches!(self.state, State::Stopping { epoch: of, .. } if of == epoch)
         {
-            // Nothing is held by it and nothing will be, so nobody has to wait for its end.
+            // The mirror holds nothing by this epoch and never will, so the owner need not wait for
+            // its end.
             self.remember(epoch);
             self.messages.push_back(ToOwner::Left { epoch });
         }
@@ -208,7 +202,8 @@ impl Mirror {
             self.counts.strangers += 1;
             return;
         };
-        // Another life of the host counts its nonces from 1, too: its replies use up none of these.
+        // Another life of the host also counts its nonces from 1. Its replies must not use up
+        // questions of this one.
         let asked = match lease.epoch == epoch {
             true if nonces => lease.asks.remove(&nonce),
             true => lease.asks.values().max().copied(),
@@ -241,7 +236,7 @@ impl Mirror {
         }
     }
 
-    /// Whether the mirror may hold on by that epoch.
+    /// Returns `true` if the mirror may hold on by that epoch.
     pub(super) fn is_in(&self, epoch: Epoch) -> bool {
         matches!(&self.state, State::Live(lease) if lease.epoch == epoch)
     }
@@ -260,17 +255,17 @@ impl Mirror {
         self.decisions.push_back(MirrorDecision::Stop { epoch });
     }
 
-    /// Says that a [`MirrorDecision::Stop`] was carried out: no device reaches the memory any more,
-    /// and no copy is used. The mirror tells the owner and joins anew, unless it is
-    /// [leaving](Self::leave). Returns whether that was asked for.
+    /// Tells the mirror that a [`MirrorDecision::Stop`] was carried out: no device reaches the
+    /// memory, and no copy is used. The mirror tells the owner, and joins anew unless it is
+    /// [leaving](Self::leave). Returns `true` if the mirror had asked for the stop.
     pub fn stopped(&mut self, now: Time) -> bool {
         self.now = now;
         let State::Stopping { epoch, end } = self.state else { return false };
         self.counts.stopped_late += u64::from(self.now > end);
         self.remember(epoch);
         self.messages.push_back(ToOwner::Left { epoch });
-        // Who was told to go at once, again and again, does not come back at once: another process
-        // of this host may have done it.
+        // A mirror that was told to go soon after each join waits before it joins again: another
+        // process of this host may be the reason.
         let pause = if self.early > 1 {
             self.settings.retry * (1 << (self.early - 2))
         } else {
@@ -281,8 +276,8 @@ impl Mirror {
         true
     }
 
-    /// Gives the lease up: there is a [`MirrorDecision::Stop`] if the mirror is in that epoch. It
-    /// joins anew afterwards.
+    /// Gives the lease up. If the mirror is in `epoch`, a [`MirrorDecision::Stop`] follows, and the
+    /// mirror joins anew afterwards.
     pub fn give_up(&mut self, epoch: Epoch, now: Time) {
         self.now = now;
         if self.is_in(epoch) {
@@ -290,16 +285,16 @@ impl Mirror {
         }
     }
 
-    /// Leaves for good: there is a [`MirrorDecision::Stop`] if the mirror holds a lease. What is
-    /// sent after [`stopped`](Self::stopped) lets the owner go on at once. One that is joining
-    /// waits a while for the answer, to give back what it grants.
+    /// Leaves for good. If the mirror holds a lease, a [`MirrorDecision::Stop`] follows; the
+    /// message after [`stopped`](Self::stopped) lets the owner go on at once. A mirror that is
+    /// joining waits a while for the answer, to give the lease back.
     pub fn leave(&mut self, now: Time) {
         self.now = now;
         self.leaving = true;
         match self.state {
             State::Live(_) => self.stop(),
             State::Out { .. } => self.state = State::Over,
-            // Its join may be in the books by now: what it was granted is to be given back.
+            // The join may be in the books by now. Its lease must be given back.
             State::Joining { .. } | State::Stopping { .. } | State::Over => {}
         }
     }
@@ -314,8 +309,8 @@ impl Mirror {
         self.past.push_back(epoch);
     }
 
-    /// An epoch of its own that is over was not heard to be: it says so again. Of others, such as
-    /// those of an earlier incarnation, it knows nothing.
+    /// Says again that an own epoch is over, because the owner has not received it. The mirror does
+    /// not answer for other epochs, such as those of an earlier incarnation.
     pub(super) fn answer_for_the_past(&mut self, epoch: Epoch) {
         self.counts.strangers += 1;
         if self.past.contains(&epoch) {
@@ -323,15 +318,17 @@ impl Mirror {
         }
     }
 
-    /// Whether there is a lease at `now`: to be asked after each use, with a time that was read
-    /// after it (D4). It speaks of the present lease: whether the use began under an earlier one,
-    /// only the copy knows, which was zapped in between. Needs no tick.
+    /// Returns `true` if there is a lease at `now`. Call it after each use of a copy, with a time
+    /// that was read after the use (D4). Needs no tick.
+    ///
+    /// It checks the present lease only. If the use began under an earlier lease, the copy was
+    /// zapped in between; only the copy can tell.
     pub fn is_valid(&self, now: Time) -> bool {
         self.valid_until().is_some_and(|end| now < end)
     }
 
-    /// The end of the present lease, less the time to stop: what a copy was used for until that
-    /// moment, exclusive, since the mirror has joined, is good. `None` without a lease.
+    /// Returns the end of the present lease, less the time to stop; `None` without a lease. A use
+    /// of a copy is good if it lies between the join and this moment (exclusive).
     pub fn valid_until(&self) -> Option<Time> {
         match &self.state {
             State::Live(lease) if self.rules.keep(Rule::StopsByItself) => Some(lease.stop),
@@ -340,7 +337,7 @@ impl Mirror {
         }
     }
 
-    /// Where it stands.
+    /// Returns the state of the mirror.
     pub fn standing(&self) -> Standing {
         match &self.state {
             State::Out { .. } | State::Over => Standing::Out,
@@ -350,7 +347,7 @@ impl Mirror {
         }
     }
 
-    /// Its epoch, if it may hold on.
+    /// Returns the epoch, if the mirror may hold on.
     pub fn epoch(&self) -> Option<Epoch> {
         match &self.state {
             State::Live(lease) => Some(lease.epoch),
@@ -358,17 +355,17 @@ impl Mirror {
         }
     }
 
-    /// Whether it was told to leave.
+    /// Returns `true` after [`leave`](Self::leave).
     pub fn is_leaving(&self) -> bool {
         self.leaving
     }
 
-    /// Whether it has left for good and holds nothing.
+    /// Returns `true` if the mirror has left for good and holds nothing.
     pub fn is_over(&self) -> bool {
         self.state == State::Over
     }
 
-    /// How often it asks.
+    /// Returns the time between two questions.
     pub(super) fn interval(&self) -> Duration {
         match &self.state {
             State::Live(lease) => interval(lease.term),
@@ -377,11 +374,11 @@ impl Mirror {
     }
 }
 
-/// From three quarters of an interval to a whole one, by who asks and how often it has: mirrors
-/// that joined at the same moment, such as after a restart of the owner, do not go on asking
-/// together.
+/// Returns three quarters of an interval up to a whole one, depending on the incarnation and the
+/// nonce. So mirrors that joined at the same moment, such as after a restart of the owner, do not
+/// keep asking together.
 fn spread(term: Duration, of: Incarnation, nonce: Nonce) -> Duration {
-    // SplitMix64 (Steele, Lea, Flood 2014), of which the top 8 bits are taken.
+    // SplitMix64 (Steele, Lea, Flood 2014); uses the top 8 bits.
     let mut mixed = of.0.wrapping_mul(0x9e37_79b9_7f4a_7c15).wrapping_add(nonce.0);
     mixed = (mixed ^ mixed >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);

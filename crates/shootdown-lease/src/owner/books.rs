@@ -1,4 +1,5 @@
-//! The books: every holder is in them, from before it knows to after it has stopped.
+//! The books. Every holder is in them, from before it learns that it may hold on until after it has
+//! stopped (D2).
 
 use super::{Decision, Ending, Fenced, Owner, Timer, Who};
 use crate::message::{Asker, Epoch, Host, Incarnation, InvalidationId, Nonce, Refusal, ToMirror};
@@ -8,33 +9,34 @@ use alloc::collections::{BTreeMap, VecDeque};
 use alloc::vec::Vec;
 use core::time::Duration;
 
-/// Lives of a host whose joins are remembered.
+/// Number of lives of a host whose joins are remembered.
 const LIVES: usize = 16;
 
+/// Phase of a member. In each of them it may hold on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub(super) enum Phase {
-    /// It is renewed when it asks.
+    /// The lease is renewed on request.
     Live,
-    /// It is not renewed any more.
+    /// The lease is no longer renewed.
     Expelled,
-    /// Its lease has ended; the host is asked to fence it.
+    /// The lease has ended, and the host was asked to fence the member.
     Fencing,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Member {
-    /// `None` are the members of earlier boots.
+    /// `None` for the member that stands for all earlier boots.
     pub(super) who: Option<Who>,
     pub(super) phase: Phase,
     pub(super) expires: Time,
-    /// When each of its timers is due.
+    /// Due times of its timers.
     pub(super) expiry: Time,
     pub(super) resend: Option<Time>,
-    /// To be sent when there is room in the window.
+    /// Invalidations to send once the window has room.
     pub(super) queue: VecDeque<InvalidationId>,
-    /// On their way, and when each was sent.
+    /// Invalidations in flight, with the time of the last `Inv`.
     pub(super) sent: BTreeMap<InvalidationId, Time>,
-    /// How many of its fetches wait.
+    /// Number of waiting fetches.
     pub(super) parked: usize,
 }
 
@@ -49,13 +51,13 @@ impl Owner {
         self.timers.insert((expires, Timer::Expiry(number)));
     }
 
-    /// Who may hold on by leases of earlier owners is one member that is never renewed (D2). They
-    /// have granted no longer term than `longest`, or than this one.
+    /// Books one member for all leases of earlier owners (D2). It is never renewed. Earlier owners
+    /// have granted terms up to `longest`, or up to this owner's.
     pub(super) fn book_earlier_boots(&mut self, longest: Duration) {
         self.book(0, None, Phase::Expelled, self.terms.term.max(longest));
     }
 
-    /// Whether a join is a late copy of one that was answered.
+    /// Returns `true` if a join is a late copy of one that was answered.
     fn is_late(&self, from: Host, incarnation: Incarnation, nonce: Nonce) -> bool {
         let lives = self.joins.get(&from).into_iter().flatten();
         lives.into_iter().any(|(of, newest)| *of == incarnation && nonce <= *newest)
@@ -88,7 +90,7 @@ impl Owner {
             }
         }
         if self.is_late(from, incarnation, nonce) {
-            // Its epoch is over. Whoever still waits for the answer asks anew.
+            // The epoch of that join is over. A mirror that still waits for the answer asks anew.
             self.counts.strangers += 1;
             return self.send(
                 from,
@@ -99,13 +101,13 @@ impl Owner {
                 },
             );
         }
-        // Before it asks again it has stopped, so what it had before is over.
+        // The mirror stopped before it asked again, so its earlier epoch is over.
         for (number, who) in &known {
             let anew = who.incarnation == incarnation;
             if anew || !self.rules.keep(Rule::OtherIncarnationsStay) {
                 self.close(*number, Ending::JoinedAnew);
             } else {
-                // Not that it is gone: only that it will not be renewed (D1).
+                // Another incarnation: not over, only no longer renewed (D1).
                 self.expel(*number);
             }
         }
@@ -128,7 +130,7 @@ impl Owner {
         self.next_epoch += 1;
         let who = Who { host: from, incarnation, nonce };
         self.note_join(who);
-        // First the books, then the welcome (D2).
+        // D2: first the books, then the welcome.
         #[cfg(feature = "test-util")]
         if !self.rules.keep(Rule::BookedBeforeWelcome) {
             self.unbooked.insert(number, who);
@@ -140,11 +142,11 @@ impl Owner {
     }
 
     fn welcome_again(&mut self, number: u64, who: Who) {
-        // It was booked when it asked; asked twice is one question.
+        // The same question again: the member is booked already.
         if self.grant(number) {
             self.welcome(number, who);
         } else {
-            // A mirror that still asks does not know the epoch, so `Gone` would tell it nothing.
+            // A mirror that still asks does not know the epoch, so it would ignore `Gone`.
             self.counts.refused += 1;
             let Who { host, incarnation, nonce } = who;
             self.send(
@@ -166,7 +168,7 @@ impl Owner {
         );
     }
 
-    /// Grants a member a term from now, if it is renewed at all.
+    /// Grants a member a term from now. Returns `false` if it is no longer renewed.
     fn grant(&mut self, number: u64) -> bool {
         let expires = self.now + self.waits_for(self.terms.term);
         let Some(member) =
@@ -197,14 +199,14 @@ impl Owner {
 
     pub(super) fn leave(&mut self, from: Host, epoch: Epoch) {
         if self.member_of(from, epoch).is_none() {
-            // Said again, mostly.
+            // Usually a repeated message.
             self.counts.strangers += 1;
             return;
         }
         self.close(epoch.number, Ending::Left);
     }
 
-    /// Renews a member no more, and says so.
+    /// Stops renewing a member, and tells it.
     pub(super) fn expel(&mut self, number: u64) {
         let epoch = self.epoch(number);
         let Some(member) =
@@ -220,7 +222,7 @@ impl Owner {
         }
     }
 
-    /// Renews nobody any more of those who are in the books, and says so.
+    /// Stops renewing all members, and tells them.
     pub fn expel_all(&mut self, now: Time) {
         self.now = self.now.max(now);
         let numbers: Vec<u64> = self.members.keys().copied().collect();
@@ -229,7 +231,7 @@ impl Owner {
         }
     }
 
-    /// A lease may have ended: it has, unless it was renewed meanwhile.
+    /// Ends a lease, unless it was renewed meanwhile.
     pub(super) fn expire(&mut self, number: u64) {
         let (now, epoch) = (self.now, self.epoch(number));
         let Some(member) = self.members.get_mut(&number) else { return };
@@ -247,8 +249,8 @@ impl Owner {
         self.decisions.push_back(Decision::Fence(what));
     }
 
-    /// Says that a [`Decision::Fence`] was carried out: nothing reaches the memory by that epoch
-    /// any more. Returns whether that was asked for.
+    /// Tells the owner that a [`Decision::Fence`] was carried out, so that nothing reaches the
+    /// memory by that epoch. Returns `true` if the owner had asked for it.
     pub fn fenced(&mut self, what: Fenced, now: Time) -> bool {
         self.now = self.now.max(now);
         let epoch = what.epoch();
@@ -260,7 +262,7 @@ impl Owner {
         asked
     }
 
-    /// Takes a member out of the books: it has stopped, or can hold on no longer.
+    /// Removes a member from the books: it has stopped, or can no longer hold on.
     pub(super) fn close(&mut self, number: u64, ending: Ending) {
         let epoch = self.epoch(number);
         let Some(member) = self.members.remove(&number) else { return };

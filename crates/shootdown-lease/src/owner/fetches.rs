@@ -1,4 +1,4 @@
-//! Fetches, and those that wait until memory has changed.
+//! Fetches, including those that wait until memory has changed.
 
 use super::{Decision, Owner};
 use crate::message::{Asker, Epoch, Host, Nonce, Refusal, ToMirror};
@@ -30,7 +30,7 @@ impl Owner {
             return self.send(from, ToMirror::Gone { epoch });
         };
         let full = member.parked >= limit;
-        // What is not shared would never be invalidated.
+        // A range that is not shared would never be invalidated.
         let served = self.terms.shared.covers(range)
             && range.len().is_some_and(|bytes| bytes <= self.terms.fetch_bytes);
         if !served {
@@ -71,7 +71,7 @@ impl Owner {
         self.decisions.push_back(Decision::Serve { to, epoch, nonce, range, version: self.ended });
     }
 
-    /// After an invalidation has ended.
+    /// Serves the waiting fetches that can be served after an invalidation has ended.
     pub(super) fn serve_parked(&mut self) {
         for (key, parked) in mem::take(&mut self.parked) {
             if self.is_under_invalidation(parked.range) {
@@ -85,7 +85,7 @@ impl Owner {
         }
     }
 
-    /// The message that goes with the contents of a [`Decision::Serve`].
+    /// Makes the message that goes with the contents of a [`Decision::Serve`].
     pub fn fetched(epoch: Epoch, nonce: Nonce, version: u64) -> ToMirror {
         ToMirror::Fetched { epoch, nonce, version }
     }

@@ -1,4 +1,4 @@
-//! Invalidations: who is waited for, and until when.
+//! Invalidations: the members that they wait for, and how long.
 
 use super::books::Member;
 use super::{Decision, EndError, Ending, Owner, Timer};
@@ -12,16 +12,16 @@ use shootdown::RangeSet;
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub(super) struct Invalidation {
     pub(super) ranges: RangeSet,
-    /// When patience ends.
+    /// End of the patience.
     patience: Time,
-    /// Numbers of the epochs that are waited for.
+    /// Epochs that the invalidation waits for, by number.
     waiting: BTreeSet<u64>,
     endings: Vec<(Epoch, Ending)>,
 }
 
 impl Owner {
-    /// Has every mirror let go of `ranges`, and no fetch of them served, until [`end`](Self::end).
-    /// When all have, there is a [`Decision::Done`]: at once if nobody is in the books.
+    /// Makes every mirror release `ranges`, and serves no fetch of them until [`end`](Self::end). A
+    /// [`Decision::Done`] follows once all have released them, at once if the books are empty.
     pub fn invalidate(&mut self, ranges: RangeSet, now: Time) -> InvalidationId {
         self.now = self.now.max(now);
         let id = InvalidationId(self.next_invalidation);
@@ -46,7 +46,7 @@ impl Owner {
         id
     }
 
-    /// Sends what has room in a member's window.
+    /// Sends as many `Inv` as the member's window allows.
     fn pump(&mut self, number: u64) {
         let (now, window, epoch) = (self.now, self.terms.window, self.epoch(number));
         let resend = now + self.terms.resend;
@@ -70,7 +70,7 @@ impl Owner {
         }
     }
 
-    /// Sends again what was not acknowledged for so long.
+    /// Sends `Inv` again whose acknowledgement is overdue.
     pub(super) fn resend(&mut self, number: u64) {
         let (now, after) = (self.now, self.terms.resend);
         self.send_again(number, |sent| sent + after <= now);
@@ -96,8 +96,8 @@ impl Owner {
         }
     }
 
-    /// Says that a host can be reached anew: what it has not acknowledged is sent again, because
-    /// what was on its way may be lost. Closes and renews nothing.
+    /// Tells the owner that a host can be reached anew. Sends every `Inv` without acknowledgement
+    /// again, because earlier ones may be lost. Ends and renews no epoch.
     pub fn connected(&mut self, host: Host, now: Time) {
         self.now = self.now.max(now);
         let of_host = |member: &Member| {
@@ -144,7 +144,7 @@ impl Owner {
             .map(|(number, _)| self.epoch(*number))
     }
 
-    /// One member less to wait for.
+    /// Records that the invalidation no longer waits for `epoch`.
     pub(super) fn end_for(&mut self, id: InvalidationId, epoch: Epoch, ending: Ending) {
         let Some(invalidation) = self.invalidations.get_mut(&id) else { return };
         if invalidation.waiting.remove(&epoch.number) {
@@ -163,7 +163,7 @@ impl Owner {
         self.decisions.push_back(Decision::Done { invalidation: id, endings });
     }
 
-    /// Whoever has not acknowledged by now is renewed no more.
+    /// Expels the members that have not acknowledged by now.
     pub(super) fn lose_patience(&mut self, id: InvalidationId) {
         let waiting = self.invalidations.get(&id).map(|invalidation| invalidation.waiting.clone());
         for number in waiting.into_iter().flatten() {
@@ -171,10 +171,11 @@ impl Owner {
         }
     }
 
-    /// Says that the memory has changed, or will not: fetches of the ranges are served again.
+    /// Tells the owner that the memory has changed, or will not change. Fetches of the ranges are
+    /// served again.
     ///
     /// # Errors
-    /// [`EndError`], and nothing has changed.
+    /// [`EndError`]; nothing has changed then.
     pub fn end(&mut self, id: InvalidationId, now: Time) -> Result<(), EndError> {
         self.now = self.now.max(now);
         let invalidation = self.invalidations.get(&id).ok_or(EndError::Unknown(id))?;
@@ -187,7 +188,8 @@ impl Owner {
         Ok(())
     }
 
-    /// Epochs that an invalidation still waits for; none if there is no such invalidation.
+    /// Returns the epochs that an invalidation still waits for; none if there is no such
+    /// invalidation.
     pub fn waiting(&self, id: InvalidationId) -> impl Iterator<Item = Epoch> + '_ {
         self.invalidations
             .get(&id)

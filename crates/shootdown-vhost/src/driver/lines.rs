@@ -1,4 +1,4 @@
-//! The two sockets of a session, as far as they go without waiting.
+//! The two sockets of a session, without any wait.
 #![forbid(unsafe_code)]
 
 use super::ServeError;
@@ -34,7 +34,8 @@ impl Line {
         }
     }
 
-    /// A front-end that is gone is no error, whichever socket says so first.
+    /// Records an error. A front-end that has disconnected is none, on whichever socket it shows
+    /// first.
     fn fail(&mut self, error: ServeError) -> Result<(), ServeError> {
         let gone = |error: &io::Error| {
             matches!(error.kind(), io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe)
@@ -43,13 +44,13 @@ impl Line {
         if self.gone { Ok(()) } else { Err(error) }
     }
 
-    /// Whether it is listened to: not while the peer does not take what it is sent, or has too many
-    /// answers due.
+    /// Returns `true` if messages are received: not while the peer does not take what is sent, and
+    /// not while too many answers are due.
     pub(super) fn listens(&self) -> bool {
         self.sender.len() < FULL && !self.muted
     }
 
-    /// Whether something is left to be sent.
+    /// Returns `true` if something is left to be sent.
     pub(super) fn is_full(&self) -> bool {
         !self.sender.is_empty()
     }
@@ -57,25 +58,25 @@ impl Line {
 
 pub(super) struct Lines {
     all: Vec<Line>,
-    /// Received on the back-end channel, and not handled.
+    /// An answer received on the back-end channel and not yet handled.
     answer: Option<Message>,
 }
 
-/// So many messages are moved before others have their turn.
+/// Number of messages moved before other tasks run.
 const AT_ONCE: usize = 64;
-/// As many bytes may wait to be sent before nothing more is received.
+/// Number of unsent bytes above which nothing is received.
 const FULL: usize = 1 << 16;
-/// As many answers may be due before nothing more is received.
+/// Number of due answers above which nothing is received.
 const DUE: usize = 1024;
 
-/// How far it went.
+/// Result of a step.
 #[derive(PartialEq)]
 pub(super) enum Step {
-    /// Nothing is left to do until a socket is ready or the session wakes.
+    /// There is no work until a socket is ready or the session wakes.
     Idle,
-    /// There may be more to do.
+    /// There may be more work.
     More,
-    /// The front-end has gone.
+    /// The front-end has disconnected.
     Ended,
 }
 
@@ -84,7 +85,7 @@ impl Lines {
         Self { all: vec![Line::new(frontend, Channel::Frontend)], answer: None }
     }
 
-    /// When nobody is listened to any more.
+    /// Makes lines without sockets.
     pub(super) fn none() -> Self {
         Self { all: Vec::new(), answer: None }
     }
@@ -93,7 +94,7 @@ impl Lines {
         &self.all
     }
 
-    /// Moves messages that can be moved. After each that is received the session's output comes
+    /// Moves the messages that can be moved. After each received message the session's output goes
     /// first.
     pub(super) fn step<D: Device>(
         &mut self,
@@ -117,7 +118,7 @@ impl Lines {
                     _ => {}
                 }
             }
-            // What was heard is answered first.
+            // Answers what was received first.
             if closes && self.all.iter().any(Line::is_full) {
                 return Ok(Step::Idle);
             }
@@ -135,7 +136,8 @@ impl Lines {
                 line.muted = session.due() >= DUE;
             }
             if self.all.iter().any(|line| line.channel == Channel::Frontend && !line.listens()) {
-                // Nor the other one: what the front-end has sent before is not heard.
+                // Does not receive from the other socket either: earlier messages of the front-end
+                // have not been handled.
                 return Ok(Step::Idle);
             }
             if let Some(message) = self.receive(Channel::Frontend)? {
@@ -143,8 +145,8 @@ impl Lines {
             } else if let Some(answer) = self.answer.take() {
                 session.receive(Channel::Backend, answer)?;
             } else {
-                // What the front-end has sent before its answer comes before it, on the other
-                // channel.
+                // Messages that the front-end has sent before its answer are handled before it, on
+                // the other channel.
                 self.answer = self.receive(Channel::Backend)?;
                 let ended = self.all.iter().any(|line| line.gone);
                 if self.answer.is_none() && !ended {
@@ -155,7 +157,7 @@ impl Lines {
         Ok(Step::More)
     }
 
-    /// The next message of a channel, if there is one now and its peer takes what it is sent.
+    /// Receives the next message of a channel, if there is one and the peer takes what is sent.
     fn receive(&mut self, channel: Channel) -> Result<Option<Message>, ServeError> {
         let Some(line) = self.all.iter_mut().find(|line| line.channel == channel) else {
             return Ok(None);

@@ -1,4 +1,4 @@
-//! Messages on a socket that does not block.
+//! Messages on a non-blocking socket.
 #![forbid(unsafe_code)]
 
 use super::ServeError;
@@ -11,27 +11,27 @@ use std::io::{self, IoSlice, IoSliceMut};
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
-/// As many descriptors come with a message at most.
+/// Maximum number of descriptors of a message.
 const DESCRIPTORS: usize = 8;
 
-/// What has been received of the next message.
+/// The received part of the next message.
 #[derive(Default)]
 pub(super) struct Receiver {
     header: Vec<u8>,
-    /// Once the header is complete; with the length of its payload.
+    /// The message and the length of its payload, once the header is complete.
     message: Option<(Message, usize)>,
     fds: Vec<OwnedFd>,
 }
 
-/// What a look at a socket has come to.
+/// Result of a receive.
 pub(super) enum Received {
     Message(Message),
-    /// The peer has closed it.
+    /// The peer has closed the socket.
     End,
 }
 
 impl Receiver {
-    /// The next message. `WouldBlock` when there is none yet.
+    /// Receives the next message. Returns `WouldBlock` if it is not complete yet.
     pub(super) fn receive(&mut self, socket: BorrowedFd<'_>) -> Result<Received, ServeError> {
         loop {
             if self.message.is_none() && self.header.len() == HEADER {
@@ -80,7 +80,7 @@ impl Receiver {
     }
 }
 
-/// What is still to be sent.
+/// Bytes and descriptors that wait to be sent.
 #[derive(Default)]
 pub(super) struct Sender {
     bytes: Vec<u8>,
@@ -93,7 +93,7 @@ impl Sender {
         self.fds.extend(message.fds);
     }
 
-    /// How many bytes the peer has not taken.
+    /// Returns the number of bytes that the peer has not taken.
     pub(super) fn len(&self) -> usize {
         self.bytes.len()
     }
@@ -102,7 +102,7 @@ impl Sender {
         self.bytes.is_empty()
     }
 
-    /// Sends as much as the socket takes. `WouldBlock` when some is left.
+    /// Sends as much as the socket takes. Returns `WouldBlock` if some is left.
     pub(super) fn send(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         while !self.bytes.is_empty() {
             let fds: Vec<_> = self.fds.iter().map(AsFd::as_fd).collect();

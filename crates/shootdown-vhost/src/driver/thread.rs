@@ -1,4 +1,4 @@
-//! A driver that is a plain thread.
+//! A driver as a plain thread.
 #![forbid(unsafe_code)]
 
 use super::ServeError;
@@ -12,12 +12,12 @@ use std::io;
 use std::os::unix::net::UnixStream;
 use std::task::Context;
 
-/// Serves one front-end on the calling thread, until it goes away. Returns when all rings have
+/// Serves one front-end on the calling thread until it disconnects. Returns when all rings have
 /// ended, so that the next session of the device may begin. [`Session::stopper`] ends it from
 /// elsewhere.
 ///
 /// # Errors
-/// [`ServeError`]: the connection is closed then, after the same wait.
+/// [`ServeError`]. The connection is closed then, also after all rings have ended.
 pub fn serve<D: Device>(socket: UnixStream, mut session: Session<D>) -> Result<(), ServeError> {
     let bell = Bell::new()?;
     let waker = waker(bell.clone());
@@ -34,7 +34,7 @@ pub fn serve<D: Device>(socket: UnixStream, mut session: Session<D>) -> Result<(
             break Err(error.into());
         }
     };
-    // Before the socket is closed: who sees that takes it for an answer.
+    // Before the socket is closed: the front-end takes that for an answer.
     while session.poll_closed(&mut cx).is_pending() {
         wait(&bell, &Lines::none())?;
     }

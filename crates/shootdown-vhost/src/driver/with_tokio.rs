@@ -1,4 +1,4 @@
-//! A driver that is a task of tokio.
+//! A driver as a task of tokio.
 #![forbid(unsafe_code)]
 
 use super::ServeError;
@@ -12,18 +12,18 @@ use std::sync::Arc;
 use std::task::{Context, Poll};
 use tokio::io::Interest;
 
-/// Serves one front-end, until it goes away. Resolves when all rings have ended, so that the next
+/// Serves one front-end until it disconnects. Resolves when all rings have ended, so that the next
 /// session of the device may begin.
 ///
 /// # Errors
-/// [`ServeError`]: the connection is closed then, after the same wait.
+/// [`ServeError`]. The connection is closed then, also after all rings have ended.
 ///
 /// # Panics
-/// Outside of a runtime of tokio whose I/O is enabled.
+/// Outside of a tokio runtime with I/O enabled.
 ///
 /// # Cancel safety
-/// Dropped, the connection is closed at once, whatever is in flight: to the front-end that is an
-/// answer. Let it end by itself.
+/// If the future is dropped, the connection is closed at once, whatever is in flight. The front-end
+/// takes that for an answer. Let it end by itself.
 pub async fn serve<D: Device>(
     socket: UnixStream,
     mut session: Session<D>,
@@ -35,7 +35,7 @@ pub async fn serve<D: Device>(
             match lines.step(&mut session, cx)? {
                 Step::Idle => {}
                 Step::More => {
-                    // Other tasks have their turn.
+                    // Lets other tasks run.
                     cx.waker().wake_by_ref();
                     return Poll::Pending;
                 }
@@ -52,7 +52,7 @@ pub async fn serve<D: Device>(
         }
     })
     .await;
-    // Before the socket is closed: who sees that takes it for an answer.
+    // Before the socket is closed: the front-end takes that for an answer.
     std::future::poll_fn(|cx| session.poll_closed(cx)).await;
     drop((watched, lines));
     ended
@@ -61,11 +61,11 @@ pub async fn serve<D: Device>(
 /// A socket that the reactor watches.
 struct Watched {
     socket: Arc<OwnedFd>,
-    /// Another descriptor of it.
+    /// A duplicate of its descriptor.
     stream: tokio::net::UnixStream,
 }
 
-/// Has the reactor watch the sockets of `lines`, in their order.
+/// Makes the reactor watch the sockets of `lines`, in their order.
 fn register(lines: &Lines, watched: &mut Vec<Watched>) -> io::Result<()> {
     for (at, line) in lines.all().iter().enumerate() {
         if watched.get(at).is_some_and(|watched| Arc::ptr_eq(&watched.socket, &line.socket)) {
@@ -83,7 +83,8 @@ fn register(lines: &Lines, watched: &mut Vec<Watched>) -> io::Result<()> {
     Ok(())
 }
 
-/// Whether the socket may have become ready since it was last tried; otherwise the task is woken.
+/// Returns `true` if the socket may have become ready since the last try. Otherwise the task is
+/// woken later.
 fn is_ready(
     line: &Line,
     stream: &tokio::net::UnixStream,
@@ -107,7 +108,7 @@ fn is_ready(
     Ok(again)
 }
 
-/// The socket was ready for `interest`, and is tried again next.
+/// Records that `interest` was used up, so that the socket is tried again next time.
 fn clear(stream: &tokio::net::UnixStream, interest: Interest) {
     let _ = stream.try_io(interest, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
 }

@@ -1,4 +1,4 @@
-//! Translations that are asked for: once for all that miss the same page.
+//! Questions for translations. All misses of one page share one question (V3).
 #![forbid(unsafe_code)]
 
 use super::{MapError, PAGE};
@@ -8,24 +8,24 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use vm_memory::Permissions;
 
-/// So many are asked for before the first is answered, at most.
+/// Maximum number of questions sent before the first is answered.
 const SENT: usize = 16;
 
-/// A translation that is asked for.
+/// A question for a translation.
 #[derive(Debug)]
 pub(super) struct Miss {
     pub(super) iova: u64,
     pub(super) access: Permissions,
-    /// 1 when who waits is to look again.
+    /// Signalled with 1 when the waiters must look again.
     pub(super) over: Timeline,
-    /// There is none.
+    /// The front-end has no translation.
     refused: AtomicBool,
-    /// Nobody will answer.
+    /// There will be no answer.
     left: AtomicBool,
 }
 
 impl Miss {
-    /// Once it is over.
+    /// Returns the result. Call it once the question is over.
     pub(super) fn outcome(&self) -> Result<(), MapError> {
         if self.left.load(Ordering::Acquire) {
             Err(MapError::Nobody { iova: self.iova })
@@ -47,34 +47,34 @@ fn key(iova: u64, access: Permissions) -> Key {
     (iova / PAGE, access as u8)
 }
 
-/// How misses are answered.
+/// How the front-end answers misses.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub(super) enum Answers {
-    /// There is nobody to ask.
+    /// There is no front-end to ask.
     #[default]
     Nobody,
     /// By an UPDATE, or not at all.
     Silent,
-    /// Each has an answer, after its UPDATE if there is one.
+    /// Each miss gets an answer, after its UPDATE if there is one.
     Each,
 }
 
-/// What is asked for. Whoever is no longer waited for is signalled outside of the lock.
+/// All questions. Those that are over are signalled outside of the lock.
 #[derive(Debug, Default)]
 pub(super) struct Asked {
     pub(super) answers: Answers,
-    /// By page and access, until who waits is to look again.
+    /// Questions by page and access, until their waiters must look again.
     waiting: BTreeMap<Key, Arc<Miss>>,
-    /// Those of them that were not sent yet.
+    /// Those of `waiting` that have not been sent.
     unsent: VecDeque<Arc<Miss>>,
-    /// Sent, and not answered.
+    /// Questions sent and not answered.
     sent: VecDeque<Arc<Miss>>,
-    /// The last UPDATE told of more than a page.
+    /// The last UPDATE covered more than a page.
     large: bool,
 }
 
 impl Asked {
-    /// Asks for the translation of `iova`, alone or with others.
+    /// Asks for the translation of `iova`, or joins an equal question.
     pub(super) fn ask(&mut self, iova: u64, access: Permissions) -> Arc<Miss> {
         let miss = self.waiting.entry(key(iova, access)).or_insert_with(|| {
             let [refused, left] = [const { AtomicBool::new(false) }; 2];
@@ -85,8 +85,8 @@ impl Asked {
         miss.clone()
     }
 
-    /// The next one that is to be sent. Where UPDATEs tell of more than a page, one at a time: the
-    /// next may be known by its answer.
+    /// Returns the next question to send. If UPDATEs cover more than a page, one is sent at a time,
+    /// because its answer may cover the next one.
     pub(super) fn next(&mut self) -> Option<Arc<Miss>> {
         let most = if self.large { 1 } else { SENT };
         if self.answers == Answers::Each && self.sent.len() >= most {
@@ -103,14 +103,14 @@ impl Asked {
         self.waiting.get(&miss.key()).is_some_and(|waiting| Arc::ptr_eq(waiting, miss))
     }
 
-    /// Takes those out that wait for a part of `range` and that `over` says are over.
+    /// Removes the questions for parts of `range` that `over` selects.
     fn take(&mut self, range: AddressRange, over: impl Fn(&Miss) -> bool) -> Vec<Arc<Miss>> {
         let near = self.waiting.range((range.start() / PAGE, 0)..=(range.last() / PAGE, u8::MAX));
         let of_these =
             near.map(|(_, miss)| miss).filter(|miss| range.contains(miss.iova) && over(miss));
         let of_these: Vec<_> = of_these.cloned().collect();
         of_these.iter().for_each(|miss| drop(self.waiting.remove(&miss.key())));
-        // So there are never more of them than are waited for.
+        // So there are never more of them than waiters.
         if !of_these.is_empty() {
             let mut unsent = std::mem::take(&mut self.unsent);
             unsent.retain(|miss| self.is_waited_for(miss));
@@ -119,18 +119,18 @@ impl Asked {
         of_these
     }
 
-    /// An UPDATE has told of `range`. Returns those whose waiters look again: where it does not
-    /// allow the access, another one may be still to come, and where each miss has an answer that
-    /// says so.
+    /// Handles an UPDATE of `range`. Returns the questions whose waiters must look again. A
+    /// question whose access is not permitted stays: another UPDATE may follow, or, if each miss is
+    /// answered, the answer tells.
     #[must_use = "who waits for them is to be told"]
     pub(super) fn filled(&mut self, range: AddressRange, access: Permissions) -> Vec<Arc<Miss>> {
         self.large = range.last() / PAGE > range.start() / PAGE;
         self.take(range, |miss| access.allow(miss.access))
     }
 
-    /// The front-end has answered the first that was sent. Returns it if somebody waits for it
-    /// still; `Err`: nobody has asked. Without an UPDATE it is refused whatever the answer says:
-    /// then the access is not allowed.
+    /// Handles the answer to the first question that was sent. Returns the question if it still has
+    /// waiters, and `Err` if none was sent. Without an UPDATE the question is refused, whatever the
+    /// answer says: the access is not permitted then.
     pub(super) fn answered(&mut self) -> Result<Option<Arc<Miss>>, ()> {
         let miss = self.sent.pop_front().ok_or(())?;
         if !self.is_waited_for(&miss) {
@@ -141,29 +141,29 @@ impl Asked {
         Ok(Some(miss))
     }
 
-    /// Whoever waits is to look, and to ask, again: an answer that is still to come is one to
-    /// nobody. Returns all that waits.
+    /// Makes all waiters look, and ask, again. An answer that is still to come counts for none of
+    /// them. Returns all questions.
     #[must_use = "who waits for them is to be told"]
     pub(super) fn anew(&mut self) -> Vec<Arc<Miss>> {
         self.unsent.clear();
         std::mem::take(&mut self.waiting).into_values().collect()
     }
 
-    /// The same for those that wait for a part of `range`: what was to be said of it may be said of
-    /// what was there before.
+    /// Makes the waiters for parts of `range` look again: an answer to them may describe the former
+    /// translation.
     #[must_use = "who waits for them is to be told"]
     pub(super) fn invalidated(&mut self, range: AddressRange) -> Vec<Arc<Miss>> {
         self.take(range, |_| true)
     }
 
-    /// The channel is another one: what was asked on the former is not answered any more.
+    /// Starts a new channel. Questions on the former one will not be answered.
     #[must_use = "who waits for them is to be told"]
     pub(super) fn channel(&mut self) -> Vec<Arc<Miss>> {
         self.sent.clear();
         self.anew()
     }
 
-    /// There is nobody to ask any more. Returns all that waits.
+    /// Ends all questions, because there is no front-end to ask. Returns them.
     #[must_use = "who waits for them is to be told"]
     pub(super) fn end(&mut self) -> Vec<Arc<Miss>> {
         self.answers = Answers::Nobody;

@@ -1,4 +1,4 @@
-//! Translations by I/O virtual address. A plain data structure.
+//! Translations by I/O virtual address, as a plain data structure.
 #![forbid(unsafe_code)]
 
 use crate::memory::Place;
@@ -7,7 +7,7 @@ use shootdown::AddressRange;
 use std::collections::BTreeMap;
 use vm_memory::Permissions;
 
-/// As many translations are kept at most.
+/// Maximum number of translations.
 pub(super) const MOST: usize = 65_536;
 
 #[derive(Clone, Debug)]
@@ -18,23 +18,24 @@ struct Translation {
 }
 
 impl Translation {
-    /// What is left of it from `by` bytes on.
+    /// Returns the rest of the translation from `by` bytes on.
     fn after(&self, by: u64) -> Self {
         let offset = self.place.offset + usize::try_from(by).expect("it is inside of the region");
         Self { place: Place { region: self.place.region.clone(), offset }, ..self.clone() }
     }
 }
 
-/// No two of them overlap.
+/// Translations that do not overlap.
 #[derive(Debug, Default)]
 pub(super) struct Table {
     by_start: BTreeMap<u64, Translation>,
-    /// It is the guest's memory as it is: nothing of it is ever invalidated.
+    /// The table maps the guest's memory as it is, and nothing of it is ever invalidated.
     identity: bool,
 }
 
 impl Table {
-    /// Where all of `range` is. Otherwise the first address that may not be accessed so.
+    /// Finds the memory of all of `range`. Otherwise returns the first address that does not permit
+    /// the access.
     pub(super) fn look_up(
         &self,
         range: AddressRange,
@@ -60,7 +61,7 @@ impl Table {
         }
     }
 
-    /// Whether all of `ranges` are known; then `parts` has where they are.
+    /// Returns `true` if all of `ranges` are known. `parts` then has their memory.
     pub(super) fn has_all<'p>(
         &self,
         ranges: &[(AddressRange, Permissions)],
@@ -72,14 +73,14 @@ impl Table {
             .all(|((range, access), parts)| self.look_up(*range, *access, parts).is_ok())
     }
 
-    /// The next address after `at` up to `last` that may not be accessed so.
+    /// Returns the first address after `at` and up to `last` that does not permit the access.
     pub(super) fn next_gap(&self, at: u64, last: u64, access: Permissions) -> Option<u64> {
         let range = AddressRange::new(at, (last - at).checked_add(1)?).ok()?;
         self.look_up(range, access, &mut Parts::default()).err()
     }
 
-    /// `range` is at `place`, whatever it was before. Says whether there were too many, so that all
-    /// others were forgotten.
+    /// Maps `range` to `place`, and replaces what was there. Returns `true` if there were too many
+    /// translations, so that all others were removed.
     pub(super) fn insert(
         &mut self,
         range: AddressRange,
@@ -95,7 +96,7 @@ impl Table {
         full
     }
 
-    /// Forgets `range`, and no more than that.
+    /// Removes exactly `range`.
     pub(super) fn remove(&mut self, range: AddressRange) {
         if let Some((start, before)) = self.by_start.range_mut(..range.start()).next_back()
             && before.last >= range.start()
@@ -103,7 +104,7 @@ impl Table {
             let rest = (before.last > range.last()).then(|| before.after(range.last() - start + 1));
             before.last = range.start() - 1;
             if let Some(rest) = rest {
-                // Otherwise it is asked for again.
+                // Without room, the rest is asked for again.
                 if self.by_start.len() < MOST {
                     self.by_start.insert(range.last() + 1, rest);
                 }
@@ -118,21 +119,21 @@ impl Table {
         }
     }
 
-    /// INVALIDATE: forgets `range`, where there is an IOMMU.
+    /// Handles INVALIDATE: removes `range`, if there is an IOMMU.
     pub(super) fn invalidate(&mut self, range: AddressRange) {
         if !self.identity {
             self.remove(range);
         }
     }
 
-    /// Forgets all that an IOMMU has said.
+    /// Removes every translation of an IOMMU.
     pub(super) fn forget_all(&mut self) {
         if !self.identity {
             self.by_start.clear();
         }
     }
 
-    /// Begins anew, with an IOMMU or without.
+    /// Empties the table, for a device with an IOMMU or without.
     pub(super) fn clear(&mut self, identity: bool) {
         self.by_start.clear();
         self.identity = identity;
@@ -154,7 +155,7 @@ mod tests {
         AddressRange::new(first * PAGE, count * PAGE).unwrap()
     }
 
-    /// Against a map from pages to pages.
+    /// Compares with a map from pages to pages.
     #[test]
     fn a_table_is_a_map_of_pages() {
         let region = region(64);

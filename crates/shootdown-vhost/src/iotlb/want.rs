@@ -1,27 +1,27 @@
-//! What a device wants of an IOTLB, and why it has it not.
+//! Requests to an IOTLB, and their errors.
 #![forbid(unsafe_code)]
 
 use shootdown::AddressRange;
 use vm_memory::Permissions;
 
-/// What a device wants to access.
+/// A range and an access that a device wants.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Want {
-    /// The first I/O virtual address.
+    /// First I/O virtual address.
     pub iova: u64,
-    /// The number of bytes, at least 1.
+    /// Number of bytes, at least 1.
     pub len: u64,
-    /// What the device does there.
+    /// Access of the device.
     pub access: Permissions,
 }
 
 impl Want {
-    /// The device reads `len` bytes at `iova`.
+    /// Wants to read `len` bytes at `iova`.
     pub fn read(iova: u64, len: u64) -> Self {
         Self { iova, len, access: Permissions::Read }
     }
 
-    /// The device writes `len` bytes at `iova`.
+    /// Wants to write `len` bytes at `iova`.
     pub fn write(iova: u64, len: u64) -> Self {
         Self { iova, len, access: Permissions::Write }
     }
@@ -32,37 +32,37 @@ impl Want {
     }
 }
 
-/// Why there is no mapping.
+/// Reason why there is no mapping.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[non_exhaustive]
 pub enum MapError {
     /// The range is empty or wraps around.
     #[error("{len} bytes at {iova:#x} are no range of I/O virtual addresses")]
     NoRange {
-        /// The first address that was asked for.
+        /// First requested address.
         iova: u64,
-        /// The length that was asked for.
+        /// Requested length.
         len: u64,
     },
-    /// The front-end has no translation, or one that does not allow the access.
+    /// The front-end has no translation, or one that does not permit the access.
     #[error("the front-end has no translation of {iova:#x} that allows {access:?}")]
     Refused {
-        /// The first address without one.
+        /// First address without one.
         iova: u64,
-        /// What was to be done there.
+        /// Requested access.
         access: Permissions,
     },
-    /// There are more translations in these ranges than are kept at a time.
+    /// The ranges have more translations than are kept at a time.
     #[error("the ranges from {iova:#x} on have more translations than are kept at a time")]
     TooMany {
-        /// The first address that is not known now.
+        /// First address that is not known at the moment.
         iova: u64,
     },
-    /// Nobody would answer: the session has ended or has no back-end channel, or the device has
-    /// been stopped.
+    /// There is no answer to wait for: the session has ended or has no back-end channel, or the
+    /// device was stopped.
     #[error("{iova:#x} is not known, and there is nobody to ask")]
     Nobody {
-        /// The first address without a translation.
+        /// First address without a translation.
         iova: u64,
     },
 }

@@ -1,36 +1,36 @@
-//! What a ring leaves when it ends, for the next one of its queue.
+//! State that a ring leaves to the next ring of its queue.
 #![forbid(unsafe_code)]
 
 use super::split::Layout;
 use crate::parts::Parts;
 
-/// What the next ring of a queue goes on with.
+/// Start of the next ring of a queue.
 #[derive(Clone, Debug, Default)]
 pub(crate) struct End {
-    /// The next entry of the available ring.
+    /// Next entry of the available ring.
     pub(crate) base: u16,
-    /// The next entry of the used ring, if that has been read.
+    /// Next entry of the used ring, if that has been read.
     index: Option<u16>,
-    /// Requests that are done and that the used ring could not be told of: head, bytes written.
+    /// Requests that are done and not in the used ring: head and bytes written.
     untold: Vec<(u16, u32)>,
 }
 
 impl End {
-    /// Nothing is left.
+    /// Makes a start at `base` with nothing left.
     pub(crate) fn at(base: u16) -> Self {
         Self { base, ..Self::default() }
     }
 }
 
-/// How far a ring is with what it has taken.
+/// Progress of a ring with the requests that it has taken.
 #[derive(Debug, Default)]
 pub(super) struct Progress {
-    /// The next entry of the used ring, once that has been read.
+    /// Next entry of the used ring, once that has been read.
     index: Option<u16>,
-    /// Entries of the available ring that the device has.
+    /// Entries of the available ring whose requests the device has.
     taken: Vec<u16>,
     untold: Vec<(u16, u32)>,
-    /// Of the ring before.
+    /// State that the former ring has left.
     before: Option<End>,
 }
 
@@ -40,7 +40,7 @@ impl Progress {
         Self { before, ..Self::default() }
     }
 
-    /// How many requests the device has.
+    /// Returns the number of requests that the device has.
     pub(super) fn in_flight(&self) -> usize {
         self.taken.len()
     }
@@ -49,8 +49,8 @@ impl Progress {
         self.taken.push(entry);
     }
 
-    /// Reads where the used ring is, once. Says whether something was put there: what the ring
-    /// before could not tell, if this is the same used ring still.
+    /// Reads the next entry of the used ring, once. Puts what the former ring has left there, if
+    /// the used ring is still the same. Returns `true` if something was put.
     pub(super) fn begin(&mut self, layout: Layout, used: &Parts) -> Option<bool> {
         if self.index.is_some() {
             return Some(false);
@@ -78,7 +78,7 @@ impl Progress {
         Some(())
     }
 
-    /// Tells the used ring of what was taken from `entry`. Returns its place there.
+    /// Puts the request of `entry` into the used ring. Returns its place there.
     pub(super) fn tell(
         &mut self,
         layout: Layout,
@@ -93,21 +93,21 @@ impl Progress {
         Some(index)
     }
 
-    /// Once: one that is 65,536 entries older may have the same number.
+    /// Removes one: an entry that is 65,536 entries older may have the same number.
     fn forget(&mut self, entry: u16) {
         if let Some(at) = self.taken.iter().position(|taken| *taken == entry) {
             self.taken.swap_remove(at);
         }
     }
 
-    /// It cannot be told now.
+    /// Keeps a request that cannot be put now.
     pub(super) fn keep(&mut self, entry: u16, head: u16, len: u32) {
         self.forget(entry);
         self.untold.push((head, len));
     }
 
-    /// The ring has ended at `base`. The next one begins before the last requests that the device
-    /// has given up.
+    /// Ends the ring at `base`. The next ring begins before the last requests that the device has
+    /// given up.
     pub(super) fn end(&mut self, mut base: u16) -> End {
         let mut taken = std::mem::take(&mut self.taken);
         while let Some(at) = taken.iter().position(|entry| *entry == base.wrapping_sub(1)) {
@@ -120,7 +120,7 @@ impl Progress {
                 "requests that the device has given up, and later ones are done"
             );
         }
-        // Also if the used ring was never looked at.
+        // Also if the used ring was never read.
         let before = self.before.take().unwrap_or_default();
         let index = self.index.or(before.index);
         let untold = before.untold.into_iter().chain(std::mem::take(&mut self.untold)).collect();

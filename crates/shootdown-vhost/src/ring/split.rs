@@ -1,4 +1,4 @@
-//! The layout of a split virtqueue (virtio 1.2, section 2.7), and nothing that waits.
+//! The layout of a split virtqueue (virtio 1.2, section 2.7), without any wait.
 #![forbid(unsafe_code)]
 
 use super::RingError;
@@ -10,23 +10,23 @@ use virtio_bindings::virtio_ring::{
 };
 use vm_memory::Permissions;
 
-/// The size of a descriptor in bytes.
+/// Size of a descriptor in bytes.
 pub(super) const DESCRIPTOR: u64 = 16;
-/// As many descriptors an indirect table may have.
+/// Maximum number of descriptors of an indirect table.
 pub(super) const LONGEST_TABLE: u64 = 4096;
-/// As many bytes all buffers of a chain have at most (virtio 1.2, section 2.7.5).
+/// Maximum number of bytes of all buffers of a chain (virtio 1.2, section 2.7.5).
 pub(super) const LONGEST_CHAIN: u64 = 1 << 32;
-/// The size of an entry of the used ring in bytes.
+/// Size of an entry of the used ring in bytes.
 const USED: usize = 8;
 
-/// Where the three parts of a ring are, as I/O virtual addresses.
+/// The three parts of a ring, as I/O virtual addresses.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct Layout {
     pub(super) size: u16,
     pub(super) descriptors: u64,
     pub(super) available: u64,
     pub(super) used: u64,
-    /// Whether kicks and calls go by index (VIRTIO_RING_F_EVENT_IDX).
+    /// Kicks and calls go by index (VIRTIO_RING_F_EVENT_IDX).
     pub(super) event_idx: bool,
 }
 
@@ -58,7 +58,7 @@ impl Descriptor {
     }
 }
 
-/// The length of an indirect table in bytes, if it may be one.
+/// Returns the length of an indirect table in bytes, if it is valid.
 pub(super) fn table_len(table: Descriptor) -> Option<u64> {
     let len = u64::from(table.len);
     let fits = len > 0 && len % DESCRIPTOR == 0 && len / DESCRIPTOR <= LONGEST_TABLE;
@@ -79,7 +79,8 @@ fn descriptor(table: &Parts, at: u16) -> Option<Descriptor> {
     })
 }
 
-/// The chain from `first` on in a table of `size` descriptors. An indirect one ends it.
+/// Returns the chain from `first` on in a table of `size` descriptors. An indirect descriptor ends
+/// it.
 pub(super) fn chain(
     table: &Parts,
     first: u16,
@@ -105,7 +106,7 @@ impl Layout {
         if self.event_idx { 2 } else { 0 }
     }
 
-    /// The available ring, the used ring.
+    /// Returns the available ring and the used ring.
     pub(super) fn to_put(self) -> [Want; 2] {
         [self.want_available(), self.want_used()]
     }
@@ -119,7 +120,7 @@ impl Layout {
         Want { iova: self.used, len, access: Permissions::ReadWrite }
     }
 
-    /// The descriptors, the available ring, the used ring.
+    /// Returns the descriptors, the available ring and the used ring.
     pub(super) fn all(self) -> [Want; 3] {
         [
             Want::read(self.descriptors, DESCRIPTOR * u64::from(self.size)),
@@ -132,7 +133,7 @@ impl Layout {
         usize::from(index % self.size)
     }
 
-    /// How many entries the available ring has beyond `next`.
+    /// Returns how many entries the available ring has beyond `next`.
     pub(super) fn ahead(self, available: &Parts, next: u16) -> Option<u16> {
         Some(available.load_u16(2)?.wrapping_sub(next))
     }
@@ -141,7 +142,8 @@ impl Layout {
         available.load_u16(4 + 2 * self.entry(next))
     }
 
-    /// Asks for a kick once there is more than `next`. What came just before is seen afterwards.
+    /// Requests a kick once there is more than `next`. A request made just before is seen
+    /// afterwards.
     pub(super) fn want_kick(self, used: &Parts, next: u16) -> Option<()> {
         if self.event_idx {
             used.store_u16(4 + USED * usize::from(self.size), next)?;
@@ -164,7 +166,7 @@ impl Layout {
         used.store_u16(2, index.wrapping_add(1))
     }
 
-    /// Whether the driver wants to be called for the entry `index`, which has been put.
+    /// Returns `true` if the driver wants to be called for the entry `index`, which has been put.
     pub(super) fn wants_call(self, available: &Parts, index: u16) -> Option<bool> {
         fence(Ordering::SeqCst);
         if self.event_idx {

@@ -12,12 +12,11 @@ use std::pin::{Pin, pin};
 use std::task::{Context, Poll};
 
 impl Ring {
-    /// The next request, for a thread: it blocks until the driver has made one available. `None`:
-    /// the ring is [stopping](Next::Stopping).
+    /// Returns the next request, and blocks the thread until the driver has made one available.
+    /// Returns `None` if the ring is [stopping](Next::Stopping).
     ///
     /// # Errors
-    /// As for [`next`](Self::next); [`RingError::Wait`] when there is no descriptor left to wait
-    /// with.
+    /// As for [`next`](Self::next). [`RingError::Wait`] if no descriptor is left to wait with.
     pub fn next_wait(&mut self) -> Result<Option<Chain>, RingError> {
         let bell = match &self.bell {
             Some(bell) => bell.clone(),
@@ -34,7 +33,7 @@ impl Ring {
                 loop {
                     match next.as_mut().poll(&mut cx) {
                         Poll::Ready(next) => break next?,
-                        // A translation, or a stop.
+                        // Waits for a translation or a stop.
                         Poll::Pending => drop(wait(&bell, None)?),
                     };
                 }
@@ -53,7 +52,7 @@ impl Ring {
                         let _ = rustix::io::read(self.kick(), &mut [0; 8]);
                         break;
                     }
-                    // Nobody can kick any more.
+                    // The descriptor has failed, so the driver can no longer kick.
                     Some(events) => deaf |= !events.is_empty(),
                     None => {}
                 }
@@ -62,7 +61,7 @@ impl Ring {
     }
 }
 
-/// Waits until the bell has rung or something has happened to `kick`. Says what.
+/// Waits until the bell has rung or `kick` has an event. Returns the event.
 fn wait(bell: &Bell, kick: Option<BorrowedFd<'_>>) -> Result<Option<PollFlags>, RingError> {
     let mut fds: SmallVec<[PollFd<'_>; 2]> = smallvec![PollFd::new(bell, PollFlags::IN)];
     fds.extend(kick.map(|kick| PollFd::from_borrowed_fd(kick, PollFlags::IN)));
@@ -75,8 +74,8 @@ fn wait(bell: &Bell, kick: Option<BorrowedFd<'_>>) -> Result<Option<PollFlags>, 
 }
 
 impl Chain {
-    /// The same as [`complete`](Self::complete), for a thread: it blocks until the driver has been
-    /// told.
+    /// Completes the request like [`complete`](Self::complete), and blocks the thread until the
+    /// driver has been told.
     ///
     /// # Errors
     /// As for [`complete`](Self::complete).

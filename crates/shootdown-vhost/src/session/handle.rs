@@ -1,4 +1,4 @@
-//! What each message of the front-end does.
+//! The effects of each message of the front-end.
 #![forbid(unsafe_code)]
 
 use super::queue::Addresses;
@@ -20,7 +20,7 @@ use virtio_bindings::virtio_config::{VIRTIO_F_ACCESS_PLATFORM, VIRTIO_F_VERSION_
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
 use vm_memory::ByteValued;
 
-/// Features of the transport and of rings. Packed rings are not among them.
+/// Features of the transport and of rings, without packed rings.
 const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
     | 1 << VIRTIO_F_ACCESS_PLATFORM
     | 1 << VIRTIO_RING_F_INDIRECT_DESC
@@ -30,15 +30,15 @@ const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1
 const PROTOCOL: Protocol =
     Protocol::MQ.union(Protocol::REPLY_ACK).union(Protocol::BACKEND_REQ).union(Protocol::CONFIG);
 
-/// As many regions a table has at most.
+/// Maximum number of regions of a table.
 const REGIONS: u32 = 8;
-/// The longest ring.
+/// Largest size of a ring.
 const LONGEST: u32 = 32_768;
 
-/// What a message without an answer of its own came to.
+/// Result of a message without an answer of its own.
 enum Done {
     Ok,
-    /// This side does not do it, for this reason.
+    /// This side refuses it, for this reason.
     Refused(&'static str),
 }
 
@@ -47,7 +47,7 @@ pub(super) fn vring_state(index: usize, base: u16) -> Vec<u8> {
     VhostUserVringState::new(index, u32::from(base)).as_slice().to_vec()
 }
 
-/// The bytes of `[start, start + len)` that there are.
+/// Returns the existing bytes of `[start, start + len)`.
 fn range(start: u64, len: u64) -> Option<AddressRange> {
     let len = len.min((u64::MAX - start).saturating_add(1));
     AddressRange::new(start, len).ok()
@@ -119,7 +119,7 @@ impl<D: Device> Session<D> {
                 let ring: VhostUserVringAddr = message.body()?;
                 let at = self.queue(&message, ring.index)?;
                 let (descriptors, available, used) = (ring.descriptor, ring.available, ring.used);
-                // Nothing is translated here: the front-end is waiting, and serves no miss.
+                // Do not translate here: the front-end is waiting, and serves no miss.
                 self.queues[at].addresses = Some(Addresses { descriptors, available, used });
                 Done::Ok
             }
@@ -143,7 +143,7 @@ impl<D: Device> Session<D> {
         Ok(())
     }
 
-    /// Answers, if that is wanted.
+    /// Answers the message, if it requests an answer.
     fn finish(&mut self, message: &Message, done: Done) {
         let answer = match done {
             Done::Ok => 0u64,
@@ -193,7 +193,7 @@ impl<D: Device> Session<D> {
         Done::Ok
     }
 
-    /// Forgets all translations, and asks from now on as the front-end can answer.
+    /// Removes all translations, and asks from now on in the way that the front-end can answer.
     pub(super) fn translate(&self) {
         match (&self.backend, self.has_iommu()) {
             (_, false) => self.iotlb.without_iommu(),
@@ -207,7 +207,7 @@ impl<D: Device> Session<D> {
 
     pub(super) fn start_queues(&mut self) {
         let memory = (!self.has_iommu()).then(|| self.iotlb.memory());
-        // Then there is no SET_VRING_ENABLE.
+        // There is no SET_VRING_ENABLE then.
         let implicit = self.features & VhostUserVirtioFeatures::PROTOCOL_FEATURES.bits() == 0;
         let mut rings = Vec::new();
         if self.stopping.is_none() {
@@ -226,7 +226,7 @@ impl<D: Device> Session<D> {
             return Err(message.malformed());
         }
         let mut config = self.device.config();
-        // What the device does not have reads as zero.
+        // Bytes beyond the device's configuration read as zero.
         config.resize(config.len().max(offset.saturating_add(size)), 0);
         let bytes = head.as_slice().iter().chain(&config[offset..offset + size]).copied().collect();
         self.reply(message, Due::Now(bytes));
@@ -248,7 +248,7 @@ impl<D: Device> Session<D> {
         Ok(())
     }
 
-    /// All rings stop. Not used any more by front-ends that know better.
+    /// Stops all rings. Newer front-ends do not send it.
     fn reset_owner(&mut self, message: &Message) -> Result<(), ProtocolError> {
         if !message.payload.is_empty() {
             return Err(message.malformed());
@@ -296,7 +296,7 @@ impl<D: Device> Session<D> {
             }
         }
         self.translate();
-        // Who shares new memory takes the old one away.
+        // A front-end that shares new memory takes the old memory away.
         let (quiet, answered) =
             (self.iotlb.wait_for(AddressRange::ALL), self.is_answered(&message));
         self.reply(&message, Due::Quiet(quiet, answered));
@@ -345,7 +345,7 @@ impl<D: Device> Session<D> {
                 Due::Invalidated(self.iotlb.invalidate_in_flight(range), answered)
             }
             Some(Fault::AnswerEarly) => {
-                // The passes belong to the space when it is dropped, and nobody waits for them.
+                // The passes belong to the space once it is dropped, and no answer waits for them.
                 drop(self.iotlb.invalidate(range));
                 Due::Now(if answered { 0u64.to_ne_bytes().to_vec() } else { Vec::new() })
             }
@@ -377,8 +377,8 @@ impl<D: Device> Session<D> {
         };
         let queue = &mut self.queues[at];
         if request == FrontendReq::SET_VRING_KICK {
-            // A ring that runs listens to the former one: it goes on with this one when it has
-            // stopped.
+            // A running ring listens to the former descriptor. It continues with this one after it
+            // has stopped.
             queue.stop();
             queue.kick = descriptor.map(Arc::new);
         } else {

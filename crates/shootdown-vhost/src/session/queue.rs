@@ -1,4 +1,4 @@
-//! A queue, as far as the front-end has set it up, and its ring while that runs.
+//! A queue as the front-end has set it up, and its ring while that runs.
 #![forbid(unsafe_code)]
 
 use crate::iotlb::Iotlb;
@@ -22,7 +22,7 @@ pub(super) struct Addresses {
 enum Phase {
     Stopped(End),
     Running(Running),
-    /// Was told to stop.
+    /// The ring was told to stop.
     Ending(Running),
 }
 
@@ -33,9 +33,9 @@ pub(super) struct Queue {
     pub(super) kick: Option<Arc<OwnedFd>>,
     pub(super) call: Replaceable,
     pub(super) error: Replaceable,
-    /// So many answers wait for the ring's end: no other one starts before.
+    /// Number of answers that wait for the ring's end. No other ring starts before.
     pub(super) awaited: u32,
-    /// Where the next ring begins, if the front-end has said so before this one had ended.
+    /// Start of the next ring, if the front-end has set it before this ring has ended.
     next: Option<u16>,
     phase: Phase,
 }
@@ -59,12 +59,12 @@ impl Default for Queue {
 }
 
 impl Queue {
-    /// Where a stopped ring goes on.
+    /// Returns where a stopped ring continues.
     pub(super) fn base(&self) -> Option<u16> {
         if let Phase::Stopped(end) = &self.phase { Some(end.base) } else { None }
     }
 
-    /// As far as it has come, whether it has stopped or not.
+    /// Returns how far the ring has come, running or stopped.
     pub(super) fn base_now(&self) -> u16 {
         match &self.phase {
             Phase::Stopped(end) => end.base,
@@ -72,7 +72,7 @@ impl Queue {
         }
     }
 
-    /// Says whether it could be set: a ring that runs keeps its place.
+    /// Sets the start of the next ring. Returns `false` if the ring runs and keeps its place.
     pub(super) fn set_base(&mut self, base: u16) -> bool {
         // The device may have dropped its ring just now.
         self.poll_ended(&mut Context::from_waker(&noop_waker()));
@@ -84,12 +84,12 @@ impl Queue {
         true
     }
 
-    /// Where the next ring begins, if that is known before this one has ended.
+    /// Returns the start of the next ring, if it is known before this ring has ended.
     pub(super) fn next_base(&self) -> Option<u16> {
         self.next
     }
 
-    /// Its end has been answered.
+    /// Records that its end has been answered.
     pub(super) fn answered(&mut self) {
         self.awaited -= 1;
         if self.awaited == 0 {
@@ -103,7 +103,8 @@ impl Queue {
         }
     }
 
-    /// What could not be told is told by a ring that goes on where the one before has ended.
+    /// Sets the start. Completed requests that could not be put stay only if the ring continues
+    /// where the former one has ended.
     fn begin_at(&mut self, base: u16) {
         if self.base() != Some(base) {
             self.phase = Phase::Stopped(End::at(base));
@@ -121,7 +122,8 @@ impl Queue {
         };
     }
 
-    /// Its front-end waits for its end, or is gone.
+    /// Lets the ring end without translations: the front-end waits for its end, or has
+    /// disconnected.
     pub(super) fn disconnect(&mut self) {
         self.kick = None;
         self.stop();
@@ -134,7 +136,7 @@ impl Queue {
         if let Phase::Running(running) | Phase::Ending(running) = &mut self.phase
             && let Poll::Ready(end) = running.ended.poll_unpin(cx)
         {
-            // The device may also have dropped it by itself: then it needs a new kick.
+            // If the device has dropped the ring by itself, the queue needs a new kick.
             if let Phase::Running(_) = self.phase {
                 self.kick = None;
             }
@@ -145,7 +147,7 @@ impl Queue {
         }
     }
 
-    /// A ring, if one is to run and none does.
+    /// Starts a ring, if one should run and none does.
     pub(super) fn start(
         &mut self,
         index: u16,
