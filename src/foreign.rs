@@ -178,16 +178,16 @@ pub(crate) type Reporter = Box<dyn Fn(&Report<'_>) + Send + Sync>;
 pub(crate) struct Inside(());
 
 /// The payload of a panic. Its drop never panics, also if the payload's does (F2).
-pub(crate) struct Panic(Option<Box<dyn Any + Send>>);
+pub(crate) struct Panic(Box<dyn Any + Send>);
 
 impl Panic {
     #[cfg(feature = "std")]
     fn into_payload(mut self) -> Box<dyn Any + Send> {
-        self.0.take().unwrap_or_else(|| Box::new(()))
+        core::mem::replace(&mut self.0, Box::new(()))
     }
 
     pub(crate) fn message(&self) -> Option<&str> {
-        let payload = self.0.as_deref()?;
+        let payload = &*self.0;
         payload
             .downcast_ref::<&str>()
             .copied()
@@ -197,7 +197,8 @@ impl Panic {
 
 impl Drop for Panic {
     fn drop(&mut self) {
-        let payload = self.0.take();
+        // The box of a `()` allocates nothing, and its own drop does nothing.
+        let payload = core::mem::replace(&mut self.0, Box::new(()));
         if let Err(second) = keep(|_| drop(payload)) {
             // The second payload's drop may panic again, and so on. Leaking it ends that.
             core::mem::forget(second);
@@ -212,8 +213,7 @@ pub(crate) fn keep<R>(code: impl FnOnce(Inside) -> R) -> Result<R, Panic> {
     assert_no_lock();
     #[cfg(feature = "std")]
     {
-        std::panic::catch_unwind(core::panic::AssertUnwindSafe(|| code(Inside(()))))
-            .map_err(|payload| Panic(Some(payload)))
+        std::panic::catch_unwind(core::panic::AssertUnwindSafe(|| code(Inside(())))).map_err(Panic)
     }
     #[cfg(not(feature = "std"))]
     {

@@ -246,7 +246,6 @@ mod told {
     pub(crate) struct Moment;
 
     impl Moment {
-        #[inline(always)]
         pub(crate) fn now(_losses: &Losses) -> Self {
             Self
         }
@@ -258,7 +257,6 @@ mod told {
     pub(crate) struct Entered;
 
     impl Trace {
-        #[inline(always)]
         pub(crate) fn start(
             _losses: &Arc<Losses>,
             _request: &Request<'_>,
@@ -268,15 +266,12 @@ mod told {
             Self
         }
 
-        #[inline(always)]
         pub(crate) fn enter(&self) -> Entered {
             Entered
         }
 
-        #[inline(always)]
         pub(crate) fn first_pass(&self, _entry: EntryRef, _answer: Answer, _began: Moment) {}
 
-        #[inline(always)]
         pub(crate) fn pass(
             &self,
             _losses: &Losses,
@@ -287,17 +282,11 @@ mod told {
         }
     }
 
-    #[inline(always)]
     pub(crate) fn pass_pends(_losses: &Losses) {}
-    #[inline(always)]
     pub(crate) fn pass_pends_no_more(_losses: &Losses) {}
-    #[inline(always)]
     pub(crate) fn collided(_losses: &Losses) {}
-    #[inline(always)]
     pub(crate) fn retried(_losses: &Losses) {}
-    #[inline(always)]
     pub(crate) fn waited(_losses: &Losses) {}
-    #[inline(always)]
     pub(crate) fn lapsed(_losses: &Losses) {}
 }
 

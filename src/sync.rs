@@ -290,13 +290,11 @@ mod held {
     impl Held {
         #[allow(clippy::new_ret_no_self, reason = "it stands for a wrapper")]
         #[cfg_attr(any(loom, shuttle), allow(dead_code, reason = "as above"))]
-        #[inline(always)]
         pub(crate) fn new<G>(guard: G) -> G {
             guard
         }
     }
 
-    #[inline(always)]
     pub(crate) fn assert_no_lock() {}
 }
 

@@ -22,7 +22,7 @@ use std::sync::Arc;
 use std::task::Poll;
 use support::{Act, Device, Gate, Log, Task, pages};
 
-/// What the rules say of one notifier.
+/// The state of one notifier by the rules.
 struct Notifier {
     /// `None` once it was removed.
     subscription: Option<Arc<Subscription<Device>>>,
@@ -31,13 +31,13 @@ struct Notifier {
     covered_by: Vec<usize>,
 }
 
-/// What the rules say of one invalidation.
+/// The state of one invalidation by the rules.
 struct Running<'s> {
     name: usize,
     set: RangeSet,
-    /// Fences of the devices that have to complete, each with its notifier.
+    /// The fences of the devices that have to complete, each with its notifier.
     gates: Vec<(usize, Gate)>,
-    /// Dropped by its caller: ends by itself.
+    /// Its caller has dropped it, so it ends by itself.
     abandoned: bool,
     future: Option<Task<Pin<Box<Invalidate<'s>>>>>,
     guard: Option<InvalidationGuard<'s>>,
@@ -57,7 +57,7 @@ struct Reader {
     notifier: usize,
     /// The own sequence on entry.
     sequence: u64,
-    /// There has been a moment without a covering invalidation.
+    /// There was a moment without a covering invalidation.
     moment: bool,
     task: Task<Pin<Box<dyn Future<Output = u64>>>>,
 }
@@ -70,7 +70,7 @@ struct Machine<'s> {
     running: Vec<Running<'s>>,
     readers: Vec<Reader>,
     names: usize,
-    /// What can be seen after each step.
+    /// All that could be seen, step by step.
     seen: Vec<String>,
 }
 
@@ -101,7 +101,7 @@ impl<'s> Machine<'s> {
         }
     }
 
-    /// Notes all that can be seen, but for times.
+    /// Notes all that can be seen, except times.
     fn look(&mut self) {
         let mut active = self.space.active();
         active.iter_mut().for_each(|one| one.age = None);
@@ -194,7 +194,7 @@ impl<'s> Machine<'s> {
         Ok(())
     }
 
-    /// S3, R1: what follows when an invalidation is over.
+    /// Ends an invalidation by the rules (S3, R1).
     fn ended(&mut self, name: usize) {
         for (at, notifier) in self.notifiers.iter_mut().enumerate() {
             let before = notifier.covered_by.len();
@@ -212,7 +212,7 @@ impl<'s> Machine<'s> {
         }
     }
 
-    /// Lets everybody do what they can, and compares.
+    /// Polls all tasks as far as they go, and compares.
     fn settle(&mut self) -> Result<(), TestCaseError> {
         for running in &mut self.running {
             if let Some(future) = &mut running.future
@@ -267,7 +267,7 @@ impl<'s> Machine<'s> {
         let pick = |len: usize| (len > 0).then(|| usize::from(a) % len);
         match op % 11 {
             0 | 1 => self.insert(range),
-            // L5. As if it was removed, and its device done.
+            // A fence (L5): as if the notifier was removed, and its device done.
             10 => {
                 let live: Vec<usize> = (0..self.notifiers.len())
                     .filter(|at| self.notifiers[*at].subscription.is_some())
@@ -287,7 +287,7 @@ impl<'s> Machine<'s> {
                 }
             }
             2 => self.start(range.into(), c, true)?,
-            // Of every page whose bit is set, or of all.
+            // Every page whose bit is set, or all addresses.
             3 => {
                 let bits = u16::from_le_bytes([a, b]) & 0x7ff;
                 let bits = (0..11).filter(|bit| bits >> bit & 1 == 1).map(|bit| pages(bit, 1));
@@ -362,7 +362,7 @@ impl<'s> Machine<'s> {
     }
 }
 
-/// Runs a case; returns what could be seen on the way.
+/// Runs a case. Returns all that could be seen.
 fn run(bytes: &[u8], plain: bool) -> Result<Vec<String>, TestCaseError> {
     let space = space(plain);
     let mut machine = Machine::new(&space);
@@ -396,8 +396,7 @@ proptest! {
     #[test]
     fn bytes_against_the_rules(bytes in prop::collection::vec(any::<u8>(), 4..600)) {
         let quick = run(&bytes, false)?;
-        // The plain ways are the specification of the quick ones: nothing that can be seen may
-        // differ.
+        // The plain forms are the specification of the quick ones.
         if cfg!(feature = "test-util") {
             prop_assert_eq!(quick, run(&bytes, true)?);
         }

@@ -1,10 +1,11 @@
-//! What the source promises of itself: foreign code is called in one room, and who imports whom.
+//! Rules of the source: foreign code is called in one module, tricks stand in one folder, and lower
+//! modules never import higher ones.
 #![cfg(not(any(loom, shuttle, miri)))]
 #![allow(missing_docs)]
 
 use std::path::{Path, PathBuf};
 
-/// The files below `src`, by path, without comments and without their unit tests.
+/// Returns the files below `src`, by path, without comments and without their unit tests.
 fn sources() -> Vec<(String, String)> {
     fn collect(folder: &Path, files: &mut Vec<PathBuf>) {
         for entry in std::fs::read_dir(folder).unwrap() {
@@ -39,13 +40,13 @@ fn sources() -> Vec<(String, String)> {
     sources
 }
 
-/// Text that is a call of foreign code, and the files in which it may stand. Everything else must
-/// go through `foreign`.
+/// Text that is a call of foreign code, and the files in which it may stand. All other calls go
+/// through `foreign`.
 const ROOMS: [(&str, &[&str]); 12] = [
     // Keeping and resuming panics.
     ("catch_unwind", &["foreign.rs"]),
     ("resume_unwind", &["foreign.rs"]),
-    // Wakers: the library keeps them as `TaskWaker`s. The fault injector is a notifier of its own.
+    // The library keeps wakers as `TaskWaker`s. The fault injector is a notifier of its own.
     (".wake()", &["test_util.rs"]),
     // The check of C7 wakes the poller's own waker, in `Losses::run`.
     (
@@ -58,7 +59,7 @@ const ROOMS: [(&str, &[&str]); 12] = [
     // Subscribers and recorders: `observe` wraps each call in `tell`.
     ("tracing::", &["observe.rs"]),
     ("metrics::", &["observe.rs"]),
-    // Notifiers: `entry` calls them with a token that only `foreign` makes.
+    // `entry` calls notifiers with a token that only `foreign` makes.
     ("notifier.invalidate(", &["entry.rs", "test_util.rs"]),
     (".notifier }.name()", &["entry.rs"]),
     // The reporter and the clock.
@@ -66,8 +67,8 @@ const ROOMS: [(&str, &[&str]); 12] = [
     ("clock()", &["engine/host.rs"]),
 ];
 
-/// The cache and the sources are programs' own drivers and tasks above the engine; what they call
-/// is theirs (rules M and K).
+/// Returns whether a file is above the engine. The cache and the sources are drivers and tasks of
+/// their own, and call foreign code by rules M and K.
 fn is_above(file: &str) -> bool {
     file.starts_with("cache/") || file.starts_with("source/") || file.starts_with("docs/")
 }
@@ -90,7 +91,7 @@ fn f1_foreign_code_is_called_in_one_room() {
     }
 }
 
-/// Who may be imported by the files of a folder of the engine.
+/// Checks what the files of a folder of the engine may name.
 #[test]
 fn the_state_calls_nobody_and_work_does_not_know_it() {
     let sources = sources();
@@ -135,8 +136,40 @@ fn the_state_calls_nobody_and_work_does_not_know_it() {
     }
 }
 
-/// The modules of the crate from the highest to the lowest, as `lib.rs` maps them: each imports
-/// only those below it.
+/// Text that is there for nanoseconds only, and the files of the engine in which it may stand. What
+/// is forced inline outside of `quick` is a part of its pieces.
+const TRICKS: [(&str, &[&str]); 4] = [
+    ("ManuallyDrop", &["engine/quick/"]),
+    ("mem::forget", &["engine/quick/"]),
+    (
+        "inline(always)",
+        &[
+            "engine/quick/",
+            "engine/running.rs",
+            "engine/work/first_passes.rs",
+            "engine/work/passes.rs",
+        ],
+    ),
+    ("usize::MAX", &[]),
+];
+
+#[test]
+fn the_tricks_of_the_engine_stand_in_one_folder() {
+    let sources = sources();
+    let engine: Vec<_> = sources.iter().filter(|(file, _)| file.starts_with("engine/")).collect();
+    assert!(engine.len() > 30, "{} files are too few: is the search right?", engine.len());
+    for (text, rooms) in TRICKS {
+        let mut found = 0;
+        for (file, _) in engine.iter().filter(|(_, code)| code.contains(text)) {
+            let belongs = rooms.iter().any(|room| file.starts_with(room));
+            assert!(belongs, "{file} has {text:?}, which belongs into {rooms:?}");
+            found += 1;
+        }
+        assert!(found > 0 || rooms.is_empty(), "{text:?} stands nowhere: has the code changed?");
+    }
+}
+
+/// Checks that each module imports only modules below it, in the order in which `lib.rs` maps them.
 #[test]
 fn lower_modules_never_import_higher_ones() {
     const ORDER: [&str; 20] = [
@@ -178,7 +211,7 @@ fn lower_modules_never_import_higher_ones() {
     }
 }
 
-/// W1: every public future has `wait`, and what a public function returns is such a future.
+/// Checks W1: every public future has `wait`, and public functions return only such futures.
 #[test]
 fn w1_a_thread_can_wait_for_every_public_future() {
     let sources = sources();
@@ -247,13 +280,13 @@ fn w1_a_thread_can_wait_for_every_public_future() {
     assert!(futures >= 10, "{futures} public futures are too few: is the search right?");
 }
 
-/// Public types that the sweep below finds, and that need no use, each with its reason.
+/// Public types that the test below finds and that may be dropped in silence, each with its reason.
 const MAY_BE_LEFT: [(&str, &str); 1] = [(
     "cache/mod.rs: RegistrationCache",
     "dropping a handle asks the device to let go of what is idle; registrations keep the rest",
 )];
 
-/// Public types whose drop ends something by what they hold.
+/// Public types whose fields end something when they are dropped.
 const ENDS_BY_ITS_PARTS: [&str; 4] = ["Subscription", "Uffd", "RangeSet", "AsyncNotifier"];
 
 #[test]

@@ -26,7 +26,6 @@ impl FirstPassFlags {
 
     /// Notes that the invalidation begins to call notifiers. Under the space's lock. Returns
     /// `false` if it has no place.
-    #[inline(always)]
     pub(crate) fn raise(&self, id: Id) -> bool {
         let flag = self.0.get(id.place());
         if let Some(flag) = flag {
@@ -37,7 +36,6 @@ impl FirstPassFlags {
 
     /// Notes that the invalidation calls no notifier any more. Its first passes happened before any
     /// read of the lowered flag. Returns `false` if it has no place.
-    #[inline(always)]
     pub(crate) fn lower(&self, id: Id) -> bool {
         let flag = self.0.get(id.place());
         if let Some(flag) = flag {
@@ -55,7 +53,6 @@ impl FirstPassFlags {
 
 impl Shared {
     /// Notes that the invalidation calls no further first pass (L1).
-    #[inline(always)]
     pub(crate) fn first_passes_over(&self, id: Id) {
         if !self.host.flags.lower(id) {
             self.first_passes_over_in_crowd(id);

@@ -68,7 +68,7 @@ impl Host {
 
     /// Returns whether the forms in [`quick`](crate::engine::quick) are not to be taken. Always
     /// `false` without the feature `test-util`.
-    #[inline(always)]
+    #[inline]
     pub(crate) fn is_plain_only(&self) -> bool {
         #[cfg(feature = "test-util")]
         return self.plain_only;

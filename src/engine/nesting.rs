@@ -199,13 +199,11 @@ mod check {
     pub(crate) struct InFirstPass;
 
     impl InFirstPass {
-        #[inline(always)]
         pub(crate) fn enter(_host: &Host, _of: impl FnOnce() -> FirstPassOf) -> Self {
             Self
         }
     }
 
-    #[inline(always)]
     pub(crate) fn forbid_waiting(
         _host: &Host,
         _waits: &Waits<'_>,

@@ -75,7 +75,7 @@ impl<N: IntervalNotifier> Drop for Registered<N> {
         let entry = self.entry.erase();
         match self.custody {
             Custody::Nothing => {}
-            Custody::Shared => self.space.leave(entry),
+            Custody::Shared => self.space.unregister(entry),
             Custody::Alone => self.space.free(entry),
             Custody::Spare if entry.is_taken() => self.space.spare.put(entry),
             Custody::Spare => {
@@ -117,7 +117,7 @@ impl Shared {
 
     /// Ends a registration without waiting.
     #[inline(never)]
-    fn leave(&self, entry: EntryRef) {
+    fn unregister(&self, entry: EntryRef) {
         let unused = self.with(|state, _| {
             state.close(entry);
             entry.detach();

@@ -142,11 +142,11 @@ impl<'s> Running<'s> {
     }
 
     /// Hands the invalidation to the space and abandons it (B3).
-    pub(crate) fn leave(self) {
+    pub(crate) fn abandon(self) {
         let shared = self.shared;
         let Parked { ticket, ready, .. } = self.park(0, None);
         let now = shared.host.now();
-        shared.with(|state, outbox| state.leave(ticket, now, outbox));
+        shared.with(|state, outbox| state.abandon(ticket, now, outbox));
         if ready {
             // No caller is left that would look.
             shared.cut(ticket);
@@ -171,7 +171,7 @@ impl Drop for Running<'_> {
         let work = self.work.take();
         if work.is_some() {
             Self { shared: self.shared, id: self.id, sequence: self.sequence, work, armed: false }
-                .leave();
+                .abandon();
         } else {
             self.shared.end_begun(Begun::held(self.id, None));
         }

@@ -21,7 +21,7 @@ pub(crate) enum Handle<'a> {
 impl core::ops::Deref for Handle<'_> {
     type Target = Shared;
 
-    #[inline(always)]
+    #[inline]
     fn deref(&self) -> &Shared {
         match self {
             Self::Borrowed(space) => space,
@@ -31,7 +31,7 @@ impl core::ops::Deref for Handle<'_> {
 }
 
 impl Clone for Handle<'_> {
-    #[inline(always)]
+    #[inline]
     fn clone(&self) -> Self {
         match self {
             Self::Borrowed(space) => Self::Borrowed(space),
@@ -65,7 +65,7 @@ pub struct InvalidationGuard<'a> {
 }
 
 impl<'a> InvalidationGuard<'a> {
-    #[inline(always)]
+    #[inline]
     pub(super) fn new(space: Handle<'a>, begun: Begun) -> Self {
         let (id, work) = begun.into_held();
         Self { space: ByHand::full(space), id, work: work.into() }

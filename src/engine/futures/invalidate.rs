@@ -41,7 +41,7 @@ pub(crate) fn try_invalidate<'a>(
             Reached::Pends | Reached::RefusedAndPends => {
                 if !running.drive(IDLE_ROUNDS) {
                     let panic = running.take_panic();
-                    running.leave();
+                    running.abandon();
                     losses.resume(panic);
                     return Err(WouldBlock);
                 }
@@ -106,7 +106,7 @@ pub(in crate::engine) enum Step {
 }
 
 impl<'a> Invalidate<'a> {
-    #[inline(always)]
+    #[inline]
     pub(crate) fn new(space: Handle<'a>, range: AddressRange, event: Event) -> Self {
         let (owner, terms) = (event.owner(), Terms::new(event, true));
         Self {
@@ -422,18 +422,18 @@ impl Drop for Invalidate<'_> {
     fn drop(&mut self) {
         // A future that has resolved has no handle.
         if let Some(space) = self.space.take() {
-            leave(space, self.step.take());
+            abandon(space, self.step.take());
         }
     }
 }
 
 /// Abandons what a future has begun that is dropped before it has resolved (C1, C2).
 #[cold]
-fn leave(space: Handle<'_>, step: Option<Step>) {
+fn abandon(space: Handle<'_>, step: Option<Step>) {
     let step = if let Some(Step::OfSet(of)) = step { Some(of.1) } else { step };
     if let Some(Step::Joining { ticket, .. }) = step {
         let now = space.now();
-        space.with(|state, outbox| state.leave(ticket, now, outbox));
+        space.with(|state, outbox| state.abandon(ticket, now, outbox));
     }
 }
 

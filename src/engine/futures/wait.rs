@@ -324,7 +324,7 @@ impl Wait {
             self.unclaimed.pop_first();
         }
         if self.unclaimed.is_empty() && self.over.is_empty() {
-            state.patience.leave(&self.watch);
+            state.patience.give_watch_up(&self.watch);
             self.is_watchman = false;
             return false;
         }
@@ -373,7 +373,7 @@ impl Wait {
         for (ticket, episode) in core::mem::take(&mut self.unclaimed) {
             state.await_claim_no_more(ticket, episode);
         }
-        state.patience.leave(&self.watch);
+        state.patience.give_watch_up(&self.watch);
         self.is_watchman = false;
         wake_resting(state, outbox);
     }

@@ -200,12 +200,10 @@ mod check {
     pub(crate) struct Suspicion;
 
     impl Suspicion {
-        #[inline(always)]
         pub(crate) fn none() -> Self {
             Self
         }
 
-        #[inline(always)]
         pub(crate) fn first_poll(
             _entry: EntryRef,
             cx: &mut Context<'_>,
@@ -214,7 +212,6 @@ mod check {
             poll(cx)
         }
 
-        #[inline(always)]
         pub(crate) fn poll(
             &mut self,
             _entry: EntryRef,
@@ -225,7 +222,6 @@ mod check {
         }
     }
 
-    #[inline(always)]
     pub(crate) fn note_wait(_host: &Host, _what: &'static str, _entry: EntryRef, _waker: &Waker) {}
 }
 

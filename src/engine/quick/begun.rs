@@ -21,26 +21,25 @@ const PENDS: u64 = 1 << 63;
 
 impl Begun {
     /// All first passes have returned and all passes are done: a guard can take over.
-    #[inline(always)]
+    #[inline]
     pub(in crate::engine) fn held(id: Id, work: Option<Box<Work>>) -> Self {
         debug_assert!(id.raw() & PENDS == 0, "ids stay below the mark");
         Self { id, work }
     }
 
     /// Passes are pending.
-    #[inline(always)]
     pub(in crate::engine) fn pending(id: Id, work: Option<Box<Work>>) -> Self {
         Self { id: Id::from_raw(id.raw() | PENDS), work }
     }
 
     /// Returns whether passes are pending.
-    #[inline(always)]
+    #[inline]
     pub(in crate::engine) fn pends(&self) -> bool {
         self.id.raw() & PENDS != 0
     }
 
     /// Returns what a guard takes over. To be called if no pass is pending.
-    #[inline(always)]
+    #[inline]
     pub(in crate::engine) fn into_held(self) -> (Id, Option<Box<Work>>) {
         debug_assert!(!self.pends(), "a guard is handed out when all passes are done");
         (self.id, self.work)

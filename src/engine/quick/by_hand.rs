@@ -11,35 +11,29 @@ use core::mem::ManuallyDrop;
 pub(in crate::engine) struct ByHand<T>(ManuallyDrop<Option<T>>);
 
 impl<T> ByHand<T> {
-    #[inline(always)]
     pub(in crate::engine) fn full(value: T) -> Self {
         Self(ManuallyDrop::new(Some(value)))
     }
 
-    #[inline(always)]
     pub(in crate::engine) fn empty() -> Self {
         Self(ManuallyDrop::new(None))
     }
 
-    #[inline(always)]
     pub(in crate::engine) fn get(&self) -> Option<&T> {
         self.0.as_ref()
     }
 
-    #[inline(always)]
     pub(in crate::engine) fn get_mut(&mut self) -> Option<&mut T> {
         self.0.as_mut()
     }
 
     /// Moves the value out and leaves nothing.
-    #[inline(always)]
     pub(in crate::engine) fn take(&mut self) -> Option<T> {
         self.0.take()
     }
 }
 
 impl<T> From<Option<T>> for ByHand<T> {
-    #[inline(always)]
     fn from(value: Option<T>) -> Self {
         Self(ManuallyDrop::new(value))
     }
@@ -49,7 +43,6 @@ impl<T> From<Option<T>> for ByHand<T> {
 ///
 /// An assignment drops what was there. The compiler cannot know that nothing was, so it adds a
 /// call, and with it spills of callee-saved registers, to a function that has none otherwise.
-#[inline(always)]
 pub(in crate::engine) fn fill_empty<T>(place: &mut Option<T>, value: T) {
     debug_assert!(place.is_none(), "the place is empty");
     core::mem::forget(place.replace(value));

@@ -31,8 +31,8 @@
 //!   drops nothing. Both replace code that would do nothing, but that the compiler cannot leave
 //!   out.
 //! - **Forced inlining.** `#[inline(always)]` stands outside of this folder only where the function
-//!   is part of these pieces. Each such attribute, each `#[cold]` and each layout made by hand
-//!   saves at least 2 % on a row. Measured: docs/measurements.md, "Attributes".
+//!   is part of these pieces. An attribute stays only if a measurement shows what it saves:
+//!   docs/measurements.md, "Attributes".
 //!
 //! # The test
 //! A space made with `Builder::plain_only` (feature `test-util`) takes none of these. `tests/fuzz`

@@ -19,7 +19,7 @@ impl State {
         let Stage::Unclaimed { work, .. } = &parking.stage else { return false };
         work.hits.iter().for_each(|entry| entry.tally().lapsed());
         self.counts.lapses += 1;
-        self.abandon(ticket, now, outbox);
+        self.end_when_done(ticket, now, outbox);
         true
     }
 

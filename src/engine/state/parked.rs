@@ -283,7 +283,12 @@ impl State {
 
     /// Makes an invalidation end as soon as its passes are done, at once if they are. Nothing
     /// claims it any more.
-    pub(super) fn abandon(&mut self, ticket: Ticket, now: Option<Duration>, outbox: &mut Outbox) {
+    pub(super) fn end_when_done(
+        &mut self,
+        ticket: Ticket,
+        now: Option<Duration>,
+        outbox: &mut Outbox,
+    ) {
         let Some(parking) = self.parking_mut(ticket) else { return };
         let next = parking.stage.abandon();
         outbox.contents().unused.extend(parking.wakers.disown());
@@ -300,10 +305,10 @@ impl State {
     }
 
     /// Abandons an invalidation for its caller (C2, B3), and counts that.
-    pub(crate) fn leave(&mut self, ticket: Ticket, now: Option<Duration>, outbox: &mut Outbox) {
+    pub(crate) fn abandon(&mut self, ticket: Ticket, now: Option<Duration>, outbox: &mut Outbox) {
         if self.parking(ticket).is_some_and(|parking| !parking.stage.is_abandoned()) {
             self.counts.abandoned += 1;
-            self.abandon(ticket, now, outbox);
+            self.end_when_done(ticket, now, outbox);
         }
     }
 }

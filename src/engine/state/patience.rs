@@ -195,7 +195,7 @@ impl Patience {
     }
 
     /// Gives the watch up, if the future has it: it goes, or has nothing to wait for.
-    pub(crate) fn leave(&mut self, watch: &Watch) {
+    pub(crate) fn give_watch_up(&mut self, watch: &Watch) {
         if self.watchman == Some(watch.me) {
             self.watchman = None;
         }
@@ -386,9 +386,9 @@ mod tests {
         let polls = (1..1000).find(|_| patience.is_watchman(&mut second));
         assert_eq!(polls, Some(ABSENT + 1));
         assert!(!patience.is_watchman(&mut first));
-        patience.leave(&first);
+        patience.give_watch_up(&first);
         assert!(patience.is_watchman(&mut second));
-        patience.leave(&second);
+        patience.give_watch_up(&second);
         assert!(patience.is_watchman(&mut first));
     }
 

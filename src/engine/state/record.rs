@@ -104,7 +104,6 @@ impl Default for Record {
 
 impl Record {
     /// Notes the request, and when the invalidation began if it is timed.
-    #[inline(always)]
     pub(crate) fn fill(&mut self, request: &Request<'_>, id: Id, since: Option<Duration>) {
         (self.owner, self.terms) = (request.owner, request.terms);
         if let Some(since) = since {
@@ -113,7 +112,6 @@ impl Record {
     }
 
     /// Returns the list in which the start of an invalidation collects its hits.
-    #[inline(always)]
     pub(crate) fn hits(&mut self) -> &mut Vec<EntryRef> {
         if self.idle_work.is_none() {
             self.make_work();
@@ -128,13 +126,11 @@ impl Record {
         self.idle_work = Some(Box::default());
     }
 
-    #[inline(always)]
     pub(crate) fn take_work(&mut self) -> Option<Box<Work>> {
         self.idle_work.take()
     }
 
     /// Keeps the memory of an invalidation that has ended for the next one in this place.
-    #[inline(always)]
     pub(crate) fn recycle(&mut self, mut work: Box<Work>) {
         work.hits.clear();
         // It took the memory from here when it started.

@@ -191,7 +191,6 @@ pub(in crate::engine) fn go_on(
 
 /// Panics, in debug builds, if a first pass has returned a pass without having set the sequence
 /// (S4). The pass is waited for all the same.
-#[inline(always)]
 fn assert_sequence_is_set(_host: &Host, _entry: EntryRef, _sequence: u64) {
     #[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
     assert!(

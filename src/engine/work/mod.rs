@@ -12,6 +12,7 @@ use crate::entry::EntryRef;
 use crate::sync::Ordering;
 use alloc::boxed::Box;
 use alloc::vec::Vec;
+use core::num::NonZeroU32;
 pub(crate) use passes::{Passes, Progress, Unpolled};
 use slab::Slab;
 use sync_wrapper::SyncWrapper;
@@ -42,13 +43,11 @@ impl Default for Work {
 }
 
 impl Work {
-    #[inline(always)]
     pub(crate) fn passes(&mut self) -> &mut Passes {
         self.passes.get_mut()
     }
 
     /// Returns the hits, and the place of their passes.
-    #[inline(always)]
     pub(crate) fn split(&mut self) -> (&[EntryRef], &mut Passes) {
         (&self.hits, self.passes.get_mut())
     }
@@ -68,6 +67,11 @@ impl Load for Box<Work> {
     }
 }
 
+/// The key of a pass in [`PendingNotifiers`]. Counts from 1, so that an `Option` of it has one
+/// word.
+#[derive(Clone, Copy)]
+pub(crate) struct Listed(NonZeroU32);
+
 /// The notifiers whose passes are pending, one for each pass.
 ///
 /// Each change here changes [`Entry::pending`](crate::entry::Entry), too.
@@ -76,15 +80,16 @@ pub(crate) struct PendingNotifiers(Slab<EntryRef>);
 
 impl PendingNotifiers {
     /// Lists one more pass of `entry`. Returns its key.
-    pub(crate) fn add(&mut self, entry: EntryRef) -> u32 {
+    pub(crate) fn add(&mut self, entry: EntryRef) -> Listed {
         entry.pending.store(entry.pending.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
-        u32::try_from(self.0.insert(entry)).expect("fewer than 2^32 passes are pending")
+        let key = u32::try_from(self.0.insert(entry) + 1).ok().and_then(NonZeroU32::new);
+        Listed(key.expect("fewer than 2^32 - 1 passes are pending"))
     }
 
     /// Takes the pass with this key off the list. Returns its notifier if no other pass of that is
     /// there.
-    pub(crate) fn remove(&mut self, key: u32) -> Option<EntryRef> {
-        let entry = self.0.try_remove(key as usize)?;
+    pub(crate) fn remove(&mut self, Listed(key): Listed) -> Option<EntryRef> {
+        let entry = self.0.try_remove(key.get() as usize - 1)?;
         (count_down(entry) == 0).then_some(entry)
     }
 

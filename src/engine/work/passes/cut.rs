@@ -3,6 +3,7 @@
 
 use super::{Finished, Pass, Passes, Slot};
 use crate::engine::host::Host;
+use crate::engine::work::Listed;
 use crate::entry::EntryRef;
 use crate::foreign::Callback;
 use crate::observe;
@@ -80,7 +81,7 @@ impl Passes {
     pub(crate) fn take_unpolled_of(
         &mut self,
         of: impl Fn(EntryRef) -> bool,
-        mut unlist: impl FnMut(u32),
+        mut unlist: impl FnMut(Listed),
     ) -> Unpolled {
         let mut taken = self.take_unpolled(of);
         for pass in &mut taken.0 {

@@ -40,7 +40,6 @@ pub(crate) enum Progress {
 }
 
 impl Passes {
-    #[inline(always)]
     pub(super) fn join(&mut self) -> &mut Join {
         if self.join.is_none() {
             self.make_join();

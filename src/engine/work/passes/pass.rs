@@ -2,6 +2,7 @@
 #![forbid(unsafe_code)]
 
 use crate::engine::nesting::passes::Suspicion;
+use crate::engine::work::Listed;
 use crate::entry::EntryRef;
 use crate::foreign::{Panic, keep};
 use crate::observe::Moment;
@@ -21,7 +22,6 @@ impl Slot {
         Self(Box::pin(None))
     }
 
-    #[inline(always)]
     pub(in crate::engine) fn as_mut(&mut self) -> Pin<&mut Option<PassFuture>> {
         self.0.as_mut()
     }
@@ -52,7 +52,7 @@ pub(super) struct Pass {
     pub(super) future: Option<Slot>,
     pub(super) entry: EntryRef,
     /// Its key in [`PendingNotifiers`](super::PendingNotifiers), if it is listed there.
-    pub(super) listed: Option<u32>,
+    pub(super) listed: Option<Listed>,
     /// It counts against the pass budget (B4).
     pub(super) budgeted: bool,
     /// When its first pass was called.
@@ -76,7 +76,7 @@ impl Pass {
 /// A pass that is done.
 pub(super) struct Finished {
     pub(super) entry: EntryRef,
-    pub(super) listed: Option<u32>,
+    pub(super) listed: Option<Listed>,
     pub(super) budgeted: bool,
 }
 
