@@ -4,7 +4,7 @@
 //! ```text
 //!  front-end ── messages ──▶ Session ── rings ──▶ Device ── I/O ──▶ guest memory
 //!      ▲                        │                   │
-//!      └── answers, misses ─────┴───── Iotlb ◀──────┘  Mapping: a translation in flight
+//!      └── answers, misses ─────┴───── Iotlb ◀──────┘  Mapping: in flight
 //! ```
 //!
 //! A device with plain threads:

@@ -395,7 +395,8 @@ impl Chain {
     /// only the status counts). Drops the buffers first, then puts the request into the used ring.
     ///
     /// # Errors
-    /// [`CompleteError`]: the driver is not told. If the ring is stopping, the driver is told when the ring continues.
+    /// [`CompleteError`]. The driver is not told then. If the ring is stopping, the driver is told
+    /// when the ring continues.
     ///
     /// # Cancel safety
     /// If the future is dropped, the buffers have been dropped, and the driver may be told or not.

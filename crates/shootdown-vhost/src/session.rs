@@ -157,7 +157,8 @@ impl<D: Device> Session<D> {
     /// Handles a message. Poll the [output](Self::poll_output) afterwards, before the next message.
     ///
     /// # Errors
-    /// [`ProtocolError`]: close the connection. A request that the protocol permits and this side refuses is no error: its answer refuses it.
+    /// [`ProtocolError`]. Close the connection then. A request that the protocol permits and this
+    /// side refuses is no error: its answer refuses it.
     pub fn receive(&mut self, channel: Channel, message: Message) -> Result<(), ProtocolError> {
         tracing::trace!(?channel, ?message, "received");
         match channel {
