@@ -35,6 +35,8 @@
 //! without from then on.
 
 mod rare;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests;
 
 use crate::foreign::{Callback, Inside, Losses};
 use crate::index::{Indexed, Ordered, Place};

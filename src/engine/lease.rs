@@ -30,7 +30,7 @@ impl<'s> Lease<'s> {
             let (passes, host) = (work.passes(), &self.shared.host);
             self.progress = passes.drive(host);
             // By one of them, perhaps, that was polled.
-            while passes.is_behind(host.fences.load(Ordering::Acquire)) {
+            while passes.is_behind(host.fences.load(Ordering::Relaxed)) {
                 self.progress = passes.drive(host);
             }
         }

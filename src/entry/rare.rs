@@ -79,12 +79,15 @@ impl Entry {
     }
 
     /// The device is cut off. Under the lock. Returns whether it was before.
+    ///
+    /// Relaxed: a thread that looks for it outside of the lock has seen the number of fences rise
+    /// (`Passes::cut`), which is published after this.
     pub(crate) fn fence(&self) -> bool {
-        self.rare().fenced.swap(true, Ordering::AcqRel)
+        self.rare().fenced.swap(true, Ordering::Relaxed)
     }
 
     #[cold]
     pub(crate) fn is_fenced(&self) -> bool {
-        self.rare.get().is_some_and(|rare| rare.fenced.load(Ordering::Acquire))
+        self.rare.get().is_some_and(|rare| rare.fenced.load(Ordering::Relaxed))
     }
 }

@@ -13,6 +13,18 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering};
 /// the protocol (`&mut Protocol`) and by `set_seq` in a first pass, during which the notifier is
 /// covered and the protocol leaves the word alone. So the protocol needs no read-modify-write;
 /// `set_seq`, which may run in two first passes at the same time, does.
+///
+/// # Memory orders
+/// One pair of accesses publishes: the store that uncovers the notifier is a release, and the load
+/// of [`stable_sequence`](Self::stable_sequence) is an acquire. So a reader that takes no lock sees
+/// the memory as the end of the invalidation left it (R1). All other accesses are relaxed:
+/// - A word that says "covered" or "closed" publishes nothing. A reader that sees it takes the
+///   space's lock, or starts over.
+/// - The first word of a new notifier is read through its subscription. Whatever handed that to the
+///   reader orders the two.
+/// - A check ([`is_stable_at`](Self::is_stable_at)) needs the newest word that the reader's lock
+///   lets it see, and nothing that was written before it. A first pass before the check, in the
+///   order of that lock, has set the word; a later one removes what the reader installs (R2, S4).
 #[derive(Debug)]
 pub(crate) struct Own {
     /// The sequence while no active invalidation covers the notifier; the sequence less one while
@@ -114,7 +126,7 @@ impl Own {
     /// The notifier's own sequence (R2).
     #[inline]
     pub(crate) fn sequence(&self) -> u64 {
-        self.word.load(Ordering::Acquire) | UNCOVERED
+        self.word.load(Ordering::Relaxed) | UNCOVERED
     }
 
     /// The own sequence if no active invalidation covers the notifier at this moment (R1, R3), and
@@ -129,7 +141,7 @@ impl Own {
     /// it.
     #[inline]
     pub(crate) fn is_stable_at(&self, sequence: u64) -> bool {
-        self.word.load(Ordering::Acquire) == sequence
+        self.word.load(Ordering::Relaxed) == sequence
     }
 
     /// Whether a reader that began with `sequence` has to start over (R2): the notifier has another
@@ -145,7 +157,7 @@ impl Own {
         if !self.is_covered() {
             // While it is covered a first pass may set the sequence, and the word says already what
             // it is to say.
-            self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Release);
+            self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Relaxed);
         }
     }
 
@@ -156,7 +168,7 @@ impl Own {
         let plain = self.covering.load(Ordering::Relaxed) == 0;
         if plain {
             self.covering.store(CLOSED | marks, Ordering::Relaxed);
-            self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Release);
+            self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Relaxed);
         }
         plain
     }
@@ -182,7 +194,7 @@ impl Own {
             match self.word.compare_exchange_weak(
                 word,
                 sequence & !UNCOVERED,
-                Ordering::AcqRel,
+                Ordering::Relaxed,
                 Ordering::Relaxed,
             ) {
                 Ok(_) => return,
@@ -214,7 +226,7 @@ impl Own {
     #[inline]
     pub(super) fn begin(&self, word: u64) {
         debug_assert_eq!(word & UNCOVERED == 0, self.is_covered());
-        self.word.store(word, Ordering::Release);
+        self.word.store(word, Ordering::Relaxed);
     }
 
     /// One more invalidation covers the notifier. Returns the own sequence if it is the first.
@@ -224,7 +236,7 @@ impl Own {
         self.covering.store(covering + COVER, Ordering::Relaxed);
         (covering < COVER).then(|| {
             let word = self.word.load(Ordering::Relaxed);
-            self.word.store(word & !UNCOVERED, Ordering::Release);
+            self.word.store(word & !UNCOVERED, Ordering::Relaxed);
             word | UNCOVERED
         })
     }

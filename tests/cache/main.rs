@@ -14,6 +14,7 @@ mod overlap;
 mod panics;
 mod pieces;
 mod room;
+mod settings;
 mod strict;
 #[path = "../support/mod.rs"]
 mod support;
