@@ -3,7 +3,7 @@
 # hand, not in `.ci/run`.
 #
 # Needs a nightly toolchain with Miri (`rustup toolchain install nightly --component miri`). Takes
-# DURATION on 2 cores. `ci/miri.sh NAME` runs the tests with NAME in theirs.
+# about ten minutes on 2 cores. `ci/miri.sh NAME` runs the tests with NAME in theirs.
 #
 # Runs: the unit tests of `entry`, the contract, and a part of the sweep of foreign code.
 #

@@ -355,7 +355,9 @@ impl<M, X> ActiveSet<M, X> {
     /// Takes one out of the crowd.
     pub(super) fn leave_crowd(&mut self, id: Id) -> Option<Box<Active<M, X>>> {
         let active = self.crowd.remove(&id.serial())?;
-        self.crowd_ranges.remove(Ranged { range: active.range, value: InCrowd(id.serial()) });
+        let known = Ranged { range: active.range, value: InCrowd(id.serial()) };
+        let found = self.crowd_ranges.remove(known);
+        debug_assert!(found, "the index has each invalidation of the crowd");
         self.heads.live -= 1;
         if self.crowd.is_empty() {
             // Also the memory of the index.

@@ -71,8 +71,8 @@ fn each_setting_of_what_is_registered_alone_has_its_effect() {
 /// A thread has a counter of its own, as long as there are some; then all share one.
 #[test]
 fn k4_the_hits_of_more_threads_than_there_are_counters_are_all_counted() {
-    const THREADS: u64 = 20;
-    const HITS: u64 = 20_000;
+    const THREADS: u64 = 64;
+    const HITS: u64 = 5_000;
     let (_, cache) = cache(|all| all);
     drop(now(cache.get(pages(1, 1))).unwrap());
     let together = Barrier::new(THREADS as usize);
