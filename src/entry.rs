@@ -40,6 +40,8 @@
 
 mod marks;
 mod rare;
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests;
 
 use crate::foreign::{Callback, Inside, Losses};
 use crate::index::{Indexed, Ordered, Position};

@@ -176,7 +176,8 @@ impl Core {
                     continue;
                 }
                 self.risen.swap(false, Ordering::AcqRel);
-                let value = self.value.load(Ordering::Acquire);
+                // That swap has synchronised with all whose values count.
+                let value = self.value.load(Ordering::Relaxed);
                 for place in &mut batch {
                     *place = waiting.pop_up_to(value);
                 }

@@ -977,6 +977,50 @@ fn w4_a_thread_that_waits_is_woken_whenever_that_comes() {
 }
 
 #[test]
+fn w4_what_came_before_a_wake_is_seen_by_the_poll_after_it() {
+    /// What the future and the thread that wakes it have in common.
+    #[derive(Default)]
+    struct Shared {
+        /// Nobody waited when the thread looked, so it wakes nobody.
+        late: bool,
+        waiting: Option<Waker>,
+    }
+    explore("wait(), what came before the wake", 4, || {
+        let before = Arc::new(AtomicU64::new(0));
+        let shared = Arc::new(loom::sync::Mutex::new(Shared::default()));
+        let waking = {
+            let (before, shared) = (before.clone(), shared.clone());
+            thread::spawn(move || {
+                let waiting = {
+                    let mut shared = shared.lock().unwrap();
+                    shared.late = shared.waiting.is_none();
+                    shared.waiting.take()
+                };
+                // Outside of the lock: only the wake can order it.
+                before.store(1, Ordering::Relaxed);
+                waiting.into_iter().for_each(Waker::wake);
+            })
+        };
+        let mut polled = false;
+        PassFuture::new(std::future::poll_fn(move |cx| {
+            if polled {
+                assert_eq!(before.load(Ordering::Relaxed), 1, "woken, and does not see why");
+                return Poll::Ready(());
+            }
+            polled = true;
+            let mut shared = shared.lock().unwrap();
+            if shared.late {
+                return Poll::Ready(());
+            }
+            shared.waiting = Some(cx.waker().clone());
+            Poll::Pending
+        }))
+        .wait();
+        waking.join().unwrap();
+    });
+}
+
+#[test]
 fn w2_two_threads_that_wait_end_an_invalidation() {
     explore("wait() of an invalidation and of a reader", 2, || {
         let fence = Fence::new();
@@ -1023,6 +1067,25 @@ fn t2_a_look_that_need_not_wait_sees_what_came_before_the_signal() {
             let (timeline, before) = (timeline.clone(), before.clone());
             thread::spawn(move || {
                 if futures::FutureExt::now_or_never(timeline.reached(1)).is_some() {
+                    assert_eq!(before.load(Ordering::Relaxed), 1);
+                }
+            })
+        };
+        before.store(1, Ordering::Relaxed);
+        timeline.signal(1);
+        looks.join().unwrap();
+    });
+}
+
+#[test]
+fn t2_who_has_the_value_sees_what_came_before_its_signal() {
+    explore("timeline, the value", 6, || {
+        let (timeline, before) = (Timeline::new(), Arc::new(AtomicU64::new(0)));
+        // On a thread of its own, so that loom begins with a look after the signal.
+        let looks = {
+            let (timeline, before) = (timeline.clone(), before.clone());
+            thread::spawn(move || {
+                if timeline.value() == 1 {
                     assert_eq!(before.load(Ordering::Relaxed), 1);
                 }
             })

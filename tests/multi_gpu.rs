@@ -4,7 +4,10 @@
 use serde_json::Value;
 use std::path::PathBuf;
 use std::process::{Command, Output};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock};
+use std::thread;
+use std::time::{Duration, Instant};
 
 /// The example, built like this test: `cargo test --release --test multi_gpu` runs what the README
 /// says. `cargo test` builds the example itself; `cargo test --test multi_gpu` does not.
@@ -145,11 +148,33 @@ fn much_happens_at_once() {
     );
 }
 
+/// Runs `code`. Returns its result, and how many times as long as it was to sleep a thread slept
+/// meanwhile, in the median: 1 where the machine's timers are exact and nobody else runs.
+fn beside_a_timer<R>(each: Duration, code: impl FnOnce() -> R) -> (R, f64) {
+    let over = AtomicBool::new(false);
+    thread::scope(|scope| {
+        let timer = scope.spawn(|| {
+            let mut ratios = Vec::new();
+            while ratios.is_empty() || !over.load(Ordering::Relaxed) {
+                let began = Instant::now();
+                thread::sleep(each);
+                ratios.push(began.elapsed().as_secs_f64() / each.as_secs_f64());
+            }
+            ratios.sort_by(f64::total_cmp);
+            ratios[ratios.len() / 2]
+        });
+        let result = code();
+        over.store(true, Ordering::Relaxed);
+        (result, timer.join().unwrap())
+    })
+}
+
+/// The ideal that this machine can reach: its timers fire late when others run on it, too.
 #[test]
 #[cfg_attr(debug_assertions, ignore = "long: cargo test --release --test multi_gpu")]
 fn real_time_is_within_a_tenth_of_the_ideal_at_16_gpus() {
-    // The machine is shared: the best of a few runs counts.
-    let ratios: Vec<f64> = (0..5)
+    // The best of a few runs counts.
+    let ratios: Vec<(f64, f64)> = (0..5)
         .map(|seed| {
             let seed = seed.to_string();
             let options = [
@@ -166,13 +191,16 @@ fn real_time_is_within_a_tenth_of_the_ideal_at_16_gpus() {
                 "--reclaim-interval-us",
                 "0",
             ];
-            let output = multi_gpu_alone(&options);
+            let least = Duration::from_micros(3000);
+            let (output, timer) = beside_a_timer(least, || multi_gpu_alone(&options));
             assert!(output.status.success(), "{}", error(&output));
-            row(&rows(&output), 16, "poll-driven")["ideal_ratio"].as_f64().unwrap()
+            let row = row(&rows(&output), 16, "poll-driven").clone();
+            (row["ideal_ratio"].as_f64().unwrap(), timer)
         })
-        .take_while_inclusive(|ratio| *ratio > 1.1)
+        .take_while_inclusive(|(ratio, timer)| *ratio > 1.1 * timer)
         .collect();
-    assert!(ratios.last().is_some_and(|ratio| *ratio <= 1.1), "{ratios:?}");
+    let reached = ratios.last().is_some_and(|(ratio, timer)| *ratio <= 1.1 * timer);
+    assert!(reached, "over the ideal, and a timer of the machine over its time: {ratios:?}");
 }
 
 /// `take_while` with the item that ends it.

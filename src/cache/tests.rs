@@ -53,6 +53,46 @@ fn what_invalidations_end_does_not_stay_queued() {
 }
 
 #[test]
+fn what_was_in_use_when_a_limit_looked_does_not_stay_queued() {
+    let space = AddressSpace::new();
+    let cache =
+        RegistrationCache::<Null>::builder().max_registrations(1).build(&space, Null::default());
+    for at in 0..1000 {
+        // Over the limit, and both are in use.
+        let held = [at, at + 1].map(|at| block_on(cache.get(page(at))).unwrap());
+        drop(held);
+        drop(block_on(space.invalidate(page(at), Event::Unmap)));
+        drop(block_on(space.invalidate(page(at + 1), Event::Unmap)));
+    }
+    let queued = cache.core.queued();
+    assert!(queued <= 1, "{queued} are queued, none is live");
+    assert!(cache.core.write(|table| table.is_empty()));
+}
+
+#[test]
+fn registrations_of_one_start_leave_the_table_in_any_order() {
+    use super::table::{Found, Table};
+    use crate::sync::AtomicU64;
+    struct Used(AtomicU64);
+    impl Found for Used {
+        fn used(&self) -> &AtomicU64 {
+            &self.0
+        }
+    }
+    let mut table = Table::<(), Used>::new(true, true, false);
+    let keys: Vec<_> = (0..1000).map(|_| table.begin(page(1), Arc::new(()))).collect();
+    // 7, 11 and 1000 have no common factor.
+    for at in 0..500 {
+        let live = Arc::new(Used(AtomicU64::new(at as u64)));
+        assert!(table.publish(keys[at * 7 % 1000], live).is_ok());
+    }
+    for at in 0..1000 {
+        drop(table.forget(keys[at * 11 % 1000]));
+    }
+    assert!(table.is_empty());
+}
+
+#[test]
 fn what_gets_that_give_up_leave_does_not_stay_queued() {
     struct Slow;
     impl Device for Slow {

@@ -126,8 +126,9 @@ mod real {
                 other & ONES == 0
             };
             let change = |word| empty(word).then_some(word ^ SIDE);
+            // Acquires what those published who emptied it; publishes nothing.
             let changed =
-                self.word.fetch_update(Ordering::AcqRel, Ordering::Acquire, change).is_ok();
+                self.word.fetch_update(Ordering::Acquire, Ordering::Relaxed, change).is_ok();
             if changed {
                 self.changes.store(self.changes.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
             }
@@ -152,7 +153,8 @@ mod real {
         pub(crate) fn close_gate(&self) -> Closings {
             let one = |word: u64| if word & SIDE == 0 { 1 } else { 1 << COUNT };
             let close = |word| Some(word + one(word));
-            let closed = self.gate.word.fetch_update(Ordering::AcqRel, Ordering::Relaxed, close);
+            // Relaxed: whatever lets the other thread go on makes the closing visible to it.
+            let closed = self.gate.word.fetch_update(Ordering::Relaxed, Ordering::Relaxed, close);
             Closings(closed.map_or(0, one))
         }
 

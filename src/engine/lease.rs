@@ -31,7 +31,7 @@ impl<'s> Lease<'s> {
             let (passes, host) = (work.passes(), &self.shared.host);
             self.progress = passes.drive(host);
             // A pass that was polled may have fenced a notifier.
-            while passes.is_behind(host.fences.load(Ordering::Acquire)) {
+            while passes.is_behind(host.fences.load(Ordering::Relaxed)) {
                 self.progress = passes.drive(host);
             }
         }

@@ -88,12 +88,15 @@ impl Entry {
 
     /// Marks the device as cut off (L5). Returns whether it was marked before. Under the space's
     /// lock.
+    ///
+    /// Relaxed: a thread that looks for the mark without the lock has seen the number of fences rise
+    /// (`Passes::cut`), which is published after the mark.
     pub(crate) fn fence(&self) -> bool {
-        self.rare().fenced.swap(true, Ordering::AcqRel)
+        self.rare().fenced.swap(true, Ordering::Relaxed)
     }
 
     /// Returns whether the device is cut off (L5).
     pub(crate) fn is_fenced(&self) -> bool {
-        self.rare.get().is_some_and(|rare| rare.fenced.load(Ordering::Acquire))
+        self.rare.get().is_some_and(|rare| rare.fenced.load(Ordering::Relaxed))
     }
 }

@@ -383,7 +383,9 @@ impl<M, X> ActiveSet<M, X> {
     /// Removes invalidation `id` from the crowd.
     pub(super) fn leave_crowd(&mut self, id: Id) -> Option<Box<Active<M, X>>> {
         let active = self.crowd.remove(&id.serial())?;
-        self.crowd_ranges.remove(Ranged { range: active.range, value: InCrowd(id.serial()) });
+        let known = Ranged { range: active.range, value: InCrowd(id.serial()) };
+        let found = self.crowd_ranges.remove(known);
+        debug_assert!(found, "the index has each invalidation of the crowd");
         self.occupancy.live -= 1;
         if self.crowd.is_empty() {
             // This also frees the memory of the index.

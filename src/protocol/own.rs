@@ -16,6 +16,18 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering};
 /// - `set_seq` in a first pass. The notifier is covered then, and the protocol does not write the
 ///   word of a covered notifier. `set_seq` may run in two first passes at the same time, so it is a
 ///   read-modify-write.
+///
+/// # Memory orders
+/// One pair of accesses publishes: the store that uncovers the notifier is a release, and the load
+/// of [`stable_sequence`](Self::stable_sequence) is an acquire. So a reader that takes no lock sees
+/// the memory as the end of the invalidation left it (R1). All other accesses are relaxed:
+/// - A word that says "covered" or "closed" publishes nothing. A reader that sees it takes the
+///   space's lock, or starts over.
+/// - The first word of a new notifier is read through its subscription. Whatever handed that to the
+///   reader orders the two.
+/// - A check ([`is_stable_at`](Self::is_stable_at)) needs the newest word that the reader's lock
+///   lets it see, and nothing that was written before it. A first pass before the check, in the
+///   order of that lock, has set the word; a later one removes what the reader installs (R2, S4).
 #[derive(Debug)]
 pub(crate) struct Own {
     /// The own sequence while no active invalidation covers the notifier. The own sequence less one
@@ -123,7 +135,7 @@ impl Own {
     /// Returns the notifier's own sequence (R2).
     #[inline]
     pub(crate) fn sequence(&self) -> u64 {
-        self.word.load(Ordering::Acquire) | UNCOVERED
+        self.word.load(Ordering::Relaxed) | UNCOVERED
     }
 
     /// Returns the own sequence if no active invalidation covers the notifier at this moment (R1,
@@ -138,7 +150,7 @@ impl Own {
     /// invalidation covers it.
     #[inline]
     pub(crate) fn is_stable_at(&self, sequence: u64) -> bool {
-        self.word.load(Ordering::Acquire) == sequence
+        self.word.load(Ordering::Relaxed) == sequence
     }
 
     /// Returns whether a reader that began with `sequence` has to start over (R2): the own sequence
@@ -154,7 +166,7 @@ impl Own {
         if !self.is_covered() {
             // While the notifier is covered, a first pass may store the word, and its lowest bit is
             // clear already.
-            self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Release);
+            self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Relaxed);
         }
     }
 
@@ -179,7 +191,7 @@ impl Own {
             match self.word.compare_exchange_weak(
                 word,
                 sequence & !UNCOVERED,
-                Ordering::AcqRel,
+                Ordering::Relaxed,
                 Ordering::Relaxed,
             ) {
                 Ok(_) => return,
@@ -212,7 +224,7 @@ impl Own {
     #[inline]
     pub(super) fn begin(&self, word: u64) {
         debug_assert_eq!(word & UNCOVERED == 0, self.is_covered());
-        self.word.store(word, Ordering::Release);
+        self.word.store(word, Ordering::Relaxed);
     }
 
     /// Adds one cover. Returns the own sequence if it is the first cover.
@@ -222,7 +234,7 @@ impl Own {
         self.covering.store(covering + COVER, Ordering::Relaxed);
         (covering < COVER).then(|| {
             let word = self.word.load(Ordering::Relaxed);
-            self.word.store(word & !UNCOVERED, Ordering::Release);
+            self.word.store(word & !UNCOVERED, Ordering::Relaxed);
             word | UNCOVERED
         })
     }

@@ -122,7 +122,7 @@ impl Own {
         let plain = self.covering.load(Ordering::Relaxed) == 0;
         if plain {
             self.covering.store(CLOSED | marks, Ordering::Relaxed);
-            self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Release);
+            self.word.store(self.word.load(Ordering::Relaxed) & !UNCOVERED, Ordering::Relaxed);
         }
         plain
     }

@@ -77,6 +77,27 @@ fn k1_forks_in_a_row_are_not_taken_for_changes_of_the_device() {
 }
 
 #[test]
+fn k1_a_cache_is_told_how_often_to_begin() {
+    for (tries, made) in [(0, 1), (1, 1), (5, 5)] {
+        let (space, registered) = (AddressSpace::new(), Arc::default());
+        let device = Changes {
+            space: space.clone(),
+            what: None,
+            event: Event::ProtectionPage,
+            times: u32::MAX,
+            registered: Arc::clone(&registered),
+        };
+        let cache = RegistrationCache::builder().tries(tries).build(&space, device);
+        let refused = now(cache.get(pages(1, 1))).unwrap_err();
+        assert!(matches!(refused, GetError::Invalidated { tries } if tries == made), "{refused:?}");
+        assert_eq!(registered.swap(0, Ordering::SeqCst), made);
+        let refused = now(cache.get_all(pages(1, 1))).unwrap_err();
+        assert!(matches!(refused, GetError::Invalidated { tries } if tries == made), "{refused:?}");
+        assert_eq!(registered.load(Ordering::SeqCst), made);
+    }
+}
+
+#[test]
 fn k1_an_attempt_whose_device_changes_the_memory_once_succeeds() {
     let (_space, registered, cache) = changes(None, 1);
     drop(now(cache.get(pages(1, 1))).unwrap());

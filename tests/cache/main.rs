@@ -15,6 +15,7 @@ mod overlap;
 mod panics;
 mod pieces;
 mod room;
+mod settings;
 mod strict;
 #[path = "../support/mod.rs"]
 mod support;

@@ -270,6 +270,66 @@ fn b4_a_first_pass_that_leaves_no_pass_takes_no_place_whether_it_panics_or_not()
     assert!(may_defer.lock().unwrap().iter().all(|may| *may));
 }
 
+/// A place that is lost is lost for ever: the device would be waited for before each next one.
+#[cfg(feature = "std")]
+#[test]
+fn b4_after_a_panic_anywhere_the_whole_budget_is_free() {
+    type Fault = fn() -> Act;
+    let faults: [(&str, Fault); 4] = [
+        ("a first pass", || Act::Panic),
+        ("a pass at its first poll", || Act::pass(async { panic!("a pass fails") })),
+        ("a pass at a later poll", || {
+            Act::pass(async {
+                Yields(50).await;
+                panic!("a pass fails late")
+            })
+        }),
+        ("the drop of a pass", || {
+            struct Bomb;
+            impl Drop for Bomb {
+                fn drop(&mut self) {
+                    panic!("the drop of a pass fails");
+                }
+            }
+            let bomb = Bomb;
+            Act::pass(std::future::poll_fn(move |_| {
+                let _ = &bomb;
+                Poll::Ready(())
+            }))
+        }),
+    ];
+    for (what, fault) in faults {
+        for abandoned in [false, true] {
+            let log = Log::default();
+            let space = AddressSpace::builder().pass_budget(2).build();
+            let fails = space.insert(pages(0, 1), Device::new("fails", &log)).unwrap();
+            let gate = Gate::default();
+            let may_defer = Arc::new(Mutex::new(Vec::new()));
+            let asks: Vec<_> = (0..3)
+                .map(|_| {
+                    let (may_defer, gate) = (may_defer.clone(), gate.clone());
+                    space.insert(pages(1, 1), Ask { may_defer, gate, log: log.clone() }).unwrap()
+                })
+                .collect();
+            fails.next(fault());
+            let invalidation = std::panic::AssertUnwindSafe(|| {
+                let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+                if abandoned { drop(invalidate.poll()) } else { drop(invalidate.finish()) }
+            });
+            let caught = std::panic::catch_unwind(invalidation);
+            assert!(abandoned || caught.is_err(), "{what} panics");
+            now(space.drain());
+            let mut invalidate = Task::new(space.invalidate(pages(1, 1), Event::Unmap));
+            invalidate.expect_pending();
+            let asked = std::mem::take(&mut *may_defer.lock().unwrap());
+            assert_eq!(asked, [true, true, false], "{what} panics, abandoned: {abandoned}");
+            gate.open();
+            drop(invalidate.finish());
+            drop(asks);
+        }
+    }
+}
+
 /// Pends once and wakes itself.
 fn yields() -> impl Future<Output = ()> + Send + 'static {
     let mut polls = 0;

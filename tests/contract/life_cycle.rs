@@ -1,4 +1,5 @@
 use crate::support::*;
+use futures::FutureExt;
 use shootdown::{
     AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
 };
@@ -359,4 +360,84 @@ fn l1_a_remove_that_has_resolved_says_so() {
     let again = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| now(&mut remove).calls()))
         .unwrap_err();
     assert_eq!(again.downcast_ref(), Some(&"`Remove` polled after it has resolved"));
+}
+
+/// A waiting removal has a place among those who wait, and a waker there.
+#[test]
+fn l1_a_waiting_removal_or_close_that_is_dropped_leaves_no_waker_behind() {
+    struct Kept;
+    impl futures::task::ArcWake for Kept {
+        fn wake_by_ref(_: &Arc<Self>) {}
+    }
+    let (space, device, _log) = one_device();
+    let gate = Gate::default();
+    device.next(Act::pass(gate.clone()));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    let kept = Arc::new(Kept);
+    let waker = futures::task::waker(kept.clone());
+    let mut cx = std::task::Context::from_waker(&waker);
+    let before = Arc::strong_count(&kept);
+    let mut close = Box::pin(device.close());
+    assert!(close.as_mut().poll(&mut cx).is_pending());
+    assert!(Arc::strong_count(&kept) > before, "it is to be woken");
+    drop(close);
+    assert_eq!(Arc::strong_count(&kept), before, "after a close that was dropped");
+    let mut remove = Box::pin(device.remove());
+    assert!(remove.as_mut().poll(&mut cx).is_pending());
+    assert!(Arc::strong_count(&kept) > before, "it is to be woken");
+    drop(remove);
+    assert_eq!(Arc::strong_count(&kept), before, "after a removal that was dropped");
+    gate.open();
+    drop(invalidate.finish());
+}
+
+/// More than a leaf of an index holds, and more than there are places for invalidations.
+#[test]
+fn l3_hundreds_of_notifiers_and_invalidations_of_one_start_are_all_found_and_all_leave() {
+    const MANY: usize = if cfg!(miri) { 40 } else { 100 };
+    // 7 and these have no common factor: what leaves comes in no order.
+    let mixed = || (0..MANY).map(|at| at * 7 % MANY);
+    let (space, log, gate) = (AddressSpace::new(), Log::default(), Gate::default());
+    let mut notifiers: Vec<_> = (0..MANY)
+        .map(|_| Some(space.insert(pages(0, 1), Device::new("one of many", &log)).unwrap()))
+        .collect();
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert_eq!(called(&log).len(), MANY);
+    let device = space.insert(pages(0, 1), Device::new("device", &log)).unwrap();
+    // They all wait for one device, in the space.
+    let mut waiting: Vec<_> = (0..MANY)
+        .map(|_| {
+            device.next(Act::pass(gate.clone()));
+            let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+            invalidate.expect_pending();
+            Some(invalidate)
+        })
+        .collect();
+    assert_eq!(space.active().len(), MANY);
+    for at in mixed().take(MANY / 2) {
+        waiting[at] = None;
+    }
+    let mut drain = Task::new(space.drain());
+    drain.expect_pending();
+    gate.open();
+    // The abandoned ones end in the drain, the others when they are polled. Their guards cover who
+    // is inserted.
+    let mut guards: Vec<_> = waiting.iter_mut().map(|task| Some(task.as_mut()?.finish())).collect();
+    drain.finish();
+    assert_eq!(space.active().len(), MANY / 2);
+    let late = space.insert(pages(0, 1), Device::new("late", &log)).unwrap();
+    for at in mixed() {
+        assert!(guards.iter().all(Option::is_none) || late.read_begin().now_or_never().is_none());
+        guards[at] = None;
+    }
+    now(late.read_begin());
+    assert_eq!((space.active().len(), space.sequence().get() % 2), (0, 0));
+    for at in mixed() {
+        now(notifiers[at].take().unwrap().remove());
+    }
+    assert_eq!(space.len(), 2, "the device and the late one");
+    called(&log);
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert_eq!(called(&log), ["device", "late"]);
 }

@@ -16,6 +16,7 @@ mod fenced_hard;
 // Without `std` there is nothing to catch a panic with.
 #[cfg(feature = "std")]
 mod foreign_code;
+mod formats;
 #[cfg(feature = "lease")]
 mod leases;
 mod life_cycle;
@@ -33,3 +34,6 @@ mod timelines_hard;
 mod traps;
 #[cfg(feature = "std")]
 mod waits;
+// Miri starts no process.
+#[cfg(not(miri))]
+mod watchdog;

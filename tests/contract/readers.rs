@@ -199,3 +199,49 @@ fn an_error_of_the_retry_loop_is_printed_once() {
         ]
     );
 }
+
+/// Memory that no lock and no atomic protects: only the order of the end and the fast reader.
+#[derive(Default)]
+struct Plain(std::cell::UnsafeCell<u64>);
+
+// SAFETY: the test writes under a guard, and reads after a `read_begin` that has seen its end.
+unsafe impl Sync for Plain {}
+
+impl Plain {
+    fn pointer(&self) -> *mut u64 {
+        self.0.get()
+    }
+}
+
+/// ThreadSanitizer (`ci/tsan.sh`) and Miri (`ci/miri.sh`) see a data race where the end publishes
+/// nothing; a processor mostly does not show it.
+#[test]
+fn r1_a_fast_reader_sees_what_was_written_before_the_end_watched_or_not() {
+    for (hits, watched) in [(1, false), (2, false), (1, true), (2, true)] {
+        let (space, device, log) = one_device();
+        let _other = (hits == 2).then(|| space.insert(pages(0, 1), Device::new("other", &log)));
+        let (memory, ended) = (Plain::default(), std::sync::atomic::AtomicBool::new(false));
+        let guard = now(space.invalidate(pages(0, 1), Event::Unmap)).into_owned();
+        let mut waits = Task::new(device.read_begin());
+        if watched {
+            waits.expect_pending();
+        }
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                // Relaxed: what orders the two threads is the library's business.
+                while !ended.load(std::sync::atomic::Ordering::Relaxed) {
+                    std::thread::yield_now();
+                }
+                while futures::FutureExt::now_or_never(device.read_begin()).is_none() {
+                    std::thread::yield_now();
+                }
+                // SAFETY: the end has been seen.
+                assert_eq!(unsafe { *memory.pointer() }, 1);
+            });
+            // SAFETY: under the guard, and no reader reads before its end.
+            unsafe { *memory.pointer() = 1 };
+            drop(guard);
+            ended.store(true, std::sync::atomic::Ordering::Relaxed);
+        });
+    }
+}

@@ -14,6 +14,7 @@ mod corners;
 mod delivering;
 mod forks;
 mod given_up;
+mod handles;
 mod kinds;
 mod loud;
 mod mapping;
@@ -85,7 +86,12 @@ fn main() {
     .concat();
     let of_huge_pages = [loud::huge_tests(), silent::huge_tests()].concat();
     if let Some(name) = std::env::var_os("SHOOTDOWN_ONE") {
-        let all = by_themselves.iter().chain(&watched_by_themselves).chain(&of_huge_pages);
+        let children = handles::children();
+        let all = by_themselves
+            .iter()
+            .chain(&watched_by_themselves)
+            .chain(&of_huge_pages)
+            .chain(&children);
         let test =
             all.into_iter().find(|(test, _)| *test == name).expect("the parent names a test");
         return (test.1)();
@@ -133,11 +139,13 @@ fn main() {
     let plain = mapping::tests()
         .into_iter()
         .chain(shared::tests())
+        .chain(handles::tests())
         .map(|(name, test)| Trial::test(name, move || Ok(test())))
         .chain(alone(by_themselves));
     let trials = plain
         .chain(needs(uffd::tests()))
         .chain(needs(cache::tests()))
+        .chain(needs(handles::watching_tests()))
         .chain(needs(loud::tests()))
         .chain(needs_more(silent::tests(), silent::lacking))
         .chain(needs(never_stale::tests()))

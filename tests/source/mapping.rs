@@ -31,6 +31,7 @@ crate::list![
 // In processes of their own: they count what was left mapped in the whole process.
 crate::list![fn isolated_tests:
     dropped_under_a_device_that_needs_time_it_stays_mapped,
+    dropped_under_a_driver_that_panics_it_stays_mapped_and_the_panic_goes_on,
     a_mapping_whose_parts_are_protected_is_moved_and_resized_with_them,
 ];
 
@@ -376,6 +377,17 @@ impl IntervalNotifier for Fails {
     fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
         panic!("the first pass fails");
     }
+}
+
+fn dropped_under_a_driver_that_panics_it_stays_mapped_and_the_panic_goes_on() {
+    let space = AddressSpace::new();
+    let mapping = OwnedMapping::new(&space, 3 * PAGE).unwrap();
+    let (range, leaked) = (mapping.range(), OwnedMapping::leaked_bytes());
+    let _driver = space.insert(range, Fails).unwrap();
+    let dropped = catch_unwind(AssertUnwindSafe(|| drop(mapping)));
+    assert!(dropped.is_err(), "who drops it is told");
+    assert!(is_mapped(range.start()), "the device was never seen to let go");
+    assert_eq!(OwnedMapping::leaked_bytes() - leaked, 3 * PAGE as u64);
 }
 
 fn a_mapping_that_is_dropped_while_a_first_pass_unwinds_stays_mapped() {

@@ -3,6 +3,9 @@
 
 #[cfg(not(any(loom, shuttle)))]
 pub mod processor;
+// Miri wants no thread to outlive the main one.
+#[cfg(not(miri))]
+mod watchdog;
 
 use futures::task::{ArcWake, waker};
 use shootdown::{
@@ -21,6 +24,10 @@ pub const PAGE: u64 = 4096;
 
 /// `pages` pages from page `first` on.
 pub fn pages(first: u64, pages: u64) -> AddressRange {
+    #[cfg(not(miri))]
+    if env!("CARGO_CRATE_NAME") == "contract" {
+        watchdog::watch();
+    }
     AddressRange::new(first * PAGE, pages * PAGE).unwrap()
 }
 

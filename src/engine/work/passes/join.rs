@@ -94,7 +94,7 @@ impl Passes {
             }
             self.finished.clear();
             left -= 1;
-            let behind = self.is_behind(host.fences.load(Ordering::Acquire));
+            let behind = self.is_behind(host.fences.load(Ordering::Relaxed));
             let goes_on =
                 progress == Progress::Yielded || (woken && progress == Progress::Waiting) || behind;
             if !goes_on || left == 0 {
