@@ -139,7 +139,7 @@ more_of() {
     case "$1" in
         cache) echo "--test=contract --test=source --test=soak" ;;
         source) echo "--test=cache --test=memory_soak" ;;
-        *) echo "--test=stats --test=test_util --test=fuzz --test=sweep" ;;
+        *) echo "--test=stats --test=test_util --test=fuzz --test=sweep --test=cache --test=source" ;;
     esac
 }
 files_of() {
