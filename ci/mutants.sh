@@ -5,7 +5,7 @@
 #   ci/mutants.sh --whole [--shard K/N] [MODULE ...]  everything, or some modules, or one part of N
 #
 # Without BASE it takes the point where this branch left origin/main, or else the last commit. Of
-# more than MUTANTS_MOST mutants of a module (40) it tries a sample and says so. A mutant that the
+# more than MUTANTS_MOST mutants of a module (12) it tries a sample and says so. A mutant that the
 # cheap tests of its module miss meets further tests. `.cargo/mutants.toml` lists the mutants that
 # change nothing that can be seen, each with the reason. cargo-nextest, where it is there, ends a
 # run at the first test that fails, and a test that hangs after a minute. The whole takes about six
@@ -96,7 +96,7 @@ try() {
     mutants() {
         cargo mutants --dir "$tree" --output "$work/$name" "${files[@]}" "${only[@]}" "$@"
     }
-    local count most=${MUTANTS_MOST:-40}
+    local count most=${MUTANTS_MOST:-12}
     count=$(mutants --list | wc -l)
     [ "$count" != 0 ] || return 0
     if [ -n "$shard" ]; then
