@@ -5,11 +5,11 @@
 #   ci/mutants.sh --whole [--shard K/N] [MODULE ...]  everything, or some modules, or one part of N
 #
 # Without BASE it takes the point where this branch left origin/main, or else the last commit. Of
-# more than MUTANTS_MOST mutants (40) it tries a sample and says so. A mutant that the cheap tests
-# of its module miss meets further tests. `.cargo/mutants.toml` lists the mutants that change
-# nothing that can be seen, each with the reason. cargo-nextest, where it is there, ends a run at
-# the first test that fails and a test that hangs after 20 s; CONTRIBUTING.md says how long the
-# whole takes.
+# more than MUTANTS_MOST mutants of a module (12) it tries a sample and says so. A mutant that the
+# cheap tests of its module miss meets further tests. `.cargo/mutants.toml` lists the mutants that
+# change nothing that can be seen, each with the reason. cargo-nextest, where it is there, ends a
+# run at the first test that fails, and a test that hangs after a minute. The whole takes about six
+# hours on two processors: 4,000 mutants of 9 to 15 s each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 root=$PWD
@@ -79,7 +79,9 @@ last=()
 if command -v cargo-nextest >/dev/null 2>&1; then
     cat >"$work/nextest.toml" <<'END'
 [profile.default]
-slow-timeout = { period = "20s", terminate-after = 1, grace-period = "1s" }
+# What measures time notices the machine, too.
+default-filter = "not test(/takes_time_in_proportion/)"
+slow-timeout = { period = "60s", terminate-after = 1, grace-period = "1s" }
 fail-fast = { max-fail = 1, terminate = "immediate" }
 END
     runner=(--test-tool nextest)
@@ -94,7 +96,7 @@ try() {
     mutants() {
         cargo mutants --dir "$tree" --output "$work/$name" "${files[@]}" "${only[@]}" "$@"
     }
-    local count most=${MUTANTS_MOST:-40}
+    local count most=${MUTANTS_MOST:-12}
     count=$(mutants --list | wc -l)
     [ "$count" != 0 ] || return 0
     if [ -n "$shard" ]; then
@@ -112,7 +114,7 @@ try() {
         for at in $tests; do cargo+=("--cargo-arg=$at"); done
         echo "== $name: $tests"
         code=0
-        mutants --in-place --timeout 120 "${iterate[@]}" "${runner[@]}" "${cargo[@]}" \
+        mutants --in-place --timeout 180 "${iterate[@]}" "${runner[@]}" "${cargo[@]}" \
             "${last[@]}" || code=$?
         # Nothing was missed, or it did not come to that.
         [ "$code" = 2 ] || break
@@ -137,7 +139,7 @@ more_of() {
     case "$1" in
         cache) echo "--test=contract --test=source --test=soak" ;;
         source) echo "--test=cache --test=memory_soak" ;;
-        *) echo "--test=stats --test=test_util --test=fuzz --test=sweep --test=source" ;;
+        *) echo "--test=stats --test=test_util --test=fuzz --test=sweep --test=cache --test=source" ;;
     esac
 }
 files_of() {

@@ -2,8 +2,8 @@
 //! without them.
 use crate::support::*;
 use shootdown::{
-    AddressSpace, AsyncIntervalNotifier, AsyncNotifier, DriverLock, Event, InvalidationInfo,
-    Subscription,
+    AddressSpace, AsyncIntervalNotifier, AsyncNotifier, Event, IntervalNotifier, Invalidation,
+    InvalidationInfo, PassFuture, Subscription, WouldBlock,
 };
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
@@ -55,6 +55,49 @@ fn m7_a_delivery_says_whether_the_memory_may_have_changed_already() {
     }
 }
 
+type Script = Arc<Mutex<Option<Box<dyn FnOnce() + Send>>>>;
+
+/// Does something when it is asked for its name.
+struct Asked(Script, Gate, #[expect(dead_code, reason = "counted by the test")] Arc<()>);
+
+impl IntervalNotifier for Asked {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        Ok(Some(PassFuture::new(self.1.clone())))
+    }
+
+    fn name(&self) -> std::borrow::Cow<'static, str> {
+        let script = self.0.lock().unwrap().take();
+        if let Some(script) = script {
+            script();
+        }
+        "asked".into()
+    }
+}
+
+#[test]
+fn l1_a_notifier_whose_subscription_goes_while_it_is_asked_for_its_name_is_dropped_afterwards() {
+    let space = AddressSpace::new();
+    let (script, gate, notifiers) = (Script::default(), Gate::default(), Arc::new(()));
+    let asked = Asked(script.clone(), gate.clone(), notifiers.clone());
+    let asked = space.insert(pages(0, 1), asked).unwrap();
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap).into_owned());
+    invalidate.expect_pending();
+    let kept = notifiers.clone();
+    *script.lock().unwrap() = Some(Box::new(move || {
+        gate.open();
+        drop(invalidate.finish());
+        drop(asked);
+        assert_eq!(Arc::strong_count(&kept), 3, "it is being called");
+    }));
+    assert_eq!(space.active()[0].pending, ["asked"]);
+    assert!(script.lock().unwrap().is_none(), "it was asked");
+    assert_eq!((Arc::strong_count(&notifiers), space.len()), (1, 0));
+}
+
 /// The clock is code of the program: what it does happens at any moment at which the library looks
 /// at the time.
 #[test]
@@ -96,6 +139,7 @@ fn l5_a_fence_at_any_look_at_the_clock_ends_what_nobody_waits_for() {
 #[cfg(feature = "std")]
 mod on_two_threads {
     use super::*;
+    use shootdown::DriverLock;
 
     #[test]
     fn a1_done_may_be_called_while_another_thread_holds_the_inbox() {
