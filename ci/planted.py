@@ -15,8 +15,8 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODES = ["single-pass", "two-pass", "round-robin", "poll-driven"]
 
-# Name, file, pairs of the code as it is and as it is not to be; and the number of GPUs from which on
-# it can do harm.
+# Name, file, pairs of the code as it is and as it is not to be; and the number of GPUs from which
+# on it can do harm.
 PLANTED = [
     ("read_begin never waits", "src/protocol/own.rs", [("(word & UNCOVERED != 0).then_some(word)", "Some(word | UNCOVERED)")], 1),
     ("read_retry is always false", "src/subscription.rs", [("space.collides(entry, sequence, open)", "_ = space.collides(entry, sequence, open);\n        false")], 1),

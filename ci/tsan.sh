@@ -4,8 +4,8 @@
 # Needs a nightly toolchain with the sources of the standard library, which is built with the
 # sanitizer, too (`-Zbuild-std`): `rustup toolchain install nightly --component rust-src`. Without
 # that the sanitizer does not see what the locks and channels of `std` order, and reports races that
-# are none. Takes about half an hour on 2 cores, the build included. `ci/tsan.sh NAME` runs the tests
-# with NAME in theirs.
+# are none. Takes about half an hour on 2 cores, the build included. `ci/tsan.sh NAME` runs the
+# tests with NAME in theirs.
 #
 # Runs: the contract, with `r1_a_fast_reader_sees_what_was_written_before_the_end_watched_or_not`
 # (the neighbour of loom's model of a fast reader beside the end of a watched notifier); dropped,

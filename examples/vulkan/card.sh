@@ -3,13 +3,12 @@
 # beside a look-up.
 #
 #   card.sh prepare   on a machine with a toolchain: builds into target/card, with the Vulkan loader
-#                     beside it
-#   card.sh           on the machine with the card: runs what is there (no network needed), or builds
-#                     it if it is not there or is older than its sources and there is cargo
+#   beside it card.sh           on the machine with the card: runs what is there (no network
+#   needed), or builds it if it is not there or is older than its sources and there is cargo
 #
 # CARD=NAME chooses the device. Without it the first card is taken; where there is a processor's
-# driver only, it exits with 3. What it prints goes to $OUT/vulkan.txt (and .json) as well, if OUT is
-# set.
+# driver only, it exits with 3. What it prints goes to $OUT/vulkan.txt (and .json) as well, if OUT
+# is set.
 set -euo pipefail
 self="$(cd "$(dirname "$0")" && pwd)/$(basename "$0")"
 cd "$(dirname "$self")/../.."

@@ -89,8 +89,8 @@ impl Entry {
     /// Marks the device as cut off (L5). Returns whether it was marked before. Under the space's
     /// lock.
     ///
-    /// Relaxed: a thread that looks for the mark without the lock has seen the number of fences rise
-    /// (`Passes::cut`), which is published after the mark.
+    /// Relaxed: a thread that looks for the mark without the lock has seen the number of fences
+    /// rise (`Passes::cut`), which is published after the mark.
     pub(crate) fn fence(&self) -> bool {
         self.rare().fenced.swap(true, Ordering::Relaxed)
     }

@@ -1,5 +1,5 @@
 //! Models of where threads meet: who maps, and who invalidates.
-//! `RUSTFLAGS="--cfg loom" cargo test --release -p shootdown-vhost --no-default-features --test loom`
+//! `ci/vhost.sh loom`
 #![cfg(loom)]
 #![allow(missing_docs, clippy::print_stdout)]
 
