@@ -34,7 +34,7 @@ tsan() {
     cargo +nightly test -Zbuild-std --target "$host" "$@"
 }
 # Names of what it cannot run (above).
-slow=(takes_time_in_proportion k4_)
+slow=(takes_time_in_proportion cost_no_product whoever_is_fenced_meanwhile k4_)
 forks=(fork m4_ in_the_child filtered inside_madvise by_default)
 mapped=(mappings without_room no_mapping_left the_proof_on_io_uring huge mapping_of)
 skipped=()
