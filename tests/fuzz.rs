@@ -180,7 +180,7 @@ impl<'s> Machine<'s> {
                 self.space.invalidate_all(set, Event::Clear)
             };
             // Both kinds of handle.
-            let owned = name % 3 == 0;
+            let owned = name.is_multiple_of(3);
             let future = if owned { future.into_owned() } else { future };
             running.future = Some(Task::new(Box::pin(future)));
         } else {

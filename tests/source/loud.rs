@@ -235,8 +235,8 @@ fn a_heap_made_smaller_by_brk_raises_unmap() {
     assert_eq!(unsafe { libc::sbrk(LEN as isize) }.addr(), heap.at);
     heap.write(1);
     let area = Area { kind: Kind::Private, raw: heap, fd: -1 };
-    // SAFETY: as above.
     let gone = at_the_event(area, |area| {
+        // SAFETY: as above.
         check(unsafe { libc::sbrk(-(area.raw.len as isize)) }.addr() as i64)
     });
     assert_eq!(gone, None, "it has gone when the event can be read");

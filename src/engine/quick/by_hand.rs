@@ -66,7 +66,9 @@ mod tests {
     #[test]
     fn the_drop_of_a_field_by_hand_leaks() {
         let value = Arc::new(());
-        drop(ByHand::full(value.clone()));
+        {
+            let _dropped_here = ByHand::full(value.clone());
+        }
         assert_eq!(Arc::strong_count(&value), 2);
     }
 }
