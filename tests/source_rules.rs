@@ -412,3 +412,37 @@ fn the_files_of_the_cache_import_only_those_below_them() {
         &sources.iter().find(|(file, _)| file == "cache/table.rs").expect("it is seen above").1;
     assert!(!table.contains("super::") && !table.contains("Device") && !table.contains("async"));
 }
+
+/// Each answer of the tour in `CONTRIBUTING.md` names files, and items that one of them defines.
+#[test]
+fn the_tour_names_what_is_there() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let text = std::fs::read_to_string(root.join("CONTRIBUTING.md")).unwrap();
+    let tour = text.split("## A tour of the code").nth(1).expect("the tour");
+    let tour = tour.split("\n## ").next().expect("its end");
+    let rows = tour.lines().filter(|line| line.starts_with("| ") && line.contains('?'));
+    let mut answers = 0;
+    for row in rows {
+        let quoted: Vec<_> = row.split('`').skip(1).step_by(2).collect();
+        let (files, names): (Vec<&str>, Vec<&str>) =
+            quoted.into_iter().partition(|name| name.contains('/'));
+        assert!(!files.is_empty(), "an answer without a file: {row}");
+        let read = |file: &&str| {
+            std::fs::read_to_string(root.join(file))
+                .unwrap_or_else(|error| panic!("{file} in {row}: {error}"))
+        };
+        let code: String = files.iter().map(read).collect();
+        for name in names {
+            let last = name.rsplit("::").next().unwrap_or_default();
+            let is_name = last.chars().all(|c| c.is_alphanumeric() || c == '_');
+            let words: Vec<_> = code.split(|c: char| !c.is_alphanumeric() && c != '_').collect();
+            let kinds = ["fn", "struct", "enum", "trait", "type", "const"];
+            let stands = words.windows(2).any(|pair| kinds.contains(&pair[0]) && pair[1] == last);
+            // A question may name a word of the language or of the system.
+            let is_no_item = ["unsafe", "fork", "munmap", "get", "remove"].contains(&last);
+            assert!(!is_name || is_no_item || stands, "{name} is defined in none of {files:?}");
+        }
+        answers += 1;
+    }
+    assert!(answers >= 20, "{answers} answers: is the search right?");
+}
