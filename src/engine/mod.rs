@@ -45,11 +45,13 @@ mod work;
 
 use crate::entry::{Entry, Spare};
 use crate::foreign::{Callback, FirstPanic};
+#[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+use crate::index::Ordered;
 use crate::notifier::Sequence;
 use crate::observe;
-use crate::sync::{Arc, Lock, Ordering, Weak};
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
-use crate::{index::Ordered, range::AddressRange};
+use crate::range::AddressRange;
+use crate::sync::{Arc, Lock, Ordering, Weak};
 #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
 use alloc::vec::Vec;
 use core::time::Duration;
