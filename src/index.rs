@@ -31,7 +31,7 @@ use core::ops::Range;
 use hints::Hints;
 use leaf::Leaf;
 use node::{CAP, Child, InnerNode, Mergeable};
-pub(crate) use value::{Indexed, Ordered, Position, Ranged};
+pub(crate) use value::{Indexed, Numbered, Ordered, Position, Ranged};
 
 /// The span of an index without intervals.
 const NOWHERE: (u64, u64) = (u64::MAX, 0);

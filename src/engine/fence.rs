@@ -96,7 +96,7 @@ impl Shared {
         outbox: &mut Outbox,
     ) -> Found<'_> {
         let (mut tickets, mut leases, mut unpolled) = (Vec::new(), Vec::new(), Vec::new());
-        state.parked.overlapping(range, |parked| tickets.push(parked.value));
+        state.parked.overlapping(range, |parked| tickets.push(parked.value.value));
         for ticket in tickets {
             match state.help(ticket, |parking, _| parking.pending.iter().any(&of)) {
                 Help::Leased(work) => leases.push(Lease::new(self, ticket, work)),

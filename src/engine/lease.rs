@@ -101,7 +101,7 @@ mod tests {
         let shared: &Shared = space.shared();
         let mut parked = None;
         shared.with(|state, _| {
-            state.parked.overlapping(AddressRange::ALL, |found| parked = Some(found.value))
+            state.parked.overlapping(AddressRange::ALL, |found| parked = Some(found.value.value))
         });
         let ticket = parked.expect("it is parked");
         let help = || shared.with(|state, _| state.help(ticket, |_, _| true));

@@ -167,6 +167,13 @@ impl<V: Indexed> Leaf<V> {
     pub(super) fn add(&mut self, value: V) -> usize {
         let range = value.range();
         let (start, last) = (range.start(), range.last());
+        debug_assert!(
+            self.values
+                .iter()
+                .flatten()
+                .all(|other| { other.range().start() != start || other.order() < value.order() }),
+            "the order of values with one start rises with each insertion"
+        );
         let at = self.make_gap(self.rank(start)) % CAP;
         self.starts[at] = start;
         self.values[at] = Some(value);

@@ -55,6 +55,20 @@ impl<T: Ordered> Indexed for Ranged<T> {
     }
 }
 
+/// A value with a number, for values that are inserted in no order of their own. The number has to
+/// rise with each insertion.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) struct Numbered<T> {
+    pub(crate) number: u64,
+    pub(crate) value: T,
+}
+
+impl<T: Copy + PartialEq> Ordered for Numbered<T> {
+    fn order(self) -> u64 {
+        self.number
+    }
+}
+
 /// A leaf and a slot in it.
 #[derive(Clone, Copy, PartialEq)]
 pub(crate) struct Position(u32);

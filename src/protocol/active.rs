@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::own;
-use crate::index::{IntervalIndex, Ordered, Ranged};
+use crate::index::{IntervalIndex, Numbered, Ranged};
 use crate::range::{AddressRange, RangeSet};
 use alloc::boxed::Box;
 use alloc::collections::BTreeMap;
@@ -118,9 +118,11 @@ pub(crate) struct ActiveSet<M, X> {
     pub(super) places: Vec<Active<M, X>>,
     pub(super) occupancy: Occupancy,
     /// The invalidations without a place, by serial.
-    pub(super) crowd: BTreeMap<u64, Box<Active<M, X>>>,
+    pub(super) crowd: BTreeMap<u64, InCrowd<M, X>>,
     /// The range of each invalidation in the crowd, from its first address to its last.
-    crowd_ranges: IntervalIndex<Ranged<InCrowd>>,
+    crowd_ranges: IntervalIndex<Ranged<Numbered<u64>>>,
+    /// How many invalidations have entered the crowd.
+    entered: u64,
     /// The ranges of each invalidation of many ranges, by serial. All of these are in the crowd.
     sets: BTreeMap<u64, Set>,
     /// How many invalidations may be active at once.
@@ -143,14 +145,12 @@ pub(super) struct Occupancy {
     pub(super) live: u32,
 }
 
-/// The serial of an invalidation in the crowd.
-#[derive(Clone, Copy, PartialEq)]
-struct InCrowd(u64);
-
-impl Ordered for InCrowd {
-    fn order(self) -> u64 {
-        self.0
-    }
+/// An invalidation in the crowd.
+pub(super) struct InCrowd<M, X> {
+    /// Its number among those that entered the crowd, which is its order in the index of these. Not
+    /// its serial: an invalidation leaves its place for the crowd when younger ones are there.
+    number: u64,
+    active: Box<Active<M, X>>,
 }
 
 /// The owner's data of an invalidation that has ended.
@@ -169,6 +169,7 @@ impl<M, X> ActiveSet<M, X> {
             occupancy: Occupancy { free: 0, live: 0 },
             crowd: BTreeMap::new(),
             crowd_ranges: IntervalIndex::new(),
+            entered: 0,
             sets: BTreeMap::new(),
             most: own::MOST_ACTIVE,
         }
@@ -182,7 +183,7 @@ impl<M, X> ActiveSet<M, X> {
     /// Returns the invalidation `id`, if it is active.
     pub(crate) fn get(&self, id: Id) -> Option<&Active<M, X>> {
         match self.places.get(id.place()).filter(|active| active.is(id)) {
-            None => self.crowd.get(&id.serial()).map(|active| &**active),
+            None => self.crowd.get(&id.serial()).map(|found| &*found.active),
             found => found,
         }
     }
@@ -190,7 +191,7 @@ impl<M, X> ActiveSet<M, X> {
     /// Returns the invalidation `id`, mutably, if it is active.
     pub(crate) fn get_mut(&mut self, id: Id) -> Option<&mut Active<M, X>> {
         match self.places.get_mut(id.place()).filter(|active| active.is(id)) {
-            None => self.crowd.get_mut(&id.serial()).map(|active| &mut **active),
+            None => self.crowd.get_mut(&id.serial()).map(|found| &mut *found.active),
             found => found,
         }
     }
@@ -209,7 +210,9 @@ impl<M, X> ActiveSet<M, X> {
     pub(crate) fn iter(&self) -> impl Iterator<Item = (Id, &Active<M, X>)> {
         let in_places = (0..).zip(&self.places).filter(|(_, active)| active.is_live());
         in_places.map(|(place, active)| (Id::new(active.serial(), place), active)).chain(
-            self.crowd.iter().map(|(serial, active)| (Id::new(*serial, PLACES as u32), &**active)),
+            self.crowd
+                .iter()
+                .map(|(serial, found)| (Id::new(*serial, PLACES as u32), &*found.active)),
         )
     }
 
@@ -219,7 +222,7 @@ impl<M, X> ActiveSet<M, X> {
         in_places.map(|(place, active)| (Id::new(active.serial(), place), active)).chain(
             self.crowd
                 .iter_mut()
-                .map(|(serial, active)| (Id::new(*serial, PLACES as u32), &mut **active)),
+                .map(|(serial, found)| (Id::new(*serial, PLACES as u32), &mut *found.active)),
         )
     }
 
@@ -235,12 +238,13 @@ impl<M, X> ActiveSet<M, X> {
         let mut any =
             in_places.any(|(place, active)| wanted(Id::new(active.serial(), place), active));
         if !any && !self.crowd.is_empty() {
-            self.crowd_ranges.overlapping(range, |Ranged { value: InCrowd(serial), .. }| {
+            self.crowd_ranges.overlapping(range, |found| {
+                let serial = found.value.value;
                 let id = Id::new(serial, PLACES as u32);
                 let overlaps = || overlaps_set(&self.sets, serial, range);
                 any = any
                     || overlaps()
-                        && self.crowd.get(&serial).is_some_and(|active| wanted(id, active));
+                        && self.crowd.get(&serial).is_some_and(|found| wanted(id, &found.active));
             });
         }
         any
@@ -259,12 +263,13 @@ impl<M, X> ActiveSet<M, X> {
             .for_each(&mut each);
         if !self.crowd.is_empty() {
             let Self { crowd, crowd_ranges, sets, .. } = self;
-            crowd_ranges.overlapping(range, |Ranged { value: InCrowd(serial), .. }| {
+            crowd_ranges.overlapping(range, |found| {
+                let serial = found.value.value;
                 if overlaps_set(sets, serial, range)
                     && sets.get(&serial).is_none_or(|set| !set.is_past)
-                    && let Some(active) = crowd.get_mut(&serial)
+                    && let Some(found) = crowd.get_mut(&serial)
                 {
-                    each(active);
+                    each(&mut found.active);
                 }
             });
         }
@@ -334,8 +339,7 @@ impl<M, X> ActiveSet<M, X> {
             Active::new(AddressRange::ALL, Id(0)),
         );
         self.occupancy.free = 1 << place;
-        self.crowd_ranges.insert(Ranged { range: active.range, value: InCrowd(active.serial()) });
-        self.crowd.insert(active.serial(), Box::new(active));
+        self.enter_crowd(Box::new(active));
         true
     }
 
@@ -356,9 +360,23 @@ impl<M, X> ActiveSet<M, X> {
         X: Default,
     {
         self.occupancy.live += 1;
-        self.crowd_ranges.insert(Ranged { range, value: InCrowd(serial) });
         let id = Id::new(serial, PLACES as u32);
-        (id, self.crowd.entry(serial).or_insert_with(|| Box::new(Active::new(range, id))))
+        (id, self.enter_crowd(Box::new(Active::new(range, id))))
+    }
+
+    /// Returns how many ranges the index of the crowd holds.
+    #[cfg(all(test, not(any(loom, shuttle))))]
+    pub(super) fn indexed(&self) -> usize {
+        self.crowd_ranges.len()
+    }
+
+    /// Puts an invalidation into the crowd.
+    fn enter_crowd(&mut self, active: Box<Active<M, X>>) -> &mut Active<M, X> {
+        self.entered += 1;
+        let (number, serial) = (self.entered, active.serial());
+        let numbered = Numbered { number, value: serial };
+        self.crowd_ranges.insert(Ranged { range: active.range, value: numbered });
+        &mut self.crowd.entry(serial).or_insert(InCrowd { number, active }).active
     }
 
     /// Adds an active invalidation of many ranges to the crowd.
@@ -382,9 +400,9 @@ impl<M, X> ActiveSet<M, X> {
 
     /// Removes invalidation `id` from the crowd.
     pub(super) fn leave_crowd(&mut self, id: Id) -> Option<Box<Active<M, X>>> {
-        let active = self.crowd.remove(&id.serial())?;
-        let known = Ranged { range: active.range, value: InCrowd(id.serial()) };
-        let found = self.crowd_ranges.remove(known);
+        let InCrowd { number, active } = self.crowd.remove(&id.serial())?;
+        let numbered = Numbered { number, value: id.serial() };
+        let found = self.crowd_ranges.remove(Ranged { range: active.range, value: numbered });
         debug_assert!(found, "the index has each invalidation of the crowd");
         self.occupancy.live -= 1;
         if self.crowd.is_empty() {

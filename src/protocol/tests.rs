@@ -355,3 +355,30 @@ fn as_many_are_active_as_can_be_counted_and_one_more_is_refused_before_anything_
     let (id, hits) = start(&mut protocol);
     assert!(protocol.quick_end(id, &hits).is_some());
 }
+
+/// Invalidations of many ranges are in the crowd from the beginning, and an older one leaves its
+/// place for the crowd later: the serials in the crowd do not rise.
+#[test]
+fn what_enters_the_crowd_in_any_order_leaves_it() {
+    let mut protocol: Protocol<Test, Vec<Test>> = Protocol::new(2);
+    let range = AddressRange::new(0x1000, 0x1000).unwrap();
+    let set = RangeSet::new([range, AddressRange::new(0x4000, 0x1000).unwrap()]).unwrap();
+    let mut ids = Vec::new();
+    for round in 0..3 * PLACES {
+        ids.push(protocol.start(range, |_| true, |_, _| (), |hits| hits).id);
+        if round % 3 == 0 {
+            ids.push(protocol.start_set(&set, false, |_, _| (), |hits| hits).id);
+        }
+    }
+    let (last, others) = ids.split_last().unwrap();
+    for id in others {
+        let id = protocol.active().located(*id);
+        assert!(protocol.end(id, &[], |_| ()).is_some());
+    }
+    // The index is made anew only when the crowd is empty.
+    let in_crowd = protocol.active.crowd.len();
+    assert_eq!(protocol.active.indexed(), in_crowd, "left in the index");
+    let last = protocol.active().located(*last);
+    assert!(protocol.end(last, &[], |_| ()).is_some());
+    assert_eq!(protocol.active.len(), 0);
+}

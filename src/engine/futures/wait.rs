@@ -188,8 +188,9 @@ impl Wait {
         backlog.clear();
         state.parked.overlapping(range, |parked| {
             // Not if the range lies in a gap of theirs (L2).
-            if state.protocol.active().overlaps(parked.value, range) {
-                backlog.push(parked.value);
+            let ticket = parked.value.value;
+            if state.protocol.active().overlaps(ticket, range) {
+                backlog.push(ticket);
             }
         });
     }

@@ -28,7 +28,7 @@ use crate::engine::work::Work;
 use crate::entry::EntryRef;
 #[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
 use crate::foreign::TaskWaker;
-use crate::index::{IntervalIndex, Ranged};
+use crate::index::{IntervalIndex, Numbered, Ranged};
 use crate::protocol::{Active, Id, Kept, Protocol};
 use crate::sync::{Arc, Ordering};
 use alloc::boxed::Box;
@@ -45,7 +45,9 @@ pub(crate) use waiters::{WaitFor, Waiter};
 pub(crate) struct State {
     pub(crate) protocol: Protocol<EntryRef, Record>,
     /// Parked invalidations by range: waiting futures find here what they can help with.
-    pub(crate) parked: IntervalIndex<Ranged<Ticket>>,
+    pub(crate) parked: IntervalIndex<Ranged<Numbered<Ticket>>>,
+    /// How many invalidations were parked.
+    parked_ever: u64,
     /// The most that were parked at once since none was.
     most_parked: usize,
     /// Bells of futures that wait for parked invalidations of the whole space. They are in no
@@ -77,6 +79,7 @@ impl State {
         Self {
             protocol: Protocol::new(sequence),
             parked: IntervalIndex::new(),
+            parked_ever: 0,
             most_parked: 0,
             drains: Slab::new(),
             waiters: Slab::new(),

@@ -6,7 +6,7 @@ use crate::engine::outbox::Outbox;
 use crate::engine::work::{Progress, Unpolled, Work};
 use crate::entry::EntryRef;
 use crate::foreign::TaskWaker;
-use crate::index::{IntervalIndex, Ranged};
+use crate::index::{IntervalIndex, Numbered, Ranged};
 use crate::notifier::Request;
 use crate::protocol::Id;
 use crate::sync::Arc;
@@ -116,7 +116,10 @@ impl State {
             ready |= woken;
             outbox.contents().unused.extend(old);
         }
-        self.parked.insert(Ranged { range, value: ticket });
+        self.parked_ever += 1;
+        parking.number = self.parked_ever;
+        let numbered = Numbered { number: parking.number, value: ticket };
+        self.parked.insert(Ranged { range, value: numbered });
         self.most_parked = self.most_parked.max(self.parked.len());
         for entry in asleep {
             self.nudge(entry, Some(ticket), outbox);
@@ -149,7 +152,10 @@ impl State {
     /// Takes an invalidation out of the parked ones, so that no waiting future finds it.
     fn unpark(&mut self, ticket: Ticket, outbox: &mut Outbox) {
         let Some(active) = self.protocol.get_mut(ticket) else { return };
-        self.parked.remove(Ranged { range: active.range, value: ticket });
+        let number = active.extra.parking.as_ref().map_or(0, |parking| parking.number);
+        let numbered = Numbered { number, value: ticket };
+        let found = self.parked.remove(Ranged { range: active.range, value: numbered });
+        debug_assert!(found, "the index has each parked invalidation");
         if self.parked.len() == 0 && core::mem::take(&mut self.most_parked) > MOST_IDLE {
             self.parked = IntervalIndex::new();
         }

@@ -7,7 +7,6 @@ use crate::engine::wakers::WakerSet;
 use crate::engine::work::{PendingNotifiers, Work};
 use crate::entry::EntryRef;
 use crate::event::{Event, Owner, Terms};
-use crate::index::Ordered;
 use crate::notifier::Request;
 use crate::protocol::{Active, Id};
 use crate::sync::Arc;
@@ -17,12 +16,6 @@ use core::time::Duration;
 
 /// Names a parked invalidation.
 pub(crate) type Ticket = Id;
-
-impl Ordered for Ticket {
-    fn order(self) -> u64 {
-        self.serial()
-    }
-}
 
 /// The engine's part of an active invalidation. It lies in the place of the invalidation, and the
 /// next one there uses it again.
@@ -51,6 +44,9 @@ pub(crate) struct Parking {
     pub(crate) wakers: Arc<WakerSet>,
     /// Notifiers whose passes are pending.
     pub(crate) pending: PendingNotifiers,
+    /// Its number among those that were parked, which is its order in the index of these. Not its
+    /// serial: a younger invalidation may be parked first.
+    pub(crate) number: u64,
     /// When its passes were done, if there is a clock. Valid while it is unclaimed.
     pub(crate) done_at: Option<Duration>,
     pub(crate) awaited: Awaited,
@@ -72,6 +68,7 @@ impl Parking {
             stage: Stage::WithCaller,
             wakers,
             pending,
+            number: 0,
             done_at: None,
             awaited: Awaited::default(),
         }
@@ -165,16 +162,19 @@ impl Active<EntryRef, Record> {
 mod tests {
     use super::*;
     use crate::AddressRange;
-    use crate::index::{IntervalIndex, Ranged};
+    use crate::index::{IntervalIndex, Numbered, Ranged};
 
     #[test]
     fn parked_invalidations_of_one_range_are_found_again_in_any_order() {
         let mut parked = IntervalIndex::new();
-        let of =
-            |serial: u64| Ranged { range: AddressRange::ALL, value: Ticket::from_raw(serial << 6) };
-        (0..1000).for_each(|serial| parked.insert(of(serial)));
+        // Parked in another order than started: 11 and 1000 have no common factor.
+        let of = |number: u64| {
+            let value = Numbered { number, value: Ticket::from_raw((number * 11 % 1000) << 6) };
+            Ranged { range: AddressRange::ALL, value }
+        };
+        (0..1000).for_each(|number| parked.insert(of(number)));
         let mut found = Vec::new();
-        parked.overlapping(AddressRange::ALL, |parked| found.push(parked.value.serial()));
+        parked.overlapping(AddressRange::ALL, |parked| found.push(parked.value.number));
         assert!(found.is_sorted());
         // 7 and 1000 have no common factor.
         assert!((0..1000).all(|at| parked.remove(of(at * 7 % 1000))));
