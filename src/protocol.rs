@@ -112,7 +112,7 @@ impl<M: Member, X: Default> Protocol<M, X> {
             self.sequence |= 1;
             member.own().begin(self.sequence & !1);
         } else {
-            // Odd, and not the current sequence, so that its readers do not wait.
+            // Odd, and not the sequence in use (S5), so that no invalidation has to skip that (S6).
             let other = if self.sequence.is_multiple_of(2) { 1 } else { 2 };
             member.own().begin(self.sequence.wrapping_sub(other));
         }

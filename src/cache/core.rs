@@ -62,7 +62,7 @@ pub(super) enum Found<D: Device> {
     Live(Arc<Live<D>>),
     /// An attempt that will cover the range, and the time of this look-up.
     Attempt(Claim<D>, u64),
-    /// A registration that must not be overlapped is in the way again.
+    /// Another registration overlaps the range and has to leave first. The caller waits again.
     Blocked,
 }
 
@@ -382,8 +382,8 @@ impl<D: Device> Shelf<D> for Core<D> {
     fn idle(&self, key: Key) {
         let table = self.read();
         let mut ready = self.ready.lock();
-        // Removes entries from the front that are over by now. This bounds the queue even if no
-        // miss looks after it.
+        // Rotates the first two: drops the ones that are over and queues the others again. This
+        // bounds the queue even if no miss looks after it.
         for _ in 0..2 {
             match ready.pop_front() {
                 Some(key) if table.entry(key).is_some() => ready.push_back(key),

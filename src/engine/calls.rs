@@ -4,7 +4,8 @@
 //! call its notifier. The invalidation lowers a flag once, with a plain store and without the lock.
 //! After that its guard may be held for ever. A `remove` that finds a call under way on another
 //! thread yields to its executor and looks again. A sleeping wait would need a read-modify-write in
-//! every invalidation that hits a notifier (`DESIGN.md`, "When are the first passes over?").
+//! every invalidation that hits a notifier (`docs/engine.md`, "When are the first passes
+//! over?").
 //!
 //! Each place has a flag, and an invalidation uses that of the place in which it was started. It
 //! may be moved to another place when its first passes are over (see [`PLACES`]). An invalidation
@@ -34,8 +35,8 @@ impl FirstPassFlags {
         flag.is_some()
     }
 
-    /// Notes that the invalidation calls no notifier any more. Its first passes happened before any
-    /// read of the lowered flag. Returns `false` if it has no place.
+    /// Notes that the invalidation calls no notifier any more. A thread that reads the lowered flag
+    /// sees all that the first passes wrote. Returns `false` if the invalidation has no place.
     pub(crate) fn lower(&self, id: Id) -> bool {
         let flag = self.0.get(id.place());
         if let Some(flag) = flag {

@@ -11,9 +11,10 @@
 //! from before them. The reader's check ([`read_retry`](crate::Subscription::read_retry)) finds
 //! that: no check succeeds while the gate is closed.
 //!
-//! Closings are counted on one of two sides. A waiting reader changes the sides as soon as nothing
-//! is left on the side that is not in use, which then gets the closings to come. When the sides
-//! have been changed twice, all closings from before the reader began have been undone.
+//! Closings are counted on two sides, A and B. They go to A. When B is empty, a waiting reader, or
+//! the thread that opens the gate for it, changes the sides, and later closings go to B. When A is
+//! empty, the next change lets them go to A again. After two changes every closing from before the
+//! first change has been undone.
 //!
 //! In a space whose memory is held by a lease, a bit makes the gate look closed for ever. Then a
 //! reader asks whether the lease is valid: the lease may have ended while this process stood still
@@ -126,7 +127,7 @@ mod real {
                 other & ONES == 0
             };
             let change = |word| empty(word).then_some(word ^ SIDE);
-            // Acquires what those published who emptied it; publishes nothing.
+            // Acquire: sees what the openers of that side wrote. Publishes nothing.
             let changed =
                 self.word.fetch_update(Ordering::Acquire, Ordering::Relaxed, change).is_ok();
             if changed {

@@ -7,8 +7,9 @@
 //!
 //! - The invalidation that holds it up cannot end before the first pass has returned.
 //! - Nothing in between polls without blocking, such as a waker that runs a task inline.
-//! - The future began to wait there, with a waker with which nothing outside of a first pass was
-//!   polled.
+//! - The future began to wait there, and its waker has data (that of [`Waker::noop`] has none).
+//!
+//! [`Waker::noop`]: core::task::Waker::noop
 //!
 //! A suspect is woken. Code that blocks on it polls it again inside the same first pass, and that
 //! panics. A future that is polled once and left for later goes on.
@@ -171,8 +172,7 @@ mod check {
             if !suspected {
                 nesting.suspects.push(suspect);
             }
-            // If another future with the same waker begins to wait, the former one blocks no
-            // thread.
+            // A new wait with this waker: the thread has left the former one.
             Some((of, suspected && !waits.first))
         });
         match found {

@@ -17,8 +17,8 @@ pub(crate) struct Registered<N: IntervalNotifier> {
     custody: Custody,
 }
 
-/// Who else needs the entry of a registration. As wide as the words beside it, so that a move of
-/// all three does not wait for a narrow store.
+/// Who else needs the entry of a registration. One word wide, as the fields beside it: a narrower
+/// store would stall the move of all three.
 #[derive(Clone, Copy, PartialEq)]
 #[repr(usize)]
 pub(super) enum Custody {

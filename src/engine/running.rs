@@ -135,7 +135,7 @@ impl<'s> Running<'s> {
             unreachable!("passes are pending, and in the work")
         };
         shared.with(|state, outbox| {
-            // For `remove`, the first passes are over as soon as the passes are listed.
+            // No first pass runs. `remove` goes by the passes that `park` lists.
             shared.host.flags.lower(id);
             state.park(id, work, lapses, task, now, outbox)
         })
@@ -204,8 +204,8 @@ pub(crate) fn start_locked(
     set: Option<&RangeSet>,
     since: Option<Duration>,
 ) -> Start {
-    // An invalidation may be moved out of its place once its first passes are over: no one reads
-    // its flag, which is that of the place, after that.
+    // When the first passes of an invalidation are over, its flag is read no more. So the
+    // invalidation may leave its place, to which the flag belongs.
     let is_movable = |id| shared.host.flags.is_up(id) == Some(false);
     let fill = |record: &mut Record, id| record.fill(request, id, since);
     let Started { id, sequence, hit, extra } = match set {
@@ -219,7 +219,7 @@ pub(crate) fn start_locked(
     if !shared.host.flags.raise(id) {
         extra.calls = true;
     }
-    // No driver was called and nobody woken, so nothing remains to be done without the lock.
+    // A start notes no wake-up and no drop, so there is no outbox to empty.
     drop(state);
     (id, sequence, work)
 }

@@ -287,7 +287,7 @@ impl<M, X> ActiveSet<M, X> {
     }
 
     /// Adds an active invalidation of `range`: in a free place, in a place that is made or vacated
-    /// for it, or else in the crowd. `first` is the id that it would have in place 0.
+    /// for it, or else in the crowd. `first` is its id, with place 0.
     #[inline(always)]
     pub(super) fn take(
         &mut self,

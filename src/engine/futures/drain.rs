@@ -34,8 +34,8 @@ impl<'a> Drain<'a> {
     }
 }
 
-/// The goal that no invalidation up to this serial is parked that is abandoned or has passes
-/// pending.
+/// The goal of a [`Drain`]: each invalidation up to this serial has no pass pending and is not
+/// abandoned.
 struct Drained(u64);
 
 impl Goal for Drained {

@@ -9,8 +9,8 @@ use crate::notifier::Sequence;
 use core::marker::PhantomData;
 use core::task::{Context, Poll};
 
-/// Resolves when a notifier has another sequence than it had, or is under invalidation or closed.
-/// For a driver that holds something that a pass of the notifier may wait for.
+/// Resolves when the notifier's sequence changes, or when the notifier is covered or closed. Lets a
+/// driver release what a pass of the notifier may wait for.
 ///
 /// It is woken when an invalidation has passes pending. Only then can a pass wait.
 pub(crate) struct Hit<'a> {

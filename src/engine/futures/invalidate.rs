@@ -21,8 +21,8 @@ use core::pin::Pin;
 use core::task::{Context, Poll};
 
 /// How often in a row a non-blockable invalidation polls passes none of which finishes (B3). The
-/// recordings need 4. A pass may wake itself for ever, as one does whose task has used up its
-/// cooperative budget, and must not hold the caller.
+/// kernel's recordings need 4 rounds. A pass may wake itself for ever, as one does whose task has
+/// used up its cooperative budget, and must not hold the caller.
 const IDLE_ROUNDS: usize = 32;
 
 /// Starts a non-blockable invalidation (B2, B3).
@@ -185,14 +185,14 @@ impl<'a> Invalidate<'a> {
     pub(crate) fn past(mut self) -> Self {
         self.terms = self.terms.past();
         if let Some(Step::Start) = self.step.get() {
-            // As a set, also if the changes are one range together: a place cannot note it.
+            // As a set even if it is one range: only a set has the flag `is_past`.
             let set = RangeSet::from(self.range);
             self.step = ByHand::full(Step::OfSet(Box::new((set, Step::Start))));
         }
         self
     }
 
-    /// Tags the invalidation for a notifier of the library that belongs to it alone.
+    /// Tags the invalidation with an owner, by which the source's own notifier recognises it.
     #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
     pub(crate) fn tagged(mut self, owner: Owner) -> Self {
         self.owner = Some(owner);
@@ -374,7 +374,7 @@ fn look<'s>(
 ) -> Look<(Running<'s>, Option<u32>), Lease<'s>> {
     shared.with(|state, outbox| match state.look(ticket, task, outbox) {
         Look::Claimed(Claimed { id, work, resume_at, sequence }) => {
-            // Also if no first pass is left: an invalidation whose flag is up keeps its place.
+            // Raised even if no first pass is left: an invalidation whose flag is up is not moved.
             shared.host.flags.raise(id);
             Look::Claimed((Running::resume(shared, id, sequence, Some(work)), resume_at))
         }

@@ -42,13 +42,12 @@ pub(super) struct Wait {
     /// Invalidations whose passes are done and that their futures have not claimed, with the
     /// episode that is waited for.
     unclaimed: BTreeMap<Ticket, u32>,
-    /// Invalidations whose time is over, also if other tasks wait for them. A few lapse under each
-    /// lock.
+    /// Invalidations to lapse, [`AT_ONCE`] under each lock. Other tasks may wait for them, too.
     over: Vec<Ticket>,
     /// The time at our last look at the clock.
     shown: Option<Duration>,
-    /// Those of `unclaimed` whose futures were last polled with our own waker, in the order in
-    /// which they were found, with the count of our polls then.
+    /// The invalidations of `unclaimed` whose future was last polled with the same waker as this
+    /// one, oldest first, each with the value of `polls` when it was found.
     ours: VecDeque<(Ticket, u64)>,
     polls: u64,
     watch: Watch,
@@ -113,7 +112,7 @@ impl Wait {
         let mut look = self.is_watchman.then(|| shared.host.now());
         self.polls += 1;
         let mut first = true;
-        // A future that sees this count may rest: we wake it as soon as we have the lock.
+        // A future that sees this count above 0 may rest: we are about to lock, and wake it then.
         let comes = !self.unclaimed.is_empty();
         if comes {
             shared.host.coming.fetch_add(1, Ordering::AcqRel);
@@ -228,7 +227,7 @@ impl Wait {
             let held_up = !self.pending.is_empty() || !self.unclaimed.is_empty();
             match goal.look(state, fired, held_up) {
                 Verdict::Over if goal.queue().is_some() => {
-                    // A first pass takes no lock when it ends, and the last one has ended since the
+                    // A first pass ends without the lock, and the last one may have ended since the
                     // look above.
                     self.leave(state, outbox);
                     return Step::Over;
@@ -391,6 +390,15 @@ impl Wait {
     }
 }
 
+/// Wakes the futures that rest.
+fn wake_resting(state: &mut State, outbox: &mut Outbox) {
+    for bell in state.patience.take_resting() {
+        outbox.contents().tasks.extend(bell.ring(None));
+        // Dropped outside of the lock, because it may be the last reference.
+        outbox.contents().bells.push(bell);
+    }
+}
+
 #[cfg(all(test, not(any(loom, shuttle))))]
 mod tests {
     use crate::{
@@ -443,14 +451,5 @@ mod tests {
         waiting.into_iter().flatten().for_each(Waker::wake);
         drop(guard);
         assert!(reader.as_mut().poll(&mut cx).is_ready(), "it has driven all of them");
-    }
-}
-
-/// Wakes the futures that rest.
-fn wake_resting(state: &mut State, outbox: &mut Outbox) {
-    for bell in state.patience.take_resting() {
-        outbox.contents().tasks.extend(bell.ring(None));
-        // Dropped outside of the lock, because it may be the last reference.
-        outbox.contents().bells.push(bell);
     }
 }

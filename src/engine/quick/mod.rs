@@ -15,15 +15,15 @@
 //! | [`end`]: the end of an invalidation | `Shared::end_plainly` | the lock is taken; the invalidation is timed or in the crowd; notifiers were inserted under it; `tracing` or `metrics` is on |
 //! | the first look of [`ReadBegin`](crate::ReadBegin) | `futures::read::wait_for_sequence` | the notifier is covered or closed, or the gate is |
 //! | `register`: insertion into the memory of a former entry | `Shared::register_plainly` | no such memory is there, or it does not fit |
-//! | `detach`: a removal that need not wait | `State::close`, and the wait of [`Remove`](crate::Remove) | the lock is taken; the notifier is covered, held or closed |
+//! | `detach`: a removal that need not wait | `Shared::detach_plainly`; with `plain_only`, `State::close` and the wait of [`Remove`](crate::Remove) | the lock is taken; the notifier is covered, held or closed |
 //!
-//! The protocol has its own three (`quick_end`, `quick_uncover`, `quick_close`), and its own test.
+//! The protocol has six quick forms of its own (`protocol/quick.rs` lists them), and its own test.
 //!
 //! # The tricks, and why
 //! - **Values stay in registers.** The second lock of an invalidation is an atomic
 //!   read-modify-write, which waits for each store before it. So a future that resolves at its
 //!   first poll, and its guard, are never written to memory: no function gets their address.
-//!   [`Begun`] has two words and goes through registers (its mark is the sentinel of this folder).
+//!   [`Begun`] has two words and goes through registers.
 //! - **No spilled registers.** A function whose only calls are tail calls saves no callee-saved
 //!   register. So each way out is a `#[cold]`, `#[inline(never)]` function in tail position, and
 //!   the common case is one inlined piece.

@@ -37,8 +37,8 @@ impl Shared {
     /// Closes a notifier. If nothing but its subscription needs its entry, leaves the entry to the
     /// subscription.
     ///
-    /// The plain form closes the notifier and lets [`Remove`](crate::Remove) wait until it is
-    /// quiet, which it mostly is at once.
+    /// The plain form is [`detach_plainly`](Self::detach_plainly). With `Builder::plain_only` the
+    /// notifier is only closed, and [`Remove`](crate::Remove) waits until it is quiet.
     #[inline(never)]
     pub(in crate::engine) fn detach(&self, entry: EntryRef) -> Custody {
         if self.host.is_plain_only() {

@@ -55,9 +55,9 @@ impl State {
         }
     }
 
-    /// Returns whether the task of the future that started `ticket` certainly was polled and did
-    /// not poll the future (C4): the waiter has been polled `polls` times with the same waker that
-    /// the future left.
+    /// Returns whether it is certain that the task of the future that started `ticket` was polled
+    /// and did not poll the future (C4). A waiter was polled `polls` times with `waker`: it is
+    /// certain if the future left that waker, and `polls` is high enough.
     pub(crate) fn is_certain(&self, ticket: Ticket, waker: &Waker, polls: u64) -> bool {
         self.parking(ticket).is_some_and(|parking| {
             let claim = parking.stage.unclaimed();

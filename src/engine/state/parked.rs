@@ -99,7 +99,7 @@ impl State {
         let wakers = work.passes().wakers().clone();
         let parking = match &mut active.extra.parking {
             Some(parking) => {
-                // The one that is dropped here is not the last: the work has the same.
+                // Drops no last reference under the lock: `work` has the old set, too.
                 parking.wakers = wakers;
                 parking
             }

@@ -28,17 +28,17 @@ const LOOKS: u64 = if cfg!(loom) { 1 } else { 16 };
 const TICKS: u32 = if cfg!(loom) { 1 } else { 64 };
 /// A clock that shows the same time this often in a row is taken to stand still.
 const STILL: u32 = 1024;
-/// A watchman that has not looked for this part of the first patience was held up, and other tasks
-/// may have been, too. Then the looks count anew, but only once for each invalidation. So one also
-/// lapses if all looks are that far apart.
+/// A gap between two looks of more than this part of the first patience means that the watchman was
+/// held up, and maybe other tasks, too. After it the looks count anew, once for each invalidation.
+/// So an invalidation lapses even if all looks are that far apart.
 const HELD_UP: u32 = 4;
 /// After this many yields in a row a waiting future lets others go first for one turn.
 const IN_A_ROW: u32 = if cfg!(loom) { 1000 } else { 32 };
 /// A waiting future becomes the watchman if it is polled this often without a look of the present
 /// one.
 const ABSENT: u32 = if cfg!(loom) { 2 } else { 64 };
-/// A task certainly does not poll its future once a waiter was polled this often with the same
-/// waker that the future left.
+/// After this many polls of a waiter with the future's own waker, it is certain that the future's
+/// task was polled and did not poll the future. Doubles with each lapse.
 const CERTAIN: u64 = if cfg!(loom) { 2 } else { 4 };
 
 /// The clock of patience, and the unclaimed invalidations that futures wait for.

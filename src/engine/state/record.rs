@@ -36,8 +36,8 @@ pub(crate) struct Record {
     pub(crate) calls: bool,
 }
 
-/// The part of a parked invalidation: its first passes ran, its guard is not handed out, and its
-/// passes belong to the space (C2).
+/// The state of a parked invalidation: its guard is not handed out, and its passes belong to the
+/// space (C2). First passes may be left (B4).
 pub(crate) struct Parking {
     pub(crate) stage: Stage<Box<Work>>,
     /// Woken when its passes can go on. The work has the same.

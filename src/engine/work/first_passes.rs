@@ -97,7 +97,7 @@ pub(in crate::engine) fn call_from<'a, const BUDGET: bool>(
                 Answer::Pass => {
                     let has_permit = permit.map(Permit::keep);
                     let may_defer = has_permit != Some(false);
-                    // Before an observer or an assertion runs, whose panic must not lose it.
+                    // First: an observer or the assertion may panic, and the pass must not be lost.
                     passes.start_pass::<BUDGET>(entry, has_permit == Some(true), began);
                     passes.trace.first_pass(entry, answer, began);
                     assert_sequence_is_set(host, entry, invalidation.sequence);

@@ -38,7 +38,7 @@ pub(crate) struct Passes {
     pub(crate) trace: Trace,
     spare_slots: Vec<Slot>,
     join: Option<Join>,
-    /// How many passes in the join the recorder of metrics has not been told of.
+    /// Number of joined passes that the gauge of the metrics does not count yet.
     untold: usize,
     /// How many notifiers had been fenced when these passes were last searched for theirs (L5).
     fences: u64,

@@ -332,8 +332,8 @@ impl Inner {
         };
         let started = changes.ranges.len();
         let batches = batches(core::mem::take(&mut changes.ranges), |range| self.concerned(range));
-        // Makes all of them before the first starts: a driver that is told drops its watches, and
-        // the marks of another change would go with the registration.
+        // Makes all of them first: a driver that is told drops its watch, and with it the marks
+        // that other invalidations wait for.
         let lates: Vec<Late> = batches.into_iter().filter_map(|batch| self.late(batch)).collect();
         for mut late in lates {
             let polled = Pin::new(&mut late).poll(cx);

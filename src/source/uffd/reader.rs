@@ -117,8 +117,8 @@ impl Reader {
 
     /// Makes the next delivery open the gate.
     fn end_turn(&self, closing: Closings) {
-        // The events were put before the closings: a delivery that takes the closings finds all of
-        // them.
+        // Events go into the ring before closings: a delivery that takes the closings finds their
+        // events.
         self.inner.turns.fetch_add(closing.into_bits(), Ordering::AcqRel);
         ring(&self.inner.bell);
     }

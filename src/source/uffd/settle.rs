@@ -261,8 +261,8 @@ pub(super) enum Which {
 }
 
 impl Inner {
-    /// Yields the processor; after many looks, sleeps. Does not sleep right after another sleep, so
-    /// that of several passes on one thread one sleeps.
+    /// Yields the processor; after many looks, sleeps. Does not sleep right after another sleep:
+    /// one sleep is enough for all passes on a thread.
     fn rest(&self, looks: u32) {
         if looks < YIELDS {
             return std::thread::yield_now();

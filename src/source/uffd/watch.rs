@@ -36,8 +36,8 @@ pub(super) struct Table {
     /// Everything registered and not yet unregistered. It keeps unmapped ranges, which the kernel
     /// forgets, so that nothing stays registered once the reader is gone.
     armed: Ranges,
-    /// Everything unregistered since the last moment without a change under way. Its marks are
-    /// gone. A later change finds nothing registered there, and raises no event.
+    /// Everything unregistered since [`tidy`](Self::tidy) last saw no change under way. Its marks
+    /// are gone. A later change finds nothing registered there, and raises no event.
     dropped: Ranges,
     /// Ranges to give up once no change is under way. Their marks are needed until then.
     later: Ranges,
@@ -377,7 +377,7 @@ impl Watch {
         quiet: bool,
     ) -> Result<Self, UffdError> {
         inner.check()?;
-        // Cloned before the watch is counted: there are never more watches than references.
+        // Cloned first, so that `handles` never exceeds the references.
         let inner = inner.clone();
         let (watched, state) = {
             let mut table = inner.table();

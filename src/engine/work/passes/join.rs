@@ -149,7 +149,7 @@ impl Passes {
                     if join.running.len() == join.shells {
                         return Progress::AllFinished;
                     }
-                    // The join does not wake again for passes that it has found ready.
+                    // `FuturesUnordered` does not wake again for passes that it knows are ready.
                     join.wakers.note_woken();
                     return Progress::Yielded;
                 }

@@ -38,8 +38,8 @@ impl Slot {
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        // Mostly empty. Otherwise the pass goes unfinished, with the space. `Passes::discard` has
-        // noted its panic.
+        // Mostly empty. A pass that is left goes with the space, unfinished. `Passes::discard` has
+        // noted a panic of its drop.
         if self.is_some() {
             let _ = self.clear();
         }
