@@ -23,8 +23,9 @@
 //! 3. **Guard.** The program gets an [`InvalidationGuard`]. It changes the memory and drops the
 //!    guard.
 //!
-//! A *reader* is a driver that installs a mapping. Its check fails (it *collides*) if an
-//! invalidation came after it looked at the memory. Then it starts over.
+//! A *reader* is code that looks at the memory and installs a mapping of it in the device. Its
+//! check fails (it *collides*) if an invalidation came between `read_begin` and the check. Then it
+//! starts over.
 //!
 //! This is Linux's `mmu_interval_notifier` in its multi-pass form, with the kernel's sequence
 //! semantics, as an async library that runs on any executor. [`docs::from_the_kernel`] has the
@@ -165,9 +166,9 @@
 // | the traits and values of a driver: `IntervalNotifier`, `Invalidation`, `PassFuture` | `notifier`, `pass` |
 // | the sequence protocol: a state machine without locks and wakers | `protocol` |
 // | the intervals that overlap a range, in order | `index` |
+// | fences: `Timeline`, `Reached` | `timeline` |
 // | every call of foreign code and the handling of its panics: `Report`, `Callback` | `foreign` |
 // | event counters: `NotifierStats` | `tally` |
-// | fences: `Timeline`, `Reached` | `timeline` |
 // | futures that a child of `fork` leaves to its parent (rule M4) | `fork` |
 // | threads that wait: `Waitable`, each `wait()` | `block` |
 // | locks, atomics and clocks of the platform or of a model checker | `sync` |

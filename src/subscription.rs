@@ -85,7 +85,8 @@ impl<N: IntervalNotifier> Subscription<N> {
     /// The result is the notifier's own sequence as it was on entry. The future resolves once there
     /// has been a moment since entry at which no active invalidation covered the notifier ([R1]).
     /// It takes no lock unless it has to wait ([R3]). It waits only for invalidations that cover
-    /// this notifier ([L2]), and back-to-back invalidations of the range do not hold it up for
+    /// this notifier ([L2]), and for the space's gate, which a memory source, `AddressSpace::pause`
+    /// or an ended lease closes. Back-to-back invalidations of the range do not hold it up for
     /// ever.
     ///
     /// Afterwards, look at the memory and prepare the mapping. Then check the sequence *under the

@@ -22,7 +22,7 @@
 //! # Connect it to memory
 //! | page | question |
 //! | --- | --- |
-//! | [`memory_changes`] | Which changes of memory raise an event, and what is done about the others? Needs feature `userfaultfd`. |
+//! | [`memory_changes`] | Which changes of memory raise an event, and what must the program do about the others? Needs feature `userfaultfd`. |
 //! | [`registration_cache`] | How are registrations of memory with a device kept? Needs feature `cache`. |
 //! | [`hosts`] | How does another host mirror memory, and when are leases not enough? |
 //!
