@@ -12,4 +12,5 @@ if ! echo 'fn main() {}' | rustc -Zsanitizer=address --target "$host" --crate-na
 fi
 # Some tests leak on purpose (`mem::forget`).
 export ASAN_OPTIONS="${ASAN_OPTIONS:-detect_leaks=0}"
-cargo test --target "$host" --all-features --lib --test contract --test conformance --test futurelock --test fuzz --test test_util --test soak "$@"
+# Without `tracing` and `metrics`: they turn the quick ways off.
+cargo test --target "$host" --features test-util,cache,lease,userfaultfd --lib --test contract --test conformance --test futurelock --test fuzz --test test_util --test soak "$@"

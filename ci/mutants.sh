@@ -8,7 +8,7 @@
 # more than MUTANTS_MOST mutants of a module (12) it tries a sample and says so. A mutant that the
 # cheap tests of its module miss meets further tests. `.cargo/mutants.toml` lists the mutants that
 # change nothing that can be seen, each with the reason. cargo-nextest, where it is there, ends a
-# run at the first test that fails, and a test that hangs after a minute. The whole takes about six
+# run at the first test that fails, and a test that hangs after a minute. The whole takes some ten
 # hours on two processors: 4,000 mutants of 9 to 15 s each.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -28,8 +28,18 @@ while [ $# != 0 ]; do
 done
 if [ "$whole" = no ]; then
     base=${wanted[0]:-}
+    if [ -n "$base" ] && ! git rev-parse --quiet --verify "$base^{commit}" >/dev/null; then
+        echo "ci/mutants.sh: $base is no commit; --whole goes before the name of a module" >&2
+        exit 2
+    fi
     wanted=()
 fi
+for module in "${wanted[@]}"; do
+    case " $modules " in
+        *" $module "*) ;;
+        *) echo "ci/mutants.sh: $module is none of: $modules" >&2; exit 2 ;;
+    esac
+done
 
 export PATH="$root/target/tools/bin:$PATH"
 if ! command -v cargo-mutants >/dev/null 2>&1; then

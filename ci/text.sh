@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Comments and documents in lines of at most 100 columns; of code rustfmt sees to it. Exempt are
+# Comments and documents in lines of at most 100 columns. Code is rustfmt's, which leaves alone what
+# it cannot break. Exempt are
 # rows of tables and lines without a space (a link). Files that documents name are there. DESIGN.md
 # has at most 250 lines, and a file of a `src` folder fewer than 500.
 set -euo pipefail

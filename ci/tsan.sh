@@ -34,19 +34,20 @@ tsan() {
     cargo +nightly test -Zbuild-std --target "$host" "$@"
 }
 # Names of what it cannot run (above).
-slow=(takes_time_in_proportion cost_no_product whoever_is_fenced_meanwhile k4_)
+slow=(takes_time_in_proportion cost_no_product whoever_is_fenced_meanwhile growth::k4_a_)
 forks=(fork m4_ in_the_child filtered inside_madvise by_default)
 mapped=(mappings without_room no_mapping_left the_proof_on_io_uring huge mapping_of)
 skipped=()
 for name in "${slow[@]}"; do
     skipped+=(--skip "$name")
 done
+# Without `tracing` and `metrics`: they turn the quick ways off.
 if [ $# = 0 ]; then
     tsan --test soak
-    tsan --all-features --test soak
+    tsan --features test-util,cache,lease,userfaultfd --test soak
 fi
-tsan --all-features --test contract --test futurelock --test cache -- "${skipped[@]}" "$@"
+tsan --features test-util,cache,lease,userfaultfd --test contract --test futurelock --test cache -- "${skipped[@]}" "$@"
 for name in "${forks[@]}" "${mapped[@]}"; do
     skipped+=(--skip "$name")
 done
-tsan --all-features --test source -- "${skipped[@]}" "$@"
+tsan --features test-util,cache,lease,userfaultfd --test source -- "${skipped[@]}" "$@"

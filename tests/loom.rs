@@ -7,7 +7,7 @@
 #![allow(missing_docs, clippy::print_stdout)]
 
 use loom::future::block_on;
-use loom::sync::atomic::{AtomicU64, Ordering};
+use loom::sync::atomic::{AtomicU64, Ordering, fence};
 use loom::thread;
 use shootdown::{
     AddressRange, AddressSpace, AsyncIntervalNotifier, AsyncNotifier, DriverLock, Event,
@@ -1147,5 +1147,44 @@ fn t4_a_waiter_that_goes_leaves_the_others_their_wake_up() {
         block_on(timeline.reached(1));
         device.join().unwrap();
         dropping.join().unwrap();
+    });
+}
+
+/// The notifier of a reader that takes no lock, such as `read_unchanged` of
+/// `crates/shootdown-lease`: with the fence that the writer of a sequence lock has.
+struct Fenced;
+
+impl IntervalNotifier for Fenced {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        fence(Ordering::Release);
+        Ok(None)
+    }
+}
+
+#[test]
+fn r2_a_reader_without_a_lock_that_fences_accepts_nothing_from_within_a_change() {
+    explore("a reader without a lock", 3, || {
+        let space = AddressSpace::new();
+        let reader = Arc::new(space.insert(range(), Fenced).unwrap());
+        let memory = Arc::new([AtomicU64::new(0), AtomicU64::new(0)]);
+        let changer = {
+            let (space, memory) = (space.clone(), memory.clone());
+            thread::spawn(move || {
+                let guard = block_on(space.invalidate(range(), Event::Clear));
+                memory.iter().for_each(|word| word.store(1, Ordering::Relaxed));
+                drop(guard);
+            })
+        };
+        let seen = block_on(reader.read_begin());
+        let contents = [0, 1].map(|at| memory[at].load(Ordering::Relaxed));
+        fence(Ordering::Acquire);
+        if !reader.read_retry(seen) {
+            assert_eq!(contents[0], contents[1], "contents from within a change");
+        }
+        changer.join().unwrap();
     });
 }

@@ -21,9 +21,9 @@ mod real {
 
     /// How often a thread looks at the lock before it sleeps: some microseconds.
     const LOOKS: u32 = 100;
-    /// How long a thread sleeps at most before it looks again. In unit tests for ever: they must
-    /// not pass because of it.
-    const LONGEST_SLEEP: Duration = Duration::from_millis(if cfg!(test) { 1 << 40 } else { 1 });
+    /// How long a thread sleeps at most before it looks again. In unit tests longer than they may
+    /// take: they must not pass because of it.
+    const LONGEST_SLEEP: Duration = Duration::from_millis(if cfg!(test) { 60_000 } else { 1 });
 
     std::thread_local!(static HERE: u8 = const { 0 });
 
@@ -77,7 +77,8 @@ mod real {
             };
             self.holder.store(here(), Ordering::Relaxed);
             let _holder = Holder(&self.holder);
-            Some(RawGuard { _holder, guard, _wake: Wake(self), not_send: PhantomData })
+            let _wake = Wake { sleepers: &self.sleepers, released: &self.released };
+            Some(RawGuard { _holder, guard, _wake, not_send: PhantomData })
         }
 
         #[cold]
@@ -104,11 +105,6 @@ mod real {
             self.sleepers.fetch_sub(1, Ordering::Relaxed);
             Some(guard)
         }
-
-        #[cold]
-        fn wake_one(&self) {
-            self.released.notify(1);
-        }
     }
 
     pub(crate) struct RawGuard<'a, T> {
@@ -116,7 +112,7 @@ mod real {
         // sleeper is woken after it.
         _holder: Holder<'a>,
         guard: SpinMutexGuard<'a, T>,
-        _wake: Wake<'a, T>,
+        _wake: Wake<'a>,
         /// `Sync` and not `Send`, like the guard of `std`'s mutex: the holder is a thread.
         not_send: PhantomData<std::sync::MutexGuard<'a, T>>,
     }
@@ -130,16 +126,28 @@ mod real {
         }
     }
 
-    struct Wake<'a, T>(&'a RawLock<T>);
+    /// Without the type of the value, so that a guard is `Sync` where `std`'s is.
+    struct Wake<'a> {
+        sleepers: &'a AtomicUsize,
+        released: &'a Event,
+    }
 
-    impl<T> Drop for Wake<'_, T> {
+    impl Drop for Wake<'_> {
         #[inline]
         fn drop(&mut self) {
-            if self.0.sleepers.load(Ordering::Relaxed) != 0 {
-                self.0.wake_one();
+            if self.sleepers.load(Ordering::Relaxed) != 0 {
+                wake_one(self.released);
             }
         }
     }
+
+    #[cold]
+    fn wake_one(released: &Event) {
+        released.notify(1);
+    }
+
+    impl<T> std::panic::UnwindSafe for RawGuard<'_, T> {}
+    impl<T> std::panic::RefUnwindSafe for RawGuard<'_, T> {}
 
     impl<T> Deref for RawGuard<'_, T> {
         type Target = T;
@@ -191,7 +199,7 @@ mod real {
 
         #[test]
         fn each_of_many_sleepers_is_woken_by_the_release_before_it() {
-            let lock = RawLock::new(Vec::new());
+            let (lock, began) = (RawLock::new(Vec::new()), std::time::Instant::now());
             thread::scope(|scope| {
                 let mut held = lock.lock().expect("nobody holds it");
                 for thread in 0..8 {
@@ -203,6 +211,7 @@ mod real {
                 }
                 held.push(8);
             });
+            assert!(began.elapsed() < LONGEST_SLEEP, "a sleeper was not woken");
             let mut order = lock.into_inner();
             assert_eq!(order[0], 8);
             order.sort_unstable();

@@ -27,7 +27,10 @@ use crate::sync::{AtomicU32, AtomicU64, Ordering};
 ///   reader orders the two.
 /// - A check ([`is_stable_at`](Self::is_stable_at)) needs the newest word that the reader's lock
 ///   lets it see, and nothing that was written before it. A first pass before the check, in the
-///   order of that lock, has set the word; a later one removes what the reader installs (R2, S4).
+///   order of that lock, has set the word; a later one removes what the reader installs (R2, S4). A
+///   reader without a lock, which looks at memory first and checks afterwards, needs two fences of
+///   its own: a release after `set_seq`, and an acquire before the check (`read_unchanged` in
+///   `crates/shootdown-lease`).
 #[derive(Debug)]
 pub(crate) struct Own {
     /// The own sequence while no active invalidation covers the notifier. The own sequence less one

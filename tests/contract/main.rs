@@ -17,6 +17,8 @@ mod fenced_hard;
 #[cfg(feature = "std")]
 mod foreign_code;
 mod formats;
+#[cfg(feature = "std")]
+mod guards;
 #[cfg(feature = "lease")]
 mod leases;
 mod life_cycle;

@@ -31,6 +31,7 @@ fn poll(reached: &mut Reached, waker: &Waker) -> Poll<()> {
 
 #[test]
 fn t1_the_value_rises_only() {
+    crate::support::watched();
     let timeline = Timeline::new();
     assert_eq!(timeline.value(), 0);
     now(timeline.reached(0));
@@ -45,6 +46,7 @@ fn t1_the_value_rises_only() {
 
 #[test]
 fn t2_a_future_resolves_when_its_number_is_reached_and_again_when_it_is_polled_again() {
+    crate::support::watched();
     let timeline = Timeline::new();
     let (count, waker) = runs(|| ());
     let mut reached = timeline.reached(2);
@@ -63,6 +65,7 @@ fn t2_a_future_resolves_when_its_number_is_reached_and_again_when_it_is_polled_a
 
 #[test]
 fn t2_the_task_that_polled_last_is_woken() {
+    crate::support::watched();
     let timeline = Timeline::new();
     let ((first, of_first), (second, of_second)) = (runs(|| ()), runs(|| ()));
     let mut reached = timeline.reached(1);
@@ -75,6 +78,7 @@ fn t2_the_task_that_polled_last_is_woken() {
 
 #[test]
 fn t3_a_signal_wakes_in_order_of_the_numbers_and_then_of_the_waiters() {
+    crate::support::watched();
     let (timeline, order) = (Timeline::new(), Arc::new(Mutex::new(Vec::new())));
     let mut waiting: Vec<_> = [5, 1, 3, 1, 4, 9]
         .into_iter()
@@ -96,6 +100,7 @@ fn t3_a_signal_wakes_in_order_of_the_numbers_and_then_of_the_waiters() {
 
 #[test]
 fn t3_more_waiters_than_one_batch_are_all_woken() {
+    crate::support::watched();
     let timeline = Timeline::new();
     let mut tasks: Vec<_> = (0..100).map(|_| Task::new(timeline.reached(1))).collect();
     tasks.iter_mut().for_each(Task::expect_pending);
@@ -106,6 +111,7 @@ fn t3_more_waiters_than_one_batch_are_all_woken() {
 
 #[test]
 fn t3_what_a_waker_does_deadlocks_nobody_and_loses_no_wake_up() {
+    crate::support::watched();
     // It polls its task inline, signals, drops another waiter and registers a further one; also in
     // the middle of a batch.
     for before in [0, 15, 40] {
@@ -147,6 +153,7 @@ fn t3_what_a_waker_does_deadlocks_nobody_and_loses_no_wake_up() {
 #[test]
 #[cfg(feature = "std")]
 fn t3_a_waker_that_panics_is_counted_and_the_others_are_woken() {
+    crate::support::watched();
     let timeline = Timeline::new();
     let (count, panics) = runs(|| panic!("a waker fails"));
     let mut bad = timeline.reached(1);
@@ -161,6 +168,7 @@ fn t3_a_waker_that_panics_is_counted_and_the_others_are_woken() {
 
 #[test]
 fn t4_a_future_outlives_the_handles_and_stays_pending() {
+    crate::support::watched();
     let timeline = Timeline::new();
     let mut task = Task::new(timeline.reached(1));
     task.expect_pending();
@@ -173,6 +181,7 @@ fn t4_a_future_outlives_the_handles_and_stays_pending() {
 
 #[test]
 fn t4_a_pass_that_waits_for_a_timeline_is_driven_by_whoever_waits() {
+    crate::support::watched();
     let (space, device, _log) = one_device();
     let timeline = Timeline::new();
     device.next(Act::pass(timeline.reached(1)));
@@ -189,6 +198,7 @@ fn t4_a_pass_that_waits_for_a_timeline_is_driven_by_whoever_waits() {
 #[test]
 #[cfg(feature = "std")]
 fn t2_threads_signal_and_wait_at_once() {
+    crate::support::watched();
     const LAST: u64 = if cfg!(miri) { 20 } else { 2_000 };
     let timeline = Timeline::new();
     std::thread::scope(|threads| {

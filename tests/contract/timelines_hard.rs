@@ -22,6 +22,7 @@ fn poll(reached: &mut Reached, waker: &Waker) -> Poll<()> {
 
 #[test]
 fn t3_a_signal_wakes_in_order_although_a_waker_registers() {
+    crate::support::watched();
     let (timeline, order) = (Timeline::new(), Arc::new(Mutex::new(Vec::new())));
     let mut waiting = Vec::new();
     for number in 1..=40 {
@@ -44,6 +45,7 @@ thread_local!(static DEPTH: Cell<usize> = const { Cell::new(0) });
 
 #[test]
 fn t3_the_stack_does_not_grow_with_the_number_of_waiters() {
+    crate::support::watched();
     let (timeline, deepest) = (Timeline::new(), Arc::new(AtomicUsize::new(0)));
     let mut waiting = Vec::new();
     for number in 1..=10_000 {
@@ -66,6 +68,7 @@ fn t3_the_stack_does_not_grow_with_the_number_of_waiters() {
 
 #[test]
 fn t3_another_thread_that_waits_wakes_nobody_out_of_turn() {
+    crate::support::watched();
     let (timeline, order) = (Timeline::new(), Arc::new(Mutex::new(Vec::new())));
     let (slow, goes_on) = (Gate::default(), Gate::default());
     let mut waiting = Vec::new();
@@ -99,6 +102,7 @@ fn t3_another_thread_that_waits_wakes_nobody_out_of_turn() {
 
 #[test]
 fn t3_a_waker_that_drops_its_own_future_and_those_of_others_is_no_deadlock() {
+    crate::support::watched();
     let timeline = Timeline::new();
     let all: Arc<Mutex<Vec<Reached>>> = Arc::default();
     let woken = Arc::new(AtomicUsize::new(0));

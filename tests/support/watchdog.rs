@@ -1,8 +1,8 @@
 //! A test that hangs is named, and ends the run.
 //!
-//! Each thread that uses [`pages`](super::pages) is watched until it ends. The harness
-//! names the thread of a test after the test; with `--test-threads=1` it runs tests on the main
-//! thread, and says the name of each beforehand.
+//! Each thread that uses [`pages`](super::pages), or calls [`watched`](super::watched), is watched
+//! until it ends. The harness names the thread of a test after the test. Where it runs tests on the
+//! main thread it says the name of each beforehand.
 
 use std::collections::BTreeMap;
 use std::io::Write;

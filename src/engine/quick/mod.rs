@@ -39,6 +39,10 @@
 //! runs the same random schedules on a space that does and on one that does not, and compares
 //! everything that can be seen: results, panics, the order of calls, sequences, counters, what is
 //! listed as active, and each wake.
+//!
+//! Two things differ and are not compared: how often foreign code is asked that panics or answers
+//! at random (a clock, a lease, the clone of a waker), because the plain form may ask once more;
+//! and the `Debug` form of [`Remove`](crate::Remove), which is removed at once or waits.
 #![forbid(unsafe_code)]
 
 mod begun;

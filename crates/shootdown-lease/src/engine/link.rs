@@ -7,6 +7,7 @@ use alloc::borrow::Cow;
 use alloc::collections::VecDeque;
 use alloc::sync::Arc;
 use core::fmt;
+use core::sync::atomic::{Ordering, fence};
 use shootdown::{
     AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
 };
@@ -83,6 +84,8 @@ pub async fn read_unchanged<T>(
     loop {
         let seen = reader.read_begin().await;
         let contents = read();
+        // The pair of the fence in the first pass of `Reader`.
+        fence(Ordering::Acquire);
         if !reader.read_retry(seen) {
             return Ok(contents);
         }
@@ -110,6 +113,9 @@ impl IntervalNotifier for Reader {
         invalidation: &Invalidation<'_>,
     ) -> Result<Option<PassFuture>, WouldBlock> {
         invalidation.set_seq();
+        // `read_unchanged` checks the sequence without a lock, after it has read. Whoever has read
+        // what the owner stores after this pass, and then fences, sees the sequence above.
+        fence(Ordering::Release);
         Ok(None)
     }
 
