@@ -31,7 +31,9 @@ pub struct DriverLock<T> {
 ///
 /// Do not hold it across an await. With `std` it is not `Send`.
 #[must_use = "dropping the guard unlocks at once"]
-pub struct DriverGuard<'a, T>(RawGuard<'a, T>);
+pub struct DriverGuard<'a, T> {
+    guard: RawGuard<'a, T>,
+}
 
 /// Tells that a mapping was not installed, because it would be stale
 /// ([R2](crate::docs::contract#r-readers)).
@@ -181,7 +183,7 @@ impl<T> DriverLock<T> {
     #[inline]
     pub fn lock(&self) -> DriverGuard<'_, T> {
         match self.raw.lock() {
-            Some(guard) => DriverGuard(guard),
+            Some(guard) => DriverGuard { guard },
             None => held_already(),
         }
     }
@@ -372,14 +374,14 @@ impl<T> Deref for DriverGuard<'_, T> {
 
     #[inline]
     fn deref(&self) -> &T {
-        &self.0
+        &self.guard
     }
 }
 
 impl<T> DerefMut for DriverGuard<'_, T> {
     #[inline]
     fn deref_mut(&mut self) -> &mut T {
-        &mut self.0
+        &mut self.guard
     }
 }
 
