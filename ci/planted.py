@@ -1,9 +1,12 @@
 #!/usr/bin/env python3
-"""Plants bugs in the library, one at a time, and lets the simulation find them (`multi_gpu`, exit code 1).
+"""Plants bugs in the library, one at a time, and lets the simulation find them.
 
-Bugs of drivers, devices and programs are planted by `multi_gpu --fault`, and tests/multi_gpu.rs tries them all. These are the library's own.
-`ci/planted.py` tries all of them on a copy of the tree (about a minute each), `ci/planted.py NAME ...` some; it exits with 1 if the
-simulation does not see one with every number of GPUs and in every mode in which it can do harm.
+`multi_gpu` exits with 1 if it has found something stale. Bugs of drivers, devices and programs are
+planted by `multi_gpu --fault`, and tests/multi_gpu.rs tries them all. These are the library's own.
+`ci/planted.py` tries all of them on a copy of the tree (about a minute each), `ci/planted.py NAME
+...` some; it exits with 1 if the simulation does not see one with every number of GPUs and in every
+mode in which it can do harm. `ci/planted.py --check` looks only whether the code of each is there,
+once.
 """
 import json
 import pathlib
@@ -15,19 +18,32 @@ import tempfile
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MODES = ["single-pass", "two-pass", "round-robin", "poll-driven"]
 
-# Name, file, pairs of the code as it is and as it is not to be; and the number of GPUs from which
-# on it can do harm.
+# Name; file, the code as it is and as it is not to be, of each edit; and the number of GPUs from
+# which on it can do harm.
 PLANTED = [
-    ("read_begin never waits", "src/protocol/own.rs", [("(word & UNCOVERED != 0).then_some(word)", "Some(word | UNCOVERED)")], 1),
-    ("read_retry is always false", "src/subscription.rs", [("space.collides(entry, sequence, open)", "_ = space.collides(entry, sequence, open);\n        false")], 1),
+    ("read_begin never waits", [("src/protocol/own.rs", "(word & UNCOVERED != 0).then_some(word)", "Some(word | UNCOVERED)")], 1),
+    ("read_retry is always false", [("src/subscription.rs", "space.collides(entry, sequence, open)", "_ = space.collides(entry, sequence, open);\n        false")], 1),
     # A search in several leaves finds it all the same.
-    ("the last hit of a leaf is dropped", "src/protocol/quick.rs", [("for at in candidates {", "for at in candidates.start..candidates.end.saturating_sub(1) {")], 1),
-    ("every fifth invalidation finds nobody", "src/protocol.rs", [("if self.index.may_overlap(range) {", "if (self.started >> PLACE_BITS) % 5 != 0 && self.index.may_overlap(range) {")], 1),
-    ("S6 is left out", "src/protocol.rs", [("{ after_clash(current) }", "{ sequence }")], 1),
-    ("a notifier is uncovered at the first end of two", "src/protocol/quick.rs", [
-        ("        if covering == 0 {\n            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);\n        }\n        true", "        self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);\n        true"),
+    ("the last hit of a leaf is dropped", [("src/protocol/quick.rs", "for at in candidates {", "for at in candidates.start..candidates.end.saturating_sub(1) {")], 1),
+    ("every fifth invalidation finds nobody", [("src/protocol.rs", "if self.index.may_overlap(range) {", "if (self.started >> PLACE_BITS) % 5 != 0 && self.index.may_overlap(range) {")], 1),
+    ("S6 is left out", [("src/protocol.rs", "{ after_clash(current) }", "{ sequence }")], 1),
+    ("a notifier is uncovered at the first end of two", [
+        ("src/protocol/quick.rs", "        if covering == 0 {\n            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);\n        }\n        true", "        self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);\n        true"),
+        ("src/protocol/own.rs", "        } else if covering < COVER {", "            let _ = covering;\n        } else if true {\n            self.word.store(self.word.load(Ordering::Relaxed) | UNCOVERED, Ordering::Release);\n        } else if covering < COVER {"),
     ], 1),
 ]
+
+
+def planted(tree, name, edits):
+    """The files of `tree` that the edits change, as they are and as they are not to be."""
+    was, changed = {}, {}
+    for file, code, mutant in edits:
+        was.setdefault(file, (tree / file).read_text())
+        text = changed.get(file, was[file])
+        if text.count(code) != 1:
+            sys.exit(f"{name}: its code stands {text.count(code)} times in {file}; bring ci/planted.py up to date")
+        changed[file] = text.replace(code, mutant)
+    return was, changed
 
 
 def simulate(tree):
@@ -46,6 +62,10 @@ def simulate(tree):
 
 def main():
     wanted = sys.argv[1:]
+    if wanted == ["--check"]:
+        for name, edits, _ in PLANTED:
+            planted(ROOT, name, edits)
+        return
     missed = []
     with tempfile.TemporaryDirectory() as temporary:
         tree = pathlib.Path(temporary) / "tree"
@@ -54,19 +74,15 @@ def main():
         if code != 0:
             sys.exit(f"the simulation finds {rows} in the library as it is (exit code {code})")
         print("| planted | GPUs | " + " | ".join(MODES) + " |\n| --- | ---: |" + " ---: |" * len(MODES), flush=True)
-        for name, file, edits, least in PLANTED:
+        for name, edits, least in PLANTED:
             if wanted and name not in wanted:
                 continue
-            path = tree / file
-            original = path.read_text()
-            changed = original
-            for was, planted in edits:
-                if original.count(was) != 1:
-                    sys.exit(f"{name}: its code stands {original.count(was)} times in {file}; bring ci/planted.py up to date")
-                changed = changed.replace(was, planted)
-            path.write_text(changed)
+            was, changed = planted(tree, name, edits)
+            for file, text in changed.items():
+                (tree / file).write_text(text)
             code, rows = simulate(tree)
-            path.write_text(original)
+            for file, text in was.items():
+                (tree / file).write_text(text)
             if code != 1:
                 missed.append(f"{name}: exit code {code}")
             for gpus in (1, 4, 16):

@@ -55,6 +55,7 @@ step cargo package --quiet --allow-dirty
 # The changes by hand still fit the code.
 if command -v python3 >/dev/null 2>&1; then
     step ci/mutations.py --check
+    step ci/planted.py --check
 fi
 if [ "$mutants" = yes ]; then
     step ci/mutants.sh --whole

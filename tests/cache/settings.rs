@@ -2,6 +2,7 @@
 //! themselves.
 
 use crate::device::{Act, Card, Refused};
+use crate::support::formats::{debug, display, expect};
 use crate::support::{PAGE, now, pages};
 use shootdown::cache::{
     Builder, CacheStats, Failure, GetError, Match, Merge, Operation, Overlap, RegistrationCache,
@@ -9,7 +10,6 @@ use shootdown::cache::{
 };
 use shootdown::{AddressRange, AddressSpace, Event};
 use std::error::Error;
-use std::fmt::{Debug, Display};
 use std::sync::{Arc, Barrier};
 use std::thread;
 
@@ -129,26 +129,6 @@ fn k4_hundreds_of_registrations_of_one_start_are_all_found_and_all_given_up() {
         }
         assert_eq!((card.mapped().len(), cache.stats().registrations, space.len()), (0, 0, 0));
     }
-}
-
-/// Each part of `parts` stands in the text, in this order.
-#[track_caller]
-fn expect(text: &str, parts: &[&str]) {
-    let mut rest = text;
-    for part in parts {
-        let Some((_, behind)) = rest.split_once(part) else {
-            panic!("{text:?} does not name {part:?}, or not in the order of {parts:?}");
-        };
-        rest = behind;
-    }
-}
-
-fn debug(what: &dyn Debug, parts: &[&str]) {
-    expect(&format!("{what:?}"), parts);
-}
-
-fn display(what: &dyn Display, parts: &[&str]) {
-    expect(&what.to_string(), parts);
 }
 
 #[test]

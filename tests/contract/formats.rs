@@ -1,34 +1,15 @@
 //! What the public types say of themselves: one table each of `Debug`, `Display` and `source`.
 //! Texts may change; what they name may not be left out.
 
+use crate::support::formats::{debug, display, expect};
 use crate::support::*;
 use shootdown::*;
 use std::error::Error;
-use std::fmt::{Debug, Display};
+use std::fmt::Display;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::time::Duration;
-
-/// Each part of `parts` stands in the text, in this order.
-#[track_caller]
-fn expect(text: &str, parts: &[&str]) {
-    let mut rest = text;
-    for part in parts {
-        let Some((_, behind)) = rest.split_once(part) else {
-            panic!("{text:?} does not name {part:?}, or not in the order of {parts:?}");
-        };
-        rest = behind;
-    }
-}
-
-fn debug(what: &dyn Debug, parts: &[&str]) {
-    expect(&format!("{what:?}"), parts);
-}
-
-fn display(what: &dyn Display, parts: &[&str]) {
-    expect(&what.to_string(), parts);
-}
 
 fn poll_once<F: Future + Unpin>(future: &mut F) -> Poll<F::Output> {
     Pin::new(future).poll(&mut Context::from_waker(Waker::noop()))

@@ -1,5 +1,6 @@
 //! What the handles say of themselves, and that nothing is skipped where the kernel permits it.
 
+use crate::formats::{debug, display};
 use crate::mapping::mapped;
 use crate::memory::{PAGE, Raw};
 use crate::uffd::{eventually, log, no_fork};
@@ -8,7 +9,7 @@ use rustix::fd::{AsFd, AsRawFd};
 use shootdown::source::{Fork, MapError, Protection, Uffd, UffdError, UffdStats, Unwatched};
 use shootdown::{AddressRange, AddressSpace};
 use std::error::Error;
-use std::fmt::{Debug, Display};
+use std::fmt::Display;
 use std::os::unix::process::ExitStatusExt;
 use std::process::Command;
 use std::sync::mpsc;
@@ -143,26 +144,6 @@ fn m8_one_read_takes_all_that_is_there() {
     assert_eq!(uffd.stats().events, THREADS as u64);
     block_on(deliveries.deliver()).unwrap();
     drop(watches);
-}
-
-/// Each part of `parts` stands in the text, in this order.
-#[track_caller]
-fn expect(text: &str, parts: &[&str]) {
-    let mut rest = text;
-    for part in parts {
-        let Some((_, behind)) = rest.split_once(part) else {
-            panic!("{text:?} does not name {part:?}, or not in the order of {parts:?}");
-        };
-        rest = behind;
-    }
-}
-
-fn debug(what: &dyn Debug, parts: &[&str]) {
-    expect(&format!("{what:?}"), parts);
-}
-
-fn display(what: &dyn Display, parts: &[&str]) {
-    expect(&what.to_string(), parts);
 }
 
 fn range() -> AddressRange {

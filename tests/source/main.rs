@@ -13,6 +13,8 @@ mod cache;
 mod corners;
 mod delivering;
 mod forks;
+#[path = "../support/formats.rs"]
+mod formats;
 mod given_up;
 mod handles;
 mod kinds;

@@ -1,6 +1,7 @@
 //! What the tests share: a driver that does as it is told, and futures polled by hand.
 #![allow(dead_code, missing_docs, unreachable_pub, reason = "each test binary uses a part of it")]
 
+pub mod formats;
 #[cfg(not(any(loom, shuttle)))]
 pub mod processor;
 // Miri wants no thread to outlive the main one.
