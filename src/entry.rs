@@ -17,7 +17,7 @@
 //! 3. It is held (`is_held()`), so that `name` can be called outside the lock.
 //!
 //! Each of the three changes only under the lock. An `EntryRef` is kept by the index (reason 1),
-//! the subscription (1), the hits, late members and passes of an active invalidation (2), and a
+//! the subscription (1), the hits, newcomers and passes of an active invalidation (2), and a
 //! list of names that is being made (3). So each `EntryRef` in use has a reason why its entry is
 //! alive. The code that removes the last reason frees the entry, once.
 //!

@@ -48,8 +48,9 @@ pub(crate) struct Protocol<M, X> {
     started: u64,
 }
 
-/// Largest capacity of [`Active::late`] that is kept for the next invalidation in the same place.
-const MOST_LATE: usize = 64;
+/// Largest capacity of [`Active::newcomers`] that is kept for the next invalidation in the same
+/// place.
+const MOST_NEWCOMERS: usize = 64;
 
 /// What the start of an invalidation decided.
 pub(crate) struct Started<'a, X> {
@@ -119,14 +120,14 @@ impl<M: Member, X: Default> Protocol<M, X> {
         self.index.insert(member);
     }
 
-    /// Adds `member` to the late members of each active invalidation that covers it. Returns
+    /// Adds `member` to the newcomers of each active invalidation that covers it. Returns
     /// whether there is one.
     #[cold]
     #[inline(never)]
     fn insert_covered(&mut self, member: M) -> bool {
         let mut covered = false;
         self.active.for_overlapping(member.range(), |active| {
-            active.late.push(member);
+            active.newcomers.push(member);
             member.own().cover();
             covered = true;
         });
@@ -190,16 +191,16 @@ impl<M: Member, X: Default> Protocol<M, X> {
         if let Some(mut active) = self.active.leave_crowd(id) {
             let set = self.active.take_set(id);
             hits.iter().for_each(|member| _ = member.own().uncover());
-            settle(&mut self.sequence, self.active.occupancy.live);
-            report_uncovered(hits, &mut active.late, uncovered);
+            make_even_if_idle(&mut self.sequence, self.active.occupancy.live);
+            report_uncovered(hits, &mut active.newcomers, uncovered);
             return Some(Kept::Gone(active.extra, set));
         }
         let ActiveSet { places, occupancy, .. } = &mut self.active;
         let active = places.get_mut(id.place()).filter(|active| active.is(id))?;
         let live = release(active, occupancy, id);
         hits.iter().for_each(|member| _ = member.own().uncover());
-        settle(&mut self.sequence, live);
-        report_uncovered(hits, &mut active.late, uncovered);
+        make_even_if_idle(&mut self.sequence, live);
+        report_uncovered(hits, &mut active.newcomers, uncovered);
         Some(Kept::InPlace(&mut active.extra))
     }
 }
@@ -207,22 +208,22 @@ impl<M: Member, X: Default> Protocol<M, X> {
 /// Calls `uncovered` with each notifier of an invalidation that has just ended that is [`WATCHED`]
 /// and that no active invalidation covers any more.
 ///
-/// The end has uncovered `hits` already. This function uncovers the notifiers in `late`.
-fn report_uncovered<M: Member>(hits: &[M], late: &mut Vec<M>, mut uncovered: impl FnMut(M)) {
+/// The end has uncovered `hits` already. This function uncovers the notifiers in `newcomers`.
+fn report_uncovered<M: Member>(hits: &[M], newcomers: &mut Vec<M>, mut uncovered: impl FnMut(M)) {
     // A hit was covered until the end. If it is not covered now, this end uncovered it.
     hits.iter()
         .copied()
         .filter(|member| !member.own().is_covered() && member.own().is_marked(WATCHED))
         .for_each(&mut uncovered);
-    late.drain(..).filter(|member| member.own().uncover() & WATCHED != 0).for_each(uncovered);
-    if late.capacity() > MOST_LATE {
-        *late = Vec::new();
+    newcomers.drain(..).filter(|member| member.own().uncover() & WATCHED != 0).for_each(uncovered);
+    if newcomers.capacity() > MOST_NEWCOMERS {
+        *newcomers = Vec::new();
     }
 }
 
 /// Makes the space's sequence even if no invalidation is active (S3).
 #[inline]
-fn settle(sequence: &mut u64, live: u32) {
+fn make_even_if_idle(sequence: &mut u64, live: u32) {
     if live == 0 && *sequence % 2 == 1 {
         *sequence = sequence.wrapping_add(1);
     }

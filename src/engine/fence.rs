@@ -2,9 +2,9 @@
 #![forbid(unsafe_code)]
 
 use super::Shared;
-use super::held::Held;
 use super::lease::Lease;
 use super::outbox::Outbox;
+use super::pinned::Pinned;
 use super::state::{Help, State, Ticket};
 use super::work::Unpolled;
 use crate::entry::EntryRef;
@@ -64,7 +64,7 @@ impl Shared {
             (fenced, self.find(state, AddressRange::ALL, |of| of.is_fenced(), outbox))
         });
         let (entries, passes): (Vec<_>, Vec<_>) = fenced.into_iter().unzip();
-        let held = Held { shared: self, entries };
+        let held = Pinned { shared: self, entries };
         self.end(Some(found));
         held.entries
             .iter()

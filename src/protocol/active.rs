@@ -19,7 +19,7 @@ pub(crate) struct Active<M, X> {
     id: u64,
     /// Notifiers that were inserted since the start. The invalidation covers them but does not call
     /// them (S5).
-    pub(super) late: Vec<M>,
+    pub(super) newcomers: Vec<M>,
     pub(crate) extra: X,
 }
 
@@ -43,8 +43,8 @@ impl<M, X> Active<M, X> {
 
 impl<M: Copy, X> Active<M, X> {
     /// Returns the notifiers that were inserted since the start and are covered.
-    pub(crate) fn late(&self) -> impl Iterator<Item = M> {
-        self.late.iter().copied()
+    pub(crate) fn newcomers(&self) -> impl Iterator<Item = M> {
+        self.newcomers.iter().copied()
     }
 }
 
@@ -416,7 +416,7 @@ impl<M, X> ActiveSet<M, X> {
 impl<M, X: Default> Active<M, X> {
     /// Makes an invalidation that has not started, or a free place if `id` is 0.
     pub(super) fn new(range: AddressRange, id: Id) -> Self {
-        Self { range, sequence: 0, id: id.0, late: Vec::new(), extra: X::default() }
+        Self { range, sequence: 0, id: id.0, newcomers: Vec::new(), extra: X::default() }
     }
 }
 

@@ -20,7 +20,7 @@
 
 use super::active::{ActiveSet, release};
 use super::own::{CLOSED, COVER, UNCOVERED};
-use super::{Id, Member, Own, Protocol, WATCHED, cover_one, report_uncovered, settle};
+use super::{Id, Member, Own, Protocol, WATCHED, cover_one, make_even_if_idle, report_uncovered};
 use crate::index::IntervalIndex;
 use crate::range::AddressRange;
 use crate::sync::Ordering;
@@ -72,15 +72,15 @@ impl<M: Member, X: Default> Protocol<M, X> {
         let active = places.get_mut(id.place()).filter(|active| active.is(id))?;
         let live = release(active, occupancy, id);
         let marks = hits.iter().fold(0, |marks, member| marks | member.own().uncover());
-        settle(&mut self.sequence, live);
-        Some((marks & WATCHED != 0 || !active.late.is_empty(), &mut active.extra))
+        make_even_if_idle(&mut self.sequence, live);
+        Some((marks & WATCHED != 0 || !active.newcomers.is_empty(), &mut active.extra))
     }
 
     /// Completes [`quick_end`](Self::quick_end): calls `uncovered` with each [`WATCHED`] notifier
     /// that no active invalidation covers any more (R1). Returns the owner's data.
     pub(crate) fn tell(&mut self, id: Id, hits: &[M], uncovered: impl FnMut(M)) -> Option<&mut X> {
         let active = self.active.places.get_mut(id.place())?;
-        report_uncovered(hits, &mut active.late, uncovered);
+        report_uncovered(hits, &mut active.newcomers, uncovered);
         Some(&mut active.extra)
     }
 
@@ -90,12 +90,13 @@ impl<M: Member, X: Default> Protocol<M, X> {
     #[inline(always)]
     pub(crate) fn quick_end_one(&mut self, id: Id, hit: M) -> Option<&mut X> {
         let ActiveSet { places, occupancy, .. } = &mut self.active;
-        let active =
-            places.get_mut(id.place()).filter(|active| active.is(id) && active.late.is_empty())?;
+        let active = places
+            .get_mut(id.place())
+            .filter(|active| active.is(id) && active.newcomers.is_empty())?;
         if !hit.own().quick_uncover() {
             return None;
         }
-        settle(&mut self.sequence, release(active, occupancy, id));
+        make_even_if_idle(&mut self.sequence, release(active, occupancy, id));
         Some(&mut active.extra)
     }
 
@@ -104,12 +105,13 @@ impl<M: Member, X: Default> Protocol<M, X> {
     #[inline]
     pub(crate) fn quick_end_none(&mut self, id: Id) -> bool {
         let ActiveSet { places, occupancy, .. } = &mut self.active;
-        let Some(active) =
-            places.get_mut(id.place()).filter(|active| active.is(id) && active.late.is_empty())
+        let Some(active) = places
+            .get_mut(id.place())
+            .filter(|active| active.is(id) && active.newcomers.is_empty())
         else {
             return false;
         };
-        settle(&mut self.sequence, release(active, occupancy, id));
+        make_even_if_idle(&mut self.sequence, release(active, occupancy, id));
         true
     }
 }

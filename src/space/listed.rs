@@ -2,7 +2,7 @@
 #![forbid(unsafe_code)]
 
 use super::AddressSpace;
-use crate::engine::held::Held;
+use crate::engine::pinned::Pinned;
 use crate::entry::EntryRef;
 use crate::event::Event;
 use crate::index::Ordered;
@@ -168,7 +168,7 @@ impl AddressSpace {
             let mut longest = state.counts.longest;
             let sets = state.protocol.active().sets();
             for (id, active) in state.protocol.active_mut().iter_mut() {
-                let since = active.seen_to_last(now).unwrap_or_default();
+                let since = active.since_or(now).unwrap_or_default();
                 if let Some(now) = now {
                     longest = longest.max(Some(now.saturating_sub(since)));
                 }
@@ -205,7 +205,7 @@ impl AddressSpace {
         });
         // C8: names are driver code, so they are asked for without the lock. The holds keep the
         // notifiers alive.
-        let held = Held { shared: &self.shared, entries: held };
+        let held = Pinned { shared: &self.shared, entries: held };
         for (_, of, invalidation) in &mut listed {
             invalidation.pending = held.entries[of.clone()]
                 .iter()

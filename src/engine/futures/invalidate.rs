@@ -222,11 +222,11 @@ impl<'a> Invalidate<'a> {
         cx: &mut Context<'_>,
     ) -> (Self, Poll<InvalidationGuard<'a>>) {
         let (id, work) = begun.into_pending();
-        match settle(Running::resume(&space, id, 0, work), false, 0, cx) {
-            Settled::Ready(begun) => {
+        match poll_or_park(Running::resume(&space, id, 0, work), false, 0, cx) {
+            AfterPoll::Done(begun) => {
                 (Self::resolved(), Poll::Ready(InvalidationGuard::new(space, begun)))
             }
-            Settled::Parked(
+            AfterPoll::Parked(
                 Parked { ticket, ready, request: Request { range, owner, terms, .. } },
                 task,
             ) => {
@@ -300,7 +300,7 @@ fn turn(
     cx: &mut Context<'_>,
 ) -> Turn {
     let late = request.terms.is_late();
-    let settled = match step {
+    let after = match step {
         Step::Start => {
             let begun = match set {
                 None => begin(shared, request.range, request.owner, request.terms),
@@ -310,7 +310,7 @@ fn turn(
                 return Turn::Ready(begun);
             }
             let (id, work) = begun.into_pending();
-            settle(Running::resume(shared, id, 0, work), late, lapses, cx)
+            poll_or_park(Running::resume(shared, id, 0, work), late, lapses, cx)
         }
         Step::Joining { ticket, task } => {
             // Before the lock, because the clone of a waker is foreign code.
@@ -318,7 +318,9 @@ fn turn(
             match look(shared, *ticket, &task) {
                 Look::Claimed((running, None)) => return Turn::Ready(running.finish_or_resume()),
                 Look::Claimed((mut running, Some(from))) => match running.advance(request, from) {
-                    Reached::Pends | Reached::RefusedAndPends => settle(running, late, lapses, cx),
+                    Reached::Pends | Reached::RefusedAndPends => {
+                        poll_or_park(running, late, lapses, cx)
+                    }
                     Reached::Plainly | Reached::Done | Reached::Refused => {
                         return Turn::Ready(running.finish_or_resume());
                     }
@@ -332,9 +334,9 @@ fn turn(
         }
         Step::OfSet(_) => unreachable!("it is the one in the box"),
     };
-    match settled {
-        Settled::Ready(begun) => Turn::Ready(begun),
-        Settled::Parked(Parked { ticket, ready, .. }, task) => {
+    match after {
+        AfterPoll::Done(begun) => Turn::Ready(begun),
+        AfterPoll::Parked(Parked { ticket, ready, .. }, task) => {
             let later = ready && late;
             if later {
                 task.rouse();
@@ -345,23 +347,28 @@ fn turn(
     }
 }
 
-/// Where an invalidation is after [`settle`].
-enum Settled {
+/// Where an invalidation is after [`poll_or_park`].
+enum AfterPoll {
     /// All passes are done.
-    Ready(Begun),
+    Done(Begun),
     /// It belongs to the space. The task waits for it.
     Parked(Parked, Arc<TaskWaker>),
 }
 
 /// Polls pending passes once more, and hands the invalidation to the space if some still pend.
-fn settle(mut running: Running<'_>, late: bool, lapses: u32, cx: &mut Context<'_>) -> Settled {
+fn poll_or_park(
+    mut running: Running<'_>,
+    late: bool,
+    lapses: u32,
+    cx: &mut Context<'_>,
+) -> AfterPoll {
     // A pass that only yields is done after one more poll, so it need not be listed in the space.
     // A late invalidation is not polled again: its caller has other notifiers to tell.
     if !late && running.drive(1) && !running.is_deferred() {
-        return Settled::Ready(running.finish_or_resume());
+        return AfterPoll::Done(running.finish_or_resume());
     }
     let task = TaskWaker::new(cx.waker(), running.losses());
-    Settled::Parked(running.park(lapses, Some(task.clone())), task)
+    AfterPoll::Parked(running.park(lapses, Some(task.clone())), task)
 }
 
 /// Looks at a parked invalidation for its future. What comes out of the state is in the hands of a

@@ -85,11 +85,11 @@ enum Step<'s> {
     /// It looks again, because an invalidation has lapsed.
     Again,
     /// It waits.
-    Wait(Pause),
+    Wait(WaitMode),
 }
 
 /// How a future waits.
-enum Pause {
+enum WaitMode {
     /// It will be woken.
     Sleep,
     /// It wakes itself.
@@ -147,9 +147,9 @@ impl Wait {
                 Step::Again => {}
                 Step::Wait(pause) => {
                     match pause {
-                        Pause::Sleep => {}
-                        Pause::Rest => give_turn(),
-                        Pause::Yield => {
+                        WaitMode::Sleep => {}
+                        WaitMode::Rest => give_turn(),
+                        WaitMode::Yield => {
                             task.rouse();
                             give_turn();
                         }
@@ -252,14 +252,14 @@ impl Wait {
             return Step::Again;
         }
         if matches!(verdict, Verdict::Soon) {
-            return Step::Wait(Pause::Yield);
+            return Step::Wait(WaitMode::Yield);
         }
         if self.unclaimed.is_empty() {
-            return Step::Wait(Pause::Sleep);
+            return Step::Wait(WaitMode::Sleep);
         }
         let others = shared.host.coming.load(Ordering::Acquire) > 0;
         let wakes_itself = state.patience.wakes_itself(&mut self.watch, others, &self.bell);
-        Step::Wait(if wakes_itself { Pause::Yield } else { Pause::Rest })
+        Step::Wait(if wakes_itself { WaitMode::Yield } else { WaitMode::Rest })
     }
 
     /// Looks at the invalidations of the backlog, up to the first whose passes are to be polled.

@@ -86,7 +86,7 @@ impl State {
         let Some(active) = self.protocol.active_mut().get_mut(id) else {
             unreachable!("an invalidation in its first passes is active");
         };
-        active.seen_to_last(now);
+        active.since_or(now);
         work.timed = true;
         let (range, ticket) = (active.range, id);
         let request =
@@ -94,7 +94,7 @@ impl State {
         // A future that sleeps because of this invalidation can now help with it (C3).
         let sleeps = |entry: &EntryRef| entry.first_waiter().is_some();
         let asleep: Vec<EntryRef> =
-            work.hits.iter().copied().chain(active.late()).filter(sleeps).collect();
+            work.hits.iter().copied().chain(active.newcomers()).filter(sleeps).collect();
         active.extra.calls = false;
         let wakers = work.passes().wakers().clone();
         let parking = match &mut active.extra.parking {
@@ -135,7 +135,7 @@ impl State {
         let hits = parking.stage.work().map_or(&[][..], |work| &work.hits);
         let sleeps = |entry: &EntryRef| entry.first_waiter().is_some();
         let asleep: Vec<EntryRef> =
-            hits.iter().copied().chain(active.late()).filter(sleeps).collect();
+            hits.iter().copied().chain(active.newcomers()).filter(sleeps).collect();
         outbox.contents().sets.push(parking.wakers.clone());
         for entry in asleep {
             self.nudge(entry, Some(ticket), outbox);
@@ -229,7 +229,7 @@ impl State {
                 "an invalidation whose passes are being polled is neither claimed nor ended"
             );
         };
-        work.passes().settle(&mut parking.pending, |entry| {
+        work.passes().unlist_finished(&mut parking.pending, |entry| {
             if entry.first_waiter().is_some() {
                 quiet.push(entry);
             }

@@ -151,7 +151,7 @@ impl Active<EntryRef, Record> {
     }
 
     /// Returns the time stamp of the invalidation. Sets it to `now` if there was none.
-    pub(crate) fn seen_to_last(&mut self, now: Option<Duration>) -> Option<Duration> {
+    pub(crate) fn since_or(&mut self, now: Option<Duration>) -> Option<Duration> {
         let since = self.since().or(now)?;
         self.extra.since = Some((self.serial(), since));
         Some(since)

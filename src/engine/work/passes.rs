@@ -228,7 +228,7 @@ impl Passes {
 
     /// Takes the passes that are done off the list. `quiet` gets each notifier that has no other
     /// pass there.
-    pub(crate) fn settle(
+    pub(crate) fn unlist_finished(
         &mut self,
         pending: &mut PendingNotifiers,
         mut quiet: impl FnMut(EntryRef),

@@ -94,14 +94,14 @@ impl Marked {
     }
 
     /// Looks at the pages. Readers of the range go on once the result is `Over`.
-    fn look(self: &Arc<Self>) -> Seen {
-        let Some(inner) = self.inner.upgrade() else { return Seen::Over };
+    fn look(self: &Arc<Self>) -> Wait {
+        let Some(inner) = self.inner.upgrade() else { return Wait::Over };
         if self.is_over() {
-            return Seen::Over;
+            return Wait::Over;
         }
         if self.are_gone(&inner) {
             self.over.store(true, Ordering::Release);
-            return Seen::Over;
+            return Wait::Over;
         }
         let waited = self.began.elapsed();
         if inner.table().is_changing() {
@@ -114,12 +114,12 @@ impl Marked {
         if waited.saturating_sub(held_up) < inner.settle
             && waited < inner.settle.saturating_mul(HELD_UP)
         {
-            return Seen::There;
+            return Wait::On;
         }
         if !self.over.swap(true, Ordering::AcqRel) {
             inner.suspect(self.clone(), waited);
         }
-        Seen::Over
+        Wait::Over
     }
 
     /// Returns `true` if the wait is over.
@@ -134,11 +134,11 @@ impl Marked {
     }
 }
 
-/// Result of a look.
+/// Whether readers of the range have to wait on.
 #[derive(PartialEq)]
-enum Seen {
+enum Wait {
     /// A marked page is present, and there is time left.
-    There,
+    On,
     /// The pages or the source are gone, or the time was used up.
     Over,
 }
@@ -228,7 +228,7 @@ impl Future for Look {
             // One look in each round.
             return Poll::Pending;
         }
-        if self.pages.look() == Seen::Over {
+        if self.pages.look() == Wait::Over {
             return Poll::Ready(());
         }
         match (round, self.pages.inner.upgrade()) {

@@ -7,12 +7,12 @@ use alloc::vec::Vec;
 
 /// Holds notifiers and releases them when dropped. Each was [held](crate::entry::Entry::hold) under
 /// the lock once for each time that it is in the list.
-pub(crate) struct Held<'a> {
+pub(crate) struct Pinned<'a> {
     pub(crate) shared: &'a Shared,
     pub(crate) entries: Vec<EntryRef>,
 }
 
-impl Drop for Held<'_> {
+impl Drop for Pinned<'_> {
     fn drop(&mut self) {
         if self.entries.is_empty() {
             return;
