@@ -130,6 +130,23 @@ fn k7_one_that_goes_away_lets_those_behind_it_go_on() {
     assert_eq!((space.len(), card.mapped().len()), (0, 0), "nothing is left");
 }
 
+/// What the last one polls is the work of the first, and that goes on waiting.
+#[test]
+fn k7_one_that_goes_away_wakes_those_behind_it_also_if_the_one_before_it_stays() {
+    let (_space, _card, cache) = exclusive(Overlap::Wait);
+    let _held = now(cache.get(pages(0, 2))).unwrap();
+    let mut first = Task::new(cache.get(pages(1, 2)));
+    first.expect_pending();
+    let mut between = Task::new(cache.get(pages(2, 2)));
+    between.expect_pending();
+    let mut behind = Task::new(cache.get(pages(3, 2)));
+    behind.expect_pending();
+    drop(between);
+    assert!(behind.is_woken());
+    assert_eq!(behind.finish().unwrap().range(), pages(3, 2));
+    first.expect_pending();
+}
+
 #[test]
 fn k7_a_registration_whose_caller_has_gone_is_finished_and_then_gives_way() {
     let gate = Gate::default();

@@ -26,6 +26,16 @@ fn k8_a_get_of_more_than_one_registration_names_get_all() {
 }
 
 #[test]
+fn k8_a_registration_is_not_a_byte_larger_than_it_may_be() {
+    let (space, bytes) = (AddressSpace::new(), |len| AddressRange::new(5, len).unwrap());
+    let builder = RegistrationCache::builder().page(1).max_registration(10);
+    let cache = builder.build(&space, Card::default());
+    assert_eq!(now(cache.get(bytes(10))).unwrap().range(), bytes(10));
+    let refused = now(cache.get(bytes(11))).unwrap_err();
+    assert!(matches!(refused, GetError::TooLarge { max: 10 }), "{refused:?}");
+}
+
+#[test]
 fn k8_pieces_come_in_order_and_cover_the_range_and_are_found_again() {
     let (_space, card, cache) = cache(|state| state.largest = Some(4));
     let asked = AddressRange::new(PAGE + 5, 9 * PAGE).unwrap();

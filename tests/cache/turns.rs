@@ -1,11 +1,12 @@
 //! K7: turns of callers whose ranges overlap, and how long each has to take what it waited for.
 
-use crate::device::Card;
+use crate::device::{Card, Refused};
 use crate::support::{PAGE, Task, now, pages};
 use crate::vouched::Gpu;
-use shootdown::cache::{Match, Overlap, RegistrationCache};
-use shootdown::{AddressSpace, Event};
-use std::sync::atomic::{AtomicU64, Ordering};
+use shootdown::cache::{Device, Match, Overlap, RegistrationCache, StillRegistered};
+use shootdown::{AddressRange, AddressSpace, Event};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -177,4 +178,53 @@ fn k7_those_in_a_queue_are_polled_in_proportion_to_it() {
         }
         assert!(polls <= 600, "{polls} polls of 300");
     }
+}
+
+/// Never deregisters. The next poll waits for the test twice if the flag is set.
+struct Never(AtomicBool, Barrier);
+
+impl Device for Never {
+    type Handle = ();
+    type Error = Refused;
+
+    async fn register(&self, _: AddressRange) -> Result<(), Refused> {
+        Ok(())
+    }
+
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        (): (),
+    ) -> Result<(), StillRegistered<(), Refused>> {
+        std::future::poll_fn(|_| {
+            if self.0.swap(false, Ordering::SeqCst) {
+                self.1.wait();
+                self.1.wait();
+            }
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+#[test]
+fn k7_one_that_goes_away_while_another_thread_polls_its_work_holds_that_one_up_no_longer() {
+    let (space, device) =
+        (AddressSpace::new(), Arc::new(Never(AtomicBool::new(false), Barrier::new(2))));
+    let builder = RegistrationCache::builder().overlap(Overlap::Wait);
+    let cache = builder.build(&space, device.clone());
+    drop(now(cache.get(pages(0, 2))).unwrap());
+    let mut first = Task::new(cache.get(pages(1, 2)));
+    first.expect_pending();
+    let mut behind = Task::new(cache.get(pages(2, 2)));
+    device.0.store(true, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        let polling = scope.spawn(|| behind.poll().is_pending());
+        let barrier = &device.1;
+        barrier.wait();
+        drop(first);
+        barrier.wait();
+        assert!(polling.join().unwrap());
+    });
+    assert_eq!(behind.finish().unwrap().range(), pages(2, 2));
 }
