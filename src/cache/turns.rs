@@ -336,5 +336,5 @@ pub(super) async fn unless(cancelled: Arc<AtomicBool>, future: impl Future<Outpu
     .await;
 }
 
-#[cfg(all(test, not(any(loom, shuttle))))]
+#[cfg(test)]
 mod tests;
