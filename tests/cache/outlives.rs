@@ -149,7 +149,7 @@ fn k1_the_last_two_registrations_of_a_space_that_go_at_once_leave_nothing_behind
 /// Nobody can reach the space any more: one of the two asks the device before both are gone.
 #[test]
 fn k1_a_user_and_the_last_handle_of_the_cache_that_go_at_once_leave_nothing_registered() {
-    let left = (0..2000).filter(|_| {
+    let left = (0..500).filter(|_| {
         let (space, card) = (AddressSpace::new(), Card::default());
         let cache = RegistrationCache::new(&space, card.clone());
         let held = now(cache.get(pages(1, 1))).unwrap();

@@ -179,7 +179,7 @@ fn k7_those_in_a_queue_are_polled_in_proportion_to_it() {
     }
 }
 
-/// Another caller has driven the first one's turn. The gate closes again before the first one looks.
+/// Another caller has driven the first one's turn. The gate closes again before the first looks.
 #[test]
 fn k7_a_gate_that_closes_again_at_once_takes_nothing_from_a_caller_whose_turn_is_over() {
     let gate = Gate::default();
