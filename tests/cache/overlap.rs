@@ -269,3 +269,46 @@ fn k2_k7_a_lost_handle_is_reset_before_the_next_registers() {
         }
     }
 }
+
+#[test]
+fn k7_a_caller_whose_turn_has_come_takes_what_serves_its_range() {
+    for overlap in [Overlap::Wait, Overlap::Merge] {
+        // What was found again when the gate was open.
+        let (space, card, cache) = exclusive(overlap);
+        let first = *now(cache.get(pages(0, 4))).unwrap().handle();
+        let pause = space.pause();
+        let mut waits = Task::new(cache.get(pages(1, 2)));
+        waits.expect_pending();
+        drop(pause);
+        let got = waits.finish().unwrap();
+        assert_eq!((*got.handle(), card.state.lock().unwrap().registered), (first, 1));
+        // What a caller had begun that has gone.
+        let gate = Gate::default();
+        let card = Card { register_gate: Some(gate.clone()), ..Card::default() };
+        let cache = RegistrationCache::builder().overlap(overlap).build(&space, card.clone());
+        let mut gone = Task::new(cache.get(pages(10, 4)));
+        gone.expect_pending();
+        drop(gone);
+        let mut next = Task::new(cache.get(pages(11, 2)));
+        next.expect_pending();
+        gate.open();
+        assert_eq!(next.finish().unwrap().range(), pages(10, 4));
+        assert_eq!(card.state.lock().unwrap().registered, 1);
+    }
+}
+
+#[test]
+fn k7_a_caller_does_not_wait_for_one_that_only_has_the_same_in_its_way() {
+    let (space, _card, cache) = exclusive(Overlap::Wait);
+    let held = now(cache.get(pages(0, 2))).unwrap();
+    let clear = now(space.invalidate(pages(2, 1), Event::Clear));
+    let mut first = Task::new(cache.get(pages(1, 2)));
+    first.expect_pending();
+    let mut second = Task::new(cache.get(pages(0, 1)));
+    second.expect_pending();
+    drop(held);
+    first.expect_pending();
+    assert_eq!(second.finish().unwrap().range(), pages(0, 1));
+    drop(clear);
+    assert_eq!(first.finish().unwrap().range(), pages(1, 2));
+}

@@ -140,3 +140,14 @@ fn k9_a_merge_does_not_take_in_what_the_device_does_not_vouch_for() {
         "0 and 1 are of a buffer that has gone"
     );
 }
+
+#[test]
+fn k9_a_merge_does_not_wait_for_users_of_a_neighbour_that_the_device_does_not_vouch_for() {
+    let (space, gpu) = (AddressSpace::new(), Gpu::default());
+    let builder = RegistrationCache::builder().overlap(Overlap::Merge).merge(Merge::Touching);
+    let cache = builder.build(&space, gpu.clone());
+    let held = now(cache.get(pages(0, 2))).unwrap();
+    gpu.buffer.store(1, Ordering::Release);
+    assert_eq!(now(cache.get(pages(2, 2))).unwrap().range(), pages(2, 2), "it only touches");
+    assert_eq!((held.range(), cache.stats().outdated), (pages(0, 2), 1));
+}

@@ -1,7 +1,7 @@
 //! The registration cache on memory that is unmapped behind its back.
 
 use crate::memory::{PAGE, Raw};
-use crate::uffd::{Running, alone, eventually, no_fork};
+use crate::uffd::{Running, alone, eventually, is_readable, no_fork};
 use futures::FutureExt;
 use futures::channel::oneshot;
 use futures::executor::block_on;
@@ -23,6 +23,7 @@ crate::list![
     memory_given_back_inside_the_allocators_lock_does_not_deadlock,
     fork_with_registered_memory_registers_again,
     memory_that_cannot_be_watched_is_not_registered,
+    m1_a_neighbour_that_is_gone_and_not_yet_told_of_does_not_refuse_a_registration,
     k5_a_cache_whose_source_tells_another_space_is_refused,
     k1_a_watched_registration_that_nobody_can_reach_leaves_nothing_behind,
     m1_what_get_registers_is_watched_however_long_it_waited,
@@ -146,7 +147,8 @@ fn memory_that_cannot_be_watched_is_not_registered() {
     let _fork = no_fork();
     let source = Running::new();
     let (nic, cache) = cache(&source);
-    drop(block_on(cache.get(Raw::map(1).range())).unwrap());
+    let idle = Raw::map(1);
+    drop(block_on(cache.get(idle.range())).unwrap());
     // So low that the kernel maps nothing there, for other tests neither.
     let memory = Raw { at: PAGE, len: PAGE };
     let refused = block_on(cache.get(memory.range())).unwrap_err();
@@ -155,7 +157,31 @@ fn memory_that_cannot_be_watched_is_not_registered() {
         "{refused}"
     );
     assert_eq!((nic.next.load(Ordering::Relaxed), cache.stats().registrations), (1, 1));
-    assert_eq!(cache.stats().evictions, 0, "room for it would not help");
+    assert_eq!(cache.stats().evictions, 0, "room would not help");
+}
+
+/// Somebody unmaps a registered page, and its event is not read while the pages beside it are
+/// registered.
+fn m1_a_neighbour_that_is_gone_and_not_yet_told_of_does_not_refuse_a_registration() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
+    let builder = RegistrationCache::<Nic>::builder().watch(uffd).merge(Merge::Touching);
+    let cache = builder.build(&space, Nic::default());
+    // A hole of one page between others, which no other thread's memory fits in.
+    let memory = Raw::map(4);
+    memory.write(1);
+    let (gone, beside) = (memory.part(1, 1), memory.part(2, 2));
+    drop(block_on(cache.get(gone.range())).unwrap());
+    thread::scope(|scope| {
+        let unmapping = scope.spawn(|| gone.unmap());
+        eventually("the event is there", || is_readable(&reader));
+        let got = block_on(cache.get(beside.range())).map(|got| got.range());
+        eventually("it is read", || reader.read().unwrap() == 0 && unmapping.is_finished());
+        assert!(matches!(got, Ok(range) if range == beside.range()), "{got:?}");
+    });
+    block_on(deliveries.deliver()).unwrap();
+    assert_eq!(cache.stats().registrations, 1);
 }
 
 /// Waits for an invalidation that somebody else has begun, while the memory is mapped over.
