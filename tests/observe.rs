@@ -146,8 +146,25 @@ fn metrics_count_what_stats_count_and_time_the_passes() {
             let timed = after[&format!("shootdown_pass_latency_seconds notifier={notifier}")];
             assert_eq!(timed, 1.0, "passes of {notifier} that were timed");
         }
+        // A pass that nobody has polled when its invalidation is dropped.
+        let (space, gate) = (AddressSpace::builder().pass_budget(1).build(), Gate::default());
+        let _devices = ["not polled", "beyond the budget"].map(|name| {
+            space
+                .insert(pages(0, 1), Device::new(name, &log).then(Act::pass(gate.clone())))
+                .unwrap()
+        });
+        let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+        invalidate.expect_pending();
+        pending.push(values(&told)["shootdown_passes_pending"]);
+        drop(invalidate);
+        let mut drain = Task::new(space.drain());
+        drain.expect_pending();
+        pending.push(values(&told)["shootdown_passes_pending"]);
+        gate.open();
+        drain.finish();
+        pending.push(values(&told)["shootdown_passes_pending"]);
     });
-    assert_eq!(pending, [1.0, 0.0]);
+    assert_eq!(pending, [1.0, 0.0, 1.0, 2.0, 0.0]);
 }
 
 #[test]
