@@ -60,6 +60,23 @@ fn l5_everybody_goes_on_when_a_dead_device_is_fenced_and_it_is_counted_and_repor
 }
 
 #[test]
+fn l5_devices_are_fenced_by_their_ids_and_each_once() {
+    let space = AddressSpace::new();
+    let ([left, dead, right], gates) = three(&space);
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    assert_eq!(left.fence(), 1);
+    assert_eq!(space.fence([left.id(), dead.id()]), 1, "passes that were pending still");
+    assert_eq!([left.is_closed(), dead.is_closed(), right.is_closed()], [true, true, false]);
+    assert_eq!((space.fence([dead.id()]), space.stats().fences), (0, 2), "again is nothing");
+    invalidate.expect_pending();
+    gates[2].open();
+    drop(invalidate.finish());
+    let [left, dead] = [left, dead].map(Subscription::remove).map(now);
+    assert_eq!([left.name, dead.name], ["left", "dead"]);
+}
+
+#[test]
 fn l5_passes_of_other_devices_are_still_woken_when_one_is_cut_out_from_among_them() {
     for order in [[0, 2], [2, 0]] {
         let space = AddressSpace::new();

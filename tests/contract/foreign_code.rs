@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
@@ -341,6 +342,60 @@ fn f2_dropping_a_space_with_passes_whose_drops_panic_does_not_abort() {
             assert_eq!(reports.load(Ordering::SeqCst), if unwinding { 3 } else { 2 });
         }
     });
+}
+
+/// A waker that runs code when it is dropped.
+struct RunsWhenDropped(Mutex<Option<Box<dyn FnOnce() + Send>>>);
+
+impl Wake for RunsWhenDropped {
+    fn wake(self: Arc<Self>) {}
+}
+
+impl Drop for RunsWhenDropped {
+    fn drop(&mut self) {
+        if let Some(run) = self.0.lock().unwrap().take() {
+            run();
+        }
+    }
+}
+
+/// The former waker of a removal is dropped at a moment at which the removal has seen that nothing
+/// calls its notifier, and has not taken it yet.
+#[test]
+fn l1_a_removal_that_meets_a_call_when_it_takes_its_notifier_looks_again() {
+    let (space, device, log) = one_device();
+    let removed = space.insert(pages(0, 1), Device::new("removed", &log)).unwrap();
+    let guard = now(space.invalidate(pages(0, 1), Event::Clear));
+    let [(begins, to_begin), (called, in_the_call), (leaves, to_leave)] =
+        std::array::from_fn(|_| channel());
+    let former = Waker::from(Arc::new(RunsWhenDropped(Mutex::new(Some(Box::new(move || {
+        begins.send(()).unwrap();
+        in_the_call.recv().unwrap();
+    }))))));
+    let removal = Arc::new(Mutex::new(Box::pin(removed.remove())));
+    let inside = removal.clone();
+    device.next(Act::Run(Box::new(move |_| {
+        // It waits until the first passes are over.
+        let polled = inside.lock().unwrap().as_mut().poll(&mut Context::from_waker(&former));
+        assert!(polled.is_pending());
+    })));
+    device.next(Act::Run(Box::new(move |_| {
+        called.send(()).unwrap();
+        to_leave.recv().unwrap();
+    })));
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    let inside = space.clone();
+    let caller = std::thread::spawn(move || {
+        to_begin.recv().unwrap();
+        drop(now(inside.invalidate(pages(0, 1), Event::Unmap)));
+    });
+    let mut removal = Task::new(Arc::into_inner(removal).unwrap().into_inner().unwrap());
+    let polled = removal.poll();
+    leaves.send(()).unwrap();
+    assert!(polled.is_pending() && removal.is_woken());
+    caller.join().unwrap();
+    assert_eq!(removal.finish().name, "removed");
+    drop(guard);
 }
 
 /// A waker that polls its task inline, as some single-threaded executors do.

@@ -91,7 +91,10 @@ fn debug_names_the_type_and_what_it_is_of() {
     assert!(poll_once(&mut remove).is_ready());
     debug(&remove, &["Remove", "resolved"]);
     let quiet = space.insert(pages(1, 1), Device::new("quiet", &log)).unwrap();
-    debug(&quiet.remove(), &["Remove", "removed"]);
+    let mut removed = quiet.remove();
+    debug(&removed, &["Remove", "removed"]);
+    assert!(poll_once(&mut removed).is_ready());
+    debug(&removed, &["Remove", "resolved"]);
     debug(&PassFuture::new(gate), &["PassFuture"]);
 
     debug(&AsyncNotifier::new(Quiet), &["AsyncNotifier"]);

@@ -33,7 +33,13 @@ fn w1_every_future_of_a_space_can_be_waited_for() {
     let other = space.insert(pages(0, 1), Device::new("other", &log)).unwrap();
     other.close().wait();
     assert_eq!(device.remove().wait().calls(), 1);
+    let busy =
+        space.insert(pages(0, 1), Device::new("busy", &log).then(Act::pass(Yields(50)))).unwrap();
+    let mut abandoned = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    assert!(abandoned.poll().is_pending());
+    drop(abandoned);
     space.drain().wait();
+    assert_eq!((busy.calls(), space.active().len()), (1, 0), "it has driven what was abandoned");
     space.release().wait();
     assert!(space.is_released());
     PassFuture::new(Yields(3)).wait();
