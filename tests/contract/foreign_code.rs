@@ -600,6 +600,52 @@ fn a5_tasks_that_waited_for_the_stream_and_went_away_are_forgotten() {
 }
 
 #[test]
+fn a5_forty_tasks_that_wait_for_the_stream_and_stay_are_each_woken_once_at_most() {
+    let space = AddressSpace::new();
+    let inbox = space.inbox(pages(0, 1), ()).unwrap();
+    let mut tasks: Vec<_> = (0..40).map(|_| Task::new(inbox.recv())).collect();
+    tasks.iter_mut().for_each(Task::expect_pending);
+    // Eight wait. The other 32 were woken to come again if they are there.
+    let woken: Vec<_> = tasks.iter().map(Task::is_woken).collect();
+    assert_eq!(woken, [[true; 32].as_slice(), &[false; 8]].concat());
+    for at in 0..32 {
+        assert!(tasks[at].poll().is_pending());
+        assert_eq!(tasks.iter().filter(|task| task.is_woken()).count(), 31 - at);
+    }
+}
+
+#[test]
+fn a5_of_more_tasks_than_are_known_more_may_wait_after_256_turns() {
+    /// Counts its wake-ups.
+    struct Woken(Arc<AtomicUsize>);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    let space = AddressSpace::new();
+    let inbox = space.inbox(pages(0, 1), ()).unwrap();
+    let woken = Arc::new(AtomicUsize::new(0));
+    // Returns whether another task that waits was woken to make room for one more.
+    let add = || {
+        let before = woken.load(Ordering::SeqCst);
+        let waker = Waker::from(Arc::new(Woken(woken.clone())));
+        assert!(Pin::new(&mut inbox.recv()).poll(&mut Context::from_waker(&waker)).is_pending());
+        woken.load(Ordering::SeqCst) != before
+    };
+    let mut adds = (0..100_000).map(|_| add());
+    let mut turn = || {
+        let room = adds.by_ref().take_while(|woke| !woke).count();
+        (room, 1 + adds.by_ref().take_while(|woke| *woke).count())
+    };
+    // Eight wait, and 32 are known beside them. The one that finds room again ends the turn.
+    assert_eq!(turn(), (8, 256 * (8 + 32) + 1));
+    assert_eq!(turn(), (8 - 1, 256 * (16 + 32) + 1), "twice as many wait");
+}
+
+#[test]
 fn done_inside_with_is_a_clear_panic_and_the_delivery_comes_back() {
     let space = AddressSpace::new();
     let mut inbox = space.inbox(pages(0, 1), ()).unwrap();

@@ -208,6 +208,19 @@ fn l3_insert_never_waits_and_the_next_invalidation_may_call() {
 }
 
 #[test]
+fn o5_a_space_counts_its_notifiers_from_insert_to_remove() {
+    let (space, log) = (AddressSpace::new(), Log::default());
+    assert!(space.is_empty());
+    let device = |name| space.insert(pages(0, 1), Device::new(name, &log)).unwrap();
+    let (one, two) = (device("one"), device("two"));
+    assert_eq!((space.len(), space.is_empty()), (2, false));
+    now(two.remove());
+    assert_eq!((space.len(), space.is_empty()), (1, false));
+    drop(one);
+    assert_eq!((space.len(), space.is_empty()), (0, true));
+}
+
+#[test]
 fn l4_release_calls_every_notifier_waits_for_passes_and_then_insert_fails() {
     let (space, device, log) = one_device();
     let gate = Gate::default();

@@ -237,6 +237,22 @@ impl Future for Handed {
 }
 
 #[test]
+fn w1_a_thread_that_waits_sleeps_until_it_is_woken() {
+    let (polls, (wakers, woken)) = (Arc::new(AtomicUsize::new(0)), channel());
+    let seen = polls.clone();
+    let waking = std::thread::spawn(move || {
+        let waker: Waker = woken.recv().unwrap();
+        // A thread that does not sleep polls meanwhile.
+        (0..1_000).for_each(|_| std::thread::yield_now());
+        let polls = seen.load(Ordering::SeqCst);
+        waker.wake();
+        (polls, woken.into_iter().map(Waker::wake).count())
+    });
+    PassFuture::new(Handed(3, polls, wakers)).wait();
+    assert_eq!(waking.join().unwrap(), (1, 1));
+}
+
+#[test]
 fn w4_no_wake_is_lost_whenever_it_comes() {
     // From another thread, at any moment of the way to sleep: each poll needs one wake, so a lost
     // one hangs.
