@@ -200,8 +200,8 @@ fn l5_the_fence_of_a_device_with_many_subscriptions_takes_time_in_proportion() {
         drop(invalidate.finish());
         took
     };
-    // With a search for each, 8 times as many take 64 times as long, however often one tries. One try
-    // may meet other work of the machine.
+    // With a search for each, 8 times as many take 64 times as long in each try. One try may meet
+    // other work of the machine.
     let tries: Vec<_> = (0..5).map(|_| (time(500), time(4000))).collect();
     assert!(tries.iter().any(|(few, many)| *many < *few * 24), "8 times as many: {tries:?}");
 }
