@@ -104,11 +104,8 @@ fn m8_where_the_system_call_is_filtered_the_device_file_serves() {
     // As the filter of a container does it: the call is refused, the rest permitted.
     refuse(libc::SYS_userfaultfd, None, libc::EPERM);
     // SAFETY: a descriptor that nothing is registered with does nothing to the memory.
-    assert_eq!(
-        unsafe { libc::syscall(libc::SYS_userfaultfd, 1) },
-        -1,
-        "the filter does not filter"
-    );
+    let raw = unsafe { libc::syscall(libc::SYS_userfaultfd, 1) };
+    assert_eq!(raw, -1, "the filter does not filter");
     let (_uffd, reader, _deliveries) =
         Uffd::builder().fork(Fork::Ignore).open(&AddressSpace::new()).unwrap();
     assert!(rustix::io::fcntl_getfd(&reader).unwrap().contains(FdFlags::CLOEXEC));
