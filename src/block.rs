@@ -125,9 +125,8 @@ mod thread {
         output
     }
 
-    #[cfg(not(any(loom, shuttle)))]
     mod spare {
-        use super::{Arc, Sleeper};
+        use super::{Arc, Ordering, Sleeper};
         use core::cell::Cell;
 
         std::thread_local!(static SPARE: Cell<Option<Arc<Sleeper>>> = const { Cell::new(None) });
@@ -137,24 +136,16 @@ mod thread {
         }
 
         /// Keeps the waker for the next wait of this thread, unless a clone of it exists: two waits
-        /// must not look like polls of one task (C4).
+        /// must not look like polls of one task (C4). Keeps none under model checkers, which run
+        /// all threads of a model on one thread.
         pub(super) fn put(mut sleeper: Arc<Sleeper>) {
+            if cfg!(any(loom, shuttle)) {
+                return;
+            }
             if let Some(unshared) = Arc::get_mut(&mut sleeper) {
-                *unshared.woken.get_mut() = false;
+                unshared.woken.store(false, Ordering::Relaxed);
                 let _ = SPARE.try_with(|spare| spare.set(Some(sleeper)));
             }
         }
-    }
-
-    /// No cache under model checkers, which run all threads of a model on one thread.
-    #[cfg(any(loom, shuttle))]
-    mod spare {
-        use super::{Arc, Sleeper};
-
-        pub(super) fn take() -> Arc<Sleeper> {
-            Arc::default()
-        }
-
-        pub(super) fn put(_: Arc<Sleeper>) {}
     }
 }

@@ -431,3 +431,6 @@ impl Drop for Inline {
         INLINE.set(INLINE.get() - 1);
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests;

@@ -329,7 +329,7 @@ impl<V: Indexed> IntervalIndex<V> {
             }
             let cut = if at + 1 == CAP { CAP - 1 } else { CAP / 2 };
             let mut split = inner.split_off(cut);
-            if at + 1 > cut {
+            if at >= cut {
                 split.add(at + 1 - cut, upper);
             } else {
                 inner.add(at + 1, upper);

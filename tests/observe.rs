@@ -146,8 +146,26 @@ fn metrics_count_what_stats_count_and_time_the_passes() {
             let timed = after[&format!("shootdown_pass_latency_seconds notifier={notifier}")];
             assert_eq!(timed, 1.0, "passes of {notifier} that were timed");
         }
+        // A pass that nobody has polled when its invalidation is dropped.
+        let space = AddressSpace::builder().pass_budget(1).build();
+        let gates = [Gate::default(), Gate::default()];
+        let _devices = gates.each_ref().map(|gate| {
+            let device = Device::new("deferred", &log).then(Act::pass(gate.clone()));
+            space.insert(pages(0, 1), device).unwrap()
+        });
+        let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+        invalidate.expect_pending();
+        drop(invalidate);
+        // The second one is beyond the budget. When it is done, the first one is polled.
+        gates[1].open();
+        let mut drain = Task::new(space.drain());
+        drain.expect_pending();
+        pending.push(values(&told)["shootdown_passes_pending"]);
+        gates[0].open();
+        drain.finish();
+        pending.push(values(&told)["shootdown_passes_pending"]);
     });
-    assert_eq!(pending, [1.0, 0.0]);
+    assert_eq!(pending, [1.0, 0.0, 1.0, 0.0]);
 }
 
 #[test]

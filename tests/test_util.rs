@@ -78,6 +78,32 @@ fn a_delayed_pass_holds_the_guard_back_until_the_delay_ends() {
     drop(invalidate.finish());
 }
 
+/// Returns a pass and forgets to set the sequence.
+struct Forgets;
+
+impl IntervalNotifier for Forgets {
+    fn invalidate(&self, _: &Invalidation<'_>) -> Result<Option<PassFuture>, WouldBlock> {
+        Ok(Some(PassFuture::new(async {})))
+    }
+}
+
+#[test]
+#[cfg(debug_assertions)]
+fn a_driver_that_forgets_its_sequence_fails_with_a_fault_and_without() {
+    let space = AddressSpace::new();
+    let forgets = space.insert(pages(0, 1), Faulty::new(Forgets)).unwrap();
+    for delays in [false, true] {
+        if delays {
+            forgets.delay_next().end();
+        }
+        let panic = catch_unwind(AssertUnwindSafe(|| {
+            drop(now(space.invalidate(pages(0, 1), Event::Clear)));
+        }))
+        .unwrap_err();
+        assert!(panic.downcast::<String>().unwrap().contains("set_seq"));
+    }
+}
+
 #[test]
 fn injected_panics_reach_the_caller_and_name_the_driver() {
     let (space, gpu) = faulty();

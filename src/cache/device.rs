@@ -394,11 +394,6 @@ impl<D: Device> Guarded<D> {
         }
     }
 
-    /// Drops a handle, and catches a panic of that drop.
-    pub(super) fn drop_handle(&self, handle: D::Handle) {
-        self.losses.run(Callback::Device, |_| drop(handle));
-    }
-
     fn failed(
         &self,
         count: &AtomicU64,

@@ -62,7 +62,7 @@ pub(super) struct Entry<D: Device> {
     subscription: OnceLock<Subscription<Guardian<D>>>,
     /// The cache is gone while the device registers. `register` then ends unfinished.
     pub(super) cancelled: AtomicBool,
-    /// The last user has released the registration.
+    /// The last user has released the registration, and `leaving` has the handle.
     handed_back: AtomicBool,
     /// The device refuses to deregister.
     pub(super) stuck: AtomicBool,

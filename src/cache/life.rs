@@ -111,14 +111,12 @@ async fn deregister<D: Device>(entry: Arc<Entry<D>>, handed_back: oneshot::Recei
                 return core::future::pending().await;
             }
         }
-        failures += 1;
+        failures = (failures + 1).min(AT_ONCE + MOST_TURNS);
         if failures >= AT_ONCE {
             entry.stuck.store(true, Ordering::Release);
-            let turns = 1u32 << (failures - AT_ONCE).min(MOST_TURNS);
-            for _ in 0..turns {
+            for _ in 0..1u32 << (failures - AT_ONCE) {
                 yield_now().await;
             }
-            failures = failures.min(AT_ONCE + MOST_TURNS);
         }
     }
     entry.over();

@@ -404,15 +404,15 @@ impl<E, L: Found> Table<E, L> {
         }
         while over(self) {
             let Some((queued, key)) =
-                self.queue.as_ref().and_then(|queue| queue.oldest.first().copied())
+                self.queue.as_mut().and_then(|queue| queue.oldest.pop_first())
             else {
                 break;
             };
             let used = self.used(key);
             if !self.is_idle(key) {
-                self.requeue(key, queued, None);
+                self.requeue(key, None);
             } else if used != queued {
-                self.requeue(key, queued, Some(used));
+                self.requeue(key, Some(used));
             } else {
                 given_up.extend(self.withdraw(key));
             }
@@ -420,10 +420,9 @@ impl<E, L: Found> Table<E, L> {
         given_up
     }
 
-    /// Moves a registration in the queue: to the time `used`, or to the busy ones.
-    fn requeue(&mut self, key: Key, queued: u64, used: Option<u64>) {
+    /// Puts a registration, taken out of `oldest` or busy, at the time `used`, or to the busy ones.
+    fn requeue(&mut self, key: Key, used: Option<u64>) {
         let Some(queue) = &mut self.queue else { return };
-        queue.oldest.remove(&(queued, key));
         queue.busy.remove(&key);
         match used {
             Some(used) => _ = queue.oldest.insert((used, key)),
@@ -437,10 +436,12 @@ impl<E, L: Found> Table<E, L> {
     /// Requeues busy registrations that are idle by now. Stops after [`LOOKS`] checks in a row that
     /// find one in use.
     fn look_at_busy(&mut self) {
-        let mut in_vain = 0;
-        let mut left = self.queue.as_ref().map_or(0, |queue| queue.busy.len());
-        while in_vain < LOOKS && left > 0 {
-            left -= 1;
+        let busy = self.queue.as_ref().map_or(0, |queue| queue.busy.len());
+        let mut looks = 0..LOOKS;
+        for _ in 0..busy {
+            if looks.next().is_none() {
+                return;
+            }
             let Some(queue) = &mut self.queue else { return };
             let after = queue.looked.map_or(Bound::Unbounded, Bound::Excluded);
             let Some(key) = queue
@@ -454,19 +455,9 @@ impl<E, L: Found> Table<E, L> {
             };
             queue.looked = Some(key);
             if self.is_idle(key) {
-                let (used, queued) = (self.used(key), self.queued(key));
-                self.requeue(key, queued, Some(used));
-                in_vain = 0;
-            } else {
-                in_vain += 1;
+                self.requeue(key, Some(self.used(key)));
+                looks = 0..LOOKS;
             }
-        }
-    }
-
-    fn queued(&self, key: Key) -> u64 {
-        match self.get(key).map(|slot| slot.stage) {
-            Some(Stage::Live(_, queued)) => queued,
-            _ => 0,
         }
     }
 

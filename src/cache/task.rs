@@ -196,9 +196,9 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
         TaskRef(Arc::downgrade(&self.0))
     }
 
-    /// Returns `true` if both refer to the same task.
-    pub(super) fn is(&self, other: &Self) -> bool {
-        Arc::ptr_eq(&self.0, &other.0)
+    /// Returns `former` if it waits for this task, else a new waiter.
+    pub(super) fn wait_again(&self, former: Option<Waiter<T>>) -> Waiter<T> {
+        former.filter(|waiter| Arc::ptr_eq(&waiter.task, &self.0)).unwrap_or_else(|| self.wait())
     }
 
     /// Wakes the waiters, so that they poll the task once more.

@@ -124,6 +124,23 @@ fn what_gets_that_give_up_leave_does_not_stay_queued() {
     }
 }
 
+/// Between the moment at which a union is known and the one at which it is watched.
+#[test]
+fn k7_a_union_is_made_anew_if_the_memory_of_a_part_changes_before_it_is_watched() {
+    let space = AddressSpace::new();
+    let range = |first: u64, count: u64| AddressRange::new(first * 4096, count * 4096).unwrap();
+    let cache = RegistrationCache::builder().overlap(Overlap::Merge).build(&space, Null::default());
+    drop(block_on(cache.get(range(0, 2))).unwrap());
+    let place = super::way::Place { number: 1, range: range(1, 2), thefts: 0 };
+    let mut way = super::way::Way::new(&cache.core, range(1, 2), place);
+    assert_eq!(block_on(way.make(false)).unwrap(), range(0, 3));
+    assert!(!way.has_changed(range(0, 3)), "it may be registered");
+    drop(block_on(space.invalidate(page(0), Event::Unmap)));
+    assert!(way.has_changed(range(0, 3)));
+    assert!(!way.has_changed(range(0, 3)), "each change is told once");
+    assert_eq!(block_on(way.make(false)).unwrap(), range(1, 2));
+}
+
 #[test]
 fn m4_in_a_child_of_fork_every_handle_is_inert() {
     let (space, deregistered) = (AddressSpace::new(), Arc::<AtomicUsize>::default());

@@ -12,6 +12,7 @@ use crate::range::AddressRange;
 use crate::sync::{Arc, AtomicBool, Lock, Ordering};
 use alloc::collections::BTreeMap;
 use alloc::vec::Vec;
+use core::cmp::Ordering::{Equal, Greater, Less};
 use core::future::Future;
 use core::task::{Context, Poll};
 use futures::FutureExt;
@@ -92,9 +93,11 @@ impl State {
 
     /// Returns `true` if place `number` waits for `other`, which overlaps it.
     fn waits(&self, number: u64, other: u64) -> bool {
-        self.places
-            .get(&other)
-            .is_some_and(|place| other != number && (other < number || place.begun))
+        self.places.get(&other).is_some_and(|place| match other.cmp(&number) {
+            Less => true,
+            Equal => false,
+            Greater => place.begun,
+        })
     }
 
     /// Returns how many places `number` waits for, and the first of them. Waiting behind the first
@@ -161,30 +164,30 @@ impl State {
 
     /// Removes a place. Returns the tasks whose turn has come.
     fn leave(&mut self, number: u64) -> Vec<Task<()>> {
-        let Some(left) = self.places.remove(&number) else { return Vec::new() };
-        self.index
-            .remove(Ranged { range: left.range, value: Seat { serial: left.serial, number } });
-        self.version += 1;
-        let mut behind = self.overlapping(left.range);
-        behind.retain(|other| !self.places[other].begun && (*other > number || left.begun));
+        let Some(range) = self.places.get(&number).map(|place| place.range) else {
+            return Vec::new();
+        };
+        let mut behind = self.overlapping(range);
+        behind.retain(|other| !self.places[other].begun && self.waits(*other, number));
         behind.sort_unstable();
+        if let Some(Place { serial, .. }) = self.places.remove(&number) {
+            self.index.remove(Ranged { range, value: Seat { serial, number } });
+        }
+        self.version += 1;
         let mut ready = Vec::new();
         for (at, other) in behind.iter().enumerate() {
-            let place = &self.places[other];
-            let (range, waits_still) = (place.range, place.before > 1);
-            let lost = place.behind == number;
-            let next = (waits_still && lost).then(|| {
-                let near = behind[..at]
-                    .iter()
-                    .take(LOOKS)
-                    .find(|near| self.places[*near].range.overlaps(range));
-                near.copied().unwrap_or_else(|| self.first_before(*other, range).1)
-            });
             let Some(place) = self.places.get_mut(other) else { continue };
             place.before -= 1;
-            place.behind = next.unwrap_or(place.behind);
             if place.before == 0 {
                 ready.extend(place.task.upgrade());
+            } else if place.behind == number {
+                let range = place.range;
+                let mut near = behind[..at].iter().take(LOOKS);
+                let near = near.find(|near| self.places[*near].range.overlaps(range)).copied();
+                let next = near.unwrap_or_else(|| self.first_before(*other, range).1);
+                if let Some(place) = self.places.get_mut(other) {
+                    place.behind = next;
+                }
             }
         }
         ready
@@ -256,7 +259,7 @@ impl Turns {
 
     /// Waits for the turn of `number`.
     pub(super) async fn come(&self, number: u64) {
-        let mut ahead: Option<(Task<()>, Waiter<()>)> = None;
+        let mut ahead: Option<Waiter<()>> = None;
         core::future::poll_fn(|cx: &mut Context<'_>| {
             let task = match self.begin(number) {
                 Ahead::Nobody => return Poll::Ready(()),
@@ -266,9 +269,8 @@ impl Turns {
                 }
                 Ahead::Task(task) => task,
             };
-            let same = ahead.take().filter(|(known, _)| known.is(&task));
-            let (_, waiter) = ahead.insert(same.unwrap_or_else(|| (task.clone(), task.wait())));
-            if waiter.poll_unpin(cx).is_ready() {
+            let waiter = task.wait_again(ahead.take());
+            if ahead.insert(waiter).poll_unpin(cx).is_ready() {
                 // The task leaves its place when it ends, on this thread or on another.
                 cx.waker().wake_by_ref();
             }
@@ -333,3 +335,6 @@ pub(super) async fn unless(cancelled: Arc<AtomicBool>, future: impl Future<Outpu
     })
     .await;
 }
+
+#[cfg(test)]
+mod tests;

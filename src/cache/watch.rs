@@ -70,15 +70,16 @@ impl Source {
     }
 
     /// Watches `range` if there is a source.
-    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    #[cfg_attr(
+        not(all(feature = "userfaultfd", target_os = "linux")),
+        allow(unused_variables, reason = "no source can be set")
+    )]
     pub(super) fn watch(&self, range: AddressRange) -> Result<Watched, Unwatched> {
-        let watch = self.uffd.as_ref().map(|uffd| uffd.watch_quietly(range)).transpose();
-        watch.map(|watch| Watched { _watch: watch }).map_err(Unwatched::Source)
-    }
-
-    /// Does nothing, because no source can be set.
-    #[cfg(not(all(feature = "userfaultfd", target_os = "linux")))]
-    pub(super) fn watch(&self, _range: AddressRange) -> Result<Watched, Unwatched> {
+        #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+        if let Some(uffd) = &self.uffd {
+            let watch = uffd.watch_quietly(range).map_err(Unwatched::Source)?;
+            return Ok(Watched { _watch: Some(watch) });
+        }
         Ok(Watched::default())
     }
 }

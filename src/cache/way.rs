@@ -72,9 +72,7 @@ impl<'a, D: Device> Way<'a, D> {
                 return Ok(target);
             };
             if let Some(lost) = way.iter().find(|entry| entry.is_lost()) {
-                if way.iter().any(|entry| entry.is_lost() && entry.range.overlaps(self.own))
-                    || alone
-                {
+                if target == self.own {
                     return Err(GetError::Lost { range: lost.range });
                 }
                 alone = true;
@@ -180,12 +178,16 @@ impl Patience {
         Self { whole, passed: Duration::ZERO, shown: shared.now(), still: 0 }
     }
 
-    /// Reads the clock. One look counts at most `1 / LOOKS` of the time, because this thread and
-    /// the caller may both have been held up.
+    /// Reads the clock.
     fn is_over<D: Device>(&mut self, core: &Core<D>) -> bool {
         // This thread may be the one that the caller waits for.
         give_turn();
-        let now = core.space.shared().now();
+        self.look(core.space.shared().now())
+    }
+
+    /// Notes a look while the clock shows `now`. It counts at most `1 / LOOKS` of the time, because
+    /// this thread and the caller may both have been held up. Returns `true` if patience is over.
+    fn look(&mut self, now: Option<Duration>) -> bool {
         let passed = match (now, self.shown) {
             (Some(now), Some(shown)) if now > shown => {
                 self.still = 0;
@@ -202,3 +204,6 @@ impl Patience {
         self.passed >= self.whole
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -28,8 +28,7 @@ impl Shared {
         let (again, passes, found) = self.with(|state, outbox| {
             let again = self.close_for_good(state, entry);
             let passes = entry.pending.load(Ordering::Relaxed) as usize;
-            let range = (passes > 0).then_some(entry.range);
-            (again, passes, range.map(|range| self.find(state, range, |of| of == entry, outbox)))
+            (again, passes, self.find(state, entry.range, |of| of == entry, outbox))
         });
         self.end(found);
         if !again {
@@ -65,7 +64,7 @@ impl Shared {
         });
         let (entries, passes): (Vec<_>, Vec<_>) = fenced.into_iter().unzip();
         let held = Pinned { shared: self, entries };
-        self.end(Some(found));
+        self.end(found);
         held.entries
             .iter()
             .zip(&passes)
@@ -108,8 +107,7 @@ impl Shared {
     }
 
     /// Ends the passes that were found, without the lock.
-    fn end(&self, found: Option<Found<'_>>) {
-        let Some(Found { leases, unpolled }) = found else { return };
+    fn end(&self, Found { leases, unpolled }: Found<'_>) {
         leases.into_iter().for_each(Lease::cut);
         unpolled.into_iter().for_each(|unpolled| unpolled.discard(&self.host));
     }

@@ -232,49 +232,9 @@ mod real {
 }
 
 #[cfg(not(any(feature = "userfaultfd", feature = "lease", loom)))]
-mod real {
-    use crate::engine::Shared;
-    use crate::engine::host::Valid;
-    use core::task::{Context, Poll};
+mod open;
 
-    /// A gate that is never closed.
-    pub(crate) struct Gate;
-
-    #[derive(Clone, Copy, Default)]
-    pub(crate) struct Since(());
-
-    impl Gate {
-        pub(crate) fn new(_valid: Option<Valid>) -> Self {
-            Self
-        }
-
-        #[inline]
-        pub(crate) fn is_closed_now(&self) -> bool {
-            false
-        }
-    }
-
-    #[cfg_attr(
-        not(feature = "cache"),
-        expect(clippy::unused_self, reason = "as in the other form")
-    )]
-    impl Shared {
-        #[inline]
-        pub(crate) fn is_shut(&self) -> bool {
-            false
-        }
-
-        #[inline]
-        pub(crate) fn is_let_in(&self) -> bool {
-            true
-        }
-
-        pub(crate) fn poll_gate(&self, _since: &mut Since, _cx: &mut Context<'_>) -> Poll<()> {
-            Poll::Ready(())
-        }
-    }
-}
-
+#[cfg(not(any(feature = "userfaultfd", feature = "lease", loom)))]
+pub(crate) use open::{Gate, Since};
 #[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
-pub(crate) use real::Closings;
-pub(crate) use real::{Gate, Since};
+pub(crate) use real::{Closings, Gate, Since};

@@ -21,6 +21,8 @@
 #![forbid(unsafe_code)]
 
 pub(crate) mod passes;
+#[cfg(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))))]
+mod unchecked;
 
 use crate::entry::EntryRef;
 use crate::notifier::Request;
@@ -191,25 +193,7 @@ mod check {
     }
 }
 
-#[cfg(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))))]
-mod check {
-    use super::{FirstPassOf, Waits};
-    use crate::engine::host::Host;
-
-    pub(crate) struct InFirstPass;
-
-    impl InFirstPass {
-        pub(crate) fn enter(_host: &Host, _of: impl FnOnce() -> FirstPassOf) -> Self {
-            Self
-        }
-    }
-
-    pub(crate) fn forbid_waiting(
-        _host: &Host,
-        _waits: &Waits<'_>,
-        _stuck: impl Fn(&FirstPassOf) -> bool,
-    ) {
-    }
-}
-
+#[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
 pub(crate) use check::{InFirstPass, forbid_waiting};
+#[cfg(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))))]
+pub(crate) use unchecked::{InFirstPass, forbid_waiting};

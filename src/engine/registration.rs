@@ -172,3 +172,34 @@ impl Shared {
         if calls { Quiet::Soon } else { Quiet::Yes }
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use crate::sync::Arc;
+    use crate::{
+        AddressRange, AddressSpace, AsyncIntervalNotifier, AsyncNotifier, InvalidationInfo,
+    };
+    use futures::FutureExt;
+
+    struct Quiet;
+
+    impl AsyncIntervalNotifier for Quiet {
+        async fn invalidate(self: Arc<Self>, _: InvalidationInfo) {}
+    }
+
+    #[test]
+    fn the_memory_of_a_notifier_that_was_taken_is_kept_for_the_next_one() {
+        let space = AddressSpace::new();
+        let remove =
+            || space.insert(AddressRange::ALL, AsyncNotifier::new(Quiet)).unwrap().remove();
+        let is_kept = || space.shared().spare.is_filled();
+        drop(remove());
+        assert!(!is_kept(), "the notifier was dropped in its place");
+        let mut removal = remove();
+        assert!((&mut removal).now_or_never().is_some() && !is_kept());
+        drop(removal);
+        assert!(is_kept());
+        drop(remove());
+        assert!(!is_kept());
+    }
+}

@@ -122,3 +122,19 @@ fn spare_memory_goes_to_the_next_entry_of_its_layout_and_to_no_other() {
     drop(spare);
     assert_eq!(drops.load(Ordering::SeqCst), 4);
 }
+
+#[test]
+fn an_entry_that_is_retired_is_closed_and_unused() {
+    let (drops, losses) = (Arc::default(), Losses::new(None));
+    let (free, held) = (insert::<0>(None, &drops), insert::<0>(None, &drops));
+    assert!(!free.unused() && free.retire());
+    assert!(free.unused() && free.own.is_closed() && free.own.stable_sequence().is_none());
+    held.hold();
+    assert!(!held.retire() && !held.own.is_closed(), "its name is asked for");
+    held.unhold();
+    assert!(held.retire());
+    for entry in [free, held] {
+        losses.run(Callback::NotifierDrop, |inside| entry.erase().free(inside));
+    }
+    assert_eq!(drops.load(Ordering::SeqCst), 2);
+}

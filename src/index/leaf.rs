@@ -338,9 +338,6 @@ impl<V: Indexed> Mergeable for Leaf<V> {
         self.len as usize
     }
 
-    /// Does nothing: a leaf has no lower bounds of children.
-    fn set_bound(&mut self, _start: u64, _order: u64) {}
-
     fn split_off(&mut self, at: usize) -> Self {
         self.close_gaps();
         let (mut upper, len) = (self.clone(), self.len as usize - at);

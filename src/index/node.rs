@@ -48,8 +48,6 @@ pub(super) struct Child {
 pub(super) trait Mergeable: Sized {
     /// Returns the number of parts: children or intervals.
     fn len(&self) -> usize;
-    /// Replaces the lower bound of the first child, which the node itself does not maintain.
-    fn set_bound(&mut self, start: u64, order: u64);
     /// Moves the parts from `at` on into a new node, and returns it.
     fn split_off(&mut self, at: usize) -> Self;
     /// Moves all parts of `upper` to the end of this node.
@@ -231,10 +229,6 @@ impl InnerNode {
 impl Mergeable for InnerNode {
     fn len(&self) -> usize {
         self.len
-    }
-
-    fn set_bound(&mut self, start: u64, order: u64) {
-        (self.starts[0], self.orders[0]) = (start, order);
     }
 
     fn split_off(&mut self, at: usize) -> Self {

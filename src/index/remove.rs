@@ -6,14 +6,13 @@ use super::{Arena, Indexed, IntervalIndex, NOWHERE, Node};
 
 impl<T: Mergeable> Arena<T> {
     /// Merges the neighbours `a` and `b`. If one node cannot hold the parts of both, it distributes
-    /// them evenly instead. `(start, order)` is the parent's bound for `b`. Returns the parent's
-    /// new data of the lower and the upper node. There is no upper node after a merge.
-    fn balance(&mut self, a: Node, b: Node, (start, order): (u64, u64)) -> (Child, Option<Child>) {
+    /// them evenly instead. Returns the parent's new data of the lower and the upper node. There is
+    /// no upper node after a merge.
+    fn balance(&mut self, a: Node, b: Node) -> (Child, Option<Child>) {
         let [lower, upper] = self
             .nodes
             .get_disjoint_mut([a as usize, b as usize])
             .expect("two children of one parent are different nodes");
-        upper.set_bound(start, order);
         let total = lower.len() + upper.len();
         if total <= MERGED {
             lower.append(upper);
@@ -135,12 +134,8 @@ impl<V: Indexed> IntervalIndex<V> {
         // children.
         let left = at.saturating_sub(1);
         let (a, b) = (inner.children[left], inner.children[left + 1]);
-        let bound = (inner.starts[left + 1], inner.orders[left + 1]);
-        let (lower, upper) = if level == 0 {
-            self.leaves.balance(a, b, bound)
-        } else {
-            self.inners.balance(a, b, bound)
-        };
+        let (lower, upper) =
+            if level == 0 { self.leaves.balance(a, b) } else { self.inners.balance(a, b) };
         if level == 0 {
             self.reach = self.reach.max(self.leaves.at(a).reach());
         }

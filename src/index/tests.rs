@@ -124,6 +124,14 @@ impl IntervalIndex<Value> {
                 "a child knows of a greater `last`"
             );
             greatest = greatest.max(below);
+            if height > 1 {
+                let child = self.inners.at(inner.children[at]);
+                assert_eq!(
+                    (child.starts[0], child.orders[0]),
+                    (inner.starts[at], inner.orders[at]),
+                    "a child has another lower bound than its parent stores of it"
+                );
+            }
             let (first, last) = (all[from], all[all.len() - 1]);
             assert!(
                 at == 0 || (inner.starts[at], inner.orders[at]) <= first,
@@ -322,6 +330,9 @@ fn ascending_insertion_fills_its_leaves() {
     index.check();
     let full = index.leaves.nodes.len() * CAP;
     assert!(full < 101_000, "{full} slots for 100000 intervals");
+    // Nodes with all children but one: about a thirty-first, and again of these.
+    let (leaves, inners) = (index.leaves.nodes.len(), index.inners.nodes.len());
+    assert!(inners < leaves / 29, "{inners} nodes above {leaves} leaves");
     assert!(index.heap_bytes() > 0);
     for id in 0..100_000 {
         assert!(index.cut(AddressRange::new(id * 8192, 4096).unwrap(), Id(id)));
@@ -375,4 +386,28 @@ fn what_comes_and_goes_does_not_make_the_index_grow() {
     index.check();
     // Insertion and removal in turn have not made the index grow.
     assert!(index.leaves.nodes.len() < 100, "{} leaves", index.leaves.nodes.len());
+}
+
+#[test]
+fn what_comes_and_goes_in_a_tall_tree_is_found() {
+    // Four levels. The removals merge nodes of all levels and take parts from their neighbours.
+    let mut index = IntervalIndex::new();
+    let range = |id: u64| AddressRange::new(id * 7919 % 40_009 * 16, 8).unwrap();
+    for id in 0..40_009 {
+        index.put(range(id), Id(id));
+    }
+    assert_eq!(index.height, 3);
+    let by_start = (0..40_009).map(|at| at * 12_080 % 40_009);
+    let mut gone = 0;
+    for round in 0..8 {
+        // From one end to the other, with some left over each time.
+        for id in by_start.clone().filter(|id| id % 8 == round) {
+            assert!(index.cut(range(id), Id(id)));
+            gone += 1;
+            if gone % 2_000 == 0 {
+                index.check();
+            }
+        }
+    }
+    assert_eq!(index.len(), 0);
 }

@@ -352,14 +352,12 @@ impl<T: Send + 'static> Inbox<T> {
             }
             if post.is_over() {
                 drop(post);
-                return self.end_stream().map_or_else(
-                    || {
-                        // An invalidation came between the two locks: poll again.
-                        task.rouse();
-                        Poll::Pending
-                    },
-                    |()| Poll::Ready(None),
-                );
+                if self.end_stream() {
+                    return Poll::Ready(None);
+                }
+                // An invalidation came between the two locks: poll again.
+                task.rouse();
+                return Poll::Pending;
             }
             post.consumers.add(task.clone(), cx.waker())
         };
@@ -370,19 +368,19 @@ impl<T: Send + 'static> Inbox<T> {
         Poll::Pending
     }
 
-    /// Ends the stream (A4). Returns `None` if an invalidation has come. Holds the driver lock, so
-    /// that nothing is installed afterwards (A5).
-    fn end_stream(&self) -> Option<()> {
+    /// Ends the stream (A4). Returns `false` if an invalidation has come. Holds the driver lock,
+    /// so that nothing is installed afterwards (A5).
+    fn end_stream(&self) -> bool {
         {
             let _mappings = self.desk.mappings.lock();
             let mut post = self.desk.post.lock();
-            if !post.is_over() || !post.queue.is_empty() {
-                return None;
+            if !post.is_over() {
+                return false;
             }
             post.ended = true;
         }
         drop(self.subscription.close());
-        Some(())
+        true
     }
 }
 
@@ -496,3 +494,6 @@ impl AddressSpace {
         }
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests;

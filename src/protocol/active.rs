@@ -237,7 +237,7 @@ impl<M, X> ActiveSet<M, X> {
         let mut in_places = (0..).zip(&self.places).filter(|(_, active)| overlaps(active));
         let mut any =
             in_places.any(|(place, active)| wanted(Id::new(active.serial(), place), active));
-        if !any && !self.crowd.is_empty() {
+        if !any {
             self.crowd_ranges.overlapping(range, |found| {
                 let serial = found.value.value;
                 let id = Id::new(serial, PLACES as u32);

@@ -383,6 +383,8 @@ fn what_enters_the_crowd_in_any_order_leaves_it() {
             ids.push(protocol.start_set(&set, false, |_, _| (), |hits| hits).id);
         }
     }
+    let in_crowd = protocol.active.crowd.len();
+    assert_eq!((protocol.active.indexed(), in_crowd), (ids.len() - PLACES, ids.len() - PLACES));
     let (last, others) = ids.split_last().unwrap();
     for id in others {
         let id = protocol.active().located(*id);

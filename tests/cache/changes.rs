@@ -11,7 +11,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 struct Changes {
     space: AddressSpace,
     what: Option<AddressRange>,
-    event: Event,
+    /// One after the other, and again.
+    events: &'static [Event],
     times: u32,
     registered: Arc<AtomicU32>,
 }
@@ -21,9 +22,11 @@ impl Device for Changes {
     type Error = std::io::Error;
 
     async fn register(&self, range: AddressRange) -> std::io::Result<()> {
-        if self.registered.fetch_add(1, Ordering::SeqCst) < self.times {
+        let before = self.registered.fetch_add(1, Ordering::SeqCst);
+        if before < self.times {
+            let event = self.events[before as usize % self.events.len()];
             // As a source does that has read an event: it does not wait for the delivery.
-            let _ = self.space.invalidate(self.what.unwrap_or(range), self.event).now_or_never();
+            let _ = self.space.invalidate(self.what.unwrap_or(range), event).now_or_never();
         }
         Ok(())
     }
@@ -41,17 +44,17 @@ fn changes(
     what: Option<AddressRange>,
     times: u32,
 ) -> (AddressSpace, Arc<AtomicU32>, RegistrationCache<Changes>) {
-    raised(what, Event::Clear, times)
+    raised(what, &[Event::Clear], times)
 }
 
 fn raised(
     what: Option<AddressRange>,
-    event: Event,
+    events: &'static [Event],
     times: u32,
 ) -> (AddressSpace, Arc<AtomicU32>, RegistrationCache<Changes>) {
     let (space, registered) = (AddressSpace::new(), Arc::default());
     let device =
-        Changes { space: space.clone(), what, event, times, registered: Arc::clone(&registered) };
+        Changes { space: space.clone(), what, events, times, registered: Arc::clone(&registered) };
     let cache = RegistrationCache::new(&space, device);
     (space, registered, cache)
 }
@@ -67,13 +70,55 @@ fn k1_an_attempt_whose_device_changes_the_memory_each_time_ends_after_eight() {
 /// A process that forks changes the protection of all that it has, each time.
 #[test]
 fn k1_forks_in_a_row_are_not_taken_for_changes_of_the_device() {
-    let (_space, registered, cache) = raised(None, Event::ProtectionPage, 40);
+    let (_space, registered, cache) = raised(None, &[Event::ProtectionPage], 40);
     drop(now(cache.get(pages(1, 1))).unwrap());
     assert_eq!((registered.load(Ordering::SeqCst), cache.stats().collisions), (41, 40));
-    let (_space, registered, cache) = raised(None, Event::ProtectionPage, u32::MAX);
+    let (_space, registered, cache) = raised(None, &[Event::ProtectionPage], u32::MAX);
     let refused = now(cache.get(pages(1, 1))).unwrap_err();
     assert!(matches!(refused, GetError::Invalidated { tries: 64 }), "{refused:?}");
     assert_eq!(registered.load(Ordering::SeqCst), 64);
+}
+
+#[test]
+fn k1_changes_that_differ_are_not_taken_for_one_of_the_device() {
+    let (_space, registered, cache) = raised(None, &[Event::Clear, Event::Unmap], 40);
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    assert_eq!((registered.load(Ordering::SeqCst), cache.stats().collisions), (41, 40));
+}
+
+/// The device was not asked yet: the second change comes when the caller has waited for the first.
+#[test]
+fn k1_a_change_between_the_wait_and_the_device_counts_as_a_try() {
+    for tries in [1, 2] {
+        let (space, registered) = (AddressSpace::new(), Arc::default());
+        let device = Changes {
+            space: space.clone(),
+            what: None,
+            events: &[],
+            times: 0,
+            registered: Arc::clone(&registered),
+        };
+        let cache = RegistrationCache::builder().tries(tries).build(&space, device);
+        let first = now(space.invalidate(pages(1, 1), Event::Clear));
+        let mut get = crate::support::Task::new(cache.get(pages(1, 1)));
+        get.expect_pending();
+        drop(first);
+        let second = now(space.invalidate(pages(1, 1), Event::Clear));
+        let polled = get.run();
+        drop(second);
+        if tries == 1 {
+            let refused = polled.map(|got| got.map(drop));
+            assert!(
+                matches!(refused, std::task::Poll::Ready(Err(GetError::Invalidated { tries: 1 }))),
+                "{refused:?}"
+            );
+        } else {
+            assert!(polled.is_pending());
+            drop(get.finish().unwrap());
+        }
+        let asked = registered.load(Ordering::SeqCst);
+        assert_eq!((asked, cache.stats().collisions), (tries - 1, 1));
+    }
 }
 
 #[test]
@@ -83,7 +128,7 @@ fn k1_a_cache_is_told_how_often_to_begin() {
         let device = Changes {
             space: space.clone(),
             what: None,
-            event: Event::ProtectionPage,
+            events: &[Event::ProtectionPage],
             times: u32::MAX,
             registered: Arc::clone(&registered),
         };

@@ -56,7 +56,8 @@ fn k3_what_was_asked_of_the_device_before_a_flush_is_not_found_after_it() {
     let gate = Gate::default();
     let (space, card) =
         (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
-    let cache = RegistrationCache::new(&space, card.clone());
+    // A flush is no change of the memory.
+    let cache = RegistrationCache::builder().tries(1).build(&space, card.clone());
     let mut under_way = Task::new(cache.get(pages(0, 1)));
     under_way.expect_pending();
     now(cache.flush_range(pages(0, 1)));
@@ -188,4 +189,44 @@ fn f1_an_error_that_panics_when_it_is_dropped_does_not_reach_callers_of_other_ra
         }
     }
     assert!(reached.is_empty(), "{reached:?} panic");
+}
+
+#[test]
+fn k3_what_was_asked_of_the_device_before_a_flush_is_finished_although_its_caller_has_gone() {
+    let gate = Gate::default();
+    let (space, card) =
+        (AddressSpace::new(), Card { register_gate: Some(gate.clone()), ..Card::default() });
+    let cache = RegistrationCache::new(&space, card.clone());
+    let mut gone = Task::new(cache.get(pages(0, 1)));
+    gone.expect_pending();
+    now(cache.flush());
+    drop(gone);
+    // Misses elsewhere look after it, before the device has answered and afterwards.
+    let mut waits = Task::new(cache.get(pages(9, 1)));
+    waits.expect_pending();
+    gate.open();
+    drop(waits.finish().unwrap());
+    for page in 10..20 {
+        drop(now(cache.get(pages(page, 1))).unwrap());
+    }
+    let pinned = cache.stats().pinned_bytes / PAGE;
+    assert_eq!((pinned, card.mapped().len()), (11, 11), "nobody can find it, so it goes");
+}
+
+/// Another caller has done what the first one waited for, and the first one does not ask.
+#[test]
+fn f1_an_error_that_panics_when_it_is_dropped_does_not_reach_a_caller_that_goes_away() {
+    let gate = Gate::default();
+    let space = AddressSpace::new();
+    let cache =
+        RegistrationCache::builder().overlap(Overlap::Wait).build(&space, Bombs(gate.clone()));
+    let mut first = Task::new(cache.get(pages(0, 2)));
+    first.expect_pending();
+    let mut behind = Task::new(cache.get(pages(1, 2)));
+    behind.expect_pending();
+    gate.open();
+    drop(behind.finish().map_err(std::mem::forget));
+    let lost = space.stats().lost_panics;
+    drop(first);
+    assert_eq!(space.stats().lost_panics, lost + 1, "its own error");
 }

@@ -146,6 +146,30 @@ fn k1_the_last_two_registrations_of_a_space_that_go_at_once_leave_nothing_behind
     assert_eq!(leaked.count(), 0, "spaces and devices that nobody can reach");
 }
 
+/// Nobody can reach the space any more: one of the two asks the device before both are gone.
+#[test]
+fn k1_a_user_and_the_last_handle_of_the_cache_that_go_at_once_leave_nothing_registered() {
+    let left = (0..500).filter(|_| {
+        let (space, card) = (AddressSpace::new(), Card::default());
+        let cache = RegistrationCache::new(&space, card.clone());
+        let held = now(cache.get(pages(1, 1))).unwrap();
+        // Look-ups do not find it any more, so its user has the last reference.
+        now(cache.flush());
+        drop(space);
+        let together = Barrier::new(2);
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                together.wait();
+                drop(held);
+            });
+            together.wait();
+            drop(cache);
+        });
+        !card.mapped().is_empty()
+    });
+    assert_eq!(left.count(), 0, "the device was not asked");
+}
+
 #[test]
 fn k1_what_registers_when_the_last_handle_goes_is_given_up_also_under_an_invalidation() {
     let gate = Gate::default();

@@ -130,6 +130,23 @@ fn k7_one_that_goes_away_lets_those_behind_it_go_on() {
     assert_eq!((space.len(), card.mapped().len()), (0, 0), "nothing is left");
 }
 
+/// What the last one polls is the work of the first, and that goes on waiting.
+#[test]
+fn k7_one_that_goes_away_wakes_those_behind_it_also_if_the_one_before_it_stays() {
+    let (_space, _card, cache) = exclusive(Overlap::Wait);
+    let _held = now(cache.get(pages(0, 2))).unwrap();
+    let mut first = Task::new(cache.get(pages(1, 2)));
+    first.expect_pending();
+    let mut between = Task::new(cache.get(pages(2, 2)));
+    between.expect_pending();
+    let mut behind = Task::new(cache.get(pages(3, 2)));
+    behind.expect_pending();
+    drop(between);
+    assert!(behind.is_woken());
+    assert_eq!(behind.finish().unwrap().range(), pages(3, 2));
+    first.expect_pending();
+}
+
 #[test]
 fn k7_a_registration_whose_caller_has_gone_is_finished_and_then_gives_way() {
     let gate = Gate::default();
@@ -251,4 +268,47 @@ fn k2_k7_a_lost_handle_is_reset_before_the_next_registers() {
             assert_eq!((card.mapped().len(), cache.stats().pinned_bytes), (0, 0));
         }
     }
+}
+
+#[test]
+fn k7_a_caller_whose_turn_has_come_takes_what_serves_its_range() {
+    for overlap in [Overlap::Wait, Overlap::Merge] {
+        // What was found again when the gate was open.
+        let (space, card, cache) = exclusive(overlap);
+        let first = *now(cache.get(pages(0, 4))).unwrap().handle();
+        let pause = space.pause();
+        let mut waits = Task::new(cache.get(pages(1, 2)));
+        waits.expect_pending();
+        drop(pause);
+        let got = waits.finish().unwrap();
+        assert_eq!((*got.handle(), card.state.lock().unwrap().registered), (first, 1));
+        // What a caller had begun that has gone.
+        let gate = Gate::default();
+        let card = Card { register_gate: Some(gate.clone()), ..Card::default() };
+        let cache = RegistrationCache::builder().overlap(overlap).build(&space, card.clone());
+        let mut gone = Task::new(cache.get(pages(10, 4)));
+        gone.expect_pending();
+        drop(gone);
+        let mut next = Task::new(cache.get(pages(11, 2)));
+        next.expect_pending();
+        gate.open();
+        assert_eq!(next.finish().unwrap().range(), pages(10, 4));
+        assert_eq!(card.state.lock().unwrap().registered, 1);
+    }
+}
+
+#[test]
+fn k7_a_caller_does_not_wait_for_one_that_only_has_the_same_in_its_way() {
+    let (space, _card, cache) = exclusive(Overlap::Wait);
+    let held = now(cache.get(pages(0, 2))).unwrap();
+    let clear = now(space.invalidate(pages(2, 1), Event::Clear));
+    let mut first = Task::new(cache.get(pages(1, 2)));
+    first.expect_pending();
+    let mut second = Task::new(cache.get(pages(0, 1)));
+    second.expect_pending();
+    drop(held);
+    first.expect_pending();
+    assert_eq!(second.finish().unwrap().range(), pages(0, 1));
+    drop(clear);
+    assert_eq!(first.finish().unwrap().range(), pages(1, 2));
 }

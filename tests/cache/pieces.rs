@@ -1,10 +1,12 @@
 //! K8: a greatest registration, and ranges that take several.
 
-use crate::device::{Act, Card, State};
+use crate::device::{Act, Card, Refused, State};
 use crate::support::{Gate, PAGE, Task, now, pages};
 use futures::FutureExt;
-use shootdown::cache::{GetError, Overlap, RegistrationCache};
+use shootdown::cache::{Device, GetError, Overlap, RegistrationCache, StillRegistered};
 use shootdown::{AddressRange, AddressSpace, Event};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 fn cache(change: impl FnOnce(&mut State)) -> (AddressSpace, Card, RegistrationCache<Card>) {
     let (space, card) = (AddressSpace::new(), Card::default());
@@ -23,6 +25,16 @@ fn k8_a_get_of_more_than_one_registration_names_get_all() {
     assert!(matches!(refused, GetError::TooLarge { max } if max == 4 * PAGE), "{refused:?}");
     assert!(refused.to_string().contains("`get_all`"), "{refused}");
     assert_eq!(card.mapped(), [0]);
+}
+
+#[test]
+fn k8_a_registration_is_not_a_byte_larger_than_it_may_be() {
+    let (space, bytes) = (AddressSpace::new(), |len| AddressRange::new(5, len).unwrap());
+    let builder = RegistrationCache::builder().page(1).max_registration(10);
+    let cache = builder.build(&space, Card::default());
+    assert_eq!(now(cache.get(bytes(10))).unwrap().range(), bytes(10));
+    let refused = now(cache.get(bytes(11))).unwrap_err();
+    assert!(matches!(refused, GetError::TooLarge { max: 10 }), "{refused:?}");
 }
 
 #[test]
@@ -142,4 +154,75 @@ fn k8_at_the_ends_of_the_address_space() {
             }
         }
     }
+}
+
+#[test]
+fn k8_what_is_registered_is_found_while_another_call_waits_for_a_piece_beside_it() {
+    for overlap in [Overlap::Allowed, Overlap::Wait, Overlap::Merge] {
+        let space = AddressSpace::new();
+        let builder = RegistrationCache::builder().max_registration(2 * PAGE).overlap(overlap);
+        let cache = builder.build(&space, Card::default());
+        let held = now(space.invalidate(pages(3, 1), Event::Clear));
+        let mut waits = Task::new(cache.get_all(pages(0, 4)));
+        waits.expect_pending();
+        let found = now(cache.get_all(pages(0, 2))).unwrap();
+        assert_eq!((found[0].range(), cache.stats().hits), (pages(0, 2), 1), "{overlap:?}");
+        if overlap == Overlap::Allowed {
+            // There are no turns to wait for.
+            assert_eq!(now(cache.get_all(pages(1, 2))).unwrap()[0].range(), pages(1, 2));
+        }
+        drop((held, found));
+        assert_eq!(waits.finish().unwrap().len(), 2);
+    }
+}
+
+#[test]
+fn k8_pieces_that_take_each_other_away_are_tried_as_often_as_the_cache_is_told() {
+    /// Registering one of the two first pages changes the other one, so many times.
+    struct Seesaw(AddressSpace, AtomicU64, u64);
+    impl Device for Seesaw {
+        type Handle = ();
+        type Error = Refused;
+
+        async fn register(&self, range: AddressRange) -> Result<(), Refused> {
+            if self.1.fetch_add(1, Ordering::SeqCst) < self.2 {
+                let other = pages(1 - range.start() / PAGE, 1);
+                let _ = self.0.invalidate(other, Event::Clear).now_or_never();
+            }
+            Ok(())
+        }
+
+        async fn deregister(
+            &self,
+            _: AddressRange,
+            (): (),
+        ) -> Result<(), StillRegistered<(), Refused>> {
+            Ok(())
+        }
+    }
+    for overlap in [Overlap::Allowed, Overlap::Wait] {
+        for tries in [1, 3] {
+            let space = AddressSpace::new();
+            let device = Arc::new(Seesaw(space.clone(), AtomicU64::new(0), 50));
+            let builder = RegistrationCache::builder().max_registration(PAGE).tries(tries);
+            let cache = builder.overlap(overlap).build(&space, device.clone());
+            let refused = now(cache.get_all(pages(0, 2))).map(drop).unwrap_err();
+            let told = matches!(refused, GetError::Invalidated { tries: told } if told == tries);
+            assert!(told, "{overlap:?}: {refused:?}");
+            let (asked, tries) = (device.1.load(Ordering::SeqCst), u64::from(tries));
+            assert_eq!((asked, cache.stats().collisions), (2 * tries, tries));
+        }
+    }
+}
+
+#[test]
+fn k9_pieces_that_are_outdated_each_time_are_tried_as_often_as_the_cache_is_told() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    let builder = RegistrationCache::builder().max_registration(PAGE).tries(3);
+    let cache = builder.build(&space, card.clone());
+    // The first piece is old when the second one is registered.
+    card.state.lock().unwrap().valid.extend([Act::Refuse; 100]);
+    let refused = now(cache.get_all(pages(0, 2))).map(drop).unwrap_err();
+    assert!(matches!(refused, GetError::Invalidated { tries: 3 }), "{refused:?}");
+    assert_eq!(cache.stats().collisions, 0, "nothing has changed");
 }

@@ -47,7 +47,8 @@ fn k3_a_flush_of_a_range_leaves_the_rest() {
 #[test]
 fn k3_a_full_device_gets_room_by_what_was_used_since_it_was_made() {
     let (space, card) = (AddressSpace::new(), card(|card| card.room = Some(2)));
-    let cache = RegistrationCache::new(&space, card.clone());
+    // A refusal is no change of the memory.
+    let cache = RegistrationCache::<Card>::builder().tries(1).build(&space, card.clone());
     let held = [now(cache.get(pages(1, 1))).unwrap(), now(cache.get(pages(2, 1))).unwrap()];
     assert!(matches!(now(cache.get(pages(3, 1))), Err(GetError::Register(_))), "full and in use");
     drop(held);
@@ -184,4 +185,15 @@ fn give_up_each_others(tries: u32) {
     now(cache.flush());
     let stats = cache.stats();
     assert_eq!((stats.pinned_bytes, stats.collisions, stats.invalidations), (0, 0, 0));
+}
+
+#[test]
+fn k3_what_get_all_has_found_was_used_last() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    let cache =
+        RegistrationCache::<Card>::builder().max_registrations(2).build(&space, card.clone());
+    touch(&cache, [1, 2]);
+    drop(now(cache.get_all(pages(1, 1))).unwrap());
+    touch(&cache, [3]);
+    assert_eq!(card.mapped(), [1, 3]);
 }

@@ -3,7 +3,7 @@
 
 use crate::device::{Act, Card, Refused};
 use crate::support::formats::{debug, display, expect};
-use crate::support::{PAGE, now, pages};
+use crate::support::{PAGE, Task, now, pages};
 use shootdown::cache::{
     Builder, CacheStats, Failure, GetError, Match, Merge, Operation, Overlap, RegistrationCache,
     StillRegistered, Unwatched,
@@ -206,4 +206,28 @@ fn source_is_the_error_of_the_device_and_nothing_else() {
     assert!(now(cache.get(pages(1, 1))).is_err());
     let told = told.lock().unwrap().take();
     assert_eq!(told, Some(("the device panicked: the card fails at once".into(), true)));
+}
+
+/// A flush polls what others have given up once each time that it is polled.
+#[test]
+fn k2_a_deregistration_is_tried_again_less_and_less_often_and_at_least_every_64_yields() {
+    let (card, cache) = cache(|all| all);
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    card.next_deregister(&[Act::Refuse; 100]);
+    Task::new(cache.flush()).poll_again();
+    let mut flush = Task::new(cache.flush());
+    let tries = || card.state.lock().unwrap().calls_of_deregister;
+    let mut polled_for = |tries_more: u64| {
+        let (before, mut polls) = (tries(), 0_u32);
+        while tries() < before + tries_more {
+            assert!(flush.poll().is_pending());
+            polls += 1;
+        }
+        polls
+    };
+    let before = tries();
+    polled_for(3 - before);
+    // The device itself yields once.
+    let yields: Vec<_> = (0..9).map(|_| polled_for(1) - 1).collect();
+    assert_eq!(yields, [1, 2, 4, 8, 16, 32, 64, 64, 64]);
 }

@@ -1,11 +1,12 @@
 //! K7: turns of callers whose ranges overlap, and how long each has to take what it waited for.
 
-use crate::device::Card;
-use crate::support::{PAGE, Task, now, pages};
+use crate::device::{Card, Refused};
+use crate::support::{Gate, PAGE, Task, now, pages};
 use crate::vouched::Gpu;
-use shootdown::cache::{Match, Overlap, RegistrationCache};
-use shootdown::{AddressSpace, Event};
-use std::sync::atomic::{AtomicU64, Ordering};
+use shootdown::cache::{Device, Match, Overlap, RegistrationCache, StillRegistered};
+use shootdown::{AddressRange, AddressSpace, Event};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Barrier};
 use std::task::Poll;
 use std::time::Duration;
 
@@ -177,4 +178,104 @@ fn k7_those_in_a_queue_are_polled_in_proportion_to_it() {
         }
         assert!(polls <= 600, "{polls} polls of 300");
     }
+}
+
+/// Never deregisters. The next poll waits for the test twice if the flag is set.
+struct Never(AtomicBool, Barrier);
+
+impl Device for Never {
+    type Handle = ();
+    type Error = Refused;
+
+    async fn register(&self, _: AddressRange) -> Result<(), Refused> {
+        Ok(())
+    }
+
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        (): (),
+    ) -> Result<(), StillRegistered<(), Refused>> {
+        std::future::poll_fn(|_| {
+            if self.0.swap(false, Ordering::SeqCst) {
+                self.1.wait();
+                self.1.wait();
+            }
+            Poll::Pending
+        })
+        .await
+    }
+}
+
+#[test]
+fn k7_one_that_goes_away_while_another_thread_polls_its_work_holds_that_one_up_no_longer() {
+    let (space, device) =
+        (AddressSpace::new(), Arc::new(Never(AtomicBool::new(false), Barrier::new(2))));
+    let builder = RegistrationCache::builder().overlap(Overlap::Wait);
+    let cache = builder.build(&space, device.clone());
+    drop(now(cache.get(pages(0, 2))).unwrap());
+    let mut first = Task::new(cache.get(pages(1, 2)));
+    first.expect_pending();
+    let mut behind = Task::new(cache.get(pages(2, 2)));
+    device.0.store(true, Ordering::SeqCst);
+    std::thread::scope(|scope| {
+        let polling = scope.spawn(|| behind.poll().is_pending());
+        let barrier = &device.1;
+        barrier.wait();
+        drop(first);
+        barrier.wait();
+        assert!(polling.join().unwrap());
+    });
+    assert_eq!(behind.finish().unwrap().range(), pages(2, 2));
+}
+
+/// Another caller has driven the first one's turn. The gate closes again before the first looks.
+#[test]
+fn k7_a_gate_that_closes_again_at_once_takes_nothing_from_a_caller_whose_turn_is_over() {
+    let gate = Gate::default();
+    let space = AddressSpace::new();
+    let card = Card { register_gate: Some(gate.clone()), ..Card::default() };
+    let cache = RegistrationCache::builder().overlap(Overlap::Wait).build(&space, card.clone());
+    let mut first = Task::new(cache.get(pages(0, 2)));
+    first.expect_pending();
+    let mut behind = Task::new(cache.get(pages(1, 2)));
+    behind.expect_pending();
+    gate.open();
+    while card.mapped().is_empty() {
+        assert!(behind.poll().is_pending());
+    }
+    drop(behind);
+    let (pause, misses) = (space.pause(), cache.stats().misses);
+    first.expect_pending();
+    drop(pause);
+    let pause = space.pause();
+    first.expect_pending();
+    drop(pause);
+    assert_eq!(first.finish().unwrap().range(), pages(0, 2));
+    assert_eq!(cache.stats().misses, misses, "it is found, not looked for anew");
+}
+
+#[test]
+fn k7_what_is_registered_for_a_caller_is_its_own_twice_as_long_each_time_it_comes_too_late() {
+    let (_space, cache) = with_clock(1000);
+    let mut held = Some(now(cache.get(pages(1, 1))).unwrap());
+    let mut late = Task::new(cache.get(pages(0, 2)));
+    late.expect_pending();
+    let polls: Vec<u32> = (0..5)
+        .map(|at| {
+            let mut next = Task::new(cache.get(pages(1, 2 + at)));
+            next.expect_pending();
+            drop(held.take());
+            let mut polls = 0;
+            held = loop {
+                polls += 1;
+                if let Poll::Ready(got) = next.poll() {
+                    break Some(got.unwrap());
+                }
+            };
+            assert!(late.poll().is_pending());
+            polls
+        })
+        .collect();
+    assert!(polls.windows(2).all(|two| 2 * two[1] > 3 * two[0]), "{polls:?}");
 }

@@ -1,7 +1,7 @@
 //! K7: what a `get` registers together with what is in its way.
 
 use crate::device::{Act, Card};
-use crate::support::{PAGE, Task, now, pages};
+use crate::support::{Gate, PAGE, Task, now, pages};
 use crate::turns::exclusive;
 use crate::vouched::Gpu;
 use shootdown::cache::{Merge, Overlap, RegistrationCache};
@@ -57,11 +57,51 @@ fn k7_one_that_is_lost_beside_a_get_does_not_refuse_it() {
     card.state.lock().unwrap().never_resets = true;
     let builder = RegistrationCache::builder().overlap(Overlap::Merge).merge(Merge::Touching);
     let cache = builder.build(&space, card.clone());
+    drop(now(cache.get(pages(4, 1))).unwrap());
     drop(now(cache.get(pages(0, 2))).unwrap());
     card.next_deregister(&[Act::Panic]);
     // It touches only.
-    let got = now(cache.get(pages(2, 2)));
-    assert!(got.is_ok(), "{:?}", got.err());
+    let got = now(cache.get(pages(2, 2))).unwrap();
+    assert_eq!((card.mapped(), got.range()), (vec![0, 2], pages(2, 3)), "with what is not lost");
+}
+
+/// What is lost overlaps only what was deregistered for the union.
+#[cfg(feature = "lease")]
+#[test]
+fn k7_one_that_is_lost_in_the_way_of_a_union_does_not_refuse_the_range_alone() {
+    let [registers, deregisters] = [Gate::default(), Gate::default()];
+    let card = Card {
+        register_gate: Some(registers.clone()),
+        deregister_gate: Some(deregisters.clone()),
+        ..Card::default()
+    };
+    card.state.lock().unwrap().exclusive = true;
+    card.state.lock().unwrap().never_resets = true;
+    card.next_register(&[Act::Refuse]);
+    let space = AddressSpace::new();
+    let cache = RegistrationCache::builder().overlap(Overlap::Merge).build(&space, card.clone());
+    let [mut refused, mut middle, mut left, mut right] =
+        [(2, 1), (1, 4), (0, 2), (4, 2)].map(|(at, count)| Task::new(cache.get(pages(at, count))));
+    refused.expect_pending();
+    middle.expect_pending();
+    left.expect_pending();
+    right.expect_pending();
+    registers.open();
+    assert!(refused.finish().is_err());
+    drop(middle.finish().unwrap());
+    // The turns of both begin before either knows of a union.
+    let pause = space.pause();
+    left.expect_pending();
+    right.expect_pending();
+    drop(pause);
+    // Now both wait for the middle to be deregistered.
+    left.expect_pending();
+    right.expect_pending();
+    deregisters.open();
+    drop(right.finish().unwrap());
+    card.next_deregister(&[Act::Panic]);
+    assert_eq!(left.finish().unwrap().range(), pages(0, 2));
+    assert_eq!(card.mapped(), [4, 0], "one is lost");
 }
 
 #[test]
@@ -78,6 +118,15 @@ fn k3_a_union_does_not_exceed_a_limit_that_the_range_alone_keeps() {
     assert!(pinned <= 10, "{pinned} pages for {}, mapped {:?}", got.range(), card.mapped());
 }
 
+/// It is not found, and it is deregistered whatever the device says.
+#[test]
+fn k9_what_lies_within_a_range_is_not_asked_about_when_it_gives_way() {
+    let (_space, card, cache) = exclusive(Overlap::Merge);
+    drop(now(cache.get(pages(1, 1))).unwrap());
+    assert_eq!(now(cache.get(pages(0, 3))).unwrap().range(), pages(0, 3));
+    assert_eq!(card.state.lock().unwrap().asked, 0);
+}
+
 /// What a union takes in is not asked about.
 #[test]
 fn k9_a_merge_does_not_take_in_what_the_device_does_not_vouch_for() {
@@ -90,4 +139,15 @@ fn k9_a_merge_does_not_take_in_what_the_device_does_not_vouch_for() {
         pages(2, 2),
         "0 and 1 are of a buffer that has gone"
     );
+}
+
+#[test]
+fn k9_a_merge_does_not_wait_for_users_of_a_neighbour_that_the_device_does_not_vouch_for() {
+    let (space, gpu) = (AddressSpace::new(), Gpu::default());
+    let builder = RegistrationCache::builder().overlap(Overlap::Merge).merge(Merge::Touching);
+    let cache = builder.build(&space, gpu.clone());
+    let held = now(cache.get(pages(0, 2))).unwrap();
+    gpu.buffer.store(1, Ordering::Release);
+    assert_eq!(now(cache.get(pages(2, 2))).unwrap().range(), pages(2, 2), "it only touches");
+    assert_eq!((held.range(), cache.stats().outdated), (pages(0, 2), 1));
 }

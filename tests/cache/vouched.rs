@@ -165,3 +165,38 @@ fn r4_without_a_valid_lease_nothing_is_found_and_a_get_waits() {
         );
     }
 }
+
+#[test]
+fn k9_a_shared_or_static_device_is_asked() {
+    fn asks<D: Device<Handle = u64, Error = Refused>>(device: D, gpu: &Gpu) {
+        let cache = RegistrationCache::new(&AddressSpace::new(), device);
+        let buffer = gpu.buffer.load(Ordering::Acquire);
+        for (change, expected) in [(0, buffer), (0, buffer), (1, buffer + 1), (0, buffer + 1)] {
+            gpu.buffer.fetch_add(change, Ordering::AcqRel);
+            assert_eq!(*now(cache.get(pages(0, 1))).unwrap().handle(), expected);
+        }
+        assert_eq!((cache.stats().hits, cache.stats().outdated), (2, 1));
+    }
+    let gpu = Gpu::default();
+    asks(gpu.clone(), &gpu);
+    asks(Arc::new(gpu.clone()), &gpu);
+    asks::<&'static Gpu>(Box::leak(Box::new(gpu.clone())), &gpu);
+}
+
+#[test]
+fn k9_where_nothing_may_overlap_the_device_is_asked_only_about_what_an_earlier_poll_has_made() {
+    for overlap in [Overlap::Allowed, Overlap::Wait, Overlap::Merge] {
+        let gate = Gate::default();
+        let gpu = Gpu { gate: Some(gate.clone()), ..Gpu::default() };
+        let builder = RegistrationCache::builder().overlap(overlap);
+        let cache = builder.build(&AddressSpace::new(), gpu.clone());
+        let asked = || gpu.calls.swap(0, Ordering::AcqRel);
+        let mut get = Task::new(cache.get(pages(1, 1)));
+        get.expect_pending();
+        gate.open();
+        drop(get.finish().unwrap());
+        assert_eq!(asked(), 0, "{overlap:?}");
+        drop(now(cache.get(pages(1, 1))).unwrap());
+        assert_eq!(asked(), 1, "{overlap:?}");
+    }
+}

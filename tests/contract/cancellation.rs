@@ -150,9 +150,12 @@ fn c4_a_reader_in_the_task_of_the_future_needs_no_time() {
     let mut cx = Context::from_waker(&flag);
     let mut invalidate = Box::pin(space.invalidate(pages(0, 1), Event::Unmap));
     assert!(invalidate.as_mut().poll(&mut cx).is_pending());
-    gate.open();
-    // The clock stands still. The task is polled again and again, and does not poll the future.
     let mut reader = Box::pin(device.read_begin());
+    // However often it was polled while the passes were pending.
+    assert!((0..50).all(|_| reader.as_mut().poll(&mut cx).is_pending()));
+    gate.open();
+    assert_eq!(invalidate.lapses(), 0);
+    // The clock stands still. The task is polled again and again, and does not poll the future.
     let polls = (1..100).find(|_| reader.as_mut().poll(&mut cx).is_ready());
     assert!(polls.is_some_and(|polls| (4..10).contains(&polls)), "{polls:?}");
     assert_eq!(space.stats().lapses, 1);
@@ -227,6 +230,28 @@ fn c4_one_waiter_looks_at_the_clock_and_another_one_takes_over_when_it_is_not_po
         patience(reader, &micros);
     }
     assert_eq!(space.stats().lapses, 1);
+}
+
+#[test]
+fn c4_only_a_future_lapses_for_whose_range_somebody_waits_still() {
+    let (space, device, micros) = with_clock(None);
+    let other = space.insert(pages(9, 1), Device::new("other", &Log::default())).unwrap();
+    let gate = Gate::default();
+    let mut futures = [(&device, 0), (&other, 9)].map(|(device, page)| {
+        device.next(Act::pass(gate.clone()));
+        let mut future = Task::new(space.invalidate(pages(page, 1), Event::Unmap));
+        future.expect_pending();
+        future
+    });
+    gate.open();
+    // Somebody waits for the first one and goes away.
+    let mut left = Task::new(device.read_begin());
+    assert!((0..10).all(|_| left.poll().is_pending()));
+    drop(left);
+    patience(&mut Task::new(other.read_begin()), &micros);
+    assert_eq!(space.stats().lapses, 1);
+    drop(futures.each_mut().map(|future| future.poll()));
+    assert_eq!((device.calls(), other.calls()), (1, 2), "only the other one starts over");
 }
 
 #[test]
@@ -309,6 +334,21 @@ fn c6_stalls_can_be_seen() {
     }
     gate.open();
     drop((invalidate.finish(), held));
+}
+
+#[test]
+fn c6_an_invalidation_that_need_not_be_listed_looks_at_the_clock_when_it_starts_and_when_it_ends() {
+    // A pass that yields, and without a budget one that is done at once.
+    for (budget, yields) in [(usize::MAX, 0), (usize::MAX, 1), (0, 0)] {
+        let looks = Arc::new(AtomicU64::new(0));
+        let counted = looks.clone();
+        let clock = move || Duration::from_micros(counted.fetch_add(1, Ordering::SeqCst));
+        let space = AddressSpace::builder().clock(clock).pass_budget(budget).build();
+        let device = Device::new("device", &Log::default()).then(Act::pass(Yields(yields)));
+        let device = space.insert(pages(0, 1), device).unwrap();
+        drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+        assert_eq!((device.calls(), looks.load(Ordering::SeqCst)), (1, 2), "{budget}, {yields}");
+    }
 }
 
 #[test]

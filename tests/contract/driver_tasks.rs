@@ -2,6 +2,8 @@ use crate::support::*;
 use futures::StreamExt;
 use shootdown::{AddressSpace, Collision, Delivery, Event, Inbox, WouldBlock};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::task::{Context, Wake, Waker};
 
 type Pages = Vec<u64>;
 
@@ -21,8 +23,10 @@ fn take(inbox: &Inbox<Pages>) -> Delivery {
 fn a1_the_pass_is_done_when_the_task_says_so_and_installs_in_between_collide() {
     let (space, inbox) = inbox();
     let sequence = now(inbox.read_begin());
+    assert!(!inbox.read_retry(sequence));
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
     invalidate.expect_pending();
+    assert!(inbox.read_retry(sequence));
     assert_eq!(
         inbox.install(sequence, |pages| pages.push(1)),
         Err(Collision),
@@ -105,6 +109,32 @@ fn a3_nothing_is_queued_twice_and_a_non_blockable_invalidation_does_not_wait_for
     assert_eq!((inbox.queued(), space.active().len()), (0, 0));
 }
 
+/// Once woken, drives what was abandoned to its end, and abandons the next one.
+struct Abandons(AddressSpace, AtomicBool);
+
+impl Wake for Abandons {
+    fn wake(self: Arc<Self>) {
+        if !self.1.swap(true, Ordering::SeqCst) {
+            now(self.0.drain());
+            assert!(self.0.try_invalidate(pages(0, 1), Event::Unmap).is_err());
+        }
+    }
+}
+
+#[test]
+fn a3_nothing_is_queued_twice_when_the_next_one_comes_before_done_has_returned() {
+    let (space, inbox) = inbox();
+    assert!(space.try_invalidate(pages(0, 1), Event::Unmap).is_err());
+    let waker = Waker::from(Arc::new(Abandons(space.clone(), AtomicBool::new(false))));
+    let mut drain = Box::pin(space.drain());
+    assert!(drain.as_mut().poll(&mut Context::from_waker(&waker)).is_pending());
+    take(&inbox).done();
+    assert_eq!((inbox.queued(), space.active().len()), (1, 1), "the first is over");
+    take(&inbox).done();
+    assert_eq!(inbox.queued(), 0);
+    now(drain);
+}
+
 #[test]
 fn a4_dropping_the_inbox_completes_what_is_pending() {
     let (space, inbox) = inbox();
@@ -124,8 +154,10 @@ fn a4_remove_handles_first_what_is_pending_and_then_the_stream_ends() {
     let (space, inbox) = inbox();
     let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Clear));
     invalidate.expect_pending();
+    assert!(!inbox.is_closed());
     let mut remove = Task::new(inbox.close());
     remove.expect_pending();
+    assert!(inbox.is_closed(), "though the stream goes on");
     drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
     assert_eq!(inbox.queued(), 1, "the second was not queued any more");
     take(&inbox).done();

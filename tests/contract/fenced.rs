@@ -70,6 +70,23 @@ fn l5_a_fence_by_id_closes_devices_that_have_nothing_pending_too() {
 }
 
 #[test]
+fn l5_devices_are_fenced_by_their_ids_and_each_once() {
+    let space = AddressSpace::new();
+    let ([left, dead, right], gates) = three(&space);
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    assert_eq!(left.fence(), 1);
+    assert_eq!(space.fence([left.id(), dead.id()]), 1, "passes that were pending still");
+    assert_eq!([left.is_closed(), dead.is_closed(), right.is_closed()], [true, true, false]);
+    assert_eq!((space.fence([dead.id()]), space.stats().fences), (0, 2), "again is nothing");
+    invalidate.expect_pending();
+    gates[2].open();
+    drop(invalidate.finish());
+    let [left, dead] = [left, dead].map(Subscription::remove).map(now);
+    assert_eq!([left.name, dead.name], ["left", "dead"]);
+}
+
+#[test]
 fn l5_passes_of_other_devices_are_still_woken_when_one_is_cut_out_from_among_them() {
     for order in [[0, 2], [2, 0]] {
         let space = AddressSpace::new();
@@ -115,6 +132,44 @@ fn l5_a_removal_that_waits_for_a_dead_device_goes_on() {
     dead.fence();
     close.finish();
     invalidate.expect_pending();
+}
+
+#[test]
+fn l5_a_space_fences_those_that_are_named_and_says_how_many_passes_were_pending() {
+    let space = AddressSpace::new();
+    let ([left, dead, right], gates) = three(&space);
+    let gone = space.insert(pages(0, 1), Device::new("gone", &Log::default())).unwrap().id();
+    assert_eq!(space.fence([gone]), 0, "nobody has this id any more");
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    assert_eq!(space.fence([right.id(), gone, dead.id()]), 2);
+    invalidate.expect_pending();
+    gates[0].open();
+    drop(invalidate.finish());
+    assert_eq!([&left, &dead, &right].map(Subscription::is_closed), [false, true, true]);
+    assert_eq!(space.fence([right.id(), dead.id()]), 0, "again is nothing");
+}
+
+#[test]
+fn l5_a_fence_takes_from_the_queue_of_an_inbox_what_it_ends() {
+    let space = AddressSpace::new();
+    let inbox = space.inbox(pages(0, 1), ()).unwrap();
+    let other = space.inbox(pages(0, 1), ()).unwrap();
+    let mut invalidates = [0; 2].map(|_| Task::new(space.invalidate(pages(0, 1), Event::Unmap)));
+    invalidates.iter_mut().for_each(Task::expect_pending);
+    let taken = now(inbox.recv()).unwrap();
+    assert_eq!((inbox.queued(), space.fence([inbox.id()])), (1, 2));
+    assert_eq!((inbox.queued(), other.queued()), (0, 2));
+    drop(taken); // too late to be delivered again
+    assert_eq!(inbox.queued(), 0);
+    let mut next = Task::new(inbox.recv());
+    next.expect_pending();
+    for _ in 0..2 {
+        now(other.recv()).unwrap().done();
+    }
+    invalidates.iter_mut().for_each(|invalidate| drop(invalidate.finish()));
+    now(inbox.close());
+    assert!(next.finish().is_none(), "the stream ends");
 }
 
 /// Fences itself where it is told to.

@@ -200,12 +200,10 @@ fn l5_the_fence_of_a_device_with_many_subscriptions_takes_time_in_proportion() {
         drop(invalidate.finish());
         took
     };
-    let (few, many) = (time(500), time(4000));
-    assert!(
-        many < few * 24,
-        "8 times as many took {:.0} times as long",
-        many.as_secs_f64() / few.as_secs_f64()
-    );
+    // With a search for each, 8 times as many take 64 times as long in each try. One try may meet
+    // other work of the machine.
+    let tries: Vec<_> = (0..5).map(|_| (time(500), time(4000))).collect();
+    assert!(tries.iter().any(|(few, many)| *many < *few * 24), "8 times as many: {tries:?}");
 }
 
 /// Threads that invalidate, read, fence, insert and remove at once: nobody waits for ever.

@@ -9,6 +9,7 @@ use std::cell::RefCell;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::task::{Context, Poll, Wake, Waker};
 
@@ -343,6 +344,60 @@ fn f2_dropping_a_space_with_passes_whose_drops_panic_does_not_abort() {
     });
 }
 
+/// A waker that runs code when it is dropped.
+struct RunsWhenDropped(Mutex<Option<Box<dyn FnOnce() + Send>>>);
+
+impl Wake for RunsWhenDropped {
+    fn wake(self: Arc<Self>) {}
+}
+
+impl Drop for RunsWhenDropped {
+    fn drop(&mut self) {
+        if let Some(run) = self.0.lock().unwrap().take() {
+            run();
+        }
+    }
+}
+
+/// The former waker of a removal is dropped at a moment at which the removal has seen that nothing
+/// calls its notifier, and has not taken it yet.
+#[test]
+fn l1_a_removal_that_meets_a_call_when_it_takes_its_notifier_looks_again() {
+    let (space, device, log) = one_device();
+    let removed = space.insert(pages(0, 1), Device::new("removed", &log)).unwrap();
+    let guard = now(space.invalidate(pages(0, 1), Event::Clear));
+    let [(begins, to_begin), (called, in_the_call), (leaves, to_leave)] =
+        std::array::from_fn(|_| channel());
+    let former = Waker::from(Arc::new(RunsWhenDropped(Mutex::new(Some(Box::new(move || {
+        begins.send(()).unwrap();
+        in_the_call.recv().unwrap();
+    }))))));
+    let removal = Arc::new(Mutex::new(Box::pin(removed.remove())));
+    let inside = removal.clone();
+    device.next(Act::Run(Box::new(move |_| {
+        // It waits until the first passes are over.
+        let polled = inside.lock().unwrap().as_mut().poll(&mut Context::from_waker(&former));
+        assert!(polled.is_pending());
+    })));
+    device.next(Act::Run(Box::new(move |_| {
+        called.send(()).unwrap();
+        to_leave.recv().unwrap();
+    })));
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    let inside = space.clone();
+    let caller = std::thread::spawn(move || {
+        to_begin.recv().unwrap();
+        drop(now(inside.invalidate(pages(0, 1), Event::Unmap)));
+    });
+    let mut removal = Task::new(Arc::into_inner(removal).unwrap().into_inner().unwrap());
+    let polled = removal.poll();
+    leaves.send(()).unwrap();
+    assert!(polled.is_pending() && removal.is_woken());
+    caller.join().unwrap();
+    assert_eq!(removal.finish().name, "removed");
+    drop(guard);
+}
+
 /// A waker that polls its task inline, as some single-threaded executors do.
 struct Inline(Mutex<Option<Pin<Box<dyn Future<Output = ()> + Send>>>>, AtomicBool);
 
@@ -542,6 +597,52 @@ fn a5_tasks_that_waited_for_the_stream_and_went_away_are_forgotten() {
     }
     assert_eq!(delivered, 1);
     drop(unmap.finish());
+}
+
+#[test]
+fn a5_forty_tasks_that_wait_for_the_stream_and_stay_are_each_woken_once_at_most() {
+    let space = AddressSpace::new();
+    let inbox = space.inbox(pages(0, 1), ()).unwrap();
+    let mut tasks: Vec<_> = (0..40).map(|_| Task::new(inbox.recv())).collect();
+    tasks.iter_mut().for_each(Task::expect_pending);
+    // Eight wait. The other 32 were woken to come again if they are there.
+    let woken: Vec<_> = tasks.iter().map(Task::is_woken).collect();
+    assert_eq!(woken, [[true; 32].as_slice(), &[false; 8]].concat());
+    for at in 0..32 {
+        assert!(tasks[at].poll().is_pending());
+        assert_eq!(tasks.iter().filter(|task| task.is_woken()).count(), 31 - at);
+    }
+}
+
+#[test]
+fn a5_of_more_tasks_than_are_known_more_may_wait_after_256_turns() {
+    /// Counts its wake-ups.
+    struct Woken(Arc<AtomicUsize>);
+
+    impl Wake for Woken {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    let space = AddressSpace::new();
+    let inbox = space.inbox(pages(0, 1), ()).unwrap();
+    let woken = Arc::new(AtomicUsize::new(0));
+    // Returns whether another task that waits was woken to make room for one more.
+    let add = || {
+        let before = woken.load(Ordering::SeqCst);
+        let waker = Waker::from(Arc::new(Woken(woken.clone())));
+        assert!(Pin::new(&mut inbox.recv()).poll(&mut Context::from_waker(&waker)).is_pending());
+        woken.load(Ordering::SeqCst) != before
+    };
+    let mut adds = (0..100_000).map(|_| add());
+    let mut turn = || {
+        let room = adds.by_ref().take_while(|woke| !woke).count();
+        (room, 1 + adds.by_ref().take_while(|woke| *woke).count())
+    };
+    // Eight wait, and 32 are known beside them. The one that finds room again ends the turn.
+    assert_eq!(turn(), (8, 256 * (8 + 32) + 1));
+    assert_eq!(turn(), (8 - 1, 256 * (16 + 32) + 1), "twice as many wait");
 }
 
 #[test]

@@ -43,7 +43,8 @@ fn debug_names_the_type_and_what_it_is_of() {
     let (space, log) = (AddressSpace::builder().pass_budget(7).build(), Log::default());
     let gate = Gate::default();
     let device = space.insert(pages(1, 1), Device::new("card", &log)).unwrap();
-    debug(&AddressSpace::builder().pass_budget(7), &["Builder", "pass_budget", "7"]);
+    let builder = AddressSpace::builder().pass_budget(7).patience(Duration::from_millis(5));
+    debug(&builder, &["Builder", "pass_budget", "7", "patience", "5ms"]);
     debug(&space, &["AddressSpace", "sequence: Sequence(2)", "notifiers: 1", "released: false"]);
     debug(&space, &["active: []"]);
     debug(&device, &["Subscription", PAGE_1, "Sequence(1)", "card"]);
@@ -91,7 +92,10 @@ fn debug_names_the_type_and_what_it_is_of() {
     assert!(poll_once(&mut remove).is_ready());
     debug(&remove, &["Remove", "resolved"]);
     let quiet = space.insert(pages(1, 1), Device::new("quiet", &log)).unwrap();
-    debug(&quiet.remove(), &["Remove", "removed"]);
+    let mut removed = quiet.remove();
+    debug(&removed, &["Remove", "removed"]);
+    assert!(poll_once(&mut removed).is_ready());
+    debug(&removed, &["Remove", "resolved"]);
     debug(&PassFuture::new(gate), &["PassFuture"]);
 
     debug(&AsyncNotifier::new(Quiet), &["AsyncNotifier"]);
@@ -105,6 +109,9 @@ fn debug_names_the_type_and_what_it_is_of() {
     let inbox = space.inbox(pages(1, 1), ()).unwrap();
     debug(&inbox, &["Inbox", PAGE_1, "queued: 0"]);
     debug(&inbox.recv(), &["Recv", "Inbox", PAGE_1]);
+    let waitable = inbox.mirror(budget, |_| async { Ok::<_, Broken>(()) }, |_, ()| ());
+    debug(&waitable, &["Waitable"]);
+    drop(waitable);
     let mut told = space.invalidate(pages(1, 1), Event::Unmap);
     assert!(poll_once(&mut told).is_pending());
     debug(&inbox, &["queued: 1"]);

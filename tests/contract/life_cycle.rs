@@ -29,6 +29,28 @@ fn l1_remove_waits_for_the_notifiers_own_pass_drives_it_and_returns_the_notifier
 }
 
 #[test]
+fn l1_remove_sleeps_while_passes_go_on_that_are_not_the_notifiers_own() {
+    let (space, log) = (AddressSpace::new(), Log::default());
+    let [own, others] = [Gate::default(), Gate::default()];
+    let device = space
+        .insert(pages(0, 2), Device::new("device", &log).then(Act::pass(own.clone())))
+        .unwrap();
+    let _other = space
+        .insert(pages(1, 1), Device::new("other", &log).then(Act::pass(others.clone())))
+        .unwrap();
+    // The device has a pass in the first one only.
+    let mut invalidations =
+        [0, 1].map(|page| Task::new(space.invalidate(pages(page, 1), Event::Unmap)));
+    invalidations.iter_mut().for_each(Task::expect_pending);
+    let mut remove = Task::new(device.remove());
+    remove.expect_pending();
+    others.nudge();
+    assert!(!remove.is_woken(), "it has nothing to do with that pass");
+    own.open();
+    remove.finish();
+}
+
+#[test]
 fn l1_a_guard_that_somebody_holds_does_not_keep_remove_waiting() {
     let (space, device, _log) = one_device();
     let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
@@ -129,13 +151,18 @@ fn c3_a_future_that_is_dropped_while_it_waits_leaves_no_waker_behind() {
 #[test]
 fn l1_remove_waits_for_first_passes_and_not_for_the_guard_however_many_are_active() {
     // Those beyond 32 are kept elsewhere.
-    for active in [0, 40] {
+    for (active, meanwhile) in [(0, 0), (40, 0), (0, 40)] {
         let (space, device, log) = one_device();
-        let elsewhere: Vec<_> =
-            (0..active).map(|_| now(space.invalidate(pages(9, 1), Event::Clear))).collect();
+        let begin = |space: &AddressSpace, count| -> Vec<_> {
+            (0..count)
+                .map(|_| now(space.invalidate(pages(9, 1), Event::Clear).into_owned()).into_owned())
+                .collect()
+        };
+        let elsewhere = begin(&space, active);
         let other = Arc::new(space.insert(pages(0, 1), Device::new("other", &log)).unwrap());
-        let closes = other.clone();
+        let (inside, closes) = (space.clone(), other.clone());
         device.next(Act::Run(Box::new(move |_| {
+            let _elsewhere = begin(&inside, meanwhile);
             // Nobody blocks who polls with this waker, so debug builds do not take it for a mistake
             // (C7).
             let mut context = std::task::Context::from_waker(std::task::Waker::noop());
@@ -147,7 +174,10 @@ fn l1_remove_waits_for_first_passes_and_not_for_the_guard_however_many_are_activ
         let guard = now(space.invalidate(pages(0, 1), Event::Unmap));
         assert_eq!(called(&log), ["device"]);
         let mut close = Task::new(other.close());
-        assert!(close.poll().is_ready(), "{active} others: it cannot be called any more");
+        assert!(
+            close.poll().is_ready(),
+            "{active} and {meanwhile} others: it cannot be called any more"
+        );
         drop((close, guard, elsewhere));
     }
 }
@@ -175,6 +205,19 @@ fn l3_insert_never_waits_and_the_next_invalidation_may_call() {
     let late = space.insert(pages(0, 1), Device::new("late", &log)).unwrap();
     drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
     assert_eq!((late.calls(), device.calls()), (1, 2));
+}
+
+#[test]
+fn o5_a_space_counts_its_notifiers_from_insert_to_remove() {
+    let (space, log) = (AddressSpace::new(), Log::default());
+    assert!(space.is_empty());
+    let device = |name| space.insert(pages(0, 1), Device::new(name, &log)).unwrap();
+    let (one, two) = (device("one"), device("two"));
+    assert_eq!((space.len(), space.is_empty()), (2, false));
+    now(two.remove());
+    assert_eq!((space.len(), space.is_empty()), (1, false));
+    drop(one);
+    assert_eq!((space.len(), space.is_empty()), (0, true));
 }
 
 #[test]

@@ -56,6 +56,30 @@ fn n1_a_set_of_one_range_is_an_invalidation_of_it() {
 }
 
 #[test]
+fn n1_who_is_concerned_by_one_range_is_told_what_an_invalidation_of_it_tells() {
+    let infos =
+        [pages(0, 1).into(), RangeSet::new([pages(0, 1), pages(8, 1)]).unwrap()].map(|of| {
+            let (space, _device, log) = one_device();
+            drop(now(space.invalidate_all(of, Event::Unmap)));
+            log.lock().unwrap()[0].1.clone()
+        });
+    assert_eq!(infos[0], infos[1]);
+}
+
+#[test]
+fn n1_a_delivery_has_the_ranges_that_concern_its_inbox() {
+    let space = AddressSpace::new();
+    let inbox = space.inbox(pages(0, 6), ()).unwrap();
+    let of = RangeSet::new([pages(1, 1), pages(4, 1), pages(8, 1)]).unwrap();
+    let mut invalidate = Task::new(space.invalidate_all(of, Event::Unmap));
+    invalidate.expect_pending();
+    let delivery = now(inbox.recv()).unwrap();
+    assert_eq!(delivery.ranges(), [pages(1, 1), pages(4, 1)]);
+    delivery.done();
+    drop(invalidate.finish());
+}
+
+#[test]
 fn n2_who_overlaps_only_gaps_neither_collides_nor_waits() {
     let (space, log) = (AddressSpace::new(), Log::default());
     let gap = space.insert(pages(5, 1), Device::new("gap", &log)).unwrap();

@@ -72,6 +72,21 @@ fn o4_passes_of_different_notifiers_are_concurrent() {
 }
 
 #[test]
+fn o4_hundreds_of_passes_that_end_at_once_all_end() {
+    let (space, log, gate) = (AddressSpace::new(), Log::default(), Gate::default());
+    let devices: Vec<_> = (0..300)
+        .map(|_| space.insert(pages(0, 1), Device::new("one of many", &log)).unwrap())
+        .collect();
+    devices.iter().for_each(|device| device.next(Act::pass(Yields(1))));
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    devices.iter().for_each(|device| device.next(Act::pass(gate.clone())));
+    let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    invalidate.expect_pending();
+    gate.open();
+    drop(invalidate.finish());
+}
+
+#[test]
 fn o5_adjacency_is_no_overlap_and_a_removed_notifier_is_not_called() {
     let (space, device, log) = one_device();
     drop(now(space.invalidate(pages(1, 1), Event::Unmap)));

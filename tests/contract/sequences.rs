@@ -47,6 +47,23 @@ fn s4_a_first_pass_that_leaves_the_device_alone_does_not_make_readers_collide() 
 }
 
 #[test]
+fn s4_a_first_pass_knows_its_own_migration_by_the_owner() {
+    let (space, device, _log) = one_device();
+    let own = Some(Owner::new());
+    let events = [
+        (Event::Migrate { owner: own }, own),
+        (Event::Exclusive { owner: own }, own),
+        (Event::Migrate { owner: None }, None),
+        (Event::Unmap, None),
+    ];
+    for (event, owner) in events {
+        device.next(Act::Run(Box::new(move |told| assert_eq!(told.owner(), owner))));
+        drop(now(space.invalidate(pages(0, 1), event)));
+    }
+    assert_eq!(device.calls(), 4);
+}
+
+#[test]
 fn s5_a_new_notifier_has_an_odd_sequence_that_is_not_the_current_one() {
     let (space, device, log) = one_device();
     assert_eq!(device.sequence().get(), 1, "even space: one less");

@@ -8,8 +8,8 @@ use std::borrow::Cow;
 use std::cell::Cell;
 use std::convert::Infallible;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::Poll;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, Wake};
 
 /// Buffers under one lock.
 #[derive(Clone, Default)]
@@ -124,6 +124,49 @@ fn g2_what_is_prepared_for_one_range_does_not_hold_up_the_invalidation_that_anot
         both.poll_again();
     }
     assert!(both.is_done() && set.is_done(), "they wait for each other: {:?}", space.active());
+}
+
+/// Says whether it was woken.
+#[derive(Default)]
+struct Woken(AtomicBool);
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::SeqCst);
+    }
+}
+
+#[test]
+fn g2_what_is_prepared_is_woken_by_invalidations_of_its_range_and_leaves_no_waker_behind() {
+    let space = AddressSpace::new();
+    let lock = Arc::new(DriverLock::new(()));
+    let driver = || Pinned(lock.clone(), Arc::default(), Arc::default());
+    let buffers = [0, 2].map(|page| space.insert(pages(page, 1), driver()).unwrap());
+    let elsewhere = space.insert(pages(9, 1), driver()).unwrap();
+    let subscriptions = buffers.each_ref();
+    // The second one takes for ever.
+    let prepare = |at: usize, _| async move {
+        if at == 1 {
+            std::future::pending::<()>().await;
+        }
+        Ok::<_, Infallible>(())
+    };
+    let woken = Arc::new(Woken::default());
+    let waker = woken.clone().into();
+    let mut cx = Context::from_waker(&waker);
+    for (of, wakes) in [(&elsewhere, false), (&buffers[0], true)] {
+        let set = lock.mirror_all(&subscriptions, RetryBudget::default(), prepare, |(), _| ());
+        let mut set = Box::pin(set);
+        assert!(set.as_mut().poll(&mut cx).is_pending());
+        of.1.store(1, Ordering::SeqCst);
+        let mut invalidate = Task::new(space.invalidate(of.range(), Event::Unmap));
+        invalidate.expect_pending();
+        assert_eq!(woken.0.load(Ordering::SeqCst), wakes);
+        assert!(set.as_mut().poll(&mut cx).is_pending());
+        drop((set, Pin1(Pinned::clone(of))));
+        drop(invalidate.finish());
+        assert_eq!(Arc::strong_count(&woken), 2, "the test's own");
+    }
 }
 
 #[test]

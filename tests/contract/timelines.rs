@@ -160,6 +160,7 @@ fn t3_a_waker_that_panics_is_counted_and_the_others_are_woken() {
     assert!(poll(&mut bad, &panics).is_pending());
     let mut good: Vec<_> = (0..20).map(|_| Task::new(timeline.reached(1))).collect();
     good.iter_mut().for_each(Task::expect_pending);
+    assert_eq!(timeline.lost_panics(), 0);
     timeline.signal(1);
     assert!(good.iter().all(Task::is_woken));
     assert_eq!((count.1.load(Ordering::SeqCst), timeline.lost_panics()), (1, 1));

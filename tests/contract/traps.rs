@@ -10,6 +10,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::Pin;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
+use std::task::{Context, Waker};
 
 /// What a panic says that goes on in the caller of an invalidation.
 fn message_of(run: impl FnOnce()) -> String {
@@ -195,6 +196,36 @@ fn f3_a_pass_may_begin_a_wait_for_itself_and_leave_it() {
         gate.open();
         drop(invalidate.finish());
     }
+}
+
+#[test]
+fn f3_a_first_pass_may_poll_waits_and_leave_them() {
+    let (space, device, log) = one_device();
+    let other = Arc::new(space.insert(pages(0, 1), Device::new("other", &log)).unwrap());
+    let wait = || {
+        let other = other.clone();
+        Arc::new(Mutex::new(Task::new(async move { _ = other.read_begin().await })))
+    };
+    let held = now(space.invalidate(pages(0, 1), Event::Clear));
+    let (before, inside) = (wait(), wait());
+    before.lock().unwrap().expect_pending();
+    for _ in 0..2 {
+        let (before, inside, other) = (before.clone(), inside.clone(), other.clone());
+        device.next(Act::Run(Box::new(move |_| {
+            // One that begins there, once in each first pass.
+            assert!(inside.lock().unwrap().poll().is_pending());
+            // One of another task, and one of no task, as by who looks whether it is over.
+            let mut looked = Box::pin(other.read_begin());
+            for _ in 0..3 {
+                assert!(before.lock().unwrap().poll().is_pending());
+                let mut cx = Context::from_waker(Waker::noop());
+                assert!(looked.as_mut().poll(&mut cx).is_pending());
+            }
+        })));
+        drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    }
+    drop(held);
+    [before, inside].iter().for_each(|wait| wait.lock().unwrap().finish());
 }
 
 /// Invalidates what it watches in its first pass, so many times.

@@ -33,7 +33,13 @@ fn w1_every_future_of_a_space_can_be_waited_for() {
     let other = space.insert(pages(0, 1), Device::new("other", &log)).unwrap();
     other.close().wait();
     assert_eq!(device.remove().wait().calls(), 1);
+    let busy =
+        space.insert(pages(0, 1), Device::new("busy", &log).then(Act::pass(Yields(50)))).unwrap();
+    let mut abandoned = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+    assert!(abandoned.poll().is_pending());
+    drop(abandoned);
     space.drain().wait();
+    assert_eq!((busy.calls(), space.active().len()), (1, 0), "it has driven what was abandoned");
     space.release().wait();
     assert!(space.is_released());
     PassFuture::new(Yields(3)).wait();
@@ -228,6 +234,22 @@ impl Future for Handed {
         self.2.send(cx.waker().clone()).unwrap();
         Poll::Pending
     }
+}
+
+#[test]
+fn w1_a_thread_that_waits_sleeps_until_it_is_woken() {
+    let (polls, (wakers, woken)) = (Arc::new(AtomicUsize::new(0)), channel());
+    let seen = polls.clone();
+    let waking = std::thread::spawn(move || {
+        let waker: Waker = woken.recv().unwrap();
+        // A thread that does not sleep polls meanwhile.
+        (0..1_000).for_each(|_| std::thread::yield_now());
+        let polls = seen.load(Ordering::SeqCst);
+        waker.wake();
+        (polls, woken.into_iter().map(Waker::wake).count())
+    });
+    PassFuture::new(Handed(3, polls, wakers)).wait();
+    assert_eq!(waking.join().unwrap(), (1, 1));
 }
 
 #[test]

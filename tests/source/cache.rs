@@ -1,7 +1,8 @@
 //! The registration cache on memory that is unmapped behind its back.
 
 use crate::memory::{PAGE, Raw};
-use crate::uffd::{Running, alone, eventually, no_fork};
+use crate::never_stale::read_during;
+use crate::uffd::{Running, alone, eventually, is_readable, no_fork};
 use futures::FutureExt;
 use futures::channel::oneshot;
 use futures::executor::block_on;
@@ -23,8 +24,10 @@ crate::list![
     memory_given_back_inside_the_allocators_lock_does_not_deadlock,
     fork_with_registered_memory_registers_again,
     memory_that_cannot_be_watched_is_not_registered,
+    m1_a_neighbour_that_is_gone_and_not_yet_told_of_does_not_refuse_a_registration,
     k5_a_cache_whose_source_tells_another_space_is_refused,
     k1_a_watched_registration_that_nobody_can_reach_leaves_nothing_behind,
+    k1_a_watched_registration_that_its_source_reaches_is_waited_for,
     m1_what_get_registers_is_watched_however_long_it_waited,
     m1_a_device_that_changes_the_memory_while_it_registers_comes_to_an_end,
     report_9_a_lock_of_the_device_that_is_held_across_munmap_and_look_ups_blocks_nobody,
@@ -146,6 +149,8 @@ fn memory_that_cannot_be_watched_is_not_registered() {
     let _fork = no_fork();
     let source = Running::new();
     let (nic, cache) = cache(&source);
+    let idle = Raw::map(1);
+    drop(block_on(cache.get(idle.range())).unwrap());
     // So low that the kernel maps nothing there, for other tests neither.
     let memory = Raw { at: PAGE, len: PAGE };
     let refused = block_on(cache.get(memory.range())).unwrap_err();
@@ -153,7 +158,32 @@ fn memory_that_cannot_be_watched_is_not_registered() {
         matches!(&refused, GetError::Unwatched(Unwatched::Source(UffdError::Watch { .. }))),
         "{refused}"
     );
-    assert_eq!((nic.next.load(Ordering::Relaxed), cache.stats().registrations), (0, 0));
+    assert_eq!((nic.next.load(Ordering::Relaxed), cache.stats().registrations), (1, 1));
+    assert_eq!(cache.stats().evictions, 0, "room would not help");
+}
+
+/// Somebody unmaps a registered page, and its event is not read while the pages beside it are
+/// registered.
+fn m1_a_neighbour_that_is_gone_and_not_yet_told_of_does_not_refuse_a_registration() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
+    let builder = RegistrationCache::<Nic>::builder().watch(uffd).merge(Merge::Touching);
+    let cache = builder.build(&space, Nic::default());
+    // A hole of one page between others, which no other thread's memory fits in.
+    let memory = Raw::map(4);
+    memory.write(1);
+    let (gone, beside) = (memory.part(1, 1), memory.part(2, 2));
+    drop(block_on(cache.get(gone.range())).unwrap());
+    thread::scope(|scope| {
+        let unmapping = scope.spawn(|| gone.unmap());
+        eventually("the event is there", || is_readable(&reader));
+        let got = block_on(cache.get(beside.range())).map(|got| got.range());
+        eventually("it is read", || reader.read().unwrap() == 0 && unmapping.is_finished());
+        assert!(matches!(got, Ok(range) if range == beside.range()), "{got:?}");
+    });
+    block_on(deliveries.deliver()).unwrap();
+    assert_eq!(cache.stats().registrations, 1);
 }
 
 /// Waits for an invalidation that somebody else has begun, while the memory is mapped over.
@@ -465,35 +495,63 @@ fn k5_a_cache_whose_source_tells_another_space_is_refused() {
     assert!(refused.downcast_ref::<&str>().is_some_and(|text| text.contains("another space")));
 }
 
+/// Takes its time to deregister: until the gate is open, or for ever.
+#[derive(Clone)]
+struct Leaves(Arc<()>, Shared<oneshot::Receiver<()>>);
+
+impl Device for Leaves {
+    type Handle = ();
+    type Error = std::io::Error;
+
+    async fn register(&self, _: AddressRange) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        (): (),
+    ) -> Result<(), StillRegistered<(), std::io::Error>> {
+        self.1.clone().await.map_err(|_| unreachable!("the gate stays"))
+    }
+}
+
 /// In use when all handles go, and its device takes its time: nobody can wait for it any more, and
 /// nothing is left.
 fn k1_a_watched_registration_that_nobody_can_reach_leaves_nothing_behind() {
-    #[derive(Clone)]
-    struct Slow(Arc<()>);
-    impl Device for Slow {
-        type Handle = ();
-        type Error = std::io::Error;
-        async fn register(&self, _: AddressRange) -> std::io::Result<()> {
-            Ok(())
-        }
-        async fn deregister(
-            &self,
-            _: AddressRange,
-            (): (),
-        ) -> Result<(), StillRegistered<(), std::io::Error>> {
-            std::future::pending().await
-        }
-    }
     let _fork = no_fork();
-    let device = Slow(Arc::new(()));
+    let (_closed, gate) = oneshot::channel();
+    let device = Leaves(Arc::new(()), gate.shared());
     let space = AddressSpace::new();
     let (uffd, reader, deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
     let cache =
-        RegistrationCache::<Slow>::builder().watch(uffd.clone()).build(&space, device.clone());
+        RegistrationCache::<Leaves>::builder().watch(uffd.clone()).build(&space, device.clone());
     let held = block_on(cache.get(Raw::map(1).range())).unwrap();
     drop(cache);
     drop((uffd, reader, deliveries, space));
     assert_eq!(Arc::strong_count(&device.0), 2, "it is in use");
     drop(held);
     assert_eq!(Arc::strong_count(&device.0), 1, "the device is kept for ever");
+}
+
+/// The same, but the source is still there, and tells that the memory goes.
+fn k1_a_watched_registration_that_its_source_reaches_is_waited_for() {
+    let _fork = no_fork();
+    let (open, gate) = oneshot::channel();
+    let device = Leaves(Arc::new(()), gate.shared());
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) =
+        Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
+    let cache = RegistrationCache::<Leaves>::builder().watch(uffd).build(&space, device.clone());
+    let memory = Raw::map(1);
+    let held = block_on(cache.get(memory.range())).unwrap();
+    drop((cache, space));
+    drop(held);
+    assert_eq!(Arc::strong_count(&device.0), 2, "the device has it registered");
+    read_during(&mut reader, || memory.unmap());
+    let mut delivery = Box::pin(deliveries.deliver());
+    assert!(delivery.as_mut().now_or_never().is_none(), "it is registered until the gate is open");
+    open.send(()).unwrap();
+    block_on(delivery).unwrap();
+    assert_eq!(Arc::strong_count(&device.0), 1, "nothing is left");
 }

@@ -57,3 +57,51 @@ impl Drop for Hit<'_> {
         self.wait.give_up(self.space);
     }
 }
+
+#[cfg(all(test, feature = "userfaultfd", target_os = "linux", not(any(loom, shuttle))))]
+mod tests {
+    use crate::{
+        AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+    };
+    use alloc::boxed::Box;
+    use core::task::{Context, Poll, Waker};
+    use std::sync::Arc;
+    use std::sync::atomic::{AtomicUsize, Ordering};
+
+    /// Its passes are never done, always ready to go on, and count their polls.
+    struct Busy(Arc<AtomicUsize>);
+
+    impl IntervalNotifier for Busy {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
+            invalidation.set_seq();
+            let polls = self.0.clone();
+            Ok(Some(PassFuture::new(core::future::poll_fn(move |cx| {
+                polls.fetch_add(1, Ordering::Relaxed);
+                cx.waker().wake_by_ref();
+                Poll::Pending
+            }))))
+        }
+    }
+
+    #[test]
+    fn n4_who_waits_for_a_hit_polls_no_pass_of_changes_from_before_the_notifier_was_inserted() {
+        let (space, polls) = (AddressSpace::new(), Arc::new(AtomicUsize::new(0)));
+        let mut cx = Context::from_waker(Waker::noop());
+        let _busy = space.insert(AddressRange::ALL, Busy(polls.clone())).unwrap();
+        let mut past = Box::pin(space.invalidate(AddressRange::ALL, Event::Unmap).past());
+        assert!(past.as_mut().poll(&mut cx).is_pending());
+        let late = space.insert(AddressRange::ALL, Busy(polls.clone())).unwrap();
+        let Poll::Ready(sequence) = core::pin::pin!(late.read_begin()).poll(&mut cx) else {
+            panic!("they do not cover it")
+        };
+        let before = polls.load(Ordering::Relaxed);
+        let mut hit = late.hit(sequence);
+        assert!(hit.poll(&mut cx).is_pending());
+        assert_eq!(polls.load(Ordering::Relaxed), before);
+        drop(space.try_invalidate(AddressRange::ALL, Event::Unmap));
+        assert!(hit.poll(&mut cx).is_ready());
+    }
+}

@@ -191,38 +191,6 @@ mod check {
 }
 
 #[cfg(not(all(feature = "std", debug_assertions, not(any(loom, shuttle)))))]
-mod check {
-    use crate::engine::host::Host;
-    use crate::entry::EntryRef;
-    use crate::foreign::Panic;
-    use core::task::{Context, Poll, Waker};
-
-    pub(crate) struct Suspicion;
-
-    impl Suspicion {
-        pub(crate) fn none() -> Self {
-            Self
-        }
-
-        pub(crate) fn first_poll(
-            _entry: EntryRef,
-            cx: &mut Context<'_>,
-            poll: impl FnOnce(&mut Context<'_>) -> Poll<()>,
-        ) -> Poll<()> {
-            poll(cx)
-        }
-
-        pub(crate) fn poll(
-            &mut self,
-            _entry: EntryRef,
-            cx: &mut Context<'_>,
-            poll: impl FnOnce(&mut Context<'_>) -> Result<Poll<()>, Panic>,
-        ) -> Result<Poll<()>, Panic> {
-            poll(cx)
-        }
-    }
-
-    pub(crate) fn note_wait(_host: &Host, _what: &'static str, _entry: EntryRef, _waker: &Waker) {}
-}
-
+pub(crate) use super::unchecked::{Suspicion, note_wait};
+#[cfg(all(feature = "std", debug_assertions, not(any(loom, shuttle))))]
 pub(crate) use check::{Suspicion, note_wait};

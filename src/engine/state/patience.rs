@@ -340,6 +340,15 @@ mod tests {
     }
 
     #[test]
+    fn c4_a_clock_that_goes_back_while_a_future_waits_adds_nothing_to_its_time() {
+        let mut patience = Patience::new(None);
+        patience.begin(ticket(1), Some(ms(1)), 0);
+        assert_eq!(patience.look(Some(ms(10))), []);
+        // 9 of 20 ms are over.
+        assert_eq!(until_over(&mut patience, ms(4)).as_millis(), 15);
+    }
+
+    #[test]
     fn c4_the_longest_patience_never_ends() {
         let mut patience = Patience::new(Some(Duration::MAX));
         patience.begin(ticket(1), Some(ms(7)), 0);

@@ -131,3 +131,21 @@ fn what_reaches_out_of_its_leaf_sends_searches_the_long_way_until_the_index_is_e
     index.put(pages[7], Id(10_000));
     assert_eq!(index.hits(pages[7]), [Id(10_000)]);
 }
+
+#[test]
+fn a_leaf_is_not_believed_to_hold_what_begins_at_its_end() {
+    let mut index = IntervalIndex::new();
+    let page = |at: u64| AddressRange::new(at * 4096, 4096).unwrap();
+    for at in 0..64 {
+        index.put(page(at), Id(at));
+    }
+    assert_eq!((index.height, index.leaves.nodes.len()), (1, 2));
+    let (end, lower) = (page(32).start(), index.likely_leaf(0));
+    assert_eq!(index.leaves.at(lower).bound, end);
+    for start in [end - 1, end] {
+        // A unit of the addresses may belong to two leaves, so the hint may be of the other one.
+        index.hints.set(end, lower);
+        let hits = index.hits(AddressRange::try_from(start..=end).unwrap());
+        assert_eq!(hits.last(), Some(&Id(32)));
+    }
+}
