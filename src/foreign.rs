@@ -431,3 +431,28 @@ impl Drop for Inline {
         INLINE.set(INLINE.get() - 1);
     }
 }
+
+#[cfg(all(test, not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use core::sync::atomic::AtomicUsize;
+
+    struct Wakes(AtomicUsize);
+
+    impl Wake for Wakes {
+        fn wake(self: Arc<Self>) {
+            self.0.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    #[test]
+    fn a_waker_that_keeps_panics_wakes_its_task_by_value_and_by_reference() {
+        let wakes = Arc::new(Wakes(AtomicUsize::new(0)));
+        let task = TaskWaker::new(&wakes.clone().into(), &Arc::new(Losses::new(None)));
+        let waker = Waker::from(task);
+        waker.wake_by_ref();
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 1);
+        waker.wake();
+        assert_eq!(wakes.0.load(Ordering::Relaxed), 2);
+    }
+}

@@ -278,3 +278,6 @@ mod real {
 #[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
 pub(crate) use real::Closings;
 pub(crate) use real::{Gate, Since};
+
+#[cfg(all(test, feature = "userfaultfd", target_os = "linux", not(any(loom, shuttle))))]
+mod tests;

@@ -343,6 +343,15 @@ fn f2_dropping_a_space_with_passes_whose_drops_panic_does_not_abort() {
     });
 }
 
+#[test]
+fn f1_a_notifier_that_goes_with_its_space_panics_in_who_drops_the_last_handle() {
+    let space = AddressSpace::new();
+    let bomb = space.insert(pages(0, 1), Bomb(Gate::default())).unwrap();
+    Task::new(space.invalidate(pages(0, 1), Event::Unmap)).expect_pending();
+    drop(bomb);
+    assert!(quietly(move || drop(space)).is_none());
+}
+
 /// A waker that polls its task inline, as some single-threaded executors do.
 struct Inline(Mutex<Option<Pin<Box<dyn Future<Output = ()> + Send>>>>, AtomicBool);
 
