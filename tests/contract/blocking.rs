@@ -173,34 +173,6 @@ fn b4_dropped_between_two_first_passes_the_started_passes_still_complete() {
 }
 
 #[test]
-fn b4_memory_of_a_pass_that_nobody_polled_is_used_again_by_one_that_is_waited_for() {
-    let log = Log::default();
-    let space = AddressSpace::builder().pass_budget(1).build();
-    let devices = ["deferred", "awaited"]
-        .map(|name| space.insert(pages(0, 1), Device::new(name, &log)).unwrap());
-    let pend = || {
-        let gates = [Gate::default(), Gate::default()];
-        for (device, gate) in devices.iter().zip(&gates) {
-            device.next(Act::pass(gate.clone()));
-        }
-        let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
-        invalidate.expect_pending();
-        (gates, invalidate)
-    };
-    let (gates, invalidate) = pend();
-    drop(invalidate);
-    gates.iter().for_each(Gate::open);
-    now(space.drain());
-    let (gates, mut invalidate) = pend();
-    assert_eq!(space.active()[0].pending, ["deferred", "awaited"]);
-    let mut close = Task::new(devices[0].close());
-    close.expect_pending();
-    gates.iter().for_each(Gate::open);
-    close.finish();
-    drop(invalidate.finish());
-}
-
-#[test]
 fn b4_dropped_while_a_reader_waits_for_its_claim_the_reader_polls_what_nobody_has_polled() {
     let log = Log::default();
     let space = AddressSpace::builder().pass_budget(1).build();
