@@ -218,6 +218,16 @@ fn l3_insert_never_waits_and_the_next_invalidation_may_call() {
 }
 
 #[test]
+fn l3_an_insertion_takes_the_memory_of_a_notifier_that_has_gone() {
+    let (space, device, log) = one_device();
+    let place = |device: &Device| std::ptr::from_ref(device).addr();
+    let before = place(&device);
+    drop(now(device.remove()));
+    let next = space.insert(pages(1, 1), Device::new("next", &log)).unwrap();
+    assert_eq!(place(&next), before);
+}
+
+#[test]
 fn l4_release_calls_every_notifier_waits_for_passes_and_then_insert_fails() {
     let (space, device, log) = one_device();
     let gate = Gate::default();
