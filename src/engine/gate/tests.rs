@@ -50,6 +50,6 @@ fn a_reader_sleeps_until_all_closings_from_before_it_are_undone() {
     assert_eq!(gate.closings(), 4);
     open(before[1], true);
     assert!(reader.as_mut().poll(&mut cx).is_ready());
-    later.map(|closing| open(closing, false));
+    later.into_iter().for_each(|closing| open(closing, false));
     assert_eq!((gate.closings(), gate.has_closings_now()), (0, false));
 }
