@@ -81,7 +81,7 @@ MUTATIONS = [
     ("a claim of one that was moved lowers another one's flag", "src/protocol/active.rs", "is_some_and(|active| active.is(id)) {\n            id\n        } else {\n            id.in_crowd()\n        }", "is_some() { id } else { id.in_crowd() }"),
     ("remove does not wait for a call of the crowd", "src/protocol/active.rs", "if !any {", "if false {"),
     ("a call of the crowd is never over", "src/engine/calls.rs", "                active.extra.calls = false;\n", ""),
-    ("remove sleeps when the last call ends between its two looks", "src/engine/futures/wait.rs", "Verdict::Over if goal.queue().is_some() => {", "Verdict::Over if false => {", "loom"),
+    ("remove sleeps when the last call ends between its two looks", "src/engine/futures/wait.rs", "Verdict::Over => {", "Verdict::Over if goal.queue().is_none() => {", "loom"),
     ("remove does not wait for a pass", "src/engine/registration.rs", "entry.pending.load(Ordering::Relaxed) != 0 || entry.is_held()", "entry.is_held()"),
     ("remove waits for a pass that was claimed", "src/engine/work/mod.rs", "for entry in self.0.drain() {\n            count_down(entry);\n        }", "self.0.clear();"),
     ("a pass that moves into the join is not known as listed", "src/engine/work/passes/pass.rs", "listed: self.listed.take(),", "listed: self.listed.take().and(None),"),

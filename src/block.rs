@@ -148,4 +148,23 @@ mod thread {
             }
         }
     }
+
+    #[cfg(all(test, not(any(loom, shuttle))))]
+    mod tests {
+        use super::spare;
+        use crate::sync::Listener;
+
+        #[test]
+        fn a_thread_sleeps_on_what_it_slept_on_before_unless_a_waker_of_that_is_left() {
+            let sleeper = spare::take();
+            let listener = sleeper.event.listen();
+            spare::put(sleeper);
+            let sleeper = spare::take();
+            assert!(listener.listens_to(&sleeper.event));
+            let waker = sleeper.clone();
+            spare::put(sleeper);
+            assert!(!listener.listens_to(&spare::take().event), "C4: these are two tasks");
+            drop(waker);
+        }
+    }
 }

@@ -219,7 +219,9 @@ mod tests {
             {
                 let terms = Terms::new(event, blockable);
                 for (terms, may_defer) in [(terms, true), (terms.at_once(), false)] {
-                    for (terms, late) in [(terms, false), (terms.late(), true)] {
+                    for (terms, late) in
+                        [(terms, false), (terms.late(), true), (terms.late().late(), true)]
+                    {
                         assert_eq!(
                             (terms.event(event.owner()), terms.blockable()),
                             (event, blockable)
@@ -228,6 +230,17 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    #[test]
+    #[cfg(all(feature = "userfaultfd", target_os = "linux"))]
+    fn n4_terms_say_that_all_has_happened_however_often_they_were_told() {
+        let terms = Terms::new(Event::Clear, true).late();
+        assert!(!terms.is_past());
+        for terms in [terms.past(), terms.past().past()] {
+            assert!(terms.is_past() && terms.is_late() && terms.blockable() && terms.may_defer());
+            assert_eq!(terms.event(None), Event::Clear);
         }
     }
 }

@@ -363,3 +363,39 @@ impl fmt::Debug for Invalidation<'_> {
             .finish()
     }
 }
+
+#[cfg(all(test, feature = "userfaultfd", target_os = "linux", not(any(loom, shuttle))))]
+mod tests {
+    use super::*;
+    use crate::AddressSpace;
+    use core::task::{Context, Waker};
+    use std::sync::{Arc, Mutex};
+    use std::vec::Vec;
+
+    /// Notes which of two owners each invalidation is tagged with.
+    struct Asks([Owner; 2], Arc<Mutex<Vec<[bool; 2]>>>);
+
+    impl IntervalNotifier for Asks {
+        fn invalidate(
+            &self,
+            invalidation: &Invalidation<'_>,
+        ) -> Result<Option<PassFuture>, WouldBlock> {
+            self.1.lock().unwrap().push(self.0.map(|owner| invalidation.is_tagged(owner)));
+            Ok(None)
+        }
+    }
+
+    #[test]
+    fn m5_an_invalidation_is_known_by_its_tag_and_by_no_other() {
+        let (space, said, owners) =
+            (AddressSpace::new(), Arc::default(), [Owner::new(), Owner::new()]);
+        let _asks = space.insert(AddressRange::ALL, Asks(owners, Arc::clone(&said))).unwrap();
+        let invalidate = || space.invalidate(AddressRange::ALL, Event::Clear);
+        for invalidation in [invalidate(), invalidate().tagged(owners[0])] {
+            let polled =
+                core::pin::pin!(invalidation).poll(&mut Context::from_waker(Waker::noop()));
+            assert!(polled.is_ready());
+        }
+        assert_eq!(*said.lock().unwrap(), [[false, false], [true, false]]);
+    }
+}

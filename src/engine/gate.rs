@@ -238,3 +238,6 @@ mod open;
 pub(crate) use open::{Gate, Since};
 #[cfg(any(feature = "userfaultfd", feature = "lease", loom))]
 pub(crate) use real::{Closings, Gate, Since};
+
+#[cfg(all(test, feature = "userfaultfd", target_os = "linux", not(any(loom, shuttle))))]
+mod tests;

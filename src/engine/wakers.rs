@@ -223,6 +223,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_set_keeps_the_memory_of_a_few_waiters_and_not_that_of_many() {
+        let set = Arc::new(WakerSet::default());
+        let kept = |waiters| {
+            let mut registrations: Vec<_> = (0..waiters).map(|_| Registration::default()).collect();
+            for (serial, registration) in (0..).zip(&mut registrations) {
+                drop(registration.renew(&set, &Arc::default(), Ticket::from_raw(serial)));
+            }
+            set.wake_all();
+            set.0.lock().waiting.capacity()
+        };
+        assert_eq!(kept(2 * MOST_IDLE), 0);
+        assert_ne!(kept(1), 0);
+    }
+
+    #[test]
     fn a_future_that_is_not_polled_keeps_no_more_than_a_bound() {
         let bell = Bell::default();
         let ring = |serial| assert!(bell.ring(Some(Ticket::from_raw(serial))).is_none());

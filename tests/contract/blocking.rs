@@ -447,3 +447,24 @@ fn m7_a_late_invalidation_says_so_and_tells_everybody_at_once_whatever_the_budge
     drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
     assert!(log.lock().unwrap()[2..].iter().all(|(_, info)| !info.late));
 }
+
+#[test]
+fn m7_a_late_invalidation_polls_each_pass_once_and_sleeps_until_one_goes_on() {
+    let (space, device, _log) = one_device();
+    let (gate, polls) = (Gate::default(), Arc::new(Mutex::new(0)));
+    let (fence, counted) = (gate.clone(), polls.clone());
+    let begin = || Task::new(space.invalidate(pages(0, 1), Event::Unmap).late());
+    device.next(Act::pass(gate.clone()));
+    let mut sleeps = begin();
+    assert!(sleeps.poll().is_pending() && !sleeps.is_woken());
+    fence.open();
+    drop(sleeps.finish());
+    device.next(Act::pass(std::future::poll_fn(move |cx| {
+        *counted.lock().unwrap() += 1;
+        cx.waker().wake_by_ref();
+        Poll::<()>::Pending
+    })));
+    let mut yields = begin();
+    assert!(yields.poll().is_pending() && yields.is_woken());
+    assert_eq!(*polls.lock().unwrap(), 1, "its caller has others to tell");
+}

@@ -1,6 +1,7 @@
 use crate::support::*;
 use shootdown::{AddressSpace, Event, Phase};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::task::Context;
 use std::time::Duration;
@@ -463,6 +464,69 @@ fn c8_the_right_to_poll_is_tried_for_and_never_waited_for() {
     device.next(Act::pass(pass));
     drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
     now(device.read_begin());
+}
+
+#[test]
+fn c3_hundreds_of_abandoned_invalidations_are_found_when_one_of_them_has_ended() {
+    let (space, log) = (AddressSpace::new(), Log::default());
+    let gates: Vec<_> = (0..300).map(|_| Gate::default()).collect();
+    let _devices: Vec<_> = (0..)
+        .zip(&gates)
+        .map(|(page, gate)| {
+            let device = Device::new("one of many", &log).then(Act::pass(gate.clone()));
+            let device = space.insert(pages(page, 1), device).unwrap();
+            Task::new(space.invalidate(pages(page, 1), Event::Unmap)).expect_pending();
+            device
+        })
+        .collect();
+    gates[0].open();
+    Task::new(space.drain()).expect_pending();
+    assert_eq!(space.active().len(), 299);
+    gates.iter().for_each(Gate::open);
+    now(space.drain());
+    assert_eq!(space.active().len(), 0);
+}
+
+/// The invalidation has begun before `drain`, and its passes come to the space while `drain` polls
+/// the one that it knows.
+#[test]
+fn c3_drain_drives_passes_that_come_to_the_space_while_it_is_polled() {
+    let (space, log, gate) = (AddressSpace::new(), Log::default(), Gate::default());
+    let (known, [(begins, begun), (polls, polled), (parks, parked)]) =
+        (Gate::default(), std::array::from_fn(|_| channel()));
+    let insert =
+        |page, act| space.insert(pages(page, 1), Device::new("device", &log).then(act)).unwrap();
+    let opened = known.clone();
+    let _known = insert(
+        0,
+        Act::pass(async move {
+            opened.await;
+            polls.send(()).unwrap();
+            parked.recv().unwrap();
+        }),
+    );
+    let _begins = insert(
+        1,
+        Act::Run(Box::new(move |_| {
+            begins.send(()).unwrap();
+            polled.recv().unwrap();
+        })),
+    );
+    let _comes = insert(1, Act::pass(gate.clone()));
+    Task::new(space.invalidate(pages(0, 1), Event::Unmap)).expect_pending();
+    let inside = space.clone();
+    let other = std::thread::spawn(move || {
+        Task::new(inside.invalidate(pages(1, 1), Event::Unmap)).expect_pending();
+        parks.send(()).unwrap();
+    });
+    begun.recv().unwrap();
+    known.open();
+    let mut drain = Task::new(space.drain());
+    drain.expect_pending();
+    other.join().unwrap();
+    gate.open();
+    drain.finish();
+    assert_eq!(space.active().len(), 0);
 }
 
 #[test]

@@ -398,6 +398,15 @@ fn l1_a_removal_that_meets_a_call_when_it_takes_its_notifier_looks_again() {
     drop(guard);
 }
 
+#[test]
+fn f1_a_notifier_that_goes_with_its_space_panics_in_who_drops_the_last_handle() {
+    let space = AddressSpace::new();
+    let bomb = space.insert(pages(0, 1), Bomb(Gate::default())).unwrap();
+    Task::new(space.invalidate(pages(0, 1), Event::Unmap)).expect_pending();
+    drop(bomb);
+    assert!(quietly(move || drop(space)).is_none());
+}
+
 /// A waker that polls its task inline, as some single-threaded executors do.
 struct Inline(Mutex<Option<Pin<Box<dyn Future<Output = ()> + Send>>>>, AtomicBool);
 

@@ -1,7 +1,8 @@
 use crate::support::*;
 use futures::FutureExt;
 use shootdown::{
-    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+    AddressRange, AddressSpace, Event, IntervalNotifier, Invalidation, PassFuture, RangeSet,
+    WouldBlock,
 };
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex};
@@ -183,6 +184,45 @@ fn l1_remove_waits_for_first_passes_and_not_for_the_guard_however_many_are_activ
 }
 
 #[test]
+fn l1_remove_waits_for_first_passes_also_of_many_ranges_and_beyond_the_budget() {
+    for (many, deferred) in [(false, false), (false, true), (true, false), (true, true)] {
+        let (builder, log) = (AddressSpace::builder(), Log::default());
+        let space = if deferred { builder.pass_budget(0) } else { builder }.build();
+        let [first, second, other] = ["first", "second", "other"]
+            .map(|name| Arc::new(space.insert(pages(0, 1), Device::new(name, &log)).unwrap()));
+        let (gate, closes) = (Gate::default(), other.clone());
+        if deferred {
+            first.next(Act::pass(gate.clone()));
+        }
+        second.next(Act::Run(Box::new(move |_| {
+            let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+            assert!(
+                std::pin::pin!(closes.close()).poll(&mut context).is_pending(),
+                "it may still be called"
+            );
+        })));
+        let mut invalidate = Task::new(if many {
+            space
+                .invalidate_all(RangeSet::new([0, 7].map(|at| pages(at, 1))).unwrap(), Event::Unmap)
+        } else {
+            space.invalidate(pages(0, 1), Event::Unmap)
+        });
+        if deferred {
+            invalidate.expect_pending();
+            gate.open();
+        }
+        let guard = invalidate.finish();
+        assert_eq!(called(&log), ["first", "second"]);
+        // They take its place, so it is kept elsewhere.
+        let elsewhere: Vec<_> =
+            (0..40).map(|_| now(space.invalidate(pages(9, 1), Event::Clear))).collect();
+        let mut close = Task::new(other.close());
+        assert!(close.poll().is_ready(), "{many}, {deferred}: it cannot be called any more");
+        drop((close, guard, elsewhere));
+    }
+}
+
+#[test]
 fn l2_reader_and_remover_wait_only_for_overlapping_invalidations() {
     let (space, device, log) = one_device();
     let busy = Gate::default();
@@ -218,6 +258,16 @@ fn o5_a_space_counts_its_notifiers_from_insert_to_remove() {
     assert_eq!((space.len(), space.is_empty()), (1, false));
     drop(one);
     assert_eq!((space.len(), space.is_empty()), (0, true));
+}
+
+#[test]
+fn l3_an_insertion_takes_the_memory_of_a_notifier_that_has_gone() {
+    let (space, device, log) = one_device();
+    let place = |device: &Device| std::ptr::from_ref(device).addr();
+    let before = place(&device);
+    drop(now(device.remove()));
+    let next = space.insert(pages(1, 1), Device::new("next", &log)).unwrap();
+    assert_eq!(place(&next), before);
 }
 
 #[test]

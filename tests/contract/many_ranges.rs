@@ -4,7 +4,7 @@ use futures::future::{Either, select};
 use shootdown::{AddressRange, AddressSpace, Event, PassFuture, Phase, RangeSet};
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::pin::pin;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Single pages.
@@ -39,6 +39,25 @@ fn n1_each_notifier_is_called_once_in_order_with_the_ranges_that_concern_it() {
     assert_ne!(gap.sequence(), guard.sequence());
     drop(guard);
     assert_eq!(space.sequence().get(), 4);
+}
+
+#[test]
+fn n1_a_first_pass_is_told_the_ranges_without_the_gaps() {
+    let (space, device, _log) = one_device();
+    let told = Arc::new(Mutex::new(Vec::new()));
+    let whole = space.insert(pages(0, 9), Device::new("whole", &Log::default())).unwrap();
+    for device in [&device, &whole] {
+        for _ in 0..2 {
+            let told = told.clone();
+            device.next(Act::Run(Box::new(move |invalidation| {
+                told.lock().unwrap().push(invalidation.ranges().to_vec());
+            })));
+        }
+    }
+    drop(now(space.invalidate(pages(0, 2), Event::Unmap)));
+    drop(now(space.invalidate_all(set([0, 7]), Event::Unmap)));
+    let [one, zero, seven] = [pages(0, 2), pages(0, 1), pages(7, 1)];
+    assert_eq!(*told.lock().unwrap(), [&[one][..], &[one], &[zero], &[zero, seven]]);
 }
 
 #[test]

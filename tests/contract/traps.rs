@@ -169,6 +169,24 @@ fn f3_a_pass_that_has_fenced_its_own_device_may_wait_for_itself() {
 }
 
 #[test]
+fn f3_a_first_pass_may_wait_for_another_space() {
+    let (space, device, _log) = one_device();
+    let (another, other, _log) = one_device();
+    let gate = Gate::default();
+    other.next(Act::pass(gate.clone()));
+    device.next(Act::Run(Box::new(move |_| {
+        let mut invalidate = Task::new(another.invalidate(pages(0, 1), Event::Unmap));
+        for _ in 0..3 {
+            assert!(invalidate.poll().is_pending());
+        }
+        gate.open();
+        drop(invalidate.finish());
+    })));
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert_eq!((device.calls(), other.calls()), (1, 1));
+}
+
+#[test]
 fn f3_a_pass_may_begin_a_wait_for_itself_and_leave_it() {
     for waits in OWN_WAITS {
         let (space, device, _log) = one_device();

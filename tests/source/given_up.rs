@@ -14,6 +14,7 @@ use std::thread;
 crate::list![fn isolated_tests:
     what_was_dropped_during_a_change_is_given_up_after_it_by_who_delivers_by_hand,
     what_was_dropped_during_a_change_is_given_up_after_it_by_run,
+    what_was_dropped_before_a_change_was_delivered_is_given_up_after_that,
     r4_what_was_dropped_in_a_leased_space_is_given_up,
     m8_what_the_program_has_mapped_where_it_was_watched_stays_as_it_is,
     m8_what_another_source_watches_where_it_was_watched_stays_as_it_is,
@@ -72,6 +73,22 @@ fn what_was_dropped_during_a_change_is_given_up_after_it_by_run() {
     }
     uffd.stop();
     delivering.join().unwrap();
+}
+
+fn what_was_dropped_before_a_change_was_delivered_is_given_up_after_that() {
+    let _fork = no_fork();
+    let (uffd, mut reader, mut deliveries) = keeping();
+    let memory = Raw::map(9);
+    let (changed, other) = (memory.part(0, 1), memory.part(8, 1));
+    let (_watch, watch) =
+        (uffd.watch(changed.range()).unwrap(), uffd.watch(other.range()).unwrap());
+    read_during(&mut reader, || changed.unmap());
+    drop(watch);
+    assert_eq!(kept(other.range()), 1, "if the change is of it, its marks are needed");
+    block_on(deliveries.deliver()).unwrap();
+    eventually("it is given up", || {
+        kept(other.range()) == 0 || block_on(deliveries.deliver()).is_err()
+    });
 }
 
 /// R4: with feature `lease`; a lease that is valid closes no gate for the source.

@@ -226,14 +226,10 @@ impl Wait {
             }
             let held_up = !self.pending.is_empty() || !self.unclaimed.is_empty();
             match goal.look(state, fired, held_up) {
-                Verdict::Over if goal.queue().is_some() => {
-                    // A first pass ends without the lock, and the last one may have ended since the
-                    // look above.
-                    self.leave(state, outbox);
-                    return Step::Over;
-                }
                 Verdict::Over => {
-                    // All that the bell has told of is over. There may be others by now.
+                    // All that the bell has told of is over. There may be others by now. Who waits
+                    // for a notifier gets here if a first pass, which ends without the lock, has
+                    // ended since the look above.
                     self.scan(state, goal);
                     self.backlog.retain(|ticket| {
                         state

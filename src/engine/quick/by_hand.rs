@@ -64,6 +64,13 @@ mod tests {
     }
 
     #[test]
+    fn an_empty_place_is_filled() {
+        let mut place = None;
+        fill_empty(&mut place, 1);
+        assert_eq!(place, Some(1));
+    }
+
+    #[test]
     fn the_drop_of_a_field_by_hand_leaks() {
         let value = Arc::new(());
         {

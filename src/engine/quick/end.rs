@@ -71,9 +71,10 @@ fn tell(shared: &Shared, mut state: impl DerefMut<Target = State>, id: Id, work:
 /// Ends an invalidation that hit nothing.
 #[inline(never)]
 fn end_without_hits(shared: &Shared, id: Id) {
-    let quick = shared.host.clock.is_none() && !shared.host.is_plain_only();
-    let ended =
-        quick && shared.state.try_lock().is_some_and(|mut state| state.protocol.quick_end_none(id));
+    if shared.host.clock.is_some() || shared.host.is_plain_only() {
+        return shared.end_plainly(id, None);
+    }
+    let ended = shared.state.try_lock().is_some_and(|mut state| state.protocol.quick_end_none(id));
     if !ended {
         shared.end_plainly(id, None);
     }

@@ -19,7 +19,8 @@ impl Shared {
         range: AddressRange,
         notifier: N,
     ) -> Result<EntryBox<N>, N> {
-        if !self.spare.is_filled() || self.host.is_plain_only() {
+        // With `Builder::plain_only` there is never such memory: only `detach` leaves it.
+        if !self.spare.is_filled() {
             return self.register_plainly(range, notifier);
         }
         let mut state = self.state.lock();

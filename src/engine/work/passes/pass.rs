@@ -62,14 +62,9 @@ pub(super) struct Pass {
 }
 
 impl Pass {
-    /// Moves the pass out. A record without a slot stays.
+    /// Moves the pass out. A record without a slot stays, of which nobody reads anything else.
     pub(super) fn move_out(&mut self) -> Self {
-        Self {
-            future: self.future.take(),
-            listed: self.listed.take(),
-            suspicion: Suspicion::none(),
-            ..*self
-        }
+        Self { future: self.future.take(), suspicion: Suspicion::none(), ..*self }
     }
 }
 
