@@ -84,7 +84,7 @@ MUTATIONS = [
     ("remove sleeps when the last call ends between its two looks", "src/engine/futures/wait.rs", "Verdict::Over => {", "Verdict::Over if goal.queue().is_none() => {", "loom"),
     ("remove does not wait for a pass", "src/engine/registration.rs", "entry.pending.load(Ordering::Relaxed) != 0 || entry.is_held()", "entry.is_held()"),
     ("remove waits for a pass that was claimed", "src/engine/work/mod.rs", "for entry in self.0.drain() {\n            count_down(entry);\n        }", "self.0.clear();"),
-    ("a pass that moves into the join is not known as listed", "src/engine/work/passes/pass.rs", "listed: self.listed.take(),", "listed: self.listed.take().and(None),"),
+    ("a pass that moves into the join is not known as listed", "src/engine/work/passes/pass.rs", "Self { future: self.future.take(), suspicion: Suspicion::none(), ..*self }", "Self { future: self.future.take(), suspicion: Suspicion::none(), listed: None, ..*self }"),
     ("remove waits for guards", "src/engine/registration.rs", "if calls { Quiet::Soon } else { Quiet::Yes }", "if calls { Quiet::Soon } else { Quiet::No }"),
     ("a removed notifier is called", "src/engine/work/first_passes.rs", "if !entry.own.is_closed() {", "if true {"),
     ("a closed notifier can be installed for", "src/protocol/own.rs", "self.sequence() != sequence || self.is_closed()", "self.sequence() != sequence"),
