@@ -453,8 +453,8 @@ impl<T> Ended<T> {
     }
 }
 
-/// A future of the device. Catches a panic in its poll, and in its drop after it has ended. If it is
-/// dropped before, its task catches the panic.
+/// A future of the device. Catches a panic in its poll, and in its drop after it has ended. Its task
+/// catches one if it is dropped before.
 #[pin_project]
 struct Caught<'a, F> {
     /// `None` once it has ended.
