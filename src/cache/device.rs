@@ -12,7 +12,7 @@ use alloc::vec::Vec;
 use core::future::Future;
 use core::pin::Pin;
 use core::task::{Context, Poll};
-use pin_project::pin_project;
+use pin_project::{pin_project, pinned_drop};
 
 /// Registers memory with a device on behalf of a [`RegistrationCache`](super::RegistrationCache).
 ///
@@ -453,9 +453,8 @@ impl<T> Ended<T> {
     }
 }
 
-/// A future of the device. Catches a panic in its poll, and in its drop after it has ended. Its task
-/// catches one if it is dropped before.
-#[pin_project]
+/// A future of the device. Catches a panic in its poll and in its drop.
+#[pin_project(PinnedDrop)]
 struct Caught<'a, F> {
     /// `None` once it has ended.
     #[pin]
@@ -480,5 +479,13 @@ impl<F: Future> Future for Caught<'_, F> {
         };
         this.losses.run(Callback::Device, |_| this.future.set(None));
         Poll::Ready(ended)
+    }
+}
+
+#[pinned_drop]
+impl<F> PinnedDrop for Caught<'_, F> {
+    fn drop(self: Pin<&mut Self>) {
+        let mut this = self.project();
+        this.losses.run(Callback::Device, |_| this.future.set(None));
     }
 }
