@@ -66,9 +66,20 @@ pub(super) enum Found<D: Device> {
     Blocked,
 }
 
+/// Result of [`Core::begin`].
+#[derive(Debug, PartialEq)]
+pub(super) enum Begun {
+    /// The attempt has begun.
+    Free,
+    /// Another caller began an attempt first, or has registered.
+    Late,
+    /// Another registration overlaps the range and has to leave first.
+    Blocked,
+}
+
 /// Returns the index of this thread's counter. The first threads get one each. All later threads
 /// share the last one.
-fn counter() -> usize {
+pub(super) fn counter() -> usize {
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     std::thread_local! {
         static OURS: Cell<usize> = const { Cell::new(usize::MAX) };
@@ -298,28 +309,35 @@ impl<D: Device> Core<D> {
             }
             // Without the table's lock: `subscribe` takes the lock of the space.
             let claim = self.subscribe(target)?;
-            let entry = claim.entry();
-            let begun = self.write(|table| {
-                let late =
-                    self.find(table, range, now).is_some() || self.attempt(table, range).is_some();
-                // Checks again for leaving registrations that overlap: one may have appeared since
-                // the caller looked.
-                let free = !late && table.is_free(target);
-                if free {
-                    entry.is_at(table.begin(target, entry.clone()));
-                }
-                (free, late)
-            });
-            match begun {
-                (true, _) => return Ok(Found::Attempt(claim, now)),
-                // Another caller began an attempt first.
-                (false, true) => {}
-                (false, false) => return Ok(Found::Blocked),
+            match self.begin(&claim, range, now) {
+                Begun::Free => return Ok(Found::Attempt(claim, now)),
+                Begun::Late => {}
+                Begun::Blocked => return Ok(Found::Blocked),
             }
         }
     }
 
-    fn subscribe(self: &Arc<Self>, target: AddressRange) -> Result<Claim<D>, GetError<D::Error>> {
+    /// Begins the attempt of `claim`, unless something serves `range` by now or is in the way.
+    pub(super) fn begin(&self, claim: &Claim<D>, range: AddressRange, now: u64) -> Begun {
+        let entry = claim.entry();
+        self.write(|table| {
+            if self.find(table, range, now).is_some() || self.attempt(table, range).is_some() {
+                return Begun::Late;
+            }
+            // Checks again for leaving registrations that overlap: one may have appeared since the
+            // caller looked.
+            if !table.is_free(entry.range) {
+                return Begun::Blocked;
+            }
+            entry.is_at(table.begin(entry.range, entry.clone()));
+            Begun::Free
+        })
+    }
+
+    pub(super) fn subscribe(
+        self: &Arc<Self>,
+        target: AddressRange,
+    ) -> Result<Claim<D>, GetError<D::Error>> {
         let shelf: Weak<Self> = Arc::downgrade(self);
         let claim = Claim::begin(target, self.device.clone(), shelf);
         match self.space.insert(target, claim.entry().guardian()) {

@@ -200,3 +200,14 @@ fn k9_where_nothing_may_overlap_the_device_is_asked_only_about_what_an_earlier_p
         assert_eq!(asked(), 1, "{overlap:?}");
     }
 }
+
+#[test]
+fn k9_what_is_registered_at_once_is_not_asked_about_although_something_gives_way_to_it() {
+    let gpu = Gpu::default();
+    let cache =
+        RegistrationCache::builder().max_registrations(1).build(&AddressSpace::new(), gpu.clone());
+    for at in 1..4 {
+        drop(now(cache.get(pages(at, 1))).unwrap());
+    }
+    assert_eq!((cache.stats().evictions, gpu.calls.load(Ordering::Acquire)), (2, 0));
+}
