@@ -126,7 +126,7 @@ MUTATIONS = [
     ("a single interval is hit by what lies before it", "src/index/leaf.rs", "0..usize::from(self.starts[0] <= range.last())", "0..1"),
     ("a query leaves out the last place of a leaf before the last", "src/index.rs", "leaf.first_candidate(range)..CAP", "leaf.first_candidate(range)..CAP - 1"),
     ("a query looks into the last of several leaves only", "src/index/hints.rs", "            if children.start < children.end {\n                return None;\n            }\n", ""),
-    ("the span does not grow", "src/index.rs", "if range.start() < first || range.last() > last {", "if self.len == 1 {"),
+    ("the span does not grow", "src/index.rs", "if range.start() < first || last < range.last() {", "if self.len == 1 {"),
     ("a slack that is too great for a number", "src/index/node.rs", "start.min(u64::MAX - 1).checked_sub(slack).map_or(0, |bound| bound + 1)", "start.checked_sub(slack).map_or(0, |bound| bound.saturating_add(1))"),
     ("a likely leaf is believed to hold what lies behind its end", "src/index/leaf.rs", "range.last() < self.bound\n            && range.start() >= self.starts[0]", "range.start() >= self.starts[0]"),
     ("a likely leaf is believed to hold what lies before its first interval", "src/index/leaf.rs", "            && range.start() >= self.starts[0]\n            && range.start() - self.starts[0] >= reach", ""),

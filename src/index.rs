@@ -232,7 +232,7 @@ impl<V: Indexed> IntervalIndex<V> {
         self.len += 1;
         let (first, last) = self.span;
         // The span seldom grows. Without the store, no later load has to wait for it.
-        if range.start() < first || range.last() > last {
+        if range.start() < first || last < range.last() {
             self.span = (first.min(range.start()), last.max(range.last()));
         }
         if self.leaves.nodes.is_empty() {

@@ -4,7 +4,7 @@
 use super::node::{UNUSED, slack};
 use super::*;
 use proptest::prelude::*;
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::BTreeMap;
 use std::vec::Vec;
 
@@ -18,6 +18,8 @@ pub(super) struct Value(AddressRange, Id);
 std::thread_local! {
     /// The position of every other value. The rest store none, as the values of some users.
     static POSITIONS: RefCell<BTreeMap<u64, Position>> = const { RefCell::new(BTreeMap::new()) };
+    /// The address of what was prefetched last.
+    pub(super) static PREFETCHED: Cell<Option<usize>> = const { Cell::new(None) };
 }
 
 impl Ordered for Value {
@@ -40,6 +42,11 @@ impl Indexed for Value {
         if self.1.0.is_multiple_of(2) {
             POSITIONS.with_borrow_mut(|positions| positions.insert(self.1.0, position));
         }
+    }
+
+    fn prefetch<T>(memory: &T) -> bool {
+        PREFETCHED.set(Some(core::ptr::from_ref(memory) as usize));
+        false
     }
 }
 
@@ -270,6 +277,48 @@ fn finds_what_reaches_from_one_end_of_the_numbers_to_the_other() {
     index.put(last, Id(3));
     assert_eq!(index.hits(last), [Id(0), Id(3)]);
     index.check();
+}
+
+#[test]
+fn finds_each_interval_at_its_last_address_and_nothing_behind_it() {
+    let mut index = IntervalIndex::new();
+    for id in 0..200 {
+        index.put(AddressRange::new(id * 8192, 4096).unwrap(), Id(id));
+    }
+    // Some of them are the last ones of their leaves.
+    for id in 0..200 {
+        assert_eq!(index.hits(AddressRange::new(id * 8192 + 4095, 1).unwrap()), [Id(id)]);
+        assert_eq!(index.hits(AddressRange::new(id * 8192 + 4096, 1).unwrap()), []);
+    }
+}
+
+#[test]
+fn the_span_says_what_lies_beside_all_intervals() {
+    let mut index = IntervalIndex::new();
+    let page = |at: u64| AddressRange::new(at * 4096, 4096).unwrap();
+    assert!(!index.may_overlap(page(1)), "it is empty");
+    for at in [5, 3, 9] {
+        index.put(page(at), Id(at));
+    }
+    for at in 0..12 {
+        assert_eq!(index.may_overlap(page(at)), (3..=9).contains(&at), "page {at}");
+    }
+}
+
+#[test]
+fn memory_for_nodes_grows_by_an_eighth() {
+    let mut index = IntervalIndex::new();
+    let mut capacities = std::vec![0];
+    for id in 0..5000 {
+        index.put(AddressRange::new(id * 8192, 4096).unwrap(), Id(id));
+        let capacity = index.leaves.nodes.capacity();
+        if capacities.last() != Some(&capacity) {
+            capacities.push(capacity);
+        }
+    }
+    for pair in capacities.windows(2) {
+        assert_eq!(pair[1], pair[0] + pair[0] / 8 + 1, "{capacities:?}");
+    }
 }
 
 #[test]

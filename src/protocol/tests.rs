@@ -6,6 +6,7 @@ use crate::index::{Ordered, Position};
 use crate::range::RangeSet;
 use proptest::prelude::*;
 use std::boxed::Box;
+use std::cell::Cell;
 use std::vec;
 use std::vec::Vec;
 
@@ -27,6 +28,7 @@ impl Ordered for Test {
 
 impl Indexed for Test {
     fn range(self) -> AddressRange {
+        LOOKS.set(LOOKS.get() + 1);
         self.0.2
     }
 
@@ -37,6 +39,17 @@ impl Indexed for Test {
     fn set_position(self, position: Position) {
         self.own().set_position(position);
     }
+
+    fn prefetch<T>(_memory: &T) -> bool {
+        PREFETCHES.set(PREFETCHES.get() + 1);
+        true
+    }
+}
+
+std::thread_local! {
+    static PREFETCHES: Cell<u32> = const { Cell::new(0) };
+    /// Counts how often a range was asked for.
+    static LOOKS: Cell<u32> = const { Cell::new(0) };
 }
 
 impl Member for Test {
@@ -383,4 +396,94 @@ fn what_enters_the_crowd_in_any_order_leaves_it() {
     let last = protocol.active().located(*last);
     assert!(protocol.end(last, &[], |_| ()).is_some());
     assert_eq!(protocol.active.len(), 0);
+}
+
+fn test(order: u64, range: AddressRange) -> Test {
+    Test(Box::leak(Box::new((Own::new(), order, range))))
+}
+
+#[test]
+fn each_quick_form_does_its_common_case_and_leaves_the_others_to_the_plain_one() {
+    let [here, there] = [0, 0x4000].map(|start| AddressRange::new(start, 0x1000).unwrap());
+    let mut protocol: Protocol<Test, Vec<Test>> = Protocol::new(2);
+    let [only, other, watched] = [1, 2, 3].map(|order| test(order, here));
+    watched.own().mark(WATCHED, true);
+    let start = |protocol: &mut Protocol<Test, Vec<Test>>, range| {
+        let started = protocol.start(range, |_| true, |_, _| (), |hits| hits);
+        (started.id, core::mem::take(started.extra))
+    };
+    let (none, hits) = start(&mut protocol, there);
+    assert!(hits.is_empty() && protocol.quick_end_none(none) && !protocol.quick_end_none(none));
+    protocol.insert(only);
+    // Covered twice, then once.
+    for id in [(); 2].map(|()| start(&mut protocol, here).0) {
+        assert!(protocol.quick_end_one(id, only).is_some());
+    }
+    protocol.insert(other);
+    let (id, hits) = start(&mut protocol, here);
+    let (tell, _) = protocol.quick_end(id, &hits).expect("it has a place");
+    assert!(hits.len() == 2 && !tell, "nobody waits");
+    protocol.insert(watched);
+    let (id, hits) = start(&mut protocol, here);
+    assert!(protocol.quick_end_one(id, watched).is_none());
+    assert!(protocol.quick_end(id, &hits).expect("it has a place").0, "R1");
+    assert!(!only.own().is_covered() && protocol.active.len() == 0);
+}
+
+#[test]
+fn what_is_many_does_not_make_a_search_of_what_is_few_long() {
+    let looks = |members: Vec<Test>, ranges: &[AddressRange]| {
+        let mut protocol: Protocol<Test, Vec<Test>> = Protocol::new(2);
+        members.iter().for_each(|member| protocol.insert(*member));
+        let set = RangeSet::new(ranges.iter().copied()).unwrap();
+        LOOKS.set(0);
+        protocol.start_set(&set, false, |_, _| (), |hits| hits);
+        LOOKS.get()
+    };
+    let at = |start, len| AddressRange::new(start, len).unwrap();
+    let between = (1..1000).map(|order| test(order, at(order * 16, 1))).collect();
+    assert!(looks(between, &[at(0, 1), at(1 << 20, 1)]) < 100, "notifiers in a gap");
+    let ranges: Vec<_> = (0..1000).map(|number| at(number * 16, 1)).collect();
+    assert!(looks(vec![test(0, at(0, 1 << 20))], &ranges) < 100, "ranges of one notifier");
+}
+
+#[test]
+fn memory_for_many_newcomers_is_given_back_and_for_few_is_kept() {
+    let range = AddressRange::new(0, 1).unwrap();
+    for (newcomers, kept) in [(1, true), (MOST_NEWCOMERS, true), (MOST_NEWCOMERS + 1, false)] {
+        let mut protocol: Protocol<Test, Vec<Test>> = Protocol::new(2);
+        let id = protocol.start(range, |_| true, |_, _| (), |hits| hits).id;
+        (0..newcomers as u64).for_each(|order| protocol.insert(test(order, range)));
+        assert!(protocol.end(id, &[], |_| ()).is_some());
+        let capacity = protocol.active.places[0].newcomers.capacity();
+        assert_eq!(capacity >= newcomers, kept, "{newcomers} newcomers");
+        assert!(kept || capacity == 0);
+    }
+}
+
+#[test]
+fn a_notifier_knows_where_it_is_and_what_an_invalidation_needs_is_prefetched() {
+    let mut protocol: Protocol<Test, Vec<Test>> = Protocol::new(2);
+    // Descending, so that the index soon has many leaves.
+    for order in 0..9000 {
+        let member = test(order, AddressRange::new(100_000 - order, 1).unwrap());
+        protocol.insert(member);
+        // One that splits a leaf does not.
+        assert!(order >= 32 || member.own().position() != Position::UNKNOWN);
+    }
+    PREFETCHES.set(0);
+    protocol.expect(AddressRange::new(95_000, 1).unwrap());
+    assert_eq!(PREFETCHES.get(), 1);
+}
+
+#[cfg(debug_assertions)]
+#[test]
+fn r2_locks_are_told_apart_wherever_they_are() {
+    for far in (0..4u64).map(|high| (high << 33) as usize) {
+        let own = Own::new();
+        own.note_driver_lock(far);
+        assert!(own.is_driver_lock(far));
+        // The next one, and one that is two gigabytes away.
+        assert!(!own.is_driver_lock(far + 8) && !own.is_driver_lock(far + (1 << 31)), "{far:x}");
+    }
 }

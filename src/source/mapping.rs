@@ -230,7 +230,8 @@ impl OwnedMapping {
     /// back. It does so only if it lacks memory of its own.
     pub fn remap(&mut self) -> Waitable<impl Future<Output = Result<AddressRange, MapError>>> {
         Waitable::new(async move {
-            self.bracketed(Event::Unmap, |memory| memory.relocated(memory.len())).await?;
+            self.bracketed(Event::Unmap, |memory| memory.relocate(memory.len()).map_err(os))
+                .await?;
             Ok(self.range())
         })
     }

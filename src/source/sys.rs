@@ -11,6 +11,8 @@
 //! target of such a call, whatever the call returned. At worst address space stays mapped
 //! ([`LEAKED`]).
 
+#[cfg(not(target_os = "linux"))]
+mod copying;
 #[cfg(target_os = "linux")]
 mod moving;
 
@@ -170,17 +172,6 @@ impl Memory {
         }
     }
 
-    /// Discards pages by mapping new ones, readable and writable: elsewhere `madvise` is only a
-    /// hint.
-    #[cfg(not(target_os = "linux"))]
-    pub(super) fn discard(&mut self, offset: usize, len: usize) -> io::Result<()> {
-        assert!(self.inside(offset, len), "what is discarded is outside of the mapping");
-        let flags = MapFlags::PRIVATE | MapFlags::FIXED;
-        // SAFETY: inside the mapping, which is ours and into which there are no references. The new
-        // pages replace only those.
-        unsafe { mm::mmap_anonymous(self.at(offset), len, RIGHTS, flags).map(drop) }
-    }
-
     pub(super) fn protect(
         &mut self,
         offset: usize,
@@ -202,25 +193,12 @@ impl Memory {
         }
     }
 
-    /// Replaces the memory by new memory at the same address. Elsewhere one call does so.
-    #[cfg(not(target_os = "linux"))]
-    pub(super) fn replace(&mut self, backing: Backing) -> Result<(), Refused> {
-        self.discard(0, self.len).map_err(Refused::Unchanged)?;
-        (self.backing, self.plain) = (backing, true);
-        Ok(())
-    }
-
-    /// Moves the memory to a new mapping of `len` bytes, by a copy. The new mapping is readable and
-    /// writable. For systems without `mremap`.
-    #[cfg(not(target_os = "linux"))]
-    pub(super) fn copied(&mut self, len: usize) -> io::Result<()> {
-        let new = Self::new(len, Backing::Private)?;
-        if !self.plain {
-            self.protect(0, self.len, MprotectFlags::READ)?;
-        }
-        // SAFETY: both mappings are ours, different, and long enough.
-        unsafe { ptr::copy_nonoverlapping(self.at.as_ptr(), new.at.as_ptr(), self.len.min(len)) };
-        *self = new;
+    /// Unmaps everything behind the first `len` bytes. `len` is shorter than the memory.
+    pub(super) fn shrink(&mut self, len: usize) -> io::Result<()> {
+        assert!(len < self.len && len != 0, "a part stays mapped");
+        // SAFETY: the end of a mapping that is ours, into which there are no references.
+        unsafe { mm::munmap(self.at(len), self.len - len)? };
+        self.len = len;
         Ok(())
     }
 

@@ -5,6 +5,7 @@ mod batch;
 mod builder;
 mod deliveries;
 mod error;
+mod halves;
 mod mirror;
 mod reader;
 mod settle;

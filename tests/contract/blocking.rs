@@ -223,6 +223,42 @@ fn b4_l1_remove_under_the_guard_waits_for_no_pass_that_is_done_after_the_budget_
 }
 
 #[test]
+fn b4_l1_remove_waits_for_first_passes_that_go_on_and_not_for_the_guard_however_many_are_active() {
+    // Those beyond 32 are kept elsewhere. This one is moved there while it waits, or afterwards.
+    for (meanwhile, later) in [(0, 0), (40, 0), (0, 40)] {
+        let (log, gate) = (Log::default(), Gate::default());
+        let space = AddressSpace::builder().pass_budget(0).build();
+        let device = |name| space.insert(pages(0, 1), Device::new(name, &log)).unwrap();
+        let (slow, looks, other) = (device("slow"), device("looks"), Arc::new(device("other")));
+        slow.next(Act::pass(gate.clone()));
+        let closes = other.clone();
+        looks.next(Act::Run(Box::new(move |_| {
+            // Nobody blocks who polls with this waker, so debug builds do not take it for a mistake
+            // (C7).
+            let mut context = std::task::Context::from_waker(std::task::Waker::noop());
+            assert!(
+                std::pin::pin!(closes.close()).poll(&mut context).is_pending(),
+                "it may still be called"
+            );
+        })));
+        let mut invalidate = Task::new(space.invalidate(pages(0, 1), Event::Unmap));
+        invalidate.expect_pending();
+        let elsewhere = |count: usize| -> Vec<_> {
+            (0..count).map(|_| now(space.invalidate(pages(9, 1), Event::Clear))).collect()
+        };
+        let meanwhile = elsewhere(meanwhile);
+        assert_eq!(called(&log), ["slow"]);
+        gate.open();
+        let guard = invalidate.finish();
+        assert_eq!(called(&log), ["looks"]);
+        let later = elsewhere(later);
+        let mut close = Task::new(other.close());
+        assert!(close.poll().is_ready(), "it cannot be called any more");
+        drop((close, guard, meanwhile, later));
+    }
+}
+
+#[test]
 fn b4_l1_remove_waits_for_its_own_pass_only_when_an_interrupted_invalidation_was_dropped() {
     let log = Log::default();
     let space = AddressSpace::builder().pass_budget(2).build();

@@ -60,6 +60,16 @@ fn l5_everybody_goes_on_when_a_dead_device_is_fenced_and_it_is_counted_and_repor
 }
 
 #[test]
+fn l5_a_fence_by_id_closes_devices_that_have_nothing_pending_too() {
+    let (space, device, log) = one_device();
+    let other = space.insert(pages(0, 1), Device::new("other", &log)).unwrap();
+    assert_eq!(space.fence([device.id(), device.id()]), 0);
+    assert!(device.is_closed() && device.read_retry(device.sequence()) && !other.is_closed());
+    drop(now(space.invalidate(pages(0, 1), Event::Unmap)));
+    assert_eq!((called(&log), space.stats().fences), (vec!["other"], 1));
+}
+
+#[test]
 fn l5_devices_are_fenced_by_their_ids_and_each_once() {
     let space = AddressSpace::new();
     let ([left, dead, right], gates) = three(&space);

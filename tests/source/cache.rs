@@ -1,6 +1,7 @@
 //! The registration cache on memory that is unmapped behind its back.
 
 use crate::memory::{PAGE, Raw};
+use crate::never_stale::read_during;
 use crate::uffd::{Running, alone, eventually, is_readable, no_fork};
 use futures::FutureExt;
 use futures::channel::oneshot;
@@ -26,6 +27,7 @@ crate::list![
     m1_a_neighbour_that_is_gone_and_not_yet_told_of_does_not_refuse_a_registration,
     k5_a_cache_whose_source_tells_another_space_is_refused,
     k1_a_watched_registration_that_nobody_can_reach_leaves_nothing_behind,
+    k1_a_watched_registration_that_its_source_reaches_is_waited_for,
     m1_what_get_registers_is_watched_however_long_it_waited,
     m1_a_device_that_changes_the_memory_while_it_registers_comes_to_an_end,
     report_9_a_lock_of_the_device_that_is_held_across_munmap_and_look_ups_blocks_nobody,
@@ -493,35 +495,63 @@ fn k5_a_cache_whose_source_tells_another_space_is_refused() {
     assert!(refused.downcast_ref::<&str>().is_some_and(|text| text.contains("another space")));
 }
 
+/// Takes its time to deregister: until the gate is open, or for ever.
+#[derive(Clone)]
+struct Leaves(Arc<()>, Shared<oneshot::Receiver<()>>);
+
+impl Device for Leaves {
+    type Handle = ();
+    type Error = std::io::Error;
+
+    async fn register(&self, _: AddressRange) -> std::io::Result<()> {
+        Ok(())
+    }
+
+    async fn deregister(
+        &self,
+        _: AddressRange,
+        (): (),
+    ) -> Result<(), StillRegistered<(), std::io::Error>> {
+        self.1.clone().await.map_err(|_| unreachable!("the gate stays"))
+    }
+}
+
 /// In use when all handles go, and its device takes its time: nobody can wait for it any more, and
 /// nothing is left.
 fn k1_a_watched_registration_that_nobody_can_reach_leaves_nothing_behind() {
-    #[derive(Clone)]
-    struct Slow(Arc<()>);
-    impl Device for Slow {
-        type Handle = ();
-        type Error = std::io::Error;
-        async fn register(&self, _: AddressRange) -> std::io::Result<()> {
-            Ok(())
-        }
-        async fn deregister(
-            &self,
-            _: AddressRange,
-            (): (),
-        ) -> Result<(), StillRegistered<(), std::io::Error>> {
-            std::future::pending().await
-        }
-    }
     let _fork = no_fork();
-    let device = Slow(Arc::new(()));
+    let (_closed, gate) = oneshot::channel();
+    let device = Leaves(Arc::new(()), gate.shared());
     let space = AddressSpace::new();
     let (uffd, reader, deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
     let cache =
-        RegistrationCache::<Slow>::builder().watch(uffd.clone()).build(&space, device.clone());
+        RegistrationCache::<Leaves>::builder().watch(uffd.clone()).build(&space, device.clone());
     let held = block_on(cache.get(Raw::map(1).range())).unwrap();
     drop(cache);
     drop((uffd, reader, deliveries, space));
     assert_eq!(Arc::strong_count(&device.0), 2, "it is in use");
     drop(held);
     assert_eq!(Arc::strong_count(&device.0), 1, "the device is kept for ever");
+}
+
+/// The same, but the source is still there, and tells that the memory goes.
+fn k1_a_watched_registration_that_its_source_reaches_is_waited_for() {
+    let _fork = no_fork();
+    let (open, gate) = oneshot::channel();
+    let device = Leaves(Arc::new(()), gate.shared());
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) =
+        Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
+    let cache = RegistrationCache::<Leaves>::builder().watch(uffd).build(&space, device.clone());
+    let memory = Raw::map(1);
+    let held = block_on(cache.get(memory.range())).unwrap();
+    drop((cache, space));
+    drop(held);
+    assert_eq!(Arc::strong_count(&device.0), 2, "the device has it registered");
+    read_during(&mut reader, || memory.unmap());
+    let mut delivery = Box::pin(deliveries.deliver());
+    assert!(delivery.as_mut().now_or_never().is_none(), "it is registered until the gate is open");
+    open.send(()).unwrap();
+    block_on(delivery).unwrap();
+    assert_eq!(Arc::strong_count(&device.0), 1, "nothing is left");
 }

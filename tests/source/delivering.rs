@@ -24,6 +24,7 @@ crate::list![
     m5_a_discard_has_all_of_its_time_whatever_became_of_an_earlier_one,
     c3_who_waits_for_pages_looks_himself_while_the_delivery_waits_for_a_lock,
     who_delivers_rests_while_pages_stay,
+    m5_pages_that_stay_are_looked_at_less_and_less_often,
     r1_a_reader_waits_for_those_closings_of_the_gate_that_it_finds_and_for_no_later_ones,
     n4_what_was_read_is_told_of_as_one_and_flushed_once,
     l2_changes_back_to_back_hold_up_no_reader_of_another_range,
@@ -197,6 +198,27 @@ fn who_delivers_rests_while_pages_stay() {
     let used = delivering.join().unwrap();
     println!("{used:?} of {time:?}");
     assert!(used < time * 2 / 5, "{used:?} of {time:?}");
+}
+
+/// The first look comes after a millisecond.
+fn m5_pages_that_stay_are_looked_at_less_and_less_often() {
+    let _fork = no_fork();
+    let (space, soon) = (AddressSpace::new(), Duration::from_nanos(1));
+    let (uffd, mut reader, mut deliveries) =
+        Uffd::builder().fork(Fork::Ignore).settle(soon).open(&space).unwrap();
+    let memory = Raw::map(1);
+    memory.write(1);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    read_during(&mut reader, || memory.discard(Advice::LinuxFree));
+    block_on(deliveries.deliver()).unwrap();
+    assert_eq!(uffd.stats().unsettled, 1);
+    eventually("there is more than a millisecond between two looks", || {
+        let next = deliveries.next_look().expect("the pages stay");
+        if next.is_zero() {
+            block_on(deliveries.deliver()).unwrap();
+        }
+        next > Duration::from_millis(1)
+    });
 }
 
 fn r1_a_reader_waits_for_those_closings_of_the_gate_that_it_finds_and_for_no_later_ones() {

@@ -21,7 +21,6 @@ crate::list![fn isolated_tests:
     m8_kept_pages_are_not_in_the_child_and_stay_the_parents,
     m8_whoever_ignores_forks_is_not_told_of_them,
     m5_a_thread_that_does_not_get_its_processor_inside_madvise_leaves_nothing_stale,
-    m8_where_the_system_call_is_filtered_the_device_file_serves,
 ];
 
 /// Each registration has a number of its own.
@@ -434,49 +433,4 @@ fn m5_a_thread_that_does_not_get_its_processor_inside_madvise_leaves_nothing_sta
     block_on(deliveries.deliver()).unwrap();
     assert_eq!(*block_on(cache.get(memory.range())).unwrap().handle(), memory.look().unwrap()[0]);
     assert!(deliveries.next_look().is_none());
-}
-
-fn m8_where_the_system_call_is_filtered_the_device_file_serves() {
-    if std::fs::OpenOptions::new().read(true).write(true).open("/dev/userfaultfd").is_err() {
-        println!("/dev/userfaultfd may not be opened here");
-        return;
-    }
-    #[cfg(target_arch = "x86_64")]
-    {
-        // As the filter of a container does it: the call is refused, the rest permitted.
-        let refuse = |code, k| libc::sock_filter { code, jt: 0, jf: 0, k };
-        let mut program = [
-            refuse((libc::BPF_LD | libc::BPF_W | libc::BPF_ABS) as u16, 0),
-            libc::sock_filter {
-                jf: 1,
-                ..refuse(
-                    (libc::BPF_JMP | libc::BPF_JEQ | libc::BPF_K) as u16,
-                    libc::SYS_userfaultfd as u32,
-                )
-            },
-            refuse(
-                (libc::BPF_RET | libc::BPF_K) as u16,
-                libc::SECCOMP_RET_ERRNO | libc::EPERM as u32,
-            ),
-            refuse((libc::BPF_RET | libc::BPF_K) as u16, libc::SECCOMP_RET_ALLOW),
-        ];
-        let program = libc::sock_fprog { len: program.len() as u16, filter: program.as_mut_ptr() };
-        // SAFETY: the filter is a program of four instructions, which lives until the call returns;
-        // it concerns this process alone.
-        unsafe {
-            assert_eq!(libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), 0);
-            assert_eq!(
-                libc::prctl(libc::PR_SET_SECCOMP, libc::SECCOMP_MODE_FILTER, &raw const program),
-                0
-            );
-            assert_eq!(libc::syscall(libc::SYS_userfaultfd, 1), -1, "the filter does not filter");
-        }
-    }
-    let source = Running::of(&AddressSpace::new(), Uffd::builder().fork(Fork::Ignore));
-    let memory = Raw::map(1);
-    let _watch = source.uffd.watch(memory.range()).unwrap();
-    let (subscription, told) = log(&source.space, memory.range());
-    memory.unmap();
-    block_on(subscription.read_begin());
-    assert_eq!(*told.lock().unwrap(), [(Event::Unmap, memory.range())]);
 }

@@ -29,6 +29,7 @@ crate::list![fn watching_tests:
     both_ways_to_a_descriptor_lead_to_the_same,
     m8_one_read_takes_all_that_is_there,
     debug_names_the_source_and_what_it_watches,
+    the_source_is_reading_from_the_start_of_run_to_its_end,
 ];
 
 // Run by the tests above, in processes that end by a signal.
@@ -71,6 +72,7 @@ fn m8_the_source_opens_wherever_the_kernel_has_what_it_needs() {
 fn a_mappings_pointer_is_the_start_of_its_range() {
     let (_space, mut mapping, _log, _subscription) = mapped(3 * PAGE);
     assert_eq!(mapping.as_ptr().addr() as u64, mapping.range().start());
+    assert!(!mapping.is_empty());
     // SAFETY: the mapping is there, and nobody writes.
     assert_eq!(unsafe { *mapping.as_ptr() }, b'a');
     block_on(mapping.remap()).unwrap();
@@ -104,6 +106,17 @@ fn both_ways_to_a_descriptor_lead_to_the_same() {
     assert_eq!(reader.as_raw_fd(), reader.as_fd().as_raw_fd());
     assert_eq!(deliveries.as_raw_fd(), deliveries.as_fd().as_raw_fd());
     assert_ne!(reader.as_raw_fd(), deliveries.as_raw_fd());
+}
+
+fn the_source_is_reading_from_the_start_of_run_to_its_end() {
+    let _fork = no_fork();
+    let (uffd, mut reader, _deliveries) = Uffd::open(&AddressSpace::new()).unwrap();
+    assert!(!uffd.is_reading());
+    let reading = thread::spawn(move || reader.run());
+    eventually("the thread is there", || uffd.is_reading());
+    uffd.stop();
+    reading.join().unwrap().unwrap();
+    assert!(!uffd.is_reading());
 }
 
 /// Whether a thread of this process waits in the kernel and cannot be interrupted.
@@ -178,8 +191,8 @@ fn debug_names_the_source_and_what_it_watches() {
     debug(&uffd, &["Uffd", "Promises", "fork", "discards", "granule", "watched", &text]);
     debug(&uffd.promises(), &["Promises", "fork", "granule"]);
     debug(&watch, &["Watch", &text, "armed: true"]);
-    debug(&reader, &["Reader", "fd"]);
-    debug(&deliveries, &["Deliveries"]);
+    debug(&reader, &["Reader", "Inner", "fd"]);
+    debug(&deliveries, &["Deliveries", "Inner"]);
     let mut watching = uffd.prepare_watched(memory.range(), |_| async { Ok::<_, UffdError>(()) });
     debug(&watching(block_on(driver.read_begin())), &["Watching"]);
 }

@@ -12,6 +12,7 @@ mod batches;
 mod cache;
 mod corners;
 mod delivering;
+mod filtered;
 mod forks;
 #[path = "../support/formats.rs"]
 mod formats;
@@ -76,7 +77,8 @@ fn main() {
         return;
     }
     // Called again by `isolated`. The first need no userfaultfd.
-    let by_themselves = [refused::isolated_tests(), mapping::isolated_tests()].concat();
+    let by_themselves =
+        [refused::isolated_tests(), mapping::isolated_tests(), filtered::isolated_tests()].concat();
     let watched_by_themselves = [
         never_stale::isolated_tests(),
         forks::isolated_tests(),
@@ -84,6 +86,7 @@ fn main() {
         given_up::isolated_tests(),
         cache::isolated_tests(),
         loud::isolated_tests(),
+        filtered::watching_tests(),
     ]
     .concat();
     let of_huge_pages = [loud::huge_tests(), silent::huge_tests()].concat();

@@ -1,6 +1,6 @@
 //! The hints: the leaf where a search looks first.
 
-use crate::index::tests::{Id, Value};
+use crate::index::tests::{Id, PREFETCHED, Value};
 use crate::index::{AddressRange, IntervalIndex};
 use std::vec::Vec;
 
@@ -53,6 +53,65 @@ fn a_search_is_told_where_to_look_in_regions_that_begin_at_multiples_of_great_po
     let (index, pages) = scattered(|at| ((at % 16) << 40) + at / 16 * 8192);
     let known = foreseen(&index, &pages);
     assert!(known > 3000, "{known} of 5000 after the insertions");
+}
+
+#[test]
+fn two_leaves_are_told_apart_wherever_they_are() {
+    // The smallest table. The units of these regions are scattered over all of it.
+    for region in 0..64 {
+        let mut index = IntervalIndex::new();
+        let page = |at: u64| AddressRange::new((region * 64 + at) * 8192, 4096).unwrap();
+        let pages: Vec<_> = (0..64).map(page).collect();
+        for (id, page) in (0..).zip(&pages) {
+            index.put(*page, Id(id));
+        }
+        assert_eq!(index.leaves.nodes.len(), 2);
+        for page in &pages {
+            index.only_leaf(*page).unwrap();
+        }
+        assert_eq!(foreseen(&index, &pages), 64, "in region {region}");
+    }
+}
+
+#[test]
+fn the_table_is_made_anew_when_there_are_half_as_many_leaves_more() {
+    let mut index = IntervalIndex::new();
+    let mut made_for = Vec::new();
+    for id in 0..5000 {
+        index.put(AddressRange::new(id * 8192, 4096).unwrap(), Id(id));
+        if !made_for.contains(&index.hints.fits) {
+            made_for.push(index.hints.fits);
+        }
+    }
+    assert_eq!(made_for, [0, 2, 4, 7, 11, 17, 26, 40, 61, 92, 139]);
+}
+
+#[test]
+fn a_search_of_a_large_index_prefetches_its_leaf_and_one_of_a_small_index_nothing() {
+    let mut index = IntervalIndex::new();
+    let page = |at: u64| AddressRange::new(at * 8192, 4096).unwrap();
+    // Descending insertion leaves half of each node free, so the tree is soon high.
+    let mut at = 20_000;
+    while index.height < 3 {
+        index.put(page(at), Id(2 * at + 1));
+        index.expect(page(at).last());
+        let _ = index.hits(page(at));
+        at -= 1;
+        assert_eq!(PREFETCHED.take().is_some(), index.height == 3);
+    }
+    let holds = |leaf: Option<usize>, page: AddressRange| {
+        let at = |leaf| core::ptr::from_ref(leaf) as usize;
+        let of = index.leaves.nodes.iter().find(|of| leaf == Some(at(*of))).expect("a leaf");
+        of.starts.contains(&page.start())
+    };
+    for page in (at + 1..20_000).step_by(97).map(page) {
+        index.overlapping(page, |_| ());
+        assert!(holds(PREFETCHED.take(), page));
+        index.only_leaf(page).unwrap();
+        PREFETCHED.take();
+        index.expect(page.last());
+        assert!(holds(PREFETCHED.take(), page), "the search before has set the hint");
+    }
 }
 
 #[test]

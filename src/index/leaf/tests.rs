@@ -6,6 +6,20 @@ use crate::index::tests::{Id, Value};
 use crate::index::{AddressRange, IntervalIndex};
 
 #[test]
+fn a_leaf_says_where_it_ends_and_where_a_search_of_its_end_begins() {
+    let mut index = IntervalIndex::new();
+    for at in 0..40 {
+        index.put(AddressRange::new(at * 8192, 4096).unwrap(), Id(at));
+    }
+    let [lower, upper] = &index.leaves.nodes[..] else { panic!("two leaves") };
+    assert_eq!(lower.extent(), Some((0, 32 * 8192 - 1)));
+    assert_eq!(upper.extent(), None, "no leaf follows");
+    // Of the twenty before, none reaches that far.
+    let both = AddressRange::new(20 * 8192, 20 * 8192).unwrap();
+    assert_eq!(lower.first_candidate(both), 20);
+}
+
+#[test]
 fn what_reached_far_is_forgotten_when_it_goes() {
     let mut index = IntervalIndex::new();
     for at in 0..20 {

@@ -1,37 +1,23 @@
-//! Moving, resizing and replacing memory, by the means of the system.
+//! Resizing memory, and new memory of the same kind.
 #![forbid(unsafe_code)]
 
 use super::{Backing, MapError, Memory, os};
+use core::cmp::Ordering;
 
 impl Memory {
-    #[cfg(target_os = "linux")]
-    pub(super) fn relocated(&mut self, len: usize) -> Result<(), MapError> {
-        self.relocate(len).map_err(os)
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    pub(super) fn relocated(&mut self, len: usize) -> Result<(), MapError> {
-        self.copied(len).map_err(os)
-    }
-
     /// Resizes the file first: pages beyond its end cannot be accessed, and a sealed file refuses
     /// while nothing has changed yet.
-    #[cfg(target_os = "linux")]
     pub(super) fn resize(&mut self, len: usize) -> Result<(), MapError> {
         let old = self.len();
+        #[cfg(target_os = "linux")]
         if let Backing::Shared(file) = self.backing_mut() {
             file.resize(len)?;
         }
         match len.cmp(&old) {
-            core::cmp::Ordering::Less => self.shrink(len).map_err(os),
-            core::cmp::Ordering::Equal => Ok(()),
-            core::cmp::Ordering::Greater => self.grow(len).map_err(os),
+            Ordering::Less => self.shrink(len).map_err(os),
+            Ordering::Equal => Ok(()),
+            Ordering::Greater => self.grow(len).map_err(os),
         }
-    }
-
-    #[cfg(not(target_os = "linux"))]
-    pub(super) fn resize(&mut self, len: usize) -> Result<(), MapError> {
-        self.copied(len).map_err(os)
     }
 }
 

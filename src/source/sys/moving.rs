@@ -9,15 +9,6 @@ use rustix::mm::{self, MapFlags, MprotectFlags, MremapFlags, ProtFlags};
 use std::sync::atomic::Ordering;
 
 impl Memory {
-    /// Unmaps everything behind the first `len` bytes. `len` is shorter than the memory.
-    pub(in crate::source) fn shrink(&mut self, len: usize) -> io::Result<()> {
-        assert!(len < self.len && len != 0, "a part stays mapped");
-        // SAFETY: the end of a mapping that is ours, into which there are no references.
-        unsafe { mm::munmap(self.at(len), self.len - len)? };
-        self.len = len;
-        Ok(())
-    }
-
     /// Makes the memory longer. It may move. New pages are readable and writable.
     pub(in crate::source) fn grow(&mut self, len: usize) -> io::Result<()> {
         assert!(len > self.len, "it becomes longer");

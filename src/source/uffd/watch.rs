@@ -1,6 +1,7 @@
 //! The watches, and what the kernel watches for them.
 #![forbid(unsafe_code)]
 
+use super::halves::in_halves;
 use super::{Fork, Inner, Promises, UffdError};
 use crate::range::AddressRange;
 use crate::source::ranges::Ranges;
@@ -269,7 +270,14 @@ impl Table {
                     give_back(part);
                 }
             }),
-            None => unregister(fd, part, &give_back),
+            // The kernel refuses a range that contains memory of another owner, or none.
+            None => in_halves(part, &|part| {
+                let unregistered = uffd::unregister(&**fd, part).is_ok();
+                if unregistered {
+                    give_back(part);
+                }
+                unregistered
+            }),
         }
     }
 
@@ -327,35 +335,6 @@ impl Table {
 fn aligned(range: AddressRange, unit: u64) -> AddressRange {
     let (start, last) = (range.start() & !(unit - 1), range.last() | (unit - 1));
     AddressRange::try_from(start..=last).unwrap_or(AddressRange::ALL)
-}
-
-/// Unregisters the pages of `range` on kernels that do not list mappings. Calls `each` with every
-/// unregistered part. Does not allocate.
-///
-/// The kernel refuses a range as a whole if it contains memory of another owner, or none. A refused
-/// range is halved: down to a page if it has at most [`HALVED`] bytes, otherwise down to about 64
-/// pieces. Memory that is gone must not cost one call for each page.
-fn unregister(fd: &OwnedFd, range: AddressRange, each: &impl Fn(AddressRange)) {
-    let least = range.len().map_or(u64::MAX, |len| {
-        if len <= HALVED { page_size() as u64 } else { (len / 64).max(HALVED) }
-    });
-    unregister_halves(fd, range, least, each);
-}
-
-/// Largest range, in bytes, that is unregistered page by page if necessary.
-const HALVED: u64 = 1 << 20;
-
-fn unregister_halves(fd: &OwnedFd, range: AddressRange, least: u64, each: &impl Fn(AddressRange)) {
-    if uffd::unregister(fd, range).is_ok() {
-        return each(range);
-    }
-    let Some(len) = range.len().filter(|len| *len > least) else { return };
-    let half = (len / 2).next_multiple_of(page_size() as u64);
-    let halves = [
-        AddressRange::new(range.start(), half),
-        AddressRange::new(range.start() + half, len - half),
-    ];
-    halves.into_iter().flatten().for_each(|part| unregister_halves(fd, part, least, each));
 }
 
 /// Keeps a range watched, as long as this handle and the memory exist.
