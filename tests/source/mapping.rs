@@ -252,6 +252,7 @@ fn a_part_beyond_the_address_space_is_an_error_that_names_it() {
             0..top,
             top - PAGE..top,
             usize::MAX..0,
+            top..0,
             PAGE..0,
             3 * PAGE..4 * PAGE,
         ] {
