@@ -188,7 +188,7 @@ MUTATIONS = [
     ("who comes while a task is polled is not woken", "src/cache/task.rs", "let missed = state.woken && matches!(state.stage, Stage::Idle(_));", "let missed = false;", "cache"),
     ("a child of fork gives up what is its parent's", "src/cache/entry/live.rs", "        if self.entry.device.source.is_inert() {\n", "        if false {\n", "unit tests of the cache"),
     ("a gate that opens publishes nothing", "src/engine/gate.rs", "fetch_sub(closings.0, Ordering::AcqRel)", "fetch_sub(closings.0, Ordering::Relaxed)", "loom"),
-    ("a part that is no part is added to the address", "src/source/mapping.rs", "let range =\n            || AddressRange::new(self.range().start() + part.start as u64, part.len() as u64).ok();\n        whole.then(range).flatten()", "let range = AddressRange::new(self.range().start() + part.start as u64, part.len() as u64).ok();\n        whole.then_some(range).flatten()", "source"),
+    ("a part that is no part is added to the address", "src/source/mapping.rs", "let start = self.range().start().checked_add(part.start as u64)?;", "let start = self.range().start() + part.start as u64;", "source"),
     ("a mapping forgets that parts are protected", "src/source/sys.rs", "        self.plain = false;\n", "", "source"),
     ("a place that may be somebody else's is unmapped", "src/source/sys/moving.rs", "        if moved.is_err() {\n", "        if moved.is_err() {\n            self.given = from;\n", "source"),
     ("pieces that move leave their old address to others", "src/source/sys/moving.rs", "{ MremapFlags::empty() } else { MremapFlags::DONTUNMAP }", "{ MremapFlags::empty() } else { MremapFlags::empty() }", "source"),

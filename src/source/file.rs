@@ -5,7 +5,9 @@ use super::mapping::MapError;
 use super::sys::page_size;
 use core::ops::Range;
 use rustix::fd::{AsFd, BorrowedFd, OwnedFd};
-use rustix::fs::{FallocateFlags, MemfdFlags, fallocate, fstat, fstatfs, ftruncate, memfd_create};
+use rustix::fs::{
+    FallocateFlags, MemfdFlags, StatFs, fallocate, fstat, fstatfs, ftruncate, memfd_create,
+};
 use rustix::io;
 
 /// Type that `statfs` returns for hugetlbfs. Its files are mapped in huge pages.
@@ -33,12 +35,7 @@ impl File {
     /// Takes a descriptor of the program for a mapping of `len` bytes from `offset` on. Also
     /// returns the length in whole pages.
     pub(super) fn adopt(fd: OwnedFd, offset: u64, len: usize) -> Result<(Self, usize), MapError> {
-        let unit = match fstatfs(&fd) {
-            Ok(system) if system.f_type as u64 & 0xffff_ffff == HUGETLBFS => {
-                system.f_bsize as usize
-            }
-            _ => page_size(),
-        };
+        let unit = fstatfs(&fd).map_or_else(|_| page_size(), |system| unit_of(&system));
         let mut file = Self { fd, offset, unit, ours: false };
         let whole = len
             .checked_next_multiple_of(unit)
@@ -108,5 +105,35 @@ impl File {
 
     pub(super) fn unit(&self) -> usize {
         self.unit
+    }
+}
+
+/// Returns the page size of files of a file system. Its block size is another thing, except in
+/// hugetlbfs.
+fn unit_of(system: &StatFs) -> usize {
+    // Some processors have a signed type, of which 32 bits count.
+    if system.f_type as u64 & 0xffff_ffff == HUGETLBFS {
+        system.f_bsize as usize
+    } else {
+        page_size()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn only_in_hugetlbfs_a_page_is_a_block() {
+        let file = File::new(1).unwrap();
+        let mut system = fstatfs(file.fd()).unwrap();
+        for block in [512, 2 << 20] {
+            system.f_bsize = block;
+            assert_eq!(unit_of(&system), page_size());
+        }
+        system.f_type = HUGETLBFS as _;
+        assert_eq!(unit_of(&system), 2 << 20);
     }
 }

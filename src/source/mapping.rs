@@ -382,13 +382,13 @@ impl OwnedMapping {
     fn part(&self, part: &Range<usize>) -> Result<AddressRange, MapError> {
         self.check()?;
         let (len, page) = (self.len(), self.memory().unit());
-        let whole = part.start < part.end
-            && part.end <= len
-            && part.start.is_multiple_of(page)
-            && part.end.is_multiple_of(page);
-        // Added only if the part is inside, so that the sum does not overflow.
-        let range =
-            || AddressRange::new(self.range().start() + part.start as u64, part.len() as u64).ok();
+        let whole =
+            part.end <= len && part.start.is_multiple_of(page) && part.end.is_multiple_of(page);
+        // A part that ends where it starts, or before, has no length, and is no range.
+        let range = || {
+            let start = self.range().start().checked_add(part.start as u64)?;
+            AddressRange::new(start, part.len() as u64).ok()
+        };
         whole.then(range).flatten().ok_or(MapError::NotPages { part: part.clone(), len, page })
     }
 

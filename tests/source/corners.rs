@@ -27,6 +27,7 @@ crate::list![
     m5_a_discard_of_moved_memory_is_waited_for,
     m5_a_discard_that_found_the_ring_full_is_waited_for,
     m5_marks_outlive_the_watch_that_the_driver_drops_when_it_is_told,
+    m5_a_page_that_came_after_the_event_is_not_waited_for,
     m5_who_waits_for_pages_refuses_nobody_elses_invalidation,
     m5_a_storm_of_discards_holds_up_no_reader_of_another_range,
     two_deliveries_at_once_open_the_gate_when_both_have_told_everybody,
@@ -149,6 +150,20 @@ fn m5_marks_outlive_the_watch_that_the_driver_drops_when_it_is_told() {
     read_during(&mut reader, || memory.discard(Advice::LinuxFree));
     is_waited_for(&mut deliveries, &driver, memory);
     assert!(driver.0.lock().is_none(), "it was told, and nothing else watches the page");
+}
+
+fn m5_a_page_that_came_after_the_event_is_not_waited_for() {
+    let _fork = no_fork();
+    let (space, uffd, mut reader, mut deliveries, _) = patient();
+    // A page without a page table: of a table that is there the kernel marks empty entries as well.
+    let all = Raw::map_shared(2 * 512);
+    let memory = Raw { at: all.at.next_multiple_of(512 * PAGE), len: PAGE };
+    let _watch = uffd.watch(memory.range()).unwrap();
+    read_during(&mut reader, || memory.discard(Advice::LinuxDontNeed));
+    // Only looked at. A write would take a mark away.
+    assert!(memory.look().is_some());
+    assert!(deliveries.deliver().now_or_never().is_some(), "no page is about to go");
+    assert!(space.active().is_empty());
 }
 
 fn m5_who_waits_for_pages_refuses_nobody_elses_invalidation() {

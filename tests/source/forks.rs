@@ -221,7 +221,7 @@ fn m4_a_thousand_forks_beside_threads_that_get_and_unmap() {
 fn m4_in_a_child_an_owned_mapping_calls_no_driver_of_the_parent() {
     let space = AddressSpace::new();
     let mut mapping = OwnedMapping::shared(&space, 2 * PAGE).unwrap();
-    let (_subscription, told) = log(&space, mapping.range());
+    let (_subscription, told) = log(&space, AddressRange::ALL);
     let mut mine = Some(OwnedMapping::shared(&space, PAGE).unwrap());
     mine.as_mut().unwrap().write(0, b"parent");
     let process = fork(|| {
@@ -254,7 +254,7 @@ fn m4_in_a_child_an_owned_mapping_calls_no_driver_of_the_parent() {
         "it is shared, and nobody was told of anything"
     );
     let mut text = [0; 6];
-    mine.unwrap().read(0, &mut text);
+    mine.as_ref().unwrap().read(0, &mut text);
     assert_eq!(&text, b"parent");
     block_on(mapping.discard(0..PAGE)).unwrap();
     assert_eq!(told.lock().unwrap().len(), 1);

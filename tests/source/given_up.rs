@@ -16,6 +16,7 @@ crate::list![fn isolated_tests:
     what_was_dropped_during_a_change_is_given_up_after_it_by_run,
     what_was_dropped_before_a_change_was_delivered_is_given_up_after_that,
     r4_what_was_dropped_in_a_leased_space_is_given_up,
+    what_was_dropped_is_given_up_whatever_mappings_it_consists_of,
     m8_what_the_program_has_mapped_where_it_was_watched_stays_as_it_is,
     m8_what_another_source_watches_where_it_was_watched_stays_as_it_is,
 ];
@@ -105,6 +106,18 @@ fn r4_what_was_dropped_in_a_leased_space_is_given_up() {
     eventually("it is given up", || kept(memory.range()) == 0);
     uffd.stop();
     delivering.join().unwrap();
+}
+
+fn what_was_dropped_is_given_up_whatever_mappings_it_consists_of() {
+    let _fork = no_fork();
+    let (uffd, _reader, _deliveries) = keeping();
+    let memory = Raw::map(3);
+    // The kernel has three mappings now.
+    memory.part(1, 1).discard(Advice::LinuxDontDump);
+    let watch = uffd.watch(memory.range()).unwrap();
+    assert_eq!(kept(memory.range()), 3);
+    drop(watch);
+    assert_eq!(kept(memory.range()), 0);
 }
 
 /// Memory of which the first page is watched as far as `uffd` knows, and which has been mapped

@@ -8,7 +8,7 @@ use crate::memory::{PAGE, Raw};
 use crate::uffd::no_fork;
 use futures::executor::block_on;
 use shootdown::source::{MapError, OwnedMapping, Protection};
-use shootdown::{AddressRange, Event};
+use shootdown::{AddressRange, AddressSpace, Event};
 use std::io;
 use std::ptr;
 use std::sync::mpsc;
@@ -33,6 +33,7 @@ crate::list![fn isolated_tests:
 crate::list![fn huge_tests:
     huge_pages_raise_the_same_events,
     a_mapping_of_huge_pages_has_parts_of_huge_pages,
+    huge_pages_are_mapped_again_only_where_address_and_length_are_theirs,
     of_a_misaligned_remove_every_changed_huge_page_is_inside_the_invalidation,
 ];
 
@@ -263,7 +264,7 @@ fn huge_pages_raise_the_same_events() {
 fn an_owned_mapping_of_which_a_part_is_watched_moves_and_grows() {
     let _fork = no_fork();
     let source = crate::uffd::Running::new();
-    let space = shootdown::AddressSpace::new();
+    let space = AddressSpace::new();
     let kinds = [
         OwnedMapping::new(&space, 8 * PAGE).unwrap(),
         OwnedMapping::shared(&space, 8 * PAGE).unwrap(),
@@ -294,16 +295,22 @@ fn an_owned_mapping_of_which_a_part_is_watched_moves_and_grows() {
     }
 }
 
+/// Two huge pages of a file of three.
+fn of_huge_pages(space: &AddressSpace) -> OwnedMapping {
+    use std::os::fd::FromRawFd;
+    // SAFETY: the descriptor of an area is nobody's after that.
+    let fd = unsafe { rustix::fd::OwnedFd::from_raw_fd(Area::untouched(Kind::HugeMemfd).fd) };
+    OwnedMapping::from_fd(space, fd, 0, HUGE + 1).unwrap()
+}
+
+fn descriptor(mapping: &OwnedMapping) -> rustix::fd::OwnedFd {
+    mapping.descriptor().unwrap().try_clone_to_owned().unwrap()
+}
+
 /// Not an event, but here are the huge pages.
 fn a_mapping_of_huge_pages_has_parts_of_huge_pages() {
-    let space = shootdown::AddressSpace::new();
-    let made = || {
-        use std::os::fd::FromRawFd;
-        // SAFETY: the descriptor of an area is nobody's after that.
-        let fd = unsafe { rustix::fd::OwnedFd::from_raw_fd(Area::untouched(Kind::HugeMemfd).fd) };
-        OwnedMapping::from_fd(&space, fd, 0, HUGE + 1).unwrap()
-    };
-    let mut mapping = made();
+    let space = AddressSpace::new();
+    let mut mapping = of_huge_pages(&space);
     let text = |mapping: &OwnedMapping, at: usize| {
         let mut text = [0; 4];
         mapping.read(at, &mut text);
@@ -334,14 +341,32 @@ fn a_mapping_of_huge_pages_has_parts_of_huge_pages() {
         assert_eq!((mapping.range(), text(&mapping, HUGE)), (grown, *b"efgh"));
         mapping.resize(HUGE).await.unwrap();
         mapping.unmap().await.unwrap();
-        // A mapping of small pages does not become one of huge ones unless it lies right.
-        let mut small = OwnedMapping::shared(&space, 2 * HUGE + PAGE).unwrap();
-        let fd = made().descriptor().unwrap().try_clone_to_owned().unwrap();
-        assert!(matches!(
-            small.map_again_from_fd(fd, 0).await,
-            Err(MapError::NotPages { page: HUGE, .. })
-        ));
     });
+}
+
+fn huge_pages_are_mapped_again_only_where_address_and_length_are_theirs() {
+    let space = AddressSpace::new();
+    let (huge, small) = (of_huge_pages(&space), OwnedMapping::shared(&space, 3 * HUGE).unwrap());
+    let expect_refused = |mapping: &mut OwnedMapping| {
+        let (at, refused) =
+            (mapping.range(), block_on(mapping.map_again_from_fd(descriptor(&huge), 0)));
+        assert!(matches!(refused, Err(MapError::NotPages { page: HUGE, .. })), "{refused:?}");
+        assert_eq!(mapping.range(), at);
+    };
+    // Where huge pages were.
+    let mut mapping = of_huge_pages(&space);
+    block_on(mapping.map_again_from_fd(descriptor(&small), 0)).unwrap();
+    block_on(mapping.resize(HUGE + PAGE)).unwrap();
+    expect_refused(&mut mapping);
+    block_on(mapping.resize(HUGE)).unwrap();
+    block_on(mapping.map_again_from_fd(descriptor(&huge), 0)).unwrap();
+    // As long as a huge page. One more page keeps it from where a huge page would lie.
+    let mut mapping = OwnedMapping::from_fd(&space, descriptor(&small), 0, HUGE + PAGE).unwrap();
+    while mapping.range().start().is_multiple_of(HUGE as u64) {
+        block_on(mapping.remap()).unwrap();
+    }
+    block_on(mapping.resize(HUGE)).unwrap();
+    expect_refused(&mut mapping);
 }
 
 /// e2b-dev/infra PR #3002.

@@ -28,11 +28,12 @@ crate::list![
     changes_that_are_never_polled_have_never_been,
 ];
 
-// In processes of their own: they count what was left mapped in the whole process.
+// In processes of their own: they count what is mapped, or was left mapped, in the whole process.
 crate::list![fn isolated_tests:
     dropped_under_a_device_that_needs_time_it_stays_mapped,
     dropped_under_a_driver_that_panics_it_stays_mapped_and_the_panic_goes_on,
     a_mapping_whose_parts_are_protected_is_moved_and_resized_with_them,
+    a_move_leaves_nothing_mapped_behind_the_mapping,
 ];
 
 /// Why, where, how much, and what was there.
@@ -251,6 +252,7 @@ fn a_part_beyond_the_address_space_is_an_error_that_names_it() {
             0..top,
             top - PAGE..top,
             usize::MAX..0,
+            top..0,
             PAGE..0,
             3 * PAGE..4 * PAGE,
         ] {
@@ -351,6 +353,23 @@ fn a_mapping_whose_parts_are_protected_is_moved_and_resized_with_them() {
         block_on(mapping.protect(0..5 * PAGE, Protection::Read)).unwrap();
         block_on(mapping.resize(6 * PAGE)).unwrap();
         assert_eq!(rights(&mapping), ["r--", "r--", "r--", "r--", "r--", "rw-"]);
+    }
+}
+
+/// To find its parts, the kernel is asked to make them longer.
+fn a_move_leaves_nothing_mapped_behind_the_mapping() {
+    let space = AddressSpace::new();
+    for mut mapping in [
+        OwnedMapping::new(&space, 64 << 20).unwrap(),
+        OwnedMapping::shared(&space, 64 << 20).unwrap(),
+    ] {
+        // Now there is room behind it.
+        block_on(mapping.resize(2 * PAGE)).unwrap();
+        block_on(mapping.protect(PAGE..2 * PAGE, Protection::Read)).unwrap();
+        let before = bytes();
+        block_on(mapping.remap()).unwrap();
+        let more = bytes().saturating_sub(before);
+        assert!(more < 1 << 20, "{more:#x}");
     }
 }
 

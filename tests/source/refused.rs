@@ -10,12 +10,42 @@ use std::ffi::c_void;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 crate::list![fn isolated_tests:
+    an_unmapping_that_is_refused_gives_the_mapping_back,
     a_move_that_is_refused_half_way_leaves_the_mapping_whole,
     a_move_without_room_for_mappings_leaves_the_mapping_whole_wherever_it_stops,
     a_move_without_room_for_addresses_changes_nothing,
 ];
 
-/// A page in the middle is sealed (`mseal`, Linux 6.10): what is before it moves, it does not.
+/// Seals a part of a mapping (`mseal`, Linux 6.10): it stays mapped. Says whether it is sealed.
+fn is_sealed(mapping: &OwnedMapping, from: usize, len: usize) -> bool {
+    let part = mapping.range().as_ptr().wrapping_add(from);
+    // SAFETY: the pages are the mapping's. The kernel refuses what would change them.
+    let sealed = unsafe { libc::syscall(462, part, len, 0) } == 0;
+    if !sealed {
+        println!("left out: no mseal here: {}", std::io::Error::last_os_error());
+    }
+    sealed
+}
+
+fn an_unmapping_that_is_refused_gives_the_mapping_back() {
+    let space = AddressSpace::new();
+    let mut mapping = OwnedMapping::new(&space, 2 * PAGE).unwrap();
+    mapping.write(0, b"data");
+    if !is_sealed(&mapping, PAGE, PAGE) {
+        return;
+    }
+    let (at, mut acts) = (mapping.range(), 0);
+    let refused = block_on(mapping.unmap_with(|_| acts += 1)).unwrap_err();
+    assert!(
+        matches!(refused.error(), MapError::Os(error) if error.kind() == std::io::ErrorKind::PermissionDenied),
+        "{refused:?}"
+    );
+    let mapping = refused.into_mapping();
+    assert_eq!((mapping.range(), text(&mapping, 0), acts), (at, *b"data", 1));
+    assert!(space.active().is_empty());
+}
+
+/// A page in the middle is sealed: what is before it moves, it does not.
 fn a_move_that_is_refused_half_way_leaves_the_mapping_whole() {
     let space = AddressSpace::new();
     for mut mapping in [
@@ -23,11 +53,8 @@ fn a_move_that_is_refused_half_way_leaves_the_mapping_whole() {
         OwnedMapping::shared(&space, 8 * PAGE).unwrap(),
     ] {
         in_parts(&mut mapping);
-        let (at, page) = (mapping.range(), mapping.range().as_ptr().wrapping_add(5 * PAGE));
-        // SAFETY: the pages are the mapping's, which stays mapped from now on.
-        let sealed = unsafe { libc::syscall(462, page, 2 * PAGE, 0) };
-        if sealed != 0 {
-            println!("left out: no mseal here: {}", std::io::Error::last_os_error());
+        let at = mapping.range();
+        if !is_sealed(&mapping, 5 * PAGE, 2 * PAGE) {
             return;
         }
         let first = crate::memory::Raw { at: at.start() as usize, len: PAGE };

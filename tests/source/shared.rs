@@ -17,6 +17,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 crate::list![
     shared_memory_is_seen_discarded_and_resized_by_all_who_have_its_descriptor,
+    a_part_of_a_descriptor_is_discarded_where_it_lies_in_the_file,
     a_descriptor_is_mapped_only_as_far_as_it_reaches,
     a_file_that_is_sealed_against_a_change_keeps_its_mapping,
     mapped_again_the_address_is_the_same_and_everything_new,
@@ -86,6 +87,16 @@ fn shared_memory_is_seen_discarded_and_resized_by_all_who_have_its_descriptor() 
         back_end.protect(0..PAGE, Protection::Read).await.unwrap();
         assert_eq!((text(&back_end, 0), ring.range()), (*b"same", moved));
     });
+}
+
+fn a_part_of_a_descriptor_is_discarded_where_it_lies_in_the_file() {
+    let space = AddressSpace::new();
+    let mut whole = OwnedMapping::shared(&space, 5 * PAGE).unwrap();
+    (0..5).for_each(|page| whole.write(page * PAGE, b"here"));
+    let mut part = OwnedMapping::from_fd(&space, clone(&whole), 2 * PAGE as u64, 3 * PAGE).unwrap();
+    block_on(part.discard(PAGE..2 * PAGE)).unwrap();
+    let left = [0, 1, 2, 3, 4].map(|page| text(&whole, page * PAGE) == *b"here");
+    assert_eq!(left, [true, true, true, false, true]);
 }
 
 fn a_descriptor_is_mapped_only_as_far_as_it_reaches() {

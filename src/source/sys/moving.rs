@@ -138,6 +138,7 @@ impl Memory {
     /// A trial move does not work: since Linux 6.17 `mremap` moves several mappings at once, and if
     /// it refuses one of them it does not tell which it has moved.
     fn is_one(&self, from: usize, len: usize) -> bool {
+        assert!(self.inside(from, len), "what is asked about is outside of the mapping");
         let unit = self.unit();
         // SAFETY: inside the mapping, which is ours. It does not move, and nothing is replaced.
         match unsafe { mm::mremap(self.at(from), len, len + unit, MremapFlags::empty()) } {
@@ -269,12 +270,33 @@ impl Reserved {
 
 impl Drop for Reserved {
     fn drop(&mut self) {
-        if self.given < self.len {
+        if self.given != self.len {
             // SAFETY: ours since it was reserved. No piece was moved there, and no move there was
             // tried.
             let _ = unsafe {
                 mm::munmap(self.at.as_ptr().wrapping_add(self.given).cast(), self.len - self.given)
             };
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used)]
+
+    use super::*;
+
+    #[test]
+    fn a_piece_has_all_the_pages_with_one_protection() {
+        let page = page_size();
+        let mut memory = Memory::map(100 * page).unwrap();
+        let (mut from, mut expected) = (0, Vec::new());
+        for (at, pages) in [1, 2, 3, 40, 5, 49].into_iter().enumerate() {
+            let rights = [MprotectFlags::READ, MprotectFlags::empty()][at % 2];
+            memory.protect(from, pages * page, rights).unwrap();
+            expected.push((from, pages * page));
+            from += pages * page;
+        }
+        assert_eq!(memory.pieces().unwrap(), expected);
     }
 }

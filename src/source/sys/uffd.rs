@@ -352,9 +352,7 @@ impl Maps {
     pub(crate) fn walk(&self, range: AddressRange, mut each: impl FnMut(AddressRange)) {
         let mut from = range.start();
         while let Some(Mapping { range: found, .. }) = self.query(from, COVERING_OR_NEXT) {
-            if found.start() > range.last() {
-                break;
-            }
+            // Empty if the mapping lies behind `range`.
             let (start, last) = (found.start().max(from), found.last().min(range.last()));
             AddressRange::try_from(start..=last).into_iter().for_each(&mut each);
             match last.checked_add(1) {
