@@ -225,8 +225,7 @@ fn m5_pages_that_stay_are_looked_at_less_and_less_often() {
     });
 }
 
-/// Waits until a thread sleeps in `poll`, with a limit or without one. Says so where the system does
-/// not tell.
+/// Waits until a thread sleeps in `poll`, with a limit or without one.
 fn sleeps(thread: libc::pid_t, limited: bool) {
     let path = format!("/proc/self/task/{thread}/syscall");
     if std::fs::read_to_string(&path).is_err() {
