@@ -84,7 +84,8 @@ impl Watches {
         // Start of the next gap; `None` behind the last address.
         let mut from = Some(range.start());
         let mut gap = |from: u64, end: u64| {
-            free.extend((from < end).then(|| AddressRange::new(from, end - from).ok()).flatten())
+            // Nothing is a range that is empty, or that ends before it starts.
+            free.extend(end.checked_sub(from).and_then(|len| AddressRange::new(from, len).ok()))
         };
         // The index calls back in the order of the starts.
         self.index.overlapping(range, |Watched { range: watched, .. }| {

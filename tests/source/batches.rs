@@ -10,9 +10,11 @@ use shootdown::{
 };
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
 
 crate::list![
     n4_no_reader_waits_for_more_than_if_each_change_were_told_of_alone,
+    n4_s5_who_begins_under_changes_waits_for_one_and_not_for_several_that_have_happened,
     m5_a_batch_with_pages_that_stay_is_under_invalidation_until_they_go,
     n4_pages_that_a_madvise_is_about_to_drop_are_no_notifiers_of_their_own,
 ];
@@ -20,6 +22,30 @@ crate::list![
 /// Makes a change that need not raise an event, and reads meanwhile.
 fn read_during(reader: &mut shootdown::source::Reader, change: impl FnOnce() + Send) {
     let _ = crate::never_stale::events_during(reader, change);
+}
+
+fn n4_s5_who_begins_under_changes_waits_for_one_and_not_for_several_that_have_happened() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) =
+        Uffd::builder().settle(Duration::from_secs(3600)).open(&space).unwrap();
+    let (gone, discarded) = (Raw::map(5), Raw::map(3));
+    discarded.write(1);
+    let _watches = [uffd.watch(gone.range()).unwrap(), uffd.watch(discarded.range()).unwrap()];
+    let _driver = space.insert(gone.range(), HangsFor(gone.range())).unwrap();
+    // Whether a driver of this page that begins during the delivery has to wait.
+    let mut waits = |page: Raw, change: &(dyn Fn() + Sync)| {
+        read_during(&mut reader, change);
+        assert!(deliveries.deliver().now_or_never().is_none());
+        let new = space.insert(page.range(), Counts(AtomicUsize::new(0))).unwrap();
+        new.read_begin().now_or_never().is_none()
+    };
+    let unmap = |page: usize| gone.part(page, 1).unmap();
+    assert!(waits(gone.part(0, 1), &|| unmap(0)), "one change");
+    assert!(!waits(gone.part(2, 1), &|| [2, 4].into_iter().for_each(unmap)));
+    let discard = |page: usize| discarded.part(page, 1).discard(Advice::LinuxFree);
+    let both = || [0, 2].into_iter().for_each(discard);
+    assert!(waits(discarded.part(0, 1), &both), "they are to come");
 }
 
 /// Its device never answers for one of its pages.

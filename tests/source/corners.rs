@@ -15,7 +15,7 @@ use shootdown::{
     WouldBlock,
 };
 use std::pin::Pin;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::task::Waker;
 use std::thread;
@@ -28,6 +28,12 @@ crate::list![
     m5_a_discard_that_found_the_ring_full_is_waited_for,
     m5_marks_outlive_the_watch_that_the_driver_drops_when_it_is_told,
     m5_a_page_that_came_after_the_event_is_not_waited_for,
+    m5_a_page_that_was_written_after_its_discard_is_not_waited_for_where_a_watch_was_given_up,
+    m5_who_waits_on_a_thread_that_has_delivered_before_looks_at_each_poll,
+    m5_a_later_discard_of_the_same_pages_ends_the_wait_of_the_earlier_one,
+    m5_every_delivery_looks_at_pages_whose_time_was_used_up,
+    m5_who_waits_for_pages_rests_after_some_looks,
+    m5_what_was_waited_for_leaves_nothing_behind,
     m5_who_waits_for_pages_refuses_nobody_elses_invalidation,
     m5_a_storm_of_discards_holds_up_no_reader_of_another_range,
     two_deliveries_at_once_open_the_gate_when_both_have_told_everybody,
@@ -177,6 +183,127 @@ fn m5_who_waits_for_pages_refuses_nobody_elses_invalidation() {
     assert!(space.try_invalidate(memory.range(), Event::Clear).is_ok(), "no device has it");
     memory.write(2);
     block_on(delivery).unwrap();
+}
+
+/// The marks of what was given up are forgotten, and pages are not marked once more.
+fn m5_a_page_that_was_written_after_its_discard_is_not_waited_for_where_a_watch_was_given_up() {
+    let _fork = no_fork();
+    let (_space, uffd, mut reader, mut deliveries, memory) = patient();
+    drop(uffd.watch(memory.range()).unwrap());
+    let _watch = uffd.watch(memory.range()).unwrap();
+    read_during(&mut reader, || memory.discard(Advice::LinuxDontNeed));
+    memory.write(2);
+    assert!(deliveries.deliver().now_or_never().is_some(), "no page is about to go");
+}
+
+fn m5_who_waits_on_a_thread_that_has_delivered_before_looks_at_each_poll() {
+    let _fork = no_fork();
+    let (stopped, _reader, mut stopping) = Uffd::open(&AddressSpace::new()).unwrap();
+    stopped.stop();
+    stopping.run().unwrap();
+    let (_space, uffd, mut reader, mut deliveries, memory) = patient();
+    let _watch = uffd.watch(memory.range()).unwrap();
+    read_during(&mut reader, || memory.discard(Advice::LinuxFree));
+    let mut delivery = Box::pin(deliveries.deliver());
+    assert!(delivery.as_mut().now_or_never().is_none());
+    memory.write(2);
+    assert!((0..10).any(|_| delivery.as_mut().now_or_never().is_some()));
+}
+
+fn m5_a_later_discard_of_the_same_pages_ends_the_wait_of_the_earlier_one() {
+    let _fork = no_fork();
+    let (_space, uffd, mut reader, mut deliveries, memory) = patient();
+    let _watch = uffd.watch(memory.range()).unwrap();
+    let mut discard = || {
+        read_during(&mut reader, || memory.discard(Advice::LinuxFree));
+        let mut delivery = Box::pin(deliveries.deliver());
+        assert!(delivery.as_mut().now_or_never().is_none());
+        delivery
+    };
+    let (mut earlier, mut later) = (discard(), discard());
+    assert!((0..10).any(|_| earlier.as_mut().now_or_never().is_some()), "it waits on");
+    assert!(later.as_mut().now_or_never().is_none());
+    memory.write(2);
+    block_on(later).unwrap();
+    assert_eq!(uffd.stats().unsettled, 0);
+}
+
+fn m5_every_delivery_looks_at_pages_whose_time_was_used_up() {
+    let _fork = no_fork();
+    let (uffd, mut reader, mut deliveries) =
+        Uffd::builder().settle(Duration::from_nanos(1)).open(&AddressSpace::new()).unwrap();
+    let memory = Raw::map(1);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    // So often that a look is mostly not due.
+    for round in 1..=50 {
+        memory.write(1);
+        read_during(&mut reader, || memory.discard(Advice::LinuxFree));
+        block_on(deliveries.deliver()).unwrap();
+        assert_eq!(uffd.stats().unsettled, round);
+        assert_eq!(block_on(deliveries.deliver()), Ok(0), "the page is there");
+        memory.write(2);
+        assert_eq!(block_on(deliveries.deliver()), Ok(1), "it cannot go any more");
+        assert_eq!(block_on(deliveries.deliver()), Ok(0), "that was told");
+    }
+}
+
+/// How often this thread has given its processor away because it had to wait.
+fn rests() -> i64 {
+    // SAFETY: numbers, of which all may be zero.
+    let mut usage: libc::rusage = unsafe { std::mem::zeroed() };
+    // SAFETY: writes the structure.
+    assert_eq!(unsafe { libc::getrusage(libc::RUSAGE_THREAD, &raw mut usage) }, 0);
+    usage.ru_nvcsw
+}
+
+fn m5_who_waits_for_pages_rests_after_some_looks() {
+    let _fork = no_fork();
+    let (_space, uffd, mut reader, mut deliveries, memory) = patient();
+    let _watch = uffd.watch(memory.range()).unwrap();
+    read_during(&mut reader, || memory.discard(Advice::LinuxFree));
+    let mut delivery = Box::pin(deliveries.deliver());
+    let mut look = || assert!(delivery.as_mut().now_or_never().is_none());
+    (0..20).for_each(|_| look());
+    let before = rests();
+    eventually("it rests", || {
+        look();
+        rests() > before + 100
+    });
+    memory.write(2);
+    block_on(delivery).unwrap();
+}
+
+fn m5_what_was_waited_for_leaves_nothing_behind() {
+    const ROUNDS: usize = 1100;
+    let _fork = no_fork();
+    let (_space, uffd, mut reader, mut deliveries, memory) = patient();
+    let _watch = uffd.watch(memory.range()).unwrap();
+    let turn = AtomicUsize::new(0);
+    let more = thread::scope(|scope| {
+        // On one thread, because to start a thread allocates.
+        scope.spawn(|| {
+            for round in 1..=ROUNDS {
+                while turn.load(Ordering::Acquire) < round {
+                    thread::yield_now();
+                }
+                memory.write(1);
+                memory.discard(Advice::LinuxDontNeed);
+            }
+        });
+        let mut before = 0;
+        for round in 1..=ROUNDS {
+            turn.store(round, Ordering::Release);
+            while reader.read().unwrap() == 0 {
+                thread::yield_now();
+            }
+            block_on(deliveries.deliver()).unwrap();
+            if round == 100 {
+                before = crate::allocated();
+            }
+        }
+        crate::allocated() - before
+    });
+    assert!(more < 64, "{more} allocations of a thousand discards are still there");
 }
 
 /// A reader looks every now and then at what nobody changes, beside a thread that discards and

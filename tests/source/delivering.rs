@@ -7,9 +7,10 @@ use crate::uffd::{Running, eventually, is_readable, log, no_fork};
 use futures::FutureExt;
 use futures::executor::block_on;
 use rustix::mm::Advice;
-use shootdown::source::{Fork, Uffd};
+use shootdown::source::{Deliveries, Fork, Uffd};
 use shootdown::{
-    AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, WouldBlock,
+    AddressRange, AddressSpace, IntervalNotifier, Invalidation, PassFuture, Subscription,
+    WouldBlock,
 };
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
@@ -24,6 +25,9 @@ crate::list![
     m5_a_discard_has_all_of_its_time_whatever_became_of_an_earlier_one,
     c3_who_waits_for_pages_looks_himself_while_the_delivery_waits_for_a_lock,
     who_delivers_rests_while_pages_stay,
+    who_delivers_sleeps_while_a_device_takes_its_time,
+    who_delivers_rests_while_he_looks_at_pages_of_another_delivery,
+    a_change_gives_an_earlier_delivery_some_time,
     m5_pages_that_stay_are_looked_at_less_and_less_often,
     r1_a_reader_waits_for_those_closings_of_the_gate_that_it_finds_and_for_no_later_ones,
     n4_what_was_read_is_told_of_as_one_and_flushed_once,
@@ -219,6 +223,109 @@ fn m5_pages_that_stay_are_looked_at_less_and_less_often() {
         }
         next > Duration::from_millis(1)
     });
+}
+
+/// Waits until a thread sleeps in `poll`, with a limit or without one.
+fn sleeps(thread: libc::pid_t, limited: bool) {
+    let path = format!("/proc/self/task/{thread}/syscall");
+    if std::fs::read_to_string(&path).is_err() {
+        println!("left out: the system does not tell in which call a thread is");
+        return;
+    }
+    eventually("the thread sleeps as it should", || {
+        // The number of the call, and its arguments: the third is where the limit is.
+        let call = std::fs::read_to_string(&path).unwrap_or_default();
+        let mut words = call.split(' ');
+        words.next() == Some(&libc::SYS_ppoll.to_string())
+            && words.nth(2).is_some_and(|limit| (limit != "0x0") == limited)
+    });
+}
+
+/// Delivers on a thread of its own, which is named.
+fn delivering(mut deliveries: Deliveries) -> (thread::JoinHandle<()>, libc::pid_t) {
+    let (send, receive) = std::sync::mpsc::channel();
+    let delivering = thread::spawn(move || {
+        // SAFETY: a number.
+        send.send(unsafe { libc::gettid() }).unwrap();
+        deliveries.run().unwrap();
+    });
+    (delivering, receive.recv().unwrap())
+}
+
+fn who_delivers_sleeps_while_a_device_takes_its_time() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, deliveries) = Uffd::builder().fork(Fork::Ignore).open(&space).unwrap();
+    let reading = thread::spawn(move || reader.run().unwrap());
+    let (delivering, thread) = delivering(deliveries);
+    let memory = Raw::map(1);
+    memory.write(1);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    let (open, closed) = crate::never_stale::gate();
+    let _slow = space.insert(memory.range(), crate::never_stale::Slow(closed)).unwrap();
+    memory.discard(Advice::LinuxDontNeed);
+    eventually("the device is told", || !space.active().is_empty());
+    sleeps(thread, false);
+    open.send(()).unwrap();
+    uffd.stop();
+    reading.join().unwrap();
+    delivering.join().unwrap();
+}
+
+/// Its pass reads a range of another notifier.
+struct Reads(Arc<Subscription<crate::uffd::Log>>);
+
+impl IntervalNotifier for Reads {
+    fn invalidate(
+        &self,
+        invalidation: &Invalidation<'_>,
+    ) -> Result<Option<PassFuture>, WouldBlock> {
+        invalidation.set_seq();
+        let other = self.0.clone();
+        Ok(Some(PassFuture::new(async move { _ = other.read_begin().await })))
+    }
+}
+
+fn who_delivers_rests_while_he_looks_at_pages_of_another_delivery() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) =
+        Uffd::builder().fork(Fork::Ignore).settle(Duration::from_secs(3600)).open(&space).unwrap();
+    let (discarded, unmapped) = (Raw::map(1), Raw::map(1));
+    discarded.write(1);
+    let _watches = [uffd.watch(discarded.range()).unwrap(), uffd.watch(unmapped.range()).unwrap()];
+    read_during(&mut reader, || discarded.discard(Advice::LinuxFree));
+    assert!(deliveries.deliver().now_or_never().is_none(), "given up, and left to the space");
+    let other = Arc::new(log(&space, discarded.range()).0);
+    let _reads = space.insert(unmapped.range(), Reads(other)).unwrap();
+    let reading = thread::spawn(move || reader.run().unwrap());
+    let (delivering, thread) = delivering(deliveries);
+    unmapped.unmap();
+    sleeps(thread, true);
+    discarded.write(2);
+    eventually("both are over", || space.active().is_empty());
+    uffd.stop();
+    reading.join().unwrap();
+    delivering.join().unwrap();
+}
+
+fn a_change_gives_an_earlier_delivery_some_time() {
+    let _fork = no_fork();
+    let space = AddressSpace::new();
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
+    let memory = Raw::map(1);
+    let _watch = uffd.watch(memory.range()).unwrap();
+    read_during(&mut reader, || memory.unmap());
+    let mut time = || {
+        let began = Instant::now();
+        assert_eq!(reader.read().unwrap(), 0);
+        began.elapsed()
+    };
+    assert!(time() >= Duration::from_micros(50), "nothing is being delivered");
+    block_on(deliveries.deliver()).unwrap();
+    // A driver has been told, and the gate stays closed.
+    let _pauses = [(); 100].map(|()| space.pause());
+    assert!(time() >= Duration::from_millis(5), "the delivery goes on");
 }
 
 fn r1_a_reader_waits_for_those_closings_of_the_gate_that_it_finds_and_for_no_later_ones() {

@@ -37,23 +37,33 @@ use std::cell::Cell;
 /// Counts what each thread asks of the allocator, frees included: those take its locks as well.
 struct Counting;
 
-thread_local!(static ALLOCATOR_CALLS: Cell<u64> = const { Cell::new(0) });
+thread_local! {
+    static ALLOCATOR_CALLS: Cell<u64> = const { Cell::new(0) };
+    static ALLOCATED: Cell<i64> = const { Cell::new(0) };
+}
 
 /// How often this thread has called the allocator.
 pub fn allocator_calls() -> u64 {
     ALLOCATOR_CALLS.get()
 }
 
+/// How many more allocations this thread has made than it has freed.
+pub fn allocated() -> i64 {
+    ALLOCATED.get()
+}
+
 // SAFETY: every call goes to the system's allocator unchanged.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         ALLOCATOR_CALLS.set(ALLOCATOR_CALLS.get() + 1);
+        ALLOCATED.set(ALLOCATED.get() + 1);
         // SAFETY: the caller's obligations are passed on.
         unsafe { System.alloc(layout) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         ALLOCATOR_CALLS.set(ALLOCATOR_CALLS.get() + 1);
+        ALLOCATED.set(ALLOCATED.get() - 1);
         // SAFETY: the caller's obligations are passed on.
         unsafe { System.dealloc(pointer, layout) }
     }

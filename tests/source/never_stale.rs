@@ -20,6 +20,7 @@ crate::list![
     m1_report_1_what_is_marked_valid_after_an_invalidation_came_in_between_is_a_collision,
     m1_memory_that_cannot_be_watched_is_not_looked_at,
     m2_report_13_a_watch_whose_memory_was_mapped_over_says_so_is_reported_and_can_be_renewed,
+    m2_the_end_of_a_watch_that_its_driver_drops_when_told_is_not_reported,
     m3_dropping_the_reader_invalidates_all_that_was_watched,
     m3_dropping_the_deliveries_invalidates_all_that_was_watched,
     m3_a_drivers_panic_ends_no_delivery_and_is_counted_and_reported,
@@ -228,6 +229,23 @@ fn m2_report_13_a_watch_whose_memory_was_mapped_over_says_so_is_reported_and_can
     assert_eq!(reports(memory.part(2, 1)), 0);
     assert!(watches[0].renew().is_err(), "there is nothing to be watched");
     assert!(!watches[0].is_armed());
+}
+
+fn m2_the_end_of_a_watch_that_its_driver_drops_when_told_is_not_reported() {
+    let _fork = no_fork();
+    let (space, ended) = reporting(|report| match report {
+        Report::WatchEnded { range } => Some(*range),
+        _ => None,
+    });
+    let (uffd, mut reader, mut deliveries) = Uffd::open(&space).unwrap();
+    let memory = Raw::map(2);
+    let driver = space.insert(memory.part(0, 1).range(), Copying::default()).unwrap();
+    block_on(mirror(&uffd, &driver, memory.part(0, 1))).unwrap();
+    let _kept = uffd.watch(memory.part(1, 1).range()).unwrap();
+    read_during(&mut reader, || memory.unmap());
+    block_on(deliveries.deliver()).unwrap();
+    assert!(driver.0.lock().is_none());
+    assert_eq!(*ended.lock().unwrap(), [memory.part(1, 1).range()]);
 }
 
 fn mappings() -> usize {

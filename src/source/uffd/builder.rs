@@ -28,6 +28,11 @@ const WP_ASYNC: u64 = raw::UFFD_FEATURE_WP_ASYNC as u64;
 const OPTIONAL: u64 =
     WP_ASYNC | (raw::UFFD_FEATURE_WP_HUGETLBFS_SHMEM | raw::UFFD_FEATURE_WP_UNPOPULATED) as u64;
 
+/// Returns `true` if `known` has all `features`.
+const fn has(known: u64, features: u64) -> bool {
+    known & features == features
+}
+
 /// Selects what `fork` without `exec` means for watched memory. The setting is
 /// [`UffdBuilder::fork`]. (`vfork`, `posix_spawn` and most of [`std::process::Command`] copy no
 /// memory, so they do not matter here.)
@@ -144,7 +149,7 @@ impl UffdBuilder {
     /// [`UffdError::Unsupported`]; [`UffdError::Os`].
     pub fn open(self, space: &AddressSpace) -> Result<(Uffd, Reader, Deliveries), UffdError> {
         let (fd, fork, known) = self.handshake()?;
-        let pagemap = if known & WP_ASYNC != 0 { Pagemap::open().map(Arc::new) } else { None };
+        let pagemap = if has(known, WP_ASYNC) { Pagemap::open().map(Arc::new) } else { None };
         let maps = Maps::open();
         let page = crate::source::sys::page_size() as u64;
         let granule = if maps.is_some() { self.granule.max(page) } else { page };
@@ -190,7 +195,7 @@ impl UffdBuilder {
         // the known features.
         let known = uffd::api(descriptor()?, 0).map_err(os)?;
         let wp = u64::from(raw::UFFD_FEATURE_PAGEFAULT_FLAG_WP);
-        if known & (EVENTS | wp) != EVENTS | wp {
+        if !has(known, EVENTS | wp) {
             return Err(UffdError::Unsupported);
         }
         let agree = |features: u64| {
@@ -232,4 +237,16 @@ fn descriptor() -> Result<OwnedFd, UffdError> {
         opened => opened,
     }
     .map_err(os)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_kernel_has_features_if_it_knows_all_of_them() {
+        assert!(has(EVENTS | WP_ASYNC, EVENTS) && has(u64::MAX, OPTIONAL));
+        assert!(!has(0, WP_ASYNC) && !has(!WP_ASYNC, WP_ASYNC));
+        assert!(!has(EVENTS, EVENTS | EVENT_FORK));
+    }
 }

@@ -116,7 +116,11 @@ impl Deliveries {
             let looking = rounds.has_looked() || late.iter().any(Late::looks);
             looks = if looking { looks + 1 } else { 0 };
             let most = match (looking, self.next_look()) {
-                (true, _) if looks < YIELDS => Some(Duration::ZERO),
+                (true, _) if looks < YIELDS => {
+                    // The thread inside `madvise` may need this processor.
+                    std::thread::yield_now();
+                    Some(Duration::ZERO)
+                }
                 (true, next) => Some(next.map_or(REST, |next| next.min(REST))),
                 (false, next) => {
                     bell.sleeping.store(true, Ordering::SeqCst);
@@ -133,8 +137,6 @@ impl Deliveries {
                 if self.inner.start(Which::Due, &mut cx, |started| late.push(started)) > 0 {
                     looks = 0;
                 }
-            } else if looking && looks < YIELDS {
-                std::thread::yield_now();
             }
             if stopped {
                 return Ok(());

@@ -96,10 +96,7 @@ impl Reader {
             std::thread::yield_now();
         }
         if !gate.has_closings() {
-            let closed = began.elapsed();
-            while began.elapsed() < closed + closed.min(MOMENT) {
-                std::thread::yield_now();
-            }
+            yield_for(began.elapsed().min(MOMENT));
         }
     }
 
@@ -223,6 +220,14 @@ impl Reader {
     }
 }
 
+/// Lets other threads go on for some time.
+fn yield_for(time: Duration) {
+    let began = Instant::now();
+    while began.elapsed() < time {
+        std::thread::yield_now();
+    }
+}
+
 /// Records that no thread is in [`Reader::run`] any more.
 struct Ends(Arc<Inner>);
 
@@ -267,5 +272,17 @@ impl Drop for Reader {
         if self.inner.orphaned.load(Ordering::Acquire) {
             self.inner.open();
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn others_get_all_of_the_time() {
+        let began = Instant::now();
+        yield_for(MOMENT);
+        assert!(began.elapsed() >= MOMENT);
     }
 }

@@ -245,10 +245,36 @@ impl Future for Look {
 /// A range whose pages were present when its time was used up.
 pub(super) struct Suspect {
     pages: Arc<Marked>,
+    looks: Looks,
+}
+
+/// The times at which a suspect is looked at.
+struct Looks {
     since: Instant,
-    /// Time of the next look, and the pause before the one after it.
+    /// Time of the next look, and the pause before it.
     next: Instant,
     pause: Duration,
+}
+
+impl Looks {
+    fn from(since: Instant) -> Self {
+        let pause = Duration::from_millis(1);
+        Self { since, next: since + pause, pause }
+    }
+
+    fn are_due(&self, now: Instant) -> bool {
+        now >= self.next
+    }
+
+    /// Doubles the pause.
+    fn go_on(&mut self, now: Instant) {
+        self.pause *= 2;
+        self.next = now + self.pause;
+    }
+
+    fn are_over(&self, now: Instant) -> bool {
+        now.duration_since(self.since) > SUSPECTED
+    }
 }
 
 /// Selects the suspects to look at.
@@ -294,11 +320,11 @@ impl Inner {
     /// Ends a wait whose time was used up. The range is invalidated again once its pages have gone.
     fn suspect(&self, pages: Arc<Marked>, waited: Duration) {
         let range = pages.range();
-        let (now, pause) = (Instant::now(), Duration::from_millis(1));
+        let looks = Looks::from(Instant::now());
         let given_up = {
             let mut suspects = self.suspects();
             let given_up = (suspects.len() == SUSPECTS).then(|| suspects.remove(0));
-            suspects.push(Suspect { pages, since: now, next: now + pause, pause });
+            suspects.push(Suspect { pages, looks });
             given_up
         };
         drop(given_up);
@@ -318,20 +344,19 @@ impl Inner {
             let (mut suspects, now) = (self.suspects(), Instant::now());
             let mut at = 0;
             while let Some(suspect) = suspects.get_mut(at) {
-                let due = now >= suspect.next;
+                let due = suspect.looks.are_due(now);
                 if !due && look == Which::Due {
                     at += 1;
                     continue;
                 }
                 let gone = suspect.pages.are_gone(self);
                 changed.extend(gone.then(|| suspect.pages.range()));
-                if gone || now.duration_since(suspect.since) > SUSPECTED {
+                if gone || suspect.looks.are_over(now) {
                     over.push(suspects.remove(at));
                     continue;
                 }
                 if due {
-                    suspect.pause *= 2;
-                    suspect.next = now + suspect.pause;
+                    suspect.looks.go_on(now);
                 }
                 at += 1;
             }
@@ -343,11 +368,32 @@ impl Inner {
 
     /// Returns the time until the next look at a suspect.
     pub(super) fn next_look(&self) -> Option<Duration> {
-        let next = self.suspects().iter().map(|suspect| suspect.next).min()?;
+        let next = self.suspects().iter().map(|suspect| suspect.looks.next).min()?;
         Some(next.saturating_duration_since(Instant::now()))
     }
 
     fn suspects(&self) -> MutexGuard<'_, Vec<Suspect>> {
         self.suspects.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn m5_a_suspect_is_looked_at_after_ever_longer_pauses_and_no_longer_than_for_two_seconds() {
+        let (since, millis) = (Instant::now(), Duration::from_millis);
+        let mut looks = Looks::from(since);
+        let mut now = since;
+        for pause in [1, 2, 4, 8] {
+            assert!(!looks.are_due(now));
+            now += millis(pause);
+            assert_eq!(looks.next, now);
+            assert!(looks.are_due(now) && !looks.are_over(now));
+            looks.go_on(now);
+        }
+        assert!(!looks.are_over(since + SUSPECTED));
+        assert!(looks.are_over(since + SUSPECTED + millis(1)));
     }
 }

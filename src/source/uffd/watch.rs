@@ -107,8 +107,8 @@ impl Table {
         // refuse.
         self.armed.insert(piece);
         let mut armed = uffd::register(&*fd, piece).map(|()| piece);
-        if armed.is_err() && piece != range {
-            // The memory around `range` may be of a kind that cannot be watched.
+        if armed.is_err() {
+            // The memory around `range` may be gone by now.
             self.give_up(piece);
             self.armed.insert(range);
             armed = uffd::register(&*fd, range).map(|()| range);
