@@ -149,7 +149,6 @@ struct Scan {
 }
 
 /// `struct page_region` of `linux/fs.h`.
-#[derive(Clone, Copy)]
 #[repr(C)]
 struct Region {
     start: u64,
@@ -204,15 +203,15 @@ impl Pagemap {
         of: Kind,
         found: Found,
     ) -> io::Result<(u64, Option<Region>)> {
-        let mut regions = [Region { start: 0, end: 0, categories: 0 }; 32];
+        let mut region = Region { start: 0, end: 0, categories: 0 };
         let mut scan = Scan {
             size: size_of::<Scan>() as u64,
             flags: 0,
             start,
             end,
             walk_end: 0,
-            vec: regions.as_mut_ptr().expose_provenance() as u64,
-            vec_len: 1,
+            vec: 0,
+            vec_len: 0,
             max_pages: 0,
             category_inverted: of.without,
             category_mask: of.with | of.without,
@@ -220,19 +219,18 @@ impl Pagemap {
             return_mask: PAGE_IS_WPALLOWED,
         };
         match found {
-            // Without room for regions the kernel marks whatever the kind says, and so entries
-            // without a page, too.
-            Found::Marked => {
-                (scan.flags, scan.vec_len) = (PM_SCAN_WP_MATCHING, regions.len() as u64);
+            Found::Marked => scan.flags = PM_SCAN_WP_MATCHING,
+            Found::Region | Found::Page => {
+                (scan.vec, scan.vec_len) =
+                    (ptr::from_mut(&mut region).expose_provenance() as u64, 1);
+                scan.max_pages = u64::from(found == Found::Page);
             }
-            Found::Region => {}
-            Found::Page => scan.max_pages = 1,
         }
         // SAFETY: `PAGEMAP_SCAN` reads and writes one `pm_scan_arg`, and writes at most `vec_len`
-        // regions to `regions`. With `PM_SCAN_WP_MATCHING` it marks pages; `register` tells what
+        // regions to `vec`. With `PM_SCAN_WP_MATCHING` it marks pages; `register` tells what
         // removes the marks.
         let count = unsafe { ioctl(&self.0, CountedUpdater(&mut scan))? };
-        Ok((scan.walk_end, (count > 0).then_some(regions[0])))
+        Ok((scan.walk_end, (count > 0).then_some(region)))
     }
 
     /// Returns `true` if all of `pages` is mapped and registered, at one moment.
