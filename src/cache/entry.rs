@@ -62,7 +62,9 @@ pub(super) struct Entry<D: Device> {
     subscription: OnceLock<Subscription<Guardian<D>>>,
     /// The cache is gone while the device registers. `register` then ends unfinished.
     pub(super) cancelled: AtomicBool,
-    /// The last user has released the registration, and `leaving` has the handle.
+    /// The last user has released the registration.
+    unused: AtomicBool,
+    /// `leaving` has the handle of the device.
     handed_back: AtomicBool,
     /// The device refuses to deregister.
     pub(super) stuck: AtomicBool,
@@ -92,6 +94,7 @@ impl<D: Device> Entry<D> {
             progress: DriverLock::new(Progress::new(Phase::Waiting, 1)),
             subscription: OnceLock::new(),
             cancelled: AtomicBool::new(false),
+            unused: AtomicBool::new(false),
             handed_back: AtomicBool::new(false),
             stuck: AtomicBool::new(false),
             lost: AtomicBool::new(false),
@@ -188,7 +191,13 @@ impl<D: Device> Entry<D> {
     }
 
     /// Returns `true` if the last user has released the registration.
-    pub(super) fn is_handed_back(&self) -> bool {
+    pub(super) fn is_unused(&self) -> bool {
+        self.unused.load(Ordering::Acquire)
+    }
+
+    /// Returns `true` if the deregistration has the device's handle, so that polling it asks the
+    /// device.
+    fn is_handed_back(&self) -> bool {
         self.handed_back.load(Ordering::Acquire)
     }
 

@@ -27,6 +27,8 @@ struct State<T> {
     stage: Stage<T>,
     /// The future was woken since its last poll began.
     woken: bool,
+    /// How many calls of [`Task::poke`] have not ended. They may poll again.
+    pokes: usize,
     /// Wakers of the waiters, by the slot of each. `None` once it was taken to be woken.
     waiting: Slab<Option<Arc<TaskWaker>>>,
 }
@@ -182,7 +184,8 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
         future: impl Future<Output = T> + Send + 'static,
     ) -> Self {
         let future: BoxFuture<'static, T> = alloc::boxed::Box::pin(future);
-        let state = State { stage: Stage::Idle(future), woken: false, waiting: Slab::new() };
+        let state =
+            State { stage: Stage::Idle(future), woken: false, pokes: 0, waiting: Slab::new() };
         Self(Arc::new(Inner { losses: losses.clone(), state: Lock::new(state) }))
     }
 
@@ -207,10 +210,13 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
     }
 
     /// Drops the future unfinished and ends the task with the default result. Returns `false` if a
-    /// thread polls it.
+    /// thread polls it, or may do so again within [`poke`](Self::poke).
     pub(super) fn give_up(&self) -> bool {
         let (future, waiting) = {
             let mut state = self.0.state.lock();
+            if state.pokes > 0 {
+                return false;
+            }
             match core::mem::replace(&mut state.stage, Stage::Polled) {
                 Stage::Idle(future) => {
                     state.stage = Stage::Over(T::default());
@@ -231,6 +237,7 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
     /// Polls the task without a waiter, up to `times` times while it wakes itself. If another
     /// thread polls it, the waiters poll it once more. Returns `true` if it is over.
     pub(super) fn poke(&self, times: u32) -> bool {
+        let _poking = Poking::new(&self.0);
         for _ in 0..times {
             match self.0.drive(None) {
                 Driven::Woken => {}
@@ -243,6 +250,22 @@ impl<T: Clone + Default + Send + 'static> Task<T> {
             }
         }
         false
+    }
+}
+
+/// A call of [`Task::poke`] that has not ended.
+struct Poking<'a, T: Send + 'static>(&'a Inner<T>);
+
+impl<'a, T: Send + 'static> Poking<'a, T> {
+    fn new(task: &'a Inner<T>) -> Self {
+        task.state.lock().pokes += 1;
+        Self(task)
+    }
+}
+
+impl<T: Send + 'static> Drop for Poking<'_, T> {
+    fn drop(&mut self) {
+        self.0.state.lock().pokes -= 1;
     }
 }
 

@@ -5,6 +5,8 @@ use crate::support::{Gate, PAGE, Task, now, pages};
 use futures::FutureExt;
 use shootdown::cache::{Device, GetError, Overlap, RegistrationCache, StillRegistered};
 use shootdown::{AddressRange, AddressSpace, Event};
+use std::sync::{Arc, Mutex};
+use std::task::{Context, Wake};
 
 #[test]
 fn k8_a_dropped_get_all_leaves_none_in_use_although_another_get_is_not_polled() {
@@ -229,4 +231,33 @@ fn f1_an_error_that_panics_when_it_is_dropped_does_not_reach_a_caller_that_goes_
     let lost = space.stats().lost_panics;
     drop(first);
     assert_eq!(space.stats().lost_panics, lost + 1, "its own error");
+}
+
+/// Flushes while it is woken, as a task does that its executor polls inline. Notes whether the
+/// flush was over at once.
+struct Flushes(RegistrationCache<Card>, Mutex<Option<bool>>);
+
+impl Wake for Flushes {
+    fn wake(self: Arc<Self>) {
+        let is_over = self.0.flush().now_or_never().is_some();
+        self.1.lock().unwrap().get_or_insert(is_over);
+    }
+}
+
+#[test]
+fn k3_a_flush_within_the_wake_up_by_the_last_user_waits_for_the_device() {
+    let gate = Gate::default();
+    let (space, card) =
+        (AddressSpace::new(), Card { deregister_gate: Some(gate.clone()), ..Card::default() });
+    let cache = RegistrationCache::builder().build(&space, card.clone());
+    let held = now(cache.get(pages(0, 1))).unwrap();
+    let flushes = Arc::new(Flushes(cache.clone(), Mutex::default()));
+    let mut unmap = Box::pin(space.invalidate(pages(0, 1), Event::Unmap));
+    let waker = flushes.clone().into();
+    assert!(unmap.as_mut().poll_unpin(&mut Context::from_waker(&waker)).is_pending());
+    drop(held);
+    assert_eq!(*flushes.1.lock().unwrap(), Some(false), "the device has it still");
+    gate.open();
+    drop(now(unmap));
+    assert_eq!(card.mapped(), []);
 }

@@ -146,7 +146,8 @@ fn k1_the_last_two_registrations_of_a_space_that_go_at_once_leave_nothing_behind
     assert_eq!(leaked.count(), 0, "spaces and devices that nobody can reach");
 }
 
-/// Nobody can reach the space any more: one of the two asks the device before both are gone.
+/// Nobody can reach the space any more: one of the two asks the device before both are gone, and
+/// the other does not take its question back.
 #[test]
 fn k1_a_user_and_the_last_handle_of_the_cache_that_go_at_once_leave_nothing_registered() {
     let left = (0..500).filter(|_| {
@@ -167,7 +168,7 @@ fn k1_a_user_and_the_last_handle_of_the_cache_that_go_at_once_leave_nothing_regi
         });
         !card.mapped().is_empty()
     });
-    assert_eq!(left.count(), 0, "the device was not asked");
+    assert_eq!(left.count(), 0, "the device has it still");
 }
 
 #[test]

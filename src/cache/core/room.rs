@@ -56,7 +56,7 @@ impl<D: Device> Core<D> {
         }
         // A registration in use is deregistered when its users release it.
         gone.retain(|entry| {
-            entry.is_handed_back() && entry.leaving().is_some_and(|leaving| !leaving.poke(1))
+            entry.is_unused() && entry.leaving().is_some_and(|leaving| !leaving.poke(1))
         });
         gone
     }
@@ -66,9 +66,7 @@ impl<D: Device> Core<D> {
     pub(in crate::cache) async fn make_room(&self) -> bool {
         let mut gone = self.give_up_idle(AddressRange::ALL);
         let (_, leaving) = self.read().unsettled(AddressRange::ALL);
-        gone.extend(
-            leaving.into_iter().filter(|entry| entry.is_handed_back() && !entry.is_stuck()),
-        );
+        gone.extend(leaving.into_iter().filter(|entry| entry.is_unused() && !entry.is_stuck()));
         let any = !gone.is_empty();
         until_gone(gone).await;
         any
@@ -93,7 +91,7 @@ impl<D: Device> Core<D> {
         join_all(left.filter_map(|entry| entry.registering())).await;
         let mut all = self.given_up(self.write(|table| table.give_up(range)));
         all.extend(self.read().unsettled(range).1);
-        all.retain(|entry| entry.is_handed_back());
+        all.retain(|entry| entry.is_unused());
         gone(all, Entry::is_lost).await;
     }
 }
@@ -101,7 +99,7 @@ impl<D: Device> Core<D> {
 /// Waits until the unused ones of `entries` are deregistered. Skips an entry that the device
 /// refuses to deregister: it is retried later.
 pub(in crate::cache) async fn until_gone<D: Device>(mut entries: Vec<Arc<Entry<D>>>) {
-    entries.retain(|entry| entry.is_handed_back());
+    entries.retain(|entry| entry.is_unused());
     gone(entries, Entry::is_stuck).await;
 }
 
