@@ -228,8 +228,8 @@ impl Wait {
             match goal.look(state, fired, held_up) {
                 Verdict::Over => {
                     // All that the bell has told of is over. There may be others by now. Who waits
-                    // for a notifier gets here if a first pass, which ends without the lock, has
-                    // ended since the look above.
+                    // for a notifier gets here if a first pass, which holds no lock, has set its
+                    // sequence or ended since the look above.
                     self.scan(state, goal);
                     self.backlog.retain(|ticket| {
                         state

@@ -4,7 +4,9 @@
 //! `madvise(DONTNEED)` and similar calls raise their event, wait until it has been read, and only
 //! then drop the pages. The kernel does not signal the end. So the reader marks the present pages
 //! right after the read (`PAGEMAP_SCAN`), and the invalidation lasts until no present page of the
-//! range is marked. A mark goes with its page, or when the page is written.
+//! range is marked. A mark goes when the page is written. In private memory it goes with its page.
+//! In shared memory the kernel keeps it, and it keeps marks on entries that have no page: a page
+//! that comes back there and is only read is waited for until the bound.
 //!
 //! The wait is a pass of the invalidation, made by a notifier of the source itself. So it belongs
 //! to the space like every pass (C2), and every waiter of the range looks at the pages (C3),
