@@ -14,6 +14,7 @@ pub(super) const LOW: usize = CAP / 4;
 /// Two nodes are merged only if they have at most this many parts together. The next insertion then
 /// does not split the node again.
 pub(super) const MERGED: usize = CAP * 3 / 4;
+const _: () = assert!(2 * LOW <= MERGED && MERGED < CAP, "a merged node has room");
 /// The start of an unused slot. It sorts after all others. An interval may have this start, too;
 /// a node tells them apart by its `len`.
 pub(super) const UNUSED: u64 = u64::MAX;

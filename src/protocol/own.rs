@@ -59,6 +59,8 @@ pub(super) const UNCOVERED: u64 = 1;
 pub(super) const COVER: u32 = 32;
 /// Largest number of active invalidations. With one more, [`Own::covering`] could wrap.
 pub(super) const MOST_ACTIVE: u32 = u32::MAX / COVER - 1;
+const _: () =
+    assert!((MOST_ACTIVE as u64 + 1) * COVER as u64 + (COVER as u64 - 1) == u32::MAX as u64);
 /// Mark: the end of an invalidation reports the notifier when nothing covers it any more (R1).
 pub(crate) const WATCHED: u32 = 1;
 /// Mark: the notifier is closed. `read_retry` is `true` for every sequence of it.
