@@ -42,8 +42,9 @@ done
 
 export PATH="$root/target/tools/bin:$PATH"
 if ! command -v cargo-mutants >/dev/null 2>&1; then
+    # Unoptimized: it is built twice as fast, and waits for cargo most of the time.
     echo "== installing cargo-mutants"
-    CARGO_TARGET_DIR=target/tools cargo install --quiet --locked --root target/tools cargo-mutants
+    CARGO_TARGET_DIR=target/tools cargo install --quiet --debug --locked --root target/tools cargo-mutants
 fi
 
 work=$root/target/mutants
