@@ -16,7 +16,6 @@ impl Shared {
 
     /// Ends an invalidation (S3, C2), whatever is true of it: it may be timed, traced or in the
     /// crowd, notifiers may have been inserted under it, and the lock may be taken.
-    #[cold]
     pub(super) fn end_plainly(&self, id: Id, mut work: Option<Box<Work>>) {
         let timed = self.host.clock.is_some() || work.as_ref().is_some_and(|work| work.timed);
         let now = if timed { self.host.now() } else { None };

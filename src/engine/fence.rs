@@ -118,7 +118,6 @@ impl Shared {
     }
 
     /// Drops the passes of fenced notifiers of an invalidation, if that is parked.
-    #[cold]
     pub(super) fn cut(&self, ticket: Ticket) {
         let lease = self.with(|state, _| match state.help(ticket, |_, _| true) {
             Help::Leased(work) => Some(Lease::new(self, ticket, work)),

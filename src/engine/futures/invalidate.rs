@@ -242,8 +242,6 @@ impl<'a> Invalidate<'a> {
     ///
     /// Takes and returns it by value. A panic that unwinds drops it, which abandons what it has
     /// begun. And the quick form of a first poll gives its address to no function.
-    #[cold]
-    #[inline(never)]
     fn go_on(mut self, cx: &mut Context<'_>) -> (Self, Poll<InvalidationGuard<'a>>) {
         loop {
             let (Some(space), Some(step)) = (self.space.get(), self.step.get_mut()) else {
@@ -435,7 +433,6 @@ impl Drop for Invalidate<'_> {
 }
 
 /// Abandons what a future has begun that is dropped before it has resolved (C1, C2).
-#[cold]
 fn abandon(space: Handle<'_>, step: Option<Step>) {
     let step = if let Some(Step::OfSet(of)) = step { Some(of.1) } else { step };
     if let Some(Step::Joining { ticket, .. }) = step {
