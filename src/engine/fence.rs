@@ -28,7 +28,8 @@ impl Shared {
         let (again, passes, found) = self.with(|state, outbox| {
             let again = self.close_for_good(state, entry);
             let passes = entry.pending.load(Ordering::Relaxed) as usize;
-            (again, passes, self.find(state, entry.range, |of| of == entry, outbox))
+            let range = (passes > 0).then_some(entry.range);
+            (again, passes, range.map(|range| self.find(state, range, |of| of == entry, outbox)))
         });
         self.end(found);
         if !again {
@@ -63,13 +64,14 @@ impl Shared {
             (fenced, self.find(state, AddressRange::ALL, |of| of.is_fenced(), outbox))
         });
         let (entries, passes): (Vec<_>, Vec<_>) = fenced.into_iter().unzip();
-        let held = Pinned { shared: self, entries };
-        self.end(found);
-        held.entries
+        let pinned = Pinned { shared: self, entries };
+        self.end(Some(found));
+        pinned
+            .entries
             .iter()
             .zip(&passes)
             .for_each(|(entry, passes)| self.report_fenced(*entry, *passes));
-        drop(held);
+        drop(pinned);
         passes.into_iter().sum()
     }
 
@@ -107,7 +109,8 @@ impl Shared {
     }
 
     /// Ends the passes that were found, without the lock.
-    fn end(&self, Found { leases, unpolled }: Found<'_>) {
+    fn end(&self, found: Option<Found<'_>>) {
+        let Some(Found { leases, unpolled }) = found else { return };
         leases.into_iter().for_each(Lease::cut);
         unpolled.into_iter().for_each(|unpolled| unpolled.discard(&self.host));
     }

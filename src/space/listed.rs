@@ -205,14 +205,14 @@ impl AddressSpace {
         });
         // C8: names are driver code, so they are asked for without the lock. The holds keep the
         // notifiers alive.
-        let held = Pinned { shared: &self.shared, entries: held };
+        let pinned = Pinned { shared: &self.shared, entries: held };
         for (_, of, invalidation) in &mut listed {
-            invalidation.pending = held.entries[of.clone()]
+            invalidation.pending = pinned.entries[of.clone()]
                 .iter()
                 .map(|entry| entry.name(&self.shared.host.losses))
                 .collect();
         }
-        drop(held);
+        drop(pinned);
         listed.sort_by_key(|(serial, ..)| *serial);
         listed.into_iter().map(|(_, _, invalidation)| invalidation).collect()
     }

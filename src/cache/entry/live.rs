@@ -61,7 +61,8 @@ impl<D: Device> Drop for Live<D> {
             return;
         }
         let (Some(gone), Some(handle)) = (self.gone.take(), self.handle.take()) else { return };
-        // Before the handle is sent, which wakes who waits for the deregistration: he may ask.
+        // Before the handle is sent: that wakes those who wait for the deregistration, and they may
+        // look for what is unused.
         self.entry.unused.store(true, Ordering::Release);
         // The receiver exists: `leaving` ends with the handle, and an orphan that is given up was
         // marked as handed back before.

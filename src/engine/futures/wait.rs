@@ -145,8 +145,8 @@ impl Wait {
                     }
                 }
                 Step::Again => {}
-                Step::Wait(pause) => {
-                    match pause {
+                Step::Wait(mode) => {
+                    match mode {
                         WaitMode::Sleep => {}
                         WaitMode::Rest => give_turn(),
                         WaitMode::Yield => {

@@ -95,15 +95,16 @@ impl Marked {
         self.watched.range
     }
 
-    /// Looks at the pages. Readers of the range go on once the result is `Over`.
-    fn look(self: &Arc<Self>) -> Wait {
-        let Some(inner) = self.inner.upgrade() else { return Wait::Over };
+    /// Looks at the pages. Readers of the range go on once it is ready: the pages or the source are
+    /// gone, or the time was used up.
+    fn look(self: &Arc<Self>) -> Poll<()> {
+        let Some(inner) = self.inner.upgrade() else { return Poll::Ready(()) };
         if self.is_over() {
-            return Wait::Over;
+            return Poll::Ready(());
         }
         if self.are_gone(&inner) {
             self.over.store(true, Ordering::Release);
-            return Wait::Over;
+            return Poll::Ready(());
         }
         let waited = self.began.elapsed();
         if inner.table().is_changing() {
@@ -116,12 +117,12 @@ impl Marked {
         if waited.saturating_sub(held_up) < inner.settle
             && waited < inner.settle.saturating_mul(HELD_UP)
         {
-            return Wait::On;
+            return Poll::Pending;
         }
         if !self.over.swap(true, Ordering::AcqRel) {
             inner.suspect(self.clone(), waited);
         }
-        Wait::Over
+        Poll::Ready(())
     }
 
     /// Returns `true` if the wait is over.
@@ -134,15 +135,6 @@ impl Marked {
         let Some(pagemap) = &inner.pagemap else { return true };
         inner.is_forked() || !pagemap.has_marked(self.range()).unwrap_or(false)
     }
-}
-
-/// Whether readers of the range have to wait on.
-#[derive(PartialEq)]
-enum Wait {
-    /// A marked page is present, and there is time left.
-    On,
-    /// The pages or the source are gone, or the time was used up.
-    Over,
 }
 
 impl Drop for Marked {
@@ -230,7 +222,7 @@ impl Future for Look {
             // One look in each round.
             return Poll::Pending;
         }
-        if self.pages.look() == Wait::Over {
+        if self.pages.look().is_ready() {
             return Poll::Ready(());
         }
         match (round, self.pages.inner.upgrade()) {

@@ -102,19 +102,8 @@ impl Table {
         if self.armed.pieces() >= self.room && self.armed.within(range) != [range] {
             return Err(UffdError::NoRoom { range });
         }
-        // Registers armed memory again: it may have been mapped over, with the event not yet
-        // delivered. Inserts before the call, because the kernel may do a part of it and then
-        // refuse.
-        self.armed.insert(piece);
-        let mut armed = uffd::register(&*fd, piece).map(|()| piece);
-        if armed.is_err() {
-            // The memory around `range` may be gone by now.
-            self.give_up(piece);
-            self.armed.insert(range);
-            armed = uffd::register(&*fd, range).map(|()| range);
-        }
         let keep = self.promises.fork == Fork::Keep;
-        let kept = armed.and_then(|armed| {
+        let kept = self.register(&fd, range, piece).and_then(|armed| {
             // The kernel accepts a range with a hole, and does not watch what is mapped there
             // later. So check that there was a moment without a hole.
             let whole = match (&self.pagemap, &self.maps) {
@@ -133,6 +122,27 @@ impl Table {
             return Err(refused(error));
         }
         Ok(range)
+    }
+
+    /// Registers `piece`, or else `range`, which is a part of it. Returns which of them.
+    ///
+    /// Registers armed memory again: it may have been mapped over, with the event not yet
+    /// delivered. Inserts before the call, because the kernel may do a part of it and then refuse.
+    fn register(
+        &mut self,
+        fd: &OwnedFd,
+        range: AddressRange,
+        piece: AddressRange,
+    ) -> Result<AddressRange, Errno> {
+        self.armed.insert(piece);
+        let registered = uffd::register(fd, piece);
+        if registered.is_err() && piece != range {
+            // The memory around `range` may be gone or of another kind by now.
+            self.give_up(piece);
+            self.armed.insert(range);
+            return uffd::register(fd, range).map(|()| range);
+        }
+        registered.map(|()| piece)
     }
 
     /// Returns the whole pages that `range` touches, and the piece to register for them. The piece

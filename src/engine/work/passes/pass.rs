@@ -62,9 +62,11 @@ pub(super) struct Pass {
 }
 
 impl Pass {
-    /// Moves the pass out. A record without a slot stays, of which nobody reads anything else.
+    /// Moves the pass out. A record without a slot stays.
     pub(super) fn move_out(&mut self) -> Self {
-        Self { future: self.future.take(), suspicion: Suspicion::none(), ..*self }
+        let Self { entry, budgeted, began, .. } = *self;
+        let (future, listed) = (self.future.take(), self.listed.take());
+        Self { entry, future, listed, budgeted, began, suspicion: Suspicion::none() }
     }
 }
 
