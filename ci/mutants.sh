@@ -69,7 +69,7 @@ if [ "$whole" = no ]; then
 fi
 
 # The copy that is changed lies always at the same place, so that the next build has little to do.
-# Its files are new: cargo would take what was built of a mutant for up to date.
+# Its files are new: cargo would take what was built of an earlier copy for up to date.
 tree=$work/tree
 rm -rf "$tree"
 mkdir -p "$tree"
@@ -118,6 +118,8 @@ try() {
     local iterate=() limit=180 missed=$work/$name/mutants.out/missed.txt
     for tests in "$3" "$4"; do
         cargo=(--cargo-arg=--config --cargo-arg=profile.dev.package.shootdown.debug=0)
+        # Other names than those of what is built here, which cargo would take a mutant for.
+        cargo+=(--cargo-arg=--config --cargo-arg=profile.dev.package.shootdown.codegen-units=255)
         for at in $tests; do cargo+=("--cargo-arg=$at"); done
         echo "== $name: $tests"
         code=0

@@ -8,6 +8,7 @@ not run. `ci/mutations.py` tries all on a copy of the tree (about half a minute 
 `ci/mutations.py NAME ...` some; it exits with 1 if one survives. `ci/mutations.py --check` looks
 only whether the code of each is there, once. tests/README.md has the table of the last run.
 """
+import os
 import pathlib
 import re
 import shutil
@@ -319,8 +320,10 @@ def mutated(name, file, code, mutant, text):
 
 def run(command, tree, seconds):
     """Whether the check passed, and the name of the test that failed."""
+    # What is built of the copy would be taken for what is built here.
+    env = {**os.environ, "CARGO_TARGET_DIR": str(tree / "target")}
     try:
-        done = subprocess.run(["timeout", str(seconds), *command.split()], cwd=tree, capture_output=True, text=True)
+        done = subprocess.run(["timeout", str(seconds), *command.split()], cwd=tree, env=env, capture_output=True, text=True)
     except OSError as error:
         sys.exit(f"{command}: {error}")
     if done.returncode == 0:
