@@ -380,7 +380,7 @@ impl<D: Device> Entry<D> {
             self.cancelled.store(true, Ordering::Release);
             task.poke(1);
         }
-        if self.is_handed_back() {
+        if self.is_unused() {
             self.drive();
         }
     }
@@ -389,7 +389,8 @@ impl<D: Device> Entry<D> {
     /// invalidation, or given up if no invalidation is possible any more.
     fn drive(self: &Arc<Self>) {
         let Some(leaving) = self.leaving() else { return };
-        if !leaving.poke(POKES) {
+        // Without the handle it stays: the thread that is about to send it drives it after that.
+        if !leaving.poke(POKES) && self.is_handed_back() {
             let orphan: Arc<dyn Orphan> = self.clone();
             self.device.left_behind(&orphan);
         }

@@ -7,7 +7,9 @@ use futures::executor::block_on;
 use shootdown::cache::{Merge, RegistrationCache};
 use shootdown::{AddressSpace, Event};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Barrier};
+use std::sync::mpsc::channel;
+use std::sync::{Arc, Barrier, Mutex};
+use std::task::{Context, Wake};
 
 #[test]
 fn k1_an_invalidation_waits_for_a_registration_whose_cache_was_dropped() {
@@ -329,4 +331,39 @@ fn k1_caches_that_are_dropped_under_load_leave_nothing_and_hang_nobody() {
     card.state.lock().unwrap().deregister.clear();
     drop(futures::executor::block_on(space.invalidate(pages(0, 100), Event::Unmap)));
     assert_eq!((card.mapped(), space.len(), Arc::strong_count(&card.state)), (vec![], 0, 1));
+}
+
+/// A waker that runs code once.
+struct Runs(Mutex<Option<Box<dyn FnOnce() + Send>>>);
+
+impl Wake for Runs {
+    fn wake(self: Arc<Self>) {
+        let run = self.0.lock().unwrap().take();
+        if let Some(run) = run {
+            run();
+        }
+    }
+}
+
+#[test]
+fn k1_the_last_handle_asks_the_device_although_the_last_user_wakes_a_task_still() {
+    let (space, card) = (AddressSpace::new(), Card::default());
+    let cache = RegistrationCache::new(&space, card.clone());
+    let held = now(cache.get(pages(1, 1))).unwrap();
+    let [(wakes, is_woken), (goes_on, may_go_on)] = std::array::from_fn(|_| channel());
+    let waker = Arc::new(Runs(Mutex::new(Some(Box::new(move || {
+        wakes.send(()).unwrap();
+        may_go_on.recv().unwrap();
+    })))));
+    let mut unmap = Box::pin(space.invalidate(pages(1, 1), Event::Unmap));
+    assert!(unmap.as_mut().poll(&mut Context::from_waker(&waker.into())).is_pending());
+    std::thread::scope(|scope| {
+        scope.spawn(|| drop(held));
+        is_woken.recv().unwrap();
+        drop(cache);
+        let mapped = card.mapped();
+        goes_on.send(()).unwrap();
+        assert_eq!(mapped, [], "the waker may take any time");
+    });
+    drop(now(unmap));
 }

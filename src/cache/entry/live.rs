@@ -67,8 +67,8 @@ impl<D: Device> Drop for Live<D> {
         // The receiver exists: `leaving` ends with the handle, and an orphan that is given up was
         // marked as handed back before.
         let _ = gone.send(handle);
-        // Only now: who sees the mark may give `leaving` up, and the handle must be in it by then,
-        // so that the device has been asked.
+        // Only now: whoever sees the mark may give `leaving` up, and the handle must be in it by
+        // then, so that the device has been asked.
         self.entry.handed_back.store(true, Ordering::Release);
         match (self.entry.shelf.upgrade(), self.entry.key.get()) {
             (Some(shelf), Some(key)) => shelf.idle(*key),
